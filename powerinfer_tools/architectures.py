@@ -1,0 +1,71 @@
+"""The architecture table: what a model family is, as data.
+
+One :class:`ArchitectureSpec` row per value of ``general.architecture``. The forward pass of every backend reads
+the row; nothing else in the project asks for a family by name.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from powerinfer_tools.errors import ModelError
+
+RopeStyle = Literal["norm", "neox"]
+
+#: Activations with exact zeros: a neuron whose gate is not positive adds nothing at all.
+RELU_FAMILY = frozenset({"relu", "relu2", "drelu"})
+ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu_erf"}) | RELU_FAMILY
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """One model family of pre-norm, RMS-normalised, gated decoder transformers.
+
+    ``sliding_period`` p > 0: every p-th layer attends to everything, the others to the last
+    ``attention.sliding_window`` positions (and use the local rotary base). ``wide_attention_scale_layers``
+    names the one size of a family that scales scores by width/heads instead of the head dimension.
+    """
+
+    name: str
+    rope_style: RopeStyle
+    activation: str = "silu"
+    qk_norm: bool = False
+    post_norms: bool = False
+    scaled_embeddings: bool = False
+    sliding_period: int = 0
+    local_rope_base: float = 0.0
+    default_rope_base: float = 10000.0
+    wide_attention_scale_layers: int = 0
+
+
+ARCHITECTURES: dict[str, ArchitectureSpec] = {
+    spec.name: spec
+    for spec in (
+        # Llama 1 to 3, Mistral, SmolLM, TinyLlama: GGUF stores q and k permuted, so pairs are (2i, 2i+1).
+        ArchitectureSpec("llama", rope_style="norm"),
+        # Biases on q, k and v are found in the file; no row field is needed for them.
+        ArchitectureSpec("qwen2", rope_style="neox"),
+        ArchitectureSpec("qwen3", rope_style="neox", qk_norm=True),
+        # Gemma 3 report (arXiv 2503.19786): 5 local layers to 1 global, rotary base 10k local, 1M global.
+        ArchitectureSpec(
+            "gemma3",
+            rope_style="neox",
+            activation="gelu_tanh",
+            qk_norm=True,
+            post_norms=True,
+            scaled_embeddings=True,
+            sliding_period=6,
+            local_rope_base=10000.0,
+            default_rope_base=1000000.0,
+            wide_attention_scale_layers=62,
+        ),
+    )
+}
+
+
+def architecture(name: str, file: str) -> ArchitectureSpec:
+    """The row of ``name``. Raises ModelError naming ``file`` and the families that are known."""
+    try:
+        return ARCHITECTURES[name]
+    except KeyError:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ModelError(f"{file}: architecture {name!r} is not supported (supported: {known})") from None

@@ -1,0 +1,46 @@
+"""Errors that a user can cause, one class per kind. The message is one line that says what is wrong, where,
+and what to do; the command line prints it without a traceback and exits with 1."""
+
+
+class PowerInferError(Exception):
+    """Base of every error of the stages and the engine that the user can do something about."""
+
+
+class ModelError(PowerInferError):
+    """The model file is readable, but cannot be run: unknown architecture, missing or odd hyper-parameters."""
+
+
+class TokenizerError(PowerInferError):
+    """The vocabulary in the model file is of a kind that is not supported, or is inconsistent."""
+
+
+class ChatTemplateError(PowerInferError):
+    """The chat template is missing, broken, or exceeds its limits."""
+
+
+class ContextFull(PowerInferError):
+    """The tokens asked for do not fit in the context."""
+
+
+class SamplingError(PowerInferError):
+    """Sampling options out of range, or logits that cannot be sampled."""
+
+
+class ProfileError(PowerInferError):
+    """A profile cannot be made, read, or does not belong to the model."""
+
+
+class PlanError(PowerInferError):
+    """No plan exists for the budgets, or the plan does not belong to the model."""
+
+
+class HardwareError(PowerInferError):
+    """The hardware profile is missing, or the device asked for is not there."""
+
+
+class ConvertError(PowerInferError):
+    """The model cannot be converted."""
+
+
+class CorpusError(PowerInferError):
+    """The corpus is missing, empty or unreadable."""

@@ -1,0 +1,184 @@
+"""Hyper-parameters of a model, read from GGUF metadata and checked before anything is allocated from them."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from powerinfer_tools.architectures import ACTIVATIONS, ArchitectureSpec
+from powerinfer_tools.errors import ModelError
+
+_MISSING = object()
+
+
+class Metadata(Protocol):
+    """What is needed of a GGUF file here: its path and typed access to its metadata."""
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, for messages."""
+
+    def get(self, key: str, type_: type, default: Any = ...) -> Any:
+        """The value of ``key``, which must be of ``type_``."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Sizes and constants of one model; widths are counted in values.
+
+    ``window`` is 0 without sliding attention; ``local_layers[i]`` tells whether layer i is limited to it.
+    ``rope_scale`` divides positions of global layers (linear scaling). ``*_softcap`` are 0 when unused.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    neurons: int
+    vocabulary: int
+    trained_context: int
+    norm_eps: float
+    rope_dim: int
+    rope_base: float
+    rope_local_base: float
+    rope_scale: float
+    window: int
+    local_layers: tuple[bool, ...]
+    attention_scale: float
+    attention_softcap: float
+    logit_softcap: float
+    embedding_scale: float
+    activation: str
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.kv_heads * self.head_dim
+
+
+class _Keys:
+    """Checked access to the metadata below one architecture's prefix."""
+
+    def __init__(self, gguf: Metadata, prefix: str) -> None:
+        self.gguf, self.prefix, self.file = gguf, prefix, str(gguf.path)
+
+    def integer(self, key: str, default: Any = _MISSING, *, low: int = 1, high: int = 1 << 24) -> int:
+        name = f"{self.prefix}.{key}"
+        value = self._get(name, int, default)
+        if not low <= value <= high:
+            raise ModelError(f"{self.file}: {name} is {value}; it must be from {low} to {high}")
+        return int(value)
+
+    def real(self, key: str, default: Any = _MISSING, *, low: float = 0.0, high: float = 1e12) -> float:
+        name = f"{self.prefix}.{key}"
+        value = float(self._get(name, float, default))
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ModelError(f"{self.file}: {name} is {value}; it must be from {low:g} to {high:g}")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        return str(self._get(f"{self.prefix}.{key}", str, default))
+
+    def _get(self, name: str, type_: type, default: Any) -> Any:
+        return self.gguf.get(name, type_) if default is _MISSING else self.gguf.get(name, type_, default)
+
+
+def read_hyperparameters(gguf: Metadata, spec: ArchitectureSpec, vocabulary: int) -> Hyperparameters:
+    """Read the hyper-parameters of ``spec``'s family.
+
+    ``vocabulary`` is the number of rows of the embedding. Raises ModelError for values that make no model, and
+    FormatError (from the reader) for missing keys or keys of the wrong type.
+    """
+    keys = _Keys(gguf, spec.name)
+    if keys.integer("expert_count", 0, low=0):
+        raise ModelError(f"{keys.file}: mixture-of-experts models are not supported in this version")
+    layers = keys.integer("block_count", high=4096)
+    width = keys.integer("embedding_length", high=1 << 20)
+    heads = keys.integer("attention.head_count", high=4096)
+    kv_heads = keys.integer("attention.head_count_kv", heads, high=4096)
+    if heads % kv_heads:
+        raise ModelError(f"{keys.file}: {heads} attention heads are not a multiple of {kv_heads} key heads")
+    head_dim = _head_dim(keys, width, heads)
+    window, local_layers = _sliding(keys, spec, layers)
+    trained_context = keys.integer("context_length", high=1 << 31)
+    rope_scale = _rope_scale(keys)
+    return Hyperparameters(
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        neurons=keys.integer("feed_forward_length", high=1 << 22),
+        vocabulary=vocabulary,
+        trained_context=trained_context,
+        norm_eps=keys.real("attention.layer_norm_rms_epsilon", high=1.0),
+        rope_dim=_rope_dim(keys, head_dim),
+        rope_base=keys.real("rope.freq_base", spec.default_rope_base, low=1.0),
+        rope_local_base=keys.real("rope.freq_base_swa", spec.local_rope_base or 1.0, low=1.0),
+        rope_scale=rope_scale,
+        window=window,
+        local_layers=local_layers,
+        attention_scale=_attention_scale(spec, layers, width, heads, head_dim),
+        attention_softcap=keys.real("attn_logit_softcapping", 0.0),
+        logit_softcap=keys.real("final_logit_softcapping", 0.0),
+        embedding_scale=math.sqrt(width) if spec.scaled_embeddings else 1.0,
+        activation=_activation(gguf, spec),
+    )
+
+
+def _head_dim(keys: _Keys, width: int, heads: int) -> int:
+    head_dim = keys.integer("attention.key_length", 0, low=0, high=1 << 14)
+    if not head_dim:
+        if width % heads:
+            raise ModelError(f"{keys.file}: width {width} is not a multiple of {heads} attention heads")
+        head_dim = width // heads
+    value_dim = keys.integer("attention.value_length", head_dim, high=1 << 14)
+    if value_dim != head_dim:
+        raise ModelError(f"{keys.file}: key heads of {head_dim} and value heads of {value_dim} values differ")
+    if head_dim % 2 or head_dim > 512:
+        raise ModelError(f"{keys.file}: head dimension {head_dim} is not an even number up to 512")
+    return head_dim
+
+
+def _rope_dim(keys: _Keys, head_dim: int) -> int:
+    rope_dim = keys.integer("rope.dimension_count", head_dim, low=2)
+    if rope_dim > head_dim or rope_dim % 2:
+        raise ModelError(f"{keys.file}: {rope_dim} rotary dimensions do not fit heads of {head_dim}")
+    return rope_dim
+
+
+def _rope_scale(keys: _Keys) -> float:
+    kind = keys.text("rope.scaling.type", "none")
+    if kind == "none":
+        return 1.0
+    if kind != "linear":
+        raise ModelError(f"{keys.file}: rotary scaling {kind!r} is not supported (supported: none, linear)")
+    return keys.real("rope.scaling.factor", low=1e-6)
+
+
+def _sliding(keys: _Keys, spec: ArchitectureSpec, layers: int) -> tuple[int, tuple[bool, ...]]:
+    if not spec.sliding_period:
+        return 0, (False,) * layers
+    window = keys.integer("attention.sliding_window", 0, low=0, high=1 << 31)
+    period = spec.sliding_period
+    local = tuple(bool(window) and i % period != period - 1 for i in range(layers))
+    return window, local
+
+
+def _attention_scale(spec: ArchitectureSpec, layers: int, width: int, heads: int, head_dim: int) -> float:
+    per_head = width // heads if layers == spec.wide_attention_scale_layers else head_dim
+    return 1.0 / math.sqrt(per_head)
+
+
+def _activation(gguf: Metadata, spec: ArchitectureSpec) -> str:
+    activation = str(gguf.get("powerinfer.activation", str, spec.activation))
+    if activation not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ModelError(f"{gguf.path}: powerinfer.activation {activation!r} is unknown (known: {known})")
+    return activation

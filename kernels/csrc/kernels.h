@@ -1,0 +1,126 @@
+/* Types and tables shared by every C file of the extension.
+ *
+ * A body `op.inc` is compiled once per instruction set (CMake generates the two-line files); it defines its
+ * entry points as PI_FN(name), which carries the set's name, so that the linker can never mix two copies.
+ * `table.inc` gathers the entry points of one set into its `pi_kernels` table, and the pool holds the table
+ * that was chosen. Arguments are validated in the Python face: nothing below checks sizes again.
+ */
+#ifndef PI_KERNELS_H
+#define PI_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum pi_row_type { /* numbers of the GGUF format */
+    PI_F32 = 0, PI_F16 = 1, PI_Q4_0 = 2, PI_Q4_1 = 3, PI_Q5_0 = 6, PI_Q5_1 = 7,
+    PI_Q8_0 = 8, PI_Q4_K = 12, PI_Q5_K = 13, PI_Q6_K = 14, PI_BF16 = 30,
+};
+
+enum {
+    PI_TILE = 16,  /* rows of an interleaved weight tile, key positions of a cache tile, lanes of v16f */
+    PI_BLOCK = 32, /* activations that share one scale */
+    PI_CHUNK = 64, /* neurons whose down rows are summed into one partial sum */
+};
+
+typedef struct { /* weights as interleaved 16-row tiles; rows padded with zeros to a whole tile */
+    int32_t row_type;
+    int64_t rows, columns, tiles, tile_bytes;
+    uint8_t *data;
+} pi_matrix;
+
+typedef struct { /* weights as plain GGUF block rows, `stride` bytes apart */
+    int32_t row_type;
+    int64_t rows, columns, stride;
+    const uint8_t *data;
+} pi_rows;
+
+typedef struct { /* quantised activations: q [T, columns], d and s [T, columns / PI_BLOCK] */
+    int8_t *q;
+    float *d;
+    float *s;
+    int64_t columns;
+} pi_acts;
+
+typedef struct { /* one layer's keys and values, f16 */
+    uint16_t *keys;   /* [kv_heads, ceil(capacity / 16), head_dim, 16]: the lane is the position in the tile */
+    uint16_t *values; /* [kv_heads, capacity, head_dim], readable for 32 bytes past the end */
+    int64_t capacity, kv_heads, head_dim;
+} pi_cache;
+
+typedef struct { /* one query vector of attention and the keys that it sees: positions [first, last) */
+    const float *q;
+    float *out;
+    int64_t first, last;
+} pi_query;
+
+enum pi_activation { PI_SILU, PI_GELU_TANH, PI_GELU_ERF, PI_RELU, PI_RELU2, PI_DRELU, PI_ACTIVATIONS };
+
+typedef struct pi_kernels {
+    const char *isa;
+
+    /* Weights (quantize.inc, matmul.inc, rows.inc). */
+    void (*quantize_acts)(const float *x, int64_t columns, int8_t *q, float *d, float *s);
+    void (*matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens,
+                   int64_t tile0, int64_t tile1, const float *bias, int accumulate, float *out,
+                   int64_t out_stride);
+    void (*dot_rows)(const pi_rows *w, const int32_t *index, int64_t count, const float *x, const pi_acts *a,
+                     int64_t token, float *out);
+    void (*accumulate_rows)(const pi_rows *w, const float *h, int64_t row0, int64_t row1, int64_t column0,
+                            int64_t column1, float *y);
+    void (*accumulate_listed_rows)(const pi_rows *w, const int32_t *index, const float *h, int64_t count,
+                                   int64_t column0, int64_t column1, float *y);
+    void (*dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out);
+
+    /* Vectors (normalize.inc, rope.inc, elementwise.inc, activate.inc); each call handles one token. */
+    void (*rms_norm)(const float *x, const float *weight, float eps, int64_t width, float *out);
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t width,
+                       float *out);
+    void (*rope)(float *x, const float *cos, const float *sin, int64_t heads, int64_t head_dim, int64_t half,
+                 int neox);
+    void (*add)(const float *x, int64_t count, float *out);
+    void (*scale)(float factor, int64_t count, float *x);
+    void (*activate)(int32_t kind, const float *gate, const float *up, int64_t count, float *out);
+    int64_t (*list_active)(const float *gate, int64_t count, int32_t *index);
+
+    /* Attention (attention.inc). */
+    void (*store_kv)(const float *k, const float *v, const pi_cache *cache, int64_t position);
+    void (*attend)(const pi_query *queries, int64_t count, const pi_cache *cache, int64_t kv_head, float scale,
+                   float softcap, float *scratch);
+
+    /* Reads memory at full width; returns a value that depends on every byte (so nothing is left out). */
+    uint64_t (*read_memory)(const uint8_t *data, int64_t bytes);
+} pi_kernels;
+
+/* The table of each instruction set that was compiled; NULL-terminated list, best first. */
+const pi_kernels *const *pi_available_kernels(void);
+
+/* Row formats (quantize*.c): sizes in bytes, 0 for an unknown type or columns that are not whole blocks. */
+int64_t pi_row_bytes(int32_t row_type, int64_t columns);
+int64_t pi_tile_bytes(int32_t row_type, int64_t columns);
+/* Interleaves tiles [tile0, tile1) of plain rows; `out` is the start of the whole packed matrix. */
+void pi_pack_tiles(const uint8_t *source, int32_t row_type, int64_t rows, int64_t columns, int64_t tile0,
+                   int64_t tile1, uint8_t *out);
+/* Rounds one row of floats to F32, F16, BF16, Q8_0 or Q4_0 as the format's reference does; 0, or -1 when the
+ * type is none of these. */
+int pi_quantize_row(const float *x, int32_t row_type, int64_t columns, uint8_t *out);
+
+#if defined(PI_ISA_AVX512)
+#define PI_ISA_SUFFIX avx512
+#elif defined(PI_ISA_AVX2)
+#define PI_ISA_SUFFIX avx2
+#elif defined(PI_ISA_NEON)
+#define PI_ISA_SUFFIX neon
+#elif defined(PI_ISA_SCALAR)
+#define PI_ISA_SUFFIX scalar
+#endif
+
+#ifdef PI_ISA_SUFFIX
+#define PI_JOIN_(name, suffix) pi_##name##_##suffix
+#define PI_JOIN(name, suffix) PI_JOIN_(name, suffix)
+#define PI_STRING_(text) #text
+#define PI_STRING(text) PI_STRING_(text)
+/* The name of an entry point in the instruction set that is being compiled: PI_FN(matmul) = pi_matmul_avx2. */
+#define PI_FN(name) PI_JOIN(name, PI_ISA_SUFFIX)
+#endif
+
+#endif

@@ -1,10 +1,11 @@
 """Tiny random models, each made twice: as a ``transformers`` module and as the GGUF file that stands for it.
 
-The file is laid out as llama.cpp's converter lays it out (tensor names, metadata, the row order of q and k, norm
-weights of Gemma plus one), and holds the quantised bits of exactly the values that the module computes with. So
-logits of the two may differ by arithmetic only, never by weights.
+The file is laid out as llama.cpp's converter lays it out (tensor names, metadata, the row order of q and k,
+norm weights of Gemma plus one), and holds the quantised bits of exactly the values that the module computes
+with. So logits of the two may differ by arithmetic only, never by weights.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
-from tiny_vocabularies import Vocabulary, bpe_vocabulary, spm_vocabulary
-from tiny_weights import Weights, random_weights, vector
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -27,6 +26,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tiny_vocabularies import Vocabulary, bpe_vocabulary, spm_vocabulary
+from tiny_weights import Weights, random_weights, vector
+
 Family = Literal["llama", "qwen2", "gemma3"]
 
 
@@ -34,7 +36,7 @@ Family = Literal["llama", "qwen2", "gemma3"]
 class TinySpec:
     """Shape and types of one tiny model.
 
-    ``row_type`` is that of every matrix unless ``row_types`` names its GGUF kind (``ffn_down``, ``token_embd``, …).
+    ``row_type`` is that of every matrix unless ``row_types`` names its GGUF kind (``ffn_down``, …).
     ``rope_factors``: rotary frequencies scaled as Llama 3.1 does, stored as the tensor ``rope_freqs.weight``.
     ``linear_rope``: positions of global layers divided by this factor.
     """
@@ -72,7 +74,9 @@ def _family_cases() -> dict[str, TinySpec]:
         "llama-untied": TinySpec(tied=False, kv_heads=4, vocabulary="llama-bpe"),
         "llama-wide-heads": TinySpec(heads=2, kv_heads=1, head_dim=48, vocabulary="smollm"),
         "llama-relu": TinySpec(activation="relu", neurons=160, vocabulary="spm"),
-        "llama-3.1-rope": TinySpec(rope_factors=True, rope_base=5e5, tied=False, head_dim=32, vocabulary="llama-bpe"),
+        "llama-3.1-rope": TinySpec(
+            rope_factors=True, rope_base=5e5, tied=False, head_dim=32, vocabulary="llama-bpe"
+        ),
         "qwen2": TinySpec(family="qwen2", rope_base=1e6, vocabulary="qwen2"),
         "qwen2-untied": TinySpec(family="qwen2", tied=False, heads=6, width=96, vocabulary="qwen2"),
         "gemma3": gemma,
@@ -94,12 +98,21 @@ def _type_cases() -> dict[str, TinySpec]:
         f"llama-{name}": TinySpec(row_type=name, tied=False, neurons=192)
         for name in ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
     }
-    large: dict[str, Any] = {"width": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "neurons": 512, "layers": 2}
+    large: dict[str, Any] = {
+        "width": 256,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "neurons": 512,
+        "layers": 2,
+    }
     for name in ("Q4_K", "Q5_K", "Q6_K"):
         cases[f"llama-{name}"] = TinySpec(row_type=name, **large)
     # What quantisers call Q4_K_M: the sensitive matrices have six bits.
     mixed = {"token_embd": "Q6_K", "attn_v": "Q6_K", "ffn_down": "Q6_K"}
-    cases["qwen2-Q4_K_M"] = TinySpec(family="qwen2", row_type="Q4_K", row_types=mixed, vocabulary="qwen2", **large)
+    cases["qwen2-Q4_K_M"] = TinySpec(
+        family="qwen2", row_type="Q4_K", row_types=mixed, vocabulary="qwen2", **large
+    )
     cases["qwen2-Q4_0"] = TinySpec(
         family="qwen2", row_type="Q4_0", row_types={"token_embd": "Q8_0"}, vocabulary="qwen2"
     )
@@ -114,7 +127,13 @@ def _type_cases() -> dict[str, TinySpec]:
         **(large | {"layers": 7}),
     )
     cases["gemma3-Q8_0"] = TinySpec(
-        family="gemma3", row_type="Q8_0", activation="gelu_tanh", window=8, layers=7, rope_base=1e6, vocabulary="gemma"
+        family="gemma3",
+        row_type="Q8_0",
+        activation="gelu_tanh",
+        window=8,
+        layers=7,
+        rope_base=1e6,
+        vocabulary="gemma",
     )
     return cases
 
@@ -128,7 +147,7 @@ CASES: dict[str, TinySpec] = FAMILY_CASES | TYPE_CASES
 
 @dataclass(frozen=True)
 class TinyModel:
-    """The two forms of one model. ``values`` are the dequantised tensors under their GGUF names, in file order."""
+    """The two forms of one model. ``values``: the dequantised tensors by GGUF name, in file order."""
 
     spec: TinySpec
     path: Path
@@ -152,6 +171,7 @@ def make_tiny_model(folder: Path, spec: TinySpec, name: str = "tiny") -> TinyMod
     """Make the module, draw its weights and write ``folder/name.gguf``."""
     vocabulary = _vocabulary(spec.vocabulary)
     module = _module(spec, vocabulary)
+    module.train(False)
     tensors = dict(_tensors(spec, module))
     factors = _rope_factors(spec, module)
     if factors is not None:
@@ -205,7 +225,7 @@ def _module(spec: TinySpec, vocabulary: Vocabulary) -> PreTrainedModel:
             module = Qwen2ForCausalLM(Qwen2Config(**shape, hidden_act=spec.activation, rope_parameters=rope))
         case "gemma3":
             module = Gemma3ForCausalLM(_gemma3_config(spec, shape))
-    return module.float().eval()
+    return module
 
 
 def _gemma3_config(spec: TinySpec, shape: dict[str, Any]) -> Gemma3TextConfig:
@@ -218,7 +238,7 @@ def _gemma3_config(spec: TinySpec, shape: dict[str, Any]) -> Gemma3TextConfig:
         query_pre_attn_scalar=spec.head_dim,
         hidden_activation="gelu_pytorch_tanh",
         sliding_window=spec.window,
-        sliding_window_pattern=6,
+        layer_types=["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(spec.layers)],
         rope_parameters={
             "full_attention": everywhere,
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -268,7 +288,9 @@ def _tensors(spec: TinySpec, module: PreTrainedModel) -> Iterator[tuple[str, Wei
         if len(shape) == 1:
             weights = vector(_random_vector(rng, shape[0], is_bias=name.endswith(".bias")))
         else:
-            weights = random_weights(rng, (shape[0], shape[1]), _deviation(spec, kind, shape[1]), spec.type_of(kind))
+            weights = random_weights(
+                rng, (shape[0], shape[1]), _deviation(spec, kind, shape[1]), spec.type_of(kind)
+            )
         values = weights.values
         if spec.family == "llama" and kind in ("attn_q", "attn_k"):
             # Drawn as transformers orders them; the file pairs neighbours instead of halves of a head.
@@ -287,7 +309,7 @@ def _random_vector(rng: np.random.Generator, length: int, *, is_bias: bool) -> N
 
 def _deviation(spec: TinySpec, kind: str, columns: int) -> float:
     """A deviation that keeps activations near 1, attention peaked and logits spread over several units."""
-    unit = float(columns) ** -0.5
+    unit = 1.0 / math.sqrt(columns)
     if kind in ("attn_q", "attn_k"):
         return 1.5 * unit
     if kind == "output" or (kind == "token_embd" and (spec.tied or spec.family == "gemma3")):
@@ -302,7 +324,7 @@ def _interleaving(rows: int, head_dim: int) -> NDArray[np.int64]:
 
 
 def _rope_factors(spec: TinySpec, module: PreTrainedModel) -> NDArray[np.float32] | None:
-    """What each rotary frequency is divided by, [head_dim/2], or None where nothing scales them one by one."""
+    """What each rotary frequency is divided by, [head_dim/2], or None where they are not scaled singly."""
     if not spec.rope_factors:
         return None
     plain = spec.rope_base ** (-np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
@@ -327,7 +349,9 @@ _FILE_TYPES = {
 }
 
 
-def _write(path: Path, spec: TinySpec, name: str, vocabulary: Vocabulary, tensors: Mapping[str, Weights]) -> None:
+def _write(
+    path: Path, spec: TinySpec, name: str, vocabulary: Vocabulary, tensors: Mapping[str, Weights]
+) -> None:
     writer = GGUFWriter(path, spec.family)
     writer.add_type("model")
     writer.add_name(name)

@@ -1,5 +1,6 @@
 """Small vocabularies that really tokenise, in the two forms that GGUF files carry: byte-level BPE and SPM."""
 
+import json
 from dataclasses import dataclass, field
 
 from gguf import GGUFWriter, TokenType
@@ -7,22 +8,24 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 #: What the merges are learnt from. Any English does; it is fixed so that the vocabulary is.
 _SAMPLE = (
-    "The rain had stopped before the morning, and the old road to the harbour was bright with pools of water. "
-    "There were three boats in the harbour and no one on any of them. She walked along the wall, counting the "
-    "stones as she had done when she was a child, and thought of the letter that had not been answered. It was "
-    "not that she wanted the house; it was that nobody else would look after the garden, and the bees, and the "
-    "other things that had been left there. 'I don't know,' he'd said, 'what will become of it in ten years.'"
+    "The rain had stopped before the morning, and the old road to the harbour was bright with pools of "
+    "water. There were three boats in the harbour and no one on any of them. She walked along the wall, "
+    "counting the stones as she had done when she was a child, and thought of the letter that had not been "
+    "answered. It was not that she wanted the house; it was that nobody else would look after the garden, "
+    "and the bees, and the other things that had been left there. 'I don't know,' he'd said, 'what will "
+    "become of it in ten years.'"
 )
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
-    " + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
 )
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens with everything that GGUF stores about them. ``scores`` only for SPM, ``merges`` only for BPE."""
+    """Tokens with all that GGUF stores about them. ``scores`` only for SPM, ``merges`` only for BPE."""
 
     model: str
     pre: str
@@ -55,7 +58,7 @@ class Vocabulary:
 
 
 def bpe_vocabulary(pre: str, *, add_bos: bool = False) -> Vocabulary:
-    """256 bytes, 40 merges, three control tokens: 299 tokens (odd, so no row count is a multiple of a tile)."""
+    """256 bytes, 40 merges and three control tokens: 299, which no tile of rows divides."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -115,8 +118,6 @@ def spm_vocabulary(*, gemma: bool) -> Vocabulary:
 
 def _learn(learner: Tokenizer, trainer: trainers.BpeTrainer) -> tuple[list[str], list[tuple[str, str]]]:
     """Tokens by id, and merges in order of rank."""
-    import json
-
     learner.train_from_iterator([_SAMPLE], trainer)
     model = json.loads(learner.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)

@@ -1,7 +1,7 @@
 """Random weight matrices for the tiny test models, in every row type, with the values they stand for.
 
-The reference for what the bits mean is the ``gguf`` package, an implementation that is not ours. It quantises the
-plain types; for K types, which it can only read, valid blocks are drawn at random instead.
+The reference for what the bits mean is the ``gguf`` package, an implementation that is not ours. It quantises
+the plain types; for K types, which it can only read, valid blocks are drawn at random instead.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def random_weights(
     """
     block, _ = GGML_QUANT_SIZES[row_type]
     if shape[1] % block:
-        raise ValueError(f"{shape[1]} columns are no multiple of the {block} values of a {row_type.name} block")
+        raise ValueError(f"{shape[1]} columns are no multiple of {block}, the block of {row_type.name}")
     if row_type in K_TYPES:
         data: NDArray[np.generic] = _random_k_rows(rng, shape, deviation, row_type)
     else:
@@ -65,9 +65,9 @@ def _random_k_rows(
 def _random_q45_k(
     rng: np.random.Generator, blocks: int, deviation: float, row_type: GGMLQuantizationType
 ) -> NDArray[np.uint8]:
-    """Super-blocks d, dmin (f16) | 12 bytes of 6-bit scales and mins | [32 bytes of fifth bits] | 128 of nibbles.
+    """Super-blocks d, dmin (f16) | 12 bytes of scales and mins | [32 bytes of fifth bits] | 128 of nibbles
 
-    A value is d·scale·q − dmin·min with q uniform over 0…top; dmin = d·top/2 and min ≈ scale centre it on zero.
+    A value is d·scale·q − dmin·min with q uniform over 0…top; dmin = d·top/2 and min ≈ scale centre it on 0.
     """
     top = 31 if row_type == GGMLQuantizationType.Q5_K else 15
     scales = rng.integers(16, 64, (blocks, 8))
@@ -80,7 +80,7 @@ def _random_q45_k(
 
 
 def _pack_6_bit(scales: NDArray[np.int64], mins: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Eight scales and eight mins below 64 in 12 bytes: the first four of each keep the upper bits of the rest."""
+    """Eight scales and mins below 64 in 12 bytes: the first four of each keep the upper bits of the rest."""
     low = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
     middle = mins[:, :4] | ((mins[:, 4:] >> 4) << 6)
     high = (scales[:, 4:] & 15) | ((mins[:, 4:] & 15) << 4)
@@ -90,7 +90,7 @@ def _pack_6_bit(scales: NDArray[np.int64], mins: NDArray[np.int64]) -> NDArray[n
 def _random_q6_k(
     rng: np.random.Generator, blocks: int, deviation: float, row_type: GGMLQuantizationType
 ) -> NDArray[np.uint8]:
-    """Super-blocks: 128 bytes of low nibbles | 64 of high bit pairs | 16 int8 scales | d (f16); q uniform −32…31."""
+    """Super-blocks: 128 bytes of low nibbles | 64 of bit pairs | 16 int8 scales | d (f16); q is −32…31."""
     assert row_type == GGMLQuantizationType.Q6_K
     bits = rng.integers(0, 256, (blocks, 192), dtype=np.uint8)
     scales = rng.integers(32, 128, (blocks, 16)) * rng.choice([-1, 1], (blocks, 16))

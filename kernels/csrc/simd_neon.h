@@ -1,0 +1,199 @@
+/* simd_neon.h: simd.h on four 128-bit registers (AArch64). Uses the dot-product instructions when compiled for them. */
+#ifndef PI_SIMD_NEON_H
+#define PI_SIMD_NEON_H
+
+#include <arm_neon.h>
+
+#define PI_DOT_US_WIDE 0
+
+typedef struct { float32x4_t v[4]; } v16f;
+typedef struct { int32x4_t v[4]; } v16i;
+typedef struct { uint8x16_t v[4]; } v64b;
+typedef v16i v16p;
+
+#define PI_PARTS for (int k = 0; k < 4; k++)
+#define PI_UNARY(out, in, name, expression) \
+    PI_INLINE out name(in a) { out r; PI_PARTS r.v[k] = expression; return r; }
+#define PI_BINARY(type, name, expression) \
+    PI_INLINE type name(type a, type b) { type r; PI_PARTS r.v[k] = expression; return r; }
+
+PI_INLINE v16f v16f_set1(float x) { v16f r; PI_PARTS r.v[k] = vdupq_n_f32(x); return r; }
+PI_INLINE v16f v16f_zero(void) { return v16f_set1(0.0f); }
+PI_INLINE v16f v16f_load(const float *p) { v16f r; PI_PARTS r.v[k] = vld1q_f32(p + 4 * k); return r; }
+PI_INLINE void v16f_store(float *p, v16f a) { PI_PARTS vst1q_f32(p + 4 * k, a.v[k]); }
+PI_INLINE v16f v16f_load_n(const float *p, int n) {
+    float lane[16] = {0};
+    memcpy(lane, p, (size_t)n * 4);
+    return v16f_load(lane);
+}
+PI_INLINE void v16f_store_n(float *p, v16f a, int n) {
+    float lane[16];
+    v16f_store(lane, a);
+    memcpy(p, lane, (size_t)n * 4);
+}
+PI_BINARY(v16f, v16f_add, vaddq_f32(a.v[k], b.v[k]))
+PI_BINARY(v16f, v16f_sub, vsubq_f32(a.v[k], b.v[k]))
+PI_BINARY(v16f, v16f_mul, vmulq_f32(a.v[k], b.v[k]))
+PI_BINARY(v16f, v16f_div, vdivq_f32(a.v[k], b.v[k]))
+/* Not vminq/vmaxq: those return NaN where either operand is NaN, and order -0 below +0. */
+PI_BINARY(v16f, v16f_min, vbslq_f32(vcltq_f32(a.v[k], b.v[k]), a.v[k], b.v[k]))
+PI_BINARY(v16f, v16f_max, vbslq_f32(vcgtq_f32(a.v[k], b.v[k]), a.v[k], b.v[k]))
+PI_UNARY(v16f, v16f, v16f_sqrt, vsqrtq_f32(a.v[k]))
+PI_UNARY(v16f, v16f, v16f_neg, vnegq_f32(a.v[k]))
+PI_UNARY(v16f, v16f, v16f_abs, vabsq_f32(a.v[k]))
+PI_INLINE v16f v16f_fma(v16f a, v16f b, v16f c) { PI_PARTS c.v[k] = vfmaq_f32(c.v[k], a.v[k], b.v[k]); return c; }
+PI_INLINE v16f v16f_select_gt(v16f a, v16f b, v16f x, v16f y) {
+    PI_PARTS y.v[k] = vbslq_f32(vcgtq_f32(a.v[k], b.v[k]), x.v[k], y.v[k]);
+    return y;
+}
+PI_INLINE v16f v16f_load_f16(const uint16_t *p) {
+    v16f r;
+    PI_PARTS r.v[k] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * k)));
+    return r;
+}
+PI_INLINE void v16f_store_f16(uint16_t *p, v16f a) {
+    PI_PARTS vst1_u16(p + 4 * k, vreinterpret_u16_f16(vcvt_f16_f32(a.v[k])));
+}
+PI_INLINE v16f v16f_load_bf16(const uint16_t *p) {
+    v16f r;
+    PI_PARTS r.v[k] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * k), 16));
+    return r;
+}
+PI_UNARY(v16f, v16i, v16f_from_i32, vcvtq_f32_s32(a.v[k]))
+PI_INLINE float v16f_sum(v16f a) {
+    const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+PI_INLINE float v16f_hmax(v16f a) {
+    const v16f b = {{a.v[2], a.v[3], a.v[2], a.v[3]}}, eight = v16f_max(a, b);
+    const v16f c = {{eight.v[1], eight.v[1], eight.v[1], eight.v[1]}}, four = v16f_max(eight, c);
+    float m[4];
+    vst1q_f32(m, four.v[0]);
+    m[0] = m[0] > m[2] ? m[0] : m[2];
+    m[1] = m[1] > m[3] ? m[1] : m[3];
+    return m[0] > m[1] ? m[0] : m[1];
+}
+
+PI_INLINE v16i v16i_set1(int32_t x) { v16i r; PI_PARTS r.v[k] = vdupq_n_s32(x); return r; }
+PI_INLINE v16i v16i_zero(void) { return v16i_set1(0); }
+PI_INLINE v16i v16i_load(const int32_t *p) { v16i r; PI_PARTS r.v[k] = vld1q_s32(p + 4 * k); return r; }
+PI_INLINE void v16i_store(int32_t *p, v16i a) { PI_PARTS vst1q_s32(p + 4 * k, a.v[k]); }
+PI_BINARY(v16i, v16i_add, vaddq_s32(a.v[k], b.v[k]))
+PI_BINARY(v16i, v16i_sub, vsubq_s32(a.v[k], b.v[k]))
+PI_BINARY(v16i, v16i_mul, vmulq_s32(a.v[k], b.v[k]))
+PI_BINARY(v16i, v16i_min, vminq_s32(a.v[k], b.v[k]))
+PI_BINARY(v16i, v16i_max, vmaxq_s32(a.v[k], b.v[k]))
+PI_BINARY(v16i, v16i_and, vandq_s32(a.v[k], b.v[k]))
+PI_BINARY(v16i, v16i_or, vorrq_s32(a.v[k], b.v[k]))
+PI_BINARY(v16i, v16i_xor, veorq_s32(a.v[k], b.v[k]))
+PI_INLINE v16i v16i_slli(v16i a, int n) { PI_PARTS a.v[k] = vshlq_s32(a.v[k], vdupq_n_s32(n)); return a; }
+PI_INLINE v16i v16i_srai(v16i a, int n) { PI_PARTS a.v[k] = vshlq_s32(a.v[k], vdupq_n_s32(-n)); return a; }
+PI_INLINE v16i v16i_srli(v16i a, int n) {
+    PI_PARTS a.v[k] = vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.v[k]), vdupq_n_s32(-n)));
+    return a;
+}
+/* The conversion itself saturates and turns NaN into 0; simd.h wants INT32_MIN for all of these. */
+PI_INLINE v16i v16i_from_f32_rne(v16f a) {
+    v16i r;
+    PI_PARTS {
+        const uint32x4_t fits = vcltq_f32(vabsq_f32(a.v[k]), vdupq_n_f32(0x1p31f));
+        r.v[k] = vbslq_s32(fits, vcvtnq_s32_f32(a.v[k]), vdupq_n_s32(INT32_MIN));
+    }
+    return r;
+}
+PI_INLINE v16i v16i_from_i8(const int8_t *p) {
+    const int8x16_t b = vld1q_s8(p);
+    const int16x8_t lo = vmovl_s8(vget_low_s8(b)), hi = vmovl_s8(vget_high_s8(b));
+    return (v16i){{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)),
+                   vmovl_s16(vget_low_s16(hi)), vmovl_s16(vget_high_s16(hi))}};
+}
+PI_INLINE v16i v16i_from_u8(const uint8_t *p) {
+    const uint8x16_t b = vld1q_u8(p);
+    const uint16x8_t lo = vmovl_u8(vget_low_u8(b)), hi = vmovl_u8(vget_high_u8(b));
+    return (v16i){{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(lo))),
+                   vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(lo))),
+                   vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(hi))),
+                   vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(hi)))}};
+}
+PI_INLINE void v16i_store_i8(int8_t *p, v16i a) {
+    const int16x8_t lo = vcombine_s16(vqmovn_s32(a.v[0]), vqmovn_s32(a.v[1]));
+    const int16x8_t hi = vcombine_s16(vqmovn_s32(a.v[2]), vqmovn_s32(a.v[3]));
+    vst1q_s8(p, vcombine_s8(vqmovn_s16(lo), vqmovn_s16(hi)));
+}
+PI_UNARY(v16f, v16i, v16i_as_f32, vreinterpretq_f32_s32(a.v[k]))
+PI_UNARY(v16i, v16f, v16f_as_i32, vreinterpretq_s32_f32(a.v[k]))
+PI_INLINE v16f v16f_pow2i(v16i n) { return v16i_as_f32(v16i_slli(v16i_add(n, v16i_set1(127)), 23)); }
+PI_INLINE int32_t v16i_hmax(v16i a) {
+    return vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.v[0], a.v[1]), vmaxq_s32(a.v[2], a.v[3])));
+}
+PI_INLINE int32_t v16i_sum(v16i a) {
+    return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
+}
+
+PI_INLINE v64b v64b_load(const void *p) { v64b r; PI_PARTS r.v[k] = vld1q_u8((const uint8_t *)p + 16 * k); return r; }
+PI_INLINE void v64b_store(void *p, v64b a) { PI_PARTS vst1q_u8((uint8_t *)p + 16 * k, a.v[k]); }
+PI_INLINE v64b v64b_set1(uint8_t x) { v64b r; PI_PARTS r.v[k] = vdupq_n_u8(x); return r; }
+PI_INLINE v64b v64b_quad(const int8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    v64b r;
+    PI_PARTS r.v[k] = vreinterpretq_u8_u32(vdupq_n_u32(four));
+    return r;
+}
+PI_BINARY(v64b, v64b_and, vandq_u8(a.v[k], b.v[k]))
+PI_BINARY(v64b, v64b_or, vorrq_u8(a.v[k], b.v[k]))
+PI_BINARY(v64b, v64b_xor, veorq_u8(a.v[k], b.v[k]))
+PI_UNARY(v64b, v64b, v64b_srl4, vshrq_n_u8(a.v[k], 4))
+PI_INLINE v64b v64b_sll16(v64b a, int n) {
+    PI_PARTS a.v[k] = vreinterpretq_u8_u16(vshlq_u16(vreinterpretq_u16_u8(a.v[k]), vdupq_n_s16((int16_t)n)));
+    return a;
+}
+PI_INLINE v64b v64b_srl16(v64b a, int n) { return v64b_sll16(a, -n); }
+PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], v64b line[4]) {
+    PI_PARTS {
+        uint32x4_t r[4];
+        for (int i = 0; i < 4; i++) r[i] = vreinterpretq_u32_u8(vld1q_u8(rows[4 * k + i]));
+        const uint64x2_t a01 = vreinterpretq_u64_u32(vzip1q_u32(r[0], r[1]));
+        const uint64x2_t b01 = vreinterpretq_u64_u32(vzip2q_u32(r[0], r[1]));
+        const uint64x2_t a23 = vreinterpretq_u64_u32(vzip1q_u32(r[2], r[3]));
+        const uint64x2_t b23 = vreinterpretq_u64_u32(vzip2q_u32(r[2], r[3]));
+        line[0].v[k] = vreinterpretq_u8_u64(vzip1q_u64(a01, a23));
+        line[1].v[k] = vreinterpretq_u8_u64(vzip2q_u64(a01, a23));
+        line[2].v[k] = vreinterpretq_u8_u64(vzip1q_u64(b01, b23));
+        line[3].v[k] = vreinterpretq_u8_u64(vzip2q_u64(b01, b23));
+    }
+}
+PI_INLINE v64b v64b_transpose4(const uint8_t *const rows[16]) {
+    uint8_t bytes[64];
+    for (int i = 0; i < 16; i++) memcpy(bytes + 4 * i, rows[i], 4);
+    return v64b_load(bytes);
+}
+
+#ifdef __ARM_FEATURE_DOTPROD
+PI_INLINE int32x4_t pi_dot4(int32x4_t acc, int8x16_t w, int8x16_t x) { return vdotq_s32(acc, w, x); }
+#else
+PI_INLINE int32x4_t pi_dot4(int32x4_t acc, int8x16_t w, int8x16_t x) {
+    const int32x4_t lo = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
+    const int32x4_t hi = vpaddlq_s16(vmull_s8(vget_high_s8(w), vget_high_s8(x)));
+    return vaddq_s32(acc, vpaddq_s32(lo, hi));
+}
+#endif
+PI_INLINE v16i v16i_dot_ss(v16i acc, v64b w, v64b x) {
+    PI_PARTS acc.v[k] = pi_dot4(acc.v[k], vreinterpretq_s8_u8(w.v[k]), vreinterpretq_s8_u8(x.v[k]));
+    return acc;
+}
+/* w ≤ 127 is the same number as a signed byte. */
+PI_INLINE v16i v16i_dot_us(v16i acc, v64b w, v64b x) { return v16i_dot_ss(acc, w, x); }
+PI_INLINE v16p v16p_zero(void) { return v16i_zero(); }
+PI_INLINE v16p v16p_dot_us(v16p acc, v64b w, v64b x) { return v16i_dot_us(acc, w, x); }
+PI_INLINE v16p v16p_add(v16p a, v16p b) { return v16i_add(a, b); }
+PI_INLINE v16p v16p_sub(v16p a, v16p b) { return v16i_sub(a, b); }
+PI_INLINE v16p v16p_offset(const int8_t *p, int k) { return v16i_set1(k * vaddlvq_s8(vld1q_s8(p))); }
+PI_INLINE v16i v16i_from_pairs(v16p acc) { return acc; }
+PI_INLINE v16i v16i_scale_pairs(v16i sum, v16p acc, v16i k) { return v16i_add(sum, v16i_mul(acc, k)); }
+
+#undef PI_PARTS
+#undef PI_UNARY
+#undef PI_BINARY
+#endif

@@ -1,0 +1,74 @@
+"""The activations of a forward pass: allocated once, reused for every token."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from powerinfer_kernels import Activations, RowType, aligned
+
+from powerinfer_tools.hyperparameters import Hyperparameters
+
+Floats = npt.NDArray[np.float32]
+FLOAT_TYPES = frozenset({RowType.F32, RowType.F16, RowType.BF16})
+#: Values in one block of quantised activations.
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """float32 [tokens, …] unless said; ``*_acts`` are quantised copies, None where the width allows none."""
+
+    tokens: npt.NDArray[np.int32]
+    x: Floats  # (T, width): the residual stream
+    normed: Floats  # (T, width): input of the attention or FFN matrices
+    normed_acts: Activations | None
+    query: Floats  # (T, query_width)
+    key: Floats  # (T, kv_width)
+    value: Floats  # (T, kv_width)
+    attended: Floats  # (T, query_width)
+    attended_acts: Activations | None
+    gate: Floats  # (T, neurons)
+    up: Floats  # (T, neurons)
+    hidden_acts: Activations | None
+    block_out: Floats  # (T, width): a block's output before it joins the residual stream
+    hot_out: Floats | None  # (T, width): the hot device's part of an FFN
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all buffers in bytes."""
+        total = 0
+        for value in vars(self).values():
+            if isinstance(value, Activations):
+                total += value.q.nbytes + value.d.nbytes + value.s.nbytes
+            elif value is not None:
+                total += value.nbytes
+        return total
+
+
+def allocate(hyper: Hyperparameters, tokens: int, *, hot: bool) -> Buffers:
+    """Buffers for up to ``tokens`` tokens at a time."""
+
+    def floats(width: int) -> Floats:
+        return aligned((tokens, width), np.float32)
+
+    return Buffers(
+        tokens=aligned((tokens,), np.int32),
+        x=floats(hyper.width),
+        normed=floats(hyper.width),
+        normed_acts=activations(tokens, hyper.width),
+        query=floats(hyper.query_width),
+        key=floats(hyper.kv_width),
+        value=floats(hyper.kv_width),
+        attended=floats(hyper.query_width),
+        attended_acts=activations(tokens, hyper.query_width),
+        gate=floats(hyper.neurons),
+        up=floats(hyper.neurons),
+        hidden_acts=activations(tokens, hyper.neurons),
+        block_out=floats(hyper.width),
+        hot_out=floats(hyper.width) if hot else None,
+    )
+
+
+def activations(tokens: int, columns: int) -> Activations | None:
+    """Quantised activations, or None for a width that no quantised matrix can have."""
+    return Activations(tokens, columns) if columns % BLOCK == 0 else None

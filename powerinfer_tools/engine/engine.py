@@ -1,0 +1,171 @@
+"""The engine's face: prompt processing, decoding and scoring of one model."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from powerinfer_kernels import Pool
+
+from powerinfer_tools.engine.head import HEAD_ROWS, Head
+from powerinfer_tools.engine.layers import LayerStack, StackOptions
+from powerinfer_tools.engine.report import EngineReport, Memory
+from powerinfer_tools.errors import ContextFull, ModelError
+from powerinfer_tools.model import Model
+from powerinfer_tools.progress import Progress, Silent
+
+Floats = npt.NDArray[np.float32]
+#: Context when none is asked for: what a chat needs, without reserving a long-context model's whole cache.
+DEFAULT_CONTEXT = 4096
+DEFAULT_BATCH = 512
+
+
+class Engine:
+    """Runs one model. Not thread-safe; results do not depend on ``threads``, ``batch`` or ``isa``.
+
+    ``mode`` None takes what the file says (a source model is dense). ``device`` "none" computes everything in
+    the C kernels; "cpu" and "cuda" give the hot part of a split file to torch on that device. ``vram`` limits
+    the hot part to that many bytes by moving the split point.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        batch: int = DEFAULT_BATCH,
+        isa: str | None = None,
+        mode: str | None = None,
+        device: str = "none",
+        vram: int | None = None,
+    ) -> None:
+        self.model = model
+        self.context = _check_context(model, context)
+        self._pool = Pool(threads, isa)
+        batch = max(1, min(batch, self.context))
+        options = StackOptions(batch, self.context, mode, device, vram)
+        self._stack = LayerStack(model, self._pool, options)
+        self._head = Head(model, self._pool, self._stack.head_matrix)
+        self._batch, self._position = batch, 0
+        self._prompt_tokens = self._decode_tokens = self._decoded_cache_bytes = 0
+        self._prompt_seconds = self._decode_seconds = 0.0
+
+    @property
+    def position(self) -> int:
+        """Tokens in the KV cache."""
+        return self._position
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return self.model.hyper.vocabulary
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self._pool.threads
+
+    @property
+    def stack(self) -> LayerStack:
+        """The layers, for stages that look inside (profile)."""
+        return self._stack
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> Floats:
+        """Process ``tokens`` after what is in the cache; logits (vocabulary,) after the last of them.
+
+        Raises ContextFull (with the cache unchanged) when they do not fit.
+        """
+        if len(tokens) == 0:
+            raise ValueError("prefill needs at least one token")
+        self._require_room(len(tokens))
+        progress = progress or Silent()
+        started = time.perf_counter()
+        count = 0
+        for first in range(0, len(tokens), self._batch):
+            count = self._forward(tokens[first : first + self._batch])
+            progress.advance(count)
+        logits: Floats = self._head.logits(self._stack.x[count - 1 : count])[0]
+        self._prompt_tokens += len(tokens)
+        self._prompt_seconds += time.perf_counter() - started
+        return logits
+
+    def decode(self, token: int) -> Floats:
+        """Logits (vocabulary,) after one more token; valid until the next call. Raises ContextFull."""
+        self._require_room(1)
+        started = time.perf_counter()
+        self._forward([token])
+        logits: Floats = self._head.logits(self._stack.x[:1])[0]
+        self._decode_tokens += 1
+        self._decoded_cache_bytes += self._stack.cache_bytes_read(self._position)
+        self._decode_seconds += time.perf_counter() - started
+        return logits
+
+    def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[Floats]:
+        """Logits (k, vocabulary) of successive positions from ``first`` on, for a fresh window of ``tokens``.
+
+        Forgets the cache. Each array is valid until the next one is asked for.
+        """
+        self.rewind(0)
+        self._require_room(len(tokens))
+        for start in range(0, len(tokens), self._batch):
+            count = self._forward(tokens[start : start + self._batch])
+            for row in range(max(0, first - start), count, HEAD_ROWS):
+                yield self._head.logits(self._stack.x[row : min(row + HEAD_ROWS, count)])
+
+    def rewind(self, position: int) -> None:
+        """Forget everything in the cache from ``position`` on."""
+        if not 0 <= position <= self._position:
+            raise ValueError(f"cannot rewind to {position}: the cache holds {self._position} tokens")
+        self._position = position
+
+    def report(self) -> EngineReport:
+        """Counters since the engine was made."""
+        stack = self._stack
+        cache_bytes = self._decoded_cache_bytes / self._decode_tokens if self._decode_tokens else 0.0
+        timings = stack.seconds() | {"head": self._head.seconds}
+        return EngineReport(
+            mode=stack.mode,
+            device=stack.device,
+            threads=self._pool.threads,
+            isa=self._pool.isa,
+            prompt_tokens=self._prompt_tokens,
+            prompt_seconds=self._prompt_seconds,
+            decode_tokens=self._decode_tokens,
+            decode_seconds=self._decode_seconds,
+            bytes_per_token=stack.weight_bytes_per_token() + cache_bytes,
+            density=stack.density(),
+            timings=timings,
+            memory=Memory(
+                weights=stack.weight_bytes,
+                kv_cache=stack.cache_nbytes,
+                scratch=stack.scratch_bytes + self._head.nbytes,
+                vram=stack.vram_bytes,
+            ),
+        )
+
+    def close(self) -> None:
+        """Stop the threads. The engine cannot be used afterwards."""
+        self._stack.close()
+        self._pool.close()
+
+    def _forward(self, tokens: Sequence[int]) -> int:
+        count = self._stack.forward(tokens, self._position)
+        self._position += count
+        return count
+
+    def _require_room(self, tokens: int) -> None:
+        if self._position + tokens > self.context:
+            raise ContextFull(
+                f"{tokens} more tokens do not fit: the context holds {self.context} and {self._position} are used; "
+                "ask for a longer context (-c) or start anew"
+            )
+
+
+def _check_context(model: Model, context: int | None) -> int:
+    trained = model.hyper.trained_context
+    if context is None:
+        return min(trained, DEFAULT_CONTEXT)
+    if not 1 <= context <= trained:
+        raise ModelError(f"{model.path}: context {context} is not from 1 to {trained}, what the model was trained for")
+    return context

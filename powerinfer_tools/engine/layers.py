@@ -1,0 +1,186 @@
+"""All layers of a model as one program, with the points where a hot device joins in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder
+
+from powerinfer_tools.engine.blocks import BlockWriter, pack
+from powerinfer_tools.engine.buffers import allocate
+from powerinfer_tools.engine.ffn import ColdFFN, layer_modes, load_cold_ffn
+from powerinfer_tools.engine.rotary import layer_tables
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.hot import HotSide, open_hot_side
+from powerinfer_tools.model import LayerWeights, Model
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None: none)."""
+
+    batch: int
+    context: int
+    mode: str | None
+    device: str
+    vram: int | None
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Operations of one layer that the hot device shares: its input is ready, its output is needed."""
+
+    layer: int
+    ready: int
+    needed: int
+
+
+class LayerStack:
+    """Embedding and layers: tokens in, residual stream ``x`` out."""
+
+    def __init__(self, model: Model, pool: Pool, options: StackOptions) -> None:
+        self.model, self._pool = model, pool
+        self._hot: HotSide | None = open_hot_side(model, options.device, options.vram, options.batch)
+        self.device = options.device if self._hot else "none"
+        self._modes = layer_modes(model, options.mode)
+        self._buffers = allocate(model.hyper, options.batch, hot=self._hot is not None)
+        self._caches = self._allocate_caches(options.context)
+        builder = ProgramBuilder(options.batch)
+        self._writer = BlockWriter(model, pool, builder, self._buffers)
+        self._tables = layer_tables(model.hyper, options.context, model.rope_factors)
+        self._splits: list[_Split] = []
+        self._ffn_marks: list[int] = []
+        self._cold: list[ColdFFN] = []
+        self._write()
+        self._length = builder.mark()
+        self._program = builder.build()
+        self.head_matrix: Matrix = pack(pool, model.head)
+
+    @property
+    def x(self) -> Floats:
+        """The residual stream, float32 (batch, width); row t is the t-th token of the last forward."""
+        return self._buffers.x
+
+    @property
+    def gate(self) -> Floats:
+        """Scratch of the FFN (batch, neurons): act(gate)·up of the layer computed last."""
+        return self._buffers.gate
+
+    @property
+    def mode(self) -> str:
+        """The mode of every layer, or "mixed"."""
+        return self._modes[0] if len(set(self._modes)) == 1 else "mixed"
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Size of the KV cache in bytes."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights as laid out for the kernels, in bytes."""
+        return self._writer.weight_bytes + sum(ffn.nbytes for ffn in self._cold) + self.head_matrix.nbytes
+
+    @property
+    def vram_bytes(self) -> int:
+        """What the hot device holds, in bytes."""
+        return self._hot.nbytes if self._hot else 0
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Size of activations and tables in bytes."""
+        tables = {id(table): table.nbytes for table in self._tables}
+        return self._buffers.nbytes + sum(tables.values())
+
+    def forward(self, tokens: Sequence[int], position: int) -> int:
+        """Run all layers over ``tokens`` at ``position``; returns their number."""
+        count = len(tokens)
+        try:
+            self._buffers.tokens[:count] = tokens
+        except (OverflowError, ValueError):
+            raise ModelError(f"token ids {min(tokens)} to {max(tokens)} are not ids of this vocabulary") from None
+        first = 0
+        for split in self._splits:
+            self._run(first, split.ready, count, position)
+            self._run_split(split, count, position)
+            first = split.needed
+        self._run(first, self._length, count, position)
+        return count
+
+    def cache_bytes_read(self, position: int) -> int:
+        """Bytes of KV cache that decoding at ``position`` reads."""
+        hyper = self.model.hyper
+        per_token = 2 * 2 * hyper.kv_width
+        windows = (hyper.window if local else position for local in hyper.local_layers)
+        return sum(per_token * min(position, window) for window in windows)
+
+    def weight_bytes_per_token(self) -> float:
+        """Mean bytes of weights that one decoded token touches, with the density seen so far."""
+        density = self.density()
+        embedding_row = self.model.embedding.nbytes // self.model.embedding.rows
+        ffn = sum(layer.bytes_per_token(density) for layer in self._cold)
+        return self._writer.weight_bytes + self.head_matrix.nbytes + embedding_row + ffn + self.vram_bytes
+
+    def density(self) -> float:
+        """Share of FFN neurons that were computed so far (1 for dense modes)."""
+        total = self._program.total_neurons()
+        return self._program.active_neurons() / total if total else 1.0
+
+    def seconds(self) -> dict[str, float]:
+        """Time by part so far, in seconds."""
+        times = self._writer.labels.seconds([int(n) for n in self._program.nanoseconds()])
+        if self._hot:
+            times["hot"] = self._hot.seconds
+            times["waiting"] = self._hot.waiting_seconds
+        return times
+
+    def close(self) -> None:
+        """Release the hot device."""
+        if self._hot:
+            self._hot.close()
+
+    def _allocate_caches(self, context: int) -> list[KVCache]:
+        hyper = self.model.hyper
+        try:
+            return [KVCache(context, hyper.kv_heads, hyper.head_dim) for _ in range(hyper.layers)]
+        except MemoryError:
+            size = 4 * context * hyper.kv_width * hyper.layers
+            raise ModelError(
+                f"no memory for a KV cache of {size} bytes; ask for a shorter context (-c)"
+            ) from None
+
+    def _write(self) -> None:
+        self._writer.embed(self.model.embedding)
+        for index, layer in enumerate(self.model.layers):
+            window = self.model.hyper.window if self.model.hyper.local_layers[index] else 0
+            self._writer.attention(layer.attention, self._caches[index], self._tables[index], window)
+            self._write_ffn(index, layer)
+
+    def _write_ffn(self, index: int, layer: LayerWeights) -> None:
+        hot_neurons = self._hot.hot_neurons(index) if self._hot else 0
+        ffn = load_cold_ffn(self.model, index, self._pool, self._modes[index], hot_neurons)
+        self._cold.append(ffn)
+        writer = self._writer
+        quantized = ffn.quantized or hot_neurons > 0
+        writer.ffn_input(layer.ffn_norm, quantized=quantized)
+        ready = writer.builder.mark()
+        ffn.write(writer, self._buffers, layer.ffn_post_norm)
+        if not ffn.in_rows:
+            return
+        needed = writer.builder.mark()
+        writer.merge(layer.ffn_post_norm, hot=hot_neurons > 0, cold=ffn.neurons > 0)
+        if hot_neurons:
+            self._splits.append(_Split(index, ready, needed))
+
+    def _run(self, first: int, last: int, count: int, position: int) -> None:
+        self._program.run(self._pool, first, last, count, position)
+
+    def _run_split(self, split: _Split, count: int, position: int) -> None:
+        hot, buffers = self._hot, self._buffers
+        assert hot is not None and buffers.hot_out is not None
+        hot.launch(split.layer, buffers.normed[:count], buffers.normed_acts)
+        self._run(split.ready, split.needed, count, position)
+        hot.collect(buffers.hot_out[:count])

@@ -1,0 +1,70 @@
+"""The hot side: the neurons that a device other than the C kernels computes.
+
+This module imports no torch; :func:`open_hot_side` does, when a device is asked for.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from powerinfer_kernels import Activations
+
+from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.model import Model
+
+Floats = npt.NDArray[np.float32]
+DEVICES = ("none", "cpu", "cuda")
+
+
+class HotSide(Protocol):
+    """Computes the first neurons of each layer's FFN, while the caller computes the others."""
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, in bytes."""
+
+    @property
+    def seconds(self) -> float:
+        """Time the device has worked."""
+
+    @property
+    def waiting_seconds(self) -> float:
+        """Time the caller has waited in :meth:`collect`."""
+
+    def hot_neurons(self, layer: int) -> int:
+        """How many neurons of ``layer`` are computed here."""
+
+    def launch(self, layer: int, normed: Floats, acts: Activations | None) -> None:
+        """Begin ``layer`` for input rows ``normed`` (tokens, width), of which ``acts`` is the quantised copy."""
+
+    def collect(self, out: Floats) -> None:
+        """Wait for the launched layer and write its sum (tokens, width) to ``out``."""
+
+    def close(self) -> None:
+        """Free the device memory."""
+
+
+def open_hot_side(model: Model, device: str, vram: int | None, tokens: int) -> HotSide | None:
+    """The hot side of ``model`` on ``device``, or None where nothing is to be computed there.
+
+    ``vram`` limits its bytes by moving the split point of layers; ``tokens`` is the largest batch. Raises
+    HardwareError for a device that is not there or too small, or a model that has not been split.
+    """
+    if device not in DEVICES:
+        raise HardwareError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    if device == "none":
+        return None
+    if model.split is None:
+        raise HardwareError(
+            f"{model.path} is not a split file, so nothing can be placed on {device}; make one with "
+            "powerinfer plan and powerinfer convert, or use --device none"
+        )
+    try:
+        from powerinfer_tools.hot.executor import TorchHotSide
+    except ImportError as error:
+        raise HardwareError(
+            f"--device {device} needs torch, which is not installed ({error}); "
+            "pip install 'powerinfer[torch]', or use --device none"
+        ) from None
+    side = TorchHotSide.open(model, device, vram, tokens)
+    return side if side.nbytes else None

@@ -1,0 +1,125 @@
+"""The forward pass once more, in float64 and as plainly as possible: what every engine path is compared with.
+
+Weights are dequantised exactly; activations are never rounded. Slow, and meant for small models in tests.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from powerinfer_kernels import dequantize, reference
+
+from powerinfer_tools.architectures import ArchitectureSpec
+from powerinfer_tools.hyperparameters import Hyperparameters
+from powerinfer_tools.model import AttentionWeights, DenseFFN, LayerWeights, Model, Weight
+
+Array = npt.NDArray[np.float64]
+
+
+def forward(model: Model, tokens: list[int]) -> Array:
+    """Logits (tokens, vocabulary), float64, of every position of ``tokens`` (a source model or a split file)."""
+    hyper = model.hyper
+    x = matrix(model.embedding)[tokens] * hyper.embedding_scale
+    for index, layer in enumerate(model.layers):
+        x = x + attention_block(model, layer.attention, index, x)
+        x = x + ffn_block(hyper, layer, x)
+    x = rms_norm(x, model.output_norm, hyper.norm_eps)
+    logits = x @ matrix(model.head).T
+    if hyper.logit_softcap:
+        logits = hyper.logit_softcap * np.tanh(logits / hyper.logit_softcap)
+    return logits
+
+
+def matrix(weight: Weight) -> Array:
+    """``weight`` as float64 (rows, columns)."""
+    return dequantize(weight.data, weight.row_type, weight.rows, weight.columns).astype(np.float64)
+
+
+def rms_norm(x: Array, weight: npt.NDArray[np.float32], eps: float) -> Array:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467)."""
+    scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x / scale * weight.astype(np.float64)
+
+
+def attention_block(model: Model, w: AttentionWeights, index: int, x: Array) -> Array:
+    """What layer ``index``'s attention adds to the residual stream ``x`` (tokens, width)."""
+    hyper, eps, count = model.hyper, model.hyper.norm_eps, len(x)
+    normed = rms_norm(x, w.norm, eps)
+    query = _heads(_affine(normed, w.query, w.query_bias), hyper.heads)
+    key = _heads(_affine(normed, w.key, w.key_bias), hyper.kv_heads)
+    value = _heads(_affine(normed, w.value, w.value_bias), hyper.kv_heads)
+    if w.query_norm is not None and w.key_norm is not None:
+        query, key = rms_norm(query, w.query_norm, eps), rms_norm(key, w.key_norm, eps)
+    local = hyper.local_layers[index]
+    angles = _angles(model, count, local)
+    query, key = _rotate(query, angles, model.spec), _rotate(key, angles, model.spec)
+    group = hyper.heads // hyper.kv_heads
+    key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
+    scores = np.einsum("qhd,khd->hqk", query, key) * hyper.attention_scale
+    if hyper.attention_softcap:
+        scores = hyper.attention_softcap * np.tanh(scores / hyper.attention_softcap)
+    scores = np.where(_visible(count, hyper.window if local else 0), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    attended = np.einsum("hqk,khd->qhd", weights, value).reshape(count, -1)
+    out = _affine(attended, w.output, w.output_bias)
+    return out if w.post_norm is None else rms_norm(out, w.post_norm, eps)
+
+
+def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array) -> Array:
+    """What one layer's FFN adds to the residual stream ``x`` (tokens, width)."""
+    normed = rms_norm(x, layer.ffn_norm, hyper.norm_eps)
+    gate, up, down = ffn_matrices(layer)
+    hidden = reference.activate(normed @ gate.T, normed @ up.T, hyper.activation)
+    out: Array = hidden @ down
+    return out if layer.ffn_post_norm is None else rms_norm(out, layer.ffn_post_norm, hyper.norm_eps)
+
+
+def ffn_matrices(layer: LayerWeights) -> tuple[Array, Array, Array]:
+    """Gate, up and transposed down of one layer, each (neurons, width)."""
+    ffn = layer.ffn
+    if isinstance(ffn, DenseFFN):
+        return matrix(ffn.gate), matrix(ffn.up), matrix(ffn.down).T
+    return (
+        _split_rows(ffn.rows("gate", 0, ffn.neurons), ffn.gate_type, ffn.width),
+        _split_rows(ffn.rows("up", 0, ffn.neurons), ffn.up_type, ffn.width),
+        _split_rows(ffn.rows("down", 0, ffn.neurons), ffn.down_type, ffn.width),
+    )
+
+
+def _split_rows(rows: npt.NDArray[np.uint8], row_type: int, width: int) -> Array:
+    return dequantize(np.ascontiguousarray(rows), row_type, len(rows), width).astype(np.float64)
+
+
+def _affine(x: Array, weight: Weight, bias: npt.NDArray[np.float32] | None) -> Array:
+    out: Array = x @ matrix(weight).T
+    return out if bias is None else out + bias.astype(np.float64)
+
+
+def _heads(x: Array, heads: int) -> Array:
+    return x.reshape(len(x), heads, -1)
+
+
+def _visible(count: int, window: int) -> npt.NDArray[np.bool_]:
+    query, key = np.arange(count)[:, None], np.arange(count)[None, :]
+    return (key <= query) & ((query - key < window) if window else True)
+
+
+def _angles(model: Model, count: int, local: bool) -> Array:
+    hyper = model.hyper
+    base, scale = (hyper.rope_local_base, 1.0) if local else (hyper.rope_base, hyper.rope_scale)
+    frequencies = base ** -(np.arange(0, hyper.rope_dim, 2) / hyper.rope_dim) / scale
+    if model.rope_factors is not None and not local:
+        frequencies = frequencies / model.rope_factors
+    return np.outer(np.arange(count), frequencies)
+
+
+def _rotate(x: Array, angles: Array, spec: ArchitectureSpec) -> Array:
+    """Rotate the pairs of each head (tokens, heads, head_dim) by ``angles`` (tokens, rope_dim / 2)."""
+    half = angles.shape[1]
+    interleaved = spec.rope_style == "norm"
+    first = np.arange(half) * 2 if interleaved else np.arange(half)
+    second = first + (1 if interleaved else half)
+    cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
+    out = x.copy()
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., first] * sin + x[..., second] * cos
+    return out

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_kernels import Pool
+from powerinfer_kernels import Pool, read_bandwidth
 
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack, StackOptions
@@ -65,6 +65,15 @@ class Engine:
     def threads(self) -> int:
         """Threads that compute."""
         return self._pool.threads
+
+    @property
+    def batch(self) -> int:
+        """Largest number of prompt tokens processed at a time."""
+        return self._batch
+
+    def read_bandwidth(self) -> float:
+        """Measure the machine's read bandwidth with the engine's own threads, in bytes per second."""
+        return read_bandwidth(self._pool)
 
     @property
     def stack(self) -> LayerStack:

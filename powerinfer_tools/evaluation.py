@@ -1,0 +1,147 @@
+"""How good a model's predictions are: perplexity, and divergence from the dense source."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import CorpusError, ModelError
+from powerinfer_tools.progress import Progress, Silent
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of a text; ``running`` after each window, ``tokens`` how many were scored."""
+
+    perplexity: float
+    standard_error: float
+    chunks: int
+    tokens: int
+    context: int
+    running: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return vars(self) | {"running": list(self.running)}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model is from another over the same positions.
+
+    ``mean_kl`` is the mean of KL(base ‖ model) in nats, ``same_top`` the share of positions where both would
+    choose the same token greedily.
+    """
+
+    mean_kl: float
+    max_kl: float
+    same_top: float
+    positions: int
+    perplexity: float
+    base_perplexity: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dict(vars(self))
+
+
+def windows(tokens: Sequence[int], context: int, chunks: int | None, bos: int | None) -> list[list[int]]:
+    """Non-overlapping windows of ``context`` tokens; with ``bos``, it replaces the first token of each.
+
+    This is how llama.cpp's perplexity counts. Raises CorpusError for a text shorter than one window.
+    """
+    count = len(tokens) // context
+    if chunks is not None:
+        count = min(count, chunks)
+    if count < 1:
+        raise CorpusError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {context}; give more text or a smaller --ctx"
+        )
+    pieces = [list(tokens[i * context : (i + 1) * context]) for i in range(count)]
+    return [[bos, *piece[1:]] for piece in pieces] if bos is not None else pieces
+
+
+def perplexity(engine: Engine, pieces: Sequence[list[int]], progress: Progress | None = None) -> Perplexity:
+    """Perplexity over ``pieces`` (from :func:`windows`): the second half of each is scored.
+
+    exp of the mean of -ln p(token | the tokens of its window before it). Forgets the engine's cache.
+    """
+    progress = progress or Silent()
+    progress.start("perplexity", sum(map(len, pieces)), "tokens")
+    losses: list[Doubles] = []
+    running = []
+    for piece in pieces:
+        losses.append(np.concatenate([_losses(logits, targets) for logits, targets in _scored(engine, piece)]))
+        running.append(math.exp(np.concatenate(losses).mean()))
+        progress.advance(len(piece))
+    progress.finish()
+    every = np.concatenate(losses)
+    spread = float(every.std(ddof=1)) / math.sqrt(len(every)) if len(every) > 1 else 0.0
+    return Perplexity(running[-1], running[-1] * spread, len(pieces), len(every), len(pieces[0]), tuple(running))
+
+
+def divergence(
+    engine: Engine, base: Engine, pieces: Sequence[list[int]], progress: Progress | None = None
+) -> Divergence:
+    """Divergence of ``engine`` from ``base`` over the scored positions of ``pieces``."""
+    if engine.vocabulary != base.vocabulary:
+        raise ModelError(
+            f"{engine.model.path} has {engine.vocabulary} tokens and {base.model.path} {base.vocabulary}: "
+            "these models cannot be compared"
+        )
+    progress = progress or Silent()
+    progress.start("divergence", sum(map(len, pieces)), "tokens")
+    kl, same, losses, base_losses = [], [], [], []
+    for piece in pieces:
+        for (logits, targets), (base_logits, _) in zip(_scored(engine, piece), _scored(base, piece), strict=True):
+            model_log, base_log = _log_softmax(logits), _log_softmax(base_logits)
+            kl.append((np.exp(base_log) * (base_log - model_log)).sum(axis=1))
+            same.append(model_log.argmax(axis=1) == base_log.argmax(axis=1))
+            rows = np.arange(len(targets))
+            losses.append(-model_log[rows, targets])
+            base_losses.append(-base_log[rows, targets])
+        progress.advance(len(piece))
+    progress.finish()
+    every = np.concatenate(kl)
+    return Divergence(
+        mean_kl=float(every.mean()),
+        max_kl=float(every.max()),
+        same_top=float(np.concatenate(same).mean()),
+        positions=len(every),
+        perplexity=math.exp(np.concatenate(losses).mean()),
+        base_perplexity=math.exp(np.concatenate(base_losses).mean()),
+    )
+
+
+def _scored(engine: Engine, piece: list[int]) -> Iterator[tuple[Floats, npt.NDArray[np.int64]]]:
+    """Logits of the scored positions with the token that follows each: positions len/2 … len-2."""
+    first = len(piece) // 2
+    position = first
+    for logits in engine.score(piece, first):
+        rows = logits[: len(piece) - 1 - position]
+        if len(rows):
+            yield rows, np.asarray(piece[position + 1 : position + 1 + len(rows)], dtype=np.int64)
+        position += len(logits)
+
+
+def _losses(logits: Floats, targets: npt.NDArray[np.int64]) -> Doubles:
+    highest = logits.max(axis=1, keepdims=True)
+    total = np.exp((logits - highest).astype(np.float32)).sum(axis=1, dtype=np.float64)
+    chosen = logits[np.arange(len(targets)), targets].astype(np.float64) - highest[:, 0]
+    losses: Doubles = np.log(total) - chosen
+    if not np.isfinite(losses).all():
+        raise ModelError("the model's logits are not finite: its weights are damaged")
+    return losses
+
+
+def _log_softmax(logits: Floats) -> Doubles:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    result: Doubles = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result

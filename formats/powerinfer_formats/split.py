@@ -1,0 +1,300 @@
+"""A validated view of a split file: neurons sorted hottest first, hot rows plain, cold rows in bundles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powerinfer_formats import errors
+from powerinfer_formats import split_layout as names
+from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
+from powerinfer_formats.gguf_reader import GGUFFile, StringArray
+from powerinfer_formats.split_layout import BundleLayout, SplitHeader, bundle_layout
+
+__all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "bundle_layout"]
+
+T = TypeVar("T")
+_HASH_DIGITS = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True, eq=False)
+class SplitLayer:
+    """The FFN of one layer. Positions count from the hottest neuron; views are read-only.
+
+    ``order`` int32 [neurons] gives the original neuron at each position. ``hot`` holds the gate, up and
+    down rows of the hot neurons, uint8 [hot, row bytes] each; ``cold`` the records of the others, uint8
+    [cold, record_bytes], see ``layout``.
+    """
+
+    index: int
+    mode: str
+    neurons: int
+    hot_neurons: int
+    width: int
+    order: NDArray[np.int32]
+    layout: BundleLayout
+    hot: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
+    cold: NDArray[np.uint8]
+
+    @property
+    def gate_type(self) -> TensorType:
+        """Tensor type of the gate rows, hot and cold."""
+        return self.layout.types[0]
+
+    @property
+    def up_type(self) -> TensorType:
+        """Tensor type of the up rows, hot and cold."""
+        return self.layout.types[1]
+
+    @property
+    def down_type(self) -> TensorType:
+        """Tensor type of the down rows, hot and cold."""
+        return self.layout.types[2]
+
+    @property
+    def neuron_bytes(self) -> int:
+        """Bytes of the three rows of a neuron without padding."""
+        return sum(self.layout.row_sizes)
+
+    def rows(self, kind: str, first: int, last: int) -> NDArray[np.uint8]:
+        """Rows ``gate``, ``up`` or ``down`` of positions [first, last): uint8 [last − first, row bytes].
+
+        A view (not contiguous in the cold part); a copy where the range has hot and cold neurons.
+        """
+        if not 0 <= first <= last <= self.neurons:
+            raise IndexError(f"neurons {first} to {last} of {self.neurons}")
+        split = self.hot_neurons
+        hot = self.hot[names.KINDS.index(kind)][min(first, split) : min(last, split)]
+        records = self.cold[max(first, split) - split : max(last, split) - split]
+        cold = self.layout.rows(records, kind)
+        if not len(cold):
+            return hot
+        return np.concatenate((hot, cold)) if len(hot) else cold
+
+
+@dataclass(frozen=True, eq=False)
+class SplitFile:
+    """A split file whose every rule has been checked; ``gguf`` holds the other tensors and the metadata."""
+
+    gguf: GGUFFile
+    header: SplitHeader
+    layers: tuple[SplitLayer, ...]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open ``path``; the model's sizes are taken from its own metadata. Raises ``FormatError``."""
+        gguf = GGUFFile.open(path)
+        try:
+            architecture = gguf.get("general.architecture", str)
+            split = cls.read(
+                gguf,
+                layers=gguf.get(f"{architecture}.block_count", int),
+                neurons=gguf.get(f"{architecture}.feed_forward_length", int),
+                width=gguf.get(f"{architecture}.embedding_length", int),
+            )
+            if split is None:
+                raise errors.NotASplitFile(gguf.path, "is not a split file; powerinfer convert makes one")
+        except BaseException:
+            gguf.close()
+            raise
+        return split
+
+    @classmethod
+    def read(cls, gguf: GGUFFile, *, layers: int, neurons: int, width: int) -> Self | None:
+        """The split view of an open file, or None where it has no ``powerinfer.*`` keys at all."""
+        if not is_split(gguf):
+            return None
+        checker = _Checker(gguf, layers, neurons, width)
+        header = checker.header()
+        return cls(gguf, header, tuple(checker.layer(index, header) for index in range(layers)))
+
+    @property
+    def source_fingerprint(self) -> str:
+        """Fingerprint of the model that was converted."""
+        return self.header.source_fingerprint
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The mode of each layer."""
+        return self.header.modes
+
+    @property
+    def group(self) -> int:
+        """Neurons that are placed together: hot counts are multiples of it, or all."""
+        return self.header.group
+
+    @property
+    def hot_neurons(self) -> tuple[int, ...]:
+        """Hot neurons of each layer, as planned."""
+        return self.header.hot_neurons
+
+    def layer(self, index: int) -> SplitLayer:
+        """The FFN of layer ``index``."""
+        return self.layers[index]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.gguf.close()
+
+
+def is_split(gguf: GGUFFile) -> bool:
+    """Whether the file claims to be a split file."""
+    return any(key.startswith("powerinfer.") for key in gguf.metadata)
+
+
+class _Checker:
+    """Judges one file against the sizes that its model has."""
+
+    def __init__(self, gguf: GGUFFile, layers: int, neurons: int, width: int) -> None:
+        self.gguf = gguf
+        self.layers = layers
+        self.neurons = neurons
+        self.width = width
+
+    def header(self) -> SplitHeader:
+        gguf = self.gguf
+        version = gguf.get(names.KEY_VERSION, int)
+        if version != names.VERSION:
+            raise errors.UnsupportedVersion(
+                gguf.path,
+                f"is a split file of version {version}, this program reads {names.VERSION}; convert again",
+            )
+        group = gguf.get(names.KEY_GROUP, int)
+        if not 1 <= group <= self.neurons:
+            self.fail(names.KEY_GROUP, f"is {group}, expected 1 to {self.neurons}")
+        modes = self._strings(names.KEY_MODE)
+        for layer, mode in enumerate(self._per_layer(names.KEY_MODE, modes)):
+            if mode not in names.MODES:
+                self.fail(
+                    names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(names.MODES)}"
+                )
+        return SplitHeader(
+            source_fingerprint=self._digest(names.KEY_SOURCE, gguf.get(names.KEY_SOURCE, str)),
+            activation=gguf.get(names.KEY_ACTIVATION, str),
+            group=group,
+            hot_neurons=self._hot_neurons(group),
+            modes=tuple(modes),
+            types=self._types(),
+            requantization_error=self._errors(),
+            tool_version=gguf.get(names.KEY_TOOL_VERSION, str),
+            corpus_hashes=tuple(
+                self._digest(names.KEY_CORPUS_HASHES, text) for text in self._strings(names.KEY_CORPUS_HASHES)
+            ),
+            corpus_tokens=gguf.get(names.KEY_CORPUS_TOKENS, int),
+        )
+
+    def layer(self, index: int, header: SplitHeader) -> SplitLayer:
+        hot, cold = header.hot_neurons[index], self.neurons - header.hot_neurons[index]
+        try:
+            layout = bundle_layout(*header.types[index], self.width)
+        except ValueError as error:
+            self.fail(names.KEY_FFN_TYPES, f"does not suit layer {index}: {error}")
+        for name in names.source_names(index):
+            self._absent(name, "the rows are in the hot and cold parts")
+        gate, up, down = (
+            self._rows(names.hot_name(index, kind), hot, self.width, row_type, size)
+            for kind, row_type, size in zip(names.KINDS, layout.types, layout.row_sizes, strict=True)
+        )
+        record = layout.record_bytes
+        return SplitLayer(
+            index=index,
+            mode=header.modes[index],
+            neurons=self.neurons,
+            hot_neurons=hot,
+            width=self.width,
+            order=self._order(index),
+            layout=layout,
+            hot=(gate, up, down),
+            cold=self._rows(names.bundle_name(index), cold, record, TensorType.I8, record),
+        )
+
+    def _order(self, index: int) -> NDArray[np.int32]:
+        name = names.order_name(index)
+        data = self.gguf.tensor(name, shape=(self.neurons,), types={TensorType.I32})
+        order = data.view("<i4")
+        seen = np.zeros(self.neurons, np.bool_)
+        inside = order[(order >= 0) & (order < self.neurons)]
+        seen[inside] = True
+        if not seen.all():
+            missing = int(np.flatnonzero(~seen)[0])
+            raise errors.NotAPermutation(
+                self.gguf.path,
+                f"tensor {name!r} is not a permutation of {self.neurons} neurons: {missing} is missing",
+            )
+        return order
+
+    def _rows(self, name: str, rows: int, columns: int, row_type: TensorType, size: int) -> NDArray[np.uint8]:
+        if rows == 0:
+            self._absent(name, "the layer has no neurons there")
+            empty = np.zeros((0, size), np.uint8)
+            empty.flags.writeable = False
+            return empty
+        return self.gguf.tensor(name, shape=(rows, columns), types={row_type}).reshape(rows, size)
+
+    def _absent(self, name: str, why: str) -> None:
+        if name in self.gguf.tensors:
+            raise errors.UnexpectedTensor(
+                self.gguf.path, f"has a tensor {name!r}, which must not be there: {why}"
+            )
+
+    def _hot_neurons(self, group: int) -> tuple[int, ...]:
+        hot = self._integers(names.KEY_HOT_NEURONS)
+        for layer, count in enumerate(self._per_layer(names.KEY_HOT_NEURONS, hot)):
+            if count > self.neurons or (count % group and count != self.neurons):
+                self.fail(
+                    names.KEY_HOT_NEURONS,
+                    f"has {count} for layer {layer}, expected a multiple of {group} up to {self.neurons}, or all",
+                )
+        return tuple(hot)
+
+    def _types(self) -> tuple[tuple[TensorType, TensorType, TensorType], ...]:
+        numbers = self._integers(names.KEY_FFN_TYPES)
+        if len(numbers) != 3 * self.layers:
+            self.fail(
+                names.KEY_FFN_TYPES, f"has {len(numbers)} values, expected 3 for each of {self.layers} layers"
+            )
+        for number in numbers:
+            if number not in BLOCK_SHAPES:
+                self.fail(names.KEY_FFN_TYPES, f"has the type {number}, which ggml does not define")
+        kinds = [TensorType(number) for number in numbers]
+        return tuple((kinds[i], kinds[i + 1], kinds[i + 2]) for i in range(0, len(kinds), 3))
+
+    def _errors(self) -> tuple[float, ...]:
+        key = names.KEY_REQUANTIZATION_ERROR
+        values = self.gguf.get(key, np.ndarray)
+        if values.dtype != np.float32:
+            raise errors.WrongKeyType(
+                self.gguf.path, f"metadata {key!r} has {values.dtype} values, expected FLOAT32"
+            )
+        if not np.isfinite(values).all() or (values < 0).any():
+            self.fail(key, "has a value that is not finite or is negative")
+        return tuple(self._per_layer(key, values.tolist()))
+
+    def _integers(self, key: str) -> list[int]:
+        values = self.gguf.get(key, np.ndarray)
+        if values.dtype != np.uint32:
+            raise errors.WrongKeyType(
+                self.gguf.path, f"metadata {key!r} has {values.dtype} values, expected UINT32"
+            )
+        return [int(value) for value in values]
+
+    def _strings(self, key: str) -> list[str]:
+        return list(self.gguf.get(key, StringArray))
+
+    def _per_layer(self, key: str, values: Sequence[T]) -> Sequence[T]:
+        if len(values) != self.layers:
+            self.fail(key, f"has {len(values)} values, expected one for each of {self.layers} layers")
+        return values
+
+    def _digest(self, key: str, text: str) -> str:
+        if len(text) != 64 or not _HASH_DIGITS.issuperset(text):
+            self.fail(key, f"is {text!r}, expected 64 hexadecimal digits")
+        return text
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        raise errors.BadValue(self.gguf.path, f"metadata {key!r} {problem}")

@@ -1,0 +1,74 @@
+"""Cutting special tokens out of a text before it is tokenised, in llama.cpp's order.
+
+The longest special token is looked for first, in the whole text; then the next in what is left, and so on.
+That differs from scanning once and taking the longest at each place: `abcd` beats `xab` in "xabcd".
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from powerinfer_tools.text.special_tokens import TokenType
+from powerinfer_tools.text.vocabulary import Vocabulary
+
+Fragment = str | int
+"""A piece of text still to be tokenised, or the id of a special token."""
+
+_WHITE_SPACE = " \t\n\v\f\r"  # what C's isspace() accepts: other Unicode spaces are kept
+_PREFIX = 4
+
+
+class SpecialPartition:
+    """Finds user-defined tokens always, control and unknown tokens only where the caller trusts the text."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._texts = vocabulary.texts
+        self._strips_left = vocabulary.strips_left
+        self._strips_right = vocabulary.strips_right
+        always = [i for i, type_ in enumerate(vocabulary.types) if type_ == TokenType.USER_DEFINED]
+        trusted = [i for i, t in enumerate(vocabulary.types) if t in (TokenType.CONTROL, TokenType.UNKNOWN)]
+        self._always = self._group(always)
+        self._all = self._group(always + trusted)
+
+    def _group(self, tokens: Sequence[int]) -> dict[str, list[int]]:
+        """Tokens by the first characters of their text, so that a text without those is passed quickly.
+
+        Some vocabularies have thousands of special tokens, but in a few dozen groups.
+        """
+        groups: dict[str, list[int]] = defaultdict(list)
+        for token in tokens:
+            groups[self._texts[token][:_PREFIX]].append(token)
+        return dict(groups)
+
+    def split(self, text: str, *, parse_special: bool) -> list[Fragment]:
+        """`text` as fragments in order. Empty text gives no fragments."""
+        groups = self._all if parse_special else self._always
+        present = [
+            token
+            for prefix, tokens in groups.items()
+            if prefix in text
+            for token in tokens
+            if self._texts[token] in text
+        ]
+        present.sort(key=lambda token: (-len(self._texts[token].encode()), token))
+        fragments: list[Fragment] = [text] if text else []
+        for token in present:
+            fragments = [
+                part
+                for fragment in fragments
+                for part in (self._cut(fragment, token) if isinstance(fragment, str) else (fragment,))
+            ]
+        return fragments
+
+    def _cut(self, text: str, token: int) -> list[Fragment]:
+        pieces = text.split(self._texts[token])
+        parts: list[Fragment] = []
+        for index, piece in enumerate(pieces):
+            if index > 0:
+                parts.append(token)
+                if token in self._strips_right:
+                    piece = piece.lstrip(_WHITE_SPACE)
+            if index < len(pieces) - 1 and token in self._strips_left:
+                piece = piece.rstrip(_WHITE_SPACE)
+            if piece:
+                parts.append(piece)
+        return parts

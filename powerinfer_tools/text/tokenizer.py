@@ -1,0 +1,102 @@
+"""The tokeniser of a model, from its GGUF metadata; ids agree exactly with llama.cpp's."""
+
+from collections.abc import Iterable
+
+from powerinfer_tools.errors import TokenizerError
+from powerinfer_tools.text.byte_pair import BytePairEncoder
+from powerinfer_tools.text.partition import SpecialPartition
+from powerinfer_tools.text.pieces import Pieces, StreamDecoder
+from powerinfer_tools.text.score_merging import ScoreEncoder
+from powerinfer_tools.text.vocabulary import MetadataSource, Vocabulary
+
+
+class Tokenizer:
+    """Text ↔ token ids of one vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.tokens = vocabulary
+        self._partition = SpecialPartition(vocabulary)
+        self._pieces = Pieces(vocabulary)
+        self._encoder = BytePairEncoder(vocabulary) if vocabulary.kind == "bpe" else ScoreEncoder(vocabulary)
+
+    @classmethod
+    def from_gguf(cls, gguf: MetadataSource) -> "Tokenizer":
+        """The tokeniser of an opened GGUF file. Raises TokenizerError: unsupported, inconsistent or
+        missing."""
+        return cls(Vocabulary.from_gguf(gguf))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return len(self.tokens)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The beginning-of-text token, if there is one."""
+        return self.tokens.bos_id
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """All tokens that end a generation: end of text, of turn, of message, …"""
+        return self.tokens.end_ids
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model wants its beginning-of-text token in front of every text."""
+        return self.tokens.add_bos
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know about this vocabulary: oddities that were passed over, not silently."""
+        return self.tokens.notices
+
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """Ids of `text`.
+
+        add_bos: whether to put the model's beginning-of-text token in front (and, where the model asks for
+        it, its end-of-text token behind); None does as the model says. parse_special: whether control tokens
+        written in the text (`<|im_start|>`) are taken as such; not for text that is not trusted. Raises
+        TokenizerError for text with lone surrogates and for add_bos without such a token.
+        """
+        _check_encodable(text)
+        ids: list[int] = []
+        if self.tokens.add_bos if add_bos is None else add_bos:
+            if self.tokens.bos_id is None:
+                raise TokenizerError("this vocabulary has no beginning-of-text token to add")
+            ids.append(self.tokens.bos_id)
+        after_special = True  # SPM puts a space in front of a text's first word, and after a special token
+        for fragment in self._partition.split(text, parse_special=parse_special):
+            if isinstance(fragment, int):
+                ids.append(fragment)
+                after_special = True
+                continue
+            prefix = " " if self.tokens.add_space_prefix and after_special else ""
+            ids += self._encoder.encode(prefix + fragment)
+            after_special = False
+        if self.tokens.add_eos and add_bos is not False and self.tokens.eos_id is not None:
+            ids.append(self.tokens.eos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, show_special: bool = False) -> str:
+        """The text of `ids`, taken as a whole text: the space that SPM puts in front is dropped again."""
+        decoder = StreamDecoder(
+            self._pieces, show_special=show_special, drop_leading_space=self.tokens.add_space_prefix
+        )
+        return decoder.push_all(ids) + decoder.finish()
+
+    def stream(self, *, show_special: bool = False) -> StreamDecoder:
+        """A decoder for ids that continue a text: its leading space is kept, control tokens are hidden."""
+        return StreamDecoder(self._pieces, show_special=show_special)
+
+    def token_text(self, token: int) -> str:
+        """One token for people to read: control tokens as written, incomplete characters as U+FFFD."""
+        return self._pieces.of(token, show_special=True).decode(errors="replace")
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text is not valid Unicode: lone surrogate at character {error.start}"
+        ) from None

@@ -1,0 +1,221 @@
+"""The vocabulary of a GGUF file: token texts, types, scores and special ids, checked before use."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.errors import TokenizerError
+from powerinfer_tools.text.pretokenizers import PreTokenizer, pre_tokenizer
+from powerinfer_tools.text.special_tokens import TokenType, settle_types_and_ends
+
+Kind = Literal["bpe", "spm"]
+
+_SPECIAL_KEYS = (
+    "bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id", "unknown_token_id", "padding_token_id",
+    "prefix_token_id", "suffix_token_id", "middle_token_id", "fim_pre_token_id", "fim_suf_token_id",
+    "fim_mid_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id",
+)  # fmt: skip
+# What llama.cpp assumes where a file does not name these ids.
+_DEFAULT_IDS: Mapping[Kind, Mapping[str, int]] = {
+    "bpe": {"bos_token_id": 11, "eos_token_id": 11},
+    "spm": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
+}
+_ABSENT = object()
+
+
+class MetadataSource(Protocol):
+    """What is needed of an opened GGUF file."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """All metadata of the file by key."""
+        ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token `i` has text `texts[i]`, type `types[i]` (a TokenType) and, in an SPM vocabulary, `scores[i]`.
+
+    Each character of a byte-level (bpe) text stands for one byte; SPM texts write a space as "▁".
+    """
+
+    kind: Kind
+    texts: Sequence[str]
+    ids: Mapping[str, int]
+    types: Sequence[int]
+    scores: npt.NDArray[np.float32] | None
+    merges: Sequence[str]
+    pre: PreTokenizer | None
+    bos_id: int | None
+    eos_id: int | None
+    end_ids: frozenset[int]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    strips_left: frozenset[int] = field(default=frozenset())
+    strips_right: frozenset[int] = field(default=frozenset())
+    notices: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @classmethod
+    def from_gguf(cls, gguf: MetadataSource) -> "Vocabulary":
+        """Read and check the `tokenizer.ggml.*` metadata. Raises TokenizerError."""
+        return _Reader(gguf.metadata).read()
+
+
+class _Reader:
+    """Reads one file's metadata; collects what a user should know in `notices`."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = metadata
+        self.notices: list[str] = []
+
+    def read(self) -> Vocabulary:
+        kind = self.kind()
+        texts = self.texts()
+        ids = {text: index for index, text in enumerate(texts)}
+        if len(ids) != len(texts):
+            raise TokenizerError(_duplicate_message(texts, ids))
+        pre = self.pre() if kind == "bpe" else None
+        types = self.types(len(texts))
+        named = self.named_ids(kind, len(texts))
+        end_ids = settle_types_and_ends(ids, types, named)
+        bos_id, eos_id = named.get("bos_token_id"), named.get("eos_token_id")
+        add_bos = self.flag("add_bos_token", kind == "spm" or (pre is not None and pre.add_bos))
+        add_eos = self.flag("add_eos_token", False)
+        if (add_bos and bos_id is None) or (add_eos and eos_id is None):
+            raise TokenizerError(
+                "the file asks for a beginning- or end-of-text token to be added, but names no such token"
+            )
+        left, right = self.stripping(ids, types)
+        return Vocabulary(
+            kind=kind, texts=texts, ids=ids, types=types, scores=self.scores(len(texts)),
+            merges=self.strings("merges") if kind == "bpe" else (), pre=pre, bos_id=bos_id, eos_id=eos_id,
+            end_ids=end_ids, add_bos=add_bos, add_eos=add_eos,
+            add_space_prefix=self.flag("add_space_prefix", kind == "spm") and kind == "spm",
+            strips_left=left, strips_right=right, notices=tuple(self.notices),
+        )  # fmt: skip
+
+    def value(self, key: str, default: Any = _ABSENT) -> Any:
+        value = self.metadata.get(f"tokenizer.ggml.{key}", default)
+        if value is _ABSENT:
+            raise TokenizerError(f"the file has no tokenizer.ggml.{key}: it carries no usable vocabulary")
+        return value
+
+    def kind(self) -> Kind:
+        model = self.value("model")
+        if model == "gpt2":
+            return "bpe"
+        if model == "llama":
+            return "spm"
+        raise TokenizerError(f"vocabulary type {model!r} (tokenizer.ggml.model) is not supported; "
+                             "supported are: gpt2 (byte-level BPE), llama (SPM)")  # fmt: skip
+
+    def pre(self) -> PreTokenizer:
+        name = self.value("pre", "")
+        if not isinstance(name, str):
+            raise TokenizerError("tokenizer.ggml.pre is not a string")
+        if not name:
+            self.notices.append(
+                "the file names no pre-tokeniser (tokenizer.ggml.pre); llama.cpp's default is used, which may "
+                "not be what the model was trained with"
+            )
+        return pre_tokenizer(name or "default")
+
+    def strings(self, key: str) -> list[str]:
+        values = self.value(key)
+        if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
+            raise TokenizerError(f"tokenizer.ggml.{key} is not an array of strings")
+        if all(isinstance(value, str) for value in values):
+            return list(values)
+        try:
+            return [value if isinstance(value, str) else bytes(value).decode() for value in values]
+        except (UnicodeDecodeError, TypeError, ValueError) as error:
+            raise TokenizerError(f"tokenizer.ggml.{key} holds a string that is not UTF-8: {error}") from None
+
+    def texts(self) -> list[str]:
+        texts = self.strings("tokens")
+        if not texts:
+            raise TokenizerError("tokenizer.ggml.tokens is empty")
+        return texts if all(texts) else [text or f"[EMPTY_{index}]" for index, text in enumerate(texts)]
+
+    def numbers(self, key: str, count: int) -> npt.NDArray[Any] | None:
+        values = self.value(key, None)
+        if values is None:
+            return None
+        array = np.asarray(values)
+        if array.ndim != 1 or array.dtype.kind not in "iuf":
+            raise TokenizerError(f"tokenizer.ggml.{key} is not an array of numbers")
+        if len(array) < count:
+            raise TokenizerError(f"tokenizer.ggml.{key} has {len(array)} entries for {count} tokens")
+        return array[:count]
+
+    def types(self, count: int) -> list[int]:
+        types = self.numbers("token_type", count)
+        if types is None:
+            return [TokenType.NORMAL] * count
+        if types.dtype.kind == "f":
+            raise TokenizerError("tokenizer.ggml.token_type is not an array of integers")
+        known = (types >= min(TokenType)) & (types <= max(TokenType))
+        result: list[int] = np.where(known, types, TokenType.UNDEFINED).tolist()
+        return result
+
+    def scores(self, count: int) -> npt.NDArray[np.float32] | None:
+        scores = self.numbers("scores", count)
+        if scores is None:
+            return None
+        scores = scores.astype(np.float32)
+        if not np.isfinite(scores).all():
+            index = int(np.argmin(np.isfinite(scores)))
+            raise TokenizerError(f"tokenizer.ggml.scores[{index}] is not finite")
+        return scores
+
+    def named_ids(self, kind: Kind, count: int) -> dict[str, int]:
+        named = {key: token for key, token in _DEFAULT_IDS[kind].items() if token < count}
+        for key in _SPECIAL_KEYS:
+            token = self.value(key, None)
+            if token is None:
+                continue
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise TokenizerError(f"tokenizer.ggml.{key} is not an integer")
+            if 0 <= token < count:
+                named[key] = int(token)
+            else:
+                self.notices.append(f"tokenizer.ggml.{key} = {token} is beyond the {count} tokens: not used")
+        return named
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.value(key, default)
+        if not isinstance(value, bool | np.bool_):
+            raise TokenizerError(f"tokenizer.ggml.{key} is not a boolean")
+        return bool(value)
+
+    def stripping(
+        self, ids: Mapping[str, int], types: Sequence[int]
+    ) -> tuple[frozenset[int], frozenset[int]]:
+        """Special tokens that swallow the white space on their left or right.
+
+        GGUF does not carry these attributes; llama.cpp knows two families by name.
+        """
+        name = str(self.metadata.get("general.name", "")).lower()
+        if any(part in str(self.value("pre", "")) for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):
+            return frozenset({ids["<mask>"]} if "<mask>" in ids else ()), frozenset()
+        if "phi-3" in name or "phi3" in name:
+            special = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+            right = {index for index, type_ in enumerate(types) if type_ in special}
+            right |= {ids[text] for text in ("</s>",) if text in ids}
+            right -= {ids[text] for text in ("<unk>", "<s>", "<|endoftext|>") if text in ids}
+            return frozenset(), frozenset(right)
+        if "modern-bert" in name:
+            return frozenset({ids["[MASK]"]} if "[MASK]" in ids else ()), frozenset()
+        return frozenset(), frozenset()
+
+
+def _duplicate_message(texts: Sequence[str], ids: Mapping[str, int]) -> str:
+    first = next(index for index, text in enumerate(texts) if ids[text] != index)
+    return f"tokens {first} and {ids[texts[first]]} have the same text {texts[first]!r}"

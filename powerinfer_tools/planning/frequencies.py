@@ -1,0 +1,57 @@
+"""Activation frequencies of a model, from its profile, from published figures, or unknown."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.planning.shapes import ModelShape
+from powerinfer_tools.planning.sparsity import published_frequencies
+
+if TYPE_CHECKING:
+    from powerinfer_formats.profile import Profile
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """``layers``: the share of tokens for which each neuron was active, [neurons] descending, or None when
+    nothing is known. ``source`` says where they come from."""
+
+    layers: tuple[Vector, ...] | None
+    source: str
+
+
+def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequencies:
+    """Frequencies of ``shape`` from its profile; without one, from published figures where there are any.
+
+    Raises PlanError for a profile of another model.
+    """
+    if profile is not None:
+        _check_profile(shape, profile)
+        layers = tuple(_sorted_frequencies(profile, index) for index in range(len(shape.layers)))
+        return Frequencies(layers, f"profile of {profile.tokens:,} tokens")
+    if shape.sparsity is not None:
+        curve = published_frequencies(shape.layers[0].neurons, shape.sparsity)
+        return Frequencies((curve,) * len(shape.layers), shape.sparsity.source)
+    return Frequencies(None, "unknown: no profile")
+
+
+def _sorted_frequencies(profile: "Profile", index: int) -> Vector:
+    frequency = np.asarray(profile.frequency(index), dtype=np.float64)
+    return np.ascontiguousarray(frequency[profile.order(index)])
+
+
+def _check_profile(shape: ModelShape, profile: "Profile") -> None:
+    if shape.fingerprint is not None and profile.fingerprint != shape.fingerprint:
+        raise PlanError(f"the profile was made for {profile.model_name} ({profile.fingerprint[:12]}…), not for "
+                        f"{shape.name} ({shape.fingerprint[:12]}…); make one with powerinfer profile")
+    counts = [len(profile.frequency(index)) for index in range(profile.layers)]
+    if counts != [layer.neurons for layer in shape.layers]:
+        raise PlanError(f"the profile of {profile.model_name} has {len(counts)} layers of up to {max(counts)} "
+                        f"neurons; {shape.name} has {len(shape.layers)} of {shape.layers[0].neurons}")
+    if profile.tokens < 1:
+        raise PlanError(f"the profile of {profile.model_name} counts no tokens")

@@ -1,0 +1,81 @@
+"""Memory of a model at work, to the byte: what every unit takes in RAM and in VRAM.
+
+The counts follow the engine: matrices packed as tiles of 16 rows, neurons of both sides as rows without padding, a
+half-precision KV cache allocated for the whole context, and scratch for one batch of tokens. Not in the budgets:
+code, Python itself, the CUDA context, and pages of the mapped model file, which the system can drop at any time.
+"""
+
+from dataclasses import dataclass
+
+from powerinfer_tools.planning.shapes import TILE_ROWS, LayerShape, ModelShape, round_up
+
+_F32 = 4
+_F16 = 2
+_BLOCK = 32
+#: Hot rows that the accelerator unpacks at a time, and rows of logits that the head computes at a time; the engine's
+#: own numbers, compared with it by a test.
+CHUNK_ROWS = 512
+HEAD_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the memory is for: ``context`` positions, prompts in pieces of ``batch`` tokens."""
+
+    context: int
+    batch: int = 512
+
+
+def kv_cache_bytes(shape: ModelShape, context: int) -> int:
+    """Bytes of the KV cache of one layer: half precision, keys in tiles of 16 positions."""
+    per_position = shape.kv_heads * shape.head_dim * _F16
+    return per_position * (round_up(context, TILE_ROWS) + context)
+
+
+def attention_bytes(layer: LayerShape) -> int:
+    """Bytes of one attention block (packed matrices) with the layer's norms and biases."""
+    return sum(matrix.packed_nbytes for matrix in layer.attention) + layer.vector_bytes
+
+
+def embedding_bytes(shape: ModelShape) -> int:
+    """Bytes of the token embedding, and of learned positions where the model has them."""
+    return shape.embedding.nbytes + shape.position_bytes
+
+
+def output_norm_bytes(shape: ModelShape) -> int:
+    """Bytes of the final norm (F32)."""
+    return _F32 * shape.width
+
+
+def cpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
+    """Activations of one batch on the CPU side: the stream, its norm, a block's output and the hot side's part;
+    queries and attention output; keys and values; gate and up of all neurons; quantised copies of the three inputs
+    of matrices; token ids; and the head's input and logits."""
+    neurons = max(layer.neurons for layer in shape.layers)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    values = 4 * shape.width + 2 * queries + 2 * keys + 2 * neurons
+    quantised = sum(_quantised_bytes(columns) for columns in (shape.width, queries, neurons))
+    head = _F32 * (shape.width + shape.vocabulary) + _quantised_bytes(shape.width)
+    return batch * (_F32 + _F32 * values + quantised) + HEAD_ROWS * head
+
+
+def _quantised_bytes(columns: int) -> int:
+    """One row of quantised activations: a byte per value, two floats per block. Widths without whole blocks have
+    no quantised copy."""
+    return columns + 2 * _F32 * (columns // _BLOCK) if columns % _BLOCK == 0 else 0
+
+
+def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
+    """Scratch of the hot side: input and output of one layer and three products of a chunk of neurons for
+    ``batch`` tokens, and a chunk of rows unpacked to float32 with twice as much for the steps of unpacking."""
+    chunk = min(CHUNK_ROWS, max(layer.neurons for layer in shape.layers))
+    return _F32 * (batch * (2 * shape.width + 3 * chunk) + 3 * chunk * shape.width)
+
+
+def fixed_ram_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
+    """RAM of the units that always stay on the CPU, by name."""
+    return {
+        "embedding": embedding_bytes(shape),
+        "output_norm": output_norm_bytes(shape),
+        "scratch": cpu_scratch_bytes(shape, workload.batch),
+    }

@@ -1,0 +1,126 @@
+"""From tables of levels to a placement: solve the problem for every home of the residual stream, keep the best."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.planning.costs import Machine
+from powerinfer_tools.planning.greedy import greedy_choices
+from powerinfer_tools.planning.hull import relax
+from powerinfer_tools.planning.levels import Home, LevelOptions, LevelTable, head_levels, layer_levels
+from powerinfer_tools.planning.memory import Workload
+from powerinfer_tools.planning.milp import Solution, SolverOptions, solve
+from powerinfer_tools.planning.problem import Problem, Unit
+from powerinfer_tools.planning.shapes import LayerShape, ModelShape, NeuronBytes
+
+Vector = npt.NDArray[np.float64]
+Objective = Literal["time", "frequency"]
+
+
+@dataclass(frozen=True)
+class Capacities:
+    """Bytes left for the units that the solver places, after what is fixed."""
+
+    vram: int
+    ram: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A solved placement. ``tables`` and ``solution.choice`` hold the layers in order, then the head.
+    ``greedy`` is the value of each simple placement, None where it breaks a budget."""
+
+    tables: tuple[LevelTable, ...]
+    solution: Solution
+    greedy: dict[str, float | None]
+    home: Home
+
+    @property
+    def seconds(self) -> float:
+        """Time of one token."""
+        return sum(float(t.seconds[k]) for t, k in zip(self.tables, self.solution.choice, strict=True))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the tables are made from. ``frequencies`` [layers] of descending [neurons], or None."""
+
+    shape: ModelShape
+    machine: Machine
+    workload: Workload
+    frequencies: tuple[Vector, ...] | None
+    sizes: tuple[NeuronBytes, ...]
+
+
+def best_placement(
+    inputs: Inputs,
+    capacities: Capacities,
+    options: LevelOptions,
+    objective: Objective,
+    solver: SolverOptions,
+) -> Placement:
+    """The placement of least value over both homes of the residual stream (the accelerator can only be home when
+    attention may be placed there).
+
+    Raises PlanError with the numbers when the RAM does not hold what the VRAM cannot take.
+    """
+    homes: tuple[Home, ...] = ("cpu", "gpu") if "attention" in options.placeable else ("cpu",)
+    found = [_placement(inputs, capacities, replace(options, home=h), objective, solver) for h in homes]
+    return min(found, key=lambda placement: placement.solution.value)
+
+
+def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...]:
+    """Tables of all layers, then of the head. Equal layers share one table's arrays."""
+    known: dict[tuple[LayerShape, NeuronBytes, bytes], LevelTable] = {}
+    tables = []
+    for index, layer in enumerate(inputs.shape.layers):
+        frequencies = None if inputs.frequencies is None else inputs.frequencies[index]
+        key = (layer, inputs.sizes[index], b"" if frequencies is None else frequencies.tobytes())
+        if key not in known:
+            known[key] = layer_levels(
+                index, inputs.shape, frequencies, inputs.sizes[index], inputs.machine, inputs.workload, options
+            )
+        tables.append(replace(known[key], unit=f"layer {index}"))
+    return (*tables, head_levels(inputs.shape, inputs.machine, options))
+
+
+def as_problem(tables: Sequence[LevelTable], capacities: Capacities, objective: Objective) -> Problem:
+    """The tables as a problem: values are seconds, or active neurons that are left to the CPU."""
+    units = []
+    for table in tables:
+        value = table.seconds if objective == "time" else table.total_activations - table.activations
+        units.append(Unit(table.unit, value, table.vram, table.ram))
+    return Problem(tuple(units), capacities.vram, capacities.ram)
+
+
+def _placement(
+    inputs: Inputs, capacities: Capacities, options: LevelOptions, objective: Objective, solver: SolverOptions
+) -> Placement:
+    tables = level_tables(inputs, options)
+    problem = as_problem(tables, capacities, objective)
+    choices = greedy_choices(tables, problem)
+    greedy = {name: problem.value(choice) if problem.fits(choice) else None for name, choice in choices.items()}
+    starts = [choice for choice in choices.values() if problem.fits(choice)]
+    if not starts:
+        starts = [_least_ram(problem)]
+    solution = solve(problem, min(starts, key=problem.value), solver)
+    return Placement(tables, solution, greedy, options.home)
+
+
+def _least_ram(problem: Problem) -> tuple[int, ...]:
+    """The placement that leaves least in RAM; PlanError with the numbers when that is still too much."""
+    units = tuple(replace(unit, value=unit.ram.astype(np.float64)) for unit in problem.units)
+    relaxed = relax(replace(problem, units=units))
+    if relaxed is None:
+        raise PlanError(f"the VRAM budget leaves {problem.vram_capacity} bytes, too little for any placement")
+    vram, ram = problem.bytes_used(relaxed.choice)
+    if ram > problem.ram_capacity:
+        raise PlanError(
+            f"the model does not fit: with {vram:,} bytes in VRAM it needs {ram:,} bytes of RAM for layers and head, "
+            f"and the budget leaves {problem.ram_capacity:,}; give more --ram or --vram, or a smaller --ctx"
+        )
+    return relaxed.choice

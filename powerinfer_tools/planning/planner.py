@@ -1,0 +1,187 @@
+"""make_plan: a shape, a profile, a machine and budgets in; a placement with its memory, speed and verdict out.
+
+Pure: reads no files and measures nothing. Equal inputs give equal outcomes, byte for byte once written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from powerinfer_formats.block_types import TensorType
+
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.planning import memory
+from powerinfer_tools.planning.costs import Machine
+from powerinfer_tools.planning.frequencies import Frequencies
+from powerinfer_tools.planning.levels import LevelOptions
+from powerinfer_tools.planning.memory import Workload
+from powerinfer_tools.planning.milp import SolverOptions
+from powerinfer_tools.planning.placement import Capacities, Inputs, Objective, Placement, best_placement
+from powerinfer_tools.planning.shapes import ModelShape, neuron_bytes
+
+Vector = npt.NDArray[np.float64]
+#: Units that the planner knows, and those that this version's engine can run on the accelerator.
+PLACEABLE = frozenset({"ffn", "attention", "head"})
+ENGINE_PLACEABLE = frozenset({"ffn"})
+#: Left free when no budget is given: VRAM for the display, the CUDA context and the allocator; RAM for the system.
+VRAM_MARGIN = 1 << 30
+RAM_MARGIN_SHARE = 0.1
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What the user grants, bytes; None: what the machine has, less a margin."""
+
+    vram: int | None = None
+    ram: int | None = None
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How to plan. ``context`` None: 4,096 or the trained context, whichever is less. ``down_type``: row type of
+    the transposed down projection, None for convert's default. ``sparse_hot``: count on an accelerator that skips
+    inactive neurons (this version's engine computes all hot neurons)."""
+
+    objective: Objective = "time"
+    group: int = 64
+    context: int | None = None
+    batch: int = 512
+    placeable: frozenset[str] = ENGINE_PLACEABLE
+    down_type: TensorType | None = None
+    sparse_hot: bool = False
+    solver: SolverOptions = field(default_factory=SolverOptions)
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes on both sides, in all and by unit; capacities are the budgets."""
+
+    vram_used: int
+    vram_capacity: int
+    ram_used: int
+    ram_capacity: int
+    vram_units: Mapping[str, int]
+    ram_units: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything about one plan."""
+
+    shape: ModelShape
+    machine: Machine
+    options: PlanOptions
+    workload: Workload
+    frequencies: Frequencies
+    placement: Placement
+    memory: MemoryUse
+    fits_whole: bool
+
+
+def plan_outcome(
+    shape: ModelShape, frequencies: Frequencies, machine: Machine, budgets: Budgets, options: PlanOptions
+) -> Outcome:
+    """Place ``shape`` on ``machine`` within ``budgets``.
+
+    Raises PlanError for options out of range and, with the numbers, when there is no plan.
+    """
+    workload = _workload(shape, options)
+    _check_options(options, frequencies)
+    vram, ram = _vram_budget(machine, budgets), _ram_budget(machine, budgets)
+    sizes = tuple(neuron_bytes(layer, options.down_type) for layer in shape.layers)
+    inputs = Inputs(shape, machine, workload, frequencies.layers, sizes)
+    scratch = memory.gpu_scratch_bytes(shape, workload.batch)
+    smallest = min(size.total * min(options.group, layer.neurons)
+                   for size, layer in zip(sizes, shape.layers, strict=True))
+    if budgets.vram and machine.gpu is not None and vram < scratch + smallest:
+        raise PlanError(
+            f"a VRAM budget of {vram:,} bytes is too small: {scratch:,} bytes of scratch and {smallest:,} bytes for "
+            f"one group of {options.group} neurons need {scratch + smallest:,}; give more --vram, or --vram 0 to "
+            "plan without the GPU"
+        )
+    fixed = memory.fixed_ram_bytes(shape, workload)
+    room = ram - sum(fixed.values())
+    if room < 0:
+        raise PlanError(f"a RAM budget of {ram:,} bytes is too small: embedding, scratch and norms alone need "
+                        f"{sum(fixed.values()):,}")
+    capacities = Capacities(vram=max(0, vram - scratch), ram=room)
+    levels = LevelOptions(options.group, options.placeable, sparse_hot=options.sparse_hot)
+    placement = best_placement(inputs, capacities, levels, options.objective, options.solver)
+    whole = sum(int(table.vram.max()) for table in placement.tables)
+    return Outcome(
+        shape=shape,
+        machine=machine,
+        options=options,
+        workload=workload,
+        frequencies=frequencies,
+        placement=placement,
+        memory=_memory_use(placement, inputs, scratch, fixed, vram, ram),
+        fits_whole=machine.gpu is not None and 0 < whole <= capacities.vram,
+    )
+
+
+def _workload(shape: ModelShape, options: PlanOptions) -> Workload:
+    context = min(DEFAULT_CONTEXT, shape.trained_context) if options.context is None else options.context
+    if not 1 <= context <= shape.trained_context:
+        raise PlanError(f"context {context} is not from 1 to {shape.trained_context}, what {shape.name} was trained "
+                        "for")
+    if options.batch < 1:
+        raise PlanError(f"batch {options.batch} is not a positive number of tokens")
+    return Workload(context=context, batch=min(options.batch, context))
+
+
+def _check_options(options: PlanOptions, frequencies: Frequencies) -> None:
+    if options.group < 1:
+        raise PlanError(f"group {options.group} is not a positive number of neurons")
+    unknown = options.placeable - PLACEABLE
+    if unknown:
+        raise PlanError(f"cannot place {', '.join(sorted(unknown))}; what can be placed: "
+                        f"{', '.join(sorted(PLACEABLE))}")
+    if options.objective == "frequency" and frequencies.layers is None:
+        raise PlanError("--objective frequency needs activation frequencies; make them with powerinfer profile")
+
+
+def _vram_budget(machine: Machine, budgets: Budgets) -> int:
+    if budgets.vram is not None and budgets.vram < 0:
+        raise PlanError(f"a VRAM budget of {budgets.vram} bytes is negative")
+    if machine.gpu is None:
+        return 0
+    if budgets.vram is None:
+        return max(0, machine.gpu.vram_bytes - VRAM_MARGIN)
+    if budgets.vram > machine.gpu.vram_bytes:
+        raise PlanError(f"a VRAM budget of {budgets.vram:,} bytes is more than the {machine.gpu.vram_bytes:,} of "
+                        f"{machine.gpu.name}")
+    return budgets.vram
+
+
+def _ram_budget(machine: Machine, budgets: Budgets) -> int:
+    if budgets.ram is None:
+        return int(machine.ram_bytes * (1 - RAM_MARGIN_SHARE))
+    if budgets.ram < 0:
+        raise PlanError(f"a RAM budget of {budgets.ram} bytes is negative")
+    return budgets.ram
+
+
+def _memory_use(
+    placement: Placement, inputs: Inputs, scratch: int, fixed: Mapping[str, int], vram: int, ram: int
+) -> MemoryUse:
+    """Count what the chosen levels take, unit by unit."""
+    shape, workload = inputs.shape, inputs.workload
+    on_gpu = {"ffn": 0, "attention": 0, "kv_cache": 0, "head": 0}
+    on_cpu = dict(on_gpu)
+    cache = memory.kv_cache_bytes(shape, workload.context)
+    for index, (table, k) in enumerate(zip(placement.tables, placement.solution.choice, strict=True)):
+        side = on_gpu if table.block_hot[k] else on_cpu
+        if index == len(shape.layers):
+            side["head"] += shape.head.packed_nbytes
+            continue
+        layer, size = shape.layers[index], inputs.sizes[index]
+        on_gpu["ffn"] += int(table.hot[k]) * size.total
+        on_cpu["ffn"] += (layer.neurons - int(table.hot[k])) * size.total
+        side["attention"] += memory.attention_bytes(layer)
+        side["kv_cache"] += cache
+    on_gpu["scratch"] = scratch if any(on_gpu.values()) else 0
+    on_cpu |= fixed
+    return MemoryUse(sum(on_gpu.values()), vram, sum(on_cpu.values()), ram, on_gpu, on_cpu)

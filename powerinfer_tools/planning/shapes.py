@@ -1,0 +1,203 @@
+"""Sizes of a model, as far as placing it needs them: matrices by row type, layers, heads, vocabulary.
+
+A shape comes from a loaded model or from a name in :mod:`powerinfer_tools.planning.published`; nothing else in
+the planner knows where it came from. Sizes are in values unless a name says bytes.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType, row_bytes
+
+from powerinfer_tools.architectures import RELU_FAMILY
+from powerinfer_tools.errors import PlanError
+
+if TYPE_CHECKING:
+    from powerinfer_tools.model import Model, Weight
+
+#: Rows of one interleaved tile of the CPU kernels; packed matrices are padded to it.
+TILE_ROWS = 16
+#: Row types without blocks.
+FLOAT_TYPES = frozenset({TensorType.F32, TensorType.F16, TensorType.BF16})
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """A matrix of ``rows`` × ``columns`` stored as rows of ``row_type``."""
+
+    row_type: TensorType
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, bytes."""
+        return self.rows * row_bytes(self.row_type, self.columns)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Size as interleaved tiles in memory, bytes: rows are padded to whole tiles."""
+        return round_up(self.rows, TILE_ROWS) * row_bytes(self.row_type, self.columns)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer. ``gate`` is None for an FFN of two matrices; ``vector_bytes`` counts norms and biases;
+    ``window`` is how many positions attention looks back, 0 for all of them."""
+
+    attention: tuple[MatrixShape, ...]
+    gate: MatrixShape | None
+    up: MatrixShape
+    down: MatrixShape
+    vector_bytes: int
+    window: int = 0
+
+    @property
+    def neurons(self) -> int:
+        """Number of FFN neurons."""
+        return self.up.rows
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.up.columns
+
+
+@dataclass(frozen=True)
+class PublishedSparsity:
+    """What is published about a model's activations: ``density`` is the mean active share of neurons, and the
+    busiest ``hot_share`` of the neurons make ``hot_activations`` of all activations."""
+
+    density: float
+    hot_share: float
+    hot_activations: float
+    source: str
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one model; ``fingerprint`` is None when no file is at hand."""
+
+    name: str
+    architecture: str
+    activation: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    trained_context: int
+    layers: tuple[LayerShape, ...]
+    embedding: MatrixShape
+    head: MatrixShape
+    position_bytes: int = 0
+    fingerprint: str | None = None
+    sparsity: PublishedSparsity | None = None
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.embedding.columns
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.embedding.rows
+
+    @property
+    def exact_zeros(self) -> bool:
+        """Whether inactive neurons contribute exactly nothing, so that skipping them is exact."""
+        return self.activation in RELU_FAMILY
+
+    @property
+    def total_neurons(self) -> int:
+        """FFN neurons of all layers."""
+        return sum(layer.neurons for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class NeuronBytes:
+    """Bytes of one neuron of a layer in memory, the same on both sides. ``always`` is read for every token even
+    when inactive neurons are skipped (the gate row, or the up row of an FFN without gate)."""
+
+    total: int
+    always: int
+
+    @property
+    def skippable(self) -> int:
+        """Bytes that are read only when the neuron is active."""
+        return self.total - self.always
+
+
+def stored_down_type(source: TensorType, requested: TensorType | None = None) -> TensorType:
+    """Row type of the transposed down projection in the split file.
+
+    Transposing breaks quantised blocks apart, so quantised sources are requantised: to Q8_0 unless another type
+    is requested. Float sources keep their type.
+    """
+    if requested is not None:
+        return requested
+    return source if source in FLOAT_TYPES else TensorType.Q8_0
+
+
+def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> NeuronBytes:
+    """Bytes of one neuron of ``layer``: its gate, up and (transposed) down rows. The padding of cold records in
+    the split file does not count: the engine drops it when it loads them.
+
+    Raises PlanError when the width does not hold whole blocks of the down projection's row type.
+    """
+    down = stored_down_type(layer.down.row_type, down_type)
+    block = BLOCK_SHAPES[down].values
+    if layer.width % block:
+        raise PlanError(f"the down projection cannot be stored as {down.name}: width {layer.width} is not a "
+                        f"multiple of {block}; choose another --quant")
+    rows = [matrix.row_type for matrix in (layer.gate, layer.up) if matrix is not None]
+    sizes = [row_bytes(row_type, layer.width) for row_type in (*rows, down)]
+    return NeuronBytes(total=sum(sizes), always=sizes[0])
+
+
+def shape_of_model(model: "Model") -> ModelShape:
+    """The shape of a loaded source model.
+
+    Raises PlanError for a split file: its FFN is already arranged, a plan is made from the source.
+    """
+    if model.split is not None:
+        raise PlanError(f"{model.path}: this is a split file; make the plan from the source model "
+                        "(run takes a smaller --vram on a split file without a new plan)")
+    hyper = model.hyper
+    return ModelShape(
+        name=model.name,
+        architecture=model.spec.name,
+        activation=hyper.activation,
+        heads=hyper.heads,
+        kv_heads=hyper.kv_heads,
+        head_dim=hyper.head_dim,
+        trained_context=hyper.trained_context,
+        layers=tuple(_layer_of_model(model, index) for index in range(hyper.layers)),
+        embedding=_matrix(model.embedding),
+        head=_matrix(model.head),
+        fingerprint=model.fingerprint,
+    )
+
+
+def _layer_of_model(model: "Model", index: int) -> LayerShape:
+    weights = model.layers[index]
+    attention, ffn = weights.attention, weights.ffn
+    vectors = [attention.norm, attention.query_bias, attention.key_bias, attention.value_bias,
+               attention.output_bias, attention.query_norm, attention.key_norm, attention.post_norm,
+               weights.ffn_norm, weights.ffn_post_norm]
+    return LayerShape(
+        attention=tuple(_matrix(m) for m in (attention.query, attention.key, attention.value, attention.output)),
+        gate=_matrix(ffn.gate),
+        up=_matrix(ffn.up),
+        down=_matrix(ffn.down),
+        vector_bytes=sum(vector.nbytes for vector in vectors if vector is not None),
+        window=model.hyper.window if model.hyper.local_layers[index] else 0,
+    )
+
+
+def _matrix(weight: "Weight") -> MatrixShape:
+    return MatrixShape(TensorType(weight.row_type), weight.rows, weight.columns)

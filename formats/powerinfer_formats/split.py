@@ -106,7 +106,7 @@ class SplitFile:
 
     @classmethod
     def read(cls, gguf: GGUFFile, *, layers: int, neurons: int, width: int) -> Self | None:
-        """The split view of an open file, or None where it has no ``powerinfer.*`` keys at all."""
+        """The split view of an open file, or None where it is a source model."""
         if not is_split(gguf):
             return None
         checker = _Checker(gguf, layers, neurons, width)
@@ -143,8 +143,8 @@ class SplitFile:
 
 
 def is_split(gguf: GGUFFile) -> bool:
-    """Whether the file claims to be a split file."""
-    return any(key.startswith("powerinfer.") for key in gguf.metadata)
+    """Whether the file claims to be a split file; a source may carry ``powerinfer.activation`` alone."""
+    return names.KEY_VERSION in gguf.metadata
 
 
 class _Checker:
@@ -248,7 +248,8 @@ class _Checker:
             if count > self.neurons or (count % group and count != self.neurons):
                 self.fail(
                     names.KEY_HOT_NEURONS,
-                    f"has {count} for layer {layer}, expected a multiple of {group} up to {self.neurons}, or all",
+                    f"has {count} for layer {layer}, "
+                    f"expected a multiple of {group} up to {self.neurons}, or all",
                 )
         return tuple(hot)
 

@@ -1,0 +1,181 @@
+"""The hardware profile: what a machine can do, a small TOML file. Bytes, seconds, bytes per second.
+
+Measured by ``powerinfer doctor --measure`` or written by hand; ``SPEC.md`` has every field.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from powerinfer_formats.atomic import write_atomic
+from powerinfer_formats.errors import BadDocument, BadField, UnsupportedVersion
+from powerinfer_formats.records import RecordReader, read_text, to_plain
+
+VERSION = 1
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+
+
+@dataclass(frozen=True)
+class MachineInfo:
+    """``date`` is YYYY-MM-DD: when it was measured, or the preset written."""
+
+    name: str
+    source: Literal["measured", "preset"]
+    date: str
+
+
+@dataclass(frozen=True)
+class CpuInfo:
+    """The CPU and its memory.
+
+    ``bandwidth_bytes_per_s`` is for streams. ``sparse_bandwidth_bytes_per_s[i]`` is what reaches the cores,
+    counting the bytes of the rows that are read, when a share ``sparse_densities[i]`` of the rows is read
+    at random; densities ascend within (0, 1].
+    """
+
+    name: str
+    cores: int
+    isa: str
+    bandwidth_bytes_per_s: float
+    ram_bytes: int
+    sparse_densities: tuple[float, ...]
+    sparse_bandwidth_bytes_per_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class GpuInfo:
+    """The accelerator. ``launch_seconds`` is one kernel launch, ``sync_seconds`` waiting for the device."""
+
+    name: str
+    vram_bytes: int
+    bandwidth_bytes_per_s: float
+    launch_seconds: float
+    sync_seconds: float
+
+
+@dataclass(frozen=True)
+class LinkInfo:
+    """The way between CPU memory and the accelerator's."""
+
+    bandwidth_bytes_per_s: float
+    latency_seconds: float
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """One machine. ``gpu`` and ``link`` are both there or both None."""
+
+    machine: MachineInfo
+    cpu: CpuInfo
+    gpu: GpuInfo | None = None
+    link: LinkInfo | None = None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read and check ``path``; raises ``FormatError`` naming the field."""
+        return cls.parse(read_text(path), path)
+
+    @classmethod
+    def parse(cls, text: str, file: str | os.PathLike[str]) -> Self:
+        """Check TOML ``text``; ``file`` is named in errors."""
+        try:
+            document: dict[str, Any] = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+            raise BadDocument(file, f"is not valid TOML: {error}") from None
+        version = document.pop("version", None)
+        if document.pop("format", None) != "powerinfer-hardware":
+            raise BadDocument(file, 'is not a hardware profile: format = "powerinfer-hardware" is missing')
+        if version != VERSION or type(version) is not int:
+            raise UnsupportedVersion(file, f"is a hardware profile of version {version!r}, {VERSION} is read")
+        profile = RecordReader(file).read(cls, document)
+        _check(profile, file)
+        return profile
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path`` atomically; raises ``BadField`` rather than write what ``load`` would refuse."""
+        text = self.to_toml()
+        type(self).parse(text, Path(path))
+        with write_atomic(path) as stream:
+            stream.write(text.encode("utf-8"))
+
+    def to_toml(self) -> str:
+        """The file's text."""
+        lines = ['format = "powerinfer-hardware"', f"version = {VERSION}"]
+        for table, fields in to_plain(self).items():
+            if fields is not None:
+                lines += ["", f"[{table}]"]
+                lines += [f"{key} = {_toml(value)}" for key, value in fields.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """One TOML value. Floats are written so that they read back to the same bits."""
+    if isinstance(value, str):
+        return _toml_string(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)
+
+
+def _toml_string(text: str) -> str:
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    shown = "".join(escapes.get(c, c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}") for c in text)
+    return f'"{shown}"'
+
+
+def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
+    def require(condition: bool, path: str, problem: str) -> None:
+        if not condition:
+            raise BadField(file, f"{path} {problem}")
+
+    def positive(record: object, table: str, *names: str) -> None:
+        for name in names:
+            value = getattr(record, name)
+            require(value > 0, f"{table}.{name}", f"is {value}, expected more than 0")
+
+    def not_negative(record: object, table: str, *names: str) -> None:
+        for name in names:
+            value = getattr(record, name)
+            require(value >= 0, f"{table}.{name}", f"is {value}, expected 0 or more")
+
+    require(
+        _DATE.fullmatch(profile.machine.date) is not None, "machine.date", "is not of the form YYYY-MM-DD"
+    )
+    positive(profile.cpu, "cpu", "cores", "bandwidth_bytes_per_s", "ram_bytes")
+    _check_curve(profile.cpu, file)
+    require(
+        (profile.gpu is None) == (profile.link is None), "gpu and link", "go together: one of them is missing"
+    )
+    if profile.gpu is not None and profile.link is not None:
+        positive(profile.gpu, "gpu", "vram_bytes", "bandwidth_bytes_per_s")
+        not_negative(profile.gpu, "gpu", "launch_seconds", "sync_seconds")
+        positive(profile.link, "link", "bandwidth_bytes_per_s")
+        not_negative(profile.link, "link", "latency_seconds")
+
+
+def _check_curve(cpu: CpuInfo, file: str | os.PathLike[str]) -> None:
+    densities, bandwidths = cpu.sparse_densities, cpu.sparse_bandwidth_bytes_per_s
+    if not densities or len(densities) != len(bandwidths):
+        raise BadField(
+            file,
+            f"cpu.sparse_densities has {len(densities)} points and cpu.sparse_bandwidth_bytes_per_s "
+            f"{len(bandwidths)}, expected as many, at least one",
+        )
+    for index, density in enumerate(densities):
+        previous = densities[index - 1] if index else 0.0
+        if not previous < density <= 1:
+            raise BadField(
+                file, f"cpu.sparse_densities[{index}] is {density}, expected more than {previous}, up to 1"
+            )
+    for index, bandwidth in enumerate(bandwidths):
+        if bandwidth <= 0:
+            raise BadField(
+                file, f"cpu.sparse_bandwidth_bytes_per_s[{index}] is {bandwidth}, expected more than 0"
+            )

@@ -1,0 +1,255 @@
+"""The plan: what is placed where, how each layer is computed, and what that is expected to give. A JSON file.
+
+Bytes, seconds, neurons. The planner makes plans; this module only knows what a consistent one looks like.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from powerinfer_formats.atomic import write_atomic
+from powerinfer_formats.errors import BadDocument, BadField, OtherModel, UnsupportedVersion
+from powerinfer_formats.records import RecordReader, dump_json, parse_json, read_text, to_plain
+
+VERSION = 1
+FORMAT = "powerinfer-plan"
+Mode = Literal["dense", "gate-first", "predicted", "thresholded"]
+Device = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True)
+class PlanModel:
+    """The model planned for; ``fingerprint`` is None for a shape without a file, ``neurons`` are per layer."""
+
+    name: str
+    fingerprint: str | None
+    architecture: str
+    activation: str
+    layers: int
+    neurons: int
+    width: int
+
+
+@dataclass(frozen=True)
+class PlanHardware:
+    """The machine the plan is for; ``gpu`` is None without an accelerator."""
+
+    name: str
+    source: Literal["measured", "preset"]
+    cpu: str
+    gpu: str | None
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What the plan may use: bytes on both sides, and positions of context."""
+
+    vram_bytes: int
+    ram_bytes: int
+    context: int
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """Expected time of one token in one layer, by part; ``hot`` and ``cold`` overlap in ``total``."""
+
+    attention: float
+    hot: float
+    cold: float
+    sync: float
+    total: float
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer. ``hot_activation_share`` is the share of all activations that the hot neurons make."""
+
+    index: int
+    hot_neurons: int
+    mode: Mode
+    attention: Device
+    hot_activation_share: float
+    vram_bytes: int
+    ram_bytes: int
+    seconds: LayerSeconds
+
+
+@dataclass(frozen=True)
+class PlanUnit:
+    """A unit that is placed as a whole (embedding, head, KV cache, scratch, ...)."""
+
+    name: str
+    device: Device
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PlanMemory:
+    """Bytes used and there, on both sides."""
+
+    vram_used: int
+    vram_capacity: int
+    ram_used: int
+    ram_capacity: int
+
+
+@dataclass(frozen=True)
+class PlanSolver:
+    """How the placement was found. ``greedy`` holds the objective of each simple answer that was feasible.
+
+    ``objective`` and ``bound`` in the unit of the objective; ``gap`` is (objective − bound) / objective.
+    """
+
+    status: str
+    objective: float
+    bound: float
+    gap: float
+    nodes: int
+    greedy: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PlanPrediction:
+    """What to expect. ``seconds`` of one token by part."""
+
+    tokens_per_second: float
+    limited_by: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PlanProvenance:
+    """The profile behind the plan; ``source`` says so in words where there was none."""
+
+    source: str
+    corpus_hashes: tuple[str, ...] = ()
+    corpus_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole plan; see ``SPEC.md`` for every field."""
+
+    tool_version: str
+    model: PlanModel
+    hardware: PlanHardware
+    budgets: Budgets
+    objective: Literal["time", "frequency"]
+    group: int
+    layers: tuple[LayerPlan, ...]
+    units: tuple[PlanUnit, ...]
+    memory: PlanMemory
+    solver: PlanSolver
+    predicted: PlanPrediction
+    verdict: str
+    provenance: PlanProvenance = field(default=PlanProvenance("none"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read and check ``path``; raises ``FormatError`` naming the field."""
+        return cls.parse(read_text(path), path)
+
+    @classmethod
+    def parse(cls, text: str, file: str | os.PathLike[str]) -> Self:
+        """Check JSON ``text``; ``file`` is named in errors."""
+        document = parse_json(text, file)
+        if type(document) is not dict or document.pop("format", None) != FORMAT:
+            raise BadDocument(file, f'is not a plan: "format": "{FORMAT}" is missing')
+        version = document.pop("version", None)
+        if version != VERSION or type(version) is not int:
+            raise UnsupportedVersion(file, f"is a plan of version {version!r}, {VERSION} is read; plan again")
+        plan = RecordReader(file).read(cls, document)
+        _check(plan, file)
+        return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path`` atomically; raises ``BadField`` rather than write what ``load`` would refuse."""
+        text = dump_json(self.to_document()) + "\n"
+        type(self).parse(text, Path(path))
+        with write_atomic(path) as stream:
+            stream.write(text.encode("utf-8"))
+
+    def to_document(self) -> dict[str, Any]:
+        """The file's content as plain dicts and lists."""
+        fields: dict[str, Any] = to_plain(self)
+        return {"format": FORMAT, "version": VERSION, **fields}
+
+    def require_model(self, fingerprint: str, name: str, file: str | os.PathLike[str]) -> None:
+        """Raise ``OtherModel``, with both names, unless the plan was made for this very model."""
+        if self.model.fingerprint is None:
+            raise OtherModel(
+                file,
+                f"was made from the shape of {self.model.name!r} alone, not for {name!r}; "
+                "plan again with --model",
+            )
+        if self.model.fingerprint != fingerprint:
+            raise OtherModel(
+                file, f"was made for the model {self.model.name!r}, not for {name!r}; plan again"
+            )
+
+
+def _check(plan: Plan, file: str | os.PathLike[str]) -> None:
+    """What types cannot say. Raises ``BadField``."""
+
+    def require(condition: bool, path: str, problem: str) -> None:
+        if not condition:
+            raise BadField(file, f"{path} {problem}")
+
+    model, memory = plan.model, plan.memory
+    if model.fingerprint is not None:
+        digits = len(model.fingerprint) == 64 and set(model.fingerprint) <= set("0123456789abcdef")
+        require(digits, "model.fingerprint", "is not 64 hexadecimal digits")
+    for name in ("layers", "neurons", "width"):
+        require(getattr(model, name) > 0, f"model.{name}", "is not positive")
+    require(1 <= plan.group <= model.neurons, "group", f"is {plan.group}, expected 1 to {model.neurons}")
+    for table, record in (("budgets", plan.budgets), ("memory", memory)):
+        for name, value in vars(record).items():
+            require(value >= 0, f"{table}.{name}", f"is {value}, expected 0 or more")
+    require(memory.vram_used <= memory.vram_capacity, "memory.vram_used", "is more than the capacity")
+    require(memory.ram_used <= memory.ram_capacity, "memory.ram_used", "is more than the capacity")
+    require(
+        len(plan.layers) == model.layers, "layers", f"has {len(plan.layers)} items, expected {model.layers}"
+    )
+    _check_sums(plan, require)
+    for index, layer in enumerate(plan.layers):
+        _check_layer(plan, index, layer, require)
+    for index, unit in enumerate(plan.units):
+        require(unit.bytes >= 0, f"units[{index}].bytes", f"is {unit.bytes}, expected 0 or more")
+    require(plan.solver.nodes >= 0, "solver.nodes", f"is {plan.solver.nodes}, expected 0 or more")
+    require(plan.predicted.tokens_per_second > 0, "predicted.tokens_per_second", "is not positive")
+    require(plan.provenance.corpus_tokens >= 0, "provenance.corpus_tokens", "is negative")
+
+
+def _check_sums(plan: Plan, require: Any) -> None:
+    """The memory that is used is that of the layers and of the units on that side, to the byte."""
+    placed = {"gpu": 0, "cpu": 0}
+    for unit in plan.units:
+        placed[unit.device] += unit.bytes
+    vram = placed["gpu"] + sum(layer.vram_bytes for layer in plan.layers)
+    ram = placed["cpu"] + sum(layer.ram_bytes for layer in plan.layers)
+    memory = plan.memory
+    require(
+        memory.vram_used == vram, "memory.vram_used", f"is {memory.vram_used}, layers and units make {vram}"
+    )
+    require(memory.ram_used == ram, "memory.ram_used", f"is {memory.ram_used}, layers and units make {ram}")
+
+
+def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Any) -> None:
+    path = f"layers[{index}]"
+    require(layer.index == index, f"{path}.index", f"is {layer.index}, expected {index}")
+    hot, neurons = layer.hot_neurons, plan.model.neurons
+    fits = 0 <= hot <= neurons and (hot % plan.group == 0 or hot == neurons)
+    require(
+        fits, f"{path}.hot_neurons", f"is {hot}, expected a multiple of {plan.group} up to {neurons}, or all"
+    )
+    share = layer.hot_activation_share
+    require(0 <= share <= 1, f"{path}.hot_activation_share", f"is {share}, expected 0 to 1")
+    for name in ("vram_bytes", "ram_bytes"):
+        value = getattr(layer, name)
+        require(value >= 0, f"{path}.{name}", f"is {value}, expected 0 or more")
+    for name, seconds in vars(layer.seconds).items():
+        require(seconds >= 0, f"{path}.seconds.{name}", f"is {seconds}, expected 0 or more")

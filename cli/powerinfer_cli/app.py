@@ -1,0 +1,73 @@
+"""The command line as a whole. Only the command asked for is imported; its stage when it runs."""
+
+import sys
+from importlib import import_module
+
+import typer
+
+from powerinfer_cli.boundary import guarded
+from powerinfer_cli.grouped import flattened
+from powerinfer_cli.help import HelpfulCommand, HelpfulGroup, first_line
+
+# In the order in which they are used; command NAME is in the module NAME_command.
+COMMANDS = ("profile", "plan", "convert", "run", "eval", "bench", "inspect", "doctor")
+
+ABOUT = """Fast, exact and measured inference of local language models on a CPU and an accelerator.
+
+Find out which neurons a model really uses (profile), decide what goes where (plan), write a split file
+(convert), and run it. Each stage reads files, writes one file, and finds the previous stage's beside the model.
+
+\b
+Examples:
+  powerinfer run -p "Why is the sky blue?"
+  powerinfer profile -m model.gguf --corpus book.txt
+  powerinfer plan -m model.gguf --vram 4GiB
+  powerinfer convert -m model.gguf
+  powerinfer run -m model.powerinfer.gguf -i
+"""
+
+
+def create_app(names: tuple[str, ...] = COMMANDS) -> typer.Typer:
+    """The application with these commands."""
+    app = typer.Typer(
+        name="powerinfer",
+        cls=HelpfulGroup,
+        help=ABOUT,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    app.callback()(_global_options)
+    for name in names:
+        module = import_module(f"powerinfer_cli.{name}_command")
+        if hasattr(module, "subcommands"):
+            app.add_typer(module.subcommands(), name=name)
+        else:
+            settings = {"short_help": first_line(module.command.__doc__), "help": module.HELP}
+            app.command(name, cls=HelpfulCommand, **settings)(guarded(flattened(module.command)))
+    return app
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from powerinfer_tools import __version__
+
+        typer.echo(f"powerinfer {__version__}")
+        raise typer.Exit
+
+
+def _global_options(
+    version: bool = typer.Option(
+        False, "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+    ),
+) -> None:
+    del version
+
+
+def main() -> int:
+    """Entry point of the ``powerinfer`` command."""
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    create_app((asked,) if asked in COMMANDS else COMMANDS)(prog_name="powerinfer")
+    return 0

@@ -1,0 +1,68 @@
+"""The boundary around every command: an error is one clear line and an exit code, never a traceback.
+
+Exit codes: 0 done, 1 the work failed, 2 the command line was wrong (typer's own), 130 interrupted.
+"""
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from powerinfer_cli.console import say
+from powerinfer_tools.errors import PowerInferError
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``command`` behind the boundary; ``debug=True`` among its arguments shows tracebacks."""
+
+    @functools.wraps(command)
+    def call(**values: Any) -> Any:
+        with boundary(debug=bool(values.get("debug"))):
+            return command(**values)
+
+    return call
+
+
+@contextmanager
+def boundary(*, debug: bool) -> Iterator[None]:
+    """Turn what goes wrong inside into one line and :class:`typer.Exit`."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.TyperException, typer.BadParameter):
+        raise
+    except BrokenPipeError:
+        raise  # the reader went away (`| head`): typer ends quietly
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:  # noqa: BLE001  # this is the boundary: whatever it is, the user gets one line
+        if debug:
+            traceback.print_exc(file=sys.stderr)
+        say(f"powerinfer: {describe(error)}")
+        raise typer.Exit(FAILED) from None
+
+
+def describe(error: Exception) -> str:
+    """One line on what went wrong, for a person."""
+    if isinstance(error, PowerInferError) or _is_ours(error):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory" + (f": {error}" if str(error) else "")
+    kind = type(error).__name__
+    return f"internal error: {kind}: {error} (run again with --debug for details, and please report it)"
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a file reader or the kernels raised it on purpose. By name: importing them costs numpy."""
+    classes = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}
+    return bool(classes & {"powerinfer_formats.FormatError", "powerinfer_kernels.KernelError"})

@@ -1,0 +1,86 @@
+"""``powerinfer convert``: write the split file that a plan describes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from powerinfer_cli import options as opt
+from powerinfer_cli.console import emit_json, progress, say
+from powerinfer_cli.files import (
+    PLAN_SUFFIX,
+    PROFILE_SUFFIX,
+    SPLIT_SUFFIX,
+    find_model,
+    output_file,
+    stage_input,
+)
+from powerinfer_cli.sizes import format_size
+
+if TYPE_CHECKING:
+    from powerinfer_tools.conversion import ConvertReport
+
+HELP = """Write the split file: neurons sorted hottest first, hot and cold parts apart, as the plan says.
+
+Takes plan and profile from beside the model. Gate and up rows keep their bits; the down projection is
+transposed and quantised again, and what that costs is measured and printed.
+
+\b
+Examples:
+  powerinfer convert -m model.gguf
+  powerinfer convert -m model.gguf --plan small.plan.json -o small.powerinfer.gguf
+"""
+
+
+def command(
+    *,
+    model: opt.Model = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Plan. Without it: the one beside the model."),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", metavar="FILE", help="Profile. Without it: the one beside the model."),
+    ] = None,
+    output: opt.Output = None,
+    quant: Annotated[
+        Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q4_0"],
+        typer.Option(
+            "--quant",
+            help="Type of the transposed down projection; auto: Q8_0 where the source is quantised.",
+        ),
+    ] = "auto",
+    common: opt.Common,
+) -> None:
+    """Convert a model."""
+    from powerinfer_tools.conversion import ConvertOptions, convert
+
+    source = find_model(model)
+    report = convert(
+        ConvertOptions(
+            model=source,
+            plan=stage_input(plan, source, PLAN_SUFFIX, made_by="plan"),
+            profile=stage_input(profile, source, PROFILE_SUFFIX, made_by="profile"),
+            output=output_file(output, source, SPLIT_SUFFIX),
+            quant=None if quant == "auto" else quant,
+            threads=common.threads,
+        ),
+        progress(),
+    )
+    show(report, as_json=common.json)
+
+
+def show(report: "ConvertReport", *, as_json: bool) -> None:
+    """What was written and what the requantisation costs."""
+    if as_json:
+        emit_json(report)
+        return
+    say(f"wrote {report.path} ({format_size(report.bytes)}; source {format_size(report.source_bytes)})")
+    say(f"{sum(report.hot_neurons):,} of {report.neurons * len(report.hot_neurons):,} neurons are hot")
+    if report.down_errors:
+        worst = max(range(len(report.down_errors)), key=lambda layer: report.down_errors[layer])
+        say(
+            f"down projection as {report.down_type}: relative error {report.down_error:.2e} "
+            f"(largest {report.down_errors[worst]:.2e}, layer {worst})"
+        )

@@ -1,0 +1,85 @@
+"""Which file a command takes when none is named: beside the model, by the stages' naming."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from powerinfer_cli.console import say
+from powerinfer_tools.errors import ModelError, PowerInferError
+
+DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_VARIABLE = "POWERINFER_MODEL"
+PROFILE_SUFFIX = ".profile.safetensors"
+PLAN_SUFFIX = ".plan.json"
+SPLIT_SUFFIX = ".powerinfer.gguf"
+
+
+class InputMissing(PowerInferError):
+    """A stage's input is not there; the message says which command makes it."""
+
+
+def demo_model_places(environment: Mapping[str, str]) -> list[Path]:
+    """Where the demo model is looked for: ``models/`` here, then the user's data folder."""
+    data = environment.get("XDG_DATA_HOME") or str(Path(environment.get("HOME", "~")) / ".local/share")
+    return [Path("models") / DEMO_MODEL, Path(data) / "powerinfer" / DEMO_MODEL]
+
+
+def find_model(named: Path | None) -> Path:
+    """The model to use: the one named, else ``$POWERINFER_MODEL``, else the demo model. Raises ModelError."""
+    if named is not None:
+        return _existing_model(named, "")
+    variable = os.environ.get(MODEL_VARIABLE)
+    if variable:
+        return _existing_model(Path(variable), f" (named by ${MODEL_VARIABLE})")
+    places = demo_model_places(os.environ)
+    for place in places:
+        if place.is_file():
+            return place
+    raise ModelError(
+        f"no model: name one with -m FILE or ${MODEL_VARIABLE}; "
+        f"the demo model is not in {' or '.join(str(place.parent) for place in places)} either"
+    )
+
+
+def _existing_model(path: Path, origin: str) -> Path:
+    if path.is_dir():
+        raise ModelError(f"{path}{origin} is a directory; this version reads GGUF files")
+    if not path.exists():
+        raise ModelError(f"{path}{origin}: no such file")
+    return path
+
+
+def beside(model: Path, suffix: str) -> Path:
+    """The stage's file of ``model``: NAME + suffix, where NAME is the model's file name without ``.gguf``.
+
+    A split file's stages are those of its source: ``NAME.powerinfer.gguf`` has NAME, too.
+    """
+    name = model.name
+    for ending in (SPLIT_SUFFIX, ".gguf"):
+        if name.lower().endswith(ending) and len(name) > len(ending):
+            name = name[: -len(ending)]
+            break
+    return model.with_name(name + suffix)
+
+
+def stage_input(named: Path | None, model: Path, suffix: str, *, made_by: str) -> Path:
+    """A previous stage's file: the one named, else the one beside the model, which is then said.
+
+    Raises InputMissing with the command that makes it.
+    """
+    path = named or beside(model, suffix)
+    if not path.is_file():
+        raise InputMissing(f"{path}: no such file; make it with: powerinfer {made_by} -m {model}")
+    if named is None:
+        say(f"using {path}")
+    return path
+
+
+def output_file(named: Path | None, model: Path, suffix: str) -> Path:
+    """Where a stage writes: as named, else beside the model. Raises InputMissing without the folder."""
+    path = named or beside(model, suffix)
+    if not path.parent.is_dir():
+        raise InputMissing(f"{path.parent}: no such folder to write {path.name} to")
+    if path.exists() and path.samefile(model):
+        raise PowerInferError(f"{path} is the model itself; choose another file to write (-o)")
+    return path

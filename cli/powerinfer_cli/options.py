@@ -1,0 +1,106 @@
+"""Options that several commands share, and the groups that they come in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from powerinfer_cli.sizes import parse_size
+
+
+def size_value(text: str) -> int:
+    """A memory size given on the command line; a malformed one is a usage error."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def size_option(name: str, text: str, panel: str | None = None) -> Any:
+    """An option for an amount of memory, in bytes."""
+    return typer.Option(name, parser=size_value, metavar="SIZE", help=text, rich_help_panel=panel)
+
+
+Device = Literal["none", "cpu", "cuda"]
+Mode = Literal["auto", "dense", "gate-first"]
+
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="FILE",
+        help="Model: a GGUF file or a split file. Without it: $POWERINFER_MODEL, else the demo model.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="File to write. Without it: beside the model."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else there.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="POWERINFER_DEBUG")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", "-t", min=1, max=1024, metavar="N", help="CPU threads. Without it: one a core."
+    ),
+]
+Window = Annotated[
+    int, typer.Option("--ctx", "-c", min=8, metavar="N", help="Tokens in one window of the text.")
+]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    threads: Threads = None
+    json: Json = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs, for commands that run one."""
+
+    device: Annotated[
+        Device,
+        typer.Option(
+            "--device",
+            help="Where the hot side of a split file runs: through torch on cuda or cpu, or none: all in C.",
+            rich_help_panel="Placement",
+        ),
+    ] = "none"
+    vram: Annotated[
+        int | None,
+        size_option("--vram", "Memory of the device to use; less than planned moves the split.", "Placement"),
+    ] = None
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            "--mode",
+            help="How FFN layers are computed: auto takes what the file says. All of them are exact.",
+            rich_help_panel="Placement",
+        ),
+    ] = "auto"
+
+    @property
+    def engine_mode(self) -> str | None:
+        """The mode as the engine takes it: None for what the file says."""
+        return None if self.mode == "auto" else self.mode
+
+
+def in_panel(panel: str) -> Callable[..., Any]:
+    """``typer.Option`` for options listed under the heading ``panel``."""
+
+    def option(*names: str, **settings: Any) -> Any:
+        return typer.Option(*names, rich_help_panel=panel, **settings)
+
+    return option

@@ -1,0 +1,149 @@
+"""``powerinfer profile``: count what each neuron contributes while the model reads a corpus."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from powerinfer_cli import options as opt
+from powerinfer_cli.boundary import guarded
+from powerinfer_cli.console import emit, emit_json, progress, say
+from powerinfer_cli.files import PROFILE_SUFFIX, find_model, output_file
+from powerinfer_cli.grouped import flattened
+from powerinfer_cli.help import HelpfulCommand, HelpfulGroup
+
+if TYPE_CHECKING:
+    from powerinfer_formats.profile import Profile
+
+HELP = """Run a corpus through a model and count which neurons are active.
+
+Writes NAME.profile.safetensors: counts and histograms per neuron, with the corpus' hashes. Interrupted work
+is taken up again by the same command. Profiles of parts of a corpus merge into the profile of the whole.
+
+\b
+Examples:
+  powerinfer profile -m model.gguf --corpus book.txt
+  powerinfer profile -m model.gguf --corpus texts/ more.jsonl --tokens 200000
+  powerinfer profile merge part1.safetensors part2.safetensors -o model.profile.safetensors
+"""
+
+MERGE_HELP = """Merge profiles of the same model into one, as if it had read all the corpora.
+
+\b
+Example:
+  powerinfer profile merge a.safetensors b.safetensors -o model.profile.safetensors
+"""
+
+
+class ProfileGroup(HelpfulGroup):
+    """``profile`` itself is a command; ``--corpus`` takes every word up to the next option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat ``--corpus`` before each of its words, which is how the parser knows lists."""
+        return super().parse_args(ctx, spread(args, "--corpus"))
+
+
+def spread(arguments: list[str], option: str) -> list[str]:
+    """``--x a b`` as ``--x a --x b``: what follows ``option`` up to the next option belongs to it."""
+    result: list[str] = []
+    inside = False
+    for index, word in enumerate(arguments):
+        if word.startswith("-") and len(word) > 1:
+            inside = word == option
+            result.append(word)
+        elif inside and arguments[index - 1] != option:
+            result += [option, word]
+        else:
+            result.append(word)
+    return result
+
+
+def profile(
+    *,
+    ctx: typer.Context,
+    model: opt.Model = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option("--corpus", metavar="FILE...", help="Text files, JSONL files or folders of them."),
+    ] = None,
+    output: opt.Output = None,
+    window: opt.Window = 512,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, metavar="N", help="Stop after so many tokens of the corpus."),
+    ] = None,
+    density: Annotated[
+        float,
+        typer.Option(
+            "--density",
+            min=0.001,
+            max=0.999,
+            metavar="SHARE",
+            help="Share of contributions to count as active, where the activation has no exact zeros.",
+        ),
+    ] = 0.2,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget interrupted work and begin anew.")
+    ] = False,
+    common: opt.Common,
+) -> None:
+    """Count the activity of every neuron over the corpus."""
+    if ctx.invoked_subcommand is not None:
+        return
+    if not corpus:
+        raise typer.BadParameter("name at least one text file, JSONL file or folder", param_hint="--corpus")
+    from powerinfer_tools.profiling import ProfileOptions, run_profile
+
+    source = find_model(model)
+    path = output_file(output, source, PROFILE_SUFFIX)
+    result = run_profile(
+        ProfileOptions(
+            model=source,
+            corpus=tuple(corpus),
+            output=path,
+            window=window,
+            max_tokens=tokens,
+            target_density=density,
+            threads=common.threads,
+            restart=restart,
+        ),
+        progress(),
+    )
+    show(result, path, as_json=common.json)
+
+
+def merge(
+    profiles: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profiles of the same model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Merge profiles."""
+    from powerinfer_formats.profile import Profile
+
+    merged = Profile.merge([Profile.load(path) for path in profiles])
+    merged.save(output)
+    show(merged, output, as_json=json)
+
+
+def show(result: "Profile", path: Path, *, as_json: bool) -> None:
+    """What was counted, and where it is."""
+    from powerinfer_tools.inspection import summarize_profile
+
+    summary = summarize_profile(result)
+    if as_json:
+        emit_json({"path": path, **summary})
+        return
+    say(f"wrote {path}")
+    emit(
+        f"{result.tokens:,} tokens; {summary['density']:.1%} of the neurons are active for a token; "
+        f"the busiest {summary['neurons_for_80_percent']:.1%} make 80% of the activity"
+    )
+
+
+def subcommands() -> typer.Typer:
+    """``profile`` with its subcommand ``merge``."""
+    app = typer.Typer(cls=ProfileGroup, help=HELP, invoke_without_command=True, rich_markup_mode=None)
+    app.callback()(guarded(flattened(profile)))
+    app.command("merge", cls=HelpfulCommand, help=MERGE_HELP)(guarded(flattened(merge)))
+    return app

@@ -15,7 +15,8 @@ COMMANDS = ("profile", "plan", "convert", "run", "eval", "bench", "inspect", "do
 ABOUT = """Fast, exact and measured inference of local language models on a CPU and an accelerator.
 
 Find out which neurons a model really uses (profile), decide what goes where (plan), write a split file
-(convert), and run it. Each stage reads files, writes one file, and finds the previous stage's beside the model.
+(convert), and run it. Each stage reads files, writes one file, and finds the previous stage's file beside the
+model.
 
 \b
 Examples:

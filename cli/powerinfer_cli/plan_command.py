@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 HELP = """Decide which neurons are hot (on the accelerator) and which are cold (on the CPU), within budgets.
 
 Writes NAME.plan.json and prints what is where, the speed to expect and what limits it. Takes the model's
-profile from beside the model. With --shape, no model is needed: a plan for a model and a machine that are not here.
+profile from beside the model. With --shape, no model is needed: a plan for a model and a machine that are not
+here.
 
 \b
 Examples:

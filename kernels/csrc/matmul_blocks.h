@@ -1,0 +1,163 @@
+/* matmul_blocks.h: one 32-column block of an interleaved tile (layout: quantize_pack.c) times quantised activations.
+ *
+ * `type` is a constant wherever these are inlined, so each row type gets its own straight-line code.
+ */
+#ifndef PI_MATMUL_BLOCKS_H
+#define PI_MATMUL_BLOCKS_H
+
+#include "rows_decode.h"
+#include "simd.h"
+
+#ifdef PI_ISA_SCALAR
+#define PI_UNROLL /* 16 lanes of plain C would unroll into megabytes */
+#else
+#define PI_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+typedef struct { /* what a block's codes are worth; `sub` only for Q6_K: the scales of its two halves */
+    v16f scale, minimum;
+    v16i sub[2];
+} pi_scales;
+
+PI_INLINE int pi_planes(int type) {
+    return type == PI_Q6_K ? 2 : type == PI_Q5_0 || type == PI_Q5_1 || type == PI_Q5_K;
+}
+PI_INLINE int pi_largest_code(int type) { return type == PI_Q6_K ? 63 : pi_planes(type) ? 31 : 15; }
+PI_INLINE int pi_code_bytes(int type) { return type == PI_Q8_0 ? 512 : 256 + 64 * pi_planes(type); }
+
+/* Where the planes and lines of block `sub` start in the stored block at p. */
+PI_INLINE const uint8_t *pi_tile_codes_at(int type, const uint8_t *p, int sub) {
+    const int header = pi_layout_of(type).tile_bytes - pi_subs(type) * pi_code_bytes(type);
+    return p + header + sub * pi_code_bytes(type);
+}
+
+PI_INLINE pi_scales pi_tile_scales(int type, const uint8_t *p, int sub) {
+    pi_scales at = {v16f_load_f16((const uint16_t *)p), v16f_zero(), {v16i_zero(), v16i_zero()}};
+    if (type == PI_Q4_1 || type == PI_Q5_1) at.minimum = v16f_load_f16((const uint16_t *)(p + 32));
+    if (type == PI_Q4_K || type == PI_Q5_K) {
+        const uint8_t *packed = p + 64 + 32 * sub;
+        const v16f lowest = v16f_neg(v16f_load_f16((const uint16_t *)(p + 32)));
+        at.scale = v16f_mul(at.scale, v16f_from_i32(v16i_from_u8(packed)));
+        at.minimum = v16f_mul(lowest, v16f_from_i32(v16i_from_u8(packed + 16)));
+    }
+    if (type == PI_Q6_K) {
+        at.sub[0] = v16i_from_i8((const int8_t *)p + 32 + 32 * sub);
+        at.sub[1] = v16i_from_i8((const int8_t *)p + 48 + 32 * sub);
+    }
+    return at;
+}
+
+/* `width` bits that start at bit `from` of every byte, moved to bit 4. */
+PI_INLINE v64b pi_high_bits(v64b plane, int from, int width) {
+    const v64b mask = v64b_set1((uint8_t)(((1 << width) - 1) << 4));
+    if (from < 4) return v64b_and(v64b_sll16(plane, 4 - from), mask);
+    if (from > 4) return v64b_and(v64b_srl16(plane, from - 4), mask);
+    return v64b_and(plane, mask);
+}
+
+/* The codes of quads j and j + 4 (columns 4j.. and 16 + 4j..) of the 16 rows. */
+PI_INLINE void pi_tile_quads(int type, const uint8_t *p, int j, v64b *low, v64b *high) {
+    if (type == PI_Q8_0) {
+        *low = v64b_load(p + 64 * j);
+        *high = v64b_load(p + 64 * (j + 4));
+        return;
+    }
+    const v64b line = v64b_load(p + 64 * (pi_planes(type) + j));
+    *low = v64b_and(line, v64b_set1(15));
+    *high = v64b_srl4(line);
+    if (pi_planes(type) == 1) {
+        const v64b plane = v64b_load(p);
+        *low = v64b_or(*low, pi_high_bits(plane, j, 1));
+        *high = v64b_or(*high, pi_high_bits(plane, j + 4, 1));
+    }
+    if (pi_planes(type) == 2) {
+        *low = v64b_or(*low, pi_high_bits(v64b_load(p), 2 * j, 2));
+        *high = v64b_or(*high, pi_high_bits(v64b_load(p + 64), 2 * j, 2));
+    }
+}
+
+/* Σ (code - offset)·x of a block as f32, an exact integer, from the sums over its two halves of 16 columns. */
+PI_INLINE v16f pi_finish(int type, v16p low, v16p high, const int8_t *x, float s, const v16i sub[2]) {
+    if (type == PI_Q6_K) {
+        low = v16p_sub(low, v16p_offset(x, 32));
+        high = v16p_sub(high, v16p_offset(x + 16, 32));
+        return v16f_from_i32(v16i_scale_pairs(v16i_scale_pairs(v16i_zero(), low, sub[0]), high, sub[1]));
+    }
+    const v16i sum = pi_largest_code(type) <= 15 ? v16i_from_pairs(v16p_add(low, high))
+                                                 : v16i_add(v16i_from_pairs(low), v16i_from_pairs(high));
+    const float offset = (float)pi_layout_of(type).offset;
+    if (offset == 0.0f) return v16f_from_i32(sum);
+    return v16f_fma(v16f_set1(-offset), v16f_set1(s), v16f_from_i32(sum)); /* both terms are exact integers */
+}
+
+#if PI_DOT_US_WIDE
+PI_INLINE v64b pi_byte_code(v64b w) { return v64b_xor(w, v64b_set1(128)); } /* w + 128, unsigned */
+PI_INLINE v16i pi_dot_bytes(v16i acc, v64b code, v64b x) { return v16i_dot_us(acc, code, x); }
+PI_INLINE v16f pi_finish_bytes(v16i sum, float s) {
+    return v16f_fma(v16f_set1(-128.0f), v16f_set1(s), v16f_from_i32(sum));
+}
+#else
+PI_INLINE v64b pi_byte_code(v64b w) { return w; }
+PI_INLINE v16i pi_dot_bytes(v16i acc, v64b code, v64b x) { return v16i_dot_ss(acc, code, x); }
+PI_INLINE v16f pi_finish_bytes(v16i sum, float s) { (void)s; return v16f_from_i32(sum); }
+#endif
+
+/* One token, straight from the tile. */
+PI_INLINE v16f pi_dot_tile(int type, const uint8_t *p, const int8_t *x, float s, const v16i sub[2]) {
+    v64b low, high;
+    if (type == PI_Q8_0) {
+        v16i sum[2] = {v16i_zero(), v16i_zero()};
+        PI_UNROLL for (int j = 0; j < 4; j++) {
+            pi_tile_quads(type, p, j, &low, &high);
+            sum[0] = pi_dot_bytes(sum[0], pi_byte_code(low), v64b_quad(x + 4 * j));
+            sum[1] = pi_dot_bytes(sum[1], pi_byte_code(high), v64b_quad(x + 16 + 4 * j));
+        }
+        return pi_finish_bytes(v16i_add(sum[0], sum[1]), s);
+    }
+    v16p sum[2] = {v16p_zero(), v16p_zero()};
+    PI_UNROLL for (int j = 0; j < 4; j++) {
+        pi_tile_quads(type, p, j, &low, &high);
+        sum[0] = v16p_dot_us(sum[0], low, v64b_quad(x + 4 * j));
+        sum[1] = v16p_dot_us(sum[1], high, v64b_quad(x + 16 + 4 * j));
+    }
+    return pi_finish(type, sum[0], sum[1], x, s, sub);
+}
+
+/* The tile's codes as 8 lines of bytes, quad after quad, to be used for several tokens. */
+PI_INLINE void pi_unpack_tile(int type, const uint8_t *p, uint8_t *codes) {
+    PI_UNROLL for (int j = 0; j < 4; j++) {
+        v64b low, high;
+        pi_tile_quads(type, p, j, &low, &high);
+        v64b_store(codes + 64 * j, type == PI_Q8_0 ? pi_byte_code(low) : low);
+        v64b_store(codes + 64 * (j + 4), type == PI_Q8_0 ? pi_byte_code(high) : high);
+    }
+}
+
+/* `count` tokens (a constant), `stride` bytes apart, times unpacked codes. */
+PI_INLINE void pi_dot_codes(int type, int count, const uint8_t *codes, const int8_t *x, int64_t stride,
+                            const float *s, int64_t s_stride, const v16i sub[2], v16f *out) {
+    if (type == PI_Q8_0) {
+        v16i sum[8];
+        PI_UNROLL for (int t = 0; t < count; t++) sum[t] = v16i_zero();
+        PI_UNROLL for (int j = 0; j < 8; j++) {
+            const v64b code = v64b_load(codes + 64 * j);
+            PI_UNROLL for (int t = 0; t < count; t++)
+                sum[t] = pi_dot_bytes(sum[t], code, v64b_quad(x + t * stride + 4 * j));
+        }
+        PI_UNROLL for (int t = 0; t < count; t++) out[t] = pi_finish_bytes(sum[t], s[t * s_stride]);
+        return;
+    }
+    v16p half[2][8];
+    PI_UNROLL for (int h = 0; h < 2; h++) {
+        PI_UNROLL for (int t = 0; t < count; t++) half[h][t] = v16p_zero();
+        PI_UNROLL for (int j = 0; j < 4; j++) {
+            const v64b code = v64b_load(codes + 64 * (4 * h + j));
+            PI_UNROLL for (int t = 0; t < count; t++)
+                half[h][t] = v16p_dot_us(half[h][t], code, v64b_quad(x + t * stride + 16 * h + 4 * j));
+        }
+    }
+    PI_UNROLL for (int t = 0; t < count; t++)
+        out[t] = pi_finish(type, half[0][t], half[1][t], x + t * stride, s[t * s_stride], sub);
+}
+
+#endif

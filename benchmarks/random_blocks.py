@@ -1,0 +1,134 @@
+"""Valid random blocks of every row type, as fast as random bytes can be drawn.
+
+A row's values have zero mean and a standard deviation of about 1/√columns. The block layouts are those of the
+GGUF format (ggml's ``block_q4_0`` and so on): scales first or last, the rest free bits, so only scales need care.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Maker = Callable[[np.random.Generator, int, float], Bytes]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One row type: its number in the format, values and bytes of a block, and what draws ``n`` blocks."""
+
+    code: int
+    values: int
+    nbytes: int
+    make: Maker
+
+
+def random_rows(rng: np.random.Generator, row_type: str, rows: int, columns: int) -> Bytes:
+    """``rows`` rows of ``columns`` values, [rows, row bytes]. Columns must be a multiple of the block."""
+    block = BLOCKS[row_type]
+    if columns % block.values:
+        raise ValueError(f"{columns} columns are no multiple of {block.values}, the block of {row_type}")
+    blocks = rows * (columns // block.values)
+    return block.make(rng, blocks, columns**-0.5).reshape(rows, -1)
+
+
+def fitting_type(row_type: str, columns: int) -> str:
+    """``row_type``, or what quantisers take instead where its block does not divide ``columns``."""
+    return row_type if columns % BLOCKS[row_type].values == 0 else _FALLBACK[row_type]
+
+
+#: For rows that no super-block of 256 fits: the plain type with the next number of bits.
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+def _scales(rng: np.random.Generator, blocks: int, middle: float) -> NDArray[np.float16]:
+    """Positive scales [blocks, 1] spread over a factor of three around ``middle``."""
+    return (middle * rng.uniform(0.5, 1.5, (blocks, 1))).astype(np.float16)
+
+
+def _bits(rng: np.random.Generator, blocks: int, nbytes: int) -> Bytes:
+    return np.frombuffer(rng.bytes(blocks * nbytes), dtype=np.uint8).reshape(blocks, nbytes)
+
+
+def _deviation_of(levels: int) -> float:
+    """Standard deviation of a whole number uniform over ``levels`` values."""
+    return float(np.sqrt((levels**2 - 1) / 12))
+
+
+def _join(*parts: NDArray[np.generic]) -> Bytes:
+    return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], axis=1)
+
+
+def _symmetric(levels: int, nbytes: int) -> Maker:
+    """Q4_0, Q5_0, Q8_0: scale d | bits; a value is d·(q − levels/2)."""
+
+    def make(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+        return _join(_scales(rng, blocks, deviation / _deviation_of(levels)), _bits(rng, blocks, nbytes))
+
+    return make
+
+
+def _with_minimum(levels: int, nbytes: int) -> Maker:
+    """Q4_1, Q5_1: scale d | minimum m | bits; a value is d·q + m, centred by m = −d·(levels − 1)/2."""
+
+    def make(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+        d = _scales(rng, blocks, deviation / _deviation_of(levels))
+        m = (d.astype(np.float32) * (-(levels - 1) / 2)).astype(np.float16)
+        return _join(d, m, _bits(rng, blocks, nbytes))
+
+    return make
+
+
+def _super_with_minimum(levels: int, nbytes: int) -> Maker:
+    """Q4_K, Q5_K: d | dmin | 8 scales and mins of 6 bits in 12 bytes | bits; a value is d·scale·q − dmin·min.
+
+    All 12 bytes are the same in every block: scales and mins of 36, so that dmin = d·(levels − 1)/2 centres.
+    """
+    # 36 = 0b100100: of the last four, the two upper bits (2) lie above the first four's six, the low (4) apart.
+    packed = np.array([0b10100100] * 8 + [0b01000100] * 4, dtype=np.uint8)
+
+    def make(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+        d = _scales(rng, blocks, deviation / (36 * _deviation_of(levels)))
+        dmin = (d.astype(np.float32) * ((levels - 1) / 2)).astype(np.float16)
+        scales = np.broadcast_to(packed, (blocks, 12))
+        return _join(d, dmin, scales, _bits(rng, blocks, nbytes))
+
+    return make
+
+
+def _q6_k(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+    """Bits | 16 int8 scales | d; a value is d·scale·(q − 32)."""
+    scales = rng.integers(32, 128, (blocks, 16), dtype=np.int8) * rng.choice(
+        np.array([-1, 1], np.int8), (blocks, 16)
+    )
+    d = _scales(rng, blocks, deviation / (84 * _deviation_of(64)))
+    return _join(_bits(rng, blocks, 192), scales, d)
+
+
+def _f32(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+    values = rng.standard_normal((blocks, 1), dtype=np.float32) * np.float32(deviation)
+    return values.view(np.uint8)
+
+
+def _f16(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+    return _f32(rng, blocks, deviation).view(np.float32).astype(np.float16).view(np.uint8)
+
+
+def _bf16(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+    return np.ascontiguousarray(_f32(rng, blocks, deviation)[:, 2:])
+
+
+BLOCKS: dict[str, Block] = {
+    "F32": Block(0, 1, 4, _f32),
+    "F16": Block(1, 1, 2, _f16),
+    "BF16": Block(30, 1, 2, _bf16),
+    "Q4_0": Block(2, 32, 18, _symmetric(16, 16)),
+    "Q4_1": Block(3, 32, 20, _with_minimum(16, 16)),
+    "Q5_0": Block(6, 32, 22, _symmetric(32, 20)),
+    "Q5_1": Block(7, 32, 24, _with_minimum(32, 20)),
+    "Q8_0": Block(8, 32, 34, _symmetric(256, 32)),
+    "Q4_K": Block(12, 256, 144, _super_with_minimum(16, 128)),
+    "Q5_K": Block(13, 256, 176, _super_with_minimum(32, 160)),
+    "Q6_K": Block(14, 256, 210, _q6_k),
+}

@@ -4,8 +4,6 @@ Every message says what is wrong, what was expected, what was found and in which
 ``FormatError``; tests (and careful callers) tell the faults apart by class.
 """
 
-# ruff: noqa: N818 - the fault is the name (DuplicateKey); an Error suffix on fifty of them says nothing more
-
 from __future__ import annotations
 
 import os

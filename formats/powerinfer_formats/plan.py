@@ -23,7 +23,7 @@ Device = Literal["gpu", "cpu"]
 
 @dataclass(frozen=True)
 class PlanModel:
-    """The model planned for; ``fingerprint`` is None for a shape without a file, ``neurons`` are per layer."""
+    """The model planned for; ``fingerprint`` is None for a shape without a file. ``neurons`` per layer."""
 
     name: str
     fingerprint: str | None

@@ -1,0 +1,182 @@
+"""The profile: how often each neuron was active over a corpus, and what the corpus was.
+
+Everything in it is a sum over windows of tokens, so profiles of parts of a corpus merge, in any order and
+grouping, into exactly the profile of the whole. ``SPEC.md`` has the file byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powerinfer_formats import profile_document as document
+from powerinfer_formats.errors import CannotMerge
+from powerinfer_formats.histogram import active_counts, lower_edge, threshold_bin
+from powerinfer_formats.profile_document import Corpus
+from powerinfer_formats.profile_sums import LayerSums, add_sums, round_squares
+
+__all__ = ["Corpus", "LayerSums", "Profile", "round_squares"]
+
+MAX_TOKENS = (1 << 32) - 1  # what a histogram's uint32 can count
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Sums over ``tokens`` tokens, ``sums[layer]``, and what they are of.
+
+    ``fingerprint`` and ``model_name`` say which model; ``activation`` and ``exact_zeros`` what active means:
+    a contribution that is not zero (ReLU family), or one at or above the layer's threshold, chosen so that
+    the mean density is nearest to ``target_density``. ``window`` is the number of tokens that were read at
+    once; ``corpus`` what was read.
+    """
+
+    fingerprint: str
+    model_name: str
+    architecture: str
+    activation: str
+    exact_zeros: bool
+    tokens: int
+    window: int
+    target_density: float
+    corpus: tuple[Corpus, ...]
+    tool_version: str
+    sums: tuple[LayerSums, ...]
+
+    # --- what it says --------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.sums)
+
+    def neurons(self, layer: int) -> int:
+        """Number of neurons of a layer."""
+        return len(self.sums[layer].gate_squares)
+
+    @cached_property
+    def threshold_bins(self) -> tuple[int, ...]:
+        """First active bin of each layer; empty where activations have exact zeros."""
+        return tuple(
+            threshold_bin(sums.histogram, self.target_density)
+            for sums in self.sums
+            if sums.histogram is not None
+        )
+
+    @cached_property
+    def thresholds(self) -> NDArray[np.float32]:
+        """The contribution from which a neuron is active, float32 [layers]; 0 with exact zeros."""
+        if self.exact_zeros:
+            return np.zeros(self.layers, np.float32)
+        return np.array([lower_edge(index) for index in self.threshold_bins], np.float32)
+
+    @cached_property
+    def _counts(self) -> tuple[NDArray[np.uint64], ...]:
+        return tuple(self._count(layer) for layer in range(self.layers))
+
+    def _count(self, layer: int) -> NDArray[np.uint64]:
+        sums = self.sums[layer]
+        if sums.histogram is not None:
+            return active_counts(sums.histogram, self.threshold_bins[layer])
+        assert sums.counts is not None
+        return sums.counts
+
+    def counts(self, layer: int) -> NDArray[np.uint64]:
+        """Tokens for which each neuron was active: uint64 [neurons]."""
+        return self._counts[layer]
+
+    def frequency(self, layer: int) -> NDArray[np.float64]:
+        """Share of tokens for which each neuron was active: float64 [neurons]."""
+        return self.counts(layer).astype(np.float64) / max(self.tokens, 1)
+
+    def order(self, layer: int) -> NDArray[np.int32]:
+        """Neurons by descending count, ties by index: int32 [neurons]."""
+        counts = self.counts(layer)
+        return np.argsort(counts.max(initial=0) - counts, kind="stable").astype(np.int32)
+
+    def density(self, layer: int) -> float:
+        """Mean share of the layer's neurons that is active for a token."""
+        return float(self.frequency(layer).mean())
+
+    def gate_rms(self, layer: int) -> NDArray[np.float64]:
+        """Root mean square of act(gate·x): float64 [neurons]."""
+        return np.sqrt(self.sums[layer].gate_squares / max(self.tokens, 1))
+
+    def up_rms(self, layer: int) -> NDArray[np.float64]:
+        """Root mean square of up·x: float64 [neurons]."""
+        return np.sqrt(self.sums[layer].up_squares / max(self.tokens, 1))
+
+    # --- files ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read and check ``path``; raises ``FormatError``, ``UnfinishedProfile`` for a checkpoint."""
+        from powerinfer_formats.profile_file import load_profile
+
+        fields: dict[str, Any] = load_profile(Path(path))
+        return cls(**fields)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path`` atomically; raises ``FormatError`` rather than write what ``load`` would refuse."""
+        from powerinfer_formats.profile_file import save_profile
+
+        save_profile(self, Path(path), None)
+
+    # --- merging -------------------------------------------------------------------------------------
+
+    def with_target(self, target_density: float) -> Self:
+        """The same sums judged by another target density: thresholds and counts follow."""
+        return replace(self, target_density=target_density)
+
+    @classmethod
+    def merge(cls, profiles: Sequence[Self]) -> Self:
+        """The profile of all corpora together; the order of ``profiles`` does not matter.
+
+        All must be of the same model, window, activation and target density, and no corpus may be in two of
+        them; else ``CannotMerge`` says what differs.
+        """
+        if not profiles:
+            raise CannotMerge("profiles", "there is nothing to merge")
+        first = profiles[0]
+        for other in profiles[1:]:
+            _check_same(first, other)
+        corpus = sorted((entry for p in profiles for entry in p.corpus), key=document.corpus_key)
+        for entry, following in pairwise(corpus):
+            if (entry.name, entry.sha256) == (following.name, following.sha256):
+                raise CannotMerge(entry.name, "is a corpus of two of the profiles; it would count twice")
+        tokens = sum(profile.tokens for profile in profiles)
+        if tokens > MAX_TOKENS:
+            raise CannotMerge("profiles", f"{tokens} tokens are more than a profile can count ({MAX_TOKENS})")
+        return replace(
+            first,
+            model_name=min(profile.model_name for profile in profiles),
+            tokens=tokens,
+            corpus=tuple(corpus),
+            tool_version=", ".join(sorted({v for p in profiles for v in p.tool_version.split(", ")})),
+            sums=tuple(add_sums([p.sums[layer] for p in profiles]) for layer in range(first.layers)),
+        )
+
+
+_MUST_AGREE = ("fingerprint", "architecture", "activation", "exact_zeros", "window", "target_density")
+
+
+def _check_same(first: Profile, other: Profile) -> None:
+    for name in _MUST_AGREE:
+        ours, theirs = getattr(first, name), getattr(other, name)
+        if ours != theirs:
+            raise CannotMerge(
+                "profiles",
+                f"of {first.model_name!r} and {other.model_name!r} differ in {name}: {ours!r} and {theirs!r}",
+            )
+    shapes = [[profile.neurons(layer) for layer in range(profile.layers)] for profile in (first, other)]
+    if shapes[0] != shapes[1]:
+        raise CannotMerge(
+            "profiles", f"of {first.model_name!r} and {other.model_name!r} differ in their neurons"
+        )

@@ -1,0 +1,50 @@
+"""The JSON document inside a profile: everything that is not an array."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One file of the corpus: ``sha256`` of all of it, ``tokens`` and ``bytes`` of what was read of it."""
+
+    name: str
+    sha256: str
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CorpusPosition:
+    """How far an unfinished profile has come.
+
+    ``work`` is a SHA-256 of what was asked for (corpus, options), so that only the same command takes it up
+    again; ``windows`` whole windows of it have been counted.
+    """
+
+    work: str
+    windows: int
+
+
+@dataclass(frozen=True)
+class ProfileDocument:
+    """The fields of ``Profile`` that are not arrays, and the number of neurons of each layer."""
+
+    fingerprint: str
+    model_name: str
+    architecture: str
+    activation: str
+    exact_zeros: bool
+    tokens: int
+    window: int
+    target_density: float
+    corpus: tuple[Corpus, ...]
+    tool_version: str
+    neurons: tuple[int, ...]
+    checkpoint: CorpusPosition | None
+
+
+def corpus_key(entry: Corpus) -> tuple[str, str]:
+    """What corpora are sorted by."""
+    return entry.name, entry.sha256

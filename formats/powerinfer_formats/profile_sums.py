@@ -1,0 +1,59 @@
+"""What a profile adds up for the neurons of one layer, and how the sums stay exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+SQUARE_GRID = 2.0**-16
+SQUARE_LIMIT = 2.0**37  # below it, multiples of the grid are exact in float64
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSums:
+    """Sums over tokens, arrays [neurons].
+
+    ``counts`` uint64, for activations with exact zeros: tokens whose contribution was not zero.
+    ``histogram`` uint32 [neurons, 128], for the others: contributions by bin (see ``histogram``). One of the
+    two is None. ``gate_squares`` and ``up_squares`` float64: Σ act(gate·x)² and Σ (up·x)², multiples of 2^-16.
+    """
+
+    counts: NDArray[np.uint64] | None
+    histogram: NDArray[np.uint32] | None
+    gate_squares: NDArray[np.float64]
+    up_squares: NDArray[np.float64]
+
+
+def round_squares(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums of squares over one window, rounded to the grid: float64 of the same shape.
+
+    Float64 adds multiples of 2^-16 exactly up to 2^37. With each window rounded by itself, the sum of any
+    windows is the same in every order and grouping: that is what lets shards merge into equal profiles.
+    Sums that reach the limit (or are not numbers) are cut to the largest multiple below it.
+    """
+    largest = SQUARE_LIMIT - SQUARE_GRID
+    finite = np.nan_to_num(sums, nan=largest, posinf=largest)
+    return np.minimum(np.rint(finite / SQUARE_GRID) * SQUARE_GRID, largest)
+
+
+def add_sums(parts: Sequence[LayerSums]) -> LayerSums:
+    """The sums over all tokens of ``parts``, which have the same shapes."""
+    counts = [part.counts for part in parts if part.counts is not None]
+    histograms = [part.histogram for part in parts if part.histogram is not None]
+    return LayerSums(
+        counts=sum(counts[1:], start=counts[0]) if counts else None,
+        histogram=sum(histograms[1:], start=histograms[0]) if histograms else None,
+        gate_squares=_add_squares([part.gate_squares for part in parts]),
+        up_squares=_add_squares([part.up_squares for part in parts]),
+    )
+
+
+def _add_squares(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Saturating addition, which is associative, too, for values that are not negative."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = np.minimum(total + part, SQUARE_LIMIT - SQUARE_GRID)
+    return total

@@ -7,6 +7,7 @@ past the vocabulary, and such ids are taken apart again after encoding.
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from powerinfer_tools.errors import TokenizerError
@@ -48,7 +49,10 @@ class BytePairEncoder:
 
 
 def _parse_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = []
+    simple = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    if "" not in set(chain.from_iterable(simple)) and len(set(merges)) == len(merges):
+        return simple
+    pairs = []  # slower, with the rules for odd files
     seen = set()
     for index, merge in enumerate(merges):
         # The first part has at least one character, so a space in front belongs to it.
@@ -70,14 +74,7 @@ def _missing_tokens(
     In the end such a text becomes the ids of its ASCII characters that are tokens, and the rest vanishes:
     that is what llama.cpp makes of it.
     """
-    needed = {char for char in byte_characters() if char not in ids}
-    for left, right in merges:
-        if left not in ids:
-            needed.add(left)
-        if right not in ids:
-            needed.add(right)
-        if left + right not in ids:
-            needed.add(left + right)
+    needed = set(byte_characters()).union(chain.from_iterable(merges), map("".join, merges)) - ids.keys()
     extra = {text: len(ids) + index for index, text in enumerate(sorted(needed))}
     expansions = {
         token: tuple(ids[char] for char in text if char.isascii() and char in ids)

@@ -7,6 +7,8 @@ That differs from scanning once and taking the longest at each place: `abcd` bea
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+
 from powerinfer_tools.text.special_tokens import TokenType
 from powerinfer_tools.text.vocabulary import Vocabulary
 
@@ -24,10 +26,11 @@ class SpecialPartition:
         self._texts = vocabulary.texts
         self._strips_left = vocabulary.strips_left
         self._strips_right = vocabulary.strips_right
-        always = [i for i, type_ in enumerate(vocabulary.types) if type_ == TokenType.USER_DEFINED]
-        trusted = [i for i, t in enumerate(vocabulary.types) if t in (TokenType.CONTROL, TokenType.UNKNOWN)]
-        self._always = self._group(always)
-        self._all = self._group(always + trusted)
+        types = np.array(vocabulary.types)
+        always = types == TokenType.USER_DEFINED
+        trusted = (types == TokenType.CONTROL) | (types == TokenType.UNKNOWN)
+        self._always = self._group(np.flatnonzero(always).tolist())
+        self._all = self._group(np.flatnonzero(always | trusted).tolist())
 
     def _group(self, tokens: Sequence[int]) -> dict[str, list[int]]:
         """Tokens by the first characters of their text, so that a text without those is passed quickly.

@@ -122,8 +122,8 @@ class _Reader:
             raise TokenizerError("tokenizer.ggml.pre is not a string")
         if not name:
             self.notices.append(
-                "the file names no pre-tokeniser (tokenizer.ggml.pre); llama.cpp's default is used, which may "
-                "not be what the model was trained with"
+                "the file names no pre-tokeniser (tokenizer.ggml.pre); llama.cpp's default is used, "
+                "which may not be what the model was trained with"
             )
         return pre_tokenizer(name or "default")
 
@@ -131,8 +131,9 @@ class _Reader:
         values = self.value(key)
         if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
             raise TokenizerError(f"tokenizer.ggml.{key} is not an array of strings")
-        if all(isinstance(value, str) for value in values):
-            return list(values)
+        values = list(values)  # at once: the reader decodes its strings each time that they are asked for
+        if set(map(type, values)) <= {str}:
+            return values
         try:
             return [value if isinstance(value, str) else bytes(value).decode() for value in values]
         except (UnicodeDecodeError, TypeError, ValueError) as error:

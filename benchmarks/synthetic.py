@@ -3,8 +3,8 @@
     python benchmarks/synthetic.py mistral-7b Q4_0 mistral-7b-synthetic.gguf
 
 The file is a complete GGUF that other programs load too, streamed to disk: memory stays at one piece of one
-tensor. ``general.name`` says that it is synthetic. Values have zero mean and a deviation of 1/√columns, so that
-activations stay finite and every arithmetic path runs at its normal speed.
+tensor. ``general.name`` says that it is synthetic. Values have zero mean and a deviation of 1/√columns, so
+that activations stay finite and every arithmetic path runs at its normal speed.
 """
 
 import argparse

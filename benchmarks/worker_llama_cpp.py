@@ -2,8 +2,8 @@
 
     python benchmarks/worker_llama_cpp.py MODEL --threads 2 --context 640
 
-Needs nothing but ``llama-cpp-python``, so that any interpreter that has it can run this file. The work is that
-of llama-bench: ``pp`` decodes the tokens as one batch from an empty cache, ``tg`` one after the other, and
+Needs nothing but ``llama-cpp-python``, so that any interpreter that has it can run this file. The work is
+llama-bench's: ``pp`` decodes the tokens as one batch from an empty cache, ``tg`` one after the other, and
 logits are computed for the last token only.
 """
 
@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-import llama_cpp
+import llama_cpp  # type: ignore[import-not-found, unused-ignore]  # an optional peer
 
 
 class Peer:

@@ -141,7 +141,7 @@ def _build(gguf: GGUFFile) -> Model:
     head = embedding
     if tensors.has("output.weight"):
         head = tensors.matrix("output.weight", hyper.vocabulary, hyper.width)
-    split = SplitFile.read(gguf, layers=hyper.layers, neurons=hyper.neurons, width=hyper.width)
+    split = _split(gguf, hyper)
     return Model(
         gguf=gguf,
         spec=spec,
@@ -153,6 +153,15 @@ def _build(gguf: GGUFFile) -> Model:
         layers=tuple(_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),
         split=split,
     )
+
+
+def _split(gguf: GGUFFile, hyper: Hyperparameters) -> SplitFile | None:
+    split = SplitFile.read(gguf, layers=hyper.layers, neurons=hyper.neurons, width=hyper.width)
+    for index, types in enumerate(split.header.types if split else ()):
+        for row_type in types:
+            if int(row_type) not in MATRIX_TYPES:
+                raise ModelError(f"{gguf.path}: FFN rows of layer {index} are of type {row_type.name}, not computable")
+    return split
 
 
 def _layer(

@@ -5,7 +5,7 @@ Weights are dequantised exactly; activations are never rounded. Slow, and meant 
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_kernels import dequantize, reference
+from powerinfer_kernels import RowType, dequantize, reference
 
 from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
@@ -86,7 +86,8 @@ def ffn_matrices(layer: LayerWeights) -> tuple[Array, Array, Array]:
 
 
 def _split_rows(rows: npt.NDArray[np.uint8], row_type: int, width: int) -> Array:
-    return dequantize(np.ascontiguousarray(rows), row_type, len(rows), width).astype(np.float64)
+    plain = np.ascontiguousarray(rows).reshape(-1)
+    return dequantize(plain, RowType(row_type), len(rows), width).astype(np.float64)
 
 
 def _affine(x: Array, weight: Weight, bias: npt.NDArray[np.float32] | None) -> Array:

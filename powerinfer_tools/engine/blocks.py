@@ -10,6 +10,7 @@ from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder, RowMatrix
 
 from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.engine.buffers import FLOAT_TYPES, Buffers, Floats
+from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.rotary import RotaryTables
 from powerinfer_tools.model import AttentionWeights, Model, Weight
 
@@ -120,10 +121,14 @@ class BlockWriter:
         if quantized and b.normed_acts is not None:
             self.builder.quantize(b.normed, b.normed_acts)
 
-    def ffn_columns(self, w: DenseColumns, post_norm: Floats | None) -> None:
-        """The FFN of a source model, added to the residual stream."""
+    def ffn_columns(
+        self, w: DenseColumns, post_norm: Floats | None, observed: LayerCounters | None = None
+    ) -> None:
+        """The FFN of a source model, added to the residual stream; counted where it is ``observed``."""
         b, builder = self.buffers, self.builder
         self._gate_and_up(w.gate, w.up)
+        if observed is not None:
+            builder.observe(b.gate, b.up, self.hyper.activation, **vars(observed))
         builder.activate(b.gate, b.up, b.gate, self.hyper.activation)
         if w.down.row_type not in FLOAT_TYPES and b.hidden_acts is not None:
             builder.quantize(b.gate, b.hidden_acts)

@@ -9,6 +9,7 @@ from powerinfer_kernels import Pool, read_bandwidth
 
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack, StackOptions
+from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.report import EngineReport, Memory
 from powerinfer_tools.errors import ContextFull, ModelError
 from powerinfer_tools.model import Model
@@ -25,7 +26,8 @@ class Engine:
 
     ``mode`` None takes what the file says (a source model is dense). ``device`` "none" computes everything in
     the C kernels; "cpu" and "cuda" give the hot part of a split file to torch on that device. ``vram`` limits
-    the hot part to that many bytes by moving the split point.
+    the hot part to that many bytes by moving the split point. ``observed`` counters, one of each layer, are added
+    to by every forward pass of a source model.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class Engine:
         mode: str | None = None,
         device: str = "none",
         vram: int | None = None,
+        observed: Sequence[LayerCounters] | None = None,
     ) -> None:
         self.model = model
         self.context = _check_context(model, context)
         self._pool = Pool(threads, isa)
         batch = max(1, min(batch, self.context))
-        options = StackOptions(batch, self.context, mode, device, vram)
+        options = StackOptions(batch, self.context, mode, device, vram, observed)
         self._stack = LayerStack(model, self._pool, options)
         self._head = Head(model, self._pool, self._stack.head_matrix)
         self._batch, self._position = batch, 0
@@ -121,6 +124,13 @@ class Engine:
             count = self._forward(tokens[start : start + self._batch])
             for row in range(max(0, first - start), count, HEAD_ROWS):
                 yield self._head.logits(self._stack.x[row : min(row + HEAD_ROWS, count)])
+
+    def absorb(self, tokens: Sequence[int]) -> None:
+        """Run a fresh window of ``tokens`` through the layers alone, for the sake of the counters."""
+        self.rewind(0)
+        self._require_room(len(tokens))
+        for first in range(0, len(tokens), self._batch):
+            self._forward(tokens[first : first + self._batch])
 
     def rewind(self, position: int) -> None:
         """Forget everything in the cache from ``position`` on."""

@@ -10,6 +10,7 @@ from powerinfer_kernels import Matrix, Pool, RowMatrix, RowType, aligned, row_by
 
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, NeuronRows, pack
 from powerinfer_tools.engine.buffers import FLOAT_TYPES, Buffers, Floats
+from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model import DenseFFN, Model
 
@@ -39,7 +40,9 @@ class ColdFFN(Protocol):
     def bytes_per_token(self, density: float) -> float:
         """Bytes that one decoded token touches."""
 
-    def write(self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None) -> None:
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+    ) -> None:
         """Append the operations."""
 
 
@@ -50,9 +53,17 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
     """
     layers = model.hyper.layers
     if asked is None:
-        return model.split.modes if model.split else ("dense",) * layers
+        modes = model.split.modes if model.split else ("dense",) * layers
+        for mode in sorted(set(modes)):
+            _check_mode(model, mode)
+        return modes
+    _check_mode(model, asked)
+    return (asked,) * layers
+
+
+def _check_mode(model: Model, asked: str) -> None:
     if asked not in MODES:
-        raise ModelError(f"mode {asked!r} is not one of {', '.join(MODES)}")
+        raise ModelError(f"{model.path}: mode {asked!r} is not one that this version runs ({', '.join(MODES)})")
     if asked == "gate-first" and not model.exact_zeros:
         raise ModelError(
             f"{model.path}: gate-first skips neurons whose activation is exactly zero; {model.hyper.activation} "
@@ -60,7 +71,6 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
         )
     if asked == "gate-first" and model.split is None:
         raise ModelError(f"{model.path}: gate-first needs a split file; make one with powerinfer convert")
-    return (asked,) * layers
 
 
 def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: int) -> ColdFFN:
@@ -92,8 +102,10 @@ class _ColumnsFFN:
     def bytes_per_token(self, density: float) -> float:
         return float(self.nbytes)
 
-    def write(self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None) -> None:
-        writer.ffn_columns(self.weights, post_norm)
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+    ) -> None:
+        writer.ffn_columns(self.weights, post_norm, observed)
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,9 @@ class _RowsFFN:
         rest = w.up.nbytes + w.down.nbytes
         return w.gate.nbytes + (rest * density if self.skips else rest)
 
-    def write(self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None) -> None:
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+    ) -> None:
         gate = _narrowed(buffers.gate, self.neurons)
         writer.ffn_rows(self.weights, gate, _narrowed(buffers.up, self.neurons))
 
@@ -140,7 +154,9 @@ class _NoneFFN:
     def bytes_per_token(self, density: float) -> float:
         return 0.0
 
-    def write(self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None) -> None:
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+    ) -> None:
         return
 
 
@@ -148,14 +164,14 @@ def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
     last = layer.neurons
     if first == last:
         return _NoneFFN()
-    gate = _matrix(pool, layer.rows("gate", first, last), layer.gate_type, layer.width)
-    down = _row_matrix(layer.rows("down", first, last), layer.down_type, layer.width)
-    up_rows = layer.rows("up", first, last)
+    gate = _matrix(pool, layer.rows("gate", first, last), RowType(layer.gate_type), layer.width)
+    down = _row_matrix(layer.rows("down", first, last), RowType(layer.down_type), layer.width)
+    up_rows, up_type = layer.rows("up", first, last), RowType(layer.up_type)
     up: Matrix | RowMatrix
     if mode == "gate-first":
-        up = _row_matrix(up_rows, layer.up_type, layer.width)
+        up = _row_matrix(up_rows, up_type, layer.width)
     else:
-        up = _matrix(pool, up_rows, layer.up_type, layer.width)
+        up = _matrix(pool, up_rows, up_type, layer.width)
     return _RowsFFN(NeuronRows(gate, up, down))
 
 

@@ -9,6 +9,7 @@ from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder
 
 from powerinfer_tools.engine.blocks import BlockWriter, pack
 from powerinfer_tools.engine.buffers import allocate
+from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.ffn import ColdFFN, layer_modes, load_cold_ffn
 from powerinfer_tools.engine.rotary import layer_tables
 from powerinfer_tools.errors import ModelError
@@ -20,13 +21,17 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StackOptions:
-    """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None: none)."""
+    """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None: none).
+
+    ``observed``: counters of each layer that every forward pass adds to; for source models.
+    """
 
     batch: int
     context: int
     mode: str | None
     device: str
     vram: int | None
+    observed: Sequence[LayerCounters] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class LayerStack:
         self._splits: list[_Split] = []
         self._ffn_marks: list[int] = []
         self._cold: list[ColdFFN] = []
+        self._observed = options.observed
         self._write()
         self._length = builder.mark()
         self._program = builder.build()
@@ -167,7 +173,7 @@ class LayerStack:
         quantized = ffn.quantized or hot_neurons > 0
         writer.ffn_input(layer.ffn_norm, quantized=quantized)
         ready = writer.builder.mark()
-        ffn.write(writer, self._buffers, layer.ffn_post_norm)
+        ffn.write(writer, self._buffers, layer.ffn_post_norm, self._observed[index] if self._observed else None)
         if not ffn.in_rows:
             return
         needed = writer.builder.mark()

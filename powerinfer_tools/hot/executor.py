@@ -149,9 +149,9 @@ def _load(layer: SplitLayer, count: int, device: str) -> _HotLayer:
         return _Rows(row_type, torch.from_numpy(source).to(device))
 
     return _HotLayer(
-        gate=rows("gate", layer.gate_type),
-        up=rows("up", layer.up_type),
-        down=rows("down", layer.down_type),
+        gate=rows("gate", RowType(layer.gate_type)),
+        up=rows("up", RowType(layer.up_type)),
+        down=rows("down", RowType(layer.down_type)),
         neurons=count,
         width=layer.width,
     )

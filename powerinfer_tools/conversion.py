@@ -1,0 +1,279 @@
+"""convert: a source model, its profile and a plan become one split file.
+
+Gate and up rows keep their bits; a permutation of neurons changes nothing. The transposed down projection of a
+quantised source has to be quantised again, and the error of that is measured. Works layer by layer, so memory
+does not grow with the number of layers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_formats.plan import Plan
+from powerinfer_formats.profile import Profile
+from powerinfer_formats.split_layout import (
+    ALIGNMENT,
+    KINDS,
+    BundleLayout,
+    SplitHeader,
+    bundle_layout,
+    bundle_name,
+    declare_split_layer,
+    hot_name,
+    order_name,
+    source_names,
+)
+from powerinfer_kernels import RowType, block_shape, dequantize, quantize
+
+from powerinfer_tools import __version__
+from powerinfer_tools.errors import ConvertError
+from powerinfer_tools.model import DenseFFN, Model, Weight, load_model
+from powerinfer_tools.progress import Progress, Silent
+
+Bytes = npt.NDArray[np.uint8]
+FLOAT_TYPES = frozenset({RowType.F32, RowType.F16, RowType.BF16})
+#: What the transposed down projection can be written as.
+DOWN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
+#: Values dequantised at a time when weights are checked: 64 MiB of float32.
+_CHECK_VALUES = 1 << 24
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert. ``quant`` names the down projection's row type; None chooses (see :func:`down_type`)."""
+
+    model: Path
+    profile: Path
+    plan: Path
+    output: Path
+    quant: str | None = None
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written. ``requantization_error`` is ‖D' − D‖ / ‖D‖ of the down projection, per layer."""
+
+    output: str
+    nbytes: int
+    source_bytes: int
+    layers: int
+    neurons: int
+    hot_neurons: tuple[int, ...]
+    down_type: str
+    requantization_error: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return vars(self) | {
+            "hot_neurons": list(self.hot_neurons),
+            "requantization_error": list(self.requantization_error),
+            "mean_requantization_error": float(np.mean(self.requantization_error)),
+        }
+
+
+def convert(options: ConvertOptions, progress: Progress | None = None) -> ConvertReport:
+    """Write the split file. Nothing stands under ``output`` until it is complete.
+
+    Raises ConvertError for a profile or plan of another model and for weights that are not finite, FormatError
+    for files that are not well-formed or cannot be written.
+    """
+    model = load_model(options.model)
+    try:
+        if model.split is not None:
+            raise ConvertError(f"{options.model} is a split file already; convert starts from the source model")
+        profile, plan = Profile.load(options.profile), Plan.load(options.plan)
+        _check_belongs(model, options, profile, plan)
+        return _Conversion(model, profile, plan, options, progress or Silent()).run()
+    finally:
+        model.close()
+
+
+def down_type(source: RowType, quant: str | None, width: int) -> RowType:
+    """Row type of the transposed down projection: ``quant``, else the source's own if float, else Q8_0."""
+    if quant is None:
+        return source if source in FLOAT_TYPES else RowType.Q8_0
+    try:
+        chosen = RowType[quant.upper()]
+    except KeyError:
+        chosen = None
+    if chosen not in DOWN_TYPES:
+        names = ", ".join(row_type.name for row_type in DOWN_TYPES)
+        raise ConvertError(f"--quant {quant}: the down projection can be written as {names}")
+    if width % block_shape(chosen)[0]:
+        raise ConvertError(f"--quant {quant}: rows of {width} values are not whole blocks")
+    return chosen
+
+
+class _Conversion:
+    """One run of convert."""
+
+    def __init__(
+        self, model: Model, profile: Profile, plan: Plan, options: ConvertOptions, progress: Progress
+    ) -> None:
+        self.model, self.profile, self.plan = model, profile, plan
+        self.options, self.progress = options, progress
+        self.hot = tuple(layer.hot_neurons for layer in plan.layers)
+        self.layouts = tuple(self._layout(self._ffn(i)) for i in range(model.hyper.layers))
+
+    def run(self) -> ConvertReport:
+        # The error per layer stands in the header, before any weight: so it is measured in a first pass.
+        errors = self._measure()
+        header = self._header(errors)
+        with GGUFWriter(self.options.output, alignment=ALIGNMENT) as writer:
+            writer.copy_metadata(self.model.gguf, without=("powerinfer.activation",))
+            header.write(writer)
+            self._declare(writer)
+            self._write(writer)
+        return ConvertReport(
+            output=str(self.options.output),
+            nbytes=self.options.output.stat().st_size,
+            source_bytes=self.model.gguf.nbytes,
+            layers=self.model.hyper.layers,
+            neurons=self.model.hyper.neurons,
+            hot_neurons=self.hot,
+            down_type=self.layouts[0].types[2].name,
+            requantization_error=errors,
+        )
+
+    def _ffn(self, index: int) -> DenseFFN:
+        ffn = self.model.layers[index].ffn
+        assert isinstance(ffn, DenseFFN)
+        return ffn
+
+    def _layout(self, ffn: DenseFFN) -> BundleLayout:
+        chosen = down_type(ffn.down.row_type, self.options.quant, ffn.gate.columns)
+        return bundle_layout(ffn.gate.row_type, ffn.up.row_type, chosen, ffn.gate.columns)
+
+    def _header(self, errors: tuple[float, ...]) -> SplitHeader:
+        return SplitHeader(
+            source_fingerprint=self.model.fingerprint,
+            activation=self.model.hyper.activation,
+            group=self.plan.group,
+            hot_neurons=self.hot,
+            modes=tuple(layer.mode for layer in self.plan.layers),
+            types=tuple(layout.types for layout in self.layouts),
+            requantization_error=errors,
+            tool_version=__version__,
+            corpus_hashes=tuple(entry.sha256 for entry in self.profile.corpus),
+            corpus_tokens=self.profile.tokens,
+        )
+
+    def _measure(self) -> tuple[float, ...]:
+        """Check that all weights are finite, and measure what requantising adds to each layer."""
+        layers = self.model.hyper.layers
+        self.progress.start("checking weights", layers + 1, "layers")
+        for weight in _shared_weights(self.model):
+            _check_finite(self.model, weight)
+        self.progress.advance(1)
+        errors = []
+        for index in range(layers):
+            for weight in _layer_weights(self.model, index):
+                _check_finite(self.model, weight)
+            down = self._transposed_down(index)
+            rows = self._quantized(index, down)
+            errors.append(_relative_error(down, rows, RowType(self.layouts[index].types[2])))
+            self.progress.advance(1)
+        self.progress.finish()
+        return tuple(errors)
+
+    def _declare(self, writer: GGUFWriter) -> None:
+        neurons = self.model.hyper.neurons
+        for index in range(self.model.hyper.layers):
+            declare_split_layer(writer, index, self.layouts[index], neurons=neurons, hot=self.hot[index])
+        for name in self._unchanged():
+            info = self.model.gguf.info(name)
+            writer.declare(name, info.row_type, info.shape)
+
+    def _unchanged(self) -> list[str]:
+        ffn = {name for index in range(self.model.hyper.layers) for name in source_names(index)}
+        return [name for name in self.model.gguf.tensors if name not in ffn]
+
+    def _write(self, writer: GGUFWriter) -> None:
+        layers = self.model.hyper.layers
+        self.progress.start("writing", layers + 1, "layers")
+        for index in range(layers):
+            self._write_layer(writer, index)
+            self.progress.advance(1)
+        for name in self._unchanged():
+            writer.write(name, self.model.gguf.tensor(name))
+        self.progress.advance(1)
+        self.progress.finish()
+
+    def _write_layer(self, writer: GGUFWriter, index: int) -> None:
+        order, hot, layout = self.profile.order(index), self.hot[index], self.layouts[index]
+        ffn = self._ffn(index)
+        down = self._quantized(index, self._transposed_down(index))
+        sources = {"gate": _plain_rows(ffn.gate), "up": _plain_rows(ffn.up), "down": down}
+        writer.write(order_name(index), order.astype("<i4"))
+        if hot:
+            for kind in KINDS:
+                writer.write(hot_name(index, kind), sources[kind][order[:hot]])
+        if hot < len(order):
+            cold = order[hot:]
+            records = layout.pack(*(sources[kind][cold] for kind in KINDS))
+            writer.write(bundle_name(index), records)
+
+    def _transposed_down(self, index: int) -> npt.NDArray[np.float32]:
+        """float32 (neurons, width): one row per neuron, in the source's order."""
+        down = self._ffn(index).down
+        values = dequantize(down.data, down.row_type, down.rows, down.columns)
+        return np.ascontiguousarray(values.T)
+
+    def _quantized(self, index: int, rows: npt.NDArray[np.float32]) -> Bytes:
+        return quantize(rows, RowType(self.layouts[index].types[2]))
+
+
+def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan: Plan) -> None:
+    if profile.fingerprint != model.fingerprint:
+        raise ConvertError(
+            f"{options.profile} was made for {profile.model_name!r}, not for {model.name!r} ({options.model}); "
+            "make its own with powerinfer profile"
+        )
+    if plan.model.fingerprint != model.fingerprint:
+        raise ConvertError(
+            f"{options.plan} was made for {plan.model.name!r}, not for {model.name!r} ({options.model}); "
+            "make its own with powerinfer plan"
+        )
+
+
+def _shared_weights(model: Model) -> Iterator[Weight]:
+    yield model.embedding
+    if model.head is not model.embedding:
+        yield model.head
+
+
+def _layer_weights(model: Model, index: int) -> Iterator[Weight]:
+    layer = model.layers[index]
+    attention = layer.attention
+    yield from (attention.query, attention.key, attention.value, attention.output)
+    if isinstance(layer.ffn, DenseFFN):
+        yield from (layer.ffn.gate, layer.ffn.up, layer.ffn.down)
+
+
+def _check_finite(model: Model, weight: Weight) -> None:
+    rows = _plain_rows(weight)
+    step = max(1, _CHECK_VALUES // weight.columns)
+    for first in range(0, weight.rows, step):
+        piece = np.ascontiguousarray(rows[first : first + step])
+        values = dequantize(piece.reshape(-1), weight.row_type, len(piece), weight.columns)
+        bad = ~np.isfinite(values)
+        if bad.any():
+            row, column = (int(i) for i in np.argwhere(bad)[0])
+            raise ConvertError(
+                f"{model.path}: tensor {weight.name} has a value that is not finite at row {first + row}, "
+                f"column {column}; the file is damaged"
+            )
+
+
+def _plain_rows(weight: Weight) -> Bytes:
+    return weight.data.reshape(weight.rows, -1)
+
+
+def _relative_error(values: npt.NDArray[np.float32], rows: Bytes, row_type: RowType) -> float:
+    back = dequantize(rows.reshape(-1), row_type, *values.shape)
+    norm = float(np.linalg.norm(values.astype(np.float64)))
+    return float(np.linalg.norm((back - values).astype(np.float64))) / norm if norm else 0.0

@@ -4,8 +4,8 @@
 
 Each program keeps the model loaded in a process of its own; every repetition runs every test on every program
 in turn, so that what slows the machine down for a while slows all of them. Reported are medians, and the
-median of the ratios of neighbours. Without ``llama-cpp-python`` our own rows are measured alone, and the table
-says so.
+median of the ratios of neighbours. Without ``llama-cpp-python`` our own rows are measured alone, and the
+table says so.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Valid random blocks of every row type, as fast as random bytes can be drawn.
 
 A row's values have zero mean and a standard deviation of about 1/√columns. The block layouts are those of the
-GGUF format (ggml's ``block_q4_0`` and so on): scales first or last, the rest free bits, so that only scales need
-care.
+GGUF format (ggml's ``block_q4_0`` and so on): scales first or last, the rest free bits, so that only scales
+need care.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def _super_with_minimum(levels: int, nbytes: int) -> Maker:
 
     All 12 bytes are the same in every block: scales and mins of 36, so that dmin = d·(levels − 1)/2 centres.
     """
-    # 36 = 0b100100: of the last four, the upper two bits (2) lie above the first four's six, the rest (4) apart.
+    # 36 = 0b100100: of the last four, the upper two bits (2) lie above the first four's, the rest (4) apart.
     packed = np.array([0b10100100] * 8 + [0b01000100] * 4, dtype=np.uint8)
 
     def make(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:

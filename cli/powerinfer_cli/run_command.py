@@ -1,4 +1,130 @@
-"""placeholder"""
+"""``powerinfer run``: generate text, or chat."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from powerinfer_cli import options as opt
+from powerinfer_cli.files import find_model
+
+HELP = """Generate text from a prompt, or chat with the model.
+
+The prompt comes from -p, from a file (-f) or from standard input, and is continued as it is; with --chat or a
+system prompt it goes into the model's chat template. -i is a chat: /help lists its commands, Ctrl-C stops an
+answer, and at the prompt the program. Text goes to standard output, the summary to standard error.
+
+\b
+Examples:
+  powerinfer run -p "The capital of France is" -n 32 --temp 0
+  powerinfer run -m model.powerinfer.gguf -i -sys "Answer in one sentence."
+  git diff | powerinfer run --chat -sys "Summarise this change." -f -
+"""
+
+_prompt = opt.in_panel("Prompt")
+_length = opt.in_panel("Length")
+_sampling = opt.in_panel("Sampling")
 
 
-def command() -> None: ...
+@dataclass(frozen=True)
+class Prompt:
+    """Where the prompt comes from and what becomes of it."""
+
+    prompt: Annotated[str | None, _prompt("--prompt", "-p", metavar="TEXT", help="Prompt.")] = None
+    file: Annotated[
+        Path | None, _prompt("--file", "-f", metavar="FILE", help="Read the prompt from a file; - is stdin.")
+    ] = None
+    interactive: Annotated[bool, _prompt("--interactive", "-i", help="Chat.")] = False
+    chat: Annotated[bool, _prompt("--chat", help="Put the prompt into the model's chat template.")] = False
+    system: Annotated[
+        str | None, _prompt("--system", "-sys", metavar="TEXT", help="System prompt; implies --chat.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Length:
+    """How much may be generated, and what ends it."""
+
+    predict: Annotated[
+        int, _length("--predict", "-n", min=-1, metavar="N", help="Tokens to generate; -1: until the end.")
+    ] = -1
+    ctx: Annotated[
+        int | None,
+        _length(
+            "--ctx", "-c", min=1, metavar="N", help="Context in tokens. Without it: the model's, up to 4096."
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        _length("--stop", "-r", metavar="TEXT", help="Stop before this text; may be repeated."),
+    ] = None
+    ignore_eos: Annotated[bool, _length("--ignore-eos", help="Go on after end-of-text tokens.")] = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; order and defaults are llama.cpp's."""
+
+    temp: Annotated[
+        float, _sampling("--temp", min=0.0, metavar="T", help="Temperature; 0 takes the likeliest token.")
+    ] = 0.8
+    top_k: Annotated[int, _sampling("--top-k", min=0, metavar="K", help="Keep the K likeliest; 0: all.")] = 40
+    top_p: Annotated[
+        float,
+        _sampling("--top-p", min=0.0, max=1.0, metavar="P", help="Keep the likeliest that make P; 1: all."),
+    ] = 0.95
+    min_p: Annotated[
+        float,
+        _sampling(
+            "--min-p", min=0.0, max=1.0, metavar="P", help="Keep those P times as likely as the likeliest."
+        ),
+    ] = 0.05
+    typical: Annotated[
+        float, _sampling("--typical", min=0.0, max=1.0, metavar="P", help="Locally typical sampling; 1: off.")
+    ] = 1.0
+    repeat_penalty: Annotated[
+        float, _sampling("--repeat-penalty", min=0.01, metavar="X", help="Penalise repeated tokens; 1: off.")
+    ] = 1.0
+    repeat_last_n: Annotated[
+        int, _sampling("--repeat-last-n", min=-1, metavar="N", help="Look back N tokens for them; -1: all.")
+    ] = 64
+    seed: Annotated[
+        int | None,
+        _sampling(
+            "--seed", "-s", min=0, max=2**64 - 1, metavar="N", help="Repeats a run. Without it: random."
+        ),
+    ] = None
+
+
+def command(
+    *,
+    model: opt.Model = None,
+    prompt: Prompt,
+    length: Length,
+    sampling: Sampling,
+    placement: opt.Placement,
+    common: opt.Common,
+) -> None:
+    """Generate text, or chat."""
+    text = prompt_text(prompt, as_json=common.json)
+    path = find_model(model)
+    print(text, path, sys)
+
+
+def prompt_text(given: Prompt, *, as_json: bool) -> str | None:
+    """The prompt; None for a chat that begins empty. Contradictions are usage errors."""
+    if given.prompt is not None and given.file is not None:
+        raise typer.BadParameter("choose one of -p and -f", param_hint="--file")
+    if given.interactive and as_json:
+        raise typer.BadParameter("a chat has no JSON form; choose one of -i and --json", param_hint="--json")
+    if given.prompt is not None:
+        return given.prompt
+    if given.file is None and given.interactive:
+        return None
+    if given.file is None and sys.stdin.isatty():
+        raise typer.BadParameter("give a prompt (-p TEXT or -f FILE), or chat (-i)", param_hint="--prompt")
+    from powerinfer_cli.engines import read_text
+
+    return read_text(given.file or Path("-"))

@@ -161,7 +161,7 @@ class TinyModel:
             out = self.module(torch.tensor([list(tokens)]), use_cache=False).logits[0]
         return np.asarray(out.numpy(), dtype=np.float32)
 
-    def random_tokens(self, count: int, seed: int = 0) -> list[int]:
+    def tokens(self, count: int, seed: int = 0) -> list[int]:
         """``count`` token ids, uniform over the vocabulary."""
         rng = np.random.default_rng([self.spec.seed, seed])
         return [int(token) for token in rng.integers(0, len(self.vocabulary.tokens), count)]

@@ -19,7 +19,7 @@ _FIRST = (127 - 16) << 2  # the shifted bits of 2^-16
 def contribution_bins(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Bin of each |value|: clamp((bits >> 21) − ((127 − 16) << 2), 0, 127); the shape is kept.
 
-    Zero and all below 2^-16 are in bin 0; all from 1.75 · 2^15 on, infinity and NaN, too, in bin 127.
+    Zero and all below 2^-16 are in bin 0; from 1.75 · 2^15 on, with infinity and NaN, in bin 127.
     """
     bits = np.abs(np.asarray(values, np.float32)).view(np.uint32) >> _SHIFT
     return np.clip(bits.astype(np.int32) - _FIRST, 0, BINS - 1).astype(np.uint8)

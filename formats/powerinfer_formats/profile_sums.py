@@ -18,7 +18,8 @@ class LayerSums:
 
     ``counts`` uint64, for activations with exact zeros: tokens whose contribution was not zero.
     ``histogram`` uint32 [neurons, 128], for the others: contributions by bin (see ``histogram``). One of the
-    two is None. ``gate_squares`` and ``up_squares`` float64: Σ act(gate·x)² and Σ (up·x)², multiples of 2^-16.
+    two is None. ``gate_squares`` and ``up_squares`` float64: Σ act(gate·x)² and Σ (up·x)², multiples of
+    2^-16.
     """
 
     counts: NDArray[np.uint64] | None

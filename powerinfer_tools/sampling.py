@@ -1,0 +1,221 @@
+"""Choosing the next token from logits, in llama.cpp's order and with its defaults.
+
+Order: repeat, frequency and presence penalty → top-k → typical-p → top-p → min-p → temperature → draw. Each
+filter sees the probabilities of what the one before it left. Numpy only; knows nothing of engines or text.
+"""
+
+import math
+from collections import Counter, deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.errors import SamplingError
+
+Logits = npt.NDArray[np.float32]
+_Scores = npt.NDArray[np.float64]
+_Ids = npt.NDArray[np.int64]
+
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, math.inf, "0 (greedy) or more"),
+    "top_k": (0, math.inf, "0 (off) or more"),
+    "typical_p": (0.0, 1.0, "between 0 and 1 (off)"),
+    "top_p": (0.0, 1.0, "between 0 and 1 (off)"),
+    "min_p": (0.0, 1.0, "between 0 (off) and 1"),
+    "repeat_penalty": (1e-3, 1e3, "between 0.001 and 1000 (1 is off)"),
+    "repeat_last_n": (-1, math.inf, "-1 (all tokens), 0 (off) or more"),
+    "frequency_penalty": (-1e3, 1e3, "between -1000 and 1000 (0 is off)"),
+    "presence_penalty": (-1e3, 1e3, "between -1000 and 1000 (0 is off)"),
+    "seed": (0, 2**64 - 1, "between 0 and 2^64 - 1"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose a token. Raises SamplingError, naming the option, for a value out of range.
+
+    temperature 0 is greedy: the highest logit after penalties, the lowest id among equals. seed None draws a
+    fresh one, which `Sampler.seed` tells.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    typical_p: float = 1.0
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name == "seed":
+                continue
+            low, high, meaning = _RANGES[field.name]
+            whole = field.name in ("top_k", "repeat_last_n", "seed")
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                raise SamplingError(
+                    f"{field.name} is {value!r}, expected a {'whole ' if whole else ''}number"
+                )
+            if not (low <= value <= high) or value == math.inf:
+                raise SamplingError(f"{field.name} is {value}, expected {meaning}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether earlier tokens change the logits at all."""
+        changes = self.repeat_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return changes and self.repeat_last_n != 0
+
+
+class Sampler:
+    """Draws tokens one after another.
+
+    State: the tokens accepted so far (as many as penalties look back) and a PCG64 generator, from which each
+    draw takes one double; a greedy choice takes none. Equal options, tokens and logits give equal choices.
+    `banned` tokens are never chosen.
+    """
+
+    def __init__(self, options: SamplingOptions, *, banned: Collection[int] = ()) -> None:
+        self.options = options
+        self.seed = (
+            options.seed if options.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+        )
+        self._random = np.random.Generator(np.random.PCG64(self.seed))
+        self._recent: deque[int] = deque(maxlen=options.repeat_last_n if options.repeat_last_n >= 0 else None)
+        self._banned = np.array(sorted(banned), np.int64)
+
+    def accept(self, tokens: Iterable[int]) -> None:
+        """Tokens that are now part of the text, prompt included: what penalties look back at."""
+        self._recent.extend(tokens)
+
+    def sample(self, logits: Logits) -> int:
+        """The next token. logits: float32 [vocabulary], left as they are; -inf rules a token out.
+
+        Raises SamplingError for NaN, +inf, or when every token is ruled out.
+        """
+        logits = self._adjusted(logits)
+        best = int(np.argmax(logits))  # a NaN counts as the highest
+        if not math.isfinite(logits[best]):
+            raise SamplingError(_describe_fault(logits))
+        if self.options.temperature == 0:
+            return best
+        ids = highest(logits, self.options.top_k)
+        return self._draw(ids, logits[ids].astype(np.float64))
+
+    def _adjusted(self, logits: Logits) -> Logits:
+        penalises = self.options.penalises and len(self._recent) > 0
+        if not penalises and not len(self._banned):
+            return logits
+        logits = logits.copy()
+        if penalises:
+            penalise(logits, self._recent, self.options)
+        logits[self._banned] = -np.inf
+        return logits
+
+    def _draw(self, ids: _Ids, scores: _Scores) -> int:
+        """`ids` with their logits `scores`, best first, filtered and drawn from."""
+        options = self.options
+        keep = np.arange(len(scores))
+        keep = keep[typical(scores[keep], options.typical_p)]
+        keep = keep[nucleus(scores[keep], options.top_p)]
+        keep = keep[above_share_of_best(scores[keep], options.min_p)]
+        cumulative = np.cumsum(softmax(scores[keep] / options.temperature))
+        # The first token whose cumulated probability exceeds the draw; one of probability 0 never does.
+        place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        return int(ids[keep[min(place, len(keep) - 1)]])
+
+
+def penalise(logits: Logits, recent: Collection[int], options: SamplingOptions) -> None:
+    """Lower in place the logits of tokens that occur in `recent`.
+
+    A positive logit is divided by the repeat penalty, another multiplied by it; then the frequency penalty
+    times the number of occurrences and the presence penalty are subtracted.
+    """
+    counts = Counter(recent)
+    tokens = np.fromiter(counts.keys(), np.int64, len(counts))
+    times = np.fromiter(counts.values(), np.float32, len(counts))
+    old = logits[tokens]
+    repeat = np.float32(options.repeat_penalty)
+    lowered = np.where(old > 0, old / repeat, old * repeat)
+    lowered -= times * np.float32(options.frequency_penalty) + np.float32(options.presence_penalty)
+    logits[tokens] = lowered
+
+
+def highest(logits: Logits, count: int) -> _Ids:
+    """Ids of the `count` highest logits (0: of all) above -inf, best first, the lowest id first among equals.
+
+    Exact and the same on every machine, which a bare argpartition is not where logits are equal at the
+    border.
+    """
+    if count == 0 or count >= len(logits):
+        candidates = np.flatnonzero(logits > -np.inf)
+    else:
+        candidates = np.flatnonzero(logits >= _lower_bound(logits, count))
+        candidates = candidates[logits[candidates] > -np.inf]
+    order = np.argsort(-logits[candidates], kind="stable")
+    return candidates[order][: count or None]
+
+
+def _lower_bound(logits: Logits, count: int) -> np.float32:
+    """A value that at least `count` logits reach and few more than that do.
+
+    The count-th highest among the maxima of separate groups is such a value, and finding it takes one cheap
+    pass over a large vocabulary.
+    """
+    groups = 16 * count
+    rows = len(logits) // groups
+    if rows < 2:
+        return np.float32(np.partition(logits, len(logits) - count)[len(logits) - count])
+    maxima = logits[: rows * groups].reshape(rows, groups).max(axis=0)
+    return np.float32(np.partition(maxima, groups - count)[groups - count])
+
+
+def softmax(scores: _Scores) -> _Scores:
+    """exp(s_i) / Σ exp(s_j), in float64, without overflow."""
+    weights = np.exp(scores - scores.max())
+    result: _Scores = weights / weights.sum()
+    return result
+
+
+def typical(scores: _Scores, share: float) -> _Ids:
+    """Places of the tokens whose surprise is nearest to the entropy, until their probability exceeds `share`.
+
+    Locally typical sampling (Meister et al. 2022, arXiv:2202.00666). The places come in their old order.
+    """
+    if share >= 1:
+        return np.arange(len(scores))
+    p = softmax(scores)
+    surprise = -np.log(np.maximum(p, np.finfo(np.float64).tiny))
+    order = np.argsort(np.abs(surprise - (p * surprise).sum()), kind="stable")
+    needed = int(np.searchsorted(np.cumsum(p[order]), share, side="right")) + 1
+    return np.sort(order[:needed])
+
+
+def nucleus(scores: _Scores, share: float) -> _Ids:
+    """Places of the best tokens (scores come best first) until their probability reaches `share`: top-p."""
+    if share >= 1:
+        return np.arange(len(scores))
+    needed = int(np.searchsorted(np.cumsum(softmax(scores)), share, side="left")) + 1
+    return np.arange(min(needed, len(scores)))
+
+
+def above_share_of_best(scores: _Scores, share: float) -> _Ids:
+    """Places of tokens at least `share` times as probable as the best one: min-p."""
+    if share <= 0:
+        return np.arange(len(scores))
+    return np.flatnonzero(scores >= scores[0] + math.log(share))
+
+
+def _describe_fault(logits: Logits) -> str:
+    for fault, found in (("NaN", np.isnan(logits)), ("+inf", np.isposinf(logits))):
+        if found.any():
+            return (
+                f"the logits cannot be sampled: {int(found.sum())} of {len(logits)} are {fault}, "
+                f"first that of token {int(np.argmax(found))}; the model file may be damaged"
+            )
+    return f"the logits cannot be sampled: all {len(logits)} tokens are ruled out (-inf)"

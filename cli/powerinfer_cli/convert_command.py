@@ -16,6 +16,7 @@ from powerinfer_cli.files import (
     stage_input,
 )
 from powerinfer_cli.sizes import format_size
+from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
     from powerinfer_tools.conversion import ConvertReport
@@ -64,7 +65,6 @@ def command(
             profile=stage_input(profile, source, PROFILE_SUFFIX, made_by="profile"),
             output=output_file(output, source, SPLIT_SUFFIX),
             quant=None if quant == "auto" else quant,
-            threads=common.threads,
         ),
         progress(),
     )
@@ -74,13 +74,21 @@ def command(
 def show(report: "ConvertReport", *, as_json: bool) -> None:
     """What was written and what the requantisation costs."""
     if as_json:
-        emit_json(report)
+        emit_json(report.as_dict())
         return
-    say(f"wrote {report.path} ({format_size(report.bytes)}; source {format_size(report.source_bytes)})")
-    say(f"{sum(report.hot_neurons):,} of {report.neurons * len(report.hot_neurons):,} neurons are hot")
-    if report.down_errors:
-        worst = max(range(len(report.down_errors)), key=lambda layer: report.down_errors[layer])
-        say(
-            f"down projection as {report.down_type}: relative error {report.down_error:.2e} "
-            f"(largest {report.down_errors[worst]:.2e}, layer {worst})"
-        )
+    say(f"wrote {report.output}")
+    errors = report.requantization_error
+    worst = max(range(report.layers), key=lambda layer: errors[layer])
+    hot, neurons = sum(report.hot_neurons), report.neurons * report.layers
+    print_facts(
+        [
+            ("size", f"{format_size(report.nbytes)} (source {format_size(report.source_bytes)})"),
+            ("hot neurons", f"{hot:,} of {neurons:,} ({hot / neurons:.1%})"),
+            ("gate and up", "the source's bits"),
+            ("down projection", f"{report.down_type}, transposed"),
+            (
+                "its relative error",
+                f"{sum(errors) / len(errors):.2e} (largest {errors[worst]:.2e}, layer {worst})",
+            ),
+        ]
+    )

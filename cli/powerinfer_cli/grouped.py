@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 def flattened(command: Callable[..., Any]) -> Callable[..., Any]:
     """``command`` as typer can read it: each dataclass parameter replaced by its fields, all keyword-only."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
 
     @functools.wraps(command)
     def call(**values: Any) -> Any:
@@ -26,7 +26,7 @@ def flattened(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters = list(_flat_parameters(command, hints))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect's own hook
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del call.__wrapped__  # type: ignore[attr-defined]  # or the original signature would be found first
+    del call.__wrapped__  # or the original signature would be found first
     return call
 
 

@@ -1,5 +1,6 @@
 """``powerinfer inspect``: what a file holds; a profile's activation curve; a model's tokens of a text."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_facts, print_table
 
 if TYPE_CHECKING:
-    from powerinfer_tools.inspection import Description
+    from powerinfer_tools.inspection import Curves, Description
 
 HELP = """Show what a file holds: a GGUF model, a split file, a profile, a plan or a hardware profile.
 
@@ -61,15 +62,32 @@ def command(
     from powerinfer_tools.inspection import describe
 
     description = describe(path)
-    if chart is not None:
+    curves = profile_curves(description) if description.profile is not None else None
+    if curves is None and (chart is not None or layer is not None):
+        raise typer.BadParameter(
+            f"{path} is a {description.kind}; only a profile has curves", param_hint="--chart"
+        )
+    if curves is not None and layer is not None and layer >= len(curves.layers):
+        raise typer.BadParameter(f"the model has layers 0 to {len(curves.layers) - 1}", param_hint="--layer")
+    if chart is not None and curves is not None:
         from powerinfer_tools.inspection import draw_curves
 
-        draw_curves(path, chart)
+        draw_curves(curves, chart, str(description.facts["model"]))
         say(f"wrote {chart}")
     if common.json:
-        emit_json(json_value(description, path, with_tensors=tensors))
+        emit_json(json_value(description, curves, path, with_tensors=tensors))
         return
-    show(description, path, with_tensors=tensors, layer=layer)
+    show(description, path, with_tensors=tensors)
+    if curves is not None:
+        show_curve(curves, layer)
+
+
+def profile_curves(description: "Description") -> "Curves":
+    """The curves of a profile."""
+    from powerinfer_tools.inspection import activation_curves
+
+    assert description.profile is not None
+    return activation_curves(description.profile)
 
 
 def show_tokens(model: Path, text: str, *, with_bos: bool, parse_special: bool, as_json: bool) -> None:
@@ -79,38 +97,64 @@ def show_tokens(model: Path, text: str, *, with_bos: bool, parse_special: bool, 
     from powerinfer_tools.text import Tokenizer
 
     given = read_text(Path("-")) if text == "-" else text
-    model_file = GGUFFile.open(find_model(model))
-    ids = Tokenizer.from_gguf(model_file).encode(
-        given, add_bos=None if with_bos else False, parse_special=parse_special
-    )
+    tokenizer = Tokenizer.from_gguf(GGUFFile.open(find_model(model)))
+    ids = tokenizer.encode(given, add_bos=None if with_bos else False, parse_special=parse_special)
     if as_json:
         emit_json({"ids": ids})
     else:
         emit(" ".join(str(token) for token in ids))
 
 
-def json_value(description: "Description", path: Path, *, with_tensors: bool) -> dict[str, Any]:
+def json_value(
+    description: "Description", curves: "Curves | None", path: Path, *, with_tensors: bool
+) -> dict[str, Any]:
     """The description as one object; for a profile with its curves."""
     value: dict[str, Any] = {"path": path, "kind": description.kind, **description.facts}
     if with_tensors:
         value["tensors"] = description.tensors
-    if description.kind == "profile":
-        from powerinfer_tools.inspection import activation_curves
-
-        value["curve"] = activation_curves(path)
+    if curves is not None:
+        value["curve"] = curves.as_dict()
     return value
 
 
-def show(description: "Description", path: Path, *, with_tensors: bool, layer: int | None) -> None:
-    """Facts as lines, tensors as a table, a profile's curve as a chart in the terminal."""
-    print_facts([("file", str(path)), ("kind", description.kind), *description.lines])
+def show(description: "Description", path: Path, *, with_tensors: bool) -> None:
+    """Facts as lines, and tensors as a table."""
+    print_facts([("file", str(path)), ("kind", description.kind), *fact_lines(description.facts)])
     if with_tensors:
         rows = [
             (tensor.name, tensor.row_type, "×".join(map(str, tensor.shape)), format_size(tensor.nbytes))
             for tensor in description.tensors
         ]
         print_table(("tensor", "type", "shape", "size"), rows)
-    if description.kind == "profile":
-        from powerinfer_tools.inspection import terminal_chart
 
-        emit(terminal_chart(path, layer))
+
+def fact_lines(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Facts as ``name, value`` lines; lists of records are tables of their own (--json has all of them)."""
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from fact_lines(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            yield f"{prefix}{name}", f"{len(value)}, shown by --json"
+        elif isinstance(value, list):
+            yield f"{prefix}{name}", ", ".join(map(str, value))
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", f"{value:.6g}"
+        elif name == "bytes" or name.endswith("_bytes") or prefix == "types.":
+            yield f"{prefix}{name}", f"{value:,} ({format_size(value)})"
+        else:
+            yield f"{prefix}{name}", shortened(str(value))
+
+
+def shortened(text: str, limit: int = 120) -> str:
+    """``text`` cut to fit a line: chat templates are pages long."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def show_curve(curves: "Curves", layer: int | None) -> None:
+    """One curve as a chart, and what it says in a line."""
+    from powerinfer_tools.inspection import terminal_chart
+
+    curve = curves.model if layer is None else curves.layers[layer]
+    emit("")
+    emit(terminal_chart(curve))
+    emit(f"80% of the activity comes from {curve.neurons_for(0.8):.1%} of the neurons")

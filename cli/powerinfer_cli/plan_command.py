@@ -101,7 +101,7 @@ def find_profile(named: Path | None, model: Path | None) -> Path | None:
 def show(plan: "Plan", *, as_json: bool) -> None:
     """The plan as its file's content, or as a table with the verdict."""
     if as_json:
-        emit_json(plan.as_dict())
+        emit_json(plan.to_document())
         return
     from powerinfer_tools.planning import render_plan
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import Command
 from powerinfer_cli.app import COMMANDS
 

@@ -1,0 +1,144 @@
+"""What a file is and holds: told from its content, not from its name."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from powerinfer_formats.block_types import type_name
+from powerinfer_formats.gguf_reader import GGUFFile, StringArray
+from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.plan import Plan
+from powerinfer_formats.profile import Profile
+from powerinfer_formats.split import SplitFile, is_split
+from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.inspection.curve import summarize_profile
+
+#: An array of metadata longer than this is described by its length.
+SHOWN_ITEMS = 8
+
+
+class UnknownFile(PowerInferError):
+    """The file is of no kind that powerinfer reads."""
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor: name, type, shape (rows first), bytes."""
+
+    name: str
+    row_type: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """``kind``: "model", "split file", "profile", "plan", "hardware profile"; ``facts``: JSON values."""
+
+    kind: str
+    facts: dict[str, Any]
+    tensors: tuple[TensorRow, ...] = ()
+    profile: Profile | None = None
+
+
+def describe(path: Path) -> Description:
+    """Look into ``path``. Raises FormatError for a damaged file and UnknownFile for one of another kind."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    return _reader(start, path)(path)
+
+
+def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
+    if start[:4] in (b"GGUF", b"FUGG"):
+        return _describe_gguf
+    if start[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
+        return _describe_profile
+    if start.lstrip()[:1] == b"{":
+        return _describe_plan
+    if start.lstrip()[:6] == b"format":
+        return _describe_hardware
+    raise UnknownFile(f"{path} is no GGUF file, profile, plan or hardware profile")
+
+
+def _describe_gguf(path: Path) -> Description:
+    with GGUFFile.open(path) as gguf:
+        tensors = tuple(
+            TensorRow(name, type_name(info.row_type), info.shape, info.nbytes)
+            for name, info in gguf.tensors.items()
+        )
+        facts = _model_facts(gguf, tensors)
+        if is_split(gguf):
+            return Description("split file", facts | _split_facts(path), tensors)
+        return Description("model", facts, tensors)
+
+
+def _model_facts(gguf: GGUFFile, tensors: tuple[TensorRow, ...]) -> dict[str, Any]:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.row_type] += tensor.nbytes
+    return {
+        "name": gguf.metadata.get("general.name"),
+        "architecture": gguf.metadata.get("general.architecture"),
+        "version": gguf.version,
+        "bytes": gguf.nbytes,
+        "tensor_count": len(tensors),
+        "parameters": sum(int(np.prod(tensor.shape, dtype=object)) for tensor in tensors),
+        "types": dict(sizes.most_common()),
+        "metadata": {key: _shown(value) for key, value in gguf.metadata.items()},
+    }
+
+
+def _shown(value: Any) -> Any:
+    """A metadata value for output: long arrays by their length only."""
+    if isinstance(value, StringArray | np.ndarray):
+        if len(value) > SHOWN_ITEMS:
+            return f"[{len(value)} items]"
+        return value.tolist() if isinstance(value, np.ndarray) else list(value)
+    return value
+
+
+def _split_facts(path: Path) -> dict[str, Any]:
+    split = SplitFile.open(path)
+    try:
+        header = split.header
+        layers = [
+            {
+                "index": layer.index,
+                "neurons": layer.neurons,
+                "hot_neurons": layer.hot_neurons,
+                "mode": layer.mode,
+                "types": [row_type.name for row_type in layer.layout.types],
+            }
+            for layer in split.layers
+        ]
+        return {
+            "source_fingerprint": header.source_fingerprint,
+            "activation": header.activation,
+            "group": header.group,
+            "hot_share": sum(header.hot_neurons) / max(sum(layer.neurons for layer in split.layers), 1),
+            "corpus_tokens": header.corpus_tokens,
+            "tool_version": header.tool_version,
+            "requantization_error": list(header.requantization_error),
+            "layers": layers,
+        }
+    finally:
+        split.close()
+
+
+def _describe_profile(path: Path) -> Description:
+    profile = Profile.load(path)
+    return Description("profile", summarize_profile(profile), profile=profile)
+
+
+def _describe_plan(path: Path) -> Description:
+    return Description("plan", Plan.load(path).to_document())
+
+
+def _describe_hardware(path: Path) -> Description:
+    from powerinfer_formats.records import to_plain
+
+    return Description("hardware profile", to_plain(HardwareProfile.load(path)))

@@ -1,7 +1,7 @@
 """The architecture table: what a model family is, as data.
 
-One :class:`ArchitectureSpec` row per value of ``general.architecture``. The forward pass of every backend reads
-the row; nothing else in the project asks for a family by name.
+One :class:`ArchitectureSpec` row per value of ``general.architecture``. The forward pass of every backend
+reads the row; nothing else in the project asks for a family by name.
 """
 
 from dataclasses import dataclass

@@ -45,7 +45,8 @@ def bench(
     bandwidth: float,
     progress: Progress | None = None,
 ) -> list[BenchRow]:
-    """Measure ``pp{prompt}`` and ``tg{generate}`` from an empty cache, after one untimed run each; 0 leaves one out.
+    """Measure ``pp{prompt}`` and ``tg{generate}`` from an empty cache, after one untimed run each; 0 leaves
+    one out.
 
     ``bandwidth`` is the machine's measured read bandwidth in bytes per second.
     """

@@ -1,8 +1,8 @@
 """convert: a source model, its profile and a plan become one split file.
 
-Gate and up rows keep their bits; a permutation of neurons changes nothing. The transposed down projection of a
-quantised source has to be quantised again, and the error of that is measured. Works layer by layer, so memory
-does not grow with the number of layers.
+Gate and up rows keep their bits; a permutation of neurons changes nothing. The transposed down projection
+of a quantised source has to be quantised again, and the error of that is measured. Works layer by layer, so
+memory does not grow with the number of layers.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
@@ -28,7 +29,6 @@ from powerinfer_formats.split_layout import (
     source_names,
 )
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
-
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model import DenseFFN, Model, Weight, load_model
@@ -44,7 +44,8 @@ _CHECK_VALUES = 1 << 24
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to convert. ``quant`` names the down projection's row type; None chooses (see :func:`down_type`)."""
+    """What to convert. ``quant`` names the down projection's row type; None chooses (see
+    :func:`down_type`)."""
 
     model: Path
     profile: Path
@@ -78,13 +79,15 @@ class ConvertReport:
 def convert(options: ConvertOptions, progress: Progress | None = None) -> ConvertReport:
     """Write the split file. Nothing stands under ``output`` until it is complete.
 
-    Raises ConvertError for a profile or plan of another model and for weights that are not finite, FormatError
-    for files that are not well-formed or cannot be written.
+    Raises ConvertError for a profile or plan of another model and for weights that are not finite,
+    FormatError for files that are not well-formed or cannot be written.
     """
     model = load_model(options.model)
     try:
         if model.split is not None:
-            raise ConvertError(f"{options.model} is a split file already; convert starts from the source model")
+            raise ConvertError(
+                f"{options.model} is a split file already; convert starts from the source model"
+            )
         profile, plan = Profile.load(options.profile), Plan.load(options.plan)
         _check_belongs(model, options, profile, plan)
         return _Conversion(model, profile, plan, options, progress or Silent()).run()
@@ -230,8 +233,8 @@ class _Conversion:
 def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan: Plan) -> None:
     if profile.fingerprint != model.fingerprint:
         raise ConvertError(
-            f"{options.profile} was made for {profile.model_name!r}, not for {model.name!r} ({options.model}); "
-            "make its own with powerinfer profile"
+            f"{options.profile} was made for {profile.model_name!r}, not for {model.name!r} "
+            f"({options.model}); make its own with powerinfer profile"
         )
     if plan.model.fingerprint != model.fingerprint:
         raise ConvertError(

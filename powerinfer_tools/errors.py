@@ -7,7 +7,8 @@ class PowerInferError(Exception):
 
 
 class ModelError(PowerInferError):
-    """The model file is readable, but cannot be run: unknown architecture, missing or odd hyper-parameters."""
+    """The model file is readable, but cannot be run: unknown architecture, missing or odd
+    hyper-parameters."""
 
 
 class TokenizerError(PowerInferError):

@@ -62,7 +62,8 @@ def windows(tokens: Sequence[int], context: int, chunks: int | None, bos: int | 
         count = min(count, chunks)
     if count < 1:
         raise CorpusError(
-            f"the text has {len(tokens)} tokens, fewer than one window of {context}; give more text or a smaller --ctx"
+            f"the text has {len(tokens)} tokens, fewer than one window of {context}; "
+            "give more text or a smaller --ctx"
         )
     pieces = [list(tokens[i * context : (i + 1) * context]) for i in range(count)]
     return [[bos, *piece[1:]] for piece in pieces] if bos is not None else pieces
@@ -78,13 +79,17 @@ def perplexity(engine: Engine, pieces: Sequence[list[int]], progress: Progress |
     losses: list[Doubles] = []
     running = []
     for piece in pieces:
-        losses.append(np.concatenate([_losses(logits, targets) for logits, targets in _scored(engine, piece)]))
+        losses.append(
+            np.concatenate([_losses(logits, targets) for logits, targets in _scored(engine, piece)])
+        )
         running.append(math.exp(np.concatenate(losses).mean()))
         progress.advance(len(piece))
     progress.finish()
     every = np.concatenate(losses)
     spread = float(every.std(ddof=1)) / math.sqrt(len(every)) if len(every) > 1 else 0.0
-    return Perplexity(running[-1], running[-1] * spread, len(pieces), len(every), len(pieces[0]), tuple(running))
+    return Perplexity(
+        running[-1], running[-1] * spread, len(pieces), len(every), len(pieces[0]), tuple(running)
+    )
 
 
 def divergence(
@@ -100,7 +105,9 @@ def divergence(
     progress.start("divergence", sum(map(len, pieces)), "tokens")
     kl, same, losses, base_losses = [], [], [], []
     for piece in pieces:
-        for (logits, targets), (base_logits, _) in zip(_scored(engine, piece), _scored(base, piece), strict=True):
+        for (logits, targets), (base_logits, _) in zip(
+            _scored(engine, piece), _scored(base, piece), strict=True
+        ):
             model_log, base_log = _log_softmax(logits), _log_softmax(base_logits)
             kl.append((np.exp(base_log) * (base_log - model_log)).sum(axis=1))
             same.append(model_log.argmax(axis=1) == base_log.argmax(axis=1))

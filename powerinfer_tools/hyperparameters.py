@@ -92,8 +92,8 @@ class _Keys:
 def read_hyperparameters(gguf: Metadata, spec: ArchitectureSpec, vocabulary: int) -> Hyperparameters:
     """Read the hyper-parameters of ``spec``'s family.
 
-    ``vocabulary`` is the number of rows of the embedding. Raises ModelError for values that make no model, and
-    FormatError (from the reader) for missing keys or keys of the wrong type.
+    ``vocabulary`` is the number of rows of the embedding. Raises ModelError for values that make no model,
+    and FormatError (from the reader) for missing keys or keys of the wrong type.
     """
     keys = _Keys(gguf, spec.name)
     if keys.integer("expert_count", 0, low=0):

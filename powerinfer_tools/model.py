@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.split import SplitFile, SplitLayer
 from powerinfer_kernels import RowType
-
 from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, architecture
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hyperparameters import Hyperparameters, read_hyperparameters
@@ -135,7 +135,9 @@ def _build(gguf: GGUFFile) -> Model:
     tensors = _Tensors(gguf)
     embedding_shape = tensors.shape("token_embd.weight")
     if len(embedding_shape) != 2:
-        raise ModelError(f"{gguf.path}: token_embd.weight has shape {embedding_shape}, not (vocabulary, width)")
+        raise ModelError(
+            f"{gguf.path}: token_embd.weight has shape {embedding_shape}, not (vocabulary, width)"
+        )
     hyper = read_hyperparameters(gguf, spec, vocabulary=embedding_shape[0])
     embedding = tensors.matrix("token_embd.weight", hyper.vocabulary, hyper.width)
     head = embedding
@@ -160,7 +162,9 @@ def _split(gguf: GGUFFile, hyper: Hyperparameters) -> SplitFile | None:
     for index, types in enumerate(split.header.types if split else ()):
         for row_type in types:
             if int(row_type) not in MATRIX_TYPES:
-                raise ModelError(f"{gguf.path}: FFN rows of layer {index} are of type {row_type.name}, not computable")
+                raise ModelError(
+                    f"{gguf.path}: FFN rows of layer {index} are of type {row_type.name}, not computable"
+                )
     return split
 
 
@@ -239,5 +243,7 @@ class _Tensors:
     def absent(self, name: str, size: int) -> Vector | None:
         """A norm that the family does not have: a file that carries it is of another family."""
         if self.has(name):
-            raise ModelError(f"{self.gguf.path}: unexpected tensor {name} of {size} values for this architecture")
+            raise ModelError(
+                f"{self.gguf.path}: unexpected tensor {name} of {size} values for this architecture"
+            )
         return None

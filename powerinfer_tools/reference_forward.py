@@ -5,8 +5,8 @@ Weights are dequantised exactly; activations are never rounded. Slow, and meant 
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_kernels import RowType, dequantize, reference
 
+from powerinfer_kernels import RowType, dequantize, reference
 from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
 from powerinfer_tools.model import AttentionWeights, DenseFFN, LayerWeights, Model, Weight
@@ -15,7 +15,8 @@ Array = npt.NDArray[np.float64]
 
 
 def forward(model: Model, tokens: list[int]) -> Array:
-    """Logits (tokens, vocabulary), float64, of every position of ``tokens`` (a source model or a split file)."""
+    """Logits (tokens, vocabulary), float64, of every position of ``tokens`` (a source model or a split
+    file)."""
     hyper = model.hyper
     x = matrix(model.embedding)[tokens] * hyper.embedding_scale
     for index, layer in enumerate(model.layers):

@@ -7,7 +7,6 @@ float64. Nothing here depends on the number of tokens or on the thread count.
 from dataclasses import dataclass, field
 
 from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder, RowMatrix
-
 from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.engine.buffers import FLOAT_TYPES, Buffers, Floats
 from powerinfer_tools.engine.observation import LayerCounters
@@ -26,7 +25,8 @@ class DenseColumns:
 
 @dataclass(frozen=True)
 class NeuronRows:
-    """FFN with one row of ``down`` per neuron: the split file's form. ``up`` is a RowMatrix for gate-first."""
+    """FFN with one row of ``down`` per neuron: the split file's form. ``up`` is a RowMatrix for
+    gate-first."""
 
     gate: Matrix
     up: Matrix | RowMatrix
@@ -173,7 +173,9 @@ class BlockWriter:
             self.builder.rms_norm(self.buffers.block_out, post_norm, self.buffers.block_out, self.eps)
             self.builder.add(self.buffers.block_out, self.buffers.x)
 
-    def _project(self, weight: Weight, out: Floats, bias: Floats | None, *, independent: bool = False) -> None:
+    def _project(
+        self, weight: Weight, out: Floats, bias: Floats | None, *, independent: bool = False
+    ) -> None:
         b = self.buffers
         matrix = self._packed(weight)
         self.builder.matmul(matrix, b.normed, b.normed_acts, out, bias=bias, independent=independent)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_kernels import Activations, RowType, aligned
 
+from powerinfer_kernels import Activations, RowType, aligned
 from powerinfer_tools.hyperparameters import Hyperparameters
 
 Floats = npt.NDArray[np.float32]

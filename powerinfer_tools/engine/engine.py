@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_kernels import Pool, read_bandwidth
 
+from powerinfer_kernels import Pool, read_bandwidth
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack, StackOptions
 from powerinfer_tools.engine.observation import LayerCounters
@@ -26,8 +26,8 @@ class Engine:
 
     ``mode`` None takes what the file says (a source model is dense). ``device`` "none" computes everything in
     the C kernels; "cpu" and "cuda" give the hot part of a split file to torch on that device. ``vram`` limits
-    the hot part to that many bytes by moving the split point. ``observed`` counters, one of each layer, are added
-    to by every forward pass of a source model.
+    the hot part to that many bytes by moving the split point. ``observed`` counters, one of each layer, are
+    added to by every forward pass of a source model.
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class Engine:
     def _require_room(self, tokens: int) -> None:
         if self._position + tokens > self.context:
             raise ContextFull(
-                f"{tokens} more tokens do not fit: the context holds {self.context} and {self._position} are used; "
-                "ask for a longer context (-c) or start anew"
+                f"{tokens} more tokens do not fit: the context holds {self.context} and {self._position} "
+                "are used; ask for a longer context (-c) or start anew"
             )
 
 
@@ -186,5 +186,7 @@ def _check_context(model: Model, context: int | None) -> int:
     if context is None:
         return min(trained, DEFAULT_CONTEXT)
     if not 1 <= context <= trained:
-        raise ModelError(f"{model.path}: context {context} is not from 1 to {trained}, what the model was trained for")
+        raise ModelError(
+            f"{model.path}: context {context} is not from 1 to {trained}, what the model was trained for"
+        )
     return context

@@ -1,13 +1,14 @@
-"""The FFNs that the C kernels compute: of a source model, or the neurons of a split file from a split point on."""
+"""The FFNs that the C kernels compute: of a source model, or the neurons of a split file from a split point
+on."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from powerinfer_formats.split import SplitLayer
 from powerinfer_kernels import Matrix, Pool, RowMatrix, RowType, aligned, row_bytes
-
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, NeuronRows, pack
 from powerinfer_tools.engine.buffers import FLOAT_TYPES, Buffers, Floats
 from powerinfer_tools.engine.observation import LayerCounters
@@ -63,11 +64,13 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
 
 def _check_mode(model: Model, asked: str) -> None:
     if asked not in MODES:
-        raise ModelError(f"{model.path}: mode {asked!r} is not one that this version runs ({', '.join(MODES)})")
+        raise ModelError(
+            f"{model.path}: mode {asked!r} is not one that this version runs ({', '.join(MODES)})"
+        )
     if asked == "gate-first" and not model.exact_zeros:
         raise ModelError(
-            f"{model.path}: gate-first skips neurons whose activation is exactly zero; {model.hyper.activation} "
-            "has no exact zeros, use --mode dense"
+            f"{model.path}: gate-first skips neurons whose activation is exactly zero; "
+            f"{model.hyper.activation} has no exact zeros, use --mode dense"
         )
     if asked == "gate-first" and model.split is None:
         raise ModelError(f"{model.path}: gate-first needs a split file; make one with powerinfer convert")

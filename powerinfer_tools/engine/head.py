@@ -1,9 +1,10 @@
-"""From the residual stream to logits: output norm and head, for up to :data:`HEAD_ROWS` positions at a time."""
+"""From the residual stream to logits: output norm and head, for up to :data:`HEAD_ROWS` positions at a
+time."""
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_kernels import Matrix, Pool, ProgramBuilder, aligned
 
+from powerinfer_kernels import Matrix, Pool, ProgramBuilder, aligned
 from powerinfer_tools.engine.buffers import FLOAT_TYPES, activations
 from powerinfer_tools.model import Model
 
@@ -40,7 +41,8 @@ class Head:
         return float(np.sum(self._program.nanoseconds())) / 1e9
 
     def logits(self, x: Floats) -> Floats:
-        """Logits (k, vocabulary) of residual rows ``x`` (k, width), k ≤ HEAD_ROWS. Valid until the next call."""
+        """Logits (k, vocabulary) of residual rows ``x`` (k, width), k ≤ HEAD_ROWS. Valid until the next
+        call."""
         rows = len(x)
         self._input[:rows] = x
         self._program.run(self._pool, 0, self._length, rows, 0)

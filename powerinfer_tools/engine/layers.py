@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder
 
+from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.blocks import BlockWriter, pack
 from powerinfer_tools.engine.buffers import allocate
-from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.ffn import ColdFFN, layer_modes, load_cold_ffn
+from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.rotary import layer_tables
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hot import HotSide, open_hot_side
@@ -21,7 +21,8 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StackOptions:
-    """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None: none).
+    """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None:
+    none).
 
     ``observed``: counters of each layer that every forward pass adds to; for source models.
     """
@@ -107,7 +108,9 @@ class LayerStack:
         try:
             self._buffers.tokens[:count] = tokens
         except (OverflowError, ValueError):
-            raise ModelError(f"token ids {min(tokens)} to {max(tokens)} are not ids of this vocabulary") from None
+            raise ModelError(
+                f"token ids {min(tokens)} to {max(tokens)} are not ids of this vocabulary"
+            ) from None
         first = 0
         for split in self._splits:
             self._run(first, split.ready, count, position)
@@ -173,7 +176,9 @@ class LayerStack:
         quantized = ffn.quantized or hot_neurons > 0
         writer.ffn_input(layer.ffn_norm, quantized=quantized)
         ready = writer.builder.mark()
-        ffn.write(writer, self._buffers, layer.ffn_post_norm, self._observed[index] if self._observed else None)
+        ffn.write(
+            writer, self._buffers, layer.ffn_post_norm, self._observed[index] if self._observed else None
+        )
         if not ffn.in_rows:
             return
         needed = writer.builder.mark()
@@ -186,7 +191,8 @@ class LayerStack:
 
     def _run_split(self, split: _Split, count: int, position: int) -> None:
         hot, buffers = self._hot, self._buffers
-        assert hot is not None and buffers.hot_out is not None
+        assert hot is not None
+        assert buffers.hot_out is not None
         hot.launch(split.layer, buffers.normed[:count], buffers.normed_acts)
         self._run(split.ready, split.needed, count, position)
         hot.collect(buffers.hot_out[:count])

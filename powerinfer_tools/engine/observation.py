@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from powerinfer_kernels import HISTOGRAM_BINS
 
 
@@ -12,8 +13,8 @@ class LayerCounters:
     """Counters of one layer's neurons; the kernels add to them in place.
 
     ``counts`` uint64 [n]: tokens for which the contribution act(gate)·up was not exactly zero. ``histogram``
-    uint32 [n, bins] of \\|act(gate)·up\\|, or None. ``gate_squares`` and ``up_squares`` float64 [n]: sums of the
-    squares of both factors.
+    uint32 [n, bins] of its size, or None. ``gate_squares`` and ``up_squares`` float64 [n]: sums
+    of the squares of both factors.
     """
 
     counts: npt.NDArray[np.uint64]

@@ -23,8 +23,9 @@ class Memory:
 class EngineReport:
     """Counters of an engine since it was made.
 
-    ``bytes_per_token`` is the mean number of bytes of weights and KV cache that one decoded token had to touch;
-    ``density`` the mean share of FFN neurons computed; ``timings`` seconds by part ("attention", "ffn", …).
+    ``bytes_per_token`` is the mean number of bytes of weights and KV cache that one decoded token had to
+    touch; ``density`` the mean share of FFN neurons computed; ``timings`` seconds by part ("attention",
+    "ffn", …).
     """
 
     mode: str

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_kernels import Activations
 
+from powerinfer_kernels import Activations
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.model import Model
 
@@ -35,7 +35,8 @@ class HotSide(Protocol):
         """How many neurons of ``layer`` are computed here."""
 
     def launch(self, layer: int, normed: Floats, acts: Activations | None) -> None:
-        """Begin ``layer`` for input rows ``normed`` (tokens, width), of which ``acts`` is the quantised copy."""
+        """Begin ``layer`` for input rows ``normed`` (tokens, width), of which ``acts`` is the quantised
+        copy."""
 
     def collect(self, out: Floats) -> None:
         """Wait for the launched layer and write its sum (tokens, width) to ``out``."""

@@ -7,6 +7,7 @@ The layouts are those of GGUF (ggml's ``block_*`` structures); results equal
 from collections.abc import Callable
 
 import torch
+
 from powerinfer_kernels import RowType, block_shape
 
 Tensor = torch.Tensor

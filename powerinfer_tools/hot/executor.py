@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from powerinfer_formats.split import SplitLayer
 from powerinfer_kernels import Activations, RowType
-
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.hot.dequantize import dequantize
 from powerinfer_tools.hot.placement import CHUNK_ROWS, fit, hot_size
@@ -66,7 +66,9 @@ class TorchHotSide:
         size = hot_size(layers, hot, tokens).total
         if device == "cuda":
             _require_free(size)
-        rows = [_load(layer, count, device) if count else None for layer, count in zip(layers, hot, strict=True)]
+        rows = [
+            _load(layer, count, device) if count else None for layer, count in zip(layers, hot, strict=True)
+        ]
         return cls(device, rows, model.hyper.activation, size)
 
     @property
@@ -82,7 +84,8 @@ class TorchHotSide:
     def launch(self, layer: int, normed: Floats, acts: Activations | None) -> None:
         """Begin ``layer`` in the worker; see :class:`powerinfer_tools.hot.HotSide`."""
         hot = self._layers[layer]
-        assert hot is not None and self._running is None
+        assert hot is not None
+        assert self._running is None
         self._running = self._worker.submit(self._compute, hot, normed, acts)
 
     def collect(self, out: Floats) -> None:
@@ -107,8 +110,12 @@ class TorchHotSide:
         out = torch.zeros((len(normed), hot.width), dtype=torch.float32, device=self._device)
         for first in range(0, hot.neurons, CHUNK_ROWS):
             last = min(first + CHUNK_ROWS, hot.neurons)
-            gate = (exact if hot.gate.row_type in _FLOAT_TYPES else rounded) @ hot.gate.chunk(first, last, hot.width).T
-            up = (exact if hot.up.row_type in _FLOAT_TYPES else rounded) @ hot.up.chunk(first, last, hot.width).T
+            gate = (exact if hot.gate.row_type in _FLOAT_TYPES else rounded) @ hot.gate.chunk(
+                first, last, hot.width
+            ).T
+            up = (exact if hot.up.row_type in _FLOAT_TYPES else rounded) @ hot.up.chunk(
+                first, last, hot.width
+            ).T
             hidden = _activate(gate, up, self._activation)
             out.addmm_(hidden, hot.down.chunk(first, last, hot.width))
         result = out.cpu()
@@ -161,8 +168,8 @@ def _require_cuda() -> None:
     if not torch.cuda.is_available():
         built = torch.version.cuda or "none: a CPU build"
         raise HardwareError(
-            f"--device cuda: torch {torch.__version__} (CUDA {built}) finds no usable GPU; use --device none to "
-            "compute everything on the CPU"
+            f"--device cuda: torch {torch.__version__} (CUDA {built}) finds no usable GPU; "
+            "use --device none to compute everything on the CPU"
         )
 
 
@@ -170,6 +177,6 @@ def _require_free(size: int) -> None:
     free, total = torch.cuda.mem_get_info()
     if size > free:
         raise HardwareError(
-            f"--device cuda: the hot part needs {size} bytes, but {free} of the GPU's {total} are free; give a "
-            "smaller --vram (the split point moves, nothing is reconverted) or use --device none"
+            f"--device cuda: the hot part needs {size} bytes, but {free} of the GPU's {total} are free; "
+            "give a smaller --vram (the split point moves, nothing is reconverted) or use --device none"
         )

@@ -25,8 +25,8 @@ class HotSize:
 def hot_size(layers: Sequence[SplitLayer], hot: Sequence[int], tokens: int) -> HotSize:
     """Bytes for the first ``hot[i]`` neurons of every layer and batches of up to ``tokens`` tokens.
 
-    Scratch: the input and the output (tokens, width), three (tokens, chunk) products, all float32, and a chunk of
-    rows in float32 with as much again twice for the steps of unpacking it.
+    Scratch: the input and the output (tokens, width), three (tokens, chunk) products, all float32, and a
+    chunk of rows in float32 with as much again twice for the steps of unpacking it.
     """
     weights = sum(layer.neuron_bytes * count for layer, count in zip(layers, hot, strict=True))
     if not weights:

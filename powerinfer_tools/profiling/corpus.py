@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from powerinfer_tools.errors import CorpusError
@@ -17,7 +18,8 @@ TEXT_KEYS = ("text", "content", "body")
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file of the corpus: ``name`` as given by the user (or below the directory given), and its bytes' hash."""
+    """One file of the corpus: ``name`` as given by the user (or below the directory given), and its bytes'
+    hash."""
 
     name: str
     path: Path
@@ -28,13 +30,14 @@ class CorpusFile:
 def find_files(sources: Sequence[str | Path]) -> list[CorpusFile]:
     """Every file of ``sources`` (files and directories), sorted by name; hashes are of the whole files.
 
-    Raises CorpusError for a source that is not there, a directory without text, a file given twice or no sources.
+    Raises CorpusError for a source that is not there, a directory without text, a file given twice or no
+    sources.
     """
     if not sources:
         raise CorpusError("no corpus: name text files, JSON Lines files or directories with --corpus")
     files = [_describe(name, path) for source in sources for name, path in _expand(Path(source))]
     files.sort(key=lambda file: file.name)
-    for first, second in zip(files, files[1:], strict=False):
+    for first, second in pairwise(files):
         if first.path == second.path:
             raise CorpusError(f"corpus file {first.name} is given twice")
     return files
@@ -43,8 +46,8 @@ def find_files(sources: Sequence[str | Path]) -> list[CorpusFile]:
 def documents(file: CorpusFile, progress: Progress) -> Iterator[str]:
     """The documents of one file: its whole text, or one for each line of a ``.jsonl`` file.
 
-    Bytes that are not UTF-8 become U+FFFD and are told once per file; a JSON line that holds no text is an error
-    with its number.
+    Bytes that are not UTF-8 become U+FFFD and are told once per file; a JSON line that holds no text is an
+    error with its number.
     """
     data = _read(file.path)
     try:
@@ -52,7 +55,9 @@ def documents(file: CorpusFile, progress: Progress) -> Iterator[str]:
     except UnicodeDecodeError as error:
         text = data.decode("utf-8", errors="replace")
         replaced = text.count("\ufffd")
-        progress.note(f"{file.name}: not UTF-8 at byte {error.start}; {replaced} characters replaced by U+FFFD")
+        progress.note(
+            f"{file.name}: not UTF-8 at byte {error.start}; {replaced} characters replaced by U+FFFD"
+        )
     if file.path.suffix != ".jsonl":
         yield text
         return

@@ -11,7 +11,6 @@ from pathlib import Path
 from powerinfer_formats.checkpoint import CorpusPosition, ProfileCheckpoint
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.profile import Corpus, Profile
-
 from powerinfer_tools import __version__
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import CorpusError, ProfileError
@@ -49,15 +48,17 @@ def checkpoint_path(output: Path) -> Path:
 def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Profile:
     """Make the profile and write it to ``options.output``.
 
-    Interrupted (KeyboardInterrupt, or killed at most :data:`CHECKPOINT_SECONDS` ago), the same call goes on where
-    it was. Raises CorpusError, ProfileError, ModelError and FormatError.
+    Interrupted (KeyboardInterrupt, or killed at most :data:`CHECKPOINT_SECONDS` ago), the same call goes on
+    where it was. Raises CorpusError, ProfileError, ModelError and FormatError.
     """
     progress = progress or Silent()
     files = find_files(options.corpus)
     model = load_model(options.model)
     try:
         if model.split is not None:
-            raise ProfileError(f"{options.model} is a split file; profile the source model that it was made from")
+            raise ProfileError(
+                f"{options.model} is a split file; profile the source model that it was made from"
+            )
         if not 2 <= options.window <= model.hyper.trained_context:
             raise ProfileError(f"--window {options.window} is not from 2 to {model.hyper.trained_context}")
         profile = _Run(options, model, files, progress).complete()
@@ -83,7 +84,9 @@ class _Run:
         """Count everything that is still to be counted."""
         self._resume()
         # Tokenising first costs a few seconds per million tokens, and gives the progress bar its end.
-        windows = self._limited(corpus_windows(self.files, self.tokenizer, self.options.window, self.progress))
+        windows = self._limited(
+            corpus_windows(self.files, self.tokenizer, self.options.window, self.progress)
+        )
         pending = list(islice(windows, self.done, None))
         if not pending and not self.tally.tokens:
             raise CorpusError("the corpus holds no text; nothing was written")
@@ -117,7 +120,9 @@ class _Run:
                     self._checkpoint()
                     saved = time.monotonic()
                 if interrupts.pending:
-                    self.progress.note(f"stopped after {self.tally.tokens} tokens; the same command goes on from there")
+                    self.progress.note(
+                        f"stopped after {self.tally.tokens} tokens; the same command goes on from there"
+                    )
                 interrupts.check()
 
     def _limited(self, windows: Iterator[Window]) -> Iterator[Window]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from powerinfer_formats.profile import LayerSums, Profile, round_squares
 from powerinfer_formats.profile_sums import add_sums
-
 from powerinfer_tools.engine.observation import LayerCounters, counters
 from powerinfer_tools.model import Model
 

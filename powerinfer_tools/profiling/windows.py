@@ -19,7 +19,8 @@ class Window:
 def corpus_windows(
     files: Sequence[CorpusFile], tokenizer: Tokenizer, size: int, progress: Progress
 ) -> Iterator[Window]:
-    """Windows of at most ``size`` tokens; none crosses a document's end, so that shards of a corpus make the same
+    """Windows of at most ``size`` tokens; none crosses a document's end, so that shards of a corpus make
+    the same
     windows as the whole. Where the model adds a beginning-of-text token, each window starts with it.
     """
     prefix = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []

@@ -1,13 +1,15 @@
-"""The engine's forward pass against ``transformers`` and against the float64 reference, per family and row type."""
+"""The engine's forward pass against ``transformers`` and against the float64 reference, per family and row
+type."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
-from tiny_models import FAMILY_CASES, TYPE_CASES, TinyModel, TinySpec, make_tiny_model
+from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 
 TOKENS = 40
 

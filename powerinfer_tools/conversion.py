@@ -236,11 +236,7 @@ def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan
             f"{options.profile} was made for {profile.model_name!r}, not for {model.name!r} "
             f"({options.model}); make its own with powerinfer profile"
         )
-    if plan.model.fingerprint != model.fingerprint:
-        raise ConvertError(
-            f"{options.plan} was made for {plan.model.name!r}, not for {model.name!r} ({options.model}); "
-            "make its own with powerinfer plan"
-        )
+    plan.require_model(model.fingerprint, model.name, options.plan)
 
 
 def _shared_weights(model: Model) -> Iterator[Weight]:

@@ -1,0 +1,225 @@
+"""convert: the split file computes what the source computes, for every split point, thread count and device."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from powerinfer_formats.errors import CannotWrite, FormatError
+from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.profile import Profile
+from powerinfer_formats.split import SplitFile
+from powerinfer_kernels import available_isas
+from small_plans import plan_for
+from tiny_models import CASES, FAMILY_CASES, make_tiny_model
+
+from powerinfer_tools.conversion import ConvertOptions, convert
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import ConvertError, HardwareError, ModelError
+from powerinfer_tools.model import load_model
+from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.reference_forward import forward
+
+GROUP = 16
+TOKENS = 30
+CORPUS = "the cat sat on the mat; a quick brown fox jumps over the lazy dog. " * 12
+
+
+class Prepared:
+    """A tiny model with its profile, and split files of it on demand."""
+
+    def __init__(self, folder: Path, case: str) -> None:
+        self.folder = folder
+        self.tiny = make_tiny_model(folder, CASES[case])
+        text = folder / "corpus.txt"
+        text.write_text(CORPUS)
+        self.profile = folder / "tiny.profile.safetensors"
+        run_profile(ProfileOptions(self.tiny.path, (text,), self.profile, window=64, threads=1))
+        self.neurons = self.tiny.spec.neurons
+        self.layers = self.tiny.spec.layers
+
+    def split(self, hot: list[int], mode: str = "dense", quant: str | None = None) -> Path:
+        """The split file with these hot counts."""
+        name = f"split-{'-'.join(map(str, hot))}-{mode}-{quant}"
+        plan = self.folder / f"{name}.plan.json"
+        plan_for(Profile.load(self.profile), hot, mode=mode, group=GROUP, width=self.tiny.spec.width).save(plan)
+        output = self.folder / f"{name}.powerinfer.gguf"
+        convert(ConvertOptions(self.tiny.path, self.profile, plan, output, quant))
+        return output
+
+
+@pytest.fixture(
+    scope="module",
+    params=["llama", "llama-relu", "qwen2", "gemma3", "llama-Q4_1", "qwen2-Q4_K_M", "gemma3-Q8_0"],
+)
+def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("converted"), request.param)
+
+
+def logits(path: Path, tokens: list[int], **options: object) -> np.ndarray:
+    """Prompt and decode logits in one array: half of the tokens at once, the others one by one."""
+    engine = Engine(load_model(path), **({"threads": 1} | options))  # type: ignore[arg-type]
+    try:
+        half = len(tokens) // 2
+        rows = [engine.prefill(tokens[:half]).copy()]
+        rows += [engine.decode(token).copy() for token in tokens[half:]]
+        return np.stack(rows)
+    finally:
+        engine.close()
+
+
+def hot_counts(prepared: Prepared) -> list[int]:
+    """Different in every layer, with none and all among them."""
+    steps = prepared.neurons // GROUP
+    return [(0, steps, steps // 2, 1)[i % 4] * GROUP for i in range(prepared.layers)]
+
+
+def test_same_bits_for_any_split_point_threads_and_isa(prepared: Prepared) -> None:
+    tokens = prepared.tiny.tokens(TOKENS)
+    expected = logits(prepared.split([0] * prepared.layers), tokens)
+    path = prepared.split(hot_counts(prepared))
+    for threads in (1, 2, 3):
+        assert np.array_equal(logits(path, tokens, threads=threads), expected)
+    for isa in available_isas():
+        assert np.array_equal(logits(path, tokens, isa=isa), expected)
+
+
+def test_gate_first_has_the_bits_of_dense(prepared: Prepared) -> None:
+    path = prepared.split(hot_counts(prepared))
+    tokens = prepared.tiny.tokens(TOKENS)
+    if prepared.tiny.spec.activation != "relu":
+        with pytest.raises(ModelError, match="no exact zeros"):
+            logits(path, tokens, mode="gate-first")
+        return
+    gate_first = prepared.split(hot_counts(prepared), mode="gate-first")
+    expected = logits(path, tokens)
+    assert np.array_equal(logits(gate_first, tokens), expected)
+    assert np.array_equal(logits(gate_first, tokens, mode="dense"), expected)
+
+
+def test_hot_side_agrees_within_rounding(prepared: Prepared) -> None:
+    """Both sides use the same rounded activations, so only the order of float32 sums differs."""
+    path = prepared.split(hot_counts(prepared))
+    tokens = prepared.tiny.tokens(TOKENS)
+    expected = logits(path, tokens)
+    got = logits(path, tokens, device="cpu")
+    quantized = prepared.tiny.spec.row_type != "F32"
+    # A sum that differs in its last bits may flip the rounding of an 8-bit activation in a later layer: one part in
+    # 254 of a block's largest value, in few of them.
+    bound = 0.02 if quantized else 2000 * np.finfo(np.float32).eps
+    assert np.abs(got - expected).max() <= bound * np.abs(expected).max()
+    assert np.array_equal(got, logits(path, tokens, device="cpu"))
+
+
+def test_smaller_vram_moves_the_split_point(prepared: Prepared) -> None:
+    path = prepared.split([prepared.neurons] * prepared.layers)
+    tokens = prepared.tiny.tokens(TOKENS)
+    model = load_model(path)
+    engine = Engine(model, threads=1, device="cpu")
+    full = engine.report().memory.vram
+    engine.close()
+    limit = full * 2 // 3
+    engine = Engine(load_model(path), threads=1, device="cpu", vram=limit)
+    used = engine.report().memory.vram
+    engine.close()
+    assert 0 < used <= limit < full
+    expected = logits(path, tokens)
+    got = logits(path, tokens, device="cpu", vram=limit)
+    assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+    assert np.array_equal(logits(path, tokens, device="cpu", vram=0), expected)
+
+
+def test_split_agrees_with_the_source(prepared: Prepared) -> None:
+    """Against the float64 reference over the split's own weights, and those against the source's."""
+    path = prepared.split(hot_counts(prepared))
+    source, split = load_model(prepared.tiny.path), load_model(path)
+    tokens = prepared.tiny.tokens(TOKENS)
+    from_source, from_split = forward(source, tokens), forward(split, tokens)
+    if prepared.tiny.spec.row_type == "F32":  # nothing was requantised: permuted sums of the same products
+        assert np.allclose(from_split, from_source, rtol=0, atol=1e-9 * np.abs(from_source).max())
+    header = split.split
+    assert header is not None
+    worst = max(header.header.requantization_error)
+    assert worst == 0 if prepared.tiny.spec.row_type == "F32" else 0 < worst < 0.01
+
+
+def test_permutation_keeps_gate_and_up_bits(prepared: Prepared) -> None:
+    source, split = load_model(prepared.tiny.path), SplitFile.open(prepared.split(hot_counts(prepared)))
+    profile = Profile.load(prepared.profile)
+    for index, layer in enumerate(split.layers):
+        order = profile.order(index)
+        assert np.array_equal(layer.order, order)
+        ffn = source.layers[index].ffn
+        for kind in ("gate", "up"):
+            weight = getattr(ffn, kind)
+            rows = weight.data.reshape(weight.rows, -1)
+            assert np.array_equal(layer.rows(kind, 0, layer.neurons), rows[order])
+
+
+def test_quant_is_followed(tmp_path: Path) -> None:
+    prepared = Prepared(tmp_path, "llama-Q4_1")
+    for quant, worst in (("Q4_0", 0.2), ("F16", 1e-3), ("F32", 0.0)):
+        split = SplitFile.open(prepared.split([GROUP] * prepared.layers, quant=quant))
+        assert split.layers[0].down_type.name == quant
+        assert max(split.header.requantization_error) <= worst
+    with pytest.raises(ConvertError, match="Q8_0, Q4_0"):
+        prepared.split([GROUP] * prepared.layers, quant="Q9_9")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("plain"), "llama")
+
+
+def test_files_of_another_model_are_refused(plain: Prepared, tmp_path: Path) -> None:
+    spec = replace(FAMILY_CASES["llama"], seed=99)
+    other = make_tiny_model(tmp_path, spec, name="other")
+    plan = tmp_path / "plan.json"
+    plan_for(Profile.load(plain.profile), [0] * plain.layers, group=GROUP, width=plain.tiny.spec.width).save(plan)
+    output = tmp_path / "out.powerinfer.gguf"
+    with pytest.raises(ConvertError, match=r"'tiny', not for 'other'"):
+        convert(ConvertOptions(other.path, plain.profile, plan, output))
+    assert not output.exists()
+
+
+def test_split_file_cannot_be_split_again(plain: Prepared, tmp_path: Path) -> None:
+    path = plain.split([GROUP] * plain.layers)
+    with pytest.raises(ConvertError, match="split file already"):
+        convert(ConvertOptions(path, plain.profile, plain.profile, tmp_path / "out.gguf"))
+
+
+def test_damaged_weights_are_named(plain: Prepared, tmp_path: Path) -> None:
+    info = GGUFFile.open(plain.tiny.path).info("blk.1.ffn_up.weight")
+    damaged = tmp_path / "tiny.gguf"
+    data = bytearray(plain.tiny.path.read_bytes())
+    start = info.offset + 4 * (3 * plain.tiny.spec.width + 5)
+    data[start : start + 4] = np.float32(np.nan).tobytes()
+    damaged.write_bytes(bytes(data))
+    model = load_model(damaged)
+    profile = replace(Profile.load(plain.profile), fingerprint=model.fingerprint)
+    profile.save(tmp_path / "p.safetensors")
+    plan_for(profile, [0] * plain.layers, group=GROUP, width=plain.tiny.spec.width).save(tmp_path / "plan.json")
+    options = ConvertOptions(damaged, tmp_path / "p.safetensors", tmp_path / "plan.json", tmp_path / "out.gguf")
+    with pytest.raises(ConvertError, match=r"blk\.1\.ffn_up\.weight .* row 3, column 5"):
+        convert(options)
+    assert not options.output.exists()
+
+
+def test_full_disk_leaves_nothing(plain: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tmp_path / "plan.json"
+    plan_for(Profile.load(plain.profile), [0] * plain.layers, group=GROUP, width=plain.tiny.spec.width).save(plan)
+
+    def full(path: Path, nbytes: int) -> None:
+        raise CannotWrite(path, f"cannot be written: {nbytes} bytes do not fit")
+
+    monkeypatch.setattr("powerinfer_formats.gguf_writer.require_space", full)
+    output = tmp_path / "out.powerinfer.gguf"
+    with pytest.raises(FormatError, match="do not fit"):
+        convert(ConvertOptions(plain.tiny.path, plain.profile, plan, output))
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_source_model_has_no_hot_side(plain: Prepared) -> None:
+    with pytest.raises(HardwareError, match="not a split file"):
+        Engine(load_model(plain.tiny.path), device="cpu")
+

@@ -1,0 +1,126 @@
+"""The programs under ``benchmarks/``: sound synthetic models, and comparisons that say what they lack."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.model import load_model
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROW_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+
+
+def program(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of ``benchmarks/``, which is no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("row_type", ROW_TYPES)
+def test_random_rows_are_what_they_promise(row_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns, rows = 768, 256
+    random_rows = program("random_blocks", monkeypatch).random_rows
+    data = random_rows(np.random.default_rng(3), row_type, rows, columns)
+    values = dequantize(data, GGMLQuantizationType[row_type]).astype(np.float64)
+    assert values.shape == (rows, columns)
+    # Scales uniform over 0.5 to 1.5 of the middle have a root mean square of √(13/12); the int8 ones of Q6_K
+    # move it by less than 2 %. A mean off by half a step of 16 levels is Q4_0's nature.
+    scaled = np.sqrt(13 / 12) if row_type not in ("F32", "F16", "BF16") else 1.0
+    assert values.std() * np.sqrt(columns) == pytest.approx(scaled, rel=0.03)
+    assert abs(values.mean()) * np.sqrt(columns) < 0.5 / np.sqrt((16**2 - 1) / 12)
+
+
+@pytest.mark.parametrize(
+    ("family", "mixture"), [("llama", "Q4_0"), ("qwen2", "Q4_K_M"), ("gemma3", "Q8_0"), ("llama", "F16")]
+)
+def test_synthetic_models_run(
+    family: str, mixture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synthetic = _write(family, mixture, tmp_path, monkeypatch)
+    with GGUFFile.open(path) as gguf:
+        assert "synthetic" in gguf.get("general.name", str)
+    engine = Engine(load_model(path), threads=1, context=16)
+    try:
+        logits = engine.prefill([1, 2, 300, 4])
+        assert logits.shape == (400,)
+        assert np.isfinite(logits).all()
+        assert logits.std() > 0.1
+    finally:
+        engine.close()
+    # The mixture of quantisers: narrow rows that no super-block fits get a plain type.
+    kinds = {
+        tensor.name: tensor.row_type for tensor in synthetic.tensors_of(_shape(synthetic, family), mixture)
+    }
+    if mixture == "Q4_K_M":
+        assert kinds["blk.0.attn_q.weight"] == "Q4_K"
+        assert kinds["blk.0.ffn_down.weight"] == "Q5_0"
+        assert kinds["blk.1.ffn_down.weight"] == "Q8_0"
+
+
+def test_comparison_without_peer_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = _write("llama", "Q4_0", tmp_path, monkeypatch)
+    compare = program("compare", monkeypatch)
+    # The workers are processes: they find the packages where this one does.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    report = tmp_path / "report.json"
+    options = ["-m", str(path), "-p", "8", "-n", "4", "-r", "1", "-t", "1", "--json", str(report)]
+    assert compare.main([*options, "--peer-python", str(tmp_path / "no-python")]) == 0
+    assert "llama.cpp is not measured" in capsys.readouterr().out
+    result = json.loads(report.read_text(encoding="utf-8"))
+    assert [(row["test"], row["peer"], row["ratio"]) for row in result["rows"]] == [
+        ("pp8", None, None),
+        ("tg4", None, None),
+    ]
+    assert all(row["ours"] > 0 for row in result["rows"])
+
+
+def test_comparison_of_a_damaged_model_fails_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = _write("llama", "Q4_0", tmp_path, monkeypatch)
+    path.write_bytes(path.read_bytes()[:-64])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    assert program("compare", monkeypatch).main(["-m", str(path), "-t", "1"]) == 1
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    assert str(path) in error
+
+
+def _write(
+    family: str, mixture: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, ModuleType]:
+    synthetic = program("synthetic", monkeypatch)
+    path = folder / "synthetic.gguf"
+    size = synthetic.write_synthetic(path, "tiny", _shape(synthetic, family), mixture)
+    assert path.stat().st_size == size
+    return path, synthetic
+
+
+def _shape(synthetic: ModuleType, family: str) -> object:
+    return synthetic.Shape(
+        family,
+        layers=2,
+        width=256,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        neurons=96,
+        vocabulary=400,
+        rope_base=1e4,
+        context=64,
+        tied=family != "llama",
+        bias=family == "qwen2",
+        window=8 if family == "gemma3" else 0,
+    )

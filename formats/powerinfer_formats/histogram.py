@@ -26,7 +26,7 @@ def contribution_bins(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def lower_edge(index: int) -> float:
-    """The smallest contribution in bin ``index``: (1 + (index mod 4)/4) · 2^(index div 4 − 16); 0 for bin 0."""
+    """The smallest contribution in a bin: (1 + (index mod 4)/4) · 2^(index div 4 − 16); 0 for bin 0."""
     if not 0 <= index < BINS:
         raise ValueError(f"bin {index} of {BINS}")
     return 0.0 if index == 0 else (1 + index % 4 / 4) * 2.0 ** (index // 4 - 16)

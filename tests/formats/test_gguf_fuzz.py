@@ -3,9 +3,10 @@
 from math import prod
 
 import numpy as np
-from gguf_bytes import VALID
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from gguf_bytes import VALID
 from powerinfer_formats.block_types import BLOCK_SHAPES
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.gguf_scan import Header, scan_header
@@ -75,7 +76,7 @@ def test_a_stretch_replaced(start: int, stop: int, replacement: bytes) -> None:
 
 
 def test_every_single_bit_flipped() -> None:
-    """All 2,048 of them. Flips in names, text and weights go unnoticed; the rest must be refused or consistent."""
+    """All 2,048 of them: those in text and weights go unnoticed, the others are refused or consistent."""
     opened = 0
     for position in range(len(VALID)):
         for bit in range(8):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from gguf_bytes import VALID, head, row, text, u32, u64, with_entries, with_tensors
 from powerinfer_formats import errors
 from powerinfer_formats.gguf_reader import GGUFFile
@@ -36,7 +37,12 @@ MALFORMED: list[tuple[str, bytes, type[errors.FormatError], str]] = [
     # --- keys
     ("empty key", with_entries(text(b"") + u32(4) + u32(1)), errors.EmptyKey, "at byte 24"),
     ("key too long", with_entries(u64(65_536) + b"k" * 65_536), errors.KeyTooLong, "at most 65535"),
-    ("key length overflows", with_entries(u64(2**64 - 1) + bytes(8)), errors.KeyTooLong, "18446744073709551615"),
+    (
+        "key length overflows",
+        with_entries(u64(2**64 - 1) + bytes(8)),
+        errors.KeyTooLong,
+        "18446744073709551615",
+    ),
     ("key beyond the file", with_entries(u64(40) + b"short" * 2), errors.TruncatedFile, "metadata key"),
     ("key not UTF-8", with_entries(text(b"\xff\xfe") + u32(4) + u32(1)), errors.InvalidUTF8, "key"),
     ("key a surrogate", with_entries(text(b"\xed\xa0\x80") + u32(4) + u32(1)), errors.InvalidUTF8, "key"),
@@ -53,36 +59,100 @@ MALFORMED: list[tuple[str, bytes, type[errors.FormatError], str]] = [
     ("bool 2", with_entries(text(b"kk") + u32(7) + b"\x02"), errors.BadBool, "value of 2"),
     ("bool 255", with_entries(text(b"kk") + u32(7) + b"\xff"), errors.BadBool, "only 0 and 1"),
     ("string not UTF-8", with_entries(text(b"kk") + u32(8) + text(b"ab\xc3")), errors.InvalidUTF8, "'kk'"),
-    ("string overlong UTF-8", with_entries(text(b"kk") + u32(8) + text(b"\xc0\x80")), errors.InvalidUTF8, "'kk'"),
-    ("string beyond the file", with_entries(text(b"kk") + u32(8) + u64(9) + b"a"), errors.TruncatedFile, "'kk'"),
-    ("string above the cap", with_entries(text(b"kk") + u32(8) + u64(2**24 + 1)), errors.StringTooLong, "16777216"),
+    (
+        "string overlong UTF-8",
+        with_entries(text(b"kk") + u32(8) + text(b"\xc0\x80")),
+        errors.InvalidUTF8,
+        "'kk'",
+    ),
+    (
+        "string beyond the file",
+        with_entries(text(b"kk") + u32(8) + u64(9) + b"a"),
+        errors.TruncatedFile,
+        "'kk'",
+    ),
+    (
+        "string above the cap",
+        with_entries(text(b"kk") + u32(8) + u64(2**24 + 1)),
+        errors.StringTooLong,
+        "16777216",
+    ),
     ("string length negative", with_entries(text(b"kk") + u32(8) + u64(-1)), errors.StringTooLong, "bytes"),
     # --- arrays
-    ("array of arrays", with_entries(text(b"kk") + u32(9) + u32(9) + u64(0)), errors.NestedArray, "array of arrays"),
-    ("array of type 13", with_entries(text(b"kk") + u32(9) + u32(13) + u64(0)), errors.UnknownValueType, "elements"),
+    (
+        "array of arrays",
+        with_entries(text(b"kk") + u32(9) + u32(9) + u64(0)),
+        errors.NestedArray,
+        "array of arrays",
+    ),
+    (
+        "array of type 13",
+        with_entries(text(b"kk") + u32(9) + u32(13) + u64(0)),
+        errors.UnknownValueType,
+        "elements",
+    ),
     ("array without a type", with_entries(text(b"kkkk") + u32(9)), errors.TruncatedFile, "elements"),
     ("array without a length", with_entries(text(b"kkkk") + u32(9) + u32(4)), errors.TruncatedFile, "length"),
-    ("array beyond the file", with_entries(text(b"kk") + u32(9) + u32(4) + u64(3) + bytes(11)),
-     errors.TruncatedFile, "3 values"),
-    ("array above the cap", with_entries(text(b"kk") + u32(9) + u32(0) + u64(2**24 + 1)),
-     errors.ArrayTooLong, "at most 16777216"),
-    ("array length overflows", with_entries(text(b"kk") + u32(9) + u32(10) + u64(2**61)), errors.ArrayTooLong, "kk"),
-    ("array of bools with 7", with_entries(text(b"kk") + u32(9) + u32(7) + u64(3) + b"\x00\x01\x07"),
-     errors.BadBool, "value of 7"),
-    ("strings beyond the file", with_entries(text(b"kk") + u32(9) + u32(8) + u64(2) + text(b"a")),
-     errors.TruncatedFile, "2 values"),
-    ("second string beyond", with_entries(text(b"kk") + u32(9) + u32(8) + u64(2) + text(b"a" * 20)),
-     errors.TruncatedFile, "string 1 of 2"),
-    ("last string beyond", with_entries(text(b"kk") + u32(9) + u32(8) + u64(2) + text(b"a") + u64(5) + b"abcd"),
-     errors.TruncatedFile, "last string"),
-    ("string of an array too long", with_entries(text(b"kk") + u32(9) + u32(8) + u64(1) + u64(2**63)),
-     errors.StringTooLong, "string 0"),
-    ("string of an array not UTF-8",
-     with_entries(text(b"kk") + u32(9) + u32(8) + u64(3) + text(b"a") + text(b"") + text(b"b\xff")),
-     errors.InvalidUTF8, "string 2"),
-    ("character across two strings",
-     with_entries(text(b"kk") + u32(9) + u32(8) + u64(2) + text(b"a\xc3") + text(b"\xa9")),
-     errors.InvalidUTF8, "string 0"),
+    (
+        "array beyond the file",
+        with_entries(text(b"kk") + u32(9) + u32(4) + u64(3) + bytes(11)),
+        errors.TruncatedFile,
+        "3 values",
+    ),
+    (
+        "array above the cap",
+        with_entries(text(b"kk") + u32(9) + u32(0) + u64(2**24 + 1)),
+        errors.ArrayTooLong,
+        "at most 16777216",
+    ),
+    (
+        "array length overflows",
+        with_entries(text(b"kk") + u32(9) + u32(10) + u64(2**61)),
+        errors.ArrayTooLong,
+        "kk",
+    ),
+    (
+        "array of bools with 7",
+        with_entries(text(b"kk") + u32(9) + u32(7) + u64(3) + b"\x00\x01\x07"),
+        errors.BadBool,
+        "value of 7",
+    ),
+    (
+        "strings beyond the file",
+        with_entries(text(b"kk") + u32(9) + u32(8) + u64(2) + text(b"a")),
+        errors.TruncatedFile,
+        "2 values",
+    ),
+    (
+        "second string beyond",
+        with_entries(text(b"kk") + u32(9) + u32(8) + u64(2) + text(b"a" * 20)),
+        errors.TruncatedFile,
+        "string 1 of 2",
+    ),
+    (
+        "last string beyond",
+        with_entries(text(b"kk") + u32(9) + u32(8) + u64(2) + text(b"a") + u64(5) + b"abcd"),
+        errors.TruncatedFile,
+        "last string",
+    ),
+    (
+        "string of an array too long",
+        with_entries(text(b"kk") + u32(9) + u32(8) + u64(1) + u64(2**63)),
+        errors.StringTooLong,
+        "string 0",
+    ),
+    (
+        "string of an array not UTF-8",
+        with_entries(text(b"kk") + u32(9) + u32(8) + u64(3) + text(b"a") + text(b"") + text(b"b\xff")),
+        errors.InvalidUTF8,
+        "string 2",
+    ),
+    (
+        "character across two strings",
+        with_entries(text(b"kk") + u32(9) + u32(8) + u64(2) + text(b"a\xc3") + text(b"\xa9")),
+        errors.InvalidUTF8,
+        "string 0",
+    ),
     # --- alignment
     ("alignment 0", with_entries(ALIGNMENT + u32(4) + u32(0)), errors.BadAlignment, "is 0"),
     ("alignment 4", with_entries(ALIGNMENT + u32(4) + u32(4)), errors.BadAlignment, "from 8"),
@@ -91,52 +161,108 @@ MALFORMED: list[tuple[str, bytes, type[errors.FormatError], str]] = [
     ("alignment as u64", with_entries(ALIGNMENT + u32(10) + u64(32)), errors.BadAlignment, "UINT64"),
     ("alignment as i32", with_entries(ALIGNMENT + u32(5) + u32(32)), errors.BadAlignment, "INT32"),
     ("alignment as text", with_entries(ALIGNMENT + u32(8) + text(b"32")), errors.BadAlignment, "STRING"),
-    ("alignment as array", with_entries(ALIGNMENT + u32(9) + u32(4) + u64(1) + u32(32)),
-     errors.BadAlignment, "ARRAY"),
+    (
+        "alignment as array",
+        with_entries(ALIGNMENT + u32(9) + u32(4) + u64(1) + u32(32)),
+        errors.BadAlignment,
+        "ARRAY",
+    ),
     # --- tensor names
     ("no name", with_tensors(row(b""), data=128), errors.EmptyTensorName, "at byte 24"),
     ("name too long", with_tensors(row(b"n" * 65), data=128), errors.TensorNameTooLong, "at most 64"),
-    ("name length overflows", with_tensors(u64(2**64 - 1) + bytes(40)), errors.TensorNameTooLong, "1844674407"),
+    (
+        "name length overflows",
+        with_tensors(u64(2**64 - 1) + bytes(40)),
+        errors.TensorNameTooLong,
+        "1844674407",
+    ),
     ("name not UTF-8", with_tensors(row(b"\x80"), data=128), errors.InvalidUTF8, "tensor name"),
     ("name with newline", with_tensors(row(b"a\nb"), data=128), errors.BadTensorName, "control"),
     ("name twice", with_tensors(row(), row(offset=128), data=256), errors.DuplicateTensor, "'w'"),
     # --- dimensions
     ("no dimensions", with_tensors(row(dimensions=()), data=128), errors.BadDimensionCount, "0 dimensions"),
-    ("five dimensions", with_tensors(row(dimensions=(32, 1, 1, 1, 1)), data=128),
-     errors.BadDimensionCount, "5 dimensions"),
-    ("2^32 - 1 dimensions", with_tensors(text(b"w") + u32(2**32 - 1) + bytes(64)),
-     errors.BadDimensionCount, "4294967295"),
+    (
+        "five dimensions",
+        with_tensors(row(dimensions=(32, 1, 1, 1, 1)), data=128),
+        errors.BadDimensionCount,
+        "5 dimensions",
+    ),
+    (
+        "2^32 - 1 dimensions",
+        with_tensors(text(b"w") + u32(2**32 - 1) + bytes(64)),
+        errors.BadDimensionCount,
+        "4294967295",
+    ),
     ("dimension 0", with_tensors(row(dimensions=(32, 0)), data=128), errors.BadDimension, "dimension of 0"),
-    ("dimension -1", with_tensors(row(dimensions=(32, -1)), data=128), errors.BadDimension, "dimension of -1"),
+    (
+        "dimension -1",
+        with_tensors(row(dimensions=(32, -1)), data=128),
+        errors.BadDimension,
+        "dimension of -1",
+    ),
     ("dimension -2^63", with_tensors(row(dimensions=(2**63,))), errors.BadDimension, "-9223372036854775808"),
     ("values overflow", with_tensors(row(dimensions=(2**32, 2**32))), errors.TensorTooLarge, "63 bits"),
     ("bytes overflow", with_tensors(row(dimensions=(2**62,))), errors.TensorTooLarge, "63 bits"),
-    ("four dimensions overflow", with_tensors(row(dimensions=(2**31,) * 4)), errors.TensorTooLarge, "63 bits"),
+    (
+        "four dimensions overflow",
+        with_tensors(row(dimensions=(2**31,) * 4)),
+        errors.TensorTooLarge,
+        "63 bits",
+    ),
     # --- tensor types
     ("type 42", with_tensors(row(row_type=42), data=128), errors.UnknownTensorType, "type 42"),
     ("type 2^32 - 1", with_tensors(row(row_type=2**32 - 1), data=128), errors.UnknownTensorType, "ggml"),
     ("type removed", with_tensors(row(row_type=31), data=128), errors.UnknownTensorType, "Q4_0_4_4"),
-    ("part of a block", with_tensors(row(dimensions=(33,), row_type=8), data=128), errors.PartialBlock, "Q8_0"),
-    ("part of a super-block", with_tensors(row(dimensions=(32, 8), row_type=12), data=160),
-     errors.PartialBlock, "blocks of 256"),
+    (
+        "part of a block",
+        with_tensors(row(dimensions=(33,), row_type=8), data=128),
+        errors.PartialBlock,
+        "Q8_0",
+    ),
+    (
+        "part of a super-block",
+        with_tensors(row(dimensions=(32, 8), row_type=12), data=160),
+        errors.PartialBlock,
+        "blocks of 256",
+    ),
     # --- places
     ("offset unaligned", with_tensors(row(offset=1), data=192), errors.UnalignedTensor, "offset 1"),
-    ("offset unaligned by the key", with_tensors(row(), row(b"v", offset=128 + 32), data=512, alignment=64,
-     entries=(ALIGNMENT + u32(4) + u32(64),)), errors.UnalignedTensor, "alignment 64"),
+    (
+        "offset unaligned by the key",
+        with_tensors(
+            row(), row(b"v", offset=128 + 32), data=512, alignment=64, entries=(ALIGNMENT + u32(4) + u32(64),)
+        ),
+        errors.UnalignedTensor,
+        "alignment 64",
+    ),
     ("first offset not 0", with_tensors(row(offset=32), data=160), errors.GapBetweenTensors, "expected 0"),
     ("gap", with_tensors(row(), row(b"v", offset=160), data=288), errors.GapBetweenTensors, "expected 128"),
-    ("overlap", with_tensors(row(), row(b"v", offset=96), data=224), errors.OverlappingTensors, "reaches to 128"),
+    (
+        "overlap",
+        with_tensors(row(), row(b"v", offset=96), data=224),
+        errors.OverlappingTensors,
+        "reaches to 128",
+    ),
     ("same place", with_tensors(row(), row(b"v", offset=0), data=128), errors.OverlappingTensors, "'v'"),
-    ("out of order", with_tensors(row(), row(b"v", offset=128), row(b"u", offset=64), data=384),
-     errors.TensorsOutOfOrder, "'u'"),
+    (
+        "out of order",
+        with_tensors(row(), row(b"v", offset=128), row(b"u", offset=64), data=384),
+        errors.TensorsOutOfOrder,
+        "'u'",
+    ),
     ("offset huge", with_tensors(row(offset=2**64 - 32), data=128), errors.GapBetweenTensors, "'w'"),
     ("past the end", with_tensors(row(), data=127), errors.TensorPastEnd, "incomplete"),
     ("no data at all", with_tensors(row()), errors.TensorPastEnd, "fetch or copy it again"),
-    ("second past the end", with_tensors(row(), row(b"v", offset=128), data=128), errors.TensorPastEnd, "'v'"),
+    (
+        "second past the end",
+        with_tensors(row(), row(b"v", offset=128), data=128),
+        errors.TensorPastEnd,
+        "'v'",
+    ),
     ("bytes too many", VALID + b"\x00", errors.TrailingBytes, "29 bytes too many"),
     ("file appended", VALID + VALID, errors.TrailingBytes, "too many"),
     ("bytes without tensors", with_entries() + bytes(9), errors.TrailingBytes, "too many"),
-]  # fmt: skip
+]
 
 
 def test_the_table_has_no_two_rows_alike() -> None:
@@ -163,10 +289,27 @@ def test_each_fault_has_its_error(
 def test_every_error_class_of_the_container_has_a_row() -> None:
     elsewhere = {
         # about the operating system or about what a caller asks for: other tests
-        "CannotRead", "CannotWrite", "BeingWritten", "NotARegularFile", "MissingKey", "WrongKeyType", "BadValue",
-        "MissingTensor", "UnexpectedTensor", "WrongShape", "WrongType", "BadDocument", "BadField", "WriteOrder",
-        "BadSafetensors", "NotASplitFile", "NotAPermutation", "UnfinishedProfile", "OtherModel", "CannotMerge",
-    }  # fmt: skip
+        "CannotRead",
+        "CannotWrite",
+        "BeingWritten",
+        "NotARegularFile",
+        "MissingKey",
+        "WrongKeyType",
+        "BadValue",
+        "MissingTensor",
+        "UnexpectedTensor",
+        "WrongShape",
+        "WrongType",
+        "BadDocument",
+        "BadField",
+        "WriteOrder",
+        "BadSafetensors",
+        "NotASplitFile",
+        "NotAPermutation",
+        "UnfinishedProfile",
+        "OtherModel",
+        "CannotMerge",
+    }
     classes = {c.__name__ for c in errors.FormatError.__subclasses__()}
     assert classes - elsewhere == {error.__name__ for _, _, error, _ in MALFORMED}
 

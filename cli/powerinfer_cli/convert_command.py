@@ -55,18 +55,15 @@ def command(
     common: opt.Common,
 ) -> None:
     """Convert a model."""
+    source = find_model(model)
+    plan_file = stage_input(plan, source, PLAN_SUFFIX, made_by="plan")
+    profile_file = stage_input(profile, source, PROFILE_SUFFIX, made_by="profile")
+    path = output_file(output, source, SPLIT_SUFFIX)
     from powerinfer_tools.conversion import ConvertOptions, convert
 
-    source = find_model(model)
+    chosen = None if quant == "auto" else quant
     report = convert(
-        ConvertOptions(
-            model=source,
-            plan=stage_input(plan, source, PLAN_SUFFIX, made_by="plan"),
-            profile=stage_input(profile, source, PROFILE_SUFFIX, made_by="profile"),
-            output=output_file(output, source, SPLIT_SUFFIX),
-            quant=None if quant == "auto" else quant,
-        ),
-        progress(),
+        ConvertOptions(model=source, plan=plan_file, profile=profile_file, output=path, quant=chosen), progress()
     )
     show(report, as_json=common.json)
 

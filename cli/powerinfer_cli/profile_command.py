@@ -92,10 +92,10 @@ def profile(
         return
     if not corpus:
         raise typer.BadParameter("name at least one text file, JSONL file or folder", param_hint="--corpus")
-    from powerinfer_tools.profiling import ProfileOptions, run_profile
-
     source = find_model(model)
     path = output_file(output, source, PROFILE_SUFFIX)
+    from powerinfer_tools.profiling import ProfileOptions, run_profile
+
     result = run_profile(
         ProfileOptions(
             model=source,

@@ -3,12 +3,15 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from powerinfer_cli import options as opt
 from powerinfer_cli.files import find_model
+
+if TYPE_CHECKING:
+    from powerinfer_tools.generation import GenerationOptions
 
 HELP = """Generate text from a prompt, or chat with the model.
 
@@ -38,6 +41,9 @@ class Prompt:
     ] = None
     interactive: Annotated[bool, _prompt("--interactive", "-i", help="Chat.")] = False
     chat: Annotated[bool, _prompt("--chat", help="Put the prompt into the model's chat template.")] = False
+    special: Annotated[
+        bool, _prompt("--special", help="Read control tokens such as <|im_start|> in the prompt as such.")
+    ] = False
     system: Annotated[
         str | None, _prompt("--system", "-sys", metavar="TEXT", help="System prompt; implies --chat.")
     ] = None
@@ -90,11 +96,15 @@ class Sampling:
     repeat_last_n: Annotated[
         int, _sampling("--repeat-last-n", min=-1, metavar="N", help="Look back N tokens for them; -1: all.")
     ] = 64
+    frequency_penalty: Annotated[
+        float,
+        _sampling("--frequency-penalty", metavar="X", help="Penalise tokens by how often they came; 0: off."),
+    ] = 0.0
+    presence_penalty: Annotated[
+        float, _sampling("--presence-penalty", metavar="X", help="Penalise tokens that came at all; 0: off.")
+    ] = 0.0
     seed: Annotated[
-        int | None,
-        _sampling(
-            "--seed", "-s", min=0, max=2**64 - 1, metavar="N", help="Repeats a run. Without it: random."
-        ),
+        int | None, _sampling("--seed", "-s", min=0, metavar="N", help="Repeats a run. Without it: random.")
     ] = None
 
 
@@ -110,7 +120,43 @@ def command(
     """Generate text, or chat."""
     text = prompt_text(prompt, as_json=common.json)
     path = find_model(model)
-    print(text, path, sys)
+    from powerinfer_cli.engines import opened_engine
+
+    options = generation_options(length, sampling)
+    with opened_engine(path, placement, threads=common.threads, context=length.ctx) as engine:
+        if prompt.interactive:
+            from powerinfer_cli.chat import chat
+
+            chat(engine, options, system=prompt.system, first=text)
+        else:
+            from powerinfer_cli.completion import complete
+
+            assert text is not None
+            complete(engine, text, options, prompt, as_json=common.json)
+
+
+def generation_options(length: Length, sampling: Sampling) -> "GenerationOptions":
+    """The stage's options. Raises SamplingError for a value out of range."""
+    from powerinfer_tools.generation import GenerationOptions
+    from powerinfer_tools.sampling import SamplingOptions
+
+    return GenerationOptions(
+        sampling=SamplingOptions(
+            temperature=sampling.temp,
+            top_k=sampling.top_k,
+            typical_p=sampling.typical,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repeat_penalty=sampling.repeat_penalty,
+            repeat_last_n=sampling.repeat_last_n,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            seed=sampling.seed,
+        ),
+        max_tokens=length.predict,
+        stop=tuple(length.stop or ()),
+        ignore_eos=length.ignore_eos,
+    )
 
 
 def prompt_text(given: Prompt, *, as_json: bool) -> str | None:

@@ -25,7 +25,10 @@ HEAVY = (
 
 def loaded_by(command: list[str]) -> set[str]:
     """Modules that the command line imports for these arguments."""
-    probe = "import sys; from powerinfer_cli.app import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    probe = (
+        "import sys; from powerinfer_cli.app import main\n"
+        "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", probe, *command], capture_output=True, text=True, check=True, env=environment()
     )

@@ -1,0 +1,72 @@
+"""What a run cost: the figures printed when it ends, and the object that --json prints."""
+
+from typing import TYPE_CHECKING, Any
+
+from powerinfer_cli.console import say
+from powerinfer_cli.engines import measured_bandwidth
+from powerinfer_cli.sizes import format_size
+
+if TYPE_CHECKING:
+    from powerinfer_tools.engine import Engine
+    from powerinfer_tools.generation import Generation
+
+
+def engine_figures(engine: "Engine") -> dict[str, Any]:
+    """What the engine tells about all of its work so far, and the share of the bandwidth that it used."""
+    report = engine.report()
+    bandwidth = measured_bandwidth(engine)
+    return {
+        "reused_tokens": 0,
+        **report.as_dict(),
+        "bandwidth_bytes_per_second": bandwidth,
+        "bandwidth_share": report.bytes_per_second / bandwidth,
+        "model": engine.model.name,
+        "path": str(engine.model.path),
+    }
+
+
+def run_figures(engine: "Engine", generation: "Generation") -> dict[str, Any]:
+    """Everything known about the only generation of an engine, as plain JSON values."""
+    statistics, figures = generation.statistics, engine_figures(engine)
+    speed = statistics.decode_tokens_per_second
+    return figures | {
+        "text": generation.text,
+        "tokens": len(generation.tokens),
+        "ids": generation.tokens,
+        "outcome": str(generation.outcome),
+        "prompt_tokens": statistics.prompt_tokens,
+        "prompt_tokens_per_second": statistics.prompt_tokens_per_second,
+        "decode_tokens_per_second": speed,
+        "first_token_seconds": statistics.first_token_seconds,
+        "bandwidth_share": figures["bytes_per_token"] * speed / figures["bandwidth_bytes_per_second"],
+        "logits_hash": generation.logits_hash,
+        "seed": generation.sampler.seed,
+        "timings": {
+            "prompt": statistics.prompt_seconds,
+            "decode": statistics.decode_seconds,
+            "sampling": statistics.sampling_seconds,
+            **figures["timings"],
+        },
+    }
+
+
+def say_summary(figures: dict[str, Any]) -> None:
+    """The figures in a few lines on standard error."""
+    reused = f" ({figures['reused_tokens']} more reused)" if figures["reused_tokens"] else ""
+    memory = figures["memory"]
+    vram = f", {format_size(memory['vram'])} on the device" if memory["vram"] else ""
+    timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in figures["timings"].items())
+    say(f"prompt: {figures['prompt_tokens']} tokens{reused}, {figures['prompt_tokens_per_second']:.1f} tok/s")
+    say(f"decode: {figures['decode_tokens']} tokens, {figures['decode_tokens_per_second']:.1f} tok/s")
+    say(
+        f"traffic: {format_size(round(figures['bytes_per_token']))} a token, {figures['bandwidth_share']:.0%} "
+        f"of the {figures['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s measured"
+    )
+    say(
+        f"mode: {figures['mode']}, density {figures['density']:.3f}, device {figures['device']}, "
+        f"{figures['threads']} threads, {figures['isa']}"
+    )
+    say(f"time: {timings}")
+    say(f"memory: {format_size(memory['total'])}{vram}")
+    if "seed" in figures:
+        say(f"seed: {figures['seed']}, logits {figures['logits_hash']}")

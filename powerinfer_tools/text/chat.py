@@ -1,0 +1,200 @@
+"""Chat messages → token ids, by the template that the model's file carries.
+
+The template is a program from an untrusted file: it is rendered in Jinja's immutable sandbox, in a process
+with limits on time, memory and output (see `template_child.py`).
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from powerinfer_tools.errors import ChatTemplateError
+from powerinfer_tools.text.tokenizer import Tokenizer
+from powerinfer_tools.text.vocabulary import MetadataSource
+
+Role = Literal["system", "user", "assistant"]
+
+MAX_TEMPLATE_CHARACTERS = 1 << 18
+MAX_SECONDS = 2.0
+_MEMORY_BYTES = 512 << 20
+_OUTPUT_CHARACTERS = 1 << 20  # beyond four times what the messages hold
+_START_SECONDS = 10.0  # for the process to come up on a busy machine
+_CHILD = Path(__file__).with_name("template_child.py")
+_DETAIL = 300
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+class Template(Protocol):
+    """How a conversation becomes a prompt."""
+
+    @property
+    def notice(self) -> str | None:
+        """What the user should know about this template, if anything."""
+        ...
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end an answer beside the model's own end tokens."""
+        ...
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt as text, up to where the assistant's answer begins."""
+        ...
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt as token ids, with at most one beginning-of-text token."""
+        ...
+
+
+class ChatTemplate:
+    """The model's own template. `render` raises ChatTemplateError, always in one line."""
+
+    notice: str | None = None
+    stops: tuple[str, ...] = ()
+
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise ChatTemplateError(
+                f"the model's chat template has {len(source)} characters, "
+                f"at most {MAX_TEMPLATE_CHARACTERS} are allowed"
+            )
+        self.source = source
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_gguf(cls, gguf: MetadataSource, tokenizer: Tokenizer) -> "ChatTemplate":
+        """The template in `tokenizer.chat_template`. Raises ChatTemplateError where there is none."""
+        source = gguf.metadata.get("tokenizer.chat_template")
+        if source is None:
+            raise ChatTemplateError(
+                "the model's file carries no chat template (tokenizer.chat_template): it is probably a base "
+                "model, made to continue text (run -p) rather than to chat"
+            )
+        if not isinstance(source, str):
+            raise ChatTemplateError("tokenizer.chat_template is not a string")
+        return cls(source, tokenizer)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt as text. Raises ChatTemplateError."""
+        tokens = self._tokenizer.tokens
+        variables = {
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "add_generation_prompt": True,
+            "bos_token": "" if tokens.bos_id is None else tokens.texts[tokens.bos_id],
+            "eos_token": "" if tokens.eos_id is None else tokens.texts[tokens.eos_id],
+            "tools": None,
+            "documents": None,
+        }
+        written = sum(len(message.content) for message in messages)
+        return _render_apart(self.source, variables, _OUTPUT_CHARACTERS + 4 * written)
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt as token ids. Control tokens written in messages count as such, as in llama.cpp."""
+        return _with_one_bos(self._tokenizer, self._tokenizer.encode(
+            self.render(messages), add_bos=False, parse_special=True))  # fmt: skip
+
+
+class PlainTemplate:
+    """For models without a template: turns as "User: …" and "Assistant: …", which it says.
+
+    Nothing is assumed about control tokens; a base model may still follow the pattern.
+    """
+
+    notice: str | None = (
+        "this model carries no chat template: messages are passed as plain 'User:' and 'Assistant:' lines, "
+        "which a base model may or may not follow"
+    )
+    stops: tuple[str, ...] = ("\nUser:",)
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt as text."""
+        turns = [f"{message.role.capitalize()}: {message.content}\n" for message in messages]
+        return "".join([*turns, "Assistant:"])
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt as token ids; control tokens written in messages are text."""
+        return _with_one_bos(self._tokenizer, self._tokenizer.encode(self.render(messages), add_bos=False))
+
+
+def chat_template(gguf: MetadataSource, tokenizer: Tokenizer) -> Template:
+    """The model's own template, or the plain one, whose `notice` says so, where it has none."""
+    if gguf.metadata.get("tokenizer.chat_template") is None:
+        return PlainTemplate(tokenizer)
+    return ChatTemplate.from_gguf(gguf, tokenizer)
+
+
+def _with_one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Templates write the beginning-of-text token themselves or leave it to us: one either way."""
+    bos = tokenizer.bos_id
+    if bos is not None and tokenizer.adds_bos and ids[:1] != [bos]:
+        return [bos, *ids]
+    return ids
+
+
+def _render_apart(source: str, variables: Mapping[str, Any], output_characters: int) -> str:
+    request = {
+        "template": source,
+        "variables": variables,
+        "seconds": MAX_SECONDS,
+        "memory_bytes": _MEMORY_BYTES + 16 * output_characters,
+        "output_characters": output_characters,
+    }
+    try:
+        child = subprocess.run(  # noqa: S603  our own script, by its path
+            [sys.executable, "-P", str(_CHILD)],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            timeout=MAX_SECONDS + _START_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ChatTemplateError(_too_slow()) from None
+    except OSError as error:
+        raise ChatTemplateError(f"the process that renders chat templates did not start: {error}") from None
+    if child.returncode == -signal.SIGALRM:
+        raise ChatTemplateError(_too_slow())
+    try:
+        answer = json.loads(child.stdout)
+    except ValueError:
+        raise ChatTemplateError(
+            f"the process that renders the model's chat template ended with {child.returncode}: "
+            + _one_line(child.stderr.decode(errors="replace")[-_DETAIL:])
+        ) from None
+    if "text" not in answer:
+        raise ChatTemplateError(_describe(answer["fault"], answer["detail"], output_characters))
+    return str(answer["text"])
+
+
+def _too_slow() -> str:
+    return f"the model's chat template took longer than {MAX_SECONDS:g} s and was stopped"
+
+
+def _describe(fault: str, detail: str, output_characters: int) -> str:
+    return {
+        "output": f"the model's chat template wrote over {output_characters} characters and was stopped",
+        "refusal": f"the model's chat template does not accept this conversation: {_one_line(detail)}",
+        "syntax": f"the model's chat template is not valid: {_one_line(detail)}",
+        "security": f"the model's chat template tries what no template may: {_one_line(detail)}",
+        "memory": "the model's chat template needs too much memory and was stopped",
+    }.get(fault, f"the model's chat template failed: {_one_line(detail)}")
+
+
+def _one_line(text: str) -> str:
+    """Text from an untrusted file for a terminal: one line, no control characters, not too long."""
+    line = "".join(char if char.isprintable() else " " for char in text)
+    return " ".join(line.split())[:_DETAIL]

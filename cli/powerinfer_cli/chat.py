@@ -3,55 +3,43 @@
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from powerinfer_cli.console import say
 from powerinfer_cli.summary import engine_figures, say_summary
-from powerinfer_tools.errors import ContextFull, PowerInferError
+from powerinfer_tools.errors import PowerInferError
 
 if TYPE_CHECKING:
-    from powerinfer_tools.conversation import Conversation
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.generation import Generation, GenerationOptions
+    from powerinfer_tools.generation import Chat, Generation, GenerationOptions
 
 HELP = """\
-/help              this list
-/regen             answer the last question anew
-/reset             forget the conversation
-/system TEXT       set the system prompt, and forget the conversation; without TEXT: show it
-/save FILE         write the conversation as JSON
-/exit              end the chat (so does Ctrl-D)
+/help          this list
+/regen         answer the last question anew
+/undo          take back the last question and its answer
+/reset         forget the conversation
+/system TEXT   set the system prompt; without TEXT: show it
+/save FILE     write the conversation, as JSON where FILE ends in .json
+/exit          end the chat (so does Ctrl-D)
 A line that ends in \\ goes on in the next. Ctrl-C stops an answer, and at the prompt the program."""
 
-
-class Reader(Protocol):
-    """Where questions come from."""
-
-    def __call__(self, prompt: str) -> str:
-        """The next line. Raises EOFError at the end."""
+Reader = Callable[[str], str]
 
 
-@dataclass
-class Chat:
-    """The loop between a person and a conversation."""
+class Loop:
+    """The loop between a person and a conversation; ``read`` gives a line, and raises EOFError at the end."""
 
-    conversation: "Conversation"
-    read: Reader
+    def __init__(self, conversation: "Chat", read: Reader) -> None:
+        self.conversation = conversation
+        self.read = read
 
     def run(self, first: str | None) -> None:
         """Until /exit, the end of input, or Ctrl-C at the prompt."""
         if first is not None:
-            self.answer(lambda: self.conversation.ask(first))
+            self.attempt(lambda: self.ask(first))
         with suppress(EOFError):
-            while True:
-                line = self.question()
-                if line.startswith("/"):
-                    if not self.obey(line):
-                        return
-                elif line.strip():
-                    self.answer(lambda line=line: self.conversation.ask(line))  # type: ignore[misc]
+            while self.turn(self.question()):
+                pass
 
     def question(self) -> str:
         """One question, which may run over several lines."""
@@ -61,37 +49,56 @@ class Chat:
             lines.append(self.read(". "))
         return "\n".join(lines)
 
-    def obey(self, line: str) -> bool:
-        """Carry out a command; False to end the chat. What goes wrong is said, and the chat goes on."""
+    def turn(self, line: str) -> bool:
+        """Answer a question or carry out a command; False to end the chat."""
         name, _, rest = line.strip().partition(" ")
         if name in ("/exit", "/quit"):
             return False
-        commands: dict[str, Callable[[str], None]] = {
-            "/help": lambda _: print(HELP, file=sys.stderr),  # noqa: T201  # several lines at once
-            "/regen": lambda _: self.answer(self.conversation.regenerate),
+        if name.startswith("/"):
+            self.attempt(lambda: self.commands().get(name, self.unknown)(rest.strip()))
+        elif name:
+            self.attempt(lambda: self.ask(line))
+        return True
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Do it; what goes wrong is said, and the chat goes on."""
+        try:
+            action()
+        except (PowerInferError, OSError) as error:
+            say(str(error))
+
+    def commands(self) -> dict[str, Callable[[str], None]]:
+        """What can be done beside asking."""
+        return {
+            "/help": self.help,
+            "/regen": self.regenerate,
+            "/undo": self.undo,
             "/reset": self.reset,
             "/system": self.system,
             "/save": self.save,
         }
-        try:
-            commands.get(name, self.unknown)(rest.strip())
-        except (PowerInferError, OSError) as error:
-            say(str(error))
-        return True
 
-    def answer(self, begin: "Callable[[], Generation]") -> None:
-        """Stream an answer; Ctrl-C stops it, and what there is of it stays in the conversation."""
-        try:
-            with closing(begin()) as generation:
-                for piece in generation:
-                    sys.stdout.write(piece.text)
-                    sys.stdout.flush()
-        except KeyboardInterrupt:
-            say("")
-        except ContextFull as error:
-            say(f"{error} (/reset forgets the conversation)")
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+    def ask(self, text: str) -> None:
+        """Answer a question."""
+        stream(self.conversation.ask(text))
+
+    def help(self, _: str) -> None:
+        """List the commands."""
+        for line in HELP.split("\n"):
+            say(line)
+
+    def regenerate(self, _: str) -> None:
+        """Answer the last question anew."""
+        generation = self.conversation.regenerate()
+        if generation is None:
+            say("nothing has been asked yet")
+        else:
+            stream(generation)
+
+    def undo(self, _: str) -> None:
+        """Take back the last exchange."""
+        question = self.conversation.undo()
+        say("nothing to take back" if question is None else f"taken back: {question}")
 
     def reset(self, _: str) -> None:
         """Forget the conversation."""
@@ -100,18 +107,16 @@ class Chat:
 
     def system(self, text: str) -> None:
         """Show the system prompt, or set it."""
-        if not text:
-            say(self.conversation.system or "no system prompt")
-            return
-        self.conversation.reset(system=text)
-        say("system prompt set; the conversation is forgotten")
+        if text:
+            self.conversation.set_system(text)
+        say(f"system prompt: {self.conversation.system or 'none (the template may have its own)'}")
 
     def save(self, name: str) -> None:
-        """Write the messages as JSON."""
+        """Write the conversation to a file."""
         if not name:
             say("name a file: /save chat.json")
             return
-        self.conversation.save(Path(name))
+        self.conversation.save_transcript(name)
         say(f"wrote {name}")
 
     def unknown(self, _: str) -> None:
@@ -119,32 +124,53 @@ class Chat:
         say("no such command; /help lists them")
 
 
+def stream(generation: "Generation") -> None:
+    """Print an answer as it comes; Ctrl-C stops it. Why it stopped is said unless the model ended it."""
+    try:
+        with closing(generation):
+            for piece in generation:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass  # the outcome says so
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if generation.outcome != "end":
+        say(f"[{generation.explanation}]")
+
+
 def chat(engine: "Engine", options: "GenerationOptions", *, system: str | None, first: str | None) -> None:
     """Chat until the end, then say what it cost."""
-    from powerinfer_tools.conversation import Conversation
+    from powerinfer_tools.generation import Chat
+    from powerinfer_tools.text import Tokenizer
+    from powerinfer_tools.text.chat import chat_template
 
-    conversation = Conversation.begin(engine, options, system=system)
-    for notice in conversation.notices:
-        say(notice)
+    tokenizer = Tokenizer.from_gguf(engine.model.gguf)
+    template = chat_template(engine.model.gguf, tokenizer)
+    for notice in (*tokenizer.notices, template.notice):
+        if notice is not None:
+            say(notice)
     say(f"{engine.model.name}: /help lists commands")
+    conversation = Chat(engine, tokenizer, template, system=system, options=options)
     try:
-        Chat(conversation, line_reader()).run(first)
+        Loop(conversation, line_reader()).run(first)
     finally:
         if engine.report().decode_tokens:
             say_summary(engine_figures(engine))
 
 
 def line_reader() -> Reader:
-    """Lines of the terminal, with editing and history; plain lines where standard input is a file or a pipe."""
+    """Lines of the terminal, with editing and history; plain lines from a file or a pipe."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with suppress(ImportError):
-            import readline  # noqa: F401  # its import is what gives input() editing and history
+            import readline  # noqa: F401  # importing it is what gives input() editing and history
         return input
+    return piped_line
 
-    def read(_: str) -> str:
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.rstrip("\n")
 
-    return read
+def piped_line(_: str) -> str:
+    """The next line of standard input."""
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")

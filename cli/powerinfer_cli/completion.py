@@ -1,7 +1,6 @@
 """One prompt, one answer."""
 
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -15,24 +14,22 @@ if TYPE_CHECKING:
     from powerinfer_tools.progress import Progress
     from powerinfer_tools.text import Tokenizer
 
-#: A prompt that is longer than this shows a progress bar.
-LONG_PROMPT = 1024
+#: A prompt of more characters than this shows a progress bar.
+LONG_PROMPT = 4096
 
 
 def complete(
     engine: "Engine", text: str, options: "GenerationOptions", given: "Prompt", *, as_json: bool
 ) -> None:
     """Stream the continuation of ``text`` (or the model's answer to it) and say what it cost."""
-    from powerinfer_tools.generation import Generation
     from powerinfer_tools.text import Tokenizer
 
     tokenizer = Tokenizer.from_gguf(engine.model.gguf)
     for notice in tokenizer.notices:
         say(notice)
-    ids = prompt_ids(engine, tokenizer, text, given)
-    listener = progress() if len(ids) > LONG_PROMPT else None
-    generation = Generation(engine, tokenizer, ids, options, progress=listener)
-    interrupted = stream(generation, listener, len(ids), silent=as_json)
+    listener = progress() if len(text) > LONG_PROMPT else None
+    generation = begin(engine, tokenizer, text, options, given, listener)
+    interrupted = stream(generation, listener, silent=as_json)
     figures = run_figures(engine, generation)
     if as_json:
         emit_json(figures)
@@ -43,19 +40,33 @@ def complete(
         raise KeyboardInterrupt
 
 
-def prompt_ids(engine: "Engine", tokenizer: "Tokenizer", text: str, given: "Prompt") -> Sequence[int]:
-    """Token ids of the prompt as it is, or as the first message of a chat."""
+def begin(
+    engine: "Engine",
+    tokenizer: "Tokenizer",
+    text: str,
+    options: "GenerationOptions",
+    given: "Prompt",
+    listener: "Progress | None",
+) -> "Generation":
+    """The generation: of the prompt as it is, or as the first message of a chat."""
+    from powerinfer_tools.generation import Chat, generate
+
     if not given.chat and given.system is None:
-        return tokenizer.encode(text, parse_special=given.special)
-    from powerinfer_cli.chat import opening
+        ids = tokenizer.encode(text, parse_special=given.special)
+        return generate(engine, tokenizer, ids, options, progress=listener)
+    from powerinfer_tools.text.chat import chat_template
 
-    return opening(engine, tokenizer, text, given.system)
+    template = chat_template(engine.model.gguf, tokenizer)
+    if template.notice is not None:
+        say(template.notice)
+    chat = Chat(engine, tokenizer, template, system=given.system, options=options)
+    return chat.ask(text, progress=listener)
 
 
-def stream(generation: "Generation", listener: "Progress | None", prompt: int, *, silent: bool) -> bool:
+def stream(generation: "Generation", listener: "Progress | None", *, silent: bool) -> bool:
     """Print the text as it comes. Whether Ctrl-C ended it."""
     if listener is not None:
-        listener.start("prompt", prompt, "tokens")
+        listener.start("prompt", None, "tokens")
     try:
         with closing(generation):
             for piece in generation:

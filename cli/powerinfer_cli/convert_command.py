@@ -63,7 +63,8 @@ def command(
 
     chosen = None if quant == "auto" else quant
     report = convert(
-        ConvertOptions(model=source, plan=plan_file, profile=profile_file, output=path, quant=chosen), progress()
+        ConvertOptions(model=source, plan=plan_file, profile=profile_file, output=path, quant=chosen),
+        progress(),
     )
     show(report, as_json=common.json)
 

@@ -56,7 +56,8 @@ def say_summary(figures: dict[str, Any]) -> None:
     memory = figures["memory"]
     vram = f", {format_size(memory['vram'])} on the device" if memory["vram"] else ""
     timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in figures["timings"].items())
-    say(f"prompt: {figures['prompt_tokens']} tokens{reused}, {figures['prompt_tokens_per_second']:.1f} tok/s")
+    prompt_speed = f"{figures['prompt_tokens_per_second']:.1f} tok/s"
+    say(f"prompt: {figures['prompt_tokens']} tokens{reused}, {prompt_speed}")
     say(f"decode: {figures['decode_tokens']} tokens, {figures['decode_tokens_per_second']:.1f} tok/s")
     say(
         f"traffic: {format_size(round(figures['bytes_per_token']))} a token, {figures['bandwidth_share']:.0%} "

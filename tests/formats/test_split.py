@@ -1,0 +1,238 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gguf_bytes import VALID
+from powerinfer_formats import errors
+from powerinfer_formats import split_layout as names
+from powerinfer_formats.block_types import TensorType
+from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.gguf_writer import ValueType
+from powerinfer_formats.split import SplitFile, bundle_layout
+from split_files import (
+    HEADER,
+    HOT,
+    LAYERS,
+    LAYOUT,
+    NEURONS,
+    TYPES,
+    WIDTH,
+    Parts,
+    order,
+    source_rows,
+    with_header,
+    write_split,
+)
+
+Change = Callable[[Parts], None]
+
+
+def test_a_record_is_three_padded_rows() -> None:
+    """Q4_1 takes 20 bytes for 32 values, Q8_0 34: rows of 64 values have 40, 40 and 68 bytes."""
+    assert LAYOUT.row_sizes == (40, 40, 68)
+    assert LAYOUT.offsets == (0, 64, 128)
+    assert LAYOUT.record_bytes == 256
+    gate, up, down = (np.full((1, size), value, np.uint8) for size, value in ((40, 1), (40, 2), (68, 3)))
+    expected = b"\x01" * 40 + b"\x00" * 24 + b"\x02" * 40 + b"\x00" * 24 + b"\x03" * 68 + b"\x00" * 60
+    assert LAYOUT.pack(gate, up, down).tobytes() == expected
+
+
+@pytest.mark.parametrize("width", [256, 576, 4096])
+@pytest.mark.parametrize("types", [(0, 1, 30), (2, 3, 8), (8, 8, 8)])
+def test_rows_in_a_record_do_not_overlap_and_are_aligned(types: tuple[int, int, int], width: int) -> None:
+    layout = bundle_layout(*types, width)
+    ends = [start + size for start, size in zip(layout.offsets, layout.row_sizes, strict=True)]
+    following = [*layout.offsets[1:], layout.record_bytes]
+    assert all(0 <= after - end < 64 for end, after in zip(ends, following, strict=True))
+    assert all(start % 64 == 0 for start in following)
+
+
+def test_a_width_that_is_no_whole_block_has_no_layout() -> None:
+    with pytest.raises(ValueError, match="Q8_0 blocks"):
+        bundle_layout(0, 0, 8, 48)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> SplitFile:
+    return SplitFile.open(write_split(tmp_path / "m.powerinfer.gguf"))
+
+
+def test_the_header_comes_back(split: SplitFile) -> None:
+    assert split.header == HEADER
+    assert split.source_fingerprint == HEADER.source_fingerprint
+    assert (split.modes, split.group, split.hot_neurons) == (HEADER.modes, 4, HOT)
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_rows_come_back_from_any_range(split: SplitFile, layer: int) -> None:
+    view, rows = split.layer(layer), source_rows(layer)
+    assert view.order.tolist() == order(layer)
+    assert (view.gate_type, view.up_type, view.down_type) == TYPES
+    assert (view.neurons, view.hot_neurons, view.width, view.mode) == (
+        12,
+        HOT[layer],
+        64,
+        HEADER.modes[layer],
+    )
+    assert view.neuron_bytes == 148
+    for kind in names.KINDS:
+        for first in range(NEURONS + 1):
+            for last in range(first, NEURONS + 1):
+                assert np.array_equal(view.rows(kind, first, last), rows[kind][first:last])
+
+
+@pytest.mark.parametrize(("first", "last"), [(-1, 2), (3, 2), (0, 13), (13, 13)])
+def test_rows_beyond_the_layer(split: SplitFile, first: int, last: int) -> None:
+    with pytest.raises(IndexError, match="of 12"):
+        split.layer(0).rows("up", first, last)
+
+
+def test_tensors_of_no_neurons_are_left_out(split: SplitFile) -> None:
+    found = set(split.gguf.tensors)
+    assert names.bundle_name(0) in found
+    assert names.hot_name(1, "gate") not in found
+    assert names.bundle_name(2) not in found
+
+
+def test_rows_are_aligned_in_the_file(split: SplitFile) -> None:
+    for layer in range(LAYERS):
+        for name in (names.bundle_name(layer), names.hot_name(layer, "gate")):
+            if name in split.gguf.tensors:
+                assert split.gguf.info(name).offset % 64 == 0
+
+
+def test_a_source_model_is_not_a_split_file(tmp_path: Path, smollm2: Path) -> None:
+    with GGUFFile.open(smollm2) as source:
+        assert SplitFile.read(source, layers=30, neurons=1536, width=576) is None
+    with pytest.raises(errors.NotASplitFile, match="powerinfer convert"):
+        SplitFile.open(smollm2)
+    plain = tmp_path / "plain.gguf"
+    plain.write_bytes(VALID)
+    with pytest.raises(errors.MissingKey, match="block_count"):
+        SplitFile.open(plain)
+
+
+def _without(*dropped: str) -> Change:
+    return lambda parts: parts.without.update(dropped)
+
+
+def _retyped(key: str, value: object, kind: ValueType) -> Change:
+    def change(parts: Parts) -> None:
+        parts.without.add(key)
+        parts.extra_entries.append((key, value, kind))
+
+    return change
+
+
+def _tensor(name: str) -> Change:
+    return lambda parts: parts.extra_tensors.append((name, TensorType.F32, (4,)))
+
+
+def _order(layer: int, values: list[int]) -> Change:
+    return lambda parts: parts.orders.update({layer: values})
+
+
+_ASCENDING = list(range(NEURONS))
+_U32, _F32 = ValueType.UINT32, ValueType.FLOAT32
+_Q4 = TensorType.Q4_1
+
+FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
+    (
+        "version 2",
+        _retyped(names.KEY_VERSION, 2, _U32),
+        errors.UnsupportedVersion,
+        "version 2.*convert again",
+    ),
+    ("no source", _without(names.KEY_SOURCE), errors.MissingKey, "source_fingerprint"),
+    ("no group", _without(names.KEY_GROUP), errors.MissingKey, "group"),
+    ("no hot", _without(names.KEY_HOT_NEURONS), errors.MissingKey, "hot_neurons"),
+    ("no mode", _without(names.KEY_MODE), errors.MissingKey, "mode"),
+    ("no types", _without(names.KEY_FFN_TYPES), errors.MissingKey, "ffn_types"),
+    ("no error", _without(names.KEY_REQUANTIZATION_ERROR), errors.MissingKey, "requantization"),
+    ("no activation", _without(names.KEY_ACTIVATION), errors.MissingKey, "activation"),
+    ("no corpus", _without(names.KEY_CORPUS_HASHES), errors.MissingKey, "corpus"),
+    ("no tokens", _without(names.KEY_CORPUS_TOKENS), errors.MissingKey, "corpus_tokens"),
+    ("source short", with_header(source_fingerprint="ab"), errors.BadValue, "64 hexadecimal"),
+    ("source upper", with_header(source_fingerprint="AB" * 32), errors.BadValue, "64 hexadecimal"),
+    ("corpus short", with_header(corpus_hashes=("x",)), errors.BadValue, "64 hexadecimal"),
+    ("group 0", with_header(group=0), errors.BadValue, "is 0"),
+    ("group 13", with_header(group=13), errors.BadValue, "1 to 12"),
+    ("hot no group", with_header(hot_neurons=(5, 0, 12)), errors.BadValue, "multiple of 4"),
+    ("hot too many", with_header(hot_neurons=(16, 0, 12)), errors.BadValue, "has 16 for layer 0"),
+    ("hot two layers", with_header(hot_neurons=(4, 0)), errors.BadValue, "each of 3 layers"),
+    (
+        "hot as i32",
+        _retyped(names.KEY_HOT_NEURONS, [4, 0, 12], ValueType.INT32),
+        errors.WrongKeyType,
+        "UINT32",
+    ),
+    ("hot other shape", with_header(hot_neurons=(8, 0, 12)), errors.WrongShape, "ffn_gate_hot"),
+    ("hot none", with_header(hot_neurons=(0, 0, 12)), errors.UnexpectedTensor, "ffn_gate_hot"),
+    ("hot all", with_header(hot_neurons=(12, 0, 12)), errors.WrongShape, "ffn_gate_hot"),
+    ("cold left", with_header(hot_neurons=(4, 0, 8)), errors.WrongShape, "blk.2.ffn_gate_hot"),
+    ("mode unknown", with_header(modes=("dense", "fast", "dense")), errors.BadValue, "'fast' for layer 1"),
+    ("mode two layers", with_header(modes=("dense",) * 2), errors.BadValue, "each of 3 layers"),
+    ("types two layers", with_header(types=(TYPES,) * 2), errors.BadValue, "3 for each of 3 layers"),
+    ("types unknown", _retyped(names.KEY_FFN_TYPES, [99] * 9, _U32), errors.BadValue, "type 99"),
+    (
+        "types no block",
+        with_header(types=((TensorType.Q4_K, _Q4, _Q4),) * 3),
+        errors.BadValue,
+        "suit layer 0",
+    ),
+    (
+        "types of hot",
+        with_header(types=((TensorType.Q4_0, _Q4, _Q4),) * 3),
+        errors.WrongType,
+        "is of type Q4_1",
+    ),
+    (
+        "types of cold",
+        with_header(types=(TYPES, (_Q4, _Q4, TensorType.F32), TYPES)),
+        errors.WrongShape,
+        "bundle",
+    ),
+    ("error NaN", with_header(requantization_error=(0.0, float("nan"), 0.0)), errors.BadValue, "finite"),
+    ("error negative", with_header(requantization_error=(0.0, -1.0, 0.0)), errors.BadValue, "negative"),
+    ("error two layers", with_header(requantization_error=(0.0, 1.0)), errors.BadValue, "each of 3"),
+    (
+        "error as f64",
+        _retyped(names.KEY_REQUANTIZATION_ERROR, [0.0] * 3, ValueType.FLOAT64),
+        errors.WrongKeyType,
+        "FLOAT32",
+    ),
+    ("no order", _without(names.order_name(0)), errors.MissingTensor, "blk.0.ffn_order"),
+    ("no hot rows", _without(names.hot_name(0, "up")), errors.MissingTensor, "blk.0.ffn_up_hot"),
+    ("no bundle", _without(names.bundle_name(1)), errors.MissingTensor, "blk.1.ffn_cold"),
+    ("order twice", _order(0, [0, *_ASCENDING[:-1]]), errors.NotAPermutation, "11 is missing"),
+    (
+        "order negative",
+        _order(1, [-1, *_ASCENDING[1:]]),
+        errors.NotAPermutation,
+        "blk.1.ffn_order.*0 is missing",
+    ),
+    ("order beyond", _order(2, [*_ASCENDING[:-1], 12]), errors.NotAPermutation, "11 is missing"),
+    ("order huge", _order(2, [*_ASCENDING[:-1], 2**31 - 1]), errors.NotAPermutation, "11 is missing"),
+    ("source matrix", _tensor("blk.1.ffn_up.weight"), errors.UnexpectedTensor, "blk.1.ffn_up.weight"),
+    ("hot where none", _tensor(names.hot_name(1, "gate")), errors.UnexpectedTensor, "no neurons there"),
+    ("cold where none", _tensor(names.bundle_name(2)), errors.UnexpectedTensor, "no neurons there"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_each_fault_has_its_error(
+    tmp_path: Path, change: Change, error: type[errors.FormatError], words: str
+) -> None:
+    path = write_split(tmp_path / "m.powerinfer.gguf", change)
+    with pytest.raises(errors.FormatError, match=words) as caught:
+        SplitFile.open(path)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(("layers", "neurons", "width"), [(2, 12, 64), (4, 12, 64), (3, 16, 64), (3, 12, 32)])
+def test_the_split_must_suit_the_model(split: SplitFile, layers: int, neurons: int, width: int) -> None:
+    with pytest.raises(errors.FormatError):
+        SplitFile.read(split.gguf, layers=layers, neurons=neurons, width=width)
+    assert SplitFile.read(split.gguf, layers=LAYERS, neurons=NEURONS, width=WIDTH) is not None

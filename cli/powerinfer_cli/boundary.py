@@ -51,18 +51,21 @@ def boundary(*, debug: bool) -> Iterator[None]:
 
 def describe(error: Exception) -> str:
     """One line on what went wrong, for a person."""
-    if isinstance(error, PowerInferError) or _is_ours(error):
-        return str(error)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory" + (f": {error}" if str(error) else "")
+    if is_expected(error):
+        return str(error)
     kind = type(error).__name__
     return f"internal error: {kind}: {error} (run again with --debug for details, and please report it)"
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether a file reader or the kernels raised it on purpose. By name: importing them costs numpy."""
+def is_expected(error: Exception) -> bool:
+    """Whether it is the world's fault or the user's, and not this program's."""
+    if isinstance(error, PowerInferError | OSError | MemoryError):
+        return True
+    # By name, since importing the packages of these two costs numpy.
     classes = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}
     return bool(classes & {"powerinfer_formats.FormatError", "powerinfer_kernels.KernelError"})

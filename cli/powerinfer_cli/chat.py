@@ -5,9 +5,9 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
+from powerinfer_cli.boundary import describe, is_expected
 from powerinfer_cli.console import say
 from powerinfer_cli.summary import engine_figures, say_summary
-from powerinfer_tools.errors import PowerInferError
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
@@ -64,8 +64,10 @@ class Loop:
         """Do it; what goes wrong is said, and the chat goes on."""
         try:
             action()
-        except (PowerInferError, OSError) as error:
-            say(str(error))
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            say(describe(error))
 
     def commands(self) -> dict[str, Callable[[str], None]]:
         """What can be done beside asking."""

@@ -56,13 +56,13 @@ def say_summary(figures: dict[str, Any]) -> None:
     memory = figures["memory"]
     vram = f", {format_size(memory['vram'])} on the device" if memory["vram"] else ""
     timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in figures["timings"].items())
-    prompt_speed = f"{figures['prompt_tokens_per_second']:.1f} tok/s"
-    say(f"prompt: {figures['prompt_tokens']} tokens{reused}, {prompt_speed}")
-    say(f"decode: {figures['decode_tokens']} tokens, {figures['decode_tokens_per_second']:.1f} tok/s")
-    say(
-        f"traffic: {format_size(round(figures['bytes_per_token']))} a token, {figures['bandwidth_share']:.0%} "
-        f"of the {figures['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s measured"
-    )
+    speed = f"{figures['prompt_tokens_per_second']:.1f} tok/s"
+    say(f"prompt: {figures['prompt_tokens']} tokens{reused}, {speed}")
+    speed = f"{figures['decode_tokens_per_second']:.1f} tok/s"
+    say(f"decode: {figures['decode_tokens']} tokens, {speed}")
+    share, rate = figures["bandwidth_share"], figures["bandwidth_bytes_per_second"]
+    size = format_size(round(figures["bytes_per_token"]))
+    say(f"traffic: {size} a token, {share:.0%} of the {rate / 1e9:.1f} GB/s measured")
     say(
         f"mode: {figures['mode']}, density {figures['density']:.3f}, device {figures['device']}, "
         f"{figures['threads']} threads, {figures['isa']}"

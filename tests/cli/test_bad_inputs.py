@@ -1,10 +1,11 @@
 """Bad input: one clear line on standard error, the right exit code, no traceback."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from conftest import Command
+from processes import Command, command_line, environment
 
 WRONG_USE = [
     ("run --json -i", "a chat has no JSON form"),
@@ -161,18 +162,9 @@ def test_an_unknown_instruction_set_names_the_known(powerinfer: Command, smollm2
     assert "scalar" in one_line(ended.err)
 
 
-def test_debug_shows_where(smollm2: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "powerinfer_cli", "run", "-m", str(tmp_path), "-p", "x", "--debug"]
-    ended = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
-    )
+def test_debug_shows_where(tmp_path: Path) -> None:
+    command = command_line("run", "-m", tmp_path, "-p", "x", "--debug")
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("powerinfer: ")

@@ -1,14 +1,12 @@
 """Help: there for every command, with examples, in the documentation, and quick because little is loaded."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import Command
 from powerinfer_cli.app import COMMANDS
+from processes import Command, modules_loaded_by
 
 HEAVY = (
     "numpy",
@@ -21,22 +19,6 @@ HEAVY = (
     "transformers",
     "powerinfer_kernels",
 )
-
-
-def loaded_by(command: list[str]) -> set[str]:
-    """Modules that the command line imports for these arguments."""
-    probe = (
-        "import sys; from powerinfer_cli.app import main\n"
-        "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", probe, *command], capture_output=True, text=True, check=True, env=environment()
-    )
-    return set(ended.stderr.split())
-
-
-def environment() -> dict[str, str]:
-    return {"PYTHONPATH": ":".join(path for path in sys.path if path), "HOME": "/nonexistent"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -76,11 +58,11 @@ def test_version(powerinfer: Command) -> None:
     "arguments", [["--help"], ["--version"], ["run", "--help"], ["profile", "merge", "--help"]]
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
-    assert not loaded_by(arguments) & set(HEAVY)
+    assert not modules_loaded_by(*arguments) & set(HEAVY)
 
 
 def test_help_of_one_command_loads_that_command_only() -> None:
-    modules = {name for name in loaded_by(["plan", "--help"]) if name.endswith("_command")}
+    modules = {name for name in modules_loaded_by("plan", "--help") if name.endswith("_command")}
     assert modules == {"powerinfer_cli.plan_command"}
 
 

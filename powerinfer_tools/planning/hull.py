@@ -19,10 +19,12 @@ Integers = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class Relaxation:
     """``bound``: no choice within the VRAM budget has a lower value (the RAM budget is ignored). ``choice``: the
-    level of each unit when the last, partial step is left out."""
+    level of each unit when the last, partial step is left out. ``price``: what one more byte of VRAM would save,
+    at least 0."""
 
     bound: float
     choice: tuple[int, ...]
+    price: float
 
 
 def relax(problem: Problem) -> Relaxation | None:
@@ -36,13 +38,14 @@ def relax(problem: Problem) -> Relaxation | None:
     steps = _steps(problem, hulls)
     reached = [0] * len(hulls)
     bound: float | None = None
+    price = 0.0
     stopped = [False] * len(hulls)
     for slope, unit_index, position, nbytes in steps:
         if bound is None:
             if nbytes <= room:
                 value += slope * nbytes
             else:
-                bound = value + slope * room
+                bound, price = value + slope * room, -slope
         # After the first step that does not fit, smaller steps of other units may still fill the rest.
         if stopped[unit_index] or nbytes > room:
             stopped[unit_index] = True
@@ -50,7 +53,21 @@ def relax(problem: Problem) -> Relaxation | None:
         room -= nbytes
         reached[unit_index] = position
     choice = tuple(int(hull[position]) for hull, position in zip(hulls, reached, strict=True))
-    return Relaxation(bound=value if bound is None else bound, choice=choice)
+    return Relaxation(bound=value if bound is None else bound, choice=choice, price=price)
+
+
+def hopeless_levels(problem: Problem, price: float, best: float) -> list[npt.NDArray[np.bool_]]:
+    """Per unit, a mask of the levels that no choice better than ``best`` can hold.
+
+    For any price per byte of VRAM, Σ_l min_k (value + price·vram) − price·capacity is a bound (Lagrange); taking
+    another level k in unit l raises it by that level's distance from the unit's minimum.
+    """
+    priced = [unit.value + price * unit.vram for unit in problem.units]
+    distances = [value - value.min() for value in priced]
+    bound = sum(float(value.min()) for value in priced) - price * problem.vram_capacity
+    # Rounding of the sums above must not drop a level that is worth keeping.
+    allowance = best - bound + 1e-9 * abs(best)
+    return [distance > allowance for distance in distances]
 
 
 def _steps(problem: Problem, hulls: list[Integers]) -> list[tuple[float, int, int, int]]:

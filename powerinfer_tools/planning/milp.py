@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.planning.hull import hopeless_levels, relax
 from powerinfer_tools.planning.levels import undominated
 from powerinfer_tools.planning.problem import Problem, Unit, check_problem
 
@@ -29,7 +30,7 @@ class SolverOptions:
     """``gap``: relative distance to the bound at which to stop. ``seconds`` is a safety net only: a plan that
     hits it says so, because another run may end elsewhere."""
 
-    gap: float = 1e-4
+    gap: float = 1e-6
     nodes: int = 20000
     seconds: float = 60.0
 
@@ -52,7 +53,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Class:
-    """Units with equal tables, and the levels worth considering (indexes into the full table)."""
+    """Units with equal tables, and the levels worth considering (indexes into the full table, at least one)."""
 
     members: tuple[int, ...]
     unit: Unit
@@ -67,8 +68,8 @@ def solve(problem: Problem, start: Sequence[int], options: SolverOptions = Solve
     check_problem(problem)
     if not problem.fits(start):
         raise PlanError("the starting placement does not fit the budgets")
-    classes = _classes(problem)
     start_value = problem.value(start)
+    classes = _classes(problem, start_value)
     scale = _OBJECTIVE_SCALE / start_value if start_value > 0 else 1.0
     highs = _model(classes, problem, scale, options)
     _give_start(highs, classes, problem, start)
@@ -77,22 +78,27 @@ def solve(problem: Problem, start: Sequence[int], options: SolverOptions = Solve
     info = highs.getInfo()
     found = _read_choice(np.asarray(highs.getSolution().col_value), classes, problem, start)
     choice = min((found, tuple(start)), key=problem.value) if found is not None else tuple(start)
-    bound = float(info.mip_dual_bound) / scale
+    # HiGHS bounds the levels that could beat the start; what was left out cannot.
+    bound = min(float(info.mip_dual_bound) / scale, start_value)
     value = problem.value(choice)
     return Solution(choice, value, min(bound, value), status, int(info.mip_node_count))
 
 
-def _classes(problem: Problem) -> list[_Class]:
+def _classes(problem: Problem, start_value: float) -> list[_Class]:
+    """Equal units together, each with the levels that can be part of anything better than the start."""
     members: dict[tuple[bytes, bytes, bytes], list[int]] = {}
     for index, unit in enumerate(problem.units):
         key = (unit.value.tobytes(), unit.vram.tobytes(), unit.ram.tobytes())
         members.setdefault(key, []).append(index)
+    relaxed = relax(problem)
+    hopeless = hopeless_levels(problem, relaxed.price if relaxed else 0.0, start_value)
     limited = problem.ram_can_run_out
     result = []
     for indexes in members.values():
         unit = problem.units[indexes[0]]
         kept = undominated(unit.value, unit.vram, unit.ram if limited else None)
-        result.append(_Class(tuple(indexes), unit, kept))
+        hopeful = kept[~hopeless[indexes[0]][kept]]
+        result.append(_Class(tuple(indexes), unit, hopeful))
     return result
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from powerinfer_kernels import RowType, block_shape, dequantize, row_bytes
 from powerinfer_tools.hot.dequantize import dequantize as torch_dequantize
 

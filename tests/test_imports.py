@@ -75,7 +75,7 @@ def test_every_package_is_there() -> None:
 def test_import_direction(path: Path) -> None:
     owner = owner_of(path)
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    # The folders around packages are no packages: `import kernels` would work in this folder, and nowhere else.
+    # The folders around packages are no packages: `import kernels` would work in this folder alone.
     forbidden = (set(PACKAGES) - MAY_IMPORT[owner] - {owner}) | {"cli", "formats", "kernels", "tests"}
     wrong = [f"line {line}: {name}" for name, line in imported_packages(ast.walk(tree)) if name in forbidden]
     assert not wrong, f"{owner} must not import these: {wrong}"

@@ -19,6 +19,7 @@ enum pi_row_type { /* numbers of the GGUF format */
 enum {
     PI_TILE = 16,  /* rows of an interleaved weight tile, key positions of a cache tile, lanes of v16f */
     PI_BLOCK = 32, /* activations that share one scale */
+    PI_QUERIES = 16, /* most queries of one call of `attend` */
     PI_CHUNK = 64, /* neurons whose down rows are summed into one partial sum */
 };
 
@@ -34,7 +35,7 @@ typedef struct { /* weights as plain GGUF block rows, `stride` bytes apart */
     const uint8_t *data;
 } pi_rows;
 
-typedef struct { /* quantised activations: q [T, columns], d and s [T, columns / PI_BLOCK] */
+typedef struct { /* quantised activations: q [T, columns], d and s [T, columns / PI_BLOCK]; s = Σq, an exact integer */
     int8_t *q;
     float *d;
     float *s;
@@ -84,6 +85,7 @@ typedef struct pi_kernels {
 
     /* Attention (attention.inc). */
     void (*store_kv)(const float *k, const float *v, const pi_cache *cache, int64_t position);
+    /* `scratch`: count × (capacity rounded up to 16) + count × (head_dim rounded up to 16) floats. */
     void (*attend)(const pi_query *queries, int64_t count, const pi_cache *cache, int64_t kv_head, float scale,
                    float softcap, float *scratch);
 

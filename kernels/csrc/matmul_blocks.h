@@ -31,20 +31,24 @@ PI_INLINE const uint8_t *pi_tile_codes_at(int type, const uint8_t *p, int sub) {
     return p + header + sub * pi_code_bytes(type);
 }
 
-PI_INLINE pi_scales pi_tile_scales(int type, const uint8_t *p, int sub) {
-    pi_scales at = {v16f_load_f16((const uint16_t *)p), v16f_zero(), {v16i_zero(), v16i_zero()}};
-    if (type == PI_Q4_1 || type == PI_Q5_1) at.minimum = v16f_load_f16((const uint16_t *)(p + 32));
+/* From d and m (or dmin) of 16 rows; `packed`: 16 scales and 16 minima of the block, or the 2 × 16 of Q6_K. */
+PI_INLINE pi_scales pi_scales_of(int type, v16f d, v16f m, const uint8_t *packed) {
+    pi_scales at = {d, m, {v16i_zero(), v16i_zero()}};
     if (type == PI_Q4_K || type == PI_Q5_K) {
-        const uint8_t *packed = p + 64 + 32 * sub;
-        const v16f lowest = v16f_neg(v16f_load_f16((const uint16_t *)(p + 32)));
-        at.scale = v16f_mul(at.scale, v16f_from_i32(v16i_from_u8(packed)));
-        at.minimum = v16f_mul(lowest, v16f_from_i32(v16i_from_u8(packed + 16)));
+        at.scale = v16f_mul(d, v16f_from_i32(v16i_from_u8(packed)));
+        at.minimum = v16f_mul(v16f_neg(m), v16f_from_i32(v16i_from_u8(packed + 16)));
     }
     if (type == PI_Q6_K) {
-        at.sub[0] = v16i_from_i8((const int8_t *)p + 32 + 32 * sub);
-        at.sub[1] = v16i_from_i8((const int8_t *)p + 48 + 32 * sub);
+        at.sub[0] = v16i_from_i8((const int8_t *)packed);
+        at.sub[1] = v16i_from_i8((const int8_t *)packed + 16);
     }
     return at;
+}
+
+PI_INLINE pi_scales pi_tile_scales(int type, const uint8_t *p, int sub) {
+    const v16f d = v16f_load_f16((const uint16_t *)p);
+    const v16f m = pi_has_minimum(type) ? v16f_load_f16((const uint16_t *)(p + 32)) : v16f_zero();
+    return pi_scales_of(type, d, m, p + (type == PI_Q6_K ? 32 : 64) + 32 * sub);
 }
 
 /* `width` bits that start at bit `from` of every byte, moved to bit 4. */

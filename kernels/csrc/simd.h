@@ -51,9 +51,13 @@
  *   v64b_and/or/xor(a, b)
  *   v64b_srl4(a)                  every byte shifted right by 4 (high nibble, zero-extended)
  *   v64b_sll16(a, n) v64b_srl16(a, n)    shifts of 16-bit lanes: the caller masks what crosses bytes
- *   v64b_transpose16(rows, line)  rows: 16 pointers to 16 bytes each; line[j] dword r = bytes 4j..4j+3
- *                                 of row r (4 lines out)
- *   v64b_transpose4(rows)         rows: 16 pointers to 4 bytes each; dword r = the bytes of row r
+ *   v64b_as_i32(a)  v16i_as_bytes(a)     the same bits, other type
+ * Reading several rows at once: `rows` are pointers, `at` an offset in bytes that is added to each
+ *   v64b_transpose16(rows, at, line)     16 rows of 16 bytes; line[j] dword r = bytes 4j..4j+3 of row r
+ *   v64b_transpose4(rows, at)            16 rows of 4 bytes; dword r = the bytes of row r
+ *   v16f_gather_f16(rows, at)            16 rows of one f16; lane r = the value of row r
+ *   v16f_rows4_f32/f16/bf16(rows, at)    4 rows of 4 values; lane 4r + c = value c of row r
+ *   v16f_repeat4(p)                      the 4 floats at p, 4 times
  * Dot products: 4 bytes per lane, lane r gets Σ_c w[4r+c]·x[4r+c]
  *   v16i_dot_us(acc, w, x)        w unsigned ≤ 127, x signed; exact in int32
  *   v16i_dot_ss(acc, w, x)        both signed, any w (-128 too), x ≥ -127; exact in int32
@@ -135,6 +139,11 @@ PI_INLINE void pi_prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 #include "simd_neon.h"
 #endif
 
+PI_INLINE v64b v64b_transpose4(const uint8_t *const rows[16], int64_t at) {
+    uint32_t lane[16];
+    for (int r = 0; r < 16; r++) memcpy(lane + r, rows[r] + at, 4);
+    return v64b_load(lane);
+}
 PI_INLINE v16f v16f_load_f16_n(const uint16_t *p, int n) {
     uint16_t lane[16] = {0};
     memcpy(lane, p, (size_t)n * 2);

@@ -64,10 +64,13 @@ PI_INLINE void v16f_store_f16(uint16_t *p, v16f v) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
 }
-PI_INLINE __m256 pi_load_bf16x8(const uint16_t *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+PI_INLINE __m256 pi_widen_bf16(__m128i v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
 }
-PI_INLINE v16f v16f_load_bf16(const uint16_t *p) { return PI_F(pi_load_bf16x8(p), pi_load_bf16x8(p + 8)); }
+PI_INLINE v16f v16f_load_bf16(const uint16_t *p) {
+    return PI_F(pi_widen_bf16(_mm_loadu_si128((const __m128i *)p)),
+                pi_widen_bf16(_mm_loadu_si128((const __m128i *)(p + 8))));
+}
 PI_INLINE v16f v16f_from_i32(v16i x) { return PI_F(_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)); }
 PI_INLINE float v16f_sum(v16f v) {
     const __m256 eight = _mm256_add_ps(v.a, v.b);
@@ -153,9 +156,9 @@ PI_INLINE v64b v64b_sll16(v64b x, int n) { return PI_B(_mm256_slli_epi16(x.a, n)
 PI_INLINE v64b v64b_srl16(v64b x, int n) { return PI_B(_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)); }
 PI_INLINE v64b v64b_srl4(v64b x) { return v64b_and(v64b_srl16(x, 4), v64b_set1(15)); }
 /* Rows i and i+4 share a register, so that the in-lane 4 × 4 dword transposition leaves rows 0..7 in order. */
-PI_INLINE void pi_transpose_8_rows(const uint8_t *const *rows, __m256i *t0, __m256i *t1, __m256i *t2, __m256i *t3) {
-#define PI_PAIR(i) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)rows[i])), \
-                                           _mm_loadu_si128((const __m128i *)rows[(i) + 4]), 1)
+PI_INLINE void pi_transpose_8_rows(const uint8_t *const *rows, int64_t at, __m256i *t0, __m256i *t1, __m256i *t2, __m256i *t3) {
+#define PI_PAIR(i) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(rows[i] + at))), \
+                                           _mm_loadu_si128((const __m128i *)(rows[(i) + 4] + at)), 1)
     const __m256i r0 = PI_PAIR(0), r1 = PI_PAIR(1), r2 = PI_PAIR(2), r3 = PI_PAIR(3);
 #undef PI_PAIR
     const __m256i lo01 = _mm256_unpacklo_epi32(r0, r1), hi01 = _mm256_unpackhi_epi32(r0, r1);
@@ -165,14 +168,43 @@ PI_INLINE void pi_transpose_8_rows(const uint8_t *const *rows, __m256i *t0, __m2
     *t2 = _mm256_unpacklo_epi64(hi01, hi23);
     *t3 = _mm256_unpackhi_epi64(hi01, hi23);
 }
-PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], v64b line[4]) {
-    pi_transpose_8_rows(rows, &line[0].a, &line[1].a, &line[2].a, &line[3].a);
-    pi_transpose_8_rows(rows + 8, &line[0].b, &line[1].b, &line[2].b, &line[3].b);
+PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], int64_t at, v64b line[4]) {
+    pi_transpose_8_rows(rows, at, &line[0].a, &line[1].a, &line[2].a, &line[3].a);
+    pi_transpose_8_rows(rows + 8, at, &line[0].b, &line[1].b, &line[2].b, &line[3].b);
 }
-PI_INLINE v64b v64b_transpose4(const uint8_t *const rows[16]) {
-    uint8_t bytes[64];
-    for (int i = 0; i < 16; i++) memcpy(bytes + 4 * i, rows[i], 4);
-    return v64b_load(bytes);
+
+PI_INLINE v16i v64b_as_i32(v64b x) { return PI_I(x.a, x.b); }
+PI_INLINE v64b v16i_as_bytes(v16i x) { return PI_B(x.a, x.b); }
+PI_INLINE short pi_half_at(const uint8_t *p) { short half; memcpy(&half, p, 2); return half; }
+PI_INLINE __m256 pi_gather_8_f16(const uint8_t *const *rows, int64_t at) {
+#define PI_HALF(i) pi_half_at(rows[i] + at)
+    return _mm256_cvtph_ps(_mm_setr_epi16(PI_HALF(0), PI_HALF(1), PI_HALF(2), PI_HALF(3), PI_HALF(4), PI_HALF(5),
+                                          PI_HALF(6), PI_HALF(7)));
+#undef PI_HALF
+}
+PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
+    return PI_F(pi_gather_8_f16(rows, at), pi_gather_8_f16(rows + 8, at));
+}
+PI_INLINE __m256 pi_two_rows_f32(const uint8_t *a, const uint8_t *b) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)a)), _mm_loadu_ps((const float *)b), 1);
+}
+PI_INLINE __m128i pi_two_rows_16(const uint8_t *a, const uint8_t *b) {
+    return _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)a), _mm_loadl_epi64((const __m128i *)b));
+}
+PI_INLINE v16f v16f_rows4_f32(const uint8_t *const rows[4], int64_t at) {
+    return PI_F(pi_two_rows_f32(rows[0] + at, rows[1] + at), pi_two_rows_f32(rows[2] + at, rows[3] + at));
+}
+PI_INLINE v16f v16f_rows4_f16(const uint8_t *const rows[4], int64_t at) {
+    return PI_F(_mm256_cvtph_ps(pi_two_rows_16(rows[0] + at, rows[1] + at)),
+                _mm256_cvtph_ps(pi_two_rows_16(rows[2] + at, rows[3] + at)));
+}
+PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
+    return PI_F(pi_widen_bf16(pi_two_rows_16(rows[0] + at, rows[1] + at)),
+                pi_widen_bf16(pi_two_rows_16(rows[2] + at, rows[3] + at)));
+}
+PI_INLINE v16f v16f_repeat4(const float *p) {
+    const __m256 v = _mm256_broadcast_ps((const __m128 *)p);
+    return PI_F(v, v);
 }
 
 PI_INLINE __m256i pi_sum_pairs(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }

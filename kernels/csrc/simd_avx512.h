@@ -108,15 +108,15 @@ PI_INLINE v64b v64b_sll16(v64b a, int n) { return PI_B(_mm512_slli_epi16(a.v, (u
 PI_INLINE v64b v64b_srl16(v64b a, int n) { return PI_B(_mm512_srli_epi16(a.v, (unsigned)n)); }
 PI_INLINE v64b v64b_srl4(v64b a) { return v64b_and(v64b_srl16(a, 4), v64b_set1(15)); }
 /* Rows i, i+4, i+8, i+12 share a register, so that the in-lane 4 × 4 dword transposition leaves rows in order. */
-PI_INLINE __m512i pi_four_rows(const uint8_t *const *rows) {
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)rows[0]));
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)rows[4]), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)rows[8]), 2);
-    return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)rows[12]), 3);
+PI_INLINE __m512i pi_four_rows(const uint8_t *const *rows, int64_t at) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows[0] + at)));
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(rows[4] + at)), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(rows[8] + at)), 2);
+    return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(rows[12] + at)), 3);
 }
-PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], v64b line[4]) {
-    const __m512i r0 = pi_four_rows(rows), r1 = pi_four_rows(rows + 1);
-    const __m512i r2 = pi_four_rows(rows + 2), r3 = pi_four_rows(rows + 3);
+PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], int64_t at, v64b line[4]) {
+    const __m512i r0 = pi_four_rows(rows, at), r1 = pi_four_rows(rows + 1, at);
+    const __m512i r2 = pi_four_rows(rows + 2, at), r3 = pi_four_rows(rows + 3, at);
     const __m512i lo01 = _mm512_unpacklo_epi32(r0, r1), hi01 = _mm512_unpackhi_epi32(r0, r1);
     const __m512i lo23 = _mm512_unpacklo_epi32(r2, r3), hi23 = _mm512_unpackhi_epi32(r2, r3);
     line[0].v = _mm512_unpacklo_epi64(lo01, lo23);
@@ -124,11 +124,40 @@ PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], v64b line[4]) {
     line[2].v = _mm512_unpacklo_epi64(hi01, hi23);
     line[3].v = _mm512_unpackhi_epi64(hi01, hi23);
 }
-PI_INLINE v64b v64b_transpose4(const uint8_t *const rows[16]) {
-    uint8_t bytes[64];
-    for (int i = 0; i < 16; i++) memcpy(bytes + 4 * i, rows[i], 4);
-    return v64b_load(bytes);
+
+PI_INLINE v16i v64b_as_i32(v64b a) { return PI_I(a.v); }
+PI_INLINE v64b v16i_as_bytes(v16i a) { return PI_B(a.v); }
+PI_INLINE short pi_half_at(const uint8_t *p) { short half; memcpy(&half, p, 2); return half; }
+PI_INLINE __m128i pi_gather_8_halves(const uint8_t *const *rows, int64_t at) {
+#define PI_HALF(i) pi_half_at(rows[i] + at)
+    return _mm_setr_epi16(PI_HALF(0), PI_HALF(1), PI_HALF(2), PI_HALF(3), PI_HALF(4), PI_HALF(5), PI_HALF(6), PI_HALF(7));
+#undef PI_HALF
 }
+PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
+    const __m256i low = _mm256_castsi128_si256(pi_gather_8_halves(rows, at));
+    return PI_F(_mm512_cvtph_ps(_mm256_inserti128_si256(low, pi_gather_8_halves(rows + 8, at), 1)));
+}
+PI_INLINE v16f v16f_rows4_f32(const uint8_t *const rows[4], int64_t at) {
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps((const float *)(rows[0] + at)));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps((const float *)(rows[1] + at)), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps((const float *)(rows[2] + at)), 2);
+    return PI_F(_mm512_insertf32x4(v, _mm_loadu_ps((const float *)(rows[3] + at)), 3));
+}
+PI_INLINE __m128i pi_two_rows_16(const uint8_t *a, const uint8_t *b) {
+    return _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)a), _mm_loadl_epi64((const __m128i *)b));
+}
+PI_INLINE __m256i pi_four_rows_16(const uint8_t *const *rows, int64_t at) {
+    const __m256i low = _mm256_castsi128_si256(pi_two_rows_16(rows[0] + at, rows[1] + at));
+    return _mm256_inserti128_si256(low, pi_two_rows_16(rows[2] + at, rows[3] + at), 1);
+}
+PI_INLINE v16f v16f_rows4_f16(const uint8_t *const rows[4], int64_t at) {
+    return PI_F(_mm512_cvtph_ps(pi_four_rows_16(rows, at)));
+}
+PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
+    const __m512i wide = _mm512_cvtepu16_epi32(pi_four_rows_16(rows, at));
+    return PI_F(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+}
+PI_INLINE v16f v16f_repeat4(const float *p) { return PI_F(_mm512_broadcast_f32x4(_mm_loadu_ps(p))); }
 
 PI_INLINE v16i v16i_dot_us(v16i acc, v64b w, v64b x) { return PI_I(_mm512_dpbusd_epi32(acc.v, w.v, x.v)); }
 /* w + 128 is an unsigned byte; what that adds, 128·Σx, is subtracted again. */

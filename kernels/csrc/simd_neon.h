@@ -150,10 +150,10 @@ PI_INLINE v64b v64b_sll16(v64b a, int n) {
     return a;
 }
 PI_INLINE v64b v64b_srl16(v64b a, int n) { return v64b_sll16(a, -n); }
-PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], v64b line[4]) {
+PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], int64_t at, v64b line[4]) {
     PI_PARTS {
         uint32x4_t r[4];
-        for (int i = 0; i < 4; i++) r[i] = vreinterpretq_u32_u8(vld1q_u8(rows[4 * k + i]));
+        for (int i = 0; i < 4; i++) r[i] = vreinterpretq_u32_u8(vld1q_u8(rows[4 * k + i] + at));
         const uint64x2_t a01 = vreinterpretq_u64_u32(vzip1q_u32(r[0], r[1]));
         const uint64x2_t b01 = vreinterpretq_u64_u32(vzip2q_u32(r[0], r[1]));
         const uint64x2_t a23 = vreinterpretq_u64_u32(vzip1q_u32(r[2], r[3]));
@@ -164,11 +164,30 @@ PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], v64b line[4]) {
         line[3].v[k] = vreinterpretq_u8_u64(vzip2q_u64(b01, b23));
     }
 }
-PI_INLINE v64b v64b_transpose4(const uint8_t *const rows[16]) {
-    uint8_t bytes[64];
-    for (int i = 0; i < 16; i++) memcpy(bytes + 4 * i, rows[i], 4);
-    return v64b_load(bytes);
+
+PI_INLINE v16i v64b_as_i32(v64b a) { v16i r; PI_PARTS r.v[k] = vreinterpretq_s32_u8(a.v[k]); return r; }
+PI_INLINE v64b v16i_as_bytes(v16i a) { v64b r; PI_PARTS r.v[k] = vreinterpretq_u8_s32(a.v[k]); return r; }
+PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
+    uint16_t lane[16];
+    for (int i = 0; i < 16; i++) memcpy(lane + i, rows[i] + at, 2);
+    return v16f_load_f16(lane);
 }
+PI_INLINE v16f v16f_rows4_f32(const uint8_t *const rows[4], int64_t at) {
+    v16f r;
+    PI_PARTS r.v[k] = vreinterpretq_f32_u8(vld1q_u8(rows[k] + at));
+    return r;
+}
+PI_INLINE v16f v16f_rows4_f16(const uint8_t *const rows[4], int64_t at) {
+    v16f r;
+    PI_PARTS r.v[k] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(rows[k] + at)));
+    return r;
+}
+PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
+    v16f r;
+    PI_PARTS r.v[k] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(rows[k] + at)), 16));
+    return r;
+}
+PI_INLINE v16f v16f_repeat4(const float *p) { v16f r; PI_PARTS r.v[k] = vld1q_f32(p); return r; }
 
 #ifdef __ARM_FEATURE_DOTPROD
 PI_INLINE int32x4_t pi_dot4(int32x4_t acc, int8x16_t w, int8x16_t x) { return vdotq_s32(acc, w, x); }

@@ -105,14 +105,33 @@ PI_INLINE v64b v64b_srl16(v64b a, int n) {
     }
     return a;
 }
-PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], v64b line[4]) {
-    for (int j = 0; j < 4; j++) PI_LANES memcpy(line[j].l + 4 * i, rows[i] + 4 * j, 4);
+PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], int64_t at, v64b line[4]) {
+    for (int j = 0; j < 4; j++) PI_LANES memcpy(line[j].l + 4 * i, rows[i] + at + 4 * j, 4);
 }
-PI_INLINE v64b v64b_transpose4(const uint8_t *const rows[16]) {
-    v64b r;
-    PI_LANES memcpy(r.l + 4 * i, rows[i], 4);
+
+PI_INLINE v16i v64b_as_i32(v64b a) { v16i r; memcpy(&r, &a, 64); return r; }
+PI_INLINE v64b v16i_as_bytes(v16i a) { v64b r; memcpy(&r, &a, 64); return r; }
+PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
+    uint16_t lane[16];
+    PI_LANES memcpy(lane + i, rows[i] + at, 2);
+    return v16f_load_f16(lane);
+}
+PI_INLINE v16f v16f_rows4_f32(const uint8_t *const rows[4], int64_t at) {
+    v16f r;
+    for (int i = 0; i < 4; i++) memcpy(r.l + 4 * i, rows[i] + at, 16);
     return r;
 }
+PI_INLINE v16f v16f_rows4_f16(const uint8_t *const rows[4], int64_t at) {
+    uint16_t lane[16];
+    for (int i = 0; i < 4; i++) memcpy(lane + 4 * i, rows[i] + at, 8);
+    return v16f_load_f16(lane);
+}
+PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
+    uint16_t lane[16];
+    for (int i = 0; i < 4; i++) memcpy(lane + 4 * i, rows[i] + at, 8);
+    return v16f_load_bf16(lane);
+}
+PI_INLINE v16f v16f_repeat4(const float *p) { v16f r; PI_LANES r.l[i] = p[i % 4]; return r; }
 
 PI_INLINE v16i v16i_dot_us(v16i acc, v64b w, v64b x) {
     PI_LANES for (int c = 4 * i; c < 4 * i + 4; c++) acc.l[i] += w.l[c] * (int8_t)x.l[c];

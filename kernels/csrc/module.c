@@ -1,0 +1,125 @@
+/* The extension module: types, and the functions that need no program. Arguments come checked from the Python face. */
+#include "module.h"
+
+#include "bandwidth.h"
+
+PyObject *pi_kernel_error;
+
+static PyObject *available_isas(PyObject *module, PyObject *unused) {
+    const pi_kernels *const *kernels = pi_available_kernels();
+    PyObject *names = PyList_New(0);
+    (void)module, (void)unused;
+    for (int i = 0; names && kernels[i]; i++) {
+        PyObject *name = PyUnicode_FromString(kernels[i]->isa);
+        if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    PyObject *result = names ? PyList_AsTuple(names) : NULL;
+    Py_XDECREF(names);
+    return result;
+}
+
+static PyObject *row_bytes(PyObject *module, PyObject *args) {
+    int row_type;
+    long long columns;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iL", &row_type, &columns)) return NULL;
+    return PyLong_FromLongLong(pi_row_bytes(row_type, columns));
+}
+
+static PyObject *dequantize(PyObject *module, PyObject *args) {
+    const char *isa;
+    Py_buffer source, out;
+    int row_type;
+    long long rows, columns;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sy*w*iLL", &isa, &source, &out, &row_type, &rows, &columns)) return NULL;
+    const pi_kernels *kernels = pi_kernels_named(isa);
+    if (kernels) {
+        int64_t stride = pi_row_bytes(row_type, columns);
+        const uint8_t *from = source.buf;
+        float *to = out.buf;
+        Py_BEGIN_ALLOW_THREADS
+        for (int64_t row = 0; row < rows; row++)
+            kernels->dequantize_row(from + row * stride, row_type, columns, to + row * columns);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&source);
+    PyBuffer_Release(&out);
+    if (!kernels) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *quantize(PyObject *module, PyObject *args) {
+    Py_buffer values, out;
+    int row_type, failed = 0;
+    long long rows, columns;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*w*iLL", &values, &out, &row_type, &rows, &columns)) return NULL;
+    int64_t stride = pi_row_bytes(row_type, columns);
+    const float *from = values.buf;
+    uint8_t *to = out.buf;
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t row = 0; row < rows && !failed; row++)
+        failed = pi_quantize_row(from + row * columns, row_type, columns, to + row * stride);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&out);
+    if (failed) {
+        PyErr_Format(pi_kernel_error, "rows of type %d can be read but not written", row_type);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *read_bandwidth(PyObject *module, PyObject *args) {
+    PyObject *object;
+    long long bytes;
+    double seconds, rate;
+    int error;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!Ld", pi_pool_type, &object, &bytes, &seconds)) return NULL;
+    pool_object *pool = (pool_object *)object;
+    if (pi_pool_object_enter(pool) < 0) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    rate = pi_read_bandwidth(pool->pool, pool->kernels, bytes, seconds, &error);
+    Py_END_ALLOW_THREADS
+    pi_pool_object_leave(pool);
+    if (error) {
+        pi_raise_thread_error(error);
+        return NULL;
+    }
+    return PyFloat_FromDouble(rate);
+}
+
+static PyMethodDef functions[] = {
+    {"available_isas", available_isas, METH_NOARGS, PyDoc_STR("Names of the instruction sets, best first.")},
+    {"row_bytes", row_bytes, METH_VARARGS, PyDoc_STR("row_bytes(row_type, columns): 0 when there is no such row")},
+    {"dequantize", dequantize, METH_VARARGS, PyDoc_STR("dequantize(isa, source, out, row_type, rows, columns)")},
+    {"quantize", quantize, METH_VARARGS, PyDoc_STR("quantize(values, out, row_type, rows, columns)")},
+    {"read_bandwidth", read_bandwidth, METH_VARARGS, PyDoc_STR("read_bandwidth(pool, nbytes, seconds)")},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_kernels", PyDoc_STR("C kernels of powerinfer."), -1, functions, NULL, NULL, NULL, NULL,
+};
+
+static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type) {
+    *type = (PyTypeObject *)PyType_FromSpec(spec);
+    return *type ? PyModule_AddType(module, *type) : -1;
+}
+
+PyMODINIT_FUNC PyInit__kernels(void) {
+    PyObject *module = PyModule_Create(&definition);
+    if (!module) return NULL;
+    pi_kernel_error = PyErr_NewException("powerinfer_kernels.KernelError", NULL, NULL);
+    if (!pi_kernel_error || PyModule_AddObjectRef(module, "KernelError", pi_kernel_error) < 0 ||
+        add_type(module, &pi_pool_spec, &pi_pool_type) < 0 ||
+        add_type(module, &pi_matrix_spec, &pi_matrix_type) < 0 ||
+        add_type(module, &pi_program_spec, &pi_program_type) < 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

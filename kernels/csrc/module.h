@@ -1,0 +1,38 @@
+/* The Python types of the extension, shared by its files. Stable ABI only. */
+#ifndef PI_MODULE_H
+#define PI_MODULE_H
+
+#include <Python.h>
+
+#include "kernels.h"
+#include "memory.h"
+#include "pool.h"
+#include "program.h"
+
+extern PyObject *pi_kernel_error; /* powerinfer_kernels.KernelError */
+extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_program_type;
+extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_program_spec;
+
+typedef struct {
+    PyObject_HEAD
+    pi_pool *pool; /* NULL: closed */
+    const pi_kernels *kernels;
+    int threads, users; /* users: calls in progress; changed with the GIL held only */
+} pool_object;
+
+typedef struct {
+    PyObject_HEAD
+    pi_matrix matrix;
+    pi_memory memory;
+} matrix_object;
+
+/* The table of that name among those this CPU can run; NULL with KernelError set. */
+const pi_kernels *pi_kernels_named(const char *isa);
+/* Runs with the GIL released. 0, or -1 with KernelError set (closed pool, threads that did not start). */
+int pi_pool_object_run(pool_object *pool, pi_task task, void *argument);
+/* Marks the pool as in use, so that it cannot be closed meanwhile; -1 with KernelError set when it is closed. */
+int pi_pool_object_enter(pool_object *pool);
+void pi_pool_object_leave(pool_object *pool);
+void pi_raise_thread_error(int error);
+
+#endif

@@ -1,0 +1,243 @@
+/* The operations of a program: each shares its work among the threads and calls the kernels. */
+#include "program.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+typedef struct {
+    int64_t begin, end;
+} range;
+
+/* This thread's share of `count` things, as one range. */
+static range share_of(const pi_worker *worker, int64_t count) {
+    int64_t thread = pi_worker_thread(worker), threads = pi_worker_threads(worker);
+    return (range){count * thread / threads, count * (thread + 1) / threads};
+}
+
+/* The same in whole units (the last may be shorter). */
+static range share_in_units(const pi_worker *worker, int64_t count, int64_t unit) {
+    range units = share_of(worker, (count + unit - 1) / unit);
+    return (range){units.begin * unit, min64(count, units.end * unit)};
+}
+
+int pi_op_is_vector(const pi_op *op) {
+    switch (op->kind) {
+    case PI_OP_MATMUL:
+    case PI_OP_ATTENTION:
+    case PI_OP_ACCUMULATE_ROWS:
+    case PI_OP_GATE_FIRST:
+    case PI_OP_OBSERVE: return 0;
+    default: return 1;
+    }
+}
+
+int pi_op_needs_tokens(const pi_op *op) {
+    return op->kind != PI_OP_QUANTIZE && op->kind != PI_OP_ACTIVATE && op->kind != PI_OP_ADD;
+}
+
+int64_t pi_op_width(const pi_op *op) {
+    switch (op->kind) {
+    case PI_OP_QUANTIZE: return op->u.quantize.acts.columns;
+    case PI_OP_ACTIVATE: return op->u.activate.width;
+    case PI_OP_ADD: return op->u.add.width;
+    default: return 0;
+    }
+}
+
+int pi_split_by_token(const pi_op *op, int64_t tokens, int threads) {
+    return op->by_token || tokens >= threads;
+}
+
+enum { COLUMN_UNIT = 64 /* one line of int8, four of float */ };
+
+/* What a vector operation gives this thread: tokens × columns. */
+typedef struct {
+    range tokens, columns;
+} part;
+
+static part part_of(const pi_op *op, const pi_run *run, const pi_worker *worker) {
+    int64_t width = pi_op_width(op);
+    if (pi_split_by_token(op, run->tokens, pi_worker_threads(worker)))
+        return (part){share_of(worker, run->tokens), {0, width}};
+    return (part){{0, run->tokens}, share_in_units(worker, width, COLUMN_UNIT)};
+}
+
+static void embed(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_embed *e = &op->u.embed;
+    range tokens = share_of(worker, run->tokens);
+    for (int64_t t = tokens.begin; t < tokens.end; t++) {
+        float *out = e->out + t * e->table.columns;
+        run->kernels->dequantize_row(e->table.data + e->tokens[t] * e->table.stride, e->table.row_type,
+                                     e->table.columns, out);
+        if (e->scale != 1.0f) run->kernels->scale(e->scale, e->table.columns, out);
+    }
+}
+
+static void norm(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_norm *n = &op->u.norm;
+    range tokens = share_of(worker, run->tokens);
+    int64_t width = n->width / n->groups;
+    for (int64_t i = tokens.begin * n->groups; i < tokens.end * n->groups; i++) {
+        if (op->kind == PI_OP_RMS_NORM)
+            run->kernels->rms_norm(n->src + i * width, n->weight, n->eps, width, n->out + i * width);
+        else
+            run->kernels->layer_norm(n->src + i * width, n->weight, n->bias, n->eps, width, n->out + i * width);
+    }
+}
+
+static void quantize(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_quantize *q = &op->u.quantize;
+    part p = part_of(op, run, worker);
+    int64_t columns = q->acts.columns, blocks = columns / PI_BLOCK, count = p.columns.end - p.columns.begin;
+    if (count <= 0) return;
+    for (int64_t t = p.tokens.begin; t < p.tokens.end; t++) {
+        int64_t at = t * columns + p.columns.begin, block = t * blocks + p.columns.begin / PI_BLOCK;
+        run->kernels->quantize_acts(q->src + at, count, q->acts.q + at, q->acts.d + block, q->acts.s + block);
+    }
+}
+
+static void activate(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_activate *a = &op->u.activate;
+    part p = part_of(op, run, worker);
+    int64_t count = p.columns.end - p.columns.begin;
+    for (int64_t t = p.tokens.begin; t < p.tokens.end; t++) {
+        int64_t at = t * a->width + p.columns.begin;
+        run->kernels->activate(a->kind, a->gate + at, a->up ? a->up + at : NULL, count, a->out + at);
+    }
+}
+
+static void add(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_add *a = &op->u.add;
+    part p = part_of(op, run, worker);
+    for (int64_t t = p.tokens.begin; t < p.tokens.end; t++) {
+        int64_t at = t * a->width + p.columns.begin;
+        run->kernels->add(a->src + at, p.columns.end - p.columns.begin, a->out + at);
+    }
+}
+
+static void rope(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_rope *r = &op->u.rope;
+    range tokens = share_of(worker, run->tokens);
+    for (int64_t t = tokens.begin; t < tokens.end; t++) {
+        int64_t angle = (run->position + t) * r->half;
+        run->kernels->rope(r->x + t * r->heads * r->head_dim, r->cos + angle, r->sin + angle, r->heads, r->head_dim,
+                           r->half, r->neox);
+    }
+}
+
+static void store_kv(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_store *s = &op->u.store;
+    range tokens = share_of(worker, run->tokens);
+    int64_t width = s->cache.kv_heads * s->cache.head_dim;
+    for (int64_t t = tokens.begin; t < tokens.end; t++)
+        run->kernels->store_kv(s->k + t * width, s->v + t * width, &s->cache, run->position + t);
+}
+
+static void matmul(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
+    const pi_matmul *m = &op->u.matmul;
+    int64_t chunks = (m->matrix->tiles + m->chunk - 1) / m->chunk, chunk;
+    pi_share share = pi_share_open(worker, slot, chunks);
+    while ((chunk = pi_share_next(&share)) >= 0)
+        run->kernels->matmul(m->matrix, m->src, m->src ? NULL : &m->acts, 0, run->tokens, chunk * m->chunk,
+                             min64(m->matrix->tiles, (chunk + 1) * m->chunk), m->bias, m->accumulate, m->out,
+                             m->matrix->rows);
+}
+
+uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker) {
+    return run->program->scratch + run->program->scratch_bytes * pi_worker_thread(worker);
+}
+
+/* Queries [begin, end) of one key head, counted token by token and within a token head by head. */
+static void attend(const pi_attention *a, const pi_run *run, const pi_worker *worker, int64_t kv_head, int64_t begin,
+                   int64_t end) {
+    int64_t group = a->heads / a->cache.kv_heads, dim = a->cache.head_dim;
+    pi_query queries[PI_QUERIES];
+    for (int64_t i = begin; i < end; i++) {
+        int64_t token = i / group, at = (token * a->heads + kv_head * group + i % group) * dim;
+        int64_t last = run->position + token + 1;
+        queries[i - begin] = (pi_query){.q = a->q + at, .out = a->out + at, .last = last,
+                                        .first = a->window ? max64(0, last - a->window) : 0};
+    }
+    run->kernels->attend(queries, end - begin, &a->cache, kv_head, a->scale, a->softcap,
+                         (float *)(void *)pi_scratch_of(run, worker));
+}
+
+/* One token: neighbouring heads to each thread, cut where the key head changes. Several tokens: blocks of queries of
+ * one key head, the last tokens first since they see most keys. */
+static void attention(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
+    const pi_attention *a = &op->u.attention;
+    int64_t group = a->heads / a->cache.kv_heads, threads = pi_worker_threads(worker);
+    if (run->tokens == 1) {
+        range heads = share_of(worker, a->heads);
+        for (int64_t head = heads.begin, end; head < heads.end; head = end) {
+            int64_t kv_head = head / group, start = kv_head * group;
+            end = min64(min64(heads.end, start + group), head + PI_QUERIES);
+            attend(a, run, worker, kv_head, head - start, end - start);
+        }
+        return;
+    }
+    int64_t queries = run->tokens * group;
+    int64_t size = min64(PI_QUERIES, max64(4, queries * a->cache.kv_heads / (4 * threads) / 4 * 4));
+    int64_t blocks = (queries + size - 1) / size, task;
+    while ((task = pi_take_next(worker, slot, blocks * a->cache.kv_heads)) >= 0) {
+        int64_t block = blocks - 1 - task / a->cache.kv_heads;
+        attend(a, run, worker, task % a->cache.kv_heads, block * size, min64(queries, (block + 1) * size));
+    }
+}
+
+int64_t pi_column_unit(int32_t row_type) {
+    return row_type == PI_Q4_K || row_type == PI_Q5_K || row_type == PI_Q6_K ? 256 : COLUMN_UNIT;
+}
+
+/* Columns [begin, end) of Σ h_i row_i, for tokens split over the threads, or else columns. */
+static void accumulate_rows(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_accumulate *a = &op->u.accumulate;
+    int by_token = run->tokens >= 2 * pi_worker_threads(worker);
+    range tokens = by_token ? share_of(worker, run->tokens) : (range){0, run->tokens};
+    range columns = by_token ? (range){0, a->rows.columns}
+                             : share_in_units(worker, a->rows.columns, pi_column_unit(a->rows.row_type));
+    if (columns.begin >= columns.end) return;
+    for (int64_t t = tokens.begin; t < tokens.end; t++) {
+        float *out = a->out + t * a->rows.columns;
+        if (!a->accumulate) memset(out + columns.begin, 0, sizeof(float) * (size_t)(columns.end - columns.begin));
+        run->kernels->accumulate_rows(&a->rows, a->h + t * a->rows.rows, 0, a->rows.rows, columns.begin, columns.end,
+                                      out);
+    }
+}
+
+void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
+    switch (op->kind) {
+    case PI_OP_EMBED: embed(op, run, worker); break;
+    case PI_OP_RMS_NORM:
+    case PI_OP_LAYER_NORM: norm(op, run, worker); break;
+    case PI_OP_QUANTIZE: quantize(op, run, worker); break;
+    case PI_OP_MATMUL: matmul(op, run, worker, slot); break;
+    case PI_OP_ROPE: rope(op, run, worker); break;
+    case PI_OP_STORE_KV: store_kv(op, run, worker); break;
+    case PI_OP_ATTENTION: attention(op, run, worker, slot); break;
+    case PI_OP_ACTIVATE: activate(op, run, worker); break;
+    case PI_OP_ADD: add(op, run, worker); break;
+    case PI_OP_ACCUMULATE_ROWS: accumulate_rows(op, run, worker); break;
+    case PI_OP_GATE_FIRST: pi_gate_first_execute(op, run, worker, slot); break;
+    case PI_OP_OBSERVE: pi_observe_execute(op, run, worker); break;
+    default: break;
+    }
+}
+
+int64_t pi_op_scratch_bytes(const pi_op *op) {
+    if (op->kind == PI_OP_ATTENTION) {
+        const pi_cache *cache = &op->u.attention.cache;
+        int64_t scores = (cache->capacity + PI_TILE - 1) / PI_TILE * PI_TILE;
+        return PI_QUERIES * (scores + (cache->head_dim + 15) / 16 * 16) * (int64_t)sizeof(float);
+    }
+    if (op->kind == PI_OP_GATE_FIRST) return op->u.gate_first.up.rows * (int64_t)sizeof(int32_t);
+    return 0;
+}

@@ -1,0 +1,164 @@
+/* A program: operations that all threads of a pool execute one after another. Operations know widths and buffers,
+ * never architectures. The Python face has checked every size before an operation gets here. */
+#ifndef PI_PROGRAM_H
+#define PI_PROGRAM_H
+
+#include "kernels.h"
+#include "pool.h"
+
+typedef enum {
+    PI_OP_EMBED, PI_OP_RMS_NORM, PI_OP_LAYER_NORM, PI_OP_QUANTIZE, PI_OP_MATMUL, PI_OP_ROPE, PI_OP_STORE_KV,
+    PI_OP_ATTENTION, PI_OP_ACTIVATE, PI_OP_ADD, PI_OP_ACCUMULATE_ROWS, PI_OP_GATE_FIRST, PI_OP_OBSERVE,
+    PI_OP_KINDS,
+} pi_op_kind;
+
+/* Vectors are [max_tokens, width] with the named width; token t starts at t · width. */
+typedef struct {
+    const int32_t *tokens;
+    pi_rows table;
+    float *out;
+    float scale;
+} pi_embed;
+
+typedef struct { /* layer_norm: groups = 1; rms_norm: bias NULL. A group is width / groups values. */
+    const float *src, *weight, *bias;
+    float *out;
+    int64_t width, groups;
+    float eps;
+} pi_norm;
+
+typedef struct {
+    const float *src;
+    pi_acts acts;
+} pi_quantize;
+
+typedef struct {
+    const pi_matrix *matrix;
+    const float *src; /* NULL: the activations */
+    pi_acts acts;
+    const float *bias;
+    float *out;
+    int accumulate;
+    int64_t chunk; /* tiles that a thread takes at once */
+} pi_matmul;
+
+typedef struct {
+    float *x;
+    const float *cos, *sin; /* [capacity, half] */
+    int64_t heads, head_dim, half;
+    int neox;
+} pi_rope;
+
+typedef struct {
+    const float *k, *v;
+    pi_cache cache;
+} pi_store;
+
+typedef struct {
+    const float *q;
+    pi_cache cache;
+    float *out;
+    int64_t heads, window;
+    float scale, softcap;
+} pi_attention;
+
+typedef struct {
+    int32_t kind;
+    const float *gate, *up;
+    float *out;
+    int64_t width;
+} pi_activate;
+
+typedef struct {
+    const float *src;
+    float *out;
+    int64_t width;
+} pi_add;
+
+typedef struct {
+    const float *h;
+    pi_rows rows;
+    float *out;
+    int accumulate;
+} pi_accumulate;
+
+typedef struct {
+    int32_t kind;
+    const float *gate, *src; /* src: input of float rows, else acts */
+    pi_acts acts;
+    pi_rows up, down;
+    float *out, *h;
+    int accumulate;
+} pi_gate_first;
+
+enum { PI_BINS = 128 /* of a histogram of contributions */ };
+
+typedef struct { /* counters of `width` neurons that each run adds to */
+    int32_t kind;
+    const float *gate, *up;
+    int64_t width;
+    uint64_t *counts;    /* [width] */
+    uint32_t *histogram; /* [width, PI_BINS], or NULL */
+    double *gate_squares, *up_squares; /* [width] */
+} pi_observe;
+
+typedef struct {
+    pi_op_kind kind;
+    int independent; /* the next operation, a matmul, neither reads nor writes what this one writes */
+    int by_token;    /* vector operations: this one's run of them has one that needs whole tokens */
+    union {
+        pi_embed embed;
+        pi_norm norm;
+        pi_quantize quantize;
+        pi_matmul matmul;
+        pi_rope rope;
+        pi_store store;
+        pi_attention attention;
+        pi_activate activate;
+        pi_add add;
+        pi_accumulate accumulate;
+        pi_gate_first gate_first;
+        pi_observe observe;
+    } u;
+} pi_op;
+
+typedef struct {
+    pi_op *ops;
+    int64_t count;
+    int64_t *nanoseconds;    /* [count], wall time added up */
+    int64_t active, total;   /* neurons of gate_first operations, added up */
+    int64_t scratch_bytes;   /* what one thread needs at most */
+    uint8_t *scratch;        /* [scratch_threads, scratch_bytes] */
+    int scratch_threads;
+} pi_program;
+
+typedef struct { /* one run, shared by its threads */
+    const pi_kernels *kernels;
+    pi_program *program;
+    int64_t first, last, tokens, position;
+} pi_run;
+
+/* Fixes how the operations are shared out, and what scratch they need. 0, or -1 when memory is short. */
+int pi_program_prepare(pi_program *program);
+/* 0, or an errno. Not for two threads at once. */
+int pi_program_run(pi_program *program, pi_pool *pool, const pi_kernels *kernels, int64_t first, int64_t last,
+                   int64_t tokens, int64_t position);
+void pi_program_free(pi_program *program);
+
+/* ops.c: executes this thread's part of one operation. `slot` is free for a work share. */
+void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
+int64_t pi_op_scratch_bytes(const pi_op *op);
+uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker);
+/* Columns of down rows are split over threads in multiples of this: whole blocks and whole lines of the output. */
+int64_t pi_column_unit(int32_t row_type);
+void pi_gate_first_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot); /* gate_first.c */
+void pi_observe_execute(const pi_op *op, pi_run *run, pi_worker *worker); /* observe.c */
+
+/* How a vector operation is split: whole tokens, or the same range of columns of every token. Two in a row with the
+ * same split need no barrier between them, as each thread meets only what it has written itself. */
+int pi_op_is_vector(const pi_op *op);
+int pi_op_needs_tokens(const pi_op *op);
+int64_t pi_op_width(const pi_op *op);
+int pi_split_by_token(const pi_op *op, int64_t tokens, int threads);
+
+#endif

@@ -1,0 +1,82 @@
+/* _kernels.Matrix(pool, source, row_type, rows, columns): weights interleaved into tiles, in memory of its own. */
+#include "module.h"
+
+PyTypeObject *pi_matrix_type;
+
+typedef struct {
+    const uint8_t *source;
+    pi_matrix *matrix;
+} pack_job;
+
+enum { TILES_AT_ONCE = 4 };
+
+static void pack_on_thread(void *argument, pi_worker *worker) {
+    const pack_job *job = argument;
+    const pi_matrix *m = job->matrix;
+    pi_share share = pi_share_open(worker, 0, (m->tiles + TILES_AT_ONCE - 1) / TILES_AT_ONCE);
+    int64_t chunk;
+    while ((chunk = pi_share_next(&share)) >= 0) {
+        int64_t first = chunk * TILES_AT_ONCE, last = first + TILES_AT_ONCE;
+        pi_pack_tiles(job->source, m->row_type, m->rows, m->columns, first, last < m->tiles ? last : m->tiles,
+                      m->data);
+    }
+}
+
+enum { READ_AHEAD = 64 << 10 /* kernels may prefetch past the end, and read it within a line */ };
+
+static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
+    matrix_object *object = (matrix_object *)self;
+    pi_matrix *m = &object->matrix;
+    PyObject *pool, *source;
+    long long rows, columns;
+    int row_type;
+    (void)keywords;
+    if (!PyArg_ParseTuple(args, "O!OiLL", pi_pool_type, &pool, &source, &row_type, &rows, &columns)) return -1;
+    if (m->data) {
+        PyErr_SetString(pi_kernel_error, "the matrix exists already");
+        return -1;
+    }
+    *m = (pi_matrix){.row_type = row_type, .rows = rows, .columns = columns, .tiles = (rows + PI_TILE - 1) / PI_TILE,
+                     .tile_bytes = pi_tile_bytes(row_type, columns)};
+    Py_buffer view;
+    if (PyObject_GetBuffer(source, &view, PyBUF_SIMPLE) < 0) return -1;
+    int failed = -1;
+    if (pi_memory_map(&object->memory, (size_t)(m->tiles * m->tile_bytes) + READ_AHEAD) < 0) {
+        PyErr_NoMemory();
+    } else {
+        m->data = object->memory.data;
+        pack_job job = {.source = view.buf, .matrix = m};
+        failed = pi_pool_object_run((pool_object *)pool, pack_on_thread, &job);
+    }
+    PyBuffer_Release(&view);
+    return failed;
+}
+
+static void matrix_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    pi_memory_unmap(&((matrix_object *)self)->memory);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+static PyObject *matrix_nbytes(PyObject *self, void *unused) {
+    const pi_matrix *m = &((matrix_object *)self)->matrix;
+    (void)unused;
+    return PyLong_FromLongLong(m->tiles * m->tile_bytes);
+}
+
+static PyGetSetDef matrix_getset[] = {
+    {"nbytes", matrix_nbytes, NULL, PyDoc_STR("Bytes of the packed weights."), NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot matrix_slots[] = {
+    {Py_tp_init, matrix_init},
+    {Py_tp_dealloc, matrix_dealloc},
+    {Py_tp_getset, matrix_getset},
+    {Py_tp_doc, (void *)PyDoc_STR("Matrix(pool, source, row_type, rows, columns)")},
+    {0, NULL},
+};
+
+PyType_Spec pi_matrix_spec = {"powerinfer_kernels._kernels.Matrix", sizeof(matrix_object), 0, Py_TPFLAGS_DEFAULT,
+                              matrix_slots};

@@ -1,0 +1,327 @@
+/* _kernels.Program(max_tokens, capacity): operations appended by the Python face, which has checked them. */
+#include "module.h"
+
+#include <string.h>
+
+PyTypeObject *pi_program_type;
+
+enum { MAX_OBJECTS = 9, MAX_INTEGERS = 9, MAX_FLOATS = 2 };
+
+typedef struct {
+    PyObject_HEAD
+    pi_program program;
+    int64_t max_tokens, capacity, ops_capacity;
+    Py_buffer *views; /* everything the operations point into, held until the program ends */
+    int64_t view_count, views_capacity;
+    PyObject *matrices; /* list */
+    int sealed, running;
+} program_object;
+
+/* What `append` takes for each kind; bit i of `written`: object i is written to. */
+static const struct {
+    int objects, integers, floats;
+    unsigned written;
+} shapes[PI_OP_KINDS] = {
+    [PI_OP_EMBED] = {3, 4, 1, 1u << 2},
+    [PI_OP_RMS_NORM] = {3, 2, 1, 1u << 2},
+    [PI_OP_LAYER_NORM] = {4, 1, 1, 1u << 3},
+    [PI_OP_QUANTIZE] = {4, 1, 0, 1u << 1 | 1u << 2 | 1u << 3},
+    [PI_OP_MATMUL] = {7, 2, 0, 1u << 6},
+    [PI_OP_ROPE] = {3, 4, 0, 1u << 0},
+    [PI_OP_STORE_KV] = {4, 3, 0, 1u << 2 | 1u << 3},
+    [PI_OP_ATTENTION] = {4, 5, 2, 1u << 3},
+    [PI_OP_ACTIVATE] = {3, 2, 0, 1u << 2},
+    [PI_OP_ADD] = {2, 1, 0, 1u << 1},
+    [PI_OP_ACCUMULATE_ROWS] = {3, 5, 0, 1u << 2},
+    [PI_OP_GATE_FIRST] = {9, 9, 0, 1u << 7 | 1u << 8},
+    [PI_OP_OBSERVE] = {6, 2, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
+};
+
+typedef struct {
+    void *p[MAX_OBJECTS];
+    int64_t i[MAX_INTEGERS];
+    float f[MAX_FLOATS];
+} arguments;
+
+static pi_rows rows_of(void *data, const int64_t *i) {
+    return (pi_rows){.row_type = (int32_t)i[0], .rows = i[1], .columns = i[2], .stride = i[3], .data = data};
+}
+
+static pi_cache cache_of(void *keys, void *values, const int64_t *i) {
+    return (pi_cache){.keys = keys, .values = values, .capacity = i[0], .kv_heads = i[1], .head_dim = i[2]};
+}
+
+static pi_acts acts_of(void *const *p, int64_t columns) {
+    return (pi_acts){.q = p[0], .d = p[1], .s = p[2], .columns = columns};
+}
+
+/* Tiles that a thread takes at once: some 16 KiB, so that taking costs nothing and threads end together. */
+static int64_t chunk_of(const pi_matrix *m) {
+    int64_t tiles = (16 << 10) / m->tile_bytes;
+    return tiles > 1 ? tiles : 1;
+}
+
+static pi_op op_of(pi_op_kind kind, const arguments *a) {
+    pi_op op = {.kind = kind};
+    void *const *p = a->p;
+    const int64_t *i = a->i;
+    switch (kind) {
+    case PI_OP_EMBED:
+        op.u.embed = (pi_embed){p[0], rows_of(p[1], i), p[2], a->f[0]};
+        break;
+    case PI_OP_RMS_NORM:
+        op.u.norm = (pi_norm){.src = p[0], .weight = p[1], .out = p[2], .width = i[0], .groups = i[1], .eps = a->f[0]};
+        break;
+    case PI_OP_LAYER_NORM:
+        op.u.norm = (pi_norm){.src = p[0], .weight = p[1], .bias = p[2], .out = p[3], .width = i[0], .groups = 1,
+                              .eps = a->f[0]};
+        break;
+    case PI_OP_QUANTIZE:
+        op.u.quantize = (pi_quantize){p[0], acts_of(p + 1, i[0])};
+        break;
+    case PI_OP_MATMUL: {
+        const pi_matrix *m = p[0];
+        op.u.matmul = (pi_matmul){.matrix = m, .src = p[1], .acts = acts_of(p + 2, m->columns), .bias = p[5],
+                                  .out = p[6], .accumulate = (int)i[0], .chunk = chunk_of(m)};
+        op.independent = (int)i[1];
+        break;
+    }
+    case PI_OP_ROPE:
+        op.u.rope = (pi_rope){p[0], p[1], p[2], i[0], i[1], i[2], (int)i[3]};
+        break;
+    case PI_OP_STORE_KV:
+        op.u.store = (pi_store){p[0], p[1], cache_of(p[2], p[3], i)};
+        break;
+    case PI_OP_ATTENTION:
+        op.u.attention = (pi_attention){.q = p[0], .cache = cache_of(p[1], p[2], i), .out = p[3], .heads = i[3],
+                                        .window = i[4], .scale = a->f[0], .softcap = a->f[1]};
+        break;
+    case PI_OP_ACTIVATE:
+        op.u.activate = (pi_activate){(int32_t)i[0], p[0], p[1], p[2], i[1]};
+        break;
+    case PI_OP_ADD:
+        op.u.add = (pi_add){p[0], p[1], i[0]};
+        break;
+    case PI_OP_ACCUMULATE_ROWS:
+        op.u.accumulate = (pi_accumulate){p[0], rows_of(p[1], i), p[2], (int)i[4]};
+        break;
+    case PI_OP_OBSERVE:
+        op.u.observe = (pi_observe){(int32_t)i[0], p[0], p[1], i[1], p[2], p[3], p[4], p[5]};
+        break;
+    default: { /* GATE_FIRST: integers are kind, up type, rows, columns, up stride, down type, down columns, stride */
+        int64_t up[4] = {i[1], i[2], i[3], i[4]}, down[4] = {i[5], i[2], i[6], i[7]};
+        op.u.gate_first = (pi_gate_first){.kind = (int32_t)i[0], .gate = p[0], .src = p[1],
+                                          .acts = acts_of(p + 2, i[3]), .up = rows_of(p[5], up),
+                                          .down = rows_of(p[6], down), .out = p[7], .h = p[8],
+                                          .accumulate = (int)i[8]};
+        break;
+    }
+    }
+    return op;
+}
+
+/* Room for `more` elements behind `count`; -1 with MemoryError set. */
+static int grow(void **items, int64_t *capacity, int64_t count, int64_t more, size_t size) {
+    if (count + more <= *capacity) return 0;
+    int64_t wanted = (count + more) * 2;
+    void *grown = PyMem_Realloc(*items, (size_t)wanted * size);
+    if (!grown) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    *items = grown;
+    *capacity = wanted;
+    return 0;
+}
+
+static int take_object(program_object *self, PyObject *object, int written, void **pointer) {
+    *pointer = NULL;
+    if (object == Py_None) return 0;
+    if (PyObject_TypeCheck(object, pi_matrix_type)) {
+        *pointer = &((matrix_object *)object)->matrix;
+        return PyList_Append(self->matrices, object);
+    }
+    if (grow((void **)&self->views, &self->views_capacity, self->view_count, 1, sizeof(Py_buffer)) < 0) return -1;
+    Py_buffer *view = &self->views[self->view_count];
+    if (PyObject_GetBuffer(object, view, written ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) return -1;
+    self->view_count++;
+    *pointer = view->buf;
+    return 0;
+}
+
+static int take_arguments(program_object *self, int kind, PyObject *objects, PyObject *integers, PyObject *floats,
+                          arguments *a) {
+    if (PyTuple_Size(objects) != shapes[kind].objects || PyTuple_Size(integers) != shapes[kind].integers ||
+        PyTuple_Size(floats) != shapes[kind].floats) {
+        PyErr_Format(pi_kernel_error, "operation %d has the wrong number of arguments", kind);
+        return -1;
+    }
+    for (int k = 0; k < shapes[kind].integers; k++) {
+        a->i[k] = PyLong_AsLongLong(PyTuple_GetItem(integers, k));
+        if (a->i[k] == -1 && PyErr_Occurred()) return -1;
+    }
+    for (int k = 0; k < shapes[kind].floats; k++) {
+        double value = PyFloat_AsDouble(PyTuple_GetItem(floats, k));
+        if (value == -1.0 && PyErr_Occurred()) return -1;
+        a->f[k] = (float)value;
+    }
+    for (int k = 0; k < shapes[kind].objects; k++)
+        if (take_object(self, PyTuple_GetItem(objects, k), shapes[kind].written >> k & 1, &a->p[k]) < 0) return -1;
+    return 0;
+}
+
+static PyObject *program_append(PyObject *object, PyObject *args) {
+    program_object *self = (program_object *)object;
+    PyObject *objects, *integers, *floats;
+    arguments a = {0};
+    int kind;
+    if (!PyArg_ParseTuple(args, "iO!O!O!", &kind, &PyTuple_Type, &objects, &PyTuple_Type, &integers, &PyTuple_Type,
+                          &floats))
+        return NULL;
+    if (self->sealed || kind < 0 || kind >= PI_OP_KINDS) {
+        PyErr_SetString(pi_kernel_error, self->sealed ? "the program is complete" : "unknown operation");
+        return NULL;
+    }
+    if (take_arguments(self, kind, objects, integers, floats, &a) < 0) return NULL;
+    pi_program *program = &self->program;
+    if (grow((void **)&program->ops, &self->ops_capacity, program->count, 1, sizeof(pi_op)) < 0) return NULL;
+    program->ops[program->count++] = op_of(kind, &a);
+    Py_RETURN_NONE;
+}
+
+static PyObject *program_seal(PyObject *object, PyObject *unused) {
+    program_object *self = (program_object *)object;
+    (void)unused;
+    if (!self->sealed && pi_program_prepare(&self->program) < 0) return PyErr_NoMemory();
+    self->sealed = 1;
+    Py_RETURN_NONE;
+}
+
+static int check_tokens(const pi_program *program, int64_t first, int64_t last, int64_t tokens) {
+    for (int64_t i = first; i < last; i++) {
+        if (program->ops[i].kind != PI_OP_EMBED) continue;
+        const pi_embed *e = &program->ops[i].u.embed;
+        for (int64_t t = 0; t < tokens; t++) {
+            if (e->tokens[t] >= 0 && e->tokens[t] < e->table.rows) continue;
+            PyErr_Format(pi_kernel_error, "token id %d at index %lld is outside the vocabulary of %lld",
+                         (int)e->tokens[t], (long long)t, (long long)e->table.rows);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int check_run(const program_object *self, int64_t first, int64_t last, int64_t tokens, int64_t position) {
+    if (!self->sealed || self->running)
+        PyErr_SetString(pi_kernel_error, self->sealed ? "the program is running in another thread"
+                                                      : "the program is not complete");
+    else if (first < 0 || first > last || last > self->program.count)
+        PyErr_Format(pi_kernel_error, "operations [%lld, %lld) are not within the program's %lld", (long long)first,
+                     (long long)last, (long long)self->program.count);
+    else if (tokens < 1 || tokens > self->max_tokens)
+        PyErr_Format(pi_kernel_error, "n_tokens must be between 1 and %lld, got %lld", (long long)self->max_tokens,
+                     (long long)tokens);
+    else if (position < 0 || position > self->capacity - tokens)
+        PyErr_Format(pi_kernel_error, "positions [%lld, %lld) do not fit a context of %lld", (long long)position,
+                     (long long)(position + tokens), (long long)self->capacity);
+    else
+        return check_tokens(&self->program, first, last, tokens);
+    return -1;
+}
+
+static PyObject *program_run(PyObject *object, PyObject *const *args, Py_ssize_t count) {
+    program_object *self = (program_object *)object;
+    int64_t n[4];
+    if (count != 5 || !PyObject_TypeCheck(args[0], pi_pool_type)) {
+        PyErr_SetString(PyExc_TypeError, "run takes a Pool and four integers");
+        return NULL;
+    }
+    for (int k = 0; k < 4; k++) {
+        n[k] = PyLong_AsLongLong(args[k + 1]);
+        if (n[k] == -1 && PyErr_Occurred()) return NULL;
+    }
+    pool_object *pool = (pool_object *)args[0];
+    if (check_run(self, n[0], n[1], n[2], n[3]) < 0 || pi_pool_object_enter(pool) < 0) return NULL;
+    int error;
+    self->running = 1;
+    Py_BEGIN_ALLOW_THREADS
+    error = pi_program_run(&self->program, pool->pool, pool->kernels, n[0], n[1], n[2], n[3]);
+    Py_END_ALLOW_THREADS
+    self->running = 0;
+    pi_pool_object_leave(pool);
+    if (error) {
+        pi_raise_thread_error(error);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *program_nanoseconds(PyObject *object, PyObject *unused) {
+    const pi_program *program = &((program_object *)object)->program;
+    (void)unused;
+    return PyBytes_FromStringAndSize((const char *)program->nanoseconds,
+                                     program->nanoseconds ? program->count * (Py_ssize_t)sizeof(int64_t) : 0);
+}
+
+static PyObject *program_neurons(PyObject *object, PyObject *unused) {
+    const pi_program *program = &((program_object *)object)->program;
+    (void)unused;
+    return Py_BuildValue("LL", (long long)program->active, (long long)program->total);
+}
+
+static PyObject *program_reset_counters(PyObject *object, PyObject *unused) {
+    pi_program *program = &((program_object *)object)->program;
+    (void)unused;
+    program->active = program->total = 0;
+    if (program->nanoseconds) memset(program->nanoseconds, 0, (size_t)program->count * sizeof(int64_t));
+    Py_RETURN_NONE;
+}
+
+static int program_init(PyObject *object, PyObject *args, PyObject *keywords) {
+    program_object *self = (program_object *)object;
+    long long max_tokens, capacity;
+    (void)keywords;
+    if (!PyArg_ParseTuple(args, "LL", &max_tokens, &capacity)) return -1;
+    if (self->matrices) {
+        PyErr_SetString(pi_kernel_error, "the program exists already");
+        return -1;
+    }
+    self->max_tokens = max_tokens;
+    self->capacity = capacity;
+    return (self->matrices = PyList_New(0)) ? 0 : -1;
+}
+
+static void program_dealloc(PyObject *object) {
+    program_object *self = (program_object *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    for (int64_t i = 0; i < self->view_count; i++) PyBuffer_Release(&self->views[i]);
+    PyMem_Free(self->views);
+    PyMem_Free(self->program.ops);
+    self->program.ops = NULL;
+    pi_program_free(&self->program);
+    Py_XDECREF(self->matrices);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+static PyMethodDef program_methods[] = {
+    {"append", program_append, METH_VARARGS, PyDoc_STR("append(kind, objects, integers, floats)")},
+    {"seal", program_seal, METH_NOARGS, PyDoc_STR("Ends the appending; the program can run.")},
+    {"run", (PyCFunction)(void (*)(void))program_run, METH_FASTCALL,
+     PyDoc_STR("run(pool, first, last, n_tokens, position)")},
+    {"nanoseconds", program_nanoseconds, METH_NOARGS, PyDoc_STR("int64 per operation, as bytes")},
+    {"neurons", program_neurons, METH_NOARGS, PyDoc_STR("(active, total) of the gate-first operations")},
+    {"reset_counters", program_reset_counters, METH_NOARGS, PyDoc_STR("Zeroes times and neuron counts.")},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot program_slots[] = {
+    {Py_tp_init, program_init},
+    {Py_tp_dealloc, program_dealloc},
+    {Py_tp_methods, program_methods},
+    {Py_tp_doc, (void *)PyDoc_STR("Program(max_tokens, capacity)")},
+    {0, NULL},
+};
+
+PyType_Spec pi_program_spec = {"powerinfer_kernels._kernels.Program", sizeof(program_object), 0, Py_TPFLAGS_DEFAULT,
+                               program_slots};

@@ -1,0 +1,34 @@
+"""C kernels of the engine: packed weights, programs of operations, and the threads that run them.
+
+Everything here checks its arguments and raises KernelError; nothing here knows files or architectures.
+"""
+
+from ._kernels import KernelError
+from .buffers import Activations, KVCache, RowMatrix, aligned
+from .matrix import Matrix, dequantize, quantize
+from .pool import Pool, available_isas, read_bandwidth
+from .program import ACTIVATION_KINDS, HISTOGRAM_BINS, Program, ProgramBuilder
+from .row_types import RowType, block_shape, row_bytes
+from .topology import physical_cores
+
+__all__ = [
+    "ACTIVATION_KINDS",
+    "HISTOGRAM_BINS",
+    "Activations",
+    "KVCache",
+    "KernelError",
+    "Matrix",
+    "Pool",
+    "Program",
+    "ProgramBuilder",
+    "RowMatrix",
+    "RowType",
+    "aligned",
+    "available_isas",
+    "block_shape",
+    "dequantize",
+    "physical_cores",
+    "quantize",
+    "read_bandwidth",
+    "row_bytes",
+]

@@ -1,0 +1,114 @@
+"""Memory that programs work on: aligned arrays, quantised activations, the key-value cache, rows in place."""
+
+import math
+import mmap
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._kernels import KernelError
+from .checks import Array, as_bytes, check_positive
+from .row_types import as_row_type, row_bytes
+
+_LINE = 64
+_HUGE_PAGE = 2 << 20
+_READ_AHEAD = 16  # values that attention may read past the last row
+MAX_HEAD_DIM = 512
+MAX_ELEMENTS = 1 << 46  # keeps every product of sizes within 64 bits
+
+
+def aligned(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """A zeroed, C-contiguous array that starts on a cache line; from 2 MiB on, on huge pages where the system has
+    them. Raises KernelError for negative sizes or more memory than there is."""
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    kind = np.dtype(dtype)
+    if any(size < 0 for size in sizes) or math.prod(sizes) > MAX_ELEMENTS:
+        raise KernelError(f"an array of shape {sizes} is impossible")
+    nbytes = math.prod(sizes) * kind.itemsize
+    alignment = _HUGE_PAGE if nbytes >= _HUGE_PAGE else _LINE
+    try:
+        space = _huge_space(nbytes + alignment) if nbytes >= _HUGE_PAGE else np.zeros(nbytes + alignment, np.uint8)
+    except (OSError, MemoryError):
+        raise KernelError(f"cannot get {nbytes} bytes of memory for an array of shape {sizes}") from None
+    start = -space.ctypes.data % alignment
+    return space[start : start + nbytes].view(kind).reshape(sizes)
+
+
+def _huge_space(nbytes: int) -> npt.NDArray[np.uint8]:
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without huge pages: ordinary ones do
+    return np.frombuffer(mapping, dtype=np.uint8)
+
+
+class Activations:
+    """Activations in blocks of 32 with one scale each: the input of products with quantised weights.
+
+    q int8 [max_tokens, columns], d float32 [max_tokens, columns / 32] (the scale), s float32 of the same shape
+    (d · Σ q, which pays for the minimum of a weight block). Raises KernelError unless columns is a multiple of 32.
+    """
+
+    def __init__(self, max_tokens: int, columns: int) -> None:
+        check_positive(max_tokens=max_tokens, columns=columns)
+        if columns % 32:
+            raise KernelError(f"activations come in blocks of 32; {columns} columns are no multiple of it")
+        self.max_tokens = max_tokens
+        self.columns = columns
+        self.q: npt.NDArray[np.int8] = aligned((max_tokens, columns), np.int8)
+        self.d: npt.NDArray[np.float32] = aligned((max_tokens, columns // 32), np.float32)
+        self.s: npt.NDArray[np.float32] = aligned((max_tokens, columns // 32), np.float32)
+
+
+class KVCache:
+    """Keys and values of one layer, as half-precision bits (uint16).
+
+    keys [kv_heads, ceil(capacity / 16), head_dim, 16]: the last axis is the position within a tile of 16;
+    values [kv_heads, capacity, head_dim]. Memory is taken when positions are first written. Raises KernelError unless
+    head_dim is even and at most 512.
+    """
+
+    def __init__(self, capacity: int, kv_heads: int, head_dim: int) -> None:
+        check_positive(capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
+        if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+            raise KernelError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
+        self.capacity = capacity
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.keys: npt.NDArray[np.uint16] = aligned((kv_heads, -(-capacity // 16), head_dim, 16), np.uint16)
+        count = kv_heads * capacity * head_dim
+        space: npt.NDArray[np.uint16] = aligned(count + _READ_AHEAD, np.uint16)
+        self.values: npt.NDArray[np.uint16] = space[:count].reshape(kv_heads, capacity, head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values when the cache is full."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+class RowMatrix:
+    """Rows of weights where they lie (a mapped file, say), `stride` bytes apart: for work on single rows.
+
+    Keeps a reference to `data` and copies nothing. Raises KernelError when the type is unknown, `columns` are not
+    whole blocks, the stride is shorter than a row, or `data` is too short for all rows.
+    """
+
+    def __init__(self, data: Any, row_type: int, rows: int, columns: int, stride: int | None = None) -> None:
+        check_positive(rows=rows, columns=columns)
+        self.row_type = as_row_type(row_type)
+        self.rows = rows
+        self.columns = columns
+        width = row_bytes(row_type, columns)
+        self.stride = width if stride is None else stride
+        self.data = as_bytes("data", data)
+        if self.stride < width:
+            raise KernelError(f"a stride of {self.stride} bytes is shorter than a row of {width}")
+        needed = (rows - 1) * self.stride + width
+        if self.data.nbytes < needed:
+            raise KernelError(f"{rows} rows need {needed} bytes, the buffer has {self.data.nbytes}")
+        alignment = {0: 4}.get(int(self.row_type), 2)  # what a row's numbers need: float32, else half precision
+        if self.data.ctypes.data % alignment or self.stride % alignment:
+            raise KernelError(f"rows of {self.row_type.name} must start at multiples of {alignment} bytes")

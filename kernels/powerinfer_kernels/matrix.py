@@ -1,0 +1,68 @@
+"""Weights packed for products with every row, and conversions between row types and float32."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _kernels
+from ._kernels import KernelError
+from .checks import Bytes, Floats, as_bytes, check_array, check_positive
+from .pool import Pool, choose_isa
+from .row_types import RowType, as_row_type, row_bytes
+
+
+def _rows_of(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
+    """`source` as bytes of exactly `rows` rows, or KernelError."""
+    check_positive(rows=rows, columns=columns)
+    data = as_bytes("source", source)
+    needed = rows * row_bytes(row_type, columns)
+    if data.nbytes != needed:
+        name = as_row_type(row_type).name
+        raise KernelError(f"{rows} {name} rows of {columns} values are {needed} bytes, the source has {data.nbytes}")
+    return data
+
+
+class Matrix:
+    """Weights [rows, columns] interleaved in tiles of 16 rows, in memory of their own on huge pages.
+
+    Made by `Matrix.pack`; the source is not needed afterwards.
+    """
+
+    def __init__(self, handle: _kernels.Matrix, row_type: RowType, rows: int, columns: int) -> None:
+        self.handle = handle
+        self.row_type = row_type
+        self.rows = rows
+        self.columns = columns
+
+    @classmethod
+    def pack(cls, pool: Pool, source: Any, row_type: int, rows: int, columns: int) -> "Matrix":
+        """Packs plain rows (any buffer of exactly rows × row_bytes bytes) with the threads of `pool`. The packed size
+        is the source's, with rows rounded up to 16. Raises KernelError for wrong sizes or an unknown type."""
+        data = _rows_of(source, row_type, rows, columns)
+        handle = _kernels.Matrix(pool.handle, data, row_type, rows, columns)
+        return cls(handle, as_row_type(row_type), rows, columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights: what one product reads."""
+        return self.handle.nbytes
+
+
+def dequantize(source: Any, row_type: int, rows: int, columns: int) -> Floats:
+    """float32 [rows, columns] of plain rows. Raises KernelError for wrong sizes or an unknown type."""
+    data = _rows_of(source, row_type, rows, columns)
+    out: Floats = np.empty((rows, columns), np.float32)
+    _kernels.dequantize(choose_isa(), data, out, row_type, rows, columns)
+    return out
+
+
+def quantize(values: npt.NDArray[np.float32], row_type: int) -> Bytes:
+    """uint8 [rows, row_bytes] of float32 [rows, columns], rounded as the format's reference does. Types F32, F16,
+    BF16, Q8_0 and Q4_0; KernelError for others, and for columns that are not whole blocks."""
+    rows, columns = values.shape if isinstance(values, np.ndarray) and values.ndim == 2 else (0, 0)
+    check_array("values", values, np.float32, (rows, columns))
+    check_positive(rows=rows, columns=columns)
+    out: Bytes = np.empty((rows, row_bytes(row_type, columns)), np.uint8)
+    _kernels.quantize(values, out, row_type, rows, columns)
+    return out

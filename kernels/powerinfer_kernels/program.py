@@ -1,0 +1,368 @@
+"""Programs: lists of operations that the C extension executes in one call, and the checked way to write them.
+
+Every array is [max_tokens, width] float32 unless said otherwise; a run uses its first `n_tokens` rows.
+"""
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _kernels
+from ._kernels import KernelError
+from .buffers import Activations, KVCache, RowMatrix
+from .checks import Array, Floats, check_apart, check_apart_or_same, check_array, check_positive
+from .matrix import Matrix
+from .pool import Pool
+
+#: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) · relu(up).
+ACTIVATION_KINDS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "drelu")
+#: Those whose result is exactly zero wherever the gate is not positive.
+ZERO_KINDS = frozenset({"relu", "relu2", "drelu"})
+ROPE_STYLES = ("norm", "neox")
+#: Bins of a histogram of contributions: four to an octave from 2^-16 to 2^16.
+HISTOGRAM_BINS = 128
+_UNBOUNDED = 1 << 31
+
+
+class _Op(IntEnum):
+    """`pi_op_kind` of program.h."""
+
+    EMBED = 0
+    RMS_NORM = 1
+    LAYER_NORM = 2
+    QUANTIZE = 3
+    MATMUL = 4
+    ROPE = 5
+    STORE_KV = 6
+    ATTENTION = 7
+    ACTIVATE = 8
+    ADD = 9
+    ACCUMULATE_ROWS = 10
+    GATE_FIRST = 11
+    OBSERVE = 12
+
+
+class Program:
+    """A complete program; made by `ProgramBuilder.build`. It keeps everything alive that its operations use."""
+
+    def __init__(self, handle: _kernels.Program, operations: int) -> None:
+        self._handle = handle
+        self.operations = operations
+
+    def run(self, pool: Pool, first: int, last: int, n_tokens: int, position: int) -> None:
+        """Execute operations [first, last) for `n_tokens` tokens at `position` of the context, with the GIL released.
+
+        Raises KernelError for ranges outside the program, its buffers or its context, and for token ids outside the
+        vocabulary.
+        """
+        self._handle.run(pool.handle, first, last, n_tokens, position)
+
+    def nanoseconds(self) -> npt.NDArray[np.int64]:
+        """Wall time of each operation, added up over all runs: int64 [operations]."""
+        return np.frombuffer(self._handle.nanoseconds(), np.int64)
+
+    def active_neurons(self) -> int:
+        """Neurons that gate-first operations found active, over all runs and tokens."""
+        return self._handle.neurons()[0]
+
+    def total_neurons(self) -> int:
+        """Neurons that gate-first operations looked at."""
+        return self._handle.neurons()[1]
+
+    def reset_counters(self) -> None:
+        """Set times and neuron counts to zero."""
+        self._handle.reset_counters()
+
+
+class ProgramBuilder:
+    """Appends operations after checking every type, shape and overlap, so that C need not. All methods raise
+    KernelError for arrays that do not fit."""
+
+    def __init__(self, max_tokens: int) -> None:
+        check_positive(max_tokens=max_tokens)
+        self.max_tokens = max_tokens
+        self._capacity = _UNBOUNDED
+        self._operations: list[tuple[_Op, tuple[Any, ...], tuple[int, ...], tuple[float, ...]]] = []
+
+    def embed(
+        self,
+        tokens: npt.NDArray[np.int32],
+        table: Any,
+        row_type: int,
+        rows: int,
+        columns: int,
+        out: Floats,
+        scale: float = 1.0,
+    ) -> None:
+        """out[t] = scale · row tokens[t] of `table` (plain rows); tokens int32 [max_tokens]."""
+        check_array("tokens", tokens, np.int32, (self.max_tokens,))
+        self._check("out", out, columns, written=True)
+        source = RowMatrix(table, row_type, rows, columns)
+        self._append(_Op.EMBED, (tokens, source.data, out), _rows_integers(source), (scale,))
+
+    def rms_norm(
+        self, src: Floats, weight: Floats | None, out: Floats, eps: float, groups: int = 1
+    ) -> None:
+        """out = src / sqrt(mean(src²) + eps) · weight over each of `groups` equal parts of a row; weight [width /
+        groups]. `out` may be `src`."""
+        width = self._width("src", src)
+        check_positive(groups=groups)
+        if width % groups:
+            raise KernelError(f"{groups} groups do not divide a width of {width}")
+        if weight is not None:
+            check_array("weight", weight, np.float32, (width // groups,))
+        self._check("out", out, width, written=True)
+        check_apart_or_same("out", out, {"src": src})
+        self._append(_Op.RMS_NORM, (src, weight, out), (width, groups), (_finite("eps", eps),))
+
+    def layer_norm(
+        self, src: Floats, weight: Floats, bias: Floats | None, out: Floats, eps: float
+    ) -> None:
+        """out = (src − mean) / sqrt(variance + eps) · weight + bias. `out` may be `src`."""
+        width = self._width("src", src)
+        check_array("weight", weight, np.float32, (width,))
+        if bias is not None:
+            check_array("bias", bias, np.float32, (width,))
+        self._check("out", out, width, written=True)
+        check_apart_or_same("out", out, {"src": src})
+        self._append(_Op.LAYER_NORM, (src, weight, bias, out), (width,), (_finite("eps", eps),))
+
+    def quantize(self, src: Floats, activations: Activations) -> None:
+        """Round `src` to 8 bits in blocks of 32."""
+        self._check("src", src, activations.columns)
+        self._check_activations(activations, activations.columns)
+        a = activations
+        self._append(_Op.QUANTIZE, (src, a.q, a.d, a.s), (a.columns,))
+
+    def matmul(
+        self,
+        matrix: Matrix,
+        src: Floats,
+        activations: Activations | None,
+        out: Floats,
+        bias: Floats | None = None,
+        accumulate: bool = False,
+        independent: bool = False,
+    ) -> None:
+        """out (+)= matrix · input + bias: `src` for float row types, `activations` for the others.
+
+        `independent`: the next operation is a matmul that neither reads nor writes `out`, so no thread waits between.
+        """
+        self._check("out", out, matrix.rows, written=True)
+        if bias is not None:
+            check_array("bias", bias, np.float32, (matrix.rows,))
+        inputs = self._inputs(matrix.row_type.is_float, src, activations, matrix.columns)
+        check_apart("out", out, {"src": src})
+        flags = (int(accumulate), int(independent))
+        self._append(_Op.MATMUL, (matrix.handle, *inputs, bias, out), flags)
+
+    def rope(self, x: Floats, cos: Floats, sin: Floats, heads: int, head_dim: int, style: str) -> None:
+        """Rotate pairs of each head in place by the angles of the position; cos and sin [capacity, rotary / 2].
+
+        Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rotary / 2).
+        """
+        check_positive(heads=heads, head_dim=head_dim)
+        self._check("x", x, heads * head_dim, written=True)
+        if not isinstance(cos, np.ndarray) or cos.ndim != 2 or 2 * cos.shape[1] > head_dim or not cos.size:
+            raise KernelError(f"cos must be [capacity, rotary / 2] with rotary up to {head_dim}")
+        check_array("cos", cos, np.float32, cos.shape)
+        check_array("sin", sin, np.float32, cos.shape)
+        if style not in ROPE_STYLES:
+            raise KernelError(f"rope style {style!r} is not one of {', '.join(ROPE_STYLES)}")
+        self._limit(len(cos))
+        self._append(_Op.ROPE, (x, cos, sin), (heads, head_dim, cos.shape[1], int(style == "neox")))
+
+    def store_kv(self, k: Floats, v: Floats, cache: KVCache) -> None:
+        """Write the keys and values of this run's positions into the cache, rounded to half precision."""
+        width = cache.kv_heads * cache.head_dim
+        self._check("k", k, width)
+        self._check("v", v, width)
+        self._limit(cache.capacity)
+        self._append(_Op.STORE_KV, (k, v, cache.keys, cache.values), _cache_integers(cache))
+
+    def attention(
+        self,
+        q: Floats,
+        cache: KVCache,
+        out: Floats,
+        heads: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> None:
+        """Causal attention of `heads` query heads over the cache, which must hold this run's positions already.
+
+        scores = scale · q·k, softcapped (c · tanh(s / c)) where softcap > 0; with a window only the last `window`
+        positions, the query's own among them, are seen.
+        """
+        check_positive(heads=heads)
+        if heads % cache.kv_heads:
+            raise KernelError(f"{heads} query heads are no multiple of {cache.kv_heads} key heads")
+        if window < 0 or not softcap >= 0:
+            raise KernelError(f"window {window} and softcap {softcap} must not be negative")
+        self._check("q", q, heads * cache.head_dim)
+        self._check("out", out, heads * cache.head_dim, written=True)
+        check_apart("out", out, {"q": q})
+        self._limit(cache.capacity)
+        integers = (*_cache_integers(cache), heads, window)
+        floats = (_finite("scale", scale), _finite("softcap", softcap))
+        self._append(_Op.ATTENTION, (q, cache.keys, cache.values, out), integers, floats)
+
+    def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str) -> None:
+        """out = act(gate) · up, or act(gate) without `up`. `out` may be either input."""
+        width = self._width("gate", gate)
+        if up is not None:
+            self._check("up", up, width)
+        self._check("out", out, width, written=True)
+        check_apart_or_same("out", out, {"gate": gate, "up": up})
+        self._append(_Op.ACTIVATE, (gate, up, out), (_kind(kind), width))
+
+    def add(self, src: Floats, out: Floats) -> None:
+        """out += src."""
+        width = self._width("src", src)
+        self._check("out", out, width, written=True)
+        check_apart("out", out, {"src": src})
+        self._append(_Op.ADD, (src, out), (width,))
+
+    def accumulate_rows(self, h: Floats, rows: RowMatrix, out: Floats, accumulate: bool = False) -> None:
+        """out (+)= Σ_i h_i · row i, summed in chunks of 64 rows in order."""
+        self._check("h", h, rows.rows)
+        self._check("out", out, rows.columns, written=True)
+        check_apart("out", out, {"h": h})
+        integers = (*_rows_integers(rows), int(accumulate))
+        self._append(_Op.ACCUMULATE_ROWS, (h, rows.data, out), integers)
+
+    def gate_first(
+        self,
+        gate: Floats,
+        src: Floats,
+        activations: Activations | None,
+        up: RowMatrix,
+        down: RowMatrix,
+        out: Floats,
+        h: Floats,
+        kind: str,
+        accumulate: bool = False,
+    ) -> None:
+        """out (+)= Σ_i act(gate_i) · (up_i · input) · down_i over the neurons whose gate is positive.
+
+        Same bits as matmul, activate and accumulate_rows over all neurons. `h` [max_tokens, neurons] is scratch.
+        Rows of other neurons are not read.
+        """
+        if kind not in ZERO_KINDS:
+            raise KernelError(f"gate_first needs an activation with exact zeros, {kind!r} has none")
+        if down.rows != up.rows:
+            raise KernelError(f"{up.rows} up rows and {down.rows} down rows differ")
+        self._check("gate", gate, up.rows)
+        self._check("h", h, up.rows, written=True)
+        self._check("out", out, down.columns, written=True)
+        inputs = self._inputs(up.row_type.is_float, src, activations, up.columns)
+        check_apart("out", out, {"gate": gate, "src": src, "h": h})
+        check_apart("h", h, {"gate": gate, "src": src})
+        integers = (
+            _kind(kind),
+            *_rows_integers(up),
+            int(down.row_type),
+            down.columns,
+            down.stride,
+            int(accumulate),
+        )
+        self._append(_Op.GATE_FIRST, (gate, *inputs, up.data, down.data, out, h), integers)
+
+    def observe(
+        self,
+        gate: Floats,
+        up: Floats,
+        kind: str,
+        counts: npt.NDArray[np.uint64],
+        histogram: npt.NDArray[np.uint32] | None,
+        gate_squares: npt.NDArray[np.float64],
+        up_squares: npt.NDArray[np.float64],
+    ) -> None:
+        """Count what each neuron contributes, c = act(gate) · up, for every token of a run.
+
+        Adds to `counts` uint64 [n] where c ≠ 0, to `histogram` uint32 [n, 128] of |c| (four bins to an octave from
+        2^-16), and act(gate)² and up² to `gate_squares` and `up_squares` float64 [n].
+        """
+        width = self._width("gate", gate)
+        self._check("up", up, width)
+        check_array("counts", counts, np.uint64, (width,), written=True)
+        if histogram is not None:
+            check_array("histogram", histogram, np.uint32, (width, HISTOGRAM_BINS), written=True)
+        check_array("gate_squares", gate_squares, np.float64, (width,), written=True)
+        check_array("up_squares", up_squares, np.float64, (width,), written=True)
+        objects = (gate, up, counts, histogram, gate_squares, up_squares)
+        self._append(_Op.OBSERVE, objects, (_kind(kind), width))
+
+    def mark(self) -> int:
+        """Index of the next operation: a point where a run can begin or end."""
+        return len(self._operations)
+
+    def build(self) -> Program:
+        """The program of all operations so far."""
+        handle = _kernels.Program(self.max_tokens, self._capacity)
+        for kind, objects, integers, floats in self._operations:
+            handle.append(int(kind), objects, integers, floats)
+        handle.seal()
+        return Program(handle, len(self._operations))
+
+    def _append(
+        self, kind: _Op, objects: tuple[Any, ...], integers: tuple[int, ...], floats: tuple[float, ...] = ()
+    ) -> None:
+        self._operations.append((kind, objects, integers, floats))
+
+    def _limit(self, capacity: int) -> None:
+        """No run may reach beyond `capacity` positions."""
+        self._capacity = min(self._capacity, capacity)
+
+    def _width(self, name: str, array: Array) -> int:
+        if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.shape[1]:
+            raise KernelError(f"{name} must be a float32 array of shape ({self.max_tokens}, width)")
+        self._check(name, array, array.shape[1])
+        return int(array.shape[1])
+
+    def _check(self, name: str, array: Array, width: int, written: bool = False) -> None:
+        check_array(name, array, np.float32, (self.max_tokens, width), written)
+
+    def _check_activations(self, activations: Activations, columns: int) -> None:
+        if activations.columns != columns or activations.max_tokens < self.max_tokens:
+            raise KernelError(
+                f"activations for {activations.max_tokens} tokens of {activations.columns} values do not fit "
+                f"{self.max_tokens} tokens of {columns}"
+            )
+
+    def _inputs(
+        self, is_float: bool, src: Floats, activations: Activations | None, columns: int
+    ) -> tuple[Array | None, ...]:
+        """(src, q, d, s) with None for what the row type does not use."""
+        if is_float:
+            self._check("src", src, columns)
+            return (src, None, None, None)
+        if activations is None:
+            raise KernelError("quantised rows need quantised activations")
+        self._check_activations(activations, columns)
+        return (None, activations.q, activations.d, activations.s)
+
+
+def _rows_integers(rows: RowMatrix) -> tuple[int, int, int, int]:
+    return (int(rows.row_type), rows.rows, rows.columns, rows.stride)
+
+
+def _cache_integers(cache: KVCache) -> tuple[int, int, int]:
+    return (cache.capacity, cache.kv_heads, cache.head_dim)
+
+
+def _kind(kind: str) -> int:
+    if kind not in ACTIVATION_KINDS:
+        raise KernelError(f"activation {kind!r} is not one of {', '.join(ACTIVATION_KINDS)}")
+    return ACTIVATION_KINDS.index(kind)
+
+
+def _finite(name: str, value: float) -> float:
+    if not np.isfinite(value):
+        raise KernelError(f"{name} must be finite, got {value}")
+    return float(value)
+
+

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Corpus:
-    """One file of the corpus: ``sha256`` of all of it, ``tokens`` and ``bytes`` of what was read of it."""
+    """One file of the corpus: ``sha256`` and size of all of it, ``tokens`` of what was counted."""
 
     name: str
     sha256: str

@@ -1,0 +1,41 @@
+"""What SPEC.md says about numbers and names is what the code does."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from powerinfer_formats import split_layout
+from powerinfer_formats.block_types import BLOCK_SHAPES, type_name
+from powerinfer_formats.hardware import CpuInfo, GpuInfo, LinkInfo, MachineInfo
+from powerinfer_formats.plan import LayerPlan, Plan
+from powerinfer_formats.profile_document import ProfileDocument
+
+
+@pytest.fixture(scope="module")
+def spec(repository_root: Path) -> str:
+    return (repository_root / "formats" / "SPEC.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_tensor_types(spec: str) -> None:
+    rows = re.findall(r"\| (\d+) \| (\w+) \| (\d+) \| (\d+) (?=\|)", spec)
+    written = {int(number): (name, int(values), int(nbytes)) for number, name, values, nbytes in rows}
+    assert written == {
+        number: (type_name(number), block.values, block.nbytes) for number, block in BLOCK_SHAPES.items()
+    }
+
+
+def test_every_key_of_a_split_file(spec: str) -> None:
+    keys = {value for name, value in vars(split_layout).items() if name.startswith("KEY_")}
+    assert set(re.findall(r"^\| `(powerinfer\.\w+)` ", spec, re.MULTILINE)) == keys
+
+
+@pytest.mark.parametrize(
+    "record",
+    [Plan, LayerPlan, ProfileDocument, MachineInfo, CpuInfo, GpuInfo, LinkInfo],
+    ids=lambda c: c.__name__,
+)
+def test_every_field(spec: str, record: type) -> None:
+    for field in dataclasses.fields(record):
+        assert f"`{field.name}`" in spec

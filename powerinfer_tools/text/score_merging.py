@@ -17,6 +17,8 @@ from powerinfer_tools.text.vocabulary import Vocabulary
 SPACE = "▁"
 _CACHE_LIMIT = 1 << 16
 _CACHED_LENGTH = 64
+_LENGTH_BITS, _PLACE_BITS = 25, 32
+_LENGTH_MASK, _PLACE_MASK = (1 << _LENGTH_BITS) - 1, (1 << _PLACE_BITS) - 1
 
 
 class ScoreEncoder:
@@ -24,8 +26,7 @@ class ScoreEncoder:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._ids = vocabulary.ids
-        scores = vocabulary.scores if vocabulary.scores is not None else np.zeros(len(vocabulary), np.float32)
-        self._scores: list[float] = scores.tolist()
+        self._keys = _keys(vocabulary)
         self._cuts = _cut_pattern(vocabulary)
         self._bytes = [_byte_token(vocabulary, value) for value in range(256)]
         self._cache: dict[str, tuple[int, ...]] = {}
@@ -46,34 +47,36 @@ class ScoreEncoder:
         return ids
 
     def _merge(self, word: str) -> list[int]:
-        token = self._ids.get(word) if len(word) == 1 else None
-        if token is not None:
-            return [token]
+        keys, ids = self._keys, self._ids
+        if len(word) < 2:
+            return self._spell(word)
         pieces = list(word)  # joined text at its first character's place, "" where it was joined away
-        count = len(pieces)
-        before, after = list(range(-1, count - 1)), [*range(1, count), -1]
-        heap: list[tuple[float, int, int, int]] = []  # (-score, left, right, length), compared in this order
-
-        def offer(left: int, right: int) -> None:
-            joined = pieces[left] + pieces[right]
-            token = self._ids.get(joined)
-            if token is not None:
-                heapq.heappush(heap, (-self._scores[token], left, right, len(joined)))
-
-        for right in range(1, count):
-            offer(right - 1, right)
+        before, after = list(range(-1, len(word) - 1)), [*range(1, len(word)), -1]
+        # A candidate is one number that orders as (score descending, place, length of the joined text). It is
+        # stale when the text that now stands there and the next have another length; if not, they make the
+        # same token.
+        heap = [
+            keys[token] + (left << _LENGTH_BITS)
+            for left, pair in enumerate(map(str.__add__, word, word[1:]))
+            if (token := ids.get(pair)) is not None
+        ]
+        heapq.heapify(heap)
         while heap:
-            _, left, right, length = heapq.heappop(heap)
-            if not pieces[left] or not pieces[right] or len(pieces[left]) + len(pieces[right]) != length:
-                continue  # one of them has been joined to another meanwhile
-            pieces[left] += pieces[right]
-            pieces[right] = ""
-            after[left] = after[right]
-            if after[left] >= 0:
-                before[after[left]] = left
-                offer(left, after[left])
-            if before[left] >= 0:
-                offer(before[left], left)
+            candidate = heapq.heappop(heap)
+            left = (candidate >> _LENGTH_BITS) & _PLACE_MASK
+            right = after[left]
+            joined = pieces[left] + pieces[right] if right >= 0 else ""
+            if len(joined) != candidate & _LENGTH_MASK or not pieces[left]:
+                continue
+            pieces[left], pieces[right] = joined, ""
+            following, preceding = after[right], before[left]
+            after[left] = following
+            if following >= 0:
+                before[following] = left
+                if (token := ids.get(joined + pieces[following])) is not None:
+                    heapq.heappush(heap, keys[token] + (left << _LENGTH_BITS))
+            if preceding >= 0 and (token := ids.get(pieces[preceding] + joined)) is not None:
+                heapq.heappush(heap, keys[token] + (preceding << _LENGTH_BITS))
         return [token for piece in pieces if piece for token in self._spell(piece)]
 
     def _spell(self, piece: str) -> list[int]:
@@ -87,6 +90,15 @@ class ScoreEncoder:
                 "byte tokens (<0x00> to <0xFF>) to spell it"
             )
         return [token for token in tokens if token is not None]
+
+
+def _keys(vocabulary: Vocabulary) -> list[int]:
+    """Of each token, its part of a candidate's number: the rank of its score (the highest first) and its
+    length."""
+    scores = vocabulary.scores if vocabulary.scores is not None else np.zeros(len(vocabulary), np.float32)
+    _, ranks = np.unique(-scores, return_inverse=True)
+    high = _LENGTH_BITS + _PLACE_BITS
+    return [(rank << high) + len(text) for rank, text in zip(ranks.tolist(), vocabulary.texts, strict=True)]
 
 
 def _byte_token(vocabulary: Vocabulary, value: int) -> int | None:

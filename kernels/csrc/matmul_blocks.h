@@ -106,25 +106,31 @@ PI_INLINE v16i pi_dot_bytes(v16i acc, v64b code, v64b x) { return v16i_dot_ss(ac
 PI_INLINE v16f pi_finish_bytes(v16i sum, float s) { (void)s; return v16f_from_i32(sum); }
 #endif
 
+typedef struct { /* sums over the two halves of a block, not yet scaled: Q8_0 uses `bytes`, the others `codes` */
+    v16p codes[2];
+    v16i bytes[2];
+} pi_halves;
+
 /* One token, straight from the tile. */
-PI_INLINE v16f pi_dot_tile(int type, const uint8_t *p, const int8_t *x, float s, const v16i sub[2]) {
-    v64b low, high;
-    if (type == PI_Q8_0) {
-        v16i sum[2] = {v16i_zero(), v16i_zero()};
-        PI_UNROLL for (int j = 0; j < 4; j++) {
-            pi_tile_quads(type, p, j, &low, &high);
-            sum[0] = pi_dot_bytes(sum[0], pi_byte_code(low), v64b_quad(x + 4 * j));
-            sum[1] = pi_dot_bytes(sum[1], pi_byte_code(high), v64b_quad(x + 16 + 4 * j));
-        }
-        return pi_finish_bytes(v16i_add(sum[0], sum[1]), s);
-    }
-    v16p sum[2] = {v16p_zero(), v16p_zero()};
+PI_INLINE pi_halves pi_dot_tile(int type, const uint8_t *p, const int8_t *x) {
+    pi_halves sum = {{v16p_zero(), v16p_zero()}, {v16i_zero(), v16i_zero()}};
     PI_UNROLL for (int j = 0; j < 4; j++) {
+        v64b low, high;
         pi_tile_quads(type, p, j, &low, &high);
-        sum[0] = v16p_dot_us(sum[0], low, v64b_quad(x + 4 * j));
-        sum[1] = v16p_dot_us(sum[1], high, v64b_quad(x + 16 + 4 * j));
+        if (type == PI_Q8_0) {
+            sum.bytes[0] = pi_dot_bytes(sum.bytes[0], pi_byte_code(low), v64b_quad(x + 4 * j));
+            sum.bytes[1] = pi_dot_bytes(sum.bytes[1], pi_byte_code(high), v64b_quad(x + 16 + 4 * j));
+        } else {
+            sum.codes[0] = v16p_dot_us(sum.codes[0], low, v64b_quad(x + 4 * j));
+            sum.codes[1] = v16p_dot_us(sum.codes[1], high, v64b_quad(x + 16 + 4 * j));
+        }
     }
-    return pi_finish(type, sum[0], sum[1], x, s, sub);
+    return sum;
+}
+
+PI_INLINE v16f pi_finish_halves(int type, const pi_halves *sum, const int8_t *x, float s, const v16i sub[2]) {
+    if (type == PI_Q8_0) return pi_finish_bytes(v16i_add(sum->bytes[0], sum->bytes[1]), s);
+    return pi_finish(type, sum->codes[0], sum->codes[1], x, s, sub);
 }
 
 /* The tile's codes as 8 lines of bytes, quad after quad, to be used for several tokens. */

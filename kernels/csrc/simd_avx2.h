@@ -240,7 +240,9 @@ PI_INLINE v16i v16i_dot_ss(v16i acc, v64b w, v64b x) {
                 _mm256_add_epi32(acc.b, pi_sum_pairs(pi_dot_ss_pairs(w.b, x.b))));
 }
 PI_INLINE v16p v16p_zero(void) { return PI_P(_mm256_setzero_si256(), _mm256_setzero_si256()); }
+/* The empty asm keeps the compiler from turning the chain of additions into a tree that spills registers. */
 PI_INLINE v16p v16p_dot_us(v16p acc, v64b w, v64b x) {
+    __asm__("" : "+x"(acc.a), "+x"(acc.b));
     return PI_P(_mm256_add_epi16(acc.a, pi_dot_us_pairs(w.a, x.a)), _mm256_add_epi16(acc.b, pi_dot_us_pairs(w.b, x.b)));
 }
 PI_INLINE v16p v16p_add(v16p x, v16p y) { return PI_P(_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)); }

@@ -12,7 +12,7 @@ from powerinfer_formats.errors import FormatError
 from powerinfer_formats.gguf_scan import Header, scan_header
 from powerinfer_formats.string_array import StringArray
 
-SETTINGS = settings(derandomize=True, deadline=None, max_examples=1000)
+SETTINGS = settings(derandomize=True, deadline=None, max_examples=600)
 
 
 def judge(data: bytes) -> Header | None:

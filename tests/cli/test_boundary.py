@@ -16,7 +16,7 @@ from powerinfer_tools.errors import PlanError
     ("error", "line"),
     [
         (PlanError("the budget is too small"), "powerinfer: the budget is too small"),
-        (FormatError("x.gguf: bad magic"), "powerinfer: x.gguf: bad magic"),
+        (FormatError("x.gguf", "has a bad magic"), "powerinfer: x.gguf: has a bad magic"),
         (KernelError("no such variant"), "powerinfer: no such variant"),
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.gguf"),
@@ -57,5 +57,5 @@ def test_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_message_stays_on_one_line_and_harmless(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit), boundary(debug=False):
-        raise FormatError("tensor 'a\n\x1b[31mb' is twice in x.gguf")
-    assert capsys.readouterr().err == "powerinfer: tensor 'a  [31mb' is twice in x.gguf\n"
+        raise FormatError("x.gguf", "has tensor 'a\n\x1b[31mb' twice")
+    assert capsys.readouterr().err == "powerinfer: x.gguf: has tensor 'a  [31mb' twice\n"

@@ -14,13 +14,15 @@ from powerinfer_tools.model import AttentionWeights, DenseFFN, LayerWeights, Mod
 Array = npt.NDArray[np.float64]
 
 
-def forward(model: Model, tokens: list[int]) -> Array:
-    """Logits (tokens, vocabulary), float64, of every position of ``tokens`` (a source model or a split
-    file)."""
+def forward(model: Model, tokens: list[int], *, half_cache: bool = False) -> Array:
+    """Logits (tokens, vocabulary), float64, of every position of ``tokens``, for a source model or a split file.
+
+    ``half_cache`` rounds keys and values to half precision, as the engine's cache does.
+    """
     hyper = model.hyper
     x = matrix(model.embedding)[tokens] * hyper.embedding_scale
     for index, layer in enumerate(model.layers):
-        x = x + attention_block(model, layer.attention, index, x)
+        x = x + attention_block(model, layer.attention, index, x, half_cache=half_cache)
         x = x + ffn_block(hyper, layer, x)
     x = rms_norm(x, model.output_norm, hyper.norm_eps)
     logits = x @ matrix(model.head).T
@@ -40,7 +42,9 @@ def rms_norm(x: Array, weight: npt.NDArray[np.float32], eps: float) -> Array:
     return x / scale * weight.astype(np.float64)
 
 
-def attention_block(model: Model, w: AttentionWeights, index: int, x: Array) -> Array:
+def attention_block(
+    model: Model, w: AttentionWeights, index: int, x: Array, *, half_cache: bool = False
+) -> Array:
     """What layer ``index``'s attention adds to the residual stream ``x`` (tokens, width)."""
     hyper, eps, count = model.hyper, model.hyper.norm_eps, len(x)
     normed = rms_norm(x, w.norm, eps)
@@ -52,6 +56,8 @@ def attention_block(model: Model, w: AttentionWeights, index: int, x: Array) -> 
     local = hyper.local_layers[index]
     angles = _angles(model, count, local)
     query, key = _rotate(query, angles, model.spec), _rotate(key, angles, model.spec)
+    if half_cache:
+        key, value = (a.astype(np.float16).astype(np.float64) for a in (key, value))
     group = hyper.heads // hyper.kv_heads
     key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
     scores = np.einsum("qhd,khd->hqk", query, key) * hyper.attention_scale

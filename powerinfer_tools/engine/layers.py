@@ -105,12 +105,11 @@ class LayerStack:
     def forward(self, tokens: Sequence[int], position: int) -> int:
         """Run all layers over ``tokens`` at ``position``; returns their number."""
         count = len(tokens)
-        try:
-            self._buffers.tokens[:count] = tokens
-        except (OverflowError, ValueError):
-            raise ModelError(
-                f"token ids {min(tokens)} to {max(tokens)} are not ids of this vocabulary"
-            ) from None
+        vocabulary = self.model.hyper.vocabulary
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise ModelError(f"token id {token} is outside the vocabulary of {vocabulary}")
+        self._buffers.tokens[:count] = tokens
         first = 0
         for split in self._splits:
             self._run(first, split.ready, count, position)

@@ -1,0 +1,107 @@
+"""Every operation once more in float64 numpy, as plainly as possible: what all kernels are compared with.
+
+Arrays are [tokens, width] unless said otherwise. Nothing here is fast, and nothing here rounds.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+#: Neurons whose down rows are summed into one partial sum.
+CHUNK = 64
+
+
+def rms_norm(x: Array, weight: Array | None, eps: float, groups: int = 1) -> Array:
+    """x / sqrt(mean(x²) + eps) · weight over each of `groups` equal parts of a row (arXiv 1910.07467)."""
+    parts = x.reshape(len(x), groups, -1)
+    out = parts / np.sqrt(np.mean(parts * parts, axis=-1, keepdims=True) + eps)
+    return (out if weight is None else out * weight).reshape(x.shape)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+    """(x − mean) / sqrt(variance + eps) · weight + bias over each row (arXiv 1607.06450)."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    out = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps) * weight
+    return out if bias is None else out + bias
+
+
+def quantize_activations(x: Array) -> tuple[Array, Array]:
+    """8-bit values and scales of blocks of 32: d = max|x| / 127, q = round(x / d). (q [T, C], d [T, C / 32])"""
+    blocks = x.reshape(len(x), -1, 32)
+    d = np.abs(blocks).max(axis=-1) / 127
+    safe = np.where(d > 0, d, 1.0)[..., None]
+    return np.rint(blocks / safe).reshape(x.shape), d
+
+
+def rope(x: Array, cos: Array, sin: Array, heads: int, position: int, style: str) -> Array:
+    """Rotate pairs of each head by the angles of its position (arXiv 2104.09864 eq. 34); cos, sin [capacity, half].
+
+    Style "norm" pairs (2i, 2i + 1), "neox" (i, i + half); values past 2 · half stay.
+    """
+    half = cos.shape[1]
+    first = np.arange(half) * 2 if style == "norm" else np.arange(half)
+    second = first + (1 if style == "norm" else half)
+    out = x.reshape(len(x), heads, -1).copy()
+    a, b = out[..., first], out[..., second]
+    c, s = (table[position : position + len(x), None, :] for table in (cos, sin))
+    out[..., first], out[..., second] = a * c - b * s, a * s + b * c
+    return out.reshape(x.shape)
+
+
+def attention(
+    q: Array, keys: Array, values: Array, scale: float, position: int, window: int = 0, softcap: float = 0.0
+) -> Array:
+    """Causal softmax(scale · q kᵀ) v, one key head for several query heads (arXiv 1706.03762, 2305.13245).
+
+    q [T, heads, dim]; keys and values [positions, kv_heads, dim]; token t stands at `position` + t and sees the
+    last `window` positions (0: all) up to its own. softcap c > 0: scores become c · tanh(score / c). [T, heads, dim]
+    """
+    group = q.shape[1] // keys.shape[1]
+    out = np.zeros_like(q)
+    for token, head in np.ndindex(q.shape[:2]):
+        last = position + token + 1
+        seen = slice(max(0, last - window) if window else 0, last)
+        scores = keys[seen, head // group] @ q[token, head] * scale
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        out[token, head] = weights / weights.sum() @ values[seen, head // group]
+    return out
+
+
+def activate(gate: Array, up: Array | None, kind: str) -> Array:
+    """act(gate) · up; without `up`, act(gate). drelu: relu(gate) · relu(up) (arXiv 2406.05955)."""
+    factor = np.ones_like(gate) if up is None else up
+    with np.errstate(over="ignore"):
+        match kind:
+            case "silu":
+                return gate / (1 + np.exp(-gate)) * factor
+            case "gelu_tanh":
+                inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+                return 0.5 * gate * (1 + np.tanh(inner)) * factor
+            case "gelu_erf":
+                erfc = np.vectorize(math.erfc, otypes=[np.float64])
+                return gate * (0.5 * erfc(-gate / math.sqrt(2))) * factor
+            case "relu":
+                return np.maximum(gate, 0) * factor
+            case "relu2":
+                return np.maximum(gate, 0) ** 2 * factor
+            case "drelu":
+                return np.maximum(gate, 0) * (np.maximum(factor, 0) if up is not None else 1.0)
+    raise ValueError(f"no activation is called {kind!r}")
+
+
+def accumulate_rows(h: Array, rows: Array) -> Array:
+    """Σ_i h_i row_i, [T, columns], in chunks of 64 rows: the order that the kernels keep."""
+    out = np.zeros((len(h), rows.shape[1]))
+    for first in range(0, len(rows), CHUNK):
+        out += h[:, first : first + CHUNK] @ rows[first : first + CHUNK]
+    return out
+
+
+def gate_first(gate: Array, x: Array, up: Array, down: Array, kind: str) -> Array:
+    """FFN over the neurons with a positive gate alone: the others contribute exactly nothing."""
+    hidden = np.where(gate > 0, activate(gate, x @ up.T, kind), 0.0)
+    return accumulate_rows(hidden, down)

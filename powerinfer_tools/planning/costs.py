@@ -20,8 +20,8 @@ from powerinfer_tools.planning.shapes import LayerShape, ModelShape
 Vector = npt.NDArray[np.float64]
 _F16 = 2
 _F32 = 4
-#: GPU kernels per hot FFN (gate and up; activation; down) and per attention block (norm, q/k/v, rope and store,
-#: scores and sum, output).
+#: GPU kernels per hot FFN (gate and up; activation; down) and per attention block (norm, q/k/v, rope and
+#: store, scores and sum, output).
 FFN_LAUNCHES = 3
 ATTENTION_LAUNCHES = 5
 
@@ -70,7 +70,8 @@ class Machine:
         object.__setattr__(self, "_bandwidths", np.array([bandwidth for _, bandwidth in self.curve]))
 
     def gathered_bandwidth(self, density: Vector) -> Vector:
-        """Bytes per second when a share ``density`` of the rows is read; constant outside the curve's points."""
+        """Bytes per second when a share ``density`` of the rows is read; constant outside the curve's
+        points."""
         return np.interp(density, self._densities, self._bandwidths)
 
 

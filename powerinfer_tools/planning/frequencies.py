@@ -47,11 +47,15 @@ def _sorted_frequencies(profile: "Profile", index: int) -> Vector:
 
 def _check_profile(shape: ModelShape, profile: "Profile") -> None:
     if shape.fingerprint is not None and profile.fingerprint != shape.fingerprint:
-        raise PlanError(f"the profile was made for {profile.model_name} ({profile.fingerprint[:12]}…), not for "
-                        f"{shape.name} ({shape.fingerprint[:12]}…); make one with powerinfer profile")
+        raise PlanError(
+            f"the profile was made for {profile.model_name} ({profile.fingerprint[:12]}…), not for "
+            f"{shape.name} ({shape.fingerprint[:12]}…); make one with powerinfer profile"
+        )
     counts = [len(profile.frequency(index)) for index in range(profile.layers)]
     if counts != [layer.neurons for layer in shape.layers]:
-        raise PlanError(f"the profile of {profile.model_name} has {len(counts)} layers of up to {max(counts)} "
-                        f"neurons; {shape.name} has {len(shape.layers)} of {shape.layers[0].neurons}")
+        raise PlanError(
+            f"the profile of {profile.model_name} has {len(counts)} layers of up to {max(counts)} "
+            f"neurons; {shape.name} has {len(shape.layers)} of {shape.layers[0].neurons}"
+        )
     if profile.tokens < 1:
         raise PlanError(f"the profile of {profile.model_name} counts no tokens")

@@ -1,7 +1,8 @@
 """The simple placements that people use, computed beside the solver's so that anyone sees what it earned.
 
-Every function returns one level index per unit: units are layers, possibly followed by the head, which the simple
-placements leave on the CPU. In a layer's table the level of g hot groups without attention has index g.
+Every function returns one level index per unit: units are layers, possibly followed by the head, which the
+simple placements leave on the CPU. In a layer's table the level of g hot groups without attention has index
+g.
 """
 
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ def top_k(tables: Sequence[LevelTable], vram_capacity: int, start: Choice | None
 
 
 def whole_layers(tables: Sequence[LevelTable], vram_capacity: int) -> Choice:
-    """The first layers with all that may be placed of them, as long as another whole layer fits; the rest on the
-    CPU. This is how layer-wise offload works."""
+    """The first layers with all that may be placed of them, as long as another whole layer fits; the rest on
+    the CPU. This is how layer-wise offload works."""
     choice, used = [], 0
     for table in tables:
         last = len(table) - 1

@@ -1,8 +1,9 @@
 """The relaxed problem in closed form: lower convex hulls of the levels, filled in order of gain per byte.
 
-For one budget the linear relaxation of a multiple-choice knapsack is solved by walking each unit's lower convex
-hull and taking the steepest steps of all units first (Sinha and Zoltners, Operations Research 27, 1979). The step
-that no longer fits gives the bound; leaving it out gives a choice that is at most one step from the bound.
+For one budget the linear relaxation of a multiple-choice knapsack is solved by walking each unit's lower
+convex hull and taking the steepest steps of all units first (Sinha and Zoltners, Operations Research 27,
+1979). The step that no longer fits gives the bound; leaving it out gives a choice that is at most one step
+from the bound.
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Relaxation:
-    """``bound``: no choice within the VRAM budget has a lower value (the RAM budget is ignored). ``choice``: the
-    level of each unit when the last, partial step is left out. ``price``: what one more byte of VRAM would save,
-    at least 0."""
+    """``bound``: no choice within the VRAM budget has a lower value (the RAM budget is ignored). ``choice``:
+    the level of each unit when the last, partial step is left out. ``price``: what one more byte of VRAM
+    would save, at least 0."""
 
     bound: float
     choice: tuple[int, ...]
@@ -59,8 +60,8 @@ def relax(problem: Problem) -> Relaxation | None:
 def hopeless_levels(problem: Problem, price: float, best: float) -> list[npt.NDArray[np.bool_]]:
     """Per unit, a mask of the levels that no choice better than ``best`` can hold.
 
-    For any price per byte of VRAM, Σ_l min_k (value + price·vram) − price·capacity is a bound (Lagrange); taking
-    another level k in unit l raises it by that level's distance from the unit's minimum.
+    For any price per byte of VRAM, Σ_l min_k (value + price·vram) − price·capacity is a bound (Lagrange);
+    taking another level k in unit l raises it by that level's distance from the unit's minimum.
     """
     priced = [unit.value + price * unit.vram for unit in problem.units]
     distances = [value - value.min() for value in priced]
@@ -79,7 +80,9 @@ def _steps(problem: Problem, hulls: list[Integers]) -> list[tuple[float, int, in
         slopes = np.diff(unit.value[hull]) / nbytes
         # Hulls are convex, yet rounding may swap neighbours by an ulp: keep the order within the unit.
         slopes = np.maximum.accumulate(slopes)
-        steps += [(float(s), index, k + 1, int(b)) for k, (s, b) in enumerate(zip(slopes, nbytes, strict=True))]
+        steps += [
+            (float(s), index, k + 1, int(b)) for k, (s, b) in enumerate(zip(slopes, nbytes, strict=True))
+        ]
     return sorted(steps)
 
 

@@ -1,7 +1,8 @@
 """Levels: the few ways in which one layer can be placed, each with its bytes and its time.
 
-A layer's neurons are sorted hottest first, so its placement is one number: how many groups are hot. Times come
-from :mod:`powerinfer_tools.planning.costs` and may be as nonlinear as they like; the solver only sees tables.
+A layer's neurons are sorted hottest first, so its placement is one number: how many groups are hot. Times
+come from :mod:`powerinfer_tools.planning.costs` and may be as nonlinear as they like; the solver only sees
+tables.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -26,10 +27,10 @@ MODES = ("dense", "gate-first")
 class LevelTable:
     """The levels of one unit; all arrays are [levels].
 
-    ``hot`` neurons on the accelerator; ``block_hot``: 1 where attention (or the head) is there too; ``mode``: index
-    into MODES for the cold side; ``vram`` and ``ram`` bytes; seconds of a token in parts (``block``: attention or
-    head; hot and cold sides run at the same time) and in total; ``activations``: expected number of active hot
-    neurons.
+    ``hot`` neurons on the accelerator; ``block_hot``: 1 where attention (or the head) is there too; ``mode``:
+    index into MODES for the cold side; ``vram`` and ``ram`` bytes; seconds of a token in parts (``block``:
+    attention or head; hot and cold sides run at the same time) and in total; ``activations``: expected number
+    of active hot neurons.
     """
 
     unit: str
@@ -89,7 +90,9 @@ def layer_levels(
     on_gpu = machine.gpu is not None and "ffn" in options.placeable
     hot = hot_counts(layer.neurons, options.group) if on_gpu else np.zeros(1, dtype=np.int64)
     active = _cumulative(frequencies, layer.neurons)
-    cold_seconds, mode = _cold(layer, hot, active, sizes, machine, skip=shape.exact_zeros and frequencies is not None)
+    cold_seconds, mode = _cold(
+        layer, hot, active, sizes, machine, skip=shape.exact_zeros and frequencies is not None
+    )
     skip_hot = options.sparse_hot and shape.exact_zeros and frequencies is not None
     block = costs.attention_seconds(shape, layer, machine, workload)
     fixed_bytes = attention_bytes(layer) + kv_cache_bytes(shape, workload.context)
@@ -110,7 +113,8 @@ def layer_levels(
     if machine.gpu is None or "attention" not in options.placeable:
         return base
     moved = replace(
-        _with_block_on_gpu(base, block, fixed_bytes), sync_seconds=_sync(layer, hot, True, machine, options.home)
+        _with_block_on_gpu(base, block, fixed_bytes),
+        sync_seconds=_sync(layer, hot, True, machine, options.home),
     )
     return _joined(base, moved)
 
@@ -121,9 +125,18 @@ def head_levels(shape: ModelShape, machine: Machine, options: LevelOptions) -> L
     block, nbytes = costs.head_seconds(shape, machine), shape.head.packed_nbytes
     one_sync = costs.sync_seconds(machine.gpu, shape.width) if machine.gpu else 0.0
     base = LevelTable(
-        unit="head", hot=zero, block_hot=zero, mode=zero, vram=zero, ram=zero + nbytes,
-        block_seconds=none + block.cpu, hot_seconds=none, cold_seconds=none,
-        sync_seconds=none + (one_sync if options.home == "gpu" else 0.0), activations=none, total_activations=0.0,
+        unit="head",
+        hot=zero,
+        block_hot=zero,
+        mode=zero,
+        vram=zero,
+        ram=zero + nbytes,
+        block_seconds=none + block.cpu,
+        hot_seconds=none,
+        cold_seconds=none,
+        sync_seconds=none + (one_sync if options.home == "gpu" else 0.0),
+        activations=none,
+        total_activations=0.0,
     )
     if machine.gpu is None or "head" not in options.placeable:
         return base
@@ -170,8 +183,8 @@ def _hot(hot: Integers, active: Vector, sizes: NeuronBytes, machine: Machine, sk
 
 
 def _sync(layer: LayerShape, hot: Integers, block_hot: bool, machine: Machine, home: Home) -> Vector:
-    """Synchronisations of a layer: one for each piece that leaves the home of the residual stream. Attention and
-    an FFN that is away as a whole leave together."""
+    """Synchronisations of a layer: one for each piece that leaves the home of the residual stream. Attention
+    and an FFN that is away as a whole leave together."""
     if machine.gpu is None:
         return np.zeros(len(hot))
     if home == "cpu":

@@ -1,8 +1,9 @@
 """Memory of a model at work, to the byte: what every unit takes in RAM and in VRAM.
 
-The counts follow the engine: matrices packed as tiles of 16 rows, neurons of both sides as rows without padding, a
-half-precision KV cache allocated for the whole context, and scratch for one batch of tokens. Not in the budgets:
-code, Python itself, the CUDA context, and pages of the mapped model file, which the system can drop at any time.
+The counts follow the engine: matrices packed as tiles of 16 rows, neurons of both sides as rows without
+padding, a half-precision KV cache allocated for the whole context, and scratch for one batch of tokens. Not
+in the budgets: code, Python itself, the CUDA context, and pages of the mapped model file, which the system
+can drop at any time.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from powerinfer_tools.planning.shapes import TILE_ROWS, LayerShape, ModelShape, 
 _F32 = 4
 _F16 = 2
 _BLOCK = 32
-#: Hot rows that the accelerator unpacks at a time, and rows of logits that the head computes at a time; the engine's
-#: own numbers, compared with it by a test.
+#: Hot rows that the accelerator unpacks at a time, and rows of logits that the head computes at a time; the
+#: engine's own numbers, compared with it by a test.
 CHUNK_ROWS = 512
 HEAD_ROWS = 32
 
@@ -48,9 +49,9 @@ def output_norm_bytes(shape: ModelShape) -> int:
 
 
 def cpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """Activations of one batch on the CPU side: the stream, its norm, a block's output and the hot side's part;
-    queries and attention output; keys and values; gate and up of all neurons; quantised copies of the three inputs
-    of matrices; token ids; and the head's input and logits."""
+    """Activations of one batch on the CPU side: the stream, its norm, a block's output and the hot side's
+    part; queries and attention output; keys and values; gate and up of all neurons; quantised copies of the
+    three inputs of matrices; token ids; and the head's input and logits."""
     neurons = max(layer.neurons for layer in shape.layers)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     values = 4 * shape.width + 2 * queries + 2 * keys + 2 * neurons
@@ -60,14 +61,15 @@ def cpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
 
 
 def _quantised_bytes(columns: int) -> int:
-    """One row of quantised activations: a byte per value, two floats per block. Widths without whole blocks have
-    no quantised copy."""
+    """One row of quantised activations: a byte per value, two floats per block. Widths without whole blocks
+    have no quantised copy."""
     return columns + 2 * _F32 * (columns // _BLOCK) if columns % _BLOCK == 0 else 0
 
 
 def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """Scratch of the hot side: input and output of one layer and three products of a chunk of neurons for
-    ``batch`` tokens, and a chunk of rows unpacked to float32 with twice as much for the steps of unpacking."""
+    ``batch`` tokens, and a chunk of rows unpacked to float32 with twice as much for the steps of
+    unpacking."""
     chunk = min(CHUNK_ROWS, max(layer.neurons for layer in shape.layers))
     return _F32 * (batch * (2 * shape.width + 3 * chunk) + 3 * chunk * shape.width)
 

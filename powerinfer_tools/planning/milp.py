@@ -1,8 +1,8 @@
 """The multiple-choice knapsack on HiGHS: one thread, fixed seed, stopped by gap or nodes.
 
-Units with equal tables are one class whose levels are counted by integers, so that equal layers bring no symmetry.
-HiGHS takes NaN and calls the result optimal, returns codes instead of raising, and gives zeros for an infeasible
-model: everything is checked here, before and after.
+Units with equal tables are one class whose levels are counted by integers, so that equal layers bring no
+symmetry. HiGHS takes NaN and calls the result optimal, returns codes instead of raising, and gives zeros for
+an infeasible model: everything is checked here, before and after.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ class SolverOptions:
     """``gap``: relative distance to the bound at which to stop. ``seconds`` is a safety net only: a plan that
     hits it says so, because another run may end elsewhere."""
 
-    gap: float = 1e-6
-    nodes: int = 20000
+    gap: float = 1e-4
+    nodes: int = 1000
     seconds: float = 60.0
 
 
@@ -53,7 +53,8 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Class:
-    """Units with equal tables, and the levels worth considering (indexes into the full table, at least one)."""
+    """Units with equal tables, and the levels worth considering (indexes into the full table, at least
+    one)."""
 
     members: tuple[int, ...]
     unit: Unit
@@ -103,11 +104,11 @@ def _classes(problem: Problem, start_value: float) -> list[_Class]:
 
 
 def _model(classes: list[_Class], problem: Problem, scale: float, options: SolverOptions) -> Any:
-    """The HiGHS model: a column per class and kept level (how many members choose it), a row per class, then one
-    row per budget in shares of its capacity."""
+    """The HiGHS model: a column per class and kept level (how many members choose it), a row per class, then
+    one row per budget in shares of its capacity."""
     import highspy
 
-    highs = highspy.Highs()
+    highs: Any = highspy.Highs()  # type: ignore[no-untyped-call]
     for name, value in (
         ("output_flag", False),
         ("threads", 1),
@@ -142,8 +143,12 @@ def _budget_rows(classes: list[_Class], problem: Problem) -> list[Vector]:
     """Shares of a budget that every column takes, for the budgets that can run out."""
     rows = []
     for side, capacity in (("vram", problem.vram_capacity), ("ram", problem.ram_capacity)):
-        nbytes = np.concatenate([getattr(group.unit, side)[group.kept] for group in classes]).astype(np.float64)
-        largest = sum(float(getattr(group.unit, side)[group.kept].max()) * len(group.members) for group in classes)
+        nbytes = np.concatenate([getattr(group.unit, side)[group.kept] for group in classes]).astype(
+            np.float64
+        )
+        largest = sum(
+            float(getattr(group.unit, side)[group.kept].max()) * len(group.members) for group in classes
+        )
         if largest > capacity:
             rows.append(nbytes / max(capacity, 1))
     return rows
@@ -198,16 +203,18 @@ def _status(highs: Any) -> Status:
         highspy.HighsModelStatus.kTimeLimit: "time limit",
     }
     if status not in known:
-        raise PlanError(f"the solver gave up: {highs.modelStatusToString(status)} (this is a fault of the planner, "
-                        "a placement that fits is known)")
+        raise PlanError(
+            f"the solver gave up: {highs.modelStatusToString(status)} (this is a fault of the planner, "
+            "a placement that fits is known)"
+        )
     return known[status]
 
 
 def _read_choice(
     values: Vector, classes: list[_Class], problem: Problem, start: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """The choice in HiGHS' columns: members of a class take its levels in ascending order. None when there is no
-    whole-numbered solution or when it breaks a budget by the solver's tolerance."""
+    """The choice in HiGHS' columns: members of a class take its levels in ascending order. None when there is
+    no whole-numbered solution or when it breaks a budget by the solver's tolerance."""
     if not len(values):
         return None
     choice, offset = list(start), 0

@@ -1,4 +1,5 @@
-"""From tables of levels to a placement: solve the problem for every home of the residual stream, keep the best."""
+"""From tables of levels to a placement: solve the problem for every home of the residual stream, keep the
+best."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -63,8 +64,8 @@ def best_placement(
     objective: Objective,
     solver: SolverOptions,
 ) -> Placement:
-    """The placement of least value over both homes of the residual stream (the accelerator can only be home when
-    attention may be placed there).
+    """The placement of least value over both homes of the residual stream (the accelerator can only be home
+    when attention may be placed there).
 
     Raises PlanError with the numbers when the RAM does not hold what the VRAM cannot take.
     """
@@ -82,7 +83,13 @@ def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...
         key = (layer, inputs.sizes[index], b"" if frequencies is None else frequencies.tobytes())
         if key not in known:
             known[key] = layer_levels(
-                index, inputs.shape, frequencies, inputs.sizes[index], inputs.machine, inputs.workload, options
+                index,
+                inputs.shape,
+                frequencies,
+                inputs.sizes[index],
+                inputs.machine,
+                inputs.workload,
+                options,
             )
         tables.append(replace(known[key], unit=f"layer {index}"))
     return (*tables, head_levels(inputs.shape, inputs.machine, options))
@@ -103,7 +110,9 @@ def _placement(
     tables = level_tables(inputs, options)
     problem = as_problem(tables, capacities, objective)
     choices = greedy_choices(tables, problem)
-    greedy = {name: problem.value(choice) if problem.fits(choice) else None for name, choice in choices.items()}
+    greedy = {
+        name: problem.value(choice) if problem.fits(choice) else None for name, choice in choices.items()
+    }
     starts = [choice for choice in choices.values() if problem.fits(choice)]
     if not starts:
         starts = [_least_ram(problem)]
@@ -120,7 +129,7 @@ def _least_ram(problem: Problem) -> tuple[int, ...]:
     vram, ram = problem.bytes_used(relaxed.choice)
     if ram > problem.ram_capacity:
         raise PlanError(
-            f"the model does not fit: with {vram:,} bytes in VRAM it needs {ram:,} bytes of RAM for layers and head, "
-            f"and the budget leaves {problem.ram_capacity:,}; give more --ram or --vram, or a smaller --ctx"
+            f"the model does not fit: with {vram:,} bytes in VRAM it needs {ram:,} bytes of RAM for layers and "
+            f"head, and the budget leaves {problem.ram_capacity:,}; give more --ram or --vram, or a smaller --ctx"
         )
     return relaxed.choice

@@ -1,4 +1,5 @@
-"""make_plan: a shape, a profile, a machine and budgets in; a placement with its memory, speed and verdict out.
+"""make_plan: a shape, a profile, a machine and budgets in; a placement with its memory, speed and verdict
+out.
 
 Pure: reads no files and measures nothing. Equal inputs give equal outcomes, byte for byte once written.
 """
@@ -8,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from powerinfer_formats.block_types import TensorType
 
+from powerinfer_formats.block_types import TensorType
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.planning import memory
 from powerinfer_tools.planning.costs import Machine
@@ -24,7 +25,8 @@ Vector = npt.NDArray[np.float64]
 #: Units that the planner knows, and those that this version's engine can run on the accelerator.
 PLACEABLE = frozenset({"ffn", "attention", "head"})
 ENGINE_PLACEABLE = frozenset({"ffn"})
-#: Left free when no budget is given: VRAM for the display, the CUDA context and the allocator; RAM for the system.
+#: Left free when no budget is given: VRAM for the display, the CUDA context and the allocator; RAM for the
+#: system.
 VRAM_MARGIN = 1 << 30
 RAM_MARGIN_SHARE = 0.1
 DEFAULT_CONTEXT = 4096
@@ -40,9 +42,9 @@ class Budgets:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How to plan. ``context`` None: 4,096 or the trained context, whichever is less. ``down_type``: row type of
-    the transposed down projection, None for convert's default. ``sparse_hot``: count on an accelerator that skips
-    inactive neurons (this version's engine computes all hot neurons)."""
+    """How to plan. ``context`` None: 4,096 or the trained context, whichever is less. ``down_type``: row type
+    of the transposed down projection, None for convert's default. ``sparse_hot``: count on an accelerator
+    that skips inactive neurons (this version's engine computes all hot neurons)."""
 
     objective: Objective = "time"
     group: int = 64
@@ -93,19 +95,23 @@ def plan_outcome(
     sizes = tuple(neuron_bytes(layer, options.down_type) for layer in shape.layers)
     inputs = Inputs(shape, machine, workload, frequencies.layers, sizes)
     scratch = memory.gpu_scratch_bytes(shape, workload.batch)
-    smallest = min(size.total * min(options.group, layer.neurons)
-                   for size, layer in zip(sizes, shape.layers, strict=True))
+    smallest = min(
+        size.total * min(options.group, layer.neurons)
+        for size, layer in zip(sizes, shape.layers, strict=True)
+    )
     if budgets.vram and machine.gpu is not None and vram < scratch + smallest:
         raise PlanError(
-            f"a VRAM budget of {vram:,} bytes is too small: {scratch:,} bytes of scratch and {smallest:,} bytes for "
-            f"one group of {options.group} neurons need {scratch + smallest:,}; give more --vram, or --vram 0 to "
-            "plan without the GPU"
+            f"a VRAM budget of {vram:,} bytes is too small: {scratch:,} bytes of scratch and {smallest:,} bytes "
+            f"for one group of {options.group} neurons need {scratch + smallest:,}; give more --vram, or --vram 0 "
+            "to plan without the GPU"
         )
     fixed = memory.fixed_ram_bytes(shape, workload)
     room = ram - sum(fixed.values())
     if room < 0:
-        raise PlanError(f"a RAM budget of {ram:,} bytes is too small: embedding, scratch and norms alone need "
-                        f"{sum(fixed.values()):,}")
+        raise PlanError(
+            f"a RAM budget of {ram:,} bytes is too small: embedding, scratch and norms alone need "
+            f"{sum(fixed.values()):,}"
+        )
     capacities = Capacities(vram=max(0, vram - scratch), ram=room)
     levels = LevelOptions(options.group, options.placeable, sparse_hot=options.sparse_hot)
     placement = best_placement(inputs, capacities, levels, options.objective, options.solver)
@@ -125,8 +131,9 @@ def plan_outcome(
 def _workload(shape: ModelShape, options: PlanOptions) -> Workload:
     context = min(DEFAULT_CONTEXT, shape.trained_context) if options.context is None else options.context
     if not 1 <= context <= shape.trained_context:
-        raise PlanError(f"context {context} is not from 1 to {shape.trained_context}, what {shape.name} was trained "
-                        "for")
+        raise PlanError(
+            f"context {context} is not from 1 to {shape.trained_context}, what {shape.name} was trained for"
+        )
     if options.batch < 1:
         raise PlanError(f"batch {options.batch} is not a positive number of tokens")
     return Workload(context=context, batch=min(options.batch, context))
@@ -137,10 +144,13 @@ def _check_options(options: PlanOptions, frequencies: Frequencies) -> None:
         raise PlanError(f"group {options.group} is not a positive number of neurons")
     unknown = options.placeable - PLACEABLE
     if unknown:
-        raise PlanError(f"cannot place {', '.join(sorted(unknown))}; what can be placed: "
-                        f"{', '.join(sorted(PLACEABLE))}")
+        raise PlanError(
+            f"cannot place {', '.join(sorted(unknown))}; what can be placed: {', '.join(sorted(PLACEABLE))}"
+        )
     if options.objective == "frequency" and frequencies.layers is None:
-        raise PlanError("--objective frequency needs activation frequencies; make them with powerinfer profile")
+        raise PlanError(
+            "--objective frequency needs activation frequencies; make them with powerinfer profile"
+        )
 
 
 def _vram_budget(machine: Machine, budgets: Budgets) -> int:
@@ -151,8 +161,10 @@ def _vram_budget(machine: Machine, budgets: Budgets) -> int:
     if budgets.vram is None:
         return max(0, machine.gpu.vram_bytes - VRAM_MARGIN)
     if budgets.vram > machine.gpu.vram_bytes:
-        raise PlanError(f"a VRAM budget of {budgets.vram:,} bytes is more than the {machine.gpu.vram_bytes:,} of "
-                        f"{machine.gpu.name}")
+        raise PlanError(
+            f"a VRAM budget of {budgets.vram:,} bytes is more than the {machine.gpu.vram_bytes:,} of "
+            f"{machine.gpu.name}"
+        )
     return budgets.vram
 
 

@@ -56,8 +56,8 @@ class Problem:
 
 
 def check_problem(problem: Problem) -> None:
-    """Refuse what a solver would take without complaint: NaN or infinite values, negative bytes, empty or uneven
-    tables, capacities below zero. Raises PlanError naming the unit."""
+    """Refuse what a solver would take without complaint: NaN or infinite values, negative bytes, empty or
+    uneven tables, capacities below zero. Raises PlanError naming the unit."""
     for name, capacity in (("VRAM", problem.vram_capacity), ("RAM", problem.ram_capacity)):
         if capacity < 0:
             raise PlanError(f"the {name} budget is {capacity} bytes; it must not be negative")

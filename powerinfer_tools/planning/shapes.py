@@ -1,14 +1,13 @@
 """Sizes of a model, as far as placing it needs them: matrices by row type, layers, heads, vocabulary.
 
-A shape comes from a loaded model or from a name in :mod:`powerinfer_tools.planning.published`; nothing else in
-the planner knows where it came from. Sizes are in values unless a name says bytes.
+A shape comes from a loaded model or from a name in :mod:`powerinfer_tools.planning.published`; nothing else
+in the planner knows where it came from. Sizes are in values unless a name says bytes.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType, row_bytes
-
 from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.errors import PlanError
 
@@ -120,8 +119,8 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class NeuronBytes:
-    """Bytes of one neuron of a layer in memory, the same on both sides. ``always`` is read for every token even
-    when inactive neurons are skipped (the gate row, or the up row of an FFN without gate)."""
+    """Bytes of one neuron of a layer in memory, the same on both sides. ``always`` is read for every token
+    even when inactive neurons are skipped (the gate row, or the up row of an FFN without gate)."""
 
     total: int
     always: int
@@ -135,8 +134,8 @@ class NeuronBytes:
 def stored_down_type(source: TensorType, requested: TensorType | None = None) -> TensorType:
     """Row type of the transposed down projection in the split file.
 
-    Transposing breaks quantised blocks apart, so quantised sources are requantised: to Q8_0 unless another type
-    is requested. Float sources keep their type.
+    Transposing breaks quantised blocks apart, so quantised sources are requantised: to Q8_0 unless another
+    type is requested. Float sources keep their type.
     """
     if requested is not None:
         return requested
@@ -144,16 +143,18 @@ def stored_down_type(source: TensorType, requested: TensorType | None = None) ->
 
 
 def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> NeuronBytes:
-    """Bytes of one neuron of ``layer``: its gate, up and (transposed) down rows. The padding of cold records in
-    the split file does not count: the engine drops it when it loads them.
+    """Bytes of one neuron of ``layer``: its gate, up and (transposed) down rows. The padding of cold records
+    in the split file does not count: the engine drops it when it loads them.
 
     Raises PlanError when the width does not hold whole blocks of the down projection's row type.
     """
     down = stored_down_type(layer.down.row_type, down_type)
     block = BLOCK_SHAPES[down].values
     if layer.width % block:
-        raise PlanError(f"the down projection cannot be stored as {down.name}: width {layer.width} is not a "
-                        f"multiple of {block}; choose another --quant")
+        raise PlanError(
+            f"the down projection cannot be stored as {down.name}: width {layer.width} is not a "
+            f"multiple of {block}; choose another --quant"
+        )
     rows = [matrix.row_type for matrix in (layer.gate, layer.up) if matrix is not None]
     sizes = [row_bytes(row_type, layer.width) for row_type in (*rows, down)]
     return NeuronBytes(total=sum(sizes), always=sizes[0])
@@ -165,8 +166,10 @@ def shape_of_model(model: "Model") -> ModelShape:
     Raises PlanError for a split file: its FFN is already arranged, a plan is made from the source.
     """
     if model.split is not None:
-        raise PlanError(f"{model.path}: this is a split file; make the plan from the source model "
-                        "(run takes a smaller --vram on a split file without a new plan)")
+        raise PlanError(
+            f"{model.path}: this is a split file; make the plan from the source model "
+            "(run takes a smaller --vram on a split file without a new plan)"
+        )
     hyper = model.hyper
     return ModelShape(
         name=model.name,
@@ -184,13 +187,27 @@ def shape_of_model(model: "Model") -> ModelShape:
 
 
 def _layer_of_model(model: "Model", index: int) -> LayerShape:
+    from powerinfer_tools.model import DenseFFN
+
     weights = model.layers[index]
     attention, ffn = weights.attention, weights.ffn
-    vectors = [attention.norm, attention.query_bias, attention.key_bias, attention.value_bias,
-               attention.output_bias, attention.query_norm, attention.key_norm, attention.post_norm,
-               weights.ffn_norm, weights.ffn_post_norm]
+    assert isinstance(ffn, DenseFFN)  # shape_of_model refuses split files
+    vectors = [
+        attention.norm,
+        attention.query_bias,
+        attention.key_bias,
+        attention.value_bias,
+        attention.output_bias,
+        attention.query_norm,
+        attention.key_norm,
+        attention.post_norm,
+        weights.ffn_norm,
+        weights.ffn_post_norm,
+    ]
     return LayerShape(
-        attention=tuple(_matrix(m) for m in (attention.query, attention.key, attention.value, attention.output)),
+        attention=tuple(
+            _matrix(m) for m in (attention.query, attention.key, attention.value, attention.output)
+        ),
         gate=_matrix(ffn.gate),
         up=_matrix(ffn.up),
         down=_matrix(ffn.down),

@@ -1,10 +1,10 @@
-"""Activation frequencies of the neurons of a layer, sorted descending: measured by a profile, or modelled from
-published figures.
+"""Activation frequencies of the neurons of a layer, sorted descending: measured by a profile, or modelled
+from published figures.
 
-The model is a power law that cannot exceed 1: the neuron at rank share x in (0, 1) is active for
-f(x) = min(1, c·x^-b) of the tokens; b and c are such that the mean is the published density and that the busiest
-``hot_share`` of the neurons make ``hot_activations`` of the activations (PowerInfer, arXiv 2312.12456, section 2,
-finds a power law).
+The model is a power law that cannot exceed 1: the neuron at rank share x in (0, 1) is active for f(x) =
+min(1, c·x^-b) of the tokens; b and c are such that the mean is the published density and that the busiest
+``hot_share`` of the neurons make ``hot_activations`` of the activations (PowerInfer, arXiv 2312.12456,
+section 2, finds a power law).
 """
 
 from collections.abc import Callable
@@ -35,11 +35,15 @@ def _fit(sparsity: PublishedSparsity) -> tuple[float, float]:
     """(b, c) of the curve."""
     density, share, part = sparsity.density, sparsity.hot_share, sparsity.hot_activations
     if not (0 < density <= 1 and 0 < share < part < 1):
-        raise PlanError(f"sparsity figures are out of range: density {density}, {part} of the activations from "
-                        f"{share} of the neurons")
+        raise PlanError(
+            f"sparsity figures are out of range: density {density}, {part} of the activations from "
+            f"{share} of the neurons"
+        )
     if density * part >= share:
-        raise PlanError(f"sparsity figures contradict each other: {share} of the neurons cannot make {part} of "
-                        f"the activations at density {density}")
+        raise PlanError(
+            f"sparsity figures contradict each other: {share} of the neurons cannot make {part} of "
+            f"the activations at density {density}"
+        )
     ranks = (np.arange(_POINTS) + 0.5) / _POINTS
     hot = ranks < share
 

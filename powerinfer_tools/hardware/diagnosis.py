@@ -1,0 +1,146 @@
+"""What ``powerinfer doctor`` says: this machine in facts, what would be used, and measurements when asked."""
+
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_kernels import Pool, available_isas
+from powerinfer_tools import __version__
+from powerinfer_tools.hardware import detect
+from powerinfer_tools.hardware.store import default_profile_path
+from powerinfer_tools.progress import Progress
+
+_GIB = 1 << 30
+#: A figure that varies by more than this share between repeats was disturbed.
+_NOISY = 0.25
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """``facts`` for programs and ``lines`` (name, value) for people say the same; ``profile`` when
+    measured."""
+
+    facts: dict[str, Any]
+    lines: list[tuple[str, str]]
+    warnings: list[str] = field(default_factory=list)
+    profile: HardwareProfile | None = None
+
+
+def diagnose(
+    *, measure: bool = False, threads: int | None = None, progress: Progress | None = None
+) -> Diagnosis:
+    """Describe this machine; with ``measure``, measure it too. Raises HardwareError, KernelError."""
+    described = describe_machine(threads)
+    if not measure:
+        return described
+    from powerinfer_tools.hardware.measure import measure as run
+
+    with Pool(threads) as pool:
+        measured = run(pool, cuda=described.facts["gpu"] is not None, progress=progress)
+    cpu = measured.profile.cpu
+    facts = described.facts | {"measured": measured.profile, "spread": measured.spreads}
+    lines = [
+        *described.lines,
+        ("read bandwidth", _rate(cpu.bandwidth_bytes_per_s, measured.spreads["stream"])),
+    ]
+    for density, rate in zip(cpu.sparse_densities, cpu.sparse_bandwidth_bytes_per_s, strict=True):
+        lines.append((f"rows, density {density:g}", _rate(rate, measured.spreads[f"density {density:g}"])))
+    lines += _gpu_lines(measured.profile)
+    noisy = [name for name, spread in measured.spreads.items() if spread > _NOISY]
+    warnings = list(described.warnings)
+    if noisy:
+        warnings.append(
+            f"these figures vary by more than {100 * _NOISY:.0f} % between repeats ({', '.join(noisy)}); "
+            "measure again on an idle machine"
+        )
+    return Diagnosis(facts, lines, warnings, measured.profile)
+
+
+def describe_machine(threads: int | None = None) -> Diagnosis:
+    """What this machine is. torch is imported only where an NVIDIA driver is loaded."""
+    driver, torch = detect.nvidia_driver(), detect.torch_version()
+    device = detect.cuda_device() if driver and torch else None
+    gpu = device if isinstance(device, detect.CudaDevice) else None
+    ram, free = detect.ram_bytes(), detect.available_ram_bytes()
+    stored = default_profile_path()
+    facts: dict[str, Any] = {
+        "version": __version__,
+        "cpu": detect.cpu_name(),
+        "cores": detect.cores(),
+        "threads": threads or detect.cores(),
+        "isa": detect.chosen_isa(),
+        "isas": list(available_isas()),
+        "ram_bytes": ram,
+        "available_ram_bytes": free,
+        "driver": driver,
+        "torch": torch,
+        "highs": _version("highspy"),
+        "gpu": gpu,
+        "hardware_profile": str(stored) if stored.is_file() else None,
+    }
+    lines = [
+        ("powerinfer", __version__),
+        ("CPU", f"{facts['cpu']}, {facts['cores']} physical cores, {facts['threads']} threads used"),
+        ("instruction set", f"{facts['isa']} (available: {', '.join(facts['isas'])})"),
+        ("RAM", f"{ram / _GIB:.1f} GiB, {free / _GIB:.1f} GiB available"),
+        ("GPU", _gpu_text(gpu, driver)),
+        ("torch", torch or "not installed (needed for --device cpu and cuda)"),
+        (
+            "hardware profile",
+            facts["hardware_profile"] or "none stored; powerinfer doctor --measure makes one",
+        ),
+        ("hot neurons", "on cuda" if gpu else "on the CPU through torch (--device cpu), if asked for"),
+    ]
+    return Diagnosis(facts, lines, _warnings(facts, driver, device))
+
+
+def _warnings(facts: dict[str, Any], driver: str | None, device: detect.CudaDevice | str | None) -> list[str]:
+    warnings = []
+    if driver and isinstance(device, str):
+        warnings.append(f"NVIDIA driver {driver} is loaded, but {device}; everything runs on the CPU")
+    if driver and facts["torch"] is None:
+        warnings.append(
+            f"NVIDIA driver {driver} is loaded, but torch is not installed; everything runs on the CPU"
+        )
+    if facts["isa"].endswith("(not available)"):
+        warnings.append(f"{detect.ISA_VARIABLE} asks for an instruction set that this CPU does not have")
+    if not facts["ram_bytes"]:
+        warnings.append("the system does not say how much memory there is")
+    return warnings
+
+
+def _gpu_text(gpu: detect.CudaDevice | None, driver: str | None) -> str:
+    if gpu is None:
+        return "none" if driver is None else f"not usable (driver {driver})"
+    free, total = gpu.free_bytes / _GIB, gpu.total_bytes / _GIB
+    room = f"{free:.1f} of {total:.1f} GiB free"
+    return f"{gpu.name}, compute capability {gpu.capability}, {room}, driver {driver}"
+
+
+def _gpu_lines(profile: HardwareProfile) -> list[tuple[str, str]]:
+    if profile.gpu is None or profile.link is None:
+        return []
+    return [
+        ("GPU bandwidth", f"{profile.gpu.bandwidth_bytes_per_s / 1e9:.1f} GB/s"),
+        (
+            "GPU launch, sync",
+            f"{1e6 * profile.gpu.launch_seconds:.1f} µs, {1e6 * profile.gpu.sync_seconds:.1f} µs",
+        ),
+        (
+            "link",
+            f"{profile.link.bandwidth_bytes_per_s / 1e9:.1f} GB/s, "
+            f"{1e6 * profile.link.latency_seconds:.1f} µs",
+        ),
+    ]
+
+
+def _rate(rate: float, spread: float) -> str:
+    return f"{rate / 1e9:.1f} GB/s, spread {100 * spread:.0f} %"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

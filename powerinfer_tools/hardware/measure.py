@@ -1,0 +1,185 @@
+"""Measure this machine with the engine's own kernels: streams, gathered rows, and a CUDA device where there
+is one.
+
+Takes a few seconds. Every figure is the median of its repeats; the spread (largest minus smallest, over the
+median) comes with it.
+"""
+
+import datetime
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from powerinfer_formats.hardware import CpuInfo, GpuInfo, HardwareProfile, LinkInfo, MachineInfo
+from powerinfer_kernels import (
+    Activations,
+    Pool,
+    Program,
+    ProgramBuilder,
+    RowMatrix,
+    RowType,
+    aligned,
+    quantize,
+    read_bandwidth,
+    row_bytes,
+)
+from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.hardware import detect
+from powerinfer_tools.progress import Progress, Silent
+
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+#: Rows as in a common model of 7 billion weights; far more of them than a cache holds.
+_WIDTH = 4096
+_UP_TYPE, _DOWN_TYPE = RowType.Q4_0, RowType.Q8_0
+_MOST_BYTES = 256 << 20
+_PATTERN_ROWS = 64
+_REPEATS = 5
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure and its relative spread over the repeats."""
+
+    value: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A hardware profile, and the spread of every figure in it by name."""
+
+    profile: HardwareProfile
+    spreads: dict[str, float]
+
+
+def measure(
+    pool: Pool, seconds: float = 4.0, *, cuda: bool = False, progress: Progress | None = None
+) -> Measurement:
+    """Measure for about ``seconds`` on the threads of ``pool``; with ``cuda``, the first CUDA device too.
+
+    Raises HardwareError when the machine does not tell its memory or cannot spare enough to measure with, and
+    when ``cuda`` is asked for without a usable device.
+    """
+    if not seconds > 0:
+        raise HardwareError(f"measuring for {seconds} seconds measures nothing")
+    progress = progress or Silent()
+    progress.start("measuring", len(DENSITIES) + 1 + cuda, "figures")
+    nbytes = _buffer_bytes()
+    share = seconds / (2 * _REPEATS)
+    stream = _figure([read_bandwidth(pool, nbytes, share) for _ in range(_REPEATS)])
+    progress.advance(1)
+    curve = gathered_curve(pool, nbytes, seconds / 2, progress)
+    gpu, link = _measure_cuda(progress) if cuda else (None, None)
+    progress.finish()
+    profile = HardwareProfile(
+        machine=MachineInfo(platform.node() or "this machine", "measured", datetime.date.today().isoformat()),
+        cpu=CpuInfo(
+            name=detect.cpu_name(),
+            cores=pool.threads,
+            isa=pool.isa,
+            bandwidth_bytes_per_s=stream.value,
+            ram_bytes=detect.ram_bytes(),
+            sparse_densities=DENSITIES,
+            sparse_bandwidth_bytes_per_s=tuple(figure.value for figure in curve),
+        ),
+        gpu=gpu,
+        link=link,
+    )
+    spreads = {"stream": stream.spread} | {
+        f"density {density:g}": figure.spread for density, figure in zip(DENSITIES, curve, strict=True)
+    }
+    return Measurement(profile, spreads)
+
+
+def gathered_curve(
+    pool: Pool, nbytes: int, seconds: float, progress: Progress, densities: Sequence[float] = DENSITIES
+) -> list[Figure]:
+    """Bytes per second of the gate-first kernel, counting the up and down rows of active neurons, for each
+    share of active neurons. Which neurons are active is drawn anew for every pass."""
+    bench = _GateFirst(nbytes)
+    random = np.random.default_rng(_SEED)
+    figures = []
+    for density in densities:
+        bench.rate(pool, density, random)  # the first pass brings pages and threads in
+        deadline = time.perf_counter() + seconds / len(densities)
+        rates: list[float] = []
+        while len(rates) < _REPEATS or (time.perf_counter() < deadline and len(rates) < 10 * _REPEATS):
+            rates.append(bench.rate(pool, density, random))
+        figures.append(_figure(rates))
+        progress.advance(1)
+    return figures
+
+
+class _GateFirst:
+    """One gate-first FFN over ``nbytes`` of up and down rows."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.neuron_bytes = row_bytes(_UP_TYPE, _WIDTH) + row_bytes(_DOWN_TYPE, _WIDTH)
+        self.neurons = max(_PATTERN_ROWS, nbytes // self.neuron_bytes // _PATTERN_ROWS * _PATTERN_ROWS)
+        self.gate = aligned((1, self.neurons), np.float32)
+        self.program = self._program()
+
+    def rate(self, pool: Pool, density: float, random: np.random.Generator) -> float:
+        """Bytes per second of one pass with ``density`` of the neurons active."""
+        active = max(1, round(density * self.neurons))
+        self.gate[:] = -1.0
+        self.gate[0, random.choice(self.neurons, active, replace=False)] = 1.0
+        self.program.reset_counters()
+        self.program.run(pool, 0, self.program.operations, 1, 0)
+        nanoseconds = int(self.program.nanoseconds().sum())
+        return active * self.neuron_bytes / max(nanoseconds, 1) * 1e9
+
+    def _program(self) -> Program:
+        random = np.random.default_rng(_SEED)
+        source = aligned((1, _WIDTH), np.float32)
+        source[:] = random.standard_normal((1, _WIDTH), dtype=np.float32)
+        acts = Activations(1, _WIDTH)
+        quantiser = ProgramBuilder(1)
+        quantiser.quantize(source, acts)
+        with Pool(1) as alone:
+            quantiser.build().run(alone, 0, 1, 1, 0)
+        out, scratch = aligned((1, _WIDTH), np.float32), aligned((1, self.neurons), np.float32)
+        builder = ProgramBuilder(1)
+        builder.gate_first(
+            self.gate, source, acts, self._rows(_UP_TYPE), self._rows(_DOWN_TYPE), out, scratch, "relu"
+        )
+        return builder.build()
+
+    def _rows(self, row_type: RowType) -> RowMatrix:
+        """Random rows: a small pattern again and again, which no cache can tell from as many different
+        ones."""
+        values = np.random.default_rng(_SEED).standard_normal((_PATTERN_ROWS, _WIDTH), dtype=np.float32)
+        data = aligned((self.neurons, row_bytes(row_type, _WIDTH)), np.uint8)
+        data.reshape(-1, _PATTERN_ROWS, data.shape[1])[:] = quantize(values, row_type)
+        return RowMatrix(data, row_type, self.neurons, _WIDTH)
+
+
+def _buffer_bytes() -> int:
+    """As much memory as is needed to defeat the caches, and no more than an eighth of what is free."""
+    total, available = detect.ram_bytes(), detect.available_ram_bytes()
+    if not total:
+        raise HardwareError("the system does not say how much memory there is (/proc/meminfo)")
+    spare = min(total, available or total) // 8
+    if spare < 64 << 20:
+        raise HardwareError(f"{spare} bytes of memory to spare are too few to measure with; free some first")
+    return min(_MOST_BYTES, spare)
+
+
+def _figure(values: Sequence[float]) -> Figure:
+    middle = float(np.median(values))
+    return Figure(middle, (max(values) - min(values)) / middle)
+
+
+def _measure_cuda(progress: Progress) -> tuple[GpuInfo, LinkInfo]:
+    device = detect.cuda_device()
+    if isinstance(device, str):
+        raise HardwareError(f"the GPU cannot be measured: {device}")
+    from powerinfer_tools.hardware.measure_cuda import measure_cuda
+
+    result = measure_cuda(device)
+    progress.advance(1)
+    return result

@@ -1,0 +1,105 @@
+"""From an outcome to the plan file."""
+
+from typing import Literal
+
+from powerinfer_formats import plan as file
+from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.profile import Profile
+from powerinfer_tools import __version__
+from powerinfer_tools.planning.levels import MODES
+from powerinfer_tools.planning.planner import Outcome
+from powerinfer_tools.planning.verdict import limited_by, time_parts, verdict
+
+#: Units of the memory count that belong to layers; the others are units of their own in the file.
+_LAYER_UNITS = frozenset({"ffn", "attention", "kv_cache"})
+
+
+def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None) -> file.Plan:
+    """The plan file's content."""
+    shape, options, memory = outcome.shape, outcome.options, outcome.memory
+    neurons = max(layer.neurons for layer in shape.layers)
+    return file.Plan(
+        tool_version=__version__,
+        model=file.PlanModel(
+            name=shape.name,
+            fingerprint=shape.fingerprint,
+            architecture=shape.architecture,
+            activation=shape.activation,
+            layers=len(shape.layers),
+            neurons=neurons,
+            width=shape.width,
+        ),
+        hardware=file.PlanHardware(
+            name=hardware.machine.name,
+            source=hardware.machine.source,
+            cpu=hardware.cpu.name,
+            gpu=hardware.gpu.name if hardware.gpu else None,
+        ),
+        budgets=file.Budgets(memory.vram_capacity, memory.ram_capacity, outcome.workload.context),
+        objective=options.objective,
+        group=min(options.group, neurons),
+        layers=tuple(_layer(outcome, index) for index in range(len(shape.layers))),
+        units=_units(outcome),
+        memory=file.PlanMemory(memory.vram_used, memory.vram_capacity, memory.ram_used, memory.ram_capacity),
+        solver=_solver(outcome),
+        predicted=file.PlanPrediction(
+            tokens_per_second=1.0 / outcome.placement.seconds,
+            limited_by=limited_by(outcome),
+            seconds=time_parts(outcome) | {"total": outcome.placement.seconds},
+        ),
+        verdict=verdict(outcome),
+        provenance=_provenance(outcome, profile),
+    )
+
+
+def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
+    table, k = outcome.placement.tables[index], outcome.placement.solution.choice[index]
+    share = float(table.activations[k]) / table.total_activations if table.total_activations else 0.0
+    return file.LayerPlan(
+        index=index,
+        hot_neurons=int(table.hot[k]),
+        mode="gate-first" if MODES[int(table.mode[k])] == "gate-first" else "dense",
+        attention="gpu" if table.block_hot[k] else "cpu",
+        hot_activation_share=min(1.0, share),
+        vram_bytes=int(table.vram[k]),
+        ram_bytes=int(table.ram[k]),
+        seconds=file.LayerSeconds(
+            attention=float(table.block_seconds[k]),
+            hot=float(table.hot_seconds[k]),
+            cold=float(table.cold_seconds[k]),
+            sync=float(table.sync_seconds[k]),
+            total=float(table.seconds[k]),
+        ),
+    )
+
+
+def _units(outcome: Outcome) -> tuple[file.PlanUnit, ...]:
+    sides: tuple[tuple[Literal["gpu", "cpu"], dict[str, int]], ...] = (
+        ("gpu", dict(outcome.memory.vram_units)),
+        ("cpu", dict(outcome.memory.ram_units)),
+    )
+    return tuple(
+        file.PlanUnit(name, device, nbytes)
+        for device, units in sides
+        for name, nbytes in units.items()
+        if nbytes and name not in _LAYER_UNITS
+    )
+
+
+def _solver(outcome: Outcome) -> file.PlanSolver:
+    solution = outcome.placement.solution
+    return file.PlanSolver(
+        status=solution.status,
+        objective=solution.value,
+        bound=solution.bound,
+        gap=solution.gap,
+        nodes=solution.nodes,
+        greedy={name: value for name, value in outcome.placement.greedy.items() if value is not None},
+    )
+
+
+def _provenance(outcome: Outcome, profile: Profile | None) -> file.PlanProvenance:
+    if profile is None:
+        return file.PlanProvenance(outcome.frequencies.source)
+    hashes = tuple(corpus.sha256 for corpus in profile.corpus)
+    return file.PlanProvenance(outcome.frequencies.source, hashes, profile.tokens)

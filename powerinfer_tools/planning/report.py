@@ -1,0 +1,125 @@
+"""A plan as text for a person: what is where, hot share per layer, what to expect and what limits it."""
+
+from collections.abc import Sequence
+
+from powerinfer_formats.plan import LayerPlan, Plan
+
+_MIB = 1 << 20
+
+
+def render_plan(plan: Plan) -> str:
+    """The whole report; lines of at most 110 characters, except for the verdict."""
+    return "\n".join(
+        [*_header(plan), "", *_layer_table(plan), "", *_totals(plan), "", *_solver(plan), "", plan.verdict]
+    )
+
+
+def layer_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """One row per run of equal layers: layers, hot neurons, hot share, share of activations, mode, attention,
+    VRAM, RAM and time of each layer in the run."""
+    rows, first = [], 0
+    for index in range(1, len(plan.layers) + 1):
+        if index < len(plan.layers) and _alike(plan.layers[index], plan.layers[first]):
+            continue
+        rows.append(_row(plan, first, index - 1))
+        first = index
+    return rows
+
+
+def _alike(one: LayerPlan, other: LayerPlan) -> bool:
+    return _cells(one) == _cells(other)
+
+
+def _cells(layer: LayerPlan) -> tuple[str, ...]:
+    return (
+        f"{100 * layer.hot_activation_share:.1f} %",
+        layer.mode,
+        layer.attention.upper(),
+        f"{layer.vram_bytes / _MIB:,.2f}",
+        f"{layer.ram_bytes / _MIB:,.2f}",
+        f"{1e6 * layer.seconds.hot:,.0f}",
+        f"{1e6 * layer.seconds.cold:,.0f}",
+        f"{1e6 * layer.seconds.total:,.0f}",
+        f"{layer.hot_neurons:,}",
+    )
+
+
+def _row(plan: Plan, first: int, last: int) -> tuple[str, ...]:
+    layer = plan.layers[first]
+    *cells, hot = _cells(layer)
+    name = str(first) if first == last else f"{first}–{last}"
+    return (name, hot, f"{100 * layer.hot_neurons / plan.model.neurons:.1f} %", *cells)
+
+
+def _header(plan: Plan) -> list[str]:
+    model, hardware, budgets = plan.model, plan.hardware, plan.budgets
+    gpu = hardware.gpu or "no GPU"
+    peaks = " (published figures, not measured)" if hardware.source == "preset" else ""
+    return [
+        f"{model.name}: {model.layers} layers of {model.neurons:,} neurons, {model.activation}",
+        f"for {hardware.name}: {hardware.cpu}, {gpu}{peaks}",
+        f"budgets: {budgets.vram_bytes / _MIB:,.1f} MiB VRAM, {budgets.ram_bytes / _MIB:,.1f} MiB RAM, "
+        f"context {budgets.context:,}; objective: {plan.objective}",
+        f"frequencies: {plan.provenance.source}",
+    ]
+
+
+def _layer_table(plan: Plan) -> list[str]:
+    headings = (
+        "layers",
+        "hot",
+        "share",
+        "activity",
+        "mode",
+        "attn",
+        "VRAM MiB",
+        "RAM MiB",
+        "hot µs",
+        "cold µs",
+        "µs",
+    )
+    return _columns([headings, *layer_rows(plan)], left=(4, 5))
+
+
+def _totals(plan: Plan) -> list[str]:
+    memory, predicted = plan.memory, plan.predicted
+    units = ", ".join(f"{u.name} {u.bytes / _MIB:,.1f} ({u.device.upper()})" for u in plan.units)
+    parts = ", ".join(
+        f"{name} {1e3 * s:.2f}" for name, s in predicted.seconds.items() if s and name != "total"
+    )
+    return [
+        f"other units, MiB: {units}",
+        f"VRAM {memory.vram_used:,} of {memory.vram_capacity:,} bytes; "
+        f"RAM {memory.ram_used:,} of {memory.ram_capacity:,} bytes",
+        f"expected: {predicted.tokens_per_second:.2f} tok/s, ms per token: {parts}",
+        f"limited by: {predicted.limited_by}",
+    ]
+
+
+def _solver(plan: Plan) -> list[str]:
+    solver, time = plan.solver, plan.objective == "time"
+
+    def shown(value: float) -> str:
+        if time:
+            return f"{1 / value:.2f} tok/s" if value > 0 else "–"
+        return f"{value:.1f} activations left to the CPU per token"
+
+    rows = [(name, shown(value)) for name, value in solver.greedy.items()]
+    rows += [("this plan", shown(solver.objective)), ("bound", shown(solver.bound))]
+    state = f"solver: {solver.status}, gap {100 * solver.gap:.4f} %, {solver.nodes} nodes"
+    if solver.status == "time limit":
+        state += " (stopped by the clock: another run may end elsewhere)"
+    return [*_columns(rows, left=(0,)), state]
+
+
+def _columns(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> list[str]:
+    """Rows with aligned columns; those in ``left`` to the left, others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return lines

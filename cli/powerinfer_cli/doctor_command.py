@@ -46,6 +46,8 @@ def command(
         from powerinfer_tools.hardware import default_profile_path
 
         written = output or default_profile_path()
+        if output is None:
+            written.parent.mkdir(parents=True, exist_ok=True)
         result.profile.save(written)
     if common.json:
         emit_json({"path": written, **result.facts, "warnings": result.warnings})

@@ -22,7 +22,7 @@ here.
 Examples:
   powerinfer plan -m model.gguf --vram 40MiB
   powerinfer plan -m model.gguf --vram 8GiB --ctx 8192 --hardware pc-high
-  powerinfer plan --shape llama-70b-relu --vram 22GiB --hardware pc-high
+  powerinfer plan --shape relu-llama-2-70b --vram 22GiB --hardware pc-high
 """
 
 
@@ -33,6 +33,9 @@ def command(
         str | None,
         typer.Option("--shape", metavar="NAME", help="Plan for a model's shape alone, instead of a file."),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="With --shape: row type of its matrices.")
+    ] = "q4_0",
     profile: Annotated[
         Path | None,
         typer.Option("--profile", metavar="FILE", help="Profile. Without it: the one beside the model."),
@@ -41,14 +44,21 @@ def command(
     vram: Annotated[int | None, opt.size_option("--vram", "Memory of the accelerator to use.")] = None,
     ram: Annotated[int | None, opt.size_option("--ram", "Memory of the machine to use.")] = None,
     ctx: Annotated[
-        int, typer.Option("--ctx", "-c", min=1, metavar="N", help="Context to reserve memory for, in tokens.")
-    ] = 4096,
+        int | None,
+        typer.Option(
+            "--ctx",
+            "-c",
+            min=1,
+            metavar="N",
+            help="Context to reserve memory for, in tokens. Without it: the model's, up to 4096.",
+        ),
+    ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
             "--hardware",
             metavar="FILE|PRESET",
-            help="Hardware profile. Without it: this machine's, or measured now.",
+            help="Profile: a file, pc-high or pc-low. Without it: this machine's (doctor --measure).",
         ),
     ] = None,
     objective: Annotated[
@@ -61,29 +71,32 @@ def command(
     common: opt.Common,
 ) -> None:
     """Plan the placement of a model's neurons."""
+    if shape is not None and model is not None:
+        raise typer.BadParameter("choose one of --model and --shape", param_hint="--shape")
+    source = None if shape is not None else find_model(model)
+    path = output if source is None else output_file(output, source, PLAN_SUFFIX)
+    measured = find_profile(profile, source)
     from powerinfer_tools.planning import PlanRequest, make_plan
 
-    source = None if shape else find_model(model)
-    if source is None and output is None and not common.json:
-        say("no --output: the plan is printed, not written")
-    request = PlanRequest(
-        model=source,
-        shape=shape,
-        profile=find_profile(profile, source),
-        hardware=hardware,
-        vram_bytes=vram,
-        ram_bytes=ram,
-        context=ctx,
-        objective=objective,
-        group=group,
-        threads=common.threads,
+    plan = make_plan(
+        PlanRequest(
+            model=source,
+            shape=shape,
+            dtype=dtype,
+            profile=measured,
+            hardware=hardware,
+            vram_bytes=vram,
+            ram_bytes=ram,
+            context=ctx,
+            objective=objective,
+            group=group,
+            threads=common.threads,
+        )
     )
-    plan = make_plan(request)
-    path = output_file(output, source, PLAN_SUFFIX) if source else output
     if path is not None:
         plan.save(path)
-        say(f"wrote {path}")
     show(plan, as_json=common.json)
+    say(f"wrote {path}" if path is not None else "not written: name a file with -o to keep it")
 
 
 def find_profile(named: Path | None, model: Path | None) -> Path | None:

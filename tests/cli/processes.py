@@ -33,10 +33,10 @@ Command = Callable[..., Ended]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of a command: ours without a model named, and the same packages."""
-    kept = {key: value for key, value in os.environ.items() if key != "POWERINFER_MODEL"}
+    """The environment of a command: ours without what the user has set, and the same packages."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("POWERINFER_")}
     packages = os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)
-    return kept | {"PYTHONPATH": packages} | variables
+    return kept | {"PYTHONPATH": packages, "XDG_CONFIG_HOME": os.devnull} | variables
 
 
 def command_line(*arguments: str | Path) -> list[str]:

@@ -1,6 +1,7 @@
 """The tokeniser of a model, from its GGUF metadata; ids agree exactly with llama.cpp's."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text.byte_pair import BytePairEncoder
@@ -14,15 +15,15 @@ class Tokenizer:
     """Text ↔ token ids of one vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self.tokens = vocabulary
-        self._partition = SpecialPartition(vocabulary)
-        self._pieces = Pieces(vocabulary)
+        # Building the encoder is all that merges are for; they are hundreds of thousands of strings.
+        self.tokens = replace(vocabulary, merges=())
         self._encoder = BytePairEncoder(vocabulary) if vocabulary.kind == "bpe" else ScoreEncoder(vocabulary)
+        self._partition = SpecialPartition(self.tokens)
+        self._pieces = Pieces(self.tokens)
 
     @classmethod
     def from_gguf(cls, gguf: MetadataSource) -> "Tokenizer":
-        """The tokeniser of an opened GGUF file. Raises TokenizerError: unsupported, inconsistent or
-        missing."""
+        """The tokeniser of an opened GGUF file. Raises TokenizerError."""
         return cls(Vocabulary.from_gguf(gguf))
 
     @property

@@ -67,7 +67,12 @@ def profile(
         typer.Option("--corpus", metavar="FILE...", help="Text files, JSONL files or folders of them."),
     ] = None,
     output: opt.Output = None,
-    window: opt.Window = 512,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx", "-c", min=2, metavar="N", help="Tokens in one window of the text (default: 512)."
+        ),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", min=1, metavar="N", help="Stop after so many tokens of the corpus."),

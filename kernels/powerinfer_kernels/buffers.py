@@ -112,3 +112,8 @@ class RowMatrix:
         alignment = {0: 4}.get(int(self.row_type), 2)  # what a row's numbers need: float32, else half precision
         if self.data.ctypes.data % alignment or self.stride % alignment:
             raise KernelError(f"rows of {self.row_type.name} must start at multiples of {alignment} bytes")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, what lies between them included."""
+        return self.rows * self.stride

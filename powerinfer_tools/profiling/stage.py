@@ -24,16 +24,20 @@ from powerinfer_tools.text import Tokenizer
 
 #: Seconds between checkpoints: what a kill can cost at most.
 CHECKPOINT_SECONDS = 60.0
+DEFAULT_WINDOW = 512
 
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What to profile. ``max_tokens`` None reads all; ``restart`` forgets interrupted work."""
+    """What to profile. ``max_tokens`` None reads all; ``restart`` forgets interrupted work.
+
+    ``window`` tokens are read at once, each window anew; None takes 512, or the model's context where that is less.
+    """
 
     model: Path
     corpus: tuple[Path, ...]
     output: Path
-    window: int = 512
+    window: int | None = None
     max_tokens: int | None = None
     target_density: float = 0.2
     threads: int | None = None
@@ -59,9 +63,8 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
             raise ProfileError(
                 f"{options.model} is a split file; profile the source model that it was made from"
             )
-        if not 2 <= options.window <= model.hyper.trained_context:
-            raise ProfileError(f"--window {options.window} is not from 2 to {model.hyper.trained_context}")
-        profile = _Run(options, model, files, progress).complete()
+        window = _window(options.window, model)
+        profile = _Run(options, model, window, files, progress).complete()
         profile.save(options.output)
         checkpoint_path(options.output).unlink(missing_ok=True)
         return profile
@@ -69,13 +72,28 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
         model.close()
 
 
+def _window(asked: int | None, model: Model) -> int:
+    longest = model.hyper.trained_context
+    if asked is None:
+        return min(DEFAULT_WINDOW, longest)
+    if not 2 <= asked <= longest:
+        raise ProfileError(f"--window {asked} is not from 2 to {longest}, the context of {model.path}")
+    return asked
+
+
 class _Run:
     """One run of profile: the counters, and how far they are."""
 
     def __init__(
-        self, options: ProfileOptions, model: Model, files: Sequence[CorpusFile], progress: Progress
+        self,
+        options: ProfileOptions,
+        model: Model,
+        window: int,
+        files: Sequence[CorpusFile],
+        progress: Progress,
     ) -> None:
         self.options, self.model, self.files, self.progress = options, model, files, progress
+        self.window = window
         self.tokenizer = Tokenizer.from_gguf(model.gguf)
         self.tally = Tally(model, len(files))
         self.done = 0
@@ -85,7 +103,7 @@ class _Run:
         self._resume()
         # Tokenising first costs a few seconds per million tokens, and gives the progress bar its end.
         windows = self._limited(
-            corpus_windows(self.files, self.tokenizer, self.options.window, self.progress)
+            corpus_windows(self.files, self.tokenizer, self.window, self.progress)
         )
         pending = list(islice(windows, self.done, None))
         if not pending and not self.tally.tokens:
@@ -96,8 +114,8 @@ class _Run:
         engine = Engine(
             self.model,
             threads=self.options.threads,
-            context=self.options.window,
-            batch=self.options.window,
+            context=self.window,
+            batch=self.window,
             observed=self.tally.counters,
         )
         try:
@@ -142,7 +160,7 @@ class _Run:
         asked = [
             self.model.fingerprint,
             [[file.name, file.sha256] for file in self.files],
-            self.options.window,
+            self.window,
             self.options.max_tokens,
             self.options.target_density,
             __version__,
@@ -178,7 +196,7 @@ class _Run:
             activation=self.model.hyper.activation,
             exact_zeros=self.model.exact_zeros,
             tokens=self.tally.tokens,
-            window=self.options.window,
+            window=self.window,
             target_density=self.options.target_density,
             corpus=tuple(
                 Corpus(file.name, file.sha256, tokens, file.nbytes)

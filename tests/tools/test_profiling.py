@@ -56,7 +56,8 @@ def same(first: Profile, second: Profile) -> bool:
 
 
 def test_counts_are_those_of_the_float64_reference(model_path: Path, corpus: Path, tmp_path: Path) -> None:
-    """Contributions near a bin's edge may fall on its other side by rounding: at most a few in ten thousand."""
+    """Contributions near a bin's edge may fall on its other side by rounding: four edges to an octave are six to a
+    factor of e, so an error of one roundoff of the half-precision cache moves six times as many."""
     profile = run_profile(options(model_path, corpus, tmp_path / "out.profile.safetensors"))
     model = load_model(model_path)
     tokenizer = Tokenizer.from_gguf(model.gguf)
@@ -70,7 +71,7 @@ def test_counts_are_those_of_the_float64_reference(model_path: Path, corpus: Pat
         for first in range(0, len(ids), step):
             x = matrix(model.embedding)[prefix + ids[first : first + step]] * model.hyper.embedding_scale
             for index, layer in enumerate(model.layers):
-                x = x + attention_block(model, layer.attention, index, x)
+                x = x + attention_block(model, layer.attention, index, x, half_cache=True)
                 normed = rms_norm(x, layer.ffn_norm, model.hyper.norm_eps)
                 gate, up, down = ffn_matrices(layer)
                 hidden = reference.activate(normed @ gate.T, normed @ up.T, model.hyper.activation)
@@ -89,7 +90,7 @@ def test_counts_are_those_of_the_float64_reference(model_path: Path, corpus: Pat
         else:
             assert sums.histogram is not None
             moved = np.abs(sums.histogram.astype(np.int64) - bins[index]).sum() // 2
-        assert moved <= 1e-3 * profile.tokens * model.hyper.neurons
+        assert moved <= 6 * 2.0**-11 * profile.tokens * model.hyper.neurons
         # Each window's sum is rounded to 2^-16; beyond that, float32 rounding of the factors.
         windows = -(-profile.tokens // 16)
         assert np.allclose(sums.up_squares, squares[index], rtol=1e-3, atol=windows * 2.0**-16)

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import powerinfer_tools
+from powerinfer_formats.errors import FormatError
 from powerinfer_kernels import KernelError
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PowerInferError
@@ -55,7 +56,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         ours = Ours(options.model, options.threads, options.context)
-    except (PowerInferError, KernelError, OSError) as error:
+    except (PowerInferError, FormatError, KernelError, OSError) as error:
         raise SystemExit(str(error)) from None
     report = ours.engine.report()
     _say(

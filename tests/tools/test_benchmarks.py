@@ -34,10 +34,10 @@ def test_random_rows_are_what_they_promise(row_type: str, monkeypatch: pytest.Mo
     values = dequantize(data, GGMLQuantizationType[row_type]).astype(np.float64)
     assert values.shape == (rows, columns)
     # Scales uniform over 0.5 to 1.5 of the middle have a root mean square of √(13/12); the int8 ones of Q6_K
-    # move it by less than 2 %. A mean off by half a step of 16 levels is Q4_0's nature.
+    # move it by less than 2 %. Q4_0 is off by half a step: −d/2.
     scaled = np.sqrt(13 / 12) if row_type not in ("F32", "F16", "BF16") else 1.0
     assert values.std() * np.sqrt(columns) == pytest.approx(scaled, rel=0.03)
-    assert abs(values.mean()) * np.sqrt(columns) < 0.5 / np.sqrt((16**2 - 1) / 12)
+    assert abs(values.mean()) * np.sqrt(columns) < 0.55 / np.sqrt((16**2 - 1) / 12)
 
 
 @pytest.mark.parametrize(

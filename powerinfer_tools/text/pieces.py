@@ -51,8 +51,7 @@ def _byte_value(text: str) -> bytes:
 
 
 class StreamDecoder:
-    """Turns ids into text one by one: `push` returns what is complete so far, `finish` what is left at the
-    end.
+    """Turns ids into text one by one: `push` returns what is complete so far, `finish` what is left.
 
     A character whose bytes are spread over several tokens comes out with its last one; bytes that are no
     UTF-8 come out as U+FFFD.

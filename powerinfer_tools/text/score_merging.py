@@ -93,8 +93,7 @@ class ScoreEncoder:
 
 
 def _keys(vocabulary: Vocabulary) -> list[int]:
-    """Of each token, its part of a candidate's number: the rank of its score (the highest first) and its
-    length."""
+    """Each token's part of a candidate: the rank of its score (the highest first) and its length."""
     scores = vocabulary.scores if vocabulary.scores is not None else np.zeros(len(vocabulary), np.float32)
     _, ranks = np.unique(-scores, return_inverse=True)
     high = _LENGTH_BITS + _PLACE_BITS

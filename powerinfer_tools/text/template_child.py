@@ -30,8 +30,7 @@ class Refusal(Exception):
 
 
 class GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}` marks an answer for training; here its body is all that
-    matters."""
+    """`{% generation %}…{% endgeneration %}` marks an answer for training; here only its body matters."""
 
     tags = {"generation"}  # noqa: RUF012  how Jinja's extensions declare themselves
 

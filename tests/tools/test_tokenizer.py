@@ -1,6 +1,7 @@
 """Token ids agree with llama.cpp's; text comes back whole."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,30 @@ def test_spm_without_byte_tokens_says_so() -> None:
     tokenizer = Tokenizer.from_gguf(spm(tokens=texts, token_type=np.array(types)))
     with pytest.raises(TokenizerError, match="'é' cannot be tokenised"):
         tokenizer.encode("é")
+
+
+def plain_spm(text: str) -> list[int]:
+    """The rule in its plainest form: look for the best pair, join it, look again."""
+    vocabulary = SPM.tokens
+    assert vocabulary.scores is not None
+    pieces = list(text.replace(" ", "▁"))
+    while True:
+        joined = [left + right for left, right in pairwise(pieces)]
+        scores = [vocabulary.scores[vocabulary.ids[j]] if j in vocabulary.ids else -np.inf for j in joined]
+        if not scores or max(scores) == -np.inf:
+            break
+        best = scores.index(max(scores))
+        pieces[best : best + 2] = [joined[best]]
+    spelt = [
+        [piece] if piece in vocabulary.ids else [f"<0x{b:02X}>" for b in piece.encode()] for piece in pieces
+    ]
+    return named(SPM, *(text for texts in spelt for text in texts))
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.text(alphabet="helo é", max_size=40))
+def test_spm_against_the_plain_rule(text: str) -> None:
+    assert SPM._encoder.encode(text) == plain_spm(text)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

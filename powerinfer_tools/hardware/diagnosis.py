@@ -12,7 +12,7 @@ from powerinfer_tools.hardware.store import default_profile_path
 from powerinfer_tools.progress import Progress
 
 _GIB = 1 << 30
-#: A figure that varies by more than this share between repeats was disturbed.
+#: A figure whose median stays further below its best pass than this was disturbed.
 _NOISY = 0.25
 
 

@@ -1,8 +1,8 @@
 """Measure this machine with the engine's own kernels: streams, gathered rows, and a CUDA device where there
 is one.
 
-Takes a few seconds. Every figure is the median of its repeats; the spread (largest minus smallest, over the
-median) comes with it.
+Takes a few seconds. Every figure is the best of its repeats, since other programs can only slow a pass down;
+its spread is how far the median stays below it.
 """
 
 import datetime
@@ -42,7 +42,7 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured figure and its relative spread over the repeats."""
+    """A measured figure and the share by which the median of the repeats stays below it."""
 
     value: float
     spread: float
@@ -170,8 +170,8 @@ def _buffer_bytes() -> int:
 
 
 def _figure(values: Sequence[float]) -> Figure:
-    middle = float(np.median(values))
-    return Figure(middle, (max(values) - min(values)) / middle)
+    best = float(max(values))
+    return Figure(best, 1.0 - float(np.median(values)) / best)
 
 
 def _measure_cuda(progress: Progress) -> tuple[GpuInfo, LinkInfo]:

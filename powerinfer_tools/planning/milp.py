@@ -19,10 +19,13 @@ from powerinfer_tools.planning.problem import Problem, Unit, check_problem
 
 Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Status = Literal["optimal", "node limit", "time limit"]
+Status = Literal["optimal", "node limit", "time limit", "infeasible"]
 #: HiGHS works best with an objective of this size; seconds of a token are far smaller.
 _OBJECTIVE_SCALE = 1000.0
 _SEED = 20231
+#: How far HiGHS may exceed a row of size 1, and what is kept back once it has.
+_TOLERANCE = 1e-9
+_RESERVE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,47 @@ def solve(problem: Problem, start: Sequence[int], options: SolverOptions = Solve
     check_problem(problem)
     if not problem.fits(start):
         raise PlanError("the starting placement does not fit the budgets")
+    classes = _classes(problem, problem.value(start))
+    first = _run(classes, problem, start, options, reserve=0.0)
+    if first.status == "infeasible":
+        raise PlanError("the solver calls the placement problem infeasible, although the start fits")
+    found = first.choice
+    if found is not None and not problem.fits(found):
+        # Rows hold up to a tolerance: the choice is a few bytes too large. Ask again for a little less.
+        found = _run(classes, problem, start, options, reserve=_RESERVE).choice
+    candidates = [tuple(start)] if found is None or not problem.fits(found) else [found, tuple(start)]
+    choice = min(candidates, key=problem.value)
+    value = problem.value(choice)
+    return Solution(choice, value, min(first.bound, value), first.status, first.nodes)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What HiGHS found; ``choice`` None: nothing in whole numbers."""
+
+    choice: tuple[int, ...] | None
+    bound: float
+    status: Status
+    nodes: int
+
+
+def _run(
+    classes: list[_Class], problem: Problem, start: Sequence[int], options: SolverOptions, reserve: float
+) -> _Run:
+    """Run HiGHS with all but a share ``reserve`` of every budget."""
     start_value = problem.value(start)
-    classes = _classes(problem, start_value)
     scale = _OBJECTIVE_SCALE / start_value if start_value > 0 else 1.0
-    highs = _model(classes, problem, scale, options)
+    highs = _model(classes, problem, scale, options, reserve)
     _give_start(highs, classes, problem, start)
     _check(highs.run(), "solving")
-    status = _status(highs)
-    info = highs.getInfo()
-    found = _read_choice(np.asarray(highs.getSolution().col_value), classes, problem, start)
-    choice = min((found, tuple(start)), key=problem.value) if found is not None else tuple(start)
+    status, info = _status(highs), highs.getInfo()
+    if status == "infeasible":
+        return _Run(None, start_value, status, 0)
+    choice = _read_choice(np.asarray(highs.getSolution().col_value), classes, start)
     # HiGHS bounds the levels that could beat the start; what was left out cannot.
-    bound = min(float(info.mip_dual_bound) / scale, start_value)
-    value = problem.value(choice)
-    return Solution(choice, value, min(bound, value), status, int(info.mip_node_count))
+    return _Run(
+        choice, min(float(info.mip_dual_bound) / scale, start_value), status, int(info.mip_node_count)
+    )
 
 
 def _classes(problem: Problem, start_value: float) -> list[_Class]:
@@ -103,7 +133,9 @@ def _classes(problem: Problem, start_value: float) -> list[_Class]:
     return result
 
 
-def _model(classes: list[_Class], problem: Problem, scale: float, options: SolverOptions) -> Any:
+def _model(
+    classes: list[_Class], problem: Problem, scale: float, options: SolverOptions, reserve: float
+) -> Any:
     """The HiGHS model: a column per class and kept level (how many members choose it), a row per class, then
     one row per budget in shares of its capacity."""
     import highspy
@@ -118,7 +150,8 @@ def _model(classes: list[_Class], problem: Problem, scale: float, options: Solve
         ("mip_abs_gap", 0.0),
         ("mip_max_nodes", options.nodes),
         ("time_limit", options.seconds),
-        ("mip_feasibility_tolerance", 1e-9),
+        ("mip_feasibility_tolerance", _TOLERANCE),
+        ("primal_feasibility_tolerance", _TOLERANCE),
     ):
         _check(highs.setOptionValue(name, value), f"option {name}")
     sizes = [len(group.kept) for group in classes]
@@ -131,7 +164,7 @@ def _model(classes: list[_Class], problem: Problem, scale: float, options: Solve
     lp.col_lower_, lp.col_upper_ = np.zeros(columns), counts
     members = np.array([len(group.members) for group in classes], dtype=np.float64)
     lp.row_lower_ = np.concatenate([members, np.full(len(budgets), -highspy.kHighsInf)])
-    lp.row_upper_ = np.concatenate([members, np.ones(len(budgets))])
+    lp.row_upper_ = np.concatenate([members, np.full(len(budgets), 1.0 - reserve)])
     lp.integrality_ = [highspy.HighsVarType.kInteger] * columns
     _fill_matrix(lp, sizes, budgets)
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
@@ -201,6 +234,7 @@ def _status(highs: Any) -> Status:
         highspy.HighsModelStatus.kSolutionLimit: "node limit",
         highspy.HighsModelStatus.kIterationLimit: "node limit",
         highspy.HighsModelStatus.kTimeLimit: "time limit",
+        highspy.HighsModelStatus.kInfeasible: "infeasible",
     }
     if status not in known:
         raise PlanError(
@@ -210,11 +244,9 @@ def _status(highs: Any) -> Status:
     return known[status]
 
 
-def _read_choice(
-    values: Vector, classes: list[_Class], problem: Problem, start: Sequence[int]
-) -> tuple[int, ...] | None:
-    """The choice in HiGHS' columns: members of a class take its levels in ascending order. None when there is
-    no whole-numbered solution or when it breaks a budget by the solver's tolerance."""
+def _read_choice(values: Vector, classes: list[_Class], start: Sequence[int]) -> tuple[int, ...] | None:
+    """The choice in HiGHS' columns: members of a class take its levels in descending order. None when there
+    is no whole-numbered solution."""
     if not len(values):
         return None
     choice, offset = list(start), 0
@@ -225,7 +257,7 @@ def _read_choice(
             return None
         for member, level in zip(group.members, np.repeat(group.kept, counts)[::-1], strict=True):
             choice[member] = int(level)
-    return tuple(choice) if problem.fits(choice) else None
+    return tuple(choice)
 
 
 def _check(status: Any, what: str) -> None:

@@ -129,7 +129,8 @@ def _least_ram(problem: Problem) -> tuple[int, ...]:
     vram, ram = problem.bytes_used(relaxed.choice)
     if ram > problem.ram_capacity:
         raise PlanError(
-            f"the model does not fit: with {vram:,} bytes in VRAM it needs {ram:,} bytes of RAM for layers and "
-            f"head, and the budget leaves {problem.ram_capacity:,}; give more --ram or --vram, or a smaller --ctx"
+            f"the model does not fit: with {vram:,} bytes in VRAM it needs {ram:,} bytes of RAM for layers "
+            f"and head, and the budget leaves {problem.ram_capacity:,}; give more --ram or --vram, or a "
+            "smaller --ctx"
         )
     return relaxed.choice

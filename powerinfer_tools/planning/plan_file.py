@@ -10,8 +10,8 @@ from powerinfer_tools.planning.levels import MODES
 from powerinfer_tools.planning.planner import Outcome
 from powerinfer_tools.planning.verdict import limited_by, time_parts, verdict
 
-#: Units of the memory count that belong to layers; the others are units of their own in the file.
-_LAYER_UNITS = frozenset({"ffn", "attention", "kv_cache"})
+#: The unit of the memory count that the file tells layer by layer.
+_FFN = "ffn"
 
 
 def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None) -> file.Plan:
@@ -54,15 +54,16 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
 
 def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
     table, k = outcome.placement.tables[index], outcome.placement.solution.choice[index]
+    hot = int(table.hot[k])
     share = float(table.activations[k]) / table.total_activations if table.total_activations else 0.0
     return file.LayerPlan(
         index=index,
-        hot_neurons=int(table.hot[k]),
+        hot_neurons=hot,
         mode="gate-first" if MODES[int(table.mode[k])] == "gate-first" else "dense",
         attention="gpu" if table.block_hot[k] else "cpu",
         hot_activation_share=min(1.0, share),
-        vram_bytes=int(table.vram[k]),
-        ram_bytes=int(table.ram[k]),
+        vram_bytes=hot * outcome.sizes[index].total,
+        ram_bytes=(outcome.shape.layers[index].neurons - hot) * outcome.sizes[index].total,
         seconds=file.LayerSeconds(
             attention=float(table.block_seconds[k]),
             hot=float(table.hot_seconds[k]),
@@ -82,7 +83,7 @@ def _units(outcome: Outcome) -> tuple[file.PlanUnit, ...]:
         file.PlanUnit(name, device, nbytes)
         for device, units in sides
         for name, nbytes in units.items()
-        if nbytes and name not in _LAYER_UNITS
+        if nbytes and name != _FFN
     )
 
 

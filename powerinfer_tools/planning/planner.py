@@ -19,7 +19,7 @@ from powerinfer_tools.planning.levels import LevelOptions
 from powerinfer_tools.planning.memory import Workload
 from powerinfer_tools.planning.milp import SolverOptions
 from powerinfer_tools.planning.placement import Capacities, Inputs, Objective, Placement, best_placement
-from powerinfer_tools.planning.shapes import ModelShape, neuron_bytes
+from powerinfer_tools.planning.shapes import ModelShape, NeuronBytes, neuron_bytes
 
 Vector = npt.NDArray[np.float64]
 #: Units that the planner knows, and those that this version's engine can run on the accelerator.
@@ -77,6 +77,7 @@ class Outcome:
     options: PlanOptions
     workload: Workload
     frequencies: Frequencies
+    sizes: tuple[NeuronBytes, ...]
     placement: Placement
     memory: MemoryUse
     fits_whole: bool
@@ -101,9 +102,9 @@ def plan_outcome(
     )
     if budgets.vram and machine.gpu is not None and vram < scratch + smallest:
         raise PlanError(
-            f"a VRAM budget of {vram:,} bytes is too small: {scratch:,} bytes of scratch and {smallest:,} bytes "
-            f"for one group of {options.group} neurons need {scratch + smallest:,}; give more --vram, or --vram 0 "
-            "to plan without the GPU"
+            f"a VRAM budget of {vram:,} bytes is too small: {scratch:,} bytes of scratch and {smallest:,} "
+            f"bytes for one group of {options.group} neurons need {scratch + smallest:,}; give more --vram, "
+            "or --vram 0 to plan without the GPU"
         )
     fixed = memory.fixed_ram_bytes(shape, workload)
     room = ram - sum(fixed.values())
@@ -122,6 +123,7 @@ def plan_outcome(
         options=options,
         workload=workload,
         frequencies=frequencies,
+        sizes=sizes,
         placement=placement,
         memory=_memory_use(placement, inputs, scratch, fixed, vram, ram),
         fits_whole=machine.gpu is not None and 0 < whole <= capacities.vram,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from powerinfer_formats.plan import LayerPlan, Plan
+from powerinfer_formats.plan import Device, LayerPlan, Plan
 
 _MIB = 1 << 20
 
@@ -72,8 +72,8 @@ def _layer_table(plan: Plan) -> list[str]:
         "activity",
         "mode",
         "attn",
-        "VRAM MiB",
-        "RAM MiB",
+        "hot MiB",
+        "cold MiB",
         "hot µs",
         "cold µs",
         "µs",
@@ -83,17 +83,25 @@ def _layer_table(plan: Plan) -> list[str]:
 
 def _totals(plan: Plan) -> list[str]:
     memory, predicted = plan.memory, plan.predicted
-    units = ", ".join(f"{u.name} {u.bytes / _MIB:,.1f} ({u.device.upper()})" for u in plan.units)
     parts = ", ".join(
         f"{name} {1e3 * s:.2f}" for name, s in predicted.seconds.items() if s and name != "total"
     )
     return [
-        f"other units, MiB: {units}",
+        f"other units on the GPU, MiB: {_units(plan, 'gpu')}",
+        f"other units on the CPU, MiB: {_units(plan, 'cpu')}",
         f"VRAM {memory.vram_used:,} of {memory.vram_capacity:,} bytes; "
         f"RAM {memory.ram_used:,} of {memory.ram_capacity:,} bytes",
         f"expected: {predicted.tokens_per_second:.2f} tok/s, ms per token: {parts}",
         f"limited by: {predicted.limited_by}",
     ]
+
+
+def _units(plan: Plan, device: Device) -> str:
+    shown = {"kv_cache": "KV cache", "output_norm": "output norm"}
+    units = (unit for unit in plan.units if unit.device == device)
+    return (
+        ", ".join(f"{shown.get(unit.name, unit.name)} {unit.bytes / _MIB:,.1f}" for unit in units) or "none"
+    )
 
 
 def _solver(plan: Plan) -> list[str]:

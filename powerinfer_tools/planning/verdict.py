@@ -53,16 +53,18 @@ def verdict(outcome: Outcome) -> str:
     elif outcome.fits_whole and hot == outcome.shape.total_neurons:
         text = (
             "Fits whole: everything that may be placed is on the GPU "
-            f"({outcome.memory.vram_used / _MIB:,.1f} MiB), {speed:.1f} tok/s against {cpu_only:.1f} on the CPU alone."
+            f"({outcome.memory.vram_used / _MIB:,.1f} MiB), {speed:.1f} tok/s against {cpu_only:.1f} on the "
+            "CPU alone."
         )
     else:
+        text = ""
+        if outcome.fits_whole:
+            text = "Fits whole, yet both sides working at once are faster than the GPU alone: "
         share = 100 * hot / outcome.shape.total_neurons
-        text = (
+        text += (
             f"{share:.1f} % of the neurons are hot, with {100 * activation_share(outcome):.1f} % of the "
             f"activations: {speed:.1f} tok/s, {speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
         )
-        if outcome.fits_whole:
-            text += " All of it would fit, but more on the GPU would not be faster."
         if speed < cpu_only:
             text += " Here that is slower than the CPU alone; --objective time is never."
     return f"{text} {_stays(outcome)}"

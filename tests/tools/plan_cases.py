@@ -1,0 +1,66 @@
+"""Small shapes, machines and problems for tests of the planner."""
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from powerinfer_formats.block_types import TensorType
+from powerinfer_tools.planning.costs import Gpu, Machine
+from powerinfer_tools.planning.problem import Problem, Unit
+from powerinfer_tools.planning.shapes import LayerShape, MatrixShape, ModelShape
+
+Vector = npt.NDArray[np.float64]
+CURVE = ((0.02, 0.7), (0.1, 0.85), (0.5, 0.95), (1.0, 1.0))
+
+
+def machine(
+    *, ram: int = 1 << 34, vram: int | None = 1 << 32, sync: float = 1e-6, launch: float = 1e-7
+) -> Machine:
+    """A CPU at 20 GB/s with a GPU at 500 GB/s; ``vram`` None: without GPU."""
+    gpu = None if vram is None else Gpu("test GPU", vram, 5e11, launch, sync, 1e10, 1e-7)
+    return Machine("test machine", ram, 2e10, tuple((d, 2e10 * share) for d, share in CURVE), gpu)
+
+
+def shape(
+    layers: int = 4, neurons: int = 512, width: int = 256, *, activation: str = "silu", gated: bool = True
+) -> ModelShape:
+    """A small model in Q4_1 with Q8_0 embedding."""
+    kind = TensorType.Q4_1
+    up = MatrixShape(kind, neurons, width)
+    layer = LayerShape(
+        attention=(
+            MatrixShape(kind, width, width),
+            MatrixShape(kind, width // 2, width),
+            MatrixShape(kind, width // 2, width),
+            MatrixShape(kind, width, width),
+        ),
+        gate=up if gated else None,
+        up=up,
+        down=MatrixShape(kind, width, neurons),
+        vector_bytes=8 * width,
+    )
+    table = MatrixShape(TensorType.Q8_0, 1000, width)
+    return ModelShape("small", "llama", activation, 4, 2, width // 4, 2048, (layer,) * layers, table, table)
+
+
+def skewed_frequencies(layers: int, neurons: int, seed: int = 0) -> tuple[Vector, ...]:
+    """A different power law for each layer."""
+    random = np.random.default_rng(seed)
+    ranks = (np.arange(neurons) + 0.5) / neurons
+    return tuple(
+        np.minimum(1.0, random.uniform(0.01, 0.2) * ranks ** -random.uniform(0.2, 0.9)) for _ in range(layers)
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, units: int = 4, levels: int = 5) -> Problem:
+    """Tiny problems; level 0 of every unit takes no VRAM and no RAM, so that something always fits."""
+    made = []
+    for index in range(draw(st.integers(1, units))):
+        size = draw(st.integers(1, levels))
+        numbers = st.lists(st.integers(0, 40), min_size=size, max_size=size)
+        value = np.array(draw(st.lists(st.integers(1, 1000), min_size=size, max_size=size)), dtype=np.float64)
+        vram, ram = np.array(draw(numbers)), np.array(draw(numbers))
+        vram[0] = ram[0] = 0
+        made.append(Unit(f"unit {index}", value, vram, ram))
+    return Problem(tuple(made), draw(st.integers(0, 100)), draw(st.integers(0, 100)))

@@ -35,7 +35,6 @@ from powerinfer_tools.model import DenseFFN, Model, Weight, load_model
 from powerinfer_tools.progress import Progress, Silent
 
 Bytes = npt.NDArray[np.uint8]
-FLOAT_TYPES = frozenset({RowType.F32, RowType.F16, RowType.BF16})
 #: What the transposed down projection can be written as.
 DOWN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
 #: Values dequantised at a time when weights are checked: 64 MiB of float32.
@@ -98,7 +97,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
 def down_type(source: RowType, quant: str | None, width: int) -> RowType:
     """Row type of the transposed down projection: ``quant``, else the source's own if float, else Q8_0."""
     if quant is None:
-        return source if source in FLOAT_TYPES else RowType.Q8_0
+        return source if source.is_float else RowType.Q8_0
     try:
         chosen = RowType[quant.upper()]
     except KeyError:

@@ -2,24 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_tools.architectures import ACTIVATIONS, ArchitectureSpec
 from powerinfer_tools.errors import ModelError
 
 _MISSING = object()
-
-
-class Metadata(Protocol):
-    """What is needed of a GGUF file here: its path and typed access to its metadata."""
-
-    @property
-    def path(self) -> Path:
-        """Where the file is, for messages."""
-
-    def get(self, key: str, type_: type, default: Any = ...) -> Any:
-        """The value of ``key``, which must be of ``type_``."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,7 @@ class Hyperparameters:
 class _Keys:
     """Checked access to the metadata below one architecture's prefix."""
 
-    def __init__(self, gguf: Metadata, prefix: str) -> None:
+    def __init__(self, gguf: GGUFFile, prefix: str) -> None:
         self.gguf, self.prefix, self.file = gguf, prefix, str(gguf.path)
 
     def integer(self, key: str, default: Any = _MISSING, *, low: int = 1, high: int = 1 << 24) -> int:
@@ -89,7 +78,7 @@ class _Keys:
         return self.gguf.get(name, type_) if default is _MISSING else self.gguf.get(name, type_, default)
 
 
-def read_hyperparameters(gguf: Metadata, spec: ArchitectureSpec, vocabulary: int) -> Hyperparameters:
+def read_hyperparameters(gguf: GGUFFile, spec: ArchitectureSpec, vocabulary: int) -> Hyperparameters:
     """Read the hyper-parameters of ``spec``'s family.
 
     ``vocabulary`` is the number of rows of the embedding. Raises ModelError for values that make no model,
@@ -176,7 +165,7 @@ def _attention_scale(spec: ArchitectureSpec, layers: int, width: int, heads: int
     return 1.0 / math.sqrt(per_head)
 
 
-def _activation(gguf: Metadata, spec: ArchitectureSpec) -> str:
+def _activation(gguf: GGUFFile, spec: ArchitectureSpec) -> str:
     activation = str(gguf.get("powerinfer.activation", str, spec.activation))
     if activation not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))

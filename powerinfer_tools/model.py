@@ -131,6 +131,7 @@ def load_model(path: str | Path) -> Model:
 
 
 def _build(gguf: GGUFFile) -> Model:
+    _refuse_shards(gguf)
     spec = architecture(gguf.get("general.architecture", str), str(gguf.path))
     tensors = _Tensors(gguf)
     embedding_shape = tensors.shape("token_embd.weight")
@@ -155,6 +156,15 @@ def _build(gguf: GGUFFile) -> Model:
         layers=tuple(_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),
         split=split,
     )
+
+
+def _refuse_shards(gguf: GGUFFile) -> None:
+    count = gguf.get("split.count", int, 1)
+    if count > 1:
+        raise ModelError(
+            f"{gguf.path}: this is one of {count} shards of a model, which are not read singly; "
+            "join them first (llama-gguf-split --merge)"
+        )
 
 
 def _split(gguf: GGUFFile, hyper: Hyperparameters) -> SplitFile | None:

@@ -15,7 +15,7 @@ Array = npt.NDArray[np.float64]
 
 
 def forward(model: Model, tokens: list[int], *, half_cache: bool = False) -> Array:
-    """Logits (tokens, vocabulary), float64, of every position of ``tokens``, for a source model or a split file.
+    """Logits (tokens, vocabulary), float64, of every position of ``tokens``, of a source or a split file.
 
     ``half_cache`` rounds keys and values to half precision, as the engine's cache does.
     """
@@ -39,7 +39,8 @@ def matrix(weight: Weight) -> Array:
 def rms_norm(x: Array, weight: npt.NDArray[np.float32], eps: float) -> Array:
     """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467)."""
     scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x / scale * weight.astype(np.float64)
+    out: Array = x / scale * weight.astype(np.float64)
+    return out
 
 
 def attention_block(

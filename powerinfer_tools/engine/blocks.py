@@ -6,9 +6,9 @@ float64. Nothing here depends on the number of tokens or on the thread count.
 
 from dataclasses import dataclass, field
 
-from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder, RowMatrix
+from powerinfer_kernels import Activations, KVCache, Matrix, Pool, ProgramBuilder, RowMatrix
 from powerinfer_tools.architectures import RELU_FAMILY
-from powerinfer_tools.engine.buffers import FLOAT_TYPES, Buffers, Floats
+from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.rotary import RotaryTables
 from powerinfer_tools.model import AttentionWeights, Model, Weight
@@ -130,7 +130,7 @@ class BlockWriter:
         if observed is not None:
             builder.observe(b.gate, b.up, self.hyper.activation, **vars(observed))
         builder.activate(b.gate, b.up, b.gate, self.hyper.activation)
-        if w.down.row_type not in FLOAT_TYPES and b.hidden_acts is not None:
+        if not w.down.row_type.is_float and b.hidden_acts is not None:
             builder.quantize(b.gate, b.hidden_acts)
         fused = post_norm is None
         builder.matmul(w.down, b.gate, b.hidden_acts, b.x if fused else b.block_out, accumulate=fused)
@@ -185,6 +185,6 @@ class BlockWriter:
         self.weight_bytes += matrix.nbytes
         return matrix
 
-    def _quantize(self, src: Floats, acts: object, *consumers: Weight) -> None:
-        if acts is not None and any(w.row_type not in FLOAT_TYPES for w in consumers):
-            self.builder.quantize(src, acts)  # type: ignore[arg-type]
+    def _quantize(self, src: Floats, acts: Activations | None, *consumers: Weight) -> None:
+        if acts is not None and not all(w.row_type.is_float for w in consumers):
+            self.builder.quantize(src, acts)

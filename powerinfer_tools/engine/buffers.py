@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import Activations, RowType, aligned
+from powerinfer_kernels import Activations, aligned
 from powerinfer_tools.hyperparameters import Hyperparameters
 
 Floats = npt.NDArray[np.float32]
-FLOAT_TYPES = frozenset({RowType.F32, RowType.F16, RowType.BF16})
 #: Values in one block of quantised activations.
 BLOCK = 32
 

@@ -9,9 +9,11 @@ import numpy.typing as npt
 from powerinfer_kernels import Pool, read_bandwidth
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack, StackOptions
+from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.report import EngineReport, Memory
 from powerinfer_tools.errors import ContextFull, ModelError
+from powerinfer_tools.hardware.detect import available_ram_bytes
 from powerinfer_tools.model import Model
 from powerinfer_tools.progress import Progress, Silent
 
@@ -45,6 +47,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.context = _check_context(model, context)
+        require_memory(model, self.context, available_ram_bytes())
         self._pool = Pool(threads, isa)
         batch = max(1, min(batch, self.context))
         options = StackOptions(batch, self.context, mode, device, vram, observed)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from powerinfer_formats.split import SplitLayer
 from powerinfer_kernels import Matrix, Pool, RowMatrix, RowType, aligned, row_bytes
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, NeuronRows, pack
-from powerinfer_tools.engine.buffers import FLOAT_TYPES, Buffers, Floats
+from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model import DenseFFN, Model
@@ -100,7 +100,7 @@ class _ColumnsFFN:
 
     @property
     def quantized(self) -> bool:
-        return not {self.weights.gate.row_type, self.weights.up.row_type} <= FLOAT_TYPES
+        return not (self.weights.gate.row_type.is_float and self.weights.up.row_type.is_float)
 
     def bytes_per_token(self, density: float) -> float:
         return float(self.nbytes)
@@ -131,7 +131,7 @@ class _RowsFFN:
 
     @property
     def quantized(self) -> bool:
-        return not {self.weights.gate.row_type, self.weights.up.row_type} <= FLOAT_TYPES
+        return not (self.weights.gate.row_type.is_float and self.weights.up.row_type.is_float)
 
     def bytes_per_token(self, density: float) -> float:
         w = self.weights

@@ -5,7 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Matrix, Pool, ProgramBuilder, aligned
-from powerinfer_tools.engine.buffers import FLOAT_TYPES, activations
+from powerinfer_tools.engine.buffers import activations
 from powerinfer_tools.model import Model
 
 Floats = npt.NDArray[np.float32]
@@ -24,7 +24,7 @@ class Head:
         acts = activations(HEAD_ROWS, hyper.width)
         builder = ProgramBuilder(HEAD_ROWS)
         builder.rms_norm(self._input, model.output_norm, self._input, hyper.norm_eps)
-        if matrix.row_type not in FLOAT_TYPES and acts is not None:
+        if not matrix.row_type.is_float and acts is not None:
             builder.quantize(self._input, acts)
         builder.matmul(matrix, self._input, acts, self._logits)
         self._length = builder.mark()

@@ -1,7 +1,8 @@
 """The hot side in torch: quantised rows stay quantised on the device and are unpacked chunk by chunk.
 
 Correct on every device torch has; on CUDA not tuned yet: unpacking goes through plain torch operations, not a
-fused kernel, so it moves more bytes than the rows themselves.
+fused kernel, so it moves more bytes than the rows themselves. On torch's CPU device, which stands in for a
+GPU, there is no small memory to save: rows are unpacked once where that takes at most :data:`UNPACKED_LIMIT`.
 """
 
 import time
@@ -21,19 +22,21 @@ from powerinfer_tools.hot.placement import CHUNK_ROWS, fit, hot_size
 from powerinfer_tools.model import Model
 
 Floats = npt.NDArray[np.float32]
-_FLOAT_TYPES = frozenset({RowType.F32, RowType.F16, RowType.BF16})
+#: Bytes of float32 rows that the CPU device may hold.
+UNPACKED_LIMIT = 2 << 30
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one matrix on the device: uint8 (neurons, row_bytes)."""
+    """Rows of one matrix on the device: uint8 (neurons, row_bytes), or unpacked float32 (neurons, width)."""
 
     row_type: RowType
     data: torch.Tensor
 
     def chunk(self, first: int, last: int, columns: int) -> torch.Tensor:
         """float32 (last - first, columns)."""
-        return dequantize(self.data[first:last], self.row_type, columns)
+        piece = self.data[first:last]
+        return piece if piece.dtype == torch.float32 else dequantize(piece, self.row_type, columns)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,11 @@ class TorchHotSide:
         size = hot_size(layers, hot, tokens).total
         if device == "cuda":
             _require_free(size)
+        values = 3 * model.hyper.width * sum(hot)
+        unpack = device == "cpu" and 4 * values <= UNPACKED_LIMIT
         rows = [
-            _load(layer, count, device) if count else None for layer, count in zip(layers, hot, strict=True)
+            _load(layer, count, device, unpack=unpack) if count else None
+            for layer, count in zip(layers, hot, strict=True)
         ]
         return cls(device, rows, model.hyper.activation, size)
 
@@ -108,14 +114,12 @@ class TorchHotSide:
         exact = torch.from_numpy(normed).to(self._device)
         rounded = exact if acts is None else _rounded(acts, len(normed)).to(self._device)
         out = torch.zeros((len(normed), hot.width), dtype=torch.float32, device=self._device)
+        for_gate = exact if hot.gate.row_type.is_float else rounded
+        for_up = exact if hot.up.row_type.is_float else rounded
         for first in range(0, hot.neurons, CHUNK_ROWS):
             last = min(first + CHUNK_ROWS, hot.neurons)
-            gate = (exact if hot.gate.row_type in _FLOAT_TYPES else rounded) @ hot.gate.chunk(
-                first, last, hot.width
-            ).T
-            up = (exact if hot.up.row_type in _FLOAT_TYPES else rounded) @ hot.up.chunk(
-                first, last, hot.width
-            ).T
+            gate = for_gate @ hot.gate.chunk(first, last, hot.width).T
+            up = for_up @ hot.up.chunk(first, last, hot.width).T
             hidden = _activate(gate, up, self._activation)
             out.addmm_(hidden, hot.down.chunk(first, last, hot.width))
         result = out.cpu()
@@ -148,12 +152,13 @@ def _activate(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     raise AssertionError(f"activation {kind!r} has no torch form")
 
 
-def _load(layer: SplitLayer, count: int, device: str) -> _HotLayer:
+def _load(layer: SplitLayer, count: int, device: str, *, unpack: bool) -> _HotLayer:
     def rows(kind: str, row_type: RowType) -> _Rows:
         source = np.ascontiguousarray(layer.rows(kind, 0, count))
         if not source.flags.writeable:
             source = source.copy()
-        return _Rows(row_type, torch.from_numpy(source).to(device))
+        data = torch.from_numpy(source).to(device)
+        return _Rows(row_type, dequantize(data, row_type, layer.width) if unpack else data)
 
     return _HotLayer(
         gate=rows("gate", RowType(layer.gate_type)),

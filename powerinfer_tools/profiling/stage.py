@@ -31,7 +31,7 @@ DEFAULT_WINDOW = 512
 class ProfileOptions:
     """What to profile. ``max_tokens`` None reads all; ``restart`` forgets interrupted work.
 
-    ``window`` tokens are read at once, each window anew; None takes 512, or the model's context where that is less.
+    ``window`` tokens are read at once, each window anew; None takes 512, or less where the context is.
     """
 
     model: Path

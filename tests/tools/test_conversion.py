@@ -1,24 +1,24 @@
-"""convert: the split file computes what the source computes, for every split point, thread count and device."""
+"""convert: the split file computes what the source does, for every split point, thread count and device."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+
 from powerinfer_formats.errors import CannotWrite, FormatError
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_kernels import available_isas
-from small_plans import plan_for
-from tiny_models import CASES, FAMILY_CASES, make_tiny_model
-
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError
 from powerinfer_tools.model import load_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from powerinfer_tools.reference_forward import forward
+from small_plans import plan_for
+from tiny_models import CASES, FAMILY_CASES, make_tiny_model
 
 GROUP = 16
 TOKENS = 30
@@ -38,11 +38,16 @@ class Prepared:
         self.neurons = self.tiny.spec.neurons
         self.layers = self.tiny.spec.layers
 
+    def save_plan(self, path: Path, hot: list[int], mode: str = "dense") -> None:
+        """A plan with these hot counts."""
+        profile = Profile.load(self.profile)
+        plan_for(profile, hot, mode=mode, group=GROUP, width=self.tiny.spec.width).save(path)
+
     def split(self, hot: list[int], mode: str = "dense", quant: str | None = None) -> Path:
         """The split file with these hot counts."""
         name = f"split-{'-'.join(map(str, hot))}-{mode}-{quant}"
         plan = self.folder / f"{name}.plan.json"
-        plan_for(Profile.load(self.profile), hot, mode=mode, group=GROUP, width=self.tiny.spec.width).save(plan)
+        self.save_plan(plan, hot, mode)
         output = self.folder / f"{name}.powerinfer.gguf"
         convert(ConvertOptions(self.tiny.path, self.profile, plan, output, quant))
         return output
@@ -104,8 +109,8 @@ def test_hot_side_agrees_within_rounding(prepared: Prepared) -> None:
     expected = logits(path, tokens)
     got = logits(path, tokens, device="cpu")
     quantized = prepared.tiny.spec.row_type != "F32"
-    # A sum that differs in its last bits may flip the rounding of an 8-bit activation in a later layer: one part in
-    # 254 of a block's largest value, in few of them.
+    # A sum that differs in its last bits may flip the rounding of an 8-bit activation in a later layer: one
+    # part in 254 of a block's largest value, in few of them.
     bound = 0.02 if quantized else 2000 * np.finfo(np.float32).eps
     assert np.abs(got - expected).max() <= bound * np.abs(expected).max()
     assert np.array_equal(got, logits(path, tokens, device="cpu"))
@@ -175,7 +180,7 @@ def test_files_of_another_model_are_refused(plain: Prepared, tmp_path: Path) -> 
     spec = replace(FAMILY_CASES["llama"], seed=99)
     other = make_tiny_model(tmp_path, spec, name="other")
     plan = tmp_path / "plan.json"
-    plan_for(Profile.load(plain.profile), [0] * plain.layers, group=GROUP, width=plain.tiny.spec.width).save(plan)
+    plain.save_plan(plan, [0] * plain.layers)
     output = tmp_path / "out.powerinfer.gguf"
     with pytest.raises(ConvertError, match=r"'tiny', not for 'other'"):
         convert(ConvertOptions(other.path, plain.profile, plan, output))
@@ -198,8 +203,10 @@ def test_damaged_weights_are_named(plain: Prepared, tmp_path: Path) -> None:
     model = load_model(damaged)
     profile = replace(Profile.load(plain.profile), fingerprint=model.fingerprint)
     profile.save(tmp_path / "p.safetensors")
-    plan_for(profile, [0] * plain.layers, group=GROUP, width=plain.tiny.spec.width).save(tmp_path / "plan.json")
-    options = ConvertOptions(damaged, tmp_path / "p.safetensors", tmp_path / "plan.json", tmp_path / "out.gguf")
+    plan = plan_for(profile, [0] * plain.layers, group=GROUP, width=plain.tiny.spec.width)
+    plan.save(tmp_path / "plan.json")
+    files = (tmp_path / name for name in ("p.safetensors", "plan.json", "out.gguf"))
+    options = ConvertOptions(damaged, *files)
     with pytest.raises(ConvertError, match=r"blk\.1\.ffn_up\.weight .* row 3, column 5"):
         convert(options)
     assert not options.output.exists()
@@ -207,7 +214,7 @@ def test_damaged_weights_are_named(plain: Prepared, tmp_path: Path) -> None:
 
 def test_full_disk_leaves_nothing(plain: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tmp_path / "plan.json"
-    plan_for(Profile.load(plain.profile), [0] * plain.layers, group=GROUP, width=plain.tiny.spec.width).save(plan)
+    plain.save_plan(plan, [0] * plain.layers)
 
     def full(path: Path, nbytes: int) -> None:
         raise CannotWrite(path, f"cannot be written: {nbytes} bytes do not fit")
@@ -222,4 +229,3 @@ def test_full_disk_leaves_nothing(plain: Prepared, tmp_path: Path, monkeypatch: 
 def test_source_model_has_no_hot_side(plain: Prepared) -> None:
     with pytest.raises(HardwareError, match="not a split file"):
         Engine(load_model(plain.tiny.path), device="cpu")
-

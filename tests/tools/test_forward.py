@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from powerinfer_kernels import available_isas
-from tiny_models import FAMILY_CASES, TYPE_CASES, TinyModel, make_tiny_model
 
+from powerinfer_kernels import available_isas
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.errors import ContextFull, ModelError
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
+from tiny_models import FAMILY_CASES, TYPE_CASES, TinyModel, make_tiny_model
 
 TOKENS = 40
 #: Unit roundoff of half precision, which keys and values are cached in.
@@ -55,8 +56,8 @@ def test_reference_agrees_with_transformers(family: TinyModel) -> None:
 
 
 def test_agrees_with_reference_over_the_same_cache(family: TinyModel) -> None:
-    """With the cache rounded alike, what is left is float32 rounding, which now and then tips a cached value over
-    to its neighbour: far less than one roundoff of all of them."""
+    """With the cache rounded alike, what is left is float32 rounding, which now and then tips a cached value
+    over to its neighbour: far less than one roundoff of all of them."""
     tokens = family.tokens(TOKENS)
     expected = forward(load_model(family.path), tokens, half_cache=True)
     got = engine_logits(family.path, tokens)
@@ -143,3 +144,11 @@ def test_report_counts_what_was_done(plain: TinyModel) -> None:
     assert weights <= report.bytes_per_token <= weights * 1.2
     assert set(report.timings) == {"embedding", "attention", "ffn", "head"}
     engine.close()
+
+
+def test_too_little_memory_is_told_with_the_numbers(plain: TinyModel) -> None:
+    model = load_model(plain.path)
+    require_memory(model, 64, 0)
+    require_memory(model, 64, 1 << 40)
+    with pytest.raises(ModelError, match=r"MiB of weights .* for a context of 64 .* 1 MiB of memory"):
+        require_memory(model, 64, 1 << 20)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from powerinfer_formats.histogram import contribution_bins
 from powerinfer_formats.profile import Profile
 from powerinfer_kernels import reference
-from tiny_models import FAMILY_CASES, make_tiny_model
-
 from powerinfer_tools.errors import CorpusError, ProfileError
 from powerinfer_tools.model import load_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
@@ -20,6 +19,7 @@ from powerinfer_tools.profiling.stage import checkpoint_path
 from powerinfer_tools.progress import Silent
 from powerinfer_tools.reference_forward import attention_block, ffn_matrices, matrix, rms_norm
 from powerinfer_tools.text import Tokenizer
+from tiny_models import FAMILY_CASES, make_tiny_model
 
 TEXTS = {
     "a.txt": "the cat sat on the mat and the dog sat on the log. " * 20,
@@ -56,8 +56,8 @@ def same(first: Profile, second: Profile) -> bool:
 
 
 def test_counts_are_those_of_the_float64_reference(model_path: Path, corpus: Path, tmp_path: Path) -> None:
-    """Contributions near a bin's edge may fall on its other side by rounding: four edges to an octave are six to a
-    factor of e, so an error of one roundoff of the half-precision cache moves six times as many."""
+    """Contributions near a bin's edge may fall on its other side by rounding: four edges to an octave are six
+    to a factor of e, so an error of one roundoff of the half-precision cache moves six times as many."""
     profile = run_profile(options(model_path, corpus, tmp_path / "out.profile.safetensors"))
     model = load_model(model_path)
     tokenizer = Tokenizer.from_gguf(model.gguf)

@@ -28,7 +28,10 @@ def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array
 
 
 def quantize_activations(x: Array) -> tuple[Array, Array]:
-    """8-bit values and scales of blocks of 32: d = max|x| / 127, q = round(x / d). (q [T, C], d [T, C / 32])"""
+    """8-bit values and scales of blocks of 32: d = max|x| / 127, q = round(x / d). (q [T, C], d [T, C / 32])
+
+    The kernels keep d to eleven significant bits.
+    """
     blocks = x.reshape(len(x), -1, 32)
     d = np.abs(blocks).max(axis=-1) / 127
     safe = np.where(d > 0, d, 1.0)[..., None]

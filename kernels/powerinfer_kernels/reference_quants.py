@@ -1,0 +1,227 @@
+"""Quantised rows in readable numpy: what their bytes mean, and the arithmetic of the kernels bit by bit.
+
+A block of 32 columns holds unsigned codes c, and a weight is worth
+
+    Q8_0         d · c                      c int8, d f16
+    Q4_0, Q5_0   d · (c − 8), d · (c − 16)  d f16
+    Q4_1, Q5_1   d · c + m                  d, m f16
+    Q4_K, Q5_K   (d · a) · c − dmin · b     d, dmin f16 of 8 blocks; a, b 6-bit integers of the block
+    Q6_K         (d · a) · (c − 32)         d f16 of 8 blocks; a int8 of 16 columns
+
+(GGUF's block formats, as ggml's reference dequantisation reads them.) `Blocks` holds the integers after the
+offset.
+
+Products with activations that are quantised to x = dx · q per block go block after block through one float32
+accumulator per row:
+
+    acc = fma(scale · dx, Σ c·q, acc);   with a minimum, then   acc = fma(minimum, dx · Σ q, acc)
+
+where scale = d (Q4_K, Q5_K: d · a), minimum = m or −(dmin · b), and for Q6_K the sum is a₀ Σ c·q + a₁ Σ c·q over
+the two halves of the block, an exact integer. F32, F16 and BF16 rows take float32 activations: four accumulators
+by column mod 4, result (a₀ + a₁) + (a₂ + a₃).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .row_types import RowType, block_shape
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+U8 = npt.NDArray[np.uint8]
+
+CHUNK = 64
+_OFFSET = {RowType.Q4_0: 8, RowType.Q5_0: 16, RowType.Q6_K: 32}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows taken apart; B blocks of 32 columns each."""
+
+    codes: I64  # [rows, B, 2, 16], offset subtracted
+    scale: F32  # [rows, B]
+    minimum: F32 | None  # [rows, B]
+    sub: I64 | None  # [rows, B, 2], the scales of the halves of Q6_K
+
+
+def _f16(data: U8, at: int) -> F32:
+    """The f16 at byte `at` of every stored block, widened."""
+    return np.ascontiguousarray(data[..., at : at + 2]).view(np.float16)[..., 0].astype(np.float32)
+
+
+def _nibbles(data: U8) -> I64:
+    """[..., n] bytes to [..., 2, n]: low nibbles, then high nibbles."""
+    return np.stack([data & 15, data >> 4], axis=-2).astype(np.int64)
+
+
+def _bits(data: U8, width: int) -> I64:
+    """[..., n] bytes to [..., 8 / width, n]: fields of `width` bits from the lowest up."""
+    return np.stack([data >> s & ((1 << width) - 1) for s in range(0, 8, width)], axis=-2).astype(np.int64)
+
+
+def _six_bit_scales(packed: U8) -> tuple[I64, I64]:
+    """(scales, minima) [..., 8] of the 12 bytes of Q4_K and Q5_K: the first four whole in 6 bits, of the last
+    four the low nibbles in bytes 8..11 and the upper two bits above the first four's."""
+    first, second, third = (packed[..., i : i + 4].astype(np.int64) for i in (0, 4, 8))
+    scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=-1)
+    minima = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=-1)
+    return scales, minima
+
+
+def _codes(data: U8, row_type: RowType) -> I64:
+    """[rows, stored blocks, columns of a block]: the codes in column order, offset not subtracted."""
+    shape = data.shape[:2]
+    if row_type == RowType.Q8_0:
+        return np.ascontiguousarray(data[..., 2:]).view(np.int8).astype(np.int64)
+    if row_type in (RowType.Q4_0, RowType.Q4_1):
+        return _nibbles(data[..., -16:]).reshape(*shape, 32)
+    if row_type in (RowType.Q5_0, RowType.Q5_1):
+        high = np.unpackbits(np.ascontiguousarray(data[..., -20:-16]), axis=-1, bitorder="little")
+        return _nibbles(data[..., -16:]).reshape(*shape, 32) | high.astype(np.int64) << 4
+    if row_type == RowType.Q6_K:
+        low = _nibbles(data[..., :128].reshape(*shape, 2, 64)).reshape(*shape, 256)
+        return low | _bits(data[..., 128:192].reshape(*shape, 2, 32), 2).reshape(*shape, 256) << 4
+    low = _nibbles(data[..., -128:].reshape(*shape, 4, 32)).reshape(*shape, 256)
+    if row_type == RowType.Q5_K:
+        low = low | _bits(data[..., 16:48], 1).reshape(*shape, 256) << 4
+    return low
+
+
+def decode(data: U8, row_type: int) -> Blocks:
+    """Takes quantised rows, uint8 [rows, row bytes], apart."""
+    known = RowType(row_type)
+    rows = len(data)
+    stored = data.reshape(rows, -1, block_shape(known)[1])
+    codes = _codes(stored, known).reshape(rows, -1, 2, 16) - _OFFSET.get(known, 0)
+    minimum: F32 | None = None
+    sub: I64 | None = None
+    if known in (RowType.Q4_K, RowType.Q5_K):
+        a, b = _six_bit_scales(stored[..., 4:16])
+        scale = (_f16(stored, 0)[..., None] * a.astype(np.float32)).reshape(rows, -1)
+        minimum = -(_f16(stored, 2)[..., None] * b.astype(np.float32)).reshape(rows, -1)
+    elif known == RowType.Q6_K:
+        scale = np.repeat(_f16(stored, 208), 8, axis=1)
+        sub = stored[..., 192:208].view(np.int8).astype(np.int64).reshape(rows, -1, 2)
+    else:
+        scale = _f16(stored, 0)
+        if known in (RowType.Q4_1, RowType.Q5_1):
+            minimum = _f16(stored, 2)
+    return Blocks(codes, scale, minimum, sub)
+
+
+def dequantize(data: U8, row_type: int) -> F32:
+    """float32 [rows, columns] of rows uint8 [rows, row bytes], rounded as the format's reference does it."""
+    known = RowType(row_type)
+    if known.is_float:
+        return _float_values(data, known)
+    blocks = decode(data, known)
+    scale = blocks.scale[..., None]
+    if blocks.sub is not None:
+        scale = scale * blocks.sub.astype(np.float32)
+    values = scale[..., None] * blocks.codes.astype(np.float32)
+    if blocks.minimum is not None:
+        values = values + blocks.minimum[..., None, None]
+    return np.asarray(values.reshape(len(data), -1), np.float32)
+
+
+def _float_values(data: U8, row_type: RowType) -> F32:
+    if row_type == RowType.F32:
+        return data.view(np.float32)
+    if row_type == RowType.F16:
+        return data.view(np.float16).astype(np.float32)
+    return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32, F32]:
+    """(q [T, columns], d [T, B], s [T, B]) of x [T, columns]: d = max|x| / 127, q = x · (1 / d) rounded half to
+    even, s = Σ q; then d is rounded to eleven significant bits, half to even. A block with a NaN or an infinity has
+    d = NaN and q = 0; one whose d would be subnormal is 0."""
+    blocks = x.reshape(len(x), -1, 32)
+    finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(blocks).all(axis=-1))
+    largest = np.abs(np.where(finite[..., None], blocks, np.float32(0))).max(axis=-1)
+    d = np.asarray(largest / np.float32(127), np.float32)
+    used = finite & (d >= np.float32(2.0**-126))
+    inverse = (used.astype(np.float32) / np.where(used, d, np.float32(1))).astype(np.float32)
+    q = np.rint(np.where(used[..., None], blocks, np.float32(0)) * inverse[..., None]).astype(np.int8)
+    bits = d.view(np.uint32)
+    d = ((bits + np.uint32(0xFFF) + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
+    d = np.where(used, d, np.where(finite, np.float32(0), np.float32(np.nan))).astype(np.float32)
+    return q.reshape(x.shape), d, q.sum(axis=-1, dtype=np.int64).astype(np.float32)
+
+
+def fma(a: F32 | np.float32, b: F32, c: F32) -> F32:
+    """a · b + c in float32, rounded once. The product is exact in float64; the sum is rounded there to odd, so
+    that rounding it again to float32 is right (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums:
+    proved algorithms using rounding to odd")."""
+    product = np.multiply(a, b, dtype=np.float64)
+    addend = np.asarray(c, np.float64)
+    total = np.atleast_1d(product + addend)
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    bits = total.view(np.int64)
+    inexact = (error != 0) & (bits & 1 == 0) & np.isfinite(total) & np.isfinite(error)
+    step = np.where((error > 0) == (total > 0), 1, -1)
+    return (bits + np.where(inexact, step, 0)).view(np.float64).astype(np.float32)
+
+
+def products(data: U8, row_type: int, q: npt.NDArray[np.int8], d: F32, s: F32) -> F32:
+    """float32 [T, rows]: the bits that the kernels give for quantised rows and quantised activations."""
+    blocks = decode(data, row_type)
+    activations = q.reshape(len(q), -1, 2, 16).astype(np.int64)
+    acc = np.zeros((len(q), len(data)), np.float32)
+    for b in range(blocks.codes.shape[1]):
+        halves = np.einsum("rhc,thc->trh", blocks.codes[:, b], activations[:, b])
+        if blocks.sub is not None:
+            halves = halves * blocks.sub[:, b]
+        scale = blocks.scale[:, b] * d[:, b, None]
+        acc = fma(scale, halves.sum(axis=-1).astype(np.float32), acc)
+        if blocks.minimum is not None:
+            acc = fma(blocks.minimum[:, b], (d[:, b] * s[:, b])[:, None], acc)
+    return acc
+
+
+def float_products(data: U8, row_type: int, x: F32) -> F32:
+    """float32 [T, rows]: the bits that the kernels give for F32, F16 and BF16 rows."""
+    weights = _float_values(data, RowType(row_type))
+    acc = np.zeros((4, len(x), len(data)), np.float32)
+    for c in range(x.shape[1]):
+        acc[c % 4] = fma(weights[:, c], x[:, c, None], acc[c % 4])
+    return np.asarray((acc[0] + acc[1]) + (acc[2] + acc[3]), np.float32)
+
+
+def accumulated(data: U8, row_type: int, h: F32) -> F32:
+    """float32 [columns]: Σ h_i · row i with the bits of the kernels. Chunks of 64 consecutive rows; within a
+    chunk p = fma(h · scale, code, p), then p = fma(h, minimum, p), over rows with h ≠ 0 in order; y = y + p."""
+    known = RowType(row_type)
+    values = _float_values(data, known) if known.is_float else None
+    blocks = None if known.is_float else decode(data, known)
+    columns = values.shape[1] if values is not None else _columns(data, known)
+    y = np.zeros(columns, np.float32)
+    for first in range(0, len(h), CHUNK):
+        p = np.zeros(columns, np.float32)
+        for i in range(first, min(first + CHUNK, len(h))):
+            if h[i] != 0 and values is not None:
+                p = fma(h[i], values[i], p)
+            elif h[i] != 0 and blocks is not None:
+                p = _add_row(blocks, i, h[i], p)
+        if np.any(h[first : first + CHUNK] != 0):
+            y = y + p
+    return y
+
+
+def _columns(data: U8, row_type: RowType) -> int:
+    values, stored = block_shape(row_type)
+    return int(data.shape[1]) // stored * values
+
+
+def _add_row(blocks: Blocks, i: int, h: np.float32, p: F32) -> F32:
+    scale = blocks.scale[i][:, None]
+    if blocks.sub is not None:
+        scale = scale * blocks.sub[i].astype(np.float32)
+    parts = p.reshape(blocks.codes.shape[1:])
+    parts = fma((h * scale)[..., None], blocks.codes[i].astype(np.float32), parts)
+    if blocks.minimum is not None:
+        parts = fma(h, blocks.minimum[i][:, None, None], parts)
+    return parts.reshape(-1)

@@ -64,7 +64,7 @@ def cores() -> int:
 
 def nvidia_driver(root: Path = Path("/")) -> str | None:
     """Version of the NVIDIA driver that is loaded."""
-    match = re.search(r"Kernel Module\D*?(\d+\.\d[\d.]*)", _text(root / _DRIVER_FILE))
+    match = re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)\s", _text(root / _DRIVER_FILE))
     return match.group(1) if match else None
 
 

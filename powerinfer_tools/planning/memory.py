@@ -60,6 +60,13 @@ def cpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
     return batch * (_F32 + _F32 * values + quantised) + HEAD_ROWS * head
 
 
+def rotary_bytes(shape: ModelShape, context: int) -> int:
+    """Cosines and sines (F32) of half of the rotary dimensions for every position; twice where some layers
+    look back over a window only, since those have a base of their own."""
+    tables = len({bool(layer.window) for layer in shape.layers})
+    return tables * context * shape.rope_dim * _F32
+
+
 def _quantised_bytes(columns: int) -> int:
     """One row of quantised activations: a byte per value, two floats per block. Widths without whole blocks
     have no quantised copy."""
@@ -79,5 +86,6 @@ def fixed_ram_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
     return {
         "embedding": embedding_bytes(shape),
         "output_norm": output_norm_bytes(shape),
+        "rotary_tables": rotary_bytes(shape, workload.context),
         "scratch": cpu_scratch_bytes(shape, workload.batch),
     }

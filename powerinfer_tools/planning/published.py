@@ -186,6 +186,7 @@ def published_shape(name: str, dtype: str = "q4_0") -> ModelShape:
         layers=(layer,) * model.layers,
         embedding=table,
         head=table,
+        rope_dim=0 if model.positions else model.width // model.heads,
         position_bytes=4 * model.positions * model.width,
         sparsity=model.sparsity,
     )

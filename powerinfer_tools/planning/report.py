@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from powerinfer_formats.plan import Device, LayerPlan, Plan
+from powerinfer_formats.plan import LayerPlan, Plan
 
 _MIB = 1 << 20
 
 
 def render_plan(plan: Plan) -> str:
-    """The whole report; lines of at most 110 characters, except for the verdict."""
+    """The whole report; frequencies and verdict are sentences, the rest is narrow tables."""
     return "\n".join(
         [*_header(plan), "", *_layer_table(plan), "", *_totals(plan), "", *_solver(plan), "", plan.verdict]
     )
@@ -82,26 +82,35 @@ def _layer_table(plan: Plan) -> list[str]:
 
 
 def _totals(plan: Plan) -> list[str]:
-    memory, predicted = plan.memory, plan.predicted
+    predicted = plan.predicted
     parts = ", ".join(
         f"{name} {1e3 * s:.2f}" for name, s in predicted.seconds.items() if s and name != "total"
     )
     return [
-        f"other units on the GPU, MiB: {_units(plan, 'gpu')}",
-        f"other units on the CPU, MiB: {_units(plan, 'cpu')}",
-        f"VRAM {memory.vram_used:,} of {memory.vram_capacity:,} bytes; "
-        f"RAM {memory.ram_used:,} of {memory.ram_capacity:,} bytes",
+        *_columns(_unit_rows(plan), left=(0,)),
+        "",
         f"expected: {predicted.tokens_per_second:.2f} tok/s, ms per token: {parts}",
         f"limited by: {predicted.limited_by}",
     ]
 
 
-def _units(plan: Plan, device: Device) -> str:
-    shown = {"kv_cache": "KV cache", "output_norm": "output norm"}
-    units = (unit for unit in plan.units if unit.device == device)
-    return (
-        ", ".join(f"{shown.get(unit.name, unit.name)} {unit.bytes / _MIB:,.1f}" for unit in units) or "none"
-    )
+def _unit_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """What every unit takes on both sides, then what is used and what there is, in bytes."""
+    memory = plan.memory
+    sizes = {
+        "neurons": (
+            sum(layer.vram_bytes for layer in plan.layers),
+            sum(layer.ram_bytes for layer in plan.layers),
+        )
+    }
+    for unit in plan.units:
+        gpu, cpu = sizes.get(unit.name, (0, 0))
+        added = (unit.bytes, 0) if unit.device == "gpu" else (0, unit.bytes)
+        sizes[unit.name] = (gpu + added[0], cpu + added[1])
+    sizes["used"] = (memory.vram_used, memory.ram_used)
+    sizes["budget"] = (memory.vram_capacity, memory.ram_capacity)
+    rows = ((name.replace("_", " "), f"{gpu:,}", f"{cpu:,}") for name, (gpu, cpu) in sizes.items())
+    return [("bytes", "GPU", "CPU"), *rows]
 
 
 def _solver(plan: Plan) -> list[str]:

@@ -80,7 +80,8 @@ class PublishedSparsity:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one model; ``fingerprint`` is None when no file is at hand."""
+    """Sizes of one model; ``rope_dim`` is 0 without rotary positions; ``fingerprint`` is None when no file is
+    at hand."""
 
     name: str
     architecture: str
@@ -92,6 +93,7 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     embedding: MatrixShape
     head: MatrixShape
+    rope_dim: int = 0
     position_bytes: int = 0
     fingerprint: str | None = None
     sparsity: PublishedSparsity | None = None
@@ -182,6 +184,7 @@ def shape_of_model(model: "Model") -> ModelShape:
         layers=tuple(_layer_of_model(model, index) for index in range(hyper.layers)),
         embedding=_matrix(model.embedding),
         head=_matrix(model.head),
+        rope_dim=hyper.rope_dim,
         fingerprint=model.fingerprint,
     )
 

@@ -1,0 +1,220 @@
+"""Presets, where profiles are kept, what is detected, and what is measured."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from powerinfer_formats.errors import FormatError
+from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_kernels import Pool, available_isas
+from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.hardware import default_profile_path, describe_machine, detect, find_hardware, measure
+from powerinfer_tools.hardware.presets import PC_HIGH, PC_LOW, PRESETS
+from powerinfer_tools.progress import Silent
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("POWERINFER_HARDWARE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+def test_presets_are_the_papers_machines() -> None:
+    assert set(PRESETS) == {"pc-high", "pc-low"}
+    high, low = PC_HIGH, PC_LOW
+    assert high.gpu is not None
+    assert low.gpu is not None
+    assert (high.cpu.ram_bytes, high.cpu.bandwidth_bytes_per_s) == (192 * GIB, 67.2e9)
+    assert (low.cpu.ram_bytes, low.cpu.bandwidth_bytes_per_s) == (64 * GIB, 38.4e9)
+    assert (high.gpu.vram_bytes, high.gpu.bandwidth_bytes_per_s) == (24 * GIB, 1008e9)
+    assert (low.gpu.vram_bytes, low.gpu.bandwidth_bytes_per_s) == (11 * GIB, 616e9)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_valid_files(name: str, tmp_path: Path) -> None:
+    PRESETS[name].save(tmp_path / "hardware.toml")
+    assert HardwareProfile.load(tmp_path / "hardware.toml") == PRESETS[name]
+    curve = PRESETS[name].cpu.sparse_bandwidth_bytes_per_s
+    assert list(curve) == sorted(curve)
+    assert curve[-1] == PRESETS[name].cpu.bandwidth_bytes_per_s
+
+
+def test_default_location(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert default_profile_path() == tmp_path / "config" / "powerinfer" / "hardware.toml"
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_profile_path() == tmp_path / ".config" / "powerinfer" / "hardware.toml"
+    monkeypatch.setenv("POWERINFER_HARDWARE", "/elsewhere.toml")
+    assert default_profile_path() == Path("/elsewhere.toml")
+
+
+def test_names_files_and_neither(tmp_path: Path) -> None:
+    assert find_hardware("PC-High").profile is PC_HIGH
+    file = tmp_path / "mine.toml"
+    mine = replace(PC_LOW, machine=replace(PC_LOW.machine, name="mine"))
+    mine.save(file)
+    assert find_hardware(str(file)).profile == mine
+    with pytest.raises(HardwareError, match="no preset of that name; presets: pc-high, pc-low"):
+        find_hardware("pc-middle")
+    file.write_text("nonsense")
+    with pytest.raises(FormatError):
+        find_hardware(str(file))
+
+
+def test_without_a_name_the_stored_profile_else_a_stand_in_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = find_hardware(None)
+    assert found.profile is PC_LOW
+    assert "No hardware profile of this machine is stored, so this is for pc-low" in found.note
+    stored = default_profile_path()
+    stored.parent.mkdir(parents=True)
+    mine = replace(PC_HIGH, machine=replace(PC_HIGH.machine, name="mine"))
+    mine.save(stored)
+    assert find_hardware(None) == find_hardware(str(stored))
+    assert find_hardware(None).note == ""
+    monkeypatch.setenv("POWERINFER_HARDWARE", str(tmp_path / "missing.toml"))
+    with pytest.raises(HardwareError, match="POWERINFER_HARDWARE"):
+        find_hardware(None)
+
+
+def test_vram_without_a_gpu_assumes_one_and_says_so() -> None:
+    stored = default_profile_path()
+    stored.parent.mkdir(parents=True)
+    mine = replace(PC_HIGH, machine=replace(PC_HIGH.machine, name="mine"), gpu=None, link=None)
+    mine.save(stored)
+    assert find_hardware(None).profile.gpu is None
+    assumed = find_hardware(None, wants_gpu=True)
+    assert assumed.profile.gpu == PC_LOW.gpu
+    assert assumed.profile.cpu == mine.cpu
+    assert "is assumed" in assumed.note
+    assert find_hardware(str(stored), wants_gpu=True).profile.gpu is None
+
+
+def system(root: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_ram_is_the_machines_or_the_containers(tmp_path: Path) -> None:
+    assert detect.ram_bytes(tmp_path) == 0
+    root = system(tmp_path, proc__meminfo="MemTotal:       2000 kB\nMemAvailable:   1500 kB\n")
+    assert detect.ram_bytes(root) == 2000 * 1024
+    assert detect.available_ram_bytes(root) == 1500 * 1024
+    limit = root / "sys/fs/cgroup/memory.max"
+    limit.parent.mkdir(parents=True)
+    limit.write_text("max\n")
+    assert detect.ram_bytes(root) == 2000 * 1024
+    limit.write_text("1048576\n")
+    assert detect.ram_bytes(root) == 1048576
+    (root / "sys/fs/cgroup/memory").mkdir()
+    (root / "sys/fs/cgroup/memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert detect.ram_bytes(root) == 1048576
+
+
+def test_processor_and_driver_are_read_from_the_system(tmp_path: Path) -> None:
+    root = system(
+        tmp_path, proc__cpuinfo="processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nmodel name\t: Other\n"
+    )
+    assert detect.cpu_name(root) == "Some CPU @ 3 GHz"
+    assert detect.nvidia_driver(root) is None
+    version = root / "proc/driver/nvidia/version"
+    version.parent.mkdir(parents=True)
+    version.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\nGCC version: 12\n"
+    )
+    assert detect.nvidia_driver(root) == "535.183.01"
+    version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n")
+    assert detect.nvidia_driver(root) == "570.86.15"
+
+
+def test_description_says_what_is_used() -> None:
+    described = describe_machine(threads=2)
+    facts = described.facts
+    assert facts["isa"] in available_isas()
+    assert facts["threads"] == 2
+    assert facts["cores"] >= 1
+    assert facts["ram_bytes"] > 0
+    assert facts["hardware_profile"] is None
+    assert described.profile is None
+    text = dict(described.lines)
+    assert facts["isa"] in text["instruction set"]
+
+
+def test_an_instruction_set_that_is_not_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POWERINFER_ISA", "mmx")
+    described = describe_machine()
+    assert described.facts["isa"] == "mmx (not available)"
+    assert any("POWERINFER_ISA" in warning for warning in described.warnings)
+
+
+def test_describing_imports_no_torch_without_a_driver() -> None:
+    if detect.nvidia_driver() is not None:
+        pytest.skip("an NVIDIA driver is loaded here, so torch is asked for the device")
+    code = (
+        "import sys; from powerinfer_tools.hardware import describe_machine; describe_machine();"
+        "assert not {'torch', 'highspy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "_MOST_BYTES", 16 << 20)
+    monkeypatch.setattr(measure, "_REPEATS", 2)
+    with Pool(1) as pool:
+        measured = measure.measure(pool, 0.05)
+        assert measured.profile.cpu.isa == pool.isa
+    profile = measured.profile
+    profile.save(tmp_path / "hardware.toml")
+    assert HardwareProfile.load(tmp_path / "hardware.toml") == profile
+    assert profile.machine.source == "measured"
+    assert profile.gpu is None
+    assert set(measured.spreads) == {"stream", *(f"density {d:g}" for d in measure.DENSITIES)}
+    assert all(0 <= spread < 1 for spread in measured.spreads.values())
+
+
+def test_the_gathered_curve_counts_the_rows_that_are_read() -> None:
+    with Pool(1) as pool:
+        bench = measure._GateFirst(1 << 20)
+        random = measure.np.random.default_rng(0)
+        for density in (0.1, 0.5, 1.0):
+            rate = bench.rate(pool, density, random)
+            active = max(1, round(density * bench.neurons))
+            assert bench.program.active_neurons() == active
+            nanoseconds = int(bench.program.nanoseconds().sum())
+            assert rate == active * bench.neuron_bytes / nanoseconds * 1e9
+    assert bench.neuron_bytes == 4096 // 32 * (18 + 34)
+
+
+def test_measuring_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pool(1) as pool:
+        for seconds in (0.0, -1.0, float("nan")):
+            with pytest.raises(HardwareError, match="measures nothing"):
+                measure.measure(pool, seconds)
+        monkeypatch.setattr(detect, "available_ram_bytes", lambda: 1 << 20)
+        with pytest.raises(HardwareError, match="too few to measure with"):
+            measure.measure(pool, 0.1)
+        monkeypatch.setattr(detect, "ram_bytes", lambda: 0)
+        with pytest.raises(HardwareError, match="how much memory"):
+            measure.measure(pool, 0.1)
+
+
+def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "cuda_device", lambda: "torch finds no usable CUDA device")
+    with pytest.raises(HardwareError, match="cannot be measured: torch finds no usable"):
+        measure._measure_cuda(Silent())

@@ -13,6 +13,8 @@ from powerinfer_tools.planning.sparsity import published_frequencies
 if TYPE_CHECKING:
     from powerinfer_formats.profile import Profile
 
+#: Source of frequencies that nothing is known about.
+UNKNOWN = "unknown: no profile"
 Vector = npt.NDArray[np.float64]
 
 
@@ -37,7 +39,7 @@ def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequenci
     if shape.sparsity is not None:
         curve = published_frequencies(shape.layers[0].neurons, shape.sparsity)
         return Frequencies((curve,) * len(shape.layers), shape.sparsity.source)
-    return Frequencies(None, "unknown: no profile")
+    return Frequencies(None, UNKNOWN)
 
 
 def _sorted_frequencies(profile: "Profile", index: int) -> Vector:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from powerinfer_formats.plan import LayerPlan, Plan
 
+from powerinfer_tools.planning.frequencies import UNKNOWN
+
 _MIB = 1 << 20
 
 
@@ -46,9 +48,11 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
 
 def _row(plan: Plan, first: int, last: int) -> tuple[str, ...]:
     layer = plan.layers[first]
-    *cells, hot = _cells(layer)
+    activity, *cells, hot = _cells(layer)
+    if plan.provenance.source == UNKNOWN:
+        activity = "–"
     name = str(first) if first == last else f"{first}–{last}"
-    return (name, hot, f"{100 * layer.hot_neurons / plan.model.neurons:.1f} %", *cells)
+    return (name, hot, f"{100 * layer.hot_neurons / plan.model.neurons:.1f} %", activity, *cells)
 
 
 def _header(plan: Plan) -> list[str]:
@@ -109,7 +113,10 @@ def _unit_rows(plan: Plan) -> list[tuple[str, str, str]]:
         sizes[unit.name] = (gpu + added[0], cpu + added[1])
     sizes["used"] = (memory.vram_used, memory.ram_used)
     sizes["budget"] = (memory.vram_capacity, memory.ram_capacity)
-    rows = ((name.replace("_", " "), f"{gpu:,}", f"{cpu:,}") for name, (gpu, cpu) in sizes.items())
+    rows = (
+        (name.replace("kv_", "KV ").replace("_", " "), f"{gpu:,}", f"{cpu:,}")
+        for name, (gpu, cpu) in sizes.items()
+    )
     return [("bytes", "GPU", "CPU"), *rows]
 
 

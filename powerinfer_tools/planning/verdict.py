@@ -61,10 +61,7 @@ def verdict(outcome: Outcome) -> str:
         if outcome.fits_whole:
             text = "Fits whole, yet both sides working at once are faster than the GPU alone: "
         share = 100 * hot / outcome.shape.total_neurons
-        text += (
-            f"{share:.1f} % of the neurons are hot, with {100 * activation_share(outcome):.1f} % of the "
-            f"activations: {speed:.1f} tok/s, {speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
-        )
+        text += f"{share:.1f} % of the neurons are hot{_activity(outcome)}: {speed:.1f} tok/s, {speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
         if speed < cpu_only:
             text += " Here that is slower than the CPU alone; --objective time is never."
     return f"{text} {_stays(outcome)}"
@@ -89,6 +86,12 @@ def activation_share(outcome: Outcome) -> float:
     hot = sum(float(table.activations[k]) for table, k in zip(tables, choice, strict=True))
     total = sum(table.total_activations for table in tables)
     return hot / total if total else 0.0
+
+
+def _activity(outcome: Outcome) -> str:
+    if outcome.frequencies.layers is None:
+        return ""
+    return f", with {100 * activation_share(outcome):.1f} % of the activations"
 
 
 def _nothing_hot(outcome: Outcome, speed: float) -> str:

@@ -10,7 +10,7 @@ _GIB = 1 << 30
 _WRITTEN = "2026-11-22"
 
 #: Bandwidth when only a share of the rows is read, relative to streaming: speed-ups over dense measured with
-#: prefetched row bundles on Zen 4, times the density (docs/design: 38 × at 0.02, 8.7 × at 0.1, 3.0 × at 0.3,
+#: prefetched row bundles on Zen 4, times the density (38 × at 0.02, 8.7 × at 0.1, 3.0 × at 0.3,
 #: 1.9 × at 0.5). Assumed for both CPUs.
 SPARSE_SHARE: tuple[tuple[float, float], ...] = (
     (0.02, 0.76),

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from powerinfer_formats.plan import LayerPlan, Plan
-
 from powerinfer_tools.planning.frequencies import UNKNOWN
 
 _MIB = 1 << 20

@@ -40,7 +40,9 @@ def shape(
         vector_bytes=8 * width,
     )
     table = MatrixShape(TensorType.Q8_0, 1000, width)
-    return ModelShape("small", "llama", activation, 4, 2, width // 4, 2048, (layer,) * layers, table, table, 64)
+    return ModelShape(
+        "small", "llama", activation, 4, 2, width // 4, 2048, (layer,) * layers, table, table, 64
+    )
 
 
 def skewed_frequencies(layers: int, neurons: int, seed: int = 0) -> tuple[Vector, ...]:

@@ -62,7 +62,7 @@ def verdict(outcome: Outcome) -> str:
             text = "Fits whole, yet both sides working at once are faster than the GPU alone: "
         share = 100 * hot / outcome.shape.total_neurons
         text += f"{share:.1f} % of the neurons are hot{_activity(outcome)}: {speed:.1f} tok/s, "
-            f"{speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
+        text += f"{speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
         if speed < cpu_only:
             text += " Here that is slower than the CPU alone; --objective time is never."
     return f"{text} {_stays(outcome)}"

@@ -10,7 +10,7 @@ held_out="$corpus/newton-opticks-queries.txt"
 if [[ ${DEMO_SHORT:-0} == 1 ]]; then
     profile_tokens=4096 chunks=2 answer=32
 else
-    profile_tokens=32768 chunks=8 answer=96
+    profile_tokens=60000 chunks=8 answer=96
 fi
 
 step() {

@@ -17,6 +17,8 @@ void PI_FN(dot_rows)(const pi_rows *w, const int32_t *index, int64_t count, cons
                      int64_t token, float *out) PI_WEAK;
 void PI_FN(accumulate_rows)(const pi_rows *w, const float *h, int64_t row0, int64_t row1, int64_t column0,
                             int64_t column1, float *y) PI_WEAK;
+void PI_FN(accumulate_rows_batch)(const pi_rows *w, const float *h, int64_t tokens, int64_t column0, int64_t column1,
+                                  float *y);
 void PI_FN(accumulate_listed_rows)(const pi_rows *w, const int32_t *index, const float *h, int64_t count,
                                    int64_t column0, int64_t column1, float *y) PI_WEAK;
 void PI_FN(dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out) PI_WEAK;

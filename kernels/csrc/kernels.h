@@ -68,6 +68,9 @@ typedef struct pi_kernels {
                      int64_t token, float *out);
     void (*accumulate_rows)(const pi_rows *w, const float *h, int64_t row0, int64_t row1, int64_t column0,
                             int64_t column1, float *y);
+    /* The same for tokens [0, tokens) of h [tokens, rows] and y [tokens, columns], over all rows. */
+    void (*accumulate_rows_batch)(const pi_rows *w, const float *h, int64_t tokens, int64_t column0, int64_t column1,
+                                  float *y);
     void (*accumulate_listed_rows)(const pi_rows *w, const int32_t *index, const float *h, int64_t count,
                                    int64_t column0, int64_t column1, float *y);
     void (*dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out);

@@ -208,9 +208,13 @@ static void accumulate_rows(const pi_op *op, pi_run *run, pi_worker *worker) {
     for (int64_t t = tokens.begin; t < tokens.end; t++) {
         float *out = a->out + t * a->rows.columns;
         if (!a->accumulate) memset(out + columns.begin, 0, sizeof(float) * (size_t)(columns.end - columns.begin));
-        run->kernels->accumulate_rows(&a->rows, a->h + t * a->rows.rows, 0, a->rows.rows, columns.begin, columns.end,
-                                      out);
     }
+    const float *h = a->h + tokens.begin * a->rows.rows;
+    float *out = a->out + tokens.begin * a->rows.columns;
+    if (tokens.end - tokens.begin == 1) /* rows are read once either way, and this way prefetches them */
+        run->kernels->accumulate_rows(&a->rows, h, 0, a->rows.rows, columns.begin, columns.end, out);
+    else
+        run->kernels->accumulate_rows_batch(&a->rows, h, tokens.end - tokens.begin, columns.begin, columns.end, out);
 }
 
 void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {

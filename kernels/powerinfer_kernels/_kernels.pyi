@@ -1,4 +1,5 @@
-"""The C extension as Python sees it. Its arguments are checked by the modules beside this file, not by itself."""
+"""The C extension as Python sees it. Its arguments are checked by the modules beside this file, not by
+itself."""
 
 from typing import Any
 

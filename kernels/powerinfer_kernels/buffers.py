@@ -1,5 +1,6 @@
 """Memory that programs work on: aligned arrays, quantised activations, the key-value cache, rows in place."""
 
+import contextlib
 import math
 import mmap
 from typing import Any
@@ -19,8 +20,8 @@ MAX_ELEMENTS = 1 << 46  # keeps every product of sizes within 64 bits
 
 
 def aligned(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-    """A zeroed, C-contiguous array that starts on a cache line; from 2 MiB on, on huge pages where the system has
-    them. Raises KernelError for negative sizes or more memory than there is."""
+    """A zeroed, C-contiguous array that starts on a cache line; from 2 MiB on, on huge pages where the
+    system has them. Raises KernelError for negative sizes or more memory than there is."""
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     kind = np.dtype(dtype)
     if any(size < 0 for size in sizes) or math.prod(sizes) > MAX_ELEMENTS:
@@ -28,7 +29,11 @@ def aligned(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     nbytes = math.prod(sizes) * kind.itemsize
     alignment = _HUGE_PAGE if nbytes >= _HUGE_PAGE else _LINE
     try:
-        space = _huge_space(nbytes + alignment) if nbytes >= _HUGE_PAGE else np.zeros(nbytes + alignment, np.uint8)
+        space = (
+            _huge_space(nbytes + alignment)
+            if nbytes >= _HUGE_PAGE
+            else np.zeros(nbytes + alignment, np.uint8)
+        )
     except (OSError, MemoryError):
         raise KernelError(f"cannot get {nbytes} bytes of memory for an array of shape {sizes}") from None
     start = -space.ctypes.data % alignment
@@ -38,18 +43,17 @@ def aligned(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:
 def _huge_space(nbytes: int) -> npt.NDArray[np.uint8]:
     mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages: ordinary ones do
     return np.frombuffer(mapping, dtype=np.uint8)
 
 
 class Activations:
     """Activations in blocks of 32 with one scale each: the input of products with quantised weights.
 
-    q int8 [max_tokens, columns], d float32 [max_tokens, columns / 32] (the scale), s float32 of the same shape
-    (d · Σ q, which pays for the minimum of a weight block). Raises KernelError unless columns is a multiple of 32.
+    q int8 [max_tokens, columns], d float32 [max_tokens, columns / 32] (the scale), s float32 of the same
+    shape (Σ q, which, times d, pays for the minimum of a weight block). Raises KernelError unless columns
+    is a multiple of 32.
     """
 
     def __init__(self, max_tokens: int, columns: int) -> None:
@@ -67,8 +71,8 @@ class KVCache:
     """Keys and values of one layer, as half-precision bits (uint16).
 
     keys [kv_heads, ceil(capacity / 16), head_dim, 16]: the last axis is the position within a tile of 16;
-    values [kv_heads, capacity, head_dim]. Memory is taken when positions are first written. Raises KernelError unless
-    head_dim is even and at most 512.
+    values [kv_heads, capacity, head_dim]. Memory is taken when positions are first written. Raises
+    KernelError unless head_dim is even and at most 512.
     """
 
     def __init__(self, capacity: int, kv_heads: int, head_dim: int) -> None:
@@ -92,8 +96,8 @@ class KVCache:
 class RowMatrix:
     """Rows of weights where they lie (a mapped file, say), `stride` bytes apart: for work on single rows.
 
-    Keeps a reference to `data` and copies nothing. Raises KernelError when the type is unknown, `columns` are not
-    whole blocks, the stride is shorter than a row, or `data` is too short for all rows.
+    Keeps a reference to `data` and copies nothing. Raises KernelError when the type is unknown, `columns`
+    are not whole blocks, the stride is shorter than a row, or `data` is too short for all rows.
     """
 
     def __init__(self, data: Any, row_type: int, rows: int, columns: int, stride: int | None = None) -> None:
@@ -109,7 +113,9 @@ class RowMatrix:
         needed = (rows - 1) * self.stride + width
         if self.data.nbytes < needed:
             raise KernelError(f"{rows} rows need {needed} bytes, the buffer has {self.data.nbytes}")
-        alignment = {0: 4}.get(int(self.row_type), 2)  # what a row's numbers need: float32, else half precision
+        alignment = {0: 4}.get(
+            int(self.row_type), 2
+        )  # what a row's numbers need: float32, else half precision
         if self.data.ctypes.data % alignment or self.stride % alignment:
             raise KernelError(f"rows of {self.row_type.name} must start at multiples of {alignment} bytes")
 

@@ -1,5 +1,6 @@
 """Checks of arrays before their addresses go to C: type, shape, layout, and what may overlap."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 
-def check_array(name: str, array: Array, dtype: npt.DTypeLike, shape: tuple[int, ...], written: bool = False) -> None:
-    """Raises KernelError unless `array` has exactly this type and shape, is C-contiguous and aligned, and, where it
-    is `written` to, writable."""
+def check_array(
+    name: str, array: Any, dtype: npt.DTypeLike, shape: tuple[int, ...], written: bool = False
+) -> None:
+    """Raises KernelError unless `array` has exactly this type and shape, is C-contiguous and aligned, and,
+    where it is `written` to, writable."""
     wanted = np.dtype(dtype)
     if not isinstance(array, np.ndarray) or array.dtype != wanted or array.shape != shape:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -25,14 +28,14 @@ def check_array(name: str, array: Array, dtype: npt.DTypeLike, shape: tuple[int,
         raise KernelError(f"{name} is read-only, but the operation writes to it")
 
 
-def check_apart(name: str, array: Array, others: dict[str, Array | None]) -> None:
+def check_apart(name: str, array: Array, others: Mapping[str, Array | None]) -> None:
     """Raises KernelError where the memory of `array`, which is written, overlaps one of `others`."""
     for other_name, other in others.items():
         if other is not None and np.may_share_memory(array, other):
             raise KernelError(f"{name} must not share memory with {other_name}")
 
 
-def check_apart_or_same(name: str, array: Array, others: dict[str, Array | None]) -> None:
+def check_apart_or_same(name: str, array: Array, others: Mapping[str, Array | None]) -> None:
     """As check_apart, but `array` may be exactly one of `others`: the operation works in place."""
     apart = {
         other_name: other
@@ -52,7 +55,7 @@ def as_bytes(name: str, source: Any) -> Bytes:
         raise KernelError(f"{name} must be a C-contiguous buffer of bytes: {error}") from None
 
 
-def check_positive(**values: int) -> None:
+def check_positive(**values: Any) -> None:
     """Raises KernelError naming the first value that is not a positive integer."""
     for name, value in values.items():
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value <= 0:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from . import _kernels
 from ._kernels import KernelError
@@ -19,7 +18,9 @@ def _rows_of(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
     needed = rows * row_bytes(row_type, columns)
     if data.nbytes != needed:
         name = as_row_type(row_type).name
-        raise KernelError(f"{rows} {name} rows of {columns} values are {needed} bytes, the source has {data.nbytes}")
+        raise KernelError(
+            f"{rows} {name} rows of {columns} values are {needed} bytes, the source has {data.nbytes}"
+        )
     return data
 
 
@@ -37,8 +38,9 @@ class Matrix:
 
     @classmethod
     def pack(cls, pool: Pool, source: Any, row_type: int, rows: int, columns: int) -> "Matrix":
-        """Packs plain rows (any buffer of exactly rows × row_bytes bytes) with the threads of `pool`. The packed size
-        is the source's, with rows rounded up to 16. Raises KernelError for wrong sizes or an unknown type."""
+        """Packs plain rows (any buffer of exactly rows × row_bytes bytes) with the threads of `pool`. The
+        packed size is the source's, with rows rounded up to 16. Raises KernelError for wrong sizes or an
+        unknown type."""
         data = _rows_of(source, row_type, rows, columns)
         handle = _kernels.Matrix(pool.handle, data, row_type, rows, columns)
         return cls(handle, as_row_type(row_type), rows, columns)
@@ -57,9 +59,9 @@ def dequantize(source: Any, row_type: int, rows: int, columns: int) -> Floats:
     return out
 
 
-def quantize(values: npt.NDArray[np.float32], row_type: int) -> Bytes:
-    """uint8 [rows, row_bytes] of float32 [rows, columns], rounded as the format's reference does. Types F32, F16,
-    BF16, Q8_0 and Q4_0; KernelError for others, and for columns that are not whole blocks."""
+def quantize(values: Any, row_type: int) -> Bytes:
+    """uint8 [rows, row_bytes] of float32 [rows, columns], rounded as the format's reference does. Types
+    F32, F16, BF16, Q8_0 and Q4_0; KernelError for others, and for columns that are not whole blocks."""
     rows, columns = values.shape if isinstance(values, np.ndarray) and values.ndim == 2 else (0, 0)
     check_array("values", values, np.float32, (rows, columns))
     check_positive(rows=rows, columns=columns)

@@ -16,8 +16,8 @@ def available_isas() -> tuple[str, ...]:
 
 
 def choose_isa(isa: str | None = None) -> str:
-    """`isa`, else the environment variable POWERINFER_ISA, else the best available one. Raises KernelError, with
-    the names that are available, when the wanted one is not."""
+    """`isa`, else the environment variable POWERINFER_ISA, else the best available one. Raises KernelError,
+    with the names that are available, when the wanted one is not."""
     available = available_isas()
     wanted = isa if isa is not None else os.environ.get(ISA_VARIABLE) or available[0]
     if wanted not in available:
@@ -30,9 +30,10 @@ def choose_isa(isa: str | None = None) -> str:
 class Pool:
     """Threads that execute programs, and the instruction set that they use.
 
-    `threads` counts the calling thread and defaults to the physical cores. Threads start with the first run and sleep
-    between runs. One run at a time: other callers wait. After a fork the child's pool starts threads of its own.
-    Raises KernelError for an impossible number of threads or an instruction set that is not available.
+    `threads` counts the calling thread and defaults to the physical cores. Threads start with the first run
+    and sleep between runs. One run at a time: other callers wait. After a fork the child's pool starts
+    threads of its own. Raises KernelError for an impossible number of threads or an instruction set that is
+    not available.
     """
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
@@ -54,8 +55,9 @@ class Pool:
 
 
 def read_bandwidth(pool: Pool, nbytes: int = 256 << 20, seconds: float = 0.2) -> float:
-    """Bytes per second at which the pool's threads read `nbytes` of memory together: the best pass within `seconds`.
-    Choose `nbytes` well above the last-level cache. Raises KernelError for sizes that are not positive."""
+    """Bytes per second at which the pool's threads read `nbytes` of memory together: the best pass within
+    `seconds`. Choose `nbytes` well above the last-level cache. Raises KernelError for sizes that are not
+    positive."""
     if nbytes <= 0 or not seconds >= 0:
         raise KernelError(f"read_bandwidth needs a positive size and time, got {nbytes} bytes, {seconds} s")
     return _kernels.read_bandwidth(pool.handle, nbytes, seconds)

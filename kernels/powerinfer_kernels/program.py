@@ -16,7 +16,8 @@ from .checks import Array, Floats, check_apart, check_apart_or_same, check_array
 from .matrix import Matrix
 from .pool import Pool
 
-#: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) · relu(up).
+#: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) ·
+#: relu(up).
 ACTIVATION_KINDS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "drelu")
 #: Those whose result is exactly zero wherever the gate is not positive.
 ZERO_KINDS = frozenset({"relu", "relu2", "drelu"})
@@ -45,17 +46,19 @@ class _Op(IntEnum):
 
 
 class Program:
-    """A complete program; made by `ProgramBuilder.build`. It keeps everything alive that its operations use."""
+    """A complete program; made by `ProgramBuilder.build`. It keeps everything alive that its operations
+    use."""
 
     def __init__(self, handle: _kernels.Program, operations: int) -> None:
         self._handle = handle
         self.operations = operations
 
     def run(self, pool: Pool, first: int, last: int, n_tokens: int, position: int) -> None:
-        """Execute operations [first, last) for `n_tokens` tokens at `position` of the context, with the GIL released.
+        """Execute operations [first, last) for `n_tokens` tokens at `position` of the context, with the GIL
+        released.
 
-        Raises KernelError for ranges outside the program, its buffers or its context, and for token ids outside the
-        vocabulary.
+        Raises KernelError for ranges outside the program, its buffers or its context, and for token ids
+        outside the vocabulary.
         """
         self._handle.run(pool.handle, first, last, n_tokens, position)
 
@@ -102,11 +105,9 @@ class ProgramBuilder:
         source = RowMatrix(table, row_type, rows, columns)
         self._append(_Op.EMBED, (tokens, source.data, out), _rows_integers(source), (scale,))
 
-    def rms_norm(
-        self, src: Floats, weight: Floats | None, out: Floats, eps: float, groups: int = 1
-    ) -> None:
-        """out = src / sqrt(mean(src²) + eps) · weight over each of `groups` equal parts of a row; weight [width /
-        groups]. `out` may be `src`."""
+    def rms_norm(self, src: Floats, weight: Floats | None, out: Floats, eps: float, groups: int = 1) -> None:
+        """out = src / sqrt(mean(src²) + eps) · weight over each of `groups` equal parts of a row; weight
+        [width / groups]. `out` may be `src`."""
         width = self._width("src", src)
         check_positive(groups=groups)
         if width % groups:
@@ -117,9 +118,7 @@ class ProgramBuilder:
         check_apart_or_same("out", out, {"src": src})
         self._append(_Op.RMS_NORM, (src, weight, out), (width, groups), (_finite("eps", eps),))
 
-    def layer_norm(
-        self, src: Floats, weight: Floats, bias: Floats | None, out: Floats, eps: float
-    ) -> None:
+    def layer_norm(self, src: Floats, weight: Floats, bias: Floats | None, out: Floats, eps: float) -> None:
         """out = (src − mean) / sqrt(variance + eps) · weight + bias. `out` may be `src`."""
         width = self._width("src", src)
         check_array("weight", weight, np.float32, (width,))
@@ -148,7 +147,8 @@ class ProgramBuilder:
     ) -> None:
         """out (+)= matrix · input + bias: `src` for float row types, `activations` for the others.
 
-        `independent`: the next operation is a matmul that neither reads nor writes `out`, so no thread waits between.
+        `independent`: the next operation is a matmul that neither reads nor writes `out`, so no thread
+        waits between.
         """
         self._check("out", out, matrix.rows, written=True)
         if bias is not None:
@@ -158,8 +158,9 @@ class ProgramBuilder:
         flags = (int(accumulate), int(independent))
         self._append(_Op.MATMUL, (matrix.handle, *inputs, bias, out), flags)
 
-    def rope(self, x: Floats, cos: Floats, sin: Floats, heads: int, head_dim: int, style: str) -> None:
-        """Rotate pairs of each head in place by the angles of the position; cos and sin [capacity, rotary / 2].
+    def rope(self, x: Floats, cos: Any, sin: Floats, heads: int, head_dim: int, style: str) -> None:
+        """Rotate pairs of each head in place by the angles of the position; cos and sin [capacity, rotary /
+        2].
 
         Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rotary / 2).
         """
@@ -192,10 +193,11 @@ class ProgramBuilder:
         window: int = 0,
         softcap: float = 0.0,
     ) -> None:
-        """Causal attention of `heads` query heads over the cache, which must hold this run's positions already.
+        """Causal attention of `heads` query heads over the cache, which must hold this run's positions
+        already.
 
-        scores = scale · q·k, softcapped (c · tanh(s / c)) where softcap > 0; with a window only the last `window`
-        positions, the query's own among them, are seen.
+        scores = scale · q·k, softcapped (c · tanh(s / c)) where softcap > 0; with a window only the last
+        `window` positions, the query's own among them, are seen.
         """
         check_positive(heads=heads)
         if heads % cache.kv_heads:
@@ -248,8 +250,8 @@ class ProgramBuilder:
     ) -> None:
         """out (+)= Σ_i act(gate_i) · (up_i · input) · down_i over the neurons whose gate is positive.
 
-        Same bits as matmul, activate and accumulate_rows over all neurons. `h` [max_tokens, neurons] is scratch.
-        Rows of other neurons are not read.
+        Same bits as matmul, activate and accumulate_rows over all neurons. `h` [max_tokens, neurons] is
+        scratch. Rows of other neurons are not read.
         """
         if kind not in ZERO_KINDS:
             raise KernelError(f"gate_first needs an activation with exact zeros, {kind!r} has none")
@@ -283,8 +285,8 @@ class ProgramBuilder:
     ) -> None:
         """Count what each neuron contributes, c = act(gate) · up, for every token of a run.
 
-        Adds to `counts` uint64 [n] where c ≠ 0, to `histogram` uint32 [n, 128] of |c| (four bins to an octave from
-        2^-16), and act(gate)² and up² to `gate_squares` and `up_squares` float64 [n].
+        Adds to `counts` uint64 [n] where c ≠ 0, to `histogram` uint32 [n, 128] of |c| (four bins to an
+        octave from 2^-16), and act(gate)² and up² to `gate_squares` and `up_squares` float64 [n].
         """
         width = self._width("gate", gate)
         self._check("up", up, width)
@@ -317,7 +319,7 @@ class ProgramBuilder:
         """No run may reach beyond `capacity` positions."""
         self._capacity = min(self._capacity, capacity)
 
-    def _width(self, name: str, array: Array) -> int:
+    def _width(self, name: str, array: Any) -> int:
         if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.shape[1]:
             raise KernelError(f"{name} must be a float32 array of shape ({self.max_tokens}, width)")
         self._check(name, array, array.shape[1])
@@ -364,5 +366,3 @@ def _finite(name: str, value: float) -> float:
     if not np.isfinite(value):
         raise KernelError(f"{name} must be finite, got {value}")
     return float(value)
-
-

@@ -17,14 +17,16 @@ def rms_norm(x: Array, weight: Array | None, eps: float, groups: int = 1) -> Arr
     """x / sqrt(mean(x²) + eps) · weight over each of `groups` equal parts of a row (arXiv 1910.07467)."""
     parts = x.reshape(len(x), groups, -1)
     out = parts / np.sqrt(np.mean(parts * parts, axis=-1, keepdims=True) + eps)
-    return (out if weight is None else out * weight).reshape(x.shape)
+    scaled: Array = out if weight is None else out * weight
+    return scaled.reshape(x.shape)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
     """(x − mean) / sqrt(variance + eps) · weight + bias over each row (arXiv 1607.06450)."""
     centred = x - x.mean(axis=-1, keepdims=True)
     out = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps) * weight
-    return out if bias is None else out + bias
+    shifted: Array = out if bias is None else out + bias
+    return shifted
 
 
 def quantize_activations(x: Array) -> tuple[Array, Array]:
@@ -39,7 +41,8 @@ def quantize_activations(x: Array) -> tuple[Array, Array]:
 
 
 def rope(x: Array, cos: Array, sin: Array, heads: int, position: int, style: str) -> Array:
-    """Rotate pairs of each head by the angles of its position (arXiv 2104.09864 eq. 34); cos, sin [capacity, half].
+    """Rotate pairs of each head by the angles of its position (arXiv 2104.09864 eq. 34); cos, sin
+    [capacity, half].
 
     Style "norm" pairs (2i, 2i + 1), "neox" (i, i + half); values past 2 · half stay.
     """
@@ -58,8 +61,9 @@ def attention(
 ) -> Array:
     """Causal softmax(scale · q kᵀ) v, one key head for several query heads (arXiv 1706.03762, 2305.13245).
 
-    q [T, heads, dim]; keys and values [positions, kv_heads, dim]; token t stands at `position` + t and sees the
-    last `window` positions (0: all) up to its own. softcap c > 0: scores become c · tanh(score / c). [T, heads, dim]
+    q [T, heads, dim]; keys and values [positions, kv_heads, dim]; token t stands at `position` + t and sees
+    the last `window` positions (0: all) up to its own. softcap c > 0: scores become c · tanh(score / c).
+    [T, heads, dim]
     """
     group = q.shape[1] // keys.shape[1]
     out = np.zeros_like(q)
@@ -74,26 +78,35 @@ def attention(
     return out
 
 
-def activate(gate: Array, up: Array | None, kind: str) -> Array:
-    """act(gate) · up; without `up`, act(gate). drelu: relu(gate) · relu(up) (arXiv 2406.05955)."""
-    factor = np.ones_like(gate) if up is None else up
+def act(gate: Array, kind: str) -> Array:
+    """The activation function alone. silu: x / (1 + e^-x); gelu_tanh: x (1 + tanh(√(2/π) (x + 0.044715
+    x³))) / 2; gelu_erf: x (1 + erf(x / √2)) / 2 (arXiv 1606.08415); relu, drelu: max(x, 0); relu2: max(x,
+    0)²."""
+    positive: Array = np.maximum(gate, 0)
+    share: Array
     with np.errstate(over="ignore"):
         match kind:
             case "silu":
-                return gate / (1 + np.exp(-gate)) * factor
+                share = 1 / (1 + np.exp(-gate))
             case "gelu_tanh":
-                inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-                return 0.5 * gate * (1 + np.tanh(inner)) * factor
+                share = 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
             case "gelu_erf":
-                erfc = np.vectorize(math.erfc, otypes=[np.float64])
-                return gate * (0.5 * erfc(-gate / math.sqrt(2))) * factor
-            case "relu":
-                return np.maximum(gate, 0) * factor
+                share = 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-gate / math.sqrt(2))
+            case "relu" | "drelu":
+                return positive
             case "relu2":
-                return np.maximum(gate, 0) ** 2 * factor
-            case "drelu":
-                return np.maximum(gate, 0) * (np.maximum(factor, 0) if up is not None else 1.0)
-    raise ValueError(f"no activation is called {kind!r}")
+                return positive * positive
+            case _:
+                raise ValueError(f"no activation is called {kind!r}")
+    return gate * share
+
+
+def activate(gate: Array, up: Array | None, kind: str) -> Array:
+    """act(gate) · up; without `up`, act(gate). drelu: relu(gate) · relu(up) (arXiv 2406.05955)."""
+    if up is None:
+        return act(gate, kind)
+    factor: Array = np.maximum(up, 0) if kind == "drelu" else up
+    return act(gate, kind) * factor
 
 
 def accumulate_rows(h: Array, rows: Array) -> Array:

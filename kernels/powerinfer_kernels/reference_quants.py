@@ -16,9 +16,9 @@ accumulator per row:
 
     acc = fma(scale · dx, Σ c·q, acc);   with a minimum, then   acc = fma(minimum, dx · Σ q, acc)
 
-where scale = d (Q4_K, Q5_K: d · a), minimum = m or −(dmin · b), and for Q6_K the sum is a₀ Σ c·q + a₁ Σ c·q over
-the two halves of the block, an exact integer. F32, F16 and BF16 rows take float32 activations: four accumulators
-by column mod 4, result (a₀ + a₁) + (a₂ + a₃).
+where scale = d (Q4_K, Q5_K: d · a), minimum = m or −(dmin · b), and for Q6_K the sum is a₀ Σ c·q + a₁ Σ c·q
+over the two halves of the block, an exact integer. F32, F16 and BF16 rows take float32 activations: four
+accumulators by column mod 4, result (a₀ + a₁) + (a₂ + a₃).
 """
 
 from dataclasses import dataclass
@@ -135,9 +135,9 @@ def _float_values(data: U8, row_type: RowType) -> F32:
 
 
 def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32, F32]:
-    """(q [T, columns], d [T, B], s [T, B]) of x [T, columns]: d = max|x| / 127, q = x · (1 / d) rounded half to
-    even, s = Σ q; then d is rounded to eleven significant bits, half to even. A block with a NaN or an infinity has
-    d = NaN and q = 0; one whose d would be subnormal is 0."""
+    """(q [T, columns], d [T, B], s [T, B]) of x [T, columns]: d = max|x| / 127, q = x · (1 / d) rounded
+    half to even, s = Σ q; then d is rounded to eleven significant bits, half to even. A block with a NaN or
+    an infinity has d = NaN and q = 0; one whose d would be subnormal is 0."""
     blocks = x.reshape(len(x), -1, 32)
     finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(blocks).all(axis=-1))
     largest = np.abs(np.where(finite[..., None], blocks, np.float32(0))).max(axis=-1)
@@ -152,9 +152,9 @@ def quantize_activations(x: F32) -> tuple[npt.NDArray[np.int8], F32, F32]:
 
 
 def fma(a: F32 | np.float32, b: F32, c: F32) -> F32:
-    """a · b + c in float32, rounded once. The product is exact in float64; the sum is rounded there to odd, so
-    that rounding it again to float32 is right (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums:
-    proved algorithms using rounding to odd")."""
+    """a · b + c in float32, rounded once. The product is exact in float64; the sum is rounded there to odd,
+    so that rounding it again to float32 is right (Boldo and Melquiond, "Emulation of FMA and correctly
+    rounded sums: proved algorithms using rounding to odd")."""
     product = np.multiply(a, b, dtype=np.float64)
     addend = np.asarray(c, np.float64)
     total = np.atleast_1d(product + addend)
@@ -192,8 +192,9 @@ def float_products(data: U8, row_type: int, x: F32) -> F32:
 
 
 def accumulated(data: U8, row_type: int, h: F32) -> F32:
-    """float32 [columns]: Σ h_i · row i with the bits of the kernels. Chunks of 64 consecutive rows; within a
-    chunk p = fma(h · scale, code, p), then p = fma(h, minimum, p), over rows with h ≠ 0 in order; y = y + p."""
+    """float32 [columns]: Σ h_i · row i with the bits of the kernels. Chunks of 64 consecutive rows; within
+    a chunk p = fma(h · scale, code, p), then p = fma(h, minimum, p), over rows with h ≠ 0 in order; y = y +
+    p."""
     known = RowType(row_type)
     values = _float_values(data, known) if known.is_float else None
     blocks = None if known.is_float else decode(data, known)

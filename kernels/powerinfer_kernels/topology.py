@@ -42,7 +42,7 @@ def _cgroup_folders(cgroups: Path) -> list[Path]:
         lines = []
     folders = {cgroups, cgroups / "cpu", cgroups / "cpu,cpuacct"}
     for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = cgroups / controllers if controllers else cgroups
@@ -54,8 +54,9 @@ def _cgroup_folders(cgroups: Path) -> list[Path]:
 
 
 def physical_cores(cpus: Path = _CPUS, cgroups: Path = _CGROUPS) -> int:
-    """Cores that this process may use, at least 1: distinct physical cores among the CPUs of its affinity mask, at
-    most the CPU quota of its cgroups (rounded down). The arguments are where Linux shows them; tests pass others."""
+    """Cores that this process may use, at least 1: distinct physical cores among the CPUs of its affinity
+    mask, at most the CPU quota of its cgroups (rounded down). The arguments are where Linux shows them;
+    tests pass others."""
     cores = len({_core_of(cpu, cpus) for cpu in os.sched_getaffinity(0)})
     quotas = [quota for folder in _cgroup_folders(cgroups) if (quota := _read_quota(folder)) is not None]
     return max(1, min([cores, *(int(quota) for quota in quotas)]))

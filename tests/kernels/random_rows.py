@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+
 from powerinfer_kernels import RowType, block_shape, row_bytes
 
 U8 = npt.NDArray[np.uint8]
@@ -45,7 +46,8 @@ def random_rows(rng: np.random.Generator, row_type: RowType, rows: int, columns:
 
 
 def extreme_rows(row_type: RowType, columns: int) -> U8:
-    """Six rows: all bits set, all clear, and bytes 0x80, each under scales that are large, zero or subnormal."""
+    """Six rows: all bits set, all clear, and bytes 0x80, each under scales that are large, zero or
+    subnormal."""
     data = np.repeat(np.array([0xFF, 0x00, 0x80], np.uint8), 2)[:, None]
     data = np.ascontiguousarray(np.broadcast_to(data, (6, row_bytes(row_type, columns))))
     stored = columns // block_shape(row_type)[0]

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from powerinfer_kernels import Activations, Matrix, Pool, ProgramBuilder, RowType, aligned, available_isas
 from powerinfer_kernels import reference_quants as reference
 from random_rows import FLOATS, QUANTISED, U8, extreme_rows, random_rows
@@ -12,7 +13,13 @@ UNIT = 2.0**-24  # largest relative error of one rounding to float32
 
 
 def multiply(
-    isa: str, data: U8, row_type: RowType, x: F32, threads: int = 1, bias: F32 | None = None, out: F32 | None = None
+    isa: str,
+    data: U8,
+    row_type: RowType,
+    x: F32,
+    threads: int = 1,
+    bias: F32 | None = None,
+    out: F32 | None = None,
 ) -> F32:
     """out (+)= data · x + bias through a program: float32 [T, rows]. Adds where `out` is given."""
     tokens, columns = x.shape
@@ -52,7 +59,9 @@ def isa(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("row_type", list(RowType), ids=lambda t: t.name)
-@pytest.mark.parametrize(("rows", "size", "tokens"), [(1, 1, 1), (15, 3, 2), (16, 2, 3), (17, 9, 5), (33, 3, 17)])
+@pytest.mark.parametrize(
+    ("rows", "size", "tokens"), [(1, 1, 1), (15, 3, 2), (16, 2, 3), (17, 9, 5), (33, 3, 17)]
+)
 def test_bits_equal_the_emulation(isa: str, row_type: RowType, rows: int, size: int, tokens: int) -> None:
     rng = np.random.default_rng(rows)
     columns = columns_of(row_type, size)
@@ -72,7 +81,9 @@ def test_error_against_float64_is_within_the_bound(isa: str, row_type: RowType) 
     q, d, _ = reference.quantize_activations(x)
     exact = (q.reshape(3, -1, 32) * d.astype(np.float64)[..., None]).reshape(3, columns)
     blocks = reference.decode(data, row_type)
-    scale = blocks.scale.astype(np.float64)[:, :, None, None] * (1 if blocks.sub is None else blocks.sub[..., None])
+    scale = blocks.scale.astype(np.float64)[:, :, None, None] * (
+        1 if blocks.sub is None else blocks.sub[..., None]
+    )
     parts = [(scale * blocks.codes).reshape(17, columns)]
     if blocks.minimum is not None:
         parts.append(np.repeat(blocks.minimum.astype(np.float64), 32, axis=1))
@@ -107,7 +118,8 @@ def test_a_token_alone_or_among_many_gives_the_same_bits(isa: str, row_type: Row
 
 @pytest.mark.parametrize("row_type", QUANTISED, ids=lambda t: t.name)
 def test_largest_codes_do_not_saturate(isa: str, row_type: RowType) -> None:
-    """Every code at an end of its range against activations of ±127 in every combination of signs by column."""
+    """Every code at an end of its range against activations of ±127 in every combination of signs by
+    column."""
     columns = columns_of(row_type, 2)
     data = extreme_rows(row_type, columns)
     signs = [np.ones(columns), -np.ones(columns), np.where(np.arange(columns) % 2, 1, -1)]
@@ -119,7 +131,9 @@ def test_largest_codes_do_not_saturate(isa: str, row_type: RowType) -> None:
     np.testing.assert_array_equal(multiply(isa, data, row_type, x[:1]), want[:1])
 
 
-@pytest.mark.parametrize("row_type", [RowType.Q8_0, RowType.Q4_1, RowType.Q6_K, RowType.F32], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "row_type", [RowType.Q8_0, RowType.Q4_1, RowType.Q6_K, RowType.F32], ids=lambda t: t.name
+)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_non_finite_activation_shows_in_its_token_only(isa: str, row_type: RowType, bad: float) -> None:
     rng = np.random.default_rng(6)

@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import quants
+
 from powerinfer_kernels import (
     Activations,
     KernelError,
@@ -67,14 +68,17 @@ def test_quantised_bytes_equal_the_gguf_package(row_type: RowType) -> None:
 
 
 def test_half_types_round_every_boundary_like_the_reference() -> None:
-    """All f16 values, their neighbours in float32 and the halfway points between them; infinities and overflow."""
+    """All f16 values, their neighbours in float32 and the halfway points between them; infinities and
+    overflow."""
     halves = np.arange(0x10000, dtype=np.uint32).astype(np.uint16).view(np.float16)
     finite = np.sort(halves[np.isfinite(halves)].astype(np.float32))
     middle = (finite[1:] + finite[:-1]) / 2
     x = np.concatenate(
         [finite, middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))]
     )
-    x = np.concatenate([x, np.array([65519.996, 65520, 1e38, -1e38, np.inf, -np.inf, 1e-45], np.float32)])[None]
+    x = np.concatenate([x, np.array([65519.996, 65520, 1e38, -1e38, np.inf, -np.inf, 1e-45], np.float32)])[
+        None
+    ]
     with np.errstate(over="ignore"):
         want = x.astype(np.float16).view(np.uint8)
     np.testing.assert_array_equal(quantize(np.ascontiguousarray(x), RowType.F16), want)
@@ -84,7 +88,8 @@ def test_half_types_round_every_boundary_like_the_reference() -> None:
 
 @pytest.mark.parametrize("row_type", [RowType.Q8_0, RowType.Q4_0], ids=lambda t: t.name)
 def test_what_is_read_back_is_near(row_type: RowType) -> None:
-    """Half a step of the code, the rounding of the scale to f16 at every code, and the code that Q4_0 lacks above."""
+    """Half a step of the code, the rounding of the scale to f16 at every code, and the code that Q4_0 lacks
+    above."""
     x = np.random.default_rng(4).standard_normal((10, 64)).astype(np.float32)
     back = dequantize(quantize(x, row_type), row_type, 10, 64)
     largest = np.abs(x).reshape(10, 2, 32).max(axis=-1).repeat(32, axis=1)
@@ -132,5 +137,8 @@ def test_emulated_fma_rounds_once() -> None:
     for i in range(len(a)):
         exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
         error = abs(Fraction(float(got[i])) - exact)
-        for neighbour in (np.nextafter(got[i], np.float32(np.inf)), np.nextafter(got[i], np.float32(-np.inf))):
+        for neighbour in (
+            np.nextafter(got[i], np.float32(np.inf)),
+            np.nextafter(got[i], np.float32(-np.inf)),
+        ):
             assert error <= abs(Fraction(float(neighbour)) - exact)

@@ -1,7 +1,9 @@
-"""Sums of rows for many tokens have the bits of one token at a time, and read no row whose coefficient is zero."""
+"""Sums of rows for many tokens have the bits of one token at a time, and read no row whose coefficient is
+zero."""
 
 import numpy as np
 import pytest
+
 from powerinfer_kernels import Pool, ProgramBuilder, RowMatrix, RowType, aligned, available_isas
 from random_rows import random_rows
 

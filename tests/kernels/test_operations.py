@@ -1,0 +1,302 @@
+"""Each operation of a program against the float64 reference, on every instruction set, with the same bits
+on all."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from powerinfer_kernels import (
+    ACTIVATION_KINDS,
+    Activations,
+    KernelError,
+    KVCache,
+    Matrix,
+    Pool,
+    ProgramBuilder,
+    RowMatrix,
+    RowType,
+    aligned,
+    available_isas,
+    dequantize,
+    reference,
+)
+from random_rows import random_rows
+
+EPS = float(np.finfo(np.float32).eps)
+TOKENS = 5
+Write = Callable[[ProgramBuilder], None]
+
+
+def filled(values: np.ndarray) -> np.ndarray:
+    """An aligned float32 copy."""
+    out = aligned(values.shape, np.float32)
+    out[:] = values
+    return out
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return filled(rng.standard_normal(shape).astype(np.float32))
+
+
+def on_every_isa(
+    write: Write, out: np.ndarray, start: np.ndarray | None = None, tokens: int = TOKENS
+) -> np.ndarray:
+    """`out` after the program, which must have the same bits for every instruction set and thread count.
+
+    The last row is not part of the run and must stay as it is.
+    """
+    builder = ProgramBuilder(len(out))
+    write(builder)
+    program, results = builder.build(), []
+    for isa in available_isas():
+        for threads in (1, 2, 3):
+            out[:] = 7.0 if start is None else start
+            with Pool(threads, isa) as pool:
+                program.run(pool, 0, builder.mark(), tokens, 0)
+            results.append(out.copy())
+    for result in results[1:]:
+        np.testing.assert_array_equal(result.view(np.uint32), results[0].view(np.uint32))
+    last = 7.0 if start is None else start[-1]
+    np.testing.assert_array_equal(results[0][tokens:], np.broadcast_to(last, results[0][tokens:].shape))
+    return results[0][:tokens].astype(np.float64)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(1, 1), (17, 1), (64, 4), (129, 3), (576, 9)])
+def test_rms_norm(width: int, groups: int) -> None:
+    """The sum of n squares is off by n·eps at most, halved by the root; one rounding each for the root, the
+    quotient and the product."""
+    rng = np.random.default_rng(width)
+    x, weight = normal(rng, TOKENS + 1, width), normal(rng, width // groups)
+    out = aligned(x.shape, np.float32)
+    got = on_every_isa(lambda b: b.rms_norm(x, weight, out, 1e-5, groups), out)
+    want = reference.rms_norm(x[:TOKENS].astype(np.float64), weight.astype(np.float64), 1e-5, groups)
+    assert (np.abs(got - want) <= (width / groups / 2 + 4) * EPS * np.abs(want)).all()
+    in_place = x.copy()
+    again = on_every_isa(lambda b: b.rms_norm(out, weight, out, 1e-5, groups), out, start=in_place)
+    np.testing.assert_array_equal(again, got)
+
+
+@pytest.mark.parametrize("width", [2, 17, 576])
+def test_layer_norm(width: int) -> None:
+    """As for rms_norm, with the mean's error of n·eps·max|x| in the centred value."""
+    rng = np.random.default_rng(width)
+    x, weight, bias = normal(rng, TOKENS + 1, width), normal(rng, width), normal(rng, width)
+    out = aligned(x.shape, np.float32)
+    got = on_every_isa(lambda b: b.layer_norm(x, weight, bias, out, 1e-5), out)
+    wide = x[:TOKENS].astype(np.float64)
+    want = reference.layer_norm(wide, weight.astype(np.float64), bias.astype(np.float64), 1e-5)
+    size = np.abs(wide).max() / wide.std(axis=1, keepdims=True) * np.abs(weight) + np.abs(bias)
+    assert (np.abs(got - want) <= (width + 8) * EPS * size).all()
+
+
+@pytest.mark.parametrize("style", ["norm", "neox"])
+@pytest.mark.parametrize(("heads", "head_dim", "half"), [(1, 2, 1), (3, 48, 24), (9, 64, 32), (2, 20, 6)])
+def test_rope(style: str, heads: int, head_dim: int, half: int) -> None:
+    """Two products and a sum: three roundings of at most |a| + |b|. Values past the rotary part keep their
+    bits."""
+    rng = np.random.default_rng(heads)
+    start = normal(rng, TOKENS + 1, heads * head_dim)
+    angles = rng.uniform(0, 6, (TOKENS + 2, half))
+    cos, sin = filled(np.cos(angles)), filled(np.sin(angles))
+    x = aligned(start.shape, np.float32)
+    got = on_every_isa(lambda b: b.rope(x, cos, sin, heads, head_dim, style), x, start=start)
+    wide = start[:TOKENS].astype(np.float64)
+    want = reference.rope(wide, cos.astype(np.float64), sin.astype(np.float64), heads, 0, style)
+    assert np.abs(got - want).max() <= 3 * EPS * 2 * np.abs(wide).max()
+    rest = np.s_[:, :, 2 * half :]
+    shape = (TOKENS, heads, head_dim)
+    np.testing.assert_array_equal(got.reshape(shape)[rest], wide.reshape(shape)[rest])
+
+
+@pytest.mark.parametrize("kind", ACTIVATION_KINDS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_activate(kind: str, gated: bool) -> None:
+    """exp, tanh and the normal tail are within 8 ulp (vector_math.h), and a few roundings come on top. An
+    error of the exponent is multiplied by its size: three roundings of 2z = 1.6 x + 0.0714 x³ for
+    gelu_tanh. Values below the normal range are off by some of its smallest steps, and 1 + tanh of the
+    reference by float64's own roundoff. The width is no whole vector."""
+    rng = np.random.default_rng(1)
+    width = 1003
+    gate = normal(rng, TOKENS + 1, width) * np.float32(10) ** rng.uniform(
+        -8, 1.5, (TOKENS + 1, width)
+    ).astype(np.float32)
+    gate, up = filled(gate), normal(rng, TOKENS + 1, width)
+    out = aligned(gate.shape, np.float32)
+    got = on_every_isa(lambda b: b.activate(gate, up if gated else None, out, kind), out)
+    x, factor = (a[:TOKENS].astype(np.float64) for a in (gate, up))
+    want = reference.activate(x, factor if gated else None, kind)
+    exponent = 1.6 * np.abs(x) + 0.0714 * np.abs(x) ** 3 if kind == "gelu_tanh" else 0.0
+    bound = (16 + 3 * exponent) * EPS * np.abs(want) + 1e-37 + 1e-15 * np.abs(x * (factor if gated else 1.0))
+    assert (np.abs(got - want) <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ACTIVATION_KINDS)
+def test_activate_at_the_limits(kind: str) -> None:
+    gate = filled(np.tile(np.array([np.inf, -np.inf, np.nan, 0.0, 3e38, -3e38], np.float32), (2, 1)))
+    out = aligned(gate.shape, np.float32)
+    got = on_every_isa(lambda b: b.activate(gate, None, out, kind), out, tokens=1)[0]
+    assert got[0] == np.inf
+    assert got[1] == got[3] == got[5] == 0
+    assert np.isnan(got[2]) or kind in ("relu", "relu2", "drelu")
+    assert got[4] >= 2.9e38
+
+
+def test_add() -> None:
+    rng = np.random.default_rng(2)
+    start, src = normal(rng, TOKENS + 1, 77), normal(rng, TOKENS + 1, 77)
+    out = aligned(start.shape, np.float32)
+    got = on_every_isa(lambda b: b.add(src, out), out, start=start)
+    np.testing.assert_array_equal(got, (start + src)[:TOKENS])
+
+
+@pytest.mark.parametrize("row_type", list(RowType), ids=lambda t: t.name)
+def test_embed(row_type: RowType) -> None:
+    rng = np.random.default_rng(3)
+    data = random_rows(rng, row_type, 9, 256)
+    tokens = aligned((TOKENS + 1,), np.int32)
+    tokens[:] = [8, 0, 3, 3, 7, 1]
+    out = aligned((TOKENS + 1, 256), np.float32)
+    got = on_every_isa(lambda b: b.embed(tokens, data, row_type, 9, 256, out, scale=1.5), out)
+    np.testing.assert_array_equal(got, dequantize(data, row_type, 9, 256)[tokens[:TOKENS]] * np.float32(1.5))
+
+
+@pytest.mark.parametrize("token", [-1, 9, 1 << 30])
+def test_token_ids_are_checked_before_memory_is_read(token: int) -> None:
+    tokens, out = aligned((2,), np.int32), aligned((2, 32), np.float32)
+    tokens[1] = token
+    builder = ProgramBuilder(2)
+    builder.embed(tokens, np.zeros((9, 32), np.float32), RowType.F32, 9, 32, out)
+    with Pool(1) as pool, pytest.raises(KernelError, match="outside the vocabulary of 9"):
+        builder.build().run(pool, 0, 1, 2, 0)
+
+
+def attend(
+    heads: int, kv_heads: int, dim: int, runs: list[int], isa: str, threads: int, **options: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Outputs of `sum(runs)` tokens processed run by run, and what went in. Slots not yet written hold
+    NaN."""
+    rng = np.random.default_rng(dim)
+    total, longest = sum(runs), max(runs)
+    q, k, v = (rng.standard_normal((total, n, dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+    cache = KVCache(total + 3, kv_heads, dim)
+    cache.keys[:] = cache.values[:] = 0x7E00
+    ins = [aligned((longest, n * dim), np.float32) for n in (heads, kv_heads, kv_heads)]
+    out = aligned((longest, heads * dim), np.float32)
+    builder = ProgramBuilder(longest)
+    builder.store_kv(ins[1], ins[2], cache)
+    builder.attention(ins[0], cache, out, heads, 0.3, **options)
+    program, position, outs = builder.build(), 0, []
+    with Pool(threads, isa) as pool:
+        for count in runs:
+            for buffer, values in zip(ins, (q, k, v), strict=True):
+                buffer[:count] = values[position : position + count].reshape(count, -1)
+            program.run(pool, 0, 2, count, position)
+            outs.append(out[:count].copy())
+            position += count
+    return np.concatenate(outs), q, k, v
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "options"),
+    [
+        (1, 1, 2, {}),
+        (3, 1, 6, {"window": 5}),
+        (9, 3, 64, {}),
+        (4, 2, 80, {"softcap": 3.0}),
+        (5, 5, 48, {"window": 17, "softcap": 2.0}),
+        (2, 1, 512, {}),
+    ],
+)
+def test_attention(heads: int, kv_heads: int, dim: int, options: dict[str, Any]) -> None:
+    """35 positions cross two tiles of keys. Keys and values are rounded to half precision before, so what
+    is left is float32: dim products a score, an exponential within a few ulp of a score's error, and a sum
+    over positions."""
+    base, q, k, v = attend(heads, kv_heads, dim, [35], available_isas()[0], 1, **options)
+    half = [a.astype(np.float16).astype(np.float64) for a in (k, v)]
+    want = reference.attention(q.astype(np.float64), *half, 0.3, 0, **options).reshape(35, -1)
+    score_error = 0.3 * dim * EPS * np.abs(q).max() * np.abs(k).max() * np.sqrt(dim)
+    assert np.abs(base - want).max() <= (2 * score_error + 60 * EPS) * np.abs(v).max()
+    for isa in available_isas():
+        for runs, threads in (([35], 2), ([1] * 35, 1), ([7, 16, 12], 3), ([34, 1], 2)):
+            got, *_ = attend(heads, kv_heads, dim, runs, isa, threads, **options)
+            np.testing.assert_array_equal(got.view(np.uint32), base.view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu2", "drelu"])
+@pytest.mark.parametrize(
+    "row_type", [RowType.F32, RowType.Q8_0, RowType.Q4_1, RowType.Q4_K], ids=lambda t: t.name
+)
+def test_gate_first_has_the_bits_of_dense_and_skips(kind: str, row_type: RowType) -> None:
+    """Neurons 0 … 9 are inactive for all tokens, and their up and down rows are poisoned for gate-first."""
+    rng = np.random.default_rng(4)
+    neurons, width = 90, 256
+    rows = {name: random_rows(rng, row_type, neurons, width) for name in ("up", "down")}
+    poisoned = {name: data.copy() for name, data in rows.items()}
+    for data in poisoned.values():
+        data.reshape(neurons, -1)[:10] = 0xFF  # NaN in float rows and in every half-precision scale
+    gate, x = normal(rng, TOKENS + 1, neurons), normal(rng, TOKENS + 1, width)
+    gate[:, :10] = -np.abs(gate[:, :10])
+    acts, up, h = (
+        Activations(TOKENS + 1, width),
+        aligned(gate.shape, np.float32),
+        aligned(gate.shape, np.float32),
+    )
+    dense, sparse = aligned(x.shape, np.float32), aligned(x.shape, np.float32)
+    with Pool(1) as pool:
+        matrix = Matrix.pack(pool, rows["up"], row_type, neurons, width)
+
+        def write_dense(b: ProgramBuilder) -> None:
+            b.quantize(x, acts)
+            b.matmul(matrix, x, acts, up)
+            b.activate(gate, up, h, kind)
+            b.accumulate_rows(h, RowMatrix(rows["down"], row_type, neurons, width), dense)
+
+        def write_sparse(b: ProgramBuilder) -> None:
+            sides = [RowMatrix(poisoned[name], row_type, neurons, width) for name in ("up", "down")]
+            b.quantize(x, acts)
+            b.gate_first(gate, x, acts, sides[0], sides[1], sparse, h, kind)
+
+        want = on_every_isa(write_dense, dense)
+        np.testing.assert_array_equal(on_every_isa(write_sparse, sparse), want)
+        builder = ProgramBuilder(TOKENS + 1)
+        write_sparse(builder)
+        program = builder.build()
+        program.run(pool, 0, builder.mark(), TOKENS, 0)
+        assert program.total_neurons() == TOKENS * neurons
+        assert program.active_neurons() == (gate[:TOKENS] > 0).sum()
+        program.reset_counters()
+        assert program.total_neurons() == 0
+
+
+@pytest.mark.parametrize("kind", ACTIVATION_KINDS)
+def test_observe(kind: str) -> None:
+    """Counts, bins and squares follow from the activations that the same kernels give."""
+    rng = np.random.default_rng(5)
+    width = 130
+    gate = filled(rng.standard_normal((TOKENS, width)) * 10.0 ** rng.uniform(-6, 3, (TOKENS, width)))
+    up = normal(rng, TOKENS, width)
+    act, product = aligned(gate.shape, np.float32), aligned(gate.shape, np.float32)
+    counts, histogram = np.zeros(width, np.uint64), np.zeros((width, 128), np.uint32)
+    squares = [np.zeros(width), np.zeros(width)]
+    builder = ProgramBuilder(TOKENS)
+    builder.activate(gate, None, act, kind)
+    builder.activate(gate, up, product, kind)
+    builder.observe(gate, up, kind, counts, histogram, *squares)
+    program = builder.build()
+    runs = 0
+    for isa in available_isas():
+        for threads in (1, 2, 3):
+            with Pool(threads, isa) as pool:
+                program.run(pool, 0, 3, TOKENS, 0)
+            runs += 1
+    bins = np.clip((np.abs(product).view(np.uint32) >> 21).astype(np.int64) - ((127 - 16) << 2), 0, 127)
+    expected = np.zeros((width, 128), np.uint32)
+    for row in bins:
+        expected[np.arange(width), row] += 1
+    np.testing.assert_array_equal(histogram, runs * expected)
+    np.testing.assert_array_equal(counts, runs * (product != 0).sum(axis=0))
+    factor = np.maximum(up, 0) if kind == "drelu" else up
+    for got, values in zip(squares, (act, factor), strict=True):
+        np.testing.assert_allclose(got, runs * (values.astype(np.float64) ** 2).sum(axis=0), rtol=1e-14)

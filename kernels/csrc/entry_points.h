@@ -5,23 +5,19 @@
 
 #include "kernels.h"
 
-#ifndef PI_WEAK
-#define PI_WEAK
-#endif
-
-void PI_FN(quantize_acts)(const float *x, int64_t columns, int8_t *q, float *d, float *s) PI_WEAK;
+void PI_FN(quantize_acts)(const float *x, int64_t columns, int8_t *q, float *d, float *s);
 void PI_FN(matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens,
                    int64_t tile0, int64_t tile1, const float *bias, int accumulate, float *out,
-                   int64_t out_stride) PI_WEAK;
+                   int64_t out_stride);
 void PI_FN(dot_rows)(const pi_rows *w, const int32_t *index, int64_t count, const float *x, const pi_acts *a,
-                     int64_t token, float *out) PI_WEAK;
+                     int64_t token, float *out);
 void PI_FN(accumulate_rows)(const pi_rows *w, const float *h, int64_t row0, int64_t row1, int64_t column0,
-                            int64_t column1, float *y) PI_WEAK;
+                            int64_t column1, float *y);
 void PI_FN(accumulate_rows_batch)(const pi_rows *w, const float *h, int64_t tokens, int64_t column0, int64_t column1,
                                   float *y);
 void PI_FN(accumulate_listed_rows)(const pi_rows *w, const int32_t *index, const float *h, int64_t count,
-                                   int64_t column0, int64_t column1, float *y) PI_WEAK;
-void PI_FN(dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out) PI_WEAK;
+                                   int64_t column0, int64_t column1, float *y);
+void PI_FN(dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out);
 void PI_FN(rms_norm)(const float *x, const float *weight, float eps, int64_t width, float *out);
 void PI_FN(layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t width,
                        float *out);

@@ -113,10 +113,10 @@ def test_rope(style: str, heads: int, head_dim: int, half: int) -> None:
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_activate(kind: str, gated: bool) -> None:
-    """exp, tanh and the normal tail are within 8 ulp by their fits (vector_math.h), and a few roundings come on top. An
-    error of the exponent is multiplied by its size: three roundings of 2z = 1.6 x + 0.0714 x³ for
-    gelu_tanh. Values below the normal range are off by some of its smallest steps, and 1 + tanh of the
-    reference by float64's own roundoff. The width is no whole vector."""
+    """exp, tanh and the normal tail are within 8 ulp by their fits (vector_math.h), and a few roundings
+    come on top. An error of the exponent is multiplied by its size: three roundings of 2z = 1.6 x + 0.0714
+    x³ for gelu_tanh. Values below the normal range are off by some of its smallest steps, and 1 + tanh of
+    the reference by float64's own roundoff. The width is no whole vector."""
     rng = np.random.default_rng(1)
     width = 1003
     gate = normal(rng, TOKENS + 1, width) * np.float32(10) ** rng.uniform(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from random_blocks import BLOCKS, fitting_type, random_rows
 
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_tools.synthetic.random_blocks import BLOCKS, fitting_type, random_rows
 
 #: Values drawn at a time: bounds the memory of the writer.
 PIECE_VALUES = 1 << 24

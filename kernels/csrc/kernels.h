@@ -20,7 +20,7 @@ enum {
     PI_TILE = 16,  /* rows of an interleaved weight tile, key positions of a cache tile, lanes of v16f */
     PI_BLOCK = 32, /* activations that share one scale */
     PI_QUERIES = 16, /* most queries of one call of `attend` */
-    PI_CHUNK = 64, /* neurons whose down rows are summed into one partial sum */
+    PI_CHUNK = 256, /* neurons whose down rows are summed into one partial sum */
 };
 
 typedef struct { /* weights as interleaved 16-row tiles; rows padded with zeros to a whole tile */
@@ -29,11 +29,18 @@ typedef struct { /* weights as interleaved 16-row tiles; rows padded with zeros 
     uint8_t *data;
 } pi_matrix;
 
-typedef struct { /* weights as plain GGUF block rows, `stride` bytes apart */
+typedef struct { /* weights as rows, `stride` bytes apart: plain GGUF rows, or one part of bundles */
     int32_t row_type;
     int64_t rows, columns, stride;
     const uint8_t *data;
 } pi_rows;
+
+enum { PI_GATE, PI_UP, PI_DOWN, PI_PARTS };
+
+typedef struct { /* rows of neurons one after the other (bundle.h); `data` of a part that is not there: NULL */
+    int64_t rows, columns;
+    pi_rows part[PI_PARTS];
+} pi_bundle;
 
 typedef struct { /* quantised activations: q [T, columns], d and s [T, columns / PI_BLOCK]; s = Σq, an exact integer */
     int8_t *q;
@@ -64,15 +71,17 @@ typedef struct pi_kernels {
     void (*matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens,
                    int64_t tile0, int64_t tile1, const float *bias, int accumulate, float *out,
                    int64_t out_stride);
-    void (*dot_rows)(const pi_rows *w, const int32_t *index, int64_t count, const float *x, const pi_acts *a,
-                     int64_t token, float *out);
-    void (*accumulate_rows)(const pi_rows *w, const float *h, int64_t row0, int64_t row1, int64_t column0,
-                            int64_t column1, float *y);
-    /* The same for tokens [0, tokens) of h [tokens, rows] and y [tokens, columns], over all rows. */
-    void (*accumulate_rows_batch)(const pi_rows *w, const float *h, int64_t tokens, int64_t column0, int64_t column1,
-                                  float *y);
-    void (*accumulate_listed_rows)(const pi_rows *w, const int32_t *index, const float *h, int64_t count,
-                                   int64_t column0, int64_t column1, float *y);
+    /* out[k] = row index[k] of product rows · activations, k in [begin, end); rows up to `count` are asked for ahead. */
+    void (*product_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t begin, int64_t end,
+                         const float *x, const pi_acts *a, int64_t token, float *out);
+    /* out[t, row] for all rows of tiles of 16 and tokens [0, tokens). */
+    void (*product_all_rows)(const pi_rows *w, int64_t tile0, int64_t tile1, const float *x, const pi_acts *a,
+                             int64_t tokens, float *out);
+    /* y[column0, column1) += Σ_k h[k] row index[k] of sum rows (`index` NULL: row k); scratch: pi_sum_scratch_bytes. */
+    void (*sum_rows)(const pi_rows *r, const int32_t *index, const float *h, int64_t count, int64_t column0,
+                     int64_t column1, void *scratch, float *y);
+    /* The same over all rows for tokens [0, tokens) of h [tokens, rows] and y [tokens, columns]. */
+    void (*sum_all_rows)(const pi_rows *r, const float *h, int64_t tokens, int64_t column0, int64_t column1, float *y);
     void (*dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out);
 
     /* Vectors (normalize.inc, rope.inc, elementwise.inc, activate.inc); each call handles one token. */
@@ -84,7 +93,8 @@ typedef struct pi_kernels {
     void (*add)(const float *x, int64_t count, float *out);
     void (*scale)(float factor, int64_t count, float *x);
     void (*activate)(int32_t kind, const float *gate, const float *up, int64_t count, float *out);
-    int64_t (*list_active)(const float *gate, int64_t count, int32_t *index);
+    /* Indexes of values above their thresholds (NULL: above zero), ascending; returns how many. */
+    int64_t (*list_active)(const float *value, const float *threshold, int64_t count, int32_t *index);
 
     /* Attention (attention.inc). */
     void (*store_kv)(const float *k, const float *v, const pi_cache *cache, int64_t position);

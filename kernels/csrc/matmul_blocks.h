@@ -8,12 +8,6 @@
 #include "rows_decode.h"
 #include "simd.h"
 
-#ifdef PI_ISA_SCALAR
-#define PI_UNROLL /* 16 lanes of plain C would unroll into megabytes */
-#else
-#define PI_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 typedef struct { /* what a block's codes are worth; `sub` only for Q6_K: the scales of its two halves */
     v16f scale, minimum;
     v16i sub[2];

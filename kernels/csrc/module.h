@@ -10,8 +10,8 @@
 #include "program.h"
 
 extern PyObject *pi_kernel_error; /* powerinfer_kernels.KernelError */
-extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_program_type;
-extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_program_spec;
+extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type;
+extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec;
 
 typedef struct {
     PyObject_HEAD
@@ -25,6 +25,14 @@ typedef struct {
     pi_matrix matrix;
     pi_memory memory;
 } matrix_object;
+
+typedef struct {
+    PyObject_HEAD
+    pi_bundle bundle;
+    pi_memory memory;
+} bundle_object;
+
+enum { PI_READ_AHEAD = 64 << 10 /* kernels may prefetch past the end of weights, and read within a line of it */ };
 
 /* The table of that name among those this CPU can run; NULL with KernelError set. */
 const pi_kernels *pi_kernels_named(const char *isa);

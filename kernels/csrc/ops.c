@@ -1,4 +1,5 @@
 /* The operations of a program: each shares its work among the threads and calls the kernels. */
+#include "bundle.h"
 #include "program.h"
 
 #include <stdlib.h>
@@ -32,8 +33,8 @@ int pi_op_is_vector(const pi_op *op) {
     switch (op->kind) {
     case PI_OP_MATMUL:
     case PI_OP_ATTENTION:
-    case PI_OP_ACCUMULATE_ROWS:
-    case PI_OP_GATE_FIRST:
+    case PI_OP_SUM_ROWS:
+    case PI_OP_SPARSE_FFN:
     case PI_OP_OBSERVE: return 0;
     default: return 1;
     }
@@ -193,28 +194,22 @@ static void attention(const pi_op *op, pi_run *run, pi_worker *worker, int slot)
     }
 }
 
-int64_t pi_column_unit(int32_t row_type) {
-    return row_type == PI_Q4_K || row_type == PI_Q5_K || row_type == PI_Q6_K ? 256 : COLUMN_UNIT;
+/* Columns [begin, end) of Σ h_i row_i for all tokens. */
+static void sum_rows(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_sum *a = &op->u.sum;
+    const pi_rows *rows = &a->bundle->part[PI_DOWN];
+    range columns = share_in_units(worker, rows->columns, PI_LINE_COLUMNS);
+    if (columns.begin >= columns.end) return;
+    if (!a->accumulate) pi_clear_columns(a->out, rows->columns, run->tokens, columns.begin, columns.end);
+    if (run->tokens == 1) /* rows are read once either way, and this way prefetches them */
+        run->kernels->sum_rows(rows, NULL, a->h, rows->rows, columns.begin, columns.end, pi_scratch_of(run, worker),
+                               a->out);
+    else
+        run->kernels->sum_all_rows(rows, a->h, run->tokens, columns.begin, columns.end, a->out);
 }
 
-/* Columns [begin, end) of Σ h_i row_i, for tokens split over the threads, or else columns. */
-static void accumulate_rows(const pi_op *op, pi_run *run, pi_worker *worker) {
-    const pi_accumulate *a = &op->u.accumulate;
-    int by_token = run->tokens >= 2 * pi_worker_threads(worker);
-    range tokens = by_token ? share_of(worker, run->tokens) : (range){0, run->tokens};
-    range columns = by_token ? (range){0, a->rows.columns}
-                             : share_in_units(worker, a->rows.columns, pi_column_unit(a->rows.row_type));
-    if (columns.begin >= columns.end) return;
-    for (int64_t t = tokens.begin; t < tokens.end; t++) {
-        float *out = a->out + t * a->rows.columns;
-        if (!a->accumulate) memset(out + columns.begin, 0, sizeof(float) * (size_t)(columns.end - columns.begin));
-    }
-    const float *h = a->h + tokens.begin * a->rows.rows;
-    float *out = a->out + tokens.begin * a->rows.columns;
-    if (tokens.end - tokens.begin == 1) /* rows are read once either way, and this way prefetches them */
-        run->kernels->accumulate_rows(&a->rows, h, 0, a->rows.rows, columns.begin, columns.end, out);
-    else
-        run->kernels->accumulate_rows_batch(&a->rows, h, tokens.end - tokens.begin, columns.begin, columns.end, out);
+void pi_clear_columns(float *out, int64_t width, int64_t tokens, int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < tokens; t++) memset(out + t * width + begin, 0, sizeof(float) * (size_t)(end - begin));
 }
 
 void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
@@ -229,8 +224,8 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     case PI_OP_ATTENTION: attention(op, run, worker, slot); break;
     case PI_OP_ACTIVATE: activate(op, run, worker); break;
     case PI_OP_ADD: add(op, run, worker); break;
-    case PI_OP_ACCUMULATE_ROWS: accumulate_rows(op, run, worker); break;
-    case PI_OP_GATE_FIRST: pi_gate_first_execute(op, run, worker, slot); break;
+    case PI_OP_SUM_ROWS: sum_rows(op, run, worker); break;
+    case PI_OP_SPARSE_FFN: pi_sparse_ffn_execute(op, run, worker, slot); break;
     case PI_OP_OBSERVE: pi_observe_execute(op, run, worker); break;
     default: break;
     }
@@ -242,6 +237,7 @@ int64_t pi_op_scratch_bytes(const pi_op *op) {
         int64_t scores = (cache->capacity + PI_TILE - 1) / PI_TILE * PI_TILE;
         return PI_QUERIES * (scores + (cache->head_dim + 15) / 16 * 16) * (int64_t)sizeof(float);
     }
-    if (op->kind == PI_OP_GATE_FIRST) return op->u.gate_first.up.rows * (int64_t)sizeof(int32_t);
+    if (op->kind == PI_OP_SUM_ROWS) return pi_sum_scratch_bytes(op->u.sum.bundle->columns);
+    if (op->kind == PI_OP_SPARSE_FFN) return pi_sparse_ffn_scratch_bytes(&op->u.sparse_ffn);
     return 0;
 }

@@ -8,7 +8,7 @@
 
 typedef enum {
     PI_OP_EMBED, PI_OP_RMS_NORM, PI_OP_LAYER_NORM, PI_OP_QUANTIZE, PI_OP_MATMUL, PI_OP_ROPE, PI_OP_STORE_KV,
-    PI_OP_ATTENTION, PI_OP_ACTIVATE, PI_OP_ADD, PI_OP_ACCUMULATE_ROWS, PI_OP_GATE_FIRST, PI_OP_OBSERVE,
+    PI_OP_ATTENTION, PI_OP_ACTIVATE, PI_OP_ADD, PI_OP_SUM_ROWS, PI_OP_SPARSE_FFN, PI_OP_OBSERVE,
     PI_OP_KINDS,
 } pi_op_kind;
 
@@ -77,19 +77,21 @@ typedef struct {
 
 typedef struct {
     const float *h;
-    pi_rows rows;
+    const pi_bundle *bundle;
     float *out;
     int accumulate;
-} pi_accumulate;
+} pi_sum;
 
-typedef struct {
+typedef struct { /* which neurons: those whose `select` is above `threshold` (NULL: zero) */
     int32_t kind;
-    const float *gate, *src; /* src: input of float rows, else acts */
-    pi_acts acts;
-    pi_rows up, down;
+    const float *select, *threshold;
+    const float *src; /* input of float rows */
+    pi_acts acts;     /* input of quantised rows */
+    const pi_bundle *bundle; /* without gate rows, `select` is the gate */
     float *out, *h;
+    float *gate; /* scratch for gate rows, else NULL */
     int accumulate;
-} pi_gate_first;
+} pi_sparse_ffn;
 
 enum { PI_BINS = 128 /* of a histogram of contributions */ };
 
@@ -116,8 +118,8 @@ typedef struct {
         pi_attention attention;
         pi_activate activate;
         pi_add add;
-        pi_accumulate accumulate;
-        pi_gate_first gate_first;
+        pi_sum sum;
+        pi_sparse_ffn sparse_ffn;
         pi_observe observe;
     } u;
 } pi_op;
@@ -126,7 +128,7 @@ typedef struct {
     pi_op *ops;
     int64_t count;
     int64_t *nanoseconds;    /* [count], wall time added up */
-    int64_t active, total;   /* neurons of gate_first operations, added up */
+    int64_t active, total;   /* neurons of sparse operations, added up */
     int64_t scratch_bytes;   /* what one thread needs at most */
     uint8_t *scratch;        /* [scratch_threads, scratch_bytes] */
     int scratch_threads;
@@ -149,9 +151,10 @@ void pi_program_free(pi_program *program);
 void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
 int64_t pi_op_scratch_bytes(const pi_op *op);
 uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker);
-/* Columns of down rows are split over threads in multiples of this: whole blocks and whole lines of the output. */
-int64_t pi_column_unit(int32_t row_type);
-void pi_gate_first_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot); /* gate_first.c */
+/* Sets columns [begin, end) of [tokens, width] to zero. */
+void pi_clear_columns(float *out, int64_t width, int64_t tokens, int64_t begin, int64_t end);
+void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot); /* sparse_ffn.c */
+int64_t pi_sparse_ffn_scratch_bytes(const pi_sparse_ffn *op);
 void pi_observe_execute(const pi_op *op, pi_run *run, pi_worker *worker); /* observe.c */
 
 /* How a vector operation is split: whole tokens, or the same range of columns of every token. Two in a row with the

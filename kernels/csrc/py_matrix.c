@@ -22,8 +22,6 @@ static void pack_on_thread(void *argument, pi_worker *worker) {
     }
 }
 
-enum { READ_AHEAD = 64 << 10 /* kernels may prefetch past the end, and read it within a line */ };
-
 static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
     matrix_object *object = (matrix_object *)self;
     pi_matrix *m = &object->matrix;
@@ -41,7 +39,7 @@ static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
     Py_buffer view;
     if (PyObject_GetBuffer(source, &view, PyBUF_SIMPLE) < 0) return -1;
     int failed = -1;
-    if (pi_memory_map(&object->memory, (size_t)(m->tiles * m->tile_bytes) + READ_AHEAD) < 0) {
+    if (pi_memory_map(&object->memory, (size_t)(m->tiles * m->tile_bytes) + PI_READ_AHEAD) < 0) {
         PyErr_NoMemory();
     } else {
         m->data = object->memory.data;

@@ -5,7 +5,7 @@
 
 PyTypeObject *pi_program_type;
 
-enum { MAX_OBJECTS = 9, MAX_INTEGERS = 9, MAX_FLOATS = 2 };
+enum { MAX_OBJECTS = 10, MAX_INTEGERS = 9, MAX_FLOATS = 2 };
 
 typedef struct {
     PyObject_HEAD
@@ -13,7 +13,7 @@ typedef struct {
     int64_t max_tokens, capacity, ops_capacity;
     Py_buffer *views; /* everything the operations point into, held until the program ends */
     int64_t view_count, views_capacity;
-    PyObject *matrices; /* list */
+    PyObject *weights; /* list of the Matrix and Bundle objects */
     int sealed, running;
 } program_object;
 
@@ -32,8 +32,8 @@ static const struct {
     [PI_OP_ATTENTION] = {4, 5, 2, 1u << 3},
     [PI_OP_ACTIVATE] = {3, 2, 0, 1u << 2},
     [PI_OP_ADD] = {2, 1, 0, 1u << 1},
-    [PI_OP_ACCUMULATE_ROWS] = {3, 5, 0, 1u << 2},
-    [PI_OP_GATE_FIRST] = {9, 9, 0, 1u << 7 | 1u << 8},
+    [PI_OP_SUM_ROWS] = {3, 1, 0, 1u << 2},
+    [PI_OP_SPARSE_FFN] = {10, 2, 0, 1u << 7 | 1u << 8 | 1u << 9},
     [PI_OP_OBSERVE] = {6, 2, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
 };
 
@@ -102,20 +102,17 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
     case PI_OP_ADD:
         op.u.add = (pi_add){p[0], p[1], i[0]};
         break;
-    case PI_OP_ACCUMULATE_ROWS:
-        op.u.accumulate = (pi_accumulate){p[0], rows_of(p[1], i), p[2], (int)i[4]};
+    case PI_OP_SUM_ROWS:
+        op.u.sum = (pi_sum){p[0], p[1], p[2], (int)i[0]};
         break;
     case PI_OP_OBSERVE:
         op.u.observe = (pi_observe){(int32_t)i[0], p[0], p[1], i[1], p[2], p[3], p[4], p[5]};
         break;
-    default: { /* GATE_FIRST: integers are kind, up type, rows, columns, up stride, down type, down columns, stride */
-        int64_t up[4] = {i[1], i[2], i[3], i[4]}, down[4] = {i[5], i[2], i[6], i[7]};
-        op.u.gate_first = (pi_gate_first){.kind = (int32_t)i[0], .gate = p[0], .src = p[1],
-                                          .acts = acts_of(p + 2, i[3]), .up = rows_of(p[5], up),
-                                          .down = rows_of(p[6], down), .out = p[7], .h = p[8],
-                                          .accumulate = (int)i[8]};
+    default: /* SPARSE_FFN */
+        op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0], .select = p[0], .threshold = p[1], .src = p[2],
+                                          .acts = acts_of(p + 3, ((const pi_bundle *)p[6])->columns), .bundle = p[6],
+                                          .out = p[7], .h = p[8], .gate = p[9], .accumulate = (int)i[1]};
         break;
-    }
     }
     return op;
 }
@@ -139,7 +136,11 @@ static int take_object(program_object *self, PyObject *object, int written, void
     if (object == Py_None) return 0;
     if (PyObject_TypeCheck(object, pi_matrix_type)) {
         *pointer = &((matrix_object *)object)->matrix;
-        return PyList_Append(self->matrices, object);
+        return PyList_Append(self->weights, object);
+    }
+    if (PyObject_TypeCheck(object, pi_bundle_type)) {
+        *pointer = &((bundle_object *)object)->bundle;
+        return PyList_Append(self->weights, object);
     }
     if (grow((void **)&self->views, &self->views_capacity, self->view_count, 1, sizeof(Py_buffer)) < 0) return -1;
     Py_buffer *view = &self->views[self->view_count];
@@ -282,13 +283,13 @@ static int program_init(PyObject *object, PyObject *args, PyObject *keywords) {
     long long max_tokens, capacity;
     (void)keywords;
     if (!PyArg_ParseTuple(args, "LL", &max_tokens, &capacity)) return -1;
-    if (self->matrices) {
+    if (self->weights) {
         PyErr_SetString(pi_kernel_error, "the program exists already");
         return -1;
     }
     self->max_tokens = max_tokens;
     self->capacity = capacity;
-    return (self->matrices = PyList_New(0)) ? 0 : -1;
+    return (self->weights = PyList_New(0)) ? 0 : -1;
 }
 
 static void program_dealloc(PyObject *object) {
@@ -299,7 +300,7 @@ static void program_dealloc(PyObject *object) {
     PyMem_Free(self->program.ops);
     self->program.ops = NULL;
     pi_program_free(&self->program);
-    Py_XDECREF(self->matrices);
+    Py_XDECREF(self->weights);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF(type);
 }
@@ -310,7 +311,7 @@ static PyMethodDef program_methods[] = {
     {"run", (PyCFunction)(void (*)(void))program_run, METH_FASTCALL,
      PyDoc_STR("run(pool, first, last, n_tokens, position)")},
     {"nanoseconds", program_nanoseconds, METH_NOARGS, PyDoc_STR("int64 per operation, as bytes")},
-    {"neurons", program_neurons, METH_NOARGS, PyDoc_STR("(active, total) of the gate-first operations")},
+    {"neurons", program_neurons, METH_NOARGS, PyDoc_STR("(active, total) of the sparse operations")},
     {"reset_counters", program_reset_counters, METH_NOARGS, PyDoc_STR("Zeroes times and neuron counts.")},
     {NULL, NULL, 0, NULL},
 };

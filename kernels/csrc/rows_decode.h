@@ -38,6 +38,9 @@ PI_DECODE pi_layout pi_layout_of(int32_t row_type) {
     }
 }
 
+#define PI_QUANTIZED_TYPES(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q4_K) X(Q5_K) X(Q6_K)
+#define PI_FLOAT_TYPES(X) X(F32) X(F16) X(BF16)
+
 PI_DECODE int pi_is_float(int32_t row_type) {
     return row_type == PI_F32 || row_type == PI_F16 || row_type == PI_BF16;
 }

@@ -42,6 +42,7 @@
  *   v16i_from_f32_rne(a)          rounded half to even; NaN and |a| ≥ 2^31 give INT32_MIN
  *   v16i_from_i8(p)  v16i_from_u8(p)     16 bytes widened
  *   v16i_store_i8(p, a)           16 lanes narrowed to int8 with saturation
+ *   v16i_store_i16(p, a)          16 lanes narrowed to int16 with saturation
  *   v16i_as_f32(a)  v16f_as_i32(a)       the same bits, other type
  *   v16i_hmax(a)                  int32, maximum of the lanes
  *   v16i_sum(a)                   int32, sum of the lanes, wraps around
@@ -57,7 +58,17 @@
  *   v64b_transpose4(rows, at)            16 rows of 4 bytes; dword r = the bytes of row r
  *   v16f_gather_f16(rows, at)            16 rows of one f16; lane r = the value of row r
  *   v16f_rows4_f32/f16/bf16(rows, at)    4 rows of 4 values; lane 4r + c = value c of row r
+ *   v16f_halves(x, y)                    x in lanes 0..7, y in lanes 8..15
  *   v16f_repeat4(p)                      the 4 floats at p, 4 times
+ *   v16f_gather4_f16(rows, at, out)      16 rows of four f16; out[g] lane r = value g of row r
+ * Groups of four lanes
+ *   v16i_sum4(v)                         lane 4g + r = sum of the lanes 4g..4g+3 of v[r], wraps around
+ *   v16i_swap_groups(v)                  in place: lane 4k + r of v[g] = lane 4g + r of what v[k] was
+ *   v64b_load_halves(p, low, high)       128 bytes at p: low has bytes 32g..32g+15, high the others, g = 0..3
+ * Pairs of 16-bit numbers in a dword
+ *   v16i_low_words(a, b)  v16i_high_words(a, b)   the low (high) half of a, below the low (high) half of b
+ *   v16i_low_bytes(a)  v16i_high_bytes(a)         the low (high) byte of every 16 bits, as a signed number
+ *   v16i_dot_words(acc, w, x)            acc + w.low·x.low + w.high·x.high, signed; exact unless all are -32768
  * Dot products: 4 bytes per lane, lane r gets Σ_c w[4r+c]·x[4r+c]
  *   v16i_dot_us(acc, w, x)        w unsigned ≤ 127, x signed; exact in int32
  *   v16i_dot_ss(acc, w, x)        both signed, any w (-128 too), x ≥ -127; exact in int32
@@ -86,6 +97,12 @@
 
 #if defined(PI_ISA_SCALAR) + defined(PI_ISA_AVX2) + defined(PI_ISA_AVX512) + defined(PI_ISA_NEON) != 1
 #error "define exactly one PI_ISA_* before including simd.h"
+#endif
+
+#ifdef PI_ISA_SCALAR
+#define PI_UNROLL /* 16 lanes of plain C would unroll into megabytes */
+#else
+#define PI_UNROLL _Pragma("GCC unroll 8")
 #endif
 
 PI_INLINE uint32_t pi_bits_of_f32(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
@@ -129,6 +146,9 @@ PI_INLINE float pi_fma(float a, float b, float c) { return fmaf(a, b, c); }
 PI_INLINE void pi_prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 PI_INLINE void pi_prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 
+#if defined(PI_ISA_AVX2) || defined(PI_ISA_AVX512)
+#include "simd_x86.h"
+#endif
 #if defined(PI_ISA_SCALAR)
 #include "simd_scalar.h"
 #elif defined(PI_ISA_AVX2)

@@ -119,6 +119,9 @@ PI_INLINE void v16i_store_i8(int8_t *p, v16i v) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i *)p, bytes);
 }
+PI_INLINE void v16i_store_i16(int16_t *p, v16i v) {
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8));
+}
 PI_INLINE v16f v16i_as_f32(v16i x) { return PI_F(_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)); }
 PI_INLINE v16i v16f_as_i32(v16f x) { return PI_I(_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)); }
 PI_INLINE v16f v16f_pow2i(v16i n) { return v16i_as_f32(v16i_slli(v16i_add(n, v16i_set1(127)), 23)); }
@@ -202,6 +205,49 @@ PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
     return PI_F(pi_widen_bf16(pi_two_rows_16(rows[0] + at, rows[1] + at)),
                 pi_widen_bf16(pi_two_rows_16(rows[2] + at, rows[3] + at)));
 }
+PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f out[4]) {
+    __m256i halves[4];
+    pi_gather_four_halves(rows, at, halves);
+    for (int g = 0; g < 4; g++)
+        out[g] = PI_F(_mm256_cvtph_ps(_mm256_castsi256_si128(halves[g])),
+                      _mm256_cvtph_ps(_mm256_extracti128_si256(halves[g], 1)));
+}
+PI_INLINE v16i v16i_sum4(const v16i v[4]) {
+#define PI_SUM4(h) _mm256_hadd_epi32(_mm256_hadd_epi32(v[0].h, v[1].h), _mm256_hadd_epi32(v[2].h, v[3].h))
+    return PI_I(PI_SUM4(a), PI_SUM4(b));
+#undef PI_SUM4
+}
+PI_INLINE void v16i_swap_groups(v16i v[4]) {
+    const v16i w[4] = {v[0], v[1], v[2], v[3]};
+    v[0] = PI_I(_mm256_permute2x128_si256(w[0].a, w[1].a, 0x20), _mm256_permute2x128_si256(w[2].a, w[3].a, 0x20));
+    v[1] = PI_I(_mm256_permute2x128_si256(w[0].a, w[1].a, 0x31), _mm256_permute2x128_si256(w[2].a, w[3].a, 0x31));
+    v[2] = PI_I(_mm256_permute2x128_si256(w[0].b, w[1].b, 0x20), _mm256_permute2x128_si256(w[2].b, w[3].b, 0x20));
+    v[3] = PI_I(_mm256_permute2x128_si256(w[0].b, w[1].b, 0x31), _mm256_permute2x128_si256(w[2].b, w[3].b, 0x31));
+}
+PI_INLINE void v64b_load_halves(const void *p, v64b *low, v64b *high) {
+    const __m256i *q = (const __m256i *)p;
+    const __m256i a = _mm256_loadu_si256(q), b = _mm256_loadu_si256(q + 1);
+    const __m256i c = _mm256_loadu_si256(q + 2), d = _mm256_loadu_si256(q + 3);
+    *low = PI_B(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(c, d, 0x20));
+    *high = PI_B(_mm256_permute2x128_si256(a, b, 0x31), _mm256_permute2x128_si256(c, d, 0x31));
+}
+PI_INLINE v16i v16i_low_words(v16i x, v16i y) {
+    return PI_I(_mm256_blend_epi16(x.a, _mm256_slli_epi32(y.a, 16), 0xaa),
+                _mm256_blend_epi16(x.b, _mm256_slli_epi32(y.b, 16), 0xaa));
+}
+PI_INLINE v16i v16i_high_words(v16i x, v16i y) {
+    return PI_I(_mm256_blend_epi16(_mm256_srli_epi32(x.a, 16), y.a, 0xaa),
+                _mm256_blend_epi16(_mm256_srli_epi32(x.b, 16), y.b, 0xaa));
+}
+PI_INLINE v16i v16i_low_bytes(v16i x) {
+    return PI_I(_mm256_srai_epi16(_mm256_slli_epi16(x.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x.b, 8), 8));
+}
+PI_INLINE v16i v16i_high_bytes(v16i x) { return PI_I(_mm256_srai_epi16(x.a, 8), _mm256_srai_epi16(x.b, 8)); }
+PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
+    return PI_I(_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x.a)),
+                _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x.b)));
+}
+PI_INLINE v16f v16f_halves(float x, float y) { return PI_F(_mm256_set1_ps(x), _mm256_set1_ps(y)); }
 PI_INLINE v16f v16f_repeat4(const float *p) {
     const __m256 v = _mm256_broadcast_ps((const __m128 *)p);
     return PI_F(v, v);

@@ -87,6 +87,7 @@ PI_INLINE v16i v16i_from_u8(const uint8_t *p) {
     return PI_I(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 PI_INLINE void v16i_store_i8(int8_t *p, v16i a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(a.v)); }
+PI_INLINE void v16i_store_i16(int16_t *p, v16i a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(a.v)); }
 PI_INLINE v16f v16i_as_f32(v16i a) { return PI_F(_mm512_castsi512_ps(a.v)); }
 PI_INLINE v16i v16f_as_i32(v16f a) { return PI_I(_mm512_castps_si512(a.v)); }
 PI_INLINE v16f v16f_pow2i(v16i n) { return v16i_as_f32(v16i_slli(v16i_add(n, v16i_set1(127)), 23)); }
@@ -156,6 +157,41 @@ PI_INLINE v16f v16f_rows4_f16(const uint8_t *const rows[4], int64_t at) {
 PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
     const __m512i wide = _mm512_cvtepu16_epi32(pi_four_rows_16(rows, at));
     return PI_F(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+}
+PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f out[4]) {
+    __m256i halves[4];
+    pi_gather_four_halves(rows, at, halves);
+    for (int g = 0; g < 4; g++) out[g] = PI_F(_mm512_cvtph_ps(halves[g]));
+}
+PI_INLINE v16i v16i_sum4(const v16i v[4]) {
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0].v, v[1].v), _mm512_unpackhi_epi32(v[0].v, v[1].v));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2].v, v[3].v), _mm512_unpackhi_epi32(v[2].v, v[3].v));
+    return PI_I(_mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)));
+}
+PI_INLINE void v16i_swap_groups(v16i v[4]) {
+    const __m512i a = _mm512_shuffle_i32x4(v[0].v, v[1].v, 0x44), b = _mm512_shuffle_i32x4(v[0].v, v[1].v, 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(v[2].v, v[3].v, 0x44), d = _mm512_shuffle_i32x4(v[2].v, v[3].v, 0xee);
+    v[0].v = _mm512_shuffle_i32x4(a, c, 0x88);
+    v[1].v = _mm512_shuffle_i32x4(a, c, 0xdd);
+    v[2].v = _mm512_shuffle_i32x4(b, d, 0x88);
+    v[3].v = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+PI_INLINE void v64b_load_halves(const void *p, v64b *low, v64b *high) {
+    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512((const char *)p + 64);
+    low->v = _mm512_shuffle_i32x4(a, b, 0x88);
+    high->v = _mm512_shuffle_i32x4(a, b, 0xdd);
+}
+PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
+    return PI_I(_mm512_mask_blend_epi16(0xaaaaaaaau, a.v, _mm512_slli_epi32(b.v, 16)));
+}
+PI_INLINE v16i v16i_high_words(v16i a, v16i b) {
+    return PI_I(_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a.v, 16), b.v));
+}
+PI_INLINE v16i v16i_low_bytes(v16i a) { return PI_I(_mm512_srai_epi16(_mm512_slli_epi16(a.v, 8), 8)); }
+PI_INLINE v16i v16i_high_bytes(v16i a) { return PI_I(_mm512_srai_epi16(a.v, 8)); }
+PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) { return PI_I(_mm512_dpwssd_epi32(acc.v, w.v, x.v)); }
+PI_INLINE v16f v16f_halves(float x, float y) {
+    return PI_F(_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(x), _mm512_set1_ps(y)));
 }
 PI_INLINE v16f v16f_repeat4(const float *p) { return PI_F(_mm512_broadcast_f32x4(_mm_loadu_ps(p))); }
 

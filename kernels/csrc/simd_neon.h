@@ -121,6 +121,9 @@ PI_INLINE void v16i_store_i8(int8_t *p, v16i a) {
     const int16x8_t hi = vcombine_s16(vqmovn_s32(a.v[2]), vqmovn_s32(a.v[3]));
     vst1q_s8(p, vcombine_s8(vqmovn_s16(lo), vqmovn_s16(hi)));
 }
+PI_INLINE void v16i_store_i16(int16_t *p, v16i a) {
+    for (int k = 0; k < 4; k++) vst1_s16(p + 4 * k, vqmovn_s32(a.v[k]));
+}
 PI_UNARY(v16f, v16i, v16i_as_f32, vreinterpretq_f32_s32(a.v[k]))
 PI_UNARY(v16i, v16f, v16f_as_i32, vreinterpretq_s32_f32(a.v[k]))
 PI_INLINE v16f v16f_pow2i(v16i n) { return v16i_as_f32(v16i_slli(v16i_add(n, v16i_set1(127)), 23)); }
@@ -187,6 +190,58 @@ PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
     PI_PARTS r.v[k] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(rows[k] + at)), 16));
     return r;
 }
+PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f out[4]) {
+    PI_PARTS { /* part k: rows 4k..4k+3, transposed */
+        uint16x4_t r[4];
+        for (int i = 0; i < 4; i++) r[i] = vreinterpret_u16_u8(vld1_u8(rows[4 * k + i] + at));
+        const uint32x2_t a = vreinterpret_u32_u16(vzip1_u16(r[0], r[1])), b = vreinterpret_u32_u16(vzip2_u16(r[0], r[1]));
+        const uint32x2_t c = vreinterpret_u32_u16(vzip1_u16(r[2], r[3])), d = vreinterpret_u32_u16(vzip2_u16(r[2], r[3]));
+        out[0].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip1_u32(a, c)));
+        out[1].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip2_u32(a, c)));
+        out[2].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip1_u32(b, d)));
+        out[3].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip2_u32(b, d)));
+    }
+}
+PI_INLINE v16i v16i_sum4(const v16i v[4]) {
+    v16i r;
+    PI_PARTS r.v[k] = vpaddq_s32(vpaddq_s32(v[0].v[k], v[1].v[k]), vpaddq_s32(v[2].v[k], v[3].v[k]));
+    return r;
+}
+PI_INLINE void v16i_swap_groups(v16i v[4]) {
+    const v16i w[4] = {v[0], v[1], v[2], v[3]};
+    for (int g = 0; g < 4; g++) PI_PARTS v[g].v[k] = w[k].v[g];
+}
+PI_INLINE void v64b_load_halves(const void *p, v64b *low, v64b *high) {
+    PI_PARTS {
+        low->v[k] = vld1q_u8((const uint8_t *)p + 32 * k);
+        high->v[k] = vld1q_u8((const uint8_t *)p + 32 * k + 16);
+    }
+}
+PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
+    PI_PARTS a.v[k] = vsliq_n_s32(a.v[k], b.v[k], 16);
+    return a;
+}
+PI_INLINE v16i v16i_high_words(v16i a, v16i b) {
+    PI_PARTS a.v[k] = vreinterpretq_s32_u32(vsriq_n_u32(vreinterpretq_u32_s32(b.v[k]), vreinterpretq_u32_s32(a.v[k]), 16));
+    return a;
+}
+PI_INLINE v16i v16i_low_bytes(v16i a) {
+    PI_PARTS a.v[k] = vreinterpretq_s32_s16(vshrq_n_s16(vshlq_n_s16(vreinterpretq_s16_s32(a.v[k]), 8), 8));
+    return a;
+}
+PI_INLINE v16i v16i_high_bytes(v16i a) {
+    PI_PARTS a.v[k] = vreinterpretq_s32_s16(vshrq_n_s16(vreinterpretq_s16_s32(a.v[k]), 8));
+    return a;
+}
+PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
+    PI_PARTS {
+        const int16x8_t a = vreinterpretq_s16_s32(w.v[k]), b = vreinterpretq_s16_s32(x.v[k]);
+        const int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b)), high = vmull_high_s16(a, b);
+        acc.v[k] = vaddq_s32(acc.v[k], vpaddq_s32(low, high));
+    }
+    return acc;
+}
+PI_INLINE v16f v16f_halves(float x, float y) { v16f r; PI_PARTS r.v[k] = vdupq_n_f32(k < 2 ? x : y); return r; }
 PI_INLINE v16f v16f_repeat4(const float *p) { v16f r; PI_PARTS r.v[k] = vld1q_f32(p); return r; }
 
 #ifdef __ARM_FEATURE_DOTPROD

@@ -78,6 +78,9 @@ PI_INLINE v16i v16i_from_u8(const uint8_t *p) { v16i r; PI_LANES r.l[i] = p[i]; 
 PI_INLINE void v16i_store_i8(int8_t *p, v16i a) {
     PI_LANES p[i] = (int8_t)(a.l[i] > 127 ? 127 : a.l[i] < -128 ? -128 : a.l[i]);
 }
+PI_INLINE void v16i_store_i16(int16_t *p, v16i a) {
+    PI_LANES p[i] = (int16_t)(a.l[i] < -32768 ? -32768 : a.l[i] > 32767 ? 32767 : a.l[i]);
+}
 PI_INLINE v16f v16i_as_f32(v16i a) { v16f r; memcpy(&r, &a, 64); return r; }
 PI_INLINE v16i v16f_as_i32(v16f a) { v16i r; memcpy(&r, &a, 64); return r; }
 PI_INLINE int32_t v16i_hmax(v16i a) { int32_t m = a.l[0]; PI_LANES m = a.l[i] > m ? a.l[i] : m; return m; }
@@ -131,6 +134,46 @@ PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
     for (int i = 0; i < 4; i++) memcpy(lane + 4 * i, rows[i] + at, 8);
     return v16f_load_bf16(lane);
 }
+PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f out[4]) {
+    for (int g = 0; g < 4; g++) out[g] = v16f_gather_f16(rows, at + 2 * g);
+}
+PI_INLINE v16i v16i_sum4(const v16i v[4]) {
+    v16i r = {{0}};
+    PI_LANES for (int k = 0; k < 4; k++) r.l[i] = (int32_t)((uint32_t)r.l[i] + (uint32_t)v[i % 4].l[i / 4 * 4 + k]);
+    return r;
+}
+PI_INLINE void v16i_swap_groups(v16i v[4]) {
+    const v16i w[4] = {v[0], v[1], v[2], v[3]};
+    for (int g = 0; g < 4; g++) PI_LANES v[g].l[i] = w[i / 4].l[4 * g + i % 4];
+}
+PI_INLINE void v64b_load_halves(const void *p, v64b *low, v64b *high) {
+    for (int g = 0; g < 4; g++) {
+        memcpy(low->l + 16 * g, (const uint8_t *)p + 32 * g, 16);
+        memcpy(high->l + 16 * g, (const uint8_t *)p + 32 * g + 16, 16);
+    }
+}
+PI_INLINE int32_t pi_pair(uint32_t low, uint32_t high) { return (int32_t)((low & 0xffffu) | high << 16); }
+PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
+    PI_LANES a.l[i] = pi_pair((uint32_t)a.l[i], (uint32_t)b.l[i]);
+    return a;
+}
+PI_INLINE v16i v16i_high_words(v16i a, v16i b) {
+    PI_LANES a.l[i] = pi_pair((uint32_t)a.l[i] >> 16, (uint32_t)b.l[i] >> 16);
+    return a;
+}
+PI_INLINE v16i v16i_low_bytes(v16i a) {
+    PI_LANES a.l[i] = pi_pair((uint32_t)(int8_t)a.l[i], (uint32_t)(int8_t)(a.l[i] >> 16));
+    return a;
+}
+PI_INLINE v16i v16i_high_bytes(v16i a) {
+    PI_LANES a.l[i] = pi_pair((uint32_t)(int8_t)(a.l[i] >> 8), (uint32_t)(int8_t)(a.l[i] >> 24));
+    return a;
+}
+PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
+    PI_LANES acc.l[i] += (int16_t)w.l[i] * (int16_t)x.l[i] + (int16_t)(w.l[i] >> 16) * (int16_t)(x.l[i] >> 16);
+    return acc;
+}
+PI_INLINE v16f v16f_halves(float x, float y) { v16f r; PI_LANES r.l[i] = i < 8 ? x : y; return r; }
 PI_INLINE v16f v16f_repeat4(const float *p) { v16f r; PI_LANES r.l[i] = p[i % 4]; return r; }
 
 PI_INLINE v16i v16i_dot_us(v16i acc, v64b w, v64b x) {

@@ -5,7 +5,7 @@ Everything here checks its arguments and raises KernelError; nothing here knows 
 
 from ._kernels import KernelError
 from .buffers import Activations, KVCache, RowMatrix, aligned
-from .matrix import Matrix, dequantize, quantize
+from .matrix import Bundle, Matrix, dequantize, quantize
 from .pool import Pool, available_isas, read_bandwidth
 from .program import ACTIVATION_KINDS, HISTOGRAM_BINS, Program, ProgramBuilder
 from .row_types import RowType, block_shape, row_bytes
@@ -15,6 +15,7 @@ __all__ = [
     "ACTIVATION_KINDS",
     "HISTOGRAM_BINS",
     "Activations",
+    "Bundle",
     "KVCache",
     "KernelError",
     "Matrix",

@@ -14,6 +14,19 @@ class Matrix:
     @property
     def nbytes(self) -> int: ...
 
+class Bundle:
+    def __init__(
+        self,
+        pool: Pool,
+        sources: tuple[Any, Any, Any],
+        row_types: tuple[int, int, int],
+        rows: int,
+        columns: int,
+        /,
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
 class Program:
     def __init__(self, max_tokens: int, capacity: int, /) -> None: ...
     def append(

@@ -51,6 +51,60 @@ class Matrix:
         return self.handle.nbytes
 
 
+class Bundle:
+    """The rows of neurons, neuron by neuron: gate, up and down rows of one lie together, in memory of their
+    own on huge pages. For work on single neurons.
+
+    Made by `Bundle.pack`; the sources are not needed afterwards. `types` are the row types of (gate, up,
+    down), None for what the bundle has not.
+    """
+
+    def __init__(
+        self,
+        handle: _kernels.Bundle,
+        types: tuple[RowType | None, RowType | None, RowType | None],
+        rows: int,
+        columns: int,
+    ) -> None:
+        self.handle = handle
+        self.types = types
+        self.rows = rows
+        self.columns = columns
+
+    @classmethod
+    def pack(
+        cls,
+        pool: Pool,
+        rows: int,
+        columns: int,
+        *,
+        gate: tuple[Any, int] | None = None,
+        up: tuple[Any, int] | None = None,
+        down: tuple[Any, int] | None = None,
+    ) -> "Bundle":
+        """Packs plain rows (buffer, row type), each of exactly rows × row_bytes bytes, with the threads of
+        `pool`. The size is the sources' with every record rounded up to 64 bytes. Raises KernelError for
+        wrong sizes, an unknown type, or no rows at all."""
+        parts = (gate, up, down)
+        if not any(parts):
+            raise KernelError("a bundle of no rows at all")
+        sources = tuple(part and _rows_of(part[0], part[1], rows, columns) for part in parts)
+        types = tuple(part and as_row_type(part[1]) for part in parts)
+        numbers = tuple(0 if kind is None else int(kind) for kind in types)
+        handle = _kernels.Bundle(pool.handle, sources, numbers, rows, columns)  # type: ignore[arg-type]
+        return cls(handle, types, rows, columns)  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return self.handle.nbytes
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one neuron."""
+        return self.handle.nbytes // self.rows
+
+
 def dequantize(source: Any, row_type: int, rows: int, columns: int) -> Floats:
     """float32 [rows, columns] of plain rows. Raises KernelError for wrong sizes or an unknown type."""
     data = _rows_of(source, row_type, rows, columns)

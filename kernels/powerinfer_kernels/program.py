@@ -13,7 +13,7 @@ from . import _kernels
 from ._kernels import KernelError
 from .buffers import Activations, KVCache, RowMatrix
 from .checks import Array, Floats, check_apart, check_apart_or_same, check_array, check_positive
-from .matrix import Matrix
+from .matrix import Bundle, Matrix
 from .pool import Pool
 
 #: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) ·
@@ -40,8 +40,8 @@ class _Op(IntEnum):
     ATTENTION = 7
     ACTIVATE = 8
     ADD = 9
-    ACCUMULATE_ROWS = 10
-    GATE_FIRST = 11
+    SUM_ROWS = 10
+    SPARSE_FFN = 11
     OBSERVE = 12
 
 
@@ -67,11 +67,11 @@ class Program:
         return np.frombuffer(self._handle.nanoseconds(), np.int64)
 
     def active_neurons(self) -> int:
-        """Neurons that gate-first operations found active, over all runs and tokens."""
+        """Neurons that sparse operations computed, over all runs and tokens."""
         return self._handle.neurons()[0]
 
     def total_neurons(self) -> int:
-        """Neurons that gate-first operations looked at."""
+        """Neurons that sparse operations looked at."""
         return self._handle.neurons()[1]
 
     def reset_counters(self) -> None:
@@ -228,50 +228,59 @@ class ProgramBuilder:
         check_apart("out", out, {"src": src})
         self._append(_Op.ADD, (src, out), (width,))
 
-    def accumulate_rows(self, h: Floats, rows: RowMatrix, out: Floats, accumulate: bool = False) -> None:
-        """out (+)= Σ_i h_i · row i, summed in chunks of 64 rows in order."""
-        self._check("h", h, rows.rows)
-        self._check("out", out, rows.columns, written=True)
-        check_apart("out", out, {"h": h})
-        integers = (*_rows_integers(rows), int(accumulate))
-        self._append(_Op.ACCUMULATE_ROWS, (h, rows.data, out), integers)
+    def sum_rows(self, h: Floats, bundle: Bundle, out: Floats, accumulate: bool = False) -> None:
+        """out (+)= Σ_i h_i · down row i, in chunks of 256 neurons in order.
 
-    def gate_first(
+        Rows of quantised types are summed as integers: the coefficients of each chunk and block are rounded
+        to 16 bits.
+        """
+        self._check_parts(bundle, down=True)
+        self._check("h", h, bundle.rows)
+        self._check("out", out, bundle.columns, written=True)
+        check_apart("out", out, {"h": h})
+        self._append(_Op.SUM_ROWS, (h, bundle.handle, out), (int(accumulate),))
+
+    def sparse_ffn(
         self,
-        gate: Floats,
+        select: Floats,
         src: Floats,
         activations: Activations | None,
-        up: RowMatrix,
-        down: RowMatrix,
+        bundle: Bundle,
         out: Floats,
         h: Floats,
         kind: str,
+        threshold: Floats | None = None,
+        gate: Floats | None = None,
         accumulate: bool = False,
     ) -> None:
-        """out (+)= Σ_i act(gate_i) · (up_i · input) · down_i over the neurons whose gate is positive.
+        """out (+)= Σ_i act(gate_i) · (up_i · input) · down_i over the neurons whose `select` is above
+        `threshold` ([neurons]; None: above zero).
 
-        Same bits as matmul, activate and accumulate_rows over all neurons. `h` [max_tokens, neurons] is
-        scratch. Rows of other neurons are not read.
+        Gate-first: `select` is the gate and the bundle has up and down rows. Predicted: `select` are a
+        predictor's scores, the bundle has gate rows too, and `gate` is scratch. Same bits as matmul,
+        activate and sum_rows over all neurons where no active one is left out. `h` and `gate` [max_tokens,
+        neurons] are scratch. When decoding, rows of other neurons are not read.
         """
         if kind not in ZERO_KINDS:
-            raise KernelError(f"gate_first needs an activation with exact zeros, {kind!r} has none")
-        if down.rows != up.rows:
-            raise KernelError(f"{up.rows} up rows and {down.rows} down rows differ")
-        self._check("gate", gate, up.rows)
-        self._check("h", h, up.rows, written=True)
-        self._check("out", out, down.columns, written=True)
-        inputs = self._inputs(up.row_type.is_float, src, activations, up.columns)
-        check_apart("out", out, {"gate": gate, "src": src, "h": h})
-        check_apart("h", h, {"gate": gate, "src": src})
-        integers = (
-            _kind(kind),
-            *_rows_integers(up),
-            int(down.row_type),
-            down.columns,
-            down.stride,
-            int(accumulate),
-        )
-        self._append(_Op.GATE_FIRST, (gate, *inputs, up.data, down.data, out, h), integers)
+            raise KernelError(f"sparse_ffn needs an activation with exact zeros, {kind!r} has none")
+        self._check_parts(bundle, gate=gate is not None, up=True, down=True)
+        self._check("select", select, bundle.rows)
+        self._check("h", h, bundle.rows, written=True)
+        self._check("out", out, bundle.columns, written=True)
+        if threshold is not None:
+            check_array("threshold", threshold, np.float32, (bundle.rows,))
+        if gate is not None:
+            self._check("gate", gate, bundle.rows, written=True)
+            check_apart("gate", gate, {"select": select, "src": src, "h": h, "threshold": threshold})
+        self._check("src", src, bundle.columns)
+        check_apart("out", out, {"select": select, "src": src, "h": h, "gate": gate})
+        check_apart("h", h, {"select": select, "src": src})
+        quantized = [t for t in bundle.types[:2] if t is not None and not t.is_float]
+        inputs: tuple[Array | None, ...] = (src, None, None, None)
+        if quantized:
+            inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
+        objects = (select, threshold, *inputs, bundle.handle, out, h, gate)
+        self._append(_Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate)))
 
     def observe(
         self,
@@ -334,6 +343,12 @@ class ProgramBuilder:
                 f"activations for {activations.max_tokens} tokens of {activations.columns} values do not fit "
                 f"{self.max_tokens} tokens of {columns}"
             )
+
+    def _check_parts(self, bundle: Bundle, gate: bool = False, up: bool = False, down: bool = False) -> None:
+        wanted = (gate, up, down)
+        for name, kind, needed in zip(("gate", "up", "down"), bundle.types, wanted, strict=True):
+            if (kind is not None) != needed and (needed or name == "gate"):
+                raise KernelError(f"the bundle {'has no' if needed else 'must not have'} {name} rows")
 
     def _inputs(
         self, is_float: bool, src: Floats, activations: Activations | None, columns: int

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 #: Neurons whose down rows are summed into one partial sum.
-CHUNK = 64
+CHUNK = 256
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float, groups: int = 1) -> Array:
@@ -109,15 +109,15 @@ def activate(gate: Array, up: Array | None, kind: str) -> Array:
     return act(gate, kind) * factor
 
 
-def accumulate_rows(h: Array, rows: Array) -> Array:
-    """Σ_i h_i row_i, [T, columns], in chunks of 64 rows: the order that the kernels keep."""
+def sum_rows(h: Array, rows: Array) -> Array:
+    """Σ_i h_i row_i, [T, columns], in chunks of 256 rows: the order that the kernels keep."""
     out = np.zeros((len(h), rows.shape[1]))
     for first in range(0, len(rows), CHUNK):
         out += h[:, first : first + CHUNK] @ rows[first : first + CHUNK]
     return out
 
 
-def gate_first(gate: Array, x: Array, up: Array, down: Array, kind: str) -> Array:
+def sparse_ffn(gate: Array, x: Array, up: Array, down: Array, kind: str) -> Array:
     """FFN over the neurons with a positive gate alone: the others contribute exactly nothing."""
     hidden = np.where(gate > 0, activate(gate, x @ up.T, kind), 0.0)
-    return accumulate_rows(hidden, down)
+    return sum_rows(hidden, down)

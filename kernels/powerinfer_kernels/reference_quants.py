@@ -32,7 +32,7 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
-CHUNK = 64
+CHUNK = 256
 _OFFSET = {RowType.Q4_0: 8, RowType.Q5_0: 16, RowType.Q6_K: 32}
 
 
@@ -192,23 +192,25 @@ def float_products(data: U8, row_type: int, x: F32) -> F32:
 
 
 def accumulated(data: U8, row_type: int, h: F32) -> F32:
-    """float32 [columns]: Σ h_i · row i with the bits of the kernels. Chunks of 64 consecutive rows; within
-    a chunk p = fma(h · scale, code, p), then p = fma(h, minimum, p), over rows with h ≠ 0 in order; y = y +
-    p."""
+    """float32 [columns]: Σ h_i · row i with the bits of the kernels, over rows with h ≠ 0, in chunks of 256
+    consecutive rows.
+
+    Float rows: p = fma(h, value, p) in order within a chunk, then y = y + p. Others: see `_add_chunk`.
+    """
     known = RowType(row_type)
     values = _float_values(data, known) if known.is_float else None
     blocks = None if known.is_float else decode(data, known)
     columns = values.shape[1] if values is not None else _columns(data, known)
     y = np.zeros(columns, np.float32)
     for first in range(0, len(h), CHUNK):
-        p = np.zeros(columns, np.float32)
-        for i in range(first, min(first + CHUNK, len(h))):
-            if h[i] != 0 and values is not None:
+        rows = first + np.flatnonzero(h[first : first + CHUNK])
+        if values is not None and len(rows):
+            p = np.zeros(columns, np.float32)
+            for i in rows:
                 p = fma(h[i], values[i], p)
-            elif h[i] != 0 and blocks is not None:
-                p = _add_row(blocks, i, h[i], p)
-        if np.any(h[first : first + CHUNK] != 0):
             y = y + p
+        elif blocks is not None and len(rows):
+            y = _add_chunk(blocks, rows, h[rows], y)
     return y
 
 
@@ -217,12 +219,24 @@ def _columns(data: U8, row_type: RowType) -> int:
     return int(data.shape[1]) // stored * values
 
 
-def _add_row(blocks: Blocks, i: int, h: np.float32, p: F32) -> F32:
-    scale = blocks.scale[i][:, None]
+def _rounded(v: F32) -> tuple[I64, F32]:
+    """16-bit q and the scale S of each column of v [rows, …]: S = max(|v|, 1e-30) / 32767 over rows, q =
+    round(v · (32767 / max))."""
+    largest = np.maximum(np.abs(v).max(axis=0), np.float32(1e-30))
+    most = np.float32(32767)
+    return np.rint(v * (most / largest)).astype(np.int64), largest / most
+
+
+def _add_chunk(blocks: Blocks, rows: I64, h: F32, y: F32) -> F32:
+    """y = fma(S, Σ q·code, y) with q, S of h · scale per block (Q6_K: per half); minima are rounded alike,
+    and y = y + S Σ q."""
+    scale = np.repeat(blocks.scale[rows][:, :, None], 2, axis=2)
     if blocks.sub is not None:
-        scale = scale * blocks.sub[i].astype(np.float32)
-    parts = p.reshape(blocks.codes.shape[1:])
-    parts = fma((h * scale)[..., None], blocks.codes[i].astype(np.float32), parts)
+        scale = scale * blocks.sub[rows].astype(np.float32)
+    q, step = _rounded(h[:, None, None] * scale)
+    total = np.einsum("rbh,rbhc->bhc", q, blocks.codes[rows])
+    out = fma(step[:, :, None], total.astype(np.float32), y.reshape(total.shape))
     if blocks.minimum is not None:
-        parts = fma(h, blocks.minimum[i][:, None, None], parts)
-    return parts.reshape(-1)
+        q, step = _rounded(h[:, None] * blocks.minimum[rows])
+        out = out + (step * q.sum(axis=0).astype(np.float32))[:, None, None]
+    return out.reshape(-1)

@@ -6,7 +6,7 @@ float64. Nothing here depends on the number of tokens or on the thread count.
 
 from dataclasses import dataclass, field
 
-from powerinfer_kernels import Activations, KVCache, Matrix, Pool, ProgramBuilder, RowMatrix
+from powerinfer_kernels import Activations, Bundle, KVCache, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.observation import LayerCounters
@@ -25,12 +25,12 @@ class DenseColumns:
 
 @dataclass(frozen=True)
 class NeuronRows:
-    """FFN with one row of ``down`` per neuron: the split file's form. ``up`` is a RowMatrix for
-    gate-first."""
+    """FFN with one row of ``down`` per neuron: the split file's form. Gate-first has no ``up``: those rows
+    lie in the bundle, with the down rows."""
 
     gate: Matrix
-    up: Matrix | RowMatrix
-    down: RowMatrix
+    up: Matrix | None
+    bundle: Bundle
 
 
 @dataclass
@@ -139,16 +139,16 @@ class BlockWriter:
     def ffn_rows(self, w: NeuronRows, gate: Floats, up: Floats) -> None:
         """The FFN over rows of neurons into ``block_out``; ``gate`` and ``up`` are scratch (T, neurons)."""
         b, builder, kind = self.buffers, self.builder, self.hyper.activation
-        if isinstance(w.up, RowMatrix):
+        if w.up is None:
             if kind not in RELU_FAMILY:
                 raise AssertionError(f"gate-first needs exact zeros, {kind} has none")
             builder.matmul(w.gate, b.normed, b.normed_acts, gate)
-            builder.gate_first(gate, b.normed, b.normed_acts, w.up, w.down, b.block_out, up, kind)
+            builder.sparse_ffn(gate, b.normed, b.normed_acts, w.bundle, b.block_out, up, kind)
             return
         builder.matmul(w.gate, b.normed, b.normed_acts, gate, independent=True)
         builder.matmul(w.up, b.normed, b.normed_acts, up)
         builder.activate(gate, up, gate, kind)
-        builder.accumulate_rows(gate, w.down, b.block_out)
+        builder.sum_rows(gate, w.bundle, b.block_out)
 
     def merge(self, post_norm: Floats | None, *, hot: bool, cold: bool) -> None:
         """Residual stream += post_norm(cold part + hot part), in this order."""

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from powerinfer_formats.split import SplitLayer
-from powerinfer_kernels import Matrix, Pool, RowMatrix, RowType, aligned, row_bytes
+from powerinfer_kernels import Bundle, Matrix, Pool
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, NeuronRows, pack
 from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.observation import LayerCounters
@@ -122,21 +121,22 @@ class _RowsFFN:
 
     @property
     def skips(self) -> bool:
-        return isinstance(self.weights.up, RowMatrix)
+        return self.weights.up is None
 
     @property
     def nbytes(self) -> int:
         w = self.weights
-        return w.gate.nbytes + w.up.nbytes + w.down.nbytes
+        return w.gate.nbytes + (w.up.nbytes if w.up else 0) + w.bundle.nbytes
 
     @property
     def quantized(self) -> bool:
-        return not (self.weights.gate.row_type.is_float and self.weights.up.row_type.is_float)
+        w = self.weights
+        products = [w.gate.row_type, w.up.row_type if w.up else w.bundle.types[1]]
+        return not all(kind is None or kind.is_float for kind in products)
 
     def bytes_per_token(self, density: float) -> float:
         w = self.weights
-        rest = w.up.nbytes + w.down.nbytes
-        return w.gate.nbytes + (rest * density if self.skips else rest)
+        return w.gate.nbytes + (w.up.nbytes if w.up else 0) + w.bundle.nbytes * (density if self.skips else 1)
 
     def write(
         self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
@@ -167,28 +167,19 @@ def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
     last = layer.neurons
     if first == last:
         return _NoneFFN()
-    gate = _matrix(pool, layer.rows("gate", first, last), RowType(layer.gate_type), layer.width)
-    down = _row_matrix(layer.rows("down", first, last), RowType(layer.down_type), layer.width)
-    up_rows, up_type = layer.rows("up", first, last), RowType(layer.up_type)
-    up: Matrix | RowMatrix
-    if mode == "gate-first":
-        up = _row_matrix(up_rows, up_type, layer.width)
-    else:
-        up = _matrix(pool, up_rows, up_type, layer.width)
-    return _RowsFFN(NeuronRows(gate, up, down))
+    rows = {kind: layer.rows(kind, first, last) for kind in ("gate", "up", "down")}
+    types = {"gate": layer.gate_type, "up": layer.up_type, "down": layer.down_type}
+    dense = ["gate"] if mode == "gate-first" else ["gate", "up"]
+    matrices = {
+        kind: Matrix.pack(pool, rows[kind].reshape(-1), types[kind], last - first, layer.width)
+        for kind in dense
+    }
+    bundled = {kind: (np.ascontiguousarray(rows[kind]), types[kind]) for kind in rows if kind not in dense}
+    bundle = Bundle.pack(pool, last - first, layer.width, **bundled)
+    return _RowsFFN(NeuronRows(matrices["gate"], matrices.get("up"), bundle))
 
 
 def _narrowed(buffer: Floats, width: int) -> Floats:
     """The same memory as (tokens, width), contiguous."""
     tokens = len(buffer)
     return buffer.reshape(-1)[: tokens * width].reshape(tokens, width)
-
-
-def _matrix(pool: Pool, rows: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> Matrix:
-    return Matrix.pack(pool, rows.reshape(-1), row_type, len(rows), columns)
-
-
-def _row_matrix(rows: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> RowMatrix:
-    data = aligned((len(rows), row_bytes(row_type, columns)), np.uint8)
-    data[:] = rows
-    return RowMatrix(data, row_type, len(rows), columns)

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from powerinfer_formats.hardware import CpuInfo, GpuInfo, HardwareProfile, LinkInfo, MachineInfo
 from powerinfer_kernels import (
     Activations,
+    Bundle,
     Pool,
     Program,
     ProgramBuilder,
-    RowMatrix,
     RowType,
     aligned,
     quantize,
@@ -100,7 +101,7 @@ def gathered_curve(
 ) -> list[Figure]:
     """Bytes per second of the gate-first kernel, counting the up and down rows of active neurons, for each
     share of active neurons. Which neurons are active is drawn anew for every pass."""
-    bench = _GateFirst(nbytes)
+    bench = _GateFirst(pool, nbytes)
     random = np.random.default_rng(_SEED)
     figures = []
     for density in densities:
@@ -115,12 +116,19 @@ def gathered_curve(
 
 
 class _GateFirst:
-    """One gate-first FFN over ``nbytes`` of up and down rows."""
+    """The sparse half of one gate-first FFN over ``nbytes`` of up and down rows."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.neuron_bytes = row_bytes(_UP_TYPE, _WIDTH) + row_bytes(_DOWN_TYPE, _WIDTH)
-        self.neurons = max(_PATTERN_ROWS, nbytes // self.neuron_bytes // _PATTERN_ROWS * _PATTERN_ROWS)
+    def __init__(self, pool: Pool, nbytes: int) -> None:
+        neuron_bytes = row_bytes(_UP_TYPE, _WIDTH) + row_bytes(_DOWN_TYPE, _WIDTH)
+        self.neurons = max(_PATTERN_ROWS, nbytes // neuron_bytes // _PATTERN_ROWS * _PATTERN_ROWS)
         self.gate = aligned((1, self.neurons), np.float32)
+        self.bundle = Bundle.pack(
+            pool,
+            self.neurons,
+            _WIDTH,
+            up=(self._rows(_UP_TYPE), _UP_TYPE),
+            down=(self._rows(_DOWN_TYPE), _DOWN_TYPE),
+        )
         self.program = self._program()
 
     def rate(self, pool: Pool, density: float, random: np.random.Generator) -> float:
@@ -131,7 +139,7 @@ class _GateFirst:
         self.program.reset_counters()
         self.program.run(pool, 0, self.program.operations, 1, 0)
         nanoseconds = int(self.program.nanoseconds().sum())
-        return active * self.neuron_bytes / max(nanoseconds, 1) * 1e9
+        return active * self.bundle.record_bytes / max(nanoseconds, 1) * 1e9
 
     def _program(self) -> Program:
         random = np.random.default_rng(_SEED)
@@ -144,18 +152,15 @@ class _GateFirst:
             quantiser.build().run(alone, 0, 1, 1, 0)
         out, scratch = aligned((1, _WIDTH), np.float32), aligned((1, self.neurons), np.float32)
         builder = ProgramBuilder(1)
-        builder.gate_first(
-            self.gate, source, acts, self._rows(_UP_TYPE), self._rows(_DOWN_TYPE), out, scratch, "relu"
-        )
+        builder.sparse_ffn(self.gate, source, acts, self.bundle, out, scratch, "relu")
         return builder.build()
 
-    def _rows(self, row_type: RowType) -> RowMatrix:
+    def _rows(self, row_type: RowType) -> npt.NDArray[np.uint8]:
         """Random rows: a small pattern again and again, which no cache can tell from as many different
         ones."""
         values = np.random.default_rng(_SEED).standard_normal((_PATTERN_ROWS, _WIDTH), dtype=np.float32)
-        data = aligned((self.neurons, row_bytes(row_type, _WIDTH)), np.uint8)
-        data.reshape(-1, _PATTERN_ROWS, data.shape[1])[:] = quantize(values, row_type)
-        return RowMatrix(data, row_type, self.neurons, _WIDTH)
+        rows = quantize(values, row_type)
+        return np.resize(rows, (self.neurons, rows.shape[1]))
 
 
 def _buffer_bytes() -> int:

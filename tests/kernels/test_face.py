@@ -4,12 +4,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from powerinfer_kernels import (
     Activations,
+    Bundle,
     KernelError,
     KVCache,
     Matrix,
@@ -51,23 +53,27 @@ BAD: dict[str, tuple[Callable[[ProgramBuilder], None], str]] = {
     "heads": (lambda b: b.attention(floats(2, 12), KVCache(8, 2, 4), floats(2, 12), 3, 1.0), "multiple"),
     "window": (lambda b: b.attention(floats(2, 8), KVCache(8, 2, 4), floats(2, 8), 2, 1.0, -1), "window"),
     "activations": (lambda b: b.quantize(floats(2, 64), Activations(1, 64)), "do not fit"),
-    "no zeros": (
-        lambda b: b.gate_first(
-            floats(2, 3), floats(2, 4), None, rows(3, 4), rows(3, 4), floats(2, 4), floats(2, 3), "silu"
-        ),
-        "exact zeros",
-    ),
-    "rows differ": (
-        lambda b: b.gate_first(
-            floats(2, 3), floats(2, 4), None, rows(3, 4), rows(2, 4), floats(2, 4), floats(2, 3), "relu"
-        ),
-        "differ",
-    ),
+    "no zeros": (lambda b: sparse(b, kind="silu"), "exact zeros"),
+    "rows differ": (lambda b: sparse(b, select=floats(2, 2)), "select must be"),
+    "no down rows": (lambda b: sparse(b, bundle=bundle("up")), "no down rows"),
+    "no gate rows": (lambda b: sparse(b, gate=floats(2, 3)), "no gate rows"),
+    "gate rows unused": (lambda b: sparse(b, bundle=bundle("gate", "up", "down")), "must not have gate"),
+    "threshold": (lambda b: sparse(b, threshold=floats(2, 3)), "threshold must be"),
+    "sum without rows": (lambda b: b.sum_rows(floats(2, 3), bundle("up"), floats(2, 4)), "no down rows"),
 }
 
 
-def rows(count: int, columns: int) -> RowMatrix:
-    return RowMatrix(floats(count, columns), RowType.F32, count, columns)
+def bundle(*kinds: str) -> Bundle:
+    """Three neurons of four float columns."""
+    with Pool(1) as pool:
+        return Bundle.pack(pool, 3, 4, **{kind: (floats(3, 4), RowType.F32) for kind in kinds})
+
+
+def sparse(builder: ProgramBuilder, kind: str = "relu", **changes: Any) -> None:
+    """sparse_ffn with what `changes` says instead of what fits."""
+    arguments: dict[str, Any] = {"select": floats(2, 3), "src": floats(2, 4), "activations": None}
+    arguments |= {"bundle": bundle("up", "down"), "out": floats(2, 4), "h": floats(2, 3)}
+    builder.sparse_ffn(**(arguments | changes), kind=kind)
 
 
 @pytest.mark.parametrize("case", sorted(BAD))
@@ -87,6 +93,10 @@ def test_buffers_refuse() -> None:
         ):
             with pytest.raises(KernelError, match=message):
                 Matrix.pack(pool, source, row_type, count, columns)
+            with pytest.raises(KernelError, match=message):
+                Bundle.pack(pool, count, columns, up=(source, row_type))
+        with pytest.raises(KernelError, match="no rows at all"):
+            Bundle.pack(pool, 1, 32)
     for make in (
         lambda: Activations(1, 33),
         lambda: KVCache(8, 1, 3),

@@ -4,10 +4,10 @@ zero."""
 import numpy as np
 import pytest
 
-from powerinfer_kernels import Pool, ProgramBuilder, RowMatrix, RowType, aligned, available_isas
+from powerinfer_kernels import Bundle, Pool, ProgramBuilder, RowType, aligned, available_isas
 from random_rows import random_rows
 
-ROWS = 150  # two whole chunks and a piece
+ROWS = 530  # two whole chunks and a piece
 
 
 def sums(
@@ -17,9 +17,10 @@ def sums(
     tokens = len(h)
     source, out = aligned((at_once, ROWS), np.float32), aligned((at_once, columns), np.float32)
     builder = ProgramBuilder(at_once)
-    builder.accumulate_rows(source, RowMatrix(data, row_type, ROWS, columns), out)
-    program, results = builder.build(), []
+    results = []
     with Pool(threads, isa) as pool:
+        builder.sum_rows(source, Bundle.pack(pool, ROWS, columns, down=(data, row_type)), out)
+        program = builder.build()
         for first in range(0, tokens, at_once):
             count = min(at_once, tokens - first)
             source[:count] = h[first : first + count]
@@ -31,13 +32,14 @@ def sums(
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("row_type", list(RowType), ids=lambda t: t.name)
 def test_many_tokens_have_the_bits_of_one(isa: str, row_type: RowType) -> None:
-    """Tokens 5, 9 and 70 have zeros, so they go another way; 77 and 130 are odd and span two groups."""
+    """Tokens 5, 9 and 70 have zeros, 71 nothing else in a whole chunk; 77 and 131 are odd."""
     rng = np.random.default_rng(int(row_type))
     columns = 512 if row_type >= RowType.Q4_K and row_type != RowType.BF16 else 96
     data = random_rows(rng, row_type, ROWS, columns)
     h = rng.standard_normal((131, ROWS)).astype(np.float32)
     h[5, 100] = h[9, 0] = 0.0
     h[70, ::2] = 0.0
+    h[71, :256] = 0.0
     expected = sums(data, row_type, h, columns, isa, at_once=1)
     for at_once, threads in ((2, 1), (7, 1), (77, 2), (131, 3)):
         got = sums(data, row_type, h, columns, isa, at_once, threads)

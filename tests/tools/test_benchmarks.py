@@ -15,6 +15,7 @@ from gguf.quants import dequantize
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.model import load_model
+from powerinfer_tools.synthetic.random_blocks import random_rows
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROW_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -29,7 +30,6 @@ def program(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize("row_type", ROW_TYPES)
 def test_random_rows_are_what_they_promise(row_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     columns, rows = 768, 256
-    random_rows = program("random_blocks", monkeypatch).random_rows
     data = random_rows(np.random.default_rng(3), row_type, rows, columns)
     values = dequantize(data, GGMLQuantizationType[row_type]).astype(np.float64)
     assert values.shape == (rows, columns)

@@ -190,15 +190,15 @@ def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPat
 
 def test_the_gathered_curve_counts_the_rows_that_are_read() -> None:
     with Pool(1) as pool:
-        bench = measure._GateFirst(1 << 20)
+        bench = measure._GateFirst(pool, 1 << 20)
         random = measure.np.random.default_rng(0)
         for density in (0.1, 0.5, 1.0):
             rate = bench.rate(pool, density, random)
             active = max(1, round(density * bench.neurons))
             assert bench.program.active_neurons() == active
             nanoseconds = int(bench.program.nanoseconds().sum())
-            assert rate == active * bench.neuron_bytes / nanoseconds * 1e9
-    assert bench.neuron_bytes == 4096 // 32 * (18 + 34)
+            assert rate == active * bench.bundle.record_bytes / nanoseconds * 1e9
+    assert bench.bundle.record_bytes == 4096 // 32 * (18 + 34)
 
 
 def test_measuring_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

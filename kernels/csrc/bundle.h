@@ -1,0 +1,86 @@
+/* bundle.h: how the rows of one neuron lie in memory where single neurons are picked. Portable C, no SIMD.
+ *
+ * A bundle is the record of one neuron: a gate row, an up row and a down row, or some of them, one after the other.
+ * Each row is planar: its scales first, then high bits, then the codes, so that a row is read as a few long runs.
+ * Float rows stay as they are. Two forms of quantised rows differ in where the codes lie:
+ *
+ * Product rows (gate, up) are multiplied with activations: a line has the codes of 128 columns.
+ *   4-bit codes   16 bytes per block of 32 columns: byte k holds columns k (low nibble) and 16 + k (high nibble)
+ *   Q8_0          the first 16 columns of each block of the line, then the last 16 of each
+ *   5-bit plane   64 bytes per four lines: bits 2s and 2s + 1 of byte 16g + k belong to columns k and 16 + k of
+ *                 block g of line s
+ *   6-bit planes  the same with bits 2s and 2s + 1 of plane 0 for column k, of plane 1 for column 16 + k
+ * The last line ends with its last block; kernels read further and multiply that by zero.
+ *
+ * Sum rows (down) are added up, two neurons at a time as 16-bit numbers: 16 dwords, one per lane.
+ *   4-bit codes   64 bytes per 128 columns: nibble n of dword l is column 16n + l
+ *   Q8_0          64 bytes per 64 columns: byte n of dword l is column 16n + l
+ *   5-bit plane   64 bytes per 512 columns: bit 8s + n of dword l belongs to column 16n + l of the s-th 128
+ *   6-bit plane   64 bytes per 256 columns: the same with bits 2(8s + n) and the next
+ * Columns are filled up with zeros to whole lines.
+ *
+ * Scales: f16 d per block, then m per block. Q4_K and Q5_K: d and dmin per super-block, then 8-bit scales, then
+ * minima, per block. Q6_K: d per super-block, then 8-bit scales per 16 columns (product rows: those of all first
+ * halves of blocks, then those of the second halves).
+ */
+#ifndef PI_BUNDLE_H
+#define PI_BUNDLE_H
+
+#include "rows_decode.h"
+
+enum { PI_LINE_COLUMNS = 128, PI_LINE_BLOCKS = 4 };
+
+typedef struct { /* of one row, in bytes from its start */
+    int64_t minimum;   /* of the f16 minima (K types: dmin) */
+    int64_t scales[2]; /* of the 8-bit scales, and of the minima or of the second halves' scales */
+    int64_t high, codes, bytes;
+} pi_planar;
+
+PI_DECODE int64_t pi_round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+PI_DECODE int pi_code_bits(int32_t type) {
+    return type == PI_Q8_0 ? 8 : type == PI_Q6_K ? 6 : type == PI_Q5_0 || type == PI_Q5_1 || type == PI_Q5_K ? 5 : 4;
+}
+/* Lines whose high bits share 64 bytes. */
+PI_DECODE int pi_lines_of_plane(int32_t type, int is_sum) { return is_sum && type == PI_Q6_K ? 2 : 4; }
+/* Planes of 64 bytes in such a group. */
+PI_DECODE int pi_planes_of_group(int32_t type, int is_sum) {
+    return pi_code_bits(type) == 5 ? 1 : pi_code_bits(type) == 6 ? (is_sum ? 1 : 2) : 0;
+}
+
+PI_DECODE pi_planar pi_planar_of(int32_t type, int64_t columns, int is_sum) {
+    pi_planar at = {0};
+    if (pi_is_float(type)) {
+        at.bytes = pi_round_up(columns * pi_layout_of(type).bytes, 8);
+        return at;
+    }
+    const int64_t lines = pi_round_up(columns, PI_LINE_COLUMNS) / PI_LINE_COLUMNS;
+    const int64_t blocks = columns / PI_BLOCK, padded = lines * PI_LINE_BLOCKS, supers = columns / 256;
+    int64_t end;
+    if (pi_is_super(type)) {
+        at.minimum = 2 * supers;
+        at.scales[0] = type == PI_Q6_K ? 2 * supers : 4 * supers;
+        at.scales[1] = at.scales[0] + padded;
+        end = at.scales[1] + padded;
+    } else {
+        at.minimum = 2 * padded;
+        end = (pi_has_minimum(type) ? 4 : 2) * padded;
+    }
+    const int64_t group = pi_lines_of_plane(type, is_sum), code_bytes = pi_code_bits(type) == 8 ? 32 : 16;
+    const int64_t unit = columns >= 2048 ? 64 : 8; /* long rows: whole cache lines */
+    at.high = pi_round_up(end, unit);
+    at.codes = at.high + 64 * pi_planes_of_group(type, is_sum) * (pi_round_up(lines, group) / group);
+    at.bytes = pi_round_up(at.codes + code_bytes * (is_sum ? padded : blocks), unit);
+    return at;
+}
+
+/* Scratch of one thread for sum_rows: per unit (32 or 16 columns, read 16 at a time) the coefficients of a chunk's pairs
+ * and three numbers more, and a sum per column. */
+PI_DECODE int64_t pi_sum_units(int64_t columns) { return pi_round_up(columns, 256) / 16 + 32; }
+PI_DECODE int64_t pi_sum_scratch_bytes(int64_t columns) {
+    return (pi_sum_units(columns) * (PI_CHUNK / 2 + 3) + pi_round_up(columns, 64)) * 4;
+}
+
+/* Writes one plain GGUF row in planar form; `out` has pi_planar_of(...).bytes zeroed bytes. */
+void pi_pack_planar(const uint8_t *row, int32_t type, int64_t columns, int is_sum, uint8_t *out);
+
+#endif

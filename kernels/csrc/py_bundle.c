@@ -1,0 +1,115 @@
+/* _kernels.Bundle(pool, sources, row_types, rows, columns): the rows of neurons, neuron by neuron (bundle.h), in memory
+ * of its own. Sources: plain rows of gate, up and down, or None. */
+#include "bundle.h"
+#include "module.h"
+
+PyTypeObject *pi_bundle_type;
+
+typedef struct {
+    const uint8_t *source[PI_PARTS];
+    pi_bundle *bundle;
+} pack_job;
+
+enum { ROWS_AT_ONCE = 16 };
+
+static void pack_row(const pack_job *job, int64_t row) {
+    for (int k = 0; k < PI_PARTS; k++) {
+        const pi_rows *part = &job->bundle->part[k];
+        if (!part->data) continue;
+        pi_pack_planar(job->source[k] + row * pi_row_bytes(part->row_type, part->columns), part->row_type,
+                       part->columns, k == PI_DOWN, (uint8_t *)part->data + row * part->stride);
+    }
+}
+
+static void pack_on_thread(void *argument, pi_worker *worker) {
+    const pack_job *job = argument;
+    pi_share share = pi_share_open(worker, 0, (job->bundle->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
+    int64_t chunk;
+    while ((chunk = pi_share_next(&share)) >= 0)
+        for (int64_t row = chunk * ROWS_AT_ONCE; row < (chunk + 1) * ROWS_AT_ONCE && row < job->bundle->rows; row++)
+            pack_row(job, row);
+}
+
+/* Offsets and stride of the parts that have a source; the bytes of a record. */
+static int64_t lay_out(pi_bundle *b, const Py_buffer *views, const int *types, int64_t offsets[PI_PARTS]) {
+    int64_t record = 0;
+    for (int k = 0; k < PI_PARTS; k++) {
+        offsets[k] = record;
+        if (!views[k].obj) continue;
+        b->part[k] = (pi_rows){.row_type = types[k], .rows = b->rows, .columns = b->columns};
+        record += pi_planar_of(types[k], b->columns, k == PI_DOWN).bytes;
+    }
+    return pi_round_up(record, 64);
+}
+
+static int fill(bundle_object *object, pool_object *pool, const Py_buffer *views, const int *types) {
+    pi_bundle *b = &object->bundle;
+    int64_t offsets[PI_PARTS], stride = lay_out(b, views, types, offsets);
+    if (pi_memory_map(&object->memory, (size_t)(b->rows * stride) + PI_READ_AHEAD) < 0) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    pack_job job = {.bundle = b};
+    for (int k = 0; k < PI_PARTS; k++) {
+        if (!views[k].obj) continue;
+        b->part[k].data = (const uint8_t *)object->memory.data + offsets[k];
+        b->part[k].stride = stride;
+        job.source[k] = views[k].buf;
+    }
+    return pi_pool_object_run(pool, pack_on_thread, &job);
+}
+
+static int bundle_init(PyObject *self, PyObject *args, PyObject *keywords) {
+    bundle_object *object = (bundle_object *)self;
+    PyObject *pool, *source[PI_PARTS];
+    Py_buffer views[PI_PARTS] = {{0}};
+    long long rows, columns;
+    int types[PI_PARTS], failed = 0;
+    (void)keywords;
+    if (!PyArg_ParseTuple(args, "O!(OOO)(iii)LL", pi_pool_type, &pool, source, source + 1, source + 2, types, types + 1,
+                          types + 2, &rows, &columns))
+        return -1;
+    if (object->memory.data) {
+        PyErr_SetString(pi_kernel_error, "the bundle exists already");
+        return -1;
+    }
+    object->bundle = (pi_bundle){.rows = rows, .columns = columns};
+    for (int k = 0; k < PI_PARTS && !failed; k++)
+        if (source[k] != Py_None) failed = PyObject_GetBuffer(source[k], &views[k], PyBUF_SIMPLE);
+    if (!failed) failed = fill(object, (pool_object *)pool, views, types);
+    for (int k = 0; k < PI_PARTS; k++)
+        if (views[k].obj) PyBuffer_Release(&views[k]);
+    return failed;
+}
+
+static void bundle_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    pi_memory_unmap(&((bundle_object *)self)->memory);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+static PyObject *bundle_nbytes(PyObject *self, void *unused) {
+    const pi_bundle *b = &((bundle_object *)self)->bundle;
+    int64_t stride = 0;
+    (void)unused;
+    for (int k = 0; k < PI_PARTS; k++)
+        if (b->part[k].data) stride = b->part[k].stride;
+    return PyLong_FromLongLong(b->rows * stride);
+}
+
+static PyGetSetDef bundle_getset[] = {
+    {"nbytes", bundle_nbytes, NULL, PyDoc_STR("Bytes of all records."), NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot bundle_slots[] = {
+    {Py_tp_init, bundle_init},
+    {Py_tp_dealloc, bundle_dealloc},
+    {Py_tp_getset, bundle_getset},
+    {Py_tp_doc, (void *)PyDoc_STR("Bundle(pool, sources, row_types, rows, columns)")},
+    {0, NULL},
+};
+
+PyType_Spec pi_bundle_spec = {"powerinfer_kernels._kernels.Bundle", sizeof(bundle_object), 0, Py_TPFLAGS_DEFAULT,
+                              bundle_slots};

@@ -1,0 +1,117 @@
+/* The feed-forward block of a gated ReLU model over some of its neurons: those with a positive gate (gate-first) or
+ * those that a predictor names. The listed neurons' products go to `h` without gaps, in ascending order. */
+#include "bundle.h"
+#include "program.h"
+
+#include <string.h>
+
+enum {
+    NEURONS_AT_ONCE = PI_TILE,
+    MANY_TOKENS = 4, /* from here on nearly every neuron is active for some token: all rows are read, once */
+};
+
+/* What a neuron contributes; the same products as `activate` makes. */
+static inline float contribution(int32_t kind, float gate, float up) {
+    switch (kind) {
+    case PI_RELU2: return (gate * gate) * up;
+    case PI_DRELU: return gate * (0.0f > up ? 0.0f : up);
+    default: return gate * up;
+    }
+}
+
+/* Neurons [begin, end) of the list: h[k] = contribution of index[k]; 0 where the gate turns out not to be positive. */
+static void contributions(const pi_sparse_ffn *op, const pi_run *run, int64_t token, const int32_t *index,
+                          int64_t count, int64_t begin, int64_t end) {
+    const pi_rows *part = op->bundle->part;
+    int64_t neurons = op->bundle->rows;
+    float *h = op->h + token * neurons, *gate = op->gate ? op->gate + token * neurons : NULL;
+    const float *select = op->select + token * neurons;
+    if (gate) run->kernels->product_rows(&part[PI_GATE], index, count, begin, end, op->src, &op->acts, token, gate);
+    run->kernels->product_rows(&part[PI_UP], index, count, begin, end, op->src, &op->acts, token, h);
+    for (int64_t k = begin; k < end; k++) {
+        float g = gate ? gate[k] : select[index[k]];
+        h[k] = g <= 0.0f ? 0.0f : contribution(op->kind, g, h[k]);
+    }
+}
+
+typedef struct {
+    int64_t begin, end;
+} columns_part;
+
+static columns_part columns_of(const pi_sparse_ffn *op, const pi_worker *worker) {
+    int64_t units = (op->bundle->columns + PI_LINE_COLUMNS - 1) / PI_LINE_COLUMNS;
+    int64_t thread = pi_worker_thread(worker), threads = pi_worker_threads(worker);
+    int64_t end = units * (thread + 1) / threads * PI_LINE_COLUMNS;
+    return (columns_part){units * thread / threads * PI_LINE_COLUMNS, end < op->bundle->columns ? end : op->bundle->columns};
+}
+
+static int64_t list_bytes(const pi_sparse_ffn *op) {
+    return pi_round_up(op->bundle->rows * (int64_t)sizeof(int32_t), 64);
+}
+
+int64_t pi_sparse_ffn_scratch_bytes(const pi_sparse_ffn *op) {
+    return list_bytes(op) + pi_sum_scratch_bytes(op->bundle->columns);
+}
+
+/* Every thread makes the whole list for itself: that costs less than a barrier for handing it around. */
+static void execute_listed(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
+    uint8_t *scratch = pi_scratch_of(run, worker);
+    int32_t *index = (int32_t *)(void *)scratch;
+    const columns_part columns = columns_of(op, worker);
+    int64_t neurons = op->bundle->rows, width = op->bundle->columns;
+    for (int64_t t = 0; t < run->tokens; t++) {
+        int64_t count = run->kernels->list_active(op->select + t * neurons, op->threshold, neurons, index), chunk;
+        pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
+        while ((chunk = pi_share_next(&share)) >= 0) {
+            int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
+            contributions(op, run, t, index, count, begin, end < count ? end : count);
+        }
+        pi_barrier(worker);
+        if (columns.begin < columns.end) {
+            float *out = op->out + t * width;
+            if (!op->accumulate) pi_clear_columns(out, width, 1, columns.begin, columns.end);
+            run->kernels->sum_rows(&op->bundle->part[PI_DOWN], index, op->h + t * neurons, count, columns.begin,
+                                   columns.end, scratch + list_bytes(op), out);
+        }
+        if (pi_worker_thread(worker) == 0) run->program->active += count;
+    }
+}
+
+/* Contributions of 16 neighbouring neurons to all tokens: zero for the neurons that are not selected. */
+static int64_t contribute_tile(const pi_sparse_ffn *op, const pi_run *run, int64_t tile) {
+    const pi_rows *part = op->bundle->part;
+    int64_t neurons = op->bundle->rows, first = tile * PI_TILE, active = 0;
+    int64_t last = first + PI_TILE < neurons ? first + PI_TILE : neurons;
+    if (op->gate)
+        run->kernels->product_all_rows(&part[PI_GATE], tile, tile + 1, op->src, &op->acts, run->tokens, op->gate);
+    run->kernels->product_all_rows(&part[PI_UP], tile, tile + 1, op->src, &op->acts, run->tokens, op->h);
+    for (int64_t t = 0; t < run->tokens; t++)
+        for (int64_t i = first; i < last; i++) {
+            float select = op->select[t * neurons + i], gate = op->gate ? op->gate[t * neurons + i] : select;
+            float *h = &op->h[t * neurons + i];
+            int selected = !(select <= (op->threshold ? op->threshold[i] : 0.0f));
+            active += selected;
+            *h = !selected || gate <= 0.0f ? 0.0f : contribution(op->kind, gate, *h);
+        }
+    return active;
+}
+
+static void execute_all(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
+    const columns_part columns = columns_of(op, worker);
+    int64_t width = op->bundle->columns, tile, active = 0;
+    pi_share share = pi_share_open(worker, slot, (op->bundle->rows + PI_TILE - 1) / PI_TILE);
+    while ((tile = pi_share_next(&share)) >= 0) active += contribute_tile(op, run, tile);
+    __atomic_fetch_add(&run->program->active, active, __ATOMIC_RELAXED);
+    pi_barrier(worker);
+    if (columns.begin >= columns.end) return;
+    if (!op->accumulate) pi_clear_columns(op->out, width, run->tokens, columns.begin, columns.end);
+    run->kernels->sum_all_rows(&op->bundle->part[PI_DOWN], op->h, run->tokens, columns.begin, columns.end, op->out);
+}
+
+void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
+    const pi_sparse_ffn *s = &op->u.sparse_ffn;
+    if (pi_worker_thread(worker) == 0)
+        __atomic_fetch_add(&run->program->total, run->tokens * s->bundle->rows, __ATOMIC_RELAXED);
+    if (run->tokens >= MANY_TOKENS) execute_all(s, run, worker, slot);
+    else execute_listed(s, run, worker, slot);
+}

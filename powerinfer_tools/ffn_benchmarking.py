@@ -1,0 +1,208 @@
+"""One FFN block alone: how much faster it is to compute some neurons than all of them.
+
+Weights are random and several times the size of the caches; which neurons are active is drawn anew for every
+pass. Passes of all cases are interleaved, and each ratio compares neighbours, so that a machine that slows
+down for a while slows all of them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_kernels import (
+    Activations,
+    Bundle,
+    Matrix,
+    Pool,
+    Program,
+    ProgramBuilder,
+    RowType,
+    aligned,
+    dequantize,
+    row_bytes,
+)
+from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.hardware import detect
+from powerinfer_tools.progress import Progress, Silent
+from powerinfer_tools.synthetic.random_blocks import random_rows
+
+#: Modes with a speed-up to measure.
+SPARSE_MODES = ("predicted", "gate-first")
+#: Distinct rows; more only repeat them, which no cache can tell from different ones.
+_PATTERN_ROWS = 64
+#: Bytes of one layout of the weights: beyond what caches of this size of machine hold.
+_DEFEAT_CACHES = 640 << 20
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class FFNRow:
+    """Speed at one density. ``speedup``: over the dense FFN, median of neighbouring passes, with the extremes
+    in ``low`` and ``high``; ``gbps``: bytes of weights touched per second / 1e9; ``microseconds``: per token.
+    """
+
+    density: float
+    mode: str
+    speedup: float
+    low: float
+    high: float
+    gbps: float
+    microseconds: float
+    threads: int
+    isa: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dict(vars(self))
+
+
+def bench_ffn(
+    pool: Pool,
+    width: int,
+    neurons: int,
+    row_type: RowType,
+    densities: Sequence[float],
+    *,
+    seconds: float = 25.0,
+    progress: Progress | None = None,
+) -> list[FFNRow]:
+    """A dense row, then one per mode and density, measured for about ``seconds``.
+
+    All matrices are of ``row_type``. Raises HardwareError when there is not enough memory, and KernelError
+    when rows of ``width`` do not fit the type.
+    """
+    progress = progress or Silent()
+    layers = _Layers(pool, width, neurons, row_type)
+    cases = [("dense", 1.0), *((mode, density) for mode in SPARSE_MODES for density in densities)]
+    times: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    for case in cases:  # the first pass brings pages and threads in
+        layers.seconds(*case)
+    progress.start("ffn", None, "passes")
+    deadline = time.perf_counter() + seconds
+    while len(times["dense", 1.0]) < 3 or time.perf_counter() < deadline:
+        for case in cases:
+            times[case].append(layers.seconds(*case))
+        progress.advance(len(cases))
+    progress.finish()
+    return [_row(pool, layers, case, times) for case in cases]
+
+
+def _row(
+    pool: Pool, layers: "_Layers", case: tuple[str, float], times: dict[tuple[str, float], list[float]]
+) -> FFNRow:
+    ratios = [dense / mine for dense, mine in zip(times["dense", 1.0], times[case], strict=True)]
+    seconds = median(times[case])
+    return FFNRow(
+        density=case[1],
+        mode=case[0],
+        speedup=median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        gbps=layers.touched(*case) / seconds / 1e9,
+        microseconds=seconds * 1e6,
+        threads=pool.threads,
+        isa=pool.isa,
+    )
+
+
+class _Layers:
+    """Equal FFNs in every layout, one program per mode and layer."""
+
+    def __init__(self, pool: Pool, width: int, neurons: int, row_type: RowType) -> None:
+        self._pool, self._width, self._neurons = pool, width, neurons
+        self._row = row_bytes(row_type, width)
+        layer_bytes = 3 * neurons * self._row
+        self._count = max(2, -(-_DEFEAT_CACHES // layer_bytes))
+        _require_memory(self._count * layer_bytes * 8 // 3)
+        self._random = np.random.default_rng(_SEED)
+        self._x = aligned((1, width), np.float32)
+        self._x[:] = self._random.standard_normal(width)
+        self._acts, self._out = Activations(1, width), aligned((1, width), np.float32)
+        self._acts_hidden = Activations(1, neurons)
+        self._buffers = [aligned((1, neurons), np.float32) for _ in range(3)]
+        self._select = aligned((1, neurons), np.float32)
+        self._programs: dict[str, list[Program]] = {"dense": [], "gate-first": [], "predicted": []}
+        self._write(row_type)
+
+    def touched(self, mode: str, density: float) -> float:
+        """Bytes of weights that one token reads in one layer."""
+        part = self._neurons * self._row
+        always = {"dense": 3, "gate-first": 1, "predicted": 0}[mode]
+        return part * (always + (3 - always) * density)
+
+    def seconds(self, mode: str, density: float) -> float:
+        """Mean seconds of a layer: one pass over all of them, with other active neurons in each."""
+        active, total = max(1, round(density * self._neurons)), 0.0
+        for program in self._programs[mode]:
+            self._select[:] = -1.0
+            self._select[0, self._random.choice(self._neurons, active, replace=False)] = 1.0
+            started = time.perf_counter()
+            program.run(self._pool, 0, program.operations, 1, 0)
+            total += time.perf_counter() - started
+        return total / self._count
+
+    def _write(self, row_type: RowType) -> None:
+        gate, up = self._rows(row_type, positive=True), self._rows(row_type)
+        down_columns = random_rows(self._random, row_type.name, _PATTERN_ROWS, self._neurons)
+        down_columns = np.resize(down_columns, (self._width, down_columns.shape[1]))
+        down = (self._rows(row_type), row_type)
+        size = (self._neurons, self._width)
+        for _ in range(self._count):
+            gate_matrix = Matrix.pack(self._pool, gate, row_type, *size)
+            up_matrix = Matrix.pack(self._pool, up, row_type, *size)
+            down_matrix = Matrix.pack(self._pool, down_columns, row_type, self._width, self._neurons)
+            pair = Bundle.pack(self._pool, *size, up=(up, row_type), down=down)
+            whole = Bundle.pack(self._pool, *size, gate=(gate, row_type), up=(up, row_type), down=down)
+            self._programs["dense"].append(self._dense(gate_matrix, up_matrix, down_matrix))
+            self._programs["gate-first"].append(self._gate_first(gate_matrix, pair))
+            self._programs["predicted"].append(self._predicted(whole))
+
+    def _rows(self, row_type: RowType, *, positive: bool = False) -> npt.NDArray[np.uint8]:
+        """Plain rows of all neurons; ``positive``: with positive products, so that every neuron that is
+        predicted turns out to be active."""
+        rows = random_rows(self._random, row_type.name, 4 * _PATTERN_ROWS, self._width)
+        if positive:
+            products = dequantize(rows, row_type, len(rows), self._width) @ self._x[0]
+            rows = rows[products > 0.1 * np.abs(products).max()]
+        return np.resize(rows[:_PATTERN_ROWS], (self._neurons, rows.shape[1]))
+
+    def _started(self) -> ProgramBuilder:
+        builder = ProgramBuilder(1)
+        builder.quantize(self._x, self._acts)
+        return builder
+
+    def _dense(self, gate: Matrix, up: Matrix, down: Matrix) -> Program:
+        builder, (g, u, _) = self._started(), self._buffers
+        builder.matmul(gate, self._x, self._acts, g, independent=True)
+        builder.matmul(up, self._x, self._acts, u)
+        builder.activate(g, u, g, "relu")
+        if not down.row_type.is_float:
+            builder.quantize(g, self._acts_hidden)
+        builder.matmul(down, g, self._acts_hidden, self._out)
+        return builder.build()
+
+    def _gate_first(self, gate: Matrix, pair: Bundle) -> Program:
+        """The gate's products are computed, but the drawn values select: that sets the density."""
+        builder, (g, h, _) = self._started(), self._buffers
+        builder.matmul(gate, self._x, self._acts, g)
+        builder.sparse_ffn(self._select, self._x, self._acts, pair, self._out, h, "relu")
+        return builder.build()
+
+    def _predicted(self, whole: Bundle) -> Program:
+        builder, (g, h, _) = self._started(), self._buffers
+        builder.sparse_ffn(self._select, self._x, self._acts, whole, self._out, h, "relu", gate=g)
+        return builder.build()
+
+
+def _require_memory(nbytes: int) -> None:
+    available = detect.available_ram_bytes() or nbytes
+    if nbytes > available * 3 // 4:
+        raise HardwareError(
+            f"measuring this FFN takes {nbytes} bytes of weights, and {available} bytes of memory are free; "
+            "ask for fewer neurons or a smaller type"
+        )

@@ -1,0 +1,1 @@
+"""Models and weights that are made up: real shapes, random values, for measuring speed."""

@@ -77,7 +77,7 @@ PI_DECODE pi_planar pi_planar_of(int32_t type, int64_t columns, int is_sum) {
  * and three numbers more, and a sum per column. */
 PI_DECODE int64_t pi_sum_units(int64_t columns) { return pi_round_up(columns, 256) / 16 + 32; }
 PI_DECODE int64_t pi_sum_scratch_bytes(int64_t columns) {
-    return (pi_sum_units(columns) * (PI_CHUNK / 2 + 3) + pi_round_up(columns, 64)) * 4;
+    return (pi_sum_units(columns) * (PI_CHUNK / 2 + 3) + pi_round_up(columns, PI_LINE_COLUMNS)) * 4;
 }
 
 /* Writes one plain GGUF row in planar form; `out` has pi_planar_of(...).bytes zeroed bytes. */

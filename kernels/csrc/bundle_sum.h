@@ -57,8 +57,8 @@ PI_INLINE rounding rounding_of(v16f largest, int finite) {
 
 PI_INLINE v16i round_to(v16f v, const rounding *r) { return v16i_from_f32_rne(v16f_mul(v, r->inverse)); }
 
-/* Four vectors of 16 columns of half-line `half` of two rows: the codes of a in the low words, of b in the high. */
-PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi_planar *p, int64_t half,
+/* Four vectors of 16 columns of one half of a line of two rows: the codes of a in the low words, of b in the high. */
+PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi_planar *p, int64_t line, int upper,
                           v16i out[4]) {
 #define PI_WORDS(at, upper) \
     (upper ? v16i_high_words(v16i_load((const int32_t *)(const void *)(a + (at))),   \
@@ -66,7 +66,7 @@ PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi
            : v16i_low_words(v16i_load((const int32_t *)(const void *)(a + (at))),    \
                             v16i_load((const int32_t *)(const void *)(b + (at)))))
     if (type == PI_Q8_0) {
-        const int64_t at = p->codes + 64 * half;
+        const int64_t at = p->codes + 128 * line + 64 * upper;
         const v16i low = PI_WORDS(at, 0), high = PI_WORDS(at, 1);
         out[0] = v16i_low_bytes(low);
         out[1] = v16i_high_bytes(low);
@@ -74,8 +74,7 @@ PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi
         out[3] = v16i_high_bytes(high);
         return;
     }
-    const int64_t line = half / 2;
-    const int upper = (int)(half % 2), width = pi_code_bits(type) - 4;
+    const int width = pi_code_bits(type) - 4;
     const v16i codes = PI_WORDS(p->codes + 64 * line, upper);
     PI_UNROLL for (int n = 0; n < 4; n++) out[n] = v16i_and(v16i_srli(codes, 4 * n), v16i_set1(0x000f000f));
     if (width == 0) return;
@@ -88,9 +87,6 @@ PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi
     }
 #undef PI_WORDS
 }
-
-/* The unit of vector n of a half-line. */
-PI_INLINE int64_t unit_of(int type, int64_t half, int n) { return (half * HALF_LINE + 16 * n) / unit_columns(type); }
 
 PI_INLINE v16f weights_at(int type, const uint8_t *row, int64_t column) {
     if (type == PI_F32) return v16f_load((const float *)(const void *)row + column);

@@ -20,7 +20,7 @@ enum {
     PI_TILE = 16,  /* rows of an interleaved weight tile, key positions of a cache tile, lanes of v16f */
     PI_BLOCK = 32, /* activations that share one scale */
     PI_QUERIES = 16, /* most queries of one call of `attend` */
-    PI_CHUNK = 256, /* neurons whose down rows are summed into one partial sum */
+    PI_CHUNK = 512, /* neurons whose down rows are summed into one partial sum */
 };
 
 typedef struct { /* weights as interleaved 16-row tiles; rows padded with zeros to a whole tile */

@@ -27,6 +27,7 @@
  *   v16f_fma(a, b, c)             a·b + c, rounded once
  *   v16f_min(a, b) = a < b ? a : b    v16f_max(a, b) = a > b ? a : b        so b where either is NaN
  *   v16f_select_gt(a, b, x, y) = a > b ? x : y                              so y where either is NaN
+ *   v16f_mask_above(a, b)         bit i: not a ≤ b in lane i; so set where either is NaN
  *   v16f_load_f16(p)  v16f_store_f16(p, a)  v16f_load_bf16(p)   p: uint16_t; store rounds half to even,
  *                                                               overflows to infinity
  *   v16f_load_f16_n(p, n)  v16f_store_f16_n(p, a, n)            as load_n / store_n

@@ -56,6 +56,10 @@ PI_INLINE v16f v16f_select_gt(v16f p, v16f q, v16f x, v16f y) {
     return PI_F(_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(p.a, q.a, _CMP_GT_OQ)),
                 _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(p.b, q.b, _CMP_GT_OQ)));
 }
+PI_INLINE uint32_t v16f_mask_above(v16f x, v16f y) {
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_NLE_UQ)) |
+           (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_NLE_UQ)) << 8;
+}
 PI_INLINE v16f v16f_load_f16(const uint16_t *p) {
     return PI_F(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
                 _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));

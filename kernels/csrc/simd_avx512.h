@@ -40,6 +40,7 @@ PI_INLINE v16f v16f_fma(v16f a, v16f b, v16f c) { return PI_F(_mm512_fmadd_ps(a.
 PI_INLINE v16f v16f_select_gt(v16f a, v16f b, v16f x, v16f y) {
     return PI_F(_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), y.v, x.v));
 }
+PI_INLINE uint32_t v16f_mask_above(v16f a, v16f b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
 PI_INLINE v16f v16f_load_f16(const uint16_t *p) {
     return PI_F(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)));
 }

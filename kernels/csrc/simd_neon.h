@@ -46,6 +46,12 @@ PI_INLINE v16f v16f_select_gt(v16f a, v16f b, v16f x, v16f y) {
     PI_PARTS y.v[k] = vbslq_f32(vcgtq_f32(a.v[k], b.v[k]), x.v[k], y.v[k]);
     return y;
 }
+PI_INLINE uint32_t v16f_mask_above(v16f a, v16f b) {
+    static const uint32_t bit[4] = {1, 2, 4, 8};
+    uint32_t mask = 0;
+    PI_PARTS mask |= vaddvq_u32(vbicq_u32(vld1q_u32(bit), vcleq_f32(a.v[k], b.v[k]))) << (4 * k);
+    return mask;
+}
 PI_INLINE v16f v16f_load_f16(const uint16_t *p) {
     v16f r;
     PI_PARTS r.v[k] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * k)));

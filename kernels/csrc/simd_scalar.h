@@ -37,6 +37,11 @@ PI_INLINE v16f v16f_select_gt(v16f a, v16f b, v16f x, v16f y) {
     PI_LANES r.l[i] = a.l[i] > b.l[i] ? x.l[i] : y.l[i];
     return r;
 }
+PI_INLINE uint32_t v16f_mask_above(v16f a, v16f b) {
+    uint32_t mask = 0;
+    PI_LANES mask |= (uint32_t)!(a.l[i] <= b.l[i]) << i;
+    return mask;
+}
 PI_INLINE v16f v16f_load_f16(const uint16_t *p) { v16f r; PI_LANES r.l[i] = pi_f16_to_f32(p[i]); return r; }
 PI_INLINE void v16f_store_f16(uint16_t *p, v16f a) { PI_LANES p[i] = pi_f32_to_f16(a.l[i]); }
 PI_INLINE v16f v16f_load_bf16(const uint16_t *p) { v16f r; PI_LANES r.l[i] = pi_bf16_to_f32(p[i]); return r; }

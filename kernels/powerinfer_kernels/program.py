@@ -229,7 +229,7 @@ class ProgramBuilder:
         self._append(_Op.ADD, (src, out), (width,))
 
     def sum_rows(self, h: Floats, bundle: Bundle, out: Floats, accumulate: bool = False) -> None:
-        """out (+)= Σ_i h_i · down row i, in chunks of 256 neurons in order.
+        """out (+)= Σ_i h_i · down row i, in chunks of 512 neurons in order.
 
         Rows of quantised types are summed as integers: the coefficients of each chunk and block are rounded
         to 16 bits.

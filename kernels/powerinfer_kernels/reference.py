@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 #: Neurons whose down rows are summed into one partial sum.
-CHUNK = 256
+CHUNK = 512
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float, groups: int = 1) -> Array:
@@ -110,7 +110,7 @@ def activate(gate: Array, up: Array | None, kind: str) -> Array:
 
 
 def sum_rows(h: Array, rows: Array) -> Array:
-    """Σ_i h_i row_i, [T, columns], in chunks of 256 rows: the order that the kernels keep."""
+    """Σ_i h_i row_i, [T, columns], in chunks of 512 rows: the order that the kernels keep."""
     out = np.zeros((len(h), rows.shape[1]))
     for first in range(0, len(rows), CHUNK):
         out += h[:, first : first + CHUNK] @ rows[first : first + CHUNK]

@@ -32,7 +32,7 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
-CHUNK = 256
+CHUNK = 512
 _OFFSET = {RowType.Q4_0: 8, RowType.Q5_0: 16, RowType.Q6_K: 32}
 
 
@@ -192,7 +192,7 @@ def float_products(data: U8, row_type: int, x: F32) -> F32:
 
 
 def accumulated(data: U8, row_type: int, h: F32) -> F32:
-    """float32 [columns]: Σ h_i · row i with the bits of the kernels, over rows with h ≠ 0, in chunks of 256
+    """float32 [columns]: Σ h_i · row i with the bits of the kernels, over rows with h ≠ 0, in chunks of 512
     consecutive rows.
 
     Float rows: p = fma(h, value, p) in order within a chunk, then y = y + p. Others: see `_add_chunk`.

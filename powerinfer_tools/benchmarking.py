@@ -17,6 +17,7 @@ class BenchRow:
     """One measured test: mean and standard deviation of tokens per second over ``repetitions``.
 
     ``bandwidth_share`` is bytes touched per second over the read bandwidth measured just before, 0 … 1.
+    ``density``: share of FFN neurons that were computed, 1 in dense modes. ``synthetic``: random weights.
     """
 
     test: str
@@ -30,6 +31,8 @@ class BenchRow:
     repetitions: int
     bytes_per_token: float
     bandwidth_share: float
+    density: float
+    synthetic: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -107,4 +110,6 @@ def _row(engine: Engine, name: str, count: int, speeds: list[float], bandwidth: 
         repetitions=len(speeds),
         bytes_per_token=touched,
         bandwidth_share=touched * mean / bandwidth if bandwidth else 0.0,
+        density=engine.stack.density(),
+        synthetic="synthetic" in engine.model.name,
     )

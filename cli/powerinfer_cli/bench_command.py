@@ -3,12 +3,14 @@
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from powerinfer_cli import bench_ffn
 from powerinfer_cli import options as opt
-from powerinfer_cli.console import emit, emit_json, plain, progress
+from powerinfer_cli.console import emit, emit_json, plain, progress, say
 from powerinfer_cli.files import find_model
 from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_table
@@ -25,6 +27,8 @@ memory bandwidth that it used. The rows compare with llama-bench's.
 Examples:
   powerinfer bench -m model.gguf
   powerinfer bench -m model.gguf -p 0 -n 256 -r 10 --json
+  powerinfer bench --shape mistral-7b --density 0.1 -p 64 -n 32
+  powerinfer bench --ffn 4096x14336 --type q4_0 --density 0.1,0.3,0.5
 """
 
 
@@ -47,13 +51,22 @@ def command(
         int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Runs per row.")
     ] = 5,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")] = False,
+    synthetic: opt.Synthetic,
     placement: opt.Placement,
     common: opt.Common,
 ) -> None:
     """Benchmark a model."""
     if as_csv and common.json:
         raise typer.BadParameter("choose one of --csv and --json", param_hint="--csv")
-    path = find_model(model)
+    check_choice(model, synthetic)
+    if synthetic.clear_cache:
+        clear_cache(synthetic, as_json=common.json)
+        return
+    if synthetic.ffn:
+        densities = bench_ffn.parse_densities(synthetic.density or "0.1,0.3,0.5,1.0")
+        bench_ffn.run(synthetic.ffn, synthetic.row_type, densities, common.threads, as_json=common.json)
+        return
+    path = made_up_model(synthetic) if synthetic.shape else find_model(model)
     from powerinfer_cli.engines import measured_bandwidth, opened_engine
     from powerinfer_tools.benchmarking import bench
 
@@ -77,6 +90,52 @@ def command(
             [table_row(row) for row in rows],
             title=rows[0].model if rows else None,
         )
+
+
+def check_choice(model: Path | None, synthetic: opt.Synthetic) -> None:
+    """One thing to measure, and no option that would be ignored."""
+    given = {"--model": model, "--shape": synthetic.shape, "--ffn": synthetic.ffn}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"choose one of {' and '.join(chosen)}", param_hint=chosen[-1])
+    if synthetic.density is not None and not (synthetic.shape or synthetic.ffn):
+        raise typer.BadParameter("is for --shape and --ffn", param_hint="--density")
+    if synthetic.keep is not None and not synthetic.shape:
+        raise typer.BadParameter("is for --shape", param_hint="--keep")
+
+
+def clear_cache(synthetic: opt.Synthetic, *, as_json: bool) -> None:
+    """Remove the cached synthetic models and say how much that frees."""
+    from powerinfer_tools.synthetic.cache import clear, default_cache
+
+    cache = synthetic.cache_dir or default_cache()
+    freed = clear(cache)
+    if as_json:
+        emit_json({"path": cache, "freed_bytes": freed})
+    else:
+        emit(f"removed {format_size(freed)} of synthetic models under {cache}")
+
+
+def made_up_model(synthetic: opt.Synthetic) -> Path:
+    """The file of the synthetic model that was asked for; written first where it is not there."""
+    from powerinfer_tools.synthetic.cache import Request, cached, default_cache
+    from powerinfer_tools.synthetic.sparse import Sparsity
+
+    sparsity = None
+    if synthetic.density is not None:
+        densities = bench_ffn.parse_densities(synthetic.density)
+        if len(densities) > 1:
+            raise typer.BadParameter("one share, with --shape", param_hint="--density")
+        sparsity = Sparsity(densities[0], synthetic.skew)
+    assert synthetic.shape is not None
+    request = Request(synthetic.shape, synthetic.row_type.upper(), synthetic.layers, sparsity)
+    if synthetic.keep is not None:
+        say(f"writing {request.name}, random weights, to {synthetic.keep}")
+        request.write(synthetic.keep)
+        return synthetic.keep
+    path, written = cached(request, synthetic.cache_dir or default_cache())
+    say(f"{'wrote' if written else 'using'} {path}: synthetic, random weights")
+    return path
 
 
 def table_row(row: "BenchRow") -> tuple[str, ...]:

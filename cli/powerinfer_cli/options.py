@@ -97,6 +97,87 @@ class Placement:
         return None if self.mode == "auto" else self.mode
 
 
+@dataclass(frozen=True)
+class Synthetic:
+    """A model that is made up, for bench."""
+
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME",
+            help="Measure random weights of a real shape, such as mistral-7b; an unknown name lists all.",
+            rich_help_panel="Synthetic models",
+        ),
+    ] = None
+    ffn: Annotated[
+        str | None,
+        typer.Option(
+            "--ffn",
+            metavar="WxN",
+            help="Measure one FFN of width W and N neurons alone, by density.",
+            rich_help_panel="Synthetic models",
+        ),
+    ] = None
+    row_type: Annotated[
+        str,
+        typer.Option(
+            "--type", metavar="TYPE", help="Row type of the weights.", rich_help_panel="Synthetic models"
+        ),
+    ] = "q4_0"
+    density: Annotated[
+        str | None,
+        typer.Option(
+            "--density",
+            metavar="SHARE",
+            help="Share of neurons that fire; with --ffn a list. Without it, --shape is the dense model.",
+            rich_help_panel="Synthetic models",
+        ),
+    ] = None
+    skew: Annotated[
+        float,
+        typer.Option(
+            "--skew",
+            min=0.0,
+            metavar="S",
+            help="How much neurons differ in how often they fire; 0: not at all.",
+            rich_help_panel="Synthetic models",
+        ),
+    ] = 0.0
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            "--layers", min=1, metavar="N", help="Fewer layers.", rich_help_panel="Synthetic models"
+        ),
+    ] = None
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache-dir",
+            metavar="DIR",
+            help="Where models of --shape are kept. Without it: $POWERINFER_CACHE, else the user's cache.",
+            rich_help_panel="Synthetic models",
+        ),
+    ] = None
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep",
+            metavar="FILE",
+            help="Keep the model of --shape in this file instead; the dense form loads in llama.cpp.",
+            rich_help_panel="Synthetic models",
+        ),
+    ] = None
+    clear_cache: Annotated[
+        bool,
+        typer.Option(
+            "--clear-cache",
+            help="Remove all cached synthetic models and end.",
+            rich_help_panel="Synthetic models",
+        ),
+    ] = False
+
+
 def in_panel(panel: str) -> Callable[..., Any]:
     """``typer.Option`` for options listed under the heading ``panel``."""
 

@@ -91,10 +91,10 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(folder: Path) -> No
 
 
 def test_ctrl_c_in_profile_is_130_and_the_same_command_goes_on(folder: Path, powerinfer: Command) -> None:
-    words = ["profile", "-m", "model.gguf", "--corpus", "text.txt", "--ctx", "64", "--tokens", "1024", "-o"]
+    words = ["profile", "-m", "model.gguf", "--corpus", "text.txt", "--ctx", "64", "--tokens", "4096", "-o"]
     process = start(folder, *words, "interrupted.st")
     try:
-        time.sleep(2)  # wherever it is by then: loading, counting, or between two windows
+        time.sleep(1.5)  # wherever it is by then: loading, counting, or between two windows
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:

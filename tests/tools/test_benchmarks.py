@@ -15,6 +15,7 @@ from gguf.quants import dequantize
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.model import load_model
+from powerinfer_tools.synthetic import models
 from powerinfer_tools.synthetic.random_blocks import random_rows
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -43,10 +44,8 @@ def test_random_rows_are_what_they_promise(row_type: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("family", "mixture"), [("llama", "Q4_0"), ("qwen2", "Q4_K_M"), ("gemma3", "Q8_0"), ("llama", "F16")]
 )
-def test_synthetic_models_run(
-    family: str, mixture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, synthetic = _write(family, mixture, tmp_path, monkeypatch)
+def test_synthetic_models_run(family: str, mixture: str, tmp_path: Path) -> None:
+    path = _write(family, mixture, tmp_path)
     with GGUFFile.open(path) as gguf:
         assert "synthetic" in gguf.get("general.name", str)
     engine = Engine(load_model(path), threads=1, context=16)
@@ -58,9 +57,7 @@ def test_synthetic_models_run(
     finally:
         engine.close()
     # The mixture of quantisers: narrow rows that no super-block fits get a plain type.
-    kinds = {
-        tensor.name: tensor.row_type for tensor in synthetic.tensors_of(_shape(synthetic, family), mixture)
-    }
+    kinds = {tensor.name: tensor.row_type for tensor in models.tensors_of(_shape(family), mixture)}
     if mixture == "Q4_K_M":
         assert kinds["blk.0.attn_q.weight"] == "Q4_K"
         assert kinds["blk.0.ffn_down.weight"] == "Q5_0"
@@ -70,7 +67,7 @@ def test_synthetic_models_run(
 def test_comparison_without_peer_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, _ = _write("llama", "Q4_0", tmp_path, monkeypatch)
+    path = _write("llama", "Q4_0", tmp_path)
     compare = program("compare", monkeypatch)
     # The workers are processes: they find the packages where this one does.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
@@ -89,7 +86,7 @@ def test_comparison_without_peer_says_so(
 def test_comparison_of_a_damaged_model_fails_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, _ = _write("llama", "Q4_0", tmp_path, monkeypatch)
+    path = _write("llama", "Q4_0", tmp_path)
     path.write_bytes(path.read_bytes()[:-64])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     assert program("compare", monkeypatch).main(["-m", str(path), "-t", "1"]) == 1
@@ -98,18 +95,15 @@ def test_comparison_of_a_damaged_model_fails_in_words(
     assert str(path) in error
 
 
-def _write(
-    family: str, mixture: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Path, ModuleType]:
-    synthetic = program("synthetic", monkeypatch)
+def _write(family: str, mixture: str, folder: Path) -> Path:
     path = folder / "synthetic.gguf"
-    size = synthetic.write_synthetic(path, "tiny", _shape(synthetic, family), mixture)
+    size = models.write_synthetic(path, "tiny", _shape(family), mixture)
     assert path.stat().st_size == size
-    return path, synthetic
+    return path
 
 
-def _shape(synthetic: ModuleType, family: str) -> object:
-    return synthetic.Shape(
+def _shape(family: str) -> models.Shape:
+    return models.Shape(
         family,
         layers=2,
         width=256,

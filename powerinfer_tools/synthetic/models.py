@@ -1,0 +1,203 @@
+"""Models of real shapes with random weights, to time what is too large to fetch. Their text is noise.
+
+The file is a complete GGUF that other programs load too, streamed to disk: memory stays at one piece of one
+tensor. ``general.name`` says that it is synthetic. Values have zero mean and a deviation of 1/√columns, so
+that activations stay finite and every arithmetic path runs at its normal speed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powerinfer_formats.gguf_layout import ValueType
+from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_tools.synthetic.random_blocks import BLOCKS, fitting_type, random_rows
+
+#: Values drawn at a time: bounds the memory of the writer.
+PIECE_VALUES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one model. ``bias``: on q, k and v. ``window`` > 0: sliding attention as Gemma 3 has it."""
+
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    neurons: int
+    vocabulary: int
+    rope_base: float
+    context: int = 4096
+    tied: bool = False
+    bias: bool = False
+    window: int = 0
+
+
+#: Published configurations of these models.
+SHAPES: dict[str, Shape] = {
+    "smollm2-135m": Shape("llama", 30, 576, 9, 3, 64, 1536, 49152, 1e5, tied=True),
+    "smollm2-360m": Shape("llama", 32, 960, 15, 5, 64, 2560, 49152, 1e5, tied=True),
+    "tinyllama-1.1b": Shape("llama", 22, 2048, 32, 4, 64, 5632, 32000, 1e4),
+    "llama-3.2-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 5e5, tied=True),
+    "llama-2-7b": Shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e4),
+    "mistral-7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 32000, 1e6),
+    "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, 1e6, tied=True, bias=True),
+    "qwen2.5-1.5b": Shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 1e6, tied=True, bias=True),
+    "gemma-3-1b": Shape("gemma3", 26, 1152, 4, 1, 256, 6912, 262144, 1e6, tied=True, window=512),
+}
+
+#: A mixture's name → the type of most matrices and of the sensitive ones.
+MIXTURES = {"Q4_K_M": ("Q4_K", "Q6_K"), "Q5_K_M": ("Q5_K", "Q6_K")}
+TYPES = tuple(BLOCKS) + tuple(MIXTURES)
+
+#: general.file_type, which some readers print; nothing depends on it.
+_FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q4_K": 15,
+    "Q4_K_M": 15,
+    "Q5_K": 17,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "BF16": 32,
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to be: ``row_type`` is a name of ``random_blocks.BLOCKS``; vectors are (columns,)."""
+
+    name: str
+    shape: tuple[int, ...]
+    row_type: str = "F32"
+
+
+def tensors_of(shape: Shape, mixture: str) -> Iterator[Tensor]:
+    """Every tensor of a model of ``shape`` in file order, typed as quantisers type them.
+
+    A matrix whose columns are no multiple of 256 gets the nearest plain type instead of a K type.
+    """
+    usual, sensitive = MIXTURES.get(mixture, (mixture, mixture))
+
+    def matrix(name: str, rows: int, columns: int, row_type: str = usual) -> Tensor:
+        return Tensor(f"{name}.weight", (rows, columns), fitting_type(row_type, columns))
+
+    yield matrix("token_embd", shape.vocabulary, shape.width, sensitive if shape.tied else usual)
+    for layer in range(shape.layers):
+        yield from _layer_tensors(shape, layer, usual, sensitive)
+    yield Tensor("output_norm.weight", (shape.width,))
+    if not shape.tied:
+        yield matrix("output", shape.vocabulary, shape.width, sensitive)
+
+
+def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iterator[Tensor]:
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    more = sensitive if _gets_more_bits(layer, shape.layers) else usual
+    matrices = (
+        ("attn_q", queries, shape.width, usual),
+        ("attn_k", keys, shape.width, usual),
+        ("attn_v", keys, shape.width, more),
+        ("attn_output", shape.width, queries, usual),
+        ("ffn_gate", shape.neurons, shape.width, usual),
+        ("ffn_up", shape.neurons, shape.width, usual),
+        ("ffn_down", shape.width, shape.neurons, more),
+    )
+    norms = {"attn_norm": shape.width, "ffn_norm": shape.width}
+    if shape.architecture == "gemma3":
+        norms |= {"post_attention_norm": shape.width, "post_ffw_norm": shape.width}
+        norms |= {"attn_q_norm": shape.head_dim, "attn_k_norm": shape.head_dim}
+    for name, rows, columns, row_type in matrices:
+        yield Tensor(f"blk.{layer}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
+    if shape.bias:
+        for name, length in (("attn_q", queries), ("attn_k", keys), ("attn_v", keys)):
+            yield Tensor(f"blk.{layer}.{name}.bias", (length,))
+    for name, length in norms.items():
+        yield Tensor(f"blk.{layer}.{name}.weight", (length,))
+
+
+def _gets_more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's rule for the _M mixtures: the first and last eighth of the layers, every third between."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def write_synthetic(path: Path, name: str, shape: Shape, mixture: str, seed: int = 0) -> int:
+    """Write the model and return its size in bytes. Raises FormatError or OSError where that fails."""
+    tensors = list(tensors_of(shape, mixture))
+    rng = np.random.Generator(np.random.SFC64(seed))
+    with GGUFWriter(path) as writer:
+        add_metadata(writer, name, shape, mixture)
+        for tensor in tensors:
+            writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
+        for tensor in tensors:
+            for piece in _pieces(rng, tensor):
+                writer.write(tensor.name, piece)
+    return path.stat().st_size
+
+
+def _pieces(rng: np.random.Generator, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
+    if len(tensor.shape) == 1:
+        mean = 0.0 if tensor.name.endswith(".bias") else 1.0
+        yield (mean + 0.1 * rng.standard_normal(tensor.shape[0])).astype(np.float32)
+        return
+    rows, columns = tensor.shape
+    step = max(1, PIECE_VALUES // columns)
+    for first in range(0, rows, step):
+        yield random_rows(rng, tensor.row_type, min(step, rows - first), columns)
+
+
+def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> None:
+    """Everything that is no tensor, with a vocabulary of bytes and fillers."""
+    prefix = shape.architecture
+    writer.add("general.architecture", prefix)
+    writer.add("general.type", "model")
+    writer.add("general.name", f"{name} {mixture}, synthetic: random weights")
+    integers = {
+        "general.file_type": _FILE_TYPES[mixture],
+        "general.quantization_version": 2,
+        f"{prefix}.block_count": shape.layers,
+        f"{prefix}.context_length": shape.context,
+        f"{prefix}.embedding_length": shape.width,
+        f"{prefix}.feed_forward_length": shape.neurons,
+        f"{prefix}.attention.head_count": shape.heads,
+        f"{prefix}.attention.head_count_kv": shape.kv_heads,
+        f"{prefix}.attention.key_length": shape.head_dim,
+        f"{prefix}.attention.value_length": shape.head_dim,
+        f"{prefix}.rope.dimension_count": shape.head_dim,
+        f"{prefix}.vocab_size": shape.vocabulary,
+    }
+    if shape.window:
+        integers[f"{prefix}.attention.sliding_window"] = shape.window
+    for key, value in integers.items():
+        writer.add(key, value, ValueType.UINT32)
+    writer.add(f"{prefix}.rope.freq_base", shape.rope_base, ValueType.FLOAT32)
+    writer.add(f"{prefix}.attention.layer_norm_rms_epsilon", 1e-5, ValueType.FLOAT32)
+    _add_vocabulary(writer, shape.vocabulary)
+
+
+def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
+    """Bytes and fillers: every text tokenises, into its bytes, whatever the size of the vocabulary."""
+    control = ["<unk>", "<s>", "</s>"]
+    tokens = [*control, *(f"<0x{byte:02X}>" for byte in range(256))]
+    fillers = size - len(tokens)
+    tokens += [f"<filler {index}>" for index in range(fillers)]
+    writer.add("tokenizer.ggml.model", "llama")
+    writer.add("tokenizer.ggml.pre", "default")
+    writer.add("tokenizer.ggml.tokens", tokens)
+    writer.add("tokenizer.ggml.scores", [-1e4] * size, ValueType.FLOAT32)
+    # Token types of the format: 2 unknown, 3 control, 6 byte, 5 unused.
+    writer.add("tokenizer.ggml.token_type", [2, 3, 3] + [6] * 256 + [5] * fillers, ValueType.INT32)
+    for key, token in (("unknown", 0), ("bos", 1), ("eos", 2)):
+        writer.add(f"tokenizer.ggml.{key}_token_id", token, ValueType.UINT32)
+    writer.add("tokenizer.ggml.add_bos_token", True)

@@ -1,0 +1,159 @@
+"""Split files of gated ReLU models with random weights, of which a chosen share of neurons fires.
+
+The first block of the residual stream is constant: every embedding has ones there, and what attention and
+FFN add is too small to move it. A gate row has −shift spread over that block and random values in the rest,
+so that its product with the normalised input is about N(−shift, σ²), and the neuron fires for a share
+Φ(−shift / σ) of all tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_formats.split_layout import (
+    ALIGNMENT,
+    BundleLayout,
+    SplitHeader,
+    bundle_layout,
+    bundle_name,
+    declare_split_layer,
+    order_name,
+)
+from powerinfer_kernels import RowType, quantize
+from powerinfer_tools import __version__
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.synthetic.models import Shape, Tensor, add_metadata, tensors_of
+from powerinfer_tools.synthetic.random_blocks import BLOCKS
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+#: Row types whose first block can be set: those that this program quantises to.
+SPARSE_TYPES = ("Q4_0", "Q8_0", "F16", "BF16", "F32")
+#: Columns of the constant block.
+_BLOCK = 32
+#: Deviation of what one block of attention or FFN adds to a residual stream of deviation 1.
+_ADDED = 0.01
+_GROUP = 64
+_ROWS_AT_ONCE = 1024
+_RAREST = 1e-4
+#: σ of a quantised row's product: block scales are uniform over 0.5 to 1.5 of their middle.
+_QUANTIZED_DEVIATION = (13 / 12) ** 0.5
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """``density``: mean share of neurons that fire for a token. ``skew``: 0 when all neurons fire equally
+    often; the larger, the more they differ (firing rates are drawn from a beta distribution of that mean
+    with parameters that add up to 1 / skew)."""
+
+    density: float
+    skew: float = 0.0
+
+    def rates(self, rng: np.random.Generator, neurons: int) -> Floats:
+        """Firing rates of the neurons, the busiest first."""
+        rates = np.full(neurons, self.density)
+        if self.skew:
+            rates = rng.beta(self.density / self.skew, (1 - self.density) / self.skew, neurons)
+        return np.sort(np.clip(rates, _RAREST, 1 - _RAREST))[::-1]
+
+
+def write_sparse(
+    path: Path, name: str, shape: Shape, row_type: str, sparsity: Sparsity, seed: int = 0
+) -> int:
+    """Write the split file and return its size in bytes.
+
+    Raises ModelError for a type or a density that cannot be made, FormatError or OSError where writing fails.
+    """
+    if row_type not in SPARSE_TYPES:
+        raise ModelError(
+            f"sparse synthetic models come in {', '.join(SPARSE_TYPES)}, not in {row_type}: gate rows are "
+            "quantised here, to set how often they fire"
+        )
+    if not 0 < sparsity.density < 1 or not sparsity.skew >= 0:
+        raise ModelError(
+            f"density {sparsity.density} must lie between 0 and 1, skew {sparsity.skew} not below 0"
+        )
+    rng = np.random.Generator(np.random.SFC64(seed))
+    kind = RowType[row_type]
+    layout = bundle_layout(int(kind), int(kind), int(kind), shape.width)
+    others = [t for t in tensors_of(shape, row_type) if "ffn_gate" not in t.name and "ffn_up" not in t.name]
+    others = [t for t in others if "ffn_down" not in t.name]
+    with GGUFWriter(path, alignment=ALIGNMENT) as writer:
+        add_metadata(writer, f"{name}, ReLU", shape, row_type)
+        _header(shape, layout).write(writer)
+        for tensor in others:
+            writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
+        for layer in range(shape.layers):
+            declare_split_layer(writer, layer, layout, neurons=shape.neurons, hot=0)
+        for tensor in others:
+            for piece in _pieces(rng, shape, tensor):
+                writer.write(tensor.name, piece)
+        for layer in range(shape.layers):
+            writer.write(order_name(layer), np.arange(shape.neurons, dtype=np.int32))
+            for records in _records(rng, shape, row_type, layout, sparsity):
+                writer.write(bundle_name(layer), records)
+    return path.stat().st_size
+
+
+def _header(shape: Shape, layout: BundleLayout) -> SplitHeader:
+    return SplitHeader(
+        source_fingerprint="0" * 64,
+        activation="relu",
+        group=_GROUP,
+        hot_neurons=(0,) * shape.layers,
+        modes=("gate-first",) * shape.layers,
+        types=(layout.types,) * shape.layers,
+        requantization_error=(0.0,) * shape.layers,
+        tool_version=__version__,
+    )
+
+
+def _random(rng: np.random.Generator, row_type: str, rows: int, columns: int, deviation: float) -> Bytes:
+    block = BLOCKS[row_type]
+    return block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
+
+
+def _set_first_block(rows: Bytes, row_type: str, values: Floats) -> None:
+    """Every value of row i's first 32 columns becomes ``values[i]``."""
+    block = np.repeat(values[:, None], _BLOCK, axis=1).astype(np.float32)
+    first = quantize(block, RowType[row_type])
+    rows[:, : first.shape[1]] = first
+
+
+def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
+    if len(tensor.shape) == 1:
+        yield np.zeros(tensor.shape[0], np.float32) + (not tensor.name.endswith(".bias"))
+        return
+    rows, columns = tensor.shape
+    is_embedding = tensor.name == "token_embd.weight"
+    deviation = 1.0 if is_embedding else columns**-0.5
+    if ".attn_output." in tensor.name:
+        deviation *= _ADDED
+    for first in range(0, rows, _ROWS_AT_ONCE):
+        count = min(_ROWS_AT_ONCE, rows - first)
+        piece = _random(rng, tensor.row_type, count, columns, deviation)
+        if is_embedding:
+            _set_first_block(piece, tensor.row_type, np.ones(count))
+        yield piece
+
+
+def _records(
+    rng: np.random.Generator, shape: Shape, row_type: str, layout: BundleLayout, sparsity: Sparsity
+) -> Iterator[Bytes]:
+    rates = sparsity.rates(rng, shape.neurons)
+    normal = NormalDist()
+    deviation = 1.0 if RowType[row_type].is_float else _QUANTIZED_DEVIATION
+    shifts = np.array([-normal.inv_cdf(rate) * deviation for rate in rates])
+    width, active = shape.width, max(1.0, sparsity.density * shape.neurons)
+    for first in range(0, shape.neurons, _ROWS_AT_ONCE):
+        some = shifts[first : first + _ROWS_AT_ONCE]
+        gate = _random(rng, row_type, len(some), width, width**-0.5)
+        _set_first_block(gate, row_type, -some / _BLOCK)
+        up = _random(rng, row_type, len(some), width, width**-0.5)
+        down = _random(rng, row_type, len(some), width, _ADDED * active**-0.5)
+        yield layout.pack(gate, up, down)

@@ -1,0 +1,123 @@
+"""Synthetic sparse models fire as often as was asked; the FFN benchmark measures what it says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from powerinfer_kernels import Pool, RowType
+from powerinfer_tools import ffn_benchmarking
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import HardwareError, ModelError
+from powerinfer_tools.model import load_model
+from powerinfer_tools.synthetic.cache import Request, cached, clear
+from powerinfer_tools.synthetic.models import SHAPES, Shape
+from powerinfer_tools.synthetic.sparse import SPARSE_TYPES, Sparsity, write_sparse
+
+SMALL = Shape("llama", 3, 256, 4, 2, 64, 640, 512, 1e4, tied=True)
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 512, 40)]
+
+
+def logits(path: Path, mode: str) -> tuple[np.ndarray, float]:
+    """Logits of every token, decoded one by one, and the density."""
+    engine = Engine(load_model(path), threads=2, context=64, mode=mode)
+    try:
+        rows = np.array([engine.decode(token) for token in TOKENS])
+        return rows, engine.stack.density()
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("row_type", SPARSE_TYPES)
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.3, 0.5])
+def test_the_density_is_what_was_asked(row_type: str, density: float, tmp_path: Path) -> None:
+    """640 neurons × 3 layers × 40 tokens: the neurons' draws alone spread by √(ρ(1−ρ)/1920), 0.011 at most;
+    rounding the shift to the row type moves it by a step."""
+    path = tmp_path / "sparse.gguf"
+    assert write_sparse(path, "small", SMALL, row_type, Sparsity(density)) == path.stat().st_size
+    dense, _ = logits(path, "dense")
+    sparse, measured = logits(path, "gate-first")
+    assert np.isfinite(dense).all()
+    np.testing.assert_array_equal(sparse, dense)
+    assert measured == pytest.approx(density, abs=0.02 + 0.1 * density)
+
+
+def test_skew_makes_some_neurons_busy() -> None:
+    rng = np.random.default_rng(1)
+    even, skewed = (Sparsity(0.1, skew).rates(rng, 4000) for skew in (0.0, 1.0))
+    assert np.allclose(even, 0.1)
+    assert skewed.mean() == pytest.approx(0.1, abs=0.02)
+    assert (np.diff(skewed) <= 0).all()
+    assert skewed[:400].sum() > 0.6 * skewed.sum()
+
+
+def test_the_cache_keeps_and_clears(tmp_path: Path) -> None:
+    request = Request("smollm2-135m", "Q8_0", 1, Sparsity(0.2))
+    path, written = cached(request, tmp_path)
+    assert written
+    stamp, size = path.stat().st_mtime_ns, path.stat().st_size
+    assert cached(request, tmp_path) == (path, False)
+    assert path.stat().st_mtime_ns == stamp
+    (tmp_path / "other.gguf").write_bytes(b"not ours")
+    assert clear(tmp_path) == size
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_file()] == ["other.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda _: Request("gpt-5"), "mistral-7b"),
+        (lambda _: Request("mistral-7b", "Q3_K"), "Q4_0"),
+        (lambda _: Request("mistral-7b", layers=33), "32 layers"),
+        (lambda path: write_sparse(path, "x", SMALL, "Q4_K", Sparsity(0.1)), "Q4_K"),
+        (lambda path: write_sparse(path, "x", SMALL, "Q4_0", Sparsity(1.0)), "density"),
+        (lambda path: write_sparse(path, "x", SMALL, "Q4_0", Sparsity(0.1, float("nan"))), "skew"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(make: object, said: str, tmp_path: Path) -> None:
+    assert callable(make)
+    with pytest.raises(ModelError, match=said):
+        make(tmp_path / "none.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shapes_are_whole() -> None:
+    for name, shape in SHAPES.items():
+        assert shape.heads % shape.kv_heads == 0, name
+        assert shape.width % 32 == shape.neurons % 32 == 0, name
+
+
+@pytest.mark.parametrize("row_type", [RowType.Q4_0, RowType.Q6_K, RowType.F16], ids=lambda t: t.name)
+def test_ffn_rows(row_type: RowType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn_benchmarking, "_DEFEAT_CACHES", 1 << 20)
+    with Pool(2) as pool:
+        rows = ffn_benchmarking.bench_ffn(pool, 256, 512, row_type, [0.1, 1.0], seconds=0.01)
+    assert [(row.mode, row.density) for row in rows] == [
+        ("dense", 1.0),
+        ("predicted", 0.1),
+        ("predicted", 1.0),
+        ("gate-first", 0.1),
+        ("gate-first", 1.0),
+    ]
+    assert rows[0].speedup == rows[0].low == rows[0].high == 1.0
+    for row in rows:
+        assert row.low <= row.speedup <= row.high
+        assert row.gbps > 0
+
+
+def test_ffn_of_every_neuron_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All neurons selected: predicted and gate-first do the whole FFN, of the same rows."""
+    monkeypatch.setattr(ffn_benchmarking, "_DEFEAT_CACHES", 1 << 20)
+    with Pool(1) as pool:
+        layers = ffn_benchmarking._Layers(pool, 256, 512, RowType.Q8_0)
+        layers.seconds("predicted", 1.0)
+        predicted = layers._out.copy()
+        layers.seconds("gate-first", 1.0)
+        assert np.abs(predicted).max() > 0
+        assert layers.touched("predicted", 0.5) == layers.touched("dense", 1.0) / 2
+
+
+def test_ffn_that_does_not_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn_benchmarking.detect, "available_ram_bytes", lambda: 1 << 20)
+    with Pool(1) as pool, pytest.raises(HardwareError, match="bytes of memory are free"):
+        ffn_benchmarking.bench_ffn(pool, 256, 512, RowType.Q4_0, [0.5])

@@ -24,6 +24,7 @@ from powerinfer_kernels import (
     RowType,
     aligned,
     dequantize,
+    physical_cores,
     row_bytes,
 )
 from powerinfer_tools.errors import HardwareError
@@ -59,6 +60,28 @@ class FFNRow:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dict(vars(self))
+
+
+def row_type_named(name: str) -> RowType:
+    """The row type called ``name``, in any case; HardwareError names the known ones."""
+    if name.upper() not in RowType.__members__:
+        known = ", ".join(kind.name.lower() for kind in RowType)
+        raise HardwareError(f"row type {name!r} is not one of {known}")
+    return RowType[name.upper()]
+
+
+def bench_ffn_with(
+    threads: int | None,
+    width: int,
+    neurons: int,
+    row_type: str,
+    densities: Sequence[float],
+    progress: Progress | None = None,
+) -> list[FFNRow]:
+    """:func:`bench_ffn` with ``threads`` of its own (None: one a core), and the row type by name."""
+    kind = row_type_named(row_type)
+    with Pool(threads or physical_cores()) as pool:
+        return bench_ffn(pool, width, neurons, kind, densities, progress=progress)
 
 
 def bench_ffn(

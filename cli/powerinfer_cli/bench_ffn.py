@@ -35,15 +35,9 @@ def parse_densities(text: str) -> list[float]:
 def run(size: str, row_type: str, densities: list[float], threads: int | None, *, as_json: bool) -> None:
     """Measure and print."""
     width, neurons = parse_size(size)
-    from powerinfer_kernels import Pool, RowType, physical_cores
-    from powerinfer_tools.ffn_benchmarking import bench_ffn
+    from powerinfer_tools.ffn_benchmarking import bench_ffn_with
 
-    if row_type.upper() not in RowType.__members__:
-        known = ", ".join(kind.name.lower() for kind in RowType)
-        raise typer.BadParameter(f"{row_type!r} is not one of {known}", param_hint="--type")
-    with Pool(threads or physical_cores()) as pool:
-        kind = RowType[row_type.upper()]
-        rows = bench_ffn(pool, width, neurons, kind, densities, progress=progress())
+    rows = bench_ffn_with(threads, width, neurons, row_type, densities, progress())
     if as_json:
         emit_json([row.as_dict() for row in rows])
         return

@@ -43,6 +43,8 @@ _ROWS_AT_ONCE = 1024
 _RAREST = 1e-4
 #: σ of a quantised row's product: block scales are uniform over 0.5 to 1.5 of their middle.
 _QUANTIZED_DEVIATION = (13 / 12) ** 0.5
+#: The same without the lowest of the 16 codes of Q4_0: (2 · Σ k² for k = 1 … 7) / 16 instead of (16² − 1) / 12.
+_BALANCED_DEVIATION = _QUANTIZED_DEVIATION * (17.5 / 21.25) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,14 @@ def _random(rng: np.random.Generator, row_type: str, rows: int, columns: int, de
     return block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
 
 
+def _balance(rows: Bytes) -> None:
+    """Turns the lowest code of Q4_0, −8, into 0: codes −8 to 7 have a mean of −1/2, and with an input that has a
+    mean, too, all products would move together."""
+    blocks = rows.reshape(-1, BLOCKS["Q4_0"].nbytes)[:, 2:]
+    blocks |= ((blocks & 0x0F) == 0).astype(np.uint8) << 3
+    blocks |= ((blocks & 0xF0) == 0).astype(np.uint8) << 7
+
+
 def _set_first_block(rows: Bytes, row_type: str, values: Floats) -> None:
     """Every value of row i's first 32 columns becomes ``values[i]``."""
     block = np.repeat(values[:, None], _BLOCK, axis=1).astype(np.float32)
@@ -148,11 +158,16 @@ def _records(
     rates = sparsity.rates(rng, shape.neurons)
     normal = NormalDist()
     deviation = 1.0 if RowType[row_type].is_float else _QUANTIZED_DEVIATION
+    if row_type == "Q4_0":
+        deviation = _BALANCED_DEVIATION
     shifts = np.array([-normal.inv_cdf(rate) * deviation for rate in rates])
-    width, active = shape.width, max(1.0, sparsity.density * shape.neurons)
+    width = shape.width
+    active = max(1.0, sparsity.density * shape.neurons)
     for first in range(0, shape.neurons, _ROWS_AT_ONCE):
         some = shifts[first : first + _ROWS_AT_ONCE]
         gate = _random(rng, row_type, len(some), width, width**-0.5)
+        if row_type == "Q4_0":
+            _balance(gate)
         _set_first_block(gate, row_type, -some / _BLOCK)
         up = _random(rng, row_type, len(some), width, width**-0.5)
         down = _random(rng, row_type, len(some), width, _ADDED * active**-0.5)

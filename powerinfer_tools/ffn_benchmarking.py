@@ -63,10 +63,10 @@ class FFNRow:
 
 
 def row_type_named(name: str) -> RowType:
-    """The row type called ``name``, in any case; HardwareError names the known ones."""
+    """The row type called ``name``, in any case; ValueError names the known ones."""
     if name.upper() not in RowType.__members__:
         known = ", ".join(kind.name.lower() for kind in RowType)
-        raise HardwareError(f"row type {name!r} is not one of {known}")
+        raise ValueError(f"{name!r} is not one of {known}")
     return RowType[name.upper()]
 
 
@@ -74,14 +74,13 @@ def bench_ffn_with(
     threads: int | None,
     width: int,
     neurons: int,
-    row_type: str,
+    row_type: RowType,
     densities: Sequence[float],
     progress: Progress | None = None,
 ) -> list[FFNRow]:
-    """:func:`bench_ffn` with ``threads`` of its own (None: one a core), and the row type by name."""
-    kind = row_type_named(row_type)
+    """:func:`bench_ffn` with ``threads`` of its own (None: one a core)."""
     with Pool(threads or physical_cores()) as pool:
-        return bench_ffn(pool, width, neurons, kind, densities, progress=progress)
+        return bench_ffn(pool, width, neurons, row_type, densities, progress=progress)
 
 
 def bench_ffn(

@@ -175,6 +175,13 @@ def _split(gguf: GGUFFile, hyper: Hyperparameters) -> SplitFile | None:
                 raise ModelError(
                     f"{gguf.path}: FFN rows of layer {index} are of type {row_type.name}, not computable"
                 )
+    for layer in split.layers if split else ():
+        for row_type in layer.predictor.types if layer.predictor else ():
+            if int(row_type) not in MATRIX_TYPES:
+                raise ModelError(
+                    f"{gguf.path}: the predictor of layer {layer.index} is of type {row_type.name}, "
+                    "not computable"
+                )
     return split
 
 

@@ -35,9 +35,13 @@ def parse_densities(text: str) -> list[float]:
 def run(size: str, row_type: str, densities: list[float], threads: int | None, *, as_json: bool) -> None:
     """Measure and print."""
     width, neurons = parse_size(size)
-    from powerinfer_tools.ffn_benchmarking import bench_ffn_with
+    from powerinfer_tools.ffn_benchmarking import bench_ffn_with, row_type_named
 
-    rows = bench_ffn_with(threads, width, neurons, row_type, densities, progress())
+    try:
+        kind = row_type_named(row_type)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--type") from None
+    rows = bench_ffn_with(threads, width, neurons, kind, densities, progress())
     if as_json:
         emit_json([row.as_dict() for row in rows])
         return

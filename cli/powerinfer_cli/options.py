@@ -24,7 +24,7 @@ def size_option(name: str, text: str, panel: str | None = None) -> Any:
 
 
 Device = Literal["none", "cpu", "cuda"]
-Mode = Literal["auto", "dense", "gate-first"]
+Mode = Literal["auto", "dense", "gate-first", "predicted"]
 
 Model = Annotated[
     Path | None,
@@ -86,7 +86,8 @@ class Placement:
         Mode,
         typer.Option(
             "--mode",
-            help="How FFN layers are computed: auto takes what the file says. All of them are exact.",
+            help="How FFN layers are computed; auto: as the file says. Dense and gate-first are exact, "
+            "predicted leaves out neurons that the file's predictors miss.",
             rich_help_panel="Placement",
         ),
     ] = "auto"

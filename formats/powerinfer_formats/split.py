@@ -16,17 +16,35 @@ from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.gguf_reader import GGUFFile, StringArray
 from powerinfer_formats.split_layout import BundleLayout, SplitHeader, bundle_layout
 
-__all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "bundle_layout"]
+__all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "SplitPredictor", "bundle_layout"]
 
 T = TypeVar("T")
 _HASH_DIGITS = frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True, eq=False)
+class SplitPredictor:
+    """Names the neurons to compute: those where ``outward`` · (``inward`` · normalised FFN input) is above
+    their ``threshold``, float32 [neurons].
+
+    ``inward`` holds ``rank`` rows of ``width`` values of the first of ``types``, ``outward`` one row of
+    ``rank`` values per neuron of the second, both uint8 [rows, row bytes]; neurons by position, as in
+    :class:`SplitLayer`.
+    """
+
+    rank: int
+    types: tuple[TensorType, TensorType]
+    inward: NDArray[np.uint8]
+    outward: NDArray[np.uint8]
+    threshold: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
 class SplitLayer:
     """The FFN of one layer. Positions count from the hottest neuron; views are read-only.
 
-    ``order`` int32 [neurons] gives the original neuron at each position. ``hot`` holds the gate, up and
+    ``order`` int32 [neurons] gives the original neuron at each position. ``predictor`` is None where the
+    file has none for this layer. ``hot`` holds the gate, up and
     down rows of the hot neurons, uint8 [hot, row bytes] each; ``cold`` the records of the others, uint8
     [cold, record_bytes], see ``layout``.
     """
@@ -40,6 +58,7 @@ class SplitLayer:
     layout: BundleLayout
     hot: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
     cold: NDArray[np.uint8]
+    predictor: SplitPredictor | None = None
 
     @property
     def gate_type(self) -> TensorType:
@@ -211,7 +230,37 @@ class _Checker:
             layout=layout,
             hot=(gate, up, down),
             cold=self._rows(names.bundle_name(index), cold, record, TensorType.I8, record),
+            predictor=self._predictor(index, header.modes[index]),
         )
+
+    def _predictor(self, index: int, mode: str) -> SplitPredictor | None:
+        """All three tensors or none; a layer of mode predicted needs them."""
+        all_names = names.predictor_names(index)
+        present = [name for name in all_names if name in self.gguf.tensors]
+        if not present and mode != "predicted":
+            return None
+        for name in all_names:
+            if name not in present:
+                raise errors.MissingTensor(
+                    self.gguf.path, f"has no tensor {name!r}, which the predictor of layer {index} needs"
+                )
+        rank = self.gguf.info(all_names[0]).shape[0]
+        if not 1 <= rank <= self.width:
+            raise errors.WrongShape(
+                self.gguf.path, f"tensor {all_names[0]!r} has {rank} rows, expected 1 to {self.width}"
+            )
+        inward, inward_type = self._matrix(all_names[0], rank, self.width)
+        outward, outward_type = self._matrix(all_names[1], self.neurons, rank)
+        data = self.gguf.tensor(all_names[2], shape=(self.neurons,), types={TensorType.F32})
+        threshold = data.view("<f4")
+        if not np.isfinite(threshold).all():
+            raise errors.BadValue(self.gguf.path, f"tensor {all_names[2]!r} has values that are not finite")
+        return SplitPredictor(rank, (inward_type, outward_type), inward, outward, threshold)
+
+    def _matrix(self, name: str, rows: int, columns: int) -> tuple[NDArray[np.uint8], TensorType]:
+        row_type = TensorType(self.gguf.info(name).row_type)
+        data = self.gguf.tensor(name, shape=(rows, columns), types=BLOCK_SHAPES.keys())
+        return data.reshape(rows, -1), row_type
 
     def _order(self, index: int) -> NDArray[np.int32]:
         name = names.order_name(index)

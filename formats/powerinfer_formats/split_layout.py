@@ -47,6 +47,12 @@ def bundle_name(layer: int) -> str:
     return f"blk.{layer}.ffn_cold.bundle"
 
 
+def predictor_names(layer: int) -> tuple[str, str, str]:
+    """The predictor: matrices [rank, width] and [neurons, rank], and thresholds F32 [neurons]."""
+    prefix = f"blk.{layer}.predictor"
+    return f"{prefix}_in.weight", f"{prefix}_out.weight", f"{prefix}_threshold"
+
+
 def source_names(layer: int) -> tuple[str, ...]:
     """The FFN matrices of the source model, which a split file does not contain."""
     return tuple(f"blk.{layer}.ffn_{kind}.weight" for kind in KINDS)
@@ -142,3 +148,14 @@ def declare_split_layer(
             writer.declare(hot_name(layer, kind), row_type, (hot, layout.width))
     if neurons > hot:
         writer.declare(bundle_name(layer), TensorType.I8, (neurons - hot, layout.record_bytes))
+
+
+def declare_predictor(
+    writer: GGUFWriter, layer: int, types: tuple[int, int], *, width: int, neurons: int, rank: int
+) -> None:
+    """Declare the predictor of one layer, in the order in which its data has to be written; ``types`` are
+    those of the two matrices."""
+    inward, outward, threshold = predictor_names(layer)
+    writer.declare(inward, TensorType(types[0]), (rank, width))
+    writer.declare(outward, TensorType(types[1]), (neurons, rank))
+    writer.declare(threshold, TensorType.F32, (neurons,))

@@ -33,6 +33,22 @@ class NeuronRows:
     bundle: Bundle
 
 
+@dataclass(frozen=True)
+class PredictedRows:
+    """FFN over the neurons that a predictor names: all rows of a neuron lie in the bundle.
+
+    ``low`` (T, rank) is scratch for the input's short form, ``low_acts`` its quantised copy (None where
+    ``outward`` is of a float type).
+    """
+
+    inward: Matrix
+    outward: Matrix
+    threshold: Floats
+    low: Floats
+    low_acts: Activations | None
+    bundle: Bundle
+
+
 @dataclass
 class Labels:
     """Which part of the work each operation belongs to: (first operation, label), ascending."""
@@ -149,6 +165,27 @@ class BlockWriter:
         builder.matmul(w.up, b.normed, b.normed_acts, up)
         builder.activate(gate, up, gate, kind)
         builder.sum_rows(gate, w.bundle, b.block_out)
+
+    def ffn_predicted(self, w: PredictedRows, scores: Floats, gate: Floats, up: Floats) -> None:
+        """The FFN over predicted neurons into ``block_out``; the last three are scratch (T, neurons)."""
+        b, builder = self.buffers, self.builder
+        self.label("predictor")
+        builder.matmul(w.inward, b.normed, b.normed_acts, w.low)
+        if w.low_acts is not None:
+            builder.quantize(w.low, w.low_acts)
+        builder.matmul(w.outward, w.low, w.low_acts, scores)
+        self.label("ffn")
+        builder.sparse_ffn(
+            scores,
+            b.normed,
+            b.normed_acts,
+            w.bundle,
+            b.block_out,
+            up,
+            self.hyper.activation,
+            threshold=w.threshold,
+            gate=gate,
+        )
 
     def merge(self, post_norm: Floats | None, *, hot: bool, cold: bool) -> None:
         """Residual stream += post_norm(cold part + hot part), in this order."""

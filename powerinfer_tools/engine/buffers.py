@@ -31,6 +31,7 @@ class Buffers:
     hidden_acts: Activations | None
     block_out: Floats  # (T, width): a block's output before it joins the residual stream
     hot_out: Floats | None  # (T, width): the hot device's part of an FFN
+    scores: Floats | None  # (T, neurons): what predictors say of each neuron
 
     @property
     def nbytes(self) -> int:
@@ -44,8 +45,9 @@ class Buffers:
         return total
 
 
-def allocate(hyper: Hyperparameters, tokens: int, *, hot: bool) -> Buffers:
-    """Buffers for up to ``tokens`` tokens at a time."""
+def allocate(hyper: Hyperparameters, tokens: int, *, hot: bool, predicted: bool) -> Buffers:
+    """Buffers for up to ``tokens`` tokens at a time; ``hot`` and ``predicted``: also what a hot device and
+    predictors need."""
 
     def floats(width: int) -> Floats:
         return aligned((tokens, width), np.float32)
@@ -65,9 +67,16 @@ def allocate(hyper: Hyperparameters, tokens: int, *, hot: bool) -> Buffers:
         hidden_acts=activations(tokens, hyper.neurons),
         block_out=floats(hyper.width),
         hot_out=floats(hyper.width) if hot else None,
+        scores=floats(hyper.neurons) if predicted else None,
     )
 
 
 def activations(tokens: int, columns: int) -> Activations | None:
     """Quantised activations, or None for a width that no quantised matrix can have."""
     return Activations(tokens, columns) if columns % BLOCK == 0 else None
+
+
+def narrowed(buffer: Floats, width: int) -> Floats:
+    """The same memory as (tokens, width), contiguous."""
+    tokens = len(buffer)
+    return buffer.reshape(-1)[: tokens * width].reshape(tokens, width)

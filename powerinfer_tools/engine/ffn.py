@@ -1,21 +1,23 @@
 """The FFNs that the C kernels compute: of a source model, or the neurons of a split file from a split point
 on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from powerinfer_formats.split import SplitLayer
-from powerinfer_kernels import Bundle, Matrix, Pool
-from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, NeuronRows, pack
-from powerinfer_tools.engine.buffers import Buffers, Floats
+from powerinfer_kernels import Bundle, Matrix, Pool, RowType, aligned
+from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, NeuronRows, PredictedRows, pack
+from powerinfer_tools.engine.buffers import Buffers, Floats, activations, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model import DenseFFN, Model
 
-#: Modes that this engine can run. Both are exact; gate-first needs an activation with exact zeros.
-MODES = ("dense", "gate-first")
+#: Modes that this engine can run. Dense and gate-first are exact; predicted leaves out what its predictors
+#: miss. The last two need an activation with exact zeros.
+MODES = ("dense", "gate-first", "predicted")
 
 
 class ColdFFN(Protocol):
@@ -66,21 +68,37 @@ def _check_mode(model: Model, asked: str) -> None:
         raise ModelError(
             f"{model.path}: mode {asked!r} is not one that this version runs ({', '.join(MODES)})"
         )
-    if asked == "gate-first" and not model.exact_zeros:
+    if asked == "dense":
+        return
+    if not model.exact_zeros:
         raise ModelError(
-            f"{model.path}: gate-first skips neurons whose activation is exactly zero; "
+            f"{model.path}: {asked} skips neurons whose activation is exactly zero; "
             f"{model.hyper.activation} has no exact zeros, use --mode dense"
         )
-    if asked == "gate-first" and model.split is None:
-        raise ModelError(f"{model.path}: gate-first needs a split file; make one with powerinfer convert")
+    if model.split is None:
+        raise ModelError(f"{model.path}: {asked} needs a split file; make one with powerinfer convert")
+    if asked == "predicted" and asked not in model.split.modes:
+        for layer in model.split.layers:
+            if layer.predictor is None:
+                raise ModelError(
+                    f"{model.path}: predicted needs predictors, and layer {layer.index} of this file has "
+                    "none; use --mode gate-first"
+                )
 
 
-def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: int) -> ColdFFN:
-    """Lay out layer ``index`` without its first ``hot_neurons`` neurons, which the hot device computes."""
+def load_cold_ffn(
+    model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int
+) -> ColdFFN:
+    """Lay out layer ``index`` without its first ``hot_neurons`` neurons, which the hot device computes, for
+    up to ``tokens`` tokens at a time."""
     ffn = model.layers[index].ffn
     if isinstance(ffn, DenseFFN):
         columns = DenseColumns(pack(pool, ffn.gate), pack(pool, ffn.up), pack(pool, ffn.down))
         return _ColumnsFFN(columns)
+    if hot_neurons == ffn.neurons:
+        return _NoneFFN()
+    if mode == "predicted":
+        return _load_predicted(ffn, pool, hot_neurons, tokens)
     return _load_rows(ffn, pool, mode, hot_neurons)
 
 
@@ -141,8 +159,41 @@ class _RowsFFN:
     def write(
         self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
     ) -> None:
-        gate = _narrowed(buffers.gate, self.neurons)
-        writer.ffn_rows(self.weights, gate, _narrowed(buffers.up, self.neurons))
+        gate = narrowed(buffers.gate, self.neurons)
+        writer.ffn_rows(self.weights, gate, narrowed(buffers.up, self.neurons))
+
+
+@dataclass(frozen=True)
+class _PredictedFFN:
+    weights: PredictedRows
+    in_rows: bool = True
+
+    @property
+    def neurons(self) -> int:
+        return self.weights.bundle.rows
+
+    @property
+    def nbytes(self) -> int:
+        return self._predictor_bytes + self.weights.bundle.nbytes
+
+    @property
+    def quantized(self) -> bool:
+        kinds = (self.weights.inward.row_type, *self.weights.bundle.types[:2])
+        return not all(kind is None or kind.is_float for kind in kinds)
+
+    @property
+    def _predictor_bytes(self) -> int:
+        return self.weights.inward.nbytes + self.weights.outward.nbytes + self.weights.threshold.nbytes
+
+    def bytes_per_token(self, density: float) -> float:
+        return self._predictor_bytes + self.weights.bundle.nbytes * density
+
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+    ) -> None:
+        assert buffers.scores is not None
+        scratch = [narrowed(buffer, self.neurons) for buffer in (buffers.scores, buffers.gate, buffers.up)]
+        writer.ffn_predicted(self.weights, *scratch)
 
 
 @dataclass(frozen=True)
@@ -165,21 +216,39 @@ class _NoneFFN:
 
 def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
     last = layer.neurons
-    if first == last:
-        return _NoneFFN()
-    rows = {kind: layer.rows(kind, first, last) for kind in ("gate", "up", "down")}
     types = {"gate": layer.gate_type, "up": layer.up_type, "down": layer.down_type}
     dense = ["gate"] if mode == "gate-first" else ["gate", "up"]
     matrices = {
-        kind: Matrix.pack(pool, rows[kind].reshape(-1), types[kind], last - first, layer.width)
+        kind: Matrix.pack(
+            pool, layer.rows(kind, first, last).reshape(-1), types[kind], last - first, layer.width
+        )
         for kind in dense
     }
-    bundled = {kind: (np.ascontiguousarray(rows[kind]), types[kind]) for kind in rows if kind not in dense}
-    bundle = Bundle.pack(pool, last - first, layer.width, **bundled)
+    bundle = _bundle(layer, pool, first, [kind for kind in types if kind not in dense])
     return _RowsFFN(NeuronRows(matrices["gate"], matrices.get("up"), bundle))
 
 
-def _narrowed(buffer: Floats, width: int) -> Floats:
-    """The same memory as (tokens, width), contiguous."""
-    tokens = len(buffer)
-    return buffer.reshape(-1)[: tokens * width].reshape(tokens, width)
+def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int) -> ColdFFN:
+    predictor = layer.predictor
+    assert predictor is not None
+    rank, (inward, outward) = predictor.rank, map(RowType, predictor.types)
+    rows = np.ascontiguousarray(predictor.outward[first:])
+    return _PredictedFFN(
+        PredictedRows(
+            inward=Matrix.pack(pool, predictor.inward.reshape(-1), inward, rank, layer.width),
+            outward=Matrix.pack(pool, rows.reshape(-1), outward, len(rows), rank),
+            threshold=predictor.threshold[first:].copy(),
+            low=aligned((tokens, rank), np.float32),
+            low_acts=None if outward.is_float else activations(tokens, rank),
+            bundle=_bundle(layer, pool, first, ["gate", "up", "down"]),
+        )
+    )
+
+
+def _bundle(layer: SplitLayer, pool: Pool, first: int, kinds: Sequence[str]) -> Bundle:
+    """The rows of all neurons from position ``first`` on."""
+    types = {"gate": layer.gate_type, "up": layer.up_type, "down": layer.down_type}
+    rows = {
+        kind: (np.ascontiguousarray(layer.rows(kind, first, layer.neurons)), types[kind]) for kind in kinds
+    }
+    return Bundle.pack(pool, layer.neurons - first, layer.width, **rows)

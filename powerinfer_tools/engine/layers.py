@@ -52,7 +52,9 @@ class LayerStack:
         self._hot: HotSide | None = open_hot_side(model, options.device, options.vram, options.batch)
         self.device = options.device if self._hot else "none"
         self._modes = layer_modes(model, options.mode)
-        self._buffers = allocate(model.hyper, options.batch, hot=self._hot is not None)
+        self._buffers = allocate(
+            model.hyper, options.batch, hot=self._hot is not None, predicted="predicted" in self._modes
+        )
         self._caches = self._allocate_caches(options.context)
         builder = ProgramBuilder(options.batch)
         self._writer = BlockWriter(model, pool, builder, self._buffers)
@@ -169,7 +171,8 @@ class LayerStack:
 
     def _write_ffn(self, index: int, layer: LayerWeights) -> None:
         hot_neurons = self._hot.hot_neurons(index) if self._hot else 0
-        ffn = load_cold_ffn(self.model, index, self._pool, self._modes[index], hot_neurons)
+        tokens = self._buffers.x.shape[0]
+        ffn = load_cold_ffn(self.model, index, self._pool, self._modes[index], hot_neurons, tokens)
         self._cold.append(ffn)
         writer = self._writer
         quantized = ffn.quantized or hot_neurons > 0

@@ -4,6 +4,9 @@ The first block of the residual stream is constant: every embedding has ones the
 FFN add is too small to move it. A gate row has −shift spread over that block and random values in the rest,
 so that its product with the normalised input is about N(−shift, σ²), and the neuron fires for a share
 Φ(−shift / σ) of all tokens.
+
+The predictors are random, too: they name as large a share of the neurons, at the cost of trained ones, but
+not those that fire. They are there to measure the speed of mode predicted.
 """
 
 from collections.abc import Iterator
@@ -21,10 +24,12 @@ from powerinfer_formats.split_layout import (
     SplitHeader,
     bundle_layout,
     bundle_name,
+    declare_predictor,
     declare_split_layer,
     order_name,
+    predictor_names,
 )
-from powerinfer_kernels import RowType, quantize
+from powerinfer_kernels import RowType, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.synthetic.models import Shape, Tensor, add_metadata, tensors_of
@@ -41,9 +46,11 @@ _ADDED = 0.01
 _GROUP = 64
 _ROWS_AT_ONCE = 1024
 _RAREST = 1e-4
+#: Weights of a predictor as a share of its layer's.
+PREDICTOR_SHARE = 0.07
 #: σ of a quantised row's product: block scales are uniform over 0.5 to 1.5 of their middle.
 _QUANTIZED_DEVIATION = (13 / 12) ** 0.5
-#: The same without the lowest of the 16 codes of Q4_0: (2 · Σ k² for k = 1 … 7) / 16 instead of (16² − 1) / 12.
+#: The same without the lowest of Q4_0's 16 codes: (2 · Σ k² for k = 1 … 7) / 16 instead of (16² − 1) / 12.
 _BALANCED_DEVIATION = _QUANTIZED_DEVIATION * (17.5 / 21.25) ** 0.5
 
 
@@ -85,6 +92,7 @@ def write_sparse(
     layout = bundle_layout(int(kind), int(kind), int(kind), shape.width)
     others = [t for t in tensors_of(shape, row_type) if "ffn_gate" not in t.name and "ffn_up" not in t.name]
     others = [t for t in others if "ffn_down" not in t.name]
+    rank = predictor_rank(shape)
     with GGUFWriter(path, alignment=ALIGNMENT) as writer:
         add_metadata(writer, f"{name}, ReLU", shape, row_type)
         _header(shape, layout).write(writer)
@@ -92,14 +100,42 @@ def write_sparse(
             writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
         for layer in range(shape.layers):
             declare_split_layer(writer, layer, layout, neurons=shape.neurons, hot=0)
+            declare_predictor(
+                writer, layer, (int(kind), int(kind)), width=shape.width, neurons=shape.neurons, rank=rank
+            )
         for tensor in others:
             for piece in _pieces(rng, shape, tensor):
                 writer.write(tensor.name, piece)
         for layer in range(shape.layers):
-            writer.write(order_name(layer), np.arange(shape.neurons, dtype=np.int32))
-            for records in _records(rng, shape, row_type, layout, sparsity):
-                writer.write(bundle_name(layer), records)
+            _write_layer(writer, layer, rng, shape, row_type, layout, sparsity)
     return path.stat().st_size
+
+
+def predictor_rank(shape: Shape) -> int:
+    """The rank, in whole blocks, at which a predictor has :data:`PREDICTOR_SHARE` of its layer's weights."""
+    attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.width
+    weights = attention + 3 * shape.neurons * shape.width
+    return max(1, round(PREDICTOR_SHARE * weights / (shape.width + shape.neurons) / _BLOCK)) * _BLOCK
+
+
+def _write_layer(
+    writer: GGUFWriter,
+    layer: int,
+    rng: np.random.Generator,
+    shape: Shape,
+    row_type: str,
+    layout: BundleLayout,
+    sparsity: Sparsity,
+) -> None:
+    rates = sparsity.rates(rng, shape.neurons)
+    writer.write(order_name(layer), np.arange(shape.neurons, dtype=np.int32))
+    for records in _records(rng, shape, row_type, layout, sparsity.density, rates):
+        writer.write(bundle_name(layer), records)
+    inward, outward, threshold = _predictor(rng, shape, row_type, rates)
+    names = predictor_names(layer)
+    writer.write(names[0], inward)
+    writer.write(names[1], outward)
+    writer.write(names[2], threshold)
 
 
 def _header(shape: Shape, layout: BundleLayout) -> SplitHeader:
@@ -121,8 +157,8 @@ def _random(rng: np.random.Generator, row_type: str, rows: int, columns: int, de
 
 
 def _balance(rows: Bytes) -> None:
-    """Turns the lowest code of Q4_0, −8, into 0: codes −8 to 7 have a mean of −1/2, and with an input that has a
-    mean, too, all products would move together."""
+    """Turns the lowest code of Q4_0, −8, into 0: codes −8 to 7 have a mean of −1/2, and with an input that
+    has a mean, too, all products would move together."""
     blocks = rows.reshape(-1, BLOCKS["Q4_0"].nbytes)[:, 2:]
     blocks |= ((blocks & 0x0F) == 0).astype(np.uint8) << 3
     blocks |= ((blocks & 0xF0) == 0).astype(np.uint8) << 7
@@ -153,22 +189,50 @@ def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[
 
 
 def _records(
-    rng: np.random.Generator, shape: Shape, row_type: str, layout: BundleLayout, sparsity: Sparsity
+    rng: np.random.Generator,
+    shape: Shape,
+    row_type: str,
+    layout: BundleLayout,
+    density: float,
+    rates: Floats,
 ) -> Iterator[Bytes]:
-    rates = sparsity.rates(rng, shape.neurons)
-    normal = NormalDist()
     deviation = 1.0 if RowType[row_type].is_float else _QUANTIZED_DEVIATION
     if row_type == "Q4_0":
         deviation = _BALANCED_DEVIATION
-    shifts = np.array([-normal.inv_cdf(rate) * deviation for rate in rates])
-    width = shape.width
-    active = max(1.0, sparsity.density * shape.neurons)
+    shifts = _upper_quantiles(rates) * deviation
+    width, active = shape.width, max(1.0, density * shape.neurons)
     for first in range(0, shape.neurons, _ROWS_AT_ONCE):
         some = shifts[first : first + _ROWS_AT_ONCE]
-        gate = _random(rng, row_type, len(some), width, width**-0.5)
-        if row_type == "Q4_0":
-            _balance(gate)
+        gate = _balanced(rng, row_type, len(some), width)
         _set_first_block(gate, row_type, -some / _BLOCK)
         up = _random(rng, row_type, len(some), width, width**-0.5)
         down = _random(rng, row_type, len(some), width, _ADDED * active**-0.5)
         yield layout.pack(gate, up, down)
+
+
+def _predictor(
+    rng: np.random.Generator, shape: Shape, row_type: str, rates: Floats
+) -> tuple[Bytes, Bytes, NDArray[np.float32]]:
+    """Matrices of a random predictor, and thresholds that its scores pass as often as the neurons fire: the
+    inputs' values are about N(0, 1), besides the constant block, which the predictor does not see."""
+    rank, kind = predictor_rank(shape), RowType[row_type]
+    inward = _balanced(rng, row_type, rank, shape.width)
+    _set_first_block(inward, row_type, np.zeros(rank))
+    outward = _balanced(rng, row_type, shape.neurons, rank)
+    squares = (dequantize(inward, kind, rank, shape.width) ** 2).sum(axis=1)
+    deviations = np.sqrt(dequantize(outward, kind, shape.neurons, rank) ** 2 @ squares)
+    return inward, outward, (_upper_quantiles(rates) * deviations).astype(np.float32)
+
+
+def _balanced(rng: np.random.Generator, row_type: str, rows: int, columns: int) -> Bytes:
+    """Random rows whose products with any input have a mean of 0 and a deviation of about the input's."""
+    made = _random(rng, row_type, rows, columns, columns**-0.5)
+    if row_type == "Q4_0":
+        _balance(made)
+    return made
+
+
+def _upper_quantiles(rates: Floats) -> Floats:
+    """What a value of N(0, 1) exceeds at each of these rates."""
+    normal = NormalDist()
+    return np.array([-normal.inv_cdf(rate) for rate in rates])

@@ -21,7 +21,7 @@ WRONG_USE = [
     ("run -p a --threads 0", "--threads"),
     ("run -p a --vram 12x", "'12x' is not an amount of memory"),
     ("run -p a --device tpu", "--device"),
-    ("run -p a --mode predicted", "--mode"),
+    ("run -p a --mode thresholded", "--mode"),
     ("run -p a --no-such-option", "--no-such-option"),
     ("eval -m x", "--text"),
     ("bench --csv --json", "choose one of --csv and --json"),
@@ -162,6 +162,7 @@ def test_a_text_shorter_than_a_window_is_1(powerinfer: Command, smollm2: Path, t
         ("--ctx 1000000", "context"),
         ("-c 4", "do not fit"),
         ("--mode gate-first", "no exact zeros"),
+        ("--mode predicted", "no exact zeros"),
         ("--stop=", "stop string is empty"),
     ],
 )

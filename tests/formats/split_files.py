@@ -18,6 +18,7 @@ from powerinfer_formats.split_layout import (
     declare_split_layer,
     hot_name,
     order_name,
+    predictor_names,
 )
 
 NEURONS, WIDTH, LAYERS = 12, 64, 3
@@ -47,6 +48,7 @@ class Parts:
     extra_tensors: list[tuple[str, int, tuple[int, ...]]] = field(default_factory=list)
     without: set[str] = field(default_factory=set)
     orders: dict[int, list[int]] = field(default_factory=dict)
+    thresholds: dict[int, list[float]] = field(default_factory=dict)
 
 
 def source_rows(layer: int) -> dict[str, np.ndarray]:
@@ -81,6 +83,10 @@ def write_split(path: Path, change: Callable[[Parts], None] | None = None) -> Pa
         written: list[tuple[str, bytes]] = []
         for layer in range(LAYERS):
             written += _declare_layer(writer, layer, parts)
+        for layer, values in parts.thresholds.items():
+            name = predictor_names(layer)[2]
+            writer.declare(name, TensorType.F32, (len(values),))
+            written.append((name, np.array(values, "<f4").tobytes()))
         for name, kind, shape in parts.extra_tensors:
             info = writer.declare(name, kind, shape)
             written.append((name, bytes(info.nbytes)))

@@ -134,6 +134,25 @@ def _order(layer: int, values: list[int]) -> Change:
     return lambda parts: parts.orders.update({layer: values})
 
 
+def _predictor(
+    rank: int,
+    width: int = WIDTH,
+    neurons: int = NEURONS,
+    thresholds: list[float] | None = None,
+    without: int | None = None,
+) -> Change:
+    """A predictor in layer 1, ``without`` one of its tensors."""
+
+    def change(parts: Parts) -> None:
+        tensor_names = names.predictor_names(1)
+        for index, shape in enumerate(((rank, width), (neurons, rank))):
+            if index != without:
+                parts.extra_tensors.append((tensor_names[index], TensorType.F32, shape))
+        parts.thresholds[1] = [0.5] * NEURONS if thresholds is None else thresholds
+
+    return change
+
+
 _ASCENDING = list(range(NEURONS))
 _U32, _F32 = ValueType.UINT32, ValueType.FLOAT32
 _Q4 = TensorType.Q4_1
@@ -217,6 +236,28 @@ FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
     ("order huge", _order(2, [*_ASCENDING[:-1], 2**31 - 1]), errors.NotAPermutation, "11 is missing"),
     ("source matrix", _tensor("blk.1.ffn_up.weight"), errors.UnexpectedTensor, "blk.1.ffn_up.weight"),
     ("hot where none", _tensor(names.hot_name(1, "gate")), errors.UnexpectedTensor, "no neurons there"),
+    (
+        "predictor alone",
+        _predictor(rank=8, without=1),
+        errors.MissingTensor,
+        "blk.1.predictor_out.weight.*predictor of layer 1",
+    ),
+    (
+        "predicted without predictor",
+        with_header(modes=("dense", "predicted", "dense")),
+        errors.MissingTensor,
+        "blk.1.predictor_in",
+    ),
+    ("predictor too wide", _predictor(rank=WIDTH + 1), errors.WrongShape, "65 rows, expected 1 to 64"),
+    ("predictor width", _predictor(rank=8, width=32), errors.WrongShape, "blk.1.predictor_in"),
+    ("predictor neurons", _predictor(rank=8, neurons=13), errors.WrongShape, "blk.1.predictor_out"),
+    ("thresholds", _predictor(rank=8, thresholds=[0.0] * 11), errors.WrongShape, "predictor_threshold"),
+    (
+        "threshold NaN",
+        _predictor(rank=8, thresholds=[0.0] * 11 + [float("nan")]),
+        errors.BadValue,
+        "not finite",
+    ),
     ("cold where none", _tensor(names.bundle_name(2)), errors.UnexpectedTensor, "no neurons there"),
 ]
 
@@ -229,6 +270,18 @@ def test_each_fault_has_its_error(
     with pytest.raises(errors.FormatError, match=words) as caught:
         SplitFile.open(path)
     assert type(caught.value) is error
+
+
+def test_a_predictor_comes_back(tmp_path: Path) -> None:
+    with_predictor = SplitFile.open(write_split(tmp_path / "m.powerinfer.gguf", _predictor(rank=8)))
+    assert with_predictor.layer(0).predictor is None
+    predictor = with_predictor.layer(1).predictor
+    assert predictor is not None
+    assert predictor.rank == 8
+    assert predictor.types == (TensorType.F32, TensorType.F32)
+    assert predictor.inward.shape == (8, 4 * WIDTH)
+    assert predictor.outward.shape == (NEURONS, 4 * 8)
+    np.testing.assert_array_equal(predictor.threshold, np.full(NEURONS, 0.5, np.float32))
 
 
 @pytest.mark.parametrize(("layers", "neurons", "width"), [(2, 12, 64), (4, 12, 64), (3, 16, 64), (3, 12, 32)])

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.split_layout import predictor_names
 from powerinfer_kernels import Pool, RowType
 from powerinfer_tools import ffn_benchmarking
 from powerinfer_tools.engine import Engine
@@ -12,7 +14,7 @@ from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.model import load_model
 from powerinfer_tools.synthetic.cache import Request, cached, clear
 from powerinfer_tools.synthetic.models import SHAPES, Shape
-from powerinfer_tools.synthetic.sparse import SPARSE_TYPES, Sparsity, write_sparse
+from powerinfer_tools.synthetic.sparse import SPARSE_TYPES, Sparsity, predictor_rank, write_sparse
 
 SMALL = Shape("llama", 3, 256, 4, 2, 64, 640, 512, 1e4, tied=True)
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 512, 40)]
@@ -40,6 +42,50 @@ def test_the_density_is_what_was_asked(row_type: str, density: float, tmp_path: 
     assert np.isfinite(dense).all()
     np.testing.assert_array_equal(sparse, dense)
     assert measured == pytest.approx(density, abs=0.02 + 0.1 * density)
+
+
+def with_thresholds(source: Path, target: Path, value: float) -> Path:
+    """The same file with every predictor's thresholds set to ``value``."""
+    data = bytearray(source.read_bytes())
+    gguf = GGUFFile.open(source)
+    for layer in range(SMALL.layers):
+        found = np.frombuffer(gguf.tensor(predictor_names(layer)[2]), np.uint8)
+        start = data.find(found.tobytes())
+        assert data.count(found.tobytes()) == 1
+        data[start : start + len(found)] = np.full(SMALL.neurons, value, "<f4").tobytes()
+    gguf.close()
+    target.write_bytes(data)
+    return target
+
+
+@pytest.mark.parametrize("row_type", SPARSE_TYPES)
+def test_predicted_mode(row_type: str, tmp_path: Path) -> None:
+    """As many neurons as asked; all of them where the thresholds are low, and then the bits of dense; none
+    where they are high. A batch of tokens gives the bits of single ones."""
+    path = tmp_path / "sparse.gguf"
+    write_sparse(path, "small", SMALL, row_type, Sparsity(0.2))
+    dense, _ = logits(path, "dense")
+    predicted, density = logits(path, "predicted")
+    assert density == pytest.approx(0.2, abs=0.04)
+    assert not np.array_equal(predicted, dense)
+    everything, density = logits(with_thresholds(path, tmp_path / "low.gguf", -3e38), "predicted")
+    np.testing.assert_array_equal(everything, dense)
+    assert density == 1.0
+    nothing, density = logits(with_thresholds(path, tmp_path / "high.gguf", 3e38), "predicted")
+    assert density == 0.0
+    assert np.isfinite(nothing).all()
+    for threads, batch in ((1, 64), (2, 7), (3, 2)):
+        engine = Engine(load_model(path), threads=threads, context=64, batch=batch, mode="predicted")
+        np.testing.assert_array_equal(engine.prefill(TOKENS), predicted[-1])
+        engine.close()
+
+
+def test_predictors_have_their_share_of_the_weights() -> None:
+    for name, shape in SHAPES.items():
+        attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.width
+        weights = attention + 3 * shape.neurons * shape.width
+        predictor = predictor_rank(shape) * (shape.width + shape.neurons)
+        assert 0.05 < predictor / weights < 0.09, name
 
 
 def test_skew_makes_some_neurons_busy() -> None:

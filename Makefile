@@ -39,8 +39,8 @@ lint: $(STAMPS)/requirements  ## ruff
 types: $(STAMPS)/requirements  ## mypy --strict
 	$(BIN)/mypy
 
-bench: setup model  ## tok/s of the demo model, beside llama.cpp where llama-cpp-python is installed
-	$(BIN)/python benchmarks/compare.py -m $(MODEL) $(BENCH_ARGS)
+bench: setup model  ## memory, kernels, tok/s of the demo model, beside llama.cpp where it is installed; JSON in build/
+	$(BIN)/python benchmarks/compare.py -m $(MODEL) --kernels --json build/bench.json $(BENCH_ARGS)
 
 docs: setup  ## docs/cli.md, from the --help of every command
 	$(BIN)/python scripts/write_cli_docs.py docs/cli.md

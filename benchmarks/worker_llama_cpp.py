@@ -3,8 +3,8 @@
     python benchmarks/worker_llama_cpp.py MODEL --threads 2 --context 640
 
 Needs nothing but ``llama-cpp-python``, so that any interpreter that has it can run this file. The work is
-llama-bench's: ``pp`` decodes the tokens as one batch from an empty cache, ``tg`` one after the other, and
-logits are computed for the last token only.
+llama-bench's: ``pp`` decodes the tokens as one batch, ``tg`` one after the other, after ``depth`` tokens
+that are in the cache already, and logits are computed for the last token only.
 """
 
 import argparse
@@ -42,24 +42,30 @@ class Peer:
         vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         # A fixed spread of ids: which tokens they are changes nothing in the work.
         self._tokens = [(index * 7919 + 1) % vocabulary for index in range(context)]
+        self._filled = 0
 
-    def prompt(self, count: int) -> float:
-        """Seconds for ``count`` prompt tokens from an empty cache."""
-        self._clear()
+    def prompt(self, count: int, depth: int) -> float:
+        """Seconds for ``count`` prompt tokens after ``depth`` others."""
+        self._rewind(depth)
         started = time.perf_counter()
-        self._decode(0, count)
+        self._decode(depth, count)
         return time.perf_counter() - started
 
-    def generate(self, count: int) -> float:
-        """Seconds for ``count`` tokens one by one from an empty cache."""
-        self._clear()
+    def generate(self, count: int, depth: int) -> float:
+        """Seconds for ``count`` tokens one by one, after ``depth`` others."""
+        self._rewind(depth)
         started = time.perf_counter()
-        for position in range(count):
+        for position in range(depth, depth + count):
             self._decode(position, 1)
         return time.perf_counter() - started
 
-    def _clear(self) -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+    def _rewind(self, depth: int) -> None:
+        """Leave ``depth`` tokens in the cache; they are computed only where it holds fewer."""
+        memory = llama_cpp.llama_get_memory(self._context)
+        llama_cpp.llama_memory_seq_rm(memory, 0, depth, -1)
+        self._filled = min(self._filled, depth)
+        if self._filled < depth:
+            self._decode(self._filled, depth - self._filled)
 
     def _decode(self, first: int, count: int) -> None:
         array = (llama_cpp.llama_token * count)(*self._tokens[first : first + count])
@@ -67,6 +73,7 @@ class Peer:
         if code:
             raise SystemExit(f"llama_decode of {count} tokens after {first} answered {code}")
         llama_cpp.llama_synchronize(self._context)
+        self._filled = first + count
 
 
 def main() -> int:
@@ -88,7 +95,7 @@ def main() -> int:
     for line in sys.stdin:
         request = json.loads(line)
         run = peer.prompt if request["test"] == "pp" else peer.generate
-        _say({"seconds": run(int(request["tokens"]))})
+        _say({"seconds": run(int(request["tokens"]), int(request["depth"]))})
     return 0
 
 

@@ -23,9 +23,9 @@ from powerinfer_tools.model import load_model
 class Ours:
     """A loaded model with an engine. Raises PowerInferError or KernelError where it cannot be made."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, mode: str | None) -> None:
         started = time.perf_counter()
-        self.engine = Engine(load_model(path), threads=threads, context=context)
+        self.engine = Engine(load_model(path), threads=threads, context=context, mode=mode)
         self.load_seconds = time.perf_counter() - started
         self._tokens = [(index * 7919 + 1) % self.engine.vocabulary for index in range(context)]
 
@@ -34,16 +34,26 @@ class Ours:
         if request["test"] == "bandwidth":
             return {"bytes_per_second": self.engine.read_bandwidth()}
         run = self._prompt if request["test"] == "pp" else self._generate
-        self.engine.rewind(0)
+        depth = int(request["depth"])
+        self._rewind(depth)
+        tokens = self._tokens[depth : depth + int(request["tokens"])]
         started = time.perf_counter()
-        run(int(request["tokens"]))
-        return {"seconds": time.perf_counter() - started}
+        run(tokens)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "bytes_per_token": self.engine.stack.weight_bytes_per_token()}
 
-    def _prompt(self, count: int) -> None:
-        self.engine.prefill(self._tokens[:count])
+    def _rewind(self, depth: int) -> None:
+        """Leave ``depth`` tokens in the cache; they are computed only where it holds fewer."""
+        position = min(self.engine.position, depth)
+        self.engine.rewind(position)
+        if position < depth:
+            self.engine.prefill(self._tokens[position:depth])
 
-    def _generate(self, count: int) -> None:
-        for token in self._tokens[:count]:
+    def _prompt(self, tokens: list[int]) -> None:
+        self.engine.prefill(tokens)
+
+    def _generate(self, tokens: list[int]) -> None:
+        for token in tokens:
             self.engine.decode(token)
 
 
@@ -53,9 +63,10 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--mode")
     options = parser.parse_args()
     try:
-        ours = Ours(options.model, options.threads, options.context)
+        ours = Ours(options.model, options.threads, options.context, options.mode)
     except (PowerInferError, FormatError, KernelError, OSError) as error:
         raise SystemExit(str(error)) from None
     report = ours.engine.report()

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 enum { PIECE = 256 << 10 };
@@ -37,7 +38,8 @@ static void read_once(void *argument, pi_worker *worker) {
     __atomic_fetch_add(&p->sum, sum, __ATOMIC_RELAXED);
 }
 
-double pi_read_bandwidth(pi_pool *pool, const pi_kernels *kernels, int64_t bytes, double seconds, int *error) {
+double pi_read_bandwidth(pi_pool *pool, const pi_kernels *kernels, int64_t bytes, double seconds, int huge,
+                         int *error) {
     pi_memory memory;
     probe p = {.kernels = kernels, .pieces = (bytes + PIECE - 1) / PIECE};
     double best = 0, begin = now();
@@ -46,6 +48,7 @@ double pi_read_bandwidth(pi_pool *pool, const pi_kernels *kernels, int64_t bytes
         return 0;
     }
     p.data = memory.data;
+    if (!huge) madvise(p.data, (size_t)(p.pieces * PIECE), MADV_NOHUGEPAGE);
     *error = pi_pool_run(pool, touch, &p);
     for (int pass = 0; !*error && (pass < 2 || now() < begin + seconds); pass++) {
         double before = now();

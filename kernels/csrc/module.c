@@ -76,13 +76,13 @@ static PyObject *read_bandwidth(PyObject *module, PyObject *args) {
     PyObject *object;
     long long bytes;
     double seconds, rate;
-    int error;
+    int huge, error;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!Ld", pi_pool_type, &object, &bytes, &seconds)) return NULL;
+    if (!PyArg_ParseTuple(args, "O!Ldp", pi_pool_type, &object, &bytes, &seconds, &huge)) return NULL;
     pool_object *pool = (pool_object *)object;
     if (pi_pool_object_enter(pool) < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    rate = pi_read_bandwidth(pool->pool, pool->kernels, bytes, seconds, &error);
+    rate = pi_read_bandwidth(pool->pool, pool->kernels, bytes, seconds, huge, &error);
     Py_END_ALLOW_THREADS
     pi_pool_object_leave(pool);
     if (error) {
@@ -97,7 +97,7 @@ static PyMethodDef functions[] = {
     {"row_bytes", row_bytes, METH_VARARGS, PyDoc_STR("row_bytes(row_type, columns): 0 when there is no such row")},
     {"dequantize", dequantize, METH_VARARGS, PyDoc_STR("dequantize(isa, source, out, row_type, rows, columns)")},
     {"quantize", quantize, METH_VARARGS, PyDoc_STR("quantize(values, out, row_type, rows, columns)")},
-    {"read_bandwidth", read_bandwidth, METH_VARARGS, PyDoc_STR("read_bandwidth(pool, nbytes, seconds)")},
+    {"read_bandwidth", read_bandwidth, METH_VARARGS, PyDoc_STR("read_bandwidth(pool, nbytes, seconds, huge)")},
     {NULL, NULL, 0, NULL},
 };
 

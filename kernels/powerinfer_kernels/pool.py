@@ -54,10 +54,12 @@ class Pool:
         self.close()
 
 
-def read_bandwidth(pool: Pool, nbytes: int = 256 << 20, seconds: float = 0.2) -> float:
+def read_bandwidth(
+    pool: Pool, nbytes: int = 256 << 20, seconds: float = 0.2, huge_pages: bool = True
+) -> float:
     """Bytes per second at which the pool's threads read `nbytes` of memory together: the best pass within
-    `seconds`. Choose `nbytes` well above the last-level cache. Raises KernelError for sizes that are not
-    positive."""
+    `seconds`, on huge pages, as weights lie, or on normal ones. Choose `nbytes` well above the last-level
+    cache. Raises KernelError for sizes that are not positive."""
     if nbytes <= 0 or not seconds >= 0:
         raise KernelError(f"read_bandwidth needs a positive size and time, got {nbytes} bytes, {seconds} s")
-    return _kernels.read_bandwidth(pool.handle, nbytes, seconds)
+    return _kernels.read_bandwidth(pool.handle, nbytes, seconds, huge_pages)

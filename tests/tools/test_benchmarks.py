@@ -17,6 +17,7 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.model import load_model
 from powerinfer_tools.synthetic import models
 from powerinfer_tools.synthetic.random_blocks import random_rows
+from powerinfer_tools.synthetic.sparse import Sparsity, write_sparse
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROW_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -81,6 +82,28 @@ def test_comparison_without_peer_says_so(
         ("tg4", None, None),
     ]
     assert all(row["ours"] > 0 for row in result["rows"])
+    assert result["kernels"] == []
+
+
+def test_comparison_of_a_split_file_deep_in_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, split = _write("llama", "Q4_0", tmp_path), tmp_path / "sparse.powerinfer.gguf"
+    write_sparse(split, "tiny", _shape("llama"), "Q4_0", Sparsity(0.25))
+    compare = program("compare", monkeypatch)
+    monkeypatch.setattr(program("kernels_alone", monkeypatch), "MATRIX_BYTES", 1 << 20)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    report = tmp_path / "new" / "report.json"
+    options = ["-m", str(path), "--ours", str(split), "--mode", "predicted", "--depth", "20", "--kernels"]
+    options += ["-p", "8", "-n", "4", "-r", "1", "-t", "2", "--json", str(report)]
+    assert compare.main([*options, "--peer-python", str(tmp_path / "no-python")]) == 0
+    result = json.loads(report.read_text(encoding="utf-8"))
+    assert [row["test"] for row in result["rows"]] == ["pp8@d20", "tg4@d20"]
+    assert result["file"] == split.name
+    assert 0 < result["bytes_per_token"] < split.stat().st_size
+    assert {row["name"] for row in result["kernels"]} > {"probe, huge pages", "probe, 4 KiB pages", "Q4_K"}
+    assert all(row["bytes_per_second"] > 0 for row in result["kernels"])
+    assert "probe, 4 KiB pages" in capsys.readouterr().out
 
 
 def test_comparison_of_a_damaged_model_fails_in_words(

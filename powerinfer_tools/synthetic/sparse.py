@@ -153,12 +153,15 @@ def _header(shape: Shape, layout: BundleLayout) -> SplitHeader:
 
 def _random(rng: np.random.Generator, row_type: str, rows: int, columns: int, deviation: float) -> Bytes:
     block = BLOCKS[row_type]
-    return block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
+    made = block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
+    if row_type == "Q4_0":
+        _balance(made)
+    return made
 
 
 def _balance(rows: Bytes) -> None:
-    """Turns the lowest code of Q4_0, −8, into 0: codes −8 to 7 have a mean of −1/2, and with an input that
-    has a mean, too, all products would move together."""
+    """Turns the lowest code of Q4_0, −8, into 0: codes −8 to 7 have a mean of −1/2, and where the input has a
+    mean, too, all products would move together: the constant block would drift from layer to layer."""
     blocks = rows.reshape(-1, BLOCKS["Q4_0"].nbytes)[:, 2:]
     blocks |= ((blocks & 0x0F) == 0).astype(np.uint8) << 3
     blocks |= ((blocks & 0xF0) == 0).astype(np.uint8) << 7
@@ -203,7 +206,7 @@ def _records(
     width, active = shape.width, max(1.0, density * shape.neurons)
     for first in range(0, shape.neurons, _ROWS_AT_ONCE):
         some = shifts[first : first + _ROWS_AT_ONCE]
-        gate = _balanced(rng, row_type, len(some), width)
+        gate = _random(rng, row_type, len(some), width, width**-0.5)
         _set_first_block(gate, row_type, -some / _BLOCK)
         up = _random(rng, row_type, len(some), width, width**-0.5)
         down = _random(rng, row_type, len(some), width, _ADDED * active**-0.5)
@@ -216,20 +219,12 @@ def _predictor(
     """Matrices of a random predictor, and thresholds that its scores pass as often as the neurons fire: the
     inputs' values are about N(0, 1), besides the constant block, which the predictor does not see."""
     rank, kind = predictor_rank(shape), RowType[row_type]
-    inward = _balanced(rng, row_type, rank, shape.width)
+    inward = _random(rng, row_type, rank, shape.width, shape.width**-0.5)
     _set_first_block(inward, row_type, np.zeros(rank))
-    outward = _balanced(rng, row_type, shape.neurons, rank)
+    outward = _random(rng, row_type, shape.neurons, rank, rank**-0.5)
     squares = (dequantize(inward, kind, rank, shape.width) ** 2).sum(axis=1)
     deviations = np.sqrt(dequantize(outward, kind, shape.neurons, rank) ** 2 @ squares)
     return inward, outward, (_upper_quantiles(rates) * deviations).astype(np.float32)
-
-
-def _balanced(rng: np.random.Generator, row_type: str, rows: int, columns: int) -> Bytes:
-    """Random rows whose products with any input have a mean of 0 and a deviation of about the input's."""
-    made = _random(rng, row_type, rows, columns, columns**-0.5)
-    if row_type == "Q4_0":
-        _balance(made)
-    return made
 
 
 def _upper_quantiles(rates: Floats) -> Floats:

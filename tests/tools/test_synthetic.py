@@ -1,5 +1,6 @@
 """Synthetic sparse models fire as often as was asked; the FFN benchmark measures what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,14 @@ def test_the_density_is_what_was_asked(row_type: str, density: float, tmp_path: 
     assert np.isfinite(dense).all()
     np.testing.assert_array_equal(sparse, dense)
     assert measured == pytest.approx(density, abs=0.02 + 0.1 * density)
+
+
+def test_the_density_holds_in_deep_layers(tmp_path: Path) -> None:
+    """What blocks add to the constant block has no common direction that would add up over layers."""
+    path = tmp_path / "deep.gguf"
+    write_sparse(path, "deep", replace(SMALL, layers=32, width=512, heads=8), "Q4_0", Sparsity(0.1))
+    _, measured = logits(path, "gate-first")
+    assert measured == pytest.approx(0.1, abs=0.02)
 
 
 def with_thresholds(source: Path, target: Path, value: float) -> Path:

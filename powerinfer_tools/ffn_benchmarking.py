@@ -32,6 +32,7 @@ from powerinfer_tools.hardware import detect
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.synthetic.random_blocks import random_rows
 
+Floats = npt.NDArray[np.float32]
 #: Modes with a speed-up to measure.
 SPARSE_MODES = ("predicted", "gate-first")
 #: Distinct rows; more only repeat them, which no cache can tell from different ones.
@@ -133,7 +134,8 @@ def _row(
 
 
 class _Layers:
-    """Equal FFNs in every layout, one program per mode and layer."""
+    """Equal FFNs in every layout, and one program per mode that runs all of them, as decoding would: threads
+    that sleep between layers would have to be woken for each."""
 
     def __init__(self, pool: Pool, width: int, neurons: int, row_type: RowType) -> None:
         self._pool, self._width, self._neurons = pool, width, neurons
@@ -147,9 +149,8 @@ class _Layers:
         self._acts, self._out = Activations(1, width), aligned((1, width), np.float32)
         self._acts_hidden = Activations(1, neurons)
         self._buffers = [aligned((1, neurons), np.float32) for _ in range(3)]
-        self._select = aligned((1, neurons), np.float32)
-        self._programs: dict[str, list[Program]] = {"dense": [], "gate-first": [], "predicted": []}
-        self._write(row_type)
+        self._selects = [aligned((1, neurons), np.float32) for _ in range(self._count)]
+        self._programs = self._write(row_type)
 
     def touched(self, mode: str, density: float) -> float:
         """Bytes of weights that one token reads in one layer."""
@@ -159,30 +160,34 @@ class _Layers:
 
     def seconds(self, mode: str, density: float) -> float:
         """Mean seconds of a layer: one pass over all of them, with other active neurons in each."""
-        active, total = max(1, round(density * self._neurons)), 0.0
-        for program in self._programs[mode]:
-            self._select[:] = -1.0
-            self._select[0, self._random.choice(self._neurons, active, replace=False)] = 1.0
-            started = time.perf_counter()
-            program.run(self._pool, 0, program.operations, 1, 0)
-            total += time.perf_counter() - started
-        return total / self._count
+        active = max(1, round(density * self._neurons))
+        for select in self._selects:
+            select[:] = -1.0
+            select[0, self._random.choice(self._neurons, active, replace=False)] = 1.0
+        program = self._programs[mode]
+        started = time.perf_counter()
+        program.run(self._pool, 0, program.operations, 1, 0)
+        return (time.perf_counter() - started) / self._count
 
-    def _write(self, row_type: RowType) -> None:
+    def _write(self, row_type: RowType) -> dict[str, Program]:
         gate, up = self._rows(row_type, positive=True), self._rows(row_type)
         down_columns = random_rows(self._random, row_type.name, _PATTERN_ROWS, self._neurons)
         down_columns = np.resize(down_columns, (self._width, down_columns.shape[1]))
         down = (self._rows(row_type), row_type)
         size = (self._neurons, self._width)
-        for _ in range(self._count):
+        builders = {mode: ProgramBuilder(1) for mode in ("dense", *SPARSE_MODES)}
+        for select in self._selects:
+            for builder in builders.values():
+                builder.quantize(self._x, self._acts)
             gate_matrix = Matrix.pack(self._pool, gate, row_type, *size)
             up_matrix = Matrix.pack(self._pool, up, row_type, *size)
             down_matrix = Matrix.pack(self._pool, down_columns, row_type, self._width, self._neurons)
             pair = Bundle.pack(self._pool, *size, up=(up, row_type), down=down)
             whole = Bundle.pack(self._pool, *size, gate=(gate, row_type), up=(up, row_type), down=down)
-            self._programs["dense"].append(self._dense(gate_matrix, up_matrix, down_matrix))
-            self._programs["gate-first"].append(self._gate_first(gate_matrix, pair))
-            self._programs["predicted"].append(self._predicted(whole))
+            self._dense(builders["dense"], gate_matrix, up_matrix, down_matrix)
+            self._gate_first(builders["gate-first"], select, gate_matrix, pair)
+            self._predicted(builders["predicted"], select, whole)
+        return {mode: builder.build() for mode, builder in builders.items()}
 
     def _rows(self, row_type: RowType, *, positive: bool = False) -> npt.NDArray[np.uint8]:
         """Plain rows of all neurons; ``positive``: with positive products, so that every neuron that is
@@ -193,32 +198,24 @@ class _Layers:
             rows = rows[products > 0.1 * np.abs(products).max()]
         return np.resize(rows[:_PATTERN_ROWS], (self._neurons, rows.shape[1]))
 
-    def _started(self) -> ProgramBuilder:
-        builder = ProgramBuilder(1)
-        builder.quantize(self._x, self._acts)
-        return builder
-
-    def _dense(self, gate: Matrix, up: Matrix, down: Matrix) -> Program:
-        builder, (g, u, _) = self._started(), self._buffers
+    def _dense(self, builder: ProgramBuilder, gate: Matrix, up: Matrix, down: Matrix) -> None:
+        g, u, _ = self._buffers
         builder.matmul(gate, self._x, self._acts, g, independent=True)
         builder.matmul(up, self._x, self._acts, u)
         builder.activate(g, u, g, "relu")
         if not down.row_type.is_float:
             builder.quantize(g, self._acts_hidden)
         builder.matmul(down, g, self._acts_hidden, self._out)
-        return builder.build()
 
-    def _gate_first(self, gate: Matrix, pair: Bundle) -> Program:
+    def _gate_first(self, builder: ProgramBuilder, select: Floats, gate: Matrix, pair: Bundle) -> None:
         """The gate's products are computed, but the drawn values select: that sets the density."""
-        builder, (g, h, _) = self._started(), self._buffers
+        g, h, _ = self._buffers
         builder.matmul(gate, self._x, self._acts, g)
-        builder.sparse_ffn(self._select, self._x, self._acts, pair, self._out, h, "relu")
-        return builder.build()
+        builder.sparse_ffn(select, self._x, self._acts, pair, self._out, h, "relu")
 
-    def _predicted(self, whole: Bundle) -> Program:
-        builder, (g, h, _) = self._started(), self._buffers
-        builder.sparse_ffn(self._select, self._x, self._acts, whole, self._out, h, "relu", gate=g)
-        return builder.build()
+    def _predicted(self, builder: ProgramBuilder, select: Floats, whole: Bundle) -> None:
+        g, h, _ = self._buffers
+        builder.sparse_ffn(select, self._x, self._acts, whole, self._out, h, "relu", gate=g)
 
 
 def _require_memory(nbytes: int) -> None:

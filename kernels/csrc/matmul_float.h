@@ -24,8 +24,10 @@ PI_INLINE v16f pi_float_one(int type, const uint8_t *tile, const float *x, int64
     int64_t c = 0;
     for (; c + 4 <= columns; c += 4) {
         const int ahead = type == PI_F32 ? 4 : 2; /* lines of 64 bytes in four columns */
-        for (int line = 0; line < ahead; line++)
-            pi_prefetch(tile + (type == PI_F32 ? 64 : 32) * c + 8192 + 64 * line);
+        for (int line = 0; line < ahead; line++) {
+            pi_prefetch_l2(tile + (type == PI_F32 ? 64 : 32) * c + PI_FAR_AHEAD + 64 * line);
+            pi_prefetch(tile + (type == PI_F32 ? 64 : 32) * c + PI_NEAR_AHEAD + 64 * line);
+        }
         for (int i = 0; i < 4; i++)
             acc[i] = v16f_fma(pi_float_column(type, tile, c + i), v16f_set1(x[c + i]), acc[i]);
     }

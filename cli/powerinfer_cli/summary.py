@@ -68,6 +68,8 @@ def say_summary(figures: dict[str, Any]) -> None:
         f"{figures['threads']} threads, {figures['isa']}"
     )
     say(f"time: {timings}")
-    say(f"memory: {format_size(memory['total'])}{vram}")
+    parts = ("weights", "kv_cache", "scratch")
+    sizes = ", ".join(f"{part.replace('kv_', 'KV ')} {format_size(memory[part])}" for part in parts)
+    say(f"memory: {format_size(memory['total'])} ({sizes}){vram}")
     if "seed" in figures:
         say(f"seed: {figures['seed']}, logits {figures['logits_hash']}")

@@ -144,8 +144,8 @@ PI_INLINE uint16_t pi_f32_to_bf16(float x) {
 }
 
 PI_INLINE float pi_fma(float a, float b, float c) { return fmaf(a, b, c); }
-/* Bytes of a stream of tiles between use and prefetch: into L2, and from there into L1. Either alone reaches less. */
-enum { PI_FAR_AHEAD = 16384, PI_NEAR_AHEAD = 3072 };
+/* Bytes of a stream of tiles between use and prefetch: into L2 and from there into L1, or in one step. */
+enum { PI_FAR_AHEAD = 16384, PI_NEAR_AHEAD = 3072, PI_ONLY_AHEAD = 8192 };
 PI_INLINE void pi_prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 PI_INLINE void pi_prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 

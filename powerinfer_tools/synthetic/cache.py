@@ -9,7 +9,7 @@ from powerinfer_tools.synthetic.models import SHAPES, TYPES, write_synthetic
 from powerinfer_tools.synthetic.sparse import Sparsity, write_sparse
 
 #: Changes when the same request would give another file.
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ _RAREST = 1e-4
 PREDICTOR_SHARE = 0.07
 #: σ of a quantised row's product: block scales are uniform over 0.5 to 1.5 of their middle.
 _QUANTIZED_DEVIATION = (13 / 12) ** 0.5
-#: The same without the lowest of Q4_0's 16 codes: (2 · Σ k² for k = 1 … 7) / 16 instead of (16² − 1) / 12.
-_BALANCED_DEVIATION = _QUANTIZED_DEVIATION * (17.5 / 21.25) ** 0.5
+#: What taking the lowest of Q4_0's 16 codes away leaves of σ: (2 · Σ k² for k = 1 … 7) / 16 of (16² − 1) / 12.
+_BALANCED = (17.5 / 21.25) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,10 @@ def _header(shape: Shape, layout: BundleLayout) -> SplitHeader:
 
 def _random(rng: np.random.Generator, row_type: str, rows: int, columns: int, deviation: float) -> Bytes:
     block = BLOCKS[row_type]
-    made = block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
-    if row_type == "Q4_0":
-        _balance(made)
+    if row_type != "Q4_0":
+        return block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
+    made = block.make(rng, rows * (columns // block.values), deviation / _BALANCED).reshape(rows, -1)
+    _balance(made)
     return made
 
 
@@ -200,8 +201,6 @@ def _records(
     rates: Floats,
 ) -> Iterator[Bytes]:
     deviation = 1.0 if RowType[row_type].is_float else _QUANTIZED_DEVIATION
-    if row_type == "Q4_0":
-        deviation = _BALANCED_DEVIATION
     shifts = _upper_quantiles(rates) * deviation
     width, active = shape.width, max(1.0, density * shape.neurons)
     for first in range(0, shape.neurons, _ROWS_AT_ONCE):

@@ -50,7 +50,7 @@ _RAREST = 1e-4
 PREDICTOR_SHARE = 0.07
 #: σ of a quantised row's product: block scales are uniform over 0.5 to 1.5 of their middle.
 _QUANTIZED_DEVIATION = (13 / 12) ** 0.5
-#: What taking the lowest of Q4_0's 16 codes away leaves of σ: (2 · Σ k² for k = 1 … 7) / 16 of (16² − 1) / 12.
+#: What is left of σ without the lowest of Q4_0's 16 codes: (2 · Σ k² for k = 1 … 7) / 16 of (16² − 1) / 12.
 _BALANCED = (17.5 / 21.25) ** 0.5
 
 

@@ -58,7 +58,7 @@ def command(
     """Benchmark a model."""
     if as_csv and common.json:
         raise typer.BadParameter("choose one of --csv and --json", param_hint="--csv")
-    check_choice(model, synthetic)
+    check_choice(model, synthetic, placement.mode)
     if synthetic.clear_cache:
         clear_cache(synthetic, as_json=common.json)
         return
@@ -92,7 +92,7 @@ def command(
         )
 
 
-def check_choice(model: Path | None, synthetic: opt.Synthetic) -> None:
+def check_choice(model: Path | None, synthetic: opt.Synthetic, mode: opt.Mode) -> None:
     """One thing to measure, and no option that would be ignored."""
     given = {"--model": model, "--shape": synthetic.shape, "--ffn": synthetic.ffn}
     chosen = [name for name, value in given.items() if value is not None]
@@ -102,6 +102,12 @@ def check_choice(model: Path | None, synthetic: opt.Synthetic) -> None:
         raise typer.BadParameter("is for --shape and --ffn", param_hint="--density")
     if synthetic.keep is not None and not synthetic.shape:
         raise typer.BadParameter("is for --shape", param_hint="--keep")
+    if synthetic.layers is not None and not synthetic.shape:
+        raise typer.BadParameter("is for --shape", param_hint="--layers")
+    if synthetic.shape and synthetic.density is None and mode in ("gate-first", "predicted"):
+        raise typer.BadParameter(
+            f"{mode} skips neurons: say with --density how many fire, such as 0.1", param_hint="--mode"
+        )
 
 
 def clear_cache(synthetic: opt.Synthetic, *, as_json: bool) -> None:

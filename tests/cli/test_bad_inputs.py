@@ -22,6 +22,8 @@ WRONG_USE = [
     ("run -p a --vram 12x", "'12x' is not an amount of memory"),
     ("run -p a --device tpu", "--device"),
     ("run -p a --mode thresholded", "--mode"),
+    ("bench --shape smollm2-135m --mode predicted", "say with --density"),
+    ("bench -m a --layers 2", "is for --shape"),
     ("run -p a --no-such-option", "--no-such-option"),
     ("eval -m x", "--text"),
     ("bench --csv --json", "choose one of --csv and --json"),

@@ -1,6 +1,6 @@
 """Write a model of a real shape with random weights as GGUF, for measuring speed; any GGUF reader takes it.
 
-    python benchmarks/synthetic.py mistral-7b Q4_0 FILE [--layers N]
+python benchmarks/synthetic.py mistral-7b Q4_0 FILE [--layers N]
 """
 
 import argparse

@@ -28,6 +28,7 @@ def opened_engine(
             mode=placement.engine_mode,
             device=placement.device,
             vram=placement.vram,
+            kv_type=placement.kv_type,
         )
         try:
             yield engine

@@ -25,6 +25,7 @@ def size_option(name: str, text: str, panel: str | None = None) -> Any:
 
 Device = Literal["none", "cpu", "cuda"]
 Mode = Literal["auto", "dense", "gate-first", "predicted"]
+KVType = Literal["f16", "q8_0"]
 
 Model = Annotated[
     Path | None,
@@ -91,6 +92,14 @@ class Placement:
             rich_help_panel="Placement",
         ),
     ] = "auto"
+    kv_type: Annotated[
+        KVType,
+        typer.Option(
+            "--kv-type",
+            help="What the KV cache holds; q8_0 takes half the memory and is not exact.",
+            rich_help_panel="Placement",
+        ),
+    ] = "f16"
 
     @property
     def engine_mode(self) -> str | None:

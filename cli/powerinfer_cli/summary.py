@@ -70,6 +70,8 @@ def say_summary(figures: dict[str, Any]) -> None:
     say(f"time: {timings}")
     parts = ("weights", "kv_cache", "scratch")
     sizes = ", ".join(f"{part.replace('kv_', 'KV ')} {format_size(memory[part])}" for part in parts)
-    say(f"memory: {format_size(memory['total'])} ({sizes}){vram}")
+    cache = "" if figures["kv_type"] == "f16" else f", KV cache of {figures['kv_type']}"
+    say(f"memory: {format_size(memory['total'])} ({sizes}){vram}{cache}")
+    say(f"load: weights laid out for the kernels in {figures['load_seconds']:.2f} s")
     if "seed" in figures:
         say(f"seed: {figures['seed']}, logits {figures['logits_hash']}")

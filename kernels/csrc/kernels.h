@@ -49,9 +49,11 @@ typedef struct { /* quantised activations: q [T, columns], d and s [T, columns /
     int64_t columns;
 } pi_acts;
 
-typedef struct { /* one layer's keys and values, f16 */
-    uint16_t *keys;   /* [kv_heads, ceil(capacity / 16), head_dim, 16]: the lane is the position in the tile */
-    uint16_t *values; /* [kv_heads, capacity, head_dim], readable for 32 bytes past the end */
+typedef struct { /* one layer's keys and values: f16, or with scales int8 in blocks of PI_BLOCK values of a head */
+    void *keys;             /* [kv_heads, ceil(capacity / 16), head_dim, 16]: the lane is the position in the tile */
+    void *values;           /* [kv_heads, capacity, head_dim], readable for 32 bytes past the end */
+    uint16_t *key_scales;   /* f16 [kv_heads, ceil(capacity / 16), head_dim / PI_BLOCK, 16]; NULL: all is f16 */
+    uint16_t *value_scales; /* f16 [kv_heads, capacity, head_dim / PI_BLOCK] */
     int64_t capacity, kv_heads, head_dim;
 } pi_cache;
 

@@ -28,8 +28,8 @@ static const struct {
     [PI_OP_QUANTIZE] = {4, 1, 0, 1u << 1 | 1u << 2 | 1u << 3},
     [PI_OP_MATMUL] = {7, 2, 0, 1u << 6},
     [PI_OP_ROPE] = {3, 4, 0, 1u << 0},
-    [PI_OP_STORE_KV] = {4, 3, 0, 1u << 2 | 1u << 3},
-    [PI_OP_ATTENTION] = {4, 5, 2, 1u << 3},
+    [PI_OP_STORE_KV] = {6, 3, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
+    [PI_OP_ATTENTION] = {6, 5, 2, 1u << 5},
     [PI_OP_ACTIVATE] = {3, 2, 0, 1u << 2},
     [PI_OP_ADD] = {2, 1, 0, 1u << 1},
     [PI_OP_SUM_ROWS] = {3, 1, 0, 1u << 2},
@@ -47,8 +47,9 @@ static pi_rows rows_of(void *data, const int64_t *i) {
     return (pi_rows){.row_type = (int32_t)i[0], .rows = i[1], .columns = i[2], .stride = i[3], .data = data};
 }
 
-static pi_cache cache_of(void *keys, void *values, const int64_t *i) {
-    return (pi_cache){.keys = keys, .values = values, .capacity = i[0], .kv_heads = i[1], .head_dim = i[2]};
+static pi_cache cache_of(void *const *p, const int64_t *i) {
+    return (pi_cache){.keys = p[0], .values = p[1], .key_scales = p[2], .value_scales = p[3], .capacity = i[0],
+                      .kv_heads = i[1], .head_dim = i[2]};
 }
 
 static pi_acts acts_of(void *const *p, int64_t columns) {
@@ -90,10 +91,10 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
         op.u.rope = (pi_rope){p[0], p[1], p[2], i[0], i[1], i[2], (int)i[3]};
         break;
     case PI_OP_STORE_KV:
-        op.u.store = (pi_store){p[0], p[1], cache_of(p[2], p[3], i)};
+        op.u.store = (pi_store){p[0], p[1], cache_of(p + 2, i)};
         break;
     case PI_OP_ATTENTION:
-        op.u.attention = (pi_attention){.q = p[0], .cache = cache_of(p[1], p[2], i), .out = p[3], .heads = i[3],
+        op.u.attention = (pi_attention){.q = p[0], .cache = cache_of(p + 1, i), .out = p[5], .heads = i[3],
                                         .window = i[4], .scale = a->f[0], .softcap = a->f[1]};
         break;
     case PI_OP_ACTIVATE:

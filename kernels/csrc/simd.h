@@ -30,6 +30,7 @@
  *   v16f_mask_above(a, b)         bit i: not a ≤ b in lane i; so set where either is NaN
  *   v16f_load_f16(p)  v16f_store_f16(p, a)  v16f_load_bf16(p)   p: uint16_t; store rounds half to even,
  *                                                               overflows to infinity
+ *   v16f_set1_f16(x)              an f16 in every lane
  *   v16f_load_f16_n(p, n)  v16f_store_f16_n(p, a, n)            as load_n / store_n
  *   v16f_from_i32(i)              rounded half to even
  *   v16f_pow2i(i)                 2^i for -126 ≤ i ≤ 127 (other i: undefined value, no trap)

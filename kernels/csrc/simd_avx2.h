@@ -64,6 +64,10 @@ PI_INLINE v16f v16f_load_f16(const uint16_t *p) {
     return PI_F(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
                 _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
 }
+PI_INLINE v16f v16f_set1_f16(uint16_t x) {
+    const __m256 wide = _mm256_cvtph_ps(_mm_set1_epi16((short)x));
+    return PI_F(wide, wide);
+}
 PI_INLINE void v16f_store_f16(uint16_t *p, v16f v) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));

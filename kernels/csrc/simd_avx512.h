@@ -44,6 +44,7 @@ PI_INLINE uint32_t v16f_mask_above(v16f a, v16f b) { return _mm512_cmp_ps_mask(a
 PI_INLINE v16f v16f_load_f16(const uint16_t *p) {
     return PI_F(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)));
 }
+PI_INLINE v16f v16f_set1_f16(uint16_t x) { return PI_F(_mm512_cvtph_ps(_mm256_set1_epi16((short)x))); }
 PI_INLINE void v16f_store_f16(uint16_t *p, v16f a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }

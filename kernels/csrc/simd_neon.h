@@ -57,6 +57,11 @@ PI_INLINE v16f v16f_load_f16(const uint16_t *p) {
     PI_PARTS r.v[k] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * k)));
     return r;
 }
+PI_INLINE v16f v16f_set1_f16(uint16_t x) {
+    v16f r;
+    PI_PARTS r.v[k] = vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x)));
+    return r;
+}
 PI_INLINE void v16f_store_f16(uint16_t *p, v16f a) {
     PI_PARTS vst1_u16(p + 4 * k, vreinterpret_u16_f16(vcvt_f16_f32(a.v[k])));
 }

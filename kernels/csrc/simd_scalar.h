@@ -43,6 +43,7 @@ PI_INLINE uint32_t v16f_mask_above(v16f a, v16f b) {
     return mask;
 }
 PI_INLINE v16f v16f_load_f16(const uint16_t *p) { v16f r; PI_LANES r.l[i] = pi_f16_to_f32(p[i]); return r; }
+PI_INLINE v16f v16f_set1_f16(uint16_t x) { return v16f_set1(pi_f16_to_f32(x)); }
 PI_INLINE void v16f_store_f16(uint16_t *p, v16f a) { PI_LANES p[i] = pi_f32_to_f16(a.l[i]); }
 PI_INLINE v16f v16f_load_bf16(const uint16_t *p) { v16f r; PI_LANES r.l[i] = pi_bf16_to_f32(p[i]); return r; }
 PI_INLINE v16f v16f_from_i32(v16i a) { v16f r; PI_LANES r.l[i] = (float)a.l[i]; return r; }

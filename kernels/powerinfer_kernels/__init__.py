@@ -4,7 +4,7 @@ Everything here checks its arguments and raises KernelError; nothing here knows 
 """
 
 from ._kernels import KernelError
-from .buffers import Activations, KVCache, RowMatrix, aligned
+from .buffers import KV_KINDS, Activations, KVCache, RowMatrix, aligned
 from .matrix import Bundle, Matrix, dequantize, quantize
 from .pool import Pool, available_isas, read_bandwidth
 from .program import ACTIVATION_KINDS, HISTOGRAM_BINS, Program, ProgramBuilder
@@ -14,6 +14,7 @@ from .topology import physical_cores
 __all__ = [
     "ACTIVATION_KINDS",
     "HISTOGRAM_BINS",
+    "KV_KINDS",
     "Activations",
     "Bundle",
     "KVCache",

@@ -16,6 +16,8 @@ _LINE = 64
 _HUGE_PAGE = 2 << 20
 _READ_AHEAD = 16  # values that attention may read past the last row
 MAX_HEAD_DIM = 512
+#: What a KV cache may hold.
+KV_KINDS = ("f16", "q8_0")
 MAX_ELEMENTS = 1 << 46  # keeps every product of sizes within 64 bits
 
 
@@ -68,29 +70,50 @@ class Activations:
 
 
 class KVCache:
-    """Keys and values of one layer, as half-precision bits (uint16).
+    """Keys and values of one layer: as half-precision bits (uint16), or with kind "q8_0" as int8 codes with
+    one half-precision scale for each 32 values of a head.
 
     keys [kv_heads, ceil(capacity / 16), head_dim, 16]: the last axis is the position within a tile of 16;
-    values [kv_heads, capacity, head_dim]. Memory is taken when positions are first written. Raises
-    KernelError unless head_dim is even and at most 512.
+    values [kv_heads, capacity, head_dim]; scales have head_dim / 32 in place of head_dim and are None for
+    kind "f16". Memory is taken when positions are first written. Raises KernelError unless head_dim is even
+    (q8_0: a multiple of 32) and at most 512.
     """
 
-    def __init__(self, capacity: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, capacity: int, kv_heads: int, head_dim: int, kind: str = "f16") -> None:
         check_positive(capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
         if head_dim % 2 or head_dim > MAX_HEAD_DIM:
             raise KernelError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
+        if kind not in KV_KINDS:
+            raise KernelError(f"a KV cache of type {kind!r} is not one of {', '.join(KV_KINDS)}")
+        if kind == "q8_0" and head_dim % 32:
+            raise KernelError(
+                f"a q8_0 KV cache needs heads of a multiple of 32 values, these have {head_dim}; take f16"
+            )
         self.capacity = capacity
         self.kv_heads = kv_heads
         self.head_dim = head_dim
-        self.keys: npt.NDArray[np.uint16] = aligned((kv_heads, -(-capacity // 16), head_dim, 16), np.uint16)
+        self.kind = kind
+        tiles = -(-capacity // 16)
+        element = np.int8 if kind == "q8_0" else np.uint16
+        self.keys: npt.NDArray[np.int8 | np.uint16] = aligned((kv_heads, tiles, head_dim, 16), element)
         count = kv_heads * capacity * head_dim
-        space: npt.NDArray[np.uint16] = aligned(count + _READ_AHEAD, np.uint16)
-        self.values: npt.NDArray[np.uint16] = space[:count].reshape(kv_heads, capacity, head_dim)
+        space: npt.NDArray[np.int8 | np.uint16] = aligned(count + _READ_AHEAD, element)
+        self.values = space[:count].reshape(kv_heads, capacity, head_dim)
+        self.key_scales: npt.NDArray[np.uint16] | None = None
+        self.value_scales: npt.NDArray[np.uint16] | None = None
+        if kind == "q8_0":
+            self.key_scales = aligned((kv_heads, tiles, head_dim // 32, 16), np.uint16)
+            self.value_scales = aligned((kv_heads, capacity, head_dim // 32), np.uint16)
+
+    @property
+    def arrays(self) -> tuple[Any, Any, Any, Any]:
+        """Keys, values, and the scales of both (None for f16)."""
+        return (self.keys, self.values, self.key_scales, self.value_scales)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values when the cache is full."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(array.nbytes for array in self.arrays if array is not None)
 
 
 class RowMatrix:

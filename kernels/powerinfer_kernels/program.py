@@ -176,12 +176,12 @@ class ProgramBuilder:
         self._append(_Op.ROPE, (x, cos, sin), (heads, head_dim, cos.shape[1], int(style == "neox")))
 
     def store_kv(self, k: Floats, v: Floats, cache: KVCache) -> None:
-        """Write the keys and values of this run's positions into the cache, rounded to half precision."""
+        """Write the keys and values of this run's positions into the cache, rounded to its type."""
         width = cache.kv_heads * cache.head_dim
         self._check("k", k, width)
         self._check("v", v, width)
         self._limit(cache.capacity)
-        self._append(_Op.STORE_KV, (k, v, cache.keys, cache.values), _cache_integers(cache))
+        self._append(_Op.STORE_KV, (k, v, *cache.arrays), _cache_integers(cache))
 
     def attention(
         self,
@@ -210,7 +210,7 @@ class ProgramBuilder:
         self._limit(cache.capacity)
         integers = (*_cache_integers(cache), heads, window)
         floats = (_finite("scale", scale), _finite("softcap", softcap))
-        self._append(_Op.ATTENTION, (q, cache.keys, cache.values, out), integers, floats)
+        self._append(_Op.ATTENTION, (q, *cache.arrays, out), integers, floats)
 
     def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str) -> None:
         """out = act(gate) · up, or act(gate) without `up`. `out` may be either input."""

@@ -40,6 +40,15 @@ def quantize_activations(x: Array) -> tuple[Array, Array]:
     return np.rint(blocks / safe).reshape(x.shape), d
 
 
+def quantized_cache(x: Array) -> Array:
+    """What a q8_0 KV cache keeps of x [..., C], in blocks of 32: round(x / d) · float16(d), d = max|x| / 127."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    d = np.abs(blocks).max(axis=-1, keepdims=True) / 127
+    codes = np.rint(blocks / np.where(d > 0, d, 1.0))
+    kept: Array = codes * d.astype(np.float16).astype(np.float64)
+    return kept.reshape(x.shape)
+
+
 def rope(x: Array, cos: Array, sin: Array, heads: int, position: int, style: str) -> Array:
     """Rotate pairs of each head by the angles of its position (arXiv 2104.09864 eq. 34); cos, sin
     [capacity, half].

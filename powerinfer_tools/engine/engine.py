@@ -28,7 +28,8 @@ class Engine:
 
     ``mode`` None takes what the file says (a source model is dense). ``device`` "none" computes everything in
     the C kernels; "cpu" and "cuda" give the hot part of a split file to torch on that device. ``vram`` limits
-    the hot part to that many bytes by moving the split point. ``observed`` counters, one of each layer, are
+    the hot part to that many bytes by moving the split point. ``kv_type`` "q8_0" halves the KV cache, at a
+    small cost in precision. ``observed`` counters, one of each layer, are
     added to by every forward pass of a source model.
     """
 
@@ -43,19 +44,22 @@ class Engine:
         mode: str | None = None,
         device: str = "none",
         vram: int | None = None,
+        kv_type: str = "f16",
         observed: Sequence[LayerCounters] | None = None,
     ) -> None:
+        started = time.perf_counter()
         self.model = model
         self.context = _check_context(model, context)
-        require_memory(model, self.context, available_ram_bytes())
+        require_memory(model, self.context, kv_type, available_ram_bytes())
         self._pool = Pool(threads, isa)
         batch = max(1, min(batch, self.context))
-        options = StackOptions(batch, self.context, mode, device, vram, observed)
+        options = StackOptions(batch, self.context, mode, device, vram, kv_type, observed)
         self._stack = LayerStack(model, self._pool, options)
         self._head = Head(model, self._pool, self._stack.head_matrix)
         self._batch, self._position = batch, 0
         self._prompt_tokens = self._decode_tokens = self._decoded_cache_bytes = 0
         self._prompt_seconds = self._decode_seconds = 0.0
+        self._load_seconds = time.perf_counter() - started
 
     @property
     def position(self) -> int:
@@ -158,6 +162,8 @@ class Engine:
             bytes_per_token=stack.weight_bytes_per_token() + cache_bytes,
             density=stack.density(),
             timings=timings,
+            kv_type=stack.kv_type,
+            load_seconds=self._load_seconds,
             memory=Memory(
                 weights=stack.weight_bytes,
                 kv_cache=stack.cache_nbytes,

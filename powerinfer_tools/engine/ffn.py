@@ -86,9 +86,7 @@ def _check_mode(model: Model, asked: str) -> None:
                 )
 
 
-def load_cold_ffn(
-    model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int
-) -> ColdFFN:
+def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int) -> ColdFFN:
     """Lay out layer ``index`` without its first ``hot_neurons`` neurons, which the hot device computes, for
     up to ``tokens`` tokens at a time."""
     ffn = model.layers[index].ffn

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder
+from powerinfer_kernels import KernelError, KVCache, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.blocks import BlockWriter, pack
 from powerinfer_tools.engine.buffers import allocate
 from powerinfer_tools.engine.ffn import ColdFFN, layer_modes, load_cold_ffn
+from powerinfer_tools.engine.memory import kv_bytes_per_position
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.rotary import layer_tables
 from powerinfer_tools.errors import ModelError
@@ -32,6 +33,7 @@ class StackOptions:
     mode: str | None
     device: str
     vram: int | None
+    kv_type: str = "f16"
     observed: Sequence[LayerCounters] | None = None
 
 
@@ -55,7 +57,7 @@ class LayerStack:
         self._buffers = allocate(
             model.hyper, options.batch, hot=self._hot is not None, predicted="predicted" in self._modes
         )
-        self._caches = self._allocate_caches(options.context)
+        self._caches = self._allocate_caches(options.context, options.kv_type)
         builder = ProgramBuilder(options.batch)
         self._writer = BlockWriter(model, pool, builder, self._buffers)
         self._tables = layer_tables(model.hyper, options.context, model.rope_factors)
@@ -82,6 +84,11 @@ class LayerStack:
     def mode(self) -> str:
         """The mode of every layer, or "mixed"."""
         return self._modes[0] if len(set(self._modes)) == 1 else "mixed"
+
+    @property
+    def kv_type(self) -> str:
+        """What the KV cache holds: "f16" or "q8_0"."""
+        return self._caches[0].kind
 
     @property
     def cache_nbytes(self) -> int:
@@ -123,9 +130,9 @@ class LayerStack:
     def cache_bytes_read(self, position: int) -> int:
         """Bytes of KV cache that decoding at ``position`` reads."""
         hyper = self.model.hyper
-        per_token = 2 * 2 * hyper.kv_width
+        per_position = kv_bytes_per_position(hyper, self.kv_type)
         windows = (hyper.window if local else position for local in hyper.local_layers)
-        return sum(per_token * min(position, window) for window in windows)
+        return round(sum(per_position * min(position, window) for window in windows))
 
     def weight_bytes_per_token(self) -> float:
         """Mean bytes of weights that one decoded token touches, with the density seen so far."""
@@ -152,15 +159,17 @@ class LayerStack:
         if self._hot:
             self._hot.close()
 
-    def _allocate_caches(self, context: int) -> list[KVCache]:
+    def _allocate_caches(self, context: int, kind: str) -> list[KVCache]:
         hyper = self.model.hyper
         try:
-            return [KVCache(context, hyper.kv_heads, hyper.head_dim) for _ in range(hyper.layers)]
+            return [KVCache(context, hyper.kv_heads, hyper.head_dim, kind) for _ in range(hyper.layers)]
         except MemoryError:
-            size = 4 * context * hyper.kv_width * hyper.layers
+            size = round(context * kv_bytes_per_position(hyper, kind) * hyper.layers)
             raise ModelError(
                 f"no memory for a KV cache of {size} bytes; ask for a shorter context (-c)"
             ) from None
+        except KernelError as error:
+            raise ModelError(f"{self.model.path}: {error}") from None
 
     def _write(self) -> None:
         self._writer.embed(self.model.embedding)

@@ -25,7 +25,7 @@ class EngineReport:
 
     ``bytes_per_token`` is the mean number of bytes of weights and KV cache that one decoded token had to
     touch; ``density`` the mean share of FFN neurons computed; ``timings`` seconds by part ("attention",
-    "ffn", …).
+    "ffn", …); ``load_seconds`` the time to lay the weights out for the kernels and allocate.
     """
 
     mode: str
@@ -40,6 +40,8 @@ class EngineReport:
     density: float
     timings: dict[str, float]
     memory: Memory
+    kv_type: str
+    load_seconds: float
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -69,6 +71,8 @@ class EngineReport:
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "bytes_per_token": self.bytes_per_token,
             "density": self.density,
+            "kv_type": self.kv_type,
+            "load_seconds": self.load_seconds,
             "timings": self.timings,
             "memory": vars(self.memory) | {"total": self.memory.total},
         }

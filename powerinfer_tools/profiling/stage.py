@@ -102,9 +102,7 @@ class _Run:
         """Count everything that is still to be counted."""
         self._resume()
         # Tokenising first costs a few seconds per million tokens, and gives the progress bar its end.
-        windows = self._limited(
-            corpus_windows(self.files, self.tokenizer, self.window, self.progress)
-        )
+        windows = self._limited(corpus_windows(self.files, self.tokenizer, self.window, self.progress))
         pending = list(islice(windows, self.done, None))
         if not pending and not self.tally.tokens:
             raise CorpusError("the corpus holds no text; nothing was written")

@@ -102,6 +102,8 @@ def test_buffers_refuse() -> None:
         lambda: KVCache(8, 1, 3),
         lambda: KVCache(8, 1, 514),
         lambda: KVCache(0, 1, 4),
+        lambda: KVCache(8, 1, 48, "q8_0"),
+        lambda: KVCache(8, 1, 64, "q4_0"),
         lambda: RowMatrix(np.zeros(30, np.uint8), RowType.F32, 2, 4),
         lambda: RowMatrix(np.zeros(64, np.uint8), RowType.F32, 2, 4, stride=8),
         lambda: RowMatrix(np.zeros(65, np.uint8)[1:], RowType.F32, 2, 4),

@@ -173,15 +173,24 @@ def test_token_ids_are_checked_before_memory_is_read(token: int) -> None:
 
 
 def attend(
-    heads: int, kv_heads: int, dim: int, runs: list[int], isa: str, threads: int, **options: Any
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    runs: list[int],
+    isa: str,
+    threads: int,
+    kind: str = "f16",
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Outputs of `sum(runs)` tokens processed run by run, and what went in. Slots not yet written hold
     NaN."""
     rng = np.random.default_rng(dim)
     total, longest = sum(runs), max(runs)
     q, k, v = (rng.standard_normal((total, n, dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
-    cache = KVCache(total + 3, kv_heads, dim)
-    cache.keys[:] = cache.values[:] = 0x7E00
+    cache = KVCache(total + 3, kv_heads, dim, kind)
+    for array in cache.arrays:
+        if array is not None and array.dtype == np.uint16:
+            array[:] = 0x7E00
     ins = [aligned((longest, n * dim), np.float32) for n in (heads, kv_heads, kv_heads)]
     out = aligned((longest, heads * dim), np.float32)
     builder = ProgramBuilder(longest)
@@ -224,11 +233,55 @@ def test_attention(heads: int, kv_heads: int, dim: int, options: dict[str, Any])
             np.testing.assert_array_equal(got.view(np.uint32), base.view(np.uint32))
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "options"),
+    [
+        (1, 1, 32, {}),
+        (9, 3, 64, {}),
+        (4, 2, 96, {"window": 17, "softcap": 3.0}),
+        (2, 1, 512, {}),
+    ],
+)
+def test_attention_over_a_q8_0_cache(heads: int, kv_heads: int, dim: int, options: dict[str, Any]) -> None:
+    """As for f16, beside the reference over what such a cache keeps. A code may differ by one from the
+    reference's where x / d lies at a half: in keys that moves a score by d · |q|, in values a sum by d."""
+    base, q, k, v = attend(heads, kv_heads, dim, [35], available_isas()[0], 1, "q8_0", **options)
+    kept = [reference.quantized_cache(a.astype(np.float64)) for a in (k, v)]
+    for original, stored in zip((k, v), kept, strict=True):
+        step = np.abs(original).max() / 127
+        assert np.abs(original - stored).max() <= 0.57 * step  # half a step, and 127 steps' change of d
+    want = reference.attention(q.astype(np.float64), *kept, 0.3, 0, **options).reshape(35, -1)
+    score_error = 0.3 * dim * EPS * np.abs(q).max() * np.abs(k).max() * np.sqrt(dim)
+    assert np.abs(base - want).max() <= (2 * score_error + 60 * EPS) * np.abs(v).max()
+    for isa in available_isas():
+        for runs, threads in (([35], 2), ([1] * 35, 1), ([7, 16, 12], 3), ([34, 1], 2)):
+            got, *_ = attend(heads, kv_heads, dim, runs, isa, threads, "q8_0", **options)
+            np.testing.assert_array_equal(got.view(np.uint32), base.view(np.uint32))
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_a_q8_0_cache_shows_what_is_not_finite_and_keeps_zeros(isa: str) -> None:
+    cache = KVCache(16, 1, 96, "q8_0")
+    k, v = np.zeros((1, 96), np.float32), np.zeros((1, 96), np.float32)
+    k[0, 3], k[0, 40:] = np.nan, 1e-9
+    v[0, 3], v[0, 40] = np.inf, 1.0
+    builder = ProgramBuilder(1)
+    builder.store_kv(filled(k), filled(v), cache)
+    with Pool(1, isa) as pool:
+        builder.build().run(pool, 0, 1, 1, 5)
+    keys, values, key_scales, value_scales = cache.arrays
+    np.testing.assert_array_equal(np.isnan(key_scales.view(np.float16)[0, 0, :, 5]), [True, False, False])
+    np.testing.assert_array_equal(np.isnan(value_scales.view(np.float16)[0, 5]), [True, False, False])
+    assert not keys[0, 0, :, 5].any()
+    assert not key_scales[0, 0, 1:, 5].any()
+    assert values[0, 5].nonzero()[0].tolist() == [40]
+
+
 @pytest.mark.parametrize("kind", ["relu", "relu2", "drelu"])
 @pytest.mark.parametrize(
     "row_type",
     [t for t in RowType if t not in (RowType.F16, RowType.BF16, RowType.Q5_0)],
-    ids=lambda t: t.name
+    ids=lambda t: t.name,
 )
 def test_gate_first_has_the_bits_of_dense_and_skips(kind: str, row_type: RowType) -> None:
     """Neurons 0 … 9 are inactive for all tokens, and their up and down rows are poisoned for gate-first."""

@@ -16,9 +16,7 @@ from powerinfer_formats.plan import (
 from powerinfer_formats.profile import Profile
 
 
-def plan_for(
-    profile: Profile, hot: Sequence[int], *, mode: str = "dense", group: int, width: int
-) -> Plan:
+def plan_for(profile: Profile, hot: Sequence[int], *, mode: str = "dense", group: int, width: int) -> Plan:
     """A plan that places ``hot[i]`` neurons of layer i on the hot device."""
     layers = tuple(
         LayerPlan(

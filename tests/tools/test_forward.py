@@ -1,5 +1,6 @@
 """The engine's forward pass against ``transformers`` and the float64 reference, per family and row type."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,27 @@ def test_full_context_is_refused_and_changes_nothing(plain: TinyModel) -> None:
     engine.close()
 
 
+def test_a_q8_0_cache_needs_whole_blocks_and_takes_half(plain: TinyModel, tmp_path: Path) -> None:
+    """Heads of 32 values run and stay near the f16 cache's logits; others are refused."""
+    spec = dataclasses.replace(plain.spec, head_dim=32)
+    path = make_tiny_model(tmp_path, spec).path
+    tokens = list(range(1, 21))
+    reports, logits = [], []
+    for kv_type in ("f16", "q8_0"):
+        engine = Engine(load_model(path), threads=1, kv_type=kv_type)
+        logits.append(engine.prefill(tokens).copy())
+        reports.append(engine.report())
+        engine.close()
+    assert [report.kv_type for report in reports] == ["f16", "q8_0"]
+    assert reports[1].memory.kv_cache == reports[0].memory.kv_cache * 17 // 32
+    assert reports[1].load_seconds > 0
+    difference = np.abs(logits[0] - logits[1]).max()
+    assert 0 < difference < 0.05 * np.abs(logits[0]).max()
+    if plain.spec.head_dim % 32:
+        with pytest.raises(ModelError, match="multiple of 32 values"):
+            Engine(load_model(plain.path), threads=1, kv_type="q8_0")
+
+
 def test_token_outside_the_vocabulary(plain: TinyModel) -> None:
     engine = Engine(load_model(plain.path), threads=1)
     for token in (-1, engine.vocabulary, 1 << 40):
@@ -148,7 +170,7 @@ def test_report_counts_what_was_done(plain: TinyModel) -> None:
 
 def test_too_little_memory_is_told_with_the_numbers(plain: TinyModel) -> None:
     model = load_model(plain.path)
-    require_memory(model, 64, 0)
-    require_memory(model, 64, 1 << 40)
+    require_memory(model, 64, "f16", 0)
+    require_memory(model, 64, "f16", 1 << 40)
     with pytest.raises(ModelError, match=r"MiB of weights .* for a context of 64 .* 1 MiB of memory"):
-        require_memory(model, 64, 1 << 20)
+        require_memory(model, 64, "f16", 1 << 20)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.hardware import FFNCurve
 from powerinfer_kernels import (
     Activations,
     Bundle,
@@ -33,13 +34,26 @@ from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.synthetic.random_blocks import random_rows
 
 Floats = npt.NDArray[np.float32]
+_Case = tuple[str, float]
+_Times = dict[_Case, list[float]]
 #: Modes with a speed-up to measure.
 SPARSE_MODES = ("predicted", "gate-first")
+#: Densities of a curve.
+CURVE_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 #: Distinct rows; more only repeat them, which no cache can tell from different ones.
 _PATTERN_ROWS = 64
 #: Bytes of one layout of the weights: beyond what caches of this size of machine hold.
 _DEFEAT_CACHES = 640 << 20
 _SEED = 1
+
+
+@dataclass(frozen=True)
+class FFNShape:
+    """``types`` are those of gate, up and down rows."""
+
+    width: int
+    neurons: int
+    types: tuple[RowType, RowType, RowType]
 
 
 @dataclass(frozen=True)
@@ -100,24 +114,51 @@ def bench_ffn(
     when rows of ``width`` do not fit the type.
     """
     progress = progress or Silent()
-    layers = _Layers(pool, width, neurons, row_type)
+    layers = _Layers(pool, FFNShape(width, neurons, (row_type,) * 3), "dense")
     cases = [("dense", 1.0), *((mode, density) for mode in SPARSE_MODES for density in densities)]
-    times: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
-    for case in cases:  # the first pass brings pages and threads in
-        layers.seconds(*case)
     progress.start("ffn", None, "passes")
-    deadline = time.perf_counter() + seconds
-    while len(times["dense", 1.0]) < 3 or time.perf_counter() < deadline:
-        for case in cases:
-            times[case].append(layers.seconds(*case))
-        progress.advance(len(cases))
+    times = _interleaved(layers, cases, seconds, progress)
     progress.finish()
     return [_row(pool, layers, case, times) for case in cases]
 
 
-def _row(
-    pool: Pool, layers: "_Layers", case: tuple[str, float], times: dict[tuple[str, float], list[float]]
-) -> FFNRow:
+def ffn_curve(pool: Pool, shape: FFNShape, seconds: float = 4.0) -> FFNCurve:
+    """What the cold side of a split file reaches on FFNs of ``shape``, measured for about ``seconds``.
+
+    Raises HardwareError when there is not enough memory.
+    """
+    layers = _Layers(pool, shape, "dense-rows")
+    cases = [(mode, density) for mode in SPARSE_MODES for density in CURVE_DENSITIES]
+    times = _interleaved(layers, [("dense-rows", 1.0), *cases], seconds, Silent())
+    rates = {case: layers.touched(*case) / median(times[case]) for case in times}
+    gate, up, down = (kind.name for kind in shape.types)
+    return FFNCurve(
+        width=shape.width,
+        neurons=shape.neurons,
+        gate_type=gate,
+        up_type=up,
+        down_type=down,
+        dense_bytes_per_s=rates["dense-rows", 1.0],
+        densities=CURVE_DENSITIES,
+        gate_first_bytes_per_s=tuple(rates["gate-first", density] for density in CURVE_DENSITIES),
+        predicted_bytes_per_s=tuple(rates["predicted", density] for density in CURVE_DENSITIES),
+    )
+
+
+def _interleaved(layers: "_Layers", cases: list[_Case], seconds: float, progress: Progress) -> _Times:
+    """Times of all cases, one after the other again and again for ``seconds``, at least three times."""
+    times: _Times = {case: [] for case in cases}
+    for case in cases:  # the first pass brings pages and threads in
+        layers.seconds(*case)
+    deadline = time.perf_counter() + seconds
+    while len(times[cases[0]]) < 3 or time.perf_counter() < deadline:
+        for case in cases:
+            times[case].append(layers.seconds(*case))
+        progress.advance(len(cases))
+    return times
+
+
+def _row(pool: Pool, layers: "_Layers", case: _Case, times: _Times) -> FFNRow:
     ratios = [dense / mine for dense, mine in zip(times["dense", 1.0], times[case], strict=True)]
     seconds = median(times[case])
     return FFNRow(
@@ -135,14 +176,19 @@ def _row(
 
 class _Layers:
     """Equal FFNs in every layout, and one program per mode that runs all of them, as decoding would: threads
-    that sleep between layers would have to be woken for each."""
+    that sleep between layers would have to be woken for each.
 
-    def __init__(self, pool: Pool, width: int, neurons: int, row_type: RowType) -> None:
-        self._pool, self._width, self._neurons = pool, width, neurons
-        self._row = row_bytes(row_type, width)
-        layer_bytes = 3 * neurons * self._row
+    ``dense`` names the dense form: "dense" as a source model has it, "dense-rows" as a split file has it.
+    """
+
+    def __init__(self, pool: Pool, shape: FFNShape, dense: str) -> None:
+        self._pool, self._width, self._neurons = pool, shape.width, shape.neurons
+        width, neurons = shape.width, shape.neurons
+        self._row_bytes = [row_bytes(kind, width) for kind in shape.types]
+        layer_bytes = neurons * sum(self._row_bytes)
         self._count = max(2, -(-_DEFEAT_CACHES // layer_bytes))
         _require_memory(self._count * layer_bytes * 8 // 3)
+        self._dense_form = dense
         self._random = np.random.default_rng(_SEED)
         self._x = aligned((1, width), np.float32)
         self._x[:] = self._random.standard_normal(width)
@@ -150,13 +196,13 @@ class _Layers:
         self._acts_hidden = Activations(1, neurons)
         self._buffers = [aligned((1, neurons), np.float32) for _ in range(3)]
         self._selects = [aligned((1, neurons), np.float32) for _ in range(self._count)]
-        self._programs = self._write(row_type)
+        self._programs = self._write(shape.types)
 
     def touched(self, mode: str, density: float) -> float:
         """Bytes of weights that one token reads in one layer."""
-        part = self._neurons * self._row
-        always = {"dense": 3, "gate-first": 1, "predicted": 0}[mode]
-        return part * (always + (3 - always) * density)
+        rows = {"gate-first": 1, "predicted": 0}.get(mode, 3)
+        always, skippable = sum(self._row_bytes[:rows]), sum(self._row_bytes[rows:])
+        return self._neurons * (always + skippable * density)
 
     def seconds(self, mode: str, density: float) -> float:
         """Mean seconds of a layer: one pass over all of them, with other active neurons in each."""
@@ -169,22 +215,24 @@ class _Layers:
         program.run(self._pool, 0, program.operations, 1, 0)
         return (time.perf_counter() - started) / self._count
 
-    def _write(self, row_type: RowType) -> dict[str, Program]:
-        gate, up = self._rows(row_type, positive=True), self._rows(row_type)
-        down_columns = random_rows(self._random, row_type.name, _PATTERN_ROWS, self._neurons)
-        down_columns = np.resize(down_columns, (self._width, down_columns.shape[1]))
-        down = (self._rows(row_type), row_type)
+    def _write(self, types: tuple[RowType, RowType, RowType]) -> dict[str, Program]:
+        gate_type, up_type, down_type = types
+        gate, up = self._rows(gate_type, positive=True), self._rows(up_type)
+        down = (self._rows(down_type), down_type)
         size = (self._neurons, self._width)
-        builders = {mode: ProgramBuilder(1) for mode in ("dense", *SPARSE_MODES)}
+        builders = {mode: ProgramBuilder(1) for mode in (self._dense_form, *SPARSE_MODES)}
         for select in self._selects:
             for builder in builders.values():
                 builder.quantize(self._x, self._acts)
-            gate_matrix = Matrix.pack(self._pool, gate, row_type, *size)
-            up_matrix = Matrix.pack(self._pool, up, row_type, *size)
-            down_matrix = Matrix.pack(self._pool, down_columns, row_type, self._width, self._neurons)
-            pair = Bundle.pack(self._pool, *size, up=(up, row_type), down=down)
-            whole = Bundle.pack(self._pool, *size, gate=(gate, row_type), up=(up, row_type), down=down)
-            self._dense(builders["dense"], gate_matrix, up_matrix, down_matrix)
+            gate_matrix = Matrix.pack(self._pool, gate, gate_type, *size)
+            up_matrix = Matrix.pack(self._pool, up, up_type, *size)
+            pair = Bundle.pack(self._pool, *size, up=(up, up_type), down=down)
+            whole = Bundle.pack(self._pool, *size, gate=(gate, gate_type), up=(up, up_type), down=down)
+            if self._dense_form == "dense":
+                self._dense(builders["dense"], gate_matrix, up_matrix, self._columns(down_type))
+            else:
+                rows = Bundle.pack(self._pool, *size, down=down)
+                self._dense_rows(builders["dense-rows"], gate_matrix, up_matrix, rows)
             self._gate_first(builders["gate-first"], select, gate_matrix, pair)
             self._predicted(builders["predicted"], select, whole)
         return {mode: builder.build() for mode, builder in builders.items()}
@@ -197,6 +245,19 @@ class _Layers:
             products = dequantize(rows, row_type, len(rows), self._width) @ self._x[0]
             rows = rows[products > 0.1 * np.abs(products).max()]
         return np.resize(rows[:_PATTERN_ROWS], (self._neurons, rows.shape[1]))
+
+    def _columns(self, row_type: RowType) -> Matrix:
+        """The down projection as rows of the output."""
+        rows = random_rows(self._random, row_type.name, _PATTERN_ROWS, self._neurons)
+        rows = np.resize(rows, (self._width, rows.shape[1]))
+        return Matrix.pack(self._pool, rows, row_type, self._width, self._neurons)
+
+    def _dense_rows(self, builder: ProgramBuilder, gate: Matrix, up: Matrix, down: Bundle) -> None:
+        g, u, _ = self._buffers
+        builder.matmul(gate, self._x, self._acts, g, independent=True)
+        builder.matmul(up, self._x, self._acts, u)
+        builder.activate(g, u, g, "relu")
+        builder.sum_rows(g, down, self._out)
 
     def _dense(self, builder: ProgramBuilder, gate: Matrix, up: Matrix, down: Matrix) -> None:
         g, u, _ = self._buffers

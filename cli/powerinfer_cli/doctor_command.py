@@ -7,17 +7,19 @@ import typer
 
 from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit_json, progress, say
+from powerinfer_cli.files import find_model
 from powerinfer_cli.tables import print_facts
 
 HELP = """Look at this machine: processor, instruction sets, memory, accelerator.
 
-With --measure, measure memory bandwidth (also of scattered reads) and write the hardware profile that plan
-uses.
+With --measure, measure memory bandwidth (also of scattered reads) and the speed of sparse FFNs, and write the
+hardware profile that plan uses. With -m, the FFNs measured are those of the model.
 
 \b
 Examples:
   powerinfer doctor
   powerinfer doctor --measure
+  powerinfer doctor --measure -m model.gguf
 """
 
 
@@ -26,6 +28,15 @@ def command(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure, and write the hardware profile.")
     ] = False,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="FILE",
+            help="Measure FFNs of this source model's shape; may be repeated. Without it: 4096x14336, Q4_0.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -38,9 +49,12 @@ def command(
     common: opt.Common,
 ) -> None:
     """Diagnose this machine."""
+    if model and not measure:
+        raise typer.BadParameter("only --measure looks at a model", param_hint="--model")
+    models = [find_model(path) for path in model or ()]
     from powerinfer_tools.hardware import diagnose
 
-    result = diagnose(measure=measure, threads=common.threads, progress=progress())
+    result = diagnose(measure=measure, models=models, threads=common.threads, progress=progress())
     written = None
     if result.profile is not None:
         from powerinfer_tools.hardware import default_profile_path

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from powerinfer_formats.atomic import write_atomic
+from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.errors import BadDocument, BadField, UnsupportedVersion
 from powerinfer_formats.records import RecordReader, read_text, to_plain
 
@@ -67,13 +68,35 @@ class LinkInfo:
 
 
 @dataclass(frozen=True)
+class FFNCurve:
+    """What the CPU reaches on cold FFNs of one shape: bytes of weights touched per second.
+
+    The types are names of row types as a split file stores them. ``dense_bytes_per_s`` is for all neurons;
+    item i of the others for a share ``densities[i]`` of active neurons, drawn at random: gate-first touches
+    all gate rows and up and down rows of the active neurons, predicted all three rows of those alone.
+    """
+
+    width: int
+    neurons: int
+    gate_type: str
+    up_type: str
+    down_type: str
+    dense_bytes_per_s: float
+    densities: tuple[float, ...]
+    gate_first_bytes_per_s: tuple[float, ...]
+    predicted_bytes_per_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
-    """One machine. ``gpu`` and ``link`` are both there or both None."""
+    """One machine. ``gpu`` and ``link`` are both there or both None; ``ffn`` holds a curve for each shape
+    that was measured."""
 
     machine: MachineInfo
     cpu: CpuInfo
     gpu: GpuInfo | None = None
     link: LinkInfo | None = None
+    ffn: tuple[FFNCurve, ...] = ()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -107,10 +130,15 @@ class HardwareProfile:
         """The file's text."""
         lines = ['format = "powerinfer-hardware"', f"version = {VERSION}"]
         for table, fields in to_plain(self).items():
-            if fields is not None:
-                lines += ["", f"[{table}]"]
-                lines += [f"{key} = {_toml(value)}" for key, value in fields.items()]
+            if isinstance(fields, dict):
+                lines += _table(f"[{table}]", fields)
+            for item in fields if isinstance(fields, list) else ():
+                lines += _table(f"[[{table}]]", item)
         return "\n".join(lines) + "\n"
+
+
+def _table(heading: str, fields: dict[str, Any]) -> list[str]:
+    return ["", heading, *(f"{key} = {_toml(value)}" for key, value in fields.items())]
 
 
 def _toml(value: Any) -> str:
@@ -149,7 +177,20 @@ def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
         _DATE.fullmatch(profile.machine.date) is not None, "machine.date", "is not of the form YYYY-MM-DD"
     )
     positive(profile.cpu, "cpu", "cores", "bandwidth_bytes_per_s", "ram_bytes")
-    _check_curve(profile.cpu, file)
+    cpu = profile.cpu
+    _check_densities("cpu.sparse_densities", cpu.sparse_densities, file)
+    _check_rates(
+        "cpu.sparse_bandwidth_bytes_per_s", cpu.sparse_bandwidth_bytes_per_s, cpu.sparse_densities, file
+    )
+    for index, curve in enumerate(profile.ffn):
+        path = f"ffn[{index}]"
+        positive(curve, path, "width", "neurons", "dense_bytes_per_s")
+        for name in ("gate_type", "up_type", "down_type"):
+            kind = getattr(curve, name)
+            require(kind in TensorType.__members__, f"{path}.{name}", f"is {kind!r}, not a known row type")
+        _check_densities(f"{path}.densities", curve.densities, file)
+        for name in ("gate_first_bytes_per_s", "predicted_bytes_per_s"):
+            _check_rates(f"{path}.{name}", getattr(curve, name), curve.densities, file)
     require(
         (profile.gpu is None) == (profile.link is None), "gpu and link", "go together: one of them is missing"
     )
@@ -160,22 +201,20 @@ def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
         not_negative(profile.link, "link", "latency_seconds")
 
 
-def _check_curve(cpu: CpuInfo, file: str | os.PathLike[str]) -> None:
-    densities, bandwidths = cpu.sparse_densities, cpu.sparse_bandwidth_bytes_per_s
-    if not densities or len(densities) != len(bandwidths):
-        raise BadField(
-            file,
-            f"cpu.sparse_densities has {len(densities)} points and cpu.sparse_bandwidth_bytes_per_s "
-            f"{len(bandwidths)}, expected as many, at least one",
-        )
+def _check_densities(path: str, densities: tuple[float, ...], file: str | os.PathLike[str]) -> None:
+    if not densities:
+        raise BadField(file, f"{path} has no points, expected at least one")
     for index, density in enumerate(densities):
         previous = densities[index - 1] if index else 0.0
         if not previous < density <= 1:
-            raise BadField(
-                file, f"cpu.sparse_densities[{index}] is {density}, expected more than {previous}, up to 1"
-            )
-    for index, bandwidth in enumerate(bandwidths):
-        if bandwidth <= 0:
-            raise BadField(
-                file, f"cpu.sparse_bandwidth_bytes_per_s[{index}] is {bandwidth}, expected more than 0"
-            )
+            raise BadField(file, f"{path}[{index}] is {density}, expected more than {previous}, up to 1")
+
+
+def _check_rates(
+    path: str, rates: tuple[float, ...], densities: tuple[float, ...], file: str | os.PathLike[str]
+) -> None:
+    if len(rates) != len(densities):
+        raise BadField(file, f"{path} has {len(rates)} points for {len(densities)} densities")
+    for index, rate in enumerate(rates):
+        if rate <= 0:
+            raise BadField(file, f"{path}[{index}] is {rate}, expected more than 0")

@@ -41,7 +41,8 @@ def quantize_activations(x: Array) -> tuple[Array, Array]:
 
 
 def quantized_cache(x: Array) -> Array:
-    """What a q8_0 KV cache keeps of x [..., C], in blocks of 32: round(x / d) · float16(d), d = max|x| / 127."""
+    """What a q8_0 KV cache keeps of x [..., C]: round(x / d) · float16(d), d = max|x| / 127 of blocks of
+    32."""
     blocks = x.reshape(*x.shape[:-1], -1, 32)
     d = np.abs(blocks).max(axis=-1, keepdims=True) / 127
     codes = np.rint(blocks / np.where(d > 0, d, 1.0))

@@ -1,15 +1,21 @@
 """What ``powerinfer doctor`` says: this machine in facts, what would be used, and measurements when asked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.block_types import TensorType, row_bytes
+from powerinfer_formats.hardware import FFNCurve, HardwareProfile
 from powerinfer_kernels import Pool, available_isas
 from powerinfer_tools import __version__
 from powerinfer_tools.hardware import detect
 from powerinfer_tools.hardware.store import default_profile_path
 from powerinfer_tools.progress import Progress
+
+if TYPE_CHECKING:
+    from powerinfer_tools.ffn_benchmarking import FFNShape
 
 _GIB = 1 << 30
 #: A figure whose median stays further below its best pass than this was disturbed.
@@ -28,16 +34,23 @@ class Diagnosis:
 
 
 def diagnose(
-    *, measure: bool = False, threads: int | None = None, progress: Progress | None = None
+    *,
+    measure: bool = False,
+    models: Sequence[Path] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Diagnosis:
-    """Describe this machine; with ``measure``, measure it too. Raises HardwareError, KernelError."""
+    """Describe this machine; with ``measure``, measure it too, with curves for the FFNs of ``models`` (source
+    files). Raises HardwareError, KernelError, and for models ModelError, FormatError, PlanError."""
     described = describe_machine(threads)
     if not measure:
         return described
+    from powerinfer_tools.hardware.measure import COMMON_SHAPE
     from powerinfer_tools.hardware.measure import measure as run
 
+    shapes = ffn_shapes(models) or [COMMON_SHAPE]
     with Pool(threads) as pool:
-        measured = run(pool, cuda=described.facts["gpu"] is not None, progress=progress)
+        measured = run(pool, shapes=shapes, cuda=described.facts["gpu"] is not None, progress=progress)
     cpu = measured.profile.cpu
     facts = described.facts | {"measured": measured.profile, "spread": measured.spreads}
     lines = [
@@ -46,6 +59,8 @@ def diagnose(
     ]
     for density, rate in zip(cpu.sparse_densities, cpu.sparse_bandwidth_bytes_per_s, strict=True):
         lines.append((f"rows, density {density:g}", _rate(rate, measured.spreads[f"density {density:g}"])))
+    for curve in measured.profile.ffn:
+        lines += _curve_lines(curve)
     lines += _gpu_lines(measured.profile)
     noisy = [name for name, spread in measured.spreads.items() if spread > _NOISY]
     warnings = list(described.warnings)
@@ -55,6 +70,42 @@ def diagnose(
             "measure again on an idle machine"
         )
     return Diagnosis(facts, lines, warnings, measured.profile)
+
+
+def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
+    """The different FFNs of ``models``, in the row types that a split file would have."""
+    from powerinfer_kernels import RowType
+    from powerinfer_tools.ffn_benchmarking import FFNShape
+    from powerinfer_tools.model import load_model
+    from powerinfer_tools.planning.shapes import neuron_bytes, shape_of_model
+
+    found: dict[FFNShape, None] = {}
+    for path in models:
+        model = load_model(path)
+        try:
+            layers = shape_of_model(model).layers
+        finally:
+            model.close()
+        for layer in layers:
+            gate, up, down = (RowType[name] for name in neuron_bytes(layer).types)
+            found[FFNShape(layer.width, layer.neurons, (gate, up, down))] = None
+    return list(found)
+
+
+def _curve_lines(curve: FFNCurve) -> list[tuple[str, str]]:
+    """Dense speed, and that of the sparse modes as a multiple of it."""
+    types = "/".join((curve.gate_type, curve.up_type, curve.down_type))
+    rows = f"FFN {curve.width}x{curve.neurons}"
+    lines = [(rows, f"{types}: dense {curve.dense_bytes_per_s / 1e9:.1f} GB/s")]
+    gate, up, down = (row_bytes(TensorType[name], curve.width) for name in types.split("/"))
+    points = zip(curve.densities, curve.gate_first_bytes_per_s, curve.predicted_bytes_per_s, strict=True)
+    for density, first, predicted in points:
+        whole = (gate + up + down) / curve.dense_bytes_per_s
+        by_gate = whole * first / (gate + (up + down) * density)
+        by_predictor = whole * predicted / ((gate + up + down) * density)
+        speeds = f"gate-first {by_gate:.2f} x, predicted {by_predictor:.2f} x"
+        lines.append((f"  density {density:g}", speeds))
+    return lines
 
 
 def describe_machine(threads: int | None = None) -> Diagnosis:

@@ -28,6 +28,7 @@ from powerinfer_kernels import (
     row_bytes,
 )
 from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.ffn_benchmarking import FFNShape, ffn_curve
 from powerinfer_tools.hardware import detect
 from powerinfer_tools.progress import Progress, Silent
 
@@ -36,6 +37,8 @@ DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 _WIDTH = 4096
 _UP_TYPE, _DOWN_TYPE = RowType.Q4_0, RowType.Q8_0
 _MOST_BYTES = 256 << 20
+#: The FFN of mistral-7b as Q4_0, in the split file's row types: measured when no model is named.
+COMMON_SHAPE = FFNShape(_WIDTH, 14336, (RowType.Q4_0, RowType.Q4_0, RowType.Q8_0))
 _PATTERN_ROWS = 64
 _REPEATS = 5
 _SEED = 1
@@ -58,9 +61,15 @@ class Measurement:
 
 
 def measure(
-    pool: Pool, seconds: float = 4.0, *, cuda: bool = False, progress: Progress | None = None
+    pool: Pool,
+    seconds: float = 4.0,
+    *,
+    shapes: Sequence[FFNShape] = (COMMON_SHAPE,),
+    cuda: bool = False,
+    progress: Progress | None = None,
 ) -> Measurement:
-    """Measure for about ``seconds`` on the threads of ``pool``; with ``cuda``, the first CUDA device too.
+    """Measure for about ``seconds`` on the threads of ``pool``, and as long again for each of ``shapes``, the
+    FFNs to make curves of; with ``cuda``, the first CUDA device too.
 
     Raises HardwareError when the machine does not tell its memory or cannot spare enough to measure with, and
     when ``cuda`` is asked for without a usable device.
@@ -68,12 +77,16 @@ def measure(
     if not seconds > 0:
         raise HardwareError(f"measuring for {seconds} seconds measures nothing")
     progress = progress or Silent()
-    progress.start("measuring", len(DENSITIES) + 1 + cuda, "figures")
+    progress.start("measuring", len(DENSITIES) + 1 + cuda + len(shapes), "figures")
     nbytes = _buffer_bytes()
     share = seconds / (2 * _REPEATS)
     stream = _figure([read_bandwidth(pool, nbytes, share) for _ in range(_REPEATS)])
     progress.advance(1)
     curve = gathered_curve(pool, nbytes, seconds / 2, progress)
+    curves = []
+    for shape in shapes:
+        curves.append(ffn_curve(pool, shape, seconds))
+        progress.advance(1)
     gpu, link = _measure_cuda(progress) if cuda else (None, None)
     progress.finish()
     profile = HardwareProfile(
@@ -89,6 +102,7 @@ def measure(
         ),
         gpu=gpu,
         link=link,
+        ffn=tuple(curves),
     )
     spreads = {"stream": stream.spread} | {
         f"density {density:g}": figure.spread for density, figure in zip(DENSITIES, curve, strict=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.hardware import FFNCurve
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.planning.memory import Workload, attention_bytes
 from powerinfer_tools.planning.shapes import LayerShape, ModelShape
@@ -42,13 +43,15 @@ class Gpu:
 @dataclass(frozen=True)
 class Machine:
     """A machine as the cost model sees it. ``bandwidth`` is for dense streams; ``curve`` holds (density,
-    bandwidth) points, densities ascending, for gathered rows. ``gpu`` is None without an accelerator."""
+    bandwidth) points, densities ascending, for gathered rows; ``ffn_curves`` are measured on FFNs of single
+    shapes. ``gpu`` is None without an accelerator."""
 
     name: str
     ram_bytes: int
     bandwidth: float
     curve: tuple[tuple[float, float], ...]
     gpu: Gpu | None = None
+    ffn_curves: tuple[FFNCurve, ...] = ()
     _densities: Vector = field(init=False, repr=False, compare=False)
     _bandwidths: Vector = field(init=False, repr=False, compare=False)
 
@@ -73,6 +76,16 @@ class Machine:
         """Bytes per second when a share ``density`` of the rows is read; constant outside the curve's
         points."""
         return np.interp(density, self._densities, self._bandwidths)
+
+    def ffn_curve(self, width: int, types: tuple[str, ...], neurons: int) -> FFNCurve | None:
+        """The curve measured on rows of this width and these types, of the nearest number of neurons; None
+        where there is none."""
+        known = [
+            curve
+            for curve in self.ffn_curves
+            if curve.width == width and (curve.gate_type, curve.up_type, curve.down_type) == types
+        ]
+        return min(known, key=lambda curve: abs(curve.neurons - neurons), default=None)
 
 
 def _check_gpu(gpu: Gpu) -> None:
@@ -129,13 +142,21 @@ def head_seconds(shape: ModelShape, machine: Machine) -> BlockSeconds:
     return BlockSeconds(cpu=nbytes / machine.bandwidth, gpu=on_gpu)
 
 
-def dense_seconds(nbytes: Vector, machine: Machine) -> Vector:
-    """Time of the CPU for ``nbytes`` of cold neurons, all of them computed."""
+def dense_seconds(nbytes: Vector, machine: Machine, curve: FFNCurve | None = None) -> Vector:
+    """Time of the CPU for ``nbytes`` of cold neurons, all of them computed; from the ``curve`` of their shape
+    where there is one."""
+    if curve is not None:
+        return nbytes / curve.dense_bytes_per_s
     return nbytes / machine.gathered_bandwidth(np.ones(1))
 
 
-def gate_first_seconds(always: Vector, skippable: Vector, density: Vector, machine: Machine) -> Vector:
+def gate_first_seconds(
+    always: Vector, skippable: Vector, density: Vector, machine: Machine, curve: FFNCurve | None = None
+) -> Vector:
     """Time of the CPU when ``always`` bytes stream and a share ``density`` of the ``skippable`` bytes is
-    gathered. Every argument [levels]."""
+    gathered; from the ``curve`` of their shape where there is one. Arrays are [levels]."""
+    if curve is not None:
+        rate = np.interp(density, curve.densities, curve.gate_first_bytes_per_s)
+        return (always + skippable * density) / rate
     gathered = skippable * density / machine.gathered_bandwidth(density)
     return always / machine.gathered_bandwidth(np.ones(1)) + gathered

@@ -165,11 +165,12 @@ def _cold(
 ) -> tuple[Vector, Integers]:
     """Seconds of the cold side and the mode (index into MODES) that takes them, [levels]."""
     cold = (layer.neurons - hot).astype(np.float64)
-    dense = costs.dense_seconds(cold * sizes.total, machine)
+    curve = machine.ffn_curve(layer.width, sizes.types, layer.neurons)
+    dense = costs.dense_seconds(cold * sizes.total, machine, curve)
     if not skip:
         return dense, np.zeros(len(hot), dtype=np.int64)
     density = np.clip((active[-1] - active[hot]) / np.maximum(cold, 1.0), 0.0, 1.0)
-    first = costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine)
+    first = costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine, curve)
     return np.minimum(dense, first), (first < dense).astype(np.int64)
 
 

@@ -19,6 +19,7 @@ def machine_of(profile: HardwareProfile) -> Machine:
         bandwidth=share * cpu.bandwidth_bytes_per_s,
         curve=tuple((density, share * bandwidth) for density, bandwidth in points),
         gpu=_gpu(profile, share),
+        ffn_curves=profile.ffn,
     )
 
 

@@ -122,10 +122,12 @@ class ModelShape:
 @dataclass(frozen=True)
 class NeuronBytes:
     """Bytes of one neuron of a layer in memory, the same on both sides. ``always`` is read for every token
-    even when inactive neurons are skipped (the gate row, or the up row of an FFN without gate)."""
+    even when inactive neurons are skipped (the gate row, or the up row of an FFN without gate). ``types``
+    names the row types, in the order gate, up, down."""
 
     total: int
     always: int
+    types: tuple[str, ...] = ()
 
     @property
     def skippable(self) -> int:
@@ -157,9 +159,9 @@ def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> Neur
             f"the down projection cannot be stored as {down.name}: width {layer.width} is not a "
             f"multiple of {block}; choose another --quant"
         )
-    rows = [matrix.row_type for matrix in (layer.gate, layer.up) if matrix is not None]
-    sizes = [row_bytes(row_type, layer.width) for row_type in (*rows, down)]
-    return NeuronBytes(total=sum(sizes), always=sizes[0])
+    types = [*(matrix.row_type for matrix in (layer.gate, layer.up) if matrix is not None), down]
+    sizes = [row_bytes(row_type, layer.width) for row_type in types]
+    return NeuronBytes(sum(sizes), sizes[0], tuple(row_type.name for row_type in types))
 
 
 def shape_of_model(model: "Model") -> ModelShape:

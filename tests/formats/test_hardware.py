@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from powerinfer_formats import errors
-from powerinfer_formats.hardware import CpuInfo, GpuInfo, HardwareProfile, LinkInfo, MachineInfo
+from powerinfer_formats.hardware import CpuInfo, FFNCurve, GpuInfo, HardwareProfile, LinkInfo, MachineInfo
 
 TEXT = """\
 format = "powerinfer-hardware"
@@ -34,6 +34,17 @@ sync_seconds = 1.5e-05
 [link]
 bandwidth_bytes_per_s = 25000000000.0
 latency_seconds = 1e-05
+
+[[ffn]]
+width = 4096
+neurons = 14336
+gate_type = "Q4_0"
+up_type = "Q4_0"
+down_type = "Q8_0"
+dense_bytes_per_s = 30000000000.0
+densities = [0.25, 1.0]
+gate_first_bytes_per_s = [22000000000.0, 28000000000.0]
+predicted_bytes_per_s = [21000000000.0, 27000000000.0]
 """
 
 PROFILE = HardwareProfile(
@@ -41,6 +52,7 @@ PROFILE = HardwareProfile(
     cpu=CpuInfo("a CPU", 8, "avx2", 50e9, 64 << 30, (0.1, 0.5, 1.0), (20e9, 40e9, 50e9)),
     gpu=GpuInfo("a GPU", 24 << 30, 1008e9, 4e-6, 15e-6),
     link=LinkInfo(25e9, 1e-5),
+    ffn=(FFNCurve(4096, 14336, "Q4_0", "Q4_0", "Q8_0", 30e9, (0.25, 1.0), (22e9, 28e9), (21e9, 27e9)),),
 )
 
 
@@ -95,8 +107,14 @@ FAULTS: list[tuple[str, str, type[errors.FormatError], str]] = [
     ("bandwidth_bytes_per_s = 50000000000.0", "bandwidth_bytes_per_s = nan", errors.BadField, "finite"),
     ("bandwidth_bytes_per_s = 50000000000.0", "bandwidth_bytes_per_s = inf", errors.BadField, "finite"),
     ("bandwidth_bytes_per_s = 50000000000.0", 'bandwidth_bytes_per_s = "50"', errors.BadField, "a number"),
-    ("[0.1, 0.5, 1.0]", "[]", errors.BadField, "has 0 points"),
-    ("[0.1, 0.5, 1.0]", "[0.1, 1.0]", errors.BadField, "has 2 points"),
+    ("[0.1, 0.5, 1.0]", "[]", errors.BadField, "sparse_densities has no points"),
+    ("[0.1, 0.5, 1.0]", "[0.1, 1.0]", errors.BadField, "has 3 points for 2 densities"),
+    ("[0.25, 1.0]", "[]", errors.BadField, r"ffn\[0\]\.densities has no points"),
+    ("[0.25, 1.0]", "[1.0, 0.25]", errors.BadField, r"ffn\[0\]\.densities\[1\] is 0\.25"),
+    ("[22000000000.0, ", "[", errors.BadField, r"gate_first_bytes_per_s has 1 points for 2"),
+    ("[21000000000.0, ", "[0.0, ", errors.BadField, r"predicted_bytes_per_s\[0\] is 0\.0"),
+    ('up_type = "Q4_0"', 'up_type = "Q4_9"', errors.BadField, r"up_type is 'Q4_9', not a known"),
+    ("neurons = 14336", "neurons = 0", errors.BadField, r"ffn\[0\]\.neurons is 0"),
     ("[0.1, 0.5, 1.0]", "[0.0, 0.5, 1.0]", errors.BadField, r"sparse_densities\[0\] is 0\.0"),
     ("[0.1, 0.5, 1.0]", "[0.1, 0.1, 1.0]", errors.BadField, r"sparse_densities\[1\] is 0\.1"),
     ("[0.1, 0.5, 1.0]", "[0.1, 0.5, 1.1]", errors.BadField, r"sparse_densities\[2\] is 1\.1"),

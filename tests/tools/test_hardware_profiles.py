@@ -9,7 +9,8 @@ import pytest
 
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.hardware import HardwareProfile
-from powerinfer_kernels import Pool, available_isas
+from powerinfer_kernels import Pool, RowType, available_isas
+from powerinfer_tools import ffn_benchmarking
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.hardware import default_profile_path, describe_machine, detect, find_hardware, measure
 from powerinfer_tools.hardware.presets import PC_HIGH, PC_LOW, PRESETS
@@ -176,14 +177,21 @@ def environment() -> dict[str, str]:
 def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure, "_MOST_BYTES", 16 << 20)
     monkeypatch.setattr(measure, "_REPEATS", 2)
+    monkeypatch.setattr(ffn_benchmarking, "_DEFEAT_CACHES", 1 << 20)
+    types = (RowType.Q4_0, RowType.Q5_0, RowType.Q8_0)
+    shape = ffn_benchmarking.FFNShape(64, 96, types)
     with Pool(1) as pool:
-        measured = measure.measure(pool, 0.05)
+        measured = measure.measure(pool, 0.05, shapes=[shape])
         assert measured.profile.cpu.isa == pool.isa
     profile = measured.profile
     profile.save(tmp_path / "hardware.toml")
     assert HardwareProfile.load(tmp_path / "hardware.toml") == profile
     assert profile.machine.source == "measured"
     assert profile.gpu is None
+    (curve,) = profile.ffn
+    assert (curve.width, curve.neurons) == (64, 96)
+    assert (curve.gate_type, curve.up_type, curve.down_type) == tuple(kind.name for kind in types)
+    assert curve.densities == ffn_benchmarking.CURVE_DENSITIES
     assert set(measured.spreads) == {"stream", *(f"density {d:g}" for d in measure.DENSITIES)}
     assert all(0 <= spread < 1 for spread in measured.spreads.values())
 
@@ -205,7 +213,7 @@ def test_measuring_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with Pool(1) as pool:
         for seconds in (0.0, -1.0, float("nan")):
             with pytest.raises(HardwareError, match="measures nothing"):
-                measure.measure(pool, seconds)
+                measure.measure(pool, seconds, shapes=())
         monkeypatch.setattr(detect, "available_ram_bytes", lambda: 1 << 20)
         with pytest.raises(HardwareError, match="too few to measure with"):
             measure.measure(pool, 0.1)

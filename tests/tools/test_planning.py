@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from plan_cases import machine, shape, skewed_frequencies
 from powerinfer_formats.block_types import TensorType
-from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.hardware import FFNCurve, HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_tools.errors import HardwareError, PlanError
 from powerinfer_tools.hardware.presets import PC_HIGH, PC_LOW, PRESETS
@@ -164,6 +164,31 @@ def test_times_follow_the_formulas() -> None:
         table.seconds,
         table.block_seconds + np.maximum(table.hot_seconds, table.cold_seconds) + table.sync_seconds,
     )
+
+
+def test_a_measured_curve_of_the_shape_takes_the_place_of_the_general_one() -> None:
+    """Rows of the same width and types, the nearest number of neurons; anything else is another shape."""
+    model = shape(1, 128, activation="relu")
+    frequencies = known(model)
+    assert frequencies.layers is not None
+    right = FFNCurve(256, 100, "Q4_1", "Q4_1", "Q8_0", 4e9, (0.1, 1.0), (1e9, 9e9), (1e9, 1e9))
+    others = [
+        replace(right, neurons=1000, dense_bytes_per_s=1.0),
+        replace(right, width=512, dense_bytes_per_s=1.0),
+        replace(right, down_type="Q4_1", dense_bytes_per_s=1.0),
+    ]
+    alone = replace(machine(vram=None), ffn_curves=(*others, right))
+    table = outcome(model, frequencies=frequencies, on=alone).placement.tables[0]
+    active = float(frequencies.layers[0].sum())
+    rate = np.interp(active / 128, right.densities, right.gate_first_bytes_per_s)
+    gate_first = (128 * GATE + active * (UP + DOWN)) / rate
+    assert table.cold_seconds[0] == pytest.approx(min(gate_first, 128 * NEURON / 4e9), rel=1e-12)
+    unknown = replace(alone, ffn_curves=tuple(others[1:]))
+    cold = [
+        outcome(model, frequencies=frequencies, on=on).placement.tables[0].cold_seconds[0]
+        for on in (unknown, machine(vram=None))
+    ]
+    assert cold[0] == cold[1]
 
 
 def test_smooth_activations_are_never_skipped() -> None:

@@ -157,6 +157,7 @@ def test_a_profile_cut_anywhere_is_refused() -> None:
             cut = HardwareProfile.parse(TEXT[:length], "h.toml")
         except errors.FormatError:
             continue
-        # Cut behind the [cpu] table it is the profile of a machine without a GPU; in its last number, a
+        # Cut behind the [cpu] table it is the profile of a machine without a GPU; behind [link], one without
+        # curves; in the last number of that, a
         # profile with another number; both are whole files.
-        assert cut.gpu is None or replace(cut, link=PROFILE.link) == complete
+        assert cut.gpu is None or replace(cut, link=PROFILE.link, ffn=PROFILE.ffn) == complete

@@ -31,6 +31,9 @@ Examples:
   powerinfer bench --ffn 4096x14336 --type q4_0 --density 0.1,0.3,0.5
 """
 
+#: Row type of synthetic weights.
+_TYPE = "q4_0"
+
 
 def command(
     *,
@@ -64,7 +67,9 @@ def command(
         return
     if synthetic.ffn:
         densities = bench_ffn.parse_densities(synthetic.density or "0.1,0.3,0.5,1.0")
-        bench_ffn.run(synthetic.ffn, synthetic.row_type, densities, common.threads, as_json=common.json)
+        bench_ffn.run(
+            synthetic.ffn, synthetic.row_type or _TYPE, densities, common.threads, as_json=common.json
+        )
         return
     path = made_up_model(synthetic) if synthetic.shape else find_model(model)
     from powerinfer_cli.engines import measured_bandwidth, opened_engine
@@ -98,12 +103,15 @@ def check_choice(model: Path | None, synthetic: opt.Synthetic, mode: opt.Mode) -
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) > 1:
         raise typer.BadParameter(f"choose one of {' and '.join(chosen)}", param_hint=chosen[-1])
-    if synthetic.density is not None and not (synthetic.shape or synthetic.ffn):
-        raise typer.BadParameter("is for --shape and --ffn", param_hint="--density")
-    if synthetic.keep is not None and not synthetic.shape:
-        raise typer.BadParameter("is for --shape", param_hint="--keep")
-    if synthetic.layers is not None and not synthetic.shape:
-        raise typer.BadParameter("is for --shape", param_hint="--layers")
+    for name, value in {"--density": synthetic.density, "--type": synthetic.row_type}.items():
+        if value is not None and not (synthetic.shape or synthetic.ffn):
+            raise typer.BadParameter("is for --shape and --ffn", param_hint=name)
+    of_shape = {"--keep": synthetic.keep, "--layers": synthetic.layers, "--skew": synthetic.skew}
+    for name, given_value in of_shape.items():
+        if given_value is not None and not synthetic.shape:
+            raise typer.BadParameter("is for --shape", param_hint=name)
+    if synthetic.skew is not None and synthetic.density is None:
+        raise typer.BadParameter("needs --density, the mean share that fires", param_hint="--skew")
     if synthetic.shape and synthetic.density is None and mode in ("gate-first", "predicted"):
         raise typer.BadParameter(
             f"{mode} skips neurons: say with --density how many fire, such as 0.1", param_hint="--mode"
@@ -132,9 +140,9 @@ def made_up_model(synthetic: opt.Synthetic) -> Path:
         densities = bench_ffn.parse_densities(synthetic.density)
         if len(densities) > 1:
             raise typer.BadParameter("one share, with --shape", param_hint="--density")
-        sparsity = Sparsity(densities[0], synthetic.skew)
+        sparsity = Sparsity(densities[0], synthetic.skew or 0.0)
     assert synthetic.shape is not None
-    request = Request(synthetic.shape, synthetic.row_type.upper(), synthetic.layers, sparsity)
+    request = Request(synthetic.shape, (synthetic.row_type or _TYPE).upper(), synthetic.layers, sparsity)
     if synthetic.keep is not None:
         say(f"writing {request.name}, random weights, to {synthetic.keep}")
         request.write(synthetic.keep)

@@ -130,11 +130,14 @@ class Synthetic:
         ),
     ] = None
     row_type: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--type", metavar="TYPE", help="Row type of the weights.", rich_help_panel="Synthetic models"
+            "--type",
+            metavar="TYPE",
+            help="Row type of the weights. Without it: q4_0.",
+            rich_help_panel="Synthetic models",
         ),
-    ] = "q4_0"
+    ] = None
     density: Annotated[
         str | None,
         typer.Option(
@@ -145,15 +148,15 @@ class Synthetic:
         ),
     ] = None
     skew: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--skew",
             min=0.0,
             metavar="S",
-            help="How much neurons differ in how often they fire; 0: not at all.",
+            help="How much neurons differ in how often they fire. Without it: 0, not at all.",
             rich_help_panel="Synthetic models",
         ),
-    ] = 0.0
+    ] = None
     layers: Annotated[
         int | None,
         typer.Option(

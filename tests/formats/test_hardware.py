@@ -158,6 +158,5 @@ def test_a_profile_cut_anywhere_is_refused() -> None:
         except errors.FormatError:
             continue
         # Cut behind the [cpu] table it is the profile of a machine without a GPU; behind [link], one without
-        # curves; in the last number of that, a
-        # profile with another number; both are whole files.
+        # curves; in the last number of [link], one with another number; all are whole files.
         assert cut.gpu is None or replace(cut, link=PROFILE.link, ffn=PROFILE.ffn) == complete

@@ -23,6 +23,7 @@ Examples:
   powerinfer plan -m model.gguf --vram 40MiB
   powerinfer plan -m model.gguf --vram 8GiB --ctx 8192 --hardware pc-high
   powerinfer plan --shape relu-llama-2-70b --vram 22GiB --hardware pc-high
+  powerinfer plan --list
 """
 
 
@@ -65,12 +66,18 @@ def command(
         Literal["time", "frequency"],
         typer.Option("--objective", help="Least time per token, or most activity on the accelerator."),
     ] = "time",
+    list_names: Annotated[
+        bool, typer.Option("--list", help="Name the shapes, row types and machines that are known, and end.")
+    ] = False,
     group: Annotated[
         int, typer.Option("--group", min=1, metavar="N", help="Neurons that move together.")
     ] = 64,
     common: opt.Common,
 ) -> None:
     """Plan the placement of a model's neurons."""
+    if list_names:
+        show_names(as_json=common.json)
+        return
     if shape is not None and model is not None:
         raise typer.BadParameter("choose one of --model and --shape", param_hint="--shape")
     source = None if shape is not None else find_model(model)
@@ -109,6 +116,19 @@ def find_profile(named: Path | None, model: Path | None) -> Path | None:
             )
         say(f"using {named}")
     return named
+
+
+def show_names(*, as_json: bool) -> None:
+    """What --shape, --dtype and --hardware take."""
+    from powerinfer_tools.hardware.presets import PRESETS
+    from powerinfer_tools.planning.published import DTYPES, PUBLISHED
+
+    names = {"shapes": list(PUBLISHED), "dtypes": list(DTYPES), "hardware": list(PRESETS)}
+    if as_json:
+        emit_json(names)
+        return
+    for heading, known in names.items():
+        emit(f"{heading}: {', '.join(known)}")
 
 
 def show(plan: "Plan", *, as_json: bool) -> None:

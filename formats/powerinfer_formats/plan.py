@@ -132,7 +132,11 @@ class PlanProvenance:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan; see ``SPEC.md`` for every field."""
+    """A whole plan; see ``SPEC.md`` for every field.
+
+    ``predictions`` holds this plan and other ways to run the model on the same machine; ``sensitivity``
+    tokens per second with better hardware.
+    """
 
     tool_version: str
     model: PlanModel
@@ -147,6 +151,8 @@ class Plan:
     predicted: PlanPrediction
     verdict: str
     provenance: PlanProvenance = field(default=PlanProvenance("none"))
+    predictions: Mapping[str, PlanPrediction] = field(default_factory=dict)
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -221,6 +227,11 @@ def _check(plan: Plan, file: str | os.PathLike[str]) -> None:
         require(unit.bytes >= 0, f"units[{index}].bytes", f"is {unit.bytes}, expected 0 or more")
     require(plan.solver.nodes >= 0, "solver.nodes", f"is {plan.solver.nodes}, expected 0 or more")
     require(plan.predicted.tokens_per_second > 0, "predicted.tokens_per_second", "is not positive")
+    for name, prediction in plan.predictions.items():
+        path = f"predictions.{name}.tokens_per_second"
+        require(prediction.tokens_per_second > 0, path, "is not positive")
+    for name, speed in plan.sensitivity.items():
+        require(speed > 0, f"sensitivity.{name}", "is not positive")
     require(plan.provenance.corpus_tokens >= 0, "provenance.corpus_tokens", "is negative")
 
 

@@ -10,9 +10,8 @@ _MIB = 1 << 20
 
 def render_plan(plan: Plan) -> str:
     """The whole report; frequencies and verdict are sentences, the rest is narrow tables."""
-    return "\n".join(
-        [*_header(plan), "", *_layer_table(plan), "", *_totals(plan), "", *_solver(plan), "", plan.verdict]
-    )
+    parts = [_header(plan), _layer_table(plan), _totals(plan), _beside(plan), _solver(plan), [plan.verdict]]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def layer_rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -95,6 +94,20 @@ def _totals(plan: Plan) -> list[str]:
         f"expected: {predicted.tokens_per_second:.2f} tok/s, ms per token: {parts}",
         f"limited by: {predicted.limited_by}",
     ]
+
+
+def _beside(plan: Plan) -> list[str]:
+    """The plan beside other ways to run the model, and what better hardware would bring."""
+    if not plan.predictions:
+        return []
+    rows = [("same machine, same cost model", "tok/s")]
+    rows += [(name, f"{ours.tokens_per_second:.2f}") for name, ours in plan.predictions.items()]
+    names = {
+        "vram_plus_1_gib": "with 1 GiB more VRAM",
+        "ram_bandwidth_times_1.25": "with CPU memory 1.25 × as fast",
+    }
+    rows += [(names.get(key, key), f"{speed:.2f}") for key, speed in plan.sensitivity.items()]
+    return _columns(rows, left=(0,))
 
 
 def _unit_rows(plan: Plan) -> list[tuple[str, str, str]]:

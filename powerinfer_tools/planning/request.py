@@ -13,6 +13,7 @@ from powerinfer_tools.planning.frequencies import model_frequencies
 from powerinfer_tools.planning.machine import machine_of
 from powerinfer_tools.planning.plan_file import plan_of
 from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.planning.predictions import predictions, sensitivity
 from powerinfer_tools.planning.published import published_shape
 from powerinfer_tools.planning.shapes import ModelShape, shape_of_model
 
@@ -68,7 +69,8 @@ def make_plan(
 ) -> Plan:
     """Place ``shape`` on ``hardware``. Equal inputs give equal plans, byte for byte. Raises PlanError."""
     outcome = outcome_of(shape, profile, hardware, budgets, options)
-    return plan_of(outcome, hardware, profile)
+    better = sensitivity(shape, outcome.frequencies, outcome.machine, budgets, options)
+    return replace(plan_of(outcome, hardware, profile), predictions=predictions(outcome), sensitivity=better)
 
 
 def outcome_of(

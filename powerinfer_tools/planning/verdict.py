@@ -22,10 +22,15 @@ def time_parts(outcome: Outcome) -> dict[str, float]:
 
 def limited_by(outcome: Outcome) -> str:
     """The part that takes most of the time, and the resource behind it."""
-    parts = time_parts(outcome)
-    name = max(parts, key=lambda part: parts[part])
     tables, choice = outcome.placement.tables, outcome.placement.solution.choice
-    moved = any(table.block_hot[k] for table, k in zip(tables, choice, strict=True))
+    moved = any(bool(table.block_hot[k]) for table, k in zip(tables, choice, strict=True))
+    return limit_of(time_parts(outcome), moved=moved)
+
+
+def limit_of(parts: dict[str, float], *, moved: bool) -> str:
+    """The largest of ``parts`` (as of :func:`time_parts`) in words; ``moved``: whether blocks besides FFNs
+    are on the accelerator."""
+    name = max(parts, key=lambda part: parts[part])
     side = "both sides' memory bandwidth" if moved else "CPU memory bandwidth"
     reasons = {
         "attention": f"{side} (attention and KV cache)",

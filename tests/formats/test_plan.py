@@ -39,6 +39,8 @@ PLAN = Plan(
     predicted=PlanPrediction(1428.5, "CPU memory bandwidth", {"attention": 2e-4}),
     verdict="fits",
     provenance=PlanProvenance("profile", ("cd" * 32,), 1000),
+    predictions={"cpu": PlanPrediction(700.0, "CPU memory bandwidth", {"total": 1e-3})},
+    sensitivity={"vram_plus_1_gib": 1500.0},
 )
 
 
@@ -141,6 +143,12 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], None], type[errors.FormatError], s
     (edited("solver", "greedy", "layers", value="x"), errors.BadField, r"solver\.greedy\.layers is 'x'"),
     (edited("predicted", "tokens_per_second", value=0), errors.BadField, "tokens_per_second is not positive"),
     (edited("predicted", "tokens_per_second", value=10**400), errors.BadField, "larger than any number"),
+    (
+        edited("predictions", "cpu", "tokens_per_second", value=0.0),
+        errors.BadField,
+        r"predictions\.cpu\.tokens_per_second is not positive",
+    ),
+    (edited("sensitivity", "vram_plus_1_gib", value=-1.0), errors.BadField, "vram_plus_1_gib is not pos"),
     (edited("provenance", "corpus_hashes", value=[1]), errors.BadField, r"corpus_hashes\[0\] is 1"),
 ]
 

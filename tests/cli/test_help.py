@@ -1,6 +1,7 @@
 """Help: there for every command, with examples, in the documentation, and quick because little is loaded."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_no_command_shows_help_and_is_a_usage_error(powerinfer: Command) -> None
     ended = powerinfer()
     assert ended.code == 2
     assert "Commands:" in ended.out + ended.err
+
+
+def test_plan_names_what_it_knows(powerinfer: Command) -> None:
+    assert "hardware: pc-high, pc-low" in powerinfer("plan", "--list").out
+    names = json.loads(powerinfer("plan", "--list", "--json").out)
+    assert {"opt-30b", "llama-2-70b", "bamboo-7b"} <= set(names["shapes"])
+    assert {"f16", "q4_0"} <= set(names["dtypes"])
 
 
 def test_version(powerinfer: Command) -> None:

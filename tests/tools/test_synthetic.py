@@ -161,15 +161,19 @@ def test_ffn_rows(row_type: RowType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ffn_of_every_neuron_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All neurons selected: predicted and gate-first do the whole FFN, of the same rows."""
+    """All neurons selected, all of them active: predicted has the bits of a split file's dense form."""
     monkeypatch.setattr(ffn_benchmarking, "_DEFEAT_CACHES", 1 << 20)
+    shape = ffn_benchmarking.FFNShape(256, 512, (RowType.Q8_0, RowType.Q6_K, RowType.Q8_0))
     with Pool(1) as pool:
-        layers = ffn_benchmarking._Layers(pool, 256, 512, RowType.Q8_0)
+        layers = ffn_benchmarking._Layers(pool, shape, "dense-rows")
         layers.seconds("predicted", 1.0)
         predicted = layers._out.copy()
         layers.seconds("gate-first", 1.0)
+        assert (layers._out != predicted).any()  # there the drawn values take the place of the gate
+        layers.seconds("dense-rows", 1.0)
         assert np.abs(predicted).max() > 0
-        assert layers.touched("predicted", 0.5) == layers.touched("dense", 1.0) / 2
+        np.testing.assert_array_equal(layers._out.view(np.uint32), predicted.view(np.uint32))
+        assert layers.touched("predicted", 0.5) == layers.touched("dense-rows", 1.0) / 2
 
 
 def test_ffn_that_does_not_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from powerinfer_cli.grouped import flattened
 from powerinfer_cli.help import HelpfulCommand, HelpfulGroup, first_line
 
 # In the order in which they are used; command NAME is in the module NAME_command.
-COMMANDS = ("profile", "plan", "convert", "run", "eval", "bench", "inspect", "doctor")
+COMMANDS = ("profile", "plan", "convert", "run", "eval", "bench", "inspect", "doctor", "relufy")
 
 ABOUT = """Fast, exact and measured inference of local language models on a CPU and an accelerator.
 
@@ -47,7 +47,9 @@ def create_app(names: tuple[str, ...] = COMMANDS) -> typer.Typer:
             app.add_typer(module.subcommands(), name=name)
         else:
             settings = {"short_help": first_line(module.command.__doc__), "help": module.HELP}
-            app.command(name, cls=HelpfulCommand, **settings)(guarded(flattened(module.command)))
+            app.command(name, cls=getattr(module, "CLASS", HelpfulCommand), **settings)(
+                guarded(flattened(module.command))
+            )
     return app
 
 

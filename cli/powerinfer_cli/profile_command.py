@@ -1,16 +1,17 @@
 """``powerinfer profile``: count what each neuron contributes while the model reads a corpus."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from powerinfer_cli import options as opt
 from powerinfer_cli.boundary import guarded
 from powerinfer_cli.console import emit, emit_json, progress, say
+from powerinfer_cli.corpus_option import CorpusGroup
 from powerinfer_cli.files import PROFILE_SUFFIX, find_model, output_file
 from powerinfer_cli.grouped import flattened
-from powerinfer_cli.help import HelpfulCommand, HelpfulGroup
+from powerinfer_cli.help import HelpfulCommand
 
 if TYPE_CHECKING:
     from powerinfer_formats.profile import Profile
@@ -33,29 +34,6 @@ MERGE_HELP = """Merge profiles of the same model into one, as if it had read all
 Example:
   powerinfer profile merge a.safetensors b.safetensors -o model.profile.safetensors
 """
-
-
-class ProfileGroup(HelpfulGroup):
-    """``profile`` itself is a command; ``--corpus`` takes every word up to the next option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat ``--corpus`` before each of its words, which is how the parser knows lists."""
-        return super().parse_args(ctx, spread(args, "--corpus"))
-
-
-def spread(arguments: list[str], option: str) -> list[str]:
-    """``--x a b`` as ``--x a --x b``: what follows ``option`` up to the next option belongs to it."""
-    result: list[str] = []
-    inside = False
-    for index, word in enumerate(arguments):
-        if word.startswith("-") and len(word) > 1:
-            inside = word == option
-            result.append(word)
-        elif inside and arguments[index - 1] != option:
-            result += [option, word]
-        else:
-            result.append(word)
-    return result
 
 
 def profile(
@@ -148,7 +126,7 @@ def show(result: "Profile", path: Path, *, as_json: bool) -> None:
 
 def subcommands() -> typer.Typer:
     """``profile`` with its subcommand ``merge``."""
-    app = typer.Typer(cls=ProfileGroup, help=HELP, invoke_without_command=True, rich_markup_mode=None)
+    app = typer.Typer(cls=CorpusGroup, help=HELP, invoke_without_command=True, rich_markup_mode=None)
     app.callback()(guarded(flattened(profile)))
     app.command("merge", cls=HelpfulCommand, help=MERGE_HELP)(guarded(flattened(merge)))
     return app

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from powerinfer_cli.console import LineProgress, emit_json, plain, printable, say
-from powerinfer_cli.profile_command import spread
+from powerinfer_cli.corpus_option import spread
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""The relufied model as a GGUF file: the source with other FFN weights and a note of its activation."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from powerinfer_formats.gguf_layout import DEFAULT_ALIGNMENT
+from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_formats.split_layout import source_names
+from powerinfer_kernels import RowType, block_shape, dequantize, quantize
+from powerinfer_tools.errors import ConvertError
+from powerinfer_tools.model import DenseFFN, Model, Weight
+from powerinfer_tools.relufication.options import RelufyOptions
+from powerinfer_tools.relufication.student import Student
+
+#: What the trained FFN weights can be written as.
+FFN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
+
+
+def ffn_type(quant: str | None, *widths: int) -> RowType:
+    """Row type of the FFN: ``quant``, else Q8_0, whose error is far below that of the distillation.
+
+    Raises ConvertError for a type that cannot be written or rows that are not whole blocks of it.
+    """
+    try:
+        chosen = RowType[(quant or "Q8_0").upper()]
+    except KeyError:
+        chosen = None
+    if chosen not in FFN_TYPES:
+        names = ", ".join(row_type.name for row_type in FFN_TYPES)
+        raise ConvertError(f"--quant {quant}: the FFN can be written as {names}")
+    if any(width % block_shape(chosen)[0] for width in widths):
+        raise ConvertError(f"--quant {chosen.name}: rows of {widths} values are not whole blocks; take F16")
+    return chosen
+
+
+def export(model: Model, student: Student, options: RelufyOptions) -> None:
+    """Write ``options.output``: all of ``model`` but the FFNs, which are the student's."""
+    row_type = ffn_type(options.quant, model.hyper.width, model.hyper.neurons)
+    matrices = {name: place for i in range(model.hyper.layers) for name, place in _places(i).items()}
+    replaced = ("powerinfer.activation", "general.name", "powerinfer.relufied_from")
+    with GGUFWriter(options.output, alignment=DEFAULT_ALIGNMENT) as writer:
+        writer.copy_metadata(model.gguf, without=replaced)
+        writer.add("general.name", f"{model.name} {options.activation}")
+        writer.add("powerinfer.activation", options.activation)
+        writer.add("powerinfer.relufied_from", model.fingerprint)
+        for name in model.gguf.tensors:
+            info = model.gguf.info(name)
+            writer.declare(name, row_type if name in matrices else info.row_type, info.shape)
+        for name in model.gguf.tensors:
+            if name in matrices:
+                index, kind = matrices[name]
+                writer.write(name, quantize(_merged(model, student, index, kind), row_type))
+            else:
+                writer.write(name, model.gguf.tensor(name))
+
+
+def _places(index: int) -> dict[str, tuple[int, str]]:
+    """The layer's FFN tensors in the source, and which matrix each is."""
+    found = {}
+    for name in source_names(index):
+        kind = next(kind for kind in ("gate", "up", "down") if f"ffn_{kind}." in name)
+        found[name] = (index, kind)
+    return found
+
+
+def _merged(model: Model, student: Student, index: int, kind: str) -> npt.NDArray[np.float32]:
+    ffn = model.layers[index].ffn
+    assert isinstance(ffn, DenseFFN)
+    weight: Weight = getattr(ffn, kind)
+    base = torch.from_numpy(dequantize(weight.data, weight.row_type, weight.rows, weight.columns).copy())
+    trained = getattr(student.ffns[index], kind)
+    merged = trained.cpu().merged(base)
+    return np.ascontiguousarray(merged.numpy())

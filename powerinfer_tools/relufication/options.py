@@ -1,0 +1,71 @@
+"""What relufy is asked for, and what it reached."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: Values of ``activation``: act(gate)·up with relu; drelu also cuts up (TurboSparse, arXiv 2406.05955).
+TARGETS = ("relu", "drelu")
+
+
+@dataclass(frozen=True)
+class RelufyOptions:
+    """How to relufy.
+
+    ``rank`` 0 trains the FFN weights themselves, else low-rank changes of them. ``steps`` counts
+    distillation steps of ``batch`` windows of ``window`` tokens; ``layer_steps`` those of each layer alone,
+    before. ``density`` is the share of active neurons that sparsity pressure aims at. ``patience`` ends
+    the work after so many validations without a better model (0: never).
+    """
+
+    model: Path
+    corpus: tuple[Path, ...]
+    output: Path
+    activation: str = "relu"
+    density: float = 0.2
+    rank: int = 32
+    steps: int = 400
+    layer_steps: int = 60
+    batch: int = 4
+    window: int = 512
+    learning_rate: float = 1e-3
+    validation_windows: int = 8
+    validate_every: int = 25
+    patience: int = 0
+    quant: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One validation: held-out windows after ``tokens`` tokens of distillation."""
+
+    tokens: int
+    perplexity: float
+    density: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class RelufyReport:
+    """What was written and how good it is on the held-out windows; ``history`` is its course."""
+
+    output: str
+    activation: str
+    dense_perplexity: float
+    perplexity: float
+    density: float
+    kl: float
+    tokens: int
+    seconds: float
+    history: tuple[Reading, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return vars(self) | {
+            "perplexity_ratio": self.perplexity / self.dense_perplexity,
+            "history": [dict(vars(reading)) for reading in self.history],
+        }

@@ -1,0 +1,264 @@
+"""relufy: the differentiable pass is the engine's model, the losses are what they say, the file is exact."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from powerinfer_kernels import RowType, dequantize
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import ConvertError, CorpusError, HardwareError, ModelError
+from powerinfer_tools.model import load_model
+from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.relufication import RelufyOptions, RelufyReport, run_relufy
+from powerinfer_tools.relufication.network import Network
+from powerinfer_tools.relufication.stage import checkpoint_path
+from powerinfer_tools.relufication.student import PressureControl, Student, TrainedMatrix, divergence
+from powerinfer_tools.relufication.text import HOLD_OUT_EVERY, text_windows, training_order
+from tiny_models import FAMILY_CASES, TYPE_CASES, TinyModel, TinySpec, make_tiny_model
+
+TEXT = "the cat sat on the mat and the dog sat on the log; a quick brown fox jumps over the lazy dog. " * 40
+CASES = FAMILY_CASES | {"llama-Q4_1": TYPE_CASES["llama-Q4_1"]}
+
+
+class Notes:
+    """Progress that keeps its notes, and interrupts the work at the ``stop``-th one that holds a word."""
+
+    def __init__(self, word: str = "", stop: int = 0) -> None:
+        self.notes: list[str] = []
+        self.word, self.stop = word, stop
+
+    def start(self, description: str, total: int | None, unit: str) -> None:
+        pass
+
+    def advance(self, n: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        if self.stop and sum(self.word in note for note in self.notes) == self.stop:
+            self.stop = 0
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return make_tiny_model(tmp_path_factory.mktemp("relufied"), TinySpec(vocabulary="smollm"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def options(model: Path, corpus: Path, output: Path, **changes: object) -> RelufyOptions:
+    small = RelufyOptions(
+        model=model,
+        corpus=(corpus,),
+        output=output,
+        rank=4,
+        steps=8,
+        layer_steps=6,
+        batch=2,
+        window=24,
+        validate_every=4,
+        quant="F32",
+        density=0.3,
+    )
+    return replace(small, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_the_pass_is_that_of_the_reference(case: str, tmp_path: Path) -> None:
+    """float32 against float64: a few hundred roundings of the largest logit, as for transformers itself."""
+    tiny = make_tiny_model(tmp_path, CASES[case])
+    model, tokens = load_model(tiny.path), tiny.tokens(40)
+    network = Network(model, "cpu", 64, torch.float32)
+    with torch.no_grad():
+        hidden = network.hidden(torch.tensor([tokens]), network.dense_ffn)[0]
+        logits = functional.linear(hidden, network.head).numpy()
+    expected = forward(model, tokens)
+    assert np.abs(logits - expected).max() <= 300 * np.finfo(np.float32).eps * np.abs(expected).max()
+
+
+def test_windows_of_a_batch_do_not_see_each_other(tiny: TinyModel) -> None:
+    network = Network(load_model(tiny.path), "cpu", 32, torch.float32)
+    both = torch.tensor([tiny.tokens(20), tiny.tokens(21)[1:]])
+    with torch.no_grad():
+        together = network.hidden(both, network.dense_ffn)
+        alone = network.hidden(both[1:], network.dense_ffn)
+    assert torch.allclose(together[1], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_the_divergence_and_its_gradient(rows: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    student, teacher, head = (torch.randn(n, 12, generator=generator) for n in (23, 23, 57))
+    first, second = student.clone().requires_grad_(), student.clone().requires_grad_()
+    mean = divergence(first, teacher, head, rows)
+    expected = functional.kl_div(
+        functional.log_softmax(second @ head.T, -1),
+        functional.log_softmax(teacher @ head.T, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    (3 * mean).backward()
+    (3 * expected).backward()
+    assert first.grad is not None
+    assert second.grad is not None
+    assert mean.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(first.grad, second.grad, rtol=1e-4, atol=1e-6)
+    assert float(divergence(teacher, teacher, head, rows)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_low_rank_change_begins_at_nothing_and_merges() -> None:
+    generator = torch.Generator().manual_seed(1)
+    base, x = torch.randn(9, 7, generator=generator), torch.randn(5, 7, generator=generator)
+    matrix = TrainedMatrix(base, 3, generator)
+    assert torch.equal(matrix(x), functional.linear(x, base))
+    torch.nn.init.normal_(matrix.outward, generator=generator)
+    assert torch.allclose(matrix(x), x @ matrix.merged(base).T, atol=1e-5)
+    assert not torch.allclose(matrix(x), x @ base.T, atol=1e-2)
+
+
+def test_pressure_cannot_be_met_by_scaling(tiny: TinyModel) -> None:
+    network = Network(load_model(tiny.path), "cpu", 32, torch.float32)
+    student, x = Student(network, "relu", 0, 0), torch.randn(6, network.hyper.width)
+    student(0, x)
+    before = float(student.pressure)
+    with torch.no_grad():
+        student.ffns[0].gate.values.mul_(0.125)
+    student.begin()
+    student(0, x)
+    assert float(student.pressure) == pytest.approx(before, rel=1e-4)
+
+
+def test_the_weight_of_the_pressure_follows_the_density() -> None:
+    control = PressureControl(target=0.2, ramp=10)
+    control.observe(0, 0.6)
+    assert [control.wanted(step) for step in (0, 5, 10, 90)] == pytest.approx([0.6, 0.4, 0.2, 0.2])
+    first = control.weight
+    control.observe(10, 0.5)
+    assert control.weight > first
+    grown = control.weight
+    control.observe(10, 0.1)
+    assert control.weight < grown
+    for _ in range(100):
+        control.observe(10, 1.0)
+    assert math.isfinite(control.weight)
+
+
+def test_held_out_windows_are_not_trained_on(tiny: TinyModel, corpus: Path) -> None:
+    train, held = text_windows(load_model(tiny.path), (corpus,), 24, Notes())
+    assert len(held) == (len(train) + len(held)) // HOLD_OUT_EVERY
+    order = training_order(len(train), 3 * len(train) - 1, seed=5)
+    assert sorted(order[: len(train)]) == list(range(len(train)))
+    assert len(order) == 3 * len(train) - 1
+    assert not np.array_equal(order[: len(train)], order[len(train) : 2 * len(train)])
+
+
+@pytest.mark.parametrize("activation", ["relu", "drelu"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_written_model_is_the_trained_one(
+    tiny: TinyModel, corpus: Path, tmp_path: Path, activation: str, rank: int
+) -> None:
+    """What training measured on the held-out windows, the engine measures on the file, to float32 rounding;
+    everything but the FFN has its bits."""
+    output = tmp_path / "out.gguf"
+    report = run_relufy(options(tiny.path, corpus, output, activation=activation, rank=rank))
+    assert report.history[-1].kl < report.history[0].kl
+    source, model = load_model(tiny.path), load_model(output)
+    assert model.exact_zeros
+    assert model.hyper.activation == activation
+    assert model.fingerprint != source.fingerprint
+    for name in source.gguf.tensors:
+        same = bytes(source.gguf.tensor(name)) == bytes(model.gguf.tensor(name))
+        assert same == (".ffn_" not in name or "norm" in name), name
+    _, held = text_windows(source, (corpus,), 24, Notes())
+    engine = Engine(model, threads=1)
+    losses = []
+    for window in held[:8]:
+        logits = np.concatenate([rows.copy() for rows in engine.score(window.tolist())])[12:-1]
+        losses.append(functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(window[13:])))
+    engine.close()
+    assert math.exp(float(torch.stack(losses).mean())) == pytest.approx(report.perplexity, rel=2e-3)
+
+
+def test_the_ffn_is_written_as_asked(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:
+    exact, rounded = tmp_path / "f32.gguf", tmp_path / "q8.gguf"
+    run_relufy(options(tiny.path, corpus, exact, steps=1))
+    run_relufy(options(tiny.path, corpus, rounded, steps=1, quant=None))
+    model = load_model(rounded)
+    gate = model.layers[1].ffn.gate  # type: ignore[union-attr]
+    assert gate.row_type == RowType.Q8_0
+    values = dequantize(gate.data, gate.row_type, gate.rows, gate.columns)
+    wanted = np.frombuffer(load_model(exact).gguf.tensor(gate.name), np.float32).reshape(values.shape)
+    # A Q8_0 block rounds to half of its step, its largest value over 127, held in half precision.
+    assert np.abs(values - wanted).max() <= np.abs(wanted).max() * (0.5 / 127 + 2.0**-11)
+
+
+@pytest.mark.parametrize(("word", "stop"), [("after", 1), ("after", 2)])
+def test_interrupted_work_goes_on_to_the_same_model(
+    tiny: TinyModel, corpus: Path, tmp_path: Path, word: str, stop: int
+) -> None:
+    whole, broken = tmp_path / "whole.gguf", tmp_path / "broken.gguf"
+    run_relufy(options(tiny.path, corpus, whole, threads=1))
+    with pytest.raises(KeyboardInterrupt):
+        run_relufy(options(tiny.path, corpus, broken, threads=1), Notes(word, stop))
+    assert not broken.exists()
+    assert checkpoint_path(broken).exists()
+    notes = Notes()
+    run_relufy(options(tiny.path, corpus, broken, threads=1), notes)
+    assert any("going on after 3 layers" in note for note in notes.notes)
+    assert not checkpoint_path(broken).exists()
+    assert broken.read_bytes() == whole.read_bytes()
+
+
+def test_a_checkpoint_of_other_or_damaged_work_is_not_used(
+    tiny: TinyModel, corpus: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        run_relufy(options(tiny.path, corpus, output), Notes("after", 1))
+    notes = Notes()
+    run_relufy(options(tiny.path, corpus, output, steps=4), notes)
+    assert any("is of other work" in note for note in notes.notes)
+    checkpoint_path(output).write_bytes(b"\x08" + bytes(30))
+    notes = Notes()
+    run_relufy(options(tiny.path, corpus, output, steps=4), notes)
+    assert any("is begun anew" in note for note in notes.notes)
+
+
+def test_patience_ends_work_that_gains_nothing(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:
+    asked = options(tiny.path, corpus, tmp_path / "out.gguf", steps=40, learning_rate=1e-12, layer_steps=0)
+    report: RelufyReport = run_relufy(replace(asked, patience=2, validate_every=2, density=1.0))
+    assert report.tokens < 40 * 2 * 24
+
+
+def test_refusals(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    short = tmp_path / "short.txt"
+    short.write_text("the cat sat")
+    with pytest.raises(CorpusError, match="fewer than 20 windows"):
+        run_relufy(options(tiny.path, short, output))
+    with pytest.raises(ConvertError, match="can be written as"):
+        run_relufy(options(tiny.path, corpus, output, quant="Q6_K"))
+    with pytest.raises(ModelError, match="is more than the context"):
+        run_relufy(options(tiny.path, corpus, output, window=512))
+    if not torch.cuda.is_available():
+        with pytest.raises(HardwareError, match="no CUDA device"):
+            run_relufy(options(tiny.path, corpus, output, device="cuda"))
+    run_relufy(options(tiny.path, corpus, output, steps=1, layer_steps=0))
+    with pytest.raises(ModelError, match="has exact zeros already"):
+        run_relufy(options(output, corpus, tmp_path / "again.gguf"))

@@ -10,6 +10,7 @@ from powerinfer_tools.errors import ModelError, PowerInferError
 DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_VARIABLE = "POWERINFER_MODEL"
 PROFILE_SUFFIX = ".profile.safetensors"
+TRACE_SUFFIX = ".trace.zst"
 PLAN_SUFFIX = ".plan.json"
 SPLIT_SUFFIX = ".powerinfer.gguf"
 

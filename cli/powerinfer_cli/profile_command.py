@@ -9,9 +9,10 @@ from powerinfer_cli import options as opt
 from powerinfer_cli.boundary import guarded
 from powerinfer_cli.console import emit, emit_json, progress, say
 from powerinfer_cli.corpus_option import CorpusGroup
-from powerinfer_cli.files import PROFILE_SUFFIX, find_model, output_file
+from powerinfer_cli.files import PROFILE_SUFFIX, TRACE_SUFFIX, find_model, output_file
 from powerinfer_cli.grouped import flattened
 from powerinfer_cli.help import HelpfulCommand
+from powerinfer_cli.sizes import format_size
 
 if TYPE_CHECKING:
     from powerinfer_formats.profile import Profile
@@ -25,6 +26,7 @@ is taken up again by the same command. Profiles of parts of a corpus merge into 
 Examples:
   powerinfer profile -m model.gguf --corpus book.txt
   powerinfer profile -m model.gguf --corpus texts/ more.jsonl --tokens 200000
+  powerinfer profile -m model.relu.gguf --corpus texts/ --trace 4096
   powerinfer profile merge part1.safetensors part2.safetensors -o model.profile.safetensors
 """
 
@@ -65,6 +67,16 @@ def profile(
             help="Share of contributions to count as active, where the activation has no exact zeros.",
         ),
     ] = 0.2,
+    trace: Annotated[
+        int,
+        typer.Option(
+            "--trace",
+            min=0,
+            max=1 << 24,
+            metavar="N",
+            help="Also write NAME.trace.zst: FFN inputs and active neurons of N sampled tokens.",
+        ),
+    ] = 0,
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget interrupted work and begin anew.")
     ] = False,
@@ -77,6 +89,7 @@ def profile(
         raise typer.BadParameter("name at least one text file, JSONL file or folder", param_hint="--corpus")
     source = find_model(model)
     path = output_file(output, source, PROFILE_SUFFIX)
+    traced = trace_beside(path) if trace else None
     from powerinfer_tools.profiling import ProfileOptions, run_profile
 
     result = run_profile(
@@ -89,10 +102,12 @@ def profile(
             target_density=density,
             threads=common.threads,
             restart=restart,
+            trace=trace,
+            trace_output=traced,
         ),
         progress(),
     )
-    show(result, path, as_json=common.json)
+    show(result, path, traced, as_json=common.json)
 
 
 def merge(
@@ -106,18 +121,26 @@ def merge(
 
     merged = Profile.merge([Profile.load(path) for path in profiles])
     merged.save(output)
-    show(merged, output, as_json=json)
+    show(merged, output, None, as_json=json)
 
 
-def show(result: "Profile", path: Path, *, as_json: bool) -> None:
+def trace_beside(profile: Path) -> Path:
+    """The trace that is made with ``profile``: beside it, under the same name."""
+    name = profile.name.removesuffix(PROFILE_SUFFIX).removesuffix(".safetensors")
+    return profile.with_name(name + TRACE_SUFFIX)
+
+
+def show(result: "Profile", path: Path, traced: Path | None, *, as_json: bool) -> None:
     """What was counted, and where it is."""
     from powerinfer_tools.inspection import summarize_profile
 
     summary = summarize_profile(result)
     if as_json:
-        emit_json({"path": path, **summary})
+        emit_json({"path": path, "trace": traced, **summary})
         return
     say(f"wrote {path}")
+    if traced is not None:
+        say(f"wrote {traced} ({format_size(traced.stat().st_size)})")
     emit(
         f"{result.tokens:,} tokens; {summary['density']:.1%} of the neurons are active for a token; "
         f"the busiest {summary['neurons_for_80_percent']:.1%} make 80% of the activity"

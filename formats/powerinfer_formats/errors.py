@@ -218,6 +218,10 @@ class BadSafetensors(FormatError):
     """Not a safetensors file, or one whose header contradicts itself."""
 
 
+class BadFrame(FormatError):
+    """A zstd frame of a trace, or the table of them, is damaged or of another size than announced."""
+
+
 class NotASplitFile(FormatError):
     """A GGUF file without the ``powerinfer.*`` keys."""
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from powerinfer_kernels import Pool, read_bandwidth
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
-from powerinfer_tools.engine.layers import LayerStack, StackOptions
+from powerinfer_tools.engine.layers import LayerStack, StackOptions, Watch
 from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.report import EngineReport, Memory
@@ -132,10 +132,18 @@ class Engine:
             for row in range(max(0, first - start), count, HEAD_ROWS):
                 yield self._head.logits(self._stack.x[row : min(row + HEAD_ROWS, count)])
 
-    def absorb(self, tokens: Sequence[int]) -> None:
-        """Run a fresh window of ``tokens`` through the layers alone, for the sake of the counters."""
+    def absorb(self, tokens: Sequence[int], watch: Watch | None = None) -> None:
+        """Run a fresh window of ``tokens`` through the layers alone, for the sake of the counters.
+
+        ``watch`` is called after the FFN of every layer, see :meth:`LayerStack.forward_watched`; it needs a
+        source model and a window of one batch.
+        """
         self.rewind(0)
         self._require_room(len(tokens))
+        if watch is not None:
+            assert len(tokens) <= self._batch
+            self._position += self._stack.forward_watched(tokens, 0, watch)
+            return
         for first in range(0, len(tokens), self._batch):
             self._forward(tokens[first : first + self._batch])
 

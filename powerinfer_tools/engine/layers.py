@@ -1,6 +1,6 @@
 """All layers of a model as one program, with the points where a hot device joins in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from powerinfer_tools.hot import HotSide, open_hot_side
 from powerinfer_tools.model import LayerWeights, Model
 
 Floats = npt.NDArray[np.float32]
+#: What looks on: layer, normalised FFN input, act(gate)·up.
+Watch = Callable[[int, Floats, Floats], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class LayerStack:
         self._writer = BlockWriter(model, pool, builder, self._buffers)
         self._tables = layer_tables(model.hyper, options.context, model.rope_factors)
         self._splits: list[_Split] = []
-        self._ffn_marks: list[int] = []
+        self._ffn_ends: list[int] = []
         self._cold: list[ColdFFN] = []
         self._observed = options.observed
         self._write()
@@ -74,11 +76,6 @@ class LayerStack:
     def x(self) -> Floats:
         """The residual stream, float32 (batch, width); row t is the t-th token of the last forward."""
         return self._buffers.x
-
-    @property
-    def gate(self) -> Floats:
-        """Scratch of the FFN (batch, neurons): act(gate)·up of the layer computed last."""
-        return self._buffers.gate
 
     @property
     def mode(self) -> str:
@@ -124,6 +121,19 @@ class LayerStack:
             self._run(first, split.ready, count, position)
             self._run_split(split, count, position)
             first = split.needed
+        self._run(first, self._length, count, position)
+        return count
+
+    def forward_watched(self, tokens: Sequence[int], position: int, watch: Watch) -> int:
+        """:meth:`forward` of a source model, calling ``watch`` after every FFN with its layer, its normalised
+        input (tokens, width) and act(gate)·up (tokens, neurons): views, valid during the call."""
+        assert self.model.split is None
+        count, first = len(tokens), 0
+        self._buffers.tokens[:count] = tokens
+        for layer, end in enumerate(self._ffn_ends):
+            self._run(first, end, count, position)
+            watch(layer, self._buffers.normed[:count], self._buffers.gate[:count])
+            first = end
         self._run(first, self._length, count, position)
         return count
 
@@ -190,6 +200,7 @@ class LayerStack:
         ffn.write(
             writer, self._buffers, layer.ffn_post_norm, self._observed[index] if self._observed else None
         )
+        self._ffn_ends.append(writer.builder.mark())
         if not ffn.in_rows:
             return
         needed = writer.builder.mark()

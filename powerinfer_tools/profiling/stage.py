@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from powerinfer_formats.checkpoint import CorpusPosition, ProfileCheckpoint
@@ -18,6 +17,7 @@ from powerinfer_tools.interrupts import deferred_interrupts
 from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.profiling.corpus import CorpusFile, find_files
 from powerinfer_tools.profiling.tally import Tally
+from powerinfer_tools.profiling.tracing import TraceRecorder, unfinished_trace
 from powerinfer_tools.profiling.windows import Window, corpus_windows
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.text import Tokenizer
@@ -31,7 +31,8 @@ DEFAULT_WINDOW = 512
 class ProfileOptions:
     """What to profile. ``max_tokens`` None reads all; ``restart`` forgets interrupted work.
 
-    ``window`` tokens are read at once, each window anew; None takes 512, or less where the context is.
+    ``trace``: sampled tokens whose FFN inputs and active neurons are written to ``trace_output``, too (0:
+    none). ``window`` tokens are read at once, each window anew; None takes 512, or less where the context is.
     """
 
     model: Path
@@ -42,6 +43,8 @@ class ProfileOptions:
     target_density: float = 0.2
     threads: int | None = None
     restart: bool = False
+    trace: int = 0
+    trace_output: Path | None = None
 
 
 def checkpoint_path(output: Path) -> Path:
@@ -63,10 +66,17 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
             raise ProfileError(
                 f"{options.model} is a split file; profile the source model that it was made from"
             )
+        if options.trace and not model.exact_zeros:
+            raise ProfileError(
+                f"{options.model}: --trace records which neurons are exactly zero, and "
+                f"{model.hyper.activation} has no exact zeros; powerinfer relufy makes a model that has"
+            )
         window = _window(options.window, model)
         profile = _Run(options, model, window, files, progress).complete()
         profile.save(options.output)
         checkpoint_path(options.output).unlink(missing_ok=True)
+        if options.trace_output is not None:
+            unfinished_trace(options.trace_output).unlink(missing_ok=True)
         return profile
     finally:
         model.close()
@@ -97,13 +107,18 @@ class _Run:
         self.tokenizer = Tokenizer.from_gguf(model.gguf)
         self.tally = Tally(model, len(files))
         self.done = 0
+        self.trace: TraceRecorder | None = None
 
     def complete(self) -> Profile:
         """Count everything that is still to be counted."""
-        self._resume()
         # Tokenising first costs a few seconds per million tokens, and gives the progress bar its end.
-        windows = self._limited(corpus_windows(self.files, self.tokenizer, self.window, self.progress))
-        pending = list(islice(windows, self.done, None))
+        windows = list(self._limited(corpus_windows(self.files, self.tokenizer, self.window, self.progress)))
+        if self.options.trace and self.options.trace_output is not None and windows:
+            self.trace = TraceRecorder(self.model, windows, self.options.trace, self.options.trace_output)
+        self._resume()
+        if self.trace is not None and not self.done:
+            self.trace.begin()
+        pending = windows[self.done :]
         if not pending and not self.tally.tokens:
             raise CorpusError("the corpus holds no text; nothing was written")
         total = self.tally.tokens + sum(len(window.tokens) for window in pending)
@@ -121,6 +136,9 @@ class _Run:
         finally:
             engine.close()
             self.progress.finish()
+        if self.trace is not None:
+            hashes = tuple(file.sha256 for file in self.files)
+            self.trace.finish(self.window, hashes)
         return self._profile()
 
     def _count(self, engine: Engine, pending: Sequence[Window]) -> None:
@@ -128,7 +146,10 @@ class _Run:
         # A window is counted as a whole or not at all: an interrupt waits for its end.
         with deferred_interrupts() as interrupts:
             for window in pending:
-                engine.absorb(window.tokens)
+                watch = self.trace.watcher(self.done) if self.trace else None
+                engine.absorb(window.tokens, watch)
+                if self.trace is not None:
+                    self.trace.close_window()
                 self.tally.close_window(window.file, len(window.tokens))
                 self.done += 1
                 self.progress.advance(len(window.tokens))
@@ -161,6 +182,7 @@ class _Run:
             self.window,
             self.options.max_tokens,
             self.options.target_density,
+            self.options.trace,
             __version__,
         ]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -177,12 +199,17 @@ class _Run:
         if checkpoint.position.work != self._work():
             self.progress.note(f"{path.name} is of other work (model, corpus or options differ); begun anew")
             return
+        if self.trace is not None and not self.trace.resume(checkpoint.position.windows):
+            self.progress.note("the records of the interrupted trace are not there; begun anew")
+            return
         self.tally.restore(checkpoint.profile, [file.name for file in self.files])
         self.done = checkpoint.position.windows
         self.progress.note(f"going on after {self.tally.tokens} tokens")
 
     def _checkpoint(self) -> None:
         if self.done:
+            if self.trace is not None:
+                self.trace.sync()
             position = CorpusPosition(self._work(), self.done)
             ProfileCheckpoint(self._profile(), position).save(checkpoint_path(self.options.output))
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.plan import Plan
+from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.split_layout import (
     ALIGNMENT,
@@ -23,9 +24,11 @@ from powerinfer_formats.split_layout import (
     SplitHeader,
     bundle_layout,
     bundle_name,
+    declare_predictor,
     declare_split_layer,
     hot_name,
     order_name,
+    predictor_names,
     source_names,
 )
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
@@ -51,6 +54,7 @@ class ConvertOptions:
     plan: Path
     output: Path
     quant: str | None = None
+    predictors: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ class ConvertReport:
     hot_neurons: tuple[int, ...]
     down_type: str
     requantization_error: tuple[float, ...]
+    predictor_ranks: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return vars(self) | {
             "hot_neurons": list(self.hot_neurons),
+            "predictor_ranks": list(self.predictor_ranks),
             "requantization_error": list(self.requantization_error),
             "mean_requantization_error": float(np.mean(self.requantization_error)),
         }
@@ -89,7 +95,11 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             )
         profile, plan = Profile.load(options.profile), Plan.load(options.plan)
         _check_belongs(model, options, profile, plan)
-        return _Conversion(model, profile, plan, options, progress or Silent()).run()
+        predictors = Predictors.load(options.predictors) if options.predictors else None
+        if predictors is not None and options.predictors is not None:
+            shape = (model.hyper.layers, model.hyper.width, model.hyper.neurons)
+            predictors.require_model(model.fingerprint, model.name, shape, options.predictors)
+        return _Conversion(model, profile, plan, predictors, options, progress or Silent()).run()
     finally:
         model.close()
 
@@ -114,9 +124,15 @@ class _Conversion:
     """One run of convert."""
 
     def __init__(
-        self, model: Model, profile: Profile, plan: Plan, options: ConvertOptions, progress: Progress
+        self,
+        model: Model,
+        profile: Profile,
+        plan: Plan,
+        predictors: Predictors | None,
+        options: ConvertOptions,
+        progress: Progress,
     ) -> None:
-        self.model, self.profile, self.plan = model, profile, plan
+        self.model, self.profile, self.plan, self.predictors = model, profile, plan, predictors
         self.options, self.progress = options, progress
         self.hot = tuple(layer.hot_neurons for layer in plan.layers)
         self.layouts = tuple(self._layout(self._ffn(i)) for i in range(model.hyper.layers))
@@ -139,6 +155,7 @@ class _Conversion:
             hot_neurons=self.hot,
             down_type=self.layouts[0].types[2].name,
             requantization_error=errors,
+            predictor_ranks=self.predictors.header.ranks if self.predictors else (),
         )
 
     def _ffn(self, index: int) -> DenseFFN:
@@ -186,6 +203,12 @@ class _Conversion:
         neurons = self.model.hyper.neurons
         for index in range(self.model.hyper.layers):
             declare_split_layer(writer, index, self.layouts[index], neurons=neurons, hot=self.hot[index])
+            if self.predictors is not None:
+                header, kind = self.predictors.header, RowType[self.predictors.header.row_type]
+                types = (int(kind), int(kind))
+                declare_predictor(
+                    writer, index, types, width=header.width, neurons=neurons, rank=header.ranks[index]
+                )
         for name in self._unchanged():
             info = self.model.gguf.info(name)
             writer.declare(name, info.row_type, info.shape)
@@ -218,6 +241,16 @@ class _Conversion:
             cold = order[hot:]
             records = layout.pack(*(sources[kind][cold] for kind in KINDS))
             writer.write(bundle_name(index), records)
+        self._write_predictor(writer, index, order)
+
+    def _write_predictor(self, writer: GGUFWriter, index: int, order: npt.NDArray[np.int32]) -> None:
+        if self.predictors is None:
+            return
+        layer, kind = self.predictors.layers[index], RowType[self.predictors.header.row_type]
+        inward, outward, threshold = predictor_names(index)
+        writer.write(inward, quantize(layer.inward, kind))
+        writer.write(outward, quantize(np.ascontiguousarray(layer.outward[order]), kind))
+        writer.write(threshold, layer.threshold[order])
 
     def _transposed_down(self, index: int) -> npt.NDArray[np.float32]:
         """float32 (neurons, width): one row per neuron, in the source's order."""

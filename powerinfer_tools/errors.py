@@ -31,6 +31,10 @@ class ProfileError(PowerInferError):
     """A profile cannot be made, read, or does not belong to the model."""
 
 
+class TrainError(PowerInferError):
+    """Predictors cannot be made from what there is."""
+
+
 class PlanError(PowerInferError):
     """No plan exists for the budgets, or the plan does not belong to the model."""
 

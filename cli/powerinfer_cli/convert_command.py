@@ -9,9 +9,11 @@ from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit_json, progress, say
 from powerinfer_cli.files import (
     PLAN_SUFFIX,
+    PREDICTORS_SUFFIX,
     PROFILE_SUFFIX,
     SPLIT_SUFFIX,
     find_model,
+    optional_input,
     output_file,
     stage_input,
 )
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 HELP = """Write the split file: neurons sorted hottest first, hot and cold parts apart, as the plan says.
 
-Takes plan and profile from beside the model. Gate and up rows keep their bits; the down projection is
-transposed and quantised again, and what that costs is measured and printed.
+Takes plan, profile and, if there are any, predictors from beside the model. Gate and up rows keep their bits;
+the down projection is transposed and quantised again, and what that costs is measured and printed.
 
 \b
 Examples:
@@ -44,6 +46,14 @@ def command(
         Path | None,
         typer.Option("--profile", metavar="FILE", help="Profile. Without it: the one beside the model."),
     ] = None,
+    predictors: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictors",
+            metavar="FILE",
+            help="Predictors. Without it: those beside the model, if there are any.",
+        ),
+    ] = None,
     output: opt.Output = None,
     quant: Annotated[
         Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q4_0"],
@@ -58,12 +68,20 @@ def command(
     source = find_model(model)
     plan_file = stage_input(plan, source, PLAN_SUFFIX, made_by="plan")
     profile_file = stage_input(profile, source, PROFILE_SUFFIX, made_by="profile")
+    predictor_file = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
     path = output_file(output, source, SPLIT_SUFFIX)
     from powerinfer_tools.conversion import ConvertOptions, convert
 
     chosen = None if quant == "auto" else quant
     report = convert(
-        ConvertOptions(model=source, plan=plan_file, profile=profile_file, output=path, quant=chosen),
+        ConvertOptions(
+            model=source,
+            plan=plan_file,
+            profile=profile_file,
+            predictors=predictor_file,
+            output=path,
+            quant=chosen,
+        ),
         progress(),
     )
     show(report, as_json=common.json)
@@ -78,15 +96,17 @@ def show(report: "ConvertReport", *, as_json: bool) -> None:
     errors = report.requantization_error
     worst = max(range(report.layers), key=lambda layer: errors[layer])
     hot, neurons = sum(report.hot_neurons), report.neurons * report.layers
-    print_facts(
-        [
-            ("size", f"{format_size(report.nbytes)} (source {format_size(report.source_bytes)})"),
-            ("hot neurons", f"{hot:,} of {neurons:,} ({hot / neurons:.1%})"),
-            ("gate and up", "the source's bits"),
-            ("down projection", f"{report.down_type}, transposed"),
-            (
-                "its relative error",
-                f"{sum(errors) / len(errors):.2e} (largest {errors[worst]:.2e}, layer {worst})",
-            ),
-        ]
-    )
+    ranks = report.predictor_ranks
+    facts = [
+        ("size", f"{format_size(report.nbytes)} (source {format_size(report.source_bytes)})"),
+        ("hot neurons", f"{hot:,} of {neurons:,} ({hot / neurons:.1%})"),
+        ("gate and up", "the source's bits"),
+        ("down projection", f"{report.down_type}, transposed"),
+        (
+            "its relative error",
+            f"{sum(errors) / len(errors):.2e} (largest {errors[worst]:.2e}, layer {worst})",
+        ),
+    ]
+    if ranks:
+        facts.append(("predictors", f"rank {min(ranks)} to {max(ranks)}; run --mode predicted uses them"))
+    print_facts(facts)

@@ -11,6 +11,7 @@ DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_VARIABLE = "POWERINFER_MODEL"
 PROFILE_SUFFIX = ".profile.safetensors"
 TRACE_SUFFIX = ".trace.zst"
+PREDICTORS_SUFFIX = ".predictors.safetensors"
 PLAN_SUFFIX = ".plan.json"
 SPLIT_SUFFIX = ".powerinfer.gguf"
 
@@ -74,6 +75,13 @@ def stage_input(named: Path | None, model: Path, suffix: str, *, made_by: str) -
     if named is None:
         say(f"using {path}")
     return path
+
+
+def optional_input(named: Path | None, model: Path, suffix: str, *, made_by: str) -> Path | None:
+    """As :func:`stage_input`, but None where no file is named and there is none beside the model."""
+    if named is None and not beside(model, suffix).is_file():
+        return None
+    return stage_input(named, model, suffix, made_by=made_by)
 
 
 def output_file(named: Path | None, model: Path, suffix: str) -> Path:

@@ -118,9 +118,11 @@ class TraceFile:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def require_model(self, fingerprint: str, name: str) -> None:
-        """Raise ``OtherModel``, with both names, unless the trace is of this very model."""
-        if self.header.fingerprint != fingerprint:
+    def require_model(self, fingerprint: str, name: str, shape: tuple[int, int, int]) -> None:
+        """Raise ``OtherModel``, with both names, unless the trace is of this very model; ``shape`` is its
+        number of layers, width and neurons."""
+        header = self.header
+        if header.fingerprint != fingerprint or shape != (header.layers, header.width, header.neurons):
             raise errors.OtherModel(
                 self.path, f"is a trace of {self.header.model_name!r}, not of {name!r}; profile again"
             )

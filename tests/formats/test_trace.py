@@ -101,9 +101,11 @@ def test_too_few_frames_are_not_written(tmp_path: Path) -> None:
 
 def test_another_model_is_refused_with_both_names(path: Path) -> None:
     with TraceFile(path) as trace:
-        trace.require_model("ab" * 32, "x")
+        trace.require_model("ab" * 32, "x", (LAYERS, WIDTH, NEURONS))
         with pytest.raises(errors.OtherModel, match=r"'tiny'.*'other'"):
-            trace.require_model("00" * 32, "other")
+            trace.require_model("00" * 32, "other", (LAYERS, WIDTH, NEURONS))
+        with pytest.raises(errors.OtherModel):
+            trace.require_model("ab" * 32, "x", (LAYERS, WIDTH + 1, NEURONS))
 
 
 def good_frames() -> list[bytes]:

@@ -1,0 +1,92 @@
+"""The predictors file: what is written is read, and every fault has its error."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from powerinfer_formats import errors
+from powerinfer_formats.predictors import LayerPredictor, Predictors, PredictorsHeader, Quality
+
+WIDTH, NEURONS, RANKS = 8, 11, (3, 1)
+
+
+def make(**changes: Any) -> Predictors:
+    rng = np.random.default_rng(1)
+    layers = tuple(
+        LayerPredictor(
+            *(
+                rng.normal(size=shape).astype(np.float32)
+                for shape in ((rank, WIDTH), (NEURONS, rank), NEURONS)
+            )
+        )
+        for rank in RANKS
+    )
+    header = PredictorsHeader(
+        fingerprint="ab" * 32,
+        model_name="tiny",
+        method="svd",
+        row_type="F32",
+        target_recall=0.95,
+        width=WIDTH,
+        neurons=NEURONS,
+        ranks=RANKS,
+        test_records=7,
+        quality=(Quality(0.2, 0.3, 0.95, 0.6), Quality(0.1, 0.2, 0.9, 0.5)),
+        corpus_hashes=("cd" * 32,),
+        tool_version="0",
+    )
+    return Predictors(replace(header, **changes), layers)
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    made = make()
+    made.save(tmp_path / "p")
+    found = Predictors.load(tmp_path / "p")
+    assert found.header == made.header
+    for first, second in zip(made.layers, found.layers, strict=True):
+        for name in ("inward", "outward", "threshold"):
+            assert np.array_equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize(
+    ("fault", "changes"),
+    [
+        (errors.BadField, {"width": 0}),
+        (errors.BadField, {"ranks": (), "quality": ()}),
+        (errors.BadField, {"ranks": (3, WIDTH + 1)}),
+        (errors.BadField, {"ranks": (3, 0)}),
+        (errors.BadField, {"quality": (Quality(0.2, 0.3, 0.95, 0.6),)}),
+        (errors.BadField, {"quality": (Quality(0.2, 1.3, 0.95, 0.6),) * 2}),
+        (errors.BadField, {"test_records": 0}),
+        (errors.WrongShape, {"neurons": NEURONS + 1}),
+        (errors.WrongShape, {"ranks": (3, 2)}),
+        (errors.UnexpectedTensor, {"ranks": RANKS[:1], "quality": (Quality(0.2, 0.3, 0.95, 0.6),)}),
+        (errors.MissingTensor, {"ranks": (3, 1, 1), "quality": (Quality(0.2, 0.3, 0.9, 0.6),) * 3}),
+    ],
+)
+def test_faults(tmp_path: Path, fault: type[Exception], changes: dict[str, Any]) -> None:
+    make(**changes).save(tmp_path / "p")
+    with pytest.raises(fault):
+        Predictors.load(tmp_path / "p")
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    made = make()
+    made.layers[1].threshold[4] = np.nan
+    made.save(tmp_path / "p")
+    with pytest.raises(errors.BadValue, match="layer 1"):
+        Predictors.load(tmp_path / "p")
+
+
+def test_another_file_and_another_model(tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(errors.BadSafetensors):
+        Predictors.load(tmp_path / "p")
+    made = make()
+    made.require_model("ab" * 32, "x", (2, WIDTH, NEURONS), "p")
+    for fingerprint, shape in (("00" * 32, (2, WIDTH, NEURONS)), ("ab" * 32, (3, WIDTH, NEURONS))):
+        with pytest.raises(errors.OtherModel, match=r"'tiny'.*'other'"):
+            made.require_model(fingerprint, "other", shape, "p")

@@ -1,0 +1,254 @@
+"""train: factors are optimal, thresholds keep their promise, and the split file predicts what was made."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from powerinfer_formats.errors import OtherModel
+from powerinfer_formats.predictors import Predictors
+from powerinfer_formats.profile import Profile
+from powerinfer_formats.trace import TraceFile
+from powerinfer_kernels import RowType
+from powerinfer_tools.conversion import ConvertOptions, convert
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import TrainError
+from powerinfer_tools.model import load_model
+from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.training import TrainOptions, run_train
+from powerinfer_tools.training.low_rank import factorize, judge, predictor
+from powerinfer_tools.training.ranks import Candidate, choose
+from powerinfer_tools.training.stage import parted
+from small_plans import plan_for
+from tiny_models import FAMILY_CASES, make_tiny_model
+
+TEXT = "the cat sat on the mat and the dog sat on the log; a quick brown fox jumps over the lazy dog. " * 60
+
+
+class Traced:
+    """A tiny ReLU model with its profile and its trace."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.tiny = make_tiny_model(folder, replace(FAMILY_CASES["llama-relu"], seed=seed))
+        text = folder / "text.txt"
+        text.write_text(TEXT)
+        self.profile, self.trace = folder / "tiny.profile.safetensors", folder / "tiny.trace.zst"
+        run_profile(
+            ProfileOptions(
+                self.tiny.path,
+                (text,),
+                self.profile,
+                window=64,
+                threads=1,
+                trace=1200,
+                trace_output=self.trace,
+            )
+        )
+
+    def options(self, **changes: object) -> TrainOptions:
+        made = TrainOptions(self.tiny.path, self.trace, self.folder / "tiny.predictors.safetensors")
+        return replace(made, row_type="F32", budget=1.0, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    return Traced(tmp_path_factory.mktemp("traced"), 1)
+
+
+def skewed_inputs(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
+    return (rng.normal(size=(count, width)) * np.geomspace(5, 0.05, width) + 0.3).astype(np.float32)
+
+
+def test_factors_beat_the_plain_decomposition_where_inputs_are_skewed() -> None:
+    rng = np.random.default_rng(4)
+    gate, inputs = rng.normal(size=(40, 24)).astype(np.float32), skewed_inputs(rng, 500, 24)
+    factors = factorize(gate, inputs)
+    left, values, right = np.linalg.svd(gate)
+    exact = inputs @ gate.T
+    errors = []
+    for rank in (1, 5, 12, 24):
+        ours = inputs @ factors.inward[:rank].T @ factors.outward[:, :rank].T
+        plain = inputs @ right[:rank].T @ (left[:, :rank] * values[:rank]).T
+        errors.append(np.square(ours - exact).mean())
+        if rank < 24:
+            assert errors[-1] < 0.8 * np.square(plain - exact).mean()
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-6 * np.square(exact).mean()
+
+
+@pytest.mark.parametrize("recall", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("row_type", ["F32", "Q8_0", "Q4_0"])
+def test_thresholds_find_what_was_asked_for(recall: float, row_type: str) -> None:
+    """The share that was asked for, of the records that thresholds are set on (but for scores that float32
+    rounds across the threshold), and about as much of others."""
+    rng = np.random.default_rng(5)
+    gate = rng.normal(size=(64, 64)).astype(np.float32) - 0.2
+    learn, check, test = (skewed_inputs(rng, count, 64) for count in (800, 400, 400))
+    active = check @ gate.T > 0
+    made = predictor(factorize(gate, learn), 32, RowType[row_type], gate, learn, (check, active), recall)
+    quality = judge(made, check, active)
+    assert recall - 1e-3 <= quality.recall <= recall + 1e-3
+    assert quality.density == pytest.approx(active.mean())
+    other = judge(made, test, test @ gate.T > 0)
+    assert other.recall == pytest.approx(recall, abs=0.03)
+    assert other.precision == pytest.approx(other.recall * other.density / other.predicted_density)
+
+
+def test_better_ranks_predict_fewer_neurons() -> None:
+    rng = np.random.default_rng(6)
+    gate = rng.normal(size=(80, 48)).astype(np.float32)
+    learn, check = skewed_inputs(rng, 900, 48), skewed_inputs(rng, 500, 48)
+    active = check @ gate.T > 0.5
+    densities = [
+        judge(
+            predictor(factorize(gate, learn), rank, RowType.F32, gate, learn, (check, active), 0.95),
+            check,
+            active,
+        ).predicted_density
+        for rank in (1, 4, 16, 40)
+    ]
+    assert densities == sorted(densities, reverse=True)
+
+
+def test_ranks_are_the_best_within_the_budget() -> None:
+    """Greedy over hulls against all combinations: never over budget, and as good as the best that spends at
+    most what the greedy one did."""
+    rng = np.random.default_rng(7)
+    for _ in range(40):
+        layers = []
+        for _ in range(3):
+            sizes = np.cumsum(rng.integers(1, 9, 4))
+            reads = np.sort(rng.integers(10, 100, 4))[::-1]
+            layers.append(
+                [Candidate(i, int(s), float(r)) for i, (s, r) in enumerate(zip(sizes, reads, strict=True))]
+            )
+        smallest = sum(layer[0].nbytes for layer in layers)
+        budget = smallest + int(rng.integers(0, 30))
+        chosen = choose(layers, budget)
+        spent = sum(candidate.nbytes for candidate in chosen)
+        assert spent <= budget
+        best = min(
+            sum(c.touched for c in some)
+            for some in itertools.product(*layers)
+            if sum(c.nbytes for c in some) <= smallest
+        )
+        assert sum(candidate.touched for candidate in chosen) <= best
+    free = choose(layers, 10**9)
+    assert [c.touched for c in free] == [min(c.touched for c in layer) for layer in layers]
+
+
+def test_parts_are_seven_two_and_one_of_ten() -> None:
+    learn, check, test = parted(20)
+    assert (len(learn), len(check), len(test)) == (14, 4, 2)
+    assert sorted(learn + check + test) == list(range(20))
+
+
+def test_what_is_reported_is_what_was_made(traced: Traced) -> None:
+    report = run_train(traced.options())
+    made = Predictors.load(report.output)
+    assert made.header == report.header
+    with TraceFile(traced.trace) as trace:
+        _, _, test = parted(len(trace.header.chunks))
+        for index, layer in enumerate(made.layers):
+            inputs, active = trace.read(index, test)
+            scores = inputs.astype(np.float64) @ layer.inward.T.astype(np.float64) @ layer.outward.T
+            predicted = scores > layer.threshold
+            quality = made.header.quality[index]
+            assert quality.recall == pytest.approx((predicted & active).sum() / active.sum(), abs=1e-3)
+            assert quality.predicted_density == pytest.approx(predicted.mean(), abs=1e-3)
+    assert report.mean("recall") == pytest.approx(0.95, abs=0.03)
+
+
+def test_same_input_same_bytes(traced: Traced, tmp_path: Path) -> None:
+    first, second = (replace(traced.options(), output=tmp_path / name) for name in "ab")
+    run_train(first)
+    run_train(second)
+    assert first.output.read_bytes() == second.output.read_bytes()
+
+
+def test_the_budget_holds(traced: Traced) -> None:
+    free = run_train(traced.options())
+    small = run_train(replace(traced.options(), budget=0.02))
+    smallest = run_train(replace(traced.options(), budget=1e-9))
+    assert smallest.nbytes <= small.nbytes <= free.nbytes
+    assert small.nbytes <= max(0.02 * small.model_bytes, smallest.nbytes)
+
+
+def logits(path: Path, tokens: list[int], mode: str, **options: object) -> tuple[np.ndarray, float]:
+    engine = Engine(load_model(path), mode=mode, **({"threads": 1} | options))  # type: ignore[arg-type]
+    try:
+        rows = [engine.prefill(tokens[:1]).copy()] + [engine.decode(token).copy() for token in tokens[1:]]
+        return np.stack(rows), engine.report().density
+    finally:
+        engine.close()
+
+
+def converted(traced: Traced, output: Path) -> Path:
+    profile = Profile.load(traced.profile)
+    plan = output.with_suffix(".plan.json")
+    hot = [16] * traced.tiny.spec.layers
+    plan_for(profile, hot, mode="gate-first", group=16, width=traced.tiny.spec.width).save(plan)
+    predictors = traced.folder / "tiny.predictors.safetensors"
+    report = convert(ConvertOptions(traced.tiny.path, traced.profile, plan, output, predictors=predictors))
+    assert report.predictor_ranks == Predictors.load(predictors).header.ranks
+    return output
+
+
+def test_the_split_file_predicts(traced: Traced, tmp_path: Path) -> None:
+    """Neurons are sorted anew in the split file, and the predictors with them: the more is to be found, the
+    nearer the result is to dense, and at nearly all it is that of dense but for what is rarely active."""
+    tokens = traced.tiny.tokens(40)
+    distances, densities = [], []
+    for recall in (0.5, 0.9, 0.999):
+        run_train(traced.options(recall=recall))
+        path = converted(traced, tmp_path / f"{recall}.powerinfer.gguf")
+        dense, _ = logits(path, tokens, "dense")
+        exact, _ = logits(path, tokens, "gate-first")
+        predicted, density = logits(path, tokens, "predicted")
+        again, _ = logits(path, tokens, "predicted", threads=2)
+        assert np.array_equal(dense, exact)
+        assert np.array_equal(predicted, again)
+        distances.append(float(np.abs(predicted - dense).mean() / np.abs(dense).mean()))
+        densities.append(density)
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 0.1 * distances[0]
+    assert densities == sorted(densities)
+
+
+def test_refusals(traced: Traced, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = Traced(folder, 2)
+    with pytest.raises(OtherModel, match="profile again"):
+        run_train(replace(traced.options(), trace=other.trace))
+    run_train(other.options())
+    profile = Profile.load(traced.profile)
+    plan = tmp_path / "m.plan.json"
+    plan_for(
+        profile, [0] * traced.tiny.spec.layers, mode="dense", group=16, width=traced.tiny.spec.width
+    ).save(plan)
+    with pytest.raises(OtherModel, match="train again"):
+        convert(
+            ConvertOptions(
+                traced.tiny.path,
+                traced.profile,
+                plan,
+                tmp_path / "m.powerinfer.gguf",
+                predictors=folder / "tiny.predictors.safetensors",
+            )
+        )
+    few = replace(
+        ProfileOptions(traced.tiny.path, (traced.folder / "text.txt",), tmp_path / "few.profile.safetensors"),
+        trace=64,
+        trace_output=tmp_path / "few.trace.zst",
+        window=64,
+    )
+    run_profile(few)
+    with pytest.raises(TrainError, match="larger --trace"):
+        run_train(replace(traced.options(), trace=tmp_path / "few.trace.zst"))
+    for changes in ({"method": "magic"}, {"row_type": "Q6_K"}, {"recall": 1.5}, {"budget": 0.0}):
+        with pytest.raises(TrainError):
+            run_train(replace(traced.options(), **changes))  # type: ignore[arg-type]

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from powerinfer_formats import predictors
 from powerinfer_formats.block_types import type_name
 from powerinfer_formats.gguf_reader import GGUFFile, StringArray
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
+from powerinfer_formats.records import parse_json, to_plain
+from powerinfer_formats.safetensors_file import open_safetensors
 from powerinfer_formats.split import SplitFile, is_split
+from powerinfer_formats.trace import TraceFile
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspection.curve import summarize_profile
 
@@ -37,7 +41,8 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class Description:
-    """``kind``: "model", "split file", "profile", "plan", "hardware profile"; ``facts``: JSON values."""
+    """``kind``: "model", "split file", "profile", "trace", "predictors", "plan",
+    "hardware profile"; ``facts``: JSON values."""
 
     kind: str
     facts: dict[str, Any]
@@ -56,12 +61,14 @@ def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
     if start[:4] in (b"GGUF", b"FUGG"):
         return _describe_gguf
     if start[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
-        return _describe_profile
+        return _describe_safetensors
+    if start[:4] == b"\x28\xb5\x2f\xfd":  # a zstd frame
+        return _describe_trace
     if start.lstrip()[:1] == b"{":
         return _describe_plan
     if start.lstrip()[:6] == b"format":
         return _describe_hardware
-    raise UnknownFile(f"{path} is no GGUF file, profile, plan or hardware profile")
+    raise UnknownFile(f"{path} is no GGUF file, profile, trace, predictors, plan or hardware profile")
 
 
 def _describe_gguf(path: Path) -> Description:
@@ -111,6 +118,7 @@ def _split_facts(path: Path) -> dict[str, Any]:
                 "neurons": layer.neurons,
                 "hot_neurons": layer.hot_neurons,
                 "mode": layer.mode,
+                "predictor_rank": layer.predictor.rank if layer.predictor else 0,
                 "types": [row_type.name for row_type in layer.layout.types],
             }
             for layer in split.layers
@@ -129,6 +137,22 @@ def _split_facts(path: Path) -> dict[str, Any]:
         split.close()
 
 
+def _describe_safetensors(path: Path) -> Description:
+    with open_safetensors(path) as reader:
+        document = parse_json(reader.document(), path)
+    if isinstance(document, dict) and document.get("format") == predictors.FORMAT:
+        header = predictors.Predictors.load(path).header
+        return Description("predictors", to_plain(header))
+    return _describe_profile(path)
+
+
+def _describe_trace(path: Path) -> Description:
+    with TraceFile(path) as trace:
+        header = trace.header
+    facts = to_plain(header) | {"records": header.records, "chunks": len(header.chunks)}
+    return Description("trace", facts | {"record_bytes": header.record_bytes})
+
+
 def _describe_profile(path: Path) -> Description:
     profile = Profile.load(path)
     return Description("profile", summarize_profile(profile), profile=profile)
@@ -139,6 +163,4 @@ def _describe_plan(path: Path) -> Description:
 
 
 def _describe_hardware(path: Path) -> Description:
-    from powerinfer_formats.records import to_plain
-
     return Description("hardware profile", to_plain(HardwareProfile.load(path)))

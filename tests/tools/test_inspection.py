@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from powerinfer_formats.errors import FormatError
+from powerinfer_formats.predictors import LayerPredictor, Predictors, PredictorsHeader, Quality
 from powerinfer_formats.profile import Corpus, LayerSums, Profile
+from powerinfer_formats.trace import TraceHeader, encode_frame, write_trace
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspection import (
     activation_curves,
@@ -145,3 +147,20 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes, error: type[Exc
     path.write_bytes(content)
     with pytest.raises(error, match="damaged"):
         describe(path)
+
+
+def test_a_trace_and_predictors_are_recognised(tmp_path: Path) -> None:
+    trace, predictors = tmp_path / "a", tmp_path / "b"
+    header = TraceHeader("ab" * 32, "tiny", "relu", 4, 9, 1, 32, ("cd" * 32,), "0", (2,))
+    frame = encode_frame(np.ones((2, 4), np.float16), np.ones((2, 9), np.bool_))
+    write_trace(trace, header, [frame])
+    described = describe(trace)
+    assert described.kind == "trace"
+    assert described.facts["records"] == 2
+    layer = LayerPredictor(np.ones((2, 4), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
+    quality = (Quality(0.1, 0.2, 0.9, 0.45),)
+    made = PredictorsHeader("ab" * 32, "tiny", "svd", "F32", 0.9, 4, 9, (2,), 5, quality, (), "0")
+    Predictors(made, (layer,)).save(predictors)
+    described = describe(predictors)
+    assert described.kind == "predictors"
+    assert described.facts["quality"] == [vars(quality[0])]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from powerinfer_formats import errors
+from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.records import RecordReader, dump_json, parse_json
 from powerinfer_formats.safetensors_file import open_safetensors, write_safetensors
 
 FORMAT, VERSION = "powerinfer-predictors", 1
 Floats = NDArray[np.float32]
+#: Types that the matrices can have in a split file.
+RowTypeName = Literal["Q8_0", "Q4_0", "F16", "F32"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class PredictorsHeader:
     fingerprint: str
     model_name: str
     method: str
-    row_type: str
+    row_type: RowTypeName
     target_recall: float
     width: int
     neurons: int
@@ -130,6 +133,9 @@ def _check(header: PredictorsHeader, file: Path) -> None:
     require(1 <= len(header.ranks) <= 4096, f"ranks are of {len(header.ranks)} layers, expected 1 to 4096")
     require(len(header.quality) == len(header.ranks), "quality and ranks are of different layers")
     require(all(1 <= rank <= header.width for rank in header.ranks), "a rank is not from 1 to width")
+    block = BLOCK_SHAPES[TensorType[header.row_type]].values
+    whole = all(size % block == 0 for size in (header.width, *header.ranks))
+    require(whole, f"width and ranks are not whole blocks of {header.row_type}")
     require(header.test_records >= 1, "test_records is not positive")
     for index, quality in enumerate(header.quality):
         for name, value in vars(quality).items():

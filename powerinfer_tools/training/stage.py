@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.predictors import LayerPredictor, Predictors, PredictorsHeader, Quality
+from powerinfer_formats.predictors import LayerPredictor, Predictors, PredictorsHeader, Quality, RowTypeName
 from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import RowType, block_shape, dequantize
 from powerinfer_tools import __version__
@@ -23,7 +23,7 @@ Bools = npt.NDArray[np.bool_]
 Records = tuple[Floats, Bools]
 METHODS = ("svd",)
 #: Types that the engine multiplies with and that small errors survive.
-ROW_TYPES = ("Q8_0", "Q4_0", "F16", "F32")
+ROW_TYPES: tuple[RowTypeName, ...] = get_args(RowTypeName)
 #: Fewest chunks that can be parted into learning, checking and testing.
 MIN_CHUNKS = 10
 #: Records that a rank is tried on: enough for three digits of its density.
@@ -40,7 +40,7 @@ class TrainOptions:
     method: str = "svd"
     recall: float = 0.95
     budget: float = 0.1
-    row_type: str = "Q8_0"
+    row_type: RowTypeName = "Q8_0"
 
 
 @dataclass(frozen=True)

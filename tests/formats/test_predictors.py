@@ -61,6 +61,8 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         (errors.BadField, {"quality": (Quality(0.2, 0.3, 0.95, 0.6),)}),
         (errors.BadField, {"quality": (Quality(0.2, 1.3, 0.95, 0.6),) * 2}),
         (errors.BadField, {"test_records": 0}),
+        (errors.BadField, {"row_type": "Q6_K"}),
+        (errors.BadField, {"row_type": "Q8_0"}),
         (errors.WrongShape, {"neurons": NEURONS + 1}),
         (errors.WrongShape, {"ranks": (3, 2)}),
         (errors.UnexpectedTensor, {"ranks": RANKS[:1], "quality": (Quality(0.2, 0.3, 0.95, 0.6),)}),

@@ -129,7 +129,7 @@ def test_model_is_described_from_its_metadata(smollm2: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(content)
-    with pytest.raises(PowerInferError, match="is no GGUF file, profile, trace, predictors, plan or hardware profile"):
+    with pytest.raises(PowerInferError, match="is no GGUF file, profile, trace, predictors"):
         describe(path)
 
 

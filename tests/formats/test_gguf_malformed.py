@@ -301,6 +301,7 @@ def test_every_error_class_of_the_container_has_a_row() -> None:
         "WrongShape",
         "WrongType",
         "BadDocument",
+        "BadFrame",
         "BadField",
         "WriteOrder",
         "BadSafetensors",

@@ -136,12 +136,12 @@ def test_pressure_cannot_be_met_by_scaling(tiny: TinyModel) -> None:
     network = Network(load_model(tiny.path), "cpu", 32, torch.float32)
     student, x = Student(network, "relu", 0, 0), torch.randn(6, network.hyper.width)
     student(0, x)
-    before = float(student.pressure)
+    before = student.pressure.item()
     with torch.no_grad():
         student.ffns[0].gate.values.mul_(0.125)
     student.begin()
     student(0, x)
-    assert float(student.pressure) == pytest.approx(before, rel=1e-4)
+    assert student.pressure.item() == pytest.approx(before, rel=1e-4)
 
 
 def test_the_weight_of_the_pressure_follows_the_density() -> None:

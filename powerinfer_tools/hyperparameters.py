@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.model_source import ModelSource
 from powerinfer_tools.architectures import ACTIVATIONS, ArchitectureSpec
 from powerinfer_tools.errors import ModelError
 
@@ -54,7 +54,7 @@ class Hyperparameters:
 class _Keys:
     """Checked access to the metadata below one architecture's prefix."""
 
-    def __init__(self, gguf: GGUFFile, prefix: str) -> None:
+    def __init__(self, gguf: ModelSource, prefix: str) -> None:
         self.gguf, self.prefix, self.file = gguf, prefix, str(gguf.path)
 
     def integer(self, key: str, default: Any = _MISSING, *, low: int = 1, high: int = 1 << 24) -> int:
@@ -78,7 +78,7 @@ class _Keys:
         return self.gguf.get(name, type_) if default is _MISSING else self.gguf.get(name, type_, default)
 
 
-def read_hyperparameters(gguf: GGUFFile, spec: ArchitectureSpec, vocabulary: int) -> Hyperparameters:
+def read_hyperparameters(gguf: ModelSource, spec: ArchitectureSpec, vocabulary: int) -> Hyperparameters:
     """Read the hyper-parameters of ``spec``'s family.
 
     ``vocabulary`` is the number of rows of the embedding. Raises ModelError for values that make no model,
@@ -165,7 +165,7 @@ def _attention_scale(spec: ArchitectureSpec, layers: int, width: int, heads: int
     return 1.0 / math.sqrt(per_head)
 
 
-def _activation(gguf: GGUFFile, spec: ArchitectureSpec) -> str:
+def _activation(gguf: ModelSource, spec: ArchitectureSpec) -> str:
     activation = str(gguf.get("powerinfer.activation", str, spec.activation))
     if activation not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))

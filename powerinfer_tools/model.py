@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.fingerprint import model_fingerprint
-from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.split import SplitFile, SplitLayer
 from powerinfer_kernels import RowType
 from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, architecture
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hyperparameters import Hyperparameters, read_hyperparameters
+from powerinfer_tools.sources import open_source
 
 Vector = npt.NDArray[np.float32]
 #: Row types of matrices that the kernels compute with.
@@ -82,7 +83,7 @@ class LayerWeights:
 class Model:
     """An opened model, from a source GGUF or a split file."""
 
-    gguf: GGUFFile
+    gguf: ModelSource
     spec: ArchitectureSpec
     hyper: Hyperparameters
     embedding: Weight
@@ -122,7 +123,7 @@ def load_model(path: str | Path) -> Model:
 
     Raises FormatError for a file that is not well-formed and ModelError for one that cannot be run.
     """
-    gguf = GGUFFile.open(path)
+    gguf = open_source(path)
     try:
         return _build(gguf)
     except BaseException:
@@ -130,7 +131,7 @@ def load_model(path: str | Path) -> Model:
         raise
 
 
-def _build(gguf: GGUFFile) -> Model:
+def _build(gguf: ModelSource) -> Model:
     _refuse_shards(gguf)
     spec = architecture(gguf.get("general.architecture", str), str(gguf.path))
     tensors = _Tensors(gguf)
@@ -158,7 +159,7 @@ def _build(gguf: GGUFFile) -> Model:
     )
 
 
-def _refuse_shards(gguf: GGUFFile) -> None:
+def _refuse_shards(gguf: ModelSource) -> None:
     count = gguf.get("split.count", int, 1)
     if count > 1:
         raise ModelError(
@@ -167,7 +168,7 @@ def _refuse_shards(gguf: GGUFFile) -> None:
         )
 
 
-def _split(gguf: GGUFFile, hyper: Hyperparameters) -> SplitFile | None:
+def _split(gguf: ModelSource, hyper: Hyperparameters) -> SplitFile | None:
     split = SplitFile.read(gguf, layers=hyper.layers, neurons=hyper.neurons, width=hyper.width)
     for index, types in enumerate(split.header.types if split else ()):
         for row_type in types:
@@ -231,7 +232,7 @@ def _dense_ffn(tensors: "_Tensors", hyper: Hyperparameters, prefix: str) -> Dens
 class _Tensors:
     """Typed access to the tensors of a file, by expected shape."""
 
-    def __init__(self, gguf: GGUFFile) -> None:
+    def __init__(self, gguf: ModelSource) -> None:
         self.gguf = gguf
 
     def has(self, name: str) -> bool:

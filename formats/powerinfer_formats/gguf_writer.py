@@ -22,8 +22,8 @@ from powerinfer_formats import gguf_layout as layout
 from powerinfer_formats.atomic import require_space, write_atomic
 from powerinfer_formats.gguf_encode import Writable, encode_entry, encode_string
 from powerinfer_formats.gguf_layout import ValueType, aligned
-from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_scan import TensorInfo, check_tensor_name, tensor_bytes
+from powerinfer_formats.model_source import ModelSource
 
 
 class GGUFWriter:
@@ -71,7 +71,7 @@ class GGUFWriter:
         """Add one metadata entry; ``value_type`` (of the elements, for a sequence) is needed for numbers."""
         self._add_raw(key, encode_entry(key, value, value_type, str(self.path)))
 
-    def copy_metadata(self, source: GGUFFile, *, without: Collection[str] = ()) -> None:
+    def copy_metadata(self, source: ModelSource, *, without: Collection[str] = ()) -> None:
         """Pass on every entry of ``source`` byte for byte, except keys in ``without`` and the alignment."""
         for entry, data in source.metadata_bytes():
             if entry.key != layout.ALIGNMENT_KEY and entry.key not in without:

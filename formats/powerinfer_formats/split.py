@@ -14,6 +14,7 @@ from powerinfer_formats import errors
 from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.gguf_reader import GGUFFile, StringArray
+from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.split_layout import BundleLayout, SplitHeader, bundle_layout
 
 __all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "SplitPredictor", "bundle_layout"]
@@ -100,7 +101,7 @@ class SplitLayer:
 class SplitFile:
     """A split file whose every rule has been checked; ``gguf`` holds the other tensors and the metadata."""
 
-    gguf: GGUFFile
+    gguf: ModelSource
     header: SplitHeader
     layers: tuple[SplitLayer, ...]
 
@@ -124,7 +125,7 @@ class SplitFile:
         return split
 
     @classmethod
-    def read(cls, gguf: GGUFFile, *, layers: int, neurons: int, width: int) -> Self | None:
+    def read(cls, gguf: ModelSource, *, layers: int, neurons: int, width: int) -> Self | None:
         """The split view of an open file, or None where it is a source model."""
         if not is_split(gguf):
             return None
@@ -161,7 +162,7 @@ class SplitFile:
         self.gguf.close()
 
 
-def is_split(gguf: GGUFFile) -> bool:
+def is_split(gguf: ModelSource) -> bool:
     """Whether the file claims to be a split file; a source may carry ``powerinfer.activation`` alone."""
     return names.KEY_VERSION in gguf.metadata
 
@@ -169,7 +170,7 @@ def is_split(gguf: GGUFFile) -> bool:
 class _Checker:
     """Judges one file against the sizes that its model has."""
 
-    def __init__(self, gguf: GGUFFile, layers: int, neurons: int, width: int) -> None:
+    def __init__(self, gguf: ModelSource, layers: int, neurons: int, width: int) -> None:
         self.gguf = gguf
         self.layers = layers
         self.neurons = neurons

@@ -14,6 +14,7 @@ from powerinfer_tools.progress import Progress, Silent
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,23 @@ class Divergence:
     """How far a model is from another over the same positions.
 
     ``mean_kl`` is the mean of KL(base ‖ model) in nats, ``same_top`` the share of positions where both would
-    choose the same token greedily.
+    choose the same token greedily, ``ratio`` the model's perplexity over the base's, ``identical`` whether
+    all logits have the same bits. Errors are standard errors of the means, as if positions were independent;
+    that of the ratio is of the mean of paired differences, so it is much smaller than those of the two.
     """
 
     mean_kl: float
+    kl_error: float
     max_kl: float
     same_top: float
+    same_top_error: float
     positions: int
     perplexity: float
+    perplexity_error: float
     base_perplexity: float
+    ratio: float
+    ratio_error: float
+    identical: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -86,16 +95,15 @@ def perplexity(engine: Engine, pieces: Sequence[list[int]], progress: Progress |
         progress.advance(len(piece))
     progress.finish()
     every = np.concatenate(losses)
-    spread = float(every.std(ddof=1)) / math.sqrt(len(every)) if len(every) > 1 else 0.0
     return Perplexity(
-        running[-1], running[-1] * spread, len(pieces), len(every), len(pieces[0]), tuple(running)
+        running[-1], running[-1] * _error(every), len(pieces), len(every), len(pieces[0]), tuple(running)
     )
 
 
 def divergence(
     engine: Engine, base: Engine, pieces: Sequence[list[int]], progress: Progress | None = None
 ) -> Divergence:
-    """Divergence of ``engine`` from ``base`` over the scored positions of ``pieces``."""
+    """Divergence of ``engine`` from ``base``, another engine, over the scored positions of ``pieces``."""
     if engine.vocabulary != base.vocabulary:
         raise ModelError(
             f"{engine.model.path} has {engine.vocabulary} tokens and {base.model.path} {base.vocabulary}: "
@@ -103,28 +111,43 @@ def divergence(
         )
     progress = progress or Silent()
     progress.start("divergence", sum(map(len, pieces)), "tokens")
-    kl, same, losses, base_losses = [], [], [], []
+    kl, same, losses, base_losses, identical = [], [], [], [], True
     for piece in pieces:
         for (logits, targets), (base_logits, _) in zip(
             _scored(engine, piece), _scored(base, piece), strict=True
         ):
+            identical &= logits.tobytes() == base_logits.tobytes()
             model_log, base_log = _log_softmax(logits), _log_softmax(base_logits)
             kl.append((np.exp(base_log) * (base_log - model_log)).sum(axis=1))
             same.append(model_log.argmax(axis=1) == base_log.argmax(axis=1))
-            rows = np.arange(len(targets))
-            losses.append(-model_log[rows, targets])
-            base_losses.append(-base_log[rows, targets])
+            losses.append(_losses(logits, targets))
+            base_losses.append(_losses(base_logits, targets))
         progress.advance(len(piece))
     progress.finish()
-    every = np.concatenate(kl)
+    return _divergence(*map(np.concatenate, (kl, losses, base_losses, same)), identical=identical)
+
+
+def _divergence(kl: Doubles, losses: Doubles, base: Doubles, same: Bools, *, identical: bool) -> Divergence:
+    perplexity, ratio = math.exp(losses.mean()), math.exp((losses - base).mean())
     return Divergence(
-        mean_kl=float(every.mean()),
-        max_kl=float(every.max()),
-        same_top=float(np.concatenate(same).mean()),
-        positions=len(every),
-        perplexity=math.exp(np.concatenate(losses).mean()),
-        base_perplexity=math.exp(np.concatenate(base_losses).mean()),
+        mean_kl=float(kl.mean()),
+        kl_error=_error(kl),
+        max_kl=float(kl.max()),
+        same_top=float(same.mean()),
+        same_top_error=_error(same.astype(np.float64)),
+        positions=len(kl),
+        perplexity=perplexity,
+        perplexity_error=perplexity * _error(losses),
+        base_perplexity=math.exp(base.mean()),
+        ratio=ratio,
+        ratio_error=ratio * _error(losses - base),
+        identical=identical,
     )
+
+
+def _error(values: Doubles) -> float:
+    """Standard error of the mean of ``values``; 0 for a single one."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _scored(engine: Engine, piece: list[int]) -> Iterator[tuple[Floats, npt.NDArray[np.int64]]]:

@@ -1,7 +1,8 @@
 """Opening a model for the commands that run one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from powerinfer_cli.options import Placement
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
+    from powerinfer_tools.model import Model
 
 
 @contextmanager
@@ -16,24 +18,36 @@ def opened_engine(
     path: Path, placement: Placement, *, threads: int | None, context: int | None
 ) -> Iterator["Engine"]:
     """An engine on the model at ``path``, closed at the end."""
+    with engines_of(path, placement, threads=threads, context=context) as (_, open_engine):
+        engine = open_engine(mode=placement.engine_mode)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+@contextmanager
+def engines_of(
+    path: Path, placement: Placement, *, threads: int | None, context: int | None
+) -> Iterator[tuple["Model", Callable[..., "Engine"]]]:
+    """The model at ``path``, closed at the end, and what makes an engine on it in a ``mode``."""
     from powerinfer_tools.engine import Engine
     from powerinfer_tools.model import load_model
 
     model = load_model(path)
     try:
-        engine = Engine(
+        yield (
             model,
-            threads=threads,
-            context=context,
-            mode=placement.engine_mode,
-            device=placement.device,
-            vram=placement.vram,
-            kv_type=placement.kv_type,
+            partial(
+                Engine,
+                model,
+                threads=threads,
+                context=context,
+                device=placement.device,
+                vram=placement.vram,
+                kv_type=placement.kv_type,
+            ),
         )
-        try:
-            yield engine
-        finally:
-            engine.close()
     finally:
         model.close()
 

@@ -7,23 +7,45 @@ import typer
 
 from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit_json, progress, say
+from powerinfer_cli.eval_modes import EVERY_MODE, measure_modes, modes_of, show_modes
 from powerinfer_cli.files import find_model
+from powerinfer_cli.help import HelpfulCommand
 from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
+    from powerinfer_tools.model import Model
     from powerinfer_tools.progress import Progress
 
-HELP = """Measure perplexity on a text, and how far a model's predictions are from another's.
+HELP = """Measure perplexity on a text, and how far predictions are from another model's or between modes.
 
 Counted as llama.cpp counts it: windows of --ctx tokens that don't overlap, each beginning with BOS where the
-model adds one; the second half of each window is scored.
+model adds one; the second half of each window is scored. --compare runs one file in several modes and says
+what each changes: a row of perplexity, KL divergence from dense, share of equal first choices, density, and
+the recall of predictors. Alone it takes every mode; the file's exact ones give the same bits.
 
 \b
 Examples:
   powerinfer eval -m model.gguf --text book.txt
   powerinfer eval -m model.powerinfer.gguf --text book.txt --against model.gguf --chunks 10
+  powerinfer eval -m model.powerinfer.gguf --text book.txt --compare gate-first,predicted
 """
+
+
+class EvalCommand(HelpfulCommand):
+    """A command whose ``--compare`` may stand alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare ``--compare`` its value, every mode."""
+        following = [*args[1:], "-"]
+        words = [
+            f"--compare={EVERY_MODE}" if word == "--compare" and after.startswith("-") else word
+            for word, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, words)
+
+
+CLASS = EvalCommand
 
 
 def command(
@@ -42,31 +64,49 @@ def command(
             "--against", metavar="FILE", help="Model to compare with: KL divergence from it, token by token."
         ),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="[MODES]",
+            help=f"Modes to set side by side, separated by commas; without a value {EVERY_MODE}.",
+        ),
+    ] = None,
     placement: opt.Placement,
     common: opt.Common,
 ) -> None:
     """Evaluate a model on a text."""
     path = find_model(model)
     base = find_model(against) if against is not None else None
-    from powerinfer_cli.engines import opened_engine, read_text
+    modes = modes_of(compare) if compare is not None else ()
+    if modes and (base is not None or placement.mode != "auto"):
+        raise typer.BadParameter("goes without --against and without --mode", param_hint="--compare")
+    from powerinfer_cli.engines import engines_of, opened_engine, read_text
 
     content = read_text(text)
     listener = progress()
+    if modes:
+        with engines_of(path, placement, threads=common.threads, context=ctx) as (loaded, open_engine):
+            pieces = text_windows(loaded, content, ctx, chunks)
+            compared = measure_modes(open_engine, loaded, modes, pieces, listener)
+        about = {"model": path, "text": text, "context": ctx, "chunks": len(pieces)}
+        show_modes(compared, about, as_json=common.json)
+        return
     with opened_engine(path, placement, threads=common.threads, context=ctx) as engine:
-        pieces = text_windows(engine, content, ctx, chunks)
+        pieces = text_windows(engine.model, content, ctx, chunks)
         result = score(engine, pieces, listener)
         if base is not None:
             with opened_engine(base, opt.Placement(), threads=common.threads, context=ctx) as other:
-                result |= compare(engine, other, pieces, listener)
+                result |= diverge(engine, other, pieces, listener)
     show({"model": path, "text": text} | result, as_json=common.json)
 
 
-def text_windows(engine: "Engine", text: str, ctx: int, chunks: int | None) -> list[list[int]]:
+def text_windows(model: "Model", text: str, ctx: int, chunks: int | None) -> list[list[int]]:
     """The windows of token ids that are scored."""
     from powerinfer_tools.evaluation import windows
     from powerinfer_tools.text import Tokenizer
 
-    tokenizer = Tokenizer.from_gguf(engine.model.gguf)
+    tokenizer = Tokenizer.from_gguf(model.gguf)
     for notice in tokenizer.notices:
         say(notice)
     return windows(tokenizer.encode(text), ctx, chunks, tokenizer.bos_id if tokenizer.adds_bos else None)
@@ -79,7 +119,7 @@ def score(engine: "Engine", pieces: list[list[int]], listener: "Progress") -> di
     return perplexity(engine, pieces, listener).as_dict() | {"mode": engine.report().mode}
 
 
-def compare(
+def diverge(
     engine: "Engine", base: "Engine", pieces: list[list[int]], listener: "Progress"
 ) -> dict[str, Any]:
     """Divergence of the model from ``base``."""

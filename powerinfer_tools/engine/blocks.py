@@ -10,6 +10,7 @@ from powerinfer_kernels import Activations, Bundle, KVCache, Matrix, Pool, Progr
 from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.rotary import RotaryTables
 from powerinfer_tools.model import AttentionWeights, Model, Weight
 
@@ -186,6 +187,15 @@ class BlockWriter:
             threshold=w.threshold,
             gate=gate,
         )
+
+    def ffn_truth(self, w: GateAndUp, gate: Floats, up: Floats) -> None:
+        """What every neuron would contribute, act(gate)·up, into ``gate`` (T, neurons); ``up`` is scratch."""
+        self.label("recall")
+        b, builder = self.buffers, self.builder
+        builder.matmul(w.gate, b.normed, b.normed_acts, gate, independent=True)
+        builder.matmul(w.up, b.normed, b.normed_acts, up)
+        builder.activate(gate, up, gate, self.hyper.activation)
+        self.label("ffn")
 
     def merge(self, post_norm: Floats | None, *, hot: bool, cold: bool) -> None:
         """Residual stream += post_norm(cold part + hot part), in this order."""

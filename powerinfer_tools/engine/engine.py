@@ -30,7 +30,8 @@ class Engine:
     the C kernels; "cpu" and "cuda" give the hot part of a split file to torch on that device. ``vram`` limits
     the hot part to that many bytes by moving the split point. ``kv_type`` "q8_0" halves the KV cache, at a
     small cost in precision. ``observed`` counters, one of each layer, are
-    added to by every forward pass of a source model.
+    added to by every forward pass of a source model. ``check_recall`` computes beside every prediction what
+    it should have found, for the report; results stay the same bits.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Engine:
         vram: int | None = None,
         kv_type: str = "f16",
         observed: Sequence[LayerCounters] | None = None,
+        check_recall: bool = False,
     ) -> None:
         started = time.perf_counter()
         self.model = model
@@ -53,7 +55,7 @@ class Engine:
         require_memory(model, self.context, kv_type, available_ram_bytes())
         self._pool = Pool(threads, isa)
         batch = max(1, min(batch, self.context))
-        options = StackOptions(batch, self.context, mode, device, vram, kv_type, observed)
+        options = StackOptions(batch, self.context, mode, device, vram, kv_type, observed, check_recall)
         self._stack = LayerStack(model, self._pool, options)
         self._head = Head(model, self._pool, self._stack.head_matrix)
         self._batch, self._position = batch, 0
@@ -169,6 +171,7 @@ class Engine:
             decode_seconds=self._decode_seconds,
             bytes_per_token=stack.weight_bytes_per_token() + cache_bytes,
             density=stack.density(),
+            recall=stack.recall(),
             timings=timings,
             kv_type=stack.kv_type,
             load_seconds=self._load_seconds,

@@ -8,10 +8,12 @@ from typing import Protocol
 import numpy as np
 
 from powerinfer_formats.split import SplitLayer
+from powerinfer_formats.split_layout import KINDS
 from powerinfer_kernels import Bundle, Matrix, Pool, RowType, aligned
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, NeuronRows, PredictedRows, pack
 from powerinfer_tools.engine.buffers import Buffers, Floats, activations, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model import DenseFFN, Model
 
@@ -213,16 +215,9 @@ class _NoneFFN:
 
 
 def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
-    last = layer.neurons
-    types = {"gate": layer.gate_type, "up": layer.up_type, "down": layer.down_type}
     dense = ["gate"] if mode == "gate-first" else ["gate", "up"]
-    matrices = {
-        kind: Matrix.pack(
-            pool, layer.rows(kind, first, last).reshape(-1), types[kind], last - first, layer.width
-        )
-        for kind in dense
-    }
-    bundle = _bundle(layer, pool, first, [kind for kind in types if kind not in dense])
+    matrices = {kind: _matrix(layer, pool, first, kind) for kind in dense}
+    bundle = _bundle(layer, pool, first, [kind for kind in KINDS if kind not in dense])
     return _RowsFFN(NeuronRows(matrices["gate"], matrices.get("up"), bundle))
 
 
@@ -243,9 +238,32 @@ def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int) -> C
     )
 
 
+def write_recall_check(
+    model: Model, index: int, pool: Pool, ffn: ColdFFN, writer: BlockWriter, buffers: Buffers
+) -> RecallCheck | None:
+    """Append, right after the operations of ``ffn``, those that compute what its predictor should have found;
+    None for an FFN without one."""
+    layer = model.layers[index].ffn
+    if not isinstance(ffn, _PredictedFFN) or isinstance(layer, DenseFFN):
+        return None
+    assert buffers.scores is not None
+    first = layer.neurons - ffn.neurons
+    truth = GateAndUp(_matrix(layer, pool, first, "gate"), _matrix(layer, pool, first, "up"))
+    scores, gate, up = (narrowed(b, ffn.neurons) for b in (buffers.scores, buffers.gate, buffers.up))
+    writer.ffn_truth(truth, gate, up)
+    return RecallCheck(writer.builder.mark(), scores, ffn.weights.threshold, gate)
+
+
+def _matrix(layer: SplitLayer, pool: Pool, first: int, kind: str) -> Matrix:
+    """All rows of one kind from position ``first`` on, for the dense kernels."""
+    rows = layer.rows(kind, first, layer.neurons)
+    row_type = layer.layout.types[KINDS.index(kind)]
+    return Matrix.pack(pool, rows.reshape(-1), row_type, len(rows), layer.width)
+
+
 def _bundle(layer: SplitLayer, pool: Pool, first: int, kinds: Sequence[str]) -> Bundle:
     """The rows of all neurons from position ``first`` on."""
-    types = {"gate": layer.gate_type, "up": layer.up_type, "down": layer.down_type}
+    types = dict(zip(KINDS, layer.layout.types, strict=True))
     rows = {
         kind: (np.ascontiguousarray(layer.rows(kind, first, layer.neurons)), types[kind]) for kind in kinds
     }

@@ -9,9 +9,10 @@ import numpy.typing as npt
 from powerinfer_kernels import KernelError, KVCache, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.blocks import BlockWriter, pack
 from powerinfer_tools.engine.buffers import allocate
-from powerinfer_tools.engine.ffn import ColdFFN, layer_modes, load_cold_ffn
+from powerinfer_tools.engine.ffn import ColdFFN, layer_modes, load_cold_ffn, write_recall_check
 from powerinfer_tools.engine.memory import kv_bytes_per_position
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.recall import RecallCheck, recall_of
 from powerinfer_tools.engine.rotary import layer_tables
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hot import HotSide, open_hot_side
@@ -27,7 +28,8 @@ class StackOptions:
     """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None:
     none).
 
-    ``observed``: counters of each layer that every forward pass adds to; for source models.
+    ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
+    compute beside every prediction what it should have found.
     """
 
     batch: int
@@ -37,6 +39,7 @@ class StackOptions:
     vram: int | None
     kv_type: str = "f16"
     observed: Sequence[LayerCounters] | None = None
+    check_recall: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ class LayerStack:
         self._ffn_ends: list[int] = []
         self._cold: list[ColdFFN] = []
         self._observed = options.observed
+        self._check_recall = options.check_recall
+        self._checks: list[RecallCheck] = []
+        self._tokens = 0
         self._write()
         self._length = builder.mark()
         self._program = builder.build()
@@ -122,6 +128,7 @@ class LayerStack:
             self._run_split(split, count, position)
             first = split.needed
         self._run(first, self._length, count, position)
+        self._tokens += count
         return count
 
     def forward_watched(self, tokens: Sequence[int], position: int, watch: Watch) -> int:
@@ -146,15 +153,22 @@ class LayerStack:
 
     def weight_bytes_per_token(self) -> float:
         """Mean bytes of weights that one decoded token touches, with the density seen so far."""
-        density = self.density()
+        total = self._program.total_neurons()
+        density = self._program.active_neurons() / total if total else 1.0
         embedding_row = self.model.embedding.nbytes // self.model.embedding.rows
         ffn = sum(layer.bytes_per_token(density) for layer in self._cold)
         return self._writer.weight_bytes + self.head_matrix.nbytes + embedding_row + ffn + self.vram_bytes
 
     def density(self) -> float:
-        """Share of FFN neurons that were computed so far (1 for dense modes)."""
-        total = self._program.total_neurons()
-        return self._program.active_neurons() / total if total else 1.0
+        """Share of FFN neurons that were computed so far; dense layers and hot neurons are computed whole."""
+        every = self._tokens * self.model.hyper.layers * self.model.hyper.neurons
+        skipped = self._program.total_neurons() - self._program.active_neurons()
+        return 1.0 - skipped / every if every else 1.0
+
+    def recall(self) -> float | None:
+        """Share of the active neurons that were predicted so far; None where it is not checked or nothing was
+        predicted."""
+        return recall_of(self._checks)
 
     def seconds(self) -> dict[str, float]:
         """Time by part so far, in seconds."""
@@ -200,6 +214,9 @@ class LayerStack:
         ffn.write(
             writer, self._buffers, layer.ffn_post_norm, self._observed[index] if self._observed else None
         )
+        if self._check_recall:
+            check = write_recall_check(self.model, index, self._pool, ffn, writer, self._buffers)
+            self._checks += [check] if check else []
         self._ffn_ends.append(writer.builder.mark())
         if not ffn.in_rows:
             return
@@ -209,7 +226,13 @@ class LayerStack:
             self._splits.append(_Split(index, ready, needed))
 
     def _run(self, first: int, last: int, count: int, position: int) -> None:
-        self._program.run(self._pool, first, last, count, position)
+        for check in self._checks:
+            if first < check.after <= last:
+                self._program.run(self._pool, first, check.after, count, position)
+                check.count(count)
+                first = check.after
+        if first < last:
+            self._program.run(self._pool, first, last, count, position)
 
     def _run_split(self, split: _Split, count: int, position: int) -> None:
         hot, buffers = self._hot, self._buffers

@@ -24,7 +24,8 @@ class EngineReport:
     """Counters of an engine since it was made.
 
     ``bytes_per_token`` is the mean number of bytes of weights and KV cache that one decoded token had to
-    touch; ``density`` the mean share of FFN neurons computed; ``timings`` seconds by part ("attention",
+    touch; ``density`` the mean share of FFN neurons computed; ``recall`` the share of active neurons that
+    predictors found, None where it was not checked; ``timings`` seconds by part ("attention",
     "ffn", …); ``load_seconds`` the time to lay the weights out for the kernels and allocate.
     """
 
@@ -38,6 +39,7 @@ class EngineReport:
     decode_seconds: float
     bytes_per_token: float
     density: float
+    recall: float | None
     timings: dict[str, float]
     memory: Memory
     kv_type: str
@@ -71,6 +73,7 @@ class EngineReport:
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "bytes_per_token": self.bytes_per_token,
             "density": self.density,
+            "recall": self.recall,
             "kv_type": self.kv_type,
             "load_seconds": self.load_seconds,
             "timings": self.timings,

@@ -1,0 +1,47 @@
+"""Whether predictors find the neurons that are active: the truth, computed beside the prediction."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from powerinfer_kernels import Matrix
+from powerinfer_tools.engine.buffers import Floats
+
+
+@dataclass(frozen=True)
+class GateAndUp:
+    """All gate and up rows of the neurons that a predictor speaks for."""
+
+    gate: Matrix
+    up: Matrix
+
+
+@dataclass
+class RecallCheck:
+    """Counts, for one layer, the active neurons and those of them that were predicted.
+
+    After the operations before ``after`` have run, ``scores`` and ``hidden`` (tokens, neurons) hold what the
+    predictor said and act(gate)·up: a neuron is predicted where its score is above ``threshold`` (neurons,),
+    and active where it contributes anything. The result of the layer does not depend on this.
+    """
+
+    after: int
+    scores: Floats
+    threshold: Floats
+    hidden: Floats
+    found: int = 0
+    active: int = 0
+
+    def count(self, tokens: int) -> None:
+        """Look at the first ``tokens`` rows. A score that is not a number counts as above, as it does for
+        the kernels."""
+        active = self.hidden[:tokens] != 0
+        missed = self.scores[:tokens] <= self.threshold
+        self.active += int(np.count_nonzero(active))
+        self.found += int(np.count_nonzero(active & ~missed))
+
+
+def recall_of(checks: list[RecallCheck]) -> float | None:
+    """Share of the active neurons that were predicted; None where nothing was checked or active."""
+    active = sum(check.active for check in checks)
+    return sum(check.found for check in checks) / active if active else None

@@ -19,9 +19,9 @@ from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.split_layout import (
     ALIGNMENT,
-    KINDS,
     BundleLayout,
     SplitHeader,
+    bias_name,
     bundle_layout,
     bundle_name,
     declare_predictor,
@@ -29,6 +29,7 @@ from powerinfer_formats.split_layout import (
     hot_name,
     order_name,
     predictor_names,
+    source_bias_name,
     source_names,
 )
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
@@ -153,7 +154,7 @@ class _Conversion:
             layers=self.model.hyper.layers,
             neurons=self.model.hyper.neurons,
             hot_neurons=self.hot,
-            down_type=self.layouts[0].types[2].name,
+            down_type=self.layouts[0].types[-1].name,
             requantization_error=errors,
             predictor_ranks=self.predictors.header.ranks if self.predictors else (),
         )
@@ -164,8 +165,10 @@ class _Conversion:
         return ffn
 
     def _layout(self, ffn: DenseFFN) -> BundleLayout:
-        chosen = down_type(ffn.down.row_type, self.options.quant, ffn.gate.columns)
-        return bundle_layout(ffn.gate.row_type, ffn.up.row_type, chosen, ffn.gate.columns)
+        width = ffn.up.columns
+        chosen = down_type(ffn.down.row_type, self.options.quant, width)
+        gate = None if ffn.gate is None else ffn.gate.row_type
+        return bundle_layout(gate, ffn.up.row_type, chosen, width)
 
     def _header(self, errors: tuple[float, ...]) -> SplitHeader:
         return SplitHeader(
@@ -194,7 +197,7 @@ class _Conversion:
                 _check_finite(self.model, weight)
             down = self._transposed_down(index)
             rows = self._quantized(index, down)
-            errors.append(_relative_error(down, rows, RowType(self.layouts[index].types[2])))
+            errors.append(_relative_error(down, rows, RowType(self.layouts[index].types[-1])))
             self.progress.advance(1)
         self.progress.finish()
         return tuple(errors)
@@ -202,7 +205,14 @@ class _Conversion:
     def _declare(self, writer: GGUFWriter) -> None:
         neurons = self.model.hyper.neurons
         for index in range(self.model.hyper.layers):
-            declare_split_layer(writer, index, self.layouts[index], neurons=neurons, hot=self.hot[index])
+            declare_split_layer(
+                writer,
+                index,
+                self.layouts[index],
+                neurons=neurons,
+                hot=self.hot[index],
+                bias=self.model.layers[index].ffn_bias is not None,
+            )
             if self.predictors is not None:
                 header, kind = self.predictors.header, RowType[self.predictors.header.row_type]
                 types = (int(kind), int(kind))
@@ -214,7 +224,8 @@ class _Conversion:
             writer.declare(name, info.row_type, info.shape)
 
     def _unchanged(self) -> list[str]:
-        ffn = {name for index in range(self.model.hyper.layers) for name in source_names(index)}
+        layers = range(self.model.hyper.layers)
+        ffn = {name for index in layers for name in (*source_names(index), source_bias_name(index))}
         return [name for name in self.model.gguf.tensors if name not in ffn]
 
     def _write(self, writer: GGUFWriter) -> None:
@@ -230,16 +241,18 @@ class _Conversion:
 
     def _write_layer(self, writer: GGUFWriter, index: int) -> None:
         order, hot, layout = self.profile.order(index), self.hot[index], self.layouts[index]
-        ffn = self._ffn(index)
-        down = self._quantized(index, self._transposed_down(index))
-        sources = {"gate": _plain_rows(ffn.gate), "up": _plain_rows(ffn.up), "down": down}
+        products = [_plain_rows(weight) for weight in self._ffn(index).matrices[:-1]]
+        sources = [*products, self._quantized(index, self._transposed_down(index))]
         writer.write(order_name(index), order.astype("<i4"))
+        bias = self.model.layers[index].ffn_bias
+        if bias is not None:
+            writer.write(bias_name(index), bias[order])
         if hot:
-            for kind in KINDS:
-                writer.write(hot_name(index, kind), sources[kind][order[:hot]])
+            for kind, rows in zip(layout.kinds, sources, strict=True):
+                writer.write(hot_name(index, kind), rows[order[:hot]])
         if hot < len(order):
             cold = order[hot:]
-            records = layout.pack(*(sources[kind][cold] for kind in KINDS))
+            records = layout.pack(*(rows[cold] for rows in sources))
             writer.write(bundle_name(index), records)
         self._write_predictor(writer, index, order)
 
@@ -259,7 +272,7 @@ class _Conversion:
         return np.ascontiguousarray(values.T)
 
     def _quantized(self, index: int, rows: npt.NDArray[np.float32]) -> Bytes:
-        return quantize(rows, RowType(self.layouts[index].types[2]))
+        return quantize(rows, RowType(self.layouts[index].types[-1]))
 
 
 def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan: Plan) -> None:
@@ -273,6 +286,8 @@ def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan
 
 def _shared_weights(model: Model) -> Iterator[Weight]:
     yield model.embedding
+    if model.positions is not None:
+        yield model.positions
     if model.head is not model.embedding:
         yield model.head
 
@@ -282,7 +297,7 @@ def _layer_weights(model: Model, index: int) -> Iterator[Weight]:
     attention = layer.attention
     yield from (attention.query, attention.key, attention.value, attention.output)
     if isinstance(layer.ffn, DenseFFN):
-        yield from (layer.ffn.gate, layer.ffn.up, layer.ffn.down)
+        yield from layer.ffn.matrices
 
 
 def _check_finite(model: Model, weight: Weight) -> None:

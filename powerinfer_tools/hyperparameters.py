@@ -16,7 +16,8 @@ class Hyperparameters:
     """Sizes and constants of one model; widths are counted in values.
 
     ``window`` is 0 without sliding attention; ``local_layers[i]`` tells whether layer i is limited to it.
-    ``rope_scale`` divides positions of global layers (linear scaling). ``*_softcap`` are 0 when unused.
+    ``rope_dim`` is 0 without rotary positions. ``rope_scale`` divides positions of global layers (linear
+    scaling). ``*_softcap`` are 0 when unused.
     """
 
     layers: int
@@ -78,10 +79,13 @@ class _Keys:
         return self.gguf.get(name, type_) if default is _MISSING else self.gguf.get(name, type_, default)
 
 
-def read_hyperparameters(gguf: ModelSource, spec: ArchitectureSpec, vocabulary: int) -> Hyperparameters:
+def read_hyperparameters(
+    gguf: ModelSource, spec: ArchitectureSpec, vocabulary: int, positions: int
+) -> Hyperparameters:
     """Read the hyper-parameters of ``spec``'s family.
 
-    ``vocabulary`` is the number of rows of the embedding. Raises ModelError for values that make no model,
+    ``vocabulary`` is the number of rows of the embedding, ``positions`` that of the table of positions (0:
+    there is none). Raises ModelError for values that make no model,
     and FormatError (from the reader) for missing keys or keys of the wrong type.
     """
     keys = _Keys(gguf, spec.name)
@@ -95,7 +99,6 @@ def read_hyperparameters(gguf: ModelSource, spec: ArchitectureSpec, vocabulary: 
         raise ModelError(f"{keys.file}: {heads} attention heads are not a multiple of {kv_heads} key heads")
     head_dim = _head_dim(keys, width, heads)
     window, local_layers = _sliding(keys, spec, layers)
-    trained_context = keys.integer("context_length", high=1 << 31)
     rope_scale = _rope_scale(keys)
     return Hyperparameters(
         layers=layers,
@@ -105,9 +108,9 @@ def read_hyperparameters(gguf: ModelSource, spec: ArchitectureSpec, vocabulary: 
         head_dim=head_dim,
         neurons=keys.integer("feed_forward_length", high=1 << 22),
         vocabulary=vocabulary,
-        trained_context=trained_context,
-        norm_eps=keys.real("attention.layer_norm_rms_epsilon", high=1.0),
-        rope_dim=_rope_dim(keys, head_dim),
+        trained_context=_trained_context(keys, spec, positions),
+        norm_eps=_norm_eps(keys, spec),
+        rope_dim=0 if spec.rope_style == "none" else _rope_dim(keys, head_dim),
         rope_base=keys.real("rope.freq_base", spec.default_rope_base, low=1.0),
         rope_local_base=keys.real("rope.freq_base_swa", spec.local_rope_base or 1.0, low=1.0),
         rope_scale=rope_scale,
@@ -119,6 +122,25 @@ def read_hyperparameters(gguf: ModelSource, spec: ArchitectureSpec, vocabulary: 
         embedding_scale=math.sqrt(width) if spec.scaled_embeddings else 1.0,
         activation=_activation(gguf, spec),
     )
+
+
+def _trained_context(keys: _Keys, spec: ArchitectureSpec, positions: int) -> int:
+    context = keys.integer("context_length", high=1 << 31)
+    if spec.position_offset is None:
+        return context
+    if positions <= spec.position_offset:
+        raise ModelError(
+            f"{keys.file}: a table of {positions} positions is too short; the first {spec.position_offset} "
+            "rows are not used"
+        )
+    return min(context, positions - spec.position_offset)
+
+
+def _norm_eps(keys: _Keys, spec: ArchitectureSpec) -> float:
+    if spec.norm == "rms":
+        return keys.real("attention.layer_norm_rms_epsilon", high=1.0)
+    # PowerInfer's OPT files leave it out; this is torch's default, with which OPT was made.
+    return keys.real("attention.layer_norm_epsilon", 1e-5, high=1.0)
 
 
 def _head_dim(keys: _Keys, width: int, heads: int) -> int:

@@ -16,7 +16,7 @@ from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.split import SplitFile, SplitLayer
 from powerinfer_kernels import RowType
-from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, architecture
+from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, NormKind, architecture
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hyperparameters import Hyperparameters, read_hyperparameters
 from powerinfer_tools.sources import open_source
@@ -41,12 +41,33 @@ class Weight:
         """Size of the rows in the file, in bytes."""
         return self.data.nbytes
 
+    def part(self, what: str, first: int, rows: int) -> "Weight":
+        """A view of ``rows`` rows from ``first`` on; ``what`` is added to the name for people."""
+        size = self.nbytes // self.rows
+        data = self.data[first * size : (first + rows) * size]
+        return Weight(f"{self.name} ({what})", self.row_type, rows, self.columns, data)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation by root mean square ("rms"), or by mean and deviation ("layer"), which may have a
+    bias."""
+
+    kind: NormKind
+    weight: Vector
+    bias: Vector | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
 
 @dataclass(frozen=True)
 class AttentionWeights:
     """Attention of one layer; norms and biases that the family does not have are None."""
 
-    norm: Vector
+    norm: Norm
     query: Weight
     key: Weight
     value: Weight
@@ -55,40 +76,62 @@ class AttentionWeights:
     key_bias: Vector | None
     value_bias: Vector | None
     output_bias: Vector | None
-    query_norm: Vector | None
-    key_norm: Vector | None
-    post_norm: Vector | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    post_norm: Norm | None
 
 
 @dataclass(frozen=True)
 class DenseFFN:
-    """The FFN of a source model: gate and up (neurons, width), down (width, neurons)."""
+    """The FFN of a source model: gate (None: not gated) and up (neurons, width), down (width, neurons)."""
 
-    gate: Weight
+    gate: Weight | None
     up: Weight
     down: Weight
+
+    @property
+    def first(self) -> Weight:
+        """The rows whose products the activation reads: gate, or up of an FFN without gate."""
+        return self.up if self.gate is None else self.gate
+
+    @property
+    def factor(self) -> Weight | None:
+        """The rows whose products the activation's result is multiplied with: up of a gated FFN."""
+        return None if self.gate is None else self.up
+
+    @property
+    def matrices(self) -> tuple[Weight, ...]:
+        """All that there are: gate, up and down, or up and down."""
+        return (self.first, self.down) if self.factor is None else (self.first, self.factor, self.down)
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """All weights of one layer. ``ffn`` is a :class:`DenseFFN`, or a layer of a split file."""
+    """All weights of one layer. ``ffn`` is a :class:`DenseFFN`, or a layer of a split file.
+
+    ``ffn_bias`` is added to what the activation reads, one value per neuron in the order of ``ffn``;
+    ``ffn_down_bias`` to the output.
+    """
 
     attention: AttentionWeights
-    ffn_norm: Vector
+    ffn_norm: Norm
     ffn: DenseFFN | SplitLayer
-    ffn_post_norm: Vector | None
+    ffn_bias: Vector | None
+    ffn_down_bias: Vector | None
+    ffn_post_norm: Norm | None
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model, from a source GGUF or a split file."""
+    """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions."""
 
     gguf: ModelSource
     spec: ArchitectureSpec
     hyper: Hyperparameters
     embedding: Weight
     head: Weight
-    output_norm: Vector
+    positions: Weight | None
+    output_norm: Norm
     rope_factors: Vector | None
     layers: Sequence[LayerWeights] = field(repr=False)
     split: SplitFile | None = None
@@ -140,19 +183,22 @@ def _build(gguf: ModelSource) -> Model:
         raise ModelError(
             f"{gguf.path}: token_embd.weight has shape {embedding_shape}, not (vocabulary, width)"
         )
-    hyper = read_hyperparameters(gguf, spec, vocabulary=embedding_shape[0])
+    learnt = spec.position_offset is not None
+    positions = tensors.shape("position_embd.weight")[0] if learnt else 0
+    hyper = read_hyperparameters(gguf, spec, embedding_shape[0], positions)
     embedding = tensors.matrix("token_embd.weight", hyper.vocabulary, hyper.width)
     head = embedding
     if tensors.has("output.weight"):
         head = tensors.matrix("output.weight", hyper.vocabulary, hyper.width)
-    split = _split(gguf, hyper)
+    split = _split(gguf, spec, hyper)
     return Model(
         gguf=gguf,
         spec=spec,
         hyper=hyper,
         embedding=embedding,
         head=head,
-        output_norm=tensors.vector("output_norm.weight", hyper.width),
+        positions=tensors.matrix("position_embd.weight", positions, hyper.width) if learnt else None,
+        output_norm=tensors.norm(spec, "output_norm", hyper.width),
         rope_factors=tensors.optional("rope_freqs.weight", hyper.rope_dim // 2),
         layers=tuple(_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),
         split=split,
@@ -168,8 +214,13 @@ def _refuse_shards(gguf: ModelSource) -> None:
         )
 
 
-def _split(gguf: ModelSource, hyper: Hyperparameters) -> SplitFile | None:
+def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
     split = SplitFile.read(gguf, layers=hyper.layers, neurons=hyper.neurons, width=hyper.width)
+    if split and split.gated != spec.gated:
+        raise ModelError(
+            f"{gguf.path}: has {'' if split.gated else 'no '}gate rows, "
+            f"the architecture {spec.name} has {'some' if spec.gated else 'none'}"
+        )
     for index, types in enumerate(split.header.types if split else ()):
         for row_type in types:
             if int(row_type) not in MATRIX_TYPES:
@@ -190,40 +241,84 @@ def _layer(
     tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, split: SplitFile | None, index: int
 ) -> LayerWeights:
     prefix = f"blk.{index}"
-    post_norm = tensors.vector if spec.post_norms else tensors.absent
+    ffn_bias = tensors.absent if spec.gated else tensors.optional
+    up_bias = ffn_bias(f"{prefix}.ffn_up.bias", hyper.neurons)
     return LayerWeights(
         attention=_attention(tensors, spec, hyper, prefix),
-        ffn_norm=tensors.vector(f"{prefix}.ffn_norm.weight", hyper.width),
-        ffn=split.layer(index) if split else _dense_ffn(tensors, hyper, prefix),
-        ffn_post_norm=post_norm(f"{prefix}.post_ffw_norm.weight", hyper.width),
+        ffn_norm=tensors.norm(spec, f"{prefix}.{spec.ffn_norm}", hyper.width),
+        ffn=split.layer(index) if split else _dense_ffn(tensors, spec, hyper, prefix),
+        ffn_bias=split.layer(index).bias if split else up_bias,
+        ffn_down_bias=ffn_bias(f"{prefix}.ffn_down.bias", hyper.width),
+        ffn_post_norm=tensors.optional_norm(
+            spec, f"{prefix}.post_ffw_norm", hyper.width, wanted=spec.post_norms
+        ),
     )
 
 
 def _attention(
     tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
 ) -> AttentionWeights:
-    queries, keys, width = hyper.query_width, hyper.kv_width, hyper.width
-    head_norm = tensors.vector if spec.qk_norm else tensors.absent
-    post_norm = tensors.vector if spec.post_norms else tensors.absent
+    queries, width = hyper.query_width, hyper.width
+    projections = _fused_projections if spec.fused_qkv else _projections
+    (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, hyper, prefix)
+    norms = [name for name in spec.attention_norms if tensors.has(f"{prefix}.{name}.weight")]
     return AttentionWeights(
-        norm=tensors.vector(f"{prefix}.attn_norm.weight", width),
-        query=tensors.matrix(f"{prefix}.attn_q.weight", queries, width),
-        key=tensors.matrix(f"{prefix}.attn_k.weight", keys, width),
-        value=tensors.matrix(f"{prefix}.attn_v.weight", keys, width),
+        norm=tensors.norm(spec, f"{prefix}.{(*norms, 'attn_norm')[0]}", width),
+        query=query,
+        key=key,
+        value=value,
         output=tensors.matrix(f"{prefix}.attn_output.weight", width, queries),
-        query_bias=tensors.optional(f"{prefix}.attn_q.bias", queries),
-        key_bias=tensors.optional(f"{prefix}.attn_k.bias", keys),
-        value_bias=tensors.optional(f"{prefix}.attn_v.bias", keys),
+        query_bias=query_bias,
+        key_bias=key_bias,
+        value_bias=value_bias,
         output_bias=tensors.optional(f"{prefix}.attn_output.bias", width),
-        query_norm=head_norm(f"{prefix}.attn_q_norm.weight", hyper.head_dim),
-        key_norm=head_norm(f"{prefix}.attn_k_norm.weight", hyper.head_dim),
-        post_norm=post_norm(f"{prefix}.post_attention_norm.weight", width),
+        query_norm=tensors.optional_norm(spec, f"{prefix}.attn_q_norm", hyper.head_dim, wanted=spec.qk_norm),
+        key_norm=tensors.optional_norm(spec, f"{prefix}.attn_k_norm", hyper.head_dim, wanted=spec.qk_norm),
+        post_norm=tensors.optional_norm(spec, f"{prefix}.post_attention_norm", width, wanted=spec.post_norms),
     )
 
 
-def _dense_ffn(tensors: "_Tensors", hyper: Hyperparameters, prefix: str) -> DenseFFN:
+#: Matrices and biases of queries, keys and values.
+_Projections = tuple[tuple[Weight, Weight, Weight], tuple[Vector | None, Vector | None, Vector | None]]
+
+
+def _projections(tensors: "_Tensors", hyper: Hyperparameters, prefix: str) -> _Projections:
+    queries, keys, width = hyper.query_width, hyper.kv_width, hyper.width
+    weights = (
+        tensors.matrix(f"{prefix}.attn_q.weight", queries, width),
+        tensors.matrix(f"{prefix}.attn_k.weight", keys, width),
+        tensors.matrix(f"{prefix}.attn_v.weight", keys, width),
+    )
+    biases = (
+        tensors.optional(f"{prefix}.attn_q.bias", queries),
+        tensors.optional(f"{prefix}.attn_k.bias", keys),
+        tensors.optional(f"{prefix}.attn_v.bias", keys),
+    )
+    return weights, biases
+
+
+def _fused_projections(tensors: "_Tensors", hyper: Hyperparameters, prefix: str) -> _Projections:
+    """The same as views of one tensor."""
+    queries, keys = hyper.query_width, hyper.kv_width
+    rows = queries + 2 * keys
+    fused = tensors.matrix(f"{prefix}.attn_qkv.weight", rows, hyper.width)
+    bias = tensors.optional(f"{prefix}.attn_qkv.bias", rows)
+    weights = (
+        fused.part("queries", 0, queries),
+        fused.part("keys", queries, keys),
+        fused.part("values", queries + keys, keys),
+    )
+    if bias is None:
+        return weights, (None, None, None)
+    return weights, (bias[:queries], bias[queries : queries + keys], bias[queries + keys :])
+
+
+def _dense_ffn(tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> DenseFFN:
+    gate = f"{prefix}.ffn_gate.weight"
+    if not spec.gated:
+        tensors.absent(gate, hyper.neurons)
     return DenseFFN(
-        gate=tensors.matrix(f"{prefix}.ffn_gate.weight", hyper.neurons, hyper.width),
+        gate=tensors.matrix(gate, hyper.neurons, hyper.width) if spec.gated else None,
         up=tensors.matrix(f"{prefix}.ffn_up.weight", hyper.neurons, hyper.width),
         down=tensors.matrix(f"{prefix}.ffn_down.weight", hyper.width, hyper.neurons),
     )
@@ -259,9 +354,19 @@ class _Tensors:
         return self.vector(name, size) if self.has(name) else None
 
     def absent(self, name: str, size: int) -> Vector | None:
-        """A norm that the family does not have: a file that carries it is of another family."""
+        """What the family does not have: a file that carries it is of another family."""
         if self.has(name):
             raise ModelError(
                 f"{self.gguf.path}: unexpected tensor {name} of {size} values for this architecture"
             )
+        return None
+
+    def norm(self, spec: ArchitectureSpec, name: str, size: int) -> Norm:
+        bias = self.absent if spec.norm == "rms" else self.optional
+        return Norm(spec.norm, self.vector(f"{name}.weight", size), bias(f"{name}.bias", size))
+
+    def optional_norm(self, spec: ArchitectureSpec, name: str, size: int, *, wanted: bool) -> Norm | None:
+        if wanted:
+            return self.norm(spec, name, size)
+        self.absent(f"{name}.weight", size)
         return None

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from powerinfer_kernels import RowType, dequantize, reference
 from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
-from powerinfer_tools.model import AttentionWeights, DenseFFN, LayerWeights, Model, Weight
+from powerinfer_tools.model import AttentionWeights, DenseFFN, LayerWeights, Model, Norm, Weight
 
 Array = npt.NDArray[np.float64]
 
@@ -21,10 +21,17 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False) -> Arr
     """
     hyper = model.hyper
     x = matrix(model.embedding)[tokens] * hyper.embedding_scale
+    if model.positions is not None:
+        first = model.spec.position_offset or 0
+        x = x + matrix(model.positions)[first : first + len(tokens)]
     for index, layer in enumerate(model.layers):
-        x = x + attention_block(model, layer.attention, index, x, half_cache=half_cache)
-        x = x + ffn_block(hyper, layer, x)
-    x = rms_norm(x, model.output_norm, hyper.norm_eps)
+        attended = attention_block(model, layer.attention, index, x, half_cache=half_cache)
+        if model.spec.parallel:
+            x = x + attended + ffn_block(hyper, layer, x)
+        else:
+            x = x + attended
+            x = x + ffn_block(hyper, layer, x)
+    x = normalize(x, model.output_norm, hyper.norm_eps)
     logits = x @ matrix(model.head).T
     if hyper.logit_softcap:
         logits = hyper.logit_softcap * np.tanh(logits / hyper.logit_softcap)
@@ -36,11 +43,13 @@ def matrix(weight: Weight) -> Array:
     return dequantize(weight.data, weight.row_type, weight.rows, weight.columns).astype(np.float64)
 
 
-def rms_norm(x: Array, weight: npt.NDArray[np.float32], eps: float) -> Array:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467)."""
-    scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-    out: Array = x / scale * weight.astype(np.float64)
-    return out
+def normalize(x: Array, norm: Norm, eps: float) -> Array:
+    """x / sqrt(mean(x²) + eps) · weight + bias over the last axis (arXiv 1910.07467); with a "layer" norm x
+    is x − mean(x) (arXiv 1607.06450)."""
+    centred = x - x.mean(axis=-1, keepdims=True) if norm.kind == "layer" else x
+    scale = np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    out: Array = centred / scale * norm.weight.astype(np.float64)
+    return out if norm.bias is None else out + norm.bias.astype(np.float64)
 
 
 def attention_block(
@@ -48,15 +57,16 @@ def attention_block(
 ) -> Array:
     """What layer ``index``'s attention adds to the residual stream ``x`` (tokens, width)."""
     hyper, eps, count = model.hyper, model.hyper.norm_eps, len(x)
-    normed = rms_norm(x, w.norm, eps)
+    normed = normalize(x, w.norm, eps)
     query = _heads(_affine(normed, w.query, w.query_bias), hyper.heads)
     key = _heads(_affine(normed, w.key, w.key_bias), hyper.kv_heads)
     value = _heads(_affine(normed, w.value, w.value_bias), hyper.kv_heads)
     if w.query_norm is not None and w.key_norm is not None:
-        query, key = rms_norm(query, w.query_norm, eps), rms_norm(key, w.key_norm, eps)
+        query, key = normalize(query, w.query_norm, eps), normalize(key, w.key_norm, eps)
     local = hyper.local_layers[index]
-    angles = _angles(model, count, local)
-    query, key = _rotate(query, angles, model.spec), _rotate(key, angles, model.spec)
+    if hyper.rope_dim:
+        angles = _angles(model, count, local)
+        query, key = _rotate(query, angles, model.spec), _rotate(key, angles, model.spec)
     if half_cache:
         key, value = (a.astype(np.float16).astype(np.float64) for a in (key, value))
     group = hyper.heads // hyper.kv_heads
@@ -69,28 +79,26 @@ def attention_block(
     weights /= weights.sum(axis=-1, keepdims=True)
     attended = np.einsum("hqk,khd->qhd", weights, value).reshape(count, -1)
     out = _affine(attended, w.output, w.output_bias)
-    return out if w.post_norm is None else rms_norm(out, w.post_norm, eps)
+    return out if w.post_norm is None else normalize(out, w.post_norm, eps)
 
 
 def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array) -> Array:
     """What one layer's FFN adds to the residual stream ``x`` (tokens, width)."""
-    normed = rms_norm(x, layer.ffn_norm, hyper.norm_eps)
-    gate, up, down = ffn_matrices(layer)
-    hidden = reference.activate(normed @ gate.T, normed @ up.T, hyper.activation)
-    out: Array = hidden @ down
-    return out if layer.ffn_post_norm is None else rms_norm(out, layer.ffn_post_norm, hyper.norm_eps)
+    normed = normalize(x, layer.ffn_norm, hyper.norm_eps)
+    first, factor, down = ffn_matrices(layer)
+    gate = _plus(normed @ first.T, layer.ffn_bias)
+    hidden = reference.activate(gate, None if factor is None else normed @ factor.T, hyper.activation)
+    out = _plus(hidden @ down, layer.ffn_down_bias)
+    return out if layer.ffn_post_norm is None else normalize(out, layer.ffn_post_norm, hyper.norm_eps)
 
 
-def ffn_matrices(layer: LayerWeights) -> tuple[Array, Array, Array]:
-    """Gate, up and transposed down of one layer, each (neurons, width)."""
+def ffn_matrices(layer: LayerWeights) -> tuple[Array, Array | None, Array]:
+    """Gate, up and transposed down of one layer, each (neurons, width); without gate, up, None and down."""
     ffn = layer.ffn
     if isinstance(ffn, DenseFFN):
-        return matrix(ffn.gate), matrix(ffn.up), matrix(ffn.down).T
-    return (
-        _split_rows(ffn.rows("gate", 0, ffn.neurons), ffn.gate_type, ffn.width),
-        _split_rows(ffn.rows("up", 0, ffn.neurons), ffn.up_type, ffn.width),
-        _split_rows(ffn.rows("down", 0, ffn.neurons), ffn.down_type, ffn.width),
-    )
+        return matrix(ffn.first), None if ffn.factor is None else matrix(ffn.factor), matrix(ffn.down).T
+    rows = [_split_rows(ffn.rows(kind, 0, ffn.neurons), ffn.type_of(kind), ffn.width) for kind in ffn.kinds]
+    return rows[0], rows[1] if len(rows) == 3 else None, rows[-1]
 
 
 def _split_rows(rows: npt.NDArray[np.uint8], row_type: int, width: int) -> Array:
@@ -99,8 +107,11 @@ def _split_rows(rows: npt.NDArray[np.uint8], row_type: int, width: int) -> Array
 
 
 def _affine(x: Array, weight: Weight, bias: npt.NDArray[np.float32] | None) -> Array:
-    out: Array = x @ matrix(weight).T
-    return out if bias is None else out + bias.astype(np.float64)
+    return _plus(x @ matrix(weight).T, bias)
+
+
+def _plus(x: Array, bias: npt.NDArray[np.float32] | None) -> Array:
+    return x if bias is None else x + bias.astype(np.float64)
 
 
 def _heads(x: Array, heads: int) -> Array:

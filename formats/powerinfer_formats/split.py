@@ -45,9 +45,9 @@ class SplitLayer:
     """The FFN of one layer. Positions count from the hottest neuron; views are read-only.
 
     ``order`` int32 [neurons] gives the original neuron at each position. ``predictor`` is None where the
-    file has none for this layer. ``hot`` holds the gate, up and
-    down rows of the hot neurons, uint8 [hot, row bytes] each; ``cold`` the records of the others, uint8
-    [cold, record_bytes], see ``layout``.
+    file has none for this layer. ``hot`` holds the rows of the hot neurons, uint8 [hot, row bytes] for each
+    of ``kinds``; ``cold`` the records of the others, uint8 [cold, record_bytes], see ``layout``. ``bias``
+    float32 [neurons] is added to the up rows' products of an FFN without gate; None where there is none.
     """
 
     index: int
@@ -57,39 +57,34 @@ class SplitLayer:
     width: int
     order: NDArray[np.int32]
     layout: BundleLayout
-    hot: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
+    hot: tuple[NDArray[np.uint8], ...]
     cold: NDArray[np.uint8]
     predictor: SplitPredictor | None = None
+    bias: NDArray[np.float32] | None = None
 
     @property
-    def gate_type(self) -> TensorType:
-        """Tensor type of the gate rows, hot and cold."""
-        return self.layout.types[0]
+    def kinds(self) -> tuple[str, ...]:
+        """The rows of a neuron: gate, up and down, or up and down."""
+        return self.layout.kinds
 
-    @property
-    def up_type(self) -> TensorType:
-        """Tensor type of the up rows, hot and cold."""
-        return self.layout.types[1]
-
-    @property
-    def down_type(self) -> TensorType:
-        """Tensor type of the down rows, hot and cold."""
-        return self.layout.types[2]
+    def type_of(self, kind: str) -> TensorType:
+        """Tensor type of the rows of one of ``kinds``, hot and cold."""
+        return self.layout.types[self.kinds.index(kind)]
 
     @property
     def neuron_bytes(self) -> int:
-        """Bytes of the three rows of a neuron without padding."""
+        """Bytes of the rows of a neuron without padding."""
         return sum(self.layout.row_sizes)
 
     def rows(self, kind: str, first: int, last: int) -> NDArray[np.uint8]:
-        """Rows ``gate``, ``up`` or ``down`` of positions [first, last): uint8 [last − first, row bytes].
+        """Rows of one of ``kinds`` of positions [first, last): uint8 [last − first, row bytes].
 
         A view (not contiguous in the cold part); a copy where the range has hot and cold neurons.
         """
         if not 0 <= first <= last <= self.neurons:
             raise IndexError(f"neurons {first} to {last} of {self.neurons}")
         split = self.hot_neurons
-        hot = self.hot[names.KINDS.index(kind)][min(first, split) : min(last, split)]
+        hot = self.hot[self.kinds.index(kind)][min(first, split) : min(last, split)]
         records = self.cold[max(first, split) - split : max(last, split) - split]
         cold = self.layout.rows(records, kind)
         if not len(cold):
@@ -142,6 +137,11 @@ class SplitFile:
     def modes(self) -> tuple[str, ...]:
         """The mode of each layer."""
         return self.header.modes
+
+    @property
+    def gated(self) -> bool:
+        """Whether neurons have gate rows."""
+        return all(len(types) == len(names.KINDS) for types in self.header.types)
 
     @property
     def group(self) -> int:
@@ -210,16 +210,21 @@ class _Checker:
 
     def layer(self, index: int, header: SplitHeader) -> SplitLayer:
         hot, cold = header.hot_neurons[index], self.neurons - header.hot_neurons[index]
+        types = header.types[index]
+        gate_type = types[0] if len(types) == len(names.KINDS) else None
         try:
-            layout = bundle_layout(*header.types[index], self.width)
+            layout = bundle_layout(gate_type, types[-2], types[-1], self.width)
         except ValueError as error:
             self.fail(names.KEY_FFN_TYPES, f"does not suit layer {index}: {error}")
         for name in names.source_names(index):
             self._absent(name, "the rows are in the hot and cold parts")
-        gate, up, down = (
+        self._absent(names.source_bias_name(index), "the bias is there in the order of the neurons")
+        hot_rows = tuple(
             self._rows(names.hot_name(index, kind), hot, self.width, row_type, size)
-            for kind, row_type, size in zip(names.KINDS, layout.types, layout.row_sizes, strict=True)
+            for kind, row_type, size in zip(layout.kinds, layout.types, layout.row_sizes, strict=True)
         )
+        if gate_type is None:
+            self._absent(names.hot_name(index, "gate"), "the file's FFNs have no gate")
         record = layout.record_bytes
         return SplitLayer(
             index=index,
@@ -229,10 +234,24 @@ class _Checker:
             width=self.width,
             order=self._order(index),
             layout=layout,
-            hot=(gate, up, down),
+            hot=hot_rows,
             cold=self._rows(names.bundle_name(index), cold, record, TensorType.I8, record),
             predictor=self._predictor(index, header.modes[index]),
+            bias=self._bias(index, gated=gate_type is not None),
         )
+
+    def _bias(self, index: int, *, gated: bool) -> NDArray[np.float32] | None:
+        name = names.bias_name(index)
+        if gated:
+            self._absent(name, "FFNs with a gate have no bias")
+        return self._vector(name) if name in self.gguf.tensors else None
+
+    def _vector(self, name: str) -> NDArray[np.float32]:
+        """One finite value for each neuron."""
+        values = self.gguf.tensor(name, shape=(self.neurons,), types={TensorType.F32}).view("<f4")
+        if not np.isfinite(values).all():
+            raise errors.BadValue(self.gguf.path, f"tensor {name!r} has values that are not finite")
+        return values
 
     def _predictor(self, index: int, mode: str) -> SplitPredictor | None:
         """All three tensors or none; a layer of mode predicted needs them."""
@@ -252,10 +271,7 @@ class _Checker:
             )
         inward, inward_type = self._matrix(all_names[0], rank, self.width)
         outward, outward_type = self._matrix(all_names[1], self.neurons, rank)
-        data = self.gguf.tensor(all_names[2], shape=(self.neurons,), types={TensorType.F32})
-        threshold = data.view("<f4")
-        if not np.isfinite(threshold).all():
-            raise errors.BadValue(self.gguf.path, f"tensor {all_names[2]!r} has values that are not finite")
+        threshold = self._vector(all_names[2])
         return SplitPredictor(rank, (inward_type, outward_type), inward, outward, threshold)
 
     def _matrix(self, name: str, rows: int, columns: int) -> tuple[NDArray[np.uint8], TensorType]:
@@ -303,17 +319,20 @@ class _Checker:
                 )
         return tuple(hot)
 
-    def _types(self) -> tuple[tuple[TensorType, TensorType, TensorType], ...]:
+    def _types(self) -> tuple[tuple[TensorType, ...], ...]:
+        """Three of each layer, or two of each where the FFNs have no gate."""
         numbers = self._integers(names.KEY_FFN_TYPES)
-        if len(numbers) != 3 * self.layers:
+        count = next((some for some in (3, 2) if len(numbers) == some * self.layers), 0)
+        if not count:
             self.fail(
-                names.KEY_FFN_TYPES, f"has {len(numbers)} values, expected 3 for each of {self.layers} layers"
+                names.KEY_FFN_TYPES,
+                f"has {len(numbers)} values, expected 3 (without gate: 2) for each of {self.layers} layers",
             )
         for number in numbers:
             if number not in BLOCK_SHAPES:
                 self.fail(names.KEY_FFN_TYPES, f"has the type {number}, which ggml does not define")
         kinds = [TensorType(number) for number in numbers]
-        return tuple((kinds[i], kinds[i + 1], kinds[i + 2]) for i in range(0, len(kinds), 3))
+        return tuple(tuple(kinds[i : i + count]) for i in range(0, len(kinds), count))
 
     def _errors(self) -> tuple[float, ...]:
         key = names.KEY_REQUANTIZATION_ERROR

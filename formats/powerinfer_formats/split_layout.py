@@ -6,6 +6,7 @@ Shared by what writes split files and what reads them, so that the two cannot di
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from powerinfer_formats.gguf_writer import GGUFWriter
 
 VERSION = 1
 ALIGNMENT = 64  # of the file and of each row in a bundle: a cache line
+#: Rows of a neuron; those of an FFN without gate are the last two.
 KINDS = ("gate", "up", "down")
 MODES = ("dense", "gate-first", "predicted", "thresholded")
 
@@ -47,6 +49,11 @@ def bundle_name(layer: int) -> str:
     return f"blk.{layer}.ffn_cold.bundle"
 
 
+def bias_name(layer: int) -> str:
+    """F32 [neurons]: what is added to the up rows' products of an FFN without gate, hottest neuron first."""
+    return f"blk.{layer}.ffn_bias"
+
+
 def predictor_names(layer: int) -> tuple[str, str, str]:
     """The predictor: matrices [rank, width] and [neurons, rank], and thresholds F32 [neurons]."""
     prefix = f"blk.{layer}.predictor"
@@ -58,42 +65,51 @@ def source_names(layer: int) -> tuple[str, ...]:
     return tuple(f"blk.{layer}.ffn_{kind}.weight" for kind in KINDS)
 
 
+def source_bias_name(layer: int) -> str:
+    """The source's own bias of the up rows, which a split file does not contain, either."""
+    return f"blk.{layer}.ffn_up.bias"
+
+
 @dataclass(frozen=True)
 class BundleLayout:
-    """A record: gate row ‖ up row ‖ down row, each padded with zeros to 64 bytes.
+    """A record: gate row ‖ up row ‖ down row (up ‖ down without gate), each padded with zeros to 64 bytes.
 
-    ``offsets`` and ``row_sizes`` are in bytes, in the order of ``KINDS``; ``types`` are tensor types.
+    ``offsets`` and ``row_sizes`` are in bytes, in the order of ``kinds``; ``types`` are tensor types.
     """
 
-    types: tuple[TensorType, TensorType, TensorType]
+    types: tuple[TensorType, ...]
     width: int
-    offsets: tuple[int, int, int]
-    row_sizes: tuple[int, int, int]
+    offsets: tuple[int, ...]
+    row_sizes: tuple[int, ...]
     record_bytes: int
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which rows a neuron has, in order: the last of ``KINDS``."""
+        return KINDS[-len(self.types) :]
 
     def rows(self, records: NDArray[np.uint8], kind: str) -> NDArray[np.uint8]:
         """The rows of one kind in ``records`` [k, record_bytes]: a view [k, row bytes]."""
-        index = KINDS.index(kind)
+        index = self.kinds.index(kind)
         start = self.offsets[index]
         return records[:, start : start + self.row_sizes[index]]
 
-    def pack(
-        self, gate: NDArray[np.uint8], up: NDArray[np.uint8], down: NDArray[np.uint8]
-    ) -> NDArray[np.uint8]:
-        """Records [k, record_bytes] from the rows [k, row bytes] of k neurons; padding is zero."""
-        records = np.zeros((len(gate), self.record_bytes), np.uint8)
-        for kind, source in zip(KINDS, (gate, up, down), strict=True):
+    def pack(self, *rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Records [k, record_bytes] from the rows [k, row bytes] of k neurons, an array for each of
+        ``kinds``; padding is zero."""
+        records = np.zeros((len(rows[0]), self.record_bytes), np.uint8)
+        for kind, source in zip(self.kinds, rows, strict=True):
             self.rows(records, kind)[:] = source
         return records
 
 
-def bundle_layout(gate_type: int, up_type: int, down_type: int, width: int) -> BundleLayout:
-    """Where the rows of ``width`` values lie in a record; raises ``ValueError`` as ``row_bytes`` does."""
-    types = (TensorType(gate_type), TensorType(up_type), TensorType(down_type))
-    gate, up, down = (row_bytes(kind, width) for kind in types)
-    up_start = _padded(gate)
-    down_start = up_start + _padded(up)
-    return BundleLayout(types, width, (0, up_start, down_start), (gate, up, down), down_start + _padded(down))
+def bundle_layout(gate_type: int | None, up_type: int, down_type: int, width: int) -> BundleLayout:
+    """Where the rows of ``width`` values lie in a record, ``gate_type`` None without gate rows; raises
+    ``ValueError`` as ``row_bytes`` does."""
+    types = tuple(TensorType(kind) for kind in (gate_type, up_type, down_type) if kind is not None)
+    sizes = tuple(row_bytes(kind, width) for kind in types)
+    ends = tuple(accumulate(_padded(size) for size in sizes))
+    return BundleLayout(types, width, (0, *ends[:-1]), sizes, ends[-1])
 
 
 def _padded(nbytes: int) -> int:
@@ -104,7 +120,7 @@ def _padded(nbytes: int) -> int:
 class SplitHeader:
     """What a split file says about itself: one item per layer in every tuple but the last two.
 
-    ``types`` are (gate, up, down), the same for the hot and the cold part of a layer.
+    ``types`` are (gate, up, down), without gate (up, down), the same for both parts of a layer.
     ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection.
     ``corpus_hashes`` and ``corpus_tokens`` name the profile's corpora; none without a profile.
     """
@@ -114,7 +130,7 @@ class SplitHeader:
     group: int
     hot_neurons: tuple[int, ...]
     modes: tuple[str, ...]
-    types: tuple[tuple[TensorType, TensorType, TensorType], ...]
+    types: tuple[tuple[TensorType, ...], ...]
     requantization_error: tuple[float, ...]
     tool_version: str
     corpus_hashes: tuple[str, ...] = ()
@@ -136,15 +152,17 @@ class SplitHeader:
 
 
 def declare_split_layer(
-    writer: GGUFWriter, layer: int, layout: BundleLayout, *, neurons: int, hot: int
+    writer: GGUFWriter, layer: int, layout: BundleLayout, *, neurons: int, hot: int, bias: bool = False
 ) -> None:
     """Declare the tensors of one layer, in the order in which their data has to be written.
 
-    Order, hot gate, hot up, hot down, bundle; tensors of zero neurons are left out.
+    Order, bias if there is one, hot gate, hot up, hot down, bundle; tensors of zero neurons are left out.
     """
     writer.declare(order_name(layer), TensorType.I32, (neurons,))
+    if bias:
+        writer.declare(bias_name(layer), TensorType.F32, (neurons,))
     if hot:
-        for kind, row_type in zip(KINDS, layout.types, strict=True):
+        for kind, row_type in zip(layout.kinds, layout.types, strict=True):
             writer.declare(hot_name(layer, kind), row_type, (hot, layout.width))
     if neurons > hot:
         writer.declare(bundle_name(layer), TensorType.I8, (neurons - hot, layout.record_bytes))

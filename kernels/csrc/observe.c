@@ -16,9 +16,16 @@ static int bin_of(float contribution) {
     return bin < 0 ? 0 : bin >= PI_BINS ? PI_BINS - 1 : (int)bin;
 }
 
+/* The factors of neurons without gate. */
+static const float ones[CHUNK] = {
+#define PI_ONES 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
+    PI_ONES, PI_ONES, PI_ONES, PI_ONES,
+#undef PI_ONES
+};
+
 static void observe_chunk(const pi_observe *o, const pi_kernels *kernels, int64_t token, int64_t first, int64_t count) {
     float act[CHUNK], factor[CHUNK];
-    const float *up = o->up + token * o->width + first;
+    const float *up = o->up ? o->up + token * o->width + first : ones;
     int gated_up = o->kind == PI_DRELU;
     kernels->activate(gated_up ? PI_RELU : o->kind, o->gate + token * o->width + first, NULL, count, act);
     if (gated_up) kernels->activate(PI_RELU, up, NULL, count, factor);

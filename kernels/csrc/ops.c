@@ -119,8 +119,8 @@ static void add(const pi_op *op, pi_run *run, pi_worker *worker) {
     const pi_add *a = &op->u.add;
     part p = part_of(op, run, worker);
     for (int64_t t = p.tokens.begin; t < p.tokens.end; t++) {
-        int64_t at = t * a->width + p.columns.begin;
-        run->kernels->add(a->src + at, p.columns.end - p.columns.begin, a->out + at);
+        const float *src = a->src + t * a->src_stride + p.columns.begin;
+        run->kernels->add(src, p.columns.end - p.columns.begin, a->out + t * a->width + p.columns.begin);
     }
 }
 

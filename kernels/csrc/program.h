@@ -73,6 +73,7 @@ typedef struct {
     const float *src;
     float *out;
     int64_t width;
+    int64_t src_stride; /* of src, from token to token: the width, or 0 for one vector that all get */
 } pi_add;
 
 typedef struct {
@@ -87,9 +88,10 @@ typedef struct { /* which neurons: those whose `select` is above `threshold` (NU
     const float *select, *threshold;
     const float *src; /* input of float rows */
     pi_acts acts;     /* input of quantised rows */
-    const pi_bundle *bundle; /* without gate rows, `select` is the gate */
+    const pi_bundle *bundle; /* without gate rows, `select` is the gate; without up rows, it is not gated */
     float *out, *h;
     float *gate; /* scratch for gate rows, else NULL */
+    const float *bias; /* of gate rows, or NULL */
     int accumulate;
 } pi_sparse_ffn;
 
@@ -97,7 +99,7 @@ enum { PI_BINS = 128 /* of a histogram of contributions */ };
 
 typedef struct { /* counters of `width` neurons that each run adds to */
     int32_t kind;
-    const float *gate, *up;
+    const float *gate, *up; /* up NULL: a factor of one */
     int64_t width;
     uint64_t *counts;    /* [width] */
     uint32_t *histogram; /* [width, PI_BINS], or NULL */

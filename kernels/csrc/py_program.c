@@ -5,7 +5,7 @@
 
 PyTypeObject *pi_program_type;
 
-enum { MAX_OBJECTS = 10, MAX_INTEGERS = 9, MAX_FLOATS = 2 };
+enum { MAX_OBJECTS = 11, MAX_INTEGERS = 9, MAX_FLOATS = 2 };
 
 typedef struct {
     PyObject_HEAD
@@ -31,9 +31,9 @@ static const struct {
     [PI_OP_STORE_KV] = {6, 3, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
     [PI_OP_ATTENTION] = {6, 5, 2, 1u << 5},
     [PI_OP_ACTIVATE] = {3, 2, 0, 1u << 2},
-    [PI_OP_ADD] = {2, 1, 0, 1u << 1},
+    [PI_OP_ADD] = {2, 2, 0, 1u << 1},
     [PI_OP_SUM_ROWS] = {3, 1, 0, 1u << 2},
-    [PI_OP_SPARSE_FFN] = {10, 2, 0, 1u << 7 | 1u << 8 | 1u << 9},
+    [PI_OP_SPARSE_FFN] = {11, 2, 0, 1u << 7 | 1u << 8 | 1u << 9},
     [PI_OP_OBSERVE] = {6, 2, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
 };
 
@@ -101,7 +101,7 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
         op.u.activate = (pi_activate){(int32_t)i[0], p[0], p[1], p[2], i[1]};
         break;
     case PI_OP_ADD:
-        op.u.add = (pi_add){p[0], p[1], i[0]};
+        op.u.add = (pi_add){p[0], p[1], i[0], i[1]};
         break;
     case PI_OP_SUM_ROWS:
         op.u.sum = (pi_sum){p[0], p[1], p[2], (int)i[0]};
@@ -112,7 +112,8 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
     default: /* SPARSE_FFN */
         op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0], .select = p[0], .threshold = p[1], .src = p[2],
                                           .acts = acts_of(p + 3, ((const pi_bundle *)p[6])->columns), .bundle = p[6],
-                                          .out = p[7], .h = p[8], .gate = p[9], .accumulate = (int)i[1]};
+                                          .out = p[7], .h = p[8], .gate = p[9], .bias = p[10],
+                                          .accumulate = (int)i[1]};
         break;
     }
     return op;

@@ -1,5 +1,6 @@
-/* The feed-forward block of a gated ReLU model over some of its neurons: those with a positive gate (gate-first) or
- * those that a predictor names. The listed neurons' products go to `h` without gaps, in ascending order. */
+/* The feed-forward block of a ReLU model over some of its neurons: those with a positive gate (gate-first) or those that
+ * a predictor names. The listed neurons' products go to `h` without gaps, in ascending order. An FFN of two matrices has
+ * gate and down rows: the activation reads its first matrix, and there is nothing to multiply the result with. */
 #include "bundle.h"
 #include "program.h"
 
@@ -26,11 +27,12 @@ static void contributions(const pi_sparse_ffn *op, const pi_run *run, int64_t to
     int64_t neurons = op->bundle->rows;
     float *h = op->h + token * neurons, *gate = op->gate ? op->gate + token * neurons : NULL;
     const float *select = op->select + token * neurons;
+    const int gated = part[PI_UP].data != NULL;
     if (gate) run->kernels->product_rows(&part[PI_GATE], index, count, begin, end, op->src, &op->acts, token, gate);
-    run->kernels->product_rows(&part[PI_UP], index, count, begin, end, op->src, &op->acts, token, h);
+    if (gated) run->kernels->product_rows(&part[PI_UP], index, count, begin, end, op->src, &op->acts, token, h);
     for (int64_t k = begin; k < end; k++) {
-        float g = gate ? gate[k] : select[index[k]];
-        h[k] = g <= 0.0f ? 0.0f : contribution(op->kind, g, h[k]);
+        float g = gate ? gate[k] + (op->bias ? op->bias[index[k]] : 0.0f) : select[index[k]];
+        h[k] = g <= 0.0f ? 0.0f : contribution(op->kind, g, gated ? h[k] : 1.0f);
     }
 }
 
@@ -84,14 +86,16 @@ static int64_t contribute_tile(const pi_sparse_ffn *op, const pi_run *run, int64
     int64_t last = first + PI_TILE < neurons ? first + PI_TILE : neurons;
     if (op->gate)
         run->kernels->product_all_rows(&part[PI_GATE], tile, tile + 1, op->src, &op->acts, run->tokens, op->gate);
-    run->kernels->product_all_rows(&part[PI_UP], tile, tile + 1, op->src, &op->acts, run->tokens, op->h);
+    const int gated = part[PI_UP].data != NULL;
+    if (gated) run->kernels->product_all_rows(&part[PI_UP], tile, tile + 1, op->src, &op->acts, run->tokens, op->h);
     for (int64_t t = 0; t < run->tokens; t++)
         for (int64_t i = first; i < last; i++) {
             float select = op->select[t * neurons + i], gate = op->gate ? op->gate[t * neurons + i] : select;
             float *h = &op->h[t * neurons + i];
+            if (op->gate && op->bias) gate += op->bias[i];
             int selected = !(select <= (op->threshold ? op->threshold[i] : 0.0f));
             active += selected;
-            *h = !selected || gate <= 0.0f ? 0.0f : contribution(op->kind, gate, *h);
+            *h = !selected || gate <= 0.0f ? 0.0f : contribution(op->kind, gate, gated ? *h : 1.0f);
         }
     return active;
 }

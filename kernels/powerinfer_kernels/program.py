@@ -222,11 +222,13 @@ class ProgramBuilder:
         self._append(_Op.ACTIVATE, (gate, up, out), (_kind(kind), width))
 
     def add(self, src: Floats, out: Floats) -> None:
-        """out += src."""
-        width = self._width("src", src)
+        """out += src; a `src` of [width] is added for every token."""
+        width = self._width("out", out)
+        shared = getattr(src, "ndim", 0) == 1
+        check_array("src", src, np.float32, (width,) if shared else (self.max_tokens, width))
         self._check("out", out, width, written=True)
         check_apart("out", out, {"src": src})
-        self._append(_Op.ADD, (src, out), (width,))
+        self._append(_Op.ADD, (src, out), (width, 0 if shared else width))
 
     def sum_rows(self, h: Floats, bundle: Bundle, out: Floats, accumulate: bool = False) -> None:
         """out (+)= Σ_i h_i · down row i, in chunks of 512 neurons in order.
@@ -251,19 +253,22 @@ class ProgramBuilder:
         kind: str,
         threshold: Floats | None = None,
         gate: Floats | None = None,
+        bias: Floats | None = None,
         accumulate: bool = False,
     ) -> None:
         """out (+)= Σ_i act(gate_i) · (up_i · input) · down_i over the neurons whose `select` is above
         `threshold` ([neurons]; None: above zero).
 
         Gate-first: `select` is the gate and the bundle has up and down rows. Predicted: `select` are a
-        predictor's scores, the bundle has gate rows too, and `gate` is scratch. Same bits as matmul,
+        predictor's scores, the bundle has gate rows too, `gate` is scratch, and `bias` [neurons], if given,
+        is added to their products. A bundle without up rows is that of an FFN of two matrices: Σ_i
+        act(gate_i) · down_i. Same bits as matmul,
         activate and sum_rows over all neurons where no active one is left out. `h` and `gate` [max_tokens,
         neurons] are scratch. When decoding, rows of other neurons are not read.
         """
         if kind not in ZERO_KINDS:
             raise KernelError(f"sparse_ffn needs an activation with exact zeros, {kind!r} has none")
-        self._check_parts(bundle, gate=gate is not None, up=True, down=True)
+        self._check_parts(bundle, gate=gate is not None, up=bundle.types[1] is not None, down=True)
         self._check("select", select, bundle.rows)
         self._check("h", h, bundle.rows, written=True)
         self._check("out", out, bundle.columns, written=True)
@@ -272,6 +277,10 @@ class ProgramBuilder:
         if gate is not None:
             self._check("gate", gate, bundle.rows, written=True)
             check_apart("gate", gate, {"select": select, "src": src, "h": h, "threshold": threshold})
+        if bias is not None:
+            if gate is None:
+                raise KernelError("a bias is added to the products of gate rows, and there are none")
+            check_array("bias", bias, np.float32, (bundle.rows,))
         self._check("src", src, bundle.columns)
         check_apart("out", out, {"select": select, "src": src, "h": h, "gate": gate})
         check_apart("h", h, {"select": select, "src": src})
@@ -279,26 +288,28 @@ class ProgramBuilder:
         inputs: tuple[Array | None, ...] = (src, None, None, None)
         if quantized:
             inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
-        objects = (select, threshold, *inputs, bundle.handle, out, h, gate)
+        objects = (select, threshold, *inputs, bundle.handle, out, h, gate, bias)
         self._append(_Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate)))
 
     def observe(
         self,
         gate: Floats,
-        up: Floats,
+        up: Floats | None,
         kind: str,
         counts: npt.NDArray[np.uint64],
         histogram: npt.NDArray[np.uint32] | None,
         gate_squares: npt.NDArray[np.float64],
         up_squares: npt.NDArray[np.float64],
     ) -> None:
-        """Count what each neuron contributes, c = act(gate) · up, for every token of a run.
+        """Count what each neuron contributes, c = act(gate) · up, for every token of a run; without `up`,
+        act(gate) · 1.
 
         Adds to `counts` uint64 [n] where c ≠ 0, to `histogram` uint32 [n, 128] of |c| (four bins to an
         octave from 2^-16), and act(gate)² and up² to `gate_squares` and `up_squares` float64 [n].
         """
         width = self._width("gate", gate)
-        self._check("up", up, width)
+        if up is not None:
+            self._check("up", up, width)
         check_array("counts", counts, np.uint64, (width,), written=True)
         if histogram is not None:
             check_array("histogram", histogram, np.uint32, (width, HISTOGRAM_BINS), written=True)

@@ -127,7 +127,8 @@ def sum_rows(h: Array, rows: Array) -> Array:
     return out
 
 
-def sparse_ffn(gate: Array, x: Array, up: Array, down: Array, kind: str) -> Array:
-    """FFN over the neurons with a positive gate alone: the others contribute exactly nothing."""
-    hidden = np.where(gate > 0, activate(gate, x @ up.T, kind), 0.0)
+def sparse_ffn(gate: Array, x: Array, up: Array | None, down: Array, kind: str) -> Array:
+    """FFN over the neurons with a positive gate alone: the others contribute exactly nothing. Without `up`
+    rows, `gate` is the first of two matrices' product."""
+    hidden = np.where(gate > 0, activate(gate, None if up is None else x @ up.T, kind), 0.0)
     return sum_rows(hidden, down)

@@ -6,32 +6,44 @@ float64. Nothing here depends on the number of tokens or on the thread count.
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from powerinfer_kernels import Activations, Bundle, KVCache, Matrix, Pool, ProgramBuilder
-from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.rotary import RotaryTables
-from powerinfer_tools.model import AttentionWeights, Model, Weight
+from powerinfer_tools.model import AttentionWeights, Model, Norm, Weight
 
 
 @dataclass(frozen=True)
 class DenseColumns:
-    """FFN with the down projection as rows of the output: the source model's form."""
+    """FFN with the down projection as rows of the output: the source model's form.
+
+    Here and below, ``gate`` are the rows that the activation reads: without gate, those of up, and there is
+    no ``up``. ``bias`` is added to their products.
+    """
 
     gate: Matrix
-    up: Matrix
+    up: Matrix | None
     down: Matrix
+    bias: Floats | None = None
 
 
 @dataclass(frozen=True)
 class NeuronRows:
-    """FFN with one row of ``down`` per neuron: the split file's form. Gate-first has no ``up``: those rows
-    lie in the bundle, with the down rows."""
+    """FFN with one row of ``down`` per neuron: the split file's form.
+
+    With ``skips`` (gate-first) up rows lie in the bundle, with the down rows, and only those of neurons with
+    a positive gate are read.
+    """
 
     gate: Matrix
     up: Matrix | None
     bundle: Bundle
+    skips: bool
+    bias: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,15 @@ class PredictedRows:
     low: Floats
     low_acts: Activations | None
     bundle: Bundle
+    bias: Floats | None = None
+
+
+@dataclass(frozen=True)
+class FFNOutput:
+    """What happens to an FFN's sum on its way to the residual stream."""
+
+    bias: Floats | None
+    post_norm: Norm | None
 
 
 @dataclass
@@ -70,6 +91,17 @@ def pack(pool: Pool, weight: Weight) -> Matrix:
     return Matrix.pack(pool, weight.data, weight.row_type, weight.rows, weight.columns)
 
 
+def append_norm(
+    builder: ProgramBuilder, src: Floats, norm: Norm, out: Floats, eps: float, groups: int = 1
+) -> None:
+    """out = norm(src), of each of ``groups`` equal parts of a row by itself."""
+    if norm.kind == "rms":
+        builder.rms_norm(src, norm.weight, out, eps, groups=groups)
+        return
+    assert groups == 1, "layer norms of single heads are in no family"
+    builder.layer_norm(src, norm.weight, norm.bias, out, eps)
+
+
 class BlockWriter:
     """Appends the blocks of one model to a program."""
 
@@ -85,34 +117,31 @@ class BlockWriter:
         self.labels.marks.append((index, name))
         return index
 
-    def embed(self, embedding: Weight) -> None:
-        """tokens → residual stream."""
+    def embed(self, embedding: Weight, positions: Weight | None) -> None:
+        """tokens (and where they stand) → residual stream."""
         self.label("embedding")
-        self.builder.embed(
-            self.buffers.tokens,
-            embedding.data,
-            embedding.row_type,
-            embedding.rows,
-            embedding.columns,
-            self.buffers.x,
-            scale=self.hyper.embedding_scale,
-        )
+        b = self.buffers
+        self._rows_of(embedding, b.tokens, b.x, scale=self.hyper.embedding_scale)
+        if positions is not None and b.positions is not None:
+            self._rows_of(positions, b.positions, b.block_out)
+            self.builder.add(b.block_out, b.x)
 
     def attention(self, w: AttentionWeights, cache: KVCache, tables: RotaryTables, window: int) -> None:
         """One attention block, added to the residual stream."""
         self.label("attention")
         b, builder, hyper = self.buffers, self.builder, self.hyper
-        builder.rms_norm(b.x, w.norm, b.normed, self.eps)
-        self._quantize(b.normed, b.normed_acts, w.query, w.key, w.value)
+        self._norm(b.x, w.norm, b.attention_input)
+        self._quantize(b.attention_input, b.attention_acts, w.query, w.key, w.value)
         self._project(w.query, b.query, w.query_bias, independent=True)
         self._project(w.key, b.key, w.key_bias, independent=True)
         self._project(w.value, b.value, w.value_bias)
         if w.query_norm is not None and w.key_norm is not None:
-            builder.rms_norm(b.query, w.query_norm, b.query, self.eps, groups=hyper.heads)
-            builder.rms_norm(b.key, w.key_norm, b.key, self.eps, groups=hyper.kv_heads)
-        style = self.spec.rope_style
-        builder.rope(b.query, tables.cos, tables.sin, hyper.heads, hyper.head_dim, style)
-        builder.rope(b.key, tables.cos, tables.sin, hyper.kv_heads, hyper.head_dim, style)
+            self._norm(b.query, w.query_norm, b.query, groups=hyper.heads)
+            self._norm(b.key, w.key_norm, b.key, groups=hyper.kv_heads)
+        if hyper.rope_dim:
+            style = self.spec.rope_style
+            builder.rope(b.query, tables.cos, tables.sin, hyper.heads, hyper.head_dim, style)
+            builder.rope(b.key, tables.cos, tables.sin, hyper.kv_heads, hyper.head_dim, style)
         builder.store_kv(b.key, b.value, cache)
         builder.attention(
             b.query,
@@ -130,41 +159,38 @@ class BlockWriter:
         builder.matmul(output, b.attended, b.attended_acts, out, bias=w.output_bias, accumulate=fused)
         self._join(w.post_norm)
 
-    def ffn_input(self, norm: Floats, *, quantized: bool) -> None:
+    def ffn_input(self, norm: Norm, *, quantized: bool) -> None:
         """Normalise (and quantise) the input of the FFN."""
         self.label("ffn")
         b = self.buffers
-        self.builder.rms_norm(b.x, norm, b.normed, self.eps)
+        self._norm(b.x, norm, b.normed)
         if quantized and b.normed_acts is not None:
             self.builder.quantize(b.normed, b.normed_acts)
 
-    def ffn_columns(
-        self, w: DenseColumns, post_norm: Floats | None, observed: LayerCounters | None = None
-    ) -> None:
+    def ffn_columns(self, w: DenseColumns, output: FFNOutput, observed: LayerCounters | None = None) -> None:
         """The FFN of a source model, added to the residual stream; counted where it is ``observed``."""
         b, builder = self.buffers, self.builder
-        self._gate_and_up(w.gate, w.up)
+        self.label("ffn")
+        up = self._gate_and_up(w.gate, w.bias, w.up, b.gate, b.up)
         if observed is not None:
-            builder.observe(b.gate, b.up, self.hyper.activation, **vars(observed))
-        builder.activate(b.gate, b.up, b.gate, self.hyper.activation)
+            builder.observe(b.gate, up, self.hyper.activation, **vars(observed))
+        builder.activate(b.gate, up, b.gate, self.hyper.activation)
         if not w.down.row_type.is_float and b.hidden_acts is not None:
             builder.quantize(b.gate, b.hidden_acts)
-        fused = post_norm is None
-        builder.matmul(w.down, b.gate, b.hidden_acts, b.x if fused else b.block_out, accumulate=fused)
-        self._join(post_norm)
+        fused = output.post_norm is None
+        out = b.x if fused else b.block_out
+        builder.matmul(w.down, b.gate, b.hidden_acts, out, bias=output.bias, accumulate=fused)
+        self._join(output.post_norm)
 
     def ffn_rows(self, w: NeuronRows, gate: Floats, up: Floats) -> None:
         """The FFN over rows of neurons into ``block_out``; ``gate`` and ``up`` are scratch (T, neurons)."""
         b, builder, kind = self.buffers, self.builder, self.hyper.activation
-        if w.up is None:
-            if kind not in RELU_FAMILY:
-                raise AssertionError(f"gate-first needs exact zeros, {kind} has none")
-            builder.matmul(w.gate, b.normed, b.normed_acts, gate)
+        self.label("ffn")
+        factor = self._gate_and_up(w.gate, w.bias, w.up, gate, up)
+        if w.skips:
             builder.sparse_ffn(gate, b.normed, b.normed_acts, w.bundle, b.block_out, up, kind)
             return
-        builder.matmul(w.gate, b.normed, b.normed_acts, gate, independent=True)
-        builder.matmul(w.up, b.normed, b.normed_acts, up)
-        builder.activate(gate, up, gate, kind)
+        builder.activate(gate, factor, gate, kind)
         builder.sum_rows(gate, w.bundle, b.block_out)
 
     def ffn_predicted(self, w: PredictedRows, scores: Floats, gate: Floats, up: Floats) -> None:
@@ -186,19 +212,18 @@ class BlockWriter:
             self.hyper.activation,
             threshold=w.threshold,
             gate=gate,
+            bias=w.bias,
         )
 
     def ffn_truth(self, w: GateAndUp, gate: Floats, up: Floats) -> None:
         """What every neuron would contribute, act(gate)·up, into ``gate`` (T, neurons); ``up`` is scratch."""
         self.label("recall")
-        b, builder = self.buffers, self.builder
-        builder.matmul(w.gate, b.normed, b.normed_acts, gate, independent=True)
-        builder.matmul(w.up, b.normed, b.normed_acts, up)
-        builder.activate(gate, up, gate, self.hyper.activation)
+        factor = self._gate_and_up(w.gate, w.bias, w.up, gate, up)
+        self.builder.activate(gate, factor, gate, self.hyper.activation)
         self.label("ffn")
 
-    def merge(self, post_norm: Floats | None, *, hot: bool, cold: bool) -> None:
-        """Residual stream += post_norm(cold part + hot part), in this order."""
+    def merge(self, output: FFNOutput, *, hot: bool, cold: bool) -> None:
+        """Residual stream += post_norm(cold part + hot part + bias), in this order."""
         b, builder = self.buffers, self.builder
         out = b.block_out
         if hot and b.hot_out is not None:
@@ -206,26 +231,42 @@ class BlockWriter:
                 builder.add(b.hot_out, b.block_out)
             else:
                 out = b.hot_out
-        if post_norm is not None:
-            builder.rms_norm(out, post_norm, out, self.eps)
+        if output.bias is not None:
+            builder.add(output.bias, out)
+        if output.post_norm is not None:
+            self._norm(out, output.post_norm, out)
         builder.add(out, b.x)
 
-    def _gate_and_up(self, gate: Matrix, up: Matrix) -> None:
-        b = self.buffers
-        self.builder.matmul(gate, b.normed, b.normed_acts, b.gate, independent=True)
-        self.builder.matmul(up, b.normed, b.normed_acts, b.up)
+    def _gate_and_up(
+        self, gate: Matrix, bias: Floats | None, up: Matrix | None, gate_out: Floats, up_out: Floats
+    ) -> Floats | None:
+        """Both products; returns where the second is, None where there is none."""
+        b, gated = self.buffers, up is not None
+        self.builder.matmul(gate, b.normed, b.normed_acts, gate_out, bias=bias, independent=gated)
+        if up is None:
+            return None
+        self.builder.matmul(up, b.normed, b.normed_acts, up_out)
+        return up_out
 
-    def _join(self, post_norm: Floats | None) -> None:
+    def _join(self, post_norm: Norm | None) -> None:
         if post_norm is not None:
-            self.builder.rms_norm(self.buffers.block_out, post_norm, self.buffers.block_out, self.eps)
+            self._norm(self.buffers.block_out, post_norm, self.buffers.block_out)
             self.builder.add(self.buffers.block_out, self.buffers.x)
+
+    def _norm(self, src: Floats, norm: Norm, out: Floats, groups: int = 1) -> None:
+        append_norm(self.builder, src, norm, out, self.eps, groups)
+
+    def _rows_of(self, table: Weight, index: npt.NDArray[np.int32], out: Floats, scale: float = 1.0) -> None:
+        self.builder.embed(index, table.data, table.row_type, table.rows, table.columns, out, scale=scale)
 
     def _project(
         self, weight: Weight, out: Floats, bias: Floats | None, *, independent: bool = False
     ) -> None:
         b = self.buffers
         matrix = self._packed(weight)
-        self.builder.matmul(matrix, b.normed, b.normed_acts, out, bias=bias, independent=independent)
+        self.builder.matmul(
+            matrix, b.attention_input, b.attention_acts, out, bias=bias, independent=independent
+        )
 
     def _packed(self, weight: Weight) -> Matrix:
         matrix = pack(self.pool, weight)

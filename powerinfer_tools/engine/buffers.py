@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Activations, aligned
+from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
 
 Floats = npt.NDArray[np.float32]
@@ -18,9 +19,12 @@ class Buffers:
     """float32 [tokens, …] unless said; ``*_acts`` are quantised copies, None where the width allows none."""
 
     tokens: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32] | None  # (T,): rows of the table of learnt positions
     x: Floats  # (T, width): the residual stream
-    normed: Floats  # (T, width): input of the attention or FFN matrices
+    normed: Floats  # (T, width): input of the FFN matrices
     normed_acts: Activations | None
+    attention_input: Floats  # (T, width): the same memory as normed unless the blocks are parallel
+    attention_acts: Activations | None
     query: Floats  # (T, query_width)
     key: Floats  # (T, kv_width)
     value: Floats  # (T, kv_width)
@@ -37,7 +41,7 @@ class Buffers:
     def nbytes(self) -> int:
         """Size of all buffers in bytes."""
         total = 0
-        for value in vars(self).values():
+        for value in {id(value): value for value in vars(self).values()}.values():
             if isinstance(value, Activations):
                 total += value.q.nbytes + value.d.nbytes + value.s.nbytes
             elif value is not None:
@@ -45,18 +49,24 @@ class Buffers:
         return total
 
 
-def allocate(hyper: Hyperparameters, tokens: int, *, hot: bool, predicted: bool) -> Buffers:
+def allocate(
+    spec: ArchitectureSpec, hyper: Hyperparameters, tokens: int, *, hot: bool, predicted: bool
+) -> Buffers:
     """Buffers for up to ``tokens`` tokens at a time; ``hot`` and ``predicted``: also what a hot device and
     predictors need."""
 
     def floats(width: int) -> Floats:
         return aligned((tokens, width), np.float32)
 
+    normed, normed_acts = floats(hyper.width), activations(tokens, hyper.width)
     return Buffers(
         tokens=aligned((tokens,), np.int32),
+        positions=None if spec.position_offset is None else aligned((tokens,), np.int32),
         x=floats(hyper.width),
-        normed=floats(hyper.width),
-        normed_acts=activations(tokens, hyper.width),
+        normed=normed,
+        normed_acts=normed_acts,
+        attention_input=floats(hyper.width) if spec.parallel else normed,
+        attention_acts=activations(tokens, hyper.width) if spec.parallel else normed_acts,
         query=floats(hyper.query_width),
         key=floats(hyper.kv_width),
         value=floats(hyper.kv_width),

@@ -8,9 +8,15 @@ from typing import Protocol
 import numpy as np
 
 from powerinfer_formats.split import SplitLayer
-from powerinfer_formats.split_layout import KINDS
 from powerinfer_kernels import Bundle, Matrix, Pool, RowType, aligned
-from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, NeuronRows, PredictedRows, pack
+from powerinfer_tools.engine.blocks import (
+    BlockWriter,
+    DenseColumns,
+    FFNOutput,
+    NeuronRows,
+    PredictedRows,
+    pack,
+)
 from powerinfer_tools.engine.buffers import Buffers, Floats, activations, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
@@ -45,7 +51,7 @@ class ColdFFN(Protocol):
         """Bytes that one decoded token touches."""
 
     def write(
-        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
         """Append the operations."""
 
@@ -93,8 +99,9 @@ def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: 
     up to ``tokens`` tokens at a time."""
     ffn = model.layers[index].ffn
     if isinstance(ffn, DenseFFN):
-        columns = DenseColumns(pack(pool, ffn.gate), pack(pool, ffn.up), pack(pool, ffn.down))
-        return _ColumnsFFN(columns)
+        up = None if ffn.factor is None else pack(pool, ffn.factor)
+        bias = model.layers[index].ffn_bias
+        return _ColumnsFFN(DenseColumns(pack(pool, ffn.first), up, pack(pool, ffn.down), bias))
     if hot_neurons == ffn.neurons:
         return _NoneFFN()
     if mode == "predicted":
@@ -113,19 +120,19 @@ class _ColumnsFFN:
 
     @property
     def nbytes(self) -> int:
-        return self.weights.gate.nbytes + self.weights.up.nbytes + self.weights.down.nbytes
+        return _nbytes(self.weights.gate, self.weights.up, self.weights.down)
 
     @property
     def quantized(self) -> bool:
-        return not (self.weights.gate.row_type.is_float and self.weights.up.row_type.is_float)
+        return not _all_float(self.weights.gate, self.weights.up)
 
     def bytes_per_token(self, density: float) -> float:
         return float(self.nbytes)
 
     def write(
-        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
-        writer.ffn_columns(self.weights, post_norm, observed)
+        writer.ffn_columns(self.weights, output, observed)
 
 
 @dataclass(frozen=True)
@@ -138,26 +145,20 @@ class _RowsFFN:
         return self.weights.gate.rows
 
     @property
-    def skips(self) -> bool:
-        return self.weights.up is None
-
-    @property
     def nbytes(self) -> int:
-        w = self.weights
-        return w.gate.nbytes + (w.up.nbytes if w.up else 0) + w.bundle.nbytes
+        return _nbytes(self.weights.gate, self.weights.up, self.weights.bundle)
 
     @property
     def quantized(self) -> bool:
-        w = self.weights
-        products = [w.gate.row_type, w.up.row_type if w.up else w.bundle.types[1]]
-        return not all(kind is None or kind.is_float for kind in products)
+        kind = self.weights.bundle.types[1]
+        return not (_all_float(self.weights.gate, self.weights.up) and (kind is None or kind.is_float))
 
     def bytes_per_token(self, density: float) -> float:
         w = self.weights
-        return w.gate.nbytes + (w.up.nbytes if w.up else 0) + w.bundle.nbytes * (density if self.skips else 1)
+        return _nbytes(w.gate, w.up) + w.bundle.nbytes * (density if w.skips else 1)
 
     def write(
-        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
         gate = narrowed(buffers.gate, self.neurons)
         writer.ffn_rows(self.weights, gate, narrowed(buffers.up, self.neurons))
@@ -189,7 +190,7 @@ class _PredictedFFN:
         return self._predictor_bytes + self.weights.bundle.nbytes * density
 
     def write(
-        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
         assert buffers.scores is not None
         scratch = [narrowed(buffer, self.neurons) for buffer in (buffers.scores, buffers.gate, buffers.up)]
@@ -209,16 +210,18 @@ class _NoneFFN:
         return 0.0
 
     def write(
-        self, writer: BlockWriter, buffers: Buffers, post_norm: Floats | None, observed: LayerCounters | None
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
         return
 
 
 def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
-    dense = ["gate"] if mode == "gate-first" else ["gate", "up"]
-    matrices = {kind: _matrix(layer, pool, first, kind) for kind in dense}
-    bundle = _bundle(layer, pool, first, [kind for kind in KINDS if kind not in dense])
-    return _RowsFFN(NeuronRows(matrices["gate"], matrices.get("up"), bundle))
+    skips = mode == "gate-first"
+    dense = layer.kinds[:1] if skips else layer.kinds[:-1]
+    matrices = [_matrix(layer, pool, first, kind) for kind in dense]
+    bundle = _bundle(layer, pool, first, layer.kinds[len(dense) :])
+    up = matrices[1] if len(matrices) == 2 else None
+    return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first)))
 
 
 def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int) -> ColdFFN:
@@ -233,7 +236,8 @@ def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int) -> C
             threshold=predictor.threshold[first:].copy(),
             low=aligned((tokens, rank), np.float32),
             low_acts=None if outward.is_float else activations(tokens, rank),
-            bundle=_bundle(layer, pool, first, ["gate", "up", "down"]),
+            bundle=_bundle(layer, pool, first, layer.kinds),
+            bias=_bias(layer, first),
         )
     )
 
@@ -248,7 +252,8 @@ def write_recall_check(
         return None
     assert buffers.scores is not None
     first = layer.neurons - ffn.neurons
-    truth = GateAndUp(_matrix(layer, pool, first, "gate"), _matrix(layer, pool, first, "up"))
+    gate_rows, *up_rows = (_matrix(layer, pool, first, kind) for kind in layer.kinds[:-1])
+    truth = GateAndUp(gate_rows, up_rows[0] if up_rows else None, ffn.weights.bias)
     scores, gate, up = (narrowed(b, ffn.neurons) for b in (buffers.scores, buffers.gate, buffers.up))
     writer.ffn_truth(truth, gate, up)
     return RecallCheck(writer.builder.mark(), scores, ffn.weights.threshold, gate)
@@ -257,14 +262,28 @@ def write_recall_check(
 def _matrix(layer: SplitLayer, pool: Pool, first: int, kind: str) -> Matrix:
     """All rows of one kind from position ``first`` on, for the dense kernels."""
     rows = layer.rows(kind, first, layer.neurons)
-    row_type = layer.layout.types[KINDS.index(kind)]
-    return Matrix.pack(pool, rows.reshape(-1), row_type, len(rows), layer.width)
+    return Matrix.pack(pool, rows.reshape(-1), layer.type_of(kind), len(rows), layer.width)
 
 
 def _bundle(layer: SplitLayer, pool: Pool, first: int, kinds: Sequence[str]) -> Bundle:
-    """The rows of all neurons from position ``first`` on."""
-    types = dict(zip(KINDS, layer.layout.types, strict=True))
+    """The rows of all neurons from position ``first`` on. What the activation reads are a bundle's gate
+    rows, whatever the file calls them."""
+    place = dict(zip(layer.kinds, ("gate", *layer.kinds[1:]), strict=True))
     rows = {
-        kind: (np.ascontiguousarray(layer.rows(kind, first, layer.neurons)), types[kind]) for kind in kinds
+        place[kind]: (np.ascontiguousarray(layer.rows(kind, first, layer.neurons)), layer.type_of(kind))
+        for kind in kinds
     }
     return Bundle.pack(pool, layer.neurons - first, layer.width, **rows)
+
+
+def _bias(layer: SplitLayer, first: int) -> Floats | None:
+    """The biases of all neurons from position ``first`` on."""
+    return None if layer.bias is None else layer.bias[first:].astype(np.float32)
+
+
+def _nbytes(*weights: Matrix | Bundle | None) -> int:
+    return sum(weight.nbytes for weight in weights if weight is not None)
+
+
+def _all_float(*matrices: Matrix | None) -> bool:
+    return all(matrix is None or matrix.row_type.is_float for matrix in matrices)

@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Matrix, Pool, ProgramBuilder, aligned
+from powerinfer_tools.engine.blocks import append_norm
 from powerinfer_tools.engine.buffers import activations
 from powerinfer_tools.model import Model
 
@@ -23,7 +24,7 @@ class Head:
         self._logits = aligned((HEAD_ROWS, hyper.vocabulary), np.float32)
         acts = activations(HEAD_ROWS, hyper.width)
         builder = ProgramBuilder(HEAD_ROWS)
-        builder.rms_norm(self._input, model.output_norm, self._input, hyper.norm_eps)
+        append_norm(builder, self._input, model.output_norm, self._input, hyper.norm_eps)
         if not matrix.row_type.is_float and acts is not None:
             builder.quantize(self._input, acts)
         builder.matmul(matrix, self._input, acts, self._logits)

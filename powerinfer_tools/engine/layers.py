@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import KernelError, KVCache, Matrix, Pool, ProgramBuilder
-from powerinfer_tools.engine.blocks import BlockWriter, pack
+from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput, pack
 from powerinfer_tools.engine.buffers import allocate
 from powerinfer_tools.engine.ffn import ColdFFN, layer_modes, load_cold_ffn, write_recall_check
 from powerinfer_tools.engine.memory import kv_bytes_per_position
@@ -60,7 +60,11 @@ class LayerStack:
         self.device = options.device if self._hot else "none"
         self._modes = layer_modes(model, options.mode)
         self._buffers = allocate(
-            model.hyper, options.batch, hot=self._hot is not None, predicted="predicted" in self._modes
+            model.spec,
+            model.hyper,
+            options.batch,
+            hot=self._hot is not None,
+            predicted="predicted" in self._modes,
         )
         self._caches = self._allocate_caches(options.context, options.kv_type)
         builder = ProgramBuilder(options.batch)
@@ -121,7 +125,7 @@ class LayerStack:
         for token in tokens:
             if not 0 <= token < vocabulary:
                 raise ModelError(f"token id {token} is outside the vocabulary of {vocabulary}")
-        self._buffers.tokens[:count] = tokens
+        self._place(tokens, position)
         first = 0
         for split in self._splits:
             self._run(first, split.ready, count, position)
@@ -136,7 +140,7 @@ class LayerStack:
         input (tokens, width) and act(gate)·up (tokens, neurons): views, valid during the call."""
         assert self.model.split is None
         count, first = len(tokens), 0
-        self._buffers.tokens[:count] = tokens
+        self._place(tokens, position)
         for layer, end in enumerate(self._ffn_ends):
             self._run(first, end, count, position)
             watch(layer, self._buffers.normed[:count], self._buffers.gate[:count])
@@ -155,9 +159,10 @@ class LayerStack:
         """Mean bytes of weights that one decoded token touches, with the density seen so far."""
         total = self._program.total_neurons()
         density = self._program.active_neurons() / total if total else 1.0
-        embedding_row = self.model.embedding.nbytes // self.model.embedding.rows
+        tables = (self.model.embedding, self.model.positions)
+        embedded = sum(table.nbytes // table.rows for table in tables if table is not None)
         ffn = sum(layer.bytes_per_token(density) for layer in self._cold)
-        return self._writer.weight_bytes + self.head_matrix.nbytes + embedding_row + ffn + self.vram_bytes
+        return self._writer.weight_bytes + self.head_matrix.nbytes + embedded + ffn + self.vram_bytes
 
     def density(self) -> float:
         """Share of FFN neurons that were computed so far; dense layers and hot neurons are computed whole."""
@@ -196,24 +201,26 @@ class LayerStack:
             raise ModelError(f"{self.model.path}: {error}") from None
 
     def _write(self) -> None:
-        self._writer.embed(self.model.embedding)
+        self._writer.embed(self.model.embedding, self.model.positions)
         for index, layer in enumerate(self.model.layers):
-            window = self.model.hyper.window if self.model.hyper.local_layers[index] else 0
-            self._writer.attention(layer.attention, self._caches[index], self._tables[index], window)
-            self._write_ffn(index, layer)
+            self._write_layer(index, layer)
 
-    def _write_ffn(self, index: int, layer: LayerWeights) -> None:
+    def _write_layer(self, index: int, layer: LayerWeights) -> None:
+        """In a parallel layer the FFN's input is ready before attention, which the hot device then works
+        beside, too."""
         hot_neurons = self._hot.hot_neurons(index) if self._hot else 0
         tokens = self._buffers.x.shape[0]
         ffn = load_cold_ffn(self.model, index, self._pool, self._modes[index], hot_neurons, tokens)
         self._cold.append(ffn)
-        writer = self._writer
-        quantized = ffn.quantized or hot_neurons > 0
-        writer.ffn_input(layer.ffn_norm, quantized=quantized)
+        writer, parallel = self._writer, self.model.spec.parallel
+        if not parallel:
+            self._write_attention(index, layer)
+        writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or hot_neurons > 0)
         ready = writer.builder.mark()
-        ffn.write(
-            writer, self._buffers, layer.ffn_post_norm, self._observed[index] if self._observed else None
-        )
+        if parallel:
+            self._write_attention(index, layer)
+        output = FFNOutput(layer.ffn_down_bias, layer.ffn_post_norm)
+        ffn.write(writer, self._buffers, output, self._observed[index] if self._observed else None)
         if self._check_recall:
             check = write_recall_check(self.model, index, self._pool, ffn, writer, self._buffers)
             self._checks += [check] if check else []
@@ -221,9 +228,21 @@ class LayerStack:
         if not ffn.in_rows:
             return
         needed = writer.builder.mark()
-        writer.merge(layer.ffn_post_norm, hot=hot_neurons > 0, cold=ffn.neurons > 0)
+        writer.merge(output, hot=hot_neurons > 0, cold=ffn.neurons > 0)
         if hot_neurons:
             self._splits.append(_Split(index, ready, needed))
+
+    def _write_attention(self, index: int, layer: LayerWeights) -> None:
+        window = self.model.hyper.window if self.model.hyper.local_layers[index] else 0
+        self._writer.attention(layer.attention, self._caches[index], self._tables[index], window)
+
+    def _place(self, tokens: Sequence[int], position: int) -> None:
+        """Say which tokens come, and where they stand."""
+        count, positions = len(tokens), self._buffers.positions
+        self._buffers.tokens[:count] = tokens
+        if positions is not None:
+            first = position + (self.model.spec.position_offset or 0)
+            positions[:count] = np.arange(first, first + count)
 
     def _run(self, first: int, last: int, count: int, position: int) -> None:
         for check in self._checks:

@@ -10,10 +10,12 @@ from powerinfer_tools.engine.buffers import Floats
 
 @dataclass(frozen=True)
 class GateAndUp:
-    """All gate and up rows of the neurons that a predictor speaks for."""
+    """All gate and up rows of the neurons that a predictor speaks for; without gate, ``gate`` are the up rows
+    and ``up`` is None. ``bias`` (neurons) is added to the gate's products."""
 
     gate: Matrix
-    up: Matrix
+    up: Matrix | None
+    bias: Floats | None = None
 
 
 @dataclass

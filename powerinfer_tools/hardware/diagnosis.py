@@ -10,6 +10,7 @@ from powerinfer_formats.block_types import TensorType, row_bytes
 from powerinfer_formats.hardware import FFNCurve, HardwareProfile
 from powerinfer_kernels import Pool, available_isas
 from powerinfer_tools import __version__
+from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.hardware import detect
 from powerinfer_tools.hardware.store import default_profile_path
 from powerinfer_tools.progress import Progress
@@ -87,6 +88,11 @@ def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
         finally:
             model.close()
         for layer in layers:
+            if layer.gate is None:
+                raise HardwareError(
+                    f"{path}: curves are measured of gated FFNs alone, and this model's have no gate; leave "
+                    "-m out, and the plan counts with the general curve"
+                )
             gate, up, down = (RowType[name] for name in neuron_bytes(layer).types)
             found[FFNShape(layer.width, layer.neurons, (gate, up, down))] = None
     return list(found)

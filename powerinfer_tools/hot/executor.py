@@ -41,9 +41,13 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _HotLayer:
+    """``gate``: the rows that the activation reads; without gate those of up, and ``up`` is None. ``bias``
+    is added to their products."""
+
     gate: _Rows
-    up: _Rows
+    up: _Rows | None
     down: _Rows
+    bias: torch.Tensor | None
     neurons: int
     width: int
 
@@ -69,7 +73,7 @@ class TorchHotSide:
         size = hot_size(layers, hot, tokens).total
         if device == "cuda":
             _require_free(size)
-        values = 3 * model.hyper.width * sum(hot)
+        values = len(layers[0].kinds) * model.hyper.width * sum(hot)
         unpack = device == "cpu" and 4 * values <= UNPACKED_LIMIT
         rows = [
             _load(layer, count, device, unpack=unpack) if count else None
@@ -115,11 +119,13 @@ class TorchHotSide:
         rounded = exact if acts is None else _rounded(acts, len(normed)).to(self._device)
         out = torch.zeros((len(normed), hot.width), dtype=torch.float32, device=self._device)
         for_gate = exact if hot.gate.row_type.is_float else rounded
-        for_up = exact if hot.up.row_type.is_float else rounded
+        for_up = exact if hot.up is None or hot.up.row_type.is_float else rounded
         for first in range(0, hot.neurons, CHUNK_ROWS):
             last = min(first + CHUNK_ROWS, hot.neurons)
             gate = for_gate @ hot.gate.chunk(first, last, hot.width).T
-            up = for_up @ hot.up.chunk(first, last, hot.width).T
+            if hot.bias is not None:
+                gate += hot.bias[first:last]
+            up = None if hot.up is None else for_up @ hot.up.chunk(first, last, hot.width).T
             hidden = _activate(gate, up, self._activation)
             out.addmm_(hidden, hot.down.chunk(first, last, hot.width))
         result = out.cpu()
@@ -134,36 +140,42 @@ def _rounded(acts: Activations, tokens: int) -> torch.Tensor:
     return (quants * scales[:, :, None]).reshape(tokens, -1)
 
 
-def _activate(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+def _activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """act(gate)·up, or act(gate)."""
     functional = torch.nn.functional
     match kind:
         case "silu":
-            return functional.silu(gate) * up
+            act = functional.silu(gate)
         case "gelu_tanh":
-            return functional.gelu(gate, approximate="tanh") * up
+            act = functional.gelu(gate, approximate="tanh")
         case "gelu_erf":
-            return functional.gelu(gate) * up
-        case "relu":
-            return functional.relu(gate) * up
+            act = functional.gelu(gate)
+        case "relu" | "drelu":
+            act = functional.relu(gate)
         case "relu2":
-            return functional.relu(gate).square() * up
-        case "drelu":
-            return functional.relu(gate) * functional.relu(up)
-    raise AssertionError(f"activation {kind!r} has no torch form")
+            act = functional.relu(gate).square()
+        case _:
+            raise AssertionError(f"activation {kind!r} has no torch form")
+    if up is None:
+        return act
+    return act * (functional.relu(up) if kind == "drelu" else up)
 
 
 def _load(layer: SplitLayer, count: int, device: str, *, unpack: bool) -> _HotLayer:
-    def rows(kind: str, row_type: RowType) -> _Rows:
+    def rows(kind: str) -> _Rows:
+        row_type = RowType(layer.type_of(kind))
         source = np.ascontiguousarray(layer.rows(kind, 0, count))
         if not source.flags.writeable:
             source = source.copy()
         data = torch.from_numpy(source).to(device)
         return _Rows(row_type, dequantize(data, row_type, layer.width) if unpack else data)
 
+    first, *factor, down = layer.kinds
     return _HotLayer(
-        gate=rows("gate", RowType(layer.gate_type)),
-        up=rows("up", RowType(layer.up_type)),
-        down=rows("down", RowType(layer.down_type)),
+        gate=rows(first),
+        up=rows(factor[0]) if factor else None,
+        down=rows(down),
+        bias=None if layer.bias is None else torch.from_numpy(layer.bias[:count].copy()).to(device),
         neurons=count,
         width=layer.width,
     )

@@ -187,6 +187,7 @@ def shape_of_model(model: "Model") -> ModelShape:
         embedding=_matrix(model.embedding),
         head=_matrix(model.head),
         rope_dim=hyper.rope_dim,
+        position_bytes=0 if model.positions is None else model.positions.nbytes,
         fingerprint=model.fingerprint,
     )
 
@@ -207,13 +208,15 @@ def _layer_of_model(model: "Model", index: int) -> LayerShape:
         attention.key_norm,
         attention.post_norm,
         weights.ffn_norm,
+        weights.ffn_bias,
+        weights.ffn_down_bias,
         weights.ffn_post_norm,
     ]
     return LayerShape(
         attention=tuple(
             _matrix(m) for m in (attention.query, attention.key, attention.value, attention.output)
         ),
-        gate=_matrix(ffn.gate),
+        gate=None if ffn.gate is None else _matrix(ffn.gate),
         up=_matrix(ffn.up),
         down=_matrix(ffn.down),
         vector_bytes=sum(vector.nbytes for vector in vectors if vector is not None),

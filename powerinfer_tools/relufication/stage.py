@@ -57,6 +57,10 @@ def run(options: RelufyOptions, progress: Progress | None = None) -> RelufyRepor
 def _check(options: RelufyOptions, model: Model) -> None:
     if model.hyper.activation in RELU_FAMILY:
         raise ModelError(f"{model.path} has exact zeros already ({model.hyper.activation})")
+    if not model.spec.gated:
+        raise ModelError(
+            f"{model.path}: relufy turns gated FFNs into ReLU ones; those of {model.spec.name} have no gate"
+        )
     ffn_type(options.quant, model.hyper.width, model.hyper.neurons)
     if options.activation not in TARGETS:
         raise ModelError(f"activation {options.activation!r} is not one of {', '.join(TARGETS)}")

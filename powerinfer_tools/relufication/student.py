@@ -74,7 +74,9 @@ class Student:
 
     def __init__(self, network: Network, activation: str, rank: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.ffns = nn.ModuleList(StudentFFN(base, activation, rank, generator) for base in network.ffn_base)
+        self.ffns = nn.ModuleList(
+            StudentFFN(base, activation, rank, generator) for base in network.gated_base
+        )
         self.begin()
 
     def begin(self) -> None:

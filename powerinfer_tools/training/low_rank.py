@@ -56,17 +56,20 @@ def predictor(
     learn: Floats,
     check: tuple[Floats, Bools],
     recall: float,
+    bias: Floats | None = None,
 ) -> LayerPredictor:
     """The predictor of ``rank``: errors of its scores are learnt on inputs ``learn``, and thresholds are set
     so that it finds the share ``recall`` of the active neurons in ``check`` (inputs, active).
 
     A neuron's score is its gate plus an error of some mean and deviation, so it is predicted where the
     probability of a positive gate, Φ((score − mean) / deviation), is above a bound common to the layer: the
-    rule that finds most active neurons for a number of predicted ones.
+    rule that finds most active neurons for a number of predicted ones. ``bias`` (neurons) is what the model
+    adds to the gate; it becomes part of the mean.
     """
     inward = as_stored(factors.inward[:rank], row_type)
     outward = as_stored(factors.outward[:, :rank], row_type)
-    errors = _scores(inward, outward, learn) - learn @ gate.T
+    gates = learn @ gate.T if bias is None else learn @ gate.T + bias
+    errors = _scores(inward, outward, learn) - gates
     mean, deviation = errors.mean(axis=0), errors.std(axis=0) + 1e-12
     inputs, active = check
     normal = (_scores(inward, outward, inputs) - mean) / deviation

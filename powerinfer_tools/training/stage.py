@@ -143,7 +143,16 @@ class _Run:
         made: list[tuple[LayerPredictor, Quality]] = []
         for index, candidate in enumerate(chosen):
             gate, factors, learn, check = self._layer(index)
-            layer = predictor(factors, candidate.rank, self.row_type, gate, learn, check, self.options.recall)
+            layer = predictor(
+                factors,
+                candidate.rank,
+                self.row_type,
+                gate,
+                learn,
+                check,
+                self.options.recall,
+                self.model.layers[index].ffn_bias,
+            )
             made.append((layer, judge(layer, *self._records(index, self.test))))
             self.progress.advance(1)
         self.progress.finish()
@@ -157,10 +166,11 @@ class _Run:
         some = check[0][:_TRIED_RECORDS], check[1][:_TRIED_RECORDS]
         ffn = self.model.layers[index].ffn
         assert isinstance(ffn, DenseFFN)
-        rows = ffn.gate.nbytes + ffn.up.nbytes + ffn.down.nbytes
+        rows = sum(weight.nbytes for weight in ffn.matrices)
+        bias, recall = self.model.layers[index].ffn_bias, self.options.recall
         found = []
         for rank in self._ranks():
-            made = predictor(factors, rank, self.row_type, gate, learn, some, self.options.recall)
+            made = predictor(factors, rank, self.row_type, gate, learn, some, recall, bias)
             quality = judge(made, *some)
             found.append(Candidate(rank, self._nbytes(rank), quality.predicted_density * rows))
         return found
@@ -168,7 +178,7 @@ class _Run:
     def _layer(self, index: int) -> tuple[Floats, Factors, Floats, Records]:
         ffn = self.model.layers[index].ffn
         assert isinstance(ffn, DenseFFN)
-        weight = ffn.gate
+        weight = ffn.first
         gate = dequantize(weight.data, weight.row_type, weight.rows, weight.columns)
         learn, _ = self._records(index, self.learn)
         return gate, factorize(gate, learn), learn, self._records(index, self.check)

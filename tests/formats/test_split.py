@@ -69,7 +69,7 @@ def test_the_header_comes_back(split: SplitFile) -> None:
 def test_rows_come_back_from_any_range(split: SplitFile, layer: int) -> None:
     view, rows = split.layer(layer), source_rows(layer)
     assert view.order.tolist() == order(layer)
-    assert (view.gate_type, view.up_type, view.down_type) == TYPES
+    assert tuple(view.type_of(kind) for kind in view.kinds) == TYPES
     assert (view.neurons, view.hot_neurons, view.width, view.mode) == (
         12,
         HOT[layer],
@@ -193,7 +193,8 @@ FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
     ("cold left", with_header(hot_neurons=(4, 0, 8)), errors.WrongShape, "blk.2.ffn_gate_hot"),
     ("mode unknown", with_header(modes=("dense", "fast", "dense")), errors.BadValue, "'fast' for layer 1"),
     ("mode two layers", with_header(modes=("dense",) * 2), errors.BadValue, "each of 3 layers"),
-    ("types two layers", with_header(types=(TYPES,) * 2), errors.BadValue, "3 for each of 3 layers"),
+    ("types one layer", with_header(types=(TYPES,)), errors.BadValue, r"3 \(without gate: 2\) for each of 3"),
+    ("types no gate", with_header(types=(TYPES[1:],) * 3), errors.UnexpectedTensor, "ffn_gate_hot.*no gate"),
     ("types unknown", _retyped(names.KEY_FFN_TYPES, [99] * 9, _U32), errors.BadValue, "type 99"),
     (
         "types no block",

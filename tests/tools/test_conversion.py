@@ -11,6 +11,7 @@ from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_kernels import available_isas
+from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError
@@ -53,10 +54,26 @@ class Prepared:
         return output
 
 
-@pytest.fixture(
-    scope="module",
-    params=["llama", "llama-relu", "qwen2", "gemma3", "llama-Q4_1", "qwen2-Q4_K_M", "gemma3-Q8_0"],
+#: Every kind of FFN, norm and block, and some row types.
+CONVERTED = (
+    "llama",
+    "llama-relu",
+    "bamboo",
+    "qwen2",
+    "gemma3",
+    "opt",
+    "falcon",
+    "falcon-relu",
+    "llama-Q4_1",
+    "bamboo-Q4_1",
+    "opt-Q4_0",
+    "falcon-Q8_0",
+    "qwen2-Q4_K_M",
+    "gemma3-Q8_0",
 )
+
+
+@pytest.fixture(scope="module", params=CONVERTED)
 def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared(tmp_path_factory.mktemp("converted"), request.param)
 
@@ -92,7 +109,7 @@ def test_same_bits_for_any_split_point_threads_and_isa(prepared: Prepared) -> No
 def test_gate_first_has_the_bits_of_dense(prepared: Prepared) -> None:
     path = prepared.split(hot_counts(prepared))
     tokens = prepared.tiny.tokens(TOKENS)
-    if prepared.tiny.spec.activation != "relu":
+    if prepared.tiny.spec.activation not in RELU_FAMILY:
         with pytest.raises(ModelError, match="no exact zeros"):
             logits(path, tokens, mode="gate-first")
         return
@@ -155,7 +172,11 @@ def test_permutation_keeps_gate_and_up_bits(prepared: Prepared) -> None:
         order = profile.order(index)
         assert np.array_equal(layer.order, order)
         ffn = source.layers[index].ffn
-        for kind in ("gate", "up"):
+        assert layer.kinds == (("gate", "up", "down") if source.spec.gated else ("up", "down"))
+        bias = source.layers[index].ffn_bias
+        assert (layer.bias is None) == (bias is None)
+        assert bias is None or np.array_equal(layer.bias, bias[order])
+        for kind in layer.kinds[:-1]:
             weight = getattr(ffn, kind)
             rows = weight.data.reshape(weight.rows, -1)
             assert np.array_equal(layer.rows(kind, 0, layer.neurons), rows[order])
@@ -165,7 +186,7 @@ def test_quant_is_followed(tmp_path: Path) -> None:
     prepared = Prepared(tmp_path, "llama-Q4_1")
     for quant, worst in (("Q4_0", 0.2), ("F16", 1e-3), ("F32", 0.0)):
         split = SplitFile.open(prepared.split([GROUP] * prepared.layers, quant=quant))
-        assert split.layers[0].down_type.name == quant
+        assert split.layers[0].type_of("down").name == quant
         assert max(split.header.requantization_error) <= worst
     with pytest.raises(ConvertError, match="Q8_0, Q4_0"):
         prepared.split([GROUP] * prepared.layers, quant="Q9_9")

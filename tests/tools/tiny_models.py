@@ -16,20 +16,13 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel
 
+from tiny_families import gguf_name, make_module, row_order, stored_one_above, write_family_keys
 from tiny_vocabularies import Vocabulary, bpe_vocabulary, spm_vocabulary
 from tiny_weights import Weights, random_weights, vector
 
-Family = Literal["llama", "qwen2", "gemma3"]
+Family = Literal["llama", "mistral", "bamboo", "qwen2", "qwen3", "gemma3", "opt", "falcon", "nemotron"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,8 @@ class TinySpec:
 
     ``row_type`` is that of every matrix unless ``row_types`` names its GGUF kind (``ffn_down``, …).
     ``rope_factors``: rotary frequencies scaled as Llama 3.1 does, stored as the tensor ``rope_freqs.weight``.
-    ``linear_rope``: positions of global layers divided by this factor.
+    ``linear_rope``: positions of global layers divided by this factor. ``two_norms``: Falcon's attention has
+    a norm of its own.
     """
 
     family: Family = "llama"
@@ -54,11 +48,17 @@ class TinySpec:
     rope_base: float = 10000.0
     rope_factors: bool = False
     linear_rope: float = 1.0
+    two_norms: bool = False
     context: int = 256
     row_type: str = "F32"
     row_types: Mapping[str, str] = field(default_factory=dict)
     vocabulary: str = "gpt-2"
     seed: int = 1
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture`` of the file."""
+        return "llama" if self.family == "mistral" else self.family
 
     def type_of(self, kind: str) -> GGMLQuantizationType:
         """Row type of the matrices of ``kind``."""
@@ -79,6 +79,20 @@ def _family_cases() -> dict[str, TinySpec]:
         ),
         "qwen2": TinySpec(family="qwen2", rope_base=1e6, vocabulary="qwen2"),
         "qwen2-untied": TinySpec(family="qwen2", tied=False, heads=6, width=96, vocabulary="qwen2"),
+        "qwen3": TinySpec(family="qwen3", rope_base=1e6, head_dim=24, neurons=100, vocabulary="qwen2"),
+        "mistral": TinySpec(family="mistral", rope_base=1e6, vocabulary="spm"),
+        "bamboo": TinySpec(family="bamboo", activation="drelu", neurons=100, vocabulary="spm"),
+        "opt": TinySpec(
+            family="opt", width=60, heads=3, kv_heads=3, head_dim=20, neurons=90, activation="relu"
+        ),
+        "falcon": TinySpec(family="falcon", kv_heads=1, neurons=100, activation="gelu_erf"),
+        "falcon-relu": TinySpec(
+            family="falcon", width=80, heads=4, head_dim=20, two_norms=True, neurons=120, activation="relu"
+        ),
+        "falcon-one-norm": TinySpec(family="falcon", activation="gelu_erf", tied=False),
+        "nemotron": TinySpec(
+            family="nemotron", head_dim=24, neurons=100, activation="relu2", tied=False, vocabulary="spm"
+        ),
         "gemma3": gemma,
         "gemma3-linear-rope": TinySpec(
             family="gemma3",
@@ -126,6 +140,18 @@ def _type_cases() -> dict[str, TinySpec]:
         vocabulary="gemma",
         **(large | {"layers": 7}),
     )
+    cases["opt-Q4_0"] = TinySpec(
+        family="opt", kv_heads=4, row_type="Q4_0", neurons=160, activation="relu", vocabulary="gpt-2"
+    )
+    cases["opt-Q6_K"] = TinySpec(
+        family="opt", row_type="Q6_K", activation="relu", **(large | {"kv_heads": 4})
+    )
+    cases["falcon-Q8_0"] = TinySpec(
+        family="falcon", row_type="Q8_0", two_norms=True, neurons=160, activation="relu"
+    )
+    cases["bamboo-Q4_1"] = TinySpec(
+        family="bamboo", row_type="Q4_1", neurons=160, activation="drelu", vocabulary="spm"
+    )
     cases["gemma3-Q8_0"] = TinySpec(
         family="gemma3",
         row_type="Q8_0",
@@ -170,7 +196,7 @@ class TinyModel:
 def make_tiny_model(folder: Path, spec: TinySpec, name: str = "tiny") -> TinyModel:
     """Make the module, draw its weights and write ``folder/name.gguf``."""
     vocabulary = _vocabulary(spec.vocabulary)
-    module = _module(spec, vocabulary)
+    module = make_module(spec, len(vocabulary.tokens))
     module.train(False)
     tensors = dict(_tensors(spec, module))
     factors = _rope_factors(spec, module)
@@ -187,102 +213,10 @@ def _vocabulary(kind: str) -> Vocabulary:
     return bpe_vocabulary(kind)
 
 
-def _module(spec: TinySpec, vocabulary: Vocabulary) -> PreTrainedModel:
-    shape: dict[str, Any] = {
-        "vocab_size": len(vocabulary.tokens),
-        "hidden_size": spec.width,
-        "intermediate_size": spec.neurons,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "max_position_embeddings": spec.context,
-        "tie_word_embeddings": spec.tied,
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "attn_implementation": "eager",
-    }
-    module: PreTrainedModel
-    match spec.family:
-        case "llama":
-            rope = {"rope_type": "default", "rope_theta": spec.rope_base}
-            if spec.rope_factors:
-                rope |= {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 64,
-                }
-            config = LlamaConfig(
-                **shape, head_dim=spec.head_dim, hidden_act=spec.activation, rope_parameters=rope
-            )
-            module = LlamaForCausalLM(config)
-        case "qwen2":
-            assert spec.head_dim * spec.heads == spec.width, "Qwen2 has no head_dim of its own"
-            rope = {"rope_type": "default", "rope_theta": spec.rope_base}
-            module = Qwen2ForCausalLM(Qwen2Config(**shape, hidden_act=spec.activation, rope_parameters=rope))
-        case "gemma3":
-            module = Gemma3ForCausalLM(_gemma3_config(spec, shape))
-    return module
-
-
-def _gemma3_config(spec: TinySpec, shape: dict[str, Any]) -> Gemma3TextConfig:
-    everywhere: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_base}
-    if spec.linear_rope != 1.0:
-        everywhere |= {"rope_type": "linear", "factor": spec.linear_rope}
-    return Gemma3TextConfig(
-        **shape,
-        head_dim=spec.head_dim,
-        query_pre_attn_scalar=spec.head_dim,
-        hidden_activation="gelu_pytorch_tanh",
-        sliding_window=spec.window,
-        layer_types=["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(spec.layers)],
-        rope_parameters={
-            "full_attention": everywhere,
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-    )
-
-
-_GGUF_KINDS = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_GEMMA3_KINDS = _GGUF_KINDS | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
-def _gguf_name(spec: TinySpec, name: str) -> tuple[str, str]:
-    """GGUF name and kind of the parameter that ``transformers`` calls ``name``."""
-    kinds = _GEMMA3_KINDS if spec.family == "gemma3" else _GGUF_KINDS
-    module, _, leaf = name.rpartition(".")
-    if module.startswith("model.layers."):
-        layer, _, module = module.removeprefix("model.layers.").partition(".")
-        return f"blk.{layer}.{kinds[module]}.{leaf}", kinds[module]
-    return f"{kinds[module]}.{leaf}", kinds[module]
-
-
 def _tensors(spec: TinySpec, module: PreTrainedModel) -> Iterator[tuple[str, Weights]]:
     """Draw every parameter in file order, load it into ``module`` in its own, and yield it for the file."""
     for parameter_name, parameter in module.named_parameters():
-        name, kind = _gguf_name(spec, parameter_name)
+        name, kind = gguf_name(spec, parameter_name)
         rng = np.random.default_rng([spec.seed, zlib.crc32(name.encode())])
         shape = tuple(parameter.shape)
         if len(shape) == 1:
@@ -292,10 +226,10 @@ def _tensors(spec: TinySpec, module: PreTrainedModel) -> Iterator[tuple[str, Wei
                 rng, (shape[0], shape[1]), _deviation(spec, kind, shape[1]), spec.type_of(kind)
             )
         values = weights.values
-        if spec.family == "llama" and kind in ("attn_q", "attn_k"):
-            # Drawn as transformers orders them; the file pairs neighbours instead of halves of a head.
-            weights = weights.rows(_interleaving(shape[0], spec.head_dim))
-        if spec.family == "gemma3" and kind.endswith("norm"):
+        order = row_order(spec, kind, shape[0])
+        if order is not None:
+            weights = weights.rows(order)
+        if stored_one_above(spec, name):
             values = values - np.float32(1)
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(values))
@@ -310,17 +244,11 @@ def _random_vector(rng: np.random.Generator, length: int, *, is_bias: bool) -> N
 def _deviation(spec: TinySpec, kind: str, columns: int) -> float:
     """A deviation that keeps activations near 1, attention peaked and logits spread over several units."""
     unit = 1.0 / math.sqrt(columns)
-    if kind in ("attn_q", "attn_k"):
+    if kind in ("attn_q", "attn_k", "attn_qkv"):
         return 1.5 * unit
     if kind == "output" or (kind == "token_embd" and (spec.tied or spec.family == "gemma3")):
         return 2.5 * unit
     return 1.0 if kind == "token_embd" else unit
-
-
-def _interleaving(rows: int, head_dim: int) -> NDArray[np.int64]:
-    """Row order that puts value i of a head beside value i + head_dim/2, with which it is rotated."""
-    halves = np.arange(rows).reshape(-1, 2, head_dim // 2)
-    return halves.swapaxes(1, 2).reshape(-1)
 
 
 def _rope_factors(spec: TinySpec, module: PreTrainedModel) -> NDArray[np.float32] | None:
@@ -334,6 +262,14 @@ def _rope_factors(spec: TinySpec, module: PreTrainedModel) -> NDArray[np.float32
     return np.asarray(factors, dtype=np.float32)
 
 
+#: What a family's files do not say.
+_OWN_ACTIVATION = {
+    "bamboo": "drelu",
+    "gemma3": "gelu_tanh",
+    "opt": "relu",
+    "falcon": "gelu_erf",
+    "nemotron": "relu2",
+}
 _FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32,
     "F16": LlamaFileType.MOSTLY_F16,
@@ -352,7 +288,7 @@ _FILE_TYPES = {
 def _write(
     path: Path, spec: TinySpec, name: str, vocabulary: Vocabulary, tensors: Mapping[str, Weights]
 ) -> None:
-    writer = GGUFWriter(path, spec.family)
+    writer = GGUFWriter(path, spec.architecture)
     writer.add_type("model")
     writer.add_name(name)
     _write_hyperparameters(writer, spec, len(vocabulary.tokens))
@@ -374,20 +310,13 @@ def _write_hyperparameters(writer: GGUFWriter, spec: TinySpec, tokens: int) -> N
     writer.add_feed_forward_length(spec.neurons)
     writer.add_head_count(spec.heads)
     writer.add_head_count_kv(spec.kv_heads)
-    writer.add_rope_freq_base(spec.rope_base)
-    writer.add_layer_norm_rms_eps(1e-5)
-    if spec.family != "qwen2":
-        writer.add_key_length(spec.head_dim)
-        writer.add_value_length(spec.head_dim)
-    if spec.family == "llama":
-        writer.add_vocab_size(tokens)
-        writer.add_rope_dimension_count(spec.head_dim)
+    write_family_keys(writer, spec, tokens)
     if spec.linear_rope != 1.0:
         writer.add_string(f"{spec.family}.rope.scaling.type", "linear")
         writer.add_rope_scaling_factor(spec.linear_rope)
     if spec.window:
         writer.add_sliding_window(spec.window)
         writer.add_rope_freq_base_swa(10000.0)
-    if spec.family == "llama" and spec.activation != "silu":
+    if spec.activation != _OWN_ACTIVATION.get(spec.family, "silu"):
         # The format has no key for it: converters of ReLU models leave it to the reader to know.
         writer.add_string("powerinfer.activation", spec.activation)

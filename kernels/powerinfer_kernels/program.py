@@ -223,9 +223,10 @@ class ProgramBuilder:
 
     def add(self, src: Floats, out: Floats) -> None:
         """out += src; a `src` of [width] is added for every token."""
-        width = self._width("out", out)
         shared = getattr(src, "ndim", 0) == 1
-        check_array("src", src, np.float32, (width,) if shared else (self.max_tokens, width))
+        width = self._width("out", out) if shared else self._width("src", src)
+        if shared:
+            check_array("src", src, np.float32, (width,))
         self._check("out", out, width, written=True)
         check_apart("out", out, {"src": src})
         self._append(_Op.ADD, (src, out), (width, 0 if shared else width))

@@ -59,6 +59,12 @@ BAD: dict[str, tuple[Callable[[ProgramBuilder], None], str]] = {
     "no gate rows": (lambda b: sparse(b, gate=floats(2, 3)), "no gate rows"),
     "gate rows unused": (lambda b: sparse(b, bundle=bundle("gate", "up", "down")), "must not have gate"),
     "threshold": (lambda b: sparse(b, threshold=floats(2, 3)), "threshold must be"),
+    "bias without gate": (lambda b: sparse(b, bias=floats(3)), "there are none"),
+    "bias": (
+        lambda b: sparse(b, bundle=bundle("gate", "down"), gate=floats(2, 3), bias=floats(4)),
+        "bias must be",
+    ),
+    "vector too short": (lambda b: b.add(floats(7), floats(2, 8)), "src must be"),
     "sum without rows": (lambda b: b.sum_rows(floats(2, 3), bundle("up"), floats(2, 4)), "no down rows"),
 }
 

@@ -149,6 +149,11 @@ def test_add() -> None:
     out = aligned(start.shape, np.float32)
     got = on_every_isa(lambda b: b.add(src, out), out, start=start)
     np.testing.assert_array_equal(got, (start + src)[:TOKENS])
+    shared = filled(src[0])
+    for tokens in (1, TOKENS):  # split by column, and by token
+        some, begin = aligned((tokens + 1, 77), np.float32), start[: tokens + 1]
+        got = on_every_isa(lambda b, some=some: b.add(shared, some), some, start=begin, tokens=tokens)
+        np.testing.assert_array_equal(got, (begin + shared)[:tokens])
 
 
 @pytest.mark.parametrize("row_type", list(RowType), ids=lambda t: t.name)
@@ -324,6 +329,108 @@ def test_gate_first_has_the_bits_of_dense_and_skips(kind: str, row_type: RowType
         assert program.active_neurons() == (gate[:TOKENS] > 0).sum()
         program.reset_counters()
         assert program.total_neurons() == 0
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu2"])
+@pytest.mark.parametrize(
+    "row_type", [RowType.F32, RowType.F16, RowType.Q8_0, RowType.Q4_1, RowType.Q6_K], ids=lambda t: t.name
+)
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_an_ffn_of_two_matrices(kind: str, row_type: RowType, tokens: int) -> None:
+    """With biases: gate-first and predicted have the bits of dense and agree with the reference; what is not
+    selected is poisoned. Neurons 0 … 9 are inactive for all tokens, 80 … 89 are not predicted."""
+    rng = np.random.default_rng(6)
+    neurons, width = 90, 256
+    first, second = (random_rows(rng, row_type, neurons, width) for _ in range(2))
+    x, bias = normal(rng, TOKENS + 1, width), normal(rng, neurons)
+    bias[:10], bias[80:] = -1e9, -1e9
+    scores = np.ones((TOKENS + 1, neurons), np.float32)
+    scores[:, 80:] = -1.0
+    poisoned = [data.copy() for data in (first, second)]
+    poisoned[0].reshape(neurons, -1)[80:] = 0xFF
+    poisoned[1].reshape(neurons, -1)[:10] = 0xFF
+    poisoned[1].reshape(neurons, -1)[80:] = 0xFF
+    acts = Activations(TOKENS + 1, width)
+    gate, h = aligned((TOKENS + 1, neurons), np.float32), aligned((TOKENS + 1, neurons), np.float32)
+    out = aligned(x.shape, np.float32)
+    with Pool(1) as pool:
+        matrix = Matrix.pack(pool, first, row_type, neurons, width)
+        down = Bundle.pack(pool, neurons, width, down=(second, row_type))
+        active_down = Bundle.pack(pool, neurons, width, down=(poisoned[1], row_type))
+        both = Bundle.pack(pool, neurons, width, gate=(poisoned[0], row_type), down=(poisoned[1], row_type))
+
+    def dense(b: ProgramBuilder) -> None:
+        b.quantize(x, acts)
+        b.matmul(matrix, x, acts, gate, bias=bias)
+        b.activate(gate, None, h, kind)
+        b.sum_rows(h, down, out)
+
+    def gate_first(b: ProgramBuilder) -> None:
+        b.quantize(x, acts)
+        b.matmul(matrix, x, acts, gate, bias=bias)
+        b.sparse_ffn(gate, x, acts, active_down, out, h, kind)
+
+    def predicted(b: ProgramBuilder) -> None:
+        b.quantize(x, acts)
+        b.sparse_ffn(filled(scores), x, acts, both, out, h, kind, gate=gate, bias=bias)
+
+    want = on_every_isa(dense, out, tokens=tokens)
+    rows = [dequantize(data, row_type, neurons, width).astype(np.float64) for data in (first, second)]
+    exact = x[:tokens].astype(np.float64) @ rows[0].T + bias
+    expected = reference.sparse_ffn(exact, x, None, rows[1], kind)
+    # Activations of quantised rows have 8 bits: 0.5 % of a block's deviation each, squared for relu2.
+    bound = 1e-4 if row_type.is_float else 0.02
+    assert np.sqrt(np.mean((want - expected) ** 2)) <= bound * np.sqrt(np.mean(expected**2))
+    np.testing.assert_array_equal(on_every_isa(gate_first, out, tokens=tokens), want)
+    if tokens == 1:  # from four tokens on all rows are read
+        np.testing.assert_array_equal(on_every_isa(predicted, out, tokens=tokens), want)
+
+
+def test_predicted_rows_of_many_tokens_have_the_bits_of_dense() -> None:
+    """Where all rows are read, those that no predictor names count for nothing, biased or not."""
+    rng = np.random.default_rng(7)
+    neurons, width = 50, 96
+    first, second = (random_rows(rng, RowType.Q4_0, neurons, width) for _ in range(2))
+    x, bias, scores = normal(rng, TOKENS, width), normal(rng, neurons), normal(rng, TOKENS, neurons)
+    acts, out = Activations(TOKENS, width), aligned(x.shape, np.float32)
+    gate, h = aligned(scores.shape, np.float32), aligned(scores.shape, np.float32)
+    with Pool(1) as pool:
+        matrix = Matrix.pack(pool, first, RowType.Q4_0, neurons, width)
+        down = Bundle.pack(pool, neurons, width, down=(second, RowType.Q4_0))
+        both = Bundle.pack(pool, neurons, width, gate=(first, RowType.Q4_0), down=(second, RowType.Q4_0))
+        builder = ProgramBuilder(TOKENS)
+        builder.quantize(x, acts)
+        builder.matmul(matrix, x, acts, gate, bias=bias)
+        builder.activate(gate, None, h, "relu")
+        builder.build().run(pool, 0, 3, TOKENS, 0)
+        h[scores <= 0] = 0
+        builder = ProgramBuilder(TOKENS)
+        builder.sum_rows(h, down, out)
+        builder.build().run(pool, 0, 1, TOKENS, 0)
+        want = out.copy()
+        builder = ProgramBuilder(TOKENS)
+        builder.quantize(x, acts)
+        builder.sparse_ffn(scores, x, acts, both, out, h, "relu", gate=gate, bias=bias)
+        builder.build().run(pool, 0, 2, TOKENS, 0)
+    np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("kind", ACTIVATION_KINDS)
+def test_observe_without_up(kind: str) -> None:
+    """As with an up of ones."""
+    rng = np.random.default_rng(8)
+    gate, ones = normal(rng, TOKENS, 131), np.ones((TOKENS, 131), np.float32)
+    seen = []
+    for up in (None, filled(ones)):
+        counted = (np.zeros(131, np.uint64), np.zeros((131, 128), np.uint32), np.zeros(131), np.zeros(131))
+        builder = ProgramBuilder(TOKENS)
+        builder.observe(gate, up, kind, *counted)
+        with Pool(2) as pool:
+            builder.build().run(pool, 0, 1, TOKENS, 0)
+        seen.append(counted)
+    for without, with_ones in zip(*seen, strict=True):
+        np.testing.assert_array_equal(without, with_ones)
+    assert seen[0][0].any()
 
 
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)

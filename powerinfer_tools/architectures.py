@@ -14,7 +14,7 @@ NormKind = Literal["rms", "layer"]
 
 #: Activations with exact zeros: a neuron adds nothing at all unless its gate (its up, where the FFN has no
 #: gate) is positive.
-RELU_FAMILY = frozenset({"relu", "relu2", "drelu"})
+RELU_FAMILY = frozenset({"relu", "relu2", "drelu", "fatrelu"})
 ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu_erf"}) | RELU_FAMILY
 
 

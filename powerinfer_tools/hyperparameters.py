@@ -17,7 +17,8 @@ class Hyperparameters:
 
     ``window`` is 0 without sliding attention; ``local_layers[i]`` tells whether layer i is limited to it.
     ``rope_dim`` is 0 without rotary positions. ``rope_scale`` divides positions of global layers (linear
-    scaling). ``*_softcap`` are 0 when unused.
+    scaling). ``*_softcap`` are 0 when unused. ``activation_cut`` is what a gate must be above with fatrelu
+    (0 with others).
     """
 
     layers: int
@@ -40,6 +41,7 @@ class Hyperparameters:
     logit_softcap: float
     embedding_scale: float
     activation: str
+    activation_cut: float
 
     @property
     def query_width(self) -> int:
@@ -120,7 +122,8 @@ def read_hyperparameters(
         attention_softcap=keys.real("attn_logit_softcapping", 0.0),
         logit_softcap=keys.real("final_logit_softcapping", 0.0),
         embedding_scale=math.sqrt(width) if spec.scaled_embeddings else 1.0,
-        activation=_activation(gguf, spec),
+        activation=(activation := _activation(gguf, spec)),
+        activation_cut=_activation_cut(gguf, activation),
     )
 
 
@@ -193,3 +196,12 @@ def _activation(gguf: ModelSource, spec: ArchitectureSpec) -> str:
         known = ", ".join(sorted(ACTIVATIONS))
         raise ModelError(f"{gguf.path}: powerinfer.activation {activation!r} is unknown (known: {known})")
     return activation
+
+
+def _activation_cut(gguf: ModelSource, activation: str) -> float:
+    if activation != "fatrelu":
+        return 0.0
+    cut = gguf.get("powerinfer.activation_threshold", float)
+    if not (math.isfinite(cut) and 0 <= cut < 1e6):
+        raise ModelError(f"{gguf.path}: powerinfer.activation_threshold is {cut}; it must be from 0 to 1e6")
+    return float(cut)

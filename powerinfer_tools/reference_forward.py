@@ -87,7 +87,8 @@ def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array) -> Array:
     normed = normalize(x, layer.ffn_norm, hyper.norm_eps)
     first, factor, down = ffn_matrices(layer)
     gate = _plus(normed @ first.T, layer.ffn_bias)
-    hidden = reference.activate(gate, None if factor is None else normed @ factor.T, hyper.activation)
+    up = None if factor is None else normed @ factor.T
+    hidden = reference.activate(gate, up, hyper.activation, hyper.activation_cut)
     out = _plus(hidden @ down, layer.ffn_down_bias)
     return out if layer.ffn_post_norm is None else normalize(out, layer.ffn_post_norm, hyper.norm_eps)
 

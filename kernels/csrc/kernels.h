@@ -63,7 +63,7 @@ typedef struct { /* one query vector of attention and the keys that it sees: pos
     int64_t first, last;
 } pi_query;
 
-enum pi_activation { PI_SILU, PI_GELU_TANH, PI_GELU_ERF, PI_RELU, PI_RELU2, PI_DRELU, PI_ACTIVATIONS };
+enum pi_activation { PI_SILU, PI_GELU_TANH, PI_GELU_ERF, PI_RELU, PI_RELU2, PI_DRELU, PI_FATRELU, PI_ACTIVATIONS };
 
 typedef struct pi_kernels {
     const char *isa;
@@ -94,7 +94,8 @@ typedef struct pi_kernels {
                  int neox);
     void (*add)(const float *x, int64_t count, float *out);
     void (*scale)(float factor, int64_t count, float *x);
-    void (*activate)(int32_t kind, const float *gate, const float *up, int64_t count, float *out);
+    /* `cut`: what a gate must be above with PI_FATRELU. */
+    void (*activate)(int32_t kind, float cut, const float *gate, const float *up, int64_t count, float *out);
     /* Indexes of values above their thresholds (NULL: above zero), ascending; returns how many. */
     int64_t (*list_active)(const float *value, const float *threshold, int64_t count, int32_t *index);
 

@@ -27,8 +27,8 @@ static void observe_chunk(const pi_observe *o, const pi_kernels *kernels, int64_
     float act[CHUNK], factor[CHUNK];
     const float *up = o->up ? o->up + token * o->width + first : ones;
     int gated_up = o->kind == PI_DRELU;
-    kernels->activate(gated_up ? PI_RELU : o->kind, o->gate + token * o->width + first, NULL, count, act);
-    if (gated_up) kernels->activate(PI_RELU, up, NULL, count, factor);
+    kernels->activate(gated_up ? PI_RELU : o->kind, o->cut, o->gate + token * o->width + first, NULL, count, act);
+    if (gated_up) kernels->activate(PI_RELU, 0.0f, up, NULL, count, factor);
     const float *factors = gated_up ? factor : up;
     for (int64_t i = 0; i < count; i++) {
         int64_t neuron = first + i;

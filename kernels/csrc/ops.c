@@ -111,7 +111,7 @@ static void activate(const pi_op *op, pi_run *run, pi_worker *worker) {
     int64_t count = p.columns.end - p.columns.begin;
     for (int64_t t = p.tokens.begin; t < p.tokens.end; t++) {
         int64_t at = t * a->width + p.columns.begin;
-        run->kernels->activate(a->kind, a->gate + at, a->up ? a->up + at : NULL, count, a->out + at);
+        run->kernels->activate(a->kind, a->cut, a->gate + at, a->up ? a->up + at : NULL, count, a->out + at);
     }
 }
 

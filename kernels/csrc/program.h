@@ -64,6 +64,7 @@ typedef struct {
 
 typedef struct {
     int32_t kind;
+    float cut;
     const float *gate, *up;
     float *out;
     int64_t width;
@@ -85,6 +86,7 @@ typedef struct {
 
 typedef struct { /* which neurons: those whose `select` is above `threshold` (NULL: zero) */
     int32_t kind;
+    float cut; /* gates up to it contribute nothing */
     const float *select, *threshold;
     const float *src; /* input of float rows */
     pi_acts acts;     /* input of quantised rows */
@@ -99,6 +101,7 @@ enum { PI_BINS = 128 /* of a histogram of contributions */ };
 
 typedef struct { /* counters of `width` neurons that each run adds to */
     int32_t kind;
+    float cut;
     const float *gate, *up; /* up NULL: a factor of one */
     int64_t width;
     uint64_t *counts;    /* [width] */

@@ -30,11 +30,11 @@ static const struct {
     [PI_OP_ROPE] = {3, 4, 0, 1u << 0},
     [PI_OP_STORE_KV] = {6, 3, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
     [PI_OP_ATTENTION] = {6, 5, 2, 1u << 5},
-    [PI_OP_ACTIVATE] = {3, 2, 0, 1u << 2},
+    [PI_OP_ACTIVATE] = {3, 2, 1, 1u << 2},
     [PI_OP_ADD] = {2, 2, 0, 1u << 1},
     [PI_OP_SUM_ROWS] = {3, 1, 0, 1u << 2},
-    [PI_OP_SPARSE_FFN] = {11, 2, 0, 1u << 7 | 1u << 8 | 1u << 9},
-    [PI_OP_OBSERVE] = {6, 2, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
+    [PI_OP_SPARSE_FFN] = {11, 2, 1, 1u << 7 | 1u << 8 | 1u << 9},
+    [PI_OP_OBSERVE] = {6, 2, 1, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
 };
 
 typedef struct {
@@ -98,7 +98,7 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
                                         .window = i[4], .scale = a->f[0], .softcap = a->f[1]};
         break;
     case PI_OP_ACTIVATE:
-        op.u.activate = (pi_activate){(int32_t)i[0], p[0], p[1], p[2], i[1]};
+        op.u.activate = (pi_activate){(int32_t)i[0], a->f[0], p[0], p[1], p[2], i[1]};
         break;
     case PI_OP_ADD:
         op.u.add = (pi_add){p[0], p[1], i[0], i[1]};
@@ -107,10 +107,10 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
         op.u.sum = (pi_sum){p[0], p[1], p[2], (int)i[0]};
         break;
     case PI_OP_OBSERVE:
-        op.u.observe = (pi_observe){(int32_t)i[0], p[0], p[1], i[1], p[2], p[3], p[4], p[5]};
+        op.u.observe = (pi_observe){(int32_t)i[0], a->f[0], p[0], p[1], i[1], p[2], p[3], p[4], p[5]};
         break;
     default: /* SPARSE_FFN */
-        op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0], .select = p[0], .threshold = p[1], .src = p[2],
+        op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0], .cut = a->f[0], .select = p[0], .threshold = p[1], .src = p[2],
                                           .acts = acts_of(p + 3, ((const pi_bundle *)p[6])->columns), .bundle = p[6],
                                           .out = p[7], .h = p[8], .gate = p[9], .bias = p[10],
                                           .accumulate = (int)i[1]};

@@ -32,7 +32,7 @@ static void contributions(const pi_sparse_ffn *op, const pi_run *run, int64_t to
     if (gated) run->kernels->product_rows(&part[PI_UP], index, count, begin, end, op->src, &op->acts, token, h);
     for (int64_t k = begin; k < end; k++) {
         float g = gate ? gate[k] + (op->bias ? op->bias[index[k]] : 0.0f) : select[index[k]];
-        h[k] = g <= 0.0f ? 0.0f : contribution(op->kind, g, gated ? h[k] : 1.0f);
+        h[k] = g <= op->cut ? 0.0f : contribution(op->kind, g, gated ? h[k] : 1.0f);
     }
 }
 
@@ -95,7 +95,7 @@ static int64_t contribute_tile(const pi_sparse_ffn *op, const pi_run *run, int64
             if (op->gate && op->bias) gate += op->bias[i];
             int selected = !(select <= (op->threshold ? op->threshold[i] : 0.0f));
             active += selected;
-            *h = !selected || gate <= 0.0f ? 0.0f : contribution(op->kind, gate, gated ? *h : 1.0f);
+            *h = !selected || gate <= op->cut ? 0.0f : contribution(op->kind, gate, gated ? *h : 1.0f);
         }
     return active;
 }

@@ -17,10 +17,10 @@ from .matrix import Bundle, Matrix
 from .pool import Pool
 
 #: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) ·
-#: relu(up).
-ACTIVATION_KINDS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "drelu")
+#: relu(up); fatrelu: gate · up where the gate is above a cut.
+ACTIVATION_KINDS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "drelu", "fatrelu")
 #: Those whose result is exactly zero wherever the gate is not positive.
-ZERO_KINDS = frozenset({"relu", "relu2", "drelu"})
+ZERO_KINDS = frozenset({"relu", "relu2", "drelu", "fatrelu"})
 ROPE_STYLES = ("norm", "neox")
 #: Bins of a histogram of contributions: four to an octave from 2^-16 to 2^16.
 HISTOGRAM_BINS = 128
@@ -212,14 +212,15 @@ class ProgramBuilder:
         floats = (_finite("scale", scale), _finite("softcap", softcap))
         self._append(_Op.ATTENTION, (q, *cache.arrays, out), integers, floats)
 
-    def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str) -> None:
-        """out = act(gate) · up, or act(gate) without `up`. `out` may be either input."""
+    def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str, cut: float = 0.0) -> None:
+        """out = act(gate) · up, or act(gate) without `up`. `out` may be either input. Here and below, `cut`
+        is what a gate must be above with fatrelu."""
         width = self._width("gate", gate)
         if up is not None:
             self._check("up", up, width)
         self._check("out", out, width, written=True)
         check_apart_or_same("out", out, {"gate": gate, "up": up})
-        self._append(_Op.ACTIVATE, (gate, up, out), (_kind(kind), width))
+        self._append(_Op.ACTIVATE, (gate, up, out), (_kind(kind), width), (_cut(kind, cut),))
 
     def add(self, src: Floats, out: Floats) -> None:
         """out += src; a `src` of [width] is added for every token."""
@@ -255,6 +256,7 @@ class ProgramBuilder:
         threshold: Floats | None = None,
         gate: Floats | None = None,
         bias: Floats | None = None,
+        cut: float = 0.0,
         accumulate: bool = False,
     ) -> None:
         """out (+)= Σ_i act(gate_i) · (up_i · input) · down_i over the neurons whose `select` is above
@@ -290,7 +292,7 @@ class ProgramBuilder:
         if quantized:
             inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
         objects = (select, threshold, *inputs, bundle.handle, out, h, gate, bias)
-        self._append(_Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate)))
+        self._append(_Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate)), (_cut(kind, cut),))
 
     def observe(
         self,
@@ -301,6 +303,7 @@ class ProgramBuilder:
         histogram: npt.NDArray[np.uint32] | None,
         gate_squares: npt.NDArray[np.float64],
         up_squares: npt.NDArray[np.float64],
+        cut: float = 0.0,
     ) -> None:
         """Count what each neuron contributes, c = act(gate) · up, for every token of a run; without `up`,
         act(gate) · 1.
@@ -317,7 +320,7 @@ class ProgramBuilder:
         check_array("gate_squares", gate_squares, np.float64, (width,), written=True)
         check_array("up_squares", up_squares, np.float64, (width,), written=True)
         objects = (gate, up, counts, histogram, gate_squares, up_squares)
-        self._append(_Op.OBSERVE, objects, (_kind(kind), width))
+        self._append(_Op.OBSERVE, objects, (_kind(kind), width), (_cut(kind, cut),))
 
     def mark(self) -> int:
         """Index of the next operation: a point where a run can begin or end."""
@@ -387,6 +390,12 @@ def _kind(kind: str) -> int:
     if kind not in ACTIVATION_KINDS:
         raise KernelError(f"activation {kind!r} is not one of {', '.join(ACTIVATION_KINDS)}")
     return ACTIVATION_KINDS.index(kind)
+
+
+def _cut(kind: str, cut: float) -> float:
+    if not 0 <= cut < float("inf") or (cut and kind != "fatrelu"):
+        raise KernelError(f"a cut of {cut} does not go with {kind}: fatrelu has one, not negative, alone")
+    return float(cut)
 
 
 def _finite(name: str, value: float) -> float:

@@ -88,10 +88,10 @@ def attention(
     return out
 
 
-def act(gate: Array, kind: str) -> Array:
+def act(gate: Array, kind: str, cut: float = 0.0) -> Array:
     """The activation function alone. silu: x / (1 + e^-x); gelu_tanh: x (1 + tanh(√(2/π) (x + 0.044715
     x³))) / 2; gelu_erf: x (1 + erf(x / √2)) / 2 (arXiv 1606.08415); relu, drelu: max(x, 0); relu2: max(x,
-    0)²."""
+    0)²; fatrelu: x where it is above `cut`, else 0 (arXiv 2402.13516)."""
     positive: Array = np.maximum(gate, 0)
     share: Array
     with np.errstate(over="ignore"):
@@ -106,17 +106,19 @@ def act(gate: Array, kind: str) -> Array:
                 return positive
             case "relu2":
                 return positive * positive
+            case "fatrelu":
+                return np.where(gate > cut, gate, 0.0)
             case _:
                 raise ValueError(f"no activation is called {kind!r}")
     return gate * share
 
 
-def activate(gate: Array, up: Array | None, kind: str) -> Array:
+def activate(gate: Array, up: Array | None, kind: str, cut: float = 0.0) -> Array:
     """act(gate) · up; without `up`, act(gate). drelu: relu(gate) · relu(up) (arXiv 2406.05955)."""
     if up is None:
-        return act(gate, kind)
+        return act(gate, kind, cut)
     factor: Array = np.maximum(up, 0) if kind == "drelu" else up
-    return act(gate, kind) * factor
+    return act(gate, kind, cut) * factor
 
 
 def sum_rows(h: Array, rows: Array) -> Array:
@@ -127,8 +129,8 @@ def sum_rows(h: Array, rows: Array) -> Array:
     return out
 
 
-def sparse_ffn(gate: Array, x: Array, up: Array | None, down: Array, kind: str) -> Array:
-    """FFN over the neurons with a positive gate alone: the others contribute exactly nothing. Without `up`
+def sparse_ffn(gate: Array, x: Array, up: Array | None, down: Array, kind: str, cut: float = 0.0) -> Array:
+    """FFN over the neurons with a gate above `cut` alone: the others contribute exactly nothing. Without `up`
     rows, `gate` is the first of two matrices' product."""
-    hidden = np.where(gate > 0, activate(gate, None if up is None else x @ up.T, kind), 0.0)
+    hidden = np.where(gate > cut, activate(gate, None if up is None else x @ up.T, kind, cut), 0.0)
     return sum_rows(hidden, down)

@@ -169,12 +169,12 @@ class BlockWriter:
 
     def ffn_columns(self, w: DenseColumns, output: FFNOutput, observed: LayerCounters | None = None) -> None:
         """The FFN of a source model, added to the residual stream; counted where it is ``observed``."""
-        b, builder = self.buffers, self.builder
+        b, builder, kind = self.buffers, self.builder, self.hyper.activation
         self.label("ffn")
         up = self._gate_and_up(w.gate, w.bias, w.up, b.gate, b.up)
         if observed is not None:
-            builder.observe(b.gate, up, self.hyper.activation, **vars(observed))
-        builder.activate(b.gate, up, b.gate, self.hyper.activation)
+            builder.observe(b.gate, up, kind, **vars(observed), cut=self.hyper.activation_cut)
+        builder.activate(b.gate, up, b.gate, kind, self.hyper.activation_cut)
         if not w.down.row_type.is_float and b.hidden_acts is not None:
             builder.quantize(b.gate, b.hidden_acts)
         fused = output.post_norm is None
@@ -184,13 +184,16 @@ class BlockWriter:
 
     def ffn_rows(self, w: NeuronRows, gate: Floats, up: Floats) -> None:
         """The FFN over rows of neurons into ``block_out``; ``gate`` and ``up`` are scratch (T, neurons)."""
-        b, builder, kind = self.buffers, self.builder, self.hyper.activation
+        b, builder, kind, cut = self.buffers, self.builder, self.hyper.activation, self.hyper.activation_cut
         self.label("ffn")
         factor = self._gate_and_up(w.gate, w.bias, w.up, gate, up)
         if w.skips:
-            builder.sparse_ffn(gate, b.normed, b.normed_acts, w.bundle, b.block_out, up, kind)
+            least = np.full(w.gate.rows, cut, np.float32) if cut else None
+            builder.sparse_ffn(
+                gate, b.normed, b.normed_acts, w.bundle, b.block_out, up, kind, threshold=least, cut=cut
+            )
             return
-        builder.activate(gate, factor, gate, kind)
+        builder.activate(gate, factor, gate, kind, cut)
         builder.sum_rows(gate, w.bundle, b.block_out)
 
     def ffn_predicted(self, w: PredictedRows, scores: Floats, gate: Floats, up: Floats) -> None:
@@ -213,13 +216,14 @@ class BlockWriter:
             threshold=w.threshold,
             gate=gate,
             bias=w.bias,
+            cut=self.hyper.activation_cut,
         )
 
     def ffn_truth(self, w: GateAndUp, gate: Floats, up: Floats) -> None:
         """What every neuron would contribute, act(gate)·up, into ``gate`` (T, neurons); ``up`` is scratch."""
         self.label("recall")
         factor = self._gate_and_up(w.gate, w.bias, w.up, gate, up)
-        self.builder.activate(gate, factor, gate, self.hyper.activation)
+        self.builder.activate(gate, factor, gate, self.hyper.activation, self.hyper.activation_cut)
         self.label("ffn")
 
     def merge(self, output: FFNOutput, *, hot: bool, cold: bool) -> None:

@@ -55,7 +55,9 @@ class _HotLayer:
 class TorchHotSide:
     """Hot neurons of all layers on one torch device."""
 
-    def __init__(self, device: str, layers: Sequence[_HotLayer | None], activation: str, nbytes: int) -> None:
+    def __init__(
+        self, device: str, layers: Sequence[_HotLayer | None], activation: tuple[str, float], nbytes: int
+    ) -> None:
         self._device, self._layers, self._activation = torch.device(device), layers, activation
         self._nbytes, self.seconds, self.waiting_seconds = nbytes, 0.0, 0.0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="powerinfer-hot")
@@ -79,7 +81,7 @@ class TorchHotSide:
             _load(layer, count, device, unpack=unpack) if count else None
             for layer, count in zip(layers, hot, strict=True)
         ]
-        return cls(device, rows, model.hyper.activation, size)
+        return cls(device, rows, (model.hyper.activation, model.hyper.activation_cut), size)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +128,7 @@ class TorchHotSide:
             if hot.bias is not None:
                 gate += hot.bias[first:last]
             up = None if hot.up is None else for_up @ hot.up.chunk(first, last, hot.width).T
-            hidden = _activate(gate, up, self._activation)
+            hidden = _activate(gate, up, *self._activation)
             out.addmm_(hidden, hot.down.chunk(first, last, hot.width))
         result = out.cpu()
         self.seconds += time.perf_counter() - started
@@ -140,8 +142,8 @@ def _rounded(acts: Activations, tokens: int) -> torch.Tensor:
     return (quants * scales[:, :, None]).reshape(tokens, -1)
 
 
-def _activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """act(gate)·up, or act(gate)."""
+def _activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str, cut: float) -> torch.Tensor:
+    """act(gate)·up, or act(gate); ``cut`` is that of fatrelu."""
     functional = torch.nn.functional
     match kind:
         case "silu":
@@ -154,6 +156,8 @@ def _activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.T
             act = functional.relu(gate)
         case "relu2":
             act = functional.relu(gate).square()
+        case "fatrelu":
+            act = functional.threshold(gate, cut, 0.0)
         case _:
             raise AssertionError(f"activation {kind!r} has no torch form")
     if up is None:

@@ -39,9 +39,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activate(kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
-    """act(gate)·up as the architecture table names it; act(gate) without up."""
-    act = _ACTIVATIONS[kind](gate)
+def activate(kind: str, gate: Tensor, up: Tensor | None, cut: float = 0.0) -> Tensor:
+    """act(gate)·up as the architecture table names it; act(gate) without up. ``cut`` is that of fatrelu."""
+    act = functional.threshold(gate, cut, 0.0) if kind == "fatrelu" else _ACTIVATIONS[kind](gate)
     if up is None:
         return act
     return act * (functional.relu(up) if kind == "drelu" else up)
@@ -108,7 +108,8 @@ class Network:
         first, *factor, down = self.ffn_base[index]
         gate = _linear(x, first, self.ffn_biases[index])
         up = functional.linear(x, factor[0]) if factor else None
-        return _linear(activate(self.hyper.activation, gate, up), down, self.down_biases[index])
+        hidden = activate(self.hyper.activation, gate, up, self.hyper.activation_cut)
+        return _linear(hidden, down, self.down_biases[index])
 
     def _mask(self, index: int, x: Tensor) -> Tensor | None:
         if not self.hyper.local_layers[index] or x.shape[1] <= self.hyper.window:

@@ -151,7 +151,7 @@ class _Run:
                 learn,
                 check,
                 self.options.recall,
-                self.model.layers[index].ffn_bias,
+                self._added(index),
             )
             made.append((layer, judge(layer, *self._records(index, self.test))))
             self.progress.advance(1)
@@ -167,10 +167,10 @@ class _Run:
         ffn = self.model.layers[index].ffn
         assert isinstance(ffn, DenseFFN)
         rows = sum(weight.nbytes for weight in ffn.matrices)
-        bias, recall = self.model.layers[index].ffn_bias, self.options.recall
+        added, recall = self._added(index), self.options.recall
         found = []
         for rank in self._ranks():
-            made = predictor(factors, rank, self.row_type, gate, learn, some, recall, bias)
+            made = predictor(factors, rank, self.row_type, gate, learn, some, recall, added)
             quality = judge(made, *some)
             found.append(Candidate(rank, self._nbytes(rank), quality.predicted_density * rows))
         return found
@@ -182,6 +182,13 @@ class _Run:
         gate = dequantize(weight.data, weight.row_type, weight.rows, weight.columns)
         learn, _ = self._records(index, self.learn)
         return gate, factorize(gate, learn), learn, self._records(index, self.check)
+
+    def _added(self, index: int) -> Floats | None:
+        """What is added to a gate's product before the sign says whether the neuron is active."""
+        bias, cut = self.model.layers[index].ffn_bias, self.model.hyper.activation_cut
+        if not cut:
+            return bias
+        return np.full(self.model.hyper.neurons, -cut, np.float32) + (0 if bias is None else bias)
 
     def _records(self, index: int, chunks: Sequence[int]) -> Records:
         inputs, active = self.trace.read(index, chunks)

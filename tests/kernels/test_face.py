@@ -65,6 +65,8 @@ BAD: dict[str, tuple[Callable[[ProgramBuilder], None], str]] = {
         "bias must be",
     ),
     "vector too short": (lambda b: b.add(floats(7), floats(2, 8)), "src must be"),
+    "cut of relu": (lambda b: sparse(b, cut=0.5), "does not go with relu"),
+    "negative cut": (lambda b: sparse(b, kind="fatrelu", cut=-1.0), "not negative"),
     "sum without rows": (lambda b: b.sum_rows(floats(2, 3), bundle("up"), floats(2, 4)), "no down rows"),
 }
 

@@ -415,6 +415,55 @@ def test_predicted_rows_of_many_tokens_have_the_bits_of_dense() -> None:
     np.testing.assert_array_equal(out, want)
 
 
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_gates_up_to_the_cut_of_fatrelu_count_for_nothing(tokens: int) -> None:
+    """In every operation; 0.25 is exact in float32, and gates that equal it are inactive."""
+    rng = np.random.default_rng(9)
+    neurons, width, cut = 90, 96, 0.25
+    up_rows, down_rows = (random_rows(rng, RowType.Q8_0, neurons, width) for _ in range(2))
+    gate, x = normal(rng, tokens + 1, neurons), normal(rng, tokens + 1, width)
+    gate[:, :10], gate[:, 10:20] = cut, 0.1
+    acts, up = Activations(tokens + 1, width), aligned(gate.shape, np.float32)
+    h, out = aligned(gate.shape, np.float32), aligned(x.shape, np.float32)
+    for rows in (up_rows, down_rows):
+        rows.reshape(neurons, -1)[:20] = 0xFF if tokens == 1 else 0
+    counts, squares = np.zeros(neurons, np.uint64), [np.zeros(neurons), np.zeros(neurons)]
+    with Pool(1) as pool:
+        matrix = Matrix.pack(pool, up_rows, RowType.Q8_0, neurons, width)
+        both = Bundle.pack(pool, neurons, width, up=(up_rows, RowType.Q8_0), down=(down_rows, RowType.Q8_0))
+
+    def dense(b: ProgramBuilder) -> None:
+        b.quantize(x, acts)
+        b.matmul(matrix, x, acts, up)
+        b.observe(gate, up, "fatrelu", counts, None, *squares, cut=cut)
+        b.activate(gate, up, h, "fatrelu", cut)
+        b.sum_rows(h, both, out)
+
+    def sparse(b: ProgramBuilder) -> None:
+        b.quantize(x, acts)
+        least = np.full(neurons, cut, np.float32)
+        b.sparse_ffn(gate, x, acts, both, out, h, "fatrelu", threshold=least, cut=cut)
+
+    got = on_every_isa(sparse, out, tokens=tokens)
+    assert np.isfinite(got).all()
+    if tokens == 1:  # a NaN of up spoils dense: 0 · NaN
+        up_rows.reshape(neurons, -1)[:20] = 0
+        with Pool(1) as pool:
+            matrix = Matrix.pack(pool, up_rows, RowType.Q8_0, neurons, width)
+    np.testing.assert_array_equal(got, on_every_isa(dense, out, tokens=tokens))
+    active = gate[:tokens].astype(np.float64) > cut
+    assert not active[:, :20].any()
+    runs = 3 * len(available_isas())
+    np.testing.assert_array_equal(counts > 0, active.any(axis=0))
+    kept = np.where(active, gate[:tokens].astype(np.float64), 0)
+    np.testing.assert_allclose(squares[0], runs * (kept**2).sum(axis=0), rtol=1e-14)
+    wide = x[:tokens].astype(np.float64)
+    rows = [dequantize(r, RowType.Q8_0, neurons, width).astype(np.float64) for r in (up_rows, down_rows)]
+    rows[1][:20] = 0
+    want = reference.sparse_ffn(gate[:tokens].astype(np.float64), wide, *rows, "fatrelu", cut)
+    assert np.sqrt(np.mean((got - want) ** 2)) <= 0.02 * np.sqrt(np.mean(want**2))
+
+
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
 def test_observe_without_up(kind: str) -> None:
     """As with an up of ones."""

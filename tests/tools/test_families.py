@@ -32,7 +32,16 @@ from tiny_models import CASES, make_tiny_model
 
 TEXT = "the cat sat on the mat and the dog sat on the log; a quick brown fox jumps over the lazy dog. " * 40
 #: ReLU families: with and without gate, bias, parallel blocks, whole blocks of columns.
-RELU_CASES = ("bamboo", "bamboo-Q4_1", "opt", "opt-Q4_0", "falcon-relu", "falcon-Q8_0", "nemotron")
+RELU_CASES = (
+    "llama-fatrelu",
+    "bamboo",
+    "bamboo-Q4_1",
+    "opt",
+    "opt-Q4_0",
+    "falcon-relu",
+    "falcon-Q8_0",
+    "nemotron",
+)
 
 
 class Pipeline:
@@ -174,6 +183,24 @@ def test_counts_are_those_of_the_reference(tmp_path: Path) -> None:
         np.testing.assert_allclose(counted.gate_squares, (hidden.astype(np.float64) ** 2).sum(axis=0), 1e-14)
     densities = [counted.counts.mean() / len(tokens) for counted in seen]
     assert all(0.2 < density < 0.8 for density in densities)
+
+
+def test_the_cut_is_followed(tmp_path: Path) -> None:
+    """A jump at the cut magnifies roundings, so a cut this large is not met to the last digits; ignoring it
+    would be far off."""
+    tiny = make_tiny_model(tmp_path, replace(CASES["llama-fatrelu"], cut=0.5))
+    model, tokens = load_model(tiny.path), tiny.tokens(30)
+    hyper = replace(model.hyper, activation="relu", activation_cut=0.0)
+    got = logits(tiny.path, tokens, prompt=1)
+    near, far = (forward(replace(model, hyper=h), tokens) - got for h in (model.hyper, hyper))
+    assert np.sqrt(np.mean(near**2)) < 0.1 * np.sqrt(np.mean(far**2))
+
+
+@pytest.mark.parametrize("cut", [-0.5, float("nan"), 1e9])
+def test_a_cut_out_of_range_is_refused(cut: float, tmp_path: Path) -> None:
+    tiny = make_tiny_model(tmp_path, replace(CASES["llama-fatrelu"], cut=cut))
+    with pytest.raises(ModelError, match="activation_threshold is"):
+        load_model(tiny.path)
 
 
 def test_positions_end_where_the_table_does(tmp_path: Path) -> None:

@@ -71,13 +71,17 @@ def _llama_like(spec: TinySpec, shape: Shape) -> Shape:
         "intermediate_size": spec.neurons,
         "num_key_value_heads": spec.kv_heads,
         "rms_norm_eps": 1e-5,
-        "hidden_act": spec.activation,
+        "hidden_act": "relu" if spec.activation == "fatrelu" else spec.activation,
         "rope_parameters": rope,
     }
 
 
 def _llama(spec: TinySpec, shape: Shape) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**_llama_like(spec, shape), head_dim=spec.head_dim))
+    module = LlamaForCausalLM(LlamaConfig(**_llama_like(spec, shape), head_dim=spec.head_dim))
+    if spec.activation == "fatrelu":  # ProSparse's, which transformers has not
+        for layer in module.model.layers:
+            layer.mlp.act_fn = torch.nn.Threshold(spec.cut, 0.0)
+    return module
 
 
 def _mistral(spec: TinySpec, shape: Shape) -> PreTrainedModel:

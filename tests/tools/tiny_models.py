@@ -30,9 +30,9 @@ class TinySpec:
     """Shape and types of one tiny model.
 
     ``row_type`` is that of every matrix unless ``row_types`` names its GGUF kind (``ffn_down``, …).
-    ``rope_factors``: rotary frequencies scaled as Llama 3.1 does, stored as the tensor ``rope_freqs.weight``.
-    ``linear_rope``: positions of global layers divided by this factor. ``two_norms``: Falcon's attention has
-    a norm of its own.
+    ``cut`` is what a gate must be above with fatrelu. ``rope_factors``: rotary frequencies scaled as Llama
+    3.1 does, stored as the tensor ``rope_freqs.weight``. ``linear_rope``: positions of global layers divided
+    by this factor. ``two_norms``: Falcon's attention has a norm of its own.
     """
 
     family: Family = "llama"
@@ -43,6 +43,7 @@ class TinySpec:
     head_dim: int = 16
     neurons: int = 96
     activation: str = "silu"
+    cut: float = 0.0
     tied: bool = True
     window: int = 0
     rope_base: float = 10000.0
@@ -74,6 +75,7 @@ def _family_cases() -> dict[str, TinySpec]:
         "llama-untied": TinySpec(tied=False, kv_heads=4, vocabulary="llama-bpe"),
         "llama-wide-heads": TinySpec(heads=2, kv_heads=1, head_dim=48, vocabulary="smollm"),
         "llama-relu": TinySpec(activation="relu", neurons=160, vocabulary="spm"),
+        "llama-fatrelu": TinySpec(activation="fatrelu", cut=0.01, neurons=100, vocabulary="spm"),
         "llama-3.1-rope": TinySpec(
             rope_factors=True, rope_base=5e5, tied=False, head_dim=32, vocabulary="llama-bpe"
         ),
@@ -320,3 +322,5 @@ def _write_hyperparameters(writer: GGUFWriter, spec: TinySpec, tokens: int) -> N
     if spec.activation != _OWN_ACTIVATION.get(spec.family, "silu"):
         # The format has no key for it: converters of ReLU models leave it to the reader to know.
         writer.add_string("powerinfer.activation", spec.activation)
+    if spec.cut:
+        writer.add_float32("powerinfer.activation_threshold", spec.cut)

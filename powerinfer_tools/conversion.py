@@ -17,25 +17,27 @@ from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
+from powerinfer_formats.records import to_plain
 from powerinfer_formats.split_layout import (
     ALIGNMENT,
     BundleLayout,
     SplitHeader,
     bias_name,
+    SplitPrediction,
     bundle_layout,
     bundle_name,
-    declare_predictor,
     declare_split_layer,
     hot_name,
     order_name,
-    predictor_names,
     source_bias_name,
     source_names,
 )
+from powerinfer_formats.split_predictors import SplitPredictor
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model import DenseFFN, Model, Weight, load_model
+from powerinfer_tools.predictors import split_prediction, split_predictor
 from powerinfer_tools.progress import Progress, Silent
 
 Bytes = npt.NDArray[np.uint8]
@@ -70,13 +72,13 @@ class ConvertReport:
     hot_neurons: tuple[int, ...]
     down_type: str
     requantization_error: tuple[float, ...]
-    predictor_ranks: tuple[int, ...] = ()
+    prediction: SplitPrediction | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return vars(self) | {
             "hot_neurons": list(self.hot_neurons),
-            "predictor_ranks": list(self.predictor_ranks),
+            "prediction": to_plain(self.prediction),
             "requantization_error": list(self.requantization_error),
             "mean_requantization_error": float(np.mean(self.requantization_error)),
         }
@@ -156,7 +158,7 @@ class _Conversion:
             hot_neurons=self.hot,
             down_type=self.layouts[0].types[-1].name,
             requantization_error=errors,
-            predictor_ranks=self.predictors.header.ranks if self.predictors else (),
+            prediction=header.prediction,
         )
 
     def _ffn(self, index: int) -> DenseFFN:
@@ -182,6 +184,7 @@ class _Conversion:
             tool_version=__version__,
             corpus_hashes=tuple(entry.sha256 for entry in self.profile.corpus),
             corpus_tokens=self.profile.tokens,
+            prediction=split_prediction(self.predictors.header) if self.predictors else None,
         )
 
     def _measure(self) -> tuple[float, ...]:
@@ -213,12 +216,9 @@ class _Conversion:
                 hot=self.hot[index],
                 bias=self.model.layers[index].ffn_bias is not None,
             )
-            if self.predictors is not None:
-                header, kind = self.predictors.header, RowType[self.predictors.header.row_type]
-                types = (int(kind), int(kind))
-                declare_predictor(
-                    writer, index, types, width=header.width, neurons=neurons, rank=header.ranks[index]
-                )
+            predictor = self._predictor(index)
+            if predictor is not None:
+                predictor.declare(writer, index, self.layouts[index].width)
         for name in self._unchanged():
             info = self.model.gguf.info(name)
             writer.declare(name, info.row_type, info.shape)
@@ -254,16 +254,15 @@ class _Conversion:
             cold = order[hot:]
             records = layout.pack(*(rows[cold] for rows in sources))
             writer.write(bundle_name(index), records)
-        self._write_predictor(writer, index, order)
+        predictor = self._predictor(index)
+        if predictor is not None:
+            predictor.write(writer, index)
 
-    def _write_predictor(self, writer: GGUFWriter, index: int, order: npt.NDArray[np.int32]) -> None:
+    def _predictor(self, index: int) -> SplitPredictor | None:
         if self.predictors is None:
-            return
-        layer, kind = self.predictors.layers[index], RowType[self.predictors.header.row_type]
-        inward, outward, threshold = predictor_names(index)
-        writer.write(inward, quantize(layer.inward, kind))
-        writer.write(outward, quantize(np.ascontiguousarray(layer.outward[order]), kind))
-        writer.write(threshold, layer.threshold[order])
+            return None
+        made, row_type = self.predictors.layers[index], self.predictors.header.row_type
+        return split_predictor(made, row_type, self.profile.order(index))
 
     def _transposed_down(self, index: int) -> npt.NDArray[np.float32]:
         """float32 (neurons, width): one row per neuron, in the source's order."""

@@ -96,7 +96,6 @@ def show(report: "ConvertReport", *, as_json: bool) -> None:
     errors = report.requantization_error
     worst = max(range(report.layers), key=lambda layer: errors[layer])
     hot, neurons = sum(report.hot_neurons), report.neurons * report.layers
-    ranks = report.predictor_ranks
     facts = [
         ("size", f"{format_size(report.nbytes)} (source {format_size(report.source_bytes)})"),
         ("hot neurons", f"{hot:,} of {neurons:,} ({hot / neurons:.1%})"),
@@ -107,6 +106,8 @@ def show(report: "ConvertReport", *, as_json: bool) -> None:
             f"{sum(errors) / len(errors):.2e} (largest {errors[worst]:.2e}, layer {worst})",
         ),
     ]
-    if ranks:
-        facts.append(("predictors", f"rank {min(ranks)} to {max(ranks)}; run --mode predicted uses them"))
+    if report.prediction is not None:
+        kinds = report.prediction.kinds
+        count = sum(kind != "none" for kind in kinds)
+        facts.append(("predictors", f"in {count} of {len(kinds)} layers; run --mode predicted uses them"))
     print_facts(facts)

@@ -20,9 +20,21 @@ def engine_figures(engine: "Engine") -> dict[str, Any]:
         **report.as_dict(),
         "bandwidth_bytes_per_second": bandwidth,
         "bandwidth_share": report.bytes_per_second / bandwidth,
+        "prediction_cost": prediction_cost(engine),
         "model": engine.model.name,
         "path": str(engine.model.path),
     }
+
+
+def prediction_cost(engine: "Engine") -> dict[str, float] | None:
+    """What predicting costs in quality, as measured when the predictors were made; None for exact modes and
+    where it was not measured."""
+    split = engine.model.split
+    prediction = split.header.prediction if split is not None else None
+    if prediction is None or prediction.cost is None or "predicted" not in engine.stack.modes:
+        return None
+    names = ("perplexity", "predicted_perplexity", "divergence", "max_increase")
+    return dict(zip(names, prediction.cost, strict=True))
 
 
 def run_figures(engine: "Engine", generation: "Generation") -> dict[str, Any]:
@@ -67,6 +79,10 @@ def say_summary(figures: dict[str, Any]) -> None:
         f"mode: {figures['mode']}, density {figures['density']:.3f}, device {figures['device']}, "
         f"{figures['threads']} threads, {figures['isa']}"
     )
+    if figures["prediction_cost"] is not None:
+        cost = figures["prediction_cost"]
+        more = cost["predicted_perplexity"] / cost["perplexity"] - 1
+        say(f"predicting costs: {more:+.2%} of perplexity, as measured when the predictors were made")
     say(f"time: {timings}")
     parts = ("weights", "kv_cache", "scratch")
     sizes = ", ".join(f"{part.replace('kv_', 'KV ')} {format_size(memory[part])}" for part in parts)

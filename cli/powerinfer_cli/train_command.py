@@ -99,7 +99,7 @@ def show(report: "TrainReport", *, as_json: bool) -> None:
     for name in ("layer", "rank", "density", "predicted", "recall", "precision"):
         table.add_column(name, justify="right")
     header = report.header
-    for index, (rank, quality) in enumerate(zip(header.ranks, header.quality, strict=True)):
+    for index, (rank, quality) in enumerate([(layer.rank, layer.quality) for layer in header.layers]):
         figures = (quality.density, quality.predicted_density, quality.recall, quality.precision)
         table.add_row(str(index), str(rank), *(f"{figure:.1%}" for figure in figures))
     result_console().print(table)
@@ -109,6 +109,6 @@ def show(report: "TrainReport", *, as_json: bool) -> None:
         [
             ("recall", f"{report.mean('recall'):.1%}, on {header.test_records:,} tokens not learnt from"),
             ("predicted density", f"{report.mean('predicted_density'):.1%}, {ratio:.2f} x the true one"),
-            ("size", f"{format_size(report.nbytes)}, {report.nbytes / report.model_bytes:.1%} of the model"),
+            ("size", f"{format_size(header.nbytes)}, {header.nbytes / report.model_bytes:.1%} of the model"),
         ]
     )

@@ -1,11 +1,11 @@
-"""Predictors of which neurons will be active: two small matrices and thresholds for every layer."""
+"""Predictors of which neurons will be active, layer by layer, with what they reach and what they cost."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from powerinfer_formats import errors
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.records import RecordReader, dump_json, parse_json
-from powerinfer_formats.safetensors_file import open_safetensors, write_safetensors
+from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, write_safetensors
 
-FORMAT, VERSION = "powerinfer-predictors", 1
+FORMAT, VERSION = "powerinfer-predictors", 2
 Floats = NDArray[np.float32]
 #: Types that the matrices can have in a split file.
 RowTypeName = Literal["Q8_0", "Q4_0", "F16", "F32"]
+#: What a layer's predictor is; ``none``: the layer's neurons are not predicted.
+Kind = Literal["none", "low-rank"]
 
 
 @dataclass(frozen=True)
@@ -34,31 +36,93 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class PredictorInfo:
+    """One layer's predictor: its kind, its rank (0 where the kind has none), the bytes that a token reads of
+    it, and its quality.
+
+    A layer of kind ``none`` is to be computed gate-first, which names exactly the active neurons; any other
+    may be computed in mode predicted within the quality that was asked for.
+    """
+
+    kind: Kind
+    rank: int
+    nbytes: int
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class PredictionCost:
+    """What predicting costs in quality, measured with the engine: perplexity of the model as it is and with
+    predictors in every layer that has one, over the same tokens of the text with this hash, and the mean
+    Kullback-Leibler divergence between the two, in nats a token.
+
+    ``max_increase`` is the relative increase of perplexity that was asked for, None where recall was.
+    """
+
+    max_increase: float | None
+    perplexity: float
+    predicted_perplexity: float
+    divergence: float
+    tokens: int
+    window: int
+    text_sha256: str
+
+    @property
+    def increase(self) -> float:
+        """Relative increase of perplexity."""
+        return self.predicted_perplexity / self.perplexity - 1
+
+
+@dataclass(frozen=True)
 class PredictorsHeader:
-    """What the predictors are of, how they were made, and how good each layer's is."""
+    """What the predictors are of, how they were made, how good each layer's is, and what they cost.
+
+    ``target_recall`` is None where recall was chosen layer by layer; ``cost`` is None where no text was
+    given to measure it on.
+    """
 
     fingerprint: str
     model_name: str
     method: str
     row_type: RowTypeName
-    target_recall: float
+    target_recall: float | None
     width: int
     neurons: int
-    ranks: tuple[int, ...]
+    layers: tuple[PredictorInfo, ...]
     test_records: int
-    quality: tuple[Quality, ...]
+    cost: PredictionCost | None
     corpus_hashes: tuple[str, ...]
     tool_version: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all predictors in a split file."""
+        return sum(layer.nbytes for layer in self.layers)
+
 
 @dataclass(frozen=True, eq=False)
-class LayerPredictor:
+class LowRank:
     """Neuron *i* is predicted where (outward · (inward · x))ᵢ > thresholdᵢ: ``inward`` (rank, width),
     ``outward`` (neurons, rank), ``threshold`` (neurons); neurons in the model's own order."""
 
+    kind: ClassVar[Kind] = "low-rank"
     inward: Floats
     outward: Floats
     threshold: Floats
+
+    @staticmethod
+    def shapes(header: PredictorsHeader, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        return {
+            "in": (rank, header.width),
+            "out": (header.neurons, rank),
+            "threshold": (header.neurons,),
+        }
+
+
+#: A predictor of any kind; None for a layer without.
+LayerPredictor = LowRank | None
+_KINDS: dict[str, type[LowRank]] = {LowRank.kind: LowRank}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,31 +142,21 @@ class Predictors:
                 raise errors.BadMagic(where, "does not hold predictors")
             version = document.pop("version", None)
             if version != VERSION:
-                raise errors.UnsupportedVersion(where, f"is of version {version}, expected {VERSION}")
+                raise errors.UnsupportedVersion(
+                    where, f"is of version {version}, expected {VERSION}; train again"
+                )
             header = RecordReader(where).read(PredictorsHeader, document)
             _check(header, where)
-            layers = []
-            for index, rank in enumerate(header.ranks):
-                shapes = {"in": (rank, header.width), "out": (header.neurons, rank)}
-                shapes["threshold"] = (header.neurons,)  # type: ignore[assignment]
-                layer = LayerPredictor(
-                    *(reader.take(_name(index, kind), "F32", shape) for kind, shape in shapes.items())
-                )
-                if not all(np.isfinite(array).all() for array in vars(layer).values()):
-                    raise errors.BadValue(
-                        where, f"the predictor of layer {index} has values that are not finite"
-                    )
-                layers.append(layer)
+            layers = tuple(_take(reader, header, index) for index in range(len(header.layers)))
             reader.finish()
-        return cls(header, tuple(layers))
+        return cls(header, layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``path`` atomically."""
-        tensors = {
-            _name(index, kind): np.ascontiguousarray(array, np.float32)
-            for index, layer in enumerate(self.layers)
-            for kind, array in (("in", layer.inward), ("out", layer.outward), ("threshold", layer.threshold))
-        }
+        tensors = {}
+        for index, layer in enumerate(self.layers):
+            for name, array in _parts(layer):
+                tensors[_name(index, name)] = np.ascontiguousarray(array)
         document = {"format": FORMAT, "version": VERSION, **vars(self.header)}
         write_safetensors(path, dump_json(document, indent=None), tensors)
 
@@ -112,11 +166,33 @@ class Predictors:
         """Raise ``OtherModel``, with both names, unless these are of this very model; ``shape`` is its number
         of layers, width and neurons."""
         header = self.header
-        own = (len(header.ranks), header.width, header.neurons)
+        own = (len(header.layers), header.width, header.neurons)
         if header.fingerprint != fingerprint or shape != own:
             raise errors.OtherModel(
                 file, f"was made for the model {self.header.model_name!r}, not for {name!r}; train again"
             )
+
+
+def _parts(layer: LayerPredictor) -> list[tuple[str, Floats]]:
+    """Names of tensors with their content."""
+    if layer is None:
+        return []
+    names = {"inward": "in", "outward": "out"}
+    return [(names.get(part.name, part.name), getattr(layer, part.name)) for part in fields(layer)]
+
+
+def _take(reader: SafetensorsReader, header: PredictorsHeader, index: int) -> LayerPredictor:
+    info = header.layers[index]
+    if info.kind == "none":
+        return None
+    made = _KINDS[info.kind]
+    arrays = [
+        reader.take(_name(index, name), "F32", shape)
+        for name, shape in made.shapes(header, info.rank).items()
+    ]
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise errors.BadValue(reader.path, f"the predictor of layer {index} has values that are not finite")
+    return made(*arrays)
 
 
 def _name(layer: int, kind: str) -> str:
@@ -130,13 +206,20 @@ def _check(header: PredictorsHeader, file: Path) -> None:
 
     for name in ("width", "neurons"):
         require(1 <= getattr(header, name) <= 1 << 24, f"{name} is {getattr(header, name)}")
-    require(1 <= len(header.ranks) <= 4096, f"ranks are of {len(header.ranks)} layers, expected 1 to 4096")
-    require(len(header.quality) == len(header.ranks), "quality and ranks are of different layers")
-    require(all(1 <= rank <= header.width for rank in header.ranks), "a rank is not from 1 to width")
-    block = BLOCK_SHAPES[TensorType[header.row_type]].values
-    whole = all(size % block == 0 for size in (header.width, *header.ranks))
-    require(whole, f"width and ranks are not whole blocks of {header.row_type}")
+    require(1 <= len(header.layers) <= 4096, f"layers are {len(header.layers)}, expected 1 to 4096")
     require(header.test_records >= 1, "test_records is not positive")
-    for index, quality in enumerate(header.quality):
-        for name, value in vars(quality).items():
-            require(0 <= value <= 1, f"quality[{index}].{name} is {value}, expected 0 to 1")
+    block = BLOCK_SHAPES[TensorType[header.row_type]].values
+    for index, layer in enumerate(header.layers):
+        where = f"layers[{index}]"
+        require(0 <= layer.nbytes < 1 << 63, f"{where}.nbytes is {layer.nbytes}")
+        if layer.kind == "low-rank":
+            require(1 <= layer.rank <= header.width, f"{where}.rank is {layer.rank}, not from 1 to width")
+            whole = layer.rank % block == 0 and header.width % block == 0
+            require(whole, f"{where}: width and rank are not whole blocks of {header.row_type}")
+        else:
+            require(layer.rank == 0, f"{where}.rank is {layer.rank}, and the kind {layer.kind} has none")
+        for name, value in vars(layer.quality).items():
+            require(0 <= value <= 1, f"{where}.quality.{name} is {value}, expected 0 to 1")
+    if header.cost is not None:
+        for name in ("perplexity", "predicted_perplexity", "tokens", "window"):
+            require(getattr(header.cost, name) > 0, f"cost.{name} is not positive")

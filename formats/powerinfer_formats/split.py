@@ -15,29 +15,13 @@ from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.gguf_reader import GGUFFile, StringArray
 from powerinfer_formats.model_source import ModelSource
-from powerinfer_formats.split_layout import BundleLayout, SplitHeader, bundle_layout
+from powerinfer_formats.split_layout import BundleLayout, SplitHeader, SplitPrediction, bundle_layout
+from powerinfer_formats.split_predictors import SplitPredictor, read_predictor
 
 __all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "SplitPredictor", "bundle_layout"]
 
 T = TypeVar("T")
 _HASH_DIGITS = frozenset("0123456789abcdef")
-
-
-@dataclass(frozen=True, eq=False)
-class SplitPredictor:
-    """Names the neurons to compute: those where ``outward`` · (``inward`` · normalised FFN input) is above
-    their ``threshold``, float32 [neurons].
-
-    ``inward`` holds ``rank`` rows of ``width`` values of the first of ``types``, ``outward`` one row of
-    ``rank`` values per neuron of the second, both uint8 [rows, row bytes]; neurons by position, as in
-    :class:`SplitLayer`.
-    """
-
-    rank: int
-    types: tuple[TensorType, TensorType]
-    inward: NDArray[np.uint8]
-    outward: NDArray[np.uint8]
-    threshold: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +190,7 @@ class _Checker:
                 self._digest(names.KEY_CORPUS_HASHES, text) for text in self._strings(names.KEY_CORPUS_HASHES)
             ),
             corpus_tokens=gguf.get(names.KEY_CORPUS_TOKENS, int),
+            prediction=self._prediction(),
         )
 
     def layer(self, index: int, header: SplitHeader) -> SplitLayer:
@@ -236,7 +221,7 @@ class _Checker:
             layout=layout,
             hot=hot_rows,
             cold=self._rows(names.bundle_name(index), cold, record, TensorType.I8, record),
-            predictor=self._predictor(index, header.modes[index]),
+            predictor=self._predictor(index, header),
             bias=self._bias(index, gated=gate_type is not None),
         )
 
@@ -253,31 +238,38 @@ class _Checker:
             raise errors.BadValue(self.gguf.path, f"tensor {name!r} has values that are not finite")
         return values
 
-    def _predictor(self, index: int, mode: str) -> SplitPredictor | None:
-        """All three tensors or none; a layer of mode predicted needs them."""
-        all_names = names.predictor_names(index)
-        present = [name for name in all_names if name in self.gguf.tensors]
-        if not present and mode != "predicted":
-            return None
-        for name in all_names:
-            if name not in present:
-                raise errors.MissingTensor(
-                    self.gguf.path, f"has no tensor {name!r}, which the predictor of layer {index} needs"
-                )
-        rank = self.gguf.info(all_names[0]).shape[0]
-        if not 1 <= rank <= self.width:
-            raise errors.WrongShape(
-                self.gguf.path, f"tensor {all_names[0]!r} has {rank} rows, expected 1 to {self.width}"
-            )
-        inward, inward_type = self._matrix(all_names[0], rank, self.width)
-        outward, outward_type = self._matrix(all_names[1], self.neurons, rank)
-        threshold = self._vector(all_names[2])
-        return SplitPredictor(rank, (inward_type, outward_type), inward, outward, threshold)
+    def _predictor(self, index: int, header: SplitHeader) -> SplitPredictor | None:
+        """What the header says; a layer of mode predicted has one."""
+        kind = header.prediction.kinds[index] if header.prediction else "none"
+        if kind == "none" and header.modes[index] == "predicted":
+            self.fail(names.KEY_MODE, f"is predicted for layer {index}, which has no predictor")
+        return read_predictor(self.gguf, index, kind, neurons=self.neurons, width=self.width)
 
-    def _matrix(self, name: str, rows: int, columns: int) -> tuple[NDArray[np.uint8], TensorType]:
-        row_type = TensorType(self.gguf.info(name).row_type)
-        data = self.gguf.tensor(name, shape=(rows, columns), types=BLOCK_SHAPES.keys())
-        return data.reshape(rows, -1), row_type
+    def _prediction(self) -> SplitPrediction | None:
+        """What the file says of its predictors; without the first key, nothing may be said."""
+        keys = (names.KEY_PREDICTOR_RECALL, names.KEY_PREDICTOR_DENSITY)
+        if names.KEY_PREDICTORS not in self.gguf.metadata:
+            for key in (*keys, names.KEY_PREDICTION_COST):
+                if key in self.gguf.metadata:
+                    self.fail(key, "is there, but no predictor is")
+            return None
+        kinds = self._per_layer(names.KEY_PREDICTORS, self._strings(names.KEY_PREDICTORS))
+        for layer, kind in enumerate(kinds):
+            if kind not in names.PREDICTOR_TENSORS:
+                known = ", ".join(names.PREDICTOR_TENSORS)
+                self.fail(names.KEY_PREDICTORS, f"has {kind!r} for layer {layer}, known are {known}")
+        recall, density = (self._floats(key) for key in keys)
+        for key, values in zip(keys, (recall, density), strict=True):
+            if values and max(self._per_layer(key, values)) > 1:
+                self.fail(key, "has a share above 1")
+        if len(recall) != len(density):
+            self.fail(keys[0], "and the predicted density are not of the same layers")
+        cost = None
+        if names.KEY_PREDICTION_COST in self.gguf.metadata:
+            cost = self._floats(names.KEY_PREDICTION_COST)
+            if len(cost) != 4:
+                self.fail(names.KEY_PREDICTION_COST, f"has {len(cost)} values, expected 4")
+        return SplitPrediction(tuple(kinds), recall, density, cost)  # type: ignore[arg-type]
 
     def _order(self, index: int) -> NDArray[np.int32]:
         name = names.order_name(index)
@@ -336,6 +328,9 @@ class _Checker:
 
     def _errors(self) -> tuple[float, ...]:
         key = names.KEY_REQUANTIZATION_ERROR
+        return tuple(self._per_layer(key, self._floats(key)))
+
+    def _floats(self, key: str) -> tuple[float, ...]:
         values = self.gguf.get(key, np.ndarray)
         if values.dtype != np.float32:
             raise errors.WrongKeyType(
@@ -343,7 +338,7 @@ class _Checker:
             )
         if not np.isfinite(values).all() or (values < 0).any():
             self.fail(key, "has a value that is not finite or is negative")
-        return tuple(self._per_layer(key, values.tolist()))
+        return tuple(values.tolist())
 
     def _integers(self, key: str) -> list[int]:
         values = self.gguf.get(key, np.ndarray)

@@ -32,6 +32,15 @@ KEY_TOOL_VERSION = "powerinfer.tool_version"
 KEY_REQUANTIZATION_ERROR = "powerinfer.requantization_error"
 KEY_CORPUS_HASHES = "powerinfer.corpus_sha256"
 KEY_CORPUS_TOKENS = "powerinfer.corpus_tokens"
+# Only in files with predictors.
+KEY_PREDICTORS = "powerinfer.predictors"
+KEY_PREDICTOR_RECALL = "powerinfer.predictor_recall"
+KEY_PREDICTOR_DENSITY = "powerinfer.predictor_density"
+# Only where it was measured.
+KEY_PREDICTION_COST = "powerinfer.prediction_cost"
+
+#: What a layer's predictor can be, each with the endings of its tensors' names; thresholds come last.
+PREDICTOR_TENSORS = {"none": (), "low-rank": ("in.weight", "out.weight", "threshold")}
 
 
 def order_name(layer: int) -> str:
@@ -54,10 +63,10 @@ def bias_name(layer: int) -> str:
     return f"blk.{layer}.ffn_bias"
 
 
-def predictor_names(layer: int) -> tuple[str, str, str]:
-    """The predictor: matrices [rank, width] and [neurons, rank], and thresholds F32 [neurons]."""
-    prefix = f"blk.{layer}.predictor"
-    return f"{prefix}_in.weight", f"{prefix}_out.weight", f"{prefix}_threshold"
+def predictor_names(layer: int, kind: str = "low-rank") -> tuple[str, ...]:
+    """The tensors of a predictor of this kind. Low-rank: matrices [rank, width] and [neurons, rank], and
+    thresholds F32 [neurons]."""
+    return tuple(f"blk.{layer}.predictor_{ending}" for ending in PREDICTOR_TENSORS[kind])
 
 
 def source_names(layer: int) -> tuple[str, ...]:
@@ -117,12 +126,38 @@ def _padded(nbytes: int) -> int:
 
 
 @dataclass(frozen=True)
+class SplitPrediction:
+    """What a split file says of its predictors: for each layer the kind, and recall and predicted density on
+    tokens not learnt from (1 and the true density where there is no predictor); both empty where that was
+    not measured.
+
+    ``cost`` is what mode predicted costs in quality where that was measured: perplexity without and with
+    predictors, Kullback-Leibler divergence in nats a token, and the relative increase of perplexity that was
+    asked for (0 where none was).
+    """
+
+    kinds: tuple[str, ...]
+    recall: tuple[float, ...]
+    density: tuple[float, ...]
+    cost: tuple[float, float, float, float] | None = None
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Add the keys."""
+        writer.add(KEY_PREDICTORS, self.kinds, ValueType.STRING)
+        writer.add(KEY_PREDICTOR_RECALL, self.recall, ValueType.FLOAT32)
+        writer.add(KEY_PREDICTOR_DENSITY, self.density, ValueType.FLOAT32)
+        if self.cost is not None:
+            writer.add(KEY_PREDICTION_COST, self.cost, ValueType.FLOAT32)
+
+
+@dataclass(frozen=True)
 class SplitHeader:
     """What a split file says about itself: one item per layer in every tuple but the last two.
 
     ``types`` are (gate, up, down), without gate (up, down), the same for both parts of a layer.
     ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection.
     ``corpus_hashes`` and ``corpus_tokens`` name the profile's corpora; none without a profile.
+    ``prediction`` is None in a file without predictors.
     """
 
     source_fingerprint: str
@@ -135,6 +170,7 @@ class SplitHeader:
     tool_version: str
     corpus_hashes: tuple[str, ...] = ()
     corpus_tokens: int = 0
+    prediction: SplitPrediction | None = None
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the ``powerinfer.*`` keys."""
@@ -149,6 +185,8 @@ class SplitHeader:
         writer.add(KEY_REQUANTIZATION_ERROR, self.requantization_error, ValueType.FLOAT32)
         writer.add(KEY_CORPUS_HASHES, self.corpus_hashes, ValueType.STRING)
         writer.add(KEY_CORPUS_TOKENS, self.corpus_tokens, ValueType.UINT64)
+        if self.prediction is not None:
+            self.prediction.write(writer)
 
 
 def declare_split_layer(
@@ -166,14 +204,3 @@ def declare_split_layer(
             writer.declare(hot_name(layer, kind), row_type, (hot, layout.width))
     if neurons > hot:
         writer.declare(bundle_name(layer), TensorType.I8, (neurons - hot, layout.record_bytes))
-
-
-def declare_predictor(
-    writer: GGUFWriter, layer: int, types: tuple[int, int], *, width: int, neurons: int, rank: int
-) -> None:
-    """Declare the predictor of one layer, in the order in which its data has to be written; ``types`` are
-    those of the two matrices."""
-    inward, outward, threshold = predictor_names(layer)
-    writer.declare(inward, TensorType(types[0]), (rank, width))
-    writer.declare(outward, TensorType(types[1]), (neurons, rank))
-    writer.declare(threshold, TensorType.F32, (neurons,))

@@ -57,7 +57,8 @@ class ColdFFN(Protocol):
 
 
 def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
-    """The mode of each layer: ``asked``, else what a split file says, else dense.
+    """The mode of each layer: ``asked``, else what a split file says, else dense. Where predicted is asked
+    for, layers without a predictor are gate-first.
 
     Raises ModelError for a mode that the model does not allow.
     """
@@ -68,6 +69,8 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
             _check_mode(model, mode)
         return modes
     _check_mode(model, asked)
+    if asked == "predicted" and model.split is not None:
+        return tuple("predicted" if layer.predictor else "gate-first" for layer in model.split.layers)
     return (asked,) * layers
 
 
@@ -85,13 +88,10 @@ def _check_mode(model: Model, asked: str) -> None:
         )
     if model.split is None:
         raise ModelError(f"{model.path}: {asked} needs a split file; make one with powerinfer convert")
-    if asked == "predicted" and asked not in model.split.modes:
-        for layer in model.split.layers:
-            if layer.predictor is None:
-                raise ModelError(
-                    f"{model.path}: predicted needs predictors, and layer {layer.index} of this file has "
-                    "none; use --mode gate-first"
-                )
+    if asked == "predicted" and not any(layer.predictor for layer in model.split.layers):
+        raise ModelError(
+            f"{model.path}: predicted needs predictors, and this file has none; use --mode gate-first"
+        )
 
 
 def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int) -> ColdFFN:

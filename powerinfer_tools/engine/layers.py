@@ -88,6 +88,11 @@ class LayerStack:
         return self._buffers.x
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """The mode of each layer."""
+        return self._modes
+
+    @property
     def mode(self) -> str:
         """The mode of every layer, or "mixed"."""
         return self._modes[0] if len(set(self._modes)) == 1 else "mixed"

@@ -118,7 +118,8 @@ def _split_facts(path: Path) -> dict[str, Any]:
                 "neurons": layer.neurons,
                 "hot_neurons": layer.hot_neurons,
                 "mode": layer.mode,
-                "predictor_rank": layer.predictor.rank if layer.predictor else 0,
+                "predictor": layer.predictor.kind if layer.predictor else "none",
+                "predictor_bytes": layer.predictor.nbytes if layer.predictor else 0,
                 "types": [row_type.name for row_type in layer.layout.types],
             }
             for layer in split.layers
@@ -131,6 +132,7 @@ def _split_facts(path: Path) -> dict[str, Any]:
             "corpus_tokens": header.corpus_tokens,
             "tool_version": header.tool_version,
             "requantization_error": list(header.requantization_error),
+            "prediction": to_plain(header.prediction),
             "layers": layers,
         }
     finally:

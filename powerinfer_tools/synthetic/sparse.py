@@ -22,13 +22,14 @@ from powerinfer_formats.split_layout import (
     ALIGNMENT,
     BundleLayout,
     SplitHeader,
+    SplitPrediction,
     bundle_layout,
     bundle_name,
-    declare_predictor,
     declare_split_layer,
     order_name,
     predictor_names,
 )
+from powerinfer_formats.split_predictors import declare_low_rank
 from powerinfer_kernels import RowType, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ModelError
@@ -100,7 +101,7 @@ def write_sparse(
             writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
         for layer in range(shape.layers):
             declare_split_layer(writer, layer, layout, neurons=shape.neurons, hot=0)
-            declare_predictor(
+            declare_low_rank(
                 writer, layer, (int(kind), int(kind)), width=shape.width, neurons=shape.neurons, rank=rank
             )
         for tensor in others:
@@ -148,6 +149,7 @@ def _header(shape: Shape, layout: BundleLayout) -> SplitHeader:
         types=(layout.types,) * shape.layers,
         requantization_error=(0.0,) * shape.layers,
         tool_version=__version__,
+        prediction=SplitPrediction(("low-rank",) * shape.layers, (), ()),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.predictors import LayerPredictor, Quality
+from powerinfer_formats.predictors import LowRank, Quality
 from powerinfer_kernels import RowType, dequantize, quantize
 
 Floats = npt.NDArray[np.float32]
@@ -57,7 +57,7 @@ def predictor(
     check: tuple[Floats, Bools],
     recall: float,
     bias: Floats | None = None,
-) -> LayerPredictor:
+) -> LowRank:
     """The predictor of ``rank``: errors of its scores are learnt on inputs ``learn``, and thresholds are set
     so that it finds the share ``recall`` of the active neurons in ``check`` (inputs, active).
 
@@ -80,10 +80,10 @@ def predictor(
         middle = (low + high) / 2
         found = len(scores_of_active) - np.searchsorted(scores_of_active, middle, side="right")
         low, high = (middle, high) if found >= wanted else (low, middle)
-    return LayerPredictor(inward, outward, (mean + deviation * low).astype(np.float32))
+    return LowRank(inward, outward, (mean + deviation * low).astype(np.float32))
 
 
-def judge(made: LayerPredictor, inputs: Floats, active: Bools) -> Quality:
+def judge(made: LowRank, inputs: Floats, active: Bools) -> Quality:
     """How good ``made`` is on ``inputs`` (t, width) with the neurons ``active`` (t, neurons)."""
     predicted = _scores(made.inward, made.outward, inputs) > made.threshold
     both, named, true = int((predicted & active).sum()), int(predicted.sum()), int(active.sum())

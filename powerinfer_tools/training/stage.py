@@ -8,7 +8,15 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.predictors import LayerPredictor, Predictors, PredictorsHeader, Quality, RowTypeName
+from powerinfer_formats.predictors import (
+    LowRank,
+    PredictorInfo,
+    Predictors,
+    PredictorsHeader,
+    Quality,
+    RowTypeName,
+)
+from powerinfer_formats.records import to_plain
 from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import RowType, block_shape, dequantize
 from powerinfer_tools import __version__
@@ -45,28 +53,25 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What was written. ``nbytes`` is the size of all predictors as the engine will hold them; the means are
-    over layers, measured on records that were used for nothing else."""
+    """What was written. The means are over layers, measured on records that were used for nothing else."""
 
     output: str
     header: PredictorsHeader
-    nbytes: int
     model_bytes: int
 
     def mean(self, name: str) -> float:
         """Mean of one figure of :class:`~powerinfer_formats.predictors.Quality` over the layers."""
-        return float(np.mean([getattr(quality, name) for quality in self.header.quality]))
+        return float(np.mean([getattr(layer.quality, name) for layer in self.header.layers]))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        header = vars(self.header) | {"quality": [vars(quality) for quality in self.header.quality]}
-        means = {name: self.mean(name) for name in vars(self.header.quality[0])}
+        means = {name: self.mean(name) for name in vars(self.header.layers[0].quality)}
         return {
             "path": self.output,
-            **header,
+            **to_plain(self.header),
             "mean": means,
-            "bytes": self.nbytes,
-            "share_of_model": self.nbytes / self.model_bytes,
+            "bytes": self.header.nbytes,
+            "share_of_model": self.header.nbytes / self.model_bytes,
         }
 
 
@@ -140,7 +145,7 @@ class _Run:
         self.progress.finish()
         chosen = choose(candidates, int(self.options.budget * self.model.gguf.nbytes))
         self.progress.start("making predictors", layers, "layers")
-        made: list[tuple[LayerPredictor, Quality]] = []
+        made: list[tuple[LowRank, Quality]] = []
         for index, candidate in enumerate(chosen):
             gate, factors, learn, check = self._layer(index)
             layer = predictor(
@@ -156,10 +161,9 @@ class _Run:
             made.append((layer, judge(layer, *self._records(index, self.test))))
             self.progress.advance(1)
         self.progress.finish()
-        header = self._header([candidate.rank for candidate in chosen], [quality for _, quality in made])
+        header = self._header(chosen, [quality for _, quality in made])
         Predictors(header, tuple(layer for layer, _ in made)).save(self.options.output)
-        nbytes = sum(candidate.nbytes for candidate in chosen)
-        return TrainReport(str(self.options.output), header, nbytes, self.model.gguf.nbytes)
+        return TrainReport(str(self.options.output), header, self.model.gguf.nbytes)
 
     def _candidates(self, index: int) -> list[Candidate]:
         gate, factors, learn, check = self._layer(index)
@@ -207,8 +211,12 @@ class _Run:
         matrices = (rank * (hyper.width // values) + hyper.neurons * (rank // values)) * nbytes
         return matrices + 4 * hyper.neurons
 
-    def _header(self, ranks: list[int], quality: list[Quality]) -> PredictorsHeader:
+    def _header(self, chosen: list[Candidate], quality: list[Quality]) -> PredictorsHeader:
         trace = self.trace.header
+        layers = tuple(
+            PredictorInfo("low-rank", candidate.rank, candidate.nbytes, reached)
+            for candidate, reached in zip(chosen, quality, strict=True)
+        )
         return PredictorsHeader(
             fingerprint=self.model.fingerprint,
             model_name=self.model.name,
@@ -217,9 +225,9 @@ class _Run:
             target_recall=self.options.recall,
             width=trace.width,
             neurons=trace.neurons,
-            ranks=tuple(ranks),
+            layers=layers,
             test_records=sum(trace.chunks[chunk] for chunk in self.test),
-            quality=tuple(quality),
+            cost=None,
             corpus_hashes=trace.corpus_hashes,
             tool_version=__version__,
         )

@@ -8,21 +8,39 @@ import numpy as np
 import pytest
 
 from powerinfer_formats import errors
-from powerinfer_formats.predictors import LayerPredictor, Predictors, PredictorsHeader, Quality
+from powerinfer_formats.predictors import (
+    LowRank,
+    PredictionCost,
+    PredictorInfo,
+    Predictors,
+    PredictorsHeader,
+    Quality,
+)
 
 WIDTH, NEURONS, RANKS = 8, 11, (3, 1)
+COST = PredictionCost(0.001, 20.0, 20.1, 0.01, 100, 64, "ef" * 32)
+QUALITY = Quality(0.2, 0.3, 0.95, 0.6)
+
+
+def infos(*ranks: int, **changes: Any) -> tuple[PredictorInfo, ...]:
+    """A layer for each rank; 0: one without a predictor. ``changes`` are of the first."""
+    made = [PredictorInfo("low-rank" if rank else "none", rank, 100 * rank, QUALITY) for rank in ranks]
+    return (replace(made[0], **changes), *made[1:])
 
 
 def make(**changes: Any) -> Predictors:
     rng = np.random.default_rng(1)
-    layers = tuple(
-        LayerPredictor(
-            *(
-                rng.normal(size=shape).astype(np.float32)
-                for shape in ((rank, WIDTH), (NEURONS, rank), NEURONS)
+    layers = (
+        *(
+            LowRank(
+                *(
+                    rng.normal(size=shape).astype(np.float32)
+                    for shape in ((rank, WIDTH), (NEURONS, rank), NEURONS)
+                )
             )
-        )
-        for rank in RANKS
+            for rank in RANKS
+        ),
+        None,
     )
     header = PredictorsHeader(
         fingerprint="ab" * 32,
@@ -32,9 +50,9 @@ def make(**changes: Any) -> Predictors:
         target_recall=0.95,
         width=WIDTH,
         neurons=NEURONS,
-        ranks=RANKS,
+        layers=infos(*RANKS, 0),
         test_records=7,
-        quality=(Quality(0.2, 0.3, 0.95, 0.6), Quality(0.1, 0.2, 0.9, 0.5)),
+        cost=COST,
         corpus_hashes=("cd" * 32,),
         tool_version="0",
     )
@@ -46,27 +64,35 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     made.save(tmp_path / "p")
     found = Predictors.load(tmp_path / "p")
     assert found.header == made.header
-    for first, second in zip(made.layers, found.layers, strict=True):
+    assert found.layers[2] is None
+    for first, second in zip(made.layers[:2], found.layers[:2], strict=True):
         for name in ("inward", "outward", "threshold"):
             assert np.array_equal(getattr(first, name), getattr(second, name))
+    assert found.header.nbytes == 400
+    assert COST.increase == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize(
     ("fault", "changes"),
     [
         (errors.BadField, {"width": 0}),
-        (errors.BadField, {"ranks": (), "quality": ()}),
-        (errors.BadField, {"ranks": (3, WIDTH + 1)}),
-        (errors.BadField, {"ranks": (3, 0)}),
-        (errors.BadField, {"quality": (Quality(0.2, 0.3, 0.95, 0.6),)}),
-        (errors.BadField, {"quality": (Quality(0.2, 1.3, 0.95, 0.6),) * 2}),
+        (errors.BadField, {"layers": ()}),
+        (errors.BadField, {"layers": infos(3, WIDTH + 1, 0)}),
+        (errors.BadField, {"layers": infos(3, 1, 0, rank=0)}),
+        (errors.BadField, {"layers": infos(3, 1, 0, kind="none")}),
+        (errors.BadField, {"layers": infos(3, 1, 0, kind="oracle")}),
+        (errors.BadField, {"layers": infos(3, 1, 0, nbytes=-1)}),
+        (errors.BadField, {"layers": infos(3, 1, 0, quality=Quality(0.2, 1.3, 0.95, 0.6))}),
         (errors.BadField, {"test_records": 0}),
         (errors.BadField, {"row_type": "Q6_K"}),
         (errors.BadField, {"row_type": "Q8_0"}),
+        (errors.BadField, {"cost": replace(COST, perplexity=0.0)}),
+        (errors.BadField, {"cost": replace(COST, tokens=0)}),
         (errors.WrongShape, {"neurons": NEURONS + 1}),
-        (errors.WrongShape, {"ranks": (3, 2)}),
-        (errors.UnexpectedTensor, {"ranks": RANKS[:1], "quality": (Quality(0.2, 0.3, 0.95, 0.6),)}),
-        (errors.MissingTensor, {"ranks": (3, 1, 1), "quality": (Quality(0.2, 0.3, 0.9, 0.6),) * 3}),
+        (errors.WrongShape, {"layers": infos(3, 2, 0)}),
+        (errors.UnexpectedTensor, {"layers": infos(3)}),
+        (errors.UnexpectedTensor, {"layers": infos(3, 0, 0)}),
+        (errors.MissingTensor, {"layers": infos(3, 1, 1)}),
     ],
 )
 def test_faults(tmp_path: Path, fault: type[Exception], changes: dict[str, Any]) -> None:
@@ -77,6 +103,7 @@ def test_faults(tmp_path: Path, fault: type[Exception], changes: dict[str, Any])
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
     made = make()
+    assert made.layers[1] is not None
     made.layers[1].threshold[4] = np.nan
     made.save(tmp_path / "p")
     with pytest.raises(errors.BadValue, match="layer 1"):
@@ -88,7 +115,7 @@ def test_another_file_and_another_model(tmp_path: Path) -> None:
     with pytest.raises(errors.BadSafetensors):
         Predictors.load(tmp_path / "p")
     made = make()
-    made.require_model("ab" * 32, "x", (2, WIDTH, NEURONS), "p")
-    for fingerprint, shape in (("00" * 32, (2, WIDTH, NEURONS)), ("ab" * 32, (3, WIDTH, NEURONS))):
+    made.require_model("ab" * 32, "x", (3, WIDTH, NEURONS), "p")
+    for fingerprint, shape in (("00" * 32, (3, WIDTH, NEURONS)), ("ab" * 32, (2, WIDTH, NEURONS))):
         with pytest.raises(errors.OtherModel, match=r"'tiny'.*'other'"):
             made.require_model(fingerprint, "other", shape, "p")

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import ValueType
 from powerinfer_formats.split import SplitFile, bundle_layout
+from powerinfer_formats.split_layout import SplitPrediction
 from split_files import (
     HEADER,
     HOT,
@@ -140,10 +142,15 @@ def _predictor(
     neurons: int = NEURONS,
     thresholds: list[float] | None = None,
     without: int | None = None,
+    kinds_written: tuple[str, ...] | None = None,
+    shares: tuple[tuple[float, ...], tuple[float, ...]] = ((), ()),
 ) -> Change:
     """A predictor in layer 1, ``without`` one of its tensors."""
 
     def change(parts: Parts) -> None:
+        kinds = ("none", "low-rank", "none") if kinds_written is None else kinds_written
+        if kinds:
+            parts.header = replace(parts.header, prediction=SplitPrediction(kinds, *shares))
         tensor_names = names.predictor_names(1)
         for index, shape in enumerate(((rank, width), (neurons, rank))):
             if index != without:
@@ -246,8 +253,25 @@ FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
     (
         "predicted without predictor",
         with_header(modes=("dense", "predicted", "dense")),
-        errors.MissingTensor,
-        "blk.1.predictor_in",
+        errors.BadValue,
+        "layer 1, which has no predictor",
+    ),
+    ("predictor of no kind", _predictor(rank=8, kinds_written=()), errors.UnexpectedTensor, "is 'none'"),
+    (
+        "unknown kind",
+        _predictor(rank=8, kinds_written=("none", "oracle", "none")),
+        errors.BadValue,
+        "has 'oracle' for layer 1, known are none, low-rank",
+    ),
+    ("kinds short", _predictor(rank=8, kinds_written=("low-rank",)), errors.BadValue, "has 1 values"),
+    ("recall above 1", _predictor(rank=8, shares=((1, 2, 1), (1, 1, 1))), errors.BadValue, "share above 1"),
+    ("recall short", _predictor(rank=8, shares=((1, 1), (1, 1))), errors.BadValue, "has 2 values"),
+    ("no density", _predictor(rank=8, shares=((1, 1, 1), ())), errors.BadValue, "not of the same layers"),
+    (
+        "cost of no predictors",
+        _retyped(names.KEY_PREDICTION_COST, np.ones(4, np.float32), _F32),
+        errors.BadValue,
+        "no predictor is",
     ),
     ("predictor too wide", _predictor(rank=WIDTH + 1), errors.WrongShape, "65 rows, expected 1 to 64"),
     ("predictor width", _predictor(rank=8, width=32), errors.WrongShape, "blk.1.predictor_in"),
@@ -290,3 +314,14 @@ def test_the_split_must_suit_the_model(split: SplitFile, layers: int, neurons: i
     with pytest.raises(errors.FormatError):
         SplitFile.read(split.gguf, layers=layers, neurons=neurons, width=width)
     assert SplitFile.read(split.gguf, layers=LAYERS, neurons=NEURONS, width=WIDTH) is not None
+
+
+def test_what_a_file_says_of_its_predictors(tmp_path: Path) -> None:
+    shares = ((1.0, 0.75, 1.0), (0.5, 0.25, 0.5))
+    said = SplitPrediction(("none", "low-rank", "none"), *shares, cost=(20.0, 20.5, 0.25, 0.0))
+
+    def change(parts: Parts) -> None:
+        _predictor(rank=8)(parts)
+        parts.header = replace(parts.header, prediction=said)
+
+    assert SplitFile.open(write_split(tmp_path / "m.gguf", change)).header.prediction == said

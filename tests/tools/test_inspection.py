@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from powerinfer_formats.errors import FormatError
-from powerinfer_formats.predictors import LayerPredictor, Predictors, PredictorsHeader, Quality
+from powerinfer_formats.predictors import LowRank, PredictorInfo, Predictors, PredictorsHeader, Quality
 from powerinfer_formats.profile import Corpus, LayerSums, Profile
+from powerinfer_formats.records import to_plain
 from powerinfer_formats.trace import TraceHeader, encode_frame, write_trace
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspection import (
@@ -157,10 +158,10 @@ def test_a_trace_and_predictors_are_recognised(tmp_path: Path) -> None:
     described = describe(trace)
     assert described.kind == "trace"
     assert described.facts["records"] == 2
-    layer = LayerPredictor(np.ones((2, 4), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
-    quality = (Quality(0.1, 0.2, 0.9, 0.45),)
-    made = PredictorsHeader("ab" * 32, "tiny", "svd", "F32", 0.9, 4, 9, (2,), 5, quality, (), "0")
+    layer = LowRank(np.ones((2, 4), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
+    info = PredictorInfo("low-rank", 2, 140, Quality(0.1, 0.2, 0.9, 0.45))
+    made = PredictorsHeader("ab" * 32, "tiny", "svd", "F32", 0.9, 4, 9, (info,), 5, None, (), "0")
     Predictors(made, (layer,)).save(predictors)
     described = describe(predictors)
     assert described.kind == "predictors"
-    assert described.facts["quality"] == [vars(quality[0])]
+    assert described.facts["layers"] == [to_plain(info)]

@@ -154,9 +154,10 @@ def test_what_is_reported_is_what_was_made(traced: Traced) -> None:
         _, _, test = parted(len(trace.header.chunks))
         for index, layer in enumerate(made.layers):
             inputs, active = trace.read(index, test)
+            assert layer is not None
             scores = inputs.astype(np.float64) @ layer.inward.T.astype(np.float64) @ layer.outward.T
             predicted = scores > layer.threshold
-            quality = made.header.quality[index]
+            quality = made.header.layers[index].quality
             assert quality.recall == pytest.approx((predicted & active).sum() / active.sum(), abs=1e-3)
             assert quality.predicted_density == pytest.approx(predicted.mean(), abs=1e-3)
     assert report.mean("recall") == pytest.approx(0.95, abs=0.03)
@@ -173,8 +174,8 @@ def test_the_budget_holds(traced: Traced) -> None:
     free = run_train(traced.options())
     small = run_train(replace(traced.options(), budget=0.02))
     smallest = run_train(replace(traced.options(), budget=1e-9))
-    assert smallest.nbytes <= small.nbytes <= free.nbytes
-    assert small.nbytes <= max(0.02 * small.model_bytes, smallest.nbytes)
+    assert smallest.header.nbytes <= small.header.nbytes <= free.header.nbytes
+    assert small.header.nbytes <= max(0.02 * small.model_bytes, smallest.header.nbytes)
 
 
 def logits(path: Path, tokens: list[int], mode: str, **options: object) -> tuple[np.ndarray, float]:
@@ -193,7 +194,8 @@ def converted(traced: Traced, output: Path) -> Path:
     plan_for(profile, hot, mode="gate-first", group=16, width=traced.tiny.spec.width).save(plan)
     predictors = traced.folder / "tiny.predictors.safetensors"
     report = convert(ConvertOptions(traced.tiny.path, traced.profile, plan, output, predictors=predictors))
-    assert report.predictor_ranks == Predictors.load(predictors).header.ranks
+    assert report.prediction is not None
+    assert report.prediction.kinds == tuple(layer.kind for layer in Predictors.load(predictors).header.layers)
     return output
 
 

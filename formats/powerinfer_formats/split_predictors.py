@@ -1,0 +1,119 @@
+"""The predictors in a split file: checked views of their tensors, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powerinfer_formats import errors
+from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
+from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_formats.model_source import ModelSource
+from powerinfer_formats.split_layout import PREDICTOR_TENSORS, predictor_names
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class SplitLowRank:
+    """Names the neurons to compute: those where ``outward`` · (``inward`` · normalised FFN input) is above
+    their ``threshold``, float32 [neurons].
+
+    ``inward`` holds ``rank`` rows of ``width`` values of the first of ``types``, ``outward`` one row of
+    ``rank`` values per neuron of the second, both uint8 [rows, row bytes]; neurons by position, as in
+    a split file's layer.
+    """
+
+    kind: ClassVar[str] = "low-rank"
+    rank: int
+    types: tuple[TensorType, TensorType]
+    inward: Bytes
+    outward: Bytes
+    threshold: NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one token reads of it."""
+        return self.inward.nbytes + self.outward.nbytes + self.threshold.nbytes
+
+    def declare(self, writer: GGUFWriter, layer: int, width: int) -> None:
+        """Declare its tensors, in the order of :meth:`write`."""
+        types = (int(self.types[0]), int(self.types[1]))
+        declare_low_rank(writer, layer, types, width=width, neurons=len(self.outward), rank=self.rank)
+
+    def write(self, writer: GGUFWriter, layer: int) -> None:
+        """Write its tensors."""
+        inward, outward, threshold = predictor_names(layer, self.kind)
+        writer.write(inward, self.inward)
+        writer.write(outward, self.outward)
+        writer.write(threshold, self.threshold)
+
+
+#: A predictor of any kind.
+SplitPredictor = SplitLowRank
+
+
+def declare_low_rank(
+    writer: GGUFWriter, layer: int, types: tuple[int, int], *, width: int, neurons: int, rank: int
+) -> None:
+    """Declare the predictor of one layer, in the order in which its data has to be written; ``types`` are
+    those of the two matrices."""
+    inward, outward, threshold = predictor_names(layer, "low-rank")
+    writer.declare(inward, TensorType(types[0]), (rank, width))
+    writer.declare(outward, TensorType(types[1]), (neurons, rank))
+    writer.declare(threshold, TensorType.F32, (neurons,))
+
+
+def read_predictor(
+    gguf: ModelSource, layer: int, kind: str, *, neurons: int, width: int
+) -> SplitPredictor | None:
+    """The predictor of ``layer``, or None where ``kind`` is "none".
+
+    Raises ``MissingTensor``, ``UnexpectedTensor`` (of another kind), ``WrongShape``, ``WrongType`` or
+    ``BadValue``.
+    """
+    wanted = predictor_names(layer, kind)
+    for other in PREDICTOR_TENSORS:
+        for name in set(predictor_names(layer, other)) - set(wanted):
+            if name in gguf.tensors:
+                raise errors.UnexpectedTensor(
+                    gguf.path, f"has a tensor {name!r}, but the predictor of layer {layer} is {kind!r}"
+                )
+    for name in wanted:
+        if name not in gguf.tensors:
+            raise errors.MissingTensor(
+                gguf.path, f"has no tensor {name!r}, which the predictor of layer {layer} needs"
+            )
+    return _READERS[kind](gguf, layer, neurons, width)
+
+
+def _low_rank(gguf: ModelSource, layer: int, neurons: int, width: int) -> SplitLowRank:
+    inward_name, outward_name, threshold_name = predictor_names(layer, "low-rank")
+    rank = gguf.info(inward_name).shape[0]
+    if not 1 <= rank <= width:
+        raise errors.WrongShape(gguf.path, f"tensor {inward_name!r} has {rank} rows, expected 1 to {width}")
+    inward, inward_type = _matrix(gguf, inward_name, rank, width)
+    outward, outward_type = _matrix(gguf, outward_name, neurons, rank)
+    threshold = _floats(gguf, threshold_name, neurons)
+    return SplitLowRank(rank, (inward_type, outward_type), inward, outward, threshold)
+
+
+def _matrix(gguf: ModelSource, name: str, rows: int, columns: int) -> tuple[Bytes, TensorType]:
+    row_type = TensorType(gguf.info(name).row_type)
+    data = gguf.tensor(name, shape=(rows, columns), types=BLOCK_SHAPES.keys())
+    return data.reshape(rows, -1), row_type
+
+
+def _floats(gguf: ModelSource, name: str, count: int) -> NDArray[np.float32]:
+    values = gguf.tensor(name, shape=(count,), types={TensorType.F32}).view("<f4")
+    if not np.isfinite(values).all():
+        raise errors.BadValue(gguf.path, f"tensor {name!r} has values that are not finite")
+    return values
+
+
+_Reader = Callable[[ModelSource, int, int, int], SplitPredictor | None]
+_READERS: dict[str, _Reader] = {"none": lambda *_: None, "low-rank": _low_rank}

@@ -1,0 +1,41 @@
+"""From the predictors that train makes to those of a split file."""
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_formats.block_types import TensorType
+from powerinfer_formats.predictors import LayerPredictor, PredictionCost, PredictorsHeader
+from powerinfer_formats.split_layout import SplitPrediction
+from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor
+from powerinfer_kernels import RowType, quantize
+
+
+def split_predictor(
+    made: LayerPredictor, row_type: str, order: npt.NDArray[np.int32]
+) -> SplitPredictor | None:
+    """``made`` with its matrices rounded to ``row_type`` and its neurons in the given order."""
+    if made is None:
+        return None
+    kind, stored = RowType[row_type], TensorType[row_type]
+    return SplitLowRank(
+        rank=len(made.inward),
+        types=(stored, stored),
+        inward=quantize(np.ascontiguousarray(made.inward), kind),
+        outward=quantize(np.ascontiguousarray(made.outward[order]), kind),
+        threshold=np.ascontiguousarray(made.threshold[order]),
+    )
+
+
+def split_prediction(header: PredictorsHeader) -> SplitPrediction:
+    """What a split file with these predictors says of them."""
+    return SplitPrediction(
+        kinds=tuple(layer.kind for layer in header.layers),
+        recall=tuple(layer.quality.recall for layer in header.layers),
+        density=tuple(layer.quality.predicted_density for layer in header.layers),
+        cost=None if header.cost is None else _cost(header.cost),
+    )
+
+
+def _cost(cost: PredictionCost) -> tuple[float, float, float, float]:
+    allowed = cost.max_increase or 0.0
+    return cost.perplexity, cost.predicted_perplexity, cost.divergence, allowed

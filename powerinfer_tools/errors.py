@@ -47,5 +47,9 @@ class ConvertError(PowerInferError):
     """The model cannot be converted."""
 
 
+class EvaluationError(PowerInferError):
+    """What was asked for cannot be evaluated: no such task, or one that does not fit the model."""
+
+
 class CorpusError(PowerInferError):
     """The corpus is missing, empty or unreadable."""

@@ -117,7 +117,7 @@ def divergence(
             _scored(engine, piece), _scored(base, piece), strict=True
         ):
             identical &= logits.tobytes() == base_logits.tobytes()
-            model_log, base_log = _log_softmax(logits), _log_softmax(base_logits)
+            model_log, base_log = log_softmax(logits), log_softmax(base_logits)
             kl.append((np.exp(base_log) * (base_log - model_log)).sum(axis=1))
             same.append(model_log.argmax(axis=1) == base_log.argmax(axis=1))
             losses.append(_losses(logits, targets))
@@ -150,6 +150,18 @@ def _error(values: Doubles) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
+def log_probabilities(engine: Engine, tokens: Sequence[int], first: int) -> tuple[Doubles, Bools]:
+    """ln p(tokens[i] | tokens before it) for every i from ``first`` ≥ 1 on: float64 [n], and whether each
+    token was the likeliest, bool [n]. Forgets the engine's cache."""
+    position, logs, likeliest = first - 1, [], []
+    for logits in engine.score(tokens[:-1], position):
+        targets = np.asarray(tokens[position + 1 : position + 1 + len(logits)], dtype=np.int64)
+        logs.append(-_losses(logits, targets))
+        likeliest.append(logits.argmax(axis=1) == targets)
+        position += len(logits)
+    return np.concatenate(logs), np.concatenate(likeliest)
+
+
 def _scored(engine: Engine, piece: list[int]) -> Iterator[tuple[Floats, npt.NDArray[np.int64]]]:
     """Logits of the scored positions with the token that follows each: positions len/2 … len-2."""
     first = len(piece) // 2
@@ -171,7 +183,8 @@ def _losses(logits: Floats, targets: npt.NDArray[np.int64]) -> Doubles:
     return losses
 
 
-def _log_softmax(logits: Floats) -> Doubles:
+def log_softmax(logits: Floats) -> Doubles:
+    """ln softmax over the last axis of ``logits`` (k, vocabulary)."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     result: Doubles = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

@@ -30,6 +30,7 @@ HEAVY = {
     "transformers": (),
     "highspy": ("powerinfer_tools/planning/milp.py",),
     "matplotlib": (),
+    "lm_eval": ("powerinfer_tools/harness/adapter.py",),
     "gguf": (),
 }
 

@@ -8,6 +8,7 @@ import typer
 from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit_json, progress, say
 from powerinfer_cli.eval_modes import EVERY_MODE, measure_modes, modes_of, show_modes
+from powerinfer_cli.eval_tasks import Tasks, score_tasks, show_tasks
 from powerinfer_cli.files import find_model
 from powerinfer_cli.help import HelpfulCommand
 from powerinfer_cli.tables import print_facts
@@ -22,13 +23,16 @@ HELP = """Measure perplexity on a text, and how far predictions are from another
 Counted as llama.cpp counts it: windows of --ctx tokens that don't overlap, each beginning with BOS where the
 model adds one; the second half of each window is scored. --compare runs one file in several modes and says
 what each changes: a row of perplexity, KL divergence from dense, share of equal first choices, density, and
-the recall of predictors. Alone it takes every mode; the file's exact ones give the same bits.
+the recall of predictors. Alone it takes every mode; the file's exact ones give the same bits. --tasks asks
+multiple-choice questions instead (EleutherAI's lm-eval, extra lm-eval): accuracy ± its standard error, with
+--compare for every mode.
 
 \b
 Examples:
   powerinfer eval -m model.gguf --text book.txt
   powerinfer eval -m model.powerinfer.gguf --text book.txt --against model.gguf --chunks 10
   powerinfer eval -m model.powerinfer.gguf --text book.txt --compare gate-first,predicted
+  powerinfer eval -m model.gguf --tasks piqa,winogrande --tasks-dir my-tasks
 """
 
 
@@ -52,8 +56,9 @@ def command(
     *,
     model: opt.Model = None,
     text: Annotated[
-        Path, typer.Option("--text", "-f", metavar="FILE", help="Text to score; - reads it from stdin.")
-    ],
+        Path | None,
+        typer.Option("--text", "-f", metavar="FILE", help="Text to score; - reads it from stdin."),
+    ] = None,
     ctx: opt.Window = 512,
     chunks: Annotated[
         int | None, typer.Option("--chunks", min=1, metavar="N", help="Score only the first N windows.")
@@ -72,10 +77,13 @@ def command(
             help=f"Modes to set side by side, separated by commas; without a value {EVERY_MODE}.",
         ),
     ] = None,
+    tasks: Tasks,
     placement: opt.Placement,
     common: opt.Common,
 ) -> None:
-    """Evaluate a model on a text."""
+    """Evaluate a model on a text, or on tasks."""
+    if (text is None) is not bool(tasks.names):
+        raise typer.BadParameter("give a text to score, or --tasks", param_hint="--text")
     path = find_model(model)
     base = find_model(against) if against is not None else None
     modes = modes_of(compare) if compare is not None else ()
@@ -83,8 +91,13 @@ def command(
         raise typer.BadParameter("goes without --against and without --mode", param_hint="--compare")
     from powerinfer_cli.engines import engines_of, opened_engine, read_text
 
-    content = read_text(text)
     listener = progress()
+    if text is None:
+        with engines_of(path, placement, threads=common.threads, context=None) as (loaded, open_engine):
+            rows = score_tasks(open_engine, loaded, modes or (placement.engine_mode,), tasks, listener)
+        show_tasks(rows, {"model": path}, as_json=common.json)
+        return
+    content = read_text(text)
     if modes:
         with engines_of(path, placement, threads=common.threads, context=ctx) as (loaded, open_engine):
             pieces = text_windows(loaded, content, ctx, chunks)

@@ -1,4 +1,4 @@
-"""eval --compare as a command: its table, its JSON object, and what it refuses."""
+"""eval as a command, --compare and --tasks: its table, its JSON object, and what it refuses."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from powerinfer_cli.eval_modes import EVERY_MODE
 from powerinfer_tools.comparison import ALL_MODES
 from predicted_models import TEXT, predicted_split
 from processes import Command
+from task_files import write_tasks
 
 TASK = ("--text", "text.txt", "--ctx", "32", "--chunks", "2", "-t", "1")
 FIGURES = {"mode", "perplexity", "kl", "top1_agreement", "density", "recall"}
@@ -49,6 +50,25 @@ def test_the_table_is_for_people(powerinfer: Command, folder: Path) -> None:
     assert heading.split()[:2] == ["mode", "perplexity"]
     assert (dense.split()[0], gate_first.split()[0]) == ("dense", "gate-first")
     assert "gate-first: every logit has the bits of dense" in ended.err
+
+
+def test_tasks_in_every_mode(powerinfer: Command, folder: Path, tmp_path: Path) -> None:
+    """Exact modes answer alike. Standard output is one JSON value, whatever lm-eval prints."""
+    write_tasks(tmp_path, 6)
+    ended = powerinfer(
+        "eval", "-m", "tiny.powerinfer.gguf", "--compare", "dense,gate-first", "--tasks", "copa,rte",
+        "--tasks-dir", tmp_path, "--limit", "4", "-t", "1", "--json", cwd=folder, HF_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    rows = ended.json["results"]
+    assert [(row["mode"], row["task"]) for row in rows] == [
+        (mode, task) for mode in ("dense", "gate-first") for task in ("copa", "rte")
+    ]
+    for row in rows:
+        assert (row["metric"], row["samples"]) == ("acc", 4)
+        assert row["value"] in (0, 0.25, 0.5, 0.75, 1)
+        assert row["standard_error"] is not None
+    assert [row["value"] for row in rows[:2]] == [row["value"] for row in rows[2:]]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Read when kernels are defined, so it stands before anything imports them: no test needs a GPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -27,6 +27,7 @@ MAY_IMPORT = {
 # Heavy package → the files (by prefix) that are about it and may import it when they are imported.
 HEAVY = {
     "torch": ("powerinfer_tools/hot/", "powerinfer_tools/relufication/"),
+    "triton": ("kernels/powerinfer_kernels/triton_",),
     "transformers": (),
     "highspy": ("powerinfer_tools/planning/milp.py",),
     "matplotlib": (),

@@ -1,0 +1,92 @@
+"""Launching the Triton kernels on torch tensors; the only module that other packages use of them.
+
+Tensors are contiguous, float32 unless said, on one device; outputs are written, not returned, so that nothing
+is allocated and a CUDA graph can hold the launches. Importing this module imports Triton.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from . import triton_ffn as kernels
+from .row_types import RowType
+from .triton_decode import tiles
+from .triton_layout import PLANAR_TYPES
+
+Tensor = Any
+#: The oldest GPUs that Triton compiles for (Turing).
+LEAST_CAPABILITY = (7, 5)
+#: Rows summed into one partial sum: fixed, so that sums do not depend on the GPU.
+SPLIT_ROWS = 128
+#: Rows in a program's tile, by kernel.
+DOT_BLOCK, SUM_BLOCK, UNPACK_BLOCK = 8, 8, 8
+ADD_BLOCK = 256
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class PlanarRows:
+    """Rows of one matrix on the device: uint8 [rows · row bytes] as ``to_planar`` gives them."""
+
+    data: Tensor
+    row_type: RowType
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        assert self.row_type in PLANAR_TYPES
+
+
+def splits(rows: int) -> int:
+    """Partial sums of ``rows`` rows."""
+    return -(-rows // SPLIT_ROWS)
+
+
+def matvec(x: Tensor, matrix: PlanarRows, out: Tensor, bias: Tensor | None = None) -> None:
+    """out (T, rows) = x (T, columns) · rowsᵀ + bias (rows,)."""
+    grid = (triton.cdiv(matrix.rows, DOT_BLOCK), len(x))
+    kernels.matvec_kernel[grid](
+        x, matrix.data, bias, out, matrix.rows,
+        COLUMNS=matrix.columns, TYPE=int(matrix.row_type), BLOCK=DOT_BLOCK, **options(),
+    )  # fmt: skip
+
+
+def hidden(
+    x_gate: Tensor, x_up: Tensor, gate: PlanarRows, up: PlanarRows | None, activation: str, out: Tensor,
+    active: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out (T, neurons) = act(gate · x_gate) · (up · x_up); ``active`` uint8 (T, neurons) or None: all."""
+    grid = (triton.cdiv(gate.rows, DOT_BLOCK), len(x_gate))
+    kernels.hidden_kernel[grid](
+        x_gate, x_up, gate.data, None if up is None else up.data, active, out, gate.rows,
+        COLUMNS=gate.columns, GATE_TYPE=int(gate.row_type), UP_TYPE=int((up or gate).row_type),
+        ACT=kernels.ACTIVATIONS[activation], BLOCK=DOT_BLOCK, **options(),
+    )  # fmt: skip
+
+
+def sum_rows(h: Tensor, down: PlanarRows, partial: Tensor, out: Tensor) -> None:
+    """out (T, columns) = Σ h_i · row i for h (T, rows); rows with h_i = 0 are not read. ``partial`` is
+    scratch, at least (T, splits(rows), columns)."""
+    count, tokens = splits(down.rows), len(h)
+    kernels.partial_sums_kernel[tiles(down.columns, int(down.row_type)), count, tokens](
+        h, down.data, partial, down.rows, count,
+        COLUMNS=down.columns, TYPE=int(down.row_type), ROWS=SPLIT_ROWS, BLOCK=SUM_BLOCK, **options(),
+    )  # fmt: skip
+    kernels.add_splits_kernel[triton.cdiv(down.columns, ADD_BLOCK), tokens](
+        partial, out, count, COLUMNS=down.columns, BLOCK=ADD_BLOCK, **options()
+    )
+
+
+def unpack(matrix: PlanarRows, first: int, count: int, out: Tensor) -> None:
+    """out (count, columns) = rows ``first`` … ``first + count``."""
+    grid = (triton.cdiv(count, UNPACK_BLOCK), tiles(matrix.columns, int(matrix.row_type)))
+    kernels.unpack_kernel[grid](
+        matrix.data, out, matrix.rows, first, count,
+        COLUMNS=matrix.columns, TYPE=int(matrix.row_type), BLOCK=UNPACK_BLOCK, **options(),
+    )  # fmt: skip
+
+
+def options() -> dict[str, Any]:
+    """How all kernels are compiled: products and sums may be fused to one rounding."""
+    return {"num_warps": WARPS, "enable_fp_fusion": True}

@@ -1,0 +1,123 @@
+"""What each Triton kernel takes of a GPU: compiled ahead of time, which needs no GPU.
+
+``python -m powerinfer_kernels.triton_resources [CAPABILITY …]`` prints the table as JSON.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import triton_ffn as kernels
+from .row_types import RowType
+from .triton_launch import ADD_BLOCK, DOT_BLOCK, SPLIT_ROWS, SUM_BLOCK, UNPACK_BLOCK, options
+from .triton_layout import PLANAR_TYPES
+
+#: Turing, Ampere (data centre, consumer), Ada, Hopper.
+CAPABILITIES = (75, 80, 86, 89, 90)
+#: The other kernels and row types are compiled for this one alone: they are the same code around such tiles.
+_ONE_CAPABILITY = 86
+_EVERYWHERE = (RowType.Q8_0, RowType.Q4_0, RowType.Q4_K, RowType.Q6_K)
+_WIDTH = 4096
+_TYPES = {"x": "*fp32", "rows": "i32", "splits": "i32", "first": "i32", "count": "i32"}
+_BYTES = ("base", "gate", "up", "active")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it is compiled for rows of one type."""
+
+    kernel: str
+    rows: str
+    function: Any
+    constants: dict[str, Any]
+    capabilities: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: registers and local memory (spills) of a thread, shared memory of a
+    block, in bytes but for registers."""
+
+    kernel: str
+    rows: str
+    capability: int
+    registers: int
+    local: int
+    shared: int
+
+
+def cases(capabilities: Sequence[int]) -> Iterator[Case]:
+    """Every kernel that the engine launches, for every row type."""
+    one = tuple(c for c in capabilities if c == _ONE_CAPABILITY)
+    for row_type in PLANAR_TYPES:
+        kind, name = int(row_type), row_type.name
+        every = tuple(capabilities) if row_type in _EVERYWHERE else one
+        shape = {"COLUMNS": _WIDTH, "TYPE": kind}
+        ffn = {"COLUMNS": _WIDTH, "GATE_TYPE": kind, "UP_TYPE": kind, "ACT": kernels.ACTIVATIONS["relu"]}
+        yield Case("hidden", name, kernels.hidden_kernel, ffn | {"active": None, "BLOCK": DOT_BLOCK}, every)
+        sums = shape | {"ROWS": SPLIT_ROWS, "BLOCK": SUM_BLOCK}
+        yield Case("partial_sums", name, kernels.partial_sums_kernel, sums, every)
+        yield Case("matvec", name, kernels.matvec_kernel, shape | {"bias": None, "BLOCK": DOT_BLOCK}, one)
+        yield Case("unpack", name, kernels.unpack_kernel, shape | {"BLOCK": UNPACK_BLOCK}, one)
+    added = {"COLUMNS": _WIDTH, "BLOCK": ADD_BLOCK}
+    yield Case("add_splits", "F32", kernels.add_splits_kernel, added, one)
+
+
+def measure(capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
+    """Compile all, and read what the binaries say."""
+    work = [(case, c) for case in cases(capabilities) for c in case.capabilities]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda item: _compile(*item), work))
+
+
+def _compile(case: Case, capability: int) -> Resources:
+    function = case.function
+    places = {name: index for index, name in enumerate(function.arg_names)}
+    signature = {name: _type(name) for name in places if name not in case.constants}
+    aligned = {(places[n],): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
+    constants = {(places[name],): value for name, value in case.constants.items()}
+    source = ASTSource(function, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options())
+    used = _usage(compiled.asm["cubin"])
+    shared = int(compiled.metadata.shared)
+    local = used["STACK"] + used["LOCAL"]
+    return Resources(case.kernel, case.rows, capability, used["REG"], local, shared)
+
+
+def _type(name: str) -> str:
+    return "*u8" if name in _BYTES else _TYPES.get(name, "*fp32")
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory, as the disassembler that comes with Triton reads them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run(  # noqa: S603 - the tool lies inside the installed package
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
+    return {key: found[key] for key in ("REG", "STACK", "LOCAL")}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table for the capabilities named, or for all."""
+    rows = [asdict(row) for row in measure([int(word) for word in arguments] or CAPABILITIES)]
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    sys.stdout.write(f"[\n{lines}\n]\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,177 @@
+"""Triton kernels in Triton's interpreter, against float64; and compiled for real GPUs, against the record.
+
+Sizes are odd and small, since the interpreter is slow (``conftest.py`` turns it on). Errors are bounded by
+n·eps·Σ|x||w| for sums of n terms.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from powerinfer_kernels import KernelError, RowType, dequantize, row_bytes
+from powerinfer_kernels import triton_launch as launch
+from powerinfer_kernels.reference import activate, sum_rows
+from powerinfer_kernels.triton_layout import PLANAR_TYPES, planes, to_planar
+from random_rows import random_rows
+
+F32 = npt.NDArray[np.float32]
+EPS = float(np.finfo(np.float32).eps)
+RECORD = Path(__file__).resolve().parents[1] / "data" / "triton_resources.json"
+#: Columns with whole chunks of words, and without, for types that allow both.
+SHAPES = [
+    *((kind, 96) for kind in PLANAR_TYPES if kind not in (RowType.Q4_K, RowType.Q6_K)),
+    *((kind, 256) for kind in PLANAR_TYPES),
+]
+IDS = [f"{kind.name}-{columns}" for kind, columns in SHAPES]
+ROWS = 11
+
+
+class Rows:
+    """Random rows: as float64 values, and planar for the kernels."""
+
+    def __init__(self, row_type: RowType, columns: int, seed: int, rows: int = ROWS) -> None:
+        raw = random_rows(np.random.default_rng(seed), row_type, rows, columns)
+        self.values = dequantize(raw, row_type, rows, columns)
+        self.raw, self.exact = raw, self.values.astype(np.float64)
+        data = torch.from_numpy(to_planar(raw, row_type, columns))
+        self.planar = launch.PlanarRows(data, row_type, rows, columns)
+
+    def poisoned(self, unused: npt.NDArray[np.bool_]) -> launch.PlanarRows:
+        """The same rows, those ``unused`` with every bit set: F16 values and all scales are NaN then."""
+        raw = self.raw.copy()
+        raw[unused] = 0xFF
+        kind, columns = self.planar.row_type, self.planar.columns
+        return launch.PlanarRows(torch.from_numpy(to_planar(raw, kind, columns)), kind, len(raw), columns)
+
+
+def inputs(columns: int, tokens: int = 1) -> F32:
+    return np.random.default_rng(columns).standard_normal((tokens, columns), dtype=np.float32)
+
+
+def bound(x: npt.NDArray[np.floating], w: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Largest error of x · wᵀ in float32: n terms, and three roundings of each term's weight and product."""
+    n = w.shape[1] + 3
+    return np.asarray(n * EPS * (np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T) + 1e-30)
+
+
+@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+def test_planar_rows_keep_every_byte_and_unpack_to_the_same_bits(row_type: RowType, columns: int) -> None:
+    rows = Rows(row_type, columns, seed=1)
+    assert rows.planar.data.numel() == ROWS * row_bytes(row_type, columns)
+    assert sum(vars(planes(row_type, columns)).values()) == row_bytes(row_type, columns)
+    out = torch.full((5, columns), float("nan"))
+    launch.unpack(rows.planar, 3, 5, out)
+    assert np.array_equal(out.numpy().view(np.uint32), rows.values[3:8].view(np.uint32))
+
+
+@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+def test_matrix_times_vectors(row_type: RowType, columns: int) -> None:
+    rows, x = Rows(row_type, columns, seed=2), inputs(columns, tokens=2)
+    bias = torch.arange(ROWS, dtype=torch.float32)
+    out = torch.full((2, ROWS), float("nan"))
+    launch.matvec(torch.from_numpy(x), rows.planar, out, bias)
+    expected = x.astype(np.float64) @ rows.exact.T + bias.numpy()
+    assert (np.abs(out.numpy() - expected) <= bound(x, rows.exact) + EPS * np.abs(expected)).all()
+
+
+@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+def test_sums_of_rows_leave_out_what_is_zero_and_repeat_their_bits(
+    row_type: RowType, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "SPLIT_ROWS", 8)  # two partial sums, the second one short
+    rows, h = Rows(row_type, columns, seed=3), inputs(ROWS)
+    unused = np.arange(ROWS) % 3 == 1
+    h[:, unused] = 0
+    down = rows.poisoned(unused)
+    outs = []
+    for _ in range(2):
+        out = torch.full((1, columns), float("nan"))
+        partial = torch.full((1, launch.splits(ROWS), columns), float("nan"))
+        launch.sum_rows(torch.from_numpy(h), down, partial, out)
+        outs.append(out.numpy())
+    expected = sum_rows(h.astype(np.float64), rows.exact)
+    assert (np.abs(outs[0] - expected) <= bound(h, rows.exact.T)).all()
+    assert np.array_equal(outs[0].view(np.uint32), outs[1].view(np.uint32))
+
+
+@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+def test_up_rows_are_not_read_where_the_gate_is_not_positive(row_type: RowType, columns: int) -> None:
+    gate, up, x = Rows(row_type, columns, seed=4), Rows(row_type, columns, seed=5), inputs(columns)
+    first = x.astype(np.float64) @ gate.exact.T
+    negative = first[0] < -bound(x, gate.exact)[0]
+    assert 0 < negative.sum() < ROWS
+    out = torch.full((1, ROWS), float("nan"))
+    tensor = torch.from_numpy(x)
+    launch.hidden(tensor, tensor, gate.planar, up.poisoned(negative), "relu", out)
+    second = x.astype(np.float64) @ up.exact.T
+    allowed = bound(x, gate.exact) * np.abs(second) + bound(x, up.exact) * np.abs(first)
+    expected = activate(first, second, "relu")
+    assert (np.abs(out.numpy() - expected) <= 1.01 * allowed + EPS * np.abs(expected)).all()
+    assert (out.numpy()[0, negative] == 0).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2", "drelu", "silu", "gelu_tanh", "gelu_erf"])
+def test_activations_gated_and_not_with_a_mask_of_active_neurons(activation: str) -> None:
+    """Slopes of all activations over |x| ≤ 4 are below 1.2, relu2's below 8 (2·4), so errors of the gate grow
+    by no more; exp and erf of Triton's interpreter are numpy's, of float32: a few units in the last place."""
+    columns, tokens = 64, 2
+    gate, up, x = Rows(RowType.F16, columns, 6), Rows(RowType.Q8_0, columns, 7), inputs(columns, tokens) / 8
+    active = np.random.default_rng(8).random((tokens, ROWS)) < 0.6
+    everywhere = active.any(axis=0)
+    assert not active.all()
+    unused = ~everywhere
+    unused[3], active[:, 3] = True, False
+    first, second = (x.astype(np.float64) @ rows.exact.T for rows in (gate, up))
+    slope = 8.0 if activation == "relu2" else 1.2
+    assert np.abs(first).max() < 4
+    for gated in (True, False):
+        out, tensor = torch.full((tokens, ROWS), float("nan")), torch.from_numpy(x)
+        mask = torch.from_numpy(active.astype(np.uint8))
+        second_rows = up.poisoned(unused) if gated else None
+        launch.hidden(tensor, tensor, gate.poisoned(unused), second_rows, activation, out, mask)
+        expected = np.where(active, activate(first, second if gated else None, activation), 0.0)
+        allowed = slope * bound(x, gate.exact) + 16 * EPS * (1 + np.abs(first))
+        if gated:
+            allowed = allowed * np.abs(second) + np.maximum(slope, np.abs(first)) * 4 * bound(x, up.exact)
+        assert (np.abs(out.numpy() - expected) <= allowed + EPS * np.abs(expected)).all()
+        assert (out.numpy()[~active] == 0).all()
+
+
+def test_types_without_a_planar_form_are_named() -> None:
+    with pytest.raises(KernelError, match="Q5_K rows have no planar form"):
+        planes(RowType.Q5_K, 256)
+    with pytest.raises(KernelError, match="are not 64 columns of Q8_0"):
+        to_planar(np.zeros((2, 34), np.uint8), RowType.Q8_0, 64)
+
+
+def test_compiled_kernels_take_no_more_of_a_gpu_than_recorded(tmp_path: Path) -> None:
+    """Binaries for five generations of GPUs. Slack: an eighth more registers (and 4), since compilers differ;
+    none for local memory, where spilled registers would show, and for shared memory."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "powerinfer_kernels.triton_resources"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    key = ("kernel", "rows", "capability")
+    recorded = {tuple(row[k] for k in key): row for row in json.loads(RECORD.read_text())}
+    measured = {tuple(row[k] for k in key): row for row in json.loads(shown.stdout)}
+    remedy = f"record anew: python -m powerinfer_kernels.triton_resources > {RECORD.name}"
+    assert measured.keys() == recorded.keys(), remedy
+    worse = [
+        f"{row} instead of {was}"
+        for name, row in measured.items()
+        for was in [recorded[name]]
+        if row["registers"] > was["registers"] * 9 // 8 + 4
+        or row["local"] > was["local"]
+        or row["shared"] > was["shared"]
+    ]
+    assert not worse, worse

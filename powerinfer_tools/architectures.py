@@ -26,7 +26,9 @@ class ArchitectureSpec:
     stream, and both are added to it. ``attention_norms`` are the tensors that may normalise the input of
     attention, the first that is in the file does; ``ffn_norm`` that of the FFN. ``fused_qkv``: the rows of
     queries, keys and values are one tensor, in this order. ``position_offset`` o: the residual stream begins
-    with row position + o of a learnt table (None: there is none).
+    with row position + o of a learnt table (None: there is none). ``routed``: files may have experts instead
+    of one FFN a layer, which a softmax router chooses; ``shared_expert``: and one that every token takes,
+    times a sigmoid; ``expert_weights_norm``: the weights of the chosen ones are divided by their sum.
     ``sliding_period`` p > 0: every p-th layer attends to everything, the others to the last
     ``attention.sliding_window`` positions (and use the local rotary base). ``wide_attention_scale_layers``
     names the one size of a family that scales scores by width/heads instead of the head dimension.
@@ -45,6 +47,9 @@ class ArchitectureSpec:
     qk_norm: bool = False
     post_norms: bool = False
     scaled_embeddings: bool = False
+    routed: bool = False
+    shared_expert: bool = False
+    expert_weights_norm: bool = True
     sliding_period: int = 0
     local_rope_base: float = 0.0
     default_rope_base: float = 10000.0
@@ -55,7 +60,8 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
     spec.name: spec
     for spec in (
         # Llama 1 to 3, Mistral, SmolLM, TinyLlama: GGUF stores q and k permuted, so pairs are (2i, 2i+1).
-        ArchitectureSpec("llama", rope_style="norm"),
+        # Mixtral (arXiv 2401.04088) is this with experts.
+        ArchitectureSpec("llama", rope_style="norm", routed=True),
         # TurboSparse (arXiv 2406.05955): Mistral's shape with relu(gate)·relu(up).
         ArchitectureSpec("bamboo", rope_style="norm", activation="drelu"),
         # OPT (arXiv 2205.01068), of the sizes that normalise before each block: all but 350m.
@@ -80,6 +86,10 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         # Biases on q, k and v are found in the file; no row field is needed for them.
         ArchitectureSpec("qwen2", rope_style="neox"),
         ArchitectureSpec("qwen3", rope_style="neox", qk_norm=True),
+        ArchitectureSpec(
+            "qwen2moe", rope_style="neox", routed=True, shared_expert=True, expert_weights_norm=False
+        ),
+        ArchitectureSpec("qwen3moe", rope_style="neox", qk_norm=True, routed=True),
         # Gemma 3 report (arXiv 2503.19786): 5 local layers to 1 global, rotary base 10k local, 1M global.
         ArchitectureSpec(
             "gemma3",

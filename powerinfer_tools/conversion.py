@@ -96,6 +96,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             raise ConvertError(
                 f"{options.model} is a split file already; convert starts from the source model"
             )
+        model.require_one_ffn(ConvertError, "convert")
         profile, plan = Profile.load(options.profile), Plan.load(options.plan)
         _check_belongs(model, options, profile, plan)
         predictors = Predictors.load(options.predictors) if options.predictors else None

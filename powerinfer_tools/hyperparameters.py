@@ -12,8 +12,20 @@ _MISSING = object()
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Experts of a layer: how many there are and how many a token takes; ``normalized``: the weights of those
+    are divided by their sum. ``shared_neurons``: of the expert that every token takes (0: there is none)."""
+
+    experts: int
+    used: int
+    normalized: bool
+    shared_neurons: int
+
+
+@dataclass(frozen=True)
 class Hyperparameters:
-    """Sizes and constants of one model; widths are counted in values.
+    """Sizes and constants of one model; widths are counted in values. ``neurons`` are those of a layer's FFN,
+    or of one expert where there is ``routing``.
 
     ``window`` is 0 without sliding attention; ``local_layers[i]`` tells whether layer i is limited to it.
     ``rope_dim`` is 0 without rotary positions. ``rope_scale`` divides positions of global layers (linear
@@ -42,6 +54,7 @@ class Hyperparameters:
     embedding_scale: float
     activation: str
     activation_cut: float
+    routing: Routing | None
 
     @property
     def query_width(self) -> int:
@@ -74,6 +87,9 @@ class _Keys:
             raise ModelError(f"{self.file}: {name} is {value}; it must be from {low:g} to {high:g}")
         return value
 
+    def flag(self, key: str, *, default: bool) -> bool:
+        return bool(self._get(f"{self.prefix}.{key}", bool, default))
+
     def text(self, key: str, default: str) -> str:
         return str(self._get(f"{self.prefix}.{key}", str, default))
 
@@ -91,8 +107,7 @@ def read_hyperparameters(
     and FormatError (from the reader) for missing keys or keys of the wrong type.
     """
     keys = _Keys(gguf, spec.name)
-    if keys.integer("expert_count", 0, low=0):
-        raise ModelError(f"{keys.file}: mixture-of-experts models are not supported in this version")
+    routing = _routing(keys, spec)
     layers = keys.integer("block_count", high=4096)
     width = keys.integer("embedding_length", high=1 << 20)
     heads = keys.integer("attention.head_count", high=4096)
@@ -108,7 +123,7 @@ def read_hyperparameters(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        neurons=keys.integer("feed_forward_length", high=1 << 22),
+        neurons=_neurons(keys, routing),
         vocabulary=vocabulary,
         trained_context=_trained_context(keys, spec, positions),
         norm_eps=_norm_eps(keys, spec),
@@ -124,7 +139,35 @@ def read_hyperparameters(
         embedding_scale=math.sqrt(width) if spec.scaled_embeddings else 1.0,
         activation=(activation := _activation(gguf, spec)),
         activation_cut=_activation_cut(gguf, activation),
+        routing=routing,
     )
+
+
+def _routing(keys: _Keys, spec: ArchitectureSpec) -> Routing | None:
+    experts = keys.integer("expert_count", 0, low=0, high=4096)
+    if not experts:
+        return None
+    if not spec.routed:
+        raise ModelError(
+            f"{keys.file}: mixtures of experts of the architecture {spec.name} are not supported"
+        )
+    return Routing(
+        experts=experts,
+        used=keys.integer("expert_used_count", high=experts),
+        normalized=keys.flag("expert_weights_norm", default=spec.expert_weights_norm),
+        shared_neurons=keys.integer("expert_shared_feed_forward_length", high=1 << 22)
+        if spec.shared_expert
+        else 0,
+    )
+
+
+def _neurons(keys: _Keys, routing: Routing | None) -> int:
+    """Mixtral's files say the size of an expert as that of an FFN."""
+    if routing is not None:
+        neurons = keys.integer("expert_feed_forward_length", 0, low=0, high=1 << 22)
+        if neurons:
+            return neurons
+    return keys.integer("feed_forward_length", high=1 << 22)
 
 
 def _trained_context(keys: _Keys, spec: ArchitectureSpec, positions: int) -> int:

@@ -106,8 +106,32 @@ class DenseFFN:
 
 
 @dataclass(frozen=True)
+class ExpertsFFN:
+    """The experts of one layer: ``router`` (experts, width); the rows of all experts one after the other in
+    ``gate`` and ``up`` (experts · neurons, width) and ``down`` (experts · width, neurons). ``shared`` is the
+    expert that every token takes, times the sigmoid of ``shared_gate`` (1, width)."""
+
+    router: Weight
+    gate: Weight
+    up: Weight
+    down: Weight
+    shared: DenseFFN | None
+    shared_gate: Weight | None
+
+    def expert(self, index: int) -> DenseFFN:
+        """One expert, as views."""
+        count = self.router.rows
+        gate, up, down = (
+            weight.part(f"expert {index}", index * (weight.rows // count), weight.rows // count)
+            for weight in (self.gate, self.up, self.down)
+        )
+        return DenseFFN(gate, up, down)
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """All weights of one layer. ``ffn`` is a :class:`DenseFFN`, or a layer of a split file.
+    """All weights of one layer. ``ffn`` is a :class:`DenseFFN` or :class:`ExpertsFFN`, or a layer of a split
+    file.
 
     ``ffn_bias`` is added to what the activation reads, one value per neuron in the order of ``ffn``;
     ``ffn_down_bias`` to the output.
@@ -115,7 +139,7 @@ class LayerWeights:
 
     attention: AttentionWeights
     ffn_norm: Norm
-    ffn: DenseFFN | SplitLayer
+    ffn: DenseFFN | ExpertsFFN | SplitLayer
     ffn_bias: Vector | None
     ffn_down_bias: Vector | None
     ffn_post_norm: Norm | None
@@ -155,6 +179,13 @@ class Model:
     def exact_zeros(self) -> bool:
         """Whether the activation makes exact zeros, so that skipping neurons changes nothing."""
         return self.hyper.activation in RELU_FAMILY
+
+    def require_one_ffn(self, error: type[Exception], stage: str) -> None:
+        """Raise ``error`` for a model with experts, which ``stage`` cannot take yet."""
+        if self.hyper.routing is not None:
+            raise error(
+                f"{self.path}: {stage} does not take mixtures of experts yet; run, eval, bench and profile do"
+            )
 
     def close(self) -> None:
         """Unmap the file. Views that are still held keep their pages."""
@@ -246,7 +277,7 @@ def _layer(
     return LayerWeights(
         attention=_attention(tensors, spec, hyper, prefix),
         ffn_norm=tensors.norm(spec, f"{prefix}.{spec.ffn_norm}", hyper.width),
-        ffn=split.layer(index) if split else _dense_ffn(tensors, spec, hyper, prefix),
+        ffn=split.layer(index) if split else _ffn(tensors, spec, hyper, prefix),
         ffn_bias=split.layer(index).bias if split else up_bias,
         ffn_down_bias=ffn_bias(f"{prefix}.ffn_down.bias", hyper.width),
         ffn_post_norm=tensors.optional_norm(
@@ -313,6 +344,29 @@ def _fused_projections(tensors: "_Tensors", hyper: Hyperparameters, prefix: str)
     return weights, (bias[:queries], bias[queries : queries + keys], bias[queries + keys :])
 
 
+def _ffn(
+    tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+) -> DenseFFN | ExpertsFFN:
+    routing, width = hyper.routing, hyper.width
+    if routing is None:
+        return _dense_ffn(tensors, spec, hyper, prefix)
+    experts, neurons, shared = routing.experts, hyper.neurons, routing.shared_neurons
+    return ExpertsFFN(
+        router=tensors.matrix(f"{prefix}.ffn_gate_inp.weight", experts, width),
+        gate=tensors.stack(f"{prefix}.ffn_gate_exps.weight", experts, neurons, width),
+        up=tensors.stack(f"{prefix}.ffn_up_exps.weight", experts, neurons, width),
+        down=tensors.stack(f"{prefix}.ffn_down_exps.weight", experts, width, neurons),
+        shared=DenseFFN(
+            tensors.matrix(f"{prefix}.ffn_gate_shexp.weight", shared, width),
+            tensors.matrix(f"{prefix}.ffn_up_shexp.weight", shared, width),
+            tensors.matrix(f"{prefix}.ffn_down_shexp.weight", width, shared),
+        )
+        if shared
+        else None,
+        shared_gate=tensors.row(f"{prefix}.ffn_gate_inp_shexp.weight", width) if shared else None,
+    )
+
+
 def _dense_ffn(tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> DenseFFN:
     gate = f"{prefix}.ffn_gate.weight"
     if not spec.gated:
@@ -342,6 +396,16 @@ class _Tensors:
         data = self.gguf.tensor(name, shape=(rows, columns), types=MATRIX_TYPES)
         row_type = RowType(self.gguf.tensors[name].row_type)
         return Weight(name, row_type, rows, columns, np.frombuffer(data, dtype=np.uint8))
+
+    def stack(self, name: str, count: int, rows: int, columns: int) -> Weight:
+        """``count`` matrices as one, their rows one after the other."""
+        data = self.gguf.tensor(name, shape=(count, rows, columns), types=MATRIX_TYPES)
+        row_type = RowType(self.gguf.tensors[name].row_type)
+        return Weight(name, row_type, count * rows, columns, np.frombuffer(data, dtype=np.uint8))
+
+    def row(self, name: str, columns: int) -> Weight:
+        """A vector as a matrix of one row."""
+        return Weight(name, RowType.F32, 1, columns, self.vector(name, columns).view(np.uint8))
 
     def vector(self, name: str, size: int) -> Vector:
         data = self.gguf.tensor(name, shape=(size,), types=frozenset({int(RowType.F32)}))

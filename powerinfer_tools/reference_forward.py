@@ -9,7 +9,7 @@ import numpy.typing as npt
 from powerinfer_kernels import RowType, dequantize, reference
 from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
-from powerinfer_tools.model import AttentionWeights, DenseFFN, LayerWeights, Model, Norm, Weight
+from powerinfer_tools.model import AttentionWeights, DenseFFN, ExpertsFFN, LayerWeights, Model, Norm, Weight
 
 Array = npt.NDArray[np.float64]
 
@@ -85,17 +85,49 @@ def attention_block(
 def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array) -> Array:
     """What one layer's FFN adds to the residual stream ``x`` (tokens, width)."""
     normed = normalize(x, layer.ffn_norm, hyper.norm_eps)
-    first, factor, down = ffn_matrices(layer)
-    gate = _plus(normed @ first.T, layer.ffn_bias)
-    up = None if factor is None else normed @ factor.T
-    hidden = reference.activate(gate, up, hyper.activation, hyper.activation_cut)
-    out = _plus(hidden @ down, layer.ffn_down_bias)
+    if isinstance(layer.ffn, ExpertsFFN):
+        out = experts_block(hyper, layer.ffn, normed)
+    else:
+        first, factor, down = ffn_matrices(layer)
+        gate = _plus(normed @ first.T, layer.ffn_bias)
+        up = None if factor is None else normed @ factor.T
+        hidden = reference.activate(gate, up, hyper.activation, hyper.activation_cut)
+        out = _plus(hidden @ down, layer.ffn_down_bias)
     return out if layer.ffn_post_norm is None else normalize(out, layer.ffn_post_norm, hyper.norm_eps)
 
 
+def experts_block(hyper: Hyperparameters, ffn: ExpertsFFN, normed: Array) -> Array:
+    """Σ weight · expert(x) over the experts with the largest weights, which are a softmax over all experts
+    (arXiv 2401.04088), divided by their sum where the model says so; plus sigmoid(g·x) · shared expert(x)."""
+    routing = hyper.routing
+    assert routing is not None
+    scores = normed @ matrix(ffn.router).T
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out = np.zeros_like(normed)
+    for token, row in enumerate(weights):
+        chosen = np.argsort(-row, kind="stable")[: routing.used]
+        total = row[chosen].sum() if routing.normalized else 1.0
+        for expert in chosen:
+            out[token] += row[expert] / total * _expert(hyper, ffn.expert(int(expert)), normed[token])
+    if ffn.shared is not None and ffn.shared_gate is not None:
+        gate = 1 / (1 + np.exp(-(normed @ matrix(ffn.shared_gate).T)))
+        out += gate * _expert(hyper, ffn.shared, normed)
+    return out
+
+
+def _expert(hyper: Hyperparameters, ffn: DenseFFN, x: Array) -> Array:
+    up = None if ffn.factor is None else x @ matrix(ffn.factor).T
+    hidden = reference.activate(x @ matrix(ffn.first).T, up, hyper.activation, hyper.activation_cut)
+    out: Array = hidden @ matrix(ffn.down).T
+    return out
+
+
 def ffn_matrices(layer: LayerWeights) -> tuple[Array, Array | None, Array]:
-    """Gate, up and transposed down of one layer, each (neurons, width); without gate, up, None and down."""
+    """Gate, up and transposed down of one layer without experts, each (neurons, width); without gate, up,
+    None and down."""
     ffn = layer.ffn
+    assert not isinstance(ffn, ExpertsFFN)
     if isinstance(ffn, DenseFFN):
         return matrix(ffn.first), None if ffn.factor is None else matrix(ffn.factor), matrix(ffn.down).T
     rows = [_split_rows(ffn.rows(kind, 0, ffn.neurons), ffn.type_of(kind), ffn.width) for kind in ffn.kinds]

@@ -132,6 +132,7 @@ def trace_beside(profile: Path) -> Path:
 
 def show(result: "Profile", path: Path, traced: Path | None, *, as_json: bool) -> None:
     """What was counted, and where it is."""
+    from powerinfer_formats.profile import ROUTING
     from powerinfer_tools.inspection import summarize_profile
 
     summary = summarize_profile(result)
@@ -141,8 +142,9 @@ def show(result: "Profile", path: Path, traced: Path | None, *, as_json: bool) -
     say(f"wrote {path}")
     if traced is not None:
         say(f"wrote {traced} ({format_size(traced.stat().st_size)})")
+    units = "experts" if result.activation == ROUTING else "neurons"
     emit(
-        f"{result.tokens:,} tokens; {summary['density']:.1%} of the neurons are active for a token; "
+        f"{result.tokens:,} tokens; {summary['density']:.1%} of the {units} are active for a token; "
         f"the busiest {summary['neurons_for_80_percent']:.1%} make 80% of the activity"
     )
 

@@ -23,7 +23,10 @@ from powerinfer_formats.histogram import active_counts, lower_edge, threshold_bi
 from powerinfer_formats.profile_document import Corpus
 from powerinfer_formats.profile_sums import LayerSums, add_sums, round_squares
 
-__all__ = ["Corpus", "LayerSums", "Profile", "round_squares"]
+__all__ = ["ROUTING", "Corpus", "LayerSums", "Profile", "round_squares"]
+
+#: The ``activation`` of a profile whose neurons are experts, active where a token takes them.
+ROUTING = "routing"
 
 MAX_TOKENS = (1 << 32) - 1  # what a histogram's uint32 can count
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Activations, Bundle, KVCache, Matrix, Pool, ProgramBuilder
-from powerinfer_tools.engine.buffers import Buffers, Floats
+from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.rotary import RotaryTables
@@ -181,6 +181,21 @@ class BlockWriter:
         out = b.x if fused else b.block_out
         builder.matmul(w.down, b.gate, b.hidden_acts, out, bias=output.bias, accumulate=fused)
         self._join(output.post_norm)
+
+    def expert(
+        self, w: DenseColumns, src: Floats, acts: Activations | None, hidden: Activations | None, out: Floats
+    ) -> None:
+        """One FFN over ``src`` (and its quantised copy) into ``out``; ``hidden`` is scratch of its width."""
+        b, builder = self.buffers, self.builder
+        gate, up = narrowed(b.gate, w.gate.rows), narrowed(b.up, w.gate.rows)
+        builder.matmul(w.gate, src, acts, gate, independent=w.up is not None)
+        if w.up is not None:
+            builder.matmul(w.up, src, acts, up)
+        cut = self.hyper.activation_cut
+        builder.activate(gate, None if w.up is None else up, gate, self.hyper.activation, cut)
+        if not w.down.row_type.is_float and hidden is not None:
+            builder.quantize(gate, hidden)
+        builder.matmul(w.down, gate, hidden, out)
 
     def ffn_rows(self, w: NeuronRows, gate: Floats, up: Floats) -> None:
         """The FFN over rows of neurons into ``block_out``; ``gate`` and ``up`` are scratch (T, neurons)."""

@@ -58,6 +58,8 @@ def allocate(
     def floats(width: int) -> Floats:
         return aligned((tokens, width), np.float32)
 
+    shared = hyper.routing.shared_neurons if hyper.routing else 0
+    widest = max(hyper.neurons, shared)
     normed, normed_acts = floats(hyper.width), activations(tokens, hyper.width)
     return Buffers(
         tokens=aligned((tokens,), np.int32),
@@ -72,8 +74,8 @@ def allocate(
         value=floats(hyper.kv_width),
         attended=floats(hyper.query_width),
         attended_acts=activations(tokens, hyper.query_width),
-        gate=floats(hyper.neurons),
-        up=floats(hyper.neurons),
+        gate=floats(widest),
+        up=floats(widest),
         hidden_acts=activations(tokens, hyper.neurons),
         block_out=floats(hyper.width),
         hot_out=floats(hyper.width) if hot else None,

@@ -102,6 +102,7 @@ def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: 
         up = None if ffn.factor is None else pack(pool, ffn.factor)
         bias = model.layers[index].ffn_bias
         return _ColumnsFFN(DenseColumns(pack(pool, ffn.first), up, pack(pool, ffn.down), bias))
+    assert isinstance(ffn, SplitLayer), "experts are laid out in routed.py"
     if hot_neurons == ffn.neurons:
         return _NoneFFN()
     if mode == "predicted":
@@ -248,7 +249,7 @@ def write_recall_check(
     """Append, right after the operations of ``ffn``, those that compute what its predictor should have found;
     None for an FFN without one."""
     layer = model.layers[index].ffn
-    if not isinstance(ffn, _PredictedFFN) or isinstance(layer, DenseFFN):
+    if not isinstance(ffn, _PredictedFFN) or not isinstance(layer, SplitLayer):
         return None
     assert buffers.scores is not None
     first = layer.neurons - ffn.neurons

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,10 @@ from powerinfer_tools.engine.memory import kv_bytes_per_position
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import RecallCheck, recall_of
 from powerinfer_tools.engine.rotary import layer_tables
+from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hot import HotSide, open_hot_side
-from powerinfer_tools.model import LayerWeights, Model
+from powerinfer_tools.model import ExpertsFFN, LayerWeights, Model
 
 Floats = npt.NDArray[np.float32]
 #: What looks on: layer, normalised FFN input, act(gate)·up.
@@ -43,12 +45,13 @@ class StackOptions:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """Operations of one layer that the hot device shares: its input is ready, its output is needed."""
+class _Stop:
+    """Operations [ready, needed) of one layer that are not simply run one after the other: ``work`` runs
+    them, called with the number of tokens and their position."""
 
-    layer: int
     ready: int
     needed: int
+    work: Callable[[int, int], None]
 
 
 class LayerStack:
@@ -70,9 +73,10 @@ class LayerStack:
         builder = ProgramBuilder(options.batch)
         self._writer = BlockWriter(model, pool, builder, self._buffers)
         self._tables = layer_tables(model.hyper, options.context, model.rope_factors)
-        self._splits: list[_Split] = []
+        self._stops: list[_Stop] = []
+        self._routed = routed_buffers(model.hyper, options.batch)
         self._ffn_ends: list[int] = []
-        self._cold: list[ColdFFN] = []
+        self._cold: list[ColdFFN | RoutedFFN] = []
         self._observed = options.observed
         self._check_recall = options.check_recall
         self._checks: list[RecallCheck] = []
@@ -121,7 +125,8 @@ class LayerStack:
     def scratch_bytes(self) -> int:
         """Size of activations and tables in bytes."""
         tables = {id(table): table.nbytes for table in self._tables}
-        return self._buffers.nbytes + sum(tables.values())
+        routed = self._routed.nbytes if self._routed else 0
+        return self._buffers.nbytes + routed + sum(tables.values())
 
     def forward(self, tokens: Sequence[int], position: int) -> int:
         """Run all layers over ``tokens`` at ``position``; returns their number."""
@@ -132,10 +137,10 @@ class LayerStack:
                 raise ModelError(f"token id {token} is outside the vocabulary of {vocabulary}")
         self._place(tokens, position)
         first = 0
-        for split in self._splits:
-            self._run(first, split.ready, count, position)
-            self._run_split(split, count, position)
-            first = split.needed
+        for stop in self._stops:
+            self._run(first, stop.ready, count, position)
+            stop.work(count, position)
+            first = stop.needed
         self._run(first, self._length, count, position)
         self._tokens += count
         return count
@@ -208,7 +213,27 @@ class LayerStack:
     def _write(self) -> None:
         self._writer.embed(self.model.embedding, self.model.positions)
         for index, layer in enumerate(self.model.layers):
-            self._write_layer(index, layer)
+            if isinstance(layer.ffn, ExpertsFFN):
+                self._write_routed(index, layer, layer.ffn)
+            else:
+                self._write_layer(index, layer)
+
+    def _write_routed(self, index: int, layer: LayerWeights, experts: ExpertsFFN) -> None:
+        routing, writer = self.model.hyper.routing, self._writer
+        assert routing is not None
+        assert self._routed is not None
+        observed = self._observed[index] if self._observed else None
+        ffn = RoutedFFN(experts, routing, self._pool, observed)
+        self._cold.append(ffn)
+        self._write_attention(index, layer)
+        writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized)
+        ready = ffn.write(writer, self._buffers, self._routed)
+        needed = writer.builder.mark()
+        self._stops.append(_Stop(ready, needed, lambda count, position: ffn.work(count, self._run_experts)))
+        writer.merge(FFNOutput(None, layer.ffn_post_norm), hot=False, cold=True)
+
+    def _run_experts(self, first: int, last: int, count: int) -> None:
+        self._program.run(self._pool, first, last, count, 0)
 
     def _write_layer(self, index: int, layer: LayerWeights) -> None:
         """In a parallel layer the FFN's input is ready before attention, which the hot device then works
@@ -235,7 +260,7 @@ class LayerStack:
         needed = writer.builder.mark()
         writer.merge(output, hot=hot_neurons > 0, cold=ffn.neurons > 0)
         if hot_neurons:
-            self._splits.append(_Split(index, ready, needed))
+            self._stops.append(_Stop(ready, needed, partial(self._run_split, index, ready, needed)))
 
     def _write_attention(self, index: int, layer: LayerWeights) -> None:
         window = self.model.hyper.window if self.model.hyper.local_layers[index] else 0
@@ -258,10 +283,10 @@ class LayerStack:
         if first < last:
             self._program.run(self._pool, first, last, count, position)
 
-    def _run_split(self, split: _Split, count: int, position: int) -> None:
+    def _run_split(self, index: int, ready: int, needed: int, count: int, position: int) -> None:
         hot, buffers = self._hot, self._buffers
         assert hot is not None
         assert buffers.hot_out is not None
-        hot.launch(split.layer, buffers.normed[:count], buffers.normed_acts)
-        self._run(split.ready, split.needed, count, position)
+        hot.launch(index, buffers.normed[:count], buffers.normed_acts)
+        self._run(ready, needed, count, position)
         hot.collect(buffers.hot_out[:count])

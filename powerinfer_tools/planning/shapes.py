@@ -174,6 +174,7 @@ def shape_of_model(model: "Model") -> ModelShape:
             f"{model.path}: this is a split file; make the plan from the source model "
             "(run takes a smaller --vram on a split file without a new plan)"
         )
+    model.require_one_ffn(PlanError, "plan")
     hyper = model.hyper
     return ModelShape(
         name=model.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from powerinfer_formats.checkpoint import CorpusPosition, ProfileCheckpoint
 from powerinfer_formats.errors import FormatError
-from powerinfer_formats.profile import Corpus, Profile
+from powerinfer_formats.profile import ROUTING, Corpus, Profile
 from powerinfer_tools import __version__
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import CorpusError, ProfileError
@@ -66,6 +66,8 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
             raise ProfileError(
                 f"{options.model} is a split file; profile the source model that it was made from"
             )
+        if options.trace:
+            model.require_one_ffn(ProfileError, "profile --trace")
         if options.trace and not model.exact_zeros:
             raise ProfileError(
                 f"{options.model}: --trace records which neurons are exactly zero, and "
@@ -218,8 +220,8 @@ class _Run:
             fingerprint=self.model.fingerprint,
             model_name=self.model.name,
             architecture=self.model.spec.name,
-            activation=self.model.hyper.activation,
-            exact_zeros=self.model.exact_zeros,
+            activation=ROUTING if self.model.hyper.routing else self.model.hyper.activation,
+            exact_zeros=self.model.exact_zeros or self.model.hyper.routing is not None,
             tokens=self.tally.tokens,
             window=self.window,
             target_density=self.options.target_density,

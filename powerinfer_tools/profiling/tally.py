@@ -21,12 +21,15 @@ class Tally:
     """
 
     def __init__(self, model: Model, files: int) -> None:
-        hyper = model.hyper
+        hyper, routing = model.hyper, model.hyper.routing
+        # With experts, the tokens that take each: an expert that is not taken adds exactly nothing.
+        units = hyper.neurons if routing is None else routing.experts
+        histogram = routing is None and not model.exact_zeros
         self.counters: Sequence[LayerCounters] = tuple(
-            counters(hyper.neurons, histogram=not model.exact_zeros) for _ in range(hyper.layers)
+            counters(units, histogram=histogram) for _ in range(hyper.layers)
         )
         self._squares: list[tuple[Squares, Squares]] = [
-            (np.zeros(hyper.neurons), np.zeros(hyper.neurons)) for _ in range(hyper.layers)
+            (np.zeros(units), np.zeros(units)) for _ in range(hyper.layers)
         ]
         self.file_tokens = [0] * files
 

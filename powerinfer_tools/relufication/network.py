@@ -54,6 +54,7 @@ class Network:
     def __init__(self, model: Model, device: str, window: int, precision: torch.dtype) -> None:
         if model.split is not None:
             raise ModelError(f"{model.path} is a split file; start from the source model")
+        model.require_one_ffn(ModelError, "training")
         if model.hyper.logit_softcap or model.hyper.attention_softcap:
             raise ModelError(f"{model.path}: models with soft-capped scores cannot be trained here yet")
         self.hyper, self.device, self.precision = model.hyper, device, precision

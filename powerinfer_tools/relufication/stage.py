@@ -55,6 +55,7 @@ def run(options: RelufyOptions, progress: Progress | None = None) -> RelufyRepor
 
 
 def _check(options: RelufyOptions, model: Model) -> None:
+    model.require_one_ffn(ModelError, "relufy")
     if model.hyper.activation in RELU_FAMILY:
         raise ModelError(f"{model.path} has exact zeros already ({model.hyper.activation})")
     if not model.spec.gated:

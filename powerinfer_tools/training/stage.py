@@ -83,6 +83,7 @@ def run_train(options: TrainOptions, progress: Progress | None = None) -> TrainR
     """
     model = load_model(options.model)
     try:
+        model.require_one_ffn(TrainError, "train")
         _check(options, model)
         with TraceFile(options.trace) as trace:
             trace.require_model(model.fingerprint, model.name, _shape(model))

@@ -23,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
     OPTConfig,
@@ -30,8 +32,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 if TYPE_CHECKING:
@@ -111,6 +117,30 @@ def _qwen2(spec: TinySpec, shape: Shape) -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**_llama_like(spec, shape)))
 
 
+def _mixtral(spec: TinySpec, shape: Shape) -> PreTrainedModel:
+    shape = _llama_like(spec, shape) | {"head_dim": spec.head_dim, "num_local_experts": spec.experts}
+    shape |= {"num_experts_per_tok": spec.experts_used, "sliding_window": None}
+    return MixtralForCausalLM(MixtralConfig(**shape))
+
+
+def _qwen_experts(spec: TinySpec, shape: Shape) -> Shape:
+    return _llama_like(spec, shape) | {
+        "num_experts": spec.experts,
+        "num_experts_per_tok": spec.experts_used,
+        "moe_intermediate_size": spec.neurons,
+        "norm_topk_prob": spec.family == "qwen3moe",
+    }
+
+
+def _qwen2moe(spec: TinySpec, shape: Shape) -> PreTrainedModel:
+    shape = _qwen_experts(spec, shape) | {"shared_expert_intermediate_size": spec.shared_neurons}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape))
+
+
+def _qwen3moe(spec: TinySpec, shape: Shape) -> PreTrainedModel:
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_qwen_experts(spec, shape), head_dim=spec.head_dim))
+
+
 def _qwen3(spec: TinySpec, shape: Shape) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**_llama_like(spec, shape), head_dim=spec.head_dim))
 
@@ -174,6 +204,9 @@ _MAKERS: dict[str, Callable[[TinySpec, Shape], PreTrainedModel]] = {
     "bamboo": _bamboo,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "mixtral": _mixtral,
+    "qwen2moe": _qwen2moe,
+    "qwen3moe": _qwen3moe,
     "gemma3": _gemma3,
     "opt": _opt,
     "falcon": _falcon,
@@ -190,6 +223,10 @@ _LLAMA_NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -244,9 +281,27 @@ def gguf_name(spec: TinySpec, name: str) -> tuple[str, str]:
     return f"{kinds[module]}.{leaf}", kinds[module]
 
 
+_EXPERT_KINDS = {
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": ("ffn_down_exps",),
+    "mlp.shared_expert_gate.weight": ("ffn_gate_inp_shexp",),
+}
+
+
+def is_expert(name: str) -> bool:
+    """Whether the parameter is stored otherwise than as one matrix of its own."""
+    return name.endswith(tuple(_EXPERT_KINDS))
+
+
+def expert_names(name: str) -> list[tuple[str, str]]:
+    """GGUF names and kinds of the tensors that such a parameter becomes."""
+    layer, _, leaf = name.removeprefix("model.layers.").partition(".")
+    return [(f"blk.{layer}.{kind}.weight", kind) for kind in _EXPERT_KINDS[leaf]]
+
+
 def row_order(spec: TinySpec, kind: str, rows: int) -> NDArray[np.int64] | None:
     """The order in which the file has the rows of ``kind``; None: as transformers has them."""
-    if spec.family in ("llama", "mistral", "bamboo") and kind in ("attn_q", "attn_k"):
+    if spec.family in ("llama", "mistral", "mixtral", "bamboo") and kind in ("attn_q", "attn_k"):
         # The file pairs neighbours instead of halves of a head.
         halves = np.arange(rows).reshape(-1, 2, spec.head_dim // 2)
         return halves.swapaxes(1, 2).reshape(-1)
@@ -270,10 +325,17 @@ def write_family_keys(writer: GGUFWriter, spec: TinySpec, tokens: int) -> None:
         writer.add_layer_norm_rms_eps(1e-5)
     if spec.family != "opt":
         writer.add_rope_freq_base(spec.rope_base)
-    if spec.family not in ("qwen2", "opt", "falcon"):
+    if spec.family not in ("qwen2", "qwen2moe", "opt", "falcon"):
         writer.add_key_length(spec.head_dim)
         writer.add_value_length(spec.head_dim)
-    if spec.family in ("llama", "mistral", "bamboo"):
+    if spec.experts:
+        writer.add_expert_count(spec.experts)
+        writer.add_expert_used_count(spec.experts_used)
+    if spec.family in ("qwen2moe", "qwen3moe"):
+        writer.add_expert_feed_forward_length(spec.neurons)
+    if spec.shared_neurons:
+        writer.add_expert_shared_feed_forward_length(spec.shared_neurons)
+    if spec.family in ("llama", "mistral", "mixtral", "bamboo"):
         writer.add_vocab_size(tokens)
         writer.add_rope_dimension_count(spec.head_dim)
     if spec.family == "nemotron":

@@ -18,11 +18,32 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from tiny_families import gguf_name, make_module, row_order, stored_one_above, write_family_keys
+from tiny_families import (
+    expert_names,
+    gguf_name,
+    is_expert,
+    make_module,
+    row_order,
+    stored_one_above,
+    write_family_keys,
+)
 from tiny_vocabularies import Vocabulary, bpe_vocabulary, spm_vocabulary
 from tiny_weights import Weights, random_weights, vector
 
-Family = Literal["llama", "mistral", "bamboo", "qwen2", "qwen3", "gemma3", "opt", "falcon", "nemotron"]
+Family = Literal[
+    "llama",
+    "mixtral",
+    "qwen2moe",
+    "qwen3moe",
+    "mistral",
+    "bamboo",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "opt",
+    "falcon",
+    "nemotron",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,9 @@ class TinySpec:
     rope_factors: bool = False
     linear_rope: float = 1.0
     two_norms: bool = False
+    experts: int = 0
+    experts_used: int = 2
+    shared_neurons: int = 0
     context: int = 256
     row_type: str = "F32"
     row_types: Mapping[str, str] = field(default_factory=dict)
@@ -59,11 +83,12 @@ class TinySpec:
     @property
     def architecture(self) -> str:
         """``general.architecture`` of the file."""
-        return "llama" if self.family == "mistral" else self.family
+        return "llama" if self.family in ("mistral", "mixtral") else self.family
 
     def type_of(self, kind: str) -> GGMLQuantizationType:
         """Row type of the matrices of ``kind``."""
-        return GGMLQuantizationType[self.row_types.get(kind, self.row_type)]
+        chosen = "F32" if kind == "ffn_gate_inp" else self.row_types.get(kind, self.row_type)
+        return GGMLQuantizationType[chosen]
 
 
 def _family_cases() -> dict[str, TinySpec]:
@@ -92,6 +117,14 @@ def _family_cases() -> dict[str, TinySpec]:
             family="falcon", width=80, heads=4, head_dim=20, two_norms=True, neurons=120, activation="relu"
         ),
         "falcon-one-norm": TinySpec(family="falcon", activation="gelu_erf", tied=False),
+        # With some seeds a token is nearly tied between two experts, and rounding sends it to the other one.
+        "mixtral": TinySpec(family="mixtral", experts=5, neurons=40, vocabulary="spm", seed=2),
+        "qwen2moe": TinySpec(
+            family="qwen2moe", experts=6, experts_used=3, neurons=36, shared_neurons=52, vocabulary="qwen2"
+        ),
+        "qwen3moe": TinySpec(
+            family="qwen3moe", experts=8, experts_used=3, neurons=20, head_dim=24, vocabulary="qwen2"
+        ),
         "nemotron": TinySpec(
             family="nemotron", head_dim=24, neurons=100, activation="relu2", tied=False, vocabulary="spm"
         ),
@@ -150,6 +183,12 @@ def _type_cases() -> dict[str, TinySpec]:
     )
     cases["falcon-Q8_0"] = TinySpec(
         family="falcon", row_type="Q8_0", two_norms=True, neurons=160, activation="relu"
+    )
+    cases["mixtral-Q4_0"] = TinySpec(
+        family="mixtral", row_type="Q4_0", layers=2, experts=4, neurons=64, vocabulary="spm", seed=2
+    )
+    cases["qwen2moe-Q8_0"] = TinySpec(
+        family="qwen2moe", row_type="Q8_0", experts=6, neurons=32, shared_neurons=96, vocabulary="qwen2"
     )
     cases["bamboo-Q4_1"] = TinySpec(
         family="bamboo", row_type="Q4_1", neurons=160, activation="drelu", vocabulary="spm"
@@ -218,6 +257,9 @@ def _vocabulary(kind: str) -> Vocabulary:
 def _tensors(spec: TinySpec, module: PreTrainedModel) -> Iterator[tuple[str, Weights]]:
     """Draw every parameter in file order, load it into ``module`` in its own, and yield it for the file."""
     for parameter_name, parameter in module.named_parameters():
+        if is_expert(parameter_name):
+            yield from _expert_tensors(spec, parameter_name, parameter)
+            continue
         name, kind = gguf_name(spec, parameter_name)
         rng = np.random.default_rng([spec.seed, zlib.crc32(name.encode())])
         shape = tuple(parameter.shape)
@@ -236,6 +278,27 @@ def _tensors(spec: TinySpec, module: PreTrainedModel) -> Iterator[tuple[str, Wei
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(values))
         yield name, weights
+
+
+def _expert_tensors(
+    spec: TinySpec, parameter_name: str, parameter: torch.nn.Parameter
+) -> Iterator[tuple[str, Weights]]:
+    """Stacks of matrices, of which transformers has gate and up in one, and the vector of the shared gate."""
+    parts = []
+    for name, kind in expert_names(parameter_name):
+        rng = np.random.default_rng([spec.seed, zlib.crc32(name.encode())])
+        if kind == "ffn_gate_inp_shexp":
+            weights = vector(rng.standard_normal(spec.width, dtype=np.float32) * np.float32(0.3))
+            parts.append(weights.values[None])
+        else:
+            rows, columns = (spec.width, spec.neurons) if "down" in kind else (spec.neurons, spec.width)
+            flat = random_weights(rng, (spec.experts * rows, columns), columns**-0.5, spec.type_of(kind))
+            data = flat.data.reshape(spec.experts, rows, -1)
+            weights = Weights(flat.row_type, data, flat.values.reshape(spec.experts, rows, columns))
+            parts.append(weights.values)
+        yield name, weights
+    with torch.no_grad():
+        parameter.copy_(torch.from_numpy(np.concatenate(parts, axis=-2)))
 
 
 def _random_vector(rng: np.random.Generator, length: int, *, is_bias: bool) -> NDArray[np.float32]:

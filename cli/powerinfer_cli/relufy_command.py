@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 CLASS = CorpusCommand
 HELP = """Turn a gated SiLU or GELU model into one with true zeros, so that skipping neurons becomes exact.
 
-Replaces the activation, fits every layer's FFN alone, then distils the dense model's next-token predictions
-while pressing the density down. Only FFN weights change. The result is a GGUF file that every other stage
-takes; it answers differently from the source, by as much as is printed. Interrupted work is taken up again
-by the same command. Needs torch.
+Replaces the activation, fits every layer's down projection to it, then distils the dense model's next-token
+predictions while pressing the density down. Only FFN weights change. The result is a GGUF file that every
+other stage takes; it answers differently from the source, by as much as is printed. Interrupted work is taken
+up again by the same command. Needs torch.
+
+What was learned can be kept as a small file (--save-delta), from which --delta makes the same model again,
+bit for bit, without text, training or torch.
 
 \b
 Examples:
   powerinfer relufy -m model.gguf --corpus texts/
   powerinfer relufy -m model.gguf --corpus texts/ --density 0.15 --steps 2000 --device cuda
+  powerinfer relufy -m model.gguf --corpus texts/ --save-delta model.delta.zst
+  powerinfer relufy -m model.gguf --delta model.delta.zst
 """
 
 _training = opt.in_panel("Training")
@@ -39,6 +44,14 @@ def command(
         typer.Option("--corpus", metavar="FILE...", help="Text files, JSONL files or folders of them."),
     ] = None,
     output: opt.Output = None,
+    delta: Annotated[
+        Path | None,
+        typer.Option("--delta", metavar="FILE", help="Make the model of this delta; nothing is trained."),
+    ] = None,
+    save_delta: Annotated[
+        Path | None,
+        typer.Option("--save-delta", metavar="FILE", help="Also write what was learned as a delta."),
+    ] = None,
     activation: Annotated[
         Literal["relu", "drelu"],
         typer.Option("--activation", help="relu(gate)·up, or relu(gate)·relu(up), which has more zeros."),
@@ -52,27 +65,33 @@ def command(
     steps: Annotated[
         int, _training("--steps", min=1, metavar="N", help="Steps of distillation of the whole model.")
     ] = 400,
-    layer_steps: Annotated[
-        int, _training("--layer-steps", min=0, metavar="N", help="Steps of each layer alone, before.")
-    ] = 60,
+    fit_windows: Annotated[
+        int,
+        _training(
+            "--fit-windows",
+            min=0,
+            metavar="N",
+            help="Windows of text that the down projections are fitted to before, in closed form.",
+        ),
+    ] = 32,
     batch: Annotated[int, _training("--batch", min=1, metavar="N", help="Windows in a step.")] = 4,
     window: opt.Window = 512,
     rank: Annotated[
         int,
         _training(
-            "--rank", min=0, metavar="R", help="Rank of the change of each matrix; 0 trains all of it."
+            "--rank", min=0, metavar="R", help="Rank of the changes of gate and up; 0 trains them whole."
         ),
     ] = 32,
     rate: Annotated[
-        float | None,
+        float,
         _training(
             "--learning-rate",
             min=1e-7,
             max=1.0,
             metavar="RATE",
-            help="Highest learning rate. Without it: 1e-3, and 2e-4 with --rank 0.",
+            help="Highest learning rate of low-rank changes; whole matrices take a fifth of it.",
         ),
-    ] = None,
+    ] = 1e-3,
     patience: Annotated[
         int,
         _training(
@@ -91,9 +110,14 @@ def command(
     common: opt.Common,
 ) -> None:
     """Turn a model into one with true zeros."""
+    source = find_model(model)
+    if delta is not None:
+        if corpus or save_delta:
+            raise typer.BadParameter("a delta is applied as it is: no --corpus, no --save-delta")
+        rebuild(source, delta, output, as_json=common.json)
+        return
     if not corpus:
         raise typer.BadParameter("name at least one text file, JSONL file or folder", param_hint="--corpus")
-    source = find_model(model)
     path = output_file(output, source, f".{activation}.gguf")
     from powerinfer_tools.relufication import RelufyOptions, run_relufy
 
@@ -105,18 +129,43 @@ def command(
         density=density,
         rank=rank,
         steps=steps,
-        layer_steps=layer_steps,
+        fit_windows=fit_windows,
         batch=batch,
         window=window,
-        learning_rate=rate or (1e-3 if rank else 2e-4),
+        learning_rate=rate,
         patience=patience,
         quant=quant,
         device=device,
         threads=common.threads,
         seed=seed,
         restart=restart,
+        save_delta=save_delta,
     )
     show(run_relufy(options, progress()), as_json=common.json)
+
+
+def rebuild(source: Path, delta: Path, output: Path | None, *, as_json: bool) -> None:
+    """Make the model of a delta, and show what the delta says of it."""
+    from powerinfer_tools.relufication import apply_delta
+
+    report = apply_delta(source, delta, output_file(output, source, ".relu.gguf"))
+    if as_json:
+        emit_json(report.as_dict())
+        return
+    header = report.header
+    say(f"wrote {report.output}")
+    facts = [
+        ("made by", f"{delta}: {header.activation}, FFN {header.row_type}"),
+        ("same bits as", f"SHA-256 {header.result_sha256}"),
+        ("learned from", f"{header.learned_tokens:,} tokens of distillation"),
+    ]
+    for quality in header.quality:
+        ratio = quality.perplexity / quality.dense_perplexity
+        text = (
+            f"perplexity {quality.perplexity:.2f}; dense {quality.dense_perplexity:.2f} (ratio {ratio:.3f})"
+        )
+        facts.append((quality.text, f"{text}, {1 - quality.density:.1%} zeros, {quality.tokens:,} tokens"))
+    print_facts(facts)
 
 
 def show(report: "RelufyReport", *, as_json: bool) -> None:
@@ -125,6 +174,8 @@ def show(report: "RelufyReport", *, as_json: bool) -> None:
         emit_json(report.as_dict())
         return
     say(f"wrote {report.output}")
+    if report.delta:
+        say(f"wrote {report.delta}")
     ratio = report.perplexity / report.dense_perplexity
     print_facts(
         [

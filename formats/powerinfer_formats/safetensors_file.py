@@ -28,7 +28,7 @@ from powerinfer_formats.errors import (
 )
 
 DOCUMENT_KEY = "powerinfer"
-_DTYPES: Mapping[str, str] = {"U64": "<u8", "F64": "<f8", "U32": "<u4", "F32": "<f4"}
+_DTYPES: Mapping[str, str] = {"U64": "<u8", "F64": "<f8", "U32": "<u4", "F32": "<f4", "I8": "<i1"}
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 
 
@@ -104,15 +104,20 @@ class SafetensorsReader:
 
 
 @contextmanager
-def open_safetensors(path: str | os.PathLike[str]) -> Iterator[SafetensorsReader]:
-    """Open and judge ``path``; raises ``CannotRead``, ``NotARegularFile`` or ``BadSafetensors``."""
+def open_safetensors(
+    path: str | os.PathLike[str], content: str | os.PathLike[str] | None = None
+) -> Iterator[SafetensorsReader]:
+    """Open and judge ``path``, or ``content``, what was unpacked from it (errors then name ``path``).
+
+    Raises ``CannotRead``, ``NotARegularFile`` or ``BadSafetensors``.
+    """
     from safetensors import SafetensorError, safe_open
 
     where = Path(path)
     if where.exists() and not where.is_file():
         raise NotARegularFile(where, "is not a regular file")
     try:
-        handle = safe_open(where, framework="numpy")
+        handle = safe_open(where if content is None else content, framework="numpy")
     except OSError as error:
         raise CannotRead(where, f"cannot be opened: {error.strerror or error}") from None
     except SafetensorError as error:

@@ -5,9 +5,18 @@ This module imports no torch; :func:`run_relufy` does.
 
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.progress import Progress
+from powerinfer_tools.relufication.application import DeltaReport, apply_delta
 from powerinfer_tools.relufication.options import TARGETS, Reading, RelufyOptions, RelufyReport
 
-__all__ = ["TARGETS", "Reading", "RelufyOptions", "RelufyReport", "run_relufy"]
+__all__ = [
+    "TARGETS",
+    "DeltaReport",
+    "Reading",
+    "RelufyOptions",
+    "RelufyReport",
+    "apply_delta",
+    "run_relufy",
+]
 
 
 def run_relufy(options: RelufyOptions, progress: Progress | None = None) -> RelufyReport:

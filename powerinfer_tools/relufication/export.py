@@ -1,8 +1,10 @@
 """The relufied model as a GGUF file: the source with other FFN weights and a note of its activation."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from powerinfer_formats.gguf_layout import DEFAULT_ALIGNMENT
 from powerinfer_formats.gguf_writer import GGUFWriter
@@ -10,11 +12,12 @@ from powerinfer_formats.split_layout import source_names
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model import DenseFFN, Model, Weight
-from powerinfer_tools.relufication.options import RelufyOptions
-from powerinfer_tools.relufication.student import Student
 
 #: What the trained FFN weights can be written as.
 FFN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
+Floats = npt.NDArray[np.float32]
+#: Layer, "gate", "up" or "down", and that matrix of the source to the one to write, both (rows, columns).
+Changed = Callable[[int, str, Floats], Floats]
 
 
 def ffn_type(quant: str | None, *widths: int) -> RowType:
@@ -34,15 +37,14 @@ def ffn_type(quant: str | None, *widths: int) -> RowType:
     return chosen
 
 
-def export(model: Model, student: Student, options: RelufyOptions) -> None:
-    """Write ``options.output``: all of ``model`` but the FFNs, which are the student's."""
-    row_type = ffn_type(options.quant, model.hyper.width, model.hyper.neurons)
+def export(model: Model, changed: Changed, activation: str, row_type: RowType, output: Path) -> None:
+    """Write ``output``: all of ``model`` but the FFNs, whose matrices are what ``changed`` gives."""
     matrices = {name: place for i in range(model.hyper.layers) for name, place in _places(i).items()}
     replaced = ("powerinfer.activation", "general.name", "powerinfer.relufied_from")
-    with GGUFWriter(options.output, alignment=DEFAULT_ALIGNMENT) as writer:
+    with GGUFWriter(output, alignment=DEFAULT_ALIGNMENT) as writer:
         writer.copy_metadata(model.gguf, without=replaced)
-        writer.add("general.name", f"{model.name} {options.activation}")
-        writer.add("powerinfer.activation", options.activation)
+        writer.add("general.name", f"{model.name} {activation}")
+        writer.add("powerinfer.activation", activation)
         writer.add("powerinfer.relufied_from", model.fingerprint)
         for name in model.gguf.tensors:
             info = model.gguf.info(name)
@@ -50,9 +52,18 @@ def export(model: Model, student: Student, options: RelufyOptions) -> None:
         for name in model.gguf.tensors:
             if name in matrices:
                 index, kind = matrices[name]
-                writer.write(name, quantize(_merged(model, student, index, kind), row_type))
+                values = changed(index, kind, source_matrix(model, index, kind))
+                writer.write(name, quantize(np.ascontiguousarray(values, np.float32), row_type))
             else:
                 writer.write(name, model.gguf.tensor(name))
+
+
+def source_matrix(model: Model, index: int, kind: str) -> Floats:
+    """``kind`` ("gate", "up" or "down") of layer ``index`` as it is in ``model``, (rows, columns)."""
+    ffn = model.layers[index].ffn
+    assert isinstance(ffn, DenseFFN)
+    weight: Weight = getattr(ffn, kind)
+    return dequantize(weight.data, weight.row_type, weight.rows, weight.columns)
 
 
 def _places(index: int) -> dict[str, tuple[int, str]]:
@@ -62,13 +73,3 @@ def _places(index: int) -> dict[str, tuple[int, str]]:
         kind = next(kind for kind in ("gate", "up", "down") if f"ffn_{kind}." in name)
         found[name] = (index, kind)
     return found
-
-
-def _merged(model: Model, student: Student, index: int, kind: str) -> npt.NDArray[np.float32]:
-    ffn = model.layers[index].ffn
-    assert isinstance(ffn, DenseFFN)
-    weight: Weight = getattr(ffn, kind)
-    base = torch.from_numpy(dequantize(weight.data, weight.row_type, weight.rows, weight.columns).copy())
-    trained = getattr(student.ffns[index], kind)
-    merged = trained.cpu().merged(base)
-    return np.ascontiguousarray(merged.numpy())

@@ -12,10 +12,12 @@ TARGETS = ("relu", "drelu")
 class RelufyOptions:
     """How to relufy.
 
-    ``rank`` 0 trains the FFN weights themselves, else low-rank changes of them. ``steps`` counts
-    distillation steps of ``batch`` windows of ``window`` tokens; ``layer_steps`` those of each layer alone,
-    before. ``density`` is the share of active neurons that sparsity pressure aims at. ``patience`` ends
-    the work after so many validations without a better model (0: never).
+    ``rank`` is that of the changes of gate and up; 0 trains them whole, as the down projection always is.
+    ``steps`` counts distillation steps of ``batch`` windows of ``window`` tokens; ``fit_windows`` are the
+    windows that the down projections are fitted to before (0: they are not). ``density`` is the share of
+    active neurons that sparsity pressure aims at. ``patience`` ends the work after so many validations
+    without a better model (0: never). ``save_delta`` is where what was learned is written as a delta; the
+    model is then the one that the delta makes.
     """
 
     model: Path
@@ -25,7 +27,7 @@ class RelufyOptions:
     density: float = 0.2
     rank: int = 32
     steps: int = 400
-    layer_steps: int = 60
+    fit_windows: int = 32
     batch: int = 4
     window: int = 512
     learning_rate: float = 1e-3
@@ -37,6 +39,7 @@ class RelufyOptions:
     threads: int | None = None
     seed: int = 0
     restart: bool = False
+    save_delta: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class RelufyReport:
     """What was written and how good it is on the held-out windows; ``history`` is its course."""
 
     output: str
+    delta: str | None
     activation: str
     dense_perplexity: float
     perplexity: float

@@ -1,4 +1,4 @@
-"""relufy: replace the activation, let every layer learn its own FFN again, then distil the whole model."""
+"""relufy: replace the activation, fit the down projections to it, then distil the whole model."""
 
 import hashlib
 import json
@@ -11,28 +11,36 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from powerinfer_formats.delta import Delta, DeltaHeader, DeltaQuality
 from powerinfer_formats.errors import FormatError
+from powerinfer_kernels import RowType
 from powerinfer_tools import __version__
 from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.interrupts import Interrupts, deferred_interrupts
 from powerinfer_tools.model import Model, load_model
+from powerinfer_tools.profiling.corpus import find_files
 from powerinfer_tools.progress import Progress, Silent
+from powerinfer_tools.relufication.application import addition, file_sha256
 from powerinfer_tools.relufication.checkpoint import Checkpoint
+from powerinfer_tools.relufication.compression import round_changes
 from powerinfer_tools.relufication.export import export, ffn_type
+from powerinfer_tools.relufication.fitting import fit_down_projections
 from powerinfer_tools.relufication.network import Network, Tensor
 from powerinfer_tools.relufication.options import TARGETS, Reading, RelufyOptions, RelufyReport
-from powerinfer_tools.relufication.student import PressureControl, Student, divergence
+from powerinfer_tools.relufication.student import PressureControl, Student, TrainedMatrix, divergence
 from powerinfer_tools.relufication.text import Tokens, text_windows, training_order
 
 #: Seconds between checkpoints: what a kill can cost at most.
 CHECKPOINT_SECONDS = 300.0
-#: Tokens that each layer is fitted on alone.
-LAYER_WINDOWS = 32
 #: Share of the steps over which the density is brought down; the rest recovers quality at that density.
 RAMP_SHARE = 0.5
 #: Share of the steps in which the learning rate rises; it then falls to a tenth along a cosine.
 WARM_UP_SHARE = 0.05
+#: Windows that tell how large the inputs of each column are, when a delta is rounded.
+DELTA_WINDOWS = 16
+#: Free weights learn at this share of the rate of low-rank factors, each step of which moves a weight more.
+FREE_RATE_SHARE = 0.2
 
 
 def checkpoint_path(output: Path) -> Path:
@@ -110,13 +118,14 @@ class _Run:
             if not self.dense_perplexity:
                 self.dense_perplexity = self._judge(None).perplexity
                 self.progress.note(f"dense: perplexity {self.dense_perplexity:.2f} on the held-out windows")
-            if self.layers_done < self.model.hyper.layers:
+            if self.options.fit_windows and self.layers_done < self.model.hyper.layers:
                 self._fit_layers(interrupts)
             self._distil(interrupts)
+        self._write()
         last = self.history[-1]
-        export(self.model, self.student, self.options)
         return RelufyReport(
             output=str(self.options.output),
+            delta=None if self.options.save_delta is None else str(self.options.save_delta),
             activation=self.options.activation,
             dense_perplexity=self.dense_perplexity,
             perplexity=last.perplexity,
@@ -127,44 +136,63 @@ class _Run:
             history=tuple(self.history),
         )
 
-    # --- each layer alone ----------------------------------------------------------------------------
+    # --- the result --------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """The model; where a delta is asked for, the one that it makes, judged once more."""
+        options, hyper = self.options, self.model.hyper
+        row_type = ffn_type(options.quant, hyper.width, hyper.neurons)
+        if options.save_delta is None:
+            export(self.model, self.student.matrix, options.activation, row_type, options.output)
+            return
+        order = training_order(len(self.train), min(DELTA_WINDOWS, len(self.train)), options.seed)
+        changes = round_changes(self.model, self.network, self.student, self._tokens(self.train[order]))
+        self._record()
+        changed = addition(changes)
+        export(self.model, changed, options.activation, row_type, options.output)
+        Delta(self._delta_header(row_type, file_sha256(options.output)), changes).save(options.save_delta)
+
+    def _delta_header(self, row_type: RowType, sha256: str) -> DeltaHeader:
+        last, hyper = self.history[-1], self.model.hyper
+        quality = DeltaQuality(
+            text="held-out windows of the corpus",
+            tokens=len(self.held) * (self.options.window // 2),
+            dense_perplexity=self.dense_perplexity,
+            perplexity=last.perplexity,
+            density=last.density,
+        )
+        return DeltaHeader(
+            fingerprint=self.model.fingerprint,
+            model_name=self.model.name,
+            activation=self.options.activation,  # type: ignore[arg-type]
+            row_type=row_type.name,  # type: ignore[arg-type]
+            layers=hyper.layers,
+            width=hyper.width,
+            neurons=hyper.neurons,
+            rank=self.options.rank,
+            result_sha256=sha256,
+            learned_tokens=last.tokens,
+            texts=tuple(file.name for file in find_files(self.options.corpus)),
+            quality=(quality,),
+            tool_version=__version__,
+        )
+
+    # --- the start -----------------------------------------------------------------------------------
 
     def _fit_layers(self, interrupts: Interrupts) -> None:
-        """Least squares of each FFN's output, on the dense model's own inputs."""
-        layers = self.model.hyper.layers
-        self.progress.start("fitting layers", layers, "layers")
-        order = training_order(len(self.train), min(LAYER_WINDOWS, len(self.train)), self.options.seed)
-        with torch.no_grad():
-            x = self.network.embed(self._tokens(self.train[order]))
-        for index in range(layers):
-            with torch.no_grad():
-                x = self.network.attend(index, x)
-                inputs = self.network.ffn_input(index, x)
-                outputs = self.network.dense_ffn(index, inputs)
-                x = self.network.add_ffn(index, x, outputs)
-            if index >= self.layers_done:
-                self._fit(index, inputs.flatten(0, 1), outputs.flatten(0, 1).float())
-                self.layers_done = index + 1
+        """Closed-form down projections, on the first windows of the order of training."""
+        count = min(self.options.fit_windows, len(self.train))
+        order = training_order(len(self.train), count, self.options.seed)
+        self.progress.start("fitting layers", self.model.hyper.layers, "layers")
+
+        def finished(layers: int) -> None:
+            self.layers_done = max(self.layers_done, layers)
             self.progress.advance(1)
             self._pause(interrupts)
-        self.progress.finish()
-        self.optimizer = self._adam()
 
-    def _fit(self, index: int, inputs: Tensor, outputs: Tensor) -> None:
-        ffn = self.student.ffns[index]
-        optimizer = torch.optim.AdamW(ffn.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-        generator = torch.Generator().manual_seed(self.options.seed + index)
-        variance = outputs.var()
-        for step in range(self.options.layer_steps):
-            _set_rate(
-                optimizer, _learning_rate(step, self.options.layer_steps, self.options.learning_rate * 2)
-            )
-            rows = torch.randint(len(inputs), (1024,), generator=generator)
-            out, _, _ = ffn(inputs[rows])
-            loss = functional.mse_loss(out.float(), outputs[rows]) / variance
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
+        tokens = self._tokens(self.train[order])
+        fit_down_projections(self.network, self.student, tokens, self.layers_done, finished)
+        self.progress.finish()
 
     # --- the whole model -----------------------------------------------------------------------------
 
@@ -255,7 +283,7 @@ class _Run:
         interrupts.check()
 
     def _work(self) -> str:
-        asked = replace(self.options, threads=None, restart=False, output=Path(), corpus=(), model=Path())
+        asked = replace(self.options, threads=None, restart=False, corpus=(), save_delta=None)
         windows = hashlib.sha256(self.train.tobytes()).hexdigest()
         text = json.dumps([vars(asked) | {"output": "", "model": "", "corpus": ""}, windows], default=str)
         return hashlib.sha256((text + self.model.fingerprint + __version__).encode()).hexdigest()
@@ -312,7 +340,15 @@ class _Run:
             }
 
     def _adam(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self.student.ffns.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+        """``rate_share`` of a group is its part of the learning rate."""
+        free, low_rank = [], []
+        for module in self.student.ffns.modules():
+            if isinstance(module, TrainedMatrix):
+                (low_rank if module.rank else free).extend(module.parameters())
+        groups = [{"params": low_rank, "rate_share": 1.0}, {"params": free, "rate_share": FREE_RATE_SHARE}]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0
+        )
 
     def _tokens(self, windows: Tokens) -> Tensor:
         return torch.from_numpy(windows).to(self.options.device)
@@ -320,4 +356,4 @@ class _Run:
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_share"]

@@ -3,11 +3,21 @@
 import math
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
 
 from powerinfer_tools.relufication.network import Network, Tensor, activate
+
+Floats = npt.NDArray[np.float32]
+
+
+def as_array(tensor: Tensor) -> Floats:
+    """The values of a parameter, wherever it is."""
+    array: Floats = tensor.detach().cpu().numpy()
+    return array
 
 
 class TrainedMatrix(nn.Module):
@@ -37,22 +47,32 @@ class TrainedMatrix(nn.Module):
         change = functional.linear(functional.linear(x, self.inward.to(x.dtype)), self.outward.to(x.dtype))
         return functional.linear(x, self.base) + change
 
-    def merged(self, base: Tensor) -> Tensor:
-        """The matrix as it is now, float32; ``base`` is the unrounded start of a low-rank change."""
+    def merged(self, base: Floats) -> Floats:
+        """The matrix as it is now; ``base`` is the unrounded start of a low-rank change."""
         if not self.rank:
-            return self.values.detach()
-        return base + self.outward.detach() @ self.inward.detach()
+            return as_array(self.values)
+        return base + as_array(self.outward) @ as_array(self.inward)
 
 
 class StudentFFN(nn.Module):
-    """One layer's FFN with an activation of the ReLU family."""
+    """One layer's FFN with an activation of the ReLU family.
+
+    ``rank`` is that of the changes of gate and up. The down projection is free: what its fit
+    (:mod:`.fitting`) changes has no low rank.
+    """
 
     def __init__(
         self, base: tuple[Tensor, Tensor, Tensor], activation: str, rank: int, generator: torch.Generator
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.gate, self.up, self.down = (TrainedMatrix(matrix, rank, generator) for matrix in base)
+        gate, up, down = base
+        self.gate, self.up = (TrainedMatrix(matrix, rank, generator) for matrix in (gate, up))
+        self.down = TrainedMatrix(down, 0, generator)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The neurons' outputs, before the down projection."""
+        return activate(self.activation, self.gate(x), self.up(x))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the FFN adds; the share of active neurons; the pressure, a mean of what would have to go.
@@ -91,6 +111,11 @@ class Student:
         self.pressures.append(pressure)
         result: Tensor = out
         return result
+
+    def matrix(self, index: int, kind: str, base: Floats) -> Floats:
+        """``kind`` ("gate", "up" or "down") of layer ``index`` as it is now; ``base`` is the source's."""
+        trained: TrainedMatrix = getattr(self.ffns[index], kind)
+        return trained.merged(base)
 
     @property
     def density(self) -> float:

@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch.nn import functional
 
+from powerinfer_formats.delta import Delta
+from powerinfer_formats.errors import OtherModel
 from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, CorpusError, HardwareError, ModelError
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
-from powerinfer_tools.relufication import RelufyOptions, RelufyReport, run_relufy
+from powerinfer_tools.relufication import RelufyOptions, RelufyReport, apply_delta, run_relufy
+from powerinfer_tools.relufication.fitting import RIDGE, fit_down_projections
 from powerinfer_tools.relufication.network import Network
+from powerinfer_tools.relufication.rounding import round_factors, round_matrix
 from powerinfer_tools.relufication.stage import checkpoint_path
 from powerinfer_tools.relufication.student import PressureControl, Student, TrainedMatrix, divergence
 from powerinfer_tools.relufication.text import HOLD_OUT_EVERY, text_windows, training_order
@@ -69,7 +73,7 @@ def options(model: Path, corpus: Path, output: Path, **changes: object) -> Reluf
         output=output,
         rank=4,
         steps=8,
-        layer_steps=6,
+        fit_windows=4,
         batch=2,
         window=24,
         validate_every=4,
@@ -128,7 +132,8 @@ def test_a_low_rank_change_begins_at_nothing_and_merges() -> None:
     matrix = TrainedMatrix(base, 3, generator)
     assert torch.equal(matrix(x), functional.linear(x, base))
     torch.nn.init.normal_(matrix.outward, generator=generator)
-    assert torch.allclose(matrix(x), x @ matrix.merged(base).T, atol=1e-5)
+    merged = torch.from_numpy(matrix.merged(base.numpy()))
+    assert torch.allclose(matrix(x), x @ merged.T, atol=1e-5)
     assert not torch.allclose(matrix(x), x @ base.T, atol=1e-2)
 
 
@@ -195,6 +200,82 @@ def test_the_written_model_is_the_trained_one(
     assert math.exp(float(torch.stack(losses).mean())) == pytest.approx(report.perplexity, rel=2e-3)
 
 
+def test_the_fit_is_the_least_squares_of_what_is_missing(tiny: TinyModel) -> None:
+    """With no more tokens than neurons nothing is left over but what the penalty costs; in every layer no
+    other change of a row gives a smaller penalised error (its gradient is zero)."""
+    network = Network(load_model(tiny.path), "cpu", 32, torch.float32)
+    student = Student(network, "relu", 4, 0)
+    tokens = torch.tensor([tiny.tokens(24), tiny.tokens(25)[1:]])
+    with torch.no_grad():
+        dense = network.hidden(tokens, network.dense_ffn)
+        before = (network.hidden(tokens, student) - dense).square().mean().item()
+        fit_down_projections(network, student, tokens, 0, lambda layers: None)
+        after = (network.hidden(tokens, student) - dense).square().mean().item()
+        assert after < before / 2
+        x = network.attend(0, network.embed(tokens))
+        hidden = student.ffns[0].hidden(network.ffn_input(0, x)).flatten(0, 1).double()
+        wanted = network.dense_ffn(0, network.ffn_input(0, x)).flatten(0, 1).double()
+        fitted, base = student.ffns[0].down.values.double(), network.ffn_base[0][2].double()
+        penalty = RIDGE * (hidden.T @ hidden).diagonal().mean()
+        gradient = (hidden @ fitted.T - wanted).T @ hidden + penalty * (fitted - base)
+        scale = ((hidden @ base.T - wanted).T @ hidden).abs().max()
+    assert gradient.abs().max() < 1e-3 * scale
+
+
+def test_a_fit_that_was_stopped_goes_on_alike(tiny: TinyModel) -> None:
+    network = Network(load_model(tiny.path), "cpu", 32, torch.float32)
+    tokens = torch.tensor([tiny.tokens(24)])
+    whole, broken = Student(network, "relu", 4, 0), Student(network, "relu", 4, 0)
+    fit_down_projections(network, whole, tokens, 0, lambda layers: None)
+
+    def stop(layers: int) -> None:
+        if layers == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_down_projections(network, broken, tokens, 0, stop)
+    fit_down_projections(network, broken, tokens, 2, lambda layers: None)
+    for name, values in whole.ffns.state_dict().items():
+        assert torch.equal(values, broken.ffns.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_delta_makes_the_same_file(tiny: TinyModel, corpus: Path, tmp_path: Path, rank: int) -> None:
+    """And what it was rounded to is what was judged."""
+    output, delta, again = tmp_path / "out.gguf", tmp_path / "d.zst", tmp_path / "again.gguf"
+    report = run_relufy(options(tiny.path, corpus, output, rank=rank, save_delta=delta, quant="Q8_0"))
+    assert report.delta == str(delta)
+    found = apply_delta(tiny.path, delta, again)
+    assert again.read_bytes() == output.read_bytes()
+    assert found.header.quality[0].perplexity == report.perplexity == report.history[-1].perplexity
+    assert report.perplexity == pytest.approx(report.history[-2].perplexity, rel=0.2)
+    with pytest.raises(OtherModel, match="was made for"):
+        apply_delta(again, delta, tmp_path / "no.gguf")
+    made = Delta.load(delta)
+    Delta(replace(made.header, result_sha256="0" * 64), made.changes).save(delta)
+    with pytest.raises(ConvertError, match="made other bits"):
+        apply_delta(tiny.path, delta, tmp_path / "no.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.gguf", "d.zst", "out.gguf"]
+
+
+def test_rounding_errs_as_much_as_was_allowed() -> None:
+    """A whole change: the error's share of the output is the noise asked for, up to the factor of two that
+    rounding steps to powers of two can make (a step within √2, squared)."""
+    rng = np.random.default_rng(4)
+    change = rng.normal(size=(70, 90)).astype(np.float32) * 0.01
+    sizes = np.exp(rng.normal(size=90)).astype(np.float32)
+    rounded = round_matrix(change, sizes, noise=0.05)
+    error = ((rounded.values() - change) ** 2 * sizes**2).sum()
+    assert 0.02 < error / (change**2 * sizes**2).sum() < 0.11
+    outward, inward = (rng.normal(size=shape).astype(np.float32) for shape in ((70, 5), (5, 90)))
+    inward[2] *= 1e-6
+    outward[:, 3] = 0
+    product = round_factors(outward, inward)
+    difference = product.values() - outward @ inward
+    # Two factors, each with steps of up to √2/6 of the values' root mean square.
+    assert (difference**2).mean() < 2 * 1.2 * (2 / 36 / 12) * ((outward @ inward) ** 2).mean()
+
+
 def test_the_ffn_is_written_as_asked(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:
     exact, rounded = tmp_path / "f32.gguf", tmp_path / "q8.gguf"
     run_relufy(options(tiny.path, corpus, exact, steps=1))
@@ -241,7 +322,7 @@ def test_a_checkpoint_of_other_or_damaged_work_is_not_used(
 
 
 def test_patience_ends_work_that_gains_nothing(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:
-    asked = options(tiny.path, corpus, tmp_path / "out.gguf", steps=40, learning_rate=1e-12, layer_steps=0)
+    asked = options(tiny.path, corpus, tmp_path / "out.gguf", steps=40, learning_rate=1e-12, fit_windows=0)
     report: RelufyReport = run_relufy(replace(asked, patience=2, validate_every=2, density=1.0))
     assert report.tokens < 40 * 2 * 24
 
@@ -259,6 +340,6 @@ def test_refusals(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(HardwareError, match="no CUDA device"):
             run_relufy(options(tiny.path, corpus, output, device="cuda"))
-    run_relufy(options(tiny.path, corpus, output, steps=1, layer_steps=0))
+    run_relufy(options(tiny.path, corpus, output, steps=1, fit_windows=0))
     with pytest.raises(ModelError, match="has exact zeros already"):
         run_relufy(options(output, corpus, tmp_path / "again.gguf"))

@@ -1,0 +1,204 @@
+"""What turns a model's FFNs into other ones: small integers that are added to its weights.
+
+All values are integers times powers of two, so that sums of products are exact in double precision, in
+whatever order they are added: the same delta makes the same model, bit for bit, on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from powerinfer_formats import errors
+from powerinfer_formats.atomic import write_atomic
+from powerinfer_formats.records import RecordReader, dump_json, parse_json
+from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, write_safetensors
+
+FORMAT, VERSION = "powerinfer-delta", 1
+KINDS = ("gate", "up", "down")
+#: Unpacked: a change of every FFN weight of a model of some 4 billion, a byte each.
+MAX_BYTES = 1 << 32
+#: |exponent| of a column, and the spread of a low-rank product's exponents: 14 bits of a product, at most
+#: 2^12 terms, and this spread stay within the 53 bits of a double.
+MAX_EXPONENT, MAX_SPREAD, MAX_RANK = 63, 27, 1 << 12
+_MAGIC = b"\x28\xb5\x2f\xfd"
+_LEVEL = 19
+Codes = NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class DeltaQuality:
+    """Perplexity of source and result on a text that neither training nor choice has seen; ``density`` is the
+    share of neurons that are active in the result."""
+
+    text: str
+    tokens: int
+    dense_perplexity: float
+    perplexity: float
+    density: float
+
+
+@dataclass(frozen=True)
+class DeltaHeader:
+    """What the delta belongs to and makes. ``rank`` 0: gate and up change by whole matrices, too."""
+
+    fingerprint: str
+    model_name: str
+    activation: Literal["relu", "drelu"]
+    row_type: Literal["Q8_0", "Q4_0", "F16", "BF16", "F32"]
+    layers: int
+    width: int
+    neurons: int
+    rank: int
+    result_sha256: str
+    learned_tokens: int
+    texts: tuple[str, ...]
+    quality: tuple[DeltaQuality, ...]
+    tool_version: str
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A matrix (rows, columns) of ``codes`` · 2^``exponents``, an exponent for every column."""
+
+    codes: Codes
+    exponents: Codes
+
+    def values(self) -> NDArray[np.float64]:
+        """The matrix, exact."""
+        return np.ldexp(self.codes.astype(np.float64), self.exponents.astype(np.int32))
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What is added to a matrix: ``outward`` (rows, columns), or outward · inwardᵀ with ``inward`` (columns,
+    rank)."""
+
+    outward: Scaled
+    inward: Scaled | None = None
+
+    def values(self) -> NDArray[np.float64]:
+        """The change (rows, columns), exact."""
+        outward = self.outward.values()
+        return outward if self.inward is None else outward @ self.inward.values().T
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """``changes`` holds, for every layer, the change of each of ``KINDS``."""
+
+    header: DeltaHeader
+    changes: tuple[Mapping[str, Change], ...] = field(repr=False)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read and check ``path``; raises ``FormatError``."""
+        where = Path(path)
+        with tempfile.NamedTemporaryFile() as content:
+            content.write(_unpacked(where))
+            content.flush()
+            with open_safetensors(where, content.name) as reader:
+                header = _read_header(reader, where)
+                changes = tuple(
+                    {kind: _take_change(reader, header, layer, kind) for kind in KINDS}
+                    for layer in range(header.layers)
+                )
+                reader.finish()
+        return cls(header, changes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path`` atomically."""
+        tensors = {}
+        for layer, kinds in enumerate(self.changes):
+            for kind, change in kinds.items():
+                for part, scaled in (("outward", change.outward), ("inward", change.inward)):
+                    if scaled is not None:
+                        tensors[_name(layer, kind, part)] = np.ascontiguousarray(scaled.codes)
+                        tensors[_name(layer, kind, part + "_exponent")] = scaled.exponents
+        document = dump_json({"format": FORMAT, "version": VERSION, **vars(self.header)}, indent=None)
+        with tempfile.TemporaryDirectory() as folder:
+            content = Path(folder) / "content"
+            write_safetensors(content, document, tensors)
+            packed = zstandard.ZstdCompressor(level=_LEVEL).compress(content.read_bytes())
+        with write_atomic(path) as stream:
+            stream.write(packed)
+
+    def require_model(self, fingerprint: str, name: str, file: str | os.PathLike[str]) -> None:
+        """Raise ``OtherModel``, with both names, unless this was made for that very model."""
+        if fingerprint != self.header.fingerprint:
+            raise errors.OtherModel(file, f"was made for {self.header.model_name!r}, not for {name!r}")
+
+
+def _unpacked(where: Path) -> bytes:
+    if where.exists() and not where.is_file():
+        raise errors.NotARegularFile(where, "is not a regular file")
+    try:
+        packed = where.read_bytes()
+    except OSError as error:
+        raise errors.CannotRead(where, f"cannot be read: {error.strerror or error}") from None
+    if packed[:4] != _MAGIC:
+        raise errors.BadMagic(where, "is not a delta: no zstd frame")
+    try:
+        size = zstandard.frame_content_size(packed)
+        if not 0 < size <= MAX_BYTES:
+            raise errors.BadFrame(where, f"its frame announces {size} bytes, expected 1 to {MAX_BYTES}")
+        return zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise errors.BadFrame(where, f"is not one whole zstd frame: {error}") from None
+
+
+def _read_header(reader: SafetensorsReader, where: Path) -> DeltaHeader:
+    document = parse_json(reader.document(), where)
+    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        raise errors.BadMagic(where, "does not hold a delta")
+    version = document.pop("version", None)
+    if version != VERSION:
+        raise errors.UnsupportedVersion(where, f"is of version {version}, expected {VERSION}")
+    header = RecordReader(where).read(DeltaHeader, document)
+    limits = {"layers": 4096, "width": 1 << 24, "neurons": 1 << 24}
+    for name, most in limits.items():
+        if not 1 <= getattr(header, name) <= most:
+            raise errors.BadField(where, f"{name} is {getattr(header, name)}, expected 1 to {most}")
+    if not 0 <= header.rank <= min(header.width, MAX_RANK):
+        raise errors.BadField(where, f"rank is {header.rank}, expected 0 to the width, at most {MAX_RANK}")
+    for name in ("fingerprint", "result_sha256"):
+        value = getattr(header, name)
+        if len(value) != 64 or set(value) - set("0123456789abcdef"):
+            raise errors.BadField(where, f"{name} is not 64 hexadecimal digits")
+    return header
+
+
+def _take_change(reader: SafetensorsReader, header: DeltaHeader, layer: int, kind: str) -> Change:
+    rows, columns = header.neurons, header.width
+    if kind == "down":
+        rows, columns = columns, rows
+    if kind == "down" or not header.rank:
+        return Change(_take(reader, layer, kind, "outward", (rows, columns)))
+    outward = _take(reader, layer, kind, "outward", (rows, header.rank))
+    inward = _take(reader, layer, kind, "inward", (columns, header.rank))
+    exponents = outward.exponents.astype(np.int32) + inward.exponents
+    if int(np.ptp(exponents)) > MAX_SPREAD:
+        raise errors.BadValue(
+            reader.path, f"layer {layer}, {kind}: exponents more than {MAX_SPREAD} apart; sums are not exact"
+        )
+    return Change(outward, inward)
+
+
+def _take(reader: SafetensorsReader, layer: int, kind: str, part: str, shape: tuple[int, int]) -> Scaled:
+    codes = reader.take(_name(layer, kind, part), "I8", shape)
+    exponents = reader.take(_name(layer, kind, part + "_exponent"), "I8", shape[1:])
+    if int(np.abs(exponents.astype(np.int16)).max()) > MAX_EXPONENT:
+        raise errors.BadValue(reader.path, f"layer {layer}, {kind}: an exponent is beyond ±{MAX_EXPONENT}")
+    return Scaled(codes, exponents)
+
+
+def _name(layer: int, kind: str, part: str) -> str:
+    return f"blk.{layer}.{kind}_{part}"

@@ -1,0 +1,70 @@
+"""The best down projections for new activations, in closed form: where distillation begins.
+
+Layer by layer, from the first: the student's own neurons at work on the student's own inputs, and the change
+of the down projection that brings its residual stream nearest to the dense model's (ridge regression), so
+that what the layers before got wrong is mended as well.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from powerinfer_tools.relufication.network import Network, Tensor
+from powerinfer_tools.relufication.student import Student, TrainedMatrix
+
+#: The penalty on the change, as a share of the mean square of the neurons' outputs.
+RIDGE = 0.02
+#: Windows that go through a layer at once: what bounds the memory of attention.
+_PIECE = 4
+
+
+def fit_down_projections(
+    network: Network, student: Student, tokens: Tensor, done: int, finished: Callable[[int], None]
+) -> None:
+    """Fit the down projection of every layer from number ``done`` on to ``tokens`` (windows, positions);
+    ``finished`` is called with the number of layers that are through, and may raise to stop."""
+    teacher = network.embed(tokens)
+    own = teacher.clone()
+    for index in range(network.hyper.layers):
+        with torch.no_grad():
+            hidden, wanted = _advance(network, student, index, teacher, own)
+            down = student.ffns[index].down
+            if index >= done:
+                _fit(down, hidden.flatten(0, 1), wanted.flatten(0, 1))
+            for piece in _pieces(own):
+                own[piece] = network.add_ffn(index, own[piece], down(hidden[piece]))
+        finished(index + 1)
+
+
+def _pieces(x: Tensor) -> list[slice]:
+    return [slice(first, first + _PIECE) for first in range(0, len(x), _PIECE)]
+
+
+def _advance(
+    network: Network, student: Student, index: int, teacher: Tensor, own: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take ``teacher`` through the layer and ``own`` through its attention, in place.
+
+    Returns the student's neurons (windows, positions, neurons) and what its FFN should add (windows,
+    positions, width): what is missing to the dense model's stream, or, where a norm follows the FFN, so that
+    no sum of rows reaches that, what the dense FFN gives.
+    """
+    hidden, wanted = [], []
+    for piece in _pieces(teacher):
+        x = network.attend(index, teacher[piece])
+        out = network.dense_ffn(index, network.ffn_input(index, x))
+        teacher[piece] = network.add_ffn(index, x, out)
+        own[piece] = network.attend(index, own[piece])
+        hidden.append(student.ffns[index].hidden(network.ffn_input(index, own[piece])))
+        wanted.append(teacher[piece] - own[piece] if network.post_norms[index] is None else out.float())
+    return torch.cat(hidden), torch.cat(wanted)
+
+
+def _fit(down: TrainedMatrix, hidden: Tensor, wanted: Tensor) -> None:
+    """Move ``down`` to the least squares of ``wanted`` (tokens, width) by ``hidden`` (tokens, neurons)."""
+    missing = wanted - down(hidden).float()
+    rows = hidden.float()
+    gram = rows.T @ rows
+    penalty = RIDGE * gram.diagonal().mean() + 1e-12
+    regular = gram + penalty * torch.eye(len(gram), device=gram.device)
+    down.values += torch.linalg.solve(regular, rows.T @ missing).T

@@ -1,0 +1,153 @@
+"""The delta file: what is written is read, values are exact, and every fault has its error."""
+
+import io
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from powerinfer_formats import errors
+from powerinfer_formats.delta import KINDS, Change, Delta, DeltaHeader, DeltaQuality, Scaled
+
+LAYERS, WIDTH, NEURONS = 2, 7, 11
+
+
+def scaled(rng: np.random.Generator, rows: int, columns: int) -> Scaled:
+    codes = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+    return Scaled(codes, rng.integers(-9, -4, columns).astype(np.int8))
+
+
+def make(rank: int = 3, **changes: Any) -> Delta:
+    rng = np.random.default_rng(1)
+    header = DeltaHeader(
+        fingerprint="ab" * 32,
+        model_name="tiny",
+        activation="relu",
+        row_type="Q8_0",
+        layers=LAYERS,
+        width=WIDTH,
+        neurons=NEURONS,
+        rank=rank,
+        result_sha256="cd" * 32,
+        learned_tokens=9,
+        texts=("a.txt",),
+        quality=(DeltaQuality("held-out windows", 100, 20.0, 24.0, 0.25),),
+        tool_version="0",
+    )
+
+    def change(kind: str) -> Change:
+        if kind == "down":
+            return Change(scaled(rng, WIDTH, NEURONS))
+        if not rank:
+            return Change(scaled(rng, NEURONS, WIDTH))
+        return Change(scaled(rng, NEURONS, rank), scaled(rng, WIDTH, rank))
+
+    layers = tuple({kind: change(kind) for kind in KINDS} for _ in range(LAYERS))
+    return Delta(replace(header, **changes), layers)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_what_was_written_is_read(tmp_path: Path, rank: int) -> None:
+    made = make(rank)
+    made.save(tmp_path / "d")
+    found = Delta.load(tmp_path / "d")
+    assert found.header == made.header
+    for first, second in zip(made.changes, found.changes, strict=True):
+        for kind in KINDS:
+            assert np.array_equal(first[kind].values(), second[kind].values())
+    made.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "d").read_bytes()
+
+
+def test_products_are_exact_in_any_order() -> None:
+    """A term has 14 bits and exponents are 27 apart at most, so no sum needs more bits than a double has."""
+    rng = np.random.default_rng(2)
+    outward, inward = scaled(rng, 5, 9), scaled(rng, 4, 9)
+    outward.exponents[:] = np.arange(9) * 3 - 20
+    inward.exponents[:] = 5
+    change = Change(outward, inward)
+
+    def product(row: np.ndarray, column: np.ndarray) -> Fraction:
+        return sum(
+            (Fraction(float(a)) * Fraction(float(b)) for a, b in zip(row, column, strict=True)), Fraction()
+        )
+
+    exact = [[product(row, column) for column in inward.values()] for row in outward.values()]
+    assert change.values().tolist() == [[float(value) for value in row] for row in exact]
+    assert all(Fraction(float(value)) == value for row in exact for value in row)
+
+
+@pytest.mark.parametrize(
+    ("fault", "changes"),
+    [
+        (errors.BadField, {"layers": 0}),
+        (errors.BadField, {"width": 0}),
+        (errors.BadField, {"neurons": 1 << 25}),
+        (errors.BadField, {"rank": WIDTH + 1}),
+        (errors.BadField, {"rank": -1}),
+        (errors.BadField, {"activation": "silu"}),
+        (errors.BadField, {"row_type": "Q6_K"}),
+        (errors.BadField, {"fingerprint": "AB" * 32}),
+        (errors.BadField, {"result_sha256": "ab"}),
+        (errors.WrongShape, {"neurons": NEURONS + 1}),
+        (errors.WrongShape, {"rank": 2}),
+        (errors.UnexpectedTensor, {"layers": 1}),
+        (errors.MissingTensor, {"layers": 3}),
+    ],
+)
+def test_faults_of_the_header(tmp_path: Path, fault: type[Exception], changes: dict[str, Any]) -> None:
+    made = make()
+    Delta(replace(made.header, **changes), made.changes).save(tmp_path / "d")
+    with pytest.raises(fault):
+        Delta.load(tmp_path / "d")
+
+
+def test_exponents_that_would_round(tmp_path: Path) -> None:
+    made = make()
+    made.changes[1]["up"].outward.exponents[:] = (-30, -1, -1)
+    made.save(tmp_path / "d")
+    with pytest.raises(errors.BadValue, match="layer 1, up: exponents more than 27 apart"):
+        Delta.load(tmp_path / "d")
+    made = make()
+    made.changes[0]["down"].outward.exponents[4] = -64
+    made.save(tmp_path / "d")
+    with pytest.raises(errors.BadValue, match="layer 0, down: an exponent is beyond"):
+        Delta.load(tmp_path / "d")
+
+
+def test_faults_of_the_frame(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    make().save(path)
+    whole = path.read_bytes()
+    unpacked = zstandard.ZstdDecompressor().decompress(whole)
+    unsized = io.BytesIO()
+    with zstandard.ZstdCompressor().stream_writer(unsized, closefd=False) as stream:
+        stream.write(unpacked)
+    cases = [
+        (errors.BadMagic, unpacked),
+        (errors.BadFrame, whole + b"x"),
+        (errors.BadFrame, unsized.getvalue()),
+        (errors.BadSafetensors, zstandard.compress(unpacked[:-1])),
+        (errors.BadSafetensors, zstandard.compress(b"hello")),
+        (errors.BadMagic, b""),
+        *((errors.BadFrame, whole[:cut]) for cut in (4, 5, len(whole) // 2, len(whole) - 1)),
+    ]
+    for fault, data in cases:
+        path.write_bytes(data)
+        with pytest.raises(fault, match="d: "):
+            Delta.load(path)
+    with pytest.raises(errors.NotARegularFile):
+        Delta.load(tmp_path)
+    with pytest.raises(errors.CannotRead):
+        Delta.load(tmp_path / "none")
+
+
+def test_another_model(tmp_path: Path) -> None:
+    made = make()
+    made.require_model("ab" * 32, "x", "d")
+    with pytest.raises(errors.OtherModel, match=r"'tiny'.*'other'"):
+        made.require_model("00" * 32, "other", "d")

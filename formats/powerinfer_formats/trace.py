@@ -86,6 +86,13 @@ def write_trace(path: str | os.PathLike[str], header: TraceHeader, frames: Itera
         stream.write(struct.pack("<II", _TABLE_MAGIC, len(table) + len(footer)) + table + footer)
 
 
+def is_seekable(path: str | os.PathLike[str]) -> bool:
+    """Whether the file ends as a trace does, with a table of frames."""
+    with Path(path).open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4))
+        return stream.read() == struct.pack("<I", _END_MAGIC)
+
+
 class TraceFile:
     """An open trace; a context manager. :meth:`read` hands out the records of one layer."""
 

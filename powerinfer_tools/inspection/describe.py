@@ -10,6 +10,7 @@ import numpy as np
 
 from powerinfer_formats import predictors
 from powerinfer_formats.block_types import type_name
+from powerinfer_formats.delta import Delta
 from powerinfer_formats.gguf_reader import GGUFFile, StringArray
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
@@ -17,7 +18,7 @@ from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import parse_json, to_plain
 from powerinfer_formats.safetensors_file import open_safetensors
 from powerinfer_formats.split import SplitFile, is_split
-from powerinfer_formats.trace import TraceFile
+from powerinfer_formats.trace import TraceFile, is_seekable
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspection.curve import summarize_profile
 
@@ -41,8 +42,8 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class Description:
-    """``kind``: "model", "split file", "profile", "trace", "predictors", "plan",
-    "hardware profile"; ``facts``: JSON values."""
+    """``kind``: "model", "split file", "profile", "trace", "predictors", "delta",
+    "plan", "hardware profile"; ``facts``: JSON values."""
 
     kind: str
     facts: dict[str, Any]
@@ -63,12 +64,12 @@ def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
     if start[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         return _describe_safetensors
     if start[:4] == b"\x28\xb5\x2f\xfd":  # a zstd frame
-        return _describe_trace
+        return _describe_trace if is_seekable(path) else _describe_delta
     if start.lstrip()[:1] == b"{":
         return _describe_plan
     if start.lstrip()[:6] == b"format":
         return _describe_hardware
-    raise UnknownFile(f"{path} is no GGUF file, profile, trace, predictors, plan or hardware profile")
+    raise UnknownFile(f"{path} is no GGUF file, profile, trace, predictors, delta, plan or hardware profile")
 
 
 def _describe_gguf(path: Path) -> Description:
@@ -153,6 +154,10 @@ def _describe_trace(path: Path) -> Description:
         header = trace.header
     facts = to_plain(header) | {"records": header.records, "chunks": len(header.chunks)}
     return Description("trace", facts | {"record_bytes": header.record_bytes})
+
+
+def _describe_delta(path: Path) -> Description:
+    return Description("delta", to_plain(Delta.load(path).header))
 
 
 def _describe_profile(path: Path) -> Description:

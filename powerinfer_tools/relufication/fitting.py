@@ -51,11 +51,11 @@ def _advance(
     """
     hidden, wanted = [], []
     for piece in _pieces(teacher):
-        x = network.attend(index, teacher[piece])
-        out = network.dense_ffn(index, network.ffn_input(index, x))
-        teacher[piece] = network.add_ffn(index, x, out)
-        own[piece] = network.attend(index, own[piece])
-        hidden.append(student.ffns[index].hidden(network.ffn_input(index, own[piece])))
+        read, teacher[piece] = network.through_attention(index, teacher[piece])
+        out = network.dense_ffn(index, read)
+        teacher[piece] = network.add_ffn(index, teacher[piece], out)
+        read, own[piece] = network.through_attention(index, own[piece])
+        hidden.append(student.ffns[index].hidden(read))
         wanted.append(teacher[piece] - own[piece] if network.post_norms[index] is None else out.float())
     return torch.cat(hidden), torch.cat(wanted)
 

@@ -90,13 +90,17 @@ class Network:
         norm = self.post_norms[index]
         return x + (out.float() if norm is None else norm(out.float()))
 
+    def through_attention(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What layer ``index``'s FFN reads, and the residual stream after its attention."""
+        attended = self.attend(index, x)
+        return self.ffn_input(index, x if self.parallel else attended), attended
+
     def hidden(self, tokens: Tensor, ffn: FFN) -> Tensor:
         """The input of the head, (windows, positions, width), for token ids (windows, positions)."""
         x = self.embed(tokens)
         for index in range(self.hyper.layers):
-            attended = self.attend(index, x)
-            read = self.ffn_input(index, x if self.parallel else attended)
-            x = self.add_ffn(index, attended, ffn(index, read))
+            read, x = self.through_attention(index, x)
+            x = self.add_ffn(index, x, ffn(index, read))
         return self.output_norm(x).to(self.precision)
 
     @property

@@ -8,6 +8,7 @@ import pytest
 
 from powerinfer_formats import split_layout
 from powerinfer_formats.block_types import BLOCK_SHAPES, type_name
+from powerinfer_formats.delta import DeltaHeader, DeltaQuality
 from powerinfer_formats.hardware import CpuInfo, GpuInfo, LinkInfo, MachineInfo
 from powerinfer_formats.plan import LayerPlan, Plan
 from powerinfer_formats.profile_document import ProfileDocument
@@ -33,7 +34,7 @@ def test_every_key_of_a_split_file(spec: str) -> None:
 
 @pytest.mark.parametrize(
     "record",
-    [Plan, LayerPlan, ProfileDocument, MachineInfo, CpuInfo, GpuInfo, LinkInfo],
+    [Plan, LayerPlan, ProfileDocument, MachineInfo, CpuInfo, GpuInfo, LinkInfo, DeltaHeader, DeltaQuality],
     ids=lambda c: c.__name__,
 )
 def test_every_field(spec: str, record: type) -> None:

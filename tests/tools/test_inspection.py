@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from powerinfer_formats.delta import Change, Delta, DeltaHeader, Scaled
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.predictors import LowRank, PredictorInfo, Predictors, PredictorsHeader, Quality
 from powerinfer_formats.profile import Corpus, LayerSums, Profile
@@ -165,3 +166,15 @@ def test_a_trace_and_predictors_are_recognised(tmp_path: Path) -> None:
     described = describe(predictors)
     assert described.kind == "predictors"
     assert described.facts["layers"] == [to_plain(info)]
+
+
+def test_a_delta_is_recognised(tmp_path: Path) -> None:
+    def scaled(rows: int, columns: int) -> Scaled:
+        return Scaled(np.ones((rows, columns), np.int8), np.zeros(columns, np.int8))
+
+    header = DeltaHeader("ab" * 32, "tiny", "relu", "Q8_0", 1, 4, 9, 0, "cd" * 32, 5, ("a",), (), "0")
+    whole = {"gate": Change(scaled(9, 4)), "up": Change(scaled(9, 4)), "down": Change(scaled(4, 9))}
+    Delta(header, (whole,)).save(tmp_path / "a")
+    described = describe(tmp_path / "a")
+    assert described.kind == "delta"
+    assert described.facts["result_sha256"] == "cd" * 32

@@ -11,7 +11,7 @@ import numpy as np
 from powerinfer_formats.delta import Change, Delta, DeltaHeader
 from powerinfer_formats.errors import OtherModel
 from powerinfer_kernels import RowType
-from powerinfer_tools.errors import ConvertError
+from powerinfer_tools.errors import ConvertError, ModelError
 from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.relufication.export import Changed, Floats, export
 
@@ -70,6 +70,8 @@ def file_sha256(path: Path) -> str:
 
 
 def _require(model: Model, delta: Delta, path: Path) -> None:
+    if model.split is not None:
+        raise ModelError(f"{model.path} is a split file; start from the source model")
     delta.require_model(model.fingerprint, model.name, path)
     hyper, header = model.hyper, delta.header
     if (hyper.layers, hyper.width, hyper.neurons) != (header.layers, header.width, header.neurons):

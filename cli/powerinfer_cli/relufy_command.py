@@ -53,9 +53,18 @@ def command(
         typer.Option("--save-delta", metavar="FILE", help="Also write what was learned as a delta."),
     ] = None,
     activation: Annotated[
-        Literal["relu", "drelu"],
-        typer.Option("--activation", help="relu(gate)·up, or relu(gate)·relu(up), which has more zeros."),
+        Literal["relu", "drelu", "fatrelu"],
+        typer.Option(
+            "--activation",
+            help="relu(gate)·up; with more zeros: relu(gate)·relu(up), or gate·up of gates above --cut.",
+        ),
     ] = "relu",
+    cut: Annotated[
+        float | None,
+        typer.Option(
+            "--cut", min=0.0, metavar="X", help="What a gate must be above: fatrelu.  [default: 0.25]"
+        ),
+    ] = None,
     density: Annotated[
         float,
         typer.Option(
@@ -126,6 +135,7 @@ def command(
         corpus=tuple(corpus),
         output=path,
         activation=activation,
+        cut=_cut(activation, cut),
         density=density,
         rank=rank,
         steps=steps,
@@ -144,6 +154,15 @@ def command(
     show(run_relufy(options, progress()), as_json=common.json)
 
 
+def _cut(activation: str, cut: float | None) -> float:
+    """The cut asked for, else that of the activation."""
+    if activation == "fatrelu":
+        return 0.25 if cut is None else cut
+    if cut is not None:
+        raise typer.BadParameter("only --activation fatrelu has a cut", param_hint="--cut")
+    return 0.0
+
+
 def rebuild(source: Path, delta: Path, output: Path | None, *, as_json: bool) -> None:
     """Make the model of a delta, and show what the delta says of it."""
     from powerinfer_tools.relufication import apply_delta
@@ -155,7 +174,7 @@ def rebuild(source: Path, delta: Path, output: Path | None, *, as_json: bool) ->
     header = report.header
     say(f"wrote {report.output}")
     facts = [
-        ("made by", f"{delta}: {header.activation}, FFN {header.row_type}"),
+        ("made by", f"{delta}: {header.activation} (above {header.cut:g}), FFN {header.row_type}"),
         ("same bits as", f"SHA-256 {header.result_sha256}"),
         ("learned from", f"{header.learned_tokens:,} tokens of distillation"),
     ]

@@ -48,11 +48,15 @@ class DeltaQuality:
 
 @dataclass(frozen=True)
 class DeltaHeader:
-    """What the delta belongs to and makes. ``rank`` 0: gate and up change by whole matrices, too."""
+    """What the delta belongs to and makes.
+
+    ``cut`` is what a gate must be above with fatrelu. With ``rank`` 0 gate and up change by whole matrices.
+    """
 
     fingerprint: str
     model_name: str
-    activation: Literal["relu", "drelu"]
+    activation: Literal["relu", "drelu", "fatrelu"]
+    cut: float
     row_type: Literal["Q8_0", "Q4_0", "F16", "BF16", "F32"]
     layers: int
     width: int
@@ -169,6 +173,8 @@ def _read_header(reader: SafetensorsReader, where: Path) -> DeltaHeader:
             raise errors.BadField(where, f"{name} is {getattr(header, name)}, expected 1 to {most}")
     if not 0 <= header.rank <= min(header.width, MAX_RANK):
         raise errors.BadField(where, f"rank is {header.rank}, expected 0 to the width, at most {MAX_RANK}")
+    if not 0 <= header.cut < 1e6 or (header.cut and header.activation != "fatrelu"):
+        raise errors.BadField(where, f"cut is {header.cut}, expected 0 to 1e6, and 0 without fatrelu")
     for name in ("fingerprint", "result_sha256"):
         value = getattr(header, name)
         if len(value) != 64 or set(value) - set("0123456789abcdef"):

@@ -43,7 +43,7 @@ def apply_delta(source: Path, path: Path, output: Path) -> DeltaReport:
         unchecked = output.with_name(f".{output.name}.unchecked")
         try:
             row_type = RowType[header.row_type]
-            export(model, addition(delta.changes), header.activation, row_type, unchecked)
+            export(model, addition(delta.changes), (header.activation, header.cut), row_type, unchecked)
             if file_sha256(unchecked) != header.result_sha256:
                 raise ConvertError(f"{path} made other bits than it was to make, so {output} was not written")
             unchecked.replace(output)

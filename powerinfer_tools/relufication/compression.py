@@ -23,7 +23,7 @@ def round_changes(
     for index in range(model.hyper.layers):
         layer = {}
         for kind in KINDS:
-            matrix: TrainedMatrix = getattr(student.ffns[index], kind)
+            matrix: TrainedMatrix = getattr(student.ffn(index), kind)
             base = source_matrix(model, index, kind)
             size = sizes[index][1 if kind == "down" else 0]
             layer[kind] = _rounded(matrix, base, size)
@@ -53,17 +53,17 @@ def _input_sizes(network: Network, student: Student, tokens: Tensor) -> list[tup
     squares: list[list[tuple[Tensor, Tensor]]] = [[] for _ in student.ffns]
 
     def ffn(index: int, x: Tensor) -> Tensor:
-        hidden = student.ffns[index].hidden(x)
+        hidden = student.ffn(index).hidden(x)
         squares[index].append((_mean_square(x), _mean_square(hidden)))
-        out: Tensor = student.ffns[index].down(hidden)
-        return out
+        return student.ffn(index).down.forward(hidden)
 
     for window in tokens:
         network.hidden(window[None], ffn)
-    return [
-        tuple(as_array(torch.stack(side).mean(dim=0).sqrt()) for side in zip(*seen, strict=True))
-        for seen in squares
-    ]  # type: ignore[misc]
+    return [(_root([x for x, _ in seen]), _root([hidden for _, hidden in seen])) for seen in squares]
+
+
+def _root(squares: list[Tensor]) -> Floats:
+    return as_array(torch.stack(squares).mean(dim=0).sqrt())
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.gguf_layout import DEFAULT_ALIGNMENT
+from powerinfer_formats.gguf_layout import DEFAULT_ALIGNMENT, ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.split_layout import source_names
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
@@ -15,6 +15,13 @@ from powerinfer_tools.model import DenseFFN, Model, Weight
 
 #: What the trained FFN weights can be written as.
 FFN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
+#: Metadata that say something else of the result than of the source.
+REPLACED_KEYS = (
+    "general.name",
+    "powerinfer.activation",
+    "powerinfer.activation_threshold",
+    "powerinfer.relufied_from",
+)
 Floats = npt.NDArray[np.float32]
 #: Layer, "gate", "up" or "down", and that matrix of the source to the one to write, both (rows, columns).
 Changed = Callable[[int, str, Floats], Floats]
@@ -37,14 +44,21 @@ def ffn_type(quant: str | None, *widths: int) -> RowType:
     return chosen
 
 
-def export(model: Model, changed: Changed, activation: str, row_type: RowType, output: Path) -> None:
-    """Write ``output``: all of ``model`` but the FFNs, whose matrices are what ``changed`` gives."""
+def export(
+    model: Model, changed: Changed, target: tuple[str, float], row_type: RowType, output: Path
+) -> None:
+    """Write ``output``: all of ``model`` but the FFNs, whose matrices are what ``changed`` gives.
+
+    ``target`` is their activation, and the cut of fatrelu.
+    """
+    activation, cut = target
     matrices = {name: place for i in range(model.hyper.layers) for name, place in _places(i).items()}
-    replaced = ("powerinfer.activation", "general.name", "powerinfer.relufied_from")
     with GGUFWriter(output, alignment=DEFAULT_ALIGNMENT) as writer:
-        writer.copy_metadata(model.gguf, without=replaced)
+        writer.copy_metadata(model.gguf, without=REPLACED_KEYS)
         writer.add("general.name", f"{model.name} {activation}")
         writer.add("powerinfer.activation", activation)
+        if activation == "fatrelu":
+            writer.add("powerinfer.activation_threshold", cut, ValueType.FLOAT32)
         writer.add("powerinfer.relufied_from", model.fingerprint)
         for name in model.gguf.tensors:
             info = model.gguf.info(name)

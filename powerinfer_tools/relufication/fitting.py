@@ -28,11 +28,11 @@ def fit_down_projections(
     for index in range(network.hyper.layers):
         with torch.no_grad():
             hidden, wanted = _advance(network, student, index, teacher, own)
-            down = student.ffns[index].down
+            down = student.ffn(index).down
             if index >= done:
                 _fit(down, hidden.flatten(0, 1), wanted.flatten(0, 1))
             for piece in _pieces(own):
-                own[piece] = network.add_ffn(index, own[piece], down(hidden[piece]))
+                own[piece] = network.add_ffn(index, own[piece], down.forward(hidden[piece]))
         finished(index + 1)
 
 
@@ -55,16 +55,16 @@ def _advance(
         out = network.dense_ffn(index, read)
         teacher[piece] = network.add_ffn(index, teacher[piece], out)
         read, own[piece] = network.through_attention(index, own[piece])
-        hidden.append(student.ffns[index].hidden(read))
+        hidden.append(student.ffn(index).hidden(read))
         wanted.append(teacher[piece] - own[piece] if network.post_norms[index] is None else out.float())
     return torch.cat(hidden), torch.cat(wanted)
 
 
 def _fit(down: TrainedMatrix, hidden: Tensor, wanted: Tensor) -> None:
     """Move ``down`` to the least squares of ``wanted`` (tokens, width) by ``hidden`` (tokens, neurons)."""
-    missing = wanted - down(hidden).float()
+    missing = wanted - down.forward(hidden).float()
     rows = hidden.float()
     gram = rows.T @ rows
     penalty = RIDGE * gram.diagonal().mean() + 1e-12
     regular = gram + penalty * torch.eye(len(gram), device=gram.device)
-    down.values += torch.linalg.solve(regular, rows.T @ missing).T
+    down.values.add_(torch.linalg.solve(regular, rows.T @ missing).T)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: Values of ``activation``: act(gate)·up with relu; drelu also cuts up (TurboSparse, arXiv 2406.05955).
-TARGETS = ("relu", "drelu")
+#: Values of ``activation``: act(gate)·up with relu; drelu also cuts up (TurboSparse, arXiv 2406.05955);
+#: fatrelu takes gates above ``cut`` alone (ProSparse, arXiv 2402.13516).
+TARGETS = ("relu", "drelu", "fatrelu")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class RelufyOptions:
     corpus: tuple[Path, ...]
     output: Path
     activation: str = "relu"
+    cut: float = 0.0
     density: float = 0.2
     rank: int = 32
     steps: int = 400
@@ -40,6 +42,11 @@ class RelufyOptions:
     seed: int = 0
     restart: bool = False
     save_delta: Path | None = None
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """The activation, and what a gate must be above with fatrelu."""
+        return self.activation, self.cut
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def _component_steps(factor: Floats) -> npt.NDArray[np.float64]:
     """Steps of the columns of ``factor``; those of weak ones stay within 2^-10 of the strongest's, so that
     the exponents of a product are as near together as a delta needs them."""
     rms = np.sqrt(np.mean(np.square(factor, dtype=np.float64), axis=0))
-    return np.maximum(rms, rms.max() / 1024) / FACTOR_STEPS
+    steps: npt.NDArray[np.float64] = np.maximum(rms, rms.max() / 1024) / FACTOR_STEPS
+    return steps
 
 
 def _scaled(values: Floats, steps: npt.NDArray[np.float64]) -> Scaled:

@@ -73,6 +73,10 @@ def _check(options: RelufyOptions, model: Model) -> None:
     ffn_type(options.quant, model.hyper.width, model.hyper.neurons)
     if options.activation not in TARGETS:
         raise ModelError(f"activation {options.activation!r} is not one of {', '.join(TARGETS)}")
+    if options.cut < 0 or (options.cut and options.activation != "fatrelu"):
+        raise ModelError(
+            f"a cut of {options.cut} does not go with {options.activation}: fatrelu alone has one"
+        )
     if options.window > model.hyper.trained_context:
         raise ModelError(
             f"--ctx {options.window} is more than the context of {model.path}, {model.hyper.trained_context}"
@@ -103,7 +107,7 @@ class _Run:
         self.train, held = text_windows(model, options.corpus, options.window, progress)
         self.held = held[:: max(1, len(held) // options.validation_windows)][: options.validation_windows]
         self.network = Network(model, options.device, options.window, _precision(options.device))
-        self.student = Student(self.network, options.activation, options.rank, options.seed)
+        self.student = Student(self.network, options.activation, options.rank, options.seed, options.cut)
         self.optimizer = self._adam()
         self.control = PressureControl(options.density, int(options.steps * RAMP_SHARE))
         self.layers_done, self.step, self.seconds = 0, 0, 0.0
@@ -143,13 +147,13 @@ class _Run:
         options, hyper = self.options, self.model.hyper
         row_type = ffn_type(options.quant, hyper.width, hyper.neurons)
         if options.save_delta is None:
-            export(self.model, self.student.matrix, options.activation, row_type, options.output)
+            export(self.model, self.student.matrix, options.target, row_type, options.output)
             return
         order = training_order(len(self.train), min(DELTA_WINDOWS, len(self.train)), options.seed)
         changes = round_changes(self.model, self.network, self.student, self._tokens(self.train[order]))
         self._record()
         changed = addition(changes)
-        export(self.model, changed, options.activation, row_type, options.output)
+        export(self.model, changed, options.target, row_type, options.output)
         Delta(self._delta_header(row_type, file_sha256(options.output)), changes).save(options.save_delta)
 
     def _delta_header(self, row_type: RowType, sha256: str) -> DeltaHeader:
@@ -165,6 +169,7 @@ class _Run:
             fingerprint=self.model.fingerprint,
             model_name=self.model.name,
             activation=self.options.activation,  # type: ignore[arg-type]
+            cut=self.options.cut,
             row_type=row_type.name,  # type: ignore[arg-type]
             layers=hyper.layers,
             width=hyper.width,
@@ -341,7 +346,8 @@ class _Run:
 
     def _adam(self) -> torch.optim.AdamW:
         """``rate_share`` of a group is its part of the learning rate."""
-        free, low_rank = [], []
+        free: list[torch.nn.Parameter] = []
+        low_rank: list[torch.nn.Parameter] = []
         for module in self.student.ffns.modules():
             if isinstance(module, TrainedMatrix):
                 (low_rank if module.rank else free).extend(module.parameters())

@@ -62,17 +62,21 @@ class StudentFFN(nn.Module):
     """
 
     def __init__(
-        self, base: tuple[Tensor, Tensor, Tensor], activation: str, rank: int, generator: torch.Generator
+        self,
+        base: tuple[Tensor, Tensor, Tensor],
+        activation: tuple[str, float],
+        rank: int,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.cut = activation
         gate, up, down = base
         self.gate, self.up = (TrainedMatrix(matrix, rank, generator) for matrix in (gate, up))
         self.down = TrainedMatrix(down, 0, generator)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The neurons' outputs, before the down projection."""
-        return activate(self.activation, self.gate(x), self.up(x))
+        return activate(self.activation, self.gate(x), self.up(x), self.cut)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the FFN adds; the share of active neurons; the pressure, a mean of what would have to go.
@@ -81,7 +85,7 @@ class StudentFFN(nn.Module):
         scaling gate down and up up.
         """
         gate, up = self.gate(x), self.up(x)
-        hidden = activate(self.activation, gate, up)
+        hidden = activate(self.activation, gate, up, self.cut)
         pressed = gate if self.activation != "drelu" else torch.minimum(gate, up)
         positive = functional.relu(pressed.float())
         scale = gate.detach().float().square().mean().sqrt() + 1e-12
@@ -92,10 +96,10 @@ class StudentFFN(nn.Module):
 class Student:
     """The trained FFNs of a network, and what they showed during the last pass."""
 
-    def __init__(self, network: Network, activation: str, rank: int, seed: int) -> None:
+    def __init__(self, network: Network, activation: str, rank: int, seed: int, cut: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.ffns = nn.ModuleList(
-            StudentFFN(base, activation, rank, generator) for base in network.gated_base
+            StudentFFN(base, (activation, cut), rank, generator) for base in network.gated_base
         )
         self.begin()
 
@@ -103,6 +107,12 @@ class Student:
         """Forget the last pass."""
         self.densities: list[Tensor] = []
         self.pressures: list[Tensor] = []
+
+    def ffn(self, index: int) -> StudentFFN:
+        """The FFN of layer ``index``."""
+        found = self.ffns[index]
+        assert isinstance(found, StudentFFN)
+        return found
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
         """Layer ``index``'s FFN, as :data:`~powerinfer_tools.relufication.network.FFN`."""
@@ -114,7 +124,7 @@ class Student:
 
     def matrix(self, index: int, kind: str, base: Floats) -> Floats:
         """``kind`` ("gate", "up" or "down") of layer ``index`` as it is now; ``base`` is the source's."""
-        trained: TrainedMatrix = getattr(self.ffns[index], kind)
+        trained: TrainedMatrix = getattr(self.ffn(index), kind)
         return trained.merged(base)
 
     @property

@@ -173,19 +173,21 @@ def test_held_out_windows_are_not_trained_on(tiny: TinyModel, corpus: Path) -> N
     assert not np.array_equal(order[: len(train)], order[len(train) : 2 * len(train)])
 
 
-@pytest.mark.parametrize("activation", ["relu", "drelu"])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("activation", "rank", "cut"), [("relu", 0, 0.0), ("drelu", 4, 0.0), ("fatrelu", 4, 0.01)]
+)
 def test_the_written_model_is_the_trained_one(
-    tiny: TinyModel, corpus: Path, tmp_path: Path, activation: str, rank: int
+    tiny: TinyModel, corpus: Path, tmp_path: Path, activation: str, rank: int, cut: float
 ) -> None:
     """What training measured on the held-out windows, the engine measures on the file, to float32 rounding;
     everything but the FFN has its bits."""
     output = tmp_path / "out.gguf"
-    report = run_relufy(options(tiny.path, corpus, output, activation=activation, rank=rank))
+    report = run_relufy(options(tiny.path, corpus, output, activation=activation, rank=rank, cut=cut))
     assert report.history[-1].kl < report.history[0].kl
     source, model = load_model(tiny.path), load_model(output)
     assert model.exact_zeros
     assert model.hyper.activation == activation
+    assert model.hyper.activation_cut == pytest.approx(cut)
     assert model.fingerprint != source.fingerprint
     for name in source.gguf.tensors:
         same = bytes(source.gguf.tensor(name)) == bytes(model.gguf.tensor(name))
@@ -243,7 +245,8 @@ def test_a_fit_that_was_stopped_goes_on_alike(tiny: TinyModel) -> None:
 def test_a_delta_makes_the_same_file(tiny: TinyModel, corpus: Path, tmp_path: Path, rank: int) -> None:
     """And what it was rounded to is what was judged."""
     output, delta, again = tmp_path / "out.gguf", tmp_path / "d.zst", tmp_path / "again.gguf"
-    report = run_relufy(options(tiny.path, corpus, output, rank=rank, save_delta=delta, quant="Q8_0"))
+    asked = options(tiny.path, corpus, output, rank=rank, save_delta=delta, steps=2, validate_every=2)
+    report = run_relufy(replace(asked, quant="Q8_0", activation="fatrelu", cut=0.01))
     assert report.delta == str(delta)
     found = apply_delta(tiny.path, delta, again)
     assert again.read_bytes() == output.read_bytes()
@@ -340,6 +343,8 @@ def test_refusals(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(HardwareError, match="no CUDA device"):
             run_relufy(options(tiny.path, corpus, output, device="cuda"))
+    with pytest.raises(ModelError, match="fatrelu alone has one"):
+        run_relufy(options(tiny.path, corpus, output, cut=0.1))
     run_relufy(options(tiny.path, corpus, output, steps=1, fit_windows=0))
     with pytest.raises(ModelError, match="has exact zeros already"):
         run_relufy(options(output, corpus, tmp_path / "again.gguf"))

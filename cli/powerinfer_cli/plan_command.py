@@ -7,7 +7,16 @@ import typer
 
 from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit, emit_json, say
-from powerinfer_cli.files import PLAN_SUFFIX, PROFILE_SUFFIX, InputMissing, beside, find_model, output_file
+from powerinfer_cli.files import (
+    PLAN_SUFFIX,
+    PREDICTORS_SUFFIX,
+    PROFILE_SUFFIX,
+    InputMissing,
+    beside,
+    find_model,
+    optional_input,
+    output_file,
+)
 
 if TYPE_CHECKING:
     from powerinfer_formats.plan import Plan
@@ -15,13 +24,15 @@ if TYPE_CHECKING:
 HELP = """Decide which neurons are hot (on the accelerator) and which are cold (on the CPU), within budgets.
 
 Writes NAME.plan.json and prints what is where, the speed to expect and what limits it. Takes the model's
-profile from beside the model. With --shape, no model is needed: a plan for a model and a machine that are not
-here.
+profile and, if there are any, predictors from beside the model. Modes are exact unless --max-ppl-increase
+allows predictors a measured loss. With --shape, no model is needed: a plan for a model and a machine that are
+not here.
 
 \b
 Examples:
   powerinfer plan -m model.gguf --vram 40MiB
   powerinfer plan -m model.gguf --vram 8GiB --ctx 8192 --hardware pc-high
+  powerinfer plan -m model.relu.gguf --max-ppl-increase 0.02
   powerinfer plan --shape relu-llama-2-70b --vram 22GiB --hardware pc-high
   powerinfer plan --list
 """
@@ -41,6 +52,27 @@ def command(
         Path | None,
         typer.Option("--profile", metavar="FILE", help="Profile. Without it: the one beside the model."),
     ] = None,
+    predictors: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictors",
+            metavar="FILE",
+            help="Predictors. Without it: those beside the model, if there are any.",
+        ),
+    ] = None,
+    no_predictors: Annotated[
+        bool, typer.Option("--no-predictors", help="Plan without predictors, even if there are any.")
+    ] = False,
+    max_ppl_increase: Annotated[
+        float,
+        typer.Option(
+            "--max-ppl-increase",
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="By how much predictors may raise the perplexity: 0.01 is 1 %. 0: exact modes only.",
+        ),
+    ] = 0.0,
     output: opt.Output = None,
     vram: Annotated[int | None, opt.size_option("--vram", "Memory of the accelerator to use.")] = None,
     ram: Annotated[int | None, opt.size_option("--ram", "Memory of the machine to use.")] = None,
@@ -54,6 +86,9 @@ def command(
             help="Context to reserve memory for, in tokens. Without it: the model's, up to 4096.",
         ),
     ] = None,
+    kv_type: Annotated[
+        opt.KVType, typer.Option("--kv-type", help="KV cache to reserve memory for, as run's --kv-type.")
+    ] = "f16",
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +118,10 @@ def command(
     source = None if shape is not None else find_model(model)
     path = output if source is None else output_file(output, source, PLAN_SUFFIX)
     measured = find_profile(profile, source)
+    if no_predictors and predictors is not None:
+        raise typer.BadParameter("choose one of --predictors and --no-predictors", param_hint="--predictors")
+    if source is not None and not no_predictors:
+        predictors = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
     from powerinfer_tools.planning import PlanRequest, make_plan
 
     plan = make_plan(
@@ -91,10 +130,14 @@ def command(
             shape=shape,
             dtype=dtype,
             profile=measured,
+            predictors=predictors,
+            no_predictors=no_predictors,
+            max_ppl_increase=max_ppl_increase,
             hardware=hardware,
             vram_bytes=vram,
             ram_bytes=ram,
             context=ctx,
+            kv_type=kv_type,
             objective=objective,
             group=group,
             threads=common.threads,

@@ -46,27 +46,33 @@ class PlanHardware:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the plan may use: bytes on both sides, and positions of context."""
+    """What the plan may use: bytes on both sides, positions of context in a KV cache of ``kv_type``, and by
+    which share the perplexity may grow (0: exact modes only)."""
 
     vram_bytes: int
     ram_bytes: int
     context: int
+    kv_type: Literal["f16", "q8_0"] = "f16"
+    max_ppl_increase: float = 0.0
 
 
 @dataclass(frozen=True)
 class LayerSeconds:
-    """Expected time of one token in one layer, by part; ``hot`` and ``cold`` overlap in ``total``."""
+    """Expected time of one token in one layer, by part; ``hot`` and ``cold`` overlap in ``total``. The time
+    of a predictor on the CPU is also in ``cold``; on the accelerator it passes before both."""
 
     attention: float
     hot: float
     cold: float
     sync: float
     total: float
+    predictor: float = 0.0
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer. ``hot_activation_share`` is the share of all activations that the hot neurons make."""
+    """One layer. ``hot_activation_share`` is the share of all activations that the hot neurons make;
+    ``predictor`` is where the predictor lives, in mode predicted only. Bytes are those of the neurons."""
 
     index: int
     hot_neurons: int
@@ -76,6 +82,7 @@ class LayerPlan:
     vram_bytes: int
     ram_bytes: int
     seconds: LayerSeconds
+    predictor: Device | None = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +130,14 @@ class PlanPrediction:
 
 @dataclass(frozen=True)
 class PlanProvenance:
-    """The profile behind the plan; ``source`` says so in words where there was none."""
+    """The profile behind the plan; ``source`` says so in words where there was none. ``predictors`` says
+    which predictors the plan may use, or why none; ``engine`` whose abilities it counts on."""
 
     source: str
     corpus_hashes: tuple[str, ...] = ()
     corpus_tokens: int = 0
+    predictors: str = ""
+    engine: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,7 +224,8 @@ def _check(plan: Plan, file: str | os.PathLike[str]) -> None:
     require(1 <= plan.group <= model.neurons, "group", f"is {plan.group}, expected 1 to {model.neurons}")
     for table, record in (("budgets", plan.budgets), ("memory", memory)):
         for name, value in vars(record).items():
-            require(value >= 0, f"{table}.{name}", f"is {value}, expected 0 or more")
+            if name != "kv_type":
+                require(value >= 0, f"{table}.{name}", f"is {value}, expected 0 or more")
     require(memory.vram_used <= memory.vram_capacity, "memory.vram_used", "is more than the capacity")
     require(memory.ram_used <= memory.ram_capacity, "memory.ram_used", "is more than the capacity")
     require(
@@ -257,6 +268,8 @@ def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Any) -> None
     require(
         fits, f"{path}.hot_neurons", f"is {hot}, expected a multiple of {plan.group} up to {neurons}, or all"
     )
+    has_none = layer.predictor is None or layer.mode == "predicted"
+    require(has_none, f"{path}.predictor", f"is {layer.predictor!r} in a layer of mode {layer.mode}")
     share = layer.hot_activation_share
     require(0 <= share <= 1, f"{path}.hot_activation_share", f"is {share}, expected 0 to 1")
     for name in ("vram_bytes", "ram_bytes"):

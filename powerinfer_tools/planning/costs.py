@@ -15,16 +15,16 @@ import numpy.typing as npt
 
 from powerinfer_formats.hardware import FFNCurve
 from powerinfer_tools.errors import HardwareError
-from powerinfer_tools.planning.memory import Workload, attention_bytes
+from powerinfer_tools.planning.memory import Workload, attention_bytes, kv_head_bytes
 from powerinfer_tools.planning.shapes import LayerShape, ModelShape
 
 Vector = npt.NDArray[np.float64]
-_F16 = 2
 _F32 = 4
 #: GPU kernels per hot FFN (gate and up; activation; down) and per attention block (norm, q/k/v, rope and
-#: store, scores and sum, output).
+#: store, scores and sum, output); per predictor one a matrix.
 FFN_LAUNCHES = 3
 ATTENTION_LAUNCHES = 5
+PREDICTOR_LAUNCHES = 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def kv_bytes_read(shape: ModelShape, layer: LayerShape, workload: Workload) -> i
     positions = max(1, workload.context // 2)
     if layer.window:
         positions = min(positions, layer.window)
-    return 2 * shape.kv_heads * shape.head_dim * _F16 * positions
+    return 2 * shape.kv_heads * kv_head_bytes(shape.head_dim, workload.kv_type) * positions
 
 
 @dataclass(frozen=True)
@@ -160,3 +160,18 @@ def gate_first_seconds(
         return (always + skippable * density) / rate
     gathered = skippable * density / machine.gathered_bandwidth(density)
     return always / machine.gathered_bandwidth(np.ones(1)) + gathered
+
+
+def predicted_seconds(
+    nbytes: Vector, density: Vector, machine: Machine, curve: FFNCurve | None = None
+) -> Vector:
+    """Time of the CPU when a share ``density`` of ``nbytes`` is gathered, the predictor's own time apart;
+    from the ``curve`` of their shape where there is one. Arrays are [levels]."""
+    if curve is not None:
+        return nbytes * density / np.interp(density, curve.densities, curve.predicted_bytes_per_s)
+    return nbytes * density / machine.gathered_bandwidth(density)
+
+
+def dense_stream_seconds(nbytes: Vector, machine: Machine) -> Vector:
+    """Time of the CPU to multiply with matrices of ``nbytes`` that are read in full."""
+    return nbytes / machine.bandwidth

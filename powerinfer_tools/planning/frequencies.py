@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.planning.predictors import Predictors
+from powerinfer_tools.planning.published import assumed_predictors
 from powerinfer_tools.planning.shapes import ModelShape
 from powerinfer_tools.planning.sparsity import published_frequencies
 
@@ -21,14 +23,17 @@ Vector = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class Frequencies:
     """``layers``: the share of tokens for which each neuron was active, [neurons] descending, or None when
-    nothing is known. ``source`` says where they come from."""
+    nothing is known; ``predictors`` of the layers that may be computed with them, none where it is empty.
+    ``source`` says where the shares come from."""
 
     layers: tuple[Vector, ...] | None
     source: str
+    predictors: Predictors = ()
 
 
 def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequencies:
-    """Frequencies of ``shape`` from its profile; without one, from published figures where there are any.
+    """Frequencies of ``shape`` from its profile; without one, from published figures where there are any,
+    with predictors of the published size.
 
     Raises PlanError for a profile of another model.
     """
@@ -38,7 +43,7 @@ def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequenci
         return Frequencies(layers, f"profile of {profile.tokens:,} tokens")
     if shape.sparsity is not None:
         curve = published_frequencies(shape.layers[0].neurons, shape.sparsity)
-        return Frequencies((curve,) * len(shape.layers), shape.sparsity.source)
+        return Frequencies((curve,) * len(shape.layers), shape.sparsity.source, assumed_predictors(shape))
     return Frequencies(None, UNKNOWN)
 
 

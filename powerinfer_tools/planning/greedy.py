@@ -1,8 +1,8 @@
 """The simple placements that people use, computed beside the solver's so that anyone sees what it earned.
 
 Every function returns one level index per unit: units are layers, possibly followed by the head, which the
-simple placements leave on the CPU. In a layer's table the level of g hot groups without attention has index
-g.
+simple placements leave on the CPU. In a layer's table the exact level of g hot groups and nothing else on the
+accelerator has index g; whether a predictor is used is chosen afterwards, by time.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def top_k(tables: Sequence[LevelTable], vram_capacity: int, start: Choice | None
     room = vram_capacity - sum(int(table.vram[k]) for table, k in zip(tables, placed, strict=True))
     owners, gains, sizes = [], [], []
     for index, table in enumerate(tables):
-        groups = _group_levels(table)
+        groups = table.counts
         if placed[index] or groups < 2:
             continue
         nbytes = np.diff(table.vram[:groups])
@@ -53,7 +53,7 @@ def whole_layers(tables: Sequence[LevelTable], vram_capacity: int) -> Choice:
     the CPU. This is how layer-wise offload works."""
     choice, used = [], 0
     for table in tables:
-        last = len(table) - 1
+        last = int(np.argmax(table.hot + table.block_hot))
         fits = table.total_activations > 0 and used + int(table.vram[last]) <= vram_capacity
         choice.append(last if fits else 0)
         used += int(table.vram[choice[-1]])
@@ -68,18 +68,22 @@ def whole_layers_then_top_k(tables: Sequence[LevelTable], vram_capacity: int) ->
 def greedy_choices(tables: Sequence[LevelTable], problem: Problem) -> dict[str, Choice]:
     """All simple placements by name. Some may break the RAM budget; ask ``problem.fits``."""
     capacity = problem.vram_capacity
-    choices = {
+    simple = {
         "cpu only": nothing_hot(tables),
         "top-k": top_k(tables, capacity),
         "whole layers": whole_layers(tables, capacity),
         "whole layers, then top-k": whole_layers_then_top_k(tables, capacity),
     }
+    choices = {}
+    for name, choice in simple.items():
+        quick = fastest_alike(tables, choice)
+        choices[name] = quick if problem.fits(quick) else choice
     relaxed = relax(problem)
     if relaxed is not None:
         choices["rounded relaxation"] = relaxed.choice
     return choices
 
 
-def _group_levels(table: LevelTable) -> int:
-    """How many levels of a table move neurons only."""
-    return int(np.count_nonzero(table.block_hot == 0))
+def fastest_alike(tables: Sequence[LevelTable], choice: Choice) -> Choice:
+    """The same placement of neurons and blocks, with every layer computed in the fastest way."""
+    return tuple(table.fastest_like(k) for table, k in zip(tables, choice, strict=True))

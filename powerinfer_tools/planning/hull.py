@@ -30,7 +30,7 @@ class Relaxation:
 
 def relax(problem: Problem) -> Relaxation | None:
     """Solve the relaxation over the VRAM budget; None when not even the smallest levels fit."""
-    hulls = [_lower_hull(unit) for unit in problem.units]
+    hulls = _lower_hulls(problem)
     used = sum(int(unit.vram[hull[0]]) for unit, hull in zip(problem.units, hulls, strict=True))
     value = sum(float(unit.value[hull[0]]) for unit, hull in zip(problem.units, hulls, strict=True))
     room = problem.vram_capacity - used
@@ -84,6 +84,18 @@ def _steps(problem: Problem, hulls: list[Integers]) -> list[tuple[float, int, in
             (float(s), index, k + 1, int(b)) for k, (s, b) in enumerate(zip(slopes, nbytes, strict=True))
         ]
     return sorted(steps)
+
+
+def _lower_hulls(problem: Problem) -> list[Integers]:
+    """The hull of every unit; equal units share one."""
+    known: dict[tuple[bytes, bytes], Integers] = {}
+    hulls = []
+    for unit in problem.units:
+        key = (unit.value.tobytes(), unit.vram.tobytes())
+        if key not in known:
+            known[key] = _lower_hull(unit)
+        hulls.append(known[key])
+    return hulls
 
 
 def _lower_hull(unit: Unit) -> Integers:

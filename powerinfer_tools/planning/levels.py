@@ -13,14 +13,29 @@ import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.planning import costs
+from powerinfer_tools.planning.capabilities import Capabilities
 from powerinfer_tools.planning.costs import BlockSeconds, Machine
+from powerinfer_tools.planning.ffn_levels import FFN, FFNWay, expected, ffn_ways
 from powerinfer_tools.planning.memory import Workload, attention_bytes, kv_cache_bytes
+from powerinfer_tools.planning.predictors import Predictors
 from powerinfer_tools.planning.shapes import LayerShape, ModelShape, NeuronBytes
 
 Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Home = Literal["cpu", "gpu"]
-MODES = ("dense", "gate-first")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the tables are made from. ``frequencies`` [layers] of descending [neurons], or None;
+    ``predictors`` [layers] that may be used."""
+
+    shape: ModelShape
+    machine: Machine
+    workload: Workload
+    frequencies: tuple[Vector, ...] | None
+    sizes: tuple[NeuronBytes, ...]
+    predictors: Predictors
 
 
 @dataclass(frozen=True)
@@ -28,18 +43,24 @@ class LevelTable:
     """The levels of one unit; all arrays are [levels].
 
     ``hot`` neurons on the accelerator; ``block_hot``: 1 where attention (or the head) is there too; ``mode``:
-    index into MODES for the cold side; ``vram`` and ``ram`` bytes; seconds of a token in parts (``block``:
-    attention or head; hot and cold sides run at the same time) and in total; ``activations``: expected number
-    of active hot neurons.
+    index into MODES; ``predictor_hot``: 1 where the predictor is on the accelerator; ``vram`` and ``ram``
+    bytes, of which ``predictor_bytes`` for the predictor; seconds of a token in parts (``block``: attention
+    or head; hot and cold sides run at the same time, after a predictor on the accelerator; one on the CPU is
+    a part of the cold side) and in total; ``activations``: expected number of active hot neurons.
+
+    The first levels, one for each hot count ascending, are exact and leave everything else on the CPU.
     """
 
     unit: str
     hot: Integers
     block_hot: Integers
     mode: Integers
+    predictor_hot: Integers
     vram: Integers
     ram: Integers
+    predictor_bytes: Integers
     block_seconds: Vector
+    predictor_seconds: Vector
     hot_seconds: Vector
     cold_seconds: Vector
     sync_seconds: Vector
@@ -49,7 +70,20 @@ class LevelTable:
     @property
     def seconds(self) -> Vector:
         """Time of the unit for one token [levels]."""
-        return self.block_seconds + np.maximum(self.hot_seconds, self.cold_seconds) + self.sync_seconds
+        first = self.block_seconds + self.predictor_hot * self.predictor_seconds
+        return first + np.maximum(self.hot_seconds, self.cold_seconds) + self.sync_seconds
+
+    @property
+    def counts(self) -> int:
+        """How many hot counts there are: the levels below this index are the plain ones."""
+        return int(np.argmax(self.hot)) + 1
+
+    def fastest_like(self, level: int) -> int:
+        """The fastest level that has as many hot neurons as ``level``, the block in the same place, and takes
+        no more VRAM; the first of equals."""
+        alike = (self.hot == self.hot[level]) & (self.block_hot == self.block_hot[level])
+        allowed = np.flatnonzero(alike & (self.vram <= self.vram[level]))
+        return int(allowed[np.argmin(self.seconds[allowed])])
 
     def __len__(self) -> int:
         return len(self.hot)
@@ -57,13 +91,11 @@ class LevelTable:
 
 @dataclass(frozen=True)
 class LevelOptions:
-    """``placeable``: units that may leave the CPU; ``home``: where the residual stream lives between layers;
-    ``sparse_hot``: whether the accelerator skips inactive neurons too (this version's engine does not)."""
+    """``engine``: what may leave the CPU; ``home``: where the residual stream lives between layers."""
 
     group: int
-    placeable: frozenset[str]
+    engine: Capabilities
     home: Home = "cpu"
-    sparse_hot: bool = False
 
 
 def hot_counts(neurons: int, group: int) -> Integers:
@@ -71,52 +103,69 @@ def hot_counts(neurons: int, group: int) -> Integers:
     return np.append(np.arange(0, neurons, group, dtype=np.int64), np.int64(neurons))
 
 
-def layer_levels(
-    index: int,
-    shape: ModelShape,
-    frequencies: Vector | None,
-    sizes: NeuronBytes,
-    machine: Machine,
-    workload: Workload,
-    options: LevelOptions,
-) -> LevelTable:
-    """All levels of layer ``index``; ``frequencies`` [neurons], descending, or None when nothing is known.
-
-    Raises PlanError for frequencies that are no shares or are not sorted.
-    """
-    layer = shape.layers[index]
-    if frequencies is not None:
-        _check_frequencies(index, frequencies, layer.neurons)
-    on_gpu = machine.gpu is not None and "ffn" in options.placeable
+def layer_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTable:
+    """All levels of layer ``index``. Raises PlanError for frequencies that are no shares or are not
+    sorted."""
+    shape, machine, engine = inputs.shape, inputs.machine, options.engine
+    layer, known = shape.layers[index], None if inputs.frequencies is None else inputs.frequencies[index]
+    if known is not None:
+        _check_frequencies(index, known, layer.neurons)
+    on_gpu = machine.gpu is not None and "ffn" in engine.placeable
     hot = hot_counts(layer.neurons, options.group) if on_gpu else np.zeros(1, dtype=np.int64)
-    active = _cumulative(frequencies, layer.neurons)
-    cold_seconds, mode = _cold(
-        layer, hot, active, sizes, machine, skip=shape.exact_zeros and frequencies is not None
+    ffn = FFN(
+        layer=layer,
+        sizes=inputs.sizes[index],
+        frequencies=np.ones(layer.neurons) if known is None else known,
+        skips=shape.exact_zeros and known is not None,
+        predictor=inputs.predictors[index] if inputs.predictors else None,
     )
-    skip_hot = options.sparse_hot and shape.exact_zeros and frequencies is not None
-    block = costs.attention_seconds(shape, layer, machine, workload)
-    fixed_bytes = attention_bytes(layer) + kv_cache_bytes(shape, workload.context)
-    base = LevelTable(
+    ways = ffn_ways(
+        ffn,
+        hot,
+        machine,
+        inputs.workload.batch,
+        sparse_hot=engine.sparse_hot,
+        predictors_move="predictors" in engine.placeable,
+    )
+    block = costs.attention_seconds(shape, layer, machine, inputs.workload)
+    block_bytes = attention_bytes(layer) + kv_cache_bytes(shape, inputs.workload)
+    tables = [_table(index, ffn, way, hot, block, block_bytes, machine, options, False) for way in ways]
+    if machine.gpu is not None and "attention" in engine.placeable:
+        tables += [_table(index, ffn, way, hot, block, block_bytes, machine, options, True) for way in ways]
+    return _joined(tables)
+
+
+def _table(
+    index: int,
+    ffn: FFN,
+    way: FFNWay,
+    hot: Integers,
+    block: BlockSeconds,
+    block_bytes: int,
+    machine: Machine,
+    options: LevelOptions,
+    block_hot: bool,
+) -> LevelTable:
+    """The levels of one way to compute the FFN, with the attention block on one side."""
+    active, cold = expected(ffn.frequencies), ffn.layer.neurons - hot
+    there, here = (block_bytes, 0) if block_hot else (0, block_bytes)
+    return LevelTable(
         unit=f"layer {index}",
         hot=hot,
-        block_hot=np.zeros_like(hot),
-        mode=mode,
-        vram=hot * sizes.total,
-        ram=(layer.neurons - hot) * sizes.total + fixed_bytes,
-        block_seconds=np.full(len(hot), block.cpu),
-        hot_seconds=_hot(hot, active, sizes, machine, skip_hot),
-        cold_seconds=cold_seconds,
-        sync_seconds=_sync(layer, hot, False, machine, options.home),
+        block_hot=np.full(len(hot), int(block_hot)),
+        mode=way.mode,
+        predictor_hot=np.full(len(hot), int(way.predictor_hot)),
+        vram=hot * ffn.sizes.total + way.vram + there,
+        ram=cold * ffn.sizes.total + way.ram + here,
+        predictor_bytes=way.vram + way.ram,
+        block_seconds=np.full(len(hot), block.gpu if block_hot else block.cpu),
+        predictor_seconds=way.predictor_seconds,
+        hot_seconds=way.hot_seconds,
+        cold_seconds=way.cold_seconds,
+        sync_seconds=_sync(ffn.layer, hot, machine, options.home, block_hot, way.predictor_hot),
         activations=active[hot],
         total_activations=float(active[-1]),
     )
-    if machine.gpu is None or "attention" not in options.placeable:
-        return base
-    moved = replace(
-        _with_block_on_gpu(base, block, fixed_bytes),
-        sync_seconds=_sync(layer, hot, True, machine, options.home),
-    )
-    return _joined(base, moved)
 
 
 def head_levels(shape: ModelShape, machine: Machine, options: LevelOptions) -> LevelTable:
@@ -129,19 +178,29 @@ def head_levels(shape: ModelShape, machine: Machine, options: LevelOptions) -> L
         hot=zero,
         block_hot=zero,
         mode=zero,
+        predictor_hot=zero,
         vram=zero,
         ram=zero + nbytes,
+        predictor_bytes=zero,
         block_seconds=none + block.cpu,
+        predictor_seconds=none,
         hot_seconds=none,
         cold_seconds=none,
         sync_seconds=none + (one_sync if options.home == "gpu" else 0.0),
         activations=none,
         total_activations=0.0,
     )
-    if machine.gpu is None or "head" not in options.placeable:
+    if machine.gpu is None or "head" not in options.engine.placeable:
         return base
-    moved = _with_block_on_gpu(base, block, nbytes)
-    return _joined(base, replace(moved, sync_seconds=none + (one_sync if options.home == "cpu" else 0.0)))
+    moved = replace(
+        base,
+        block_hot=zero + 1,
+        vram=zero + nbytes,
+        ram=zero,
+        block_seconds=none + block.gpu,
+        sync_seconds=none + (one_sync if options.home == "cpu" else 0.0),
+    )
+    return _joined([base, moved])
 
 
 def _check_frequencies(index: int, frequencies: Vector, neurons: int) -> None:
@@ -153,65 +212,33 @@ def _check_frequencies(index: int, frequencies: Vector, neurons: int) -> None:
         raise PlanError(f"layer {index}: activation frequencies are not sorted hottest first")
 
 
-def _cumulative(frequencies: Vector | None, neurons: int) -> Vector:
-    """Expected active neurons among the first k, k = 0 … neurons. All neurons count when nothing is known."""
-    if frequencies is None:
-        return np.arange(neurons + 1, dtype=np.float64)
-    return np.concatenate([np.zeros(1), np.cumsum(frequencies)])
-
-
-def _cold(
-    layer: LayerShape, hot: Integers, active: Vector, sizes: NeuronBytes, machine: Machine, skip: bool
-) -> tuple[Vector, Integers]:
-    """Seconds of the cold side and the mode (index into MODES) that takes them, [levels]."""
-    cold = (layer.neurons - hot).astype(np.float64)
-    curve = machine.ffn_curve(layer.width, sizes.types, layer.neurons)
-    dense = costs.dense_seconds(cold * sizes.total, machine, curve)
-    if not skip:
-        return dense, np.zeros(len(hot), dtype=np.int64)
-    density = np.clip((active[-1] - active[hot]) / np.maximum(cold, 1.0), 0.0, 1.0)
-    first = costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine, curve)
-    return np.minimum(dense, first), (first < dense).astype(np.int64)
-
-
-def _hot(hot: Integers, active: Vector, sizes: NeuronBytes, machine: Machine, skip: bool) -> Vector:
-    if machine.gpu is None:
-        return np.zeros(len(hot))
-    counted = active[hot] if skip else hot.astype(np.float64)
-    nbytes = hot * float(sizes.always) + counted * sizes.skippable
-    launches = costs.FFN_LAUNCHES * machine.gpu.launch_seconds * (hot > 0)
-    return nbytes / machine.gpu.bandwidth + launches
-
-
-def _sync(layer: LayerShape, hot: Integers, block_hot: bool, machine: Machine, home: Home) -> Vector:
+def _sync(
+    layer: LayerShape, hot: Integers, machine: Machine, home: Home, block_hot: bool, predictor_hot: bool
+) -> Vector:
     """Synchronisations of a layer: one for each piece that leaves the home of the residual stream. Attention
-    and an FFN that is away as a whole leave together."""
+    and an FFN that is away as a whole leave together. A predictor that is away while cold neurons are at home
+    has to answer before they can begin: one more."""
     if machine.gpu is None:
         return np.zeros(len(hot))
     if home == "cpu":
-        attention_away, some_away, all_away = block_hot, hot > 0, hot == layer.neurons
+        attention_away, some_away, all_away = block_hot, (hot > 0) | predictor_hot, hot == layer.neurons
+        waits = predictor_hot & ~all_away
     else:
-        attention_away, some_away, all_away = not block_hot, hot < layer.neurons, hot == 0
-    times = some_away.astype(np.float64)
+        attention_away, some_away = not block_hot, hot < layer.neurons
+        all_away = (hot == 0) & (not predictor_hot)
+        waits = np.zeros(len(hot), dtype=np.bool_)
+    times: Vector = some_away.astype(np.float64) + waits
     if attention_away:
-        times += 1.0 - (all_away & some_away)
-    return times * costs.sync_seconds(machine.gpu, layer.width)
+        times = times + 1.0 - (all_away & some_away)
+    seconds: Vector = times * costs.sync_seconds(machine.gpu, layer.width)
+    return seconds
 
 
-def _with_block_on_gpu(table: LevelTable, block: BlockSeconds, nbytes: int) -> LevelTable:
-    return replace(
-        table,
-        block_hot=np.ones_like(table.hot),
-        vram=table.vram + nbytes,
-        ram=table.ram - nbytes,
-        block_seconds=np.full(len(table), block.gpu),
-    )
-
-
-def _joined(first: LevelTable, second: LevelTable) -> LevelTable:
-    """The levels of both tables of one unit."""
+def _joined(tables: list[LevelTable]) -> LevelTable:
+    """The levels of all tables of one unit."""
+    first = tables[0]
     arrays = {
-        field.name: np.concatenate([getattr(first, field.name), getattr(second, field.name)])
+        field.name: np.concatenate([getattr(table, field.name) for table in tables])
         for field in fields(LevelTable)
         if field.name not in ("unit", "total_activations")
     }

@@ -1,15 +1,17 @@
 """Memory of a model at work, to the byte: what every unit takes in RAM and in VRAM.
 
 The counts follow the engine: matrices packed as tiles of 16 rows, neurons of both sides as rows without
-padding, a half-precision KV cache allocated for the whole context, and scratch for one batch of tokens. Not
-in the budgets: code, Python itself, the CUDA context, and pages of the mapped model file, which the system
-can drop at any time.
+padding, a KV cache of the type that is asked for, allocated for the whole context, and scratch for one batch
+of tokens. Not in the budgets: code, Python itself, the CUDA context, and pages of the mapped model file,
+which the system can drop at any time.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from powerinfer_tools.planning.shapes import TILE_ROWS, LayerShape, ModelShape, round_up
 
+KVType = Literal["f16", "q8_0"]
 _F32 = 4
 _F16 = 2
 _BLOCK = 32
@@ -21,16 +23,24 @@ HEAD_ROWS = 32
 
 @dataclass(frozen=True)
 class Workload:
-    """What the memory is for: ``context`` positions, prompts in pieces of ``batch`` tokens."""
+    """What the memory is for: ``context`` positions in a KV cache of ``kv_type``, prompts in pieces of
+    ``batch`` tokens."""
 
     context: int
     batch: int = 512
+    kv_type: KVType = "f16"
 
 
-def kv_cache_bytes(shape: ModelShape, context: int) -> int:
-    """Bytes of the KV cache of one layer: half precision, keys in tiles of 16 positions."""
-    per_position = shape.kv_heads * shape.head_dim * _F16
-    return per_position * (round_up(context, TILE_ROWS) + context)
+def kv_head_bytes(head_dim: int, kind: KVType) -> int:
+    """Bytes of the keys, or of the values, of one head at one position: half precision, or with "q8_0" a byte
+    a value and half precision for each 32."""
+    return head_dim + _F16 * (head_dim // _BLOCK) if kind == "q8_0" else head_dim * _F16
+
+
+def kv_cache_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Bytes of the KV cache of one layer; keys in tiles of 16 positions."""
+    per_position = shape.kv_heads * kv_head_bytes(shape.head_dim, workload.kv_type)
+    return per_position * (round_up(workload.context, TILE_ROWS) + workload.context)
 
 
 def attention_bytes(layer: LayerShape) -> int:
@@ -67,6 +77,11 @@ def rotary_bytes(shape: ModelShape, context: int) -> int:
     return tables * context * shape.rope_dim * _F32
 
 
+def predicted_scratch_bytes(shape: ModelShape, batch: int) -> int:
+    """Scores of all neurons for one batch: what mode predicted needs on the CPU side, once for all layers."""
+    return _F32 * batch * max(layer.neurons for layer in shape.layers)
+
+
 def _quantised_bytes(columns: int) -> int:
     """One row of quantised activations: a byte per value, two floats per block. Widths without whole blocks
     have no quantised copy."""
@@ -81,11 +96,13 @@ def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
     return _F32 * (batch * (2 * shape.width + 3 * chunk) + 3 * chunk * shape.width)
 
 
-def fixed_ram_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
-    """RAM of the units that always stay on the CPU, by name."""
+def fixed_ram_bytes(shape: ModelShape, workload: Workload, *, predicted: bool) -> dict[str, int]:
+    """RAM of the units that always stay on the CPU, by name; ``predicted``: with room for predictors'
+    scores."""
+    scores = predicted_scratch_bytes(shape, workload.batch) if predicted else 0
     return {
         "embedding": embedding_bytes(shape),
         "output_norm": output_norm_bytes(shape),
         "rotary_tables": rotary_bytes(shape, workload.context),
-        "scratch": cpu_scratch_bytes(shape, workload.batch),
+        "scratch": cpu_scratch_bytes(shape, workload.batch) + scores,
     }

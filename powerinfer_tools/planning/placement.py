@@ -9,14 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning.costs import Machine
-from powerinfer_tools.planning.greedy import greedy_choices
+from powerinfer_tools.planning.greedy import fastest_alike, greedy_choices
 from powerinfer_tools.planning.hull import relax
-from powerinfer_tools.planning.levels import Home, LevelOptions, LevelTable, head_levels, layer_levels
-from powerinfer_tools.planning.memory import Workload
+from powerinfer_tools.planning.levels import (
+    Home,
+    Inputs,
+    LevelOptions,
+    LevelTable,
+    head_levels,
+    layer_levels,
+)
 from powerinfer_tools.planning.milp import Solution, SolverOptions, solve
+from powerinfer_tools.planning.predictors import PredictorShape
 from powerinfer_tools.planning.problem import Problem, Unit
-from powerinfer_tools.planning.shapes import LayerShape, ModelShape, NeuronBytes
+from powerinfer_tools.planning.shapes import LayerShape, NeuronBytes
 
 Vector = npt.NDArray[np.float64]
 Objective = Literal["time", "frequency"]
@@ -45,16 +51,10 @@ class Placement:
         """Time of one token."""
         return sum(float(t.seconds[k]) for t, k in zip(self.tables, self.solution.choice, strict=True))
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the tables are made from. ``frequencies`` [layers] of descending [neurons], or None."""
-
-    shape: ModelShape
-    machine: Machine
-    workload: Workload
-    frequencies: tuple[Vector, ...] | None
-    sizes: tuple[NeuronBytes, ...]
+    @property
+    def uses_predictors(self) -> bool:
+        """Whether some layer is computed in mode predicted."""
+        return any(t.predictor_bytes[k] > 0 for t, k in zip(self.tables, self.solution.choice, strict=True))
 
 
 def best_placement(
@@ -69,28 +69,22 @@ def best_placement(
 
     Raises PlanError with the numbers when the RAM does not hold what the VRAM cannot take.
     """
-    homes: tuple[Home, ...] = ("cpu", "gpu") if "attention" in options.placeable else ("cpu",)
+    homes: tuple[Home, ...] = ("cpu", "gpu") if "attention" in options.engine.placeable else ("cpu",)
     found = [_placement(inputs, capacities, replace(options, home=h), objective, solver) for h in homes]
     return min(found, key=lambda placement: placement.solution.value)
 
 
 def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...]:
     """Tables of all layers, then of the head. Equal layers share one table's arrays."""
-    known: dict[tuple[LayerShape, NeuronBytes, bytes], LevelTable] = {}
+    known: dict[tuple[LayerShape, NeuronBytes, bytes, PredictorShape | None], LevelTable] = {}
     tables = []
     for index, layer in enumerate(inputs.shape.layers):
         frequencies = None if inputs.frequencies is None else inputs.frequencies[index]
-        key = (layer, inputs.sizes[index], b"" if frequencies is None else frequencies.tobytes())
+        predictor = inputs.predictors[index] if inputs.predictors else None
+        counted = b"" if frequencies is None else frequencies.tobytes()
+        key = (layer, inputs.sizes[index], counted, predictor)
         if key not in known:
-            known[key] = layer_levels(
-                index,
-                inputs.shape,
-                frequencies,
-                inputs.sizes[index],
-                inputs.machine,
-                inputs.workload,
-                options,
-            )
+            known[key] = layer_levels(index, inputs, options)
         tables.append(replace(known[key], unit=f"layer {index}"))
     return (*tables, head_levels(inputs.shape, inputs.machine, options))
 
@@ -117,6 +111,10 @@ def _placement(
     if not starts:
         starts = [_least_ram(problem)]
     solution = solve(problem, min(starts, key=problem.value), solver)
+    if objective == "frequency":
+        # Which neurons are hot is settled; how they are computed is still a matter of time.
+        quick = fastest_alike(tables, solution.choice)
+        solution = replace(solution, choice=quick if problem.fits(quick) else solution.choice)
     return Placement(tables, solution, greedy, options.home)
 
 

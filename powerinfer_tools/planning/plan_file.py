@@ -6,7 +6,8 @@ from powerinfer_formats import plan as file
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import __version__
-from powerinfer_tools.planning.levels import MODES
+from powerinfer_tools.planning.capabilities import THIS_VERSION
+from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.planner import Outcome
 from powerinfer_tools.planning.verdict import limited_by, time_parts, verdict
 
@@ -35,7 +36,13 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
             cpu=hardware.cpu.name,
             gpu=hardware.gpu.name if hardware.gpu else None,
         ),
-        budgets=file.Budgets(memory.vram_capacity, memory.ram_capacity, outcome.workload.context),
+        budgets=file.Budgets(
+            vram_bytes=memory.vram_capacity,
+            ram_bytes=memory.ram_capacity,
+            context=outcome.workload.context,
+            kv_type=outcome.workload.kv_type,
+            max_ppl_increase=options.max_ppl_increase,
+        ),
         objective=options.objective,
         group=min(options.group, neurons),
         layers=tuple(_layer(outcome, index) for index in range(len(shape.layers))),
@@ -54,12 +61,12 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
 
 def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
     table, k = outcome.placement.tables[index], outcome.placement.solution.choice[index]
-    hot = int(table.hot[k])
+    hot, mode = int(table.hot[k]), MODES[int(table.mode[k])]
     share = float(table.activations[k]) / table.total_activations if table.total_activations else 0.0
     return file.LayerPlan(
         index=index,
         hot_neurons=hot,
-        mode="gate-first" if MODES[int(table.mode[k])] == "gate-first" else "dense",
+        mode=mode,
         attention="gpu" if table.block_hot[k] else "cpu",
         hot_activation_share=min(1.0, share),
         vram_bytes=hot * outcome.sizes[index].total,
@@ -70,7 +77,9 @@ def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
             cold=float(table.cold_seconds[k]),
             sync=float(table.sync_seconds[k]),
             total=float(table.seconds[k]),
+            predictor=float(table.predictor_seconds[k]),
         ),
+        predictor=None if mode != "predicted" else "gpu" if table.predictor_hot[k] else "cpu",
     )
 
 
@@ -100,7 +109,9 @@ def _solver(outcome: Outcome) -> file.PlanSolver:
 
 
 def _provenance(outcome: Outcome, profile: Profile | None) -> file.PlanProvenance:
-    if profile is None:
-        return file.PlanProvenance(outcome.frequencies.source)
-    hashes = tuple(corpus.sha256 for corpus in profile.corpus)
-    return file.PlanProvenance(outcome.frequencies.source, hashes, profile.tokens)
+    return file.PlanProvenance(
+        source=outcome.frequencies.source,
+        corpus_hashes=() if profile is None else tuple(corpus.sha256 for corpus in profile.corpus),
+        corpus_tokens=0 if profile is None else profile.tokens,
+        engine="this version" if outcome.options.engine == THIS_VERSION else "every unit placed",
+    )

@@ -13,18 +13,16 @@ import numpy.typing as npt
 from powerinfer_formats.block_types import TensorType
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.planning import memory
+from powerinfer_tools.planning.capabilities import THIS_VERSION, Capabilities
 from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.frequencies import Frequencies
-from powerinfer_tools.planning.levels import LevelOptions
-from powerinfer_tools.planning.memory import Workload
+from powerinfer_tools.planning.levels import Inputs, LevelOptions
+from powerinfer_tools.planning.memory import KVType, Workload
 from powerinfer_tools.planning.milp import SolverOptions
-from powerinfer_tools.planning.placement import Capacities, Inputs, Objective, Placement, best_placement
+from powerinfer_tools.planning.placement import Capacities, Objective, Placement, best_placement
 from powerinfer_tools.planning.shapes import ModelShape, NeuronBytes, neuron_bytes
 
 Vector = npt.NDArray[np.float64]
-#: Units that the planner knows, and those that this version's engine can run on the accelerator.
-PLACEABLE = frozenset({"ffn", "attention", "head"})
-ENGINE_PLACEABLE = frozenset({"ffn"})
 #: Left free when no budget is given: VRAM for the display, the CUDA context and the allocator; RAM for the
 #: system.
 VRAM_MARGIN = 1 << 30
@@ -43,16 +41,18 @@ class Budgets:
 @dataclass(frozen=True)
 class PlanOptions:
     """How to plan. ``context`` None: 4,096 or the trained context, whichever is less. ``down_type``: row type
-    of the transposed down projection, None for convert's default. ``sparse_hot``: count on an accelerator
-    that skips inactive neurons (this version's engine computes all hot neurons)."""
+    of the transposed down projection, None for convert's default. ``max_ppl_increase``: what predictors may
+    cost, a share of the perplexity; the caller leaves out those that cost more. ``engine``: what the engine
+    can do."""
 
     objective: Objective = "time"
     group: int = 64
     context: int | None = None
     batch: int = 512
-    placeable: frozenset[str] = ENGINE_PLACEABLE
+    kv_type: KVType = "f16"
+    max_ppl_increase: float = 0.0
+    engine: Capabilities = THIS_VERSION
     down_type: TensorType | None = None
-    sparse_hot: bool = False
     solver: SolverOptions = field(default_factory=SolverOptions)
 
 
@@ -94,7 +94,7 @@ def plan_outcome(
     _check_options(options, frequencies)
     vram, ram = _vram_budget(machine, budgets), _ram_budget(machine, budgets)
     sizes = tuple(neuron_bytes(layer, options.down_type) for layer in shape.layers)
-    inputs = Inputs(shape, machine, workload, frequencies.layers, sizes)
+    inputs = Inputs(shape, machine, workload, frequencies.layers, sizes, frequencies.predictors)
     scratch = memory.gpu_scratch_bytes(shape, workload.batch)
     smallest = min(
         size.total * min(options.group, layer.neurons)
@@ -106,7 +106,7 @@ def plan_outcome(
             f"bytes for one group of {options.group} neurons need {scratch + smallest:,}; give more --vram, "
             "or --vram 0 to plan without the GPU"
         )
-    fixed = memory.fixed_ram_bytes(shape, workload)
+    fixed = memory.fixed_ram_bytes(shape, workload, predicted=any(frequencies.predictors))
     room = ram - sum(fixed.values())
     if room < 0:
         raise PlanError(
@@ -114,8 +114,10 @@ def plan_outcome(
             f"{sum(fixed.values()):,}"
         )
     capacities = Capacities(vram=max(0, vram - scratch), ram=room)
-    levels = LevelOptions(options.group, options.placeable, sparse_hot=options.sparse_hot)
+    levels = LevelOptions(options.group, options.engine)
     placement = best_placement(inputs, capacities, levels, options.objective, options.solver)
+    if not placement.uses_predictors:
+        fixed = memory.fixed_ram_bytes(shape, workload, predicted=False)
     whole = sum(int(table.vram.max()) for table in placement.tables)
     return Outcome(
         shape=shape,
@@ -138,17 +140,17 @@ def _workload(shape: ModelShape, options: PlanOptions) -> Workload:
         )
     if options.batch < 1:
         raise PlanError(f"batch {options.batch} is not a positive number of tokens")
-    return Workload(context=context, batch=min(options.batch, context))
+    if options.kv_type == "q8_0" and shape.head_dim % 32:
+        raise PlanError(
+            f"a q8_0 KV cache needs heads of a multiple of 32 values, those of {shape.name} have "
+            f"{shape.head_dim}; take f16"
+        )
+    return Workload(context=context, batch=min(options.batch, context), kv_type=options.kv_type)
 
 
 def _check_options(options: PlanOptions, frequencies: Frequencies) -> None:
     if options.group < 1:
         raise PlanError(f"group {options.group} is not a positive number of neurons")
-    unknown = options.placeable - PLACEABLE
-    if unknown:
-        raise PlanError(
-            f"cannot place {', '.join(sorted(unknown))}; what can be placed: {', '.join(sorted(PLACEABLE))}"
-        )
     if options.objective == "frequency" and frequencies.layers is None:
         raise PlanError(
             "--objective frequency needs activation frequencies; make them with powerinfer profile"
@@ -183,9 +185,9 @@ def _memory_use(
 ) -> MemoryUse:
     """Count what the chosen levels take, unit by unit."""
     shape, workload = inputs.shape, inputs.workload
-    on_gpu = {"ffn": 0, "attention": 0, "kv_cache": 0, "head": 0}
+    on_gpu = {"ffn": 0, "predictors": 0, "attention": 0, "kv_cache": 0, "head": 0}
     on_cpu = dict(on_gpu)
-    cache = memory.kv_cache_bytes(shape, workload.context)
+    cache = memory.kv_cache_bytes(shape, workload)
     for index, (table, k) in enumerate(zip(placement.tables, placement.solution.choice, strict=True)):
         side = on_gpu if table.block_hot[k] else on_cpu
         if index == len(shape.layers):
@@ -196,6 +198,7 @@ def _memory_use(
         on_cpu["ffn"] += (layer.neurons - int(table.hot[k])) * size.total
         side["attention"] += memory.attention_bytes(layer)
         side["kv_cache"] += cache
+        (on_gpu if table.predictor_hot[k] else on_cpu)["predictors"] += int(table.predictor_bytes[k])
     on_gpu["scratch"] = scratch if any(on_gpu.values()) else 0
     on_cpu |= fixed
     return MemoryUse(sum(on_gpu.values()), vram, sum(on_cpu.values()), ram, on_gpu, on_cpu)

@@ -15,7 +15,7 @@ from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.frequencies import Frequencies
 from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.planning.shapes import ModelShape
-from powerinfer_tools.planning.verdict import limit_of, limited_by, time_parts
+from powerinfer_tools.planning.verdict import cpu_only_parts, limit_of, limited_by, time_parts
 
 GIB = 1 << 30
 #: By how much the memory of the second sensitivity is faster: DDR5-5600 to DDR5-7000, say.
@@ -24,7 +24,7 @@ FASTER_MEMORY = 1.25
 
 def predictions(outcome: Outcome) -> dict[str, PlanPrediction]:
     """Speed of this plan (``powerinfer``), of whole layers on the accelerator (``layer-offload``) and of the
-    CPU alone (``cpu``, which skips inactive neurons where that is exact)."""
+    CPU alone (``cpu``, in the modes that this plan may use)."""
     placed = outcome.placement
     ours = PlanPrediction(
         1.0 / placed.seconds, limited_by(outcome), time_parts(outcome) | {"total": placed.seconds}
@@ -33,7 +33,7 @@ def predictions(outcome: Outcome) -> dict[str, PlanPrediction]:
     return {
         "powerinfer": ours,
         "layer-offload": _prediction(_layer_offload(outcome), moved=moved),
-        "cpu": _prediction(_cpu_alone(outcome), moved=False),
+        "cpu": _prediction(cpu_only_parts(outcome), moved=False),
     }
 
 
@@ -79,27 +79,16 @@ def _prediction(parts: dict[str, float], *, moved: bool) -> PlanPrediction:
     return PlanPrediction(1.0 / total, limit_of(parts, moved=moved), parts | {"total": total})
 
 
-def _cpu_alone(outcome: Outcome) -> dict[str, float]:
-    *layers, head = outcome.placement.tables
-    return {
-        "attention": sum(float(table.block_seconds[0]) for table in layers),
-        "hot": 0.0,
-        "cold": sum(float(table.cold_seconds[0]) for table in layers),
-        "sync": 0.0,
-        "head": float(head.block_seconds[0]),
-    }
-
-
 def _layer_offload(outcome: Outcome) -> dict[str, float]:
     """Layer-wise offload as llama.cpp does it: as many whole layers (attention, KV cache, FFN) on the
     accelerator as fit beside the scratch, then the head; every neuron is computed; one hand-over a token."""
     shape, machine, workload = outcome.shape, outcome.machine, outcome.workload
-    parts = {"attention": 0.0, "hot": 0.0, "cold": 0.0, "sync": 0.0, "head": 0.0}
+    parts = dict.fromkeys(cpu_only_parts(outcome), 0.0)
     room = outcome.memory.vram_capacity - memory.gpu_scratch_bytes(shape, workload.batch)
     there = 0
     for layer, size in zip(shape.layers, outcome.sizes, strict=True):
         nbytes = layer.neurons * size.total
-        whole = nbytes + memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, workload.context)
+        whole = nbytes + memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, workload)
         block = costs.attention_seconds(shape, layer, machine, workload)
         if machine.gpu is not None and whole <= room:
             room -= whole

@@ -61,8 +61,9 @@ def _header(plan: Plan) -> list[str]:
         f"{model.name}: {model.layers} layers of {model.neurons:,} neurons, {model.activation}",
         f"for {hardware.name}: {hardware.cpu}, {gpu}{peaks}",
         f"budgets: {budgets.vram_bytes / _MIB:,.1f} MiB VRAM, {budgets.ram_bytes / _MIB:,.1f} MiB RAM, "
-        f"context {budgets.context:,}; objective: {plan.objective}",
+        f"context {budgets.context:,} ({budgets.kv_type}); objective: {plan.objective}",
         f"frequencies: {plan.provenance.source}",
+        f"predictors: {plan.provenance.predictors or 'none'}",
     ]
 
 

@@ -9,12 +9,14 @@ from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning.frequencies import model_frequencies
+from powerinfer_tools.planning.capabilities import ALL_PLACED, THIS_VERSION
+from powerinfer_tools.planning.frequencies import Frequencies, model_frequencies
 from powerinfer_tools.planning.machine import machine_of
+from powerinfer_tools.planning.offer import Offer, offer
 from powerinfer_tools.planning.plan_file import plan_of
-from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.planning.planner import Budgets, PlanOptions, plan_outcome
 from powerinfer_tools.planning.predictions import predictions, sensitivity
-from powerinfer_tools.planning.published import published_shape
+from powerinfer_tools.planning.published import PREDICTOR_SHARE, PREDICTOR_TYPE, published_shape
 from powerinfer_tools.planning.shapes import ModelShape, shape_of_model
 
 
@@ -22,6 +24,8 @@ from powerinfer_tools.planning.shapes import ModelShape, shape_of_model
 class PlanRequest:
     """What the user asks for: either ``model`` (a GGUF file) or ``shape`` (a name) stored as ``dtype``.
 
+    ``predictors``: a file of the model's, to be used in layers where their measured cost in perplexity is
+    within ``max_ppl_increase`` (a share); a shape has those of the published size unless ``no_predictors``.
     ``hardware``: a file or a preset's name; None: this machine's stored profile. Bytes None: what the machine
     has, less a margin. ``context`` None: 4,096 or what the model was trained for, whichever is less.
     """
@@ -30,10 +34,14 @@ class PlanRequest:
     shape: str | None = None
     dtype: str = "q4_0"
     profile: Path | None = None
+    predictors: Path | None = None
+    no_predictors: bool = False
+    max_ppl_increase: float = 0.0
     hardware: str | None = None
     vram_bytes: int | None = None
     ram_bytes: int | None = None
     context: int | None = None
+    kv_type: Literal["f16", "q8_0"] = "f16"
     objective: Literal["time", "frequency"] = "time"
     group: int = 64
     threads: int | None = None
@@ -55,9 +63,17 @@ def plan_request(request: PlanRequest) -> Plan:
         profile,
         hardware.profile,
         Budgets(request.vram_bytes, request.ram_bytes),
-        PlanOptions(objective=request.objective, group=request.group, context=request.context),
+        PlanOptions(
+            objective=request.objective,
+            group=request.group,
+            context=request.context,
+            kv_type=request.kv_type,
+            max_ppl_increase=request.max_ppl_increase,
+        ),
+        offered=_offered(request, shape),
     )
-    return replace(plan, verdict=f"{plan.verdict} {hardware.note}") if hardware.note else plan
+    notes = " ".join(note for note in (plan.verdict, hardware.note) if note)
+    return replace(plan, verdict=notes)
 
 
 def make_plan(
@@ -66,23 +82,47 @@ def make_plan(
     hardware: HardwareProfile,
     budgets: Budgets,
     options: PlanOptions,
+    *,
+    offered: Offer | None = None,
 ) -> Plan:
-    """Place ``shape`` on ``hardware``. Equal inputs give equal plans, byte for byte. Raises PlanError."""
-    outcome = outcome_of(shape, profile, hardware, budgets, options)
-    better = sensitivity(shape, outcome.frequencies, outcome.machine, budgets, options)
-    return replace(plan_of(outcome, hardware, profile), predictions=predictions(outcome), sensitivity=better)
+    """Place ``shape`` on ``hardware``. Equal inputs give equal plans, byte for byte. Raises PlanError.
+
+    ``offered``: the predictors that may be used; None: those that are published for a shape. The plan of a
+    shape, which no file belongs to, counts on an engine that places every unit; the speed of this version
+    stands beside its own.
+    """
+    known = model_frequencies(shape, profile)
+    if offered is not None:
+        known = replace(known, predictors=offered.layers)
+    if shape.fingerprint is None:
+        options = replace(options, engine=ALL_PLACED)
+    machine = machine_of(hardware)
+    outcome = plan_outcome(shape, known, machine, budgets, options)
+    plan = plan_of(outcome, hardware, profile)
+    beside = predictions(outcome)
+    if shape.fingerprint is None:
+        today = plan_outcome(shape, known, machine, budgets, replace(options, engine=THIS_VERSION))
+        beside["powerinfer-this-version"] = predictions(today)["powerinfer"]
+    return replace(
+        plan,
+        predictions=beside,
+        sensitivity=sensitivity(shape, known, machine, budgets, options),
+        provenance=replace(plan.provenance, predictors=offered.note if offered else _published_note(known)),
+    )
 
 
-def outcome_of(
-    shape: ModelShape,
-    profile: Profile | None,
-    hardware: HardwareProfile,
-    budgets: Budgets,
-    options: PlanOptions,
-) -> Outcome:
-    """As :func:`make_plan`, with the tables behind the plan."""
-    frequencies = model_frequencies(shape, profile)
-    return plan_outcome(shape, frequencies, machine_of(hardware), budgets, options)
+def _offered(request: PlanRequest, shape: ModelShape) -> Offer | None:
+    if request.no_predictors:
+        return Offer((), "left out (--no-predictors)")
+    if request.predictors is None:
+        return None
+    return offer(request.predictors, shape, request.max_ppl_increase)
+
+
+def _published_note(known: Frequencies) -> str:
+    if not any(known.predictors):
+        return "none"
+    return f"{100 * PREDICTOR_SHARE:g} % of the model's weights in {PREDICTOR_TYPE.name}, as published"
 
 
 def _shape(request: PlanRequest) -> ModelShape:

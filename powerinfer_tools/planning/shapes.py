@@ -57,6 +57,12 @@ class LayerShape:
     window: int = 0
 
     @property
+    def matrices(self) -> tuple[MatrixShape, ...]:
+        """All matrices of the layer."""
+        ffn = (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+        return (*self.attention, *ffn)
+
+    @property
     def neurons(self) -> int:
         """Number of FFN neurons."""
         return self.up.rows
@@ -70,18 +76,20 @@ class LayerShape:
 @dataclass(frozen=True)
 class PublishedSparsity:
     """What is published about a model's activations: ``density`` is the mean active share of neurons, and the
-    busiest ``hot_share`` of the neurons make ``hot_activations`` of all activations."""
+    busiest ``hot_share`` of the neurons make ``hot_activations`` of all activations; predictors name
+    ``overshoot`` times as many neurons as are active."""
 
     density: float
     hot_share: float
     hot_activations: float
     source: str
+    overshoot: float
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of one model; ``rope_dim`` is 0 without rotary positions; ``fingerprint`` is None when no file is
-    at hand."""
+    at hand; ``tied``: the head is the embedding."""
 
     name: str
     architecture: str
@@ -97,6 +105,7 @@ class ModelShape:
     position_bytes: int = 0
     fingerprint: str | None = None
     sparsity: PublishedSparsity | None = None
+    tied: bool = False
 
     @property
     def width(self) -> int:
@@ -117,6 +126,13 @@ class ModelShape:
     def total_neurons(self) -> int:
         """FFN neurons of all layers."""
         return sum(layer.neurons for layer in self.layers)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all matrices, a tied head not counted twice."""
+        tables = (self.embedding,) if self.tied else (self.embedding, self.head)
+        matrices = [*tables, *(matrix for layer in self.layers for matrix in layer.matrices)]
+        return sum(matrix.rows * matrix.columns for matrix in matrices)
 
 
 @dataclass(frozen=True)
@@ -190,6 +206,7 @@ def shape_of_model(model: "Model") -> ModelShape:
         rope_dim=hyper.rope_dim,
         position_bytes=0 if model.positions is None else model.positions.nbytes,
         fingerprint=model.fingerprint,
+        tied=model.head is model.embedding,
     )
 
 

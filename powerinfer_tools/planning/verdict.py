@@ -1,5 +1,11 @@
 """What a plan means, in words: what limits it, and the plain truth when the accelerator does not help."""
 
+from collections.abc import Sequence
+
+from powerinfer_tools.planning.capabilities import THIS_VERSION
+from powerinfer_tools.planning.ffn_levels import MODES
+from powerinfer_tools.planning.greedy import fastest_alike, nothing_hot
+from powerinfer_tools.planning.levels import LevelTable
 from powerinfer_tools.planning.planner import Outcome
 
 _MIB = 1 << 20
@@ -8,14 +14,23 @@ _MIB = 1 << 20
 def time_parts(outcome: Outcome) -> dict[str, float]:
     """Seconds of one token by part. Where both sides of an FFN work at once, the slower one counts: ``hot``
     and ``cold`` hold the layers in which that side was the slower."""
-    parts = {"attention": 0.0, "hot": 0.0, "cold": 0.0, "sync": 0.0, "head": 0.0}
-    layers = len(outcome.shape.layers)
-    for index, (table, k) in enumerate(
-        zip(outcome.placement.tables, outcome.placement.solution.choice, strict=True)
-    ):
-        parts["head" if index == layers else "attention"] += float(table.block_seconds[k])
+    return parts_of(outcome.placement.tables, outcome.placement.solution.choice)
+
+
+def parts_of(tables: Sequence[LevelTable], choice: Sequence[int]) -> dict[str, float]:
+    """As :func:`time_parts`, for any choice of levels of the layers and, last, the head."""
+    parts = dict.fromkeys(("attention", "predictor", "hot", "cold", "sync", "head"), 0.0)
+    for index, (table, k) in enumerate(zip(tables, choice, strict=True)):
+        parts["head" if index == len(tables) - 1 else "attention"] += float(table.block_seconds[k])
         hot, cold = float(table.hot_seconds[k]), float(table.cold_seconds[k])
-        parts["hot" if hot > cold else "cold"] += max(hot, cold)
+        predictor = float(table.predictor_seconds[k])
+        first = bool(table.predictor_hot[k])
+        if first or cold >= hot:
+            parts["predictor"] += predictor
+        if hot > cold:
+            parts["hot"] += hot
+        else:
+            parts["cold"] += cold if first else cold - predictor
         parts["sync"] += float(table.sync_seconds[k])
     return parts
 
@@ -34,6 +49,7 @@ def limit_of(parts: dict[str, float], *, moved: bool) -> str:
     side = "both sides' memory bandwidth" if moved else "CPU memory bandwidth"
     reasons = {
         "attention": f"{side} (attention and KV cache)",
+        "predictor": f"{side} (predictors)",
         "hot": "GPU memory bandwidth (hot neurons)",
         "cold": "CPU memory bandwidth (cold neurons)",
         "sync": "synchronisation between CPU and GPU",
@@ -70,14 +86,18 @@ def verdict(outcome: Outcome) -> str:
         text += f"{speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
         if speed < cpu_only:
             text += " Here that is slower than the CPU alone; --objective time is never."
-    return f"{text} {_stays(outcome)}"
+    return " ".join(part for part in (text, _predicted(outcome), _stays(outcome)) if part)
 
 
 def cpu_only_seconds(outcome: Outcome) -> float:
     """Time of one token with nothing on the accelerator and the residual stream at home on the CPU."""
+    return sum(cpu_only_parts(outcome).values())
+
+
+def cpu_only_parts(outcome: Outcome) -> dict[str, float]:
+    """As :func:`time_parts`, with nothing on the accelerator, every layer in its fastest mode."""
     tables = outcome.placement.tables
-    parts = (float(table.block_seconds[0] + table.cold_seconds[0]) for table in tables)
-    return sum(parts)
+    return parts_of(tables, fastest_alike(tables, nothing_hot(tables))) | {"sync": 0.0}
 
 
 def hot_neurons(outcome: Outcome) -> int:
@@ -105,8 +125,9 @@ def _nothing_hot(outcome: Outcome, speed: float) -> str:
         return f"No VRAM is granted: everything stays on the CPU, {speed:.1f} tok/s."
     gpu = outcome.machine.gpu
     assert gpu is not None
-    on_cpu = max(float(table.cold_seconds[0]) for table in outcome.placement.tables)
-    sync = min((float(t.sync_seconds[-1]) for t in outcome.placement.tables[:-1]), default=0.0)
+    layers = outcome.placement.tables[:-1]
+    on_cpu = max(float(table.cold_seconds[table.fastest_like(0)]) for table in layers)
+    sync = min(float(table.sync_seconds[table.counts - 1]) for table in layers)
     return (
         f"The GPU does not help: a layer's whole FFN takes the CPU {1e6 * on_cpu:.0f} µs, and handing it to "
         f"{gpu.name} and waiting costs {1e6 * sync:.0f} µs before any work is done; everything stays on the "
@@ -114,7 +135,23 @@ def _nothing_hot(outcome: Outcome, speed: float) -> str:
     )
 
 
+def _predicted(outcome: Outcome) -> str:
+    choice, tables = outcome.placement.solution.choice, outcome.placement.tables
+    layers = sum(MODES[int(t.mode[k])] == "predicted" for t, k in zip(tables, choice, strict=True))
+    if not layers:
+        return ""
+    return f"In {layers} of {len(tables) - 1} layers predictors name the neurons to compute: not exact."
+
+
 def _stays(outcome: Outcome) -> str:
     names = {"ffn": "FFN neurons", "attention": "attention with its KV cache", "head": "the output head"}
-    stays = [name for unit, name in names.items() if unit not in outcome.options.placeable]
-    return f"Not placed by this plan, always on the CPU: {', '.join([*stays, 'norms', 'embedding'])}."
+    if outcome.frequencies.predictors:
+        names["predictors"] = "predictors"
+    stays = [name for unit, name in names.items() if unit not in outcome.options.engine.placeable]
+    text = f"Not placed by this plan, always on the CPU: {', '.join([*stays, 'norms', 'embedding'])}."
+    if outcome.options.engine != THIS_VERSION:
+        text += (
+            " It counts on an engine that can place all else and skips hot neurons too; what this version "
+            "does stands beside it (powerinfer-this-version)."
+        )
+    return text

@@ -77,7 +77,7 @@ def test_memory_is_what_the_engine_takes(shape: ModelShape, model: Model) -> Non
         taken = engine.report().memory
     finally:
         engine.close()
-    assert taken.kv_cache == len(shape.layers) * memory.kv_cache_bytes(shape, 300)
+    assert taken.kv_cache == len(shape.layers) * memory.kv_cache_bytes(shape, memory.Workload(300))
     # The engine of a source model has no buffer for a hot side, and leaves out the head's quantised input.
     hot_out = 64 * 4 * shape.width
     head_input = memory.HEAD_ROWS * (shape.width + 8 * shape.width // 32)

@@ -1,0 +1,201 @@
+"""Mode predicted in plans: its bytes and seconds on either side, and when it is worth it."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plan_cases import machine, shape, skewed_frequencies
+from powerinfer_formats.block_types import TensorType
+from powerinfer_formats.hardware import FFNCurve
+from powerinfer_tools.planning.capabilities import ALL_PLACED, THIS_VERSION, Capabilities
+from powerinfer_tools.planning.costs import Machine
+from powerinfer_tools.planning.ffn_levels import MODES
+from powerinfer_tools.planning.frequencies import Frequencies
+from powerinfer_tools.planning.memory import gpu_scratch_bytes
+from powerinfer_tools.planning.milp import SolverOptions
+from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.planning.predictors import PredictorShape, low_rank, predicted_frequencies
+from powerinfer_tools.planning.shapes import ModelShape
+
+# Q4_1 gate and up rows of 256 and a Q8_0 down row.
+NEURON = 160 + 160 + 272
+#: Rank 32 in Q8_0 for a width of 256: 32 rows of 272 bytes; 34 and a threshold of 4 for each neuron; a float
+#: and a byte for each of 32 values and two floats for their block, per token.
+SHARED, EACH, TOKEN = 32 * 272, 38, 32 * 4 + 32 + 8
+PREDICTOR = low_rank(32, TensorType.Q8_0, 256, 1.25)
+
+
+def outcome(
+    model: ModelShape,
+    predictors: tuple[PredictorShape | None, ...],
+    vram: int | None = None,
+    *,
+    on: Machine | None = None,
+    seed: int = 0,
+    **options: object,
+) -> Outcome:
+    known = Frequencies(
+        skewed_frequencies(len(model.layers), model.layers[0].neurons, seed), "made up", predictors
+    )
+    chosen = PlanOptions(solver=SolverOptions(gap=0.0), context=1024)
+    chosen = replace(chosen, **options)  # type: ignore[arg-type]
+    return plan_outcome(model, known, on or machine(), Budgets(vram), chosen)
+
+
+def modes(result: Outcome) -> list[str]:
+    layers = zip(result.placement.tables[:-1], result.placement.solution.choice, strict=False)
+    return [MODES[int(table.mode[k])] for table, k in layers]
+
+
+def test_bytes_of_a_low_rank_predictor_are_those_of_its_rows() -> None:
+    assert (PREDICTOR.shared_bytes, PREDICTOR.neuron_bytes, PREDICTOR.token_bytes) == (SHARED, EACH, TOKEN)
+    assert PREDICTOR.nbytes(np.array([0, 1, 512])).tolist() == [0, SHARED + EACH, SHARED + 512 * EACH]
+    floats = low_rank(17, TensorType.F32, 100, 1.0)
+    assert (floats.shared_bytes, floats.neuron_bytes, floats.token_bytes) == (32 * 400, 68 + 4, 68)
+
+
+@pytest.mark.parametrize("overshoot", [0.5, 1.0, 1.4, 3.0, 1000.0])
+def test_predicted_frequencies_have_the_mean_that_is_asked_for(overshoot: float) -> None:
+    for frequencies in skewed_frequencies(3, 331):
+        named = predicted_frequencies(frequencies, overshoot)
+        assert named.max() <= 1
+        assert np.all(np.diff(named) <= 0)
+        assert named.mean() == pytest.approx(min(1.0, overshoot * frequencies.mean()), rel=1e-9)
+    np.testing.assert_array_equal(predicted_frequencies(np.zeros(5), overshoot), np.zeros(5))
+
+
+def test_a_predictor_on_the_cpu_predicts_for_cold_neurons_alone() -> None:
+    """Cold seconds: the predictor's stream, then the named share of the rows, gathered."""
+    model = shape(1, 128, activation="relu")
+    result = outcome(model, (PREDICTOR,))
+    table, curve = result.placement.tables[0], dict(result.machine.curve)
+    assert result.frequencies.layers is not None
+    named = predicted_frequencies(result.frequencies.layers[0], 1.25)
+    level = int(np.flatnonzero((table.mode == 2) & (table.hot == 64))[0])
+    density = float(named[64:].mean())
+    rows = 64 * NEURON * density / np.interp(density, list(curve), list(curve.values()))
+    stream = (SHARED + 64 * EACH) / 2e10
+    assert table.predictor_seconds[level] == pytest.approx(stream, rel=1e-12)
+    assert table.cold_seconds[level] == pytest.approx(stream + rows, rel=1e-12)
+    assert table.hot_seconds[level] == table.hot_seconds[1]  # this version computes all hot neurons
+    assert table.predictor_bytes[level] == SHARED + 64 * EACH + 512 * TOKEN
+    assert table.ram[level] - table.ram[1] == table.predictor_bytes[level]
+    assert table.vram[level] == table.vram[1]
+    all_hot = int(np.flatnonzero((table.mode == 2) & (table.hot == 128))[0])
+    assert table.cold_seconds[all_hot] == table.predictor_bytes[all_hot] == 0
+    assert not table.predictor_hot.any()
+
+
+def test_a_predictor_on_the_gpu_comes_first_and_spares_both_sides() -> None:
+    model = shape(1, 128, activation="relu")
+    result = outcome(model, (PREDICTOR,), engine=ALL_PLACED)
+    table = result.placement.tables[0]
+    assert result.frequencies.layers is not None
+    named = predicted_frequencies(result.frequencies.layers[0], 1.25)
+    there = (table.mode == 2) & (table.predictor_hot == 1) & (table.hot == 64)
+    nbytes = SHARED + 128 * EACH
+    for level in np.flatnonzero(there):
+        first = nbytes / 5e11 + 2e-7
+        assert table.predictor_seconds[level] == pytest.approx(first, rel=1e-12)
+        hot = float(named[:64].sum()) * NEURON / 5e11 + 3e-7
+        assert table.hot_seconds[level] == pytest.approx(hot, rel=1e-12)
+        expected = table.block_seconds[level] + first + table.sync_seconds[level]
+        expected += max(table.hot_seconds[level], table.cold_seconds[level])
+        assert table.seconds[level] == pytest.approx(expected, rel=1e-12)
+        assert table.predictor_bytes[level] == nbytes + 512 * TOKEN
+    assert there.sum() == 2  # attention on either side
+
+
+def test_predictors_are_used_where_they_pay_and_only_there() -> None:
+    """Gate-first reads every gate row; a predictor that costs more than those never pays."""
+    model = shape(4, 512, activation="relu")
+    on = machine(vram=None)
+    cheap = replace(PREDICTOR, shared_bytes=0, neuron_bytes=1)
+    dear = replace(PREDICTOR, shared_bytes=1 << 20)
+    assert modes(outcome(model, (cheap,) * 4, on=on)) == ["predicted"] * 4
+    assert modes(outcome(model, (dear,) * 4, on=on)) == ["gate-first"] * 4
+    assert modes(outcome(model, (cheap, None, dear, cheap), on=on)) == [
+        "predicted",
+        "gate-first",
+        "gate-first",
+        "predicted",
+    ]
+    assert modes(outcome(replace(model, activation="silu"), (cheap,) * 4, on=on)) == ["dense"] * 4
+
+
+def test_a_measured_curve_decides_between_the_modes() -> None:
+    model = shape(1, 128, activation="relu")
+    curve = FFNCurve(256, 128, "Q4_1", "Q4_1", "Q8_0", 1e9, (0.01, 1.0), (1e9, 1e9), (1e7, 1e7))
+    slow = replace(machine(vram=None), ffn_curves=(curve,))
+    fast = replace(slow, ffn_curves=(replace(curve, predicted_bytes_per_s=(1e9, 1e9)),))
+    assert modes(outcome(model, (PREDICTOR,), on=slow)) == ["gate-first"]
+    assert modes(outcome(model, (PREDICTOR,), on=fast)) == ["predicted"]
+
+
+def test_memory_of_predictors_is_counted_to_the_byte() -> None:
+    model = shape(2, 128, activation="relu")
+    cheap = replace(PREDICTOR, neuron_bytes=4)
+    without = outcome(model, (), on=machine(vram=None)).memory
+    used = outcome(model, (cheap, cheap), on=machine(vram=None)).memory
+    predictor = SHARED + 128 * 4 + 512 * TOKEN
+    scores = 4 * 512 * 128
+    assert used.ram_units["predictors"] == 2 * predictor
+    assert used.ram_used == without.ram_used + 2 * predictor + scores
+    dear = replace(PREDICTOR, shared_bytes=1 << 20)
+    assert outcome(model, (dear, dear), on=machine(vram=None)).memory == without
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(0, 900),
+    st.integers(0, 50),
+    st.sampled_from(["time", "frequency"]),
+    st.sampled_from(
+        [THIS_VERSION, ALL_PLACED, Capabilities(frozenset({"ffn", "attention"}), sparse_hot=True)]
+    ),
+)
+def test_with_predictors_no_budget_is_broken_and_no_simple_placement_is_better(
+    layers: int, groups: int, seed: int, objective: str, engine: Capabilities
+) -> None:
+    model = shape(layers, 200, activation="relu")
+    vram = gpu_scratch_bytes(model, 512) + (16 + groups) * NEURON
+    small = replace(PREDICTOR, shared_bytes=100 * (seed % 9), neuron_bytes=seed % 40 + 1)
+    result = outcome(model, (small,) * layers, vram, seed=seed, objective=objective, group=16, engine=engine)
+    assert result.memory.vram_used <= vram
+    assert result.memory.ram_used <= result.memory.ram_capacity
+    solution = result.placement.solution
+    for value in result.placement.greedy.values():
+        assert value is None or solution.value <= value
+
+
+def test_with_predictors_the_plan_is_the_best_of_all_placements() -> None:
+    model = shape(2, 128, activation="relu")
+    budget = gpu_scratch_bytes(model, 512) + 150 * NEURON
+    result = outcome(model, (PREDICTOR,) * 2, budget, engine=ALL_PLACED)
+    best = np.inf
+    capacity = budget - gpu_scratch_bytes(model, 512)
+    for home in ("cpu", "gpu"):
+        from powerinfer_tools.planning.levels import Inputs, LevelOptions
+        from powerinfer_tools.planning.placement import level_tables
+
+        inputs = Inputs(
+            model, result.machine, result.workload, result.frequencies.layers, result.sizes, (PREDICTOR,) * 2
+        )
+        tables = level_tables(inputs, LevelOptions(64, ALL_PLACED, home))  # type: ignore[arg-type]
+        for choice in itertools.product(*(range(len(table)) for table in tables)):
+            pairs = list(zip(tables, choice, strict=True))
+            if sum(int(table.vram[k]) for table, k in pairs) <= capacity:
+                best = min(best, sum(float(table.seconds[k]) for table, k in pairs))
+    assert result.placement.seconds == pytest.approx(best, rel=1e-12)
+
+
+def test_a_q8_0_cache_takes_its_own_bytes() -> None:
+    model = shape(2, 128)
+    half, eighth = (outcome(model, (), kv_type=kind).memory.ram_units["kv_cache"] for kind in ("f16", "q8_0"))
+    assert half == 2 * 2 * 2 * 64 * (1024 + 1024)
+    assert eighth * 32 == half * 17

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from powerinfer_formats.block_types import TensorType
+from powerinfer_formats.predictors import PredictorInfo
 from powerinfer_formats.predictors import Predictors as PredictorsFile
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning.predictors import Predictors, low_rank
+from powerinfer_tools.planning.predictors import Predictors, PredictorShape, low_rank
 from powerinfer_tools.planning.shapes import ModelShape
 
 
@@ -31,16 +32,41 @@ def offer(path: Path, shape: ModelShape, max_ppl_increase: float) -> Offer:
     if shape.fingerprint is not None:
         sizes = (len(shape.layers), shape.width, shape.layers[0].neurons)
         file.require_model(shape.fingerprint, shape.name, sizes, path)
-    if not max_ppl_increase:
-        return Offer((), f"{path.name}: not used, --max-ppl-increase is 0 (exact modes only)")
-    return Offer((), f"{path.name}: not used, what they cost in perplexity has not been measured")
+    layers = tuple(_shape_of(file, layer) for layer in file.header.layers)
+    refusal = _refusal(file, layers, max_ppl_increase)
+    if refusal:
+        return Offer((), f"{path.name}: not used, {refusal}")
+    cost = file.header.cost
+    assert cost is not None
+    used = sum(layer is not None for layer in layers)
+    note = f"{path.name}: for {used} of {len(layers)} layers, measured to change the perplexity by "
+    return Offer(layers, f"{note}{100 * cost.increase:+.2f} % over {cost.tokens:,} tokens")
 
 
-def predictor_shapes(file: PredictorsFile) -> Predictors:
-    """The predictors of ``file`` as the planner counts them."""
-    header = file.header
-    row_type = TensorType[header.row_type]
-    return tuple(
-        low_rank(rank, row_type, header.width, quality.predicted_density / max(quality.density, 1e-9))
-        for rank, quality in zip(header.ranks, header.quality, strict=True)
-    )
+def _refusal(file: PredictorsFile, layers: Predictors, allowed: float) -> str:
+    """Why the predictors may not be used; empty: they may."""
+    cost = file.header.cost
+    if not any(layers):
+        return "no layer has one"
+    if not allowed:
+        return "--max-ppl-increase is 0 (exact modes only)"
+    if cost is None:
+        return "what they cost in perplexity has not been measured"
+    if cost.increase > allowed:
+        return (
+            f"they change the perplexity by {100 * cost.increase:+.2f} %, more than the {100 * allowed:g} % "
+            "that --max-ppl-increase allows"
+        )
+    return ""
+
+
+def _shape_of(file: PredictorsFile, layer: PredictorInfo) -> PredictorShape | None:
+    """One layer's predictor as the planner counts it; one of a kind without rank has its bytes in equal parts
+    for all neurons."""
+    header, quality = file.header, layer.quality
+    overshoot = quality.predicted_density / max(quality.density, 1e-9)
+    if layer.kind == "none":
+        return None
+    if layer.rank:
+        return low_rank(layer.rank, TensorType[header.row_type], header.width, overshoot)
+    return PredictorShape(0, -(-layer.nbytes // header.neurons), 0, overshoot)

@@ -1,7 +1,9 @@
 """Mode predicted in plans: its bytes and seconds on either side, and when it is worth it."""
 
 import itertools
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +12,29 @@ from hypothesis import strategies as st
 
 from plan_cases import machine, shape, skewed_frequencies
 from powerinfer_formats.block_types import TensorType
-from powerinfer_formats.hardware import FFNCurve
+from powerinfer_formats.errors import OtherModel
+from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
+from powerinfer_formats.plan import Plan
+from powerinfer_formats.predictors import PredictionCost, Predictors
+from powerinfer_tools.conversion import ConvertOptions, convert
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model import load_model
+from powerinfer_tools.planning import PlanRequest, make_plan
 from powerinfer_tools.planning.capabilities import ALL_PLACED, THIS_VERSION, Capabilities
 from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.frequencies import Frequencies
+from powerinfer_tools.planning.levels import Inputs, LevelOptions
 from powerinfer_tools.planning.memory import gpu_scratch_bytes
 from powerinfer_tools.planning.milp import SolverOptions
+from powerinfer_tools.planning.placement import level_tables
 from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.planning.predictors import PredictorShape, low_rank, predicted_frequencies
 from powerinfer_tools.planning.shapes import ModelShape
+from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.training import TrainOptions, run_train
+from tiny_models import FAMILY_CASES, make_tiny_model
 
 # Q4_1 gate and up rows of 256 and a Q8_0 down row.
 NEURON = 160 + 160 + 272
@@ -180,9 +195,6 @@ def test_with_predictors_the_plan_is_the_best_of_all_placements() -> None:
     best = np.inf
     capacity = budget - gpu_scratch_bytes(model, 512)
     for home in ("cpu", "gpu"):
-        from powerinfer_tools.planning.levels import Inputs, LevelOptions
-        from powerinfer_tools.planning.placement import level_tables
-
         inputs = Inputs(
             model, result.machine, result.workload, result.frequencies.layers, result.sizes, (PREDICTOR,) * 2
         )
@@ -199,3 +211,117 @@ def test_a_q8_0_cache_takes_its_own_bytes() -> None:
     half, eighth = (outcome(model, (), kv_type=kind).memory.ram_units["kv_cache"] for kind in ("f16", "q8_0"))
     assert half == 2 * 2 * 2 * 64 * (1024 + 1024)
     assert eighth * 32 == half * 17
+
+
+class Staged:
+    """A tiny ReLU model after profile and train, and a machine on which predictors pay."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = make_tiny_model(folder, replace(FAMILY_CASES["llama-relu"], seed=5)).path
+        text = folder / "text.txt"
+        text.write_text("the cat sat on the mat and the dog sat on the log; a quick brown fox jumps. " * 40)
+        self.profile, self.trace = folder / "t.profile.safetensors", folder / "t.trace.zst"
+        run_profile(
+            ProfileOptions(
+                self.model, (text,), self.profile, window=64, threads=1, trace=600, trace_output=self.trace
+            )
+        )
+        self.predictors = folder / "t.predictors.safetensors"
+        run_train(TrainOptions(self.model, self.trace, self.predictors, row_type="F32", budget=1.0))
+        rates = ((0.01, 1.0), (1e9, 1e9), (1e12, 1e12))
+        curve = FFNCurve(64, 160, "F32", "F32", "F32", 1e9, *rates)
+        cpu = CpuInfo("a CPU", 1, "scalar", 1e12, 1 << 34, (1.0,), (1e12,))
+        self.hardware = folder / "hardware.toml"
+        HardwareProfile(MachineInfo("m", "measured", "2026-11-25"), cpu, ffn=(curve,)).save(self.hardware)
+
+    def judged(self, increase: float | None, *, without: int | None = None) -> Path:
+        """The predictors with this measured cost, and none for layer ``without``."""
+        made = Predictors.load(self.predictors)
+        cost = None
+        if increase is not None:
+            cost = PredictionCost(None, 20.0, 20.0 * (1 + increase), 0.01, 1000, 64, "ef" * 32)
+        infos, layers = list(made.header.layers), list(made.layers)
+        if without is not None:
+            infos[without] = replace(infos[without], kind="none", rank=0, nbytes=0)
+            layers[without] = None
+        path = self.folder / "judged.predictors.safetensors"
+        Predictors(replace(made.header, layers=tuple(infos), cost=cost), tuple(layers)).save(path)
+        return path
+
+    def plan(self, predictors: Path | None, allowed: float, **changes: object) -> Plan:
+        request = PlanRequest(
+            self.model,
+            profile=self.profile,
+            predictors=predictors,
+            max_ppl_increase=allowed,
+            hardware=str(self.hardware),
+        )
+        return make_plan(replace(request, **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Staged:
+    return Staged(tmp_path_factory.mktemp("staged"))
+
+
+@pytest.mark.parametrize(
+    ("cost", "allowed", "says"),
+    [
+        (0.01, 0.0, "max-ppl-increase is 0"),
+        (None, 0.5, "not been measured"),
+        (0.02, 0.01, r"\+2.00 %, more than the 1 %"),
+    ],
+)
+def test_predictors_that_cost_more_than_is_allowed_are_left_out_and_it_is_said(
+    staged: Staged, cost: float | None, allowed: float, says: str
+) -> None:
+    plan = staged.plan(staged.judged(cost), allowed)
+    assert {layer.mode for layer in plan.layers} == {"gate-first"}
+    assert re.search(says, plan.provenance.predictors)
+    left_out = staged.plan(None, allowed, no_predictors=True)
+    assert left_out.layers == plan.layers
+    assert "--no-predictors" in left_out.provenance.predictors
+
+
+def test_the_split_file_runs_the_modes_that_the_plan_chose(staged: Staged) -> None:
+    """profile, train, plan with a quality budget, convert, run: predicted where there is a predictor."""
+    predictors = staged.judged(0.01, without=1)
+    plan = staged.plan(predictors, 0.02)
+    modes = ["predicted", "gate-first", "predicted"]
+    assert [layer.mode for layer in plan.layers] == modes
+    assert [layer.predictor for layer in plan.layers] == ["cpu", None, "cpu"]
+    assert plan.budgets.max_ppl_increase == 0.02
+    made = Predictors.load(predictors)
+    taken = sum(
+        4 * (16 * -(-info.rank // 16) * 64 + 160 * (info.rank + 1)) + 256 * 4 * info.rank
+        for info in made.header.layers
+        if info.kind != "none"
+    )
+    assert {unit.name: unit.bytes for unit in plan.units}["predictors"] == taken
+    assert "In 2 of 3 layers predictors name" in plan.verdict
+    plan.save(staged.folder / "t.plan.json")
+    assert Plan.load(staged.folder / "t.plan.json") == plan
+    split = staged.folder / "t.powerinfer.gguf"
+    chosen = staged.folder / "t.plan.json"
+    convert(ConvertOptions(staged.model, staged.profile, chosen, split, predictors=predictors))
+    model = load_model(split)
+    try:
+        assert model.split is not None
+        assert list(model.split.modes) == modes
+        engine = Engine(model, threads=1, context=64)
+        engine.prefill([1, 2, 3])
+        assert np.isfinite(engine.decode(4)).all()
+        assert engine.report().mode == "mixed"
+        engine.close()
+    finally:
+        model.close()
+
+
+def test_predictors_of_another_model_are_refused(staged: Staged, tmp_path: Path) -> None:
+    made = Predictors.load(staged.predictors)
+    Predictors(replace(made.header, fingerprint="00" * 32), made.layers).save(tmp_path / "o.st")
+    with pytest.raises(OtherModel, match="not for"):
+        staged.plan(tmp_path / "o.st", 0.1)
+    with pytest.raises(PlanError, match="share from 0"):
+        staged.plan(staged.predictors, 1.5)

@@ -33,7 +33,7 @@ Examples:
   powerinfer plan -m model.gguf --vram 40MiB
   powerinfer plan -m model.gguf --vram 8GiB --ctx 8192 --hardware pc-high
   powerinfer plan -m model.relu.gguf --max-ppl-increase 0.02
-  powerinfer plan --shape relu-llama-2-70b --vram 22GiB --hardware pc-high
+  powerinfer plan --shape opt-30b --dtype f16 --hardware pc-high --chart opt-30b.svg
   powerinfer plan --list
 """
 
@@ -104,6 +104,12 @@ def command(
     list_names: Annotated[
         bool, typer.Option("--list", help="Name the shapes, row types and machines that are known, and end.")
     ] = False,
+    chart: Annotated[
+        Path | None,
+        typer.Option(
+            "--chart", metavar="FILE", help="Draw the plan beside other placements into a .png or .svg file."
+        ),
+    ] = None,
     group: Annotated[
         int, typer.Option("--group", min=1, metavar="N", help="Neurons that move together.")
     ] = 64,
@@ -145,6 +151,11 @@ def command(
     )
     if path is not None:
         plan.save(path)
+    if chart is not None:
+        from powerinfer_tools.planning.picture import draw_predictions
+
+        draw_predictions(plan, chart)
+        say(f"wrote {chart}")
     show(plan, as_json=common.json)
     say(f"wrote {path}" if path is not None else "not written: name a file with -o to keep it")
 

@@ -1,13 +1,20 @@
 """Speeds that a plan is compared with, and what better hardware would bring."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from plan_cases import machine, shape
+from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.hardware.presets import PC_LOW
 from powerinfer_tools.planning.frequencies import Frequencies
 from powerinfer_tools.planning.memory import gpu_scratch_bytes
 from powerinfer_tools.planning.milp import SolverOptions
+from powerinfer_tools.planning.picture import draw_predictions
 from powerinfer_tools.planning.planner import Budgets, PlanOptions, plan_outcome
 from powerinfer_tools.planning.predictions import predictions, sensitivity
+from powerinfer_tools.planning.request import make_plan
 
 OPTIONS = PlanOptions(solver=SolverOptions(gap=0.0), context=1024)
 UNKNOWN = Frequencies(None, "nothing is known")
@@ -47,3 +54,33 @@ def test_better_hardware_is_never_slower_and_faster_memory_scales_the_cpu() -> N
         assert all(speed >= base for speed in better.values())
         if vram is None:
             assert better["ram_bandwidth_times_1.25"] == pytest.approx(1.25 * base, rel=1e-12)
+
+
+@pytest.mark.parametrize(("ending", "start"), [(".svg", b"<?xml"), (".png", b"\x89PNG")])
+def test_picture_has_a_bar_for_every_prediction(ending: str, start: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="charts are an extra: pip install powerinfer[chart]")
+    plan = make_plan(shape(4, 128), None, PC_LOW, Budgets(), OPTIONS)
+    path = tmp_path / f"plan{ending}"
+    draw_predictions(plan, path)
+    content = path.read_bytes()
+    assert content.startswith(start)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    if ending == ".svg":
+        for name, prediction in plan.predictions.items():
+            assert f"<!-- {name} -->".encode() in content
+            assert f"{prediction.tokens_per_second:.1f} tok/s".encode() in content
+    with pytest.raises(PowerInferError, match=r"written as \.png or \.svg"):
+        draw_predictions(plan, tmp_path / "plan.gif")
+
+
+def test_a_shape_has_the_speed_of_this_version_beside_it() -> None:
+    """A shape is planned with every unit placed; a model by what this version can do."""
+    plan = make_plan(shape(4, 2048), None, PC_LOW, Budgets(), OPTIONS)
+    found = {name: prediction.tokens_per_second for name, prediction in plan.predictions.items()}
+    assert list(found) == ["powerinfer", "layer-offload", "cpu", "powerinfer-this-version"]
+    assert found["powerinfer"] >= found["powerinfer-this-version"] >= found["cpu"]
+    assert (plan.provenance.engine, plan.provenance.predictors) == ("every unit placed", "none")
+    assert "powerinfer-this-version" in plan.verdict
+    of_model = make_plan(replace(shape(4, 2048), fingerprint="ab" * 32), None, PC_LOW, Budgets(), OPTIONS)
+    assert of_model.provenance.engine == "this version"
+    assert of_model.predictions["powerinfer"].tokens_per_second == found["powerinfer-this-version"]

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_tools.architectures import ACTIVATIONS, ArchitectureSpec
 from powerinfer_tools.errors import ModelError
@@ -115,7 +117,7 @@ def read_hyperparameters(
     if heads % kv_heads:
         raise ModelError(f"{keys.file}: {heads} attention heads are not a multiple of {kv_heads} key heads")
     head_dim = _head_dim(keys, width, heads)
-    window, local_layers = _sliding(keys, spec, layers)
+    window, local_layers = _sliding(gguf, keys, spec, layers)
     rope_scale = _rope_scale(keys)
     return Hyperparameters(
         layers=layers,
@@ -133,7 +135,7 @@ def read_hyperparameters(
         rope_scale=rope_scale,
         window=window,
         local_layers=local_layers,
-        attention_scale=_attention_scale(spec, layers, width, heads, head_dim),
+        attention_scale=_attention_scale(keys, spec, layers, width, heads, head_dim),
         attention_softcap=keys.real("attn_logit_softcapping", 0.0),
         logit_softcap=keys.real("final_logit_softcapping", 0.0),
         embedding_scale=math.sqrt(width) if spec.scaled_embeddings else 1.0,
@@ -219,7 +221,16 @@ def _rope_scale(keys: _Keys) -> float:
     return keys.real("rope.scaling.factor", low=1e-6)
 
 
-def _sliding(keys: _Keys, spec: ArchitectureSpec, layers: int) -> tuple[int, tuple[bool, ...]]:
+def _sliding(
+    gguf: ModelSource, keys: _Keys, spec: ArchitectureSpec, layers: int
+) -> tuple[int, tuple[bool, ...]]:
+    """The window and which layers have it: as a list of truth values in the file says, else by the family."""
+    key = f"{spec.name}.attention.sliding_window_pattern"
+    pattern = gguf.metadata.get(key)
+    if isinstance(pattern, np.ndarray) and pattern.dtype == np.bool_:
+        if len(pattern) != layers:
+            raise ModelError(f"{keys.file}: {key} has {len(pattern)} values for {layers} layers")
+        return keys.integer("attention.sliding_window", high=1 << 31), tuple(pattern.tolist())
     if not spec.sliding_period:
         return 0, (False,) * layers
     window = keys.integer("attention.sliding_window", 0, low=0, high=1 << 31)
@@ -228,7 +239,12 @@ def _sliding(keys: _Keys, spec: ArchitectureSpec, layers: int) -> tuple[int, tup
     return window, local
 
 
-def _attention_scale(spec: ArchitectureSpec, layers: int, width: int, heads: int, head_dim: int) -> float:
+def _attention_scale(
+    keys: _Keys, spec: ArchitectureSpec, layers: int, width: int, heads: int, head_dim: int
+) -> float:
+    given = keys.real("attention.scale", 0.0)
+    if given:
+        return given
     per_head = width // heads if layers == spec.wide_attention_scale_layers else head_dim
     return 1.0 / math.sqrt(per_head)
 

@@ -7,5 +7,12 @@ from powerinfer_formats.model_source import ModelSource
 
 
 def open_source(path: str | Path) -> ModelSource:
-    """The model at ``path``: a GGUF file. Raises ``FormatError``."""
+    """The model at ``path``: a GGUF file, or a Hugging Face directory.
+
+    Raises FormatError for what is not well-formed, ModelError or TokenizerError for what is not supported.
+    """
+    if Path(path).is_dir():
+        from powerinfer_tools.huggingface import ModelFolder
+
+        return ModelFolder.open(path)
     return GGUFFile.open(path)

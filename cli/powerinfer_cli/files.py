@@ -44,17 +44,16 @@ def find_model(named: Path | None) -> Path:
 
 
 def _existing_model(path: Path, origin: str) -> Path:
-    if path.is_dir():
-        raise ModelError(f"{path}{origin} is a directory; this version reads GGUF files")
     if not path.exists():
         raise ModelError(f"{path}{origin}: no such file")
-    return path
+    return path.resolve() if path.name in ("", "..") else path  # a directory needs a name to write beside
 
 
 def beside(model: Path, suffix: str) -> Path:
     """The stage's file of ``model``: NAME + suffix, where NAME is the model's file name without ``.gguf``.
 
-    A split file's stages are those of its source: ``NAME.powerinfer.gguf`` has NAME, too.
+    A split file's stages are those of its source: ``NAME.powerinfer.gguf`` has NAME, too. The files of a
+    directory stand beside it, not in it: NAME is the directory's.
     """
     name = model.name
     for ending in (SPLIT_SUFFIX, ".gguf"):

@@ -15,7 +15,7 @@ from powerinfer_cli.tables import print_facts, print_table
 if TYPE_CHECKING:
     from powerinfer_tools.inspection import Curves, Description
 
-HELP = """Show what a file holds: a GGUF model, a split file, a profile, a plan or a hardware profile.
+HELP = """Show what a file holds: a model, a split file, a profile, a plan or a hardware profile.
 
 For a profile, the activation curve: which share of the neurons makes which share of the activity. With
 --tokenize, a model's token ids of a text ("-" reads it from standard input).
@@ -30,7 +30,7 @@ Examples:
 
 def command(
     *,
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to look into.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File or model directory to look into.")],
     tokenize: Annotated[
         str | None,
         typer.Option("--tokenize", metavar="TEXT|-", help="Print the model's token ids of this text."),
@@ -93,11 +93,11 @@ def profile_curves(description: "Description") -> "Curves":
 def show_tokens(model: Path, text: str, *, with_bos: bool, parse_special: bool, as_json: bool) -> None:
     """Token ids of ``text``, or of standard input."""
     from powerinfer_cli.engines import read_text
-    from powerinfer_formats.gguf_reader import GGUFFile
+    from powerinfer_tools.sources import open_source
     from powerinfer_tools.text import Tokenizer
 
     given = read_text(Path("-")) if text == "-" else text
-    tokenizer = Tokenizer.from_gguf(GGUFFile.open(find_model(model)))
+    tokenizer = Tokenizer.from_gguf(open_source(find_model(model)))
     ids = tokenizer.encode(given, add_bos=None if with_bos else False, parse_special=parse_special)
     if as_json:
         emit_json({"ids": ids})

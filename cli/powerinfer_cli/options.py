@@ -32,8 +32,9 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        metavar="FILE",
-        help="Model: a GGUF file or a split file. Without it: $POWERINFER_MODEL, else the demo model.",
+        metavar="PATH",
+        help="Model: a GGUF file, a split file or a Hugging Face directory. Without it: $POWERINFER_MODEL, "
+        "else the demo model.",
         show_default=False,
     ),
 ]

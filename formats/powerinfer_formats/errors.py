@@ -41,6 +41,10 @@ class NotARegularFile(FormatError):
     """A directory, pipe, socket or device where a file is needed."""
 
 
+class MissingFile(FormatError):
+    """A directory without a file that it needs."""
+
+
 class BadMagic(FormatError):
     """The first bytes are not those of this format."""
 
@@ -216,6 +220,10 @@ class BadField(FormatError):
 
 class BadSafetensors(FormatError):
     """Not a safetensors file, or one whose header contradicts itself."""
+
+
+class BadProtobuf(FormatError):
+    """A SentencePiece model that is not the protocol buffer it has to be."""
 
 
 class BadFrame(FormatError):

@@ -91,7 +91,7 @@ def _encode_elements(
     values: Sequence[object] | NDArray[np.generic], kind: ValueType, what: str, file: str
 ) -> bytes:
     if kind is ValueType.STRING:
-        return b"".join(_encode_scalar(value, kind, what, file) for value in values)  # type: ignore[arg-type]
+        return _encode_strings(values, what, file)
     if kind is ValueType.ARRAY:
         raise errors.WrongKeyType(file, f"{what}: ARRAY is not the type of a single value")
     given = np.asarray(values)
@@ -105,6 +105,21 @@ def _encode_elements(
     if int(given.min()) < least or int(given.max()) > most:
         raise errors.BadValue(file, f"{what} holds a value outside {kind.name} ({least} to {most})")
     return given.astype(target).tobytes()
+
+
+def _encode_strings(values: Sequence[object] | NDArray[np.generic], what: str, file: str) -> bytes:
+    try:  # vocabularies have hundreds of thousands: all at once, and one by one only to name the fault
+        data = [value.encode("utf-8") for value in values]  # type: ignore[union-attr]
+    except (AttributeError, UnicodeEncodeError):
+        data = []
+    lengths = list(map(len, data))
+    if len(data) != len(values) or max(lengths, default=0) > layout.MAX_STRING_BYTES:
+        return b"".join(
+            _encode_scalar(value, ValueType.STRING, what, file)  # type: ignore[arg-type]
+            for value in values
+        )
+    packed = struct.pack(f"<{len(lengths)}Q", *lengths)
+    return b"".join(packed[8 * index : 8 * index + 8] + text for index, text in enumerate(data))
 
 
 def _check_kind(given: NDArray[np.generic], kind: ValueType, what: str, file: str) -> None:

@@ -55,6 +55,11 @@ class GGUFFile(ModelSource):
         unmap(self._mapping)
 
     @property
+    def container(self) -> str:
+        """The format and its version."""
+        return f"GGUF version {self.version}"
+
+    @property
     def nbytes(self) -> int:
         """Size of the whole file."""
         return len(self._view())

@@ -167,6 +167,11 @@ def _check_preamble(cursor: _Cursor) -> int:
 # --- metadata ----------------------------------------------------------------------------------------
 
 
+def scan_entry(data: bytes, file: str) -> Entry:
+    """The one metadata entry that ``data`` is. Raises the named ``FormatError`` of the first fault."""
+    return _read_entry(_Cursor(data, file))
+
+
 def _read_entry(cursor: _Cursor) -> Entry:
     start = cursor.position
     key = cursor.text(layout.MAX_KEY_BYTES, "a metadata key", errors.KeyTooLong)

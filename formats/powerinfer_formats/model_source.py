@@ -64,6 +64,11 @@ class ModelSource(ABC):
 
     @property
     @abstractmethod
+    def container(self) -> str:
+        """What holds the model, for people."""
+
+    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Size of everything that holds weights, in bytes."""
 

@@ -11,8 +11,9 @@ import numpy as np
 from powerinfer_formats import predictors
 from powerinfer_formats.block_types import type_name
 from powerinfer_formats.delta import Delta
-from powerinfer_formats.gguf_reader import GGUFFile, StringArray
+from powerinfer_formats.gguf_reader import StringArray
 from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import parse_json, to_plain
@@ -21,6 +22,7 @@ from powerinfer_formats.split import SplitFile, is_split
 from powerinfer_formats.trace import TraceFile, is_seekable
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspection.curve import summarize_profile
+from powerinfer_tools.sources import open_source
 
 #: An array of metadata longer than this is described by its length.
 SHOWN_ITEMS = 8
@@ -53,6 +55,8 @@ class Description:
 
 def describe(path: Path) -> Description:
     """Look into ``path``. Raises FormatError for a damaged file and UnknownFile for one of another kind."""
+    if path.is_dir():
+        return _describe_model(path)
     with path.open("rb") as file:
         start = file.read(64)
     return _reader(start, path)(path)
@@ -60,7 +64,7 @@ def describe(path: Path) -> Description:
 
 def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
     if start[:4] in (b"GGUF", b"FUGG"):
-        return _describe_gguf
+        return _describe_model
     if start[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         return _describe_safetensors
     if start[:4] == b"\x28\xb5\x2f\xfd":  # a zstd frame
@@ -72,8 +76,8 @@ def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
     raise UnknownFile(f"{path} is no GGUF file, profile, trace, predictors, delta, plan or hardware profile")
 
 
-def _describe_gguf(path: Path) -> Description:
-    with GGUFFile.open(path) as gguf:
+def _describe_model(path: Path) -> Description:
+    with open_source(path) as gguf:
         tensors = tuple(
             TensorRow(name, type_name(info.row_type), info.shape, info.nbytes)
             for name, info in gguf.tensors.items()
@@ -84,14 +88,14 @@ def _describe_gguf(path: Path) -> Description:
         return Description("model", facts, tensors)
 
 
-def _model_facts(gguf: GGUFFile, tensors: tuple[TensorRow, ...]) -> dict[str, Any]:
+def _model_facts(gguf: ModelSource, tensors: tuple[TensorRow, ...]) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.row_type] += tensor.nbytes
     return {
         "name": gguf.metadata.get("general.name"),
         "architecture": gguf.metadata.get("general.architecture"),
-        "version": gguf.version,
+        "container": gguf.container,
         "bytes": gguf.nbytes,
         "tensor_count": len(tensors),
         "parameters": sum(int(np.prod(tensor.shape, dtype=object)) for tensor in tensors),

@@ -7,44 +7,27 @@ possible ones), its Unigram searches for the best path, which is not the same.
 """
 
 import heapq
-import re
 
 import numpy as np
 
 from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text.vocabulary import Vocabulary
+from powerinfer_tools.text.words import SPACE, WordEncoder
 
-SPACE = "▁"
-_CACHE_LIMIT = 1 << 16
-_CACHED_LENGTH = 64
+__all__ = ["SPACE", "ScoreEncoder"]
+
 _LENGTH_BITS, _PLACE_BITS = 25, 32
 _LENGTH_MASK, _PLACE_MASK = (1 << _LENGTH_BITS) - 1, (1 << _PLACE_BITS) - 1
 
 
-class ScoreEncoder:
-    """Text without special tokens → ids. Spaces must not be escaped yet."""
+class ScoreEncoder(WordEncoder):
+    """Raises TokenizerError for a character that the vocabulary cannot express."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
         self._ids = vocabulary.ids
         self._keys = _keys(vocabulary)
-        self._cuts = _cut_pattern(vocabulary)
         self._bytes = [_byte_token(vocabulary, value) for value in range(256)]
-        self._cache: dict[str, tuple[int, ...]] = {}
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Raises TokenizerError for a character that the vocabulary cannot express."""
-        ids: list[int] = []
-        cache = self._cache
-        for word in self._cuts.split(text.replace(" ", SPACE)) if text else ():
-            known = cache.get(word)
-            if known is None:
-                known = tuple(self._merge(word))
-                if len(cache) >= _CACHE_LIMIT:
-                    cache.clear()
-                if len(word) <= _CACHED_LENGTH:
-                    cache[word] = known
-            ids += known
-        return ids
 
     def _merge(self, word: str) -> list[int]:
         keys, ids = self._keys, self._ids
@@ -105,16 +88,3 @@ def _byte_token(vocabulary: Vocabulary, value: int) -> int | None:
     if token is None and value < 128:  # a token of one ASCII character stands in for a missing byte token
         token = vocabulary.ids.get(chr(value))
     return token
-
-
-def _cut_pattern(vocabulary: Vocabulary) -> re.Pattern[str]:
-    """Matches (emptily) where a text can be cut into words that are merged apart from each other.
-
-    A cut before "▁" is safe after every character that no token holds directly before a "▁": no merge reaches
-    over it. So each distinct word has to be merged only once.
-    """
-    bridges = set(re.findall(f"[^{SPACE}\\n](?={SPACE})", "\n".join(vocabulary.texts)))
-    if any(f"\n{SPACE}" in text for text in vocabulary.texts):
-        bridges.add("\n")
-    stays = "".join(sorted(map(re.escape, bridges | {SPACE})))
-    return re.compile(f"(?<=[^{stays}])(?={SPACE})")

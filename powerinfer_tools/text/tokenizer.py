@@ -1,14 +1,16 @@
 """The tokeniser of a model, from its GGUF metadata; ids agree exactly with llama.cpp's."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text.byte_pair import BytePairEncoder
 from powerinfer_tools.text.partition import SpecialPartition
 from powerinfer_tools.text.pieces import Pieces, StreamDecoder
-from powerinfer_tools.text.score_merging import ScoreEncoder
+from powerinfer_tools.text.rank_merging import RankEncoder
+from powerinfer_tools.text.score_merging import SPACE, ScoreEncoder
 from powerinfer_tools.text.vocabulary import MetadataSource, Vocabulary
+from powerinfer_tools.text.words import WordEncoder
 
 
 class Tokenizer:
@@ -17,7 +19,8 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         # Building the encoder is all that merges are for; they are hundreds of thousands of strings.
         self.tokens = replace(vocabulary, merges=())
-        self._encoder = BytePairEncoder(vocabulary) if vocabulary.kind == "bpe" else ScoreEncoder(vocabulary)
+        self._encoder = _encoder(vocabulary)
+        self._normalize = _normalizer(vocabulary)
         self._partition = SpecialPartition(self.tokens)
         self._pieces = Pieces(self.tokens)
 
@@ -65,24 +68,31 @@ class Tokenizer:
             if self.tokens.bos_id is None:
                 raise TokenizerError("this vocabulary has no beginning-of-text token to add")
             ids.append(self.tokens.bos_id)
-        after_special = True  # SPM puts a space in front of a text's first word, and after a special token
-        for fragment in self._partition.split(text, parse_special=parse_special):
+        for index, fragment in enumerate(self._partition.split(text, parse_special=parse_special)):
             if isinstance(fragment, int):
                 ids.append(fragment)
-                after_special = True
-                continue
-            prefix = " " if self.tokens.add_space_prefix and after_special else ""
-            ids += self._encoder.encode(prefix + fragment)
-            after_special = False
+            else:
+                ids += self._encoder.encode(self._prefixed(self._normalize(fragment), first=index == 0))
         if self.tokens.add_eos and add_bos is not False and self.tokens.eos_id is not None:
             ids.append(self.tokens.eos_id)
         return ids
 
+    @property
+    def _drops_space(self) -> bool:
+        return self.tokens.kind == "spm" and self.tokens.space_prefix != "never"
+
+    def _prefixed(self, fragment: str, *, first: bool) -> str:
+        """``fragment`` with the space in front that the vocabulary wants."""
+        rule = self.tokens.space_prefix
+        if rule == "never" or (rule == "first-unless-space" and not first):
+            return fragment
+        # SPM writes a space as "▁" by then, so that a "▁" of the text counts as one.
+        spaced = fragment.startswith((" ", SPACE) if self.tokens.kind == "spm" else " ")
+        return fragment if rule != "always" and spaced else f" {fragment}"
+
     def decode(self, ids: Iterable[int], *, show_special: bool = False) -> str:
         """The text of `ids`, taken as a whole text: the space that SPM puts in front is dropped again."""
-        decoder = StreamDecoder(
-            self._pieces, show_special=show_special, drop_leading_space=self.tokens.add_space_prefix
-        )
+        decoder = StreamDecoder(self._pieces, show_special=show_special, drop_leading_space=self._drops_space)
         return decoder.push_all(ids) + decoder.finish()
 
     def stream(self, *, show_special: bool = False) -> StreamDecoder:
@@ -92,6 +102,22 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """One token for people to read: control tokens as written, incomplete characters as U+FFFD."""
         return self._pieces.of(token, show_special=True).decode(errors="replace")
+
+
+def _encoder(vocabulary: Vocabulary) -> BytePairEncoder | WordEncoder:
+    if vocabulary.kind == "bpe":
+        return BytePairEncoder(vocabulary)
+    return RankEncoder(vocabulary) if vocabulary.merges else ScoreEncoder(vocabulary)
+
+
+def _normalizer(vocabulary: Vocabulary) -> Callable[[str], str]:
+    if not vocabulary.normalizer:
+        return str
+    from tokenizers import normalizers
+
+    # Not Python's own: that one knows the characters of another version of Unicode.
+    normalize: Callable[[str], str] = normalizers.NFC().normalize_str
+    return normalize
 
 
 def _check_encodable(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,9 @@ from powerinfer_tools.text.pretokenizers import PreTokenizer, pre_tokenizer
 from powerinfer_tools.text.special_tokens import TokenType, settle_types_and_ends
 
 Kind = Literal["bpe", "spm"]
+#: Where a space is put in front of text: nowhere; of every piece between special tokens; of those that do not
+#: begin with one; of the first alone, if it does not begin with one.
+SpacePrefix = Literal["never", "always", "unless-space", "first-unless-space"]
 
 _SPECIAL_KEYS = (
     "bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id", "unknown_token_id", "padding_token_id",
@@ -39,7 +42,8 @@ class MetadataSource(Protocol):
 class Vocabulary:
     """Token `i` has text `texts[i]`, type `types[i]` (a TokenType) and, in an SPM vocabulary, `scores[i]`.
 
-    Each character of a byte-level (bpe) text stands for one byte; SPM texts write a space as "▁".
+    Each character of a byte-level (bpe) text stands for one byte; SPM texts write a space as "▁". An SPM
+    vocabulary with merges is merged by their rank, without by scores. ``normalizer`` comes before all else.
     """
 
     kind: Kind
@@ -54,7 +58,8 @@ class Vocabulary:
     end_ids: frozenset[int]
     add_bos: bool
     add_eos: bool
-    add_space_prefix: bool
+    space_prefix: SpacePrefix
+    normalizer: Literal["", "nfc"] = ""
     strips_left: frozenset[int] = field(default=frozenset())
     strips_right: frozenset[int] = field(default=frozenset())
     notices: tuple[str, ...] = ()
@@ -84,7 +89,7 @@ class _Reader:
         pre = self.pre() if kind == "bpe" else None
         types = self.types(len(texts))
         named = self.named_ids(kind, len(texts))
-        end_ids = settle_types_and_ends(ids, types, named)
+        end_ids = settle_types_and_ends(ids, types, named) | self.end_ids(len(texts))
         bos_id, eos_id = named.get("bos_token_id"), named.get("eos_token_id")
         add_bos = self.flag("add_bos_token", kind == "spm" or (pre is not None and pre.add_bos))
         add_eos = self.flag("add_eos_token", False)
@@ -95,10 +100,9 @@ class _Reader:
         left, right = self.stripping(ids, types)
         return Vocabulary(
             kind=kind, texts=texts, ids=ids, types=types, scores=self.scores(len(texts)),
-            merges=self.strings("merges") if kind == "bpe" else (), pre=pre, bos_id=bos_id, eos_id=eos_id,
-            end_ids=end_ids, add_bos=add_bos, add_eos=add_eos,
-            add_space_prefix=self.flag("add_space_prefix", kind == "spm") and kind == "spm",
-            strips_left=left, strips_right=right, notices=tuple(self.notices),
+            merges=self.merges(kind), pre=pre, bos_id=bos_id, eos_id=eos_id,
+            end_ids=end_ids, add_bos=add_bos, add_eos=add_eos, space_prefix=self.space_prefix(kind),
+            normalizer=self.normalizer(), strips_left=left, strips_right=right, notices=tuple(self.notices),
         )  # fmt: skip
 
     def value(self, key: str, default: Any = _ABSENT) -> Any:
@@ -177,7 +181,8 @@ class _Reader:
         return scores
 
     def named_ids(self, kind: Kind, count: int) -> dict[str, int]:
-        named = {key: token for key, token in _DEFAULT_IDS[kind].items() if token < count}
+        defaults = {} if self.own("ids_complete", bool, False) else _DEFAULT_IDS[kind]
+        named = {key: token for key, token in defaults.items() if token < count}
         for key in _SPECIAL_KEYS:
             token = self.value(key, None)
             if token is None:
@@ -190,6 +195,41 @@ class _Reader:
                 self.notices.append(f"tokenizer.ggml.{key} = {token} is beyond the {count} tokens: not used")
         return named
 
+    def merges(self, kind: Kind) -> list[str]:
+        """The merges; an SPM vocabulary only has some where its file wants ranks rather than scores."""
+        if kind == "spm" and "tokenizer.ggml.merges" not in self.metadata:
+            return []
+        return self.strings("merges")
+
+    def own(self, key: str, type_: type[Any], default: Any) -> Any:
+        """A value that only files of ours have."""
+        value = self.metadata.get(f"powerinfer.tokenizer.{key}", default)
+        if not isinstance(value, type_):
+            raise TokenizerError(f"powerinfer.tokenizer.{key} is not of type {type_.__name__}")
+        return value
+
+    def own_ids(self, key: str, count: int) -> frozenset[int]:
+        tokens = self.own(key, np.ndarray, np.zeros(0, np.int32))
+        if tokens.dtype.kind != "i" or (tokens.size and not 0 <= tokens.min() <= tokens.max() < count):
+            raise TokenizerError(f"powerinfer.tokenizer.{key} holds what is no token id below {count}")
+        return frozenset(tokens.tolist())
+
+    def end_ids(self, count: int) -> frozenset[int]:
+        return self.own_ids("end_token_ids", count)
+
+    def space_prefix(self, kind: Kind) -> SpacePrefix:
+        wanted = self.flag("add_space_prefix", kind == "spm") and kind == "spm"
+        prefix = self.own("space_prefix", str, "always" if wanted else "never")
+        if prefix not in get_args(SpacePrefix):
+            raise TokenizerError(f"powerinfer.tokenizer.space_prefix {prefix!r} is unknown")
+        return cast(SpacePrefix, prefix)
+
+    def normalizer(self) -> Literal["", "nfc"]:
+        name = self.own("normalizer", str, "")
+        if name not in ("", "nfc"):
+            raise TokenizerError(f"powerinfer.tokenizer.normalizer {name!r} is unknown")
+        return cast(Literal["", "nfc"], name)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.value(key, default)
         if not isinstance(value, bool | np.bool_):
@@ -201,8 +241,11 @@ class _Reader:
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Special tokens that swallow the white space on their left or right.
 
-        GGUF does not carry these attributes; llama.cpp knows two families by name.
+        GGUF does not carry these attributes; llama.cpp knows two families by name, our files name the ids.
         """
+        own = [self.own_ids(f"strips_{side}", len(types)) for side in ("left", "right")]
+        if any(own):
+            return own[0], own[1]
         name = str(self.metadata.get("general.name", "")).lower()
         if any(part in str(self.value("pre", "")) for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):
             return frozenset({ids["<mask>"]} if "<mask>" in ids else ()), frozenset()

@@ -119,7 +119,7 @@ def test_a_truncated_model_is_1(powerinfer: Command, smollm2: Path, tmp_path: Pa
 def test_a_directory_is_no_model(powerinfer: Command, tmp_path: Path) -> None:
     ended = powerinfer("run", "-m", tmp_path, "-p", "Hello")
     assert ended.code == 1
-    assert "is a directory" in one_line(ended.err)
+    assert "is a directory without config.json" in one_line(ended.err)
 
 
 def test_no_model_anywhere_says_how_to_name_one(powerinfer: Command, tmp_path: Path) -> None:

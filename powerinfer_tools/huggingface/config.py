@@ -1,0 +1,95 @@
+"""Checked access to a JSON file of someone else's: each value by name, type and range."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from powerinfer_formats.errors import BadField
+from powerinfer_formats.records import parse_json, read_text
+
+_REQUIRED: Any = object()
+
+
+class Config:
+    """An object of a JSON file. A value of null counts as absent. Errors are ``BadField``, with the path."""
+
+    def __init__(self, file: Path, values: Any, path: str = "") -> None:
+        self.file, self.path = file, path
+        if type(values) is not dict:
+            raise BadField(file, f"{path or 'the document'} is not an object")
+        self.values: dict[str, Any] = values
+
+    @classmethod
+    def read(cls, file: Path) -> "Config":
+        """The document of ``file``. Raises ``FormatError``."""
+        return cls(file, parse_json(read_text(file), file))
+
+    def fail(self, name: str, problem: str) -> BadField:
+        """The error about the value ``name``, to be raised by the caller."""
+        return BadField(self.file, f"{self.path}{name} {problem}")
+
+    def get(self, name: str) -> Any:
+        """The value as it stands; None where there is none."""
+        return self.values.get(name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a value."""
+        return self.get(name) is not None
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, low: int = 1, high: int = 1 << 24) -> int:
+        """A whole number within limits."""
+        value = self._value(name, default)
+        if type(value) is not int:
+            raise self.fail(name, f"is {_shown(value)}, expected a whole number")
+        if not low <= value <= high:
+            raise self.fail(name, f"is {_shown(value)}, expected {low} to {high}")
+        return value
+
+    def real(self, name: str, default: Any = _REQUIRED, *, low: float, high: float) -> float:
+        """A number within limits."""
+        value = self._value(name, default)
+        if type(value) not in (int, float):
+            raise self.fail(name, f"is {_shown(value)}, expected a number")
+        if not (math.isfinite(value) and low <= value <= high):
+            raise self.fail(name, f"is {_shown(value)}, expected {low:g} to {high:g}")
+        return float(value)
+
+    def text(self, name: str, default: Any = _REQUIRED) -> str:
+        """A string."""
+        value = self._value(name, default)
+        if type(value) is not str:
+            raise self.fail(name, f"is {_shown(value)}, expected a string")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A truth value."""
+        value = self._value(name, default)
+        if type(value) is not bool:
+            raise self.fail(name, f"is {_shown(value)}, expected true or false")
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        """A list; empty where there is none."""
+        value = self._value(name, [])
+        if type(value) is not list:
+            raise self.fail(name, f"is {_shown(value)}, expected a list")
+        return value
+
+    def section(self, name: str) -> "Config":
+        """An object inside; empty where there is none."""
+        return Config(self.file, self._value(name, {}), f"{self.path}{name}.")
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.get(name)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise self.fail(name, "is missing")
+        return default
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = "a huge number" if isinstance(value, int) and value.bit_length() > 1000 else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,0 +1,96 @@
+"""Special tokens, chat template and end-of-text ids: from tokenizer_config.json and its neighbours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from powerinfer_formats.gguf_layout import ValueType
+from powerinfer_formats.metadata import Metadata
+from powerinfer_formats.records import read_text
+from powerinfer_tools.huggingface.config import Config
+
+_ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_CONFIG_IDS = {"bos": "bos_token_id", "eos": "eos_token_id"}
+_TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The JSON files beside a tokeniser; empty ones where the directory has none."""
+
+    tokenizer: Config
+    generation: Config
+    model: Config
+
+    @classmethod
+    def read(cls, folder: Path, model: Config) -> "Settings":
+        """Read what there is. Raises FormatError."""
+        return cls(
+            optional(folder / "tokenizer_config.json"), optional(folder / "generation_config.json"), model
+        )
+
+
+def optional(file: Path) -> Config:
+    """A JSON file that need not be there."""
+    return Config.read(file) if file.is_file() else Config(file, {})
+
+
+def add_special_tokens(
+    metadata: Metadata, settings: Settings, ids: Mapping[str, int], *, adds_bos: bool, adds_eos: bool
+) -> None:
+    """Add the ids of special tokens, and whether texts begin and end with them."""
+    named = {role: _token(settings.tokenizer, name, ids) for role, name in _ROLES.items()}
+    for role, name in _CONFIG_IDS.items():
+        if named[role] is None:
+            named[role] = next(iter(_numbers(settings.model, name, len(ids))), None)
+    for role, token in named.items():
+        if token is not None:
+            metadata.add(f"tokenizer.ggml.{role}_token_id", token, ValueType.UINT32)
+    ends = {
+        *_numbers(settings.generation, "eos_token_id", len(ids)),
+        *_numbers(settings.model, "eos_token_id", len(ids)),
+    }
+    if ends:
+        metadata.add("powerinfer.tokenizer.end_token_ids", np.array(sorted(ends), np.int32))
+    metadata.add("powerinfer.tokenizer.ids_complete", True)
+    bos, eos = (
+        settings.tokenizer.flag("add_bos_token", adds_bos) and named["bos"] is not None,
+        settings.tokenizer.flag("add_eos_token", adds_eos) and named["eos"] is not None,
+    )
+    metadata.add("tokenizer.ggml.add_bos_token", bos)
+    metadata.add("tokenizer.ggml.add_eos_token", eos)
+
+
+def add_chat_template(metadata: Metadata, settings: Settings, folder: Path) -> None:
+    """Add the chat template: of its own file, else of tokenizer_config.json (the default of several)."""
+    if (folder / _TEMPLATE_FILE).is_file():
+        metadata.add("tokenizer.chat_template", read_text(folder / _TEMPLATE_FILE))
+        return
+    config = settings.tokenizer
+    if type(config.get("chat_template")) is list:
+        listed = [Config(config.file, item, "chat_template[].") for item in config.items("chat_template")]
+        by_name = {item.text("name"): item.text("template") for item in listed}
+        if "default" in by_name:
+            metadata.add("tokenizer.chat_template", by_name["default"])
+    elif config.has("chat_template"):
+        metadata.add("tokenizer.chat_template", config.text("chat_template"))
+
+
+def _token(config: Config, name: str, ids: Mapping[str, int]) -> int | None:
+    """The id of a special token, which is written as its text or as an object with ``content``."""
+    if not config.has(name):
+        return None
+    described = type(config.get(name)) is dict
+    text = config.section(name).text("content") if described else config.text(name)
+    return ids.get(text)
+
+
+def _numbers(config: Config, name: str, count: int) -> list[int]:
+    """A token id or a list of them; ids that no token has are passed over, as everywhere else."""
+    value = config.get(name)
+    values = value if type(value) is list else [] if value is None else [value]
+    if not all(type(item) is int for item in values):
+        raise config.fail(name, "is neither a token id nor a list of them")
+    return [item for item in values if 0 <= item < count]

@@ -1,0 +1,47 @@
+"""SPM vocabularies with ranked merges, as tokenizer.json of the Llama 2 kind has them.
+
+Which neighbours may be joined, and which first, is a list there, not the score of what they make: the two
+agree for most texts, but not for all. `tokenizers` does the work.
+"""
+
+from collections.abc import Sequence
+
+from powerinfer_tools.errors import TokenizerError
+from powerinfer_tools.text.special_tokens import TokenType
+from powerinfer_tools.text.vocabulary import Vocabulary
+from powerinfer_tools.text.words import WordEncoder
+
+
+class RankEncoder(WordEncoder):
+    """Characters without a token are spelt in bytes, else they become the unknown token, else they vanish."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from tokenizers import Tokenizer, models
+
+        super().__init__(vocabulary)
+        unknown = [
+            text
+            for text, kind in zip(vocabulary.texts, vocabulary.types, strict=True)
+            if kind == TokenType.UNKNOWN
+        ]
+        model = models.BPE(
+            vocab=dict(vocabulary.ids),
+            merges=_pairs(vocabulary),
+            byte_fallback=TokenType.BYTE in vocabulary.types,
+            unk_token=unknown[0] if unknown else None,
+            fuse_unk=True,
+        )
+        self._backend = Tokenizer(model)
+
+    def _merge(self, word: str) -> Sequence[int]:
+        ids: list[int] = self._backend.encode(word, add_special_tokens=False).ids
+        return ids
+
+
+def _pairs(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
+    for index, (left, right) in enumerate(pairs):
+        for text in (left, right, left + right):
+            if text not in vocabulary.ids:
+                raise TokenizerError(f"tokenizer.ggml.merges[{index}] needs {text[:40]!r}, which is no token")
+    return pairs

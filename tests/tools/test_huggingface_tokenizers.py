@@ -1,0 +1,215 @@
+"""Token ids of tokenizer.json and tokenizer.model against the packages that own the formats."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from powerinfer_formats.metadata import Metadata
+from powerinfer_tools.errors import TokenizerError
+from powerinfer_tools.huggingface.config import Config
+from powerinfer_tools.huggingface.vocabulary import add_vocabulary
+from powerinfer_tools.text import Tokenizer
+from sentencepiece_bytes import sentencepiece_bytes
+from tiny_folders import TOKENIZERS, make_tokenizer, save_tokenizer
+from tiny_vocabularies import spm_vocabulary
+
+NASTY = [
+    "",
+    " ",
+    "  two  spaces  ",
+    "The harbour's 1234567 boats, she'd said.\n\n\tAnd  more\r\n",
+    "▁low line▁ ▁▁ end▁",
+    "naïve café: 世界 🙂 \u200d e\u0301 ﬁ",
+    "<s>begins</s> and <unk> ends<mask>  with  <mask>tools<tool> <tool>x",
+    "<|im_start|>user\nhi<|im_start|>",
+    "\x00\x7f\ufeff\u00a0\u3000",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'LL 'tis I'M",
+]
+#: Characters that Unicode had when the tables of all packages here were made; no surrogates.
+TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn", "Co")), max_size=40)
+PARTS = st.lists(
+    st.sampled_from([*" \n'abethTs1902", "the ", " harbour", "▁", "é", "<s>", "<tool>", "<mask>", "世"])
+)
+
+
+def opened(folder: Path, rows: int) -> Tokenizer:
+    """The tokeniser of a directory without weights."""
+    metadata = Metadata(folder)
+    add_vocabulary(metadata, folder, Config(folder / "config.json", {}), rows)
+    return Tokenizer.from_gguf(SimpleNamespace(metadata={k: e.value for k, e in metadata.entries.items()}))
+
+
+@pytest.fixture(params=TOKENIZERS, scope="module")
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    """Ours and theirs."""
+    theirs = make_tokenizer(request.param)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, theirs)
+    return opened(folder, theirs.get_vocab_size()), theirs
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_nasty_texts(pair: tuple[Tokenizer, Any], text: str) -> None:
+    ours, theirs = pair
+    assert ours.encode(text, parse_special=True) == theirs.encode(text).ids
+
+
+@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(text=TEXT | PARTS.map("".join))
+def test_any_text(pair: tuple[Tokenizer, Any], text: str) -> None:
+    ours, theirs = pair
+    ids = theirs.encode(text).ids
+    assert ours.encode(text, parse_special=True) == ids
+
+
+def test_what_is_read_comes_back(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    text = "The old road, and the harbour."
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text).ids).removeprefix(
+        " " if theirs.decode(theirs.encode("x").ids).startswith(" ") else ""
+    )
+
+
+def changed(folder: Path, change: Any) -> Path:
+    """A directory whose tokenizer.json was changed by ``change``."""
+    save_tokenizer(folder, make_tokenizer("gpt2"))
+    document = json.loads((folder / "tokenizer.json").read_text())
+    change(document)
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return folder
+
+
+def _set(*path: Any, value: Any) -> Any:
+    def change(document: Any) -> None:
+        for name in path[:-1]:
+            document = document[name]
+        document[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("model", "type", value="Unigram"), "type 'Unigram' is not supported"),
+        (_set("model", "type", value="WordPiece"), "type 'WordPiece' is not supported"),
+        (_set("model", "dropout", value=0.1), "model.dropout is not supported"),
+        (_set("model", "end_of_word_suffix", value="</w>"), "end_of_word_suffix is not supported"),
+        (_set("model", "ignore_merges", value=True), "ByteLevel True with ignore_merges is not supported"),
+        (_set("normalizer", value={"type": "Lowercase"}), "the normaliser Lowercase is not supported"),
+        (_set("pre_tokenizer", value={"type": "Whitespace"}), r"the way from text to words \(Whitespace\)"),
+        (_set("pre_tokenizer", value=None), r"the way from text to words \(none\)"),
+        (
+            _set("pre_tokenizer", value={"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
+            r"pre-tokeniser Split x\+ Isolated \+ ByteLevel False is not supported",
+        ),
+        (_set("added_tokens", 0, "single_word", value=True), "'<unk>' with single_word"),
+        (_set("added_tokens", 0, "content", value="other"), "token 0 'other', the vocabulary '<unk>'"),
+        (_set("model", "vocab", "<s>", value=-1), "no number below"),
+        (_set("model", "vocab", "<s>", value=0), "two tokens of id 0"),
+        (_set("model", "vocab", "<s>", value=True), "no number below"),
+        (_set("model", "vocab", value=[]), "model.vocab is not an object"),
+        (_set("model", "merges", value=[]), "merges is missing or empty"),
+        (_set("model", "merges", 0, value=["a", ""]), "no two parts without spaces at 0"),
+        (_set("model", value=None), "model.merges is missing or empty"),
+        (_set("pre_tokenizer", value={"type": 3}), "pre_tokenizer.type is 3"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_named(tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises(Exception, match=message) as error:
+        opened(changed(tmp_path, change), 400)
+    assert type(error.value).__module__.startswith("powerinfer")
+
+
+def test_a_merge_of_no_tokens_is_named(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, make_tokenizer("llama2"))
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["model"]["merges"].append(["zz", "qq"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(TokenizerError, match="needs 'zz', which is no token"):
+        opened(tmp_path, 600)
+
+
+def test_a_tokeniser_of_another_model_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("gpt2")
+    save_tokenizer(tmp_path, tokenizer)
+    last = tokenizer.get_vocab_size() - 1
+    with pytest.raises(TokenizerError, match=rf"has a token {last}, the model's embedding {last} rows"):
+        opened(tmp_path, last)
+
+
+def test_beginning_and_end_as_the_files_say(tmp_path: Path) -> None:
+    def ids(**settings: Any) -> list[int]:
+        save_tokenizer(tmp_path, make_tokenizer(settings.pop("kind", "gpt2")), **settings)
+        return opened(tmp_path, 700).encode("")
+
+    assert ids() == []
+    assert ids(add_bos_token=True) == [1]
+    assert ids(add_bos_token=True, add_eos_token=True) == [1, 2]
+    assert ids(kind="llama2") == [1]
+    assert ids(kind="llama2", add_bos_token=False) == []
+    assert ids(add_bos_token=True, bos_token=None) == []
+
+
+def test_end_ids_of_generation_and_templates(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, make_tokenizer("gpt2"), chat_template=[
+        {"name": "tool", "template": "T"}, {"name": "default", "template": "D"}])  # fmt: skip
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7, 100000]}))
+    metadata = Metadata(tmp_path)
+    add_vocabulary(metadata, tmp_path, Config(tmp_path / "config.json", {"eos_token_id": 9}), 400)
+    assert metadata.entries["tokenizer.chat_template"].value == "D"
+    source = SimpleNamespace(metadata={k: e.value for k, e in metadata.entries.items()})
+    assert Tokenizer.from_gguf(source).eos_ids == {2, 7, 9}
+    (tmp_path / "chat_template.jinja").write_text("J")
+    metadata = Metadata(tmp_path)
+    add_vocabulary(metadata, tmp_path, Config(tmp_path / "config.json", {}), 400)
+    assert metadata.entries["tokenizer.chat_template"].value == "J"
+
+
+# --- tokenizer.model ---------------------------------------------------------------------------------------
+
+
+def test_a_sentencepiece_model_gives_the_ids_of_its_gguf_form(tmp_path: Path) -> None:
+    known = spm_vocabulary(gemma=False)
+    pieces = list(zip(known.tokens, known.scores, map(int, known.types), strict=True))
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_bytes(pieces))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    added = {str(len(pieces)): {"content": "<|im_start|>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"added_tokens_decoder": added}))
+    tokenizer = opened(tmp_path, len(pieces) + 3)
+    source = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*known.tokens, "<|im_start|>"],
+        "tokenizer.ggml.scores": [*known.scores, -1000.0],
+        "tokenizer.ggml.token_type": [*map(int, known.types), 3],
+    }
+    expected = Tokenizer.from_gguf(SimpleNamespace(metadata=source))
+    for text in NASTY:
+        for special in (False, True):
+            assert tokenizer.encode(text, parse_special=special) == expected.encode(
+                text, parse_special=special
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": 1}, "type UNIGRAM is not supported"),
+        ({"charsmap": b"x"}, "a table of characters to rewrite"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
+        ({"escape_whitespaces": False}, "escape_whitespaces false"),
+    ],
+)
+def test_sentencepiece_models_that_are_not_supported(tmp_path: Path, options: Any, message: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(
+        sentencepiece_bytes([("<unk>", 0.0, 2), ("a", 0.0, 1)], **options)
+    )
+    with pytest.raises(TokenizerError, match=message):
+        opened(tmp_path, 2)

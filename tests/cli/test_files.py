@@ -63,9 +63,11 @@ def test_a_variable_that_points_nowhere_is_named(empty_place: Path, monkeypatch:
         find_model(None)
 
 
-def test_a_directory_is_not_a_model(empty_place: Path) -> None:
-    with pytest.raises(ModelError, match="is a directory"):
-        find_model(empty_place)
+def test_a_directory_is_a_model_and_has_a_name(empty_place: Path) -> None:
+    (empty_place / "tiny").mkdir()
+    assert find_model(Path("tiny/")) == Path("tiny")
+    assert find_model(Path()) == find_model(Path("tiny/..")) == empty_place.resolve()
+    assert beside(find_model(Path("tiny/")), PLAN_SUFFIX) == Path("tiny.plan.json")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ from powerinfer_formats.split_layout import (
     source_names,
 )
 from powerinfer_formats.split_predictors import SplitPredictor
+from powerinfer_formats.split_thresholds import SplitThresholding, threshold_name
+from powerinfer_formats.thresholds import Thresholds
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ConvertError
@@ -58,6 +60,7 @@ class ConvertOptions:
     output: Path
     quant: str | None = None
     predictors: Path | None = None
+    thresholds: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,14 @@ class ConvertReport:
     down_type: str
     requantization_error: tuple[float, ...]
     prediction: SplitPrediction | None = None
+    thresholding: SplitThresholding | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return vars(self) | {
             "hot_neurons": list(self.hot_neurons),
             "prediction": to_plain(self.prediction),
+            "thresholding": vars(self.thresholding) if self.thresholding else None,
             "requantization_error": list(self.requantization_error),
             "mean_requantization_error": float(np.mean(self.requantization_error)),
         }
@@ -103,7 +108,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         if predictors is not None and options.predictors is not None:
             shape = (model.hyper.layers, model.hyper.width, model.hyper.neurons)
             predictors.require_model(model.fingerprint, model.name, shape, options.predictors)
-        return _Conversion(model, profile, plan, predictors, options, progress or Silent()).run()
+        selection = _Selection(predictors, _thresholds(model, options.thresholds))
+        return _Conversion(model, profile, plan, selection, options, progress or Silent()).run()
     finally:
         model.close()
 
@@ -124,6 +130,14 @@ def down_type(source: RowType, quant: str | None, width: int) -> RowType:
     return chosen
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """What the split file can select neurons by, each None where it was not asked for."""
+
+    predictors: Predictors | None
+    thresholds: Thresholds | None
+
+
 class _Conversion:
     """One run of convert."""
 
@@ -132,11 +146,12 @@ class _Conversion:
         model: Model,
         profile: Profile,
         plan: Plan,
-        predictors: Predictors | None,
+        selection: _Selection,
         options: ConvertOptions,
         progress: Progress,
     ) -> None:
-        self.model, self.profile, self.plan, self.predictors = model, profile, plan, predictors
+        self.model, self.profile, self.plan = model, profile, plan
+        self.predictors, self.thresholds = selection.predictors, selection.thresholds
         self.options, self.progress = options, progress
         self.hot = tuple(layer.hot_neurons for layer in plan.layers)
         self.layouts = tuple(self._layout(self._ffn(i)) for i in range(model.hyper.layers))
@@ -160,6 +175,7 @@ class _Conversion:
             down_type=self.layouts[0].types[-1].name,
             requantization_error=errors,
             prediction=header.prediction,
+            thresholding=header.thresholding,
         )
 
     def _ffn(self, index: int) -> DenseFFN:
@@ -186,6 +202,7 @@ class _Conversion:
             corpus_hashes=tuple(entry.sha256 for entry in self.profile.corpus),
             corpus_tokens=self.profile.tokens,
             prediction=split_prediction(self.predictors.header) if self.predictors else None,
+            thresholding=_thresholding(self.thresholds),
         )
 
     def _measure(self) -> tuple[float, ...]:
@@ -220,6 +237,8 @@ class _Conversion:
             predictor = self._predictor(index)
             if predictor is not None:
                 predictor.declare(writer, index, self.layouts[index].width)
+            if self._threshold(index) is not None:
+                writer.declare(threshold_name(index), RowType.F32, (neurons,))
         for name in self._unchanged():
             info = self.model.gguf.info(name)
             writer.declare(name, info.row_type, info.shape)
@@ -258,6 +277,12 @@ class _Conversion:
         predictor = self._predictor(index)
         if predictor is not None:
             predictor.write(writer, index)
+        threshold = self._threshold(index)
+        if threshold is not None:
+            writer.write(threshold_name(index), threshold[order])
+
+    def _threshold(self, index: int) -> npt.NDArray[np.float32] | None:
+        return self.thresholds.layers[index] if self.thresholds else None
 
     def _predictor(self, index: int) -> SplitPredictor | None:
         if self.predictors is None:
@@ -273,6 +298,23 @@ class _Conversion:
 
     def _quantized(self, index: int, rows: npt.NDArray[np.float32]) -> Bytes:
         return quantize(rows, RowType(self.layouts[index].types[-1]))
+
+
+def _thresholds(model: Model, path: Path | None) -> Thresholds | None:
+    if path is None:
+        return None
+    thresholds = Thresholds.load(path)
+    hyper = model.hyper
+    thresholds.require_model(model.fingerprint, model.name, hyper.layers, hyper.neurons, path)
+    return thresholds
+
+
+def _thresholding(thresholds: Thresholds | None) -> SplitThresholding | None:
+    if thresholds is None:
+        return None
+    header, cost = thresholds.header, thresholds.header.cost
+    figures = (cost.dense_perplexity, cost.perplexity, cost.ratio_error, cost.kl, header.max_increase)
+    return SplitThresholding(header.factors, figures)
 
 
 def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan: Plan) -> None:

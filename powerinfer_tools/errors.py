@@ -35,6 +35,10 @@ class TrainError(PowerInferError):
     """Predictors cannot be made from what there is."""
 
 
+class ThresholdError(PowerInferError):
+    """Thresholds cannot be chosen for this model, text or budget."""
+
+
 class PlanError(PowerInferError):
     """No plan exists for the budgets, or the plan does not belong to the model."""
 

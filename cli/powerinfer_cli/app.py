@@ -10,7 +10,19 @@ from powerinfer_cli.grouped import flattened
 from powerinfer_cli.help import HelpfulCommand, HelpfulGroup, first_line
 
 # In the order in which they are used; command NAME is in the module NAME_command.
-COMMANDS = ("profile", "train", "plan", "convert", "run", "eval", "bench", "inspect", "doctor", "relufy")
+COMMANDS = (
+    "profile",
+    "train",
+    "threshold",
+    "plan",
+    "convert",
+    "run",
+    "eval",
+    "bench",
+    "inspect",
+    "doctor",
+    "relufy",
+)
 
 ABOUT = """Fast, exact and measured inference of local language models on a CPU and an accelerator.
 

@@ -12,6 +12,7 @@ from powerinfer_cli.files import (
     PREDICTORS_SUFFIX,
     PROFILE_SUFFIX,
     SPLIT_SUFFIX,
+    THRESHOLDS_SUFFIX,
     find_model,
     optional_input,
     output_file,
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 HELP = """Write the split file: neurons sorted hottest first, hot and cold parts apart, as the plan says.
 
-Takes plan, profile and, if there are any, predictors from beside the model. Gate and up rows keep their bits;
-the down projection is transposed and quantised again, and what that costs is measured and printed.
+Takes plan, profile and, if there are any, predictors and thresholds from beside the model. Gate and up rows
+keep their bits; the down projection is transposed and quantised again, and what that costs is measured and
+printed.
 
 \b
 Examples:
@@ -54,6 +56,14 @@ def command(
             help="Predictors. Without it: those beside the model, if there are any.",
         ),
     ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            "--thresholds",
+            metavar="FILE",
+            help="Thresholds. Without it: those beside the model, if there are any.",
+        ),
+    ] = None,
     output: opt.Output = None,
     quant: Annotated[
         Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q4_0"],
@@ -69,6 +79,7 @@ def command(
     plan_file = stage_input(plan, source, PLAN_SUFFIX, made_by="plan")
     profile_file = stage_input(profile, source, PROFILE_SUFFIX, made_by="profile")
     predictor_file = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
+    threshold_file = optional_input(thresholds, source, THRESHOLDS_SUFFIX, made_by="threshold")
     path = output_file(output, source, SPLIT_SUFFIX)
     from powerinfer_tools.conversion import ConvertOptions, convert
 
@@ -79,6 +90,7 @@ def command(
             plan=plan_file,
             profile=profile_file,
             predictors=predictor_file,
+            thresholds=threshold_file,
             output=path,
             quant=chosen,
         ),
@@ -110,4 +122,9 @@ def show(report: "ConvertReport", *, as_json: bool) -> None:
         kinds = report.prediction.kinds
         count = sum(kind != "none" for kind in kinds)
         facts.append(("predictors", f"in {count} of {len(kinds)} layers; run --mode predicted uses them"))
+    if report.thresholding:
+        increase = report.thresholding.increase
+        facts.append(
+            ("thresholds", f"perplexity {increase:+.2%} where measured; run --mode thresholded uses them")
+        )
     print_facts(facts)

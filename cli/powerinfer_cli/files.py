@@ -12,6 +12,7 @@ MODEL_VARIABLE = "POWERINFER_MODEL"
 PROFILE_SUFFIX = ".profile.safetensors"
 TRACE_SUFFIX = ".trace.zst"
 PREDICTORS_SUFFIX = ".predictors.safetensors"
+THRESHOLDS_SUFFIX = ".thresholds.safetensors"
 PLAN_SUFFIX = ".plan.json"
 SPLIT_SUFFIX = ".powerinfer.gguf"
 

@@ -24,7 +24,7 @@ def size_option(name: str, text: str, panel: str | None = None) -> Any:
 
 
 Device = Literal["none", "cpu", "cuda"]
-Mode = Literal["auto", "dense", "gate-first", "predicted"]
+Mode = Literal["auto", "dense", "gate-first", "predicted", "thresholded"]
 KVType = Literal["f16", "q8_0"]
 
 Model = Annotated[
@@ -89,7 +89,8 @@ class Placement:
         typer.Option(
             "--mode",
             help="How FFN layers are computed; auto: as the file says. Dense and gate-first are exact, "
-            "predicted leaves out neurons that the file's predictors miss.",
+            "predicted leaves out neurons that the file's predictors miss, thresholded those with a small "
+            "factor.",
             rich_help_panel="Placement",
         ),
     ] = "auto"

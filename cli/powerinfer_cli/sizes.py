@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them: ``40MiB``, ``4G``, ``1.5GB``."""
+"""Amounts as people write them: memory (``40MiB``, ``4G``, ``1.5GB``) and shares (``1%``, ``0.01``)."""
 
 import re
 from fractions import Fraction
@@ -9,6 +9,7 @@ _UNITS = {"": 1, "b": 1} | {
     for spelling, base in ((letter, 1024), (f"{letter}ib", 1024), (f"{letter}b", 1000))
 }
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_SHARE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%?)\s*", re.ASCII)
 _LONGEST = 32
 
 
@@ -36,3 +37,11 @@ def format_size(count: int) -> str:
         value /= 1024
         power += 1
     return f"{value:.1f} {'KMGT'[power - 1]}iB"
+
+
+def parse_share(text: str) -> float:
+    """The share in ``text``: ``1%`` and ``0.01`` are the same. Raises ValueError."""
+    match = _SHARE.fullmatch(text) if len(text) <= _LONGEST else None
+    if match is None:
+        raise ValueError(f"{text[:_LONGEST]!r} is not a share; write for example 1% or 0.01")
+    return float(Fraction(match[1]) / (100 if match[2] else 1))

@@ -23,6 +23,7 @@ def engine_figures(engine: "Engine") -> dict[str, Any]:
         "prediction_cost": prediction_cost(engine),
         "model": engine.model.name,
         "path": str(engine.model.path),
+        "threshold_cost": threshold_cost(engine),
     }
 
 
@@ -35,6 +36,17 @@ def prediction_cost(engine: "Engine") -> dict[str, float] | None:
         return None
     names = ("perplexity", "predicted_perplexity", "divergence", "max_increase")
     return dict(zip(names, prediction.cost, strict=True))
+
+
+def threshold_cost(engine: "Engine") -> dict[str, float] | None:
+    """What leaving neurons out costs, as it was measured when the thresholds were chosen; None where none
+    are used."""
+    split = engine.model.split
+    if split is None or split.header.thresholding is None or "thresholded" not in engine.stack.modes:
+        return None
+    thresholding = split.header.thresholding
+    _, _, error, kl, allowed = thresholding.cost
+    return {"perplexity_increase": thresholding.increase, "error": error, "kl": kl, "allowed": allowed}
 
 
 def run_figures(engine: "Engine", generation: "Generation") -> dict[str, Any]:
@@ -83,6 +95,12 @@ def say_summary(figures: dict[str, Any]) -> None:
         cost = figures["prediction_cost"]
         more = cost["predicted_perplexity"] / cost["perplexity"] - 1
         say(f"predicting costs: {more:+.2%} of perplexity, as measured when the predictors were made")
+    cost = figures["threshold_cost"]
+    if cost:
+        say(
+            f"thresholded: perplexity {cost['perplexity_increase']:+.2%} ± {cost['error']:.2%}, KL "
+            f"{cost['kl']:.1e}, as measured when the thresholds were chosen ({cost['allowed']:.2%} allowed)"
+        )
     say(f"time: {timings}")
     parts = ("weights", "kv_cache", "scratch")
     sizes = ", ".join(f"{part.replace('kv_', 'KV ')} {format_size(memory[part])}" for part in parts)

@@ -17,6 +17,12 @@ from powerinfer_formats.gguf_reader import GGUFFile, StringArray
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.split_layout import BundleLayout, SplitHeader, SplitPrediction, bundle_layout
 from powerinfer_formats.split_predictors import SplitPredictor, read_predictor
+from powerinfer_formats.split_thresholds import (
+    KEY_FACTORS,
+    SplitThreshold,
+    read_threshold,
+    read_thresholding,
+)
 
 __all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "SplitPredictor", "bundle_layout"]
 
@@ -28,10 +34,11 @@ _HASH_DIGITS = frozenset("0123456789abcdef")
 class SplitLayer:
     """The FFN of one layer. Positions count from the hottest neuron; views are read-only.
 
-    ``order`` int32 [neurons] gives the original neuron at each position. ``predictor`` is None where the
-    file has none for this layer. ``hot`` holds the rows of the hot neurons, uint8 [hot, row bytes] for each
-    of ``kinds``; ``cold`` the records of the others, uint8 [cold, record_bytes], see ``layout``. ``bias``
-    float32 [neurons] is added to the up rows' products of an FFN without gate; None where there is none.
+    ``order`` int32 [neurons] gives the original neuron at each position. ``predictor`` and ``threshold`` are
+    None where the file has none for this layer. ``hot`` holds the rows of the hot neurons, uint8 [hot, row
+    bytes] for each of ``kinds``; ``cold`` the records of the others, uint8 [cold, record_bytes], see
+    ``layout``. ``bias`` float32 [neurons] is added to the up rows' products of an FFN without gate; None
+    where there is none.
     """
 
     index: int
@@ -45,6 +52,7 @@ class SplitLayer:
     cold: NDArray[np.uint8]
     predictor: SplitPredictor | None = None
     bias: NDArray[np.float32] | None = None
+    threshold: SplitThreshold | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -191,6 +199,7 @@ class _Checker:
             ),
             corpus_tokens=gguf.get(names.KEY_CORPUS_TOKENS, int),
             prediction=self._prediction(),
+            thresholding=read_thresholding(gguf, self.layers),
         )
 
     def layer(self, index: int, header: SplitHeader) -> SplitLayer:
@@ -223,6 +232,7 @@ class _Checker:
             cold=self._rows(names.bundle_name(index), cold, record, TensorType.I8, record),
             predictor=self._predictor(index, header),
             bias=self._bias(index, gated=gate_type is not None),
+            threshold=self._threshold(index, header, gated=gate_type is not None),
         )
 
     def _bias(self, index: int, *, gated: bool) -> NDArray[np.float32] | None:
@@ -230,6 +240,15 @@ class _Checker:
         if gated:
             self._absent(name, "FFNs with a gate have no bias")
         return self._vector(name) if name in self.gguf.tensors else None
+
+    def _threshold(self, index: int, header: SplitHeader, *, gated: bool) -> SplitThreshold | None:
+        """What the header says; a layer of mode thresholded has one."""
+        factor = header.thresholding.factors[index] if header.thresholding else "none"
+        if factor == "none" and header.modes[index] == "thresholded":
+            self.fail(names.KEY_MODE, f"is thresholded for layer {index}, which has no thresholds")
+        if factor != "none" and not gated:
+            self.fail(KEY_FACTORS, f"is {factor} for layer {index}, which has no gate")
+        return read_threshold(self.gguf, index, factor, self.neurons)
 
     def _vector(self, name: str) -> NDArray[np.float32]:
         """One finite value for each neuron."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from powerinfer_formats.block_types import TensorType, row_bytes
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_formats.split_thresholds import SplitThresholding
 
 VERSION = 1
 ALIGNMENT = 64  # of the file and of each row in a bundle: a cache line
@@ -157,7 +158,7 @@ class SplitHeader:
     ``types`` are (gate, up, down), without gate (up, down), the same for both parts of a layer.
     ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection.
     ``corpus_hashes`` and ``corpus_tokens`` name the profile's corpora; none without a profile.
-    ``prediction`` is None in a file without predictors.
+    ``prediction`` is None in a file without predictors, ``thresholding`` in one without thresholds.
     """
 
     source_fingerprint: str
@@ -171,6 +172,7 @@ class SplitHeader:
     corpus_hashes: tuple[str, ...] = ()
     corpus_tokens: int = 0
     prediction: SplitPrediction | None = None
+    thresholding: SplitThresholding | None = None
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the ``powerinfer.*`` keys."""
@@ -187,6 +189,8 @@ class SplitHeader:
         writer.add(KEY_CORPUS_TOKENS, self.corpus_tokens, ValueType.UINT64)
         if self.prediction is not None:
             self.prediction.write(writer)
+        if self.thresholding is not None:
+            self.thresholding.write(writer)
 
 
 def declare_split_layer(

@@ -98,6 +98,10 @@ typedef struct pi_kernels {
     void (*activate)(int32_t kind, float cut, const float *gate, const float *up, int64_t count, float *out);
     /* Indexes of values above their thresholds (NULL: above zero), ascending; returns how many. */
     int64_t (*list_active)(const float *value, const float *threshold, int64_t count, int32_t *index);
+    /* The same for magnitudes: indexes of values with |value| above their thresholds. */
+    int64_t (*list_large)(const float *value, const float *threshold, int64_t count, int32_t *index);
+    /* out = 0 where list_large would leave the value out. */
+    void (*keep_large)(const float *value, const float *threshold, int64_t count, float *out);
 
     /* Attention (attention.inc). */
     void (*store_kv)(const float *k, const float *v, const pi_cache *cache, int64_t position);

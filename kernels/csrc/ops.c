@@ -41,7 +41,8 @@ int pi_op_is_vector(const pi_op *op) {
 }
 
 int pi_op_needs_tokens(const pi_op *op) {
-    return op->kind != PI_OP_QUANTIZE && op->kind != PI_OP_ACTIVATE && op->kind != PI_OP_ADD;
+    return op->kind != PI_OP_QUANTIZE && op->kind != PI_OP_ACTIVATE && op->kind != PI_OP_ADD &&
+           op->kind != PI_OP_KEEP_LARGE;
 }
 
 int64_t pi_op_width(const pi_op *op) {
@@ -49,6 +50,7 @@ int64_t pi_op_width(const pi_op *op) {
     case PI_OP_QUANTIZE: return op->u.quantize.acts.columns;
     case PI_OP_ACTIVATE: return op->u.activate.width;
     case PI_OP_ADD: return op->u.add.width;
+    case PI_OP_KEEP_LARGE: return op->u.keep.width;
     default: return 0;
     }
 }
@@ -122,6 +124,15 @@ static void add(const pi_op *op, pi_run *run, pi_worker *worker) {
         const float *src = a->src + t * a->src_stride + p.columns.begin;
         run->kernels->add(src, p.columns.end - p.columns.begin, a->out + t * a->width + p.columns.begin);
     }
+}
+
+static void keep_large(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_keep *k = &op->u.keep;
+    part p = part_of(op, run, worker);
+    int64_t column = p.columns.begin;
+    for (int64_t t = p.tokens.begin; t < p.tokens.end; t++)
+        run->kernels->keep_large(k->value + t * k->width + column, k->threshold + column, p.columns.end - column,
+                                 k->out + t * k->width + column);
 }
 
 static void rope(const pi_op *op, pi_run *run, pi_worker *worker) {
@@ -226,6 +237,7 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     case PI_OP_ADD: add(op, run, worker); break;
     case PI_OP_SUM_ROWS: sum_rows(op, run, worker); break;
     case PI_OP_SPARSE_FFN: pi_sparse_ffn_execute(op, run, worker, slot); break;
+    case PI_OP_KEEP_LARGE: keep_large(op, run, worker); break;
     case PI_OP_OBSERVE: pi_observe_execute(op, run, worker); break;
     default: break;
     }

@@ -9,6 +9,7 @@
 typedef enum {
     PI_OP_EMBED, PI_OP_RMS_NORM, PI_OP_LAYER_NORM, PI_OP_QUANTIZE, PI_OP_MATMUL, PI_OP_ROPE, PI_OP_STORE_KV,
     PI_OP_ATTENTION, PI_OP_ACTIVATE, PI_OP_ADD, PI_OP_SUM_ROWS, PI_OP_SPARSE_FFN, PI_OP_OBSERVE,
+    PI_OP_KEEP_LARGE,
     PI_OP_KINDS,
 } pi_op_kind;
 
@@ -84,8 +85,12 @@ typedef struct {
     int accumulate;
 } pi_sum;
 
+/* What a sparse FFN selects neurons by: a predictor's scores or the gate, which have to be above the threshold; or the
+ * known factor of the product, act(gate) or up, whose size has to be. */
+enum { PI_BY_VALUE, PI_BY_GATE_SIZE, PI_BY_UP_SIZE };
+
 typedef struct { /* which neurons: those whose `select` is above `threshold` (NULL: zero) */
-    int32_t kind;
+    int32_t kind, rule;
     float cut; /* gates up to it contribute nothing */
     const float *select, *threshold;
     const float *src; /* input of float rows */
@@ -96,6 +101,12 @@ typedef struct { /* which neurons: those whose `select` is above `threshold` (NU
     const float *bias; /* of gate rows, or NULL */
     int accumulate;
 } pi_sparse_ffn;
+
+typedef struct { /* out = 0 where |value| is not above the threshold [width] */
+    const float *value, *threshold;
+    float *out;
+    int64_t width;
+} pi_keep;
 
 enum { PI_BINS = 128 /* of a histogram of contributions */ };
 
@@ -126,6 +137,7 @@ typedef struct {
         pi_sum sum;
         pi_sparse_ffn sparse_ffn;
         pi_observe observe;
+        pi_keep keep;
     } u;
 } pi_op;
 

@@ -33,7 +33,8 @@ static const struct {
     [PI_OP_ACTIVATE] = {3, 2, 1, 1u << 2},
     [PI_OP_ADD] = {2, 2, 0, 1u << 1},
     [PI_OP_SUM_ROWS] = {3, 1, 0, 1u << 2},
-    [PI_OP_SPARSE_FFN] = {11, 2, 1, 1u << 7 | 1u << 8 | 1u << 9},
+    [PI_OP_KEEP_LARGE] = {3, 1, 0, 1u << 2},
+    [PI_OP_SPARSE_FFN] = {11, 3, 1, 1u << 7 | 1u << 8 | 1u << 9},
     [PI_OP_OBSERVE] = {6, 2, 1, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
 };
 
@@ -109,11 +110,14 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
     case PI_OP_OBSERVE:
         op.u.observe = (pi_observe){(int32_t)i[0], a->f[0], p[0], p[1], i[1], p[2], p[3], p[4], p[5]};
         break;
+    case PI_OP_KEEP_LARGE:
+        op.u.keep = (pi_keep){p[0], p[1], p[2], i[0]};
+        break;
     default: /* SPARSE_FFN */
         op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0], .cut = a->f[0], .select = p[0], .threshold = p[1], .src = p[2],
                                           .acts = acts_of(p + 3, ((const pi_bundle *)p[6])->columns), .bundle = p[6],
                                           .out = p[7], .h = p[8], .gate = p[9], .bias = p[10],
-                                          .accumulate = (int)i[1]};
+                                          .accumulate = (int)i[1], .rule = (int32_t)i[2]};
         break;
     }
     return op;

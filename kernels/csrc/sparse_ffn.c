@@ -1,9 +1,11 @@
-/* The feed-forward block of a ReLU model over some of its neurons: those with a positive gate (gate-first) or those that
- * a predictor names. The listed neurons' products go to `h` without gaps, in ascending order. An FFN of two matrices has
- * gate and down rows: the activation reads its first matrix, and there is nothing to multiply the result with. */
+/* The feed-forward block of a model over some of its neurons: those with a positive gate (gate-first), those that a
+ * predictor names, or those whose known factor, act(gate) or up, is large (thresholded). The listed neurons' products go
+ * to `h` without gaps, in ascending order. An FFN of two matrices has gate and down rows: the activation reads its first
+ * matrix, and there is nothing to multiply the result with. */
 #include "bundle.h"
 #include "program.h"
 
+#include <math.h>
 #include <string.h>
 
 enum {
@@ -18,6 +20,18 @@ static inline float contribution(int32_t kind, float gate, float up) {
     case PI_DRELU: return gate * (0.0f > up ? 0.0f : up);
     default: return gate * up;
     }
+}
+
+/* The same where neurons are picked by the size of a factor, `select`: [begin, end) of at most 16 neurons. */
+static void thresholded(const pi_sparse_ffn *op, const pi_run *run, int64_t token, const int32_t *index, int64_t count,
+                        int64_t begin, int64_t end) {
+    const float *select = op->select + token * op->bundle->rows;
+    float *h = op->h + token * op->bundle->rows, known[NEURONS_AT_ONCE];
+    const pi_rows *rest = &op->bundle->part[op->rule == PI_BY_GATE_SIZE ? PI_UP : PI_GATE];
+    run->kernels->product_rows(rest, index, count, begin, end, op->src, &op->acts, token, h);
+    for (int64_t k = begin; k < end; k++) known[k - begin] = select[index[k]];
+    if (op->rule == PI_BY_UP_SIZE) run->kernels->activate(op->kind, op->cut, h + begin, known, end - begin, h + begin);
+    else for (int64_t k = begin; k < end; k++) h[k] = known[k - begin] * h[k];
 }
 
 /* Neurons [begin, end) of the list: h[k] = contribution of index[k]; 0 where the gate turns out not to be positive. */
@@ -61,12 +75,15 @@ static void execute_listed(const pi_sparse_ffn *op, pi_run *run, pi_worker *work
     int32_t *index = (int32_t *)(void *)scratch;
     const columns_part columns = columns_of(op, worker);
     int64_t neurons = op->bundle->rows, width = op->bundle->columns;
+    int64_t (*list)(const float *, const float *, int64_t, int32_t *) =
+        op->rule == PI_BY_VALUE ? run->kernels->list_active : run->kernels->list_large;
     for (int64_t t = 0; t < run->tokens; t++) {
-        int64_t count = run->kernels->list_active(op->select + t * neurons, op->threshold, neurons, index), chunk;
+        int64_t count = list(op->select + t * neurons, op->threshold, neurons, index), chunk;
         pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
         while ((chunk = pi_share_next(&share)) >= 0) {
             int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
-            contributions(op, run, t, index, count, begin, end < count ? end : count);
+            (op->rule == PI_BY_VALUE ? contributions : thresholded)(op, run, t, index, count, begin,
+                                                                   end < count ? end : count);
         }
         pi_barrier(worker);
         if (columns.begin < columns.end) {
@@ -77,6 +94,23 @@ static void execute_listed(const pi_sparse_ffn *op, pi_run *run, pi_worker *work
         }
         if (pi_worker_thread(worker) == 0) run->program->active += count;
     }
+}
+
+/* The same as `thresholded` for 16 neighbouring neurons and all tokens. */
+static int64_t threshold_tile(const pi_sparse_ffn *op, const pi_run *run, int64_t tile) {
+    const pi_rows *rest = &op->bundle->part[op->rule == PI_BY_GATE_SIZE ? PI_UP : PI_GATE];
+    int64_t neurons = op->bundle->rows, first = tile * PI_TILE, active = 0;
+    int64_t count = first + PI_TILE < neurons ? PI_TILE : neurons - first;
+    run->kernels->product_all_rows(rest, tile, tile + 1, op->src, &op->acts, run->tokens, op->h);
+    for (int64_t t = 0; t < run->tokens; t++) {
+        const float *known = op->select + t * neurons + first, *threshold = op->threshold + first;
+        float *h = op->h + t * neurons + first;
+        if (op->rule == PI_BY_UP_SIZE) run->kernels->activate(op->kind, op->cut, h, known, count, h);
+        else for (int64_t i = 0; i < count; i++) h[i] = known[i] * h[i];
+        run->kernels->keep_large(known, threshold, count, h);
+        for (int64_t i = 0; i < count; i++) active += !(fabsf(known[i]) <= threshold[i]);
+    }
+    return active;
 }
 
 /* Contributions of 16 neighbouring neurons to all tokens: zero for the neurons that are not selected. */
@@ -104,7 +138,8 @@ static void execute_all(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker,
     const columns_part columns = columns_of(op, worker);
     int64_t width = op->bundle->columns, tile, active = 0;
     pi_share share = pi_share_open(worker, slot, (op->bundle->rows + PI_TILE - 1) / PI_TILE);
-    while ((tile = pi_share_next(&share)) >= 0) active += contribute_tile(op, run, tile);
+    while ((tile = pi_share_next(&share)) >= 0)
+        active += op->rule == PI_BY_VALUE ? contribute_tile(op, run, tile) : threshold_tile(op, run, tile);
     __atomic_fetch_add(&run->program->active, active, __ATOMIC_RELAXED);
     pi_barrier(worker);
     if (columns.begin >= columns.end) return;

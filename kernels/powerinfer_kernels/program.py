@@ -24,6 +24,8 @@ ZERO_KINDS = frozenset({"relu", "relu2", "drelu", "fatrelu"})
 ROPE_STYLES = ("norm", "neox")
 #: Bins of a histogram of contributions: four to an octave from 2^-16 to 2^16.
 HISTOGRAM_BINS = 128
+#: Factors of a neuron's product by whose size it can be selected, by the number that C knows them by.
+FACTORS = ("gate", "up")
 _UNBOUNDED = 1 << 31
 
 
@@ -43,6 +45,7 @@ class _Op(IntEnum):
     SUM_ROWS = 10
     SPARSE_FFN = 11
     OBSERVE = 12
+    KEEP_LARGE = 13
 
 
 class Program:
@@ -292,7 +295,56 @@ class ProgramBuilder:
         if quantized:
             inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
         objects = (select, threshold, *inputs, bundle.handle, out, h, gate, bias)
-        self._append(_Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate)), (_cut(kind, cut),))
+        self._append(_Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate), 0), (_cut(kind, cut),))
+
+    def thresholded_ffn(
+        self,
+        known: Floats,
+        factor: str,
+        threshold: Floats,
+        src: Floats,
+        activations: Activations | None,
+        bundle: Bundle,
+        out: Floats,
+        h: Floats,
+        kind: str,
+    ) -> None:
+        """out = Σ_i act(gate_i) · up_i · down_i over the neurons with |known_i| above `threshold` [neurons].
+
+        `known` holds one of :data:`FACTORS`: act(gate), and the bundle has up and down rows; or up, and it
+        has gate and down rows. Same bits as matmul, activate and sum_rows over all neurons with the others'
+        products set to zero. `h` [max_tokens, neurons] is scratch. When decoding, rows of other neurons are
+        not read.
+        """
+        if factor not in FACTORS:
+            raise KernelError(f"{factor!r} is not one of the factors {', '.join(FACTORS)}")
+        by_gate = factor == "gate"
+        self._check_parts(bundle, gate=not by_gate, up=by_gate, down=True)
+        if by_gate and kind == "drelu":
+            raise KernelError("drelu acts on up, too: select by up")
+        self._check("known", known, bundle.rows)
+        check_array("threshold", threshold, np.float32, (bundle.rows,))
+        self._check("h", h, bundle.rows, written=True)
+        self._check("out", out, bundle.columns, written=True)
+        self._check("src", src, bundle.columns)
+        check_apart("out", out, {"known": known, "src": src, "h": h})
+        check_apart("h", h, {"known": known, "src": src, "threshold": threshold})
+        row_type = bundle.types[1 if by_gate else 0]
+        assert row_type is not None
+        inputs: tuple[Array | None, ...] = (src, None, None, None)
+        if not row_type.is_float:
+            inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
+        objects = (known, threshold, *inputs, bundle.handle, out, h, None, None)
+        self._append(_Op.SPARSE_FFN, objects, (_kind(kind), 0, 1 + FACTORS.index(factor)), (0.0,))
+
+    def keep_large(self, value: Floats, threshold: Floats, out: Floats) -> None:
+        """out = 0 where |value| is not above `threshold` [width]; a NaN counts as above. `out` may be
+        `value`."""
+        width = self._width("value", value)
+        check_array("threshold", threshold, np.float32, (width,))
+        self._check("out", out, width, written=True)
+        check_apart_or_same("out", out, {"value": value})
+        self._append(_Op.KEEP_LARGE, (value, threshold, out), (width,))
 
     def observe(
         self,

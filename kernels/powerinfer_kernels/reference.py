@@ -129,6 +129,21 @@ def sum_rows(h: Array, rows: Array) -> Array:
     return out
 
 
+def keep_large(value: Array, threshold: Array, out: Array) -> Array:
+    """`out` with zeros where |value| is not above `threshold` [width]."""
+    return np.where(np.abs(value) > threshold, out, 0.0)
+
+
+def thresholded_ffn(
+    known: Array, factor: str, threshold: Array, x: Array, rest: Array, down: Array, kind: str
+) -> Array:
+    """FFN over the neurons whose `known` factor, act(gate) or up, is larger than `threshold`; `rest` are the
+    rows of the other factor."""
+    other = x @ rest.T
+    hidden = known * other if factor == "gate" else activate(other, known, kind)
+    return sum_rows(keep_large(known, threshold, hidden), down)
+
+
 def sparse_ffn(gate: Array, x: Array, up: Array | None, down: Array, kind: str, cut: float = 0.0) -> Array:
     """FFN over the neurons with a gate above `cut` alone: the others contribute exactly nothing. Without `up`
     rows, `gate` is the first of two matrices' product."""

@@ -14,6 +14,7 @@ from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.rotary import RotaryTables
+from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.model import AttentionWeights, Model, Norm, Weight
 
 
@@ -69,6 +70,17 @@ class FFNOutput:
 
     bias: Floats | None
     post_norm: Norm | None
+
+
+@dataclass(frozen=True)
+class ThresholdedRows:
+    """FFN over the neurons whose ``factor``, act(gate) or up, is larger than ``threshold`` (neurons,):
+    ``known`` are its rows, and the bundle has the others."""
+
+    factor: str
+    known: Matrix
+    threshold: Floats
+    bundle: Bundle
 
 
 @dataclass
@@ -167,13 +179,24 @@ class BlockWriter:
         if quantized and b.normed_acts is not None:
             self.builder.quantize(b.normed, b.normed_acts)
 
-    def ffn_columns(self, w: DenseColumns, output: FFNOutput, observed: LayerCounters | None = None) -> None:
-        """The FFN of a source model, added to the residual stream; counted where it is ``observed``."""
+    def ffn_columns(
+        self,
+        w: DenseColumns,
+        output: FFNOutput,
+        observed: LayerCounters | None = None,
+        thresholds: FactorThresholds | None = None,
+    ) -> None:
+        """The FFN of a source model, added to the residual stream; counted where it is ``observed``. With
+        ``thresholds`` (of a gated FFN), neurons below contribute nothing."""
         b, builder, kind = self.buffers, self.builder, self.hyper.activation
         self.label("ffn")
         up = self._gate_and_up(w.gate, w.bias, w.up, b.gate, b.up)
         if observed is not None:
             builder.observe(b.gate, up, kind, **vars(observed), cut=self.hyper.activation_cut)
+        if thresholds is not None and up is not None and b.scores is not None:
+            builder.activate(b.gate, None, b.scores, kind)
+            builder.keep_large(b.scores, thresholds.gate, up)
+            builder.keep_large(up, thresholds.up, up)
         builder.activate(b.gate, up, b.gate, kind, self.hyper.activation_cut)
         if not w.down.row_type.is_float and b.hidden_acts is not None:
             builder.quantize(b.gate, b.hidden_acts)
@@ -232,6 +255,18 @@ class BlockWriter:
             gate=gate,
             bias=w.bias,
             cut=self.hyper.activation_cut,
+        )
+
+    def ffn_thresholded(self, w: ThresholdedRows, known: Floats, h: Floats) -> None:
+        """The FFN over the neurons whose known factor is large, into ``block_out``; the last two are scratch
+        (T, neurons)."""
+        self.label("ffn")
+        b, builder, kind = self.buffers, self.builder, self.hyper.activation
+        builder.matmul(w.known, b.normed, b.normed_acts, known)
+        if w.factor == "gate":
+            builder.activate(known, None, known, kind)
+        builder.thresholded_ffn(
+            known, w.factor, w.threshold, b.normed, b.normed_acts, w.bundle, b.block_out, h, kind
         )
 
     def ffn_truth(self, w: GateAndUp, gate: Floats, up: Floats) -> None:

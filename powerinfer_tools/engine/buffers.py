@@ -35,7 +35,7 @@ class Buffers:
     hidden_acts: Activations | None
     block_out: Floats  # (T, width): a block's output before it joins the residual stream
     hot_out: Floats | None  # (T, width): the hot device's part of an FFN
-    scores: Floats | None  # (T, neurons): what predictors say of each neuron
+    scores: Floats | None  # (T, neurons): what predictors say of each neuron, or act(gate)
 
     @property
     def nbytes(self) -> int:
@@ -50,10 +50,10 @@ class Buffers:
 
 
 def allocate(
-    spec: ArchitectureSpec, hyper: Hyperparameters, tokens: int, *, hot: bool, predicted: bool
+    spec: ArchitectureSpec, hyper: Hyperparameters, tokens: int, *, hot: bool, scores: bool
 ) -> Buffers:
-    """Buffers for up to ``tokens`` tokens at a time; ``hot`` and ``predicted``: also what a hot device and
-    predictors need."""
+    """Buffers for up to ``tokens`` tokens at a time; ``hot`` and ``scores``: also what a hot device and
+    predictors (or thresholds of a source model) need."""
 
     def floats(width: int) -> Floats:
         return aligned((tokens, width), np.float32)
@@ -79,7 +79,7 @@ def allocate(
         hidden_acts=activations(tokens, hyper.neurons),
         block_out=floats(hyper.width),
         hot_out=floats(hyper.width) if hot else None,
-        scores=floats(hyper.neurons) if predicted else None,
+        scores=floats(hyper.neurons) if scores else None,
     )
 
 

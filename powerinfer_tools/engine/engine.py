@@ -12,6 +12,7 @@ from powerinfer_tools.engine.layers import LayerStack, StackOptions, Watch
 from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.report import EngineReport, Memory
+from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.errors import ContextFull, ModelError
 from powerinfer_tools.hardware.detect import available_ram_bytes
 from powerinfer_tools.model import Model
@@ -31,7 +32,8 @@ class Engine:
     the hot part to that many bytes by moving the split point. ``kv_type`` "q8_0" halves the KV cache, at a
     small cost in precision. ``observed`` counters, one of each layer, are
     added to by every forward pass of a source model. ``check_recall`` computes beside every prediction what
-    it should have found, for the report; results stay the same bits.
+    it should have found, for the report; results stay the same bits. ``thresholds`` of each layer of a source
+    model leave neurons out, as they say at the time of each pass.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Engine:
         kv_type: str = "f16",
         observed: Sequence[LayerCounters] | None = None,
         check_recall: bool = False,
+        thresholds: Sequence[FactorThresholds] | None = None,
     ) -> None:
         started = time.perf_counter()
         self.model = model
@@ -55,7 +58,9 @@ class Engine:
         require_memory(model, self.context, kv_type, available_ram_bytes())
         self._pool = Pool(threads, isa)
         batch = max(1, min(batch, self.context))
-        options = StackOptions(batch, self.context, mode, device, vram, kv_type, observed, check_recall)
+        options = StackOptions(
+            batch, self.context, mode, device, vram, kv_type, observed, check_recall, thresholds
+        )
         self._stack = LayerStack(model, self._pool, options)
         self._head = Head(model, self._pool, self._stack.head_matrix)
         self._batch, self._position = batch, 0

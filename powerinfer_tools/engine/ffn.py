@@ -2,7 +2,7 @@
 on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,17 +15,20 @@ from powerinfer_tools.engine.blocks import (
     FFNOutput,
     NeuronRows,
     PredictedRows,
+    ThresholdedRows,
     pack,
 )
 from powerinfer_tools.engine.buffers import Buffers, Floats, activations, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
+from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model import DenseFFN, Model
 
 #: Modes that this engine can run. Dense and gate-first are exact; predicted leaves out what its predictors
-#: miss. The last two need an activation with exact zeros.
-MODES = ("dense", "gate-first", "predicted")
+#: miss. Both that skip need an activation with exact zeros. Thresholded is for the others: it leaves out
+#: neurons with a small factor.
+MODES = ("dense", "gate-first", "predicted", "thresholded")
 
 
 class ColdFFN(Protocol):
@@ -58,7 +61,7 @@ class ColdFFN(Protocol):
 
 def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
     """The mode of each layer: ``asked``, else what a split file says, else dense. Where predicted is asked
-    for, layers without a predictor are gate-first.
+    for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
 
     Raises ModelError for a mode that the model does not allow.
     """
@@ -71,6 +74,8 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
     _check_mode(model, asked)
     if asked == "predicted" and model.split is not None:
         return tuple("predicted" if layer.predictor else "gate-first" for layer in model.split.layers)
+    if asked == "thresholded" and model.split is not None:
+        return tuple("thresholded" if layer.threshold else "dense" for layer in model.split.layers)
     return (asked,) * layers
 
 
@@ -80,6 +85,9 @@ def _check_mode(model: Model, asked: str) -> None:
             f"{model.path}: mode {asked!r} is not one that this version runs ({', '.join(MODES)})"
         )
     if asked == "dense":
+        return
+    if asked == "thresholded":
+        _check_thresholded(model)
         return
     if not model.exact_zeros:
         raise ModelError(
@@ -91,6 +99,19 @@ def _check_mode(model: Model, asked: str) -> None:
     if asked == "predicted" and not any(layer.predictor for layer in model.split.layers):
         raise ModelError(
             f"{model.path}: predicted needs predictors, and this file has none; use --mode gate-first"
+        )
+
+
+def _check_thresholded(model: Model) -> None:
+    if model.exact_zeros:
+        raise ModelError(
+            f"{model.path}: thresholded is for activations without exact zeros; {model.hyper.activation} has "
+            "them, use --mode gate-first, which is exact"
+        )
+    if model.split is None or model.split.header.thresholding is None:
+        raise ModelError(
+            f"{model.path}: thresholded needs a split file with thresholds; make them with powerinfer "
+            "threshold on the source model, then powerinfer convert"
         )
 
 
@@ -107,13 +128,22 @@ def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: 
         return _NoneFFN()
     if mode == "predicted":
         return _load_predicted(ffn, pool, hot_neurons, tokens)
+    if mode == "thresholded":
+        return _load_thresholded(ffn, pool, hot_neurons)
     return _load_rows(ffn, pool, mode, hot_neurons)
+
+
+def with_thresholds(ffn: ColdFFN, thresholds: FactorThresholds) -> ColdFFN:
+    """An FFN of a source model that leaves out what ``thresholds`` say."""
+    assert isinstance(ffn, _ColumnsFFN)
+    return replace(ffn, thresholds=thresholds)
 
 
 @dataclass(frozen=True)
 class _ColumnsFFN:
     weights: DenseColumns
     in_rows: bool = False
+    thresholds: FactorThresholds | None = None
 
     @property
     def neurons(self) -> int:
@@ -133,7 +163,7 @@ class _ColumnsFFN:
     def write(
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
-        writer.ffn_columns(self.weights, output, observed)
+        writer.ffn_columns(self.weights, output, observed, self.thresholds)
 
 
 @dataclass(frozen=True)
@@ -199,6 +229,35 @@ class _PredictedFFN:
 
 
 @dataclass(frozen=True)
+class _ThresholdedFFN:
+    weights: ThresholdedRows
+    in_rows: bool = True
+
+    @property
+    def neurons(self) -> int:
+        return self.weights.bundle.rows
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.known.nbytes + self.weights.threshold.nbytes + self.weights.bundle.nbytes
+
+    @property
+    def quantized(self) -> bool:
+        kinds = (self.weights.known.row_type, *self.weights.bundle.types[:2])
+        return not all(kind is None or kind.is_float for kind in kinds)
+
+    def bytes_per_token(self, density: float) -> float:
+        w = self.weights
+        return w.known.nbytes + w.threshold.nbytes + w.bundle.nbytes * density
+
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
+    ) -> None:
+        known, h = narrowed(buffers.gate, self.neurons), narrowed(buffers.up, self.neurons)
+        writer.ffn_thresholded(self.weights, known, h)
+
+
+@dataclass(frozen=True)
 class _NoneFFN:
     """A layer whose neurons are all on the hot device."""
 
@@ -223,6 +282,20 @@ def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
     bundle = _bundle(layer, pool, first, layer.kinds[len(dense) :])
     up = matrices[1] if len(matrices) == 2 else None
     return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first)))
+
+
+def _load_thresholded(layer: SplitLayer, pool: Pool, first: int) -> ColdFFN:
+    threshold = layer.threshold
+    assert threshold is not None
+    rest = [kind for kind in layer.kinds if kind != threshold.factor]
+    return _ThresholdedFFN(
+        ThresholdedRows(
+            factor=threshold.factor,
+            known=_matrix(layer, pool, first, threshold.factor),
+            threshold=threshold.values[first:].copy(),
+            bundle=_bundle(layer, pool, first, rest),
+        )
+    )
 
 
 def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int) -> ColdFFN:

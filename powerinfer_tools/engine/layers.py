@@ -10,12 +10,19 @@ import numpy.typing as npt
 from powerinfer_kernels import KernelError, KVCache, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput, pack
 from powerinfer_tools.engine.buffers import allocate
-from powerinfer_tools.engine.ffn import ColdFFN, layer_modes, load_cold_ffn, write_recall_check
+from powerinfer_tools.engine.ffn import (
+    ColdFFN,
+    layer_modes,
+    load_cold_ffn,
+    with_thresholds,
+    write_recall_check,
+)
 from powerinfer_tools.engine.memory import kv_bytes_per_position
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import RecallCheck, recall_of
 from powerinfer_tools.engine.rotary import layer_tables
 from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
+from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hot import HotSide, open_hot_side
 from powerinfer_tools.model import ExpertsFFN, LayerWeights, Model
@@ -31,7 +38,8 @@ class StackOptions:
     none).
 
     ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
-    compute beside every prediction what it should have found.
+    compute beside every prediction what it should have found. ``thresholds``: of each layer of a
+    source model.
     """
 
     batch: int
@@ -42,6 +50,7 @@ class StackOptions:
     kv_type: str = "f16"
     observed: Sequence[LayerCounters] | None = None
     check_recall: bool = False
+    thresholds: Sequence[FactorThresholds] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class LayerStack:
             model.hyper,
             options.batch,
             hot=self._hot is not None,
-            predicted="predicted" in self._modes,
+            scores="predicted" in self._modes or options.thresholds is not None,
         )
         self._caches = self._allocate_caches(options.context, options.kv_type)
         builder = ProgramBuilder(options.batch)
@@ -77,7 +86,7 @@ class LayerStack:
         self._routed = routed_buffers(model.hyper, options.batch)
         self._ffn_ends: list[int] = []
         self._cold: list[ColdFFN | RoutedFFN] = []
-        self._observed = options.observed
+        self._observed, self._thresholds = options.observed, options.thresholds
         self._check_recall = options.check_recall
         self._checks: list[RecallCheck] = []
         self._tokens = 0
@@ -157,6 +166,12 @@ class LayerStack:
             first = end
         self._run(first, self._length, count, position)
         return count
+
+    def known_factors(self, tokens: int) -> tuple[Floats, Floats]:
+        """act(gate) and up of the FFN that ran last, (tokens, neurons) each: views, for who looks on while a
+        source model runs with thresholds."""
+        assert self._buffers.scores is not None
+        return self._buffers.scores[:tokens], self._buffers.up[:tokens]
 
     def cache_bytes_read(self, position: int) -> int:
         """Bytes of KV cache that decoding at ``position`` reads."""
@@ -241,6 +256,8 @@ class LayerStack:
         hot_neurons = self._hot.hot_neurons(index) if self._hot else 0
         tokens = self._buffers.x.shape[0]
         ffn = load_cold_ffn(self.model, index, self._pool, self._modes[index], hot_neurons, tokens)
+        if self._thresholds is not None:
+            ffn = with_thresholds(ffn, self._thresholds[index])
         self._cold.append(ffn)
         writer, parallel = self._writer, self.model.spec.parallel
         if not parallel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from powerinfer_formats import predictors
+from powerinfer_formats import predictors, thresholds
 from powerinfer_formats.block_types import type_name
 from powerinfer_formats.delta import Delta
 from powerinfer_formats.gguf_reader import StringArray
@@ -44,7 +44,7 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class Description:
-    """``kind``: "model", "split file", "profile", "trace", "predictors", "delta",
+    """``kind``: "model", "split file", "profile", "trace", "predictors", "thresholds", "delta",
     "plan", "hardware profile"; ``facts``: JSON values."""
 
     kind: str
@@ -73,7 +73,8 @@ def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
         return _describe_plan
     if start.lstrip()[:6] == b"format":
         return _describe_hardware
-    raise UnknownFile(f"{path} is no GGUF file, profile, trace, predictors, delta, plan or hardware profile")
+    known = "GGUF file, profile, trace, predictors, thresholds, delta, plan or hardware profile"
+    raise UnknownFile(f"{path} is no {known}")
 
 
 def _describe_model(path: Path) -> Description:
@@ -123,6 +124,7 @@ def _split_facts(path: Path) -> dict[str, Any]:
                 "neurons": layer.neurons,
                 "hot_neurons": layer.hot_neurons,
                 "mode": layer.mode,
+                "threshold_factor": layer.threshold.factor if layer.threshold else "none",
                 "predictor": layer.predictor.kind if layer.predictor else "none",
                 "predictor_bytes": layer.predictor.nbytes if layer.predictor else 0,
                 "types": [row_type.name for row_type in layer.layout.types],
@@ -150,6 +152,8 @@ def _describe_safetensors(path: Path) -> Description:
     if isinstance(document, dict) and document.get("format") == predictors.FORMAT:
         header = predictors.Predictors.load(path).header
         return Description("predictors", to_plain(header))
+    if isinstance(document, dict) and document.get("format") == thresholds.FORMAT:
+        return Description("thresholds", to_plain(thresholds.Thresholds.load(path).header))
     return _describe_profile(path)
 
 

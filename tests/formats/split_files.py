@@ -20,6 +20,7 @@ from powerinfer_formats.split_layout import (
     order_name,
     predictor_names,
 )
+from powerinfer_formats.split_thresholds import threshold_name
 
 NEURONS, WIDTH, LAYERS = 12, 64, 3
 HOT = (4, 0, 12)
@@ -49,6 +50,7 @@ class Parts:
     without: set[str] = field(default_factory=set)
     orders: dict[int, list[int]] = field(default_factory=dict)
     thresholds: dict[int, list[float]] = field(default_factory=dict)
+    factor_thresholds: dict[int, list[float]] = field(default_factory=dict)
 
 
 def source_rows(layer: int) -> dict[str, np.ndarray]:
@@ -85,6 +87,10 @@ def write_split(path: Path, change: Callable[[Parts], None] | None = None) -> Pa
             written += _declare_layer(writer, layer, parts)
         for layer, values in parts.thresholds.items():
             name = predictor_names(layer)[2]
+            writer.declare(name, TensorType.F32, (len(values),))
+            written.append((name, np.array(values, "<f4").tobytes()))
+        for layer, values in parts.factor_thresholds.items():
+            name = threshold_name(layer)
             writer.declare(name, TensorType.F32, (len(values),))
             written.append((name, np.array(values, "<f4").tobytes()))
         for name, kind, shape in parts.extra_tensors:

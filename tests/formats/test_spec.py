@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from powerinfer_formats import split_layout
+from powerinfer_formats import split_layout, split_thresholds
 from powerinfer_formats.block_types import BLOCK_SHAPES, type_name
 from powerinfer_formats.delta import DeltaHeader, DeltaQuality
 from powerinfer_formats.hardware import CpuInfo, GpuInfo, LinkInfo, MachineInfo
 from powerinfer_formats.plan import LayerPlan, Plan
 from powerinfer_formats.profile_document import ProfileDocument
+from powerinfer_formats.thresholds import ThresholdCost, ThresholdsHeader
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,26 @@ def test_the_table_of_tensor_types(spec: str) -> None:
 
 
 def test_every_key_of_a_split_file(spec: str) -> None:
-    keys = {value for name, value in vars(split_layout).items() if name.startswith("KEY_")}
+    modules = (split_layout, split_thresholds)
+    keys = {value for module in modules for name, value in vars(module).items() if name.startswith("KEY_")}
     assert set(re.findall(r"^\| `(powerinfer\.\w+)` ", spec, re.MULTILINE)) == keys
 
 
 @pytest.mark.parametrize(
     "record",
-    [Plan, LayerPlan, ProfileDocument, MachineInfo, CpuInfo, GpuInfo, LinkInfo, DeltaHeader, DeltaQuality],
+    [
+        Plan,
+        LayerPlan,
+        ProfileDocument,
+        MachineInfo,
+        CpuInfo,
+        GpuInfo,
+        LinkInfo,
+        DeltaHeader,
+        DeltaQuality,
+        ThresholdsHeader,
+        ThresholdCost,
+    ],
     ids=lambda c: c.__name__,
 )
 def test_every_field(spec: str, record: type) -> None:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from powerinfer_formats import errors
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_layout import ValueType
-from powerinfer_formats.gguf_reader import GGUFFile, StringArray
+from powerinfer_formats.gguf_reader import StringArray
 from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_formats.model_source import ModelSource
 
 KEY_FACTORS = "powerinfer.threshold_factors"
 KEY_COST = "powerinfer.threshold_cost"
@@ -52,7 +53,7 @@ def threshold_name(layer: int) -> str:
     return f"blk.{layer}.ffn_threshold"
 
 
-def read_thresholding(gguf: GGUFFile, layers: int) -> SplitThresholding | None:
+def read_thresholding(gguf: ModelSource, layers: int) -> SplitThresholding | None:
     """What the header says; None where it says nothing. Raises ``FormatError``."""
     if KEY_FACTORS not in gguf.metadata:
         if KEY_COST in gguf.metadata:
@@ -75,7 +76,7 @@ def read_thresholding(gguf: GGUFFile, layers: int) -> SplitThresholding | None:
     return SplitThresholding(factors, (first, second, error, kl, budget))
 
 
-def read_threshold(gguf: GGUFFile, layer: int, factor: str, neurons: int) -> SplitThreshold | None:
+def read_threshold(gguf: ModelSource, layer: int, factor: str, neurons: int) -> SplitThreshold | None:
     """The thresholds of one layer, None for factor none; raises ``FormatError``."""
     name = threshold_name(layer)
     if factor == "none":

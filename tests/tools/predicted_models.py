@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from powerinfer_formats.predictors import LayerPredictor, Predictors, PredictorsHeader, Quality
+from powerinfer_formats.predictors import LowRank, PredictorInfo, Predictors, PredictorsHeader, Quality
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.profiling import ProfileOptions, run_profile
@@ -36,7 +36,7 @@ def predicted_split(
         left, values, right = np.linalg.svd(tiny.values[f"blk.{index}.ffn_gate.weight"])
         outward = (left[:, :rank] * values[:rank]).astype(np.float32)
         threshold = np.full(spec.neurons, -0.05, np.float32)
-        made.append(LayerPredictor(right[:rank].astype(np.float32), outward, threshold))
+        made.append(LowRank(right[:rank].astype(np.float32), outward, threshold))
     loaded = Profile.load(profile)
     header = PredictorsHeader(
         fingerprint=loaded.fingerprint,
@@ -46,9 +46,9 @@ def predicted_split(
         target_recall=0.9,
         width=spec.width,
         neurons=spec.neurons,
-        ranks=(rank,) * layers,
+        layers=(PredictorInfo("low-rank", rank, 1, Quality(0.5, 0.5, 0.9, 0.9)),) * layers,
         test_records=1,
-        quality=(Quality(0.5, 0.5, 0.9, 0.9),) * layers,
+        cost=None,
         corpus_hashes=(),
         tool_version="test",
     )

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from powerinfer_cli.console import emit_json, progress, say
@@ -19,7 +20,13 @@ LONG_PROMPT = 4096
 
 
 def complete(
-    engine: "Engine", text: str, options: "GenerationOptions", given: "Prompt", *, as_json: bool
+    engine: "Engine",
+    text: str,
+    options: "GenerationOptions",
+    given: "Prompt",
+    *,
+    as_json: bool,
+    trace: Path | None = None,
 ) -> None:
     """Stream the continuation of ``text`` (or the model's answer to it) and say what it cost."""
     from powerinfer_tools.text import Tokenizer
@@ -28,9 +35,13 @@ def complete(
     for notice in tokenizer.notices:
         say(notice)
     listener = progress() if len(text) > LONG_PROMPT else None
+    if trace is not None:
+        engine.trace()
     generation = begin(engine, tokenizer, text, options, given, listener)
     interrupted = stream(generation, listener, silent=as_json)
     figures = run_figures(engine, generation)
+    if trace is not None:
+        write_trace(engine, trace)
     if as_json:
         emit_json(figures)
     else:
@@ -38,6 +49,16 @@ def complete(
         say_summary(figures)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def write_trace(engine: "Engine", path: Path) -> None:
+    """The timeline of the last token, where one was decoded."""
+    timeline = engine.trace()
+    if not timeline.events:
+        say(f"no token was decoded, so {path} is not written")
+        return
+    timeline.write(path)
+    say(f"wrote {path}")
 
 
 def begin(

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from powerinfer_cli.console import say
 from powerinfer_cli.options import Placement
 
 if TYPE_CHECKING:
@@ -20,10 +20,13 @@ def opened_engine(
     """An engine on the model at ``path``, closed at the end."""
     with engines_of(path, placement, threads=threads, context=context) as (_, open_engine):
         engine = open_engine(mode=placement.engine_mode)
+        said = len(engine.notices)
         try:
             yield engine
         finally:
             engine.close()
+            for notice in engine.notices[said:]:
+                say(notice)
 
 
 @contextmanager
@@ -34,20 +37,23 @@ def engines_of(
     from powerinfer_tools.engine import Engine
     from powerinfer_tools.model import load_model
 
+    def open_engine(**options: Any) -> "Engine":
+        engine = Engine(
+            model,
+            threads=threads,
+            context=context,
+            device=placement.device,
+            vram=placement.vram,
+            kv_type=placement.kv_type,
+            **options,
+        )
+        for notice in engine.notices:
+            say(notice)
+        return engine
+
     model = load_model(path)
     try:
-        yield (
-            model,
-            partial(
-                Engine,
-                model,
-                threads=threads,
-                context=context,
-                device=placement.device,
-                vram=placement.vram,
-                kv_type=placement.kv_type,
-            ),
-        )
+        yield model, open_engine
     finally:
         model.close()
 
@@ -60,8 +66,6 @@ def measured_bandwidth(engine: "Engine") -> float:
 def read_text(path: Path) -> str:
     """Text of a file or of standard input (``-``); bytes that aren't UTF-8 become U+FFFD, which is said."""
     import sys
-
-    from powerinfer_cli.console import say
 
     data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:

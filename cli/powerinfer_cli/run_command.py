@@ -108,9 +108,20 @@ class Sampling:
     ] = None
 
 
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write when each part of the last token was at work, as JSON for Perfetto or chrome://tracing.",
+    ),
+]
+
+
 def command(
     *,
     model: opt.Model = None,
+    trace: Trace = None,
     prompt: Prompt,
     length: Length,
     sampling: Sampling,
@@ -118,6 +129,9 @@ def command(
     common: opt.Common,
 ) -> None:
     """Generate text, or chat."""
+    if trace is not None and prompt.interactive:
+        problem = "a chat has no last token; choose one of -i and --trace"
+        raise typer.BadParameter(problem, param_hint="--trace")
     text = prompt_text(prompt, as_json=common.json)
     path = find_model(model)
     from powerinfer_cli.engines import opened_engine
@@ -132,7 +146,7 @@ def command(
             from powerinfer_cli.completion import complete
 
             assert text is not None
-            complete(engine, text, options, prompt, as_json=common.json)
+            complete(engine, text, options, prompt, as_json=common.json, trace=trace)
 
 
 def generation_options(length: Length, sampling: Sampling) -> "GenerationOptions":

@@ -79,6 +79,8 @@ def say_summary(figures: dict[str, Any]) -> None:
     reused = f" ({figures['reused_tokens']} more reused)" if figures["reused_tokens"] else ""
     memory = figures["memory"]
     vram = f", {format_size(memory['vram'])} on the device" if memory["vram"] else ""
+    if memory["vram_peak"] is not None:
+        vram += f" as planned, at most {format_size(memory['vram_peak'])} held there"
     timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in figures["timings"].items())
     speed = f"{figures['prompt_tokens_per_second']:.1f} tok/s"
     say(f"prompt: {figures['prompt_tokens']} tokens{reused}, {speed}")
@@ -102,6 +104,8 @@ def say_summary(figures: dict[str, Any]) -> None:
             f"{cost['kl']:.1e}, as measured when the thresholds were chosen ({cost['allowed']:.2%} allowed)"
         )
     say(f"time: {timings}")
+    if figures["overlap"] is not None:
+        say(f"overlap: {figures['overlap']:.0%} of the hot side's time passed while the CPU computed")
     parts = ("weights", "kv_cache", "scratch")
     sizes = ", ".join(f"{part.replace('kv_', 'KV ')} {format_size(memory[part])}" for part in parts)
     cache = "" if figures["kv_type"] == "f16" else f", KV cache of {figures['kv_type']}"

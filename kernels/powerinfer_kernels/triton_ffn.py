@@ -12,14 +12,15 @@ import triton.language as tl
 
 from .triton_decode import columns_of, lanes, load_codes, tile_words, tiles, weights
 
-#: Kinds of activation, as numbers that kernels are compiled for; the first three skip where the gate is not
-#: positive, since what they give there is zero.
-ACTIVATIONS = {"relu": 0, "relu2": 1, "drelu": 2, "silu": 3, "gelu_tanh": 4, "gelu_erf": 5}
+#: Kinds of activation, as numbers that kernels are compiled for; the first four skip where the gate is not
+#: above the cut (0 but for fatrelu), since what they give there is zero.
+ACTIVATIONS = {"relu": 0, "relu2": 1, "drelu": 2, "fatrelu": 3, "silu": 4, "gelu_tanh": 5, "gelu_erf": 6}
 RELU = tl.constexpr(0)
 RELU2 = tl.constexpr(1)
 DRELU = tl.constexpr(2)
-SILU = tl.constexpr(3)
-GELU_TANH = tl.constexpr(4)
+FATRELU = tl.constexpr(3)
+SILU = tl.constexpr(4)
+GELU_TANH = tl.constexpr(5)
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def tanh(x):
 
 
 @triton.jit
-def activate(gate, ACT: tl.constexpr):
+def activate(gate, cut, ACT: tl.constexpr):
     """The activation function; see :func:`powerinfer_kernels.reference.act`."""
     if ACT == SILU:
         out = gate / (1.0 + tl.exp(-gate))
@@ -53,6 +54,8 @@ def activate(gate, ACT: tl.constexpr):
         out = 0.5 * gate * (1.0 + tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
     elif ACT == RELU or ACT == DRELU:  # noqa: SIM109 - Triton has no `in`
         out = tl.maximum(gate, 0.0)
+    elif ACT == FATRELU:
+        out = tl.where(gate > cut, gate, 0.0)
     elif ACT == RELU2:
         positive = tl.maximum(gate, 0.0)
         out = positive * positive
@@ -73,14 +76,15 @@ def matvec_kernel(x, base, bias, out, rows, COLUMNS: tl.constexpr, TYPE: tl.cons
     tl.store(out + token.to(tl.int64) * rows + row, value, mask=live)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def hidden_kernel(x_gate, x_up, gate, up, active, out, rows, COLUMNS: tl.constexpr, GATE_TYPE: tl.constexpr,
-                  UP_TYPE: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """out [T, rows] = act(gate rows · x_gate) · (up rows · x_up), both x [T, COLUMNS]; ``up`` None: the first
-    factor. Grid (⌈rows / BLOCK⌉, T).
+@triton.jit(do_not_specialize=["rows", "cut"])
+def hidden_kernel(x_gate, x_up, gate, up, bias, active, out, rows, cut, COLUMNS: tl.constexpr,
+                  GATE_TYPE: tl.constexpr, UP_TYPE: tl.constexpr, ACT: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """out [T, rows] = act(gate rows · x_gate + bias) · (up rows · x_up), both x [T, COLUMNS]; ``up`` None:
+    the first factor; ``bias`` [rows], or None. Grid (⌈rows / BLOCK⌉, T).
 
     Neurons whose ``active`` [T, rows] (uint8, or None: all) is 0 give 0 and none of their rows is read; with
-    the ReLU family neither is an up row whose gate is not positive.
+    the ReLU family neither is an up row whose gate is not above ``cut`` (0 but for fatrelu).
     """
     token = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -89,11 +93,13 @@ def hidden_kernel(x_gate, x_up, gate, up, active, out, rows, COLUMNS: tl.constex
     if active is not None:
         live = live & (tl.load(active + at, mask=live, other=0) != 0)
     first = dot(x_gate + token * COLUMNS, gate, rows, row, live, COLUMNS, GATE_TYPE)
-    value = activate(first, ACT)
+    if bias is not None:
+        first += tl.load(bias + row, mask=live, other=0.0)
+    value = activate(first, cut, ACT)
     if up is not None:
         wanted = live
-        if ACT <= DRELU:
-            wanted = live & (first > 0)
+        if ACT <= FATRELU:
+            wanted = live & (first > cut)
         second = dot(x_up + token * COLUMNS, up, rows, row, wanted, COLUMNS, UP_TYPE)
         if ACT == DRELU:
             second = tl.maximum(second, 0.0)

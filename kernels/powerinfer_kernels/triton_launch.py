@@ -12,13 +12,11 @@ import triton
 from . import triton_ffn as kernels
 from .row_types import RowType
 from .triton_decode import tiles
-from .triton_layout import PLANAR_TYPES
+from .triton_layout import PLANAR_TYPES, SPLIT_ROWS
 
 Tensor = Any
 #: The oldest GPUs that Triton compiles for (Turing).
 LEAST_CAPABILITY = (7, 5)
-#: Rows summed into one partial sum: fixed, so that sums do not depend on the GPU.
-SPLIT_ROWS = 128
 #: Rows in a program's tile, by kernel.
 DOT_BLOCK, SUM_BLOCK, UNPACK_BLOCK = 8, 8, 8
 ADD_BLOCK = 256
@@ -38,6 +36,11 @@ class PlanarRows:
         assert self.row_type in PLANAR_TYPES
 
 
+def aligned(floats: int) -> int:
+    """``floats`` rounded up to whole lines of memory, so that what follows can be read in wide pieces."""
+    return -(-floats // 64) * 64
+
+
 def splits(rows: int) -> int:
     """Partial sums of ``rows`` rows."""
     return -(-rows // SPLIT_ROWS)
@@ -53,15 +56,18 @@ def matvec(x: Tensor, matrix: PlanarRows, out: Tensor, bias: Tensor | None = Non
 
 
 def hidden(
-    x_gate: Tensor, x_up: Tensor, gate: PlanarRows, up: PlanarRows | None, activation: str, out: Tensor,
-    active: Tensor | None = None,
+    x_gate: Tensor, x_up: Tensor, gate: PlanarRows, up: PlanarRows | None, activation: tuple[str, float],
+    out: Tensor, *, bias: Tensor | None = None, active: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out (T, neurons) = act(gate · x_gate) · (up · x_up); ``active`` uint8 (T, neurons) or None: all."""
+    """out (T, neurons) = act(gate · x_gate + bias) · (up · x_up); ``activation`` has the cut of fatrelu
+    beside its name; ``active`` uint8 (T, neurons) or None: all."""
+    kind, cut = activation
     grid = (triton.cdiv(gate.rows, DOT_BLOCK), len(x_gate))
     kernels.hidden_kernel[grid](
-        x_gate, x_up, gate.data, None if up is None else up.data, active, out, gate.rows,
+        x_gate, x_up, gate.data, None if up is None else up.data, bias, active, out, gate.rows,
+        float(cut) if kind == "fatrelu" else 0.0,
         COLUMNS=gate.columns, GATE_TYPE=int(gate.row_type), UP_TYPE=int((up or gate).row_type),
-        ACT=kernels.ACTIVATIONS[activation], BLOCK=DOT_BLOCK, **options(),
+        ACT=kernels.ACTIVATIONS[kind], BLOCK=DOT_BLOCK, **options(),
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ from .row_types import RowType, block_shape, row_bytes
 U8 = npt.NDArray[np.uint8]
 #: Words in a chunk of a row whose length allows it.
 CHUNK_WORDS = 32
+#: Rows summed into one partial sum: fixed, so that sums do not depend on the GPU.
+SPLIT_ROWS = 128
 #: Row types that the Triton kernels read.
 PLANAR_TYPES = (RowType.F16, RowType.Q8_0, RowType.Q4_0, RowType.Q4_1, RowType.Q4_K, RowType.Q6_K)
 #: Codes in one 32-bit word.

@@ -20,8 +20,8 @@ from triton.compiler import ASTSource
 
 from . import triton_ffn as kernels
 from .row_types import RowType
-from .triton_launch import ADD_BLOCK, DOT_BLOCK, SPLIT_ROWS, SUM_BLOCK, UNPACK_BLOCK, options
-from .triton_layout import PLANAR_TYPES
+from .triton_launch import ADD_BLOCK, DOT_BLOCK, SUM_BLOCK, UNPACK_BLOCK, options
+from .triton_layout import PLANAR_TYPES, SPLIT_ROWS
 
 #: Turing, Ampere (data centre, consumer), Ada, Hopper.
 CAPABILITIES = (75, 80, 86, 89, 90)
@@ -29,7 +29,7 @@ CAPABILITIES = (75, 80, 86, 89, 90)
 _ONE_CAPABILITY = 86
 _EVERYWHERE = (RowType.Q8_0, RowType.Q4_0, RowType.Q4_K, RowType.Q6_K)
 _WIDTH = 4096
-_TYPES = {"x": "*fp32", "rows": "i32", "splits": "i32", "first": "i32", "count": "i32"}
+_TYPES = {"rows": "i32", "splits": "i32", "first": "i32", "count": "i32", "cut": "fp32"}
 _BYTES = ("base", "gate", "up", "active")
 
 
@@ -64,8 +64,14 @@ def cases(capabilities: Sequence[int]) -> Iterator[Case]:
         kind, name = int(row_type), row_type.name
         every = tuple(capabilities) if row_type in _EVERYWHERE else one
         shape = {"COLUMNS": _WIDTH, "TYPE": kind}
-        ffn = {"COLUMNS": _WIDTH, "GATE_TYPE": kind, "UP_TYPE": kind, "ACT": kernels.ACTIVATIONS["relu"]}
-        yield Case("hidden", name, kernels.hidden_kernel, ffn | {"active": None, "BLOCK": DOT_BLOCK}, every)
+        ffn: dict[str, Any] = {
+            "COLUMNS": _WIDTH,
+            "GATE_TYPE": kind,
+            "UP_TYPE": kind,
+            "ACT": kernels.ACTIVATIONS["relu"],
+        }
+        ffn |= {"bias": None, "active": None, "BLOCK": DOT_BLOCK}
+        yield Case("hidden", name, kernels.hidden_kernel, ffn, every)
         sums = shape | {"ROWS": SPLIT_ROWS, "BLOCK": SUM_BLOCK}
         yield Case("partial_sums", name, kernels.partial_sums_kernel, sums, every)
         yield Case("matvec", name, kernels.matvec_kernel, shape | {"bias": None, "BLOCK": DOT_BLOCK}, one)

@@ -4,6 +4,7 @@ The order of operations here *is* the forward pass; :mod:`powerinfer_tools.refer
 float64. Nothing here depends on the number of tokens or on the thread count.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +89,17 @@ class Labels:
     """Which part of the work each operation belongs to: (first operation, label), ascending."""
 
     marks: list[tuple[int, str]] = field(default_factory=list)
+
+    def parts(self, first: int, last: int) -> Iterator[tuple[int, int, str, int | None]]:
+        """The operations from ``first`` to ``last`` cut at the labels: first and last of each part, its
+        label, and its layer (None before the first attention block)."""
+        layer = -1
+        ends = [index for index, _ in self.marks[1:]] + [last]
+        for (begin, name), end in zip(self.marks, ends, strict=True):
+            layer += name == "attention"
+            begin, end = max(begin, first), min(end, last)
+            if begin < end:
+                yield begin, end, name, layer if layer >= 0 else None
 
     def seconds(self, nanoseconds: list[int]) -> dict[str, float]:
         """Sum the time of every operation by label, in seconds."""

@@ -13,6 +13,7 @@ from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.report import EngineReport, Memory
 from powerinfer_tools.engine.thresholds import FactorThresholds
+from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import ContextFull, ModelError
 from powerinfer_tools.hardware.detect import available_ram_bytes
 from powerinfer_tools.model import Model
@@ -93,6 +94,18 @@ class Engine:
         return read_bandwidth(self._pool)
 
     @property
+    def notices(self) -> Sequence[str]:
+        """What could not be done as asked, and what is done instead: each once, in words for the user."""
+        return self._stack.notices
+
+    def trace(self) -> Timeline:
+        """Keep a timeline of every token that is decoded from now on, and forget that of the one before."""
+        timeline = self._stack.timeline
+        if timeline is None:
+            timeline = self._stack.timeline = Timeline()
+        return timeline
+
+    @property
     def stack(self) -> LayerStack:
         """The layers, for stages that look inside (profile)."""
         return self._stack
@@ -119,9 +132,14 @@ class Engine:
     def decode(self, token: int) -> Floats:
         """Logits (vocabulary,) after one more token; valid until the next call. Raises ContextFull."""
         self._require_room(1)
-        started = time.perf_counter()
+        started, timeline = time.perf_counter(), self._stack.timeline
+        if timeline is not None:
+            timeline.restart()
         self._forward([token])
+        forwarded = time.perf_counter()
         logits: Floats = self._head.logits(self._stack.x[:1])[0]
+        if timeline is not None:
+            timeline.add("CPU", "head", None, forwarded, time.perf_counter())
         self._decode_tokens += 1
         self._decoded_cache_bytes += self._stack.cache_bytes_read(self._position)
         self._decode_seconds += time.perf_counter() - started
@@ -185,6 +203,7 @@ class Engine:
                 kv_cache=stack.cache_nbytes,
                 scratch=stack.scratch_bytes + self._head.nbytes,
                 vram=stack.vram_bytes,
+                vram_peak=stack.vram_peak_bytes,
             ),
         )
 

@@ -1,5 +1,6 @@
 """All layers of a model as one program, with the points where a hot device joins in."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from powerinfer_tools.engine.recall import RecallCheck, recall_of
 from powerinfer_tools.engine.rotary import layer_tables
 from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
 from powerinfer_tools.engine.thresholds import FactorThresholds
+from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hot import HotSide, open_hot_side
 from powerinfer_tools.model import ExpertsFFN, LayerWeights, Model
@@ -68,7 +70,10 @@ class LayerStack:
 
     def __init__(self, model: Model, pool: Pool, options: StackOptions) -> None:
         self.model, self._pool = model, pool
-        self._hot: HotSide | None = open_hot_side(model, options.device, options.vram, options.batch)
+        self._hot: HotSide | None
+        self._hot, self._notices = open_hot_side(model, options.device, options.vram, options.batch)
+        #: What each forward pass is recorded in, if at all.
+        self.timeline: Timeline | None = None
         self.device = options.device if self._hot else "none"
         self._modes = layer_modes(model, options.mode)
         self._buffers = allocate(
@@ -126,6 +131,16 @@ class LayerStack:
         return self._writer.weight_bytes + sum(ffn.nbytes for ffn in self._cold) + self.head_matrix.nbytes
 
     @property
+    def notices(self) -> Sequence[str]:
+        """What the hot side had to do otherwise than asked, in words for the user."""
+        return self._hot.notices if self._hot else self._notices
+
+    @property
+    def vram_peak_bytes(self) -> int | None:
+        """The most that the hot device held; None where it is not counted."""
+        return self._hot.peak_bytes if self._hot else None
+
+    @property
     def vram_bytes(self) -> int:
         """What the hot device holds, in bytes."""
         return self._hot.nbytes if self._hot else 0
@@ -147,10 +162,10 @@ class LayerStack:
         self._place(tokens, position)
         first = 0
         for stop in self._stops:
-            self._run(first, stop.ready, count, position)
+            self._run_parts(first, stop.ready, count, position)
             stop.work(count, position)
             first = stop.needed
-        self._run(first, self._length, count, position)
+        self._run_parts(first, self._length, count, position)
         self._tokens += count
         return count
 
@@ -244,8 +259,14 @@ class LayerStack:
         writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized)
         ready = ffn.write(writer, self._buffers, self._routed)
         needed = writer.builder.mark()
-        self._stops.append(_Stop(ready, needed, lambda count, position: ffn.work(count, self._run_experts)))
+        self._stops.append(_Stop(ready, needed, partial(self._run_routed, index, ffn)))
         writer.merge(FFNOutput(None, layer.ffn_post_norm), hot=False, cold=True)
+
+    def _run_routed(self, index: int, ffn: RoutedFFN, count: int, position: int) -> None:
+        started = time.perf_counter()
+        ffn.work(count, self._run_experts)
+        if self.timeline is not None:
+            self.timeline.add("CPU", "experts", index, started, time.perf_counter())
 
     def _run_experts(self, first: int, last: int, count: int) -> None:
         self._program.run(self._pool, first, last, count, 0)
@@ -291,6 +312,16 @@ class LayerStack:
             first = position + (self.model.spec.position_offset or 0)
             positions[:count] = np.arange(first, first + count)
 
+    def _run_parts(self, first: int, last: int, count: int, position: int) -> None:
+        """:meth:`_run`; where a timeline is kept, part by part."""
+        if self.timeline is None:
+            self._run(first, last, count, position)
+            return
+        for begin, end, name, layer in self._writer.labels.parts(first, last):
+            started = time.perf_counter()
+            self._run(begin, end, count, position)
+            self.timeline.add("CPU", name, layer, started, time.perf_counter())
+
     def _run(self, first: int, last: int, count: int, position: int) -> None:
         for check in self._checks:
             if first < check.after <= last:
@@ -304,6 +335,15 @@ class LayerStack:
         hot, buffers = self._hot, self._buffers
         assert hot is not None
         assert buffers.hot_out is not None
+        begun = time.perf_counter()
         hot.launch(index, buffers.normed[:count], buffers.normed_acts)
+        launched = time.perf_counter()
         self._run(ready, needed, count, position)
-        hot.collect(buffers.hot_out[:count])
+        computed = time.perf_counter()
+        spans = hot.collect(buffers.hot_out[:count])
+        if self.timeline is not None:
+            self.timeline.add("CPU", "launch", index, begun, launched)
+            self.timeline.add("CPU", "cold", index, launched, computed)
+            self.timeline.add("CPU", "wait", index, computed, time.perf_counter())
+            for span in spans:
+                self.timeline.add("hot side", span.name, index, span.start, span.end)

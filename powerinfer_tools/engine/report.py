@@ -6,12 +6,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the engine holds, by purpose; ``vram`` is what the hot device holds in all."""
+    """Bytes that the engine holds, by purpose; ``vram`` is what was planned for the hot device and allocated,
+    ``vram_peak`` the most that its allocator held (None where it does not count)."""
 
     weights: int
     kv_cache: int
     scratch: int
     vram: int
+    vram_peak: int | None = None
 
     @property
     def total(self) -> int:
@@ -46,6 +48,12 @@ class EngineReport:
     load_seconds: float
 
     @property
+    def overlap(self) -> float | None:
+        """Share of the hot side's time in which the CPU computed, too; None without a hot side."""
+        hot = self.timings.get("hot", 0.0)
+        return max(0.0, 1.0 - self.timings["waiting"] / hot) if hot else None
+
+    @property
     def prompt_tokens_per_second(self) -> float:
         """Prompt speed; 0 before any prompt."""
         return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
@@ -77,5 +85,6 @@ class EngineReport:
             "kv_type": self.kv_type,
             "load_seconds": self.load_seconds,
             "timings": self.timings,
+            "overlap": self.overlap,
             "memory": vars(self.memory) | {"total": self.memory.total},
         }

@@ -1,203 +1,169 @@
-"""The hot side in torch: quantised rows stay quantised on the device and are unpacked chunk by chunk.
+"""The hot side in torch: one executor for CUDA and for the CPU device.
 
-Correct on every device torch has; on CUDA not tuned yet: unpacking goes through plain torch operations, not a
-fused kernel, so it moves more bytes than the rows themselves. On torch's CPU device, which stands in for a
-GPU, there is no small memory to save: rows are unpacked once where that takes at most :data:`UNPACKED_LIMIT`.
+A layer is three steps in the device's queue (copy in, compute, copy out) and one wait; nothing else
+synchronises. The caller computes the cold neurons in between. If the device is lost, its neurons move to
+torch's CPU device, which takes up the same layer again from the same input, so no token is computed wrongly;
+that is said once.
 """
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from powerinfer_formats.split import SplitLayer
-from powerinfer_kernels import Activations, RowType
-from powerinfer_tools.errors import HardwareError
-from powerinfer_tools.hot.dequantize import dequantize
-from powerinfer_tools.hot.placement import CHUNK_ROWS, fit, hot_size
-from powerinfer_tools.model import Model
+from powerinfer_kernels import Activations
+from powerinfer_tools.hot import Span
+from powerinfer_tools.hot.devices import Device, DeviceLost, Steps, Ticket
+from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
 
 Floats = npt.NDArray[np.float32]
-#: Bytes of float32 rows that the CPU device may hold.
-UNPACKED_LIMIT = 2 << 30
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of one matrix on the device: uint8 (neurons, row_bytes), or unpacked float32 (neurons, width)."""
+class Exchange:
+    """What the two sides exchange, float32 (T, width): inputs and output, on the host and on the device."""
 
-    row_type: RowType
-    data: torch.Tensor
+    host_in: Inputs
+    host_out: torch.Tensor
+    device_in: Inputs
+    device_out: torch.Tensor
 
-    def chunk(self, first: int, last: int, columns: int) -> torch.Tensor:
-        """float32 (last - first, columns)."""
-        piece = self.data[first:last]
-        return piece if piece.dtype == torch.float32 else dequantize(piece, self.row_type, columns)
+    def stage(self, normed: Floats, acts: Activations | None) -> None:
+        """Put the inputs where the device copies them from."""
+        tokens = len(normed)
+        exact, rounded = self.host_in.exact, self.host_in.rounded
+        shared = exact is rounded
+        if acts is None or not shared:
+            exact[:tokens].numpy()[...] = normed
+        if acts is not None:
+            scales = acts.d[:tokens, :, None]
+            quants = acts.q[:tokens].reshape(*acts.d[:tokens].shape, -1)
+            np.multiply(quants, scales, out=rounded[:tokens].numpy().reshape(quants.shape))
+
+    def copy_in(self, tokens: int) -> None:
+        """Host to device."""
+        there, here = self.device_in.first(tokens), self.host_in.first(tokens)
+        there.rounded.copy_(here.rounded, non_blocking=True)
+        if self.device_in.exact is not self.device_in.rounded:
+            there.exact.copy_(here.exact, non_blocking=True)
+
+    def copy_out(self, tokens: int) -> None:
+        """Device to host."""
+        self.host_out[:tokens].copy_(self.device_out[:tokens], non_blocking=True)
+
+
+class Backend:
+    """All hot layers on one device."""
+
+    def __init__(
+        self, device: Device, layers: Sequence[HotFFN | None], exchange: Exchange, scratch: Scratch, *,
+        rounded: bool,
+    ) -> None:  # fmt: skip
+        self.device, self.layers, self._exchange, self._scratch = device, layers, exchange, scratch
+        self._rounded = rounded
+        self._decode = [device.recorded(self._steps(layer, 1)) if layer else () for layer in layers]
+
+    def launch(self, layer: int, normed: Floats, acts: Activations | None) -> Ticket:
+        """Queue one layer."""
+        hot = self.layers[layer]
+        assert hot is not None
+        self._exchange.stage(normed, acts if self._rounded else None)
+        tokens = len(normed)
+        return self.device.submit(self._decode[layer] if tokens == 1 else self._steps(hot, tokens))
+
+    def output(self, tokens: int) -> Floats:
+        """The sum of the layer that was waited for, a view."""
+        result: Floats = self._exchange.host_out[:tokens].numpy()
+        return result
+
+    def close(self) -> None:
+        """Forget all tensors, then close the device."""
+        self.layers, self._decode = (), []
+        del self._exchange, self._scratch
+        self.device.close()
+
+    def _steps(self, hot: HotFFN, tokens: int) -> Steps:
+        exchange = self._exchange
+        inputs, out = exchange.device_in.first(tokens), exchange.device_out[:tokens]
+        return (
+            ("copy in", partial(exchange.copy_in, tokens)),
+            ("hot", partial(hot.compute, inputs, self._scratch, out)),
+            ("copy out", partial(exchange.copy_out, tokens)),
+        )
 
 
 @dataclass(frozen=True)
-class _HotLayer:
-    """``gate``: the rows that the activation reads; without gate those of up, and ``up`` is None. ``bias``
-    is added to their products."""
-
-    gate: _Rows
-    up: _Rows | None
-    down: _Rows
-    bias: torch.Tensor | None
-    neurons: int
-    width: int
+class _Launched:
+    layer: int
+    normed: Floats
+    acts: Activations | None
+    ticket: Ticket
 
 
 class TorchHotSide:
-    """Hot neurons of all layers on one torch device."""
+    """The hot neurons of a model; ``spare`` makes the backend that takes over from a lost device."""
 
     def __init__(
-        self, device: str, layers: Sequence[_HotLayer | None], activation: tuple[str, float], nbytes: int
+        self, backend: Backend, spare: Callable[[], Backend] | None, nbytes: int, notices: Sequence[str] = ()
     ) -> None:
-        self._device, self._layers, self._activation = torch.device(device), layers, activation
-        self._nbytes, self.seconds, self.waiting_seconds = nbytes, 0.0, 0.0
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="powerinfer-hot")
-        self._running: Future[torch.Tensor] | None = None
-
-    @classmethod
-    def open(cls, model: Model, device: str, vram: int | None, tokens: int) -> "TorchHotSide":
-        """Copy the hot rows of a split model to ``device``, after checking that everything will fit."""
-        split = model.split
-        assert split is not None
-        if device == "cuda":
-            _require_cuda()
-        layers = [split.layer(i) for i in range(model.hyper.layers)]
-        hot = fit(layers, vram, split.group, tokens)
-        size = hot_size(layers, hot, tokens).total
-        if device == "cuda":
-            _require_free(size)
-        values = len(layers[0].kinds) * model.hyper.width * sum(hot)
-        unpack = device == "cpu" and 4 * values <= UNPACKED_LIMIT
-        rows = [
-            _load(layer, count, device, unpack=unpack) if count else None
-            for layer, count in zip(layers, hot, strict=True)
-        ]
-        return cls(device, rows, (model.hyper.activation, model.hyper.activation_cut), size)
+        self._backend, self._spare, self._nbytes = backend, spare, nbytes
+        self._hot = [layer.neurons if layer else 0 for layer in backend.layers]
+        self._running: _Launched | None = None
+        self.seconds = self.waiting_seconds = 0.0
+        self.notices: list[str] = list(notices)
 
     @property
     def nbytes(self) -> int:
         """Device memory for weights and scratch, in bytes."""
         return self._nbytes
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """See :class:`powerinfer_tools.hot.HotSide`."""
+        return self._backend.device.peak_bytes()
+
     def hot_neurons(self, layer: int) -> int:
         """Neurons of ``layer`` that are computed here."""
-        hot = self._layers[layer]
-        return hot.neurons if hot else 0
+        return self._hot[layer]
 
     def launch(self, layer: int, normed: Floats, acts: Activations | None) -> None:
-        """Begin ``layer`` in the worker; see :class:`powerinfer_tools.hot.HotSide`."""
-        hot = self._layers[layer]
-        assert hot is not None
+        """Begin ``layer``; see :class:`powerinfer_tools.hot.HotSide`."""
         assert self._running is None
-        self._running = self._worker.submit(self._compute, hot, normed, acts)
+        try:
+            ticket = self._backend.launch(layer, normed, acts)
+        except DeviceLost as error:
+            self._move(error)
+            ticket = self._backend.launch(layer, normed, acts)
+        self._running = _Launched(layer, normed, acts, ticket)
 
-    def collect(self, out: Floats) -> None:
+    def collect(self, out: Floats) -> list[Span]:
         """Wait for the launched layer and copy its sum to ``out``."""
-        assert self._running is not None
         started = time.perf_counter()
-        result = self._running.result()
-        self._running = None
-        torch.from_numpy(out).copy_(result)
+        assert self._running is not None
+        running, self._running = self._running, None
+        try:
+            spans = running.ticket.wait()
+        except DeviceLost as error:
+            self._move(error)
+            spans = self._backend.launch(running.layer, running.normed, running.acts).wait()
+        out[...] = self._backend.output(len(out))
         self.waiting_seconds += time.perf_counter() - started
+        self.seconds += sum(span.end - span.start for span in spans)
+        return spans
 
     def close(self) -> None:
-        """Free the device memory and end the worker."""
-        self._worker.shutdown()
-        self._layers = [None] * len(self._layers)
+        """Free the device memory and end the queue."""
+        self._backend.close()
 
-    @torch.inference_mode()
-    def _compute(self, hot: _HotLayer, normed: Floats, acts: Activations | None) -> torch.Tensor:
-        started = time.perf_counter()
-        exact = torch.from_numpy(normed).to(self._device)
-        rounded = exact if acts is None else _rounded(acts, len(normed)).to(self._device)
-        out = torch.zeros((len(normed), hot.width), dtype=torch.float32, device=self._device)
-        for_gate = exact if hot.gate.row_type.is_float else rounded
-        for_up = exact if hot.up is None or hot.up.row_type.is_float else rounded
-        for first in range(0, hot.neurons, CHUNK_ROWS):
-            last = min(first + CHUNK_ROWS, hot.neurons)
-            gate = for_gate @ hot.gate.chunk(first, last, hot.width).T
-            if hot.bias is not None:
-                gate += hot.bias[first:last]
-            up = None if hot.up is None else for_up @ hot.up.chunk(first, last, hot.width).T
-            hidden = _activate(gate, up, *self._activation)
-            out.addmm_(hidden, hot.down.chunk(first, last, hot.width))
-        result = out.cpu()
-        self.seconds += time.perf_counter() - started
-        return result
-
-
-def _rounded(acts: Activations, tokens: int) -> torch.Tensor:
-    """The values that the integer kernels compute with: q·d per block, float32 (tokens, width)."""
-    scales = torch.from_numpy(acts.d[:tokens])
-    quants = torch.from_numpy(acts.q[:tokens]).reshape(tokens, scales.shape[1], -1)
-    return (quants * scales[:, :, None]).reshape(tokens, -1)
-
-
-def _activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str, cut: float) -> torch.Tensor:
-    """act(gate)·up, or act(gate); ``cut`` is that of fatrelu."""
-    functional = torch.nn.functional
-    match kind:
-        case "silu":
-            act = functional.silu(gate)
-        case "gelu_tanh":
-            act = functional.gelu(gate, approximate="tanh")
-        case "gelu_erf":
-            act = functional.gelu(gate)
-        case "relu" | "drelu":
-            act = functional.relu(gate)
-        case "relu2":
-            act = functional.relu(gate).square()
-        case "fatrelu":
-            act = functional.threshold(gate, cut, 0.0)
-        case _:
-            raise AssertionError(f"activation {kind!r} has no torch form")
-    if up is None:
-        return act
-    return act * (functional.relu(up) if kind == "drelu" else up)
-
-
-def _load(layer: SplitLayer, count: int, device: str, *, unpack: bool) -> _HotLayer:
-    def rows(kind: str) -> _Rows:
-        row_type = RowType(layer.type_of(kind))
-        source = np.ascontiguousarray(layer.rows(kind, 0, count))
-        if not source.flags.writeable:
-            source = source.copy()
-        data = torch.from_numpy(source).to(device)
-        return _Rows(row_type, dequantize(data, row_type, layer.width) if unpack else data)
-
-    first, *factor, down = layer.kinds
-    return _HotLayer(
-        gate=rows(first),
-        up=rows(factor[0]) if factor else None,
-        down=rows(down),
-        bias=None if layer.bias is None else torch.from_numpy(layer.bias[:count].copy()).to(device),
-        neurons=count,
-        width=layer.width,
-    )
-
-
-def _require_cuda() -> None:
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or "none: a CPU build"
-        raise HardwareError(
-            f"--device cuda: torch {torch.__version__} (CUDA {built}) finds no usable GPU; "
-            "use --device none to compute everything on the CPU"
+    def _move(self, error: DeviceLost) -> None:
+        if self._spare is None:
+            raise error
+        lost, self._backend, self._spare = self._backend, self._spare(), None
+        self.notices.append(
+            f"the GPU stopped working ({error}); torch computes its neurons on the CPU from here on"
         )
-
-
-def _require_free(size: int) -> None:
-    free, total = torch.cuda.mem_get_info()
-    if size > free:
-        raise HardwareError(
-            f"--device cuda: the hot part needs {size} bytes, but {free} of the GPU's {total} are free; "
-            "give a smaller --vram (the split point moves, nothing is reconverted) or use --device none"
-        )
+        self._lost = lost  # its tensors cannot be freed without the device

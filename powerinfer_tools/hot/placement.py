@@ -9,6 +9,15 @@ from powerinfer_formats.split import SplitLayer
 CHUNK_ROWS = 512
 
 
+#: Part of a GPU's budget that is for what is not asked for by name: code and CUDA graphs, which the driver
+#: places, and what allocators round up. Stated, not measured.
+OVERHEAD = 32 << 20
+#: Left free of a GPU's memory, besides, when no budget is given.
+MARGIN = 256 << 20
+#: Each matrix starts on such a boundary of the device's memory.
+ALIGNMENT = 256
+
+
 @dataclass(frozen=True)
 class HotSize:
     """Bytes on the hot device: weights, and scratch for the activations and one chunk of dequantised rows."""

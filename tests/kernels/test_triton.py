@@ -31,6 +31,7 @@ SHAPES = [
 ]
 IDS = [f"{kind.name}-{columns}" for kind, columns in SHAPES]
 ROWS = 11
+CUT = 0.01
 
 
 class Rows:
@@ -109,7 +110,7 @@ def test_up_rows_are_not_read_where_the_gate_is_not_positive(row_type: RowType, 
     assert 0 < negative.sum() < ROWS
     out = torch.full((1, ROWS), float("nan"))
     tensor = torch.from_numpy(x)
-    launch.hidden(tensor, tensor, gate.planar, up.poisoned(negative), "relu", out)
+    launch.hidden(tensor, tensor, gate.planar, up.poisoned(negative), ("relu", 0.0), out)
     second = x.astype(np.float64) @ up.exact.T
     allowed = bound(x, gate.exact) * np.abs(second) + bound(x, up.exact) * np.abs(first)
     expected = activate(first, second, "relu")
@@ -117,7 +118,7 @@ def test_up_rows_are_not_read_where_the_gate_is_not_positive(row_type: RowType, 
     assert (out.numpy()[0, negative] == 0).all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu2", "drelu", "silu", "gelu_tanh", "gelu_erf"])
+@pytest.mark.parametrize("activation", ["relu", "relu2", "drelu", "fatrelu", "silu", "gelu_tanh", "gelu_erf"])
 def test_activations_gated_and_not_with_a_mask_of_active_neurons(activation: str) -> None:
     """Slopes of all activations over |x| ≤ 4 are below 1.2, relu2's below 8 (2·4), so errors of the gate grow
     by no more; exp and erf of Triton's interpreter are numpy's, of float32: a few units in the last place."""
@@ -131,12 +132,17 @@ def test_activations_gated_and_not_with_a_mask_of_active_neurons(activation: str
     first, second = (x.astype(np.float64) @ rows.exact.T for rows in (gate, up))
     slope = 8.0 if activation == "relu2" else 1.2
     assert np.abs(first).max() < 4
+    bias = np.linspace(-0.5, 0.5, ROWS, dtype=np.float32)
     for gated in (True, False):
+        pre = first if gated else first + bias
         out, tensor = torch.full((tokens, ROWS), float("nan")), torch.from_numpy(x)
         mask = torch.from_numpy(active.astype(np.uint8))
         second_rows = up.poisoned(unused) if gated else None
-        launch.hidden(tensor, tensor, gate.poisoned(unused), second_rows, activation, out, mask)
-        expected = np.where(active, activate(first, second if gated else None, activation), 0.0)
+        launch.hidden(
+            tensor, tensor, gate.poisoned(unused), second_rows, (activation, CUT), out,
+            bias=None if gated else torch.from_numpy(bias), active=mask,
+        )  # fmt: skip
+        expected = np.where(active, activate(pre, second if gated else None, activation, CUT), 0.0)
         allowed = slope * bound(x, gate.exact) + 16 * EPS * (1 + np.abs(first))
         if gated:
             allowed = allowed * np.abs(second) + np.maximum(slope, np.abs(first)) * 4 * bound(x, up.exact)

@@ -1,0 +1,60 @@
+"""When each part of one token was at work, in the JSON that Perfetto and Chrome's tracing show."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from powerinfer_formats.atomic import write_atomic
+
+#: The rows of the picture, from above.
+TRACKS = ("CPU", "hot side")
+
+
+@dataclass(frozen=True)
+class Event:
+    """``name`` ran on ``track`` from ``start`` to ``end``, in seconds of ``time.perf_counter``; ``layer`` is
+    None for what belongs to none."""
+
+    track: str
+    name: str
+    layer: int | None
+    start: float
+    end: float
+
+
+class Timeline:
+    """The events of the last token that was decoded."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def restart(self) -> None:
+        """Forget all: another token begins."""
+        self.events.clear()
+
+    def add(self, track: str, name: str, layer: int | None, start: float, end: float) -> None:
+        """One event more."""
+        self.events.append(Event(track, name, layer, start, end))
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace-event form (microseconds since the first event) to ``path``, whole or not."""
+        zero = min((event.start for event in self.events), default=0.0)
+        rows: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": index, "args": {"name": track}}
+            for index, track in enumerate(TRACKS)
+        ]
+        rows += [
+            {
+                "ph": "X",
+                "name": event.name,
+                "pid": 1,
+                "tid": TRACKS.index(event.track),
+                "ts": round(1e6 * (event.start - zero), 3),
+                "dur": round(1e6 * (event.end - event.start), 3),
+                "args": {} if event.layer is None else {"layer": event.layer},
+            }
+            for event in self.events
+        ]
+        with write_atomic(path) as stream:
+            stream.write(json.dumps({"displayTimeUnit": "ms", "traceEvents": rows}, indent=1).encode())

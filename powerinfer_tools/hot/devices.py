@@ -1,0 +1,240 @@
+"""Devices that the hot side runs on: a queue of work that goes on while the caller does something else.
+
+Everything that differs between CUDA and torch's CPU device is here: memory, pinned buffers, the queue (a
+stream, or a thread of its own), and the ticket that says when queued work is done and how long it took.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+
+from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.hot import Span
+
+Work = Callable[[], None]
+#: Named pieces of work, done one after the other.
+Steps = Sequence[tuple[str, Work]]
+#: Set to 0, launches are not recorded into CUDA graphs.
+GRAPHS_VARIABLE = "POWERINFER_CUDA_GRAPHS"
+
+
+class OutOfDeviceMemory(HardwareError):
+    """The device has no room for what was asked."""
+
+
+class DeviceLost(HardwareError):
+    """The device stopped working."""
+
+
+class Ticket(Protocol):
+    """Queued work."""
+
+    def wait(self) -> list[Span]:
+        """Wait until it is done; when each step began and ended. Raises DeviceLost."""
+
+
+class Device(Protocol):
+    """One device and its queue."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where its tensors are."""
+
+    def free_bytes(self) -> int | None:
+        """Memory that can be had now; None where it is not limited."""
+
+    def peak_bytes(self) -> int | None:
+        """The most that torch ever took of it; None where that is not counted."""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """uint8 (nbytes,) on the device. Raises OutOfDeviceMemory."""
+
+    def staging(self, *shape: int) -> torch.Tensor:
+        """A float32 tensor in memory of the host, from which copies need not be waited for."""
+
+    def recorded(self, steps: Steps) -> Steps:
+        """The same steps in the form that is quickest to queue, after having run them once."""
+
+    def submit(self, steps: Steps) -> Ticket:
+        """Queue ``steps`` after everything that was queued before. Raises DeviceLost."""
+
+    def close(self) -> None:
+        """End the queue."""
+
+
+class _Finished:
+    """The ticket of the CPU device."""
+
+    def __init__(self, future: "Future[list[Span]]") -> None:
+        self._future = future
+
+    def wait(self) -> list[Span]:
+        return self._future.result()
+
+
+class CpuDevice:
+    """torch's CPU device: the queue is a thread of its own, so that work overlaps as it does on a GPU."""
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self._queue = ThreadPoolExecutor(1, thread_name_prefix="powerinfer-hot")
+
+    def free_bytes(self) -> int | None:
+        """Not limited: see :class:`Device`."""
+        return None
+
+    def peak_bytes(self) -> int | None:
+        """Not counted."""
+        return None
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Memory of the host."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def staging(self, *shape: int) -> torch.Tensor:
+        """Memory of the host."""
+        return torch.empty(shape, dtype=torch.float32)
+
+    def recorded(self, steps: Steps) -> Steps:
+        """As they are."""
+        return steps
+
+    def submit(self, steps: Steps) -> Ticket:
+        """Give them to the thread."""
+        return _Finished(self._queue.submit(_run_timed, steps))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._queue.shutdown()
+
+
+@torch.inference_mode()
+def _run_timed(steps: Steps) -> list[Span]:
+    spans = []
+    for name, work in steps:
+        started = time.perf_counter()
+        work()
+        spans.append(Span(name, started, time.perf_counter()))
+    return spans
+
+
+class CudaDevice:
+    """The first CUDA device, with one stream. Times are the device's own, put on the host's clock."""
+
+    torch_device = torch.device("cuda", 0)
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._events, self._base = [_event() for _ in range(4)], _event()
+        self._base.record(self._stream)
+        self._base.synchronize()
+        self._zero = time.perf_counter()
+        self._graphs = os.environ.get(GRAPHS_VARIABLE) != "0"
+        self.notices: list[str] = []
+
+    def free_bytes(self) -> int | None:
+        """What the driver says."""
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+
+    def peak_bytes(self) -> int | None:
+        """What torch's allocator has held at most."""
+        return int(torch.cuda.max_memory_reserved(self.torch_device))
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """One block of the GPU's memory."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError:
+            raise OutOfDeviceMemory(f"{nbytes} bytes cannot be had, {self.free_bytes()} are free") from None
+
+    def staging(self, *shape: int) -> torch.Tensor:
+        """Pinned memory of the host."""
+        return torch.empty(shape, dtype=torch.float32, pin_memory=True)
+
+    def recorded(self, steps: Steps) -> Steps:
+        """One CUDA graph of all steps. Where it cannot be recorded, they stay as they are, which is said."""
+        self._run(steps)
+        self._stream.synchronize()
+        if not self._graphs:
+            return steps
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.inference_mode(), torch.cuda.graph(graph, stream=self._stream):
+                for _, work in steps:
+                    work()
+        except RuntimeError as error:
+            self._graphs = False
+            self.notices.append(f"no CUDA graphs ({first_line(error)}): each kernel is launched by itself")
+            return steps
+        return [("hot", graph.replay)]
+
+    def submit(self, steps: Steps) -> Ticket:
+        """Queue them on the stream."""
+        try:
+            return self._run(steps)
+        except RuntimeError as error:
+            raise DeviceLost(first_line(error)) from None
+
+    def close(self) -> None:
+        """Give the memory back to the driver, so far as nothing holds it."""
+        torch.cuda.empty_cache()
+
+    def _run(self, steps: Steps) -> "_Marked":
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            self._events[0].record(self._stream)
+            for index, (_, work) in enumerate(steps):
+                work()
+                self._events[index + 1].record(self._stream)
+        return _Marked([name for name, _ in steps], self._events, self._base, self._zero)
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class _Marked:
+    """The ticket of a stream: an event before the first step and after each."""
+
+    def __init__(self, names: list[str], events: list[Any], base: Any, zero: float) -> None:
+        self._names, self._events, self._base, self._zero = names, events, base, zero
+
+    def wait(self) -> list[Span]:
+        try:
+            self._events[len(self._names)].synchronize()
+            times = [self._at(event) for event in self._events[: len(self._names) + 1]]
+        except RuntimeError as error:
+            raise DeviceLost(first_line(error)) from None
+        return [Span(name, times[i], times[i + 1]) for i, name in enumerate(self._names)]
+
+    def _at(self, event: Any) -> float:
+        return self._zero + float(self._base.elapsed_time(event)) / 1e3
+
+
+def cuda_problem() -> str | None:
+    """Why no CUDA device can be used, in words; None where one can. Tries a small piece of work on it."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        if built is None:
+            return f"torch {torch.__version__} is a build without CUDA"
+        return (
+            f"torch {torch.__version__} finds no GPU that it can use: there is none, or its driver is older "
+            f"than CUDA {built} needs"
+        )
+    try:
+        probe = torch.ones(8, device="cuda")
+        if float((probe + probe).sum()) != 16.0:
+            return "the GPU computes wrong sums"
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(0)
+        return f"the GPU (compute capability {major}.{minor}) cannot be used: {first_line(error)}"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message, which is where torch says what happened."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

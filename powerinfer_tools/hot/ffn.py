@@ -1,0 +1,176 @@
+"""The hot neurons of one layer on a device, and the scratch memory that all layers share.
+
+One token goes through fused Triton kernels where there are any; more tokens, and row types or devices without
+such kernels, through float32 rows, unpacked chunk by chunk, and torch's matrix products. Both have the same
+results but for the order of float32 sums.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from powerinfer_kernels import RowType
+from powerinfer_tools.hot.dequantize import dequantize
+from powerinfer_tools.hot.placement import CHUNK_ROWS
+
+if TYPE_CHECKING:
+    from powerinfer_kernels.triton_launch import PlanarRows
+
+Tensor = torch.Tensor
+
+
+class Rows(Protocol):
+    """Rows of one matrix on the device."""
+
+    @property
+    def row_type(self) -> RowType:
+        """As in the file."""
+
+    def chunk(self, first: int, last: int, space: Tensor) -> Tensor:
+        """float32 (last - first, columns); may lie in ``space`` (CHUNK_ROWS, columns)."""
+
+
+@dataclass(frozen=True)
+class UnpackedRows:
+    """float32 (neurons, width): unpacked once, where memory is not scarce."""
+
+    row_type: RowType
+    data: Tensor
+
+    def chunk(self, first: int, last: int, space: Tensor) -> Tensor:
+        """A view."""
+        return self.data[first:last]
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """uint8 (neurons, row_bytes) as in the file, unpacked by torch operations."""
+
+    row_type: RowType
+    data: Tensor
+
+    def chunk(self, first: int, last: int, space: Tensor) -> Tensor:
+        """Unpacked anew."""
+        return dequantize(self.data[first:last], self.row_type, space.shape[1])
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """Planar rows, which Triton kernels read."""
+
+    planar: "PlanarRows"
+
+    @property
+    def row_type(self) -> RowType:
+        """As in the file."""
+        return self.planar.row_type
+
+    def chunk(self, first: int, last: int, space: Tensor) -> Tensor:
+        """Unpacked by a kernel, into ``space``."""
+        from powerinfer_kernels.triton_launch import unpack
+
+        unpack(self.planar, first, last - first, space)
+        return space[: last - first]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """float32 (T, width): the normalised input, and the same as the integer kernels round it. Where all gate
+    and up rows take one of them, the other is the same tensor."""
+
+    exact: Tensor
+    rounded: Tensor
+
+    def first(self, tokens: int) -> "Inputs":
+        """Those of the first ``tokens`` tokens."""
+        return Inputs(self.exact[:tokens], self.rounded[:tokens])
+
+    def of(self, rows: Rows) -> Tensor:
+        """The input that rows of this type take."""
+        return self.exact if rows.row_type.is_float else self.rounded
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory for one layer at work: a chunk of unpacked rows (chunk, width), two products (T, chunk), and for
+    the fused kernels the hidden values (1, neurons) and partial sums."""
+
+    chunk: Tensor
+    gate: Tensor
+    up: Tensor
+    rest: Tensor
+
+
+@dataclass(frozen=True)
+class HotFFN:
+    """One layer's hot neurons. ``gate`` are the rows that the activation reads; an FFN of two matrices has no
+    other factor, and ``up`` is None. ``bias`` is added to their products; ``activation`` has its name, and
+    the cut of fatrelu."""
+
+    gate: Rows
+    up: Rows | None
+    down: Rows
+    bias: Tensor | None
+    neurons: int
+    activation: tuple[str, float]
+
+    def compute(self, inputs: Inputs, scratch: Scratch, out: Tensor) -> None:
+        """out (T, width) = Σ over the hot neurons of act(gate · x + bias) · (up · x) · down row."""
+        fused = all(isinstance(rows, FusedRows) for rows in (self.gate, self.up or self.gate, self.down))
+        if fused and len(out) == 1:
+            self._fused(inputs, scratch.rest, out)
+        else:
+            self._chunked(inputs, scratch, out)
+
+    def _fused(self, inputs: Inputs, rest: Tensor, out: Tensor) -> None:
+        from powerinfer_kernels import triton_launch
+
+        gate, up, down = self.gate, self.up, self.down
+        assert isinstance(gate, FusedRows)
+        assert isinstance(down, FusedRows)
+        factor = up.planar if isinstance(up, FusedRows) else None
+        hidden, partial = rest[: self.neurons].view(1, -1), rest[triton_launch.aligned(self.neurons) :]
+        x_gate, x_up = inputs.of(gate), inputs.of(up or gate)
+        triton_launch.hidden(x_gate, x_up, gate.planar, factor, self.activation, hidden, bias=self.bias)
+        triton_launch.sum_rows(hidden, down.planar, partial, out)
+
+    def _chunked(self, inputs: Inputs, scratch: Scratch, out: Tensor) -> None:
+        tokens = len(out)
+        out.zero_()
+        for first in range(0, self.neurons, CHUNK_ROWS):
+            last = min(first + CHUNK_ROWS, self.neurons)
+
+            def products(rows: Rows, space: Tensor, first: int = first, last: int = last) -> Tensor:
+                there = space[: tokens * (last - first)].view(tokens, last - first)
+                return torch.mm(inputs.of(rows), rows.chunk(first, last, scratch.chunk).T, out=there)
+
+            gate = products(self.gate, scratch.gate)
+            if self.bias is not None:
+                gate += self.bias[first:last]
+            up = None if self.up is None else products(self.up, scratch.up)
+            hidden = activate(gate, up, *self.activation)
+            out.addmm_(hidden, self.down.chunk(first, last, scratch.chunk))
+
+
+def activate(gate: Tensor, up: Tensor | None, kind: str, cut: float) -> Tensor:
+    """act(gate) · up, or act(gate); ``cut`` is that of fatrelu. Both may be overwritten."""
+    functional = torch.nn.functional
+    match kind:
+        case "silu":
+            act = functional.silu(gate, inplace=True)
+        case "gelu_tanh":
+            act = functional.gelu(gate, approximate="tanh")
+        case "gelu_erf":
+            act = functional.gelu(gate)
+        case "relu" | "drelu":
+            act = functional.relu_(gate)
+        case "relu2":
+            act = functional.relu_(gate).square_()
+        case "fatrelu":
+            act = functional.threshold(gate, cut, 0.0, inplace=True)
+        case _:
+            raise AssertionError(f"activation {kind!r} has no torch form")
+    if up is None:
+        return act
+    return act.mul_(functional.relu_(up) if kind == "drelu" else up)

@@ -1,0 +1,304 @@
+"""The hot side on devices that tests make up: what fits, what overlaps, what is said when something fails.
+
+No GPU is needed: a device here is torch's CPU device with other memory, another queue, or a fault.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.timeline import Timeline
+from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.hot import Span, devices, opening
+from powerinfer_tools.hot.devices import CpuDevice, DeviceLost, OutOfDeviceMemory, Steps, Ticket
+from powerinfer_tools.hot.ffn import FusedRows, HotFFN
+from powerinfer_tools.hot.placement import MARGIN, OVERHEAD, hot_size
+from powerinfer_tools.model import load_model
+from split_models import GROUP, Prepared
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def relu(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("relu"), "llama-relu")
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("quantised"), "llama-Q4_1")
+
+
+def greedy(path: Path, tokens: list[int], count: int, **options: object) -> list[int]:
+    """``count`` tokens, each the likeliest."""
+    engine = Engine(load_model(path), **({"threads": 1} | options))  # type: ignore[arg-type]
+    try:
+        chosen = [int(engine.prefill(tokens).argmax())]
+        while len(chosen) < count:
+            chosen.append(int(engine.decode(chosen[-1]).argmax()))
+        return chosen
+    finally:
+        engine.close()
+
+
+def logits(engine: Engine, tokens: list[int]) -> np.ndarray:
+    """Of a prompt of two tokens and the others one by one; closes the engine."""
+    try:
+        rows = [engine.prefill(tokens[:2]).copy()]
+        rows += [engine.decode(token).copy() for token in tokens[2:]]
+        return np.stack(rows)
+    finally:
+        engine.close()
+
+
+class FakeGpu(CpuDevice):
+    """A device with ``free`` bytes, which counts what is asked of it; ``largest``: its largest block."""
+
+    def __init__(self, free: int, largest: int | None = None) -> None:
+        super().__init__()
+        self.free, self.largest, self.asked = free, largest, list[int]()
+
+    def free_bytes(self) -> int | None:
+        return self.free
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        self.asked.append(nbytes)
+        if nbytes > (self.free if self.largest is None else self.largest):
+            raise OutOfDeviceMemory(f"{nbytes} bytes cannot be had, {self.free} are free")
+        return super().allocate(nbytes)
+
+
+def on(monkeypatch: pytest.MonkeyPatch, device: CpuDevice, *, fused: bool = False) -> None:
+    """Let every engine that asks for cuda have ``device``."""
+
+    def open_on(model: object, name: str, vram: int | None, tokens: int) -> object:
+        return opening.open_side(model, device, vram, tokens, fused=fused)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(opening, "open_on", open_on)
+
+
+@pytest.fixture(params=["llama", "llama-relu", "opt"], scope="module")
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("dense"), request.param)
+
+
+def test_any_plan_chooses_the_tokens_of_the_dense_model(dense: Prepared) -> None:
+    """Weights of single precision, so that both ways differ in the order of sums alone."""
+    tokens = dense.tiny.tokens(6)
+    expected = greedy(dense.split([0] * dense.layers), tokens, 8)
+    steps = dense.neurons // GROUP
+    modes = ["dense"] if dense.tiny.spec.activation == "silu" else ["dense", "gate-first"]
+
+    @settings(max_examples=8, derandomize=True, deadline=None)
+    @given(
+        st.lists(st.integers(0, steps), min_size=dense.layers, max_size=dense.layers), st.sampled_from(modes)
+    )
+    def check(groups: list[int], mode: str) -> None:
+        path = dense.split([GROUP * count for count in groups], mode)
+        assert greedy(path, tokens, 8, device="cpu") == expected
+
+    check()
+
+
+def test_fused_kernels_in_the_whole_engine(quantised: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter: prompts through unpacked rows, single tokens through the fused kernels."""
+    tokens = quantised.tiny.tokens(4)
+    path = quantised.split([GROUP] + [0] * (quantised.layers - 1))
+    expected = logits(Engine(load_model(path), threads=1), tokens)
+    on(monkeypatch, FakeGpu(1 << 30), fused=True)
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=2, context=8)
+    backend = engine.stack._hot._backend  # type: ignore[union-attr]
+    assert isinstance(backend.layers[0].gate, FusedRows)
+    got = logits(engine, tokens)
+    # As for plain torch: a flipped rounding of an activation is one part in 254 of a block's largest value.
+    assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+    on(monkeypatch, FakeGpu(1 << 30), fused=True)
+    again = logits(Engine(load_model(path), threads=1, device="cuda", batch=2, context=8), tokens)
+    assert np.array_equal(got, again)
+
+
+class Deferred:
+    """A ticket whose work is done only when it is waited for."""
+
+    def __init__(self, work: Callable[[], list[Span]], waited: list[int]) -> None:
+        self._work, self._waited = work, waited
+
+    def wait(self) -> list[Span]:
+        self._waited.append(1)
+        return self._work()
+
+
+class LatestGpu(FakeGpu):
+    """Does everything at the latest moment that is allowed: whoever reads too early, or overwrites an input
+    before it is waited for, computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 30)
+        self.waited: list[int] = []
+
+    def submit(self, steps: Steps) -> Ticket:
+        return Deferred(lambda: devices._run_timed(steps), self.waited)
+
+
+def test_one_wait_for_each_split_layer_and_no_other_order_is_relied_on(
+    relu: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = relu.tiny.tokens(5)
+    hot = [GROUP * (1 + index) for index in range(relu.layers - 1)] + [0]
+    path = relu.split(hot)
+    expected = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    gpu = LatestGpu()
+    on(monkeypatch, gpu)
+    got = logits(Engine(load_model(path), threads=1, device="cuda"), tokens)
+    assert np.abs(got - expected).max() <= 2000 * np.finfo(np.float32).eps * np.abs(expected).max()
+    forwards = 1 + len(tokens) - 2
+    assert len(gpu.waited) == forwards * sum(count > 0 for count in hot)
+
+
+def test_a_layer_takes_the_longer_of_both_sides_not_their_sum(
+    relu: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pause, compute = 0.15, HotFFN.compute
+    monkeypatch.setattr(HotFFN, "compute", lambda *a: (time.sleep(pause), compute(*a))[1])
+    engine = Engine(load_model(relu.split([GROUP] * relu.layers)), threads=1, device="cpu")
+    stack, timeline = engine.stack, Timeline()
+    run = stack._run
+    cold = {(stop.ready, stop.needed) for stop in stack._stops}
+
+    def slow_run(first: int, last: int, *rest: int) -> None:
+        time.sleep(pause if (first, last) in cold else 0)
+        run(first, last, *rest)
+
+    engine.prefill(relu.tiny.tokens(2))
+    monkeypatch.setattr(stack, "_run", slow_run)
+    stack.timeline = timeline
+    started = time.perf_counter()
+    engine.decode(3)
+    taken = time.perf_counter() - started
+    report = engine.report()
+    engine.close()
+    assert relu.layers * pause <= taken < 0.8 * relu.layers * 2 * pause
+    assert report.timings["hot"] >= relu.layers * pause
+    assert report.overlap is not None
+    events = {(event.name, event.layer): event for event in timeline.events}
+    for layer in range(relu.layers):
+        hot_event, cold_event = events["hot", layer], events["cold", layer]
+        both = min(hot_event.end, cold_event.end) - max(hot_event.start, cold_event.start)
+        assert both > 0.5 * pause
+    timeline.write(tmp_path / "trace.json")
+    rows = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {row["args"]["name"] for row in rows if row["ph"] == "M"} == {"CPU", "hot side"}
+    assert {row["name"] for row in rows if row["ph"] == "X"} >= {
+        "attention", "launch", "cold", "wait", "copy in", "hot", "copy out", "head",
+    }  # fmt: skip
+    assert min(row["ts"] for row in rows if row["ph"] == "X") == 0
+
+
+def test_memory_is_allocated_up_front_within_the_budget(
+    quantised: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = quantised.split([quantised.neurons] * quantised.layers)
+    model = load_model(path)
+    assert model.split is not None
+    layers = [model.split.layer(index) for index in range(quantised.layers)]
+    budget = OVERHEAD + hot_size(layers, [quantised.neurons] * quantised.layers, 4).total * 2 // 3
+    gpu = FakeGpu(free=1 << 30)
+    on(monkeypatch, gpu)
+    engine = Engine(model, threads=1, device="cuda", vram=budget, batch=4, context=16)
+    assert len(gpu.asked) == 1
+    assert 0 < engine.report().memory.vram <= budget
+    assert gpu.asked[0] <= budget
+    logits(engine, quantised.tiny.tokens(6))
+    assert len(gpu.asked) == 1
+
+
+def test_budgets_that_do_not_fit_are_refused_with_numbers_or_the_split_moves(
+    quantised: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = quantised.split([quantised.neurons] * quantised.layers)
+    gpu = FakeGpu(free=200 * MIB)
+    on(monkeypatch, gpu)
+    with pytest.raises(HardwareError, match="--vram 201 MiB: the GPU has 200 MiB free"):
+        Engine(load_model(path), threads=1, device="cuda", vram=201 * MIB)
+    assert not gpu.asked
+    scratch = 4 * (4 * (2 * 64 + 3 * GROUP) + 3 * GROUP * 64)
+    on(monkeypatch, FakeGpu(free=MARGIN + OVERHEAD + 4 * scratch))
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=4, context=16)
+    engine.close()
+    assert any("hot neurons fit in the" in notice for notice in engine.notices)
+
+
+@pytest.mark.parametrize("problem", ["no device", "no memory"])
+def test_without_a_usable_gpu_the_cpu_computes_everything_which_is_said_once(
+    relu: Prepared, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    path, tokens = relu.split([GROUP] * relu.layers), relu.tiny.tokens(4)
+    expected = logits(Engine(load_model(path), threads=1), tokens)
+    if problem == "no device":
+        monkeypatch.setattr(opening, "cuda_problem", lambda: "torch finds no GPU that it can use")
+    else:
+        on(monkeypatch, FakeGpu(free=1 << 30, largest=5))
+    engine = Engine(load_model(path), threads=1, device="cuda")
+    assert engine.report().device == "none"
+    assert np.array_equal(logits(engine, tokens), expected)
+    said = "torch finds no GPU" if problem == "no device" else "out of VRAM at the start: "
+    assert [said in notice and "computed on the CPU" in notice for notice in engine.notices] == [True]
+
+
+class FailingGpu(FakeGpu):
+    """Stops working at the ``last`` piece of work."""
+
+    def __init__(self, last: int, *, when: str) -> None:
+        super().__init__(1 << 30)
+        self._left, self._when = last, when
+
+    def submit(self, steps: Steps) -> Ticket:
+        self._left -= 1
+        if self._left > 0:
+            return super().submit(steps)
+        if self._when == "submit":
+            raise DeviceLost("an illegal thing happened")
+        return Deferred(self._fail, [])
+
+    def _fail(self) -> list[Span]:
+        raise DeviceLost("an illegal thing happened")
+
+
+@pytest.mark.parametrize("when", ["submit", "wait"])
+def test_a_gpu_that_disappears_is_replaced_by_the_cpu_which_is_said_once(
+    relu: Prepared, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path, tokens = relu.split([GROUP * 2] * relu.layers), relu.tiny.tokens(6)
+    expected = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    on(monkeypatch, FailingGpu(relu.layers + 2, when=when))
+    engine = Engine(load_model(path), threads=1, device="cuda")
+    got = logits(engine, tokens)
+    assert np.abs(got - expected).max() <= 2000 * np.finfo(np.float32).eps * np.abs(expected).max()
+    assert [notice for notice in engine.notices if "the GPU stopped working (an illegal thing" in notice]
+    assert len(engine.notices) == 1
+
+
+def test_cuda_is_judged_by_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not torch.cuda.is_available(), "this test describes machines without a GPU"
+    assert "build without CUDA" in (devices.cuda_problem() or "")
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    assert "driver is older than CUDA 12.9 needs" in (devices.cuda_problem() or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+
+    def no_kernel(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    assert devices.cuda_problem() == (
+        "the GPU (compute capability 6.1) cannot be used: CUDA error: no kernel image is available"
+    )
+    assert opening.fusing_problem() == "compute capability 6.1 is below 7.5"

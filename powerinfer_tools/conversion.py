@@ -24,7 +24,6 @@ from powerinfer_formats.split_layout import (
     SplitHeader,
     SplitPrediction,
     bias_name,
-    bundle_layout,
     bundle_name,
     declare_split_layer,
     hot_name,
@@ -41,6 +40,7 @@ from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model import DenseFFN, Model, Weight, load_model
 from powerinfer_tools.predictors import split_prediction, split_predictor
 from powerinfer_tools.progress import Progress, Silent
+from powerinfer_tools.splitting import default_down_type, dense_ffn, ffn_layout, plain_rows, transposed_down
 
 Bytes = npt.NDArray[np.uint8]
 #: What the transposed down projection can be written as.
@@ -117,7 +117,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
 def down_type(source: RowType, quant: str | None, width: int) -> RowType:
     """Row type of the transposed down projection: ``quant``, else the source's own if float, else Q8_0."""
     if quant is None:
-        return source if source.is_float else RowType.Q8_0
+        return default_down_type(source)
     try:
         chosen = RowType[quant.upper()]
     except KeyError:
@@ -179,15 +179,10 @@ class _Conversion:
         )
 
     def _ffn(self, index: int) -> DenseFFN:
-        ffn = self.model.layers[index].ffn
-        assert isinstance(ffn, DenseFFN)
-        return ffn
+        return dense_ffn(self.model, index)
 
     def _layout(self, ffn: DenseFFN) -> BundleLayout:
-        width = ffn.up.columns
-        chosen = down_type(ffn.down.row_type, self.options.quant, width)
-        gate = None if ffn.gate is None else ffn.gate.row_type
-        return bundle_layout(gate, ffn.up.row_type, chosen, width)
+        return ffn_layout(ffn, down_type(ffn.down.row_type, self.options.quant, ffn.up.columns))
 
     def _header(self, errors: tuple[float, ...]) -> SplitHeader:
         return SplitHeader(
@@ -216,7 +211,7 @@ class _Conversion:
         for index in range(layers):
             for weight in _layer_weights(self.model, index):
                 _check_finite(self.model, weight)
-            down = self._transposed_down(index)
+            down = transposed_down(self._ffn(index))
             rows = self._quantized(index, down)
             errors.append(_relative_error(down, rows, RowType(self.layouts[index].types[-1])))
             self.progress.advance(1)
@@ -261,8 +256,9 @@ class _Conversion:
 
     def _write_layer(self, writer: GGUFWriter, index: int) -> None:
         order, hot, layout = self.profile.order(index), self.hot[index], self.layouts[index]
-        products = [_plain_rows(weight) for weight in self._ffn(index).matrices[:-1]]
-        sources = [*products, self._quantized(index, self._transposed_down(index))]
+        ffn = self._ffn(index)
+        products = [plain_rows(weight) for weight in ffn.matrices[:-1]]
+        sources = [*products, self._quantized(index, transposed_down(ffn))]
         writer.write(order_name(index), order.astype("<i4"))
         bias = self.model.layers[index].ffn_bias
         if bias is not None:
@@ -289,12 +285,6 @@ class _Conversion:
             return None
         made, row_type = self.predictors.layers[index], self.predictors.header.row_type
         return split_predictor(made, row_type, self.profile.order(index))
-
-    def _transposed_down(self, index: int) -> npt.NDArray[np.float32]:
-        """float32 (neurons, width): one row per neuron, in the source's order."""
-        down = self._ffn(index).down
-        values = dequantize(down.data, down.row_type, down.rows, down.columns)
-        return np.ascontiguousarray(values.T)
 
     def _quantized(self, index: int, rows: npt.NDArray[np.float32]) -> Bytes:
         return quantize(rows, RowType(self.layouts[index].types[-1]))
@@ -343,7 +333,7 @@ def _layer_weights(model: Model, index: int) -> Iterator[Weight]:
 
 
 def _check_finite(model: Model, weight: Weight) -> None:
-    rows = _plain_rows(weight)
+    rows = plain_rows(weight)
     step = max(1, _CHECK_VALUES // weight.columns)
     for first in range(0, weight.rows, step):
         piece = np.ascontiguousarray(rows[first : first + step])
@@ -355,10 +345,6 @@ def _check_finite(model: Model, weight: Weight) -> None:
                 f"{model.path}: tensor {weight.name} has a value that is not finite at row {first + row}, "
                 f"column {column}; the file is damaged"
             )
-
-
-def _plain_rows(weight: Weight) -> Bytes:
-    return weight.data.reshape(weight.rows, -1)
 
 
 def _relative_error(values: npt.NDArray[np.float32], rows: Bytes, row_type: RowType) -> float:

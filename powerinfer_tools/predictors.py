@@ -1,13 +1,20 @@
-"""From the predictors that train makes to those of a split file."""
+"""What predictors say in numpy, and the way from those that train makes to those of a split file."""
 
 import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.block_types import TensorType
-from powerinfer_formats.predictors import LayerPredictor, PredictionCost, PredictorsHeader
+from powerinfer_formats.predictors import LayerPredictor, LowRank, PredictionCost, PredictorsHeader
 from powerinfer_formats.split_layout import SplitPrediction
 from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor
 from powerinfer_kernels import RowType, quantize
+
+Floats = npt.NDArray[np.float32]
+
+
+def scores(made: LowRank, inputs: Floats) -> Floats:
+    """What ``made`` says of every neuron, (t, neurons), for normalised FFN inputs (t, width); float32."""
+    return np.asarray(inputs @ made.inward.T @ made.outward.T, np.float32)
 
 
 def split_predictor(
@@ -16,13 +23,14 @@ def split_predictor(
     """``made`` with its matrices rounded to ``row_type`` and its neurons in the given order."""
     if made is None:
         return None
+    threshold = np.ascontiguousarray(made.threshold[order])
     kind, stored = RowType[row_type], TensorType[row_type]
     return SplitLowRank(
         rank=len(made.inward),
         types=(stored, stored),
         inward=quantize(np.ascontiguousarray(made.inward), kind),
         outward=quantize(np.ascontiguousarray(made.outward[order]), kind),
-        threshold=np.ascontiguousarray(made.threshold[order]),
+        threshold=threshold,
     )
 
 

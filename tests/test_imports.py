@@ -26,7 +26,11 @@ MAY_IMPORT = {
 }
 # Heavy package → the files (by prefix) that are about it and may import it when they are imported.
 HEAVY = {
-    "torch": ("powerinfer_tools/hot/", "powerinfer_tools/relufication/"),
+    "torch": (
+        "powerinfer_tools/hot/",
+        "powerinfer_tools/relufication/",
+        "powerinfer_tools/training/tuning.py",
+    ),
     "triton": ("kernels/powerinfer_kernels/triton_",),
     "transformers": (),
     "highspy": ("powerinfer_tools/planning/milp.py",),

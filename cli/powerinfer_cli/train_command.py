@@ -1,10 +1,12 @@
 """``powerinfer train``: predictors of which neurons will be active."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+import powerinfer_tools
 from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit_json, progress, result_console, say
 from powerinfer_cli.files import (
@@ -19,20 +21,83 @@ from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
+    from powerinfer_formats.predictors import PredictionCost
     from powerinfer_tools.training import TrainReport
+
+#: What perplexity is measured on where no text is named: of the demo's corpus, what its profile leaves out.
+HELD_OUT_TEXT = Path(powerinfer_tools.__file__).parent / "data" / "corpus" / "newton-opticks-queries.txt"
+_aim = opt.in_panel("Aim")
 
 HELP = """Make small predictors of which neurons will be active, one for each layer.
 
-Reads NAME.trace.zst, which profile --trace makes, and writes NAME.predictors.safetensors. No gradient is
-needed: each gate is cut to the rank that matters for the inputs seen (a singular value decomposition weighted
-by their covariance), ranks are shared out between layers where they save the most bytes, and thresholds reach
-the recall asked for. What came of it is measured on tokens that were used for nothing else.
+Reads NAME.trace.zst, which profile --trace makes, and writes NAME.predictors.safetensors. Each gate is cut to
+the rank that matters for the inputs seen (a singular value decomposition weighted by their covariance); ranks
+are shared out between layers where they save the most bytes, within --budget.
+
+What is predicted, and how surely, is then chosen for each layer: as many bytes saved as perplexity on a text
+allows, measured with the engine in the mode that will run; layers that would cost too much stay gate-first,
+which is exact. Or name a --recall for all layers. What came of it, on text and tokens that were used for
+nothing else, is printed and stored in the file.
 
 \b
 Examples:
   powerinfer train -m model.relu.gguf
+  powerinfer train -m model.relu.gguf --max-ppl-increase 0.01 --text book.txt
   powerinfer train -m model.relu.gguf --recall 0.98 --budget 0.05
 """
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What predictors are to reach."""
+
+    max_increase: Annotated[
+        float | None,
+        _aim(
+            "--max-ppl-increase",
+            min=0.0,
+            metavar="SHARE",
+            help="Relative increase of perplexity that predicting may cause. Without it: 0.001.",
+        ),
+    ] = None
+    recall: Annotated[
+        float | None,
+        _aim(
+            "--recall",
+            min=0.01,
+            max=0.9999,
+            metavar="SHARE",
+            help="Share of active neurons to be found in every layer, whatever it costs in perplexity.",
+        ),
+    ] = None
+    budget: Annotated[
+        float,
+        _aim(
+            "--budget",
+            min=0.001,
+            max=1.0,
+            metavar="SHARE",
+            help="Most that predictors may weigh, as a share of the model.",
+        ),
+    ] = 0.1
+    text: Annotated[
+        Path | None,
+        _aim(
+            "--text",
+            metavar="FILE",
+            help="Text to measure perplexity on, not the profile's. Without it: a piece of Newton's Opticks.",
+        ),
+    ] = None
+    windows: Annotated[
+        int,
+        _aim(
+            "--windows",
+            min=3,
+            metavar="N",
+            help="Windows of the text to use, as long as the profile's: a third to choose by, the rest to "
+            "measure on.",
+        ),
+    ] = 12
 
 
 def command(
@@ -46,22 +111,7 @@ def command(
     method: Annotated[
         Literal["svd"], typer.Option("--method", help="How predictors are made; no other way exists yet.")
     ] = "svd",
-    recall: Annotated[
-        float,
-        typer.Option(
-            "--recall", min=0.01, max=0.9999, metavar="SHARE", help="Share of active neurons to be found."
-        ),
-    ] = 0.95,
-    budget: Annotated[
-        float,
-        typer.Option(
-            "--budget",
-            min=0.001,
-            max=1.0,
-            metavar="SHARE",
-            help="Most that predictors may add to the model.",
-        ),
-    ] = 0.1,
+    aim: Aim,
     row_type: Annotated[
         Literal["Q8_0", "Q4_0", "F16", "F32"],
         typer.Option("--type", help="Row type of the predictors in the split file."),
@@ -69,6 +119,8 @@ def command(
     common: opt.Common,
 ) -> None:
     """Make predictors."""
+    if aim.recall is not None and aim.max_increase is not None:
+        raise typer.BadParameter("choose one of --recall and --max-ppl-increase", param_hint="--recall")
     source = find_model(model)
     records = trace or beside(source, TRACE_SUFFIX)
     if not records.is_file():
@@ -78,14 +130,25 @@ def command(
         )
     if trace is None:
         say(f"using {records}")
+    if aim.text is None:
+        say(f"measuring perplexity on {HELD_OUT_TEXT.name}")
     path = output_file(output, source, PREDICTORS_SUFFIX)
     from powerinfer_tools.training import TrainOptions, run_train
 
-    report = run_train(
-        TrainOptions(source, records, path, method=method, recall=recall, budget=budget, row_type=row_type),
-        progress(),
+    options = TrainOptions(
+        source,
+        records,
+        path,
+        method=method,
+        recall=aim.recall,
+        max_increase=0.001 if aim.max_increase is None else aim.max_increase,
+        text=aim.text or HELD_OUT_TEXT,
+        windows=aim.windows,
+        budget=aim.budget,
+        row_type=row_type,
+        threads=common.threads,
     )
-    show(report, as_json=common.json)
+    show(run_train(options, progress()), as_json=common.json)
 
 
 def show(report: "TrainReport", *, as_json: bool) -> None:
@@ -96,19 +159,34 @@ def show(report: "TrainReport", *, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("layer", "rank", "density", "predicted", "recall", "precision"):
+    for name in ("layer", "mode", "rank", "density", "predicted", "recall", "precision"):
         table.add_column(name, justify="right")
     header = report.header
-    for index, (rank, quality) in enumerate([(layer.rank, layer.quality) for layer in header.layers]):
+    for index, layer in enumerate(header.layers):
+        quality = layer.quality
         figures = (quality.density, quality.predicted_density, quality.recall, quality.precision)
-        table.add_row(str(index), str(rank), *(f"{figure:.1%}" for figure in figures))
+        mode = "gate-first" if layer.kind == "none" else "predicted"
+        table.add_row(str(index), mode, str(layer.rank or ""), *(f"{figure:.1%}" for figure in figures))
     result_console().print(table)
     say(f"wrote {report.output}")
+    predicted = sum(layer.kind != "none" for layer in header.layers)
     ratio = report.mean("predicted_density") / max(report.mean("density"), 1e-12)
-    print_facts(
-        [
-            ("recall", f"{report.mean('recall'):.1%}, on {header.test_records:,} tokens not learnt from"),
-            ("predicted density", f"{report.mean('predicted_density'):.1%}, {ratio:.2f} x the true one"),
-            ("size", f"{format_size(header.nbytes)}, {header.nbytes / report.model_bytes:.1%} of the model"),
-        ]
-    )
+    facts = [
+        ("predicted", f"{predicted} of {len(header.layers)} layers; the others stay gate-first"),
+        ("recall", f"{report.mean('recall'):.1%}, on {header.test_records:,} tokens not learnt from"),
+        ("computed", f"{report.mean('predicted_density'):.1%} of the neurons, {ratio:.2f} x the active ones"),
+        ("size", f"{format_size(header.nbytes)}, {header.nbytes / report.model_bytes:.1%} of the model"),
+    ]
+    print_facts(facts + ([] if header.cost is None else cost_facts(header.cost)))
+
+
+def cost_facts(cost: "PredictionCost") -> list[tuple[str, str]]:
+    """What predicting costs in quality, and whether that is within what was allowed."""
+    told = f"{cost.increase:+.2%} ({cost.predicted_perplexity:.4f} for {cost.perplexity:.4f})"
+    if cost.max_increase is not None:
+        within = cost.increase <= cost.max_increase
+        told += f", {'within' if within else 'above'} the {cost.max_increase:.2%} allowed"
+    return [
+        ("perplexity", f"{told}, over {cost.tokens:,} tokens"),
+        ("divergence", f"{cost.divergence:.2e} nats a token"),
+    ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetens
 
 FORMAT, VERSION = "powerinfer-predictors", 2
 Floats = NDArray[np.float32]
+_Tensor = tuple[str, tuple[int, ...]]
 #: Types that the matrices can have in a split file.
 RowTypeName = Literal["Q8_0", "Q4_0", "F16", "F32"]
 #: What a layer's predictor is; ``none``: the layer's neurons are not predicted.
@@ -111,12 +113,12 @@ class LowRank:
     threshold: Floats
 
     @staticmethod
-    def shapes(header: PredictorsHeader, rank: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor."""
+    def tensors(header: PredictorsHeader, rank: int) -> dict[str, _Tensor]:
+        """Type and shape of each tensor, by the ending of its name, in the order of the fields."""
         return {
-            "in": (rank, header.width),
-            "out": (header.neurons, rank),
-            "threshold": (header.neurons,),
+            "in": ("F32", (rank, header.width)),
+            "out": ("F32", (header.neurons, rank)),
+            "threshold": ("F32", (header.neurons,)),
         }
 
 
@@ -155,7 +157,7 @@ class Predictors:
         """Write ``path`` atomically."""
         tensors = {}
         for index, layer in enumerate(self.layers):
-            for name, array in _parts(layer):
+            for name, array in _parts(self.header, layer):
                 tensors[_name(index, name)] = np.ascontiguousarray(array)
         document = {"format": FORMAT, "version": VERSION, **vars(self.header)}
         write_safetensors(path, dump_json(document, indent=None), tensors)
@@ -173,12 +175,11 @@ class Predictors:
             )
 
 
-def _parts(layer: LayerPredictor) -> list[tuple[str, Floats]]:
-    """Names of tensors with their content."""
-    if layer is None:
-        return []
-    names = {"inward": "in", "outward": "out"}
-    return [(names.get(part.name, part.name), getattr(layer, part.name)) for part in fields(layer)]
+def _parts(header: PredictorsHeader, layer: LayerPredictor) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Endings of names of tensors with their content."""
+    if layer is not None:
+        for part, ending in zip(fields(layer), layer.tensors(header, 1), strict=True):
+            yield ending, getattr(layer, part.name)
 
 
 def _take(reader: SafetensorsReader, header: PredictorsHeader, index: int) -> LayerPredictor:
@@ -187,8 +188,7 @@ def _take(reader: SafetensorsReader, header: PredictorsHeader, index: int) -> La
         return None
     made = _KINDS[info.kind]
     arrays = [
-        reader.take(_name(index, name), "F32", shape)
-        for name, shape in made.shapes(header, info.rank).items()
+        reader.take(_name(index, name), *tensor) for name, tensor in made.tensors(header, info.rank).items()
     ]
     if not all(np.isfinite(array).all() for array in arrays):
         raise errors.BadValue(reader.path, f"the predictor of layer {index} has values that are not finite")

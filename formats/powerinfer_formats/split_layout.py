@@ -41,7 +41,10 @@ KEY_PREDICTOR_DENSITY = "powerinfer.predictor_density"
 KEY_PREDICTION_COST = "powerinfer.prediction_cost"
 
 #: What a layer's predictor can be, each with the endings of its tensors' names; thresholds come last.
-PREDICTOR_TENSORS = {"none": (), "low-rank": ("in.weight", "out.weight", "threshold")}
+PREDICTOR_TENSORS = {
+    "none": (),
+    "low-rank": ("in.weight", "out.weight", "threshold"),
+}
 
 
 def order_name(layer: int) -> str:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from powerinfer_kernels import Activations, Bundle, KVCache, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.predictors import Predictor
 from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.rotary import RotaryTables
 from powerinfer_tools.engine.thresholds import FactorThresholds
@@ -50,17 +51,9 @@ class NeuronRows:
 
 @dataclass(frozen=True)
 class PredictedRows:
-    """FFN over the neurons that a predictor names: all rows of a neuron lie in the bundle.
+    """FFN over the neurons that a predictor names: all rows of a neuron lie in the bundle."""
 
-    ``low`` (T, rank) is scratch for the input's short form, ``low_acts`` its quantised copy (None where
-    ``outward`` is of a float type).
-    """
-
-    inward: Matrix
-    outward: Matrix
-    threshold: Floats
-    low: Floats
-    low_acts: Activations | None
+    predictor: Predictor
     bundle: Bundle
     bias: Floats | None = None
 
@@ -250,10 +243,7 @@ class BlockWriter:
         """The FFN over predicted neurons into ``block_out``; the last three are scratch (T, neurons)."""
         b, builder = self.buffers, self.builder
         self.label("predictor")
-        builder.matmul(w.inward, b.normed, b.normed_acts, w.low)
-        if w.low_acts is not None:
-            builder.quantize(w.low, w.low_acts)
-        builder.matmul(w.outward, w.low, w.low_acts, scores)
+        w.predictor.write(builder, b.normed, b.normed_acts, scores)
         self.label("ffn")
         builder.sparse_ffn(
             scores,
@@ -263,7 +253,7 @@ class BlockWriter:
             b.block_out,
             up,
             self.hyper.activation,
-            threshold=w.threshold,
+            threshold=w.predictor.threshold,
             gate=gate,
             bias=w.bias,
             cut=self.hyper.activation_cut,

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from powerinfer_formats.split import SplitLayer
-from powerinfer_kernels import Bundle, Matrix, Pool, RowType, aligned
+from powerinfer_kernels import Bundle, Matrix, Pool
 from powerinfer_tools.engine.blocks import (
     BlockWriter,
     DenseColumns,
@@ -18,8 +18,9 @@ from powerinfer_tools.engine.blocks import (
     ThresholdedRows,
     pack,
 )
-from powerinfer_tools.engine.buffers import Buffers, Floats, activations, narrowed
+from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.predictors import lay_out
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
 from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.errors import ModelError
@@ -206,19 +207,15 @@ class _PredictedFFN:
 
     @property
     def nbytes(self) -> int:
-        return self._predictor_bytes + self.weights.bundle.nbytes
+        return self.weights.predictor.nbytes + self.weights.bundle.nbytes
 
     @property
     def quantized(self) -> bool:
-        kinds = (self.weights.inward.row_type, *self.weights.bundle.types[:2])
-        return not all(kind is None or kind.is_float for kind in kinds)
-
-    @property
-    def _predictor_bytes(self) -> int:
-        return self.weights.inward.nbytes + self.weights.outward.nbytes + self.weights.threshold.nbytes
+        rows = self.weights.bundle.types[:2]
+        return self.weights.predictor.quantized or not all(kind is None or kind.is_float for kind in rows)
 
     def bytes_per_token(self, density: float) -> float:
-        return self._predictor_bytes + self.weights.bundle.nbytes * density
+        return self.weights.predictor.nbytes + self.weights.bundle.nbytes * density
 
     def write(
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
@@ -299,21 +296,19 @@ def _load_thresholded(layer: SplitLayer, pool: Pool, first: int) -> ColdFFN:
 
 
 def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int) -> ColdFFN:
-    predictor = layer.predictor
-    assert predictor is not None
-    rank, (inward, outward) = predictor.rank, map(RowType, predictor.types)
-    rows = np.ascontiguousarray(predictor.outward[first:])
+    assert layer.predictor is not None
     return _PredictedFFN(
         PredictedRows(
-            inward=Matrix.pack(pool, predictor.inward.reshape(-1), inward, rank, layer.width),
-            outward=Matrix.pack(pool, rows.reshape(-1), outward, len(rows), rank),
-            threshold=predictor.threshold[first:].copy(),
-            low=aligned((tokens, rank), np.float32),
-            low_acts=None if outward.is_float else activations(tokens, rank),
+            predictor=lay_out(layer.predictor, pool, first, layer.width, tokens),
             bundle=_bundle(layer, pool, first, layer.kinds),
             bias=_bias(layer, first),
         )
     )
+
+
+def predictor_thresholds(ffn: object) -> Floats | None:
+    """The thresholds of the predictor of ``ffn``, which may be written to between runs; None without one."""
+    return ffn.weights.predictor.threshold if isinstance(ffn, _PredictedFFN) else None
 
 
 def write_recall_check(
@@ -330,7 +325,7 @@ def write_recall_check(
     truth = GateAndUp(gate_rows, up_rows[0] if up_rows else None, ffn.weights.bias)
     scores, gate, up = (narrowed(b, ffn.neurons) for b in (buffers.scores, buffers.gate, buffers.up))
     writer.ffn_truth(truth, gate, up)
-    return RecallCheck(writer.builder.mark(), scores, ffn.weights.threshold, gate)
+    return RecallCheck(writer.builder.mark(), scores, ffn.weights.predictor.threshold, gate)
 
 
 def _matrix(layer: SplitLayer, pool: Pool, first: int, kind: str) -> Matrix:

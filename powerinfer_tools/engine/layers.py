@@ -15,6 +15,7 @@ from powerinfer_tools.engine.ffn import (
     ColdFFN,
     layer_modes,
     load_cold_ffn,
+    predictor_thresholds,
     with_thresholds,
     write_recall_check,
 )
@@ -187,6 +188,13 @@ class LayerStack:
         source model runs with thresholds."""
         assert self._buffers.scores is not None
         return self._buffers.scores[:tokens], self._buffers.up[:tokens]
+
+    def set_thresholds(self, layer: int, values: Floats | None) -> None:
+        """Replace the thresholds (neurons) of the predictor of ``layer``, where it has one, from the next run
+        on; None names every neuron, which is exact."""
+        held = predictor_thresholds(self._cold[layer])
+        if held is not None:
+            held[:] = -np.inf if values is None else values
 
     def cache_bytes_read(self, position: int) -> int:
         """Bytes of KV cache that decoding at ``position`` reads."""

@@ -5,16 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.predictors import LowRank, Quality
+from powerinfer_formats.predictors import LowRank
 from powerinfer_kernels import RowType, dequantize, quantize
 
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
 #: Added to the covariance, as a share of its mean variance: inputs that were never seen are not impossible.
 _RIDGE = 1e-3
-#: Bisection steps for the threshold: beyond single precision of any sensible range.
-_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -48,52 +44,10 @@ def as_stored(rows: Floats, row_type: RowType) -> Floats:
     return dequantize(quantize(np.ascontiguousarray(rows), row_type).reshape(-1), row_type, *rows.shape)
 
 
-def predictor(
-    factors: Factors,
-    rank: int,
-    row_type: RowType,
-    gate: Floats,
-    learn: Floats,
-    check: tuple[Floats, Bools],
-    recall: float,
-    bias: Floats | None = None,
-) -> LowRank:
-    """The predictor of ``rank``: errors of its scores are learnt on inputs ``learn``, and thresholds are set
-    so that it finds the share ``recall`` of the active neurons in ``check`` (inputs, active).
-
-    A neuron's score is its gate plus an error of some mean and deviation, so it is predicted where the
-    probability of a positive gate, Φ((score − mean) / deviation), is above a bound common to the layer: the
-    rule that finds most active neurons for a number of predicted ones. ``bias`` (neurons) is what the model
-    adds to the gate; it becomes part of the mean.
-    """
-    inward = as_stored(factors.inward[:rank], row_type)
-    outward = as_stored(factors.outward[:, :rank], row_type)
-    gates = learn @ gate.T if bias is None else learn @ gate.T + bias
-    errors = _scores(inward, outward, learn) - gates
-    mean, deviation = errors.mean(axis=0), errors.std(axis=0) + 1e-12
-    inputs, active = check
-    normal = (_scores(inward, outward, inputs) - mean) / deviation
-    low, high = float(normal.min()) - 1.0, float(normal.max()) + 1.0
-    wanted = recall * max(1, int(active.sum()))
-    scores_of_active = np.sort(normal[active])
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        found = len(scores_of_active) - np.searchsorted(scores_of_active, middle, side="right")
-        low, high = (middle, high) if found >= wanted else (low, middle)
-    return LowRank(inward, outward, (mean + deviation * low).astype(np.float32))
-
-
-def judge(made: LowRank, inputs: Floats, active: Bools) -> Quality:
-    """How good ``made`` is on ``inputs`` (t, width) with the neurons ``active`` (t, neurons)."""
-    predicted = _scores(made.inward, made.outward, inputs) > made.threshold
-    both, named, true = int((predicted & active).sum()), int(predicted.sum()), int(active.sum())
-    return Quality(
-        density=true / active.size,
-        predicted_density=named / active.size,
-        recall=both / true if true else 1.0,
-        precision=both / named if named else 1.0,
+def cut(factors: Factors, rank: int, row_type: RowType) -> LowRank:
+    """The approximation of ``rank``, rounded to ``row_type``, with thresholds of zero."""
+    return LowRank(
+        as_stored(factors.inward[:rank], row_type),
+        as_stored(factors.outward[:, :rank], row_type),
+        np.zeros(len(factors.outward), np.float32),
     )
-
-
-def _scores(inward: Floats, outward: Floats, inputs: Floats) -> Floats:
-    return np.asarray(inputs @ inward.T @ outward.T, np.float32)

@@ -1,85 +1,44 @@
 """train: predictors for every layer, from the trace that profile took."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import replace
 
 from powerinfer_formats.predictors import (
-    LowRank,
+    LayerPredictor,
+    PredictionCost,
     PredictorInfo,
     Predictors,
     PredictorsHeader,
-    Quality,
-    RowTypeName,
 )
-from powerinfer_formats.records import to_plain
 from powerinfer_formats.trace import TraceFile
-from powerinfer_kernels import RowType, block_shape, dequantize
+from powerinfer_kernels import RowType, block_shape
 from powerinfer_tools import __version__
-from powerinfer_tools.errors import TrainError
-from powerinfer_tools.model import DenseFFN, Model, load_model
+from powerinfer_tools.errors import HardwareError, TrainError
+from powerinfer_tools.evaluation import windows
+from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.progress import Progress, Silent
-from powerinfer_tools.training.low_rank import Factors, factorize, judge, predictor
-from powerinfer_tools.training.ranks import Candidate, choose
+from powerinfer_tools.text import Tokenizer
+from powerinfer_tools.training.allocation import Setting, allocate, settings
+from powerinfer_tools.training.choice import Candidate, choose
+from powerinfer_tools.training.layer_data import LayerData
+from powerinfer_tools.training.low_rank import cut, factorize
+from powerinfer_tools.training.meter import Meter
+from powerinfer_tools.training.options import METHODS, ROW_TYPES, TrainOptions, TrainReport
+from powerinfer_tools.training.sizes import candidates
+from powerinfer_tools.training.thresholds import Fit, Floats, fit, judge, level_for
+from powerinfer_tools.training.unfinished import FinishedLayer, forget
 
-Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
-Records = tuple[Floats, Bools]
-METHODS = ("svd",)
-#: Types that the engine multiplies with and that small errors survive.
-ROW_TYPES: tuple[RowTypeName, ...] = get_args(RowTypeName)
-#: Fewest chunks that can be parted into learning, checking and testing.
-MIN_CHUNKS = 10
-#: Records that a rank is tried on: enough for three digits of its density.
-_TRIED_RECORDS = 1024
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What to make. ``budget`` is the most that all predictors may weigh, as a share of the model's bytes."""
-
-    model: Path
-    trace: Path
-    output: Path
-    method: str = "svd"
-    recall: float = 0.95
-    budget: float = 0.1
-    row_type: RowTypeName = "Q8_0"
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What was written. The means are over layers, measured on records that were used for nothing else."""
-
-    output: str
-    header: PredictorsHeader
-    model_bytes: int
-
-    def mean(self, name: str) -> float:
-        """Mean of one figure of :class:`~powerinfer_formats.predictors.Quality` over the layers."""
-        return float(np.mean([getattr(layer.quality, name) for layer in self.header.layers]))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        means = {name: self.mean(name) for name in vars(self.header.layers[0].quality)}
-        return {
-            "path": self.output,
-            **to_plain(self.header),
-            "mean": means,
-            "bytes": self.header.nbytes,
-            "share_of_model": self.header.nbytes / self.model_bytes,
-        }
+#: The recall that sizes are chosen for where none is asked for: what a strict budget of quality needs.
+_SIZING_RECALL = 0.98
 
 
 def run_train(options: TrainOptions, progress: Progress | None = None) -> TrainReport:
     """Make the predictors and write them.
 
     Records are parted by chunk: seven tenths to learn from, two to choose ranks and thresholds, one to
-    measure. Raises TrainError, ModelError and FormatError (also for the trace of another model).
+    measure. Raises TrainError, CorpusError, ModelError and FormatError (also for the trace of another
+    model).
     """
     model = load_model(options.model)
     try:
@@ -100,8 +59,19 @@ def _check(options: TrainOptions, model: Model) -> None:
             f"method {options.method!r} and type {options.row_type!r}: known are {', '.join(METHODS)} and "
             f"{', '.join(ROW_TYPES)}"
         )
-    if not 0 < options.recall < 1 or not 0 < options.budget <= 1:
-        raise TrainError(f"recall {options.recall} and budget {options.budget} must lie between 0 and 1")
+    if not 0 < (options.recall or 0.5) < 1 or not 0 < options.budget <= 1 or options.max_increase < 0:
+        raise TrainError(
+            f"recall {options.recall} and budget {options.budget} must lie between 0 and 1, and the increase "
+            f"of perplexity, {options.max_increase}, must not be negative"
+        )
+    if options.recall is None and options.text is None:
+        raise TrainError(
+            "predicting within a budget of perplexity needs a text to measure it on, or a recall"
+        )
+    if options.windows < 3:
+        raise TrainError(f"{options.windows} windows of text are too few to choose with and to measure on")
+    if options.method == "tuned":
+        _require_torch(options.device)
     block = block_shape(RowType[options.row_type])[0]
     if model.hyper.width % block:
         raise TrainError(
@@ -110,15 +80,20 @@ def _check(options: TrainOptions, model: Model) -> None:
         )
 
 
+def _require_torch(device: str) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise HardwareError(
+            f"method tuned needs torch, which is not installed ({error}); pip install 'powerinfer[torch]', "
+            "or take --method svd"
+        ) from None
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HardwareError("--device cuda: torch finds no CUDA device here; take --device cpu")
+
+
 def _shape(model: Model) -> tuple[int, int, int]:
     return model.hyper.layers, model.hyper.width, model.hyper.neurons
-
-
-def parted(chunks: int) -> tuple[list[int], list[int], list[int]]:
-    """Chunks to learn from, to check with and to test on: of ten, seven, two and one."""
-    places = np.arange(chunks) % 10
-    groups = [np.flatnonzero((places >= low) & (places < high)) for low, high in ((0, 7), (7, 9), (9, 10))]
-    return groups[0].tolist(), groups[1].tolist(), groups[2].tolist()
 
 
 class _Run:
@@ -127,97 +102,137 @@ class _Run:
     def __init__(self, options: TrainOptions, model: Model, trace: TraceFile, progress: Progress) -> None:
         self.options, self.model, self.trace, self.progress = options, model, trace, progress
         self.row_type = RowType[options.row_type]
-        chunks = len(trace.header.chunks)
-        if chunks < MIN_CHUNKS:
-            raise TrainError(
-                f"{trace.path} has {chunks} chunks of records, too few to learn from and to judge by; "
-                "profile with a larger --trace (4096, say), or more text"
-            )
-        self.learn, self.check, self.test = parted(chunks)
+        self.windows = self._text_windows()
+        if options.restart:
+            forget(options.output)
 
     def complete(self) -> TrainReport:
-        """Try ranks in every layer, choose one for each, and make the predictors."""
-        layers = self.model.hyper.layers
-        self.progress.start("trying ranks", layers, "layers")
-        candidates = []
-        for index in range(layers):
-            candidates.append(self._candidates(index))
-            self.progress.advance(1)
-        self.progress.finish()
-        chosen = choose(candidates, int(self.options.budget * self.model.gguf.nbytes))
-        self.progress.start("making predictors", layers, "layers")
-        made: list[tuple[LowRank, Quality]] = []
+        """Choose sizes, make the predictors, choose what is predicted, and measure."""
+        chosen = self._sizes()
+        self.progress.start("making predictors", len(chosen), "layers")
+        fits = []
         for index, candidate in enumerate(chosen):
-            gate, factors, learn, check = self._layer(index)
-            layer = predictor(
-                factors,
-                candidate.rank,
-                self.row_type,
-                gate,
-                learn,
-                check,
-                self.options.recall,
-                self._added(index),
-            )
-            made.append((layer, judge(layer, *self._records(index, self.test))))
+            fits.append(self._made(index, candidate.what))
             self.progress.advance(1)
         self.progress.finish()
-        header = self._header(chosen, [quality for _, quality in made])
-        Predictors(header, tuple(layer for layer, _ in made)).save(self.options.output)
+        meter = self._meter(fits)
+        try:
+            thresholds = self._thresholds(fits, chosen, meter)
+            cost = self._cost(thresholds, meter)
+        finally:
+            if meter is not None:
+                meter.close()
+        report = self._write(fits, chosen, thresholds, cost)
+        forget(self.options.output)
+        return report
+
+    def _sizes(self) -> list[Candidate]:
+        layers, recall = self.model.hyper.layers, self.options.recall or _SIZING_RECALL
+        self.progress.start("trying ranks", layers, "layers")
+        found = []
+        for index in range(layers):
+            data = self._layer(index)
+            found.append(candidates(data, self.row_type, recall))
+            self.progress.advance(1)
+        self.progress.finish()
+        return choose(found, int(self.options.budget * self.model.gguf.nbytes))
+
+    def _made(self, index: int, rank: int) -> Fit:
+        data = self._layer(index)
+        learn = data.learn.inputs
+        made = cut(factorize(data.gate, learn), rank, self.row_type)
+        start = fit(made, learn, data.gates(learn))
+        return self._tuned(start, data) if self.options.method == "tuned" else start
+
+    def _tuned(self, start: Fit, data: LayerData) -> Fit:
+        """``start`` after tuning; finished layers of interrupted work are taken as they are."""
+        recall = self.options.recall or _SIZING_RECALL
+        finished = FinishedLayer(start, data, recall, self.options)
+        made = finished.load()
+        if made is None:
+            from powerinfer_tools.training.tuning import Tuning, tune
+
+            asked = Tuning(device=self.options.device, seed=self.options.seed)
+            made = tune(start, data, recall, self.row_type, asked)
+            finished.keep(made)
+        return made
+
+    def _thresholds(
+        self, fits: Sequence[Fit], chosen: Sequence[Candidate], meter: Meter | None
+    ) -> list[Floats | None]:
+        """Of every layer; None: gate-first."""
+        options, found = [], []
+        for index, made in enumerate(fits):
+            data = self._layer(index)
+            if self.options.recall is not None:
+                check = data.check
+                level = level_for(made.normal(check.inputs), check.active, self.options.recall)
+                found.append(made.threshold(level))
+            else:
+                options.append(settings(data, made, int(chosen[index].price)))
+        if self.options.recall is not None:
+            return list(found)
+        assert meter is not None
+        third = range(len(self.windows) // 3)
+        best: list[Setting] = allocate(meter, third, options, self.options.max_increase, self.progress)
+        return [setting.thresholds for setting in best]
+
+    def _cost(self, thresholds: Sequence[Floats | None], meter: Meter | None) -> PredictionCost | None:
+        if meter is None or self.options.text is None:
+            return None
+        measured = meter.measure(thresholds, range(len(self.windows) // 3, len(self.windows)))
+        return PredictionCost(
+            max_increase=None if self.options.recall is not None else self.options.max_increase,
+            **vars(measured),
+            window=len(self.windows[0]),
+            text_sha256=hashlib.sha256(self.options.text.read_bytes()).hexdigest(),
+        )
+
+    def _write(
+        self,
+        fits: Sequence[Fit],
+        chosen: Sequence[Candidate],
+        thresholds: Sequence[Floats | None],
+        cost: PredictionCost | None,
+    ) -> TrainReport:
+        layers: list[LayerPredictor] = []
+        infos = []
+        for index, (made, candidate, values) in enumerate(zip(fits, chosen, thresholds, strict=True)):
+            layer = None if values is None else replace(made.made, threshold=values)
+            test = self._layer(index).test
+            reached = judge(layer, test.inputs, test.active)
+            kind, size = ("none", 0) if layer is None else (layer.kind, int(candidate.price))
+            infos.append(PredictorInfo(kind, candidate.what if layer else 0, size, reached))
+            layers.append(layer)
+        header = self._header(tuple(infos), len(test.active), cost)
+        Predictors(header, tuple(layers)).save(self.options.output)
         return TrainReport(str(self.options.output), header, self.model.gguf.nbytes)
 
-    def _candidates(self, index: int) -> list[Candidate]:
-        gate, factors, learn, check = self._layer(index)
-        some = check[0][:_TRIED_RECORDS], check[1][:_TRIED_RECORDS]
-        ffn = self.model.layers[index].ffn
-        assert isinstance(ffn, DenseFFN)
-        rows = sum(weight.nbytes for weight in ffn.matrices)
-        added, recall = self._added(index), self.options.recall
-        found = []
-        for rank in self._ranks():
-            made = predictor(factors, rank, self.row_type, gate, learn, some, recall, added)
-            quality = judge(made, *some)
-            found.append(Candidate(rank, self._nbytes(rank), quality.predicted_density * rows))
+    def _layer(self, index: int) -> LayerData:
+        return LayerData(self.model, self.trace, index)
+
+    def _text_windows(self) -> list[list[int]]:
+        if self.options.text is None:
+            return []
+        tokenizer = Tokenizer.from_gguf(self.model.gguf)
+        text = self.options.text.read_text(encoding="utf-8", errors="replace")
+        bos = tokenizer.bos_id if tokenizer.adds_bos else None
+        length = self.trace.header.window
+        found = windows(tokenizer.encode(text), length, self.options.windows, bos)
+        if len(found) < 3:
+            raise TrainError(f"{self.options.text} has fewer than 3 windows of {length} tokens")
         return found
 
-    def _layer(self, index: int) -> tuple[Floats, Factors, Floats, Records]:
-        ffn = self.model.layers[index].ffn
-        assert isinstance(ffn, DenseFFN)
-        weight = ffn.first
-        gate = dequantize(weight.data, weight.row_type, weight.rows, weight.columns)
-        learn, _ = self._records(index, self.learn)
-        return gate, factorize(gate, learn), learn, self._records(index, self.check)
+    def _meter(self, fits: Sequence[Fit]) -> Meter | None:
+        if not self.windows:
+            return None
+        made = [one.made for one in fits]
+        return Meter(self.model, made, self.options.row_type, self.windows, self.options.threads)
 
-    def _added(self, index: int) -> Floats | None:
-        """What is added to a gate's product before the sign says whether the neuron is active."""
-        bias, cut = self.model.layers[index].ffn_bias, self.model.hyper.activation_cut
-        if not cut:
-            return bias
-        return np.full(self.model.hyper.neurons, -cut, np.float32) + (0 if bias is None else bias)
-
-    def _records(self, index: int, chunks: Sequence[int]) -> Records:
-        inputs, active = self.trace.read(index, chunks)
-        return inputs.astype(np.float32), active
-
-    def _ranks(self) -> list[int]:
-        """Whole blocks, up to half of the width: beyond, a predictor costs more than the gate saves."""
-        block = max(block_shape(self.row_type)[0], 16)
-        width = self.model.hyper.width
-        steps = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-        return [block * step for step in steps if block * step <= max(block, width // 2)]
-
-    def _nbytes(self, rank: int) -> int:
-        values, nbytes = block_shape(self.row_type)
-        hyper = self.model.hyper
-        matrices = (rank * (hyper.width // values) + hyper.neurons * (rank // values)) * nbytes
-        return matrices + 4 * hyper.neurons
-
-    def _header(self, chosen: list[Candidate], quality: list[Quality]) -> PredictorsHeader:
+    def _header(
+        self, layers: tuple[PredictorInfo, ...], test_records: int, cost: PredictionCost | None
+    ) -> PredictorsHeader:
         trace = self.trace.header
-        layers = tuple(
-            PredictorInfo("low-rank", candidate.rank, candidate.nbytes, reached)
-            for candidate, reached in zip(chosen, quality, strict=True)
-        )
         return PredictorsHeader(
             fingerprint=self.model.fingerprint,
             model_name=self.model.name,
@@ -227,8 +242,8 @@ class _Run:
             width=trace.width,
             neurons=trace.neurons,
             layers=layers,
-            test_records=sum(trace.chunks[chunk] for chunk in self.test),
-            cost=None,
+            test_records=test_records,
+            cost=cost,
             corpus_hashes=trace.corpus_hashes,
             tool_version=__version__,
         )

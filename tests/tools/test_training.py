@@ -8,19 +8,23 @@ import numpy as np
 import pytest
 
 from powerinfer_formats.errors import OtherModel
-from powerinfer_formats.predictors import Predictors
+from powerinfer_formats.predictors import LowRank, Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import RowType
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import TrainError
+from powerinfer_tools.evaluation import perplexity, windows
 from powerinfer_tools.model import load_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.training import TrainOptions, run_train
-from powerinfer_tools.training.low_rank import factorize, judge, predictor
-from powerinfer_tools.training.ranks import Candidate, choose
-from powerinfer_tools.training.stage import parted
+from powerinfer_tools.training.choice import Candidate, choose
+from powerinfer_tools.training.layer_data import LayerData, parted
+from powerinfer_tools.training.low_rank import cut, factorize
+from powerinfer_tools.training.thresholds import Fit, fit, judge, level_for
+from powerinfer_tools.training.tuning import Tuning, tune
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, make_tiny_model
 
@@ -50,12 +54,25 @@ class Traced:
 
     def options(self, **changes: object) -> TrainOptions:
         made = TrainOptions(self.tiny.path, self.trace, self.folder / "tiny.predictors.safetensors")
-        return replace(made, row_type="F32", budget=1.0, **changes)  # type: ignore[arg-type]
+        return replace(made, row_type="F32", budget=1.0, **({"recall": 0.95, "method": "svd"} | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     return Traced(tmp_path_factory.mktemp("traced"), 1)
+
+
+def predictor(
+    gate: np.ndarray,
+    learn: np.ndarray,
+    rank: int,
+    row_type: RowType,
+    check: np.ndarray,
+    active: np.ndarray,
+    recall: float,
+) -> LowRank:
+    made = fit(cut(factorize(gate, learn), rank, row_type), learn, learn @ gate.T)
+    return made.at(level_for(made.normal(check), active, recall))
 
 
 def skewed_inputs(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
@@ -88,7 +105,7 @@ def test_thresholds_find_what_was_asked_for(recall: float, row_type: str) -> Non
     gate = rng.normal(size=(64, 64)).astype(np.float32) - 0.2
     learn, check, test = (skewed_inputs(rng, count, 64) for count in (800, 400, 400))
     active = check @ gate.T > 0
-    made = predictor(factorize(gate, learn), 32, RowType[row_type], gate, learn, (check, active), recall)
+    made = predictor(gate, learn, 32, RowType[row_type], check, active, recall)
     quality = judge(made, check, active)
     assert recall - 1e-3 <= quality.recall <= recall + 1e-3
     assert quality.density == pytest.approx(active.mean())
@@ -104,7 +121,7 @@ def test_better_ranks_predict_fewer_neurons() -> None:
     active = check @ gate.T > 0.5
     densities = [
         judge(
-            predictor(factorize(gate, learn), rank, RowType.F32, gate, learn, (check, active), 0.95),
+            predictor(gate, learn, rank, RowType.F32, check, active, 0.95),
             check,
             active,
         ).predicted_density
@@ -122,18 +139,16 @@ def test_ranks_are_the_best_within_the_budget() -> None:
         for _ in range(3):
             sizes = np.cumsum(rng.integers(1, 9, 4))
             reads = np.sort(rng.integers(10, 100, 4))[::-1]
-            layers.append(
-                [Candidate(i, int(s), float(r)) for i, (s, r) in enumerate(zip(sizes, reads, strict=True))]
-            )
-        smallest = sum(layer[0].nbytes for layer in layers)
+            layers.append([Candidate(int(s), float(s + r)) for s, r in zip(sizes, reads, strict=True)])
+        smallest = sum(layer[0].price for layer in layers)
         budget = smallest + int(rng.integers(0, 30))
         chosen = choose(layers, budget)
-        spent = sum(candidate.nbytes for candidate in chosen)
+        spent = sum(candidate.price for candidate in chosen)
         assert spent <= budget
         best = min(
             sum(c.touched for c in some)
             for some in itertools.product(*layers)
-            if sum(c.nbytes for c in some) <= smallest
+            if sum(c.price for c in some) <= smallest
         )
         assert sum(candidate.touched for candidate in chosen) <= best
     free = choose(layers, 10**9)
@@ -141,9 +156,9 @@ def test_ranks_are_the_best_within_the_budget() -> None:
 
 
 def test_parts_are_seven_two_and_one_of_ten() -> None:
-    learn, check, test = parted(20)
-    assert (len(learn), len(check), len(test)) == (14, 4, 2)
-    assert sorted(learn + check + test) == list(range(20))
+    parts = parted(20)
+    assert (len(parts.learn), len(parts.check), len(parts.test)) == (14, 4, 2)
+    assert sorted([*parts.learn, *parts.check, *parts.test]) == list(range(20))
 
 
 def test_what_is_reported_is_what_was_made(traced: Traced) -> None:
@@ -151,10 +166,10 @@ def test_what_is_reported_is_what_was_made(traced: Traced) -> None:
     made = Predictors.load(report.output)
     assert made.header == report.header
     with TraceFile(traced.trace) as trace:
-        _, _, test = parted(len(trace.header.chunks))
+        test = parted(len(trace.header.chunks)).test
         for index, layer in enumerate(made.layers):
             inputs, active = trace.read(index, test)
-            assert layer is not None
+            assert isinstance(layer, LowRank)
             scores = inputs.astype(np.float64) @ layer.inward.T.astype(np.float64) @ layer.outward.T
             predicted = scores > layer.threshold
             quality = made.header.layers[index].quality
@@ -251,6 +266,110 @@ def test_refusals(traced: Traced, tmp_path: Path) -> None:
     run_profile(few)
     with pytest.raises(TrainError, match="larger --trace"):
         run_train(replace(traced.options(), trace=tmp_path / "few.trace.zst"))
-    for changes in ({"method": "magic"}, {"row_type": "Q6_K"}, {"recall": 1.5}, {"budget": 0.0}):
+    for changes in (
+        {"method": "magic"},
+        {"row_type": "Q6_K"},
+        {"recall": 1.5},
+        {"budget": 0.0},
+        {"recall": None},
+    ):
         with pytest.raises(TrainError):
             run_train(replace(traced.options(), **changes))  # type: ignore[arg-type]
+
+
+def test_a_budget_of_quality_is_kept(traced: Traced, tmp_path: Path) -> None:
+    """Within the budget on the windows that were chosen with; the wider the budget, the fewer bytes; what
+    the file says of the cost is what the split file's perplexity says."""
+    text = tmp_path / "other.txt"
+    text.write_text("a lazy cat jumps over the brown dog on the mat, and the quick fox sat on the log. " * 40)
+    kinds = []
+    for increase in (0.0, 0.02, 0.5):
+        report = run_train(traced.options(recall=None, max_increase=increase, text=text, windows=6))
+        cost, layers = report.header.cost, report.header.layers
+        assert cost is not None
+        assert cost.max_increase == increase
+        assert cost.divergence <= 3 * np.log1p(increase)
+        kinds.append(sum(layer.kind != "none" for layer in layers))
+        assert all(layer.quality.recall == 1.0 for layer in layers if layer.kind == "none")
+    assert kinds[0] == 0 < kinds[2]
+    assert kinds == sorted(kinds)
+    split = converted(traced, tmp_path / "m.powerinfer.gguf")
+    tokenizer = Tokenizer.from_gguf(load_model(split).gguf)
+    bos = tokenizer.bos_id if tokenizer.adds_bos else None
+    pieces = windows(tokenizer.encode(text.read_text()), 64, 6, bos)[2:]
+    exact, predicted = (perplexity_of(split, pieces, mode) for mode in ("gate-first", "predicted"))
+    assert cost.perplexity == pytest.approx(exact, rel=1e-5)
+    assert cost.predicted_perplexity == pytest.approx(predicted, rel=1e-5)
+    assert cost.tokens == 4 * 31
+
+
+def perplexity_of(path: Path, pieces: list[list[int]], mode: str) -> float:
+    engine = Engine(load_model(path), mode=mode, threads=1, context=64)
+    try:
+        return perplexity(engine, pieces).perplexity
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("method", ["svd", "tuned"])
+def test_every_method_reaches_its_recall_in_the_engine(traced: Traced, tmp_path: Path, method: str) -> None:
+    """What the predictors file says is what the split file does: recall in the engine, on other tokens."""
+    report = run_train(traced.options(method=method))
+    assert report.header.method == method
+    assert report.mean("recall") == pytest.approx(0.95, abs=0.03)
+    path = converted(traced, tmp_path / "m.powerinfer.gguf")
+    engine = Engine(load_model(path), mode="predicted", threads=2, check_recall=True)
+    engine.prefill(traced.tiny.tokens(100))
+    found = engine.report()
+    engine.close()
+    assert found.recall is not None
+    assert found.recall > 0.7
+    assert not (traced.folder / "tiny.predictors.safetensors.unfinished").exists()
+
+
+def test_tuning_names_fewer_neurons_and_repeats_itself(traced: Traced, tmp_path: Path) -> None:
+    model = load_model(traced.tiny.path)
+    with TraceFile(traced.trace) as trace:
+        data = LayerData(model, trace, 1)
+        start = fit(cut(factorize(data.gate, data.learn.inputs), 16, RowType.F32), *learnt(data))
+        asked = Tuning(steps=120, batch=128, validate_every=40)
+        first, second = (tune(start, data, 0.95, RowType.F32, asked) for _ in range(2))
+    named = [
+        (
+            made.normal(data.test.inputs) > level_for(made.normal(data.check.inputs), data.check.active, 0.95)
+        ).mean()
+        for made in (start, first)
+    ]
+    assert named[1] < named[0]
+    assert isinstance(first.made, LowRank)
+    assert isinstance(second.made, LowRank)
+    assert np.array_equal(first.made.outward, second.made.outward)
+    assert np.array_equal(first.mean, second.mean)
+
+
+def learnt(data: LayerData) -> tuple[np.ndarray, np.ndarray]:
+    return data.learn.inputs, data.gates(data.learn.inputs)
+
+
+def test_interrupted_tuning_goes_on(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that were finished are not tuned again; the result is that of work without a break."""
+    whole, broken = (traced.options(method="tuned") for _ in range(2))
+    whole = replace(whole, output=tmp_path / "whole")
+    broken = replace(broken, output=tmp_path / "broken")
+    run_train(whole)
+    tuned: list[int] = []
+
+    def counted(start: Fit, data: LayerData, *rest: object) -> Fit:
+        if data.index == 2 and 2 not in tuned:
+            tuned.append(2)
+            raise KeyboardInterrupt
+        tuned.append(data.index)
+        return tune(start, data, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("powerinfer_tools.training.tuning.tune", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(broken)
+    assert not broken.output.exists()
+    run_train(broken)
+    assert tuned == [0, 1, 2, *range(2, traced.tiny.spec.layers)]
+    assert broken.output.read_bytes() == whole.output.read_bytes()

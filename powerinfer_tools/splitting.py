@@ -1,0 +1,92 @@
+"""What convert and train share: the rows of a split file's FFN, and a model split in memory."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_formats.predictors import LayerPredictor
+from powerinfer_formats.split import SplitFile, SplitHeader, SplitLayer
+from powerinfer_formats.split_layout import BundleLayout, SplitPrediction, bundle_layout
+from powerinfer_kernels import RowType, dequantize, quantize
+from powerinfer_tools import __version__
+from powerinfer_tools.model import DenseFFN, Model, Weight
+from powerinfer_tools.predictors import split_predictor
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+def dense_ffn(model: Model, index: int) -> DenseFFN:
+    """The FFN of layer ``index`` of a source model."""
+    ffn = model.layers[index].ffn
+    assert isinstance(ffn, DenseFFN)
+    return ffn
+
+
+def plain_rows(weight: Weight) -> Bytes:
+    """The rows of ``weight`` as (rows, row bytes)."""
+    return weight.data.reshape(weight.rows, -1)
+
+
+def transposed_down(ffn: DenseFFN) -> Floats:
+    """The down projection as float32 (neurons, width): one row per neuron, in the source's order."""
+    down = ffn.down
+    return np.ascontiguousarray(dequantize(down.data, down.row_type, down.rows, down.columns).T)
+
+
+def ffn_layout(ffn: DenseFFN, down: RowType) -> BundleLayout:
+    """The records of one layer, with down rows of this type."""
+    gate = None if ffn.gate is None else ffn.gate.row_type
+    return bundle_layout(gate, ffn.up.row_type, down, ffn.up.columns)
+
+
+def default_down_type(source: RowType) -> RowType:
+    """Type of the transposed down projection where none is asked for: the source's if float, else Q8_0."""
+    return source if source.is_float else RowType.Q8_0
+
+
+def split_in_memory(model: Model, predictors: Sequence[LayerPredictor], row_type: str) -> Model:
+    """``model`` as its split file would be opened, all neurons cold and in the source's order; mode predicted
+    where there is a predictor, else gate-first.
+
+    The FFN weights are in memory in addition to the source.
+    """
+    layers = tuple(_split_layer(model, index, made, row_type) for index, made in enumerate(predictors))
+    header = SplitHeader(
+        source_fingerprint=model.fingerprint,
+        activation=model.hyper.activation,
+        group=model.hyper.neurons,
+        hot_neurons=(0,) * len(layers),
+        modes=tuple(layer.mode for layer in layers),
+        types=tuple(layer.layout.types for layer in layers),
+        requantization_error=(0.0,) * len(layers),
+        tool_version=__version__,
+        prediction=SplitPrediction(
+            tuple(layer.predictor.kind if layer.predictor else "none" for layer in layers), (), ()
+        ),
+    )
+    weights = tuple(replace(source, ffn=layer) for source, layer in zip(model.layers, layers, strict=True))
+    return replace(model, layers=weights, split=SplitFile(model.gguf, header, layers))
+
+
+def _split_layer(model: Model, index: int, made: LayerPredictor, row_type: str) -> SplitLayer:
+    ffn, neurons, width = dense_ffn(model, index), model.hyper.neurons, model.hyper.width
+    down = default_down_type(ffn.down.row_type)
+    layout, order = ffn_layout(ffn, down), np.arange(neurons, dtype=np.int32)
+    products = [plain_rows(weight) for weight in ffn.matrices[:-1]]
+    none = np.zeros((0, 0), np.uint8)
+    return SplitLayer(
+        index=index,
+        mode="gate-first" if made is None else "predicted",
+        neurons=neurons,
+        hot_neurons=0,
+        width=width,
+        order=order,
+        layout=layout,
+        hot=(none,) * len(layout.kinds),
+        cold=layout.pack(*products, quantize(transposed_down(ffn), down)),
+        predictor=split_predictor(made, row_type, order),
+        bias=model.layers[index].ffn_bias,
+    )

@@ -1,0 +1,103 @@
+"""Which layers are predicted, and how surely, so that perplexity stays within a budget."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from powerinfer_tools.progress import Progress
+from powerinfer_tools.training.choice import Candidate, choose
+from powerinfer_tools.training.layer_data import LayerData
+from powerinfer_tools.training.meter import Measured, Meter
+from powerinfer_tools.training.thresholds import Fit, Floats, level_for, quality
+
+#: Shares of active neurons to be found that are tried in each layer; the first is what its sensitivity to
+#: errors is measured at.
+RECALLS = (0.95, 0.8, 0.9, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+#: Choices that are measured at most, each with a limit corrected by what the one before came to.
+_ROUNDS = 5
+#: A choice that uses this share of the budget is good enough.
+_ENOUGH = 0.8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to compute a layer: thresholds of its predictor, or None for gate-first. ``touched`` are the
+    bytes that a token reads of predictor and FFN; ``error`` is the mean squared norm of what the FFN's
+    output loses."""
+
+    thresholds: Floats | None
+    touched: float
+    error: float
+
+
+def settings(data: LayerData, made: Fit, nbytes: int) -> list[Setting]:
+    """Gate-first, then ``made`` (of ``nbytes``) at each of :data:`RECALLS`."""
+    normal, active = made.normal(data.check.inputs), data.check.active
+    levels = [level_for(normal, active, recall) for recall in RECALLS]
+    errors = data.missing([normal > level for level in levels])
+    rows = data.gate_bytes + data.other_bytes
+    found = [Setting(None, data.gate_bytes + float(active.mean()) * data.other_bytes, 0.0)]
+    for level, error in zip(levels, errors, strict=True):
+        density = quality(normal > level, active).predicted_density
+        found.append(Setting(made.threshold(level), nbytes + density * rows, error))
+    return found
+
+
+def sensitivities(
+    meter: Meter, windows: Sequence[int], layers: Sequence[Sequence[Setting]], progress: Progress
+) -> list[float]:
+    """Divergence per unit of error of each layer: measured with that layer alone predicted.
+
+    Small errors of different layers are unrelated, and the divergence grows with their squares: so what
+    several layers cost together is about the sum of sensitivity × error.
+    """
+    progress.start("measuring each layer's share", len(layers), "layers")
+    found = []
+    for index, options in enumerate(layers):
+        trial = options[1]
+        alone = [trial.thresholds if layer == index else None for layer in range(len(layers))]
+        found.append(meter.measure(alone, windows).divergence / max(trial.error, 1e-30))
+        progress.advance(1)
+    progress.finish()
+    return found
+
+
+def allocate(
+    meter: Meter,
+    windows: Sequence[int],
+    layers: Sequence[Sequence[Setting]],
+    max_increase: float,
+    progress: Progress,
+) -> list[Setting]:
+    """One setting of each layer: fewest bytes touched, with a divergence of at most
+    ln(1 + ``max_increase``), which is what it may add to the mean loss, measured over ``windows``. All
+    gate-first where nothing else fits."""
+    shares = sensitivities(meter, windows, layers, progress)
+    allowed = limit = math.log1p(max_increase)
+    priced = [
+        [Candidate(share * option.error, option.touched, option) for option in options]
+        for share, options in zip(shares, layers, strict=True)
+    ]
+    best = [options[0] for options in layers]
+    for _ in range(_ROUNDS):
+        chosen: list[Setting] = [candidate.what for candidate in choose(priced, limit)]
+        measured = meter.measure([setting.thresholds for setting in chosen], windows)
+        progress.note(_told(chosen, measured))
+        if measured.divergence <= allowed and _touched(chosen) < _touched(best):
+            best = chosen
+        if _ENOUGH * allowed <= measured.divergence <= allowed or measured.divergence == 0:
+            break
+        limit *= 0.95 * allowed / measured.divergence
+    return best
+
+
+def _touched(chosen: Sequence[Setting]) -> float:
+    return sum(setting.touched for setting in chosen)
+
+
+def _told(chosen: Sequence[Setting], measured: Measured) -> str:
+    count = sum(setting.thresholds is not None for setting in chosen)
+    return (
+        f"predicting {count} of {len(chosen)} layers: {_touched(chosen) / 2**20:.1f} MiB of FFN a token, "
+        f"divergence {measured.divergence:.2e}, perplexity {measured.increase:+.2%}"
+    )

@@ -1,0 +1,45 @@
+"""How large each layer's predictor is to be."""
+
+from powerinfer_formats.predictors import LowRank
+from powerinfer_kernels import RowType, block_shape
+from powerinfer_tools.training.choice import Candidate
+from powerinfer_tools.training.layer_data import LayerData
+from powerinfer_tools.training.low_rank import cut, factorize
+from powerinfer_tools.training.thresholds import fit, level_for, quality
+
+#: Records that a rank is tried on: enough for three digits of its density.
+_TRIED_RECORDS = 1024
+
+
+def ranks(width: int, row_type: RowType) -> list[int]:
+    """Ranks to try: whole blocks, up to half of the width: beyond, a predictor costs more than the gate
+    saves."""
+    block = max(block_shape(row_type)[0], 16)
+    steps = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    return [block * step for step in steps if block * step <= max(block, width // 2)]
+
+
+def nbytes(rank: int, width: int, neurons: int, row_type: RowType) -> int:
+    """Bytes of a low-rank predictor in a split file."""
+    values, size = block_shape(row_type)
+    return (rank * (width // values) + neurons * (rank // values)) * size + 4 * neurons
+
+
+def candidates(data: LayerData, row_type: RowType, recall: float) -> list[Candidate]:
+    """What a layer's predictor can be, priced by its bytes: a token touches them, and the rows of the neurons
+    that it names at this recall. ``what`` is the rank."""
+    neurons, width = data.gate.shape
+    factors = factorize(data.gate, data.learn.inputs)
+    found = []
+    for rank in ranks(width, row_type):
+        size = nbytes(rank, width, neurons, row_type)
+        found.append(_candidate(data, rank, size, cut(factors, rank, row_type), recall))
+    return found
+
+
+def _candidate(data: LayerData, rank: int, size: int, made: LowRank, recall: float) -> Candidate:
+    some = data.check.first(_TRIED_RECORDS)
+    learn = data.learn.inputs
+    normal = fit(made, learn, data.gates(learn)).normal(some.inputs)
+    reached = quality(normal > level_for(normal, some.active, recall), some.active)
+    return Candidate(size, size + reached.predicted_density * (data.gate_bytes + data.other_bytes), rank)

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened_engine(
-    path: Path, placement: Placement, *, threads: int | None, context: int | None
+    path: Path,
+    placement: Placement,
+    *,
+    threads: int | None,
+    context: int | None,
+    check_recall: bool = False,
 ) -> Iterator["Engine"]:
     """An engine on the model at ``path``, closed at the end."""
     with engines_of(path, placement, threads=threads, context=context) as (_, open_engine):
-        engine = open_engine(mode=placement.engine_mode)
+        engine = open_engine(mode=placement.engine_mode, check_recall=check_recall)
         said = len(engine.notices)
         try:
             yield engine

@@ -126,6 +126,14 @@ def command(
     length: Length,
     sampling: Sampling,
     placement: opt.Placement,
+    check_recall: Annotated[
+        bool,
+        opt.in_panel("Placement")(
+            "--check-recall",
+            help="Also compute what predictors should have found, and print how much of it they did; "
+            "slow, the text stays the same.",
+        ),
+    ] = False,
     common: opt.Common,
 ) -> None:
     """Generate text, or chat."""
@@ -137,7 +145,9 @@ def command(
     from powerinfer_cli.engines import opened_engine
 
     options = generation_options(length, sampling)
-    with opened_engine(path, placement, threads=common.threads, context=length.ctx) as engine:
+    with opened_engine(
+        path, placement, threads=common.threads, context=length.ctx, check_recall=check_recall
+    ) as engine:
         if prompt.interactive:
             from powerinfer_cli.chat import chat
 

@@ -20,6 +20,8 @@ def engine_figures(engine: "Engine") -> dict[str, Any]:
         **report.as_dict(),
         "bandwidth_bytes_per_second": bandwidth,
         "bandwidth_share": report.bytes_per_second / bandwidth,
+        "predicted_density": engine.stack.predicted_density(),
+        "recall_by_layer": engine.stack.recall_by_layer(),
         "prediction_cost": prediction_cost(engine),
         "model": engine.model.name,
         "path": str(engine.model.path),
@@ -93,6 +95,11 @@ def say_summary(figures: dict[str, Any]) -> None:
         f"mode: {figures['mode']}, density {figures['density']:.3f}, device {figures['device']}, "
         f"{figures['threads']} threads, {figures['isa']}"
     )
+    if figures["recall"] is not None:
+        say(
+            f"recall: predictors found {figures['recall']:.2%} of the active neurons by naming "
+            f"{figures['predicted_density']:.2%} of all"
+        )
     if figures["prediction_cost"] is not None:
         cost = figures["prediction_cost"]
         more = cost["predicted_perplexity"] / cost["perplexity"] - 1

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 #: What perplexity is measured on where no text is named: of the demo's corpus, what its profile leaves out.
 HELD_OUT_TEXT = Path(powerinfer_tools.__file__).parent / "data" / "corpus" / "newton-opticks-queries.txt"
 _aim = opt.in_panel("Aim")
+_making = opt.in_panel("Making")
 
 HELP = """Make small predictors of which neurons will be active, one for each layer.
 
@@ -44,6 +45,7 @@ Examples:
   powerinfer train -m model.relu.gguf
   powerinfer train -m model.relu.gguf --max-ppl-increase 0.01 --text book.txt
   powerinfer train -m model.relu.gguf --recall 0.98 --budget 0.05
+  powerinfer train -m model.relu.gguf --method tuned
 """
 
 
@@ -100,6 +102,29 @@ class Aim:
     ] = 12
 
 
+@dataclass(frozen=True)
+class Making:
+    """How predictors are made."""
+
+    method: Annotated[
+        Literal["svd", "tuned"],
+        _making(
+            "--method",
+            help="svd: by the decomposition alone, no training; tuned: from there by gradients, in torch, "
+            "layer by layer. Interrupted, the same command goes on after the last finished layer.",
+        ),
+    ] = "svd"
+    row_type: Annotated[
+        Literal["Q8_0", "Q4_0", "F16", "F32"],
+        _making("--type", help="Row type of the predictors in the split file."),
+    ] = "Q4_0"
+    device: Annotated[Literal["cpu", "cuda"], _making("--device", help="Where torch tunes.")] = "cpu"
+    seed: Annotated[int, _making("--seed", min=0, metavar="N", help="Of the choice of records.")] = 0
+    restart: Annotated[bool, _making("--restart", help="Forget layers that interrupted work has tuned.")] = (
+        False
+    )
+
+
 def command(
     *,
     model: opt.Model = None,
@@ -108,14 +133,8 @@ def command(
         typer.Option("--trace", metavar="FILE", help="Trace. Without it: the one beside the model."),
     ] = None,
     output: opt.Output = None,
-    method: Annotated[
-        Literal["svd"], typer.Option("--method", help="How predictors are made; no other way exists yet.")
-    ] = "svd",
     aim: Aim,
-    row_type: Annotated[
-        Literal["Q8_0", "Q4_0", "F16", "F32"],
-        typer.Option("--type", help="Row type of the predictors in the split file."),
-    ] = "Q8_0",
+    making: Making,
     common: opt.Common,
 ) -> None:
     """Make predictors."""
@@ -139,14 +158,17 @@ def command(
         source,
         records,
         path,
-        method=method,
+        method=making.method,
         recall=aim.recall,
         max_increase=0.001 if aim.max_increase is None else aim.max_increase,
         text=aim.text or HELD_OUT_TEXT,
         windows=aim.windows,
         budget=aim.budget,
-        row_type=row_type,
+        row_type=making.row_type,
         threads=common.threads,
+        device=making.device,
+        seed=making.seed,
+        restart=making.restart,
     )
     show(run_train(options, progress()), as_json=common.json)
 

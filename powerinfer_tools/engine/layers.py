@@ -95,6 +95,7 @@ class LayerStack:
         self._observed, self._thresholds = options.observed, options.thresholds
         self._check_recall = options.check_recall
         self._checks: list[RecallCheck] = []
+        self._checked: list[int] = []
         self._tokens = 0
         self._write()
         self._length = builder.mark()
@@ -223,6 +224,20 @@ class LayerStack:
         predicted."""
         return recall_of(self._checks)
 
+    def recall_by_layer(self) -> list[float | None] | None:
+        """The same of every layer, None for those that are not predicted; None where it is not checked."""
+        if not self._check_recall:
+            return None
+        found = dict(zip(self._checked, self._checks, strict=True))
+        layers = range(self.model.hyper.layers)
+        return [recall_of([found[layer]]) if layer in found else None for layer in layers]
+
+    def predicted_density(self) -> float | None:
+        """Share of their neurons that predictors named so far; None where it is not checked or nothing was
+        predicted."""
+        every = sum(check.neurons for check in self._checks)
+        return sum(check.named for check in self._checks) / every if every else None
+
     def seconds(self) -> dict[str, float]:
         """Time by part so far, in seconds."""
         times = self._writer.labels.seconds([int(n) for n in self._program.nanoseconds()])
@@ -299,7 +314,9 @@ class LayerStack:
         ffn.write(writer, self._buffers, output, self._observed[index] if self._observed else None)
         if self._check_recall:
             check = write_recall_check(self.model, index, self._pool, ffn, writer, self._buffers)
-            self._checks += [check] if check else []
+            if check is not None:
+                self._checks.append(check)
+                self._checked.append(index)
         self._ffn_ends.append(writer.builder.mark())
         if not ffn.in_rows:
             return

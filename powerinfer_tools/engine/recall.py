@@ -20,7 +20,8 @@ class GateAndUp:
 
 @dataclass
 class RecallCheck:
-    """Counts, for one layer, the active neurons and those of them that were predicted.
+    """Counts, for one layer, the active neurons, those of them that were predicted (``found``), all that
+    were (``named``) and all that there are, over tokens.
 
     After the operations before ``after`` have run, ``scores`` and ``hidden`` (tokens, neurons) hold what the
     predictor said and act(gate)·up: a neuron is predicted where its score is above ``threshold`` (neurons,),
@@ -33,6 +34,8 @@ class RecallCheck:
     hidden: Floats
     found: int = 0
     active: int = 0
+    named: int = 0
+    neurons: int = 0
 
     def count(self, tokens: int) -> None:
         """Look at the first ``tokens`` rows. A score that is not a number counts as above, as it does for
@@ -41,6 +44,8 @@ class RecallCheck:
         missed = self.scores[:tokens] <= self.threshold
         self.active += int(np.count_nonzero(active))
         self.found += int(np.count_nonzero(active & ~missed))
+        self.named += missed.size - int(np.count_nonzero(missed))
+        self.neurons += missed.size
 
 
 def recall_of(checks: list[RecallCheck]) -> float | None:

@@ -108,8 +108,8 @@ class LayerData:
         inputs = self.check.first(_ERROR_RECORDS).inputs
         hyper, factor = self.model.hyper, self.ffn.factor
         hidden = reference.activate(
-            self.gates(inputs) + np.float32(hyper.activation_cut),
-            None if factor is None else inputs @ _floats(factor).T,
+            self.gates(inputs).astype(np.float64) + hyper.activation_cut,
+            None if factor is None else (inputs @ _floats(factor).T).astype(np.float64),
             hyper.activation,
             hyper.activation_cut,
         ).astype(np.float32)

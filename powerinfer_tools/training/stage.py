@@ -201,8 +201,10 @@ class _Run:
             layer = None if values is None else replace(made.made, threshold=values)
             test = self._layer(index).test
             reached = judge(layer, test.inputs, test.active)
-            kind, size = ("none", 0) if layer is None else (layer.kind, int(candidate.price))
-            infos.append(PredictorInfo(kind, candidate.what if layer else 0, size, reached))
+            if layer is None:
+                infos.append(PredictorInfo("none", 0, 0, reached))
+            else:
+                infos.append(PredictorInfo(layer.kind, candidate.what, int(candidate.price), reached))
             layers.append(layer)
         header = self._header(tuple(infos), len(test.active), cost)
         Predictors(header, tuple(layers)).save(self.options.output)

@@ -1,15 +1,17 @@
 """Fine-tuning a low-rank predictor in torch, from where the singular value decomposition leaves it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from powerinfer_formats.predictors import LowRank
 from powerinfer_kernels import RowType
 from powerinfer_tools.training.layer_data import LayerData, Records
 from powerinfer_tools.training.low_rank import as_stored
-from powerinfer_tools.training.thresholds import Fit, Floats, level_for
+from powerinfer_tools.training.thresholds import Fit, level_for
 
 Tensor = torch.Tensor
 #: Φ(z) is close to 1 / (1 + e^(−1.702 z)): a start whose probabilities are those of the decomposition.
@@ -72,7 +74,7 @@ class _Net:
     def __init__(self, start: Fit, data: LayerData, device: str) -> None:
         odds = _LOGISTIC / start.deviation
 
-        def tensor(values: Floats) -> Tensor:
+        def tensor(values: npt.NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
         self.inward = tensor(start.made.inward).requires_grad_()

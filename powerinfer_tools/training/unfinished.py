@@ -46,14 +46,14 @@ class FinishedLayer:
             with open_safetensors(self.path) as reader:
                 if json.loads(reader.document()) != {"work": self._work}:
                     return None
-                matrices = [reader.take(name, "F32", shape) for name, shape in self._shapes.items()]
+                inward, outward = (reader.take(name, "F32", shape) for name, shape in self._shapes.items())
                 neurons = (self._shapes["out"][0],)
                 scale, mean, deviation = (
                     reader.take(name, "F32", neurons) for name in ("scale", "mean", "deviation")
                 )
         except (FormatError, ValueError):
             return None
-        return Fit(LowRank(*matrices, np.zeros(neurons, np.float32)), scale, mean, deviation)
+        return Fit(LowRank(inward, outward, np.zeros(neurons, np.float32)), scale, mean, deviation)
 
     def keep(self, made: Fit) -> None:
         """Write the file."""

@@ -16,7 +16,7 @@ class Config:
     def __init__(self, file: Path, values: Any, path: str = "") -> None:
         self.file, self.path = file, path
         if type(values) is not dict:
-            raise BadField(file, f"{path or 'the document'} is not an object")
+            raise BadField(file, f"{path.rstrip('.') or 'the document'} is not an object")
         self.values: dict[str, Any] = values
 
     @classmethod

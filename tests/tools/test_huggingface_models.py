@@ -73,7 +73,7 @@ RENAMED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(FAMILY_CASES))
+@pytest.mark.parametrize("name", sorted(name for name, spec in FAMILY_CASES.items() if not spec.experts))
 def test_a_gguf_file_of_the_same_values_is_the_same_model(tmp_path: Path, name: str) -> None:
     """Every tensor under the name and in the row order that converters give it, every size and constant."""
     tiny = make_tiny_model(tmp_path, FAMILY_CASES[name], name)
@@ -94,7 +94,8 @@ def test_a_gguf_file_of_the_same_values_is_the_same_model(tmp_path: Path, name: 
     folder, file = load_model(tmp_path / name), load_model(tiny.path)
     assert folder.spec == file.spec
     for field, value in vars(file.hyper).items():
-        assert getattr(folder.hyper, field) == pytest.approx(value, rel=1e-6), field
+        expected = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
+        assert getattr(folder.hyper, field) == expected, field
 
 
 def test_weights_are_mapped_not_copied(plain: TinyFolder) -> None:

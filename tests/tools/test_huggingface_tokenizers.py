@@ -68,11 +68,9 @@ def test_any_text(pair: tuple[Tokenizer, Any], text: str) -> None:
 
 
 def test_what_is_read_comes_back(pair: tuple[Tokenizer, Any]) -> None:
-    ours, theirs = pair
+    ours, _ = pair
     text = "The old road, and the harbour."
-    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text).ids).removeprefix(
-        " " if theirs.decode(theirs.encode("x").ids).startswith(" ") else ""
-    )
+    assert ours.decode(ours.encode(text)).removeprefix(" ") == text  # a byte-level prefix stays
 
 
 def changed(folder: Path, change: Any) -> Path:

@@ -17,7 +17,7 @@ ALL_MODES = ("dense", "gate-first", "predicted", "thresholded")
 _NO_RECALL = {
     "dense": "every neuron is computed",
     "gate-first": "the gate itself says which neurons are active",
-    "thresholded": "no predictor: the rule looks at the exact gate",
+    "thresholded": "no predictor: what is compared is exact",
 }
 
 

@@ -22,6 +22,7 @@ COMMANDS = (
     "inspect",
     "doctor",
     "relufy",
+    "quantize",
 )
 
 ABOUT = """Fast, exact and measured inference of local language models on a CPU and an accelerator.

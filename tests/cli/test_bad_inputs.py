@@ -50,6 +50,7 @@ WRONG_USE = [
     ("relufy --corpus a --activation silu", "--activation"),
     ("relufy --corpus a --rank -1", "--rank"),
     ("convert --quant Q3_K", "--quant"),
+    ("quantize --type Q3_K", "--type"),
     ("inspect", "FILE"),
     ("trian", "No such command 'trian'"),
 ]

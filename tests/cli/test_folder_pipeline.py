@@ -77,6 +77,20 @@ def test_eval_bench_inspect(place: tuple[Path, TinyFolder], monkeypatch: pytest.
     assert ids == made.tokenizer.encode("two boats").ids
 
 
+def test_quantize_makes_a_source_model(
+    place: tuple[Path, TinyFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, made = place
+    report = stage(where, monkeypatch, "quantize", "-m", "tiny", "--type", "Q8_0")
+    assert report["output"] == "tiny.Q8_0.gguf"
+    assert set(report["errors"]) >= {"ffn_gate", "ffn_up", "ffn_down", "attn_q", "token_embd", "output"}
+    assert all(0 < error < 0.01 for error in report["errors"].values())
+    tokens = made.tokens(12)
+    expected = forward(load_model(where / "tiny"), tokens)
+    got = forward(load_model(where / "tiny.Q8_0.gguf"), tokens)
+    assert 0 < np.abs(got - expected).max() < 0.1 * np.abs(expected).max()
+
+
 def test_a_directory_without_a_name_is_the_one_here(
     place: tuple[Path, TinyFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

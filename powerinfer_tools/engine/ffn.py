@@ -87,6 +87,10 @@ def _check_mode(model: Model, asked: str) -> None:
         )
     if asked == "dense":
         return
+    if model.hyper.routing is not None:
+        raise ModelError(
+            f"{model.path}: experts run in mode dense alone, which reads only those that a token takes"
+        )
     if asked == "thresholded":
         _check_thresholded(model)
         return

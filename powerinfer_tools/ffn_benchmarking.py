@@ -7,7 +7,7 @@ down for a while slows all of them.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -45,6 +45,8 @@ _PATTERN_ROWS = 64
 #: Bytes of one layout of the weights: beyond what caches of this size of machine hold.
 _DEFEAT_CACHES = 640 << 20
 _SEED = 1
+#: Neurons of an FFN that is nearly empty, to measure what an FFN costs besides reading its rows.
+_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,56 @@ def ffn_curve(pool: Pool, shape: FFNShape, seconds: float = 4.0) -> FFNCurve:
 
     Raises HardwareError when there is not enough memory.
     """
-    layers = _Layers(pool, shape, "dense-rows")
-    cases = [(mode, density) for mode in SPARSE_MODES for density in CURVE_DENSITIES]
-    times = _interleaved(layers, [("dense-rows", 1.0), *cases], seconds, Silent())
-    rates = {case: layers.touched(*case) / median(times[case]) for case in times}
-    gate, up, down = (kind.name for kind in shape.types)
+    bench = CurveBench(pool, shape)
+    deadline = time.perf_counter() + seconds
+    while bench.passes < 3 or time.perf_counter() < deadline:
+        bench.sample()
+    return bench.curve()
+
+
+class CurveBench:
+    """Measures an :class:`~powerinfer_formats.hardware.FFNCurve` pass by pass.
+
+    ``layers`` None: as many FFNs as defeat caches; else so many, for the curve of a model that caches may
+    hold. Raises HardwareError when there is not enough memory.
+    """
+
+    def __init__(self, pool: Pool, shape: FFNShape, layers: int | None = None) -> None:
+        self._shape, self._layers = shape, _Layers(pool, shape, "dense-rows", layers)
+        self._small = _Layers(pool, replace(shape, neurons=_SMALL), "dense-rows", 2 * _SMALL)
+        sparse = [(mode, density) for mode in SPARSE_MODES for density in CURVE_DENSITIES]
+        self._times: _Times = {case: [] for case in [("dense-rows", 1.0), *sparse]}
+        self._overheads: list[float] = []
+        for case in self._times:  # the first pass brings pages and threads in
+            self._layers.seconds(*case)
+
+    @property
+    def passes(self) -> int:
+        """Passes that were measured."""
+        return len(self._overheads)
+
+    def sample(self) -> None:
+        """One pass of every case, one after the other."""
+        for case, times in self._times.items():
+            times.append(self._layers.seconds(*case))
+        self._overheads.append(self._small.seconds("dense-rows", 1.0))
+
+    def curve(self, share: float = 0.5) -> FFNCurve:
+        """The curve of the passes so far: of each case the time that ``share`` of its passes kept within
+        (0.5: the median). What a nearly empty FFN takes is the overhead; rates count without it."""
+        seconds = {case: float(np.quantile(times, share)) for case, times in self._times.items()}
+        overhead = float(np.quantile(self._overheads, share))
+        # An overhead that rivals a pass is noise: rates must stay positive.
+        overhead = min(overhead, 0.5 * min(seconds.values()))
+        rates = {case: self._layers.touched(*case) / (seconds[case] - overhead) for case in seconds}
+        gate, up, down = (kind.name for kind in self._shape.types)
+        return _curve(self._shape, (gate, up, down), rates, overhead)
+
+
+def _curve(
+    shape: FFNShape, types: tuple[str, str, str], rates: dict[_Case, float], overhead: float
+) -> FFNCurve:
+    gate, up, down = types
     return FFNCurve(
         width=shape.width,
         neurons=shape.neurons,
@@ -142,6 +189,7 @@ def ffn_curve(pool: Pool, shape: FFNShape, seconds: float = 4.0) -> FFNCurve:
         densities=CURVE_DENSITIES,
         gate_first_bytes_per_s=tuple(rates["gate-first", density] for density in CURVE_DENSITIES),
         predicted_bytes_per_s=tuple(rates["predicted", density] for density in CURVE_DENSITIES),
+        overhead_seconds=overhead,
     )
 
 
@@ -181,12 +229,12 @@ class _Layers:
     ``dense`` names the dense form: "dense" as a source model has it, "dense-rows" as a split file has it.
     """
 
-    def __init__(self, pool: Pool, shape: FFNShape, dense: str) -> None:
+    def __init__(self, pool: Pool, shape: FFNShape, dense: str, layers: int | None = None) -> None:
         self._pool, self._width, self._neurons = pool, shape.width, shape.neurons
         width, neurons = shape.width, shape.neurons
         self._row_bytes = [row_bytes(kind, width) for kind in shape.types]
         layer_bytes = neurons * sum(self._row_bytes)
-        self._count = max(2, -(-_DEFEAT_CACHES // layer_bytes))
+        self._count = max(2, -(-_DEFEAT_CACHES // layer_bytes)) if layers is None else layers
         _require_memory(self._count * layer_bytes * 8 // 3)
         self._dense_form = dense
         self._random = np.random.default_rng(_SEED)

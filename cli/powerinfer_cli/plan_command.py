@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from powerinfer_cli import options as opt
-from powerinfer_cli.console import emit, emit_json, say
+from powerinfer_cli.console import emit, emit_json, progress, say
 from powerinfer_cli.files import (
     PLAN_SUFFIX,
     PREDICTORS_SUFFIX,
@@ -17,9 +17,11 @@ from powerinfer_cli.files import (
     optional_input,
     output_file,
 )
+from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
     from powerinfer_formats.plan import Plan
+    from powerinfer_tools.planning.verification import Verification
 
 HELP = """Decide which neurons are hot (on the accelerator) and which are cold (on the CPU), within budgets.
 
@@ -34,6 +36,7 @@ Examples:
   powerinfer plan -m model.gguf --vram 8GiB --ctx 8192 --hardware pc-high
   powerinfer plan -m model.relu.gguf --max-ppl-increase 0.02
   powerinfer plan --shape opt-30b --dtype f16 --hardware pc-high --chart opt-30b.svg
+  powerinfer plan -m model.gguf --verify --json
   powerinfer plan --list
 """
 
@@ -104,6 +107,14 @@ def command(
     list_names: Annotated[
         bool, typer.Option("--list", help="Name the shapes, row types and machines that are known, and end.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Measure the model here in a grid of splits and modes, beside what the cost model predicts; "
+            "writes no plan.",
+        ),
+    ] = False,
     chart: Annotated[
         Path | None,
         typer.Option(
@@ -128,6 +139,8 @@ def command(
         raise typer.BadParameter("choose one of --predictors and --no-predictors", param_hint="--predictors")
     if source is not None and not no_predictors:
         predictors = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
+    if verify and (source is None or measured is None):
+        raise typer.BadParameter("measures a model; name one with --model", param_hint="--verify")
     from powerinfer_tools.planning import PlanRequest, make_plan
 
     plan = make_plan(
@@ -149,6 +162,14 @@ def command(
             threads=common.threads,
         )
     )
+    if verify and source is not None and measured is not None:
+        from powerinfer_tools.planning.verification import verify as compare
+
+        found = compare(
+            source, measured, plan, predictors=predictors, threads=common.threads, progress=progress()
+        )
+        show_verification(found, as_json=common.json)
+        return
     if path is not None:
         plan.save(path)
     if chart is not None:
@@ -183,6 +204,30 @@ def show_names(*, as_json: bool) -> None:
         return
     for heading, known in names.items():
         emit(f"{heading}: {', '.join(known)}")
+
+
+def show_verification(found: "Verification", *, as_json: bool) -> None:
+    """Predicted beside measured, a row for every split and mode."""
+    if as_json:
+        emit_json(found.as_dict())
+        return
+    headings = ("device", "mode", "hot", "predicted ms", "measured ms", "spread", "error")
+    rows = [
+        (
+            row.device,
+            row.mode,
+            f"{row.hot_share:.0%}",
+            f"{1e3 * row.predicted_seconds:.2f}",
+            f"{1e3 * row.measured_seconds:.2f}",
+            f"{row.spread:.0%}",
+            f"{row.error:+.0%}",
+        )
+        for row in found.rows
+    ]
+    print_table(headings, rows)
+    emit(f"median error {found.median_error:.0%}")
+    for note in found.notes:
+        say(note)
 
 
 def show(plan: "Plan", *, as_json: bool) -> None:

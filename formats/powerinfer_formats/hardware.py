@@ -73,7 +73,8 @@ class FFNCurve:
 
     The types are names of row types as a split file stores them. ``dense_bytes_per_s`` is for all neurons;
     item i of the others for a share ``densities[i]`` of active neurons, drawn at random: gate-first touches
-    all gate rows and up and down rows of the active neurons, predicted all three rows of those alone.
+    all gate rows and up and down rows of the active neurons, predicted all three rows of those alone. Each
+    FFN takes ``overhead_seconds`` besides.
     """
 
     width: int
@@ -85,6 +86,7 @@ class FFNCurve:
     densities: tuple[float, ...]
     gate_first_bytes_per_s: tuple[float, ...]
     predicted_bytes_per_s: tuple[float, ...]
+    overhead_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
     for index, curve in enumerate(profile.ffn):
         path = f"ffn[{index}]"
         positive(curve, path, "width", "neurons", "dense_bytes_per_s")
+        not_negative(curve, path, "overhead_seconds")
         for name in ("gate_type", "up_type", "down_type"):
             kind = getattr(curve, name)
             require(kind in TensorType.__members__, f"{path}.{name}", f"is {kind!r}, not a known row type")

@@ -106,10 +106,12 @@ def _curve_lines(curve: FFNCurve) -> list[tuple[str, str]]:
     gate, up, down = (row_bytes(TensorType[name], curve.width) for name in types.split("/"))
     points = zip(curve.densities, curve.gate_first_bytes_per_s, curve.predicted_bytes_per_s, strict=True)
     for density, first, predicted in points:
-        whole = (gate + up + down) / curve.dense_bytes_per_s
-        by_gate = whole * first / (gate + (up + down) * density)
-        by_predictor = whole * predicted / ((gate + up + down) * density)
-        speeds = f"gate-first {by_gate:.2f} x, predicted {by_predictor:.2f} x"
+        # Seconds a neuron: its bytes, and its share of what an FFN costs besides.
+        besides = curve.overhead_seconds / curve.neurons
+        whole = (gate + up + down) / curve.dense_bytes_per_s + besides
+        by_gate = (gate + (up + down) * density) / first + besides
+        by_predictor = (gate + up + down) * density / predicted + besides
+        speeds = f"gate-first {whole / by_gate:.2f} x, predicted {whole / by_predictor:.2f} x"
         lines.append((f"  density {density:g}", speeds))
     return lines
 

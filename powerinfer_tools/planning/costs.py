@@ -146,7 +146,7 @@ def dense_seconds(nbytes: Vector, machine: Machine, curve: FFNCurve | None = Non
     """Time of the CPU for ``nbytes`` of cold neurons, all of them computed; from the ``curve`` of their shape
     where there is one."""
     if curve is not None:
-        return nbytes / curve.dense_bytes_per_s
+        return nbytes / curve.dense_bytes_per_s + curve.overhead_seconds * (nbytes > 0)
     return nbytes / machine.gathered_bandwidth(np.ones(1))
 
 
@@ -157,7 +157,7 @@ def gate_first_seconds(
     gathered; from the ``curve`` of their shape where there is one. Arrays are [levels]."""
     if curve is not None:
         rate = np.interp(density, curve.densities, curve.gate_first_bytes_per_s)
-        return (always + skippable * density) / rate
+        return (always + skippable * density) / rate + curve.overhead_seconds * (always > 0)
     gathered = skippable * density / machine.gathered_bandwidth(density)
     return always / machine.gathered_bandwidth(np.ones(1)) + gathered
 
@@ -168,7 +168,8 @@ def predicted_seconds(
     """Time of the CPU when a share ``density`` of ``nbytes`` is gathered, the predictor's own time apart;
     from the ``curve`` of their shape where there is one. Arrays are [levels]."""
     if curve is not None:
-        return nbytes * density / np.interp(density, curve.densities, curve.predicted_bytes_per_s)
+        rate = np.interp(density, curve.densities, curve.predicted_bytes_per_s)
+        return nbytes * density / rate + curve.overhead_seconds * (nbytes > 0)
     return nbytes * density / machine.gathered_bandwidth(density)
 
 

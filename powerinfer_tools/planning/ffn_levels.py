@@ -63,6 +63,21 @@ def ffn_ways(
     return ways
 
 
+def mode_seconds(ffn: FFN, mode: str, hot: Integers, machine: Machine) -> Vector:
+    """Seconds of the CPU for the cold neurons of ``ffn`` computed in ``mode`` [hot counts]."""
+    sizes, curve = ffn.sizes, machine.ffn_curve(ffn.layer.width, ffn.sizes.types, ffn.layer.neurons)
+    cold, density = _cold(ffn.frequencies, hot)
+    if mode == "dense":
+        return costs.dense_seconds(cold * sizes.total, machine, curve)
+    if mode == "gate-first":
+        return costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine, curve)
+    assert ffn.predictor is not None
+    stream = costs.dense_stream_seconds(
+        ffn.predictor.nbytes(ffn.layer.neurons - hot).astype(np.float64), machine
+    )
+    return stream + _predicted_rows(ffn, ffn.predictor, hot, machine)
+
+
 def expected(frequencies: Vector) -> Vector:
     """Expected active neurons among the first k, k = 0 … neurons."""
     return np.concatenate([np.zeros(1), np.cumsum(frequencies)])
@@ -70,12 +85,9 @@ def expected(frequencies: Vector) -> Vector:
 
 def _exact(ffn: FFN, hot: Integers, machine: Machine, *, sparse_hot: bool) -> FFNWay:
     """The faster of dense and gate-first on the cold side."""
-    sizes, curve = ffn.sizes, machine.ffn_curve(ffn.layer.width, ffn.sizes.types, ffn.layer.neurons)
-    cold, density = _cold(ffn.frequencies, hot)
-    dense = costs.dense_seconds(cold * sizes.total, machine, curve)
-    first = dense
-    if ffn.skips:
-        first = costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine, curve)
+    sizes = ffn.sizes
+    dense = mode_seconds(ffn, "dense", hot, machine)
+    first = mode_seconds(ffn, "gate-first", hot, machine) if ffn.skips else dense
     active = expected(ffn.frequencies)[hot] if ffn.skips and sparse_hot else hot.astype(np.float64)
     none = np.zeros(len(hot), dtype=np.int64)
     return FFNWay(
@@ -101,7 +113,7 @@ def _predicted_on_cpu(
         predictor_hot=False,
         predictor_seconds=seconds,
         hot_seconds=exact.hot_seconds,
-        cold_seconds=seconds + _predicted_rows(ffn, predictor, hot, machine),
+        cold_seconds=mode_seconds(ffn, "predicted", hot, machine),
         vram=np.zeros(len(hot), dtype=np.int64),
         ram=nbytes + (cold > 0) * batch * predictor.token_bytes,
     )

@@ -32,7 +32,7 @@ def offer(path: Path, shape: ModelShape, max_ppl_increase: float) -> Offer:
     if shape.fingerprint is not None:
         sizes = (len(shape.layers), shape.width, shape.layers[0].neurons)
         file.require_model(shape.fingerprint, shape.name, sizes, path)
-    layers = tuple(_shape_of(file, layer) for layer in file.header.layers)
+    layers = predictor_shapes(file)
     refusal = _refusal(file, layers, max_ppl_increase)
     if refusal:
         return Offer((), f"{path.name}: not used, {refusal}")
@@ -41,6 +41,11 @@ def offer(path: Path, shape: ModelShape, max_ppl_increase: float) -> Offer:
     used = sum(layer is not None for layer in layers)
     note = f"{path.name}: for {used} of {len(layers)} layers, measured to change the perplexity by "
     return Offer(layers, f"{note}{100 * cost.increase:+.2f} % over {cost.tokens:,} tokens")
+
+
+def predictor_shapes(file: PredictorsFile) -> Predictors:
+    """The predictors of ``file`` as the planner counts them, whatever they cost in quality."""
+    return tuple(_shape_of(file, layer) for layer in file.header.layers)
 
 
 def _refusal(file: PredictorsFile, layers: Predictors, allowed: float) -> str:

@@ -185,6 +185,9 @@ def test_a_measured_curve_of_the_shape_takes_the_place_of_the_general_one() -> N
     rate = np.interp(active / 128, right.densities, right.gate_first_bytes_per_s)
     gate_first = (128 * GATE + active * (UP + DOWN)) / rate
     assert table.cold_seconds[0] == pytest.approx(min(gate_first, 128 * NEURON / 4e9), rel=1e-12)
+    besides = replace(alone, ffn_curves=(replace(right, overhead_seconds=1e-3),))
+    slower = outcome(model, frequencies=frequencies, on=besides).placement.tables[0]
+    assert slower.cold_seconds[0] == pytest.approx(table.cold_seconds[0] + 1e-3, rel=1e-12)
     unknown = replace(alone, ffn_curves=tuple(others[1:]))
     cold = [
         outcome(model, frequencies=frequencies, on=on).placement.tables[0].cold_seconds[0]

@@ -1,0 +1,264 @@
+"""Predicted against measured time of a token on this machine's CPU, over splits and modes.
+
+Attention, head and the handling of a token do not depend on the split: they are measured once for all rows.
+Predicted are the FFNs: their time by mode, density and number of cold neurons, from a curve measured in the
+same run, by the cost model that plans are made with. The torch CPU device, which stands in for an
+accelerator, computes on the cores that the cold side uses too, so its time is added and not overlapped; what
+it takes per layer and per neuron comes from two splits of their own, which are no rows. All is measured in
+turn, again and again, and of each figure the time counts that a quarter of its samples kept within, since
+other programs can only slow a machine down.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from powerinfer_formats.plan import Plan
+from powerinfer_formats.predictors import Predictors
+from powerinfer_formats.profile import Profile
+from powerinfer_kernels import Pool, RowType, read_bandwidth
+from powerinfer_tools.conversion import ConvertOptions, convert
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.ffn_benchmarking import CurveBench, FFNShape
+from powerinfer_tools.hardware.detect import torch_version
+from powerinfer_tools.hot.placement import hot_size
+from powerinfer_tools.model import Model, load_model
+from powerinfer_tools.planning.costs import Machine
+from powerinfer_tools.planning.ffn_levels import FFN, mode_seconds
+from powerinfer_tools.planning.frequencies import model_frequencies
+from powerinfer_tools.planning.offer import predictor_shapes
+from powerinfer_tools.planning.shapes import neuron_bytes, shape_of_model
+from powerinfer_tools.progress import Progress, Silent
+
+#: Hot shares of the rows, and of the two splits that the torch CPU device is measured with.
+HOT_SHARES = (0.25, 0.5, 0.75)
+_CALIBRATION = (0.125, 0.875)
+_ROUNDS = 4
+_PROMPT, _DECODED, _BATCH = 16, 12, 16
+_GROUP = 32
+#: Of a figure's samples, the share that kept within the time that counts.
+_QUANTILE = 0.25
+#: Bytes of FFNs beyond which no cache holds a model: more of them measure nothing new.
+_ENOUGH = 640 << 20
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """One split and mode. Seconds of a token; ``spread``: by how much the median of the samples exceeds the
+    time that counts; ``error``: predicted over measured, less 1."""
+
+    device: str
+    mode: str
+    hot_share: float
+    predicted_seconds: float
+    measured_seconds: float
+    spread: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction."""
+        return self.predicted_seconds / self.measured_seconds - 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return vars(self) | {"error": self.error}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All rows, and what else the reader should know."""
+
+    rows: tuple[VerifyRow, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def median_error(self) -> float:
+        """Median of the absolute relative errors."""
+        return median(abs(row.error) for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        rows = [row.as_dict() for row in self.rows]
+        return {"rows": rows, "median_error": self.median_error, "notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
+class _Case:
+    device: str
+    mode: str
+    share: float
+
+
+def verify(
+    model: Path,
+    profile: Path,
+    plan: Plan,
+    *,
+    predictors: Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Measure ``model`` in splits and modes, and predict each; ``plan`` is any plan of the model.
+
+    Needs room for a split file in the folder for temporary files. Raises PlanError for models whose FFNs the
+    kernels' curves do not cover, and what convert and the engine raise.
+    """
+    progress = progress or Silent()
+    with tempfile.TemporaryDirectory(prefix="powerinfer-verify-") as folder:
+        source = load_model(model)
+        try:
+            grid = _Grid(
+                source, Profile.load(profile), None if predictors is None else Predictors.load(predictors)
+            )
+        finally:
+            source.close()
+        split = Path(folder) / "all-hot.powerinfer.gguf"
+        chosen = Path(folder) / "all-hot.plan.json"
+        _all_hot(plan).save(chosen)
+        convert(ConvertOptions(model, profile, chosen, split, predictors=predictors), progress)
+        return grid.run(split, threads, progress)
+
+
+def _all_hot(plan: Plan) -> Plan:
+    """``plan`` with every neuron hot and exact modes, so that any split is less than planned."""
+    layers = tuple(
+        replace(layer, hot_neurons=plan.model.neurons, mode="dense", predictor=None) for layer in plan.layers
+    )
+    return replace(plan, layers=layers, group=min(_GROUP, plan.model.neurons))
+
+
+class _Grid:
+    """What is known of the model, and the cases to measure."""
+
+    def __init__(self, model: Model, profile: Profile, predictors: Predictors | None) -> None:
+        self.shape = shape_of_model(model)
+        self.layers, first = len(self.shape.layers), self.shape.layers[0]
+        self.sizes = [neuron_bytes(layer) for layer in self.shape.layers]
+        if first.gate is None or len(set(self.shape.layers)) > 1:
+            raise PlanError(f"{model.path}: --verify measures models whose layers are alike and have a gate")
+        known = model_frequencies(self.shape, profile).layers
+        assert known is not None  # there is a profile
+        shapes = predictor_shapes(predictors) if predictors else (None,) * self.layers
+        self.ffns = [
+            FFN(layer, size, frequencies, self.shape.exact_zeros, shape)
+            for layer, size, frequencies, shape in zip(
+                self.shape.layers, self.sizes, known, shapes, strict=True
+            )
+        ]
+        self.modes = ["dense"]
+        if self.shape.exact_zeros:
+            self.modes += ["gate-first", *(["predicted"] if all(shapes) else [])]
+
+    def cases(self) -> list[_Case]:
+        """All splits to measure: the calibration of the torch CPU device comes first, where torch is
+        there."""
+        on_cpu = [_Case("none", mode, 0.0) for mode in self.modes]
+        if torch_version() is None:
+            return on_cpu
+        beside = [_Case("cpu", mode, share) for mode in self.modes for share in HOT_SHARES]
+        return [*(_Case("cpu", "dense", share) for share in _CALIBRATION), *on_cpu, *beside]
+
+    def run(self, split: Path, threads: int | None, progress: Progress) -> Verification:
+        """Measure in rounds, then predict."""
+        cases = self.cases()
+        samples: dict[_Case, list[float]] = {case: [] for case in cases}
+        shared: list[float] = []
+        streams: list[float] = []
+        gate, up, down = (RowType[name] for name in self.sizes[0].types)
+        first = self.shape.layers[0]
+        nbytes = first.neurons * self.sizes[0].total
+        layers = min(self.layers, max(2, -(-_ENOUGH // nbytes)))
+        progress.start("measuring", _ROUNDS * len(cases), "splits")
+        with Pool(threads) as pool:
+            bench = CurveBench(pool, FFNShape(first.width, first.neurons, (gate, up, down)), layers)
+            for _ in range(_ROUNDS):
+                bench.sample()
+                streams.append(read_bandwidth(pool, layers * nbytes, 0.05))
+                for case in cases:
+                    taken, besides = _decode(split, case, threads)
+                    samples[case] += taken
+                    shared += besides
+                    progress.advance(1)
+        progress.finish()
+        rate = float(np.quantile(streams, 1 - _QUANTILE))
+        machine = Machine("here", 1, rate, ((1.0, rate),), ffn_curves=(bench.curve(_QUANTILE),))
+        return self._verification(samples, float(np.quantile(shared, _QUANTILE)), machine)
+
+    def _verification(
+        self, samples: dict[_Case, list[float]], shared: float, machine: Machine
+    ) -> Verification:
+        measured = {case: float(np.quantile(times, _QUANTILE)) for case, times in samples.items()}
+        per_neuron, per_layer = 0.0, 0.0
+        calibration = [case for case in samples if case.share in _CALIBRATION]
+        if calibration:
+            hot = [self._hot(case.share) * self.layers for case in calibration]
+            left = [measured[case] - shared - self._cold(case, machine) for case in calibration]
+            per_neuron = max(0.0, (left[1] - left[0]) / (hot[1] - hot[0]))
+            per_layer = max(0.0, left[0] - per_neuron * hot[0]) / self.layers
+        rows = []
+        for case, times in samples.items():
+            if case in calibration:
+                continue
+            beside = self.layers * (per_layer + per_neuron * self._hot(case.share)) if case.share else 0.0
+            predicted = shared + self._cold(case, machine) + beside
+            spread = median(times) / measured[case] - 1
+            rows.append(VerifyRow(case.device, case.mode, case.share, predicted, measured[case], spread))
+        notes = () if calibration else ("torch is not installed: splits with a hot side are left out",)
+        return Verification(tuple(rows), notes)
+
+    def _hot(self, share: float) -> int:
+        return _hot_neurons(self.shape.layers[0].neurons, share)
+
+    def _cold(self, case: _Case, machine: Machine) -> float:
+        """Seconds of all cold sides."""
+        hot = np.array([self._hot(case.share)])
+        return sum(float(mode_seconds(ffn, case.mode, hot, machine)[0]) for ffn in self.ffns)
+
+
+def _hot_neurons(neurons: int, share: float) -> int:
+    """Hot neurons of a layer: whole groups, at least one."""
+    return max(_GROUP, int(neurons * share) // _GROUP * _GROUP) if share else 0
+
+
+def _decode(split: Path, case: _Case, threads: int | None) -> tuple[list[float], list[float]]:
+    """Seconds of single tokens, and of a token's work that is no FFN's (of splits without a hot side)."""
+    model = load_model(split)
+    engine: Engine | None = None
+    try:
+        vram = None if case.device == "none" else _vram(model, case.share)
+        engine = Engine(
+            model, threads=threads, context=64, batch=_BATCH, mode=case.mode, device=case.device, vram=vram
+        )
+        engine.prefill([1 + token % 100 for token in range(_PROMPT)])
+        before = _ffn_seconds(engine)
+        times = []
+        for step in range(_DECODED):
+            started = time.perf_counter()
+            engine.decode(1 + (37 * step) % 100)
+            times.append(time.perf_counter() - started)
+        ffn = (_ffn_seconds(engine) - before) / _DECODED
+        besides = [sum(times) / len(times) - ffn] if case.device == "none" else []
+        return times, besides
+    finally:
+        if engine is not None:
+            engine.close()
+        model.close()
+
+
+def _ffn_seconds(engine: Engine) -> float:
+    timings = engine.report().timings
+    return timings.get("ffn", 0.0) + timings.get("predictor", 0.0)
+
+
+def _vram(model: Model, share: float) -> int:
+    """The budget with which the engine places exactly the hot neurons of ``share`` in every layer."""
+    assert model.split is not None
+    layers = [model.split.layer(index) for index in range(model.hyper.layers)]
+    hot = [_hot_neurons(layer.neurons, share) for layer in layers]
+    return hot_size(layers, hot, _BATCH).total

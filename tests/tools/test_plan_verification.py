@@ -1,0 +1,105 @@
+"""plan --verify: rows for a grid of splits and modes, predicted by the planner's cost model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
+from powerinfer_formats.profile import Profile
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model import load_model
+from powerinfer_tools.planning import PlanRequest, make_plan, verification
+from powerinfer_tools.planning.costs import Machine
+from powerinfer_tools.planning.verification import VerifyRow, verify
+from powerinfer_tools.profiling import ProfileOptions, run_profile
+from tiny_models import FAMILY_CASES, make_tiny_model
+
+NEURONS, LAYERS = 160, 3
+
+
+class Profiled:
+    """A tiny model with its profile and a plan."""
+
+    def __init__(self, folder: Path, family: str) -> None:
+        self.model = make_tiny_model(folder, replace(FAMILY_CASES[family], seed=5)).path
+        text = folder / "text.txt"
+        text.write_text("the cat sat on the mat and the dog sat on the log; a quick brown fox jumps. " * 10)
+        self.profile = folder / "t.profile.safetensors"
+        run_profile(ProfileOptions(self.model, (text,), self.profile, window=64, threads=1))
+        cpu = CpuInfo("a CPU", 1, "scalar", 1e10, 1 << 34, (1.0,), (1e10,))
+        hardware = folder / "hardware.toml"
+        HardwareProfile(MachineInfo("m", "measured", "2026-11-25"), cpu).save(hardware)
+        self.plan = make_plan(PlanRequest(self.model, profile=self.profile, hardware=str(hardware)))
+
+
+@pytest.fixture(scope="module")
+def relu(tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+    return Profiled(tmp_path_factory.mktemp("verified"), "llama-relu")
+
+
+def test_rows_are_measured_and_predicted(
+    relu: Profiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_ROUNDS", 1)
+    monkeypatch.setattr(verification, "HOT_SHARES", (0.5,))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = verify(relu.model, relu.profile, relu.plan, threads=1)
+    assert [(row.device, row.mode, row.hot_share) for row in found.rows] == [
+        ("none", "dense", 0.0),
+        ("none", "gate-first", 0.0),
+        ("cpu", "dense", 0.5),
+        ("cpu", "gate-first", 0.5),
+    ]
+    for row in found.rows:
+        assert 0 < row.predicted_seconds < 60
+        assert 0 < row.measured_seconds < 60
+        assert row.spread >= 0
+    assert list(tmp_path.iterdir()) == []
+    document = found.as_dict()
+    assert document["median_error"] == found.median_error
+    assert (
+        document["rows"][0]["error"] == found.rows[0].predicted_seconds / found.rows[0].measured_seconds - 1
+    )
+
+
+def test_predictions_follow_the_cost_model(relu: Profiled) -> None:
+    """Samples made of known parts: shared work, the curve's cold seconds, a hot side of so much per layer and
+    per neuron. What follows the model has no error; what takes twice as long was predicted at half of it."""
+    rates = ((0.01, 1.0), (3e9, 3e9), (1e9, 1e9))
+    curve = FFNCurve(64, NEURONS, "F32", "F32", "F32", 2e9, *rates, overhead_seconds=5e-6)
+    machine = Machine("m", 1, 1e10, ((1.0, 1e10),), ffn_curves=(curve,))
+    model = load_model(relu.model)
+    try:
+        grid = verification._Grid(model, Profile.load(relu.profile), None)
+    finally:
+        model.close()
+    shared, per_layer, per_neuron = 3e-4, 2e-5, 1e-7
+    samples = {}
+    for case in grid.cases():
+        hot = {0.0: 0, 0.125: 32, 0.25: 32, 0.5: 64, 0.75: 96, 0.875: 128}[case.share]
+        seconds = shared + grid._cold(case, machine)
+        if case.mode == "dense":
+            cold = LAYERS * ((NEURONS - hot) * 3 * 256 / 2e9 + 5e-6)
+            assert seconds == pytest.approx(shared + cold, rel=1e-12)
+        if case.device == "cpu":
+            seconds += LAYERS * (per_layer + per_neuron * hot)
+        slow = 2.0 if (case.mode, case.share) == ("gate-first", 0.75) else 1.0
+        samples[case] = [slow * seconds] * 3
+    found = grid._verification(samples, shared, machine)
+    assert len(found.rows) == 8
+    for row in found.rows:
+        wanted = -0.5 if (row.mode, row.hot_share) == ("gate-first", 0.75) else 0.0
+        assert row.error == pytest.approx(wanted, abs=1e-9)
+    assert found.median_error == pytest.approx(0, abs=1e-9)
+
+
+def test_the_error_is_relative_to_what_was_measured() -> None:
+    assert VerifyRow("none", "dense", 0.0, 1.1, 1.0, 0.0).error == pytest.approx(0.1)
+    assert VerifyRow("none", "dense", 0.0, 0.8, 1.0, 0.0).error == pytest.approx(-0.2)
+
+
+def test_ffns_without_a_gate_are_refused(tmp_path: Path) -> None:
+    profiled = Profiled(tmp_path, "opt")
+    with pytest.raises(PlanError, match="alike and have a gate"):
+        verify(profiled.model, profiled.profile, profiled.plan, threads=1)

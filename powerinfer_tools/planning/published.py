@@ -34,9 +34,9 @@ _PROSPARSE = "ProSparse (arXiv 2402.13516), table 2"
 #: 1.39 at a recall of 95 % (docs/LOG.md).
 _OVERSHOOT = 1.54
 #: Weights of predictors over those of the model: 6 % at a loss of perplexity below 0.1 % (PowerInfer, section
-#: 5.1). Stored as Q8_0, which this project's train measures its predictors with.
+#: 5.1). Stored as Q4_0, the default of this project's train.
 PREDICTOR_SHARE = 0.06
-PREDICTOR_TYPE = TensorType.Q8_0
+PREDICTOR_TYPE = TensorType.Q4_0
 
 
 def _sparsity(

@@ -228,7 +228,9 @@ class Staged:
             )
         )
         self.predictors = folder / "t.predictors.safetensors"
-        run_train(TrainOptions(self.model, self.trace, self.predictors, row_type="F32", budget=1.0))
+        run_train(
+            TrainOptions(self.model, self.trace, self.predictors, recall=0.95, row_type="F32", budget=1.0)
+        )
         rates = ((0.01, 1.0), (1e9, 1e9), (1e12, 1e12))
         curve = FFNCurve(64, 160, "F32", "F32", "F32", 1e9, *rates)
         cpu = CpuInfo("a CPU", 1, "scalar", 1e12, 1 << 34, (1.0,), (1e12,))

@@ -21,13 +21,13 @@ import llama_cpp  # type: ignore[import-not-found, unused-ignore]  # an optional
 class Peer:
     """A loaded model with a context of llama.cpp. Raises SystemExit with one line where it cannot be made."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, gpu_layers: int) -> None:
         self._silence = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         started = time.perf_counter()
         model_options = llama_cpp.llama_model_default_params()
-        model_options.n_gpu_layers = 0
+        model_options.n_gpu_layers = gpu_layers
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), model_options)
         if not self._model:
             raise SystemExit(f"{path}: llama.cpp cannot load this model")
@@ -82,8 +82,9 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--gpu-layers", type=int, default=0)
     options = parser.parse_args()
-    peer = Peer(options.model, options.threads, options.context)
+    peer = Peer(options.model, options.threads, options.context, options.gpu_layers)
     _say(
         {
             "name": "llama.cpp",

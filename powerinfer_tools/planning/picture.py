@@ -21,7 +21,7 @@ def draw_predictions(plan: Plan, path: Path) -> None:
 
     Raises DrawingError for another ending, and where matplotlib is not installed.
     """
-    picture = Picture(path, (8, 1.4 + 0.6 * len(plan.predictions)))
+    picture = Picture(path, (8, 1.6 + 0.6 * len(plan.predictions)))
     axes = picture.axes
     for row, prediction in enumerate(plan.predictions.values()):
         left = 0.0
@@ -34,5 +34,5 @@ def draw_predictions(plan: Plan, path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set(xlabel="predicted time of a token (ms)", title=f"{plan.model.name} on {plan.hardware.name}")
-    axes.legend(loc="lower right", ncols=3)
+    axes.figure.legend(loc="outside lower center", ncols=len(_COLOURS))
     picture.write()

@@ -30,7 +30,8 @@ MAX_BYTES = 1 << 32
 #: 2^12 terms, and this spread stay within the 53 bits of a double.
 MAX_EXPONENT, MAX_SPREAD, MAX_RANK = 63, 27, 1 << 12
 _MAGIC = b"\x28\xb5\x2f\xfd"
-_LEVEL = 19
+#: Codes have no repetitions to look for: higher levels take minutes and save nothing.
+_LEVEL = 3
 Codes = NDArray[np.int8]
 
 

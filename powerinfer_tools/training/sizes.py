@@ -1,6 +1,5 @@
 """How large each layer's predictor is to be."""
 
-from powerinfer_formats.predictors import LowRank
 from powerinfer_kernels import RowType, block_shape
 from powerinfer_tools.training.choice import Candidate
 from powerinfer_tools.training.layer_data import LayerData
@@ -29,17 +28,13 @@ def candidates(data: LayerData, row_type: RowType, recall: float) -> list[Candid
     """What a layer's predictor can be, priced by its bytes: a token touches them, and the rows of the neurons
     that it names at this recall. ``what`` is the rank."""
     neurons, width = data.gate.shape
-    factors = factorize(data.gate, data.learn.inputs)
+    learn, some = data.learn.inputs, data.check.first(_TRIED_RECORDS)
+    true, factors = data.gates(learn), factorize(data.gate, learn)
     found = []
     for rank in ranks(width, row_type):
+        normal = fit(cut(factors, rank, row_type), learn, true).normal(some.inputs)
+        reached = quality(normal > level_for(normal, some.active, recall), some.active)
         size = nbytes(rank, width, neurons, row_type)
-        found.append(_candidate(data, rank, size, cut(factors, rank, row_type), recall))
+        rows = data.gate_bytes + data.other_bytes
+        found.append(Candidate(size, size + reached.predicted_density * rows, rank))
     return found
-
-
-def _candidate(data: LayerData, rank: int, size: int, made: LowRank, recall: float) -> Candidate:
-    some = data.check.first(_TRIED_RECORDS)
-    learn = data.learn.inputs
-    normal = fit(made, learn, data.gates(learn)).normal(some.inputs)
-    reached = quality(normal > level_for(normal, some.active, recall), some.active)
-    return Candidate(size, size + reached.predicted_density * (data.gate_bytes + data.other_bytes), rank)

@@ -334,12 +334,13 @@ def test_tuning_names_fewer_neurons_and_repeats_itself(traced: Traced, tmp_path:
         start = fit(cut(factorize(data.gate, data.learn.inputs), 16, RowType.F32), *learnt(data))
         asked = Tuning(steps=120, batch=128, validate_every=40)
         first, second = (tune(start, data, 0.95, RowType.F32, asked) for _ in range(2))
-    named = [
-        (
-            made.normal(data.test.inputs) > level_for(made.normal(data.check.inputs), data.check.active, 0.95)
-        ).mean()
-        for made in (start, first)
-    ]
+        named = [
+            (
+                made.normal(data.test.inputs)
+                > level_for(made.normal(data.check.inputs), data.check.active, 0.95)
+            ).mean()
+            for made in (start, first)
+        ]
     assert named[1] < named[0]
     assert isinstance(first.made, LowRank)
     assert isinstance(second.made, LowRank)

@@ -5,8 +5,7 @@ of a quantised source has to be quantised again, and the error of that is measur
 memory does not grow with the number of layers.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import to_plain
 from powerinfer_formats.split_layout import (
     ALIGNMENT,
+    KINDS,
     BundleLayout,
     SplitHeader,
     SplitPrediction,
@@ -34,19 +34,24 @@ from powerinfer_formats.split_layout import (
 from powerinfer_formats.split_predictors import SplitPredictor
 from powerinfer_formats.split_thresholds import SplitThresholding, threshold_name
 from powerinfer_formats.thresholds import Thresholds
-from powerinfer_kernels import RowType, block_shape, dequantize, quantize
+from powerinfer_kernels import RowType, block_shape
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import DenseFFN, Model, Weight, load_model
+from powerinfer_tools.model import DenseFFN, Model, load_model
+from powerinfer_tools.original import layout as original
 from powerinfer_tools.predictors import split_prediction, split_predictor
 from powerinfer_tools.progress import Progress, Silent
-from powerinfer_tools.splitting import default_down_type, dense_ffn, ffn_layout, plain_rows, transposed_down
+from powerinfer_tools.splitting import (
+    default_down_type,
+    ffn_layout,
+    plain_rows,
+    stored_down,
+    transposed_down,
+)
+from powerinfer_tools.weights import check_finite, layer_weights, relative_error, shared_weights
 
-Bytes = npt.NDArray[np.uint8]
 #: What the transposed down projection can be written as.
 DOWN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
-#: Values dequantised at a time when weights are checked: 64 MiB of float32.
-_CHECK_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     """
     model = load_model(options.model)
     try:
-        if model.split is not None:
+        if not model.is_source:
             raise ConvertError(
                 f"{options.model} is a split file already; convert starts from the source model"
             )
@@ -114,10 +119,11 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         model.close()
 
 
-def down_type(source: RowType, quant: str | None, width: int) -> RowType:
-    """Row type of the transposed down projection: ``quant``, else the source's own if float, else Q8_0."""
+def down_type(ffn: DenseFFN, quant: str | None, width: int) -> RowType:
+    """Row type of the transposed down projection: ``quant``, else the source's own if it is a float, or is
+    transposed already and can be written, else Q8_0."""
     if quant is None:
-        return default_down_type(source)
+        return default_down_type(ffn)
     try:
         chosen = RowType[quant.upper()]
     except KeyError:
@@ -161,7 +167,7 @@ class _Conversion:
         errors = self._measure()
         header = self._header(errors)
         with GGUFWriter(self.options.output, alignment=ALIGNMENT) as writer:
-            writer.copy_metadata(self.model.gguf, without=("powerinfer.activation",))
+            writer.copy_metadata(self.model.gguf, without=("powerinfer.activation", original.KEY_THRESHOLD))
             header.write(writer)
             self._declare(writer)
             self._write(writer)
@@ -179,10 +185,10 @@ class _Conversion:
         )
 
     def _ffn(self, index: int) -> DenseFFN:
-        return dense_ffn(self.model, index)
+        return self.model.layers[index].source_ffn
 
     def _layout(self, ffn: DenseFFN) -> BundleLayout:
-        return ffn_layout(ffn, down_type(ffn.down.row_type, self.options.quant, ffn.up.columns))
+        return ffn_layout(ffn, down_type(ffn, self.options.quant, ffn.up.columns))
 
     def _header(self, errors: tuple[float, ...]) -> SplitHeader:
         return SplitHeader(
@@ -196,7 +202,7 @@ class _Conversion:
             tool_version=__version__,
             corpus_hashes=tuple(entry.sha256 for entry in self.profile.corpus),
             corpus_tokens=self.profile.tokens,
-            prediction=split_prediction(self.predictors.header) if self.predictors else None,
+            prediction=self._prediction(),
             thresholding=_thresholding(self.thresholds),
         )
 
@@ -204,16 +210,16 @@ class _Conversion:
         """Check that all weights are finite, and measure what requantising adds to each layer."""
         layers = self.model.hyper.layers
         self.progress.start("checking weights", layers + 1, "layers")
-        for weight in _shared_weights(self.model):
-            _check_finite(self.model, weight)
+        for weight in shared_weights(self.model):
+            check_finite(self.model, weight)
         self.progress.advance(1)
         errors = []
         for index in range(layers):
-            for weight in _layer_weights(self.model, index):
-                _check_finite(self.model, weight)
+            for weight in layer_weights(self.model, index):
+                check_finite(self.model, weight)
             down = transposed_down(self._ffn(index))
-            rows = self._quantized(index, down)
-            errors.append(_relative_error(down, rows, RowType(self.layouts[index].types[-1])))
+            rows = stored_down(self._ffn(index), self._down_type(index))
+            errors.append(relative_error(down, rows, RowType(self.layouts[index].types[-1])))
             self.progress.advance(1)
         self.progress.finish()
         return tuple(errors)
@@ -234,14 +240,20 @@ class _Conversion:
                 predictor.declare(writer, index, self.layouts[index].width)
             if self._threshold(index) is not None:
                 writer.declare(threshold_name(index), RowType.F32, (neurons,))
-        for name in self._unchanged():
-            info = self.model.gguf.info(name)
+        for name, source in self._unchanged():
+            info = self.model.gguf.info(source)
             writer.declare(name, info.row_type, info.shape)
 
-    def _unchanged(self) -> list[str]:
-        layers = range(self.model.hyper.layers)
-        ffn = {name for index in layers for name in (*source_names(index), source_bias_name(index))}
-        return [name for name in self.model.gguf.tensors if name not in ffn]
+    def _unchanged(self) -> list[tuple[str, str]]:
+        """Tensors that are passed on, by their names here and in the source."""
+        replaced = set()
+        for index in range(self.model.hyper.layers):
+            replaced |= {*source_names(index), source_bias_name(index)}
+            if self.model.is_original:
+                replaced |= {*(original.ffn_name(index, kind) for kind in KINDS)}
+                replaced |= {*original.predictor_names(index)}
+        names = (name for name in self.model.gguf.tensors if name not in replaced)
+        return [(name.replace("ffn_down_t.bias", "ffn_down.bias"), name) for name in names]
 
     def _write(self, writer: GGUFWriter) -> None:
         layers = self.model.hyper.layers
@@ -249,8 +261,8 @@ class _Conversion:
         for index in range(layers):
             self._write_layer(writer, index)
             self.progress.advance(1)
-        for name in self._unchanged():
-            writer.write(name, self.model.gguf.tensor(name))
+        for name, source in self._unchanged():
+            writer.write(name, self.model.gguf.tensor(source))
         self.progress.advance(1)
         self.progress.finish()
 
@@ -258,7 +270,7 @@ class _Conversion:
         order, hot, layout = self.profile.order(index), self.hot[index], self.layouts[index]
         ffn = self._ffn(index)
         products = [plain_rows(weight) for weight in ffn.matrices[:-1]]
-        sources = [*products, self._quantized(index, transposed_down(ffn))]
+        sources = [*products, stored_down(ffn, self._down_type(index))]
         writer.write(order_name(index), order.astype("<i4"))
         bias = self.model.layers[index].ffn_bias
         if bias is not None:
@@ -280,14 +292,22 @@ class _Conversion:
     def _threshold(self, index: int) -> npt.NDArray[np.float32] | None:
         return self.thresholds.layers[index] if self.thresholds else None
 
-    def _predictor(self, index: int) -> SplitPredictor | None:
-        if self.predictors is None:
-            return None
-        made, row_type = self.predictors.layers[index], self.predictors.header.row_type
-        return split_predictor(made, row_type, self.profile.order(index))
+    def _prediction(self) -> SplitPrediction | None:
+        if self.predictors is not None:
+            return split_prediction(self.predictors.header)
+        own = [layer.predictor for layer in self.model.split.layers] if self.model.split else []
+        return SplitPrediction(tuple(made.kind for made in own if made), (), ()) if own else None
 
-    def _quantized(self, index: int, rows: npt.NDArray[np.float32]) -> Bytes:
-        return quantize(rows, RowType(self.layouts[index].types[-1]))
+    def _predictor(self, index: int) -> SplitPredictor | None:
+        """What is written: of the predictors file, else what a model of the original PowerInfer has."""
+        order = self.profile.order(index)
+        if self.predictors is not None:
+            return split_predictor(self.predictors.layers[index], self.predictors.header.row_type, order)
+        own = self.model.split.layers[index].predictor if self.model.split else None
+        return own and replace(own, outward=own.outward[order], threshold=own.threshold[order])
+
+    def _down_type(self, index: int) -> RowType:
+        return RowType(self.layouts[index].types[-1])
 
 
 def _thresholds(model: Model, path: Path | None) -> Thresholds | None:
@@ -314,40 +334,3 @@ def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan
             f"({options.model}); make its own with powerinfer profile"
         )
     plan.require_model(model.fingerprint, model.name, options.plan)
-
-
-def _shared_weights(model: Model) -> Iterator[Weight]:
-    yield model.embedding
-    if model.positions is not None:
-        yield model.positions
-    if model.head is not model.embedding:
-        yield model.head
-
-
-def _layer_weights(model: Model, index: int) -> Iterator[Weight]:
-    layer = model.layers[index]
-    attention = layer.attention
-    yield from (attention.query, attention.key, attention.value, attention.output)
-    if isinstance(layer.ffn, DenseFFN):
-        yield from layer.ffn.matrices
-
-
-def _check_finite(model: Model, weight: Weight) -> None:
-    rows = plain_rows(weight)
-    step = max(1, _CHECK_VALUES // weight.columns)
-    for first in range(0, weight.rows, step):
-        piece = np.ascontiguousarray(rows[first : first + step])
-        values = dequantize(piece.reshape(-1), weight.row_type, len(piece), weight.columns)
-        bad = ~np.isfinite(values)
-        if bad.any():
-            row, column = (int(i) for i in np.argwhere(bad)[0])
-            raise ConvertError(
-                f"{model.path}: tensor {weight.name} has a value that is not finite at row {first + row}, "
-                f"column {column}; the file is damaged"
-            )
-
-
-def _relative_error(values: npt.NDArray[np.float32], rows: Bytes, row_type: RowType) -> float:
-    back = dequantize(rows.reshape(-1), row_type, *values.shape)
-    norm = float(np.linalg.norm(values.astype(np.float64)))
-    return float(np.linalg.norm((back - values).astype(np.float64))) / norm if norm else 0.0

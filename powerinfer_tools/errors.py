@@ -57,3 +57,7 @@ class EvaluationError(PowerInferError):
 
 class CorpusError(PowerInferError):
     """The corpus is missing, empty or unreadable."""
+
+
+class ImportFailed(PowerInferError):
+    """A file of another program cannot be taken over."""

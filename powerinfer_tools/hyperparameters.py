@@ -9,6 +9,7 @@ import numpy as np
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_tools.architectures import ACTIVATIONS, ArchitectureSpec
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.original.reading import is_original, original_activation
 
 _MISSING = object()
 
@@ -250,6 +251,8 @@ def _attention_scale(
 
 
 def _activation(gguf: ModelSource, spec: ArchitectureSpec) -> str:
+    if is_original(gguf):
+        return original_activation(spec.name, gguf.path)
     activation = str(gguf.get("powerinfer.activation", str, spec.activation))
     if activation not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))

@@ -19,6 +19,7 @@ from powerinfer_kernels import RowType
 from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, NormKind, architecture
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hyperparameters import Hyperparameters, read_hyperparameters
+from powerinfer_tools.original.reading import is_original, read_original
 from powerinfer_tools.sources import open_source
 
 Vector = npt.NDArray[np.float32]
@@ -83,11 +84,13 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class DenseFFN:
-    """The FFN of a source model: gate (None: not gated) and up (neurons, width), down (width, neurons)."""
+    """The FFN of a source model: gate (None: not gated) and up (neurons, width), down (width, neurons), or
+    ``transposed`` (neurons, width)."""
 
     gate: Weight | None
     up: Weight
     down: Weight
+    transposed: bool = False
 
     @property
     def first(self) -> Weight:
@@ -144,6 +147,16 @@ class LayerWeights:
     ffn_down_bias: Vector | None
     ffn_post_norm: Norm | None
 
+    @property
+    def source_ffn(self) -> DenseFFN:
+        """The matrices of a source model, see :attr:`Model.is_source`."""
+        if isinstance(self.ffn, DenseFFN):
+            return self.ffn
+        layer = self.ffn
+        assert isinstance(layer, SplitLayer), "stages that want one FFN refuse models with experts"
+        rows = {kind: _whole(layer, kind) for kind in layer.kinds}
+        return DenseFFN(rows.get("gate"), rows["up"], rows["down"], transposed=True)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -176,6 +189,16 @@ class Model:
         return self.split.source_fingerprint if self.split else model_fingerprint(self.gguf)
 
     @property
+    def is_original(self) -> bool:
+        """Whether the file is a model of the original PowerInfer."""
+        return is_original(self.gguf)
+
+    @property
+    def is_source(self) -> bool:
+        """Whether profile, train, plan and convert can start from it: all but the split files of convert."""
+        return self.split is None or self.is_original
+
+    @property
     def exact_zeros(self) -> bool:
         """Whether the activation makes exact zeros, so that skipping neurons changes nothing."""
         return self.hyper.activation in RELU_FAMILY
@@ -193,7 +216,8 @@ class Model:
 
 
 def load_model(path: str | Path) -> Model:
-    """Open and check the model in ``path`` (a GGUF file, or a split file made by convert).
+    """Open and check the model in ``path``: a GGUF file, a split file made by convert, or a model of the
+    original PowerInfer.
 
     Raises FormatError for a file that is not well-formed and ModelError for one that cannot be run.
     """
@@ -245,8 +269,15 @@ def _refuse_shards(gguf: ModelSource) -> None:
         )
 
 
+def _split_view(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
+    sizes = {"layers": hyper.layers, "neurons": hyper.neurons, "width": hyper.width}
+    if is_original(gguf):
+        return read_original(gguf, **sizes, activation=hyper.activation, gated=spec.gated)
+    return SplitFile.read(gguf, **sizes)
+
+
 def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
-    split = SplitFile.read(gguf, layers=hyper.layers, neurons=hyper.neurons, width=hyper.width)
+    split = _split_view(gguf, spec, hyper)
     if split and split.gated != spec.gated:
         raise ModelError(
             f"{gguf.path}: has {'' if split.gated else 'no '}gate rows, "
@@ -279,7 +310,7 @@ def _layer(
         ffn_norm=tensors.norm(spec, f"{prefix}.{spec.ffn_norm}", hyper.width),
         ffn=split.layer(index) if split else _ffn(tensors, spec, hyper, prefix),
         ffn_bias=split.layer(index).bias if split else up_bias,
-        ffn_down_bias=ffn_bias(f"{prefix}.ffn_down.bias", hyper.width),
+        ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
         ffn_post_norm=tensors.optional_norm(
             spec, f"{prefix}.post_ffw_norm", hyper.width, wanted=spec.post_norms
         ),
@@ -378,11 +409,21 @@ def _dense_ffn(tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparamete
     )
 
 
+def _whole(layer: SplitLayer, kind: str) -> Weight:
+    rows = layer.rows(kind, 0, layer.neurons)
+    name = f"blk.{layer.index}.ffn_{kind}"
+    return Weight(name, RowType(layer.type_of(kind)), layer.neurons, layer.width, rows.reshape(-1))
+
+
 class _Tensors:
     """Typed access to the tensors of a file, by expected shape."""
 
     def __init__(self, gguf: ModelSource) -> None:
         self.gguf = gguf
+
+    @property
+    def down_name(self) -> str:
+        return "ffn_down_t" if is_original(self.gguf) else "ffn_down"
 
     def has(self, name: str) -> bool:
         return name in self.gguf.tensors

@@ -4,12 +4,20 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.block_types import TensorType
-from powerinfer_formats.predictors import LayerPredictor, LowRank, PredictionCost, PredictorsHeader
+from powerinfer_formats.predictors import (
+    LayerPredictor,
+    LowRank,
+    PredictionCost,
+    PredictorsHeader,
+    ResidualRelu,
+)
 from powerinfer_formats.split_layout import SplitPrediction
-from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor
+from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor, SplitResidualRelu
 from powerinfer_kernels import RowType, quantize
 
 Floats = npt.NDArray[np.float32]
+#: What becomes of each kind in a split file.
+_SPLIT: dict[type[LowRank], type[SplitLowRank]] = {LowRank: SplitLowRank, ResidualRelu: SplitResidualRelu}
 
 
 def scores(made: LowRank, inputs: Floats) -> Floats:
@@ -25,7 +33,7 @@ def split_predictor(
         return None
     threshold = np.ascontiguousarray(made.threshold[order])
     kind, stored = RowType[row_type], TensorType[row_type]
-    return SplitLowRank(
+    return _SPLIT[type(made)](
         rank=len(made.inward),
         types=(stored, stored),
         inward=quantize(np.ascontiguousarray(made.inward), kind),
@@ -38,8 +46,8 @@ def split_prediction(header: PredictorsHeader) -> SplitPrediction:
     """What a split file with these predictors says of them."""
     return SplitPrediction(
         kinds=tuple(layer.kind for layer in header.layers),
-        recall=tuple(layer.quality.recall for layer in header.layers),
-        density=tuple(layer.quality.predicted_density for layer in header.layers),
+        recall=tuple(layer.quality.recall for layer in header.layers if layer.quality),
+        density=tuple(layer.quality.predicted_density for layer in header.layers if layer.quality),
         cost=None if header.cost is None else _cost(header.cost),
     )
 

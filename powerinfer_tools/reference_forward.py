@@ -6,6 +6,7 @@ Weights are dequantised exactly; activations are never rounded. Slow, and meant 
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.split import SplitLayer, SplitPredictor
 from powerinfer_kernels import RowType, dequantize, reference
 from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
@@ -14,10 +15,11 @@ from powerinfer_tools.model import AttentionWeights, DenseFFN, ExpertsFFN, Layer
 Array = npt.NDArray[np.float64]
 
 
-def forward(model: Model, tokens: list[int], *, half_cache: bool = False) -> Array:
+def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predicted: bool = False) -> Array:
     """Logits (tokens, vocabulary), float64, of every position of ``tokens``, of a source or a split file.
 
-    ``half_cache`` rounds keys and values to half precision, as the engine's cache does.
+    ``half_cache`` rounds keys and values to half precision, as the engine's cache does. ``predicted``
+    computes only the neurons that a split file's predictors name.
     """
     hyper = model.hyper
     x = matrix(model.embedding)[tokens] * hyper.embedding_scale
@@ -27,10 +29,10 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False) -> Arr
     for index, layer in enumerate(model.layers):
         attended = attention_block(model, layer.attention, index, x, half_cache=half_cache)
         if model.spec.parallel:
-            x = x + attended + ffn_block(hyper, layer, x)
+            x = x + attended + ffn_block(hyper, layer, x, predicted=predicted)
         else:
             x = x + attended
-            x = x + ffn_block(hyper, layer, x)
+            x = x + ffn_block(hyper, layer, x, predicted=predicted)
     x = normalize(x, model.output_norm, hyper.norm_eps)
     logits = x @ matrix(model.head).T
     if hyper.logit_softcap:
@@ -82,8 +84,9 @@ def attention_block(
     return out if w.post_norm is None else normalize(out, w.post_norm, eps)
 
 
-def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array) -> Array:
-    """What one layer's FFN adds to the residual stream ``x`` (tokens, width)."""
+def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array, *, predicted: bool = False) -> Array:
+    """What one layer's FFN adds to the residual stream ``x`` (tokens, width); with ``predicted``, of the
+    neurons that the layer's predictor names alone: the weights of the others may be anything."""
     normed = normalize(x, layer.ffn_norm, hyper.norm_eps)
     if isinstance(layer.ffn, ExpertsFFN):
         out = experts_block(hyper, layer.ffn, normed)
@@ -92,7 +95,12 @@ def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array) -> Array:
         gate = _plus(normed @ first.T, layer.ffn_bias)
         up = None if factor is None else normed @ factor.T
         hidden = reference.activate(gate, up, hyper.activation, hyper.activation_cut)
-        out = _plus(hidden @ down, layer.ffn_down_bias)
+        if predicted:
+            named = predicted_neurons(layer, x, normed)
+            sums = np.stack([row[some] @ down[some] for row, some in zip(hidden, named, strict=True)])
+        else:
+            sums = hidden @ down
+        out = _plus(sums, layer.ffn_down_bias)
     return out if layer.ffn_post_norm is None else normalize(out, layer.ffn_post_norm, hyper.norm_eps)
 
 
@@ -121,6 +129,29 @@ def _expert(hyper: Hyperparameters, ffn: DenseFFN, x: Array) -> Array:
     hidden = reference.activate(x @ matrix(ffn.first).T, up, hyper.activation, hyper.activation_cut)
     out: Array = hidden @ matrix(ffn.down).T
     return out
+
+
+def predicted_neurons(layer: LayerWeights, x: Array, normed: Array) -> npt.NDArray[np.bool_]:
+    """Which neurons a layer's predictor names, (tokens, neurons), from the residual stream ``x`` and the
+    FFN's normalised input (tokens, width)."""
+    return predictor_scores(layer, x, normed) > _predictor(layer).threshold
+
+
+def predictor_scores(layer: LayerWeights, x: Array, normed: Array) -> Array:
+    """outward · a(inward · input), (tokens, neurons)."""
+    predictor = _predictor(layer)
+    source = x if predictor.residual else normed
+    low = source @ _split_rows(predictor.inward, predictor.types[0], x.shape[1]).T
+    if predictor.relu:
+        low = np.maximum(low, 0.0)
+    out: Array = low @ _split_rows(predictor.outward, predictor.types[1], predictor.rank).T
+    return out
+
+
+def _predictor(layer: LayerWeights) -> SplitPredictor:
+    assert isinstance(layer.ffn, SplitLayer)
+    assert layer.ffn.predictor is not None
+    return layer.ffn.predictor
 
 
 def ffn_matrices(layer: LayerWeights) -> tuple[Array, Array | None, Array]:

@@ -18,13 +18,6 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 
-def dense_ffn(model: Model, index: int) -> DenseFFN:
-    """The FFN of layer ``index`` of a source model."""
-    ffn = model.layers[index].ffn
-    assert isinstance(ffn, DenseFFN)
-    return ffn
-
-
 def plain_rows(weight: Weight) -> Bytes:
     """The rows of ``weight`` as (rows, row bytes)."""
     return weight.data.reshape(weight.rows, -1)
@@ -33,7 +26,15 @@ def plain_rows(weight: Weight) -> Bytes:
 def transposed_down(ffn: DenseFFN) -> Floats:
     """The down projection as float32 (neurons, width): one row per neuron, in the source's order."""
     down = ffn.down
-    return np.ascontiguousarray(dequantize(down.data, down.row_type, down.rows, down.columns).T)
+    values = dequantize(down.data, down.row_type, down.rows, down.columns)
+    return values if ffn.transposed else np.ascontiguousarray(values.T)
+
+
+def stored_down(ffn: DenseFFN, row_type: RowType) -> Bytes:
+    """The same rows as ``row_type``: the source's bits where it has such."""
+    if ffn.transposed and ffn.down.row_type == row_type:
+        return plain_rows(ffn.down)
+    return quantize(transposed_down(ffn), row_type)
 
 
 def ffn_layout(ffn: DenseFFN, down: RowType) -> BundleLayout:
@@ -42,9 +43,12 @@ def ffn_layout(ffn: DenseFFN, down: RowType) -> BundleLayout:
     return bundle_layout(gate, ffn.up.row_type, down, ffn.up.columns)
 
 
-def default_down_type(source: RowType) -> RowType:
-    """Type of the transposed down projection where none is asked for: the source's if float, else Q8_0."""
-    return source if source.is_float else RowType.Q8_0
+def default_down_type(ffn: DenseFFN) -> RowType:
+    """Type of the transposed down projection where none is asked for: the source's own if it is a float, or
+    is transposed already and can be written, else Q8_0."""
+    source = ffn.down.row_type
+    kept = source.is_float or (ffn.transposed and source in (RowType.Q8_0, RowType.Q4_0))
+    return source if kept else RowType.Q8_0
 
 
 def split_in_memory(model: Model, predictors: Sequence[LayerPredictor], row_type: str) -> Model:
@@ -72,8 +76,8 @@ def split_in_memory(model: Model, predictors: Sequence[LayerPredictor], row_type
 
 
 def _split_layer(model: Model, index: int, made: LayerPredictor, row_type: str) -> SplitLayer:
-    ffn, neurons, width = dense_ffn(model, index), model.hyper.neurons, model.hyper.width
-    down = default_down_type(ffn.down.row_type)
+    ffn, neurons, width = model.layers[index].source_ffn, model.hyper.neurons, model.hyper.width
+    down = default_down_type(ffn)
     layout, order = ffn_layout(ffn, down), np.arange(neurons, dtype=np.int32)
     products = [plain_rows(weight) for weight in ffn.matrices[:-1]]
     none = np.zeros((0, 0), np.uint8)
@@ -86,7 +90,7 @@ def _split_layer(model: Model, index: int, made: LayerPredictor, row_type: str) 
         order=order,
         layout=layout,
         hot=(none,) * len(layout.kinds),
-        cold=layout.pack(*products, quantize(transposed_down(ffn), down)),
+        cold=layout.pack(*products, stored_down(ffn, down)),
         predictor=split_predictor(made, row_type, order),
         bias=model.layers[index].ffn_bias,
     )

@@ -13,6 +13,7 @@ from powerinfer_cli.files import (
     PROFILE_SUFFIX,
     SPLIT_SUFFIX,
     THRESHOLDS_SUFFIX,
+    TRACE_SUFFIX,
     find_model,
     optional_input,
     output_file,
@@ -22,7 +23,11 @@ from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from powerinfer_formats.predictors import Quality
     from powerinfer_tools.conversion import ConvertReport
+    from powerinfer_tools.original.export import ExportReport
 
 HELP = """Write the split file: neurons sorted hottest first, hot and cold parts apart, as the plan says.
 
@@ -30,15 +35,24 @@ Takes plan, profile and, if there are any, predictors and thresholds from beside
 keep their bits; the down projection is transposed and quantised again, and what that costs is measured and
 printed.
 
+With --format powerinfer, writes NAME.original.powerinfer.gguf for the original PowerInfer instead: a ReLU
+model of the families that it knows, without a plan, and with predictors in its form. Those of train are
+brought into it with the trace beside the model, and measured on it.
+
 \b
 Examples:
   powerinfer convert -m model.gguf
   powerinfer convert -m model.gguf --plan small.plan.json -o small.powerinfer.gguf
+  powerinfer convert -m model.relu.gguf --format powerinfer --quant Q4_0
 """
+
+ORIGINAL_SUFFIX = ".original.powerinfer.gguf"
+_exporting = opt.in_panel("Export (--format powerinfer)")
 
 
 def command(
     *,
+    ctx: typer.Context,
     model: opt.Model = None,
     plan: Annotated[
         Path | None,
@@ -69,13 +83,33 @@ def command(
         Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q4_0"],
         typer.Option(
             "--quant",
-            help="Type of the transposed down projection; auto: Q8_0 where the source is quantised.",
+            help="Type of the transposed down projection; auto: Q8_0 where the source is quantised. "
+            "With --format powerinfer: F16 or Q4_0, of all FFN matrices.",
         ),
     ] = "auto",
+    form: Annotated[
+        Literal["split", "powerinfer"],
+        typer.Option("--format", help="A split file, or a model of the original PowerInfer."),
+    ] = "split",
+    trace: Annotated[
+        Path | None,
+        _exporting("--trace", metavar="FILE", help="Trace. Without it: the one beside the model."),
+    ] = None,
+    all_active: Annotated[
+        bool,
+        _exporting("--all-active", help="No predictors: every neuron is computed, which is exact and slow."),
+    ] = False,
     common: opt.Common,
 ) -> None:
     """Convert a model."""
     source = find_model(model)
+    if form == "powerinfer":
+        opt.refuse_beside(ctx, "--format powerinfer", "plan", "profile")
+        if all_active:
+            opt.refuse_beside(ctx, "--all-active", "predictors", "trace")
+        write_original(source, output, quant, predictors, trace, all_active=all_active, as_json=common.json)
+        return
+    opt.refuse_beside(ctx, "--format split", "trace", "all_active")
     plan_file = stage_input(plan, source, PLAN_SUFFIX, made_by="plan")
     profile_file = stage_input(profile, source, PROFILE_SUFFIX, made_by="profile")
     predictor_file = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
@@ -97,6 +131,56 @@ def command(
         progress(),
     )
     show(report, as_json=common.json)
+
+
+def write_original(
+    source: Path,
+    output: Path | None,
+    quant: str,
+    predictors: Path | None,
+    trace: Path | None,
+    *,
+    all_active: bool,
+    as_json: bool,
+) -> None:
+    """Export a model, and say what came of it."""
+    if quant not in ("auto", "F16", "Q4_0"):
+        raise typer.BadParameter("with --format powerinfer: F16 or Q4_0", param_hint="--quant")
+    made = None if all_active else stage_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
+    records = None if all_active else optional_input(trace, source, TRACE_SUFFIX, made_by="profile")
+    path = output_file(output, source, ORIGINAL_SUFFIX)
+    from powerinfer_tools.original.export import ExportOptions, export
+
+    chosen = None if quant == "auto" else quant
+    report = export(ExportOptions(source, path, made, records, chosen), progress())
+    show_export(report, as_json=as_json)
+
+
+def show_export(report: "ExportReport", *, as_json: bool) -> None:
+    """What was written, and what its predictors are worth."""
+    if as_json:
+        emit_json(report.as_dict())
+        return
+    say(f"wrote {report.output}")
+    errors, ranks = report.requantization_error, report.predictor_ranks
+    facts = [
+        ("size", f"{format_size(report.nbytes)} (source {format_size(report.source_bytes)})"),
+        ("down projection", f"{report.down_type}, relative error {sum(errors) / len(errors):.2e}"),
+        ("predictors", f"{report.predictors}, {min(ranks)} to {max(ranks)} wide"),
+        ("their size", format_size(report.predictor_bytes)),
+    ]
+    if report.quality:
+        before, after = report.source_quality, report.quality
+        facts += [
+            (name, f"{_mean(after, field):.1%} (before: {_mean(before, field):.1%})")
+            for name, field in (("recall", "recall"), ("predicted density", "predicted_density"))
+        ]
+        facts.append(("true density", f"{_mean(after, 'density'):.1%}, on tokens not learnt from"))
+    print_facts(facts)
+
+
+def _mean(qualities: "Sequence[Quality]", field: str) -> float:
+    return float(sum(getattr(quality, field) for quality in qualities)) / len(qualities)
 
 
 def show(report: "ConvertReport", *, as_json: bool) -> None:

@@ -200,3 +200,16 @@ def in_panel(panel: str) -> Callable[..., Any]:
         return typer.Option(*names, rich_help_panel=panel, **settings)
 
     return option
+
+
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the parameter ``name`` stands on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_beside(ctx: typer.Context, option: str, *others: str) -> None:
+    """Wrong usage where any of the parameters ``others`` was given: ``option`` leaves it without effect."""
+    for parameter in ctx.command.params:
+        if parameter.name in others and is_given(ctx, parameter.name):
+            raise typer.BadParameter(f"has no effect with {option}", param_hint=parameter.opts[0])

@@ -22,11 +22,15 @@ HELP = """Run a corpus through a model and count which neurons are active.
 Writes NAME.profile.safetensors: counts and histograms per neuron, with the corpus' hashes. Interrupted work
 is taken up again by the same command. Profiles of parts of a corpus merge into the profile of the whole.
 
+With --import, takes over counts of the original PowerInfer instead: a folder of activation_0.pt and so on,
+which does not say how many tokens were counted. Needs torch.
+
 \b
 Examples:
   powerinfer profile -m model.gguf --corpus book.txt
   powerinfer profile -m model.gguf --corpus texts/ more.jsonl --tokens 200000
   powerinfer profile -m model.relu.gguf --corpus texts/ --trace 4096
+  powerinfer profile -m relu-llama.gguf --import activation/ --tokens 1000000
   powerinfer profile merge part1.safetensors part2.safetensors -o model.profile.safetensors
 """
 
@@ -55,7 +59,12 @@ def profile(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", min=1, metavar="N", help="Stop after so many tokens of the corpus."),
+        typer.Option(
+            "--tokens",
+            min=1,
+            metavar="N",
+            help="Stop after so many tokens of the corpus; with --import: the tokens that were counted.",
+        ),
     ] = None,
     density: Annotated[
         float,
@@ -80,10 +89,20 @@ def profile(
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget interrupted work and begin anew.")
     ] = False,
+    folder: Annotated[
+        Path | None,
+        opt.in_panel("Import")(
+            "--import", metavar="DIR", help="Take over activation_0.pt, activation_1.pt … of this folder."
+        ),
+    ] = None,
     common: opt.Common,
 ) -> None:
     """Count the activity of every neuron over the corpus."""
     if ctx.invoked_subcommand is not None:
+        return
+    if folder is not None:
+        opt.refuse_beside(ctx, "--import", "corpus", "window", "density", "trace", "restart")
+        take_over(folder, find_model(model), output, tokens, as_json=common.json)
         return
     if not corpus:
         raise typer.BadParameter("name at least one text file, JSONL file or folder", param_hint="--corpus")
@@ -108,6 +127,15 @@ def profile(
         progress(),
     )
     show(result, path, traced, as_json=common.json)
+
+
+def take_over(folder: Path, source: Path, output: Path | None, tokens: int | None, *, as_json: bool) -> None:
+    """Import a folder of counts, and say what came of it."""
+    path = output_file(output, source, PROFILE_SUFFIX)
+    from powerinfer_tools.original.importing import ImportCounts, import_counts
+
+    result = import_counts(ImportCounts(folder, source, path, tokens), progress())
+    show(result, path, None, as_json=as_json)
 
 
 def merge(

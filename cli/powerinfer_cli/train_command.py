@@ -21,13 +21,14 @@ from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
-    from powerinfer_formats.predictors import PredictionCost
+    from powerinfer_formats.predictors import PredictionCost, RowTypeName
     from powerinfer_tools.training import TrainReport
 
 #: What perplexity is measured on where no text is named: of the demo's corpus, what its profile leaves out.
 HELD_OUT_TEXT = Path(powerinfer_tools.__file__).parent / "data" / "corpus" / "newton-opticks-queries.txt"
 _aim = opt.in_panel("Aim")
 _making = opt.in_panel("Making")
+_importing = opt.in_panel("Import")
 
 HELP = """Make small predictors of which neurons will be active, one for each layer.
 
@@ -40,12 +41,16 @@ allows, measured with the engine in the mode that will run; layers that would co
 which is exact. Or name a --recall for all layers. What came of it, on text and tokens that were used for
 nothing else, is printed and stored in the file.
 
+With --import, takes over the predictors of the original PowerInfer instead: a folder of model_0.pt,
+model_1.pt and so on. Needs torch.
+
 \b
 Examples:
   powerinfer train -m model.relu.gguf
   powerinfer train -m model.relu.gguf --max-ppl-increase 0.01 --text book.txt
   powerinfer train -m model.relu.gguf --recall 0.98 --budget 0.05
   powerinfer train -m model.relu.gguf --method tuned
+  powerinfer train -m relu-llama.gguf --import predictors/
 """
 
 
@@ -116,7 +121,7 @@ class Making:
     ] = "svd"
     row_type: Annotated[
         Literal["Q8_0", "Q4_0", "F16", "F32"],
-        _making("--type", help="Row type of the predictors in the split file."),
+        _making("--type", help="Row type of the predictors in the split file (with --import: F16)"),
     ] = "Q4_0"
     device: Annotated[Literal["cpu", "cuda"], _making("--device", help="Where torch tunes.")] = "cpu"
     seed: Annotated[int, _making("--seed", min=0, metavar="N", help="Of the choice of records.")] = 0
@@ -125,8 +130,27 @@ class Making:
     )
 
 
+@dataclass(frozen=True)
+class Import:
+    """Predictors that exist already."""
+
+    folder: Annotated[
+        Path | None,
+        _importing("--import", metavar="DIR", help="Take over model_0.pt, model_1.pt … of this folder."),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        _importing(
+            "--threshold",
+            metavar="X",
+            help="Score from which its neurons count as active (default: what its config.json says, or 0).",
+        ),
+    ] = None
+
+
 def command(
     *,
+    ctx: typer.Context,
     model: opt.Model = None,
     trace: Annotated[
         Path | None,
@@ -135,12 +159,21 @@ def command(
     output: opt.Output = None,
     aim: Aim,
     making: Making,
+    imported: Import,
     common: opt.Common,
 ) -> None:
     """Make predictors."""
     if aim.recall is not None and aim.max_increase is not None:
         raise typer.BadParameter("choose one of --recall and --max-ppl-increase", param_hint="--recall")
     source = find_model(model)
+    if imported.folder is not None:
+        aims = ("trace", "max_increase", "recall", "budget", "text", "windows")
+        opt.refuse_beside(ctx, "--import", *aims, "method", "device", "seed", "restart")
+        row_type = making.row_type if opt.is_given(ctx, "row_type") else "F16"
+        take_over(imported, source, output_file(output, source, PREDICTORS_SUFFIX), row_type, common.json)
+        return
+    if imported.threshold is not None:
+        raise typer.BadParameter("is for --import", param_hint="--threshold")
     records = trace or beside(source, TRACE_SUFFIX)
     if not records.is_file():
         raise InputMissing(
@@ -173,6 +206,28 @@ def command(
     show(run_train(options, progress()), as_json=common.json)
 
 
+def take_over(imported: Import, source: Path, path: Path, row_type: "RowTypeName", as_json: bool) -> None:
+    """Import a folder of predictors, and say what came of it."""
+    from powerinfer_formats.records import to_plain
+    from powerinfer_tools.original.importing import ImportPredictors, import_predictors
+
+    assert imported.folder is not None
+    options = ImportPredictors(imported.folder, source, path, row_type, imported.threshold)
+    header = import_predictors(options, progress())
+    if as_json:
+        emit_json({"path": path, **to_plain(header)})
+        return
+    say(f"wrote {path}")
+    ranks = [layer.rank for layer in header.layers]
+    print_facts(
+        [
+            ("predictors", f"of {len(ranks)} layers, {min(ranks)} to {max(ranks)} wide"),
+            ("they read", "the residual stream, with a ReLU between their matrices"),
+            ("recall", "unknown: nothing was measured"),
+        ]
+    )
+
+
 def show(report: "TrainReport", *, as_json: bool) -> None:
     """A row for each layer, and the whole."""
     if as_json:
@@ -186,6 +241,7 @@ def show(report: "TrainReport", *, as_json: bool) -> None:
     header = report.header
     for index, layer in enumerate(header.layers):
         quality = layer.quality
+        assert quality is not None, "train measures every layer"
         figures = (quality.density, quality.predicted_density, quality.recall, quality.precision)
         mode = "gate-first" if layer.kind == "none" else "predicted"
         table.add_row(str(index), mode, str(layer.rank or ""), *(f"{figure:.1%}" for figure in figures))

@@ -11,6 +11,8 @@ from enum import IntEnum
 from types import MappingProxyType
 
 MAGIC = b"GGUF"
+#: Models of the original PowerInfer: GGUF in all but the first four bytes.
+ORIGINAL_MAGIC = b"PWRI"
 VERSIONS = (2, 3)
 WRITTEN_VERSION = 3
 ALIGNMENT_KEY = "general.alignment"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from powerinfer_formats import gguf_layout as layout
 from powerinfer_formats.errors import TruncatedFile
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_scan import Entry, Header, TensorInfo, Value, scan_header
@@ -30,6 +31,7 @@ class GGUFFile(ModelSource):
 
     def __init__(self, path: Path, header: Header, mapping: mmap.mmap) -> None:
         super().__init__(path, header.entries, header.tensors)
+        self.magic = header.magic
         self.version = header.version
         self.alignment = header.alignment
         self.directory_bytes = header.directory_end
@@ -37,13 +39,16 @@ class GGUFFile(ModelSource):
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(mapping, np.uint8)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Map and validate ``path``; raises ``FormatError``, one subclass per fault."""
+    def open(cls, path: str | os.PathLike[str], *, magics: Collection[bytes] = (layout.MAGIC,)) -> Self:
+        """Map and validate ``path``; raises ``FormatError``, one subclass per fault.
+
+        ``magics``: first bytes that are accepted, see :mod:`powerinfer_formats.gguf_layout`.
+        """
         where = Path(path)
         mapping = map_file(where, "a GGUF file")
         try:
             with memoryview(mapping) as buffer:
-                header = scan_header(buffer, str(where))
+                header = scan_header(buffer, str(where), magics)
         except BaseException:
             unmap(mapping)
             raise

@@ -7,7 +7,7 @@ the bytes that are left, lengths against caps and the end, sizes in whole number
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -29,7 +29,7 @@ _KNOWN_MAGICS = {
     b"fmgg": "a ggml file from before GGUF",
     b"tjgg": "a ggml file from before GGUF",
     b"algg": "a LoRA adapter from before GGUF",
-    b"PWRI": "a GPU index of the original PowerInfer",
+    layout.ORIGINAL_MAGIC: "a model of the original PowerInfer",
     b"PK\x03\x04": "a zip archive (a PyTorch checkpoint?)",
 }
 
@@ -66,6 +66,7 @@ class TensorInfo:
 class Header:
     """All that precedes the tensor data; ``directory_end`` is the length of header and directory."""
 
+    magic: bytes
     version: int
     alignment: int
     entries: dict[str, Entry]
@@ -73,13 +74,15 @@ class Header:
     directory_end: int
 
 
-def scan_header(buffer: bytes | memoryview, file: str) -> Header:
+def scan_header(buffer: bytes | memoryview, file: str, magics: Collection[bytes] = (layout.MAGIC,)) -> Header:
     """Read and check everything up to the tensor data, and where that data lies in ``buffer``.
 
-    Raises the named ``FormatError`` of the first fault.
+    ``magics``: first bytes that are accepted; every other rule is the same for all of them. Raises the named
+    ``FormatError`` of the first fault.
     """
     cursor = _Cursor(buffer, file)
-    version = _check_preamble(cursor)
+    magic = _check_magic(cursor, magics)
+    version = _check_version(cursor)
     tensor_count = cursor.count(
         layout.MAX_TENSORS, layout.MIN_DIRECTORY_ROW_BYTES, "tensors", errors.TooManyTensors
     )
@@ -95,7 +98,7 @@ def scan_header(buffer: bytes | memoryview, file: str) -> Header:
     alignment = _alignment(entries, file)
     rows = _read_directory(cursor, tensor_count)
     tensors = _place_tensors(rows, cursor.position, cursor.end, alignment, file)
-    return Header(version, alignment, entries, tensors, cursor.position)
+    return Header(magic, version, alignment, entries, tensors, cursor.position)
 
 
 class _Cursor:
@@ -143,13 +146,17 @@ class _Cursor:
             raise errors.InvalidUTF8(self.file, f"{what} is not UTF-8 ({error.reason})") from None
 
 
-def _check_preamble(cursor: _Cursor) -> int:
+def _check_magic(cursor: _Cursor, magics: Collection[bytes]) -> bytes:
     start = cursor.need(4, "magic bytes")
     magic = bytes(cursor.buffer[start : start + 4])
-    if magic != layout.MAGIC:
+    if magic not in magics:
         known = _KNOWN_MAGICS.get(magic)
         hint = f", which is {known}" if known else ""
         raise errors.BadMagic(cursor.file, f"is not a GGUF file: it starts with {magic!r}{hint}, not b'GGUF'")
+    return magic
+
+
+def _check_version(cursor: _Cursor) -> int:
     version = cursor.number("<I", "version")
     if version in layout.VERSIONS:
         return version

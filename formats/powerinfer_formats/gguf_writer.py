@@ -33,8 +33,15 @@ class GGUFWriter:
     tensor completely, in the order of declaration. A call out of order raises ``WriteOrder``.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, alignment: int = layout.DEFAULT_ALIGNMENT) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        alignment: int = layout.DEFAULT_ALIGNMENT,
+        magic: bytes = layout.MAGIC,
+    ) -> None:
         self.path = Path(path)
+        self.magic = magic
         if not layout.MIN_ALIGNMENT <= alignment <= layout.MAX_ALIGNMENT or alignment & (alignment - 1):
             raise errors.BadAlignment(self.path, f"alignment {alignment} is not a power of two within limits")
         self.alignment = alignment
@@ -150,7 +157,7 @@ class GGUFWriter:
     def _write_header(self) -> None:
         stream = self._open_stream()
         parts = [
-            layout.MAGIC,
+            self.magic,
             struct.pack("<IQQ", layout.WRITTEN_VERSION, len(self._tensors), len(self._entries)),
             *self._entries.values(),
             *(_directory_row(info) for info in self._tensors.values()),

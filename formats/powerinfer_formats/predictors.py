@@ -22,7 +22,7 @@ _Tensor = tuple[str, tuple[int, ...]]
 #: Types that the matrices can have in a split file.
 RowTypeName = Literal["Q8_0", "Q4_0", "F16", "F32"]
 #: What a layer's predictor is; ``none``: the layer's neurons are not predicted.
-Kind = Literal["none", "low-rank"]
+Kind = Literal["none", "low-rank", "residual-relu"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Quality:
 @dataclass(frozen=True)
 class PredictorInfo:
     """One layer's predictor: its kind, its rank (0 where the kind has none), the bytes that a token reads of
-    it, and its quality.
+    it, and its quality (None: not measured).
 
     A layer of kind ``none`` is to be computed gate-first, which names exactly the active neurons; any other
     may be computed in mode predicted within the quality that was asked for.
@@ -49,7 +49,7 @@ class PredictorInfo:
     kind: Kind
     rank: int
     nbytes: int
-    quality: Quality
+    quality: Quality | None
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class PredictionCost:
 class PredictorsHeader:
     """What the predictors are of, how they were made, how good each layer's is, and what they cost.
 
-    ``target_recall`` is None where recall was chosen layer by layer; ``cost`` is None where no text was
-    given to measure it on.
+    ``target_recall`` is None where recall was chosen layer by layer, or not at all; ``cost`` is None where no
+    text was given to measure it on. ``test_records`` is 0 where nothing was measured.
     """
 
     fingerprint: str
@@ -122,9 +122,16 @@ class LowRank:
         }
 
 
+class ResidualRelu(LowRank):
+    """Neuron *i* is predicted where (outward · relu(inward · h))ᵢ > thresholdᵢ, with h the residual stream
+    that the FFN's norm reads (in a parallel block, the layer's input): the original PowerInfer's kind."""
+
+    kind: ClassVar[Kind] = "residual-relu"
+
+
 #: A predictor of any kind; None for a layer without.
 LayerPredictor = LowRank | None
-_KINDS: dict[str, type[LowRank]] = {LowRank.kind: LowRank}
+_KINDS: dict[str, type[LowRank]] = {made.kind: made for made in (LowRank, ResidualRelu)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,18 +214,21 @@ def _check(header: PredictorsHeader, file: Path) -> None:
     for name in ("width", "neurons"):
         require(1 <= getattr(header, name) <= 1 << 24, f"{name} is {getattr(header, name)}")
     require(1 <= len(header.layers) <= 4096, f"layers are {len(header.layers)}, expected 1 to 4096")
-    require(header.test_records >= 1, "test_records is not positive")
+    require(header.test_records >= 0, "test_records is negative")
     block = BLOCK_SHAPES[TensorType[header.row_type]].values
     for index, layer in enumerate(header.layers):
         where = f"layers[{index}]"
         require(0 <= layer.nbytes < 1 << 63, f"{where}.nbytes is {layer.nbytes}")
-        if layer.kind == "low-rank":
-            require(1 <= layer.rank <= header.width, f"{where}.rank is {layer.rank}, not from 1 to width")
+        if layer.kind != "none":
+            widest = header.width if layer.kind == "low-rank" else max(header.width, header.neurons)
+            require(1 <= layer.rank <= widest, f"{where}.rank is {layer.rank}, not from 1 to {widest}")
             whole = layer.rank % block == 0 and header.width % block == 0
             require(whole, f"{where}: width and rank are not whole blocks of {header.row_type}")
         else:
             require(layer.rank == 0, f"{where}.rank is {layer.rank}, and the kind {layer.kind} has none")
-        for name, value in vars(layer.quality).items():
+        measured = layer.quality is not None
+        require(measured == (header.test_records > 0), f"{where}.quality contradicts test_records")
+        for name, value in vars(layer.quality).items() if layer.quality else ():
             require(0 <= value <= 1, f"{where}.quality.{name} is {value}, expected 0 to 1")
     if header.cost is not None:
         for name in ("perplexity", "predicted_perplexity", "tokens", "window"):

@@ -44,6 +44,7 @@ KEY_PREDICTION_COST = "powerinfer.prediction_cost"
 PREDICTOR_TENSORS = {
     "none": (),
     "low-rank": ("in.weight", "out.weight", "threshold"),
+    "residual-relu": ("in.weight", "out.weight", "threshold"),
 }
 
 

@@ -29,6 +29,9 @@ class SplitLowRank:
     """
 
     kind: ClassVar[str] = "low-rank"
+    #: Whether it reads the residual stream, and sets what is negative between its matrices to 0.
+    residual: ClassVar[bool] = False
+    relu: ClassVar[bool] = False
     rank: int
     types: tuple[TensorType, TensorType]
     inward: Bytes
@@ -51,6 +54,15 @@ class SplitLowRank:
         writer.write(inward, self.inward)
         writer.write(outward, self.outward)
         writer.write(threshold, self.threshold)
+
+
+class SplitResidualRelu(SplitLowRank):
+    """The same with ``outward`` · relu(``inward`` · h), where h is the residual stream that the FFN's norm
+    reads (in a parallel block, the layer's input): the original PowerInfer's kind."""
+
+    kind: ClassVar[str] = "residual-relu"
+    residual: ClassVar[bool] = True
+    relu: ClassVar[bool] = True
 
 
 #: A predictor of any kind.
@@ -92,14 +104,24 @@ def read_predictor(
 
 
 def _low_rank(gguf: ModelSource, layer: int, neurons: int, width: int) -> SplitLowRank:
+    return SplitLowRank(*_two_matrices(gguf, layer, neurons, width, width))
+
+
+def _residual_relu(gguf: ModelSource, layer: int, neurons: int, width: int) -> SplitLowRank:
+    return SplitResidualRelu(*_two_matrices(gguf, layer, neurons, width, max(width, neurons)))
+
+
+def _two_matrices(
+    gguf: ModelSource, layer: int, neurons: int, width: int, widest: int
+) -> tuple[int, tuple[TensorType, TensorType], Bytes, Bytes, NDArray[np.float32]]:
     inward_name, outward_name, threshold_name = predictor_names(layer, "low-rank")
     rank = gguf.info(inward_name).shape[0]
-    if not 1 <= rank <= width:
-        raise errors.WrongShape(gguf.path, f"tensor {inward_name!r} has {rank} rows, expected 1 to {width}")
+    if not 1 <= rank <= widest:
+        raise errors.WrongShape(gguf.path, f"tensor {inward_name!r} has {rank} rows, expected 1 to {widest}")
     inward, inward_type = _matrix(gguf, inward_name, rank, width)
     outward, outward_type = _matrix(gguf, outward_name, neurons, rank)
     threshold = _floats(gguf, threshold_name, neurons)
-    return SplitLowRank(rank, (inward_type, outward_type), inward, outward, threshold)
+    return rank, (inward_type, outward_type), inward, outward, threshold
 
 
 def _matrix(gguf: ModelSource, name: str, rows: int, columns: int) -> tuple[Bytes, TensorType]:
@@ -116,4 +138,8 @@ def _floats(gguf: ModelSource, name: str, count: int) -> NDArray[np.float32]:
 
 
 _Reader = Callable[[ModelSource, int, int, int], SplitPredictor | None]
-_READERS: dict[str, _Reader] = {"none": lambda *_: None, "low-rank": _low_rank}
+_READERS: dict[str, _Reader] = {
+    "none": lambda *_: None,
+    "low-rank": _low_rank,
+    "residual-relu": _residual_relu,
+}

@@ -225,25 +225,38 @@ class BlockWriter:
             builder.quantize(gate, hidden)
         builder.matmul(w.down, gate, hidden, out)
 
-    def ffn_rows(self, w: NeuronRows, gate: Floats, up: Floats) -> None:
-        """The FFN over rows of neurons into ``block_out``; ``gate`` and ``up`` are scratch (T, neurons)."""
+    def ffn_rows(
+        self, w: NeuronRows, gate: Floats, up: Floats, observed: LayerCounters | None = None
+    ) -> None:
+        """The FFN over rows of neurons into ``block_out``, counted where it is ``observed``; ``gate`` and
+        ``up`` are scratch (T, neurons)."""
         b, builder, kind, cut = self.buffers, self.builder, self.hyper.activation, self.hyper.activation_cut
         self.label("ffn")
         factor = self._gate_and_up(w.gate, w.bias, w.up, gate, up)
         if w.skips:
+            assert observed is None, "gate-first does not compute what there is to observe"
             least = np.full(w.gate.rows, cut, np.float32) if cut else None
             builder.sparse_ffn(
                 gate, b.normed, b.normed_acts, w.bundle, b.block_out, up, kind, threshold=least, cut=cut
             )
             return
+        if observed is not None:
+            builder.observe(gate, factor, kind, **vars(observed), cut=cut)
         builder.activate(gate, factor, gate, kind, cut)
         builder.sum_rows(gate, w.bundle, b.block_out)
 
-    def ffn_predicted(self, w: PredictedRows, scores: Floats, gate: Floats, up: Floats) -> None:
-        """The FFN over predicted neurons into ``block_out``; the last three are scratch (T, neurons)."""
+    def predictor_input(self, w: PredictedRows) -> None:
+        """The short form of what a predictor reads, where the residual stream is what the FFN's norm read."""
         b, builder = self.buffers, self.builder
         self.label("predictor")
-        w.predictor.write(builder, b.normed, b.normed_acts, scores)
+        w.predictor.prepare(builder, b)
+
+    def ffn_predicted(self, w: PredictedRows, scores: Floats, gate: Floats, up: Floats) -> None:
+        """The FFN over predicted neurons into ``block_out``, after :meth:`predictor_input`; the last three
+        are scratch (T, neurons)."""
+        b, builder = self.buffers, self.builder
+        self.label("predictor")
+        w.predictor.write(builder, scores)
         self.label("ffn")
         builder.sparse_ffn(
             scores,

@@ -23,6 +23,7 @@ class Buffers:
     x: Floats  # (T, width): the residual stream
     normed: Floats  # (T, width): input of the FFN matrices
     normed_acts: Activations | None
+    residual_acts: Activations | None  # of x, for predictors that read it
     attention_input: Floats  # (T, width): the same memory as normed unless the blocks are parallel
     attention_acts: Activations | None
     query: Floats  # (T, query_width)
@@ -67,6 +68,7 @@ def allocate(
         x=floats(hyper.width),
         normed=normed,
         normed_acts=normed_acts,
+        residual_acts=activations(tokens, hyper.width) if scores else None,
         attention_input=floats(hyper.width) if spec.parallel else normed,
         attention_acts=activations(tokens, hyper.width) if spec.parallel else normed_acts,
         query=floats(hyper.query_width),

@@ -54,6 +54,10 @@ class ColdFFN(Protocol):
     def bytes_per_token(self, density: float) -> float:
         """Bytes that one decoded token touches."""
 
+    def prepare(self, writer: BlockWriter) -> None:
+        """Append what needs the residual stream that the FFN's norm read; in a parallel layer, attention
+        follows."""
+
     def write(
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
@@ -144,8 +148,15 @@ def with_thresholds(ffn: ColdFFN, thresholds: FactorThresholds) -> ColdFFN:
     return replace(ffn, thresholds=thresholds)
 
 
+class _Plain:
+    """An FFN without a predictor."""
+
+    def prepare(self, writer: BlockWriter) -> None:
+        return
+
+
 @dataclass(frozen=True)
-class _ColumnsFFN:
+class _ColumnsFFN(_Plain):
     weights: DenseColumns
     in_rows: bool = False
     thresholds: FactorThresholds | None = None
@@ -172,7 +183,7 @@ class _ColumnsFFN:
 
 
 @dataclass(frozen=True)
-class _RowsFFN:
+class _RowsFFN(_Plain):
     weights: NeuronRows
     in_rows: bool = True
 
@@ -197,7 +208,7 @@ class _RowsFFN:
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
         gate = narrowed(buffers.gate, self.neurons)
-        writer.ffn_rows(self.weights, gate, narrowed(buffers.up, self.neurons))
+        writer.ffn_rows(self.weights, gate, narrowed(buffers.up, self.neurons), observed)
 
 
 @dataclass(frozen=True)
@@ -221,6 +232,9 @@ class _PredictedFFN:
     def bytes_per_token(self, density: float) -> float:
         return self.weights.predictor.nbytes + self.weights.bundle.nbytes * density
 
+    def prepare(self, writer: BlockWriter) -> None:
+        writer.predictor_input(self.weights)
+
     def write(
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
@@ -230,7 +244,7 @@ class _PredictedFFN:
 
 
 @dataclass(frozen=True)
-class _ThresholdedFFN:
+class _ThresholdedFFN(_Plain):
     weights: ThresholdedRows
     in_rows: bool = True
 
@@ -259,7 +273,7 @@ class _ThresholdedFFN:
 
 
 @dataclass(frozen=True)
-class _NoneFFN:
+class _NoneFFN(_Plain):
     """A layer whose neurons are all on the hot device."""
 
     neurons: int = 0

@@ -174,7 +174,7 @@ class LayerStack:
     def forward_watched(self, tokens: Sequence[int], position: int, watch: Watch) -> int:
         """:meth:`forward` of a source model, calling ``watch`` after every FFN with its layer, its normalised
         input (tokens, width) and act(gate)·up (tokens, neurons): views, valid during the call."""
-        assert self.model.split is None
+        assert self.model.is_source
         count, first = len(tokens), 0
         self._place(tokens, position)
         for layer, end in enumerate(self._ffn_ends):
@@ -308,6 +308,7 @@ class LayerStack:
             self._write_attention(index, layer)
         writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or hot_neurons > 0)
         ready = writer.builder.mark()
+        ffn.prepare(writer)
         if parallel:
             self._write_attention(index, layer)
         output = FFNOutput(layer.ffn_down_bias, layer.ffn_post_norm)

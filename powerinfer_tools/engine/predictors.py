@@ -7,7 +7,7 @@ import numpy as np
 
 from powerinfer_formats.split_predictors import SplitPredictor
 from powerinfer_kernels import Activations, Matrix, Pool, ProgramBuilder, RowType, aligned
-from powerinfer_tools.engine.buffers import Floats, activations
+from powerinfer_tools.engine.buffers import Buffers, Floats, activations
 
 
 class Predictor(Protocol):
@@ -25,22 +25,27 @@ class Predictor(Protocol):
     def quantized(self) -> bool:
         """Whether it reads the quantised input."""
 
-    def write(
-        self, builder: ProgramBuilder, normed: Floats, acts: Activations | None, scores: Floats
-    ) -> None:
-        """Append the operations from the normalised input (T, width) to ``scores`` (T, neurons)."""
+    def prepare(self, builder: ProgramBuilder, buffers: Buffers) -> None:
+        """Append what reads the FFN's normalised input, or the residual stream that its norm has read; in a
+        parallel layer, attention follows."""
+
+    def write(self, builder: ProgramBuilder, scores: Floats) -> None:
+        """Append the operations from there to ``scores`` (T, neurons)."""
 
 
 @dataclass(frozen=True)
 class LowRankPredictor:
-    """outward · (inward · x). ``low`` (T, rank) is scratch for the input's short form, ``low_acts`` its
-    quantised copy (None where ``outward`` is of a float type)."""
+    """outward · a(inward · x). ``low`` (T, rank) is scratch for the input's short form, ``low_acts`` its
+    quantised copy (None where ``outward`` is of a float type). ``residual``: x is the residual stream, not
+    the normalised input; ``relu``: a sets what is negative to 0."""
 
     inward: Matrix
     outward: Matrix
     threshold: Floats
     low: Floats
     low_acts: Activations | None
+    residual: bool
+    relu: bool
 
     @property
     def nbytes(self) -> int:
@@ -50,15 +55,23 @@ class LowRankPredictor:
     @property
     def quantized(self) -> bool:
         """Whether it reads the quantised input."""
-        return not self.inward.row_type.is_float
+        return not (self.residual or self.inward.row_type.is_float)
 
-    def write(
-        self, builder: ProgramBuilder, normed: Floats, acts: Activations | None, scores: Floats
-    ) -> None:
-        """Append the operations."""
-        builder.matmul(self.inward, normed, acts, self.low)
+    def prepare(self, builder: ProgramBuilder, buffers: Buffers) -> None:
+        """Append the short form."""
+        source, acts = buffers.normed, buffers.normed_acts
+        if self.residual:
+            source, acts = buffers.x, buffers.residual_acts
+            if acts is not None and not self.inward.row_type.is_float:
+                builder.quantize(source, acts)
+        builder.matmul(self.inward, source, acts, self.low)
+        if self.relu:
+            builder.activate(self.low, None, self.low, "relu")
         if self.low_acts is not None:
             builder.quantize(self.low, self.low_acts)
+
+    def write(self, builder: ProgramBuilder, scores: Floats) -> None:
+        """Append the scores."""
         builder.matmul(self.outward, self.low, self.low_acts, scores)
 
 
@@ -74,4 +87,6 @@ def lay_out(predictor: SplitPredictor, pool: Pool, first: int, width: int, token
         threshold=threshold,
         low=aligned((tokens, rank), np.float32),
         low_acts=None if outward.is_float else activations(tokens, rank),
+        residual=predictor.residual,
+        relu=predictor.relu,
     )

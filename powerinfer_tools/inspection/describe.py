@@ -11,6 +11,7 @@ import numpy as np
 from powerinfer_formats import predictors, thresholds
 from powerinfer_formats.block_types import type_name
 from powerinfer_formats.delta import Delta
+from powerinfer_formats.gguf_layout import MAGIC, ORIGINAL_MAGIC
 from powerinfer_formats.gguf_reader import StringArray
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.model_source import ModelSource
@@ -22,6 +23,7 @@ from powerinfer_formats.split import SplitFile, is_split
 from powerinfer_formats.trace import TraceFile, is_seekable
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspection.curve import summarize_profile
+from powerinfer_tools.original.reading import is_original
 from powerinfer_tools.sources import open_source
 
 #: An array of metadata longer than this is described by its length.
@@ -45,7 +47,7 @@ class TensorRow:
 @dataclass(frozen=True)
 class Description:
     """``kind``: "model", "split file", "profile", "trace", "predictors", "thresholds", "delta",
-    "plan", "hardware profile"; ``facts``: JSON values."""
+    "plan", "hardware profile", "model of the original PowerInfer"; ``facts``: JSON values."""
 
     kind: str
     facts: dict[str, Any]
@@ -63,7 +65,7 @@ def describe(path: Path) -> Description:
 
 
 def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
-    if start[:4] in (b"GGUF", b"FUGG"):
+    if start[:4] in (MAGIC, ORIGINAL_MAGIC, b"FUGG"):
         return _describe_model
     if start[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         return _describe_safetensors
@@ -84,6 +86,8 @@ def _describe_model(path: Path) -> Description:
             for name, info in gguf.tensors.items()
         )
         facts = _model_facts(gguf, tensors)
+        if is_original(gguf):
+            return Description("model of the original PowerInfer", facts, tensors)
         if is_split(gguf):
             return Description("split file", facts | _split_facts(path), tensors)
         return Description("model", facts, tensors)

@@ -69,7 +69,7 @@ def _shape_of(file: PredictorsFile, layer: PredictorInfo) -> PredictorShape | No
     """One layer's predictor as the planner counts it; one of a kind without rank has its bytes in equal parts
     for all neurons."""
     header, quality = file.header, layer.quality
-    overshoot = quality.predicted_density / max(quality.density, 1e-9)
+    overshoot = quality.predicted_density / max(quality.density, 1e-9) if quality else 1.0
     if layer.kind == "none":
         return None
     if layer.rank:

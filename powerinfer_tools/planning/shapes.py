@@ -47,7 +47,8 @@ class MatrixShape:
 @dataclass(frozen=True)
 class LayerShape:
     """One layer. ``gate`` is None for an FFN of two matrices; ``vector_bytes`` counts norms and biases;
-    ``window`` is how many positions attention looks back, 0 for all of them."""
+    ``window`` is how many positions attention looks back, 0 for all of them; ``down_transposed``: the file
+    has the down projection with a row for each neuron."""
 
     attention: tuple[MatrixShape, ...]
     gate: MatrixShape | None
@@ -55,6 +56,7 @@ class LayerShape:
     down: MatrixShape
     vector_bytes: int
     window: int = 0
+    down_transposed: bool = False
 
     @property
     def matrices(self) -> tuple[MatrixShape, ...]:
@@ -151,15 +153,19 @@ class NeuronBytes:
         return self.total - self.always
 
 
-def stored_down_type(source: TensorType, requested: TensorType | None = None) -> TensorType:
+def stored_down_type(
+    source: TensorType, requested: TensorType | None = None, *, transposed: bool = False
+) -> TensorType:
     """Row type of the transposed down projection in the split file.
 
     Transposing breaks quantised blocks apart, so quantised sources are requantised: to Q8_0 unless another
-    type is requested. Float sources keep their type.
+    type is requested. Float sources keep their type, and so do rows that are ``transposed`` already, of types
+    that convert writes.
     """
     if requested is not None:
         return requested
-    return source if source in FLOAT_TYPES else TensorType.Q8_0
+    kept = source in FLOAT_TYPES or (transposed and source in (TensorType.Q8_0, TensorType.Q4_0))
+    return source if kept else TensorType.Q8_0
 
 
 def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> NeuronBytes:
@@ -168,7 +174,7 @@ def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> Neur
 
     Raises PlanError when the width does not hold whole blocks of the down projection's row type.
     """
-    down = stored_down_type(layer.down.row_type, down_type)
+    down = stored_down_type(layer.down.row_type, down_type, transposed=layer.down_transposed)
     block = BLOCK_SHAPES[down].values
     if layer.width % block:
         raise PlanError(
@@ -185,7 +191,7 @@ def shape_of_model(model: "Model") -> ModelShape:
 
     Raises PlanError for a split file: its FFN is already arranged, a plan is made from the source.
     """
-    if model.split is not None:
+    if not model.is_source:
         raise PlanError(
             f"{model.path}: this is a split file; make the plan from the source model "
             "(run takes a smaller --vram on a split file without a new plan)"
@@ -211,11 +217,8 @@ def shape_of_model(model: "Model") -> ModelShape:
 
 
 def _layer_of_model(model: "Model", index: int) -> LayerShape:
-    from powerinfer_tools.model import DenseFFN
-
     weights = model.layers[index]
-    attention, ffn = weights.attention, weights.ffn
-    assert isinstance(ffn, DenseFFN)  # shape_of_model refuses split files
+    attention, ffn = weights.attention, weights.source_ffn
     vectors = [
         attention.norm,
         attention.query_bias,
@@ -239,6 +242,7 @@ def _layer_of_model(model: "Model", index: int) -> LayerShape:
         down=_matrix(ffn.down),
         vector_bytes=sum(vector.nbytes for vector in vectors if vector is not None),
         window=model.hyper.window if model.hyper.local_layers[index] else 0,
+        down_transposed=ffn.transposed,
     )
 
 

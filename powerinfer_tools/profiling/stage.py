@@ -62,7 +62,7 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
     files = find_files(options.corpus)
     model = load_model(options.model)
     try:
-        if model.split is not None:
+        if not model.is_source:
             raise ProfileError(
                 f"{options.model} is a split file; profile the source model that it was made from"
             )
@@ -131,6 +131,7 @@ class _Run:
             threads=self.options.threads,
             context=self.window,
             batch=self.window,
+            mode="dense",
             observed=self.tally.counters,
         )
         try:

@@ -11,7 +11,7 @@ from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import dequantize, reference
 from powerinfer_tools.errors import TrainError
 from powerinfer_tools.model import Model, Weight
-from powerinfer_tools.splitting import dense_ffn, transposed_down
+from powerinfer_tools.splitting import transposed_down
 from powerinfer_tools.training.thresholds import Bools, Floats
 
 #: Fewest chunks that can be parted into learning, checking and testing.
@@ -59,7 +59,7 @@ class LayerData:
                 "profile with a larger --trace (4096, say), or more text"
             )
         self.model, self.trace, self.index = model, trace, index
-        self.ffn = dense_ffn(model, index)
+        self.ffn = model.layers[index].source_ffn
         self._parts = parted(chunks)
 
     @cached_property

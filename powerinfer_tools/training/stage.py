@@ -52,7 +52,7 @@ def run_train(options: TrainOptions, progress: Progress | None = None) -> TrainR
 
 
 def _check(options: TrainOptions, model: Model) -> None:
-    if model.split is not None:
+    if not model.is_source:
         raise TrainError(f"{options.model} is a split file; train on the source model that it was made from")
     if options.method not in METHODS or options.row_type not in ROW_TYPES:
         raise TrainError(

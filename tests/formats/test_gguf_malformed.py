@@ -1,5 +1,6 @@
 """Files that must not open, each with the error that names its fault."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ MALFORMED: list[tuple[str, bytes, type[errors.FormatError], str]] = [
     ("text", b"Hello, world", errors.BadMagic, "not a GGUF file"),
     ("lower case", b"gguf\x03\x00\x00\x00", errors.BadMagic, "b'gguf'"),
     ("older ggml", b"tjgg\x03\x00\x00\x00", errors.BadMagic, "before GGUF"),
-    ("GPU index", b"PWRI\x03\x00\x00\x00", errors.BadMagic, "original PowerInfer"),
+    ("PWRI", b"PWRI\x03\x00\x00\x00", errors.BadMagic, "original PowerInfer"),
     ("zip", b"PK\x03\x04\x14\x00\x00\x00", errors.BadMagic, "zip"),
     ("no version", b"GGUF", errors.TruncatedFile, "version"),
     ("version 0", head(0, 0, version=0), errors.UnsupportedVersion, "version 0"),
@@ -313,6 +314,37 @@ def test_every_error_class_of_the_container_has_a_row() -> None:
     }
     classes = {c.__name__ for c in errors.FormatError.__subclasses__()}
     assert classes - elsewhere == {error.__name__ for _, _, error, _ in MALFORMED}
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "said"),
+    [case[1:] for case in MALFORMED if case[1][:4] == b"GGUF"],
+    ids=[case[0] for case in MALFORMED if case[1][:4] == b"GGUF"],
+)
+def test_models_of_the_original_are_judged_alike(
+    tmp_path: Path, data: bytes, error: type[errors.FormatError], said: str
+) -> None:
+    """Every rule but the first four bytes, and those only where they are asked for."""
+    path = tmp_path / "x.powerinfer.gguf"
+    path.write_bytes(b"PWRI" + data[4:])
+    with pytest.raises(error, match=re.escape(said)):
+        GGUFFile.open(path, magics=(b"PWRI",))
+    with pytest.raises(errors.BadMagic, match="a model of the original PowerInfer"):
+        GGUFFile.open(path)
+    path.write_bytes(data)
+    with pytest.raises(errors.BadMagic):
+        GGUFFile.open(path, magics=(b"PWRI",))
+
+
+def test_the_magic_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "x.powerinfer.gguf"
+    path.write_bytes(b"PWRI" + VALID[4:])
+    with GGUFFile.open(path, magics=(b"GGUF", b"PWRI")) as gguf:
+        assert gguf.magic == b"PWRI"
+        assert list(gguf.tensors) == ["w"]
+    path.write_bytes(VALID)
+    with GGUFFile.open(path) as gguf:
+        assert gguf.magic == b"GGUF"
 
 
 @pytest.mark.parametrize("length", range(len(VALID)))

@@ -15,6 +15,7 @@ from powerinfer_formats.predictors import (
     Predictors,
     PredictorsHeader,
     Quality,
+    ResidualRelu,
 )
 
 WIDTH, NEURONS, RANKS = 8, 11, (3, 1)
@@ -70,6 +71,32 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
             assert np.array_equal(getattr(first, name), getattr(second, name))
     assert found.header.nbytes == 400
     assert COST.increase == pytest.approx(0.005)
+
+
+def test_unmeasured_predictors_of_the_original_kind(tmp_path: Path) -> None:
+    """Their rank may be above the width, and nothing is known of their quality."""
+    ranks = (WIDTH + 1, 2)
+    infos = tuple(PredictorInfo("residual-relu", rank, 10, None) for rank in ranks)
+    layers = tuple(
+        ResidualRelu(
+            *(np.full(shape, rank, np.float32) for shape in ((rank, WIDTH), (NEURONS, rank), NEURONS))
+        )
+        for rank in ranks
+    )
+    header = replace(make().header, layers=infos, test_records=0, cost=None, target_recall=None)
+    Predictors(header, layers).save(tmp_path / "p")
+    found = Predictors.load(tmp_path / "p")
+    assert found.header == header
+    assert [type(layer) for layer in found.layers] == [ResidualRelu, ResidualRelu]
+    for changes in (
+        {"test_records": 3},
+        {"test_records": -1},
+        {"layers": (replace(infos[0], quality=Quality(0.1, 0.2, 0.9, 0.5)), infos[1])},
+        {"layers": (replace(infos[0], rank=NEURONS + 1), infos[1])},
+    ):
+        Predictors(replace(header, **changes), layers).save(tmp_path / "p")  # type: ignore[arg-type]
+        with pytest.raises(errors.BadField):
+            Predictors.load(tmp_path / "p")
 
 
 @pytest.mark.parametrize(

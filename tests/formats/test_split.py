@@ -13,6 +13,7 @@ from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import ValueType
 from powerinfer_formats.split import SplitFile, bundle_layout
 from powerinfer_formats.split_layout import SplitPrediction
+from powerinfer_formats.split_predictors import SplitResidualRelu
 from split_files import (
     HEADER,
     HOT,
@@ -307,6 +308,14 @@ def test_a_predictor_comes_back(tmp_path: Path) -> None:
     assert predictor.inward.shape == (8, 4 * WIDTH)
     assert predictor.outward.shape == (NEURONS, 4 * 8)
     np.testing.assert_array_equal(predictor.threshold, np.full(NEURONS, 0.5, np.float32))
+
+
+def test_a_predictor_of_the_original_kind_comes_back(tmp_path: Path) -> None:
+    written = _predictor(rank=8, kinds_written=("none", "residual-relu", "none"))
+    predictor = SplitFile.open(write_split(tmp_path / "m.powerinfer.gguf", written)).layer(1).predictor
+    assert isinstance(predictor, SplitResidualRelu)
+    assert (predictor.kind, predictor.residual, predictor.relu) == ("residual-relu", True, True)
+    assert predictor.rank == 8
 
 
 @pytest.mark.parametrize(("layers", "neurons", "width"), [(2, 12, 64), (4, 12, 64), (3, 16, 64), (3, 12, 32)])

@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup model test demo lint types bench docs clean distclean FORCE
+.PHONY: help setup model test demo relu-demo lint types bench docs clean distclean FORCE
 
 # The first Python that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell \
@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_FOLDERS := tests/formats tests/kernels tests/tools tests/cli
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1	/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/'
 
 setup: $(STAMPS)/powerinfer  ## .venv with powerinfer and everything that tests need
 
@@ -32,6 +32,9 @@ test: setup model  ## all tests, on the installed package
 
 demo: setup model  ## profile, plan, convert and run on the demo model (DEMO_SHORT=1: a small piece of it)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(MODEL)
+
+relu-demo: setup model  ## the same with predictors, on a model with true zeros that relufy made from the demo model
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/relu_demo.sh $(MODEL)
 
 lint: $(STAMPS)/requirements  ## ruff
 	$(BIN)/ruff check

@@ -75,7 +75,8 @@ class _Net:
         odds = _LOGISTIC / start.deviation
 
         def tensor(values: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+            # A copy: training writes in place, and the start has to stay what it is.
+            return torch.from_numpy(values.copy()).to(device)
 
         self.inward = tensor(start.made.inward).requires_grad_()
         self.outward = tensor(start.made.outward * (odds * start.scale)[:, None]).requires_grad_()

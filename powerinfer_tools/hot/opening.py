@@ -34,10 +34,16 @@ def open_on(model: Model, device: str, vram: int | None, tokens: int) -> tuple[H
     if problem is not None:
         return None, [f"--device cuda: {problem}; everything is computed on the CPU"]
     reason = fusing_problem()
-    side, notices = open_side(model, CudaDevice(), vram, tokens, fused=reason is None)
-    if reason is not None and side is not None:
-        notices.append(f"no fused GPU kernels: {reason}; torch operations unpack the rows, which is slower")
-    return side, notices
+    gpu = CudaDevice()
+    side, notices = open_side(model, gpu, vram, tokens, fused=reason is None)
+    if side is None:
+        return None, notices
+    if reason is not None:
+        side.notices.append(
+            f"no fused GPU kernels: {reason}; torch operations unpack the rows, which is slower"
+        )
+    side.notices += gpu.notices
+    return side, side.notices
 
 
 def fusing_problem() -> str | None:

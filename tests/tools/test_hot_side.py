@@ -311,6 +311,23 @@ def test_the_gpu_benchmark_measures_what_it_can_and_names_the_rest(
     assert "build without CUDA; --device cpu" in capsys.readouterr().err
 
 
+def test_a_gpu_without_fused_kernels_or_graphs_is_used_without_and_says_so(
+    relu: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu(1 << 30)
+    gpu.notices = ["no CUDA graphs (a reason)"]  # type: ignore[attr-defined]
+    monkeypatch.setattr(opening, "CudaDevice", lambda: gpu)
+    monkeypatch.setattr(opening, "cuda_problem", lambda: None)
+    monkeypatch.setattr(opening, "fusing_problem", lambda: "compute capability 6.1 is below 7.5")
+    engine = Engine(load_model(relu.split([GROUP] * relu.layers)), threads=1, device="cuda")
+    engine.close()
+    assert engine.report().device == "cuda"
+    assert [notice.split(":")[0] for notice in engine.notices] == [
+        "no fused GPU kernels",
+        "no CUDA graphs (a reason)",
+    ]
+
+
 def test_cuda_is_judged_by_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.cuda.is_available(), "this test describes machines without a GPU"
     assert "build without CUDA" in (devices.cuda_problem() or "")

@@ -17,7 +17,7 @@ from powerinfer_tools.model import load_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from powerinfer_tools.profiling.stage import checkpoint_path
 from powerinfer_tools.progress import Silent
-from powerinfer_tools.reference_forward import attention_block, ffn_matrices, matrix, rms_norm
+from powerinfer_tools.reference_forward import attention_block, ffn_matrices, matrix, normalize
 from powerinfer_tools.text import Tokenizer
 from tiny_models import FAMILY_CASES, make_tiny_model
 
@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_float64_reference(model_path: Path, corpus: Pat
             x = matrix(model.embedding)[prefix + ids[first : first + step]] * model.hyper.embedding_scale
             for index, layer in enumerate(model.layers):
                 x = x + attention_block(model, layer.attention, index, x, half_cache=True)
-                normed = rms_norm(x, layer.ffn_norm, model.hyper.norm_eps)
+                normed = normalize(x, layer.ffn_norm, model.hyper.norm_eps)
                 gate, up, down = ffn_matrices(layer)
                 hidden = reference.activate(normed @ gate.T, normed @ up.T, model.hyper.activation)
                 squares[index] += ((normed @ up.T) ** 2).sum(axis=0)
@@ -81,7 +81,7 @@ def test_counts_are_those_of_the_float64_reference(model_path: Path, corpus: Pat
                 nonzero[index] += (hidden != 0).sum(axis=0)
                 out = hidden @ down
                 if layer.ffn_post_norm is not None:
-                    out = rms_norm(out, layer.ffn_post_norm, model.hyper.norm_eps)
+                    out = normalize(out, layer.ffn_post_norm, model.hyper.norm_eps)
                 x = x + out
     for index, sums in enumerate(profile.sums):
         if profile.exact_zeros:

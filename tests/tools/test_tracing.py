@@ -18,7 +18,7 @@ from powerinfer_tools.profiling.corpus import find_files
 from powerinfer_tools.profiling.tracing import RECORDS_PER_WINDOW, sample, unfinished_trace
 from powerinfer_tools.profiling.windows import corpus_windows
 from powerinfer_tools.progress import Silent
-from powerinfer_tools.reference_forward import attention_block, ffn_matrices, matrix, rms_norm
+from powerinfer_tools.reference_forward import attention_block, ffn_matrices, matrix, normalize
 from powerinfer_tools.text import Tokenizer
 from tiny_models import FAMILY_CASES, make_tiny_model
 
@@ -57,7 +57,7 @@ def reference_records(model: Model, tokens: list[int]) -> list[tuple[np.ndarray,
     x = matrix(model.embedding)[tokens] * model.hyper.embedding_scale
     for index, layer in enumerate(model.layers):
         x = x + attention_block(model, layer.attention, index, x, half_cache=True)
-        normed = rms_norm(x, layer.ffn_norm, model.hyper.norm_eps)
+        normed = normalize(x, layer.ffn_norm, model.hyper.norm_eps)
         gate, up, down = ffn_matrices(layer)
         hidden = reference.activate(normed @ gate.T, normed @ up.T, model.hyper.activation)
         found.append((normed, hidden))

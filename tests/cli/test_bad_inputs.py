@@ -21,7 +21,7 @@ WRONG_USE = [
     ("run -p a --threads 0", "--threads"),
     ("run -p a --vram 12x", "'12x' is not an amount of memory"),
     ("run -p a --device tpu", "--device"),
-    ("run -p a --mode thresholded", "--mode"),
+    ("run -p a --mode sparse", "--mode"),
     ("bench --shape smollm2-135m --mode predicted", "say with --density"),
     ("bench -m a --layers 2", "is for --shape"),
     ("bench -m a --type q8_0", "is for --shape and --ffn"),

@@ -306,6 +306,8 @@ def test_every_error_class_of_the_container_has_a_row() -> None:
         "BadField",
         "WriteOrder",
         "BadSafetensors",
+        "MissingFile",
+        "BadProtobuf",
         "NotASplitFile",
         "NotAPermutation",
         "UnfinishedProfile",

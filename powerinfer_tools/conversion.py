@@ -31,7 +31,7 @@ from powerinfer_formats.split_layout import (
     source_bias_name,
     source_names,
 )
-from powerinfer_formats.split_predictors import SplitPredictor
+from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor
 from powerinfer_formats.split_thresholds import SplitThresholding, threshold_name
 from powerinfer_formats.thresholds import Thresholds
 from powerinfer_kernels import RowType, block_shape
@@ -304,7 +304,10 @@ class _Conversion:
         if self.predictors is not None:
             return split_predictor(self.predictors.layers[index], self.predictors.header.row_type, order)
         own = self.model.split.layers[index].predictor if self.model.split else None
-        return own and replace(own, outward=own.outward[order], threshold=own.threshold[order])
+        if own is None:
+            return None
+        assert isinstance(own, SplitLowRank), "models of the original have no other kind"
+        return replace(own, outward=own.outward[order], threshold=own.threshold[order])
 
     def _down_type(self, index: int) -> RowType:
         return RowType(self.layouts[index].types[-1])

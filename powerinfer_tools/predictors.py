@@ -10,19 +10,25 @@ from powerinfer_formats.predictors import (
     PredictionCost,
     PredictorsHeader,
     ResidualRelu,
+    SignBits,
 )
 from powerinfer_formats.split_layout import SplitPrediction
-from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor, SplitResidualRelu
-from powerinfer_kernels import RowType, quantize
+from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor, SplitResidualRelu, SplitSigns
+from powerinfer_kernels import RowType, quantize, reference
 
 Floats = npt.NDArray[np.float32]
 #: What becomes of each kind in a split file.
 _SPLIT: dict[type[LowRank], type[SplitLowRank]] = {LowRank: SplitLowRank, ResidualRelu: SplitResidualRelu}
 
 
-def scores(made: LowRank, inputs: Floats) -> Floats:
+def scores(made: LowRank | SignBits, inputs: Floats) -> Floats:
     """What ``made`` says of every neuron, (t, neurons), for normalised FFN inputs (t, width); float32."""
-    return np.asarray(inputs @ made.inward.T @ made.outward.T, np.float32)
+    if isinstance(made, LowRank):
+        return np.asarray(inputs @ made.inward.T @ made.outward.T, np.float32)
+    negative = np.unpackbits(made.signs, axis=1, count=inputs.shape[1], bitorder="little")
+    signs = np.float32(1) - 2 * negative.astype(np.float32)
+    codes, step = reference.sign_code(inputs.astype(np.float64))
+    return np.asarray((codes.astype(np.float32) @ signs.T) * step.astype(np.float32), np.float32)
 
 
 def split_predictor(
@@ -32,6 +38,8 @@ def split_predictor(
     if made is None:
         return None
     threshold = np.ascontiguousarray(made.threshold[order])
+    if isinstance(made, SignBits):
+        return SplitSigns(np.ascontiguousarray(made.signs[order]), threshold)
     kind, stored = RowType[row_type], TensorType[row_type]
     return _SPLIT[type(made)](
         rank=len(made.inward),

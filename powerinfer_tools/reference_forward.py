@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.split import SplitLayer, SplitPredictor
+from powerinfer_formats.split_predictors import SplitSigns
 from powerinfer_kernels import RowType, dequantize, reference
 from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
@@ -138,8 +139,11 @@ def predicted_neurons(layer: LayerWeights, x: Array, normed: Array) -> npt.NDArr
 
 
 def predictor_scores(layer: LayerWeights, x: Array, normed: Array) -> Array:
-    """outward · a(inward · input), (tokens, neurons)."""
+    """outward · a(inward · input), or the agreement of signs, (tokens, neurons)."""
     predictor = _predictor(layer)
+    if isinstance(predictor, SplitSigns):
+        negative = np.unpackbits(predictor.signs, axis=1, count=x.shape[1], bitorder="little")
+        return reference.sign_scores(normed, 1.0 - 2.0 * negative.astype(np.float64))
     source = x if predictor.residual else normed
     low = source @ _split_rows(predictor.inward, predictor.types[0], x.shape[1]).T
     if predictor.relu:

@@ -34,7 +34,8 @@ HELP = """Make small predictors of which neurons will be active, one for each la
 
 Reads NAME.trace.zst, which profile --trace makes, and writes NAME.predictors.safetensors. Each gate is cut to
 the rank that matters for the inputs seen (a singular value decomposition weighted by their covariance); ranks
-are shared out between layers where they save the most bytes, within --budget.
+are shared out between layers where they save the most bytes, within --budget. With --method sign, they
+are the signs of the gate's weights, held against the input: one bit a weight, nothing to size or train.
 
 What is predicted, and how surely, is then chosen for each layer: as many bytes saved as perplexity on a text
 allows, measured with the engine in the mode that will run; layers that would cost too much stay gate-first,
@@ -50,6 +51,7 @@ Examples:
   powerinfer train -m model.relu.gguf --max-ppl-increase 0.01 --text book.txt
   powerinfer train -m model.relu.gguf --recall 0.98 --budget 0.05
   powerinfer train -m model.relu.gguf --method tuned
+  powerinfer train -m model.relu.gguf --method sign
   powerinfer train -m relu-llama.gguf --import predictors/
 """
 
@@ -84,7 +86,7 @@ class Aim:
             min=0.001,
             max=1.0,
             metavar="SHARE",
-            help="Most that predictors may weigh, as a share of the model.",
+            help="Most that predictors may weigh, as a share of the model; those of sign have one size.",
         ),
     ] = 0.1
     text: Annotated[
@@ -112,16 +114,20 @@ class Making:
     """How predictors are made."""
 
     method: Annotated[
-        Literal["svd", "tuned"],
+        Literal["svd", "sign", "tuned"],
         _making(
             "--method",
-            help="svd: by the decomposition alone, no training; tuned: from there by gradients, in torch, "
+            help="svd: by the decomposition alone, no training; sign: the signs of the gate's weights, one "
+            "bit each, no training; tuned: from the decomposition by gradients, in torch, "
             "layer by layer. Interrupted, the same command goes on after the last finished layer.",
         ),
     ] = "svd"
     row_type: Annotated[
         Literal["Q8_0", "Q4_0", "F16", "F32"],
-        _making("--type", help="Row type of the predictors in the split file (with --import: F16)"),
+        _making(
+            "--type",
+            help="Row type of the predictors in the split file (with --import: F16); of no matter to sign.",
+        ),
     ] = "Q4_0"
     device: Annotated[Literal["cpu", "cuda"], _making("--device", help="Where torch tunes.")] = "cpu"
     seed: Annotated[int, _making("--seed", min=0, metavar="N", help="Of the choice of records.")] = 0

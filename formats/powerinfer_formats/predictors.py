@@ -22,7 +22,7 @@ _Tensor = tuple[str, tuple[int, ...]]
 #: Types that the matrices can have in a split file.
 RowTypeName = Literal["Q8_0", "Q4_0", "F16", "F32"]
 #: What a layer's predictor is; ``none``: the layer's neurons are not predicted.
-Kind = Literal["none", "low-rank", "residual-relu"]
+Kind = Literal["none", "low-rank", "residual-relu", "sign"]
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,27 @@ class ResidualRelu(LowRank):
     kind: ClassVar[Kind] = "residual-relu"
 
 
+@dataclass(frozen=True, eq=False)
+class SignBits:
+    """Neuron *i* is predicted where step · Σⱼ sᵢⱼ · qⱼ > thresholdᵢ: x ≈ step · q with q of four bits and a
+    sign, sᵢⱼ = −1 where bit j % 8 of byte j // 8 of ``signs`` (neurons, ceil(width / 8)) is 1, else 1."""
+
+    kind: ClassVar[Kind] = "sign"
+    signs: NDArray[np.uint8]
+    threshold: Floats
+
+    @staticmethod
+    def tensors(header: PredictorsHeader, rank: int) -> dict[str, _Tensor]:
+        """Type and shape of each tensor, by the ending of its name, in the order of the fields."""
+        return {
+            "signs": ("U8", (header.neurons, -(-header.width // 8))),
+            "threshold": ("F32", (header.neurons,)),
+        }
+
+
 #: A predictor of any kind; None for a layer without.
-LayerPredictor = LowRank | None
-_KINDS: dict[str, type[LowRank]] = {made.kind: made for made in (LowRank, ResidualRelu)}
+LayerPredictor = LowRank | SignBits | None
+_KINDS: dict[str, type[LowRank | SignBits]] = {made.kind: made for made in (LowRank, ResidualRelu, SignBits)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,12 +234,13 @@ def _check(header: PredictorsHeader, file: Path) -> None:
     require(1 <= len(header.layers) <= 4096, f"layers are {len(header.layers)}, expected 1 to 4096")
     require(header.test_records >= 0, "test_records is negative")
     block = BLOCK_SHAPES[TensorType[header.row_type]].values
+    widest = {"low-rank": header.width, "residual-relu": max(header.width, header.neurons)}
     for index, layer in enumerate(header.layers):
         where = f"layers[{index}]"
         require(0 <= layer.nbytes < 1 << 63, f"{where}.nbytes is {layer.nbytes}")
-        if layer.kind != "none":
-            widest = header.width if layer.kind == "low-rank" else max(header.width, header.neurons)
-            require(1 <= layer.rank <= widest, f"{where}.rank is {layer.rank}, not from 1 to {widest}")
+        if layer.kind in widest:
+            most = widest[layer.kind]
+            require(1 <= layer.rank <= most, f"{where}.rank is {layer.rank}, not from 1 to {most}")
             whole = layer.rank % block == 0 and header.width % block == 0
             require(whole, f"{where}: width and rank are not whole blocks of {header.row_type}")
         else:

@@ -28,7 +28,14 @@ from powerinfer_formats.errors import (
 )
 
 DOCUMENT_KEY = "powerinfer"
-_DTYPES: Mapping[str, str] = {"U64": "<u8", "F64": "<f8", "U32": "<u4", "F32": "<f4", "I8": "<i1"}
+_DTYPES: Mapping[str, str] = {
+    "U64": "<u8",
+    "F64": "<f8",
+    "U32": "<u4",
+    "F32": "<f4",
+    "I8": "<i1",
+    "U8": "|u1",
+}
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 
 

@@ -45,6 +45,7 @@ PREDICTOR_TENSORS = {
     "none": (),
     "low-rank": ("in.weight", "out.weight", "threshold"),
     "residual-relu": ("in.weight", "out.weight", "threshold"),
+    "sign": ("signs", "threshold"),
 }
 
 
@@ -69,8 +70,8 @@ def bias_name(layer: int) -> str:
 
 
 def predictor_names(layer: int, kind: str = "low-rank") -> tuple[str, ...]:
-    """The tensors of a predictor of this kind. Low-rank: matrices [rank, width] and [neurons, rank], and
-    thresholds F32 [neurons]."""
+    """The tensors of a predictor of this kind. Low-rank: matrices [rank, width] and [neurons, rank]; sign: I8
+    [neurons, ceil(width / 8)]; and thresholds F32 [neurons]."""
     return tuple(f"blk.{layer}.predictor_{ending}" for ending in PREDICTOR_TENSORS[kind])
 
 

@@ -65,8 +65,37 @@ class SplitResidualRelu(SplitLowRank):
     relu: ClassVar[bool] = True
 
 
+@dataclass(frozen=True, eq=False)
+class SplitSigns:
+    """Names the neurons whose signs agree enough with the input, see
+    :class:`~powerinfer_formats.predictors.SignBits`: ``signs`` uint8 [neurons, ceil(width / 8)], neurons by
+    position."""
+
+    kind: ClassVar[str] = "sign"
+    types: ClassVar[tuple[TensorType, ...]] = ()
+    signs: Bytes
+    threshold: NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one token reads of it."""
+        return self.signs.nbytes + self.threshold.nbytes
+
+    def declare(self, writer: GGUFWriter, layer: int, width: int) -> None:
+        """Declare its tensors, in the order of :meth:`write`."""
+        signs, threshold = predictor_names(layer, self.kind)
+        writer.declare(signs, TensorType.I8, (len(self.signs), -(-width // 8)))
+        writer.declare(threshold, TensorType.F32, (len(self.signs),))
+
+    def write(self, writer: GGUFWriter, layer: int) -> None:
+        """Write its tensors."""
+        signs, threshold = predictor_names(layer, self.kind)
+        writer.write(signs, self.signs)
+        writer.write(threshold, self.threshold)
+
+
 #: A predictor of any kind.
-SplitPredictor = SplitLowRank
+SplitPredictor = SplitLowRank | SplitSigns
 
 
 def declare_low_rank(
@@ -124,6 +153,15 @@ def _two_matrices(
     return rank, (inward_type, outward_type), inward, outward, threshold
 
 
+def _signs(gguf: ModelSource, layer: int, neurons: int, width: int) -> SplitSigns:
+    signs_name, threshold_name = predictor_names(layer, "sign")
+    row = -(-width // 8)
+    signs = gguf.tensor(signs_name, shape=(neurons, row), types={TensorType.I8}).reshape(neurons, row)
+    if width % 8 and (signs[:, -1] >> (width % 8)).any():
+        raise errors.BadValue(gguf.path, f"tensor {signs_name!r} has bits beyond column {width - 1}")
+    return SplitSigns(signs, _floats(gguf, threshold_name, neurons))
+
+
 def _matrix(gguf: ModelSource, name: str, rows: int, columns: int) -> tuple[Bytes, TensorType]:
     row_type = TensorType(gguf.info(name).row_type)
     data = gguf.tensor(name, shape=(rows, columns), types=BLOCK_SHAPES.keys())
@@ -142,4 +180,5 @@ _READERS: dict[str, _Reader] = {
     "none": lambda *_: None,
     "low-rank": _low_rank,
     "residual-relu": _residual_relu,
+    "sign": _signs,
 }

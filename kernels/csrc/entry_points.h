@@ -28,6 +28,9 @@ void PI_FN(activate)(int32_t kind, float cut, const float *gate, const float *up
 int64_t PI_FN(list_active)(const float *value, const float *threshold, int64_t count, int32_t *index);
 int64_t PI_FN(list_large)(const float *value, const float *threshold, int64_t count, int32_t *index);
 void PI_FN(keep_large)(const float *value, const float *threshold, int64_t count, float *out);
+void PI_FN(sign_code)(const float *x, int64_t width, uint32_t *code);
+void PI_FN(sign_scores)(const uint32_t *signs, const uint32_t *code, int64_t width, int64_t rows, int64_t tile0,
+                        int64_t tile1, float *out);
 void PI_FN(store_kv)(const float *k, const float *v, const pi_cache *cache, int64_t position);
 void PI_FN(attend)(const pi_query *queries, int64_t count, const pi_cache *cache, int64_t kv_head, float scale,
                    float softcap, float *scratch);

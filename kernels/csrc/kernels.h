@@ -21,7 +21,17 @@ enum {
     PI_BLOCK = 32, /* activations that share one scale */
     PI_QUERIES = 16, /* most queries of one call of `attend` */
     PI_CHUNK = 512, /* neurons whose down rows are summed into one partial sum */
+    /* The input of sign predictors as a code of words: Σ|q|, the step as a float, unused words up to the header's end,
+     * then a plane of signs and one of each bit of |q|, a word for 32 columns; bits beyond the last column are 0. */
+    PI_SIGN_HEADER = 16,
+    PI_SIGN_PLANES = 4,
+    PI_SIGN_LARGEST = (1 << PI_SIGN_PLANES) - 1,
 };
+#define PI_SIGN_RANGE 3.0f /* root mean squares that the largest |q| stands for */
+
+static inline int64_t pi_sign_code_words(int64_t width) {
+    return PI_SIGN_HEADER + (PI_SIGN_PLANES + 1) * ((width + 31) / 32);
+}
 
 typedef struct { /* weights as interleaved 16-row tiles; rows padded with zeros to a whole tile */
     int32_t row_type;
@@ -102,6 +112,12 @@ typedef struct pi_kernels {
     int64_t (*list_large)(const float *value, const float *threshold, int64_t count, int32_t *index);
     /* out = 0 where list_large would leave the value out. */
     void (*keep_large)(const float *value, const float *threshold, int64_t count, float *out);
+
+    /* Sign predictors (signs.inc): the code of one input, and scores of rows whose signs lie as words of 32 columns,
+     * 16 rows beside each other. */
+    void (*sign_code)(const float *x, int64_t width, uint32_t *code);
+    void (*sign_scores)(const uint32_t *signs, const uint32_t *code, int64_t width, int64_t rows, int64_t tile0,
+                        int64_t tile1, float *out);
 
     /* Attention (attention.inc). */
     void (*store_kv)(const float *k, const float *v, const pi_cache *cache, int64_t position);

@@ -35,6 +35,7 @@ int pi_op_is_vector(const pi_op *op) {
     case PI_OP_ATTENTION:
     case PI_OP_SUM_ROWS:
     case PI_OP_SPARSE_FFN:
+    case PI_OP_SIGN_SCORES:
     case PI_OP_OBSERVE: return 0;
     default: return 1;
     }
@@ -219,6 +220,26 @@ static void sum_rows(const pi_op *op, pi_run *run, pi_worker *worker) {
         run->kernels->sum_all_rows(rows, a->h, run->tokens, columns.begin, columns.end, a->out);
 }
 
+static void sign_code(const pi_op *op, pi_run *run, pi_worker *worker) {
+    const pi_sign_code *s = &op->u.sign_code;
+    range tokens = share_of(worker, run->tokens);
+    int64_t words = pi_sign_code_words(s->width);
+    for (int64_t t = tokens.begin; t < tokens.end; t++)
+        run->kernels->sign_code(s->src + t * s->width, s->width, s->code + t * words);
+}
+
+enum { SIGN_TILES = 8 /* that a thread takes at once */ };
+
+static void sign_scores(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
+    const pi_sign_scores *s = &op->u.sign_scores;
+    int64_t tiles = (s->rows + PI_TILE - 1) / PI_TILE, words = pi_sign_code_words(s->width), chunk;
+    pi_share share = pi_share_open(worker, slot, (tiles + SIGN_TILES - 1) / SIGN_TILES);
+    while ((chunk = pi_share_next(&share)) >= 0)
+        for (int64_t t = 0; t < run->tokens; t++)
+            run->kernels->sign_scores(s->signs, s->code + t * words, s->width, s->rows, chunk * SIGN_TILES,
+                                      min64(tiles, (chunk + 1) * SIGN_TILES), s->out + t * s->rows);
+}
+
 void pi_clear_columns(float *out, int64_t width, int64_t tokens, int64_t begin, int64_t end) {
     for (int64_t t = 0; t < tokens; t++) memset(out + t * width + begin, 0, sizeof(float) * (size_t)(end - begin));
 }
@@ -239,6 +260,8 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     case PI_OP_SPARSE_FFN: pi_sparse_ffn_execute(op, run, worker, slot); break;
     case PI_OP_KEEP_LARGE: keep_large(op, run, worker); break;
     case PI_OP_OBSERVE: pi_observe_execute(op, run, worker); break;
+    case PI_OP_SIGN_CODE: sign_code(op, run, worker); break;
+    case PI_OP_SIGN_SCORES: sign_scores(op, run, worker, slot); break;
     default: break;
     }
 }

@@ -9,7 +9,7 @@
 typedef enum {
     PI_OP_EMBED, PI_OP_RMS_NORM, PI_OP_LAYER_NORM, PI_OP_QUANTIZE, PI_OP_MATMUL, PI_OP_ROPE, PI_OP_STORE_KV,
     PI_OP_ATTENTION, PI_OP_ACTIVATE, PI_OP_ADD, PI_OP_SUM_ROWS, PI_OP_SPARSE_FFN, PI_OP_OBSERVE,
-    PI_OP_KEEP_LARGE,
+    PI_OP_KEEP_LARGE, PI_OP_SIGN_CODE, PI_OP_SIGN_SCORES,
     PI_OP_KINDS,
 } pi_op_kind;
 
@@ -108,6 +108,18 @@ typedef struct { /* out = 0 where |value| is not above the threshold [width] */
     int64_t width;
 } pi_keep;
 
+typedef struct { /* code [max_tokens, pi_sign_code_words(width)] of the input */
+    const float *src;
+    uint32_t *code;
+    int64_t width;
+} pi_sign_code;
+
+typedef struct { /* signs [ceil(rows / 16), ceil(width / 32), 16] words; scores [max_tokens, rows] */
+    const uint32_t *signs, *code;
+    float *out;
+    int64_t rows, width;
+} pi_sign_scores;
+
 enum { PI_BINS = 128 /* of a histogram of contributions */ };
 
 typedef struct { /* counters of `width` neurons that each run adds to */
@@ -138,6 +150,8 @@ typedef struct {
         pi_sparse_ffn sparse_ffn;
         pi_observe observe;
         pi_keep keep;
+        pi_sign_code sign_code;
+        pi_sign_scores sign_scores;
     } u;
 } pi_op;
 

@@ -36,6 +36,8 @@ static const struct {
     [PI_OP_KEEP_LARGE] = {3, 1, 0, 1u << 2},
     [PI_OP_SPARSE_FFN] = {11, 3, 1, 1u << 7 | 1u << 8 | 1u << 9},
     [PI_OP_OBSERVE] = {6, 2, 1, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
+    [PI_OP_SIGN_CODE] = {2, 1, 0, 1u << 1},
+    [PI_OP_SIGN_SCORES] = {3, 2, 0, 1u << 2},
 };
 
 typedef struct {
@@ -112,6 +114,12 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
         break;
     case PI_OP_KEEP_LARGE:
         op.u.keep = (pi_keep){p[0], p[1], p[2], i[0]};
+        break;
+    case PI_OP_SIGN_CODE:
+        op.u.sign_code = (pi_sign_code){p[0], p[1], i[0]};
+        break;
+    case PI_OP_SIGN_SCORES:
+        op.u.sign_scores = (pi_sign_scores){p[0], p[1], p[2], i[0], i[1]};
         break;
     default: /* SPARSE_FFN */
         op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0], .cut = a->f[0], .select = p[0], .threshold = p[1], .src = p[2],

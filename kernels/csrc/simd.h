@@ -55,6 +55,8 @@
  *   v64b_srl4(a)                  every byte shifted right by 4 (high nibble, zero-extended)
  *   v64b_sll16(a, n) v64b_srl16(a, n)    shifts of 16-bit lanes: the caller masks what crosses bytes
  *   v64b_as_i32(a)  v16i_as_bytes(a)     the same bits, other type
+ *   v64b_add_ones(acc, a, n)      every byte of acc + 2^n · (ones among the bits of that byte of a), wraps around;
+ *                                 0 ≤ n ≤ 4
  * Reading several rows at once: `rows` are pointers, `at` an offset in bytes that is added to each
  *   v64b_transpose16(rows, at, line)     16 rows of 16 bytes; line[j] dword r = bytes 4j..4j+3 of row r
  *   v64b_transpose4(rows, at)            16 rows of 4 bytes; dword r = the bytes of row r

@@ -184,6 +184,19 @@ PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], int64_t at, v64b 
     pi_transpose_8_rows(rows + 8, at, &line[0].b, &line[1].b, &line[2].b, &line[3].b);
 }
 
+/* Ones of a nibble by table. */
+PI_INLINE __m256i pi_add_ones(__m256i acc, __m256i a, __m256i table) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(a, 4), low);
+    acc = _mm256_add_epi8(acc, _mm256_shuffle_epi8(table, _mm256_and_si256(a, low)));
+    return _mm256_add_epi8(acc, _mm256_shuffle_epi8(table, high));
+}
+PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
+    const __m256i ones = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
+                                          0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i table = _mm256_slli_epi16(ones, n); /* at most 4 · 2^4: no bit crosses into the next byte */
+    return PI_B(pi_add_ones(acc.a, a.a, table), pi_add_ones(acc.b, a.b, table));
+}
 PI_INLINE v16i v64b_as_i32(v64b x) { return PI_I(x.a, x.b); }
 PI_INLINE v64b v16i_as_bytes(v16i x) { return PI_B(x.a, x.b); }
 PI_INLINE short pi_half_at(const uint8_t *p) { short half; memcpy(&half, p, 2); return half; }

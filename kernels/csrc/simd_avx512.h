@@ -128,6 +128,15 @@ PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], int64_t at, v64b 
     line[3].v = _mm512_unpackhi_epi64(hi01, hi23);
 }
 
+/* Ones of a nibble by table. */
+PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i ones = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m512i table = _mm512_slli_epi16(ones, (unsigned)n); /* at most 4 · 2^4: stays in its byte */
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(a.v, 4), low);
+    const __m512i sum = _mm512_add_epi8(acc.v, _mm512_shuffle_epi8(table, _mm512_and_si512(a.v, low)));
+    return PI_B(_mm512_add_epi8(sum, _mm512_shuffle_epi8(table, high)));
+}
 PI_INLINE v16i v64b_as_i32(v64b a) { return PI_I(a.v); }
 PI_INLINE v64b v16i_as_bytes(v16i a) { return PI_B(a.v); }
 PI_INLINE short pi_half_at(const uint8_t *p) { short half; memcpy(&half, p, 2); return half; }

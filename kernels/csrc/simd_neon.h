@@ -179,6 +179,11 @@ PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], int64_t at, v64b 
     }
 }
 
+PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
+    const int8x16_t shift = vdupq_n_s8((int8_t)n);
+    PI_PARTS acc.v[k] = vaddq_u8(acc.v[k], vshlq_u8(vcntq_u8(a.v[k]), shift));
+    return acc;
+}
 PI_INLINE v16i v64b_as_i32(v64b a) { v16i r; PI_PARTS r.v[k] = vreinterpretq_s32_u8(a.v[k]); return r; }
 PI_INLINE v64b v16i_as_bytes(v16i a) { v64b r; PI_PARTS r.v[k] = vreinterpretq_u8_s32(a.v[k]); return r; }
 PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {

@@ -118,6 +118,10 @@ PI_INLINE void v64b_transpose16(const uint8_t *const rows[16], int64_t at, v64b 
     for (int j = 0; j < 4; j++) PI_LANES memcpy(line[j].l + 4 * i, rows[i] + at + 4 * j, 4);
 }
 
+PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
+    PI_BYTES acc.l[i] = (uint8_t)(acc.l[i] + (__builtin_popcount(a.l[i]) << n));
+    return acc;
+}
 PI_INLINE v16i v64b_as_i32(v64b a) { v16i r; memcpy(&r, &a, 64); return r; }
 PI_INLINE v64b v16i_as_bytes(v16i a) { v64b r; memcpy(&r, &a, 64); return r; }
 PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {

@@ -9,6 +9,7 @@ from .matrix import Bundle, Matrix, dequantize, quantize
 from .pool import Pool, available_isas, read_bandwidth
 from .program import ACTIVATION_KINDS, HISTOGRAM_BINS, Program, ProgramBuilder
 from .row_types import RowType, block_shape, row_bytes
+from .signs import Signs, pack_signs, sign_code_words
 from .topology import physical_cores
 
 __all__ = [
@@ -25,12 +26,15 @@ __all__ = [
     "ProgramBuilder",
     "RowMatrix",
     "RowType",
+    "Signs",
     "aligned",
     "available_isas",
     "block_shape",
     "dequantize",
+    "pack_signs",
     "physical_cores",
     "quantize",
     "read_bandwidth",
     "row_bytes",
+    "sign_code_words",
 ]

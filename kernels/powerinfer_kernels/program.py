@@ -15,6 +15,7 @@ from .buffers import Activations, KVCache, RowMatrix
 from .checks import Array, Floats, check_apart, check_apart_or_same, check_array, check_positive
 from .matrix import Bundle, Matrix
 from .pool import Pool
+from .signs import Signs, sign_code_words
 
 #: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) ·
 #: relu(up); fatrelu: gate · up where the gate is above a cut.
@@ -46,6 +47,8 @@ class _Op(IntEnum):
     SPARSE_FFN = 11
     OBSERVE = 12
     KEEP_LARGE = 13
+    SIGN_CODE = 14
+    SIGN_SCORES = 15
 
 
 class Program:
@@ -373,6 +376,20 @@ class ProgramBuilder:
         check_array("up_squares", up_squares, np.float64, (width,), written=True)
         objects = (gate, up, counts, histogram, gate_squares, up_squares)
         self._append(_Op.OBSERVE, objects, (_kind(kind), width), (_cut(kind, cut),))
+
+    def sign_code(self, src: Floats, code: npt.NDArray[np.uint32]) -> None:
+        """The input of sign predictors, in sign and magnitude: |q| = |src| / step rounded half to even, at
+        most 15, with step = 3 / 15 of the row's root mean square. `code` [max_tokens, `sign_code_words`]."""
+        width = self._width("src", src)
+        check_array("code", code, np.uint32, (self.max_tokens, sign_code_words(width)), written=True)
+        self._append(_Op.SIGN_CODE, (src, code), (width,))
+
+    def sign_scores(self, signs: Signs, code: npt.NDArray[np.uint32], out: Floats) -> None:
+        """out = step · Σ_j s_ij · q_j for each of the rows of `signs`, s_ij = ±1; exact but for the product
+        with the step. `code` is what `sign_code` wrote."""
+        check_array("code", code, np.uint32, (self.max_tokens, sign_code_words(signs.columns)))
+        self._check("out", out, signs.rows, written=True)
+        self._append(_Op.SIGN_SCORES, (signs.words, code, out), (signs.rows, signs.columns))
 
     def mark(self) -> int:
         """Index of the next operation: a point where a run can begin or end."""

@@ -11,6 +11,8 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 #: Neurons whose down rows are summed into one partial sum.
 CHUNK = 512
+#: Largest magnitude in the code of a sign predictor's input, and the root mean squares that it stands for.
+SIGN_LARGEST, SIGN_RANGE = 15, 3
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float, groups: int = 1) -> Array:
@@ -142,6 +144,21 @@ def thresholded_ffn(
     other = x @ rest.T
     hidden = known * other if factor == "gate" else activate(other, known, kind)
     return sum_rows(keep_large(known, threshold, hidden), down)
+
+
+def sign_code(x: Array) -> tuple[Array, Array]:
+    """(q, step) of the input of sign predictors: x ≈ step · q per row, with step = 3 / 15 of the root mean
+    square and q = x / step rounded half to even and cut to ±15."""
+    step = np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) * (SIGN_RANGE / SIGN_LARGEST)
+    return np.clip(np.rint(x / np.where(step > 0, step, 1)), -SIGN_LARGEST, SIGN_LARGEST), step
+
+
+def sign_scores(x: Array, signs: Array) -> Array:
+    """step · Σ_j s_ij · q_j for `signs` [rows, columns] of ±1: which products are positive, without training
+    (after SparseInfer, arXiv 2411.12692, which has the signs of the input alone)."""
+    q, step = sign_code(x)
+    scores: Array = step * (q @ signs.T)
+    return scores
 
 
 def sparse_ffn(gate: Array, x: Array, up: Array | None, down: Array, kind: str, cut: float = 0.0) -> Array:

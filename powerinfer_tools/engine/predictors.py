@@ -4,9 +4,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from powerinfer_formats.split_predictors import SplitPredictor
-from powerinfer_kernels import Activations, Matrix, Pool, ProgramBuilder, RowType, aligned
+from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor
+from powerinfer_kernels import (
+    Activations,
+    Matrix,
+    Pool,
+    ProgramBuilder,
+    RowType,
+    Signs,
+    aligned,
+    sign_code_words,
+)
 from powerinfer_tools.engine.buffers import Buffers, Floats, activations
 
 
@@ -75,10 +85,37 @@ class LowRankPredictor:
         builder.matmul(self.outward, self.low, self.low_acts, scores)
 
 
+@dataclass(frozen=True)
+class SignPredictor:
+    """Signs of the gate's weights against the input's code; ``code`` (T, words) is scratch."""
+
+    signs: Signs
+    threshold: Floats
+    code: npt.NDArray[np.uint32]
+    quantized: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one token touches."""
+        return self.signs.nbytes + self.threshold.nbytes
+
+    def prepare(self, builder: ProgramBuilder, buffers: Buffers) -> None:
+        """Append the input's code."""
+        builder.sign_code(buffers.normed, self.code)
+
+    def write(self, builder: ProgramBuilder, scores: Floats) -> None:
+        """Append the scores."""
+        builder.sign_scores(self.signs, self.code, scores)
+
+
 def lay_out(predictor: SplitPredictor, pool: Pool, first: int, width: int, tokens: int) -> Predictor:
     """``predictor`` for the neurons from position ``first`` on and up to ``tokens`` inputs (width) at a
     time."""
     threshold = predictor.threshold[first:].copy()
+    if not isinstance(predictor, SplitLowRank):
+        signs = np.ascontiguousarray(predictor.signs[first:])
+        code = aligned((tokens, sign_code_words(width)), np.uint32)
+        return SignPredictor(Signs(signs, len(signs), width), threshold, code)
     rank, (inward, outward) = predictor.rank, map(RowType, predictor.types)
     rows = np.ascontiguousarray(predictor.outward[first:])
     return LowRankPredictor(

@@ -97,7 +97,7 @@ class _AsTheyAre:
     name = "as imported"
 
     def __init__(self, predictors: Predictors, path: Path) -> None:
-        self.layers = [layer for layer in predictors.layers if layer is not None]
+        self.layers = [layer for layer in predictors.layers if isinstance(layer, LowRank)]
         self.row_type = RowType[predictors.header.row_type]
         self.source_quality: list[Quality] = []
         self.quality: list[Quality] = []
@@ -125,7 +125,7 @@ class _Refitted:
 
     def __init__(self, model: Model, predictors: Predictors, trace: TraceFile) -> None:
         self.model, self.trace = model, trace
-        self.layers = [layer for layer in predictors.layers if layer is not None]
+        self.layers = [layer for layer in predictors.layers if isinstance(layer, LowRank)]
         parts = parted(len(trace.header.chunks))
         self.learn, self.test = parts.learn, parts.test
         if not self.test:

@@ -9,8 +9,8 @@ import numpy as np
 from powerinfer_formats.predictors import PredictorsHeader, RowTypeName
 from powerinfer_formats.records import to_plain
 
-#: How predictors can be made. ``tuned`` needs torch.
-METHODS = ("svd", "tuned")
+#: How predictors can be made: of low rank, but for ``sign``, of the gate's signs. ``tuned`` needs torch.
+METHODS = ("svd", "sign", "tuned")
 #: Types that the engine multiplies with and that small errors survive.
 ROW_TYPES: tuple[RowTypeName, ...] = get_args(RowTypeName)
 

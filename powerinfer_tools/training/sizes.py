@@ -1,10 +1,13 @@
 """How large each layer's predictor is to be."""
 
-from powerinfer_kernels import RowType, block_shape
+import numpy as np
+
+from powerinfer_formats.predictors import SignBits
+from powerinfer_kernels import RowType, block_shape, pack_signs
 from powerinfer_tools.training.choice import Candidate
 from powerinfer_tools.training.layer_data import LayerData
 from powerinfer_tools.training.low_rank import cut, factorize
-from powerinfer_tools.training.thresholds import fit, level_for, quality
+from powerinfer_tools.training.thresholds import Floats, fit, level_for, quality
 
 #: Records that a rank is tried on: enough for three digits of its density.
 _TRIED_RECORDS = 1024
@@ -24,9 +27,14 @@ def nbytes(rank: int, width: int, neurons: int, row_type: RowType) -> int:
     return (rank * (width // values) + neurons * (rank // values)) * size + 4 * neurons
 
 
+def sign_bytes(width: int, neurons: int) -> int:
+    """Bytes of a sign predictor in a split file."""
+    return neurons * (-(-width // 8) + 4)
+
+
 def candidates(data: LayerData, row_type: RowType, recall: float) -> list[Candidate]:
-    """What a layer's predictor can be, priced by its bytes: a token touches them, and the rows of the neurons
-    that it names at this recall. ``what`` is the rank."""
+    """What a layer's low-rank predictor can be, priced by its bytes: a token touches them, and the rows of
+    the neurons that it names at this recall. ``what`` is the rank."""
     neurons, width = data.gate.shape
     learn, some = data.learn.inputs, data.check.first(_TRIED_RECORDS)
     true, factors = data.gates(learn), factorize(data.gate, learn)
@@ -38,3 +46,15 @@ def candidates(data: LayerData, row_type: RowType, recall: float) -> list[Candid
         rows = data.gate_bytes + data.other_bytes
         found.append(Candidate(size, size + reached.predicted_density * rows, rank))
     return found
+
+
+def sign_candidates(data: LayerData) -> list[Candidate]:
+    """The one predictor of signs that a layer can have, of rank 0: there is nothing to choose."""
+    neurons, width = data.gate.shape
+    size = sign_bytes(width, neurons)
+    return [Candidate(size, size, 0)]
+
+
+def sign_bits(gate: Floats) -> SignBits:
+    """The signs of ``gate`` (neurons, width), with thresholds of zero."""
+    return SignBits(pack_signs(gate), np.zeros(len(gate), np.float32))

@@ -25,7 +25,7 @@ from powerinfer_tools.training.layer_data import LayerData
 from powerinfer_tools.training.low_rank import cut, factorize
 from powerinfer_tools.training.meter import Meter
 from powerinfer_tools.training.options import METHODS, ROW_TYPES, TrainOptions, TrainReport
-from powerinfer_tools.training.sizes import candidates
+from powerinfer_tools.training.sizes import candidates, sign_bits, sign_candidates
 from powerinfer_tools.training.thresholds import Fit, Floats, fit, judge, level_for
 from powerinfer_tools.training.unfinished import FinishedLayer, forget
 
@@ -73,7 +73,7 @@ def _check(options: TrainOptions, model: Model) -> None:
     if options.method == "tuned":
         _require_torch(options.device)
     block = block_shape(RowType[options.row_type])[0]
-    if model.hyper.width % block:
+    if options.method != "sign" and model.hyper.width % block:
         raise TrainError(
             f"{options.model}: rows of {model.hyper.width} values are no whole blocks of {options.row_type}; "
             "take --type F16"
@@ -132,7 +132,11 @@ class _Run:
         found = []
         for index in range(layers):
             data = self._layer(index)
-            found.append(candidates(data, self.row_type, recall))
+            found.append(
+                sign_candidates(data)
+                if self.options.method == "sign"
+                else candidates(data, self.row_type, recall)
+            )
             self.progress.advance(1)
         self.progress.finish()
         return choose(found, int(self.options.budget * self.model.gguf.nbytes))
@@ -140,6 +144,8 @@ class _Run:
     def _made(self, index: int, rank: int) -> Fit:
         data = self._layer(index)
         learn = data.learn.inputs
+        if self.options.method == "sign":
+            return fit(sign_bits(data.gate), learn, data.gates(learn))
         made = cut(factorize(data.gate, learn), rank, self.row_type)
         start = fit(made, learn, data.gates(learn))
         return self._tuned(start, data) if self.options.method == "tuned" else start

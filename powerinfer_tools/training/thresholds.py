@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.predictors import LayerPredictor, LowRank, Quality
+from powerinfer_formats.predictors import LayerPredictor, LowRank, Quality, SignBits
 from powerinfer_tools.predictors import scores
 
 Floats = npt.NDArray[np.float32]
@@ -23,7 +23,7 @@ class Fit:
     common to the layer: the rule that finds most active neurons for a number of named ones.
     """
 
-    made: LowRank
+    made: LowRank | SignBits
     scale: Floats
     mean: Floats
     deviation: Floats
@@ -36,12 +36,12 @@ class Fit:
         """Thresholds (neurons) for a level of :meth:`normal`."""
         return np.asarray((self.mean + self.deviation * level) / self.scale, np.float32)
 
-    def at(self, level: float) -> LowRank:
+    def at(self, level: float) -> LowRank | SignBits:
         """The predictor."""
         return replace(self.made, threshold=self.threshold(level))
 
 
-def fit(made: LowRank, learn: Floats, true: Floats) -> Fit:
+def fit(made: LowRank | SignBits, learn: Floats, true: Floats) -> Fit:
     """``made`` with its errors about the gates ``true`` (t, neurons) of inputs ``learn`` (t, width)."""
     said = scores(made, learn)
     centred = said - said.mean(axis=0)

@@ -72,6 +72,7 @@ class _Net:
     """Log-odds of each neuron: outward · (inward · x) + bias."""
 
     def __init__(self, start: Fit, data: LayerData, device: str) -> None:
+        assert isinstance(start.made, LowRank)
         odds = _LOGISTIC / start.deviation
 
         def tensor(values: npt.NDArray[Any]) -> Tensor:

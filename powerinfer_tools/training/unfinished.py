@@ -31,6 +31,7 @@ class FinishedLayer:
 
     def __init__(self, start: Fit, data: LayerData, recall: float, options: TrainOptions) -> None:
         self.path = unfinished_layers(options.output) / f"layer-{data.index}.safetensors"
+        assert isinstance(start.made, LowRank)
         self._shapes = {"in": start.made.inward.shape, "out": start.made.outward.shape}
         asked = (data.model.fingerprint, data.trace.header.corpus_hashes, options.seed, options.device)
         digest = hashlib.sha256(json.dumps([*asked, recall, data.index]).encode())
@@ -57,6 +58,7 @@ class FinishedLayer:
 
     def keep(self, made: Fit) -> None:
         """Write the file."""
+        assert isinstance(made.made, LowRank)
         self.path.parent.mkdir(exist_ok=True)
         tensors: dict[str, Floats] = {"in": made.made.inward, "out": made.made.outward}
         tensors |= {"scale": made.scale, "mean": made.mean, "deviation": made.deviation}

@@ -16,11 +16,15 @@ from powerinfer_formats.predictors import (
     PredictorsHeader,
     Quality,
     ResidualRelu,
+    SignBits,
 )
 
 WIDTH, NEURONS, RANKS = 8, 11, (3, 1)
 COST = PredictionCost(0.001, 20.0, 20.1, 0.01, 100, 64, "ef" * 32)
 QUALITY = Quality(0.2, 0.3, 0.95, 0.6)
+
+
+SIGN = PredictorInfo("sign", 0, 55, QUALITY)
 
 
 def infos(*ranks: int, **changes: Any) -> tuple[PredictorInfo, ...]:
@@ -41,6 +45,7 @@ def make(**changes: Any) -> Predictors:
             )
             for rank in RANKS
         ),
+        SignBits(rng.integers(0, 256, (NEURONS, 1), np.uint8), rng.normal(size=NEURONS).astype(np.float32)),
         None,
     )
     header = PredictorsHeader(
@@ -51,7 +56,7 @@ def make(**changes: Any) -> Predictors:
         target_recall=0.95,
         width=WIDTH,
         neurons=NEURONS,
-        layers=infos(*RANKS, 0),
+        layers=(*infos(*RANKS), SIGN, infos(0)[0]),
         test_records=7,
         cost=COST,
         corpus_hashes=("cd" * 32,),
@@ -65,11 +70,12 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     made.save(tmp_path / "p")
     found = Predictors.load(tmp_path / "p")
     assert found.header == made.header
-    assert found.layers[2] is None
-    for first, second in zip(made.layers[:2], found.layers[:2], strict=True):
-        for name in ("inward", "outward", "threshold"):
-            assert np.array_equal(getattr(first, name), getattr(second, name))
-    assert found.header.nbytes == 400
+    assert found.layers[3] is None
+    for first, second in zip(made.layers[:3], found.layers[:3], strict=True):
+        assert type(first) is type(second)
+        for name, array in vars(first).items():
+            assert np.array_equal(array, getattr(second, name))
+    assert found.header.nbytes == 455
     assert COST.increase == pytest.approx(0.005)
 
 
@@ -116,10 +122,13 @@ def test_unmeasured_predictors_of_the_original_kind(tmp_path: Path) -> None:
         (errors.BadField, {"cost": replace(COST, perplexity=0.0)}),
         (errors.BadField, {"cost": replace(COST, tokens=0)}),
         (errors.WrongShape, {"neurons": NEURONS + 1}),
-        (errors.WrongShape, {"layers": infos(3, 2, 0)}),
+        (errors.WrongShape, {"layers": (*infos(3, 2), SIGN, infos(0)[0])}),
         (errors.UnexpectedTensor, {"layers": infos(3)}),
-        (errors.UnexpectedTensor, {"layers": infos(3, 0, 0)}),
+        (errors.UnexpectedTensor, {"layers": infos(3, 0, 0, 0)}),
         (errors.MissingTensor, {"layers": infos(3, 1, 1)}),
+        (errors.MissingTensor, {"layers": (*infos(3), SIGN, SIGN, infos(0)[0])}),
+        (errors.BadField, {"layers": (replace(SIGN, rank=1), *infos(3, 1, 0))}),
+        (errors.WrongShape, {"width": WIDTH + 1, "layers": (*infos(0, 0), SIGN, infos(0)[0])}),
     ],
 )
 def test_faults(tmp_path: Path, fault: type[Exception], changes: dict[str, Any]) -> None:
@@ -142,7 +151,7 @@ def test_another_file_and_another_model(tmp_path: Path) -> None:
     with pytest.raises(errors.BadSafetensors):
         Predictors.load(tmp_path / "p")
     made = make()
-    made.require_model("ab" * 32, "x", (3, WIDTH, NEURONS), "p")
-    for fingerprint, shape in (("00" * 32, (3, WIDTH, NEURONS)), ("ab" * 32, (2, WIDTH, NEURONS))):
+    made.require_model("ab" * 32, "x", (4, WIDTH, NEURONS), "p")
+    for fingerprint, shape in (("00" * 32, (4, WIDTH, NEURONS)), ("ab" * 32, (2, WIDTH, NEURONS))):
         with pytest.raises(errors.OtherModel, match=r"'tiny'.*'other'"):
             made.require_model(fingerprint, "other", shape, "p")

@@ -13,7 +13,7 @@ from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import ValueType
 from powerinfer_formats.split import SplitFile, bundle_layout
 from powerinfer_formats.split_layout import SplitPrediction
-from powerinfer_formats.split_predictors import SplitResidualRelu
+from powerinfer_formats.split_predictors import SplitLowRank, SplitResidualRelu, SplitSigns
 from split_files import (
     HEADER,
     HOT,
@@ -161,6 +161,17 @@ def _predictor(
     return change
 
 
+def _signs(row: int) -> Change:
+    """A sign predictor in layer 1, with rows of so many bytes."""
+
+    def change(parts: Parts) -> None:
+        parts.header = replace(parts.header, prediction=SplitPrediction(("none", "sign", "none"), (), ()))
+        parts.extra_tensors.append((names.predictor_names(1, "sign")[0], TensorType.I8, (NEURONS, row)))
+        parts.thresholds[1] = [0.5] * NEURONS
+
+    return change
+
+
 _ASCENDING = list(range(NEURONS))
 _U32, _F32 = ValueType.UINT32, ValueType.FLOAT32
 _Q4 = TensorType.Q4_1
@@ -262,8 +273,15 @@ FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
         "unknown kind",
         _predictor(rank=8, kinds_written=("none", "oracle", "none")),
         errors.BadValue,
-        "has 'oracle' for layer 1, known are none, low-rank",
+        "has 'oracle' for layer 1, known are none, low-rank, residual-relu, sign",
     ),
+    (
+        "other kind",
+        _predictor(rank=8, kinds_written=("none", "sign", "none")),
+        errors.UnexpectedTensor,
+        "predictor_in.weight', but the predictor of layer 1 is 'sign'",
+    ),
+    ("signs too long", _signs(9), errors.WrongShape, "predictor_signs"),
     ("kinds short", _predictor(rank=8, kinds_written=("low-rank",)), errors.BadValue, "has 1 values"),
     ("recall above 1", _predictor(rank=8, shares=((1, 2, 1), (1, 1, 1))), errors.BadValue, "share above 1"),
     ("recall short", _predictor(rank=8, shares=((1, 1), (1, 1))), errors.BadValue, "has 2 values"),
@@ -302,7 +320,7 @@ def test_a_predictor_comes_back(tmp_path: Path) -> None:
     with_predictor = SplitFile.open(write_split(tmp_path / "m.powerinfer.gguf", _predictor(rank=8)))
     assert with_predictor.layer(0).predictor is None
     predictor = with_predictor.layer(1).predictor
-    assert predictor is not None
+    assert isinstance(predictor, SplitLowRank)
     assert predictor.rank == 8
     assert predictor.types == (TensorType.F32, TensorType.F32)
     assert predictor.inward.shape == (8, 4 * WIDTH)
@@ -323,6 +341,13 @@ def test_the_split_must_suit_the_model(split: SplitFile, layers: int, neurons: i
     with pytest.raises(errors.FormatError):
         SplitFile.read(split.gguf, layers=layers, neurons=neurons, width=width)
     assert SplitFile.read(split.gguf, layers=LAYERS, neurons=NEURONS, width=WIDTH) is not None
+
+
+def test_signs_come_back(tmp_path: Path) -> None:
+    predictor = SplitFile.open(write_split(tmp_path / "m.gguf", _signs(WIDTH // 8))).layer(1).predictor
+    assert isinstance(predictor, SplitSigns)
+    assert predictor.signs.shape == (NEURONS, WIDTH // 8)
+    assert predictor.nbytes == NEURONS * (WIDTH // 8 + 4)
 
 
 def test_what_a_file_says_of_its_predictors(tmp_path: Path) -> None:

@@ -214,13 +214,14 @@ def converted(traced: Traced, output: Path) -> Path:
     return output
 
 
-def test_the_split_file_predicts(traced: Traced, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["svd", "sign"])
+def test_the_split_file_predicts(traced: Traced, tmp_path: Path, method: str) -> None:
     """Neurons are sorted anew in the split file, and the predictors with them: the more is to be found, the
     nearer the result is to dense, and at nearly all it is that of dense but for what is rarely active."""
     tokens = traced.tiny.tokens(40)
     distances, densities = [], []
     for recall in (0.5, 0.9, 0.999):
-        run_train(traced.options(recall=recall))
+        run_train(traced.options(recall=recall, method=method))
         path = converted(traced, tmp_path / f"{recall}.powerinfer.gguf")
         dense, _ = logits(path, tokens, "dense")
         exact, _ = logits(path, tokens, "gate-first")
@@ -311,11 +312,12 @@ def perplexity_of(path: Path, pieces: list[list[int]], mode: str) -> float:
         engine.close()
 
 
-@pytest.mark.parametrize("method", ["svd", "tuned"])
+@pytest.mark.parametrize("method", ["svd", "sign", "tuned"])
 def test_every_method_reaches_its_recall_in_the_engine(traced: Traced, tmp_path: Path, method: str) -> None:
     """What the predictors file says is what the split file does: recall in the engine, on other tokens."""
     report = run_train(traced.options(method=method))
-    assert report.header.method == method
+    kinds = {layer.kind for layer in report.header.layers}
+    assert kinds == {"sign" if method == "sign" else "low-rank"}
     assert report.mean("recall") == pytest.approx(0.95, abs=0.03)
     path = converted(traced, tmp_path / "m.powerinfer.gguf")
     engine = Engine(load_model(path), mode="predicted", threads=2, check_recall=True)

@@ -141,7 +141,7 @@ def _threshold(options: ImportPredictors) -> float:
         if isinstance(found, bool) or not isinstance(found, int | float | None):
             raise ImportFailed(f"{config}: sparse_threshold is {found!r}, expected a number")
         threshold = found
-    if threshold is not None and not abs(threshold) < np.finfo(np.float32).max:
+    if threshold is not None and not abs(threshold) < float(np.finfo(np.float32).max):
         raise ImportFailed(f"threshold {threshold} is not a finite number in single precision")
     return threshold or 0.0
 

@@ -119,8 +119,8 @@ def read_predictor(
     """
     wanted = predictor_names(layer, kind)
     for other in PREDICTOR_TENSORS:
-        for name in set(predictor_names(layer, other)) - set(wanted):
-            if name in gguf.tensors:
+        for name in predictor_names(layer, other):
+            if name in gguf.tensors and name not in wanted:
                 raise errors.UnexpectedTensor(
                     gguf.path, f"has a tensor {name!r}, but the predictor of layer {layer} is {kind!r}"
                 )

@@ -9,59 +9,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.split import SplitFile, SplitLayer
 from powerinfer_kernels import RowType
-from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, NormKind, architecture
+from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, architecture
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hyperparameters import Hyperparameters, read_hyperparameters
 from powerinfer_tools.original.reading import is_original, read_original
 from powerinfer_tools.sources import open_source
-
-Vector = npt.NDArray[np.float32]
-#: Row types of matrices that the kernels compute with.
-MATRIX_TYPES = frozenset(int(row_type) for row_type in RowType)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A matrix of ``rows`` × ``columns`` as plain rows of blocks; ``data`` is uint8, all rows in order."""
-
-    name: str
-    row_type: RowType
-    rows: int
-    columns: int
-    data: npt.NDArray[np.uint8]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the rows in the file, in bytes."""
-        return self.data.nbytes
-
-    def part(self, what: str, first: int, rows: int) -> "Weight":
-        """A view of ``rows`` rows from ``first`` on; ``what`` is added to the name for people."""
-        size = self.nbytes // self.rows
-        data = self.data[first * size : (first + rows) * size]
-        return Weight(f"{self.name} ({what})", self.row_type, rows, self.columns, data)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation by root mean square ("rms"), or by mean and deviation ("layer"), which may have a
-    bias."""
-
-    kind: NormKind
-    weight: Vector
-    bias: Vector | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+from powerinfer_tools.tensors import MATRIX_TYPES, Norm, Tensors, Vector, Weight
 
 
 @dataclass(frozen=True)
@@ -232,7 +189,7 @@ def load_model(path: str | Path) -> Model:
 def _build(gguf: ModelSource) -> Model:
     _refuse_shards(gguf)
     spec = architecture(gguf.get("general.architecture", str), str(gguf.path))
-    tensors = _Tensors(gguf)
+    tensors = Tensors(gguf)
     embedding_shape = tensors.shape("token_embd.weight")
     if len(embedding_shape) != 2:
         raise ModelError(
@@ -300,7 +257,7 @@ def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) ->
 
 
 def _layer(
-    tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, split: SplitFile | None, index: int
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, split: SplitFile | None, index: int
 ) -> LayerWeights:
     prefix = f"blk.{index}"
     ffn_bias = tensors.absent if spec.gated else tensors.optional
@@ -318,7 +275,7 @@ def _layer(
 
 
 def _attention(
-    tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
 ) -> AttentionWeights:
     queries, width = hyper.query_width, hyper.width
     projections = _fused_projections if spec.fused_qkv else _projections
@@ -344,7 +301,7 @@ def _attention(
 _Projections = tuple[tuple[Weight, Weight, Weight], tuple[Vector | None, Vector | None, Vector | None]]
 
 
-def _projections(tensors: "_Tensors", hyper: Hyperparameters, prefix: str) -> _Projections:
+def _projections(tensors: Tensors, hyper: Hyperparameters, prefix: str) -> _Projections:
     queries, keys, width = hyper.query_width, hyper.kv_width, hyper.width
     weights = (
         tensors.matrix(f"{prefix}.attn_q.weight", queries, width),
@@ -359,7 +316,7 @@ def _projections(tensors: "_Tensors", hyper: Hyperparameters, prefix: str) -> _P
     return weights, biases
 
 
-def _fused_projections(tensors: "_Tensors", hyper: Hyperparameters, prefix: str) -> _Projections:
+def _fused_projections(tensors: Tensors, hyper: Hyperparameters, prefix: str) -> _Projections:
     """The same as views of one tensor."""
     queries, keys = hyper.query_width, hyper.kv_width
     rows = queries + 2 * keys
@@ -376,7 +333,7 @@ def _fused_projections(tensors: "_Tensors", hyper: Hyperparameters, prefix: str)
 
 
 def _ffn(
-    tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
 ) -> DenseFFN | ExpertsFFN:
     routing, width = hyper.routing, hyper.width
     if routing is None:
@@ -398,7 +355,7 @@ def _ffn(
     )
 
 
-def _dense_ffn(tensors: "_Tensors", spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> DenseFFN:
+def _dense_ffn(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> DenseFFN:
     gate = f"{prefix}.ffn_gate.weight"
     if not spec.gated:
         tensors.absent(gate, hyper.neurons)
@@ -413,65 +370,3 @@ def _whole(layer: SplitLayer, kind: str) -> Weight:
     rows = layer.rows(kind, 0, layer.neurons)
     name = f"blk.{layer.index}.ffn_{kind}"
     return Weight(name, RowType(layer.type_of(kind)), layer.neurons, layer.width, rows.reshape(-1))
-
-
-class _Tensors:
-    """Typed access to the tensors of a file, by expected shape."""
-
-    def __init__(self, gguf: ModelSource) -> None:
-        self.gguf = gguf
-
-    @property
-    def down_name(self) -> str:
-        return "ffn_down_t" if is_original(self.gguf) else "ffn_down"
-
-    def has(self, name: str) -> bool:
-        return name in self.gguf.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if not self.has(name):
-            raise ModelError(f"{self.gguf.path}: tensor {name} is missing; this file holds no language model")
-        return tuple(self.gguf.tensors[name].shape)
-
-    def matrix(self, name: str, rows: int, columns: int) -> Weight:
-        data = self.gguf.tensor(name, shape=(rows, columns), types=MATRIX_TYPES)
-        row_type = RowType(self.gguf.tensors[name].row_type)
-        return Weight(name, row_type, rows, columns, np.frombuffer(data, dtype=np.uint8))
-
-    def stack(self, name: str, count: int, rows: int, columns: int) -> Weight:
-        """``count`` matrices as one, their rows one after the other."""
-        data = self.gguf.tensor(name, shape=(count, rows, columns), types=MATRIX_TYPES)
-        row_type = RowType(self.gguf.tensors[name].row_type)
-        return Weight(name, row_type, count * rows, columns, np.frombuffer(data, dtype=np.uint8))
-
-    def row(self, name: str, columns: int) -> Weight:
-        """A vector as a matrix of one row."""
-        return Weight(name, RowType.F32, 1, columns, self.vector(name, columns).view(np.uint8))
-
-    def vector(self, name: str, size: int) -> Vector:
-        data = self.gguf.tensor(name, shape=(size,), types=frozenset({int(RowType.F32)}))
-        values = np.frombuffer(data, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise ModelError(f"{self.gguf.path}: tensor {name} holds values that are not finite")
-        return values
-
-    def optional(self, name: str, size: int) -> Vector | None:
-        return self.vector(name, size) if self.has(name) else None
-
-    def absent(self, name: str, size: int) -> Vector | None:
-        """What the family does not have: a file that carries it is of another family."""
-        if self.has(name):
-            raise ModelError(
-                f"{self.gguf.path}: unexpected tensor {name} of {size} values for this architecture"
-            )
-        return None
-
-    def norm(self, spec: ArchitectureSpec, name: str, size: int) -> Norm:
-        bias = self.absent if spec.norm == "rms" else self.optional
-        return Norm(spec.norm, self.vector(f"{name}.weight", size), bias(f"{name}.bias", size))
-
-    def optional_norm(self, spec: ArchitectureSpec, name: str, size: int, *, wanted: bool) -> Norm | None:
-        if wanted:
-            return self.norm(spec, name, size)
-        self.absent(f"{name}.weight", size)
-        return None

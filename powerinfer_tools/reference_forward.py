@@ -11,7 +11,8 @@ from powerinfer_formats.split_predictors import SplitSigns
 from powerinfer_kernels import RowType, dequantize, reference
 from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
-from powerinfer_tools.model import AttentionWeights, DenseFFN, ExpertsFFN, LayerWeights, Model, Norm, Weight
+from powerinfer_tools.model import AttentionWeights, DenseFFN, ExpertsFFN, LayerWeights, Model
+from powerinfer_tools.tensors import Norm, Weight
 
 Array = npt.NDArray[np.float64]
 

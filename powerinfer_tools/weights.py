@@ -7,8 +7,9 @@ import numpy.typing as npt
 
 from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import Model, Weight
+from powerinfer_tools.model import Model
 from powerinfer_tools.splitting import plain_rows
+from powerinfer_tools.tensors import Weight
 
 Bytes = npt.NDArray[np.uint8]
 #: Values dequantised at a time when weights are checked: 64 MiB of float32.

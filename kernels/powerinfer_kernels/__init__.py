@@ -7,7 +7,8 @@ from ._kernels import KernelError
 from .buffers import KV_KINDS, Activations, KVCache, RowMatrix, aligned
 from .matrix import Bundle, Matrix, dequantize, quantize
 from .pool import Pool, available_isas, read_bandwidth
-from .program import ACTIVATION_KINDS, HISTOGRAM_BINS, Program, ProgramBuilder
+from .program import Program
+from .program_builder import ACTIVATION_KINDS, HISTOGRAM_BINS, ProgramBuilder
 from .row_types import RowType, block_shape, row_bytes
 from .signs import Signs, pack_signs, sign_code_words
 from .topology import physical_cores

@@ -1,6 +1,6 @@
-"""Programs: lists of operations that the C extension executes in one call, and the checked way to write them.
+"""Programs: lists of operations that the C extension executes in one call, and how such a list is gathered.
 
-Every array is [max_tokens, width] float32 unless said otherwise; a run uses its first `n_tokens` rows.
+What operations there are and what each must check: :mod:`.program_builder`.
 """
 
 from enum import IntEnum
@@ -11,26 +11,15 @@ import numpy.typing as npt
 
 from . import _kernels
 from ._kernels import KernelError
-from .buffers import Activations, KVCache, RowMatrix
-from .checks import Array, Floats, check_apart, check_apart_or_same, check_array, check_positive
-from .matrix import Bundle, Matrix
+from .buffers import Activations
+from .checks import Array, Floats, check_array, check_positive
+from .matrix import Bundle
 from .pool import Pool
-from .signs import Signs, sign_code_words
 
-#: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) ·
-#: relu(up); fatrelu: gate · up where the gate is above a cut.
-ACTIVATION_KINDS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "drelu", "fatrelu")
-#: Those whose result is exactly zero wherever the gate is not positive.
-ZERO_KINDS = frozenset({"relu", "relu2", "drelu", "fatrelu"})
-ROPE_STYLES = ("norm", "neox")
-#: Bins of a histogram of contributions: four to an octave from 2^-16 to 2^16.
-HISTOGRAM_BINS = 128
-#: Factors of a neuron's product by whose size it can be selected, by the number that C knows them by.
-FACTORS = ("gate", "up")
 _UNBOUNDED = 1 << 31
 
 
-class _Op(IntEnum):
+class Op(IntEnum):
     """`pi_op_kind` of program.h."""
 
     EMBED = 0
@@ -85,311 +74,15 @@ class Program:
         self._handle.reset_counters()
 
 
-class ProgramBuilder:
-    """Appends operations after checking every type, shape and overlap, so that C need not. All methods raise
-    KernelError for arrays that do not fit."""
+class OperationList:
+    """Operations gathered for a program, and the checks that many of them share: all raise KernelError
+    for arrays that do not fit."""
 
     def __init__(self, max_tokens: int) -> None:
         check_positive(max_tokens=max_tokens)
         self.max_tokens = max_tokens
         self._capacity = _UNBOUNDED
-        self._operations: list[tuple[_Op, tuple[Any, ...], tuple[int, ...], tuple[float, ...]]] = []
-
-    def embed(
-        self,
-        tokens: npt.NDArray[np.int32],
-        table: Any,
-        row_type: int,
-        rows: int,
-        columns: int,
-        out: Floats,
-        scale: float = 1.0,
-    ) -> None:
-        """out[t] = scale · row tokens[t] of `table` (plain rows); tokens int32 [max_tokens]."""
-        check_array("tokens", tokens, np.int32, (self.max_tokens,))
-        self._check("out", out, columns, written=True)
-        source = RowMatrix(table, row_type, rows, columns)
-        self._append(_Op.EMBED, (tokens, source.data, out), _rows_integers(source), (scale,))
-
-    def rms_norm(self, src: Floats, weight: Floats | None, out: Floats, eps: float, groups: int = 1) -> None:
-        """out = src / sqrt(mean(src²) + eps) · weight over each of `groups` equal parts of a row; weight
-        [width / groups]. `out` may be `src`."""
-        width = self._width("src", src)
-        check_positive(groups=groups)
-        if width % groups:
-            raise KernelError(f"{groups} groups do not divide a width of {width}")
-        if weight is not None:
-            check_array("weight", weight, np.float32, (width // groups,))
-        self._check("out", out, width, written=True)
-        check_apart_or_same("out", out, {"src": src})
-        self._append(_Op.RMS_NORM, (src, weight, out), (width, groups), (_finite("eps", eps),))
-
-    def layer_norm(self, src: Floats, weight: Floats, bias: Floats | None, out: Floats, eps: float) -> None:
-        """out = (src − mean) / sqrt(variance + eps) · weight + bias. `out` may be `src`."""
-        width = self._width("src", src)
-        check_array("weight", weight, np.float32, (width,))
-        if bias is not None:
-            check_array("bias", bias, np.float32, (width,))
-        self._check("out", out, width, written=True)
-        check_apart_or_same("out", out, {"src": src})
-        self._append(_Op.LAYER_NORM, (src, weight, bias, out), (width,), (_finite("eps", eps),))
-
-    def quantize(self, src: Floats, activations: Activations) -> None:
-        """Round `src` to 8 bits in blocks of 32."""
-        self._check("src", src, activations.columns)
-        self._check_activations(activations, activations.columns)
-        a = activations
-        self._append(_Op.QUANTIZE, (src, a.q, a.d, a.s), (a.columns,))
-
-    def matmul(
-        self,
-        matrix: Matrix,
-        src: Floats,
-        activations: Activations | None,
-        out: Floats,
-        bias: Floats | None = None,
-        accumulate: bool = False,
-        independent: bool = False,
-    ) -> None:
-        """out (+)= matrix · input + bias: `src` for float row types, `activations` for the others.
-
-        `independent`: the next operation is a matmul that neither reads nor writes `out`, so no thread
-        waits between.
-        """
-        self._check("out", out, matrix.rows, written=True)
-        if bias is not None:
-            check_array("bias", bias, np.float32, (matrix.rows,))
-        inputs = self._inputs(matrix.row_type.is_float, src, activations, matrix.columns)
-        check_apart("out", out, {"src": src})
-        flags = (int(accumulate), int(independent))
-        self._append(_Op.MATMUL, (matrix.handle, *inputs, bias, out), flags)
-
-    def rope(self, x: Floats, cos: Any, sin: Floats, heads: int, head_dim: int, style: str) -> None:
-        """Rotate pairs of each head in place by the angles of the position; cos and sin [capacity, rotary /
-        2].
-
-        Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rotary / 2).
-        """
-        check_positive(heads=heads, head_dim=head_dim)
-        self._check("x", x, heads * head_dim, written=True)
-        if not isinstance(cos, np.ndarray) or cos.ndim != 2 or 2 * cos.shape[1] > head_dim or not cos.size:
-            raise KernelError(f"cos must be [capacity, rotary / 2] with rotary up to {head_dim}")
-        check_array("cos", cos, np.float32, cos.shape)
-        check_array("sin", sin, np.float32, cos.shape)
-        if style not in ROPE_STYLES:
-            raise KernelError(f"rope style {style!r} is not one of {', '.join(ROPE_STYLES)}")
-        self._limit(len(cos))
-        self._append(_Op.ROPE, (x, cos, sin), (heads, head_dim, cos.shape[1], int(style == "neox")))
-
-    def store_kv(self, k: Floats, v: Floats, cache: KVCache) -> None:
-        """Write the keys and values of this run's positions into the cache, rounded to its type."""
-        width = cache.kv_heads * cache.head_dim
-        self._check("k", k, width)
-        self._check("v", v, width)
-        self._limit(cache.capacity)
-        self._append(_Op.STORE_KV, (k, v, *cache.arrays), _cache_integers(cache))
-
-    def attention(
-        self,
-        q: Floats,
-        cache: KVCache,
-        out: Floats,
-        heads: int,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> None:
-        """Causal attention of `heads` query heads over the cache, which must hold this run's positions
-        already.
-
-        scores = scale · q·k, softcapped (c · tanh(s / c)) where softcap > 0; with a window only the last
-        `window` positions, the query's own among them, are seen.
-        """
-        check_positive(heads=heads)
-        if heads % cache.kv_heads:
-            raise KernelError(f"{heads} query heads are no multiple of {cache.kv_heads} key heads")
-        if window < 0 or not softcap >= 0:
-            raise KernelError(f"window {window} and softcap {softcap} must not be negative")
-        self._check("q", q, heads * cache.head_dim)
-        self._check("out", out, heads * cache.head_dim, written=True)
-        check_apart("out", out, {"q": q})
-        self._limit(cache.capacity)
-        integers = (*_cache_integers(cache), heads, window)
-        floats = (_finite("scale", scale), _finite("softcap", softcap))
-        self._append(_Op.ATTENTION, (q, *cache.arrays, out), integers, floats)
-
-    def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str, cut: float = 0.0) -> None:
-        """out = act(gate) · up, or act(gate) without `up`. `out` may be either input. Here and below, `cut`
-        is what a gate must be above with fatrelu."""
-        width = self._width("gate", gate)
-        if up is not None:
-            self._check("up", up, width)
-        self._check("out", out, width, written=True)
-        check_apart_or_same("out", out, {"gate": gate, "up": up})
-        self._append(_Op.ACTIVATE, (gate, up, out), (_kind(kind), width), (_cut(kind, cut),))
-
-    def add(self, src: Floats, out: Floats) -> None:
-        """out += src; a `src` of [width] is added for every token."""
-        shared = getattr(src, "ndim", 0) == 1
-        width = self._width("out", out) if shared else self._width("src", src)
-        if shared:
-            check_array("src", src, np.float32, (width,))
-        self._check("out", out, width, written=True)
-        check_apart("out", out, {"src": src})
-        self._append(_Op.ADD, (src, out), (width, 0 if shared else width))
-
-    def sum_rows(self, h: Floats, bundle: Bundle, out: Floats, accumulate: bool = False) -> None:
-        """out (+)= Σ_i h_i · down row i, in chunks of 512 neurons in order.
-
-        Rows of quantised types are summed as integers: the coefficients of each chunk and block are rounded
-        to 16 bits.
-        """
-        self._check_parts(bundle, down=True)
-        self._check("h", h, bundle.rows)
-        self._check("out", out, bundle.columns, written=True)
-        check_apart("out", out, {"h": h})
-        self._append(_Op.SUM_ROWS, (h, bundle.handle, out), (int(accumulate),))
-
-    def sparse_ffn(
-        self,
-        select: Floats,
-        src: Floats,
-        activations: Activations | None,
-        bundle: Bundle,
-        out: Floats,
-        h: Floats,
-        kind: str,
-        threshold: Floats | None = None,
-        gate: Floats | None = None,
-        bias: Floats | None = None,
-        cut: float = 0.0,
-        accumulate: bool = False,
-    ) -> None:
-        """out (+)= Σ_i act(gate_i) · (up_i · input) · down_i over the neurons whose `select` is above
-        `threshold` ([neurons]; None: above zero).
-
-        Gate-first: `select` is the gate and the bundle has up and down rows. Predicted: `select` are a
-        predictor's scores, the bundle has gate rows too, `gate` is scratch, and `bias` [neurons], if given,
-        is added to their products. A bundle without up rows is that of an FFN of two matrices: Σ_i
-        act(gate_i) · down_i. Same bits as matmul,
-        activate and sum_rows over all neurons where no active one is left out. `h` and `gate` [max_tokens,
-        neurons] are scratch. When decoding, rows of other neurons are not read.
-        """
-        if kind not in ZERO_KINDS:
-            raise KernelError(f"sparse_ffn needs an activation with exact zeros, {kind!r} has none")
-        self._check_parts(bundle, gate=gate is not None, up=bundle.types[1] is not None, down=True)
-        self._check("select", select, bundle.rows)
-        self._check("h", h, bundle.rows, written=True)
-        self._check("out", out, bundle.columns, written=True)
-        if threshold is not None:
-            check_array("threshold", threshold, np.float32, (bundle.rows,))
-        if gate is not None:
-            self._check("gate", gate, bundle.rows, written=True)
-            check_apart("gate", gate, {"select": select, "src": src, "h": h, "threshold": threshold})
-        if bias is not None:
-            if gate is None:
-                raise KernelError("a bias is added to the products of gate rows, and there are none")
-            check_array("bias", bias, np.float32, (bundle.rows,))
-        self._check("src", src, bundle.columns)
-        check_apart("out", out, {"select": select, "src": src, "h": h, "gate": gate})
-        check_apart("h", h, {"select": select, "src": src})
-        quantized = [t for t in bundle.types[:2] if t is not None and not t.is_float]
-        inputs: tuple[Array | None, ...] = (src, None, None, None)
-        if quantized:
-            inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
-        objects = (select, threshold, *inputs, bundle.handle, out, h, gate, bias)
-        self._append(_Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate), 0), (_cut(kind, cut),))
-
-    def thresholded_ffn(
-        self,
-        known: Floats,
-        factor: str,
-        threshold: Floats,
-        src: Floats,
-        activations: Activations | None,
-        bundle: Bundle,
-        out: Floats,
-        h: Floats,
-        kind: str,
-    ) -> None:
-        """out = Σ_i act(gate_i) · up_i · down_i over the neurons with |known_i| above `threshold` [neurons].
-
-        `known` holds one of :data:`FACTORS`: act(gate), and the bundle has up and down rows; or up, and it
-        has gate and down rows. Same bits as matmul, activate and sum_rows over all neurons with the others'
-        products set to zero. `h` [max_tokens, neurons] is scratch. When decoding, rows of other neurons are
-        not read.
-        """
-        if factor not in FACTORS:
-            raise KernelError(f"{factor!r} is not one of the factors {', '.join(FACTORS)}")
-        by_gate = factor == "gate"
-        self._check_parts(bundle, gate=not by_gate, up=by_gate, down=True)
-        if by_gate and kind == "drelu":
-            raise KernelError("drelu acts on up, too: select by up")
-        self._check("known", known, bundle.rows)
-        check_array("threshold", threshold, np.float32, (bundle.rows,))
-        self._check("h", h, bundle.rows, written=True)
-        self._check("out", out, bundle.columns, written=True)
-        self._check("src", src, bundle.columns)
-        check_apart("out", out, {"known": known, "src": src, "h": h})
-        check_apart("h", h, {"known": known, "src": src, "threshold": threshold})
-        row_type = bundle.types[1 if by_gate else 0]
-        assert row_type is not None
-        inputs: tuple[Array | None, ...] = (src, None, None, None)
-        if not row_type.is_float:
-            inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
-        objects = (known, threshold, *inputs, bundle.handle, out, h, None, None)
-        self._append(_Op.SPARSE_FFN, objects, (_kind(kind), 0, 1 + FACTORS.index(factor)), (0.0,))
-
-    def keep_large(self, value: Floats, threshold: Floats, out: Floats) -> None:
-        """out = 0 where |value| is not above `threshold` [width]; a NaN counts as above. `out` may be
-        `value`."""
-        width = self._width("value", value)
-        check_array("threshold", threshold, np.float32, (width,))
-        self._check("out", out, width, written=True)
-        check_apart_or_same("out", out, {"value": value})
-        self._append(_Op.KEEP_LARGE, (value, threshold, out), (width,))
-
-    def observe(
-        self,
-        gate: Floats,
-        up: Floats | None,
-        kind: str,
-        counts: npt.NDArray[np.uint64],
-        histogram: npt.NDArray[np.uint32] | None,
-        gate_squares: npt.NDArray[np.float64],
-        up_squares: npt.NDArray[np.float64],
-        cut: float = 0.0,
-    ) -> None:
-        """Count what each neuron contributes, c = act(gate) · up, for every token of a run; without `up`,
-        act(gate) · 1.
-
-        Adds to `counts` uint64 [n] where c ≠ 0, to `histogram` uint32 [n, 128] of |c| (four bins to an
-        octave from 2^-16), and act(gate)² and up² to `gate_squares` and `up_squares` float64 [n].
-        """
-        width = self._width("gate", gate)
-        if up is not None:
-            self._check("up", up, width)
-        check_array("counts", counts, np.uint64, (width,), written=True)
-        if histogram is not None:
-            check_array("histogram", histogram, np.uint32, (width, HISTOGRAM_BINS), written=True)
-        check_array("gate_squares", gate_squares, np.float64, (width,), written=True)
-        check_array("up_squares", up_squares, np.float64, (width,), written=True)
-        objects = (gate, up, counts, histogram, gate_squares, up_squares)
-        self._append(_Op.OBSERVE, objects, (_kind(kind), width), (_cut(kind, cut),))
-
-    def sign_code(self, src: Floats, code: npt.NDArray[np.uint32]) -> None:
-        """The input of sign predictors, in sign and magnitude: |q| = |src| / step rounded half to even, at
-        most 15, with step = 3 / 15 of the row's root mean square. `code` [max_tokens, `sign_code_words`]."""
-        width = self._width("src", src)
-        check_array("code", code, np.uint32, (self.max_tokens, sign_code_words(width)), written=True)
-        self._append(_Op.SIGN_CODE, (src, code), (width,))
-
-    def sign_scores(self, signs: Signs, code: npt.NDArray[np.uint32], out: Floats) -> None:
-        """out = step · Σ_j s_ij · q_j for each of the rows of `signs`, s_ij = ±1; exact but for the product
-        with the step. `code` is what `sign_code` wrote."""
-        check_array("code", code, np.uint32, (self.max_tokens, sign_code_words(signs.columns)))
-        self._check("out", out, signs.rows, written=True)
-        self._append(_Op.SIGN_SCORES, (signs.words, code, out), (signs.rows, signs.columns))
+        self._operations: list[tuple[Op, tuple[Any, ...], tuple[int, ...], tuple[float, ...]]] = []
 
     def mark(self) -> int:
         """Index of the next operation: a point where a run can begin or end."""
@@ -404,7 +97,7 @@ class ProgramBuilder:
         return Program(handle, len(self._operations))
 
     def _append(
-        self, kind: _Op, objects: tuple[Any, ...], integers: tuple[int, ...], floats: tuple[float, ...] = ()
+        self, kind: Op, objects: tuple[Any, ...], integers: tuple[int, ...], floats: tuple[float, ...] = ()
     ) -> None:
         self._operations.append((kind, objects, integers, floats))
 
@@ -445,29 +138,3 @@ class ProgramBuilder:
             raise KernelError("quantised rows need quantised activations")
         self._check_activations(activations, columns)
         return (None, activations.q, activations.d, activations.s)
-
-
-def _rows_integers(rows: RowMatrix) -> tuple[int, int, int, int]:
-    return (int(rows.row_type), rows.rows, rows.columns, rows.stride)
-
-
-def _cache_integers(cache: KVCache) -> tuple[int, int, int]:
-    return (cache.capacity, cache.kv_heads, cache.head_dim)
-
-
-def _kind(kind: str) -> int:
-    if kind not in ACTIVATION_KINDS:
-        raise KernelError(f"activation {kind!r} is not one of {', '.join(ACTIVATION_KINDS)}")
-    return ACTIVATION_KINDS.index(kind)
-
-
-def _cut(kind: str, cut: float) -> float:
-    if not 0 <= cut < float("inf") or (cut and kind != "fatrelu"):
-        raise KernelError(f"a cut of {cut} does not go with {kind}: fatrelu has one, not negative, alone")
-    return float(cut)
-
-
-def _finite(name: str, value: float) -> float:
-    if not np.isfinite(value):
-        raise KernelError(f"{name} must be finite, got {value}")
-    return float(value)

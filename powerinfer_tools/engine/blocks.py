@@ -17,7 +17,8 @@ from powerinfer_tools.engine.predictors import Predictor
 from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.rotary import RotaryTables
 from powerinfer_tools.engine.thresholds import FactorThresholds
-from powerinfer_tools.model import AttentionWeights, Model, Norm, Weight
+from powerinfer_tools.model import AttentionWeights, Model
+from powerinfer_tools.tensors import Norm, Weight
 
 
 @dataclass(frozen=True)

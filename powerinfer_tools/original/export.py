@@ -18,11 +18,12 @@ from powerinfer_formats.predictors import Quality
 from powerinfer_formats.split_layout import source_names
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import Model, Weight, load_model
+from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.original import layout
 from powerinfer_tools.original.predictors import PredictorSource, open_source_of_predictors
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.splitting import plain_rows, transposed_down
+from powerinfer_tools.tensors import Weight
 from powerinfer_tools.weights import Bytes, check_finite, relative_error
 
 #: Metadata that only our files have, or that would speak of other tensors.

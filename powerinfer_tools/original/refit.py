@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.predictors import LowRank, Quality
-from powerinfer_tools.model import Norm
+from powerinfer_tools.tensors import Norm
 from powerinfer_tools.training.thresholds import quality
 
 Floats = npt.NDArray[np.float32]

@@ -12,7 +12,8 @@ from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.errors import PlanError
 
 if TYPE_CHECKING:
-    from powerinfer_tools.model import Model, Weight
+    from powerinfer_tools.model import Model
+    from powerinfer_tools.tensors import Weight
 
 #: Rows of one interleaved tile of the CPU kernels; packed matrices are padded to it.
 TILE_ROWS = 16

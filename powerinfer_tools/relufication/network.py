@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from powerinfer_kernels import dequantize
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model import AttentionWeights, DenseFFN, Model, Norm, Vector, Weight
+from powerinfer_tools.model import AttentionWeights, DenseFFN, Model
+from powerinfer_tools.tensors import Norm, Vector, Weight
 
 Tensor = torch.Tensor
 #: An FFN: layer index and its normalised input (tokens, width) to what it adds (tokens, width).
@@ -199,7 +200,7 @@ class _Attention:
 
 
 class TorchNorm:
-    """A :class:`~powerinfer_tools.model.Norm` over the last axis, float32."""
+    """A :class:`~powerinfer_tools.tensors.Norm` over the last axis, float32."""
 
     def __init__(self, network: Network, norm: Norm) -> None:
         self.kind, self.eps = norm.kind, network.hyper.norm_eps

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import dequantize, reference
 from powerinfer_tools.errors import TrainError
-from powerinfer_tools.model import Model, Weight
+from powerinfer_tools.model import Model
 from powerinfer_tools.splitting import transposed_down
+from powerinfer_tools.tensors import Weight
 from powerinfer_tools.training.thresholds import Bools, Floats
 
 #: Fewest chunks that can be parted into learning, checking and testing.

@@ -12,12 +12,13 @@ from powerinfer_formats.predictors import LowRank, Predictors, ResidualRelu
 from powerinfer_kernels import RowType
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import Norm, load_model
+from powerinfer_tools.model import load_model
 from powerinfer_tools.original import refit
 from powerinfer_tools.original.export import ExportOptions, export
 from powerinfer_tools.original.reading import above
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from powerinfer_tools.splitting import transposed_down
+from powerinfer_tools.tensors import Norm
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.training import TrainOptions, run_train
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model

@@ -142,6 +142,10 @@ def command(
         raise typer.BadParameter(problem, param_hint="--trace")
     text = prompt_text(prompt, as_json=common.json)
     path = find_model(model)
+    if trace is not None:
+        from powerinfer_formats.atomic import require_writable
+
+        require_writable(trace)
     from powerinfer_cli.engines import opened_engine
 
     options = generation_options(length, sampling)

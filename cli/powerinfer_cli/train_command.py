@@ -180,6 +180,9 @@ def command(
         return
     if imported.threshold is not None:
         raise typer.BadParameter("is for --import", param_hint="--threshold")
+    from powerinfer_tools.training import TrainOptions, require_trainable, run_train
+
+    require_trainable(source)
     records = trace or beside(source, TRACE_SUFFIX)
     if not records.is_file():
         raise InputMissing(
@@ -191,8 +194,6 @@ def command(
     if aim.text is None:
         say(f"measuring perplexity on {HELD_OUT_TEXT.name}")
     path = output_file(output, source, PREDICTORS_SUFFIX)
-    from powerinfer_tools.training import TrainOptions, run_train
-
     options = TrainOptions(
         source,
         records,

@@ -53,6 +53,16 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _close_quietly(stream)
 
 
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Raise now what :func:`write_atomic` would raise after the work; what stands there stays as it is."""
+    with suppress(_Unwritten), write_atomic(path):
+        raise _Unwritten
+
+
+class _Unwritten(Exception):
+    """Ends a block of :func:`write_atomic` without the file."""
+
+
 def require_space(path: str | os.PathLike[str], nbytes: int) -> None:
     """Raise ``CannotWrite`` now, rather than hours later, if ``nbytes`` do not fit on the file's disk."""
     final = Path(path)

@@ -71,7 +71,8 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
         if options.trace and not model.exact_zeros:
             raise ProfileError(
                 f"{options.model}: --trace records which neurons are exactly zero, and "
-                f"{model.hyper.activation} has no exact zeros; powerinfer relufy makes a model that has"
+                f"{model.hyper.activation} has no exact zeros; powerinfer relufy makes a model that has, and "
+                "powerinfer threshold leaves neurons out without a trace"
             )
         window = _window(options.window, model)
         profile = _Run(options, model, window, files, progress).complete()

@@ -1,6 +1,6 @@
 """Making predictors from a trace."""
 
 from powerinfer_tools.training.options import TrainOptions, TrainReport
-from powerinfer_tools.training.stage import run_train
+from powerinfer_tools.training.stage import require_trainable, run_train
 
-__all__ = ["TrainOptions", "TrainReport", "run_train"]
+__all__ = ["TrainOptions", "TrainReport", "require_trainable", "run_train"]

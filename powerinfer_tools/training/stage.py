@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from powerinfer_formats.predictors import (
     LayerPredictor,
@@ -42,7 +43,6 @@ def run_train(options: TrainOptions, progress: Progress | None = None) -> TrainR
     """
     model = load_model(options.model)
     try:
-        model.require_one_ffn(TrainError, "train")
         _check(options, model)
         with TraceFile(options.trace) as trace:
             trace.require_model(model.fingerprint, model.name, _shape(model))
@@ -51,9 +51,29 @@ def run_train(options: TrainOptions, progress: Progress | None = None) -> TrainR
         model.close()
 
 
-def _check(options: TrainOptions, model: Model) -> None:
+def require_trainable(path: Path) -> None:
+    """Raise TrainError for a model that predictors cannot be made for, whatever else there is."""
+    model = load_model(path)
+    try:
+        _check_model(model)
+    finally:
+        model.close()
+
+
+def _check_model(model: Model) -> None:
     if not model.is_source:
-        raise TrainError(f"{options.model} is a split file; train on the source model that it was made from")
+        raise TrainError(f"{model.path} is a split file; train on the source model that it was made from")
+    model.require_one_ffn(TrainError, "train")
+    if not model.exact_zeros:
+        raise TrainError(
+            f"{model.path}: {model.hyper.activation} has no exact zeros, so there are no active neurons to "
+            "predict; powerinfer threshold chooses neurons to leave out within a budget of perplexity, and "
+            "powerinfer relufy makes a model with exact zeros"
+        )
+
+
+def _check(options: TrainOptions, model: Model) -> None:
+    _check_model(model)
     if options.method not in METHODS or options.row_type not in ROW_TYPES:
         raise TrainError(
             f"method {options.method!r} and type {options.row_type!r}: known are {', '.join(METHODS)} and "

@@ -184,6 +184,30 @@ def test_options_that_the_model_cannot_meet_are_1(
     assert said in one_line(ended.err)
 
 
+@pytest.mark.parametrize(
+    ("place", "said"), [("gone/trace.json", "No such file or directory"), (".", "it is a directory")]
+)
+def test_a_timeline_that_cannot_be_written_is_1_before_any_text(
+    powerinfer: Command, smollm2: Path, tmp_path: Path, place: str, said: str
+) -> None:
+    ended = powerinfer("run", "-m", smollm2, "-p", "Hello", "-n", "3", "--trace", tmp_path / place)
+    assert (ended.code, ended.out) == (1, "")
+    assert said in one_line(ended.err)
+
+
+def test_train_says_at_once_that_a_model_has_no_zeros(
+    powerinfer: Command, smollm2: Path, tmp_path: Path
+) -> None:
+    """Not to profile it with a trace first, which profile would refuse."""
+    (tmp_path / "model.gguf").symlink_to(smollm2)
+    ended = powerinfer("train", "-m", "model.gguf", cwd=tmp_path)
+    assert (ended.code, ended.out) == (1, "")
+    said = one_line(ended.err)
+    for part in ("silu has no exact zeros", "powerinfer threshold", "powerinfer relufy"):
+        assert part in said
+    assert "--trace" not in said
+
+
 def test_an_unknown_instruction_set_names_the_known(powerinfer: Command, smollm2: Path) -> None:
     ended = powerinfer("run", "-m", smollm2, "-p", "Hello", POWERINFER_ISA="mmx")
     assert ended.code == 1

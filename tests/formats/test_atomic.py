@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from powerinfer_formats import errors
-from powerinfer_formats.atomic import partial_path, require_space, write_atomic
+from powerinfer_formats.atomic import partial_path, require_space, require_writable, write_atomic
 
 
 def test_a_complete_file_appears_under_its_name(tmp_path: Path) -> None:
@@ -29,6 +29,20 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(previous)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_can_be_written_is_found_out_without_writing(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    require_writable(path)
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(b"old")
+    require_writable(path)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+    with pytest.raises(errors.NotARegularFile, match="it is a directory"):
+        require_writable(tmp_path)
+    with pytest.raises(errors.CannotWrite, match="No such file or directory"):
+        require_writable(tmp_path / "gone" / "file.bin")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])

@@ -17,6 +17,7 @@ from powerinfer_formats.plan import Plan
 from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import to_plain
+from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_layout import (
     ALIGNMENT,
     KINDS,
@@ -204,6 +205,7 @@ class _Conversion:
             corpus_tokens=self.profile.tokens,
             prediction=self._prediction(),
             thresholding=_thresholding(self.thresholds),
+            devices=_devices(self.plan),
         )
 
     def _measure(self) -> tuple[float, ...]:
@@ -311,6 +313,15 @@ class _Conversion:
 
     def _down_type(self, index: int) -> RowType:
         return RowType(self.layouts[index].types[-1])
+
+
+def _devices(plan: Plan) -> SplitDevices:
+    """Where the plan has what is no neuron."""
+    return SplitDevices(
+        attention=tuple(layer.attention for layer in plan.layers),
+        predictor=tuple(layer.predictor or "cpu" for layer in plan.layers),
+        head=next((unit.device for unit in plan.units if unit.name == "head"), "cpu"),
+    )
 
 
 def _thresholds(model: Model, path: Path | None) -> Thresholds | None:

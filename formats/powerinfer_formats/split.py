@@ -15,6 +15,7 @@ from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.gguf_reader import GGUFFile, StringArray
 from powerinfer_formats.model_source import ModelSource
+from powerinfer_formats.split_devices import SplitDevices, all_on_cpu, read_devices
 from powerinfer_formats.split_layout import BundleLayout, SplitHeader, SplitPrediction, bundle_layout
 from powerinfer_formats.split_predictors import SplitPredictor, read_predictor
 from powerinfer_formats.split_thresholds import (
@@ -145,6 +146,11 @@ class SplitFile:
         """Hot neurons of each layer, as planned."""
         return self.header.hot_neurons
 
+    @property
+    def devices(self) -> SplitDevices:
+        """Where all else is, as planned."""
+        return self.header.devices or all_on_cpu(len(self.layers))
+
     def layer(self, index: int) -> SplitLayer:
         """The FFN of layer ``index``."""
         return self.layers[index]
@@ -200,6 +206,7 @@ class _Checker:
             corpus_tokens=gguf.get(names.KEY_CORPUS_TOKENS, int),
             prediction=self._prediction(),
             thresholding=read_thresholding(gguf, self.layers),
+            devices=read_devices(gguf, self.layers),
         )
 
     def layer(self, index: int, header: SplitHeader) -> SplitLayer:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from powerinfer_formats.block_types import TensorType, row_bytes
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_thresholds import SplitThresholding
 
 VERSION = 1
@@ -163,7 +164,8 @@ class SplitHeader:
     ``types`` are (gate, up, down), without gate (up, down), the same for both parts of a layer.
     ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection.
     ``corpus_hashes`` and ``corpus_tokens`` name the profile's corpora; none without a profile.
-    ``prediction`` is None in a file without predictors, ``thresholding`` in one without thresholds.
+    ``prediction`` is None in a file without predictors, ``thresholding`` in one without thresholds;
+    ``devices`` None: all but neurons is on the CPU.
     """
 
     source_fingerprint: str
@@ -178,6 +180,7 @@ class SplitHeader:
     corpus_tokens: int = 0
     prediction: SplitPrediction | None = None
     thresholding: SplitThresholding | None = None
+    devices: SplitDevices | None = None
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the ``powerinfer.*`` keys."""
@@ -196,6 +199,8 @@ class SplitHeader:
             self.prediction.write(writer)
         if self.thresholding is not None:
             self.thresholding.write(writer)
+        if self.devices is not None:
+            self.devices.write(writer)
 
 
 def declare_split_layer(

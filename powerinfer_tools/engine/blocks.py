@@ -80,26 +80,25 @@ class ThresholdedRows:
 
 @dataclass
 class Labels:
-    """Which part of the work each operation belongs to: (first operation, label), ascending."""
+    """Which part of the work each operation belongs to: (first operation, label, layer or None),
+    ascending."""
 
-    marks: list[tuple[int, str]] = field(default_factory=list)
+    marks: list[tuple[int, str, int | None]] = field(default_factory=list)
 
     def parts(self, first: int, last: int) -> Iterator[tuple[int, int, str, int | None]]:
         """The operations from ``first`` to ``last`` cut at the labels: first and last of each part, its
-        label, and its layer (None before the first attention block)."""
-        layer = -1
-        ends = [index for index, _ in self.marks[1:]] + [last]
-        for (begin, name), end in zip(self.marks, ends, strict=True):
-            layer += name == "attention"
+        label, and its layer (None for what is in none)."""
+        ends = [index for index, _, _ in self.marks[1:]] + [last]
+        for (begin, name, layer), end in zip(self.marks, ends, strict=True):
             begin, end = max(begin, first), min(end, last)
             if begin < end:
-                yield begin, end, name, layer if layer >= 0 else None
+                yield begin, end, name, layer
 
     def seconds(self, nanoseconds: list[int]) -> dict[str, float]:
         """Sum the time of every operation by label, in seconds."""
-        bounds = [first for first, _ in self.marks[1:]] + [len(nanoseconds)]
+        bounds = [first for first, _, _ in self.marks[1:]] + [len(nanoseconds)]
         totals: dict[str, float] = {}
-        for (first, label), last in zip(self.marks, bounds, strict=True):
+        for (first, label, _), last in zip(self.marks, bounds, strict=True):
             totals[label] = totals.get(label, 0.0) + sum(nanoseconds[first:last]) / 1e9
         return totals
 
@@ -127,12 +126,14 @@ class BlockWriter:
         self.spec, self.hyper, self.eps = model.spec, model.hyper, model.hyper.norm_eps
         self.pool, self.builder, self.buffers = pool, builder, buffers
         self.labels = Labels()
+        #: The layer that is being written, None before the first.
+        self.layer: int | None = None
         self.weight_bytes = 0
 
     def label(self, name: str) -> int:
         """Everything from here on is counted as ``name``; returns the operation index."""
         index = self.builder.mark()
-        self.labels.marks.append((index, name))
+        self.labels.marks.append((index, name, self.layer))
         return index
 
     def embed(self, embedding: Weight, positions: Weight | None) -> None:
@@ -182,6 +183,13 @@ class BlockWriter:
         self.label("ffn")
         b = self.buffers
         self._norm(b.x, norm, b.normed)
+        if quantized and b.normed_acts is not None:
+            self.builder.quantize(b.normed, b.normed_acts)
+
+    def cold_input(self, *, quantized: bool) -> None:
+        """Quantise the input of the FFN, which the hot side has normalised."""
+        self.label("ffn")
+        b = self.buffers
         if quantized and b.normed_acts is not None:
             self.builder.quantize(b.normed, b.normed_acts)
 

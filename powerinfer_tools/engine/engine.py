@@ -63,7 +63,8 @@ class Engine:
             batch, self.context, mode, device, vram, kv_type, observed, check_recall, thresholds
         )
         self._stack = LayerStack(model, self._pool, options)
-        self._head = Head(model, self._pool, self._stack.head_matrix)
+        matrix = self._stack.head_matrix
+        self._head = None if matrix is None else Head(model, self._pool, matrix)
         self._batch, self._position = batch, 0
         self._prompt_tokens = self._decode_tokens = self._decoded_cache_bytes = 0
         self._prompt_seconds = self._decode_seconds = 0.0
@@ -124,7 +125,7 @@ class Engine:
         for first in range(0, len(tokens), self._batch):
             count = self._forward(tokens[first : first + self._batch])
             progress.advance(count)
-        logits: Floats = self._head.logits(self._stack.x[count - 1 : count])[0]
+        logits: Floats = self._logits(count - 1, count)[0]
         self._prompt_tokens += len(tokens)
         self._prompt_seconds += time.perf_counter() - started
         return logits
@@ -137,9 +138,10 @@ class Engine:
             timeline.restart()
         self._forward([token])
         forwarded = time.perf_counter()
-        logits: Floats = self._head.logits(self._stack.x[:1])[0]
+        logits: Floats = self._logits(0, 1)[0]
         if timeline is not None:
-            timeline.add("CPU", "head", None, forwarded, time.perf_counter())
+            name = "head" if self._head else "wait"
+            timeline.add("CPU", name, None, forwarded, time.perf_counter())
         self._decode_tokens += 1
         self._decoded_cache_bytes += self._stack.cache_bytes_read(self._position)
         self._decode_seconds += time.perf_counter() - started
@@ -155,7 +157,7 @@ class Engine:
         for start in range(0, len(tokens), self._batch):
             count = self._forward(tokens[start : start + self._batch])
             for row in range(max(0, first - start), count, HEAD_ROWS):
-                yield self._head.logits(self._stack.x[row : min(row + HEAD_ROWS, count)])
+                yield self._logits(row, min(row + HEAD_ROWS, count))
 
     def absorb(self, tokens: Sequence[int], watch: Watch | None = None) -> None:
         """Run a fresh window of ``tokens`` through the layers alone, for the sake of the counters.
@@ -182,7 +184,7 @@ class Engine:
         """Counters since the engine was made."""
         stack = self._stack
         cache_bytes = self._decoded_cache_bytes / self._decode_tokens if self._decode_tokens else 0.0
-        timings = stack.seconds() | {"head": self._head.seconds}
+        timings = stack.seconds() | ({"head": self._head.seconds} if self._head else {})
         return EngineReport(
             mode=stack.mode,
             device=stack.device,
@@ -201,7 +203,7 @@ class Engine:
             memory=Memory(
                 weights=stack.weight_bytes,
                 kv_cache=stack.cache_nbytes,
-                scratch=stack.scratch_bytes + self._head.nbytes,
+                scratch=stack.scratch_bytes + (self._head.nbytes if self._head else 0),
                 vram=stack.vram_bytes,
                 vram_peak=stack.vram_peak_bytes,
             ),
@@ -211,6 +213,12 @@ class Engine:
         """Stop the threads. The engine cannot be used afterwards."""
         self._stack.close()
         self._pool.close()
+
+    def _logits(self, first: int, last: int) -> Floats:
+        """Logits (rows, vocabulary) of tokens of the last forward."""
+        if self._head is None:
+            return self._stack.hot_logits(first, last)
+        return self._head.logits(self._stack.x[first:last])
 
     def _forward(self, tokens: Sequence[int]) -> int:
         count = self._stack.forward(tokens, self._position)

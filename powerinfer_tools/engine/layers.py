@@ -19,7 +19,8 @@ from powerinfer_tools.engine.ffn import (
     with_thresholds,
     write_recall_check,
 )
-from powerinfer_tools.engine.memory import kv_bytes_per_position
+from powerinfer_tools.engine.hot_steps import HotSteps
+from powerinfer_tools.engine.memory import kv_bytes_per_position, require_kv_type
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import RecallCheck, recall_of
 from powerinfer_tools.engine.rotary import layer_tables
@@ -28,6 +29,7 @@ from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hot import HotSide, open_hot_side
+from powerinfer_tools.hot.placement import Workload
 from powerinfer_tools.model import ExpertsFFN, LayerWeights, Model
 
 Floats = npt.NDArray[np.float32]
@@ -70,9 +72,11 @@ class LayerStack:
     """Embedding and layers: tokens in, residual stream ``x`` out."""
 
     def __init__(self, model: Model, pool: Pool, options: StackOptions) -> None:
-        self.model, self._pool = model, pool
+        self.model, self._pool, self.kv_type = model, pool, options.kv_type
+        require_kv_type(model, options.kv_type)
+        work = Workload(options.batch, options.context, options.kv_type)
         self._hot: HotSide | None
-        self._hot, self._notices = open_hot_side(model, options.device, options.vram, options.batch)
+        self._hot, self._notices = open_hot_side(model, options.device, options.vram, work)
         #: What each forward pass is recorded in, if at all.
         self.timeline: Timeline | None = None
         self.device = options.device if self._hot else "none"
@@ -84,11 +88,12 @@ class LayerStack:
             hot=self._hot is not None,
             scores="predicted" in self._modes or options.thresholds is not None,
         )
-        self._caches = self._allocate_caches(options.context, options.kv_type)
+        self._caches = self._allocate_caches(options.context)
         builder = ProgramBuilder(options.batch)
         self._writer = BlockWriter(model, pool, builder, self._buffers)
         self._tables = layer_tables(model.hyper, options.context, model.rope_factors)
         self._stops: list[_Stop] = []
+        self._away = False  # whether, at the operation being written, the residual stream is on the device
         self._routed = routed_buffers(model.hyper, options.batch)
         self._ffn_ends: list[int] = []
         self._cold: list[ColdFFN | RoutedFFN] = []
@@ -97,10 +102,12 @@ class LayerStack:
         self._checks: list[RecallCheck] = []
         self._checked: list[int] = []
         self._tokens = 0
+        self._beside = HotSteps(self._hot, self._buffers, self) if self._hot else None
         self._write()
         self._length = builder.mark()
         self._program = builder.build()
-        self.head_matrix: Matrix = pack(pool, model.head)
+        #: The head's rows; None where the hot device has them.
+        self.head_matrix: Matrix | None = None if self.has_hot_head else pack(pool, model.head)
 
     @property
     def x(self) -> Floats:
@@ -118,19 +125,19 @@ class LayerStack:
         return self._modes[0] if len(set(self._modes)) == 1 else "mixed"
 
     @property
-    def kv_type(self) -> str:
-        """What the KV cache holds: "f16" or "q8_0"."""
-        return self._caches[0].kind
-
-    @property
     def cache_nbytes(self) -> int:
-        """Size of the KV cache in bytes."""
-        return sum(cache.nbytes for cache in self._caches)
+        """Size of the KV cache outside the hot device, in bytes."""
+        return sum(cache.nbytes for cache in self._caches if cache is not None)
 
     @property
     def weight_bytes(self) -> int:
         """Size of all weights as laid out for the kernels, in bytes."""
-        return self._writer.weight_bytes + sum(ffn.nbytes for ffn in self._cold) + self.head_matrix.nbytes
+        return self._writer.weight_bytes + sum(ffn.nbytes for ffn in self._cold) + self._head_bytes
+
+    @property
+    def has_hot_head(self) -> bool:
+        """Whether the hot device computes the logits."""
+        return self._hot is not None and self._hot.has_head
 
     @property
     def notices(self) -> Sequence[str]:
@@ -169,7 +176,15 @@ class LayerStack:
             first = stop.needed
         self._run_parts(first, self._length, count, position)
         self._tokens += count
+        if self._beside:
+            self._beside.keep_spans()
         return count
+
+    def hot_logits(self, first: int, last: int) -> Floats:
+        """Logits (rows, vocabulary) of the tokens ``first`` to ``last`` of the last forward, by the hot
+        device; valid until the next call."""
+        assert self._beside is not None
+        return self._beside.logits(first, last, stayed=self._away)
 
     def forward_watched(self, tokens: Sequence[int], position: int, watch: Watch) -> int:
         """:meth:`forward` of a source model, calling ``watch`` after every FFN with its layer, its normalised
@@ -178,10 +193,10 @@ class LayerStack:
         count, first = len(tokens), 0
         self._place(tokens, position)
         for layer, end in enumerate(self._ffn_ends):
-            self._run(first, end, count, position)
+            self.run(first, end, count, position)
             watch(layer, self._buffers.normed[:count], self._buffers.gate[:count])
             first = end
-        self._run(first, self._length, count, position)
+        self.run(first, self._length, count, position)
         return count
 
     def known_factors(self, tokens: int) -> tuple[Floats, Floats]:
@@ -211,7 +226,8 @@ class LayerStack:
         tables = (self.model.embedding, self.model.positions)
         embedded = sum(table.nbytes // table.rows for table in tables if table is not None)
         ffn = sum(layer.bytes_per_token(density) for layer in self._cold)
-        return self._writer.weight_bytes + self.head_matrix.nbytes + embedded + ffn + self.vram_bytes
+        hot = self._hot.weight_bytes if self._hot else 0
+        return self._writer.weight_bytes + self._head_bytes + embedded + ffn + hot
 
     def density(self) -> float:
         """Share of FFN neurons that were computed so far; dense layers and hot neurons are computed whole."""
@@ -251,10 +267,26 @@ class LayerStack:
         if self._hot:
             self._hot.close()
 
-    def _allocate_caches(self, context: int, kind: str) -> list[KVCache]:
-        hyper = self.model.hyper
+    @property
+    def _head_bytes(self) -> int:
+        return 0 if self.head_matrix is None else self.head_matrix.nbytes
+
+    def _attention_there(self, index: int) -> bool:
+        return self._hot is not None and self._hot.has_attention(index)
+
+    def _hot_neurons(self, index: int) -> int:
+        return self._hot.hot_neurons(index) if self._hot else 0
+
+    def _allocate_caches(self, context: int) -> list[KVCache | None]:
+        """One for each layer whose attention is here."""
+        hyper, kind = self.model.hyper, self.kv_type
         try:
-            return [KVCache(context, hyper.kv_heads, hyper.head_dim, kind) for _ in range(hyper.layers)]
+            return [
+                None
+                if self._attention_there(index)
+                else KVCache(context, hyper.kv_heads, hyper.head_dim, kind)
+                for index in range(hyper.layers)
+            ]
         except MemoryError:
             size = round(context * kv_bytes_per_position(hyper, kind) * hyper.layers)
             raise ModelError(
@@ -266,10 +298,15 @@ class LayerStack:
     def _write(self) -> None:
         self._writer.embed(self.model.embedding, self.model.positions)
         for index, layer in enumerate(self.model.layers):
+            self._writer.layer = index
             if isinstance(layer.ffn, ExpertsFFN):
                 self._write_routed(index, layer, layer.ffn)
+            elif self._beside and self._attention_there(index) and self._hot_neurons(index):
+                self._write_there(index, self._beside)
             else:
                 self._write_layer(index, layer)
+        if not self.has_hot_head:
+            self._bring_back()
 
     def _write_routed(self, index: int, layer: LayerWeights, experts: ExpertsFFN) -> None:
         routing, writer = self.model.hyper.routing, self._writer
@@ -297,13 +334,11 @@ class LayerStack:
     def _write_layer(self, index: int, layer: LayerWeights) -> None:
         """In a parallel layer the FFN's input is ready before attention, which the hot device then works
         beside, too."""
-        hot_neurons = self._hot.hot_neurons(index) if self._hot else 0
-        tokens = self._buffers.x.shape[0]
-        ffn = load_cold_ffn(self.model, index, self._pool, self._modes[index], hot_neurons, tokens)
-        if self._thresholds is not None:
-            ffn = with_thresholds(ffn, self._thresholds[index])
-        self._cold.append(ffn)
+        hot_neurons = self._hot_neurons(index)
+        ffn = self._cold_ffn(index, hot_neurons)
         writer, parallel = self._writer, self.model.spec.parallel
+        if parallel or not self._attention_there(index):
+            self._bring_back()
         if not parallel:
             self._write_attention(index, layer)
         writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or hot_neurons > 0)
@@ -312,23 +347,65 @@ class LayerStack:
         if parallel:
             self._write_attention(index, layer)
         output = FFNOutput(layer.ffn_down_bias, layer.ffn_post_norm)
-        ffn.write(writer, self._buffers, output, self._observed[index] if self._observed else None)
-        if self._check_recall:
-            check = write_recall_check(self.model, index, self._pool, ffn, writer, self._buffers)
-            if check is not None:
-                self._checks.append(check)
-                self._checked.append(index)
-        self._ffn_ends.append(writer.builder.mark())
+        self._write_cold(index, ffn, output)
         if not ffn.in_rows:
             return
         needed = writer.builder.mark()
         writer.merge(output, hot=hot_neurons > 0, cold=ffn.neurons > 0)
-        if hot_neurons:
-            self._stops.append(_Stop(ready, needed, partial(self._run_split, index, ready, needed)))
+        if self._beside and hot_neurons:
+            self._stops.append(_Stop(ready, needed, partial(self._beside.split, index, ready, needed)))
+
+    def _write_there(self, index: int, beside: HotSteps) -> None:
+        """A layer that leaves the residual stream on the hot device: only its cold neurons are computed
+        here."""
+        ffn = self._cold_ffn(index, self._hot_neurons(index))
+        writer, arrives = self._writer, not self._away
+        ready = writer.builder.mark()
+        if ffn.neurons:
+            writer.cold_input(quantized=ffn.quantized)
+            ffn.prepare(writer)
+            self._write_cold(index, ffn, FFNOutput(None, None))
+        needed = writer.builder.mark()
+        cold = (ready, needed) if ffn.neurons else None
+        self._stops.append(_Stop(ready, needed, partial(beside.there, index, cold, arrives)))
+        self._away = True
+
+    def _cold_ffn(self, index: int, hot_neurons: int) -> ColdFFN:
+        """The FFN of layer ``index`` without its hot neurons."""
+        tokens = self._buffers.x.shape[0]
+        ffn = load_cold_ffn(self.model, index, self._pool, self._modes[index], hot_neurons, tokens)
+        if self._thresholds is not None:
+            ffn = with_thresholds(ffn, self._thresholds[index])
+        self._cold.append(ffn)
+        return ffn
+
+    def _write_cold(self, index: int, ffn: ColdFFN, output: FFNOutput) -> None:
+        """The operations of ``ffn``, and what looks on."""
+        ffn.write(self._writer, self._buffers, output, self._observed[index] if self._observed else None)
+        if self._check_recall:
+            check = write_recall_check(self.model, index, self._pool, ffn, self._writer, self._buffers)
+            if check is not None:
+                self._checks.append(check)
+                self._checked.append(index)
+        self._ffn_ends.append(self._writer.builder.mark())
 
     def _write_attention(self, index: int, layer: LayerWeights) -> None:
+        cache = self._caches[index]
+        if cache is None:
+            assert self._beside is not None
+            here, arrives = self._writer.builder.mark(), not self._away
+            self._stops.append(_Stop(here, here, partial(self._beside.attention, index, arrives)))
+            self._away = False
+            return
         window = self.model.hyper.window if self.model.hyper.local_layers[index] else 0
-        self._writer.attention(layer.attention, self._caches[index], self._tables[index], window)
+        self._writer.attention(layer.attention, cache, self._tables[index], window)
+
+    def _bring_back(self) -> None:
+        """From here on, the residual stream is needed outside the hot device."""
+        if self._beside and self._away:
+            here = self._writer.builder.mark()
+            self._stops.append(_Stop(here, here, self._beside.leave))
+            self._away = False
 
     def _place(self, tokens: Sequence[int], position: int) -> None:
         """Say which tokens come, and where they stand."""
@@ -339,16 +416,18 @@ class LayerStack:
             positions[:count] = np.arange(first, first + count)
 
     def _run_parts(self, first: int, last: int, count: int, position: int) -> None:
-        """:meth:`_run`; where a timeline is kept, part by part."""
+        """:meth:`run`; where a timeline is kept, part by part."""
         if self.timeline is None:
-            self._run(first, last, count, position)
+            self.run(first, last, count, position)
             return
         for begin, end, name, layer in self._writer.labels.parts(first, last):
             started = time.perf_counter()
-            self._run(begin, end, count, position)
+            self.run(begin, end, count, position)
             self.timeline.add("CPU", name, layer, started, time.perf_counter())
 
-    def _run(self, first: int, last: int, count: int, position: int) -> None:
+    def run(self, first: int, last: int, count: int, position: int) -> None:
+        """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``position``, and look on
+        where that was asked for."""
         for check in self._checks:
             if first < check.after <= last:
                 self._program.run(self._pool, first, check.after, count, position)
@@ -356,20 +435,3 @@ class LayerStack:
                 first = check.after
         if first < last:
             self._program.run(self._pool, first, last, count, position)
-
-    def _run_split(self, index: int, ready: int, needed: int, count: int, position: int) -> None:
-        hot, buffers = self._hot, self._buffers
-        assert hot is not None
-        assert buffers.hot_out is not None
-        begun = time.perf_counter()
-        hot.launch(index, buffers.normed[:count], buffers.normed_acts)
-        launched = time.perf_counter()
-        self._run(ready, needed, count, position)
-        computed = time.perf_counter()
-        spans = hot.collect(buffers.hot_out[:count])
-        if self.timeline is not None:
-            self.timeline.add("CPU", "launch", index, begun, launched)
-            self.timeline.add("CPU", "cold", index, launched, computed)
-            self.timeline.add("CPU", "wait", index, computed, time.perf_counter())
-            for span in spans:
-                self.timeline.add("hot side", span.name, index, span.start, span.end)

@@ -5,7 +5,7 @@ This module imports no torch; :func:`open_hot_side` does, when a device is asked
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ import numpy.typing as npt
 from powerinfer_kernels import Activations
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.model import Model
+
+if TYPE_CHECKING:
+    from powerinfer_tools.hot.placement import Workload
 
 Floats = npt.NDArray[np.float32]
 DEVICES = ("none", "cpu", "cuda")
@@ -28,11 +31,21 @@ class Span:
 
 
 class HotSide(Protocol):
-    """Computes the first neurons of each layer's FFN, while the caller computes the others."""
+    """Computes what a plan places on a device, while the caller computes the rest.
+
+    Of layers whose attention is the caller's, the first neurons of the FFN: :meth:`launch`, :meth:`collect`.
+    Layers whose attention is here leave the residual stream here: :meth:`enter`, then for each layer
+    :meth:`begin`, :meth:`ffn_input` (where the caller computes cold neurons) and :meth:`merge`, then
+    :meth:`leave`. Where all of a layer's neurons are the caller's, :meth:`leave` follows :meth:`begin`.
+    """
 
     @property
     def nbytes(self) -> int:
         """Device memory that was planned for and allocated, in bytes."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """The part of it that one token reads as weights, in bytes."""
 
     @property
     def peak_bytes(self) -> int | None:
@@ -50,6 +63,18 @@ class HotSide(Protocol):
     def notices(self) -> Sequence[str]:
         """What had to be done otherwise than asked, each once, in words for the user."""
 
+    @property
+    def spans(self) -> list[tuple[int | None, Span]]:
+        """What the device did when, of everything that was waited for, with its layer; the caller clears
+        it."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output norm and the head are here."""
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether the attention block of ``layer``, with its KV cache, is here."""
+
     def hot_neurons(self, layer: int) -> int:
         """How many neurons of ``layer`` are computed here."""
 
@@ -57,23 +82,43 @@ class HotSide(Protocol):
         """Begin ``layer`` for input rows ``normed`` (tokens, width), of which ``acts`` is the quantised
         copy. Neither may change before :meth:`collect`."""
 
-    def collect(self, out: Floats) -> list[Span]:
-        """Wait for the launched layer and write its sum (tokens, width) to ``out``; what the device did
-        when."""
+    def collect(self, out: Floats) -> None:
+        """Wait for the launched layer and write its sum (tokens, width) to ``out``."""
+
+    def enter(self, x: Floats, position: int) -> None:
+        """The residual stream ``x`` (tokens, width) comes here; its first row stands at ``position``."""
+
+    def begin(self, layer: int, tokens: int, position: int) -> None:
+        """Begin ``layer``: attention, its FFN's input, its hot neurons."""
+
+    def ffn_input(self, layer: int, normed: Floats, shown: Floats) -> None:
+        """Wait for the normalised input of the begun ``layer``'s FFN, and write it to ``normed``
+        (tokens, width); where a predictor of the caller reads the stream itself, that to ``shown``."""
+
+    def merge(self, layer: int, cold: Floats | None, tokens: int) -> None:
+        """The sum of the begun layer's FFN joins the stream: that of the hot neurons and ``cold``
+        (tokens, width), which may be changed at once; None where there are no cold neurons."""
+
+    def leave(self, x: Floats) -> None:
+        """Wait for the residual stream and write it to ``x`` (tokens, width)."""
+
+    def logits(self, x: Floats | None, first: int, last: int) -> Floats:
+        """Logits (rows, vocabulary) of the rows ``first`` to ``last`` of the stream: ``x`` (rows, width), or
+        the stream that stayed here where that is None. Valid until the next call."""
 
     def close(self) -> None:
         """Free the device memory."""
 
 
 def open_hot_side(
-    model: Model, device: str, vram: int | None, tokens: int
+    model: Model, device: str, vram: int | None, work: "Workload"
 ) -> tuple[HotSide | None, Sequence[str]]:
     """The hot side of ``model`` on ``device``, or None where nothing is to be computed there, and what must
     be said: where a GPU cannot be used, the C kernels compute everything.
 
-    ``vram`` limits its bytes by moving the split point of layers; ``tokens`` is the largest batch. Raises
-    HardwareError for an unknown device, a missing torch, a limit beyond what is free, or a model that has not
-    been split.
+    ``vram`` limits its bytes by moving the split point of layers. Raises HardwareError for an unknown device,
+    a missing torch, a limit beyond what is free or below what all but the neurons needs, or a model that has
+    not been split.
     """
     if device not in DEVICES:
         raise HardwareError(f"device {device!r} is not one of {', '.join(DEVICES)}")
@@ -93,4 +138,4 @@ def open_hot_side(
             f"--device {device} needs torch, which is not installed ({error}); "
             "pip install 'powerinfer[torch]', or use --device none"
         ) from None
-    return opening.open_on(model, device, vram, tokens)
+    return opening.open_on(model, device, vram, work)

@@ -130,11 +130,13 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._events, self._base = [_event() for _ in range(4)], _event()
+        self._events, self._base = list[Any](), _event()  # those that no ticket holds
         self._base.record(self._stream)
         self._base.synchronize()
         self._zero = time.perf_counter()
         self._graphs = os.environ.get(GRAPHS_VARIABLE) != "0"
+        # What steps allocate while they work lies in one place for all graphs: they never run at once.
+        self._pool = torch.cuda.graph_pool_handle()
         self.notices: list[str] = []
 
     def free_bytes(self) -> int | None:
@@ -158,20 +160,23 @@ class CudaDevice:
 
     def recorded(self, steps: Steps) -> Steps:
         """One CUDA graph of all steps. Where it cannot be recorded, they stay as they are, which is said."""
-        self._run(steps)
-        self._stream.synchronize()
+        self._run(steps).wait()
         if not self._graphs:
             return steps
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.inference_mode(), torch.cuda.graph(graph, stream=self._stream):
+            with (
+                torch.inference_mode(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
                 for _, work in steps:
                     work()
         except RuntimeError as error:
             self._graphs = False
             self.notices.append(f"no CUDA graphs ({first_line(error)}): each kernel is launched by itself")
             return steps
-        return [("hot", graph.replay)]
+        names = {name for name, _ in steps}
+        return [(names.pop() if len(names) == 1 else "hot", graph.replay)]
 
     def submit(self, steps: Steps) -> Ticket:
         """Queue them on the stream."""
@@ -185,12 +190,25 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
     def _run(self, steps: Steps) -> "_Marked":
+        while len(self._events) <= len(steps):
+            self._events.append(_event())
+        events = [self._events.pop() for _ in range(len(steps) + 1)]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            self._events[0].record(self._stream)
-            for index, (_, work) in enumerate(steps):
+            events[0].record(self._stream)
+            for event, (_, work) in zip(events[1:], steps, strict=True):
                 work()
-                self._events[index + 1].record(self._stream)
-        return _Marked([name for name, _ in steps], self._events, self._base, self._zero)
+                event.record(self._stream)
+        return _Marked([name for name, _ in steps], events, self)
+
+    def finished(self, events: list[Any]) -> list[float]:
+        """Wait for ``events``; when each was, on the host's clock. They can be recorded again."""
+        try:
+            events[-1].synchronize()
+            times = [self._zero + float(self._base.elapsed_time(event)) / 1e3 for event in events]
+        except RuntimeError as error:
+            raise DeviceLost(first_line(error)) from None
+        self._events += events
+        return times
 
 
 def _event() -> Any:
@@ -200,19 +218,12 @@ def _event() -> Any:
 class _Marked:
     """The ticket of a stream: an event before the first step and after each."""
 
-    def __init__(self, names: list[str], events: list[Any], base: Any, zero: float) -> None:
-        self._names, self._events, self._base, self._zero = names, events, base, zero
+    def __init__(self, names: list[str], events: list[Any], device: CudaDevice) -> None:
+        self._names, self._events, self._device = names, events, device
 
     def wait(self) -> list[Span]:
-        try:
-            self._events[len(self._names)].synchronize()
-            times = [self._at(event) for event in self._events[: len(self._names) + 1]]
-        except RuntimeError as error:
-            raise DeviceLost(first_line(error)) from None
+        times = self._device.finished(self._events)
         return [Span(name, times[i], times[i + 1]) for i, name in enumerate(self._names)]
-
-    def _at(self, event: Any) -> float:
-        return self._zero + float(self._base.elapsed_time(event)) / 1e3
 
 
 def cuda_problem() -> str | None:

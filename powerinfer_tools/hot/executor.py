@@ -1,9 +1,10 @@
 """The hot side in torch: one executor for CUDA and for the CPU device.
 
 A layer is three steps in the device's queue (copy in, compute, copy out) and one wait; nothing else
-synchronises. The caller computes the cold neurons in between. If the device is lost, its neurons move to
-torch's CPU device, which takes up the same layer again from the same input, so no token is computed wrongly;
-that is said once.
+synchronises. The caller computes the cold neurons in between. Layers whose attention is on the device are
+:mod:`powerinfer_tools.hot.stream`'s. If the device is lost, its neurons and the head move to torch's CPU
+device, which takes up the same piece of work again from the same input, so no token is computed wrongly; that
+is said once. A KV cache that was on the device is lost with it, and so is the text: that is an error.
 """
 
 import time
@@ -19,6 +20,9 @@ from powerinfer_kernels import Activations
 from powerinfer_tools.hot import Span
 from powerinfer_tools.hot.devices import Device, DeviceLost, Steps, Ticket
 from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
+from powerinfer_tools.hot.head import HotHead
+from powerinfer_tools.hot.placement import HotSize
+from powerinfer_tools.hot.stream import HotStream
 
 Floats = npt.NDArray[np.float32]
 
@@ -56,16 +60,27 @@ class Exchange:
         self.host_out[:tokens].copy_(self.device_out[:tokens], non_blocking=True)
 
 
+@dataclass(frozen=True)
+class Neurons:
+    """The hot neurons of layers whose attention is the host's (None: a layer has none, or is the stream's).
+    ``rounded``: some rows take the input as the integer kernels round it."""
+
+    layers: Sequence[HotFFN | None]
+    exchange: Exchange
+    scratch: Scratch
+    rounded: bool
+
+
 class Backend:
-    """All hot layers on one device."""
+    """All that is on one device; ``stream`` and ``head`` are None where they are the host's."""
 
     def __init__(
-        self, device: Device, layers: Sequence[HotFFN | None], exchange: Exchange, scratch: Scratch, *,
-        rounded: bool,
-    ) -> None:  # fmt: skip
-        self.device, self.layers, self._exchange, self._scratch = device, layers, exchange, scratch
-        self._rounded = rounded
-        self._decode = [device.recorded(self._steps(layer, 1)) if layer else () for layer in layers]
+        self, device: Device, neurons: Neurons, stream: HotStream | None, head: HotHead | None
+    ) -> None:
+        self.device, self.stream, self.head = device, stream, head
+        self.layers, self._exchange, self._scratch = neurons.layers, neurons.exchange, neurons.scratch
+        self._rounded = neurons.rounded
+        self._decode = [device.recorded(self._steps(layer, 1)) if layer else () for layer in self.layers]
 
     def launch(self, layer: int, normed: Floats, acts: Activations | None) -> Ticket:
         """Queue one layer."""
@@ -80,9 +95,25 @@ class Backend:
         result: Floats = self._exchange.host_out[:tokens].numpy()
         return result
 
+    def logits(self, x: Floats | None, first: int, last: int) -> Ticket:
+        """Queue the head for rows of the stream: ``x`` (last - first, width), or rows ``first`` to ``last``
+        of the device's own where that is None."""
+        assert self.head is not None
+        rows, here = self.head.rows.exact[: last - first], self.head.landing
+        steps: Steps = ()
+        if x is None:
+            assert self.stream is not None
+            rows = self.stream.rows(first, last)
+        else:
+            here[: len(x)].numpy()[...] = x
+            steps = (("copy in", partial(_copy, here[: len(x)], rows)),)
+        head = ("head", partial(self.head.compute, rows))
+        return self.device.submit((*steps, head, ("copy out", partial(self.head.copy_out, last - first))))
+
     def close(self) -> None:
         """Forget all tensors, then close the device."""
         self.layers, self._decode = (), []
+        self.stream = self.head = None
         del self._exchange, self._scratch
         self.device.close()
 
@@ -96,6 +127,10 @@ class Backend:
         )
 
 
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class _Launched:
     layer: int
@@ -105,26 +140,46 @@ class _Launched:
 
 
 class TorchHotSide:
-    """The hot neurons of a model; ``spare`` makes the backend that takes over from a lost device."""
+    """What of a model is on a device; ``spare`` makes the backend that takes over from a lost one, None where
+    nothing can."""
 
     def __init__(
-        self, backend: Backend, spare: Callable[[], Backend] | None, nbytes: int, notices: Sequence[str] = ()
+        self, backend: Backend, spare: Callable[[], Backend] | None, size: HotSize, notices: Sequence[str]
     ) -> None:
-        self._backend, self._spare, self._nbytes = backend, spare, nbytes
-        self._hot = [layer.neurons if layer else 0 for layer in backend.layers]
+        self._backend, self._spare, self._size = backend, spare, size
         self._running: _Launched | None = None
+        self._queued: list[tuple[int | None, Ticket]] = []
         self.seconds = self.waiting_seconds = 0.0
+        self.spans: list[tuple[int | None, Span]] = []
         self.notices: list[str] = list(notices)
+        streamed = backend.stream.layers if backend.stream else (None,) * len(backend.layers)
+        self._there = [layer is not None for layer in streamed]
+        ffns = (there.ffn if there else ffn for there, ffn in zip(streamed, backend.layers, strict=True))
+        self._hot = [ffn.neurons if ffn else 0 for ffn in ffns]
 
     @property
     def nbytes(self) -> int:
-        """Device memory for weights and scratch, in bytes."""
-        return self._nbytes
+        """Device memory for weights, KV cache and scratch, in bytes."""
+        return self._size.total
+
+    @property
+    def weight_bytes(self) -> int:
+        """Device memory for weights, in bytes."""
+        return self._size.weights
 
     @property
     def peak_bytes(self) -> int | None:
         """See :class:`powerinfer_tools.hot.HotSide`."""
         return self._backend.device.peak_bytes()
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output norm and the head are here."""
+        return self._backend.head is not None
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether the attention block of ``layer`` is here."""
+        return self._there[layer]
 
     def hot_neurons(self, layer: int) -> int:
         """Neurons of ``layer`` that are computed here."""
@@ -140,7 +195,7 @@ class TorchHotSide:
             ticket = self._backend.launch(layer, normed, acts)
         self._running = _Launched(layer, normed, acts, ticket)
 
-    def collect(self, out: Floats) -> list[Span]:
+    def collect(self, out: Floats) -> None:
         """Wait for the launched layer and copy its sum to ``out``."""
         started = time.perf_counter()
         assert self._running is not None
@@ -151,19 +206,98 @@ class TorchHotSide:
             self._move(error)
             spans = self._backend.launch(running.layer, running.normed, running.acts).wait()
         out[...] = self._backend.output(len(out))
+        self._count(running.layer, spans)
         self.waiting_seconds += time.perf_counter() - started
-        self.seconds += sum(span.end - span.start for span in spans)
-        return spans
+
+    def enter(self, x: Floats, position: int) -> None:
+        """The residual stream comes here; see :class:`powerinfer_tools.hot.HotSide`."""
+        # What the last pass copied from the host may be overwritten from here on.
+        self._wait(len(self._queued))
+        self._queue(None, lambda stream: [stream.enter(x, position)])
+
+    def begin(self, layer: int, tokens: int, position: int) -> None:
+        """Begin a layer whose attention is here."""
+        self._queue(layer, lambda stream: stream.begin(layer, tokens, position))
+
+    def ffn_input(self, layer: int, normed: Floats, shown: Floats) -> None:
+        """Wait for the input of the begun layer's FFN."""
+        # The hot part is queued behind it, and goes on.
+        self._wait(len(self._queued) - 1)
+        stream = self._backend.stream
+        assert stream is not None
+        found, residual = stream.input(len(normed))
+        normed[...] = found
+        begun = stream.layers[layer]
+        if begun is not None and begun.shows_stream:
+            shown[...] = residual
+
+    def merge(self, layer: int, cold: Floats | None, tokens: int) -> None:
+        """The sum of the begun layer's FFN joins the stream."""
+        self._queue(layer, lambda stream: [stream.merge(layer, cold, tokens)])
+
+    def leave(self, x: Floats) -> None:
+        """Wait for the stream."""
+        self._queue(None, lambda stream: [stream.leave(len(x))])
+        self._wait(len(self._queued))
+        assert self._backend.stream is not None
+        x[...] = self._backend.stream.input(len(x))[1]
+
+    def logits(self, x: Floats | None, first: int, last: int) -> Floats:
+        """See :class:`powerinfer_tools.hot.HotSide`."""
+        try:
+            return self._logits(x, first, last)
+        except DeviceLost as error:
+            self._move(error)
+            return self._logits(x, first, last)
 
     def close(self) -> None:
         """Free the device memory and end the queue."""
         self._backend.close()
 
+    def _logits(self, x: Floats | None, first: int, last: int) -> Floats:
+        self._queued.append((None, self._backend.logits(x, first, last)))
+        self._wait(len(self._queued))
+        assert self._backend.head is not None
+        logits: Floats = self._backend.head.host[: last - first].numpy()
+        return logits
+
+    def _queue(self, layer: int | None, work: Callable[[HotStream], list[Ticket]]) -> None:
+        assert self._backend.stream is not None
+        try:
+            self._queued += [(layer, ticket) for ticket in work(self._backend.stream)]
+        except DeviceLost as error:
+            self._move(error)
+
+    def _wait(self, count: int) -> None:
+        """Wait for the first ``count`` pieces of queued work."""
+        started = time.perf_counter()
+        waited, self._queued = self._queued[:count], self._queued[count:]
+        try:
+            # Work is done in order: when the last is done, there is nothing to wait for in the others.
+            spans = [ticket.wait() for _, ticket in reversed(waited)]
+        except DeviceLost as error:
+            if self._backend.stream is None:
+                raise
+            self._move(error)
+        for (layer, _), found in zip(waited, reversed(spans), strict=True):
+            self._count(layer, found)
+        self.waiting_seconds += time.perf_counter() - started
+
+    def _count(self, layer: int | None, spans: Sequence[Span]) -> None:
+        self.seconds += sum(span.end - span.start for span in spans)
+        self.spans += [(layer, span) for span in spans]
+
     def _move(self, error: DeviceLost) -> None:
+        if self._backend.stream is not None:
+            raise DeviceLost(
+                f"the GPU stopped working ({error}), and the KV cache in its memory is lost; begin again, "
+                "with --device none if the GPU does not come back"
+            )
         if self._spare is None:
             raise error
         lost, self._backend, self._spare = self._backend, self._spare(), None
+        self._queued = []
         self.notices.append(
-            f"the GPU stopped working ({error}); torch computes its neurons on the CPU from here on"
+            f"the GPU stopped working ({error}); torch computes its part on the CPU from here on"
         )
         self._lost = lost  # its tensors cannot be freed without the device

@@ -30,6 +30,10 @@ class Rows(Protocol):
     def chunk(self, first: int, last: int, space: Tensor) -> Tensor:
         """float32 (last - first, columns); may lie in ``space`` (CHUNK_ROWS, columns)."""
 
+    def some(self, index: Tensor, columns: int) -> Tensor | None:
+        """float32 (k, columns) of the rows ``index`` int64 (k,), of which no other is read; None where this
+        form cannot be read so."""
+
 
 @dataclass(frozen=True)
 class UnpackedRows:
@@ -42,6 +46,10 @@ class UnpackedRows:
         """A view."""
         return self.data[first:last]
 
+    def some(self, index: Tensor, columns: int) -> Tensor | None:
+        """Gathered."""
+        return self.data.index_select(0, index)
+
 
 @dataclass(frozen=True)
 class FileRows:
@@ -53,6 +61,10 @@ class FileRows:
     def chunk(self, first: int, last: int, space: Tensor) -> Tensor:
         """Unpacked anew."""
         return dequantize(self.data[first:last], self.row_type, space.shape[1])
+
+    def some(self, index: Tensor, columns: int) -> Tensor | None:
+        """Gathered, then unpacked."""
+        return dequantize(self.data.index_select(0, index), self.row_type, columns)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,10 @@ class FusedRows:
         unpack(self.planar, first, last - first, space)
         return space[: last - first]
 
+    def some(self, index: Tensor, columns: int) -> Tensor | None:
+        """Planes are not gathered; the fused kernels skip rows themselves."""
+        return None
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -85,6 +101,15 @@ class Inputs:
     def first(self, tokens: int) -> "Inputs":
         """Those of the first ``tokens`` tokens."""
         return Inputs(self.exact[:tokens], self.rounded[:tokens])
+
+    def between(self, first: int, last: int) -> "Inputs":
+        """Those of some tokens."""
+        return Inputs(self.exact[first:last], self.rounded[first:last])
+
+    @property
+    def apart(self) -> bool:
+        """Whether there are two."""
+        return self.exact.data_ptr() != self.rounded.data_ptr()
 
     def of(self, rows: Rows) -> Tensor:
         """The input that rows of this type take."""
@@ -115,15 +140,24 @@ class HotFFN:
     neurons: int
     activation: tuple[str, float]
 
-    def compute(self, inputs: Inputs, scratch: Scratch, out: Tensor) -> None:
-        """out (T, width) = Σ over the hot neurons of act(gate · x + bias) · (up · x) · down row."""
-        fused = all(isinstance(rows, FusedRows) for rows in (self.gate, self.up or self.gate, self.down))
-        if fused and len(out) == 1:
-            self._fused(inputs, scratch.rest, out)
-        else:
-            self._chunked(inputs, scratch, out)
+    def compute(self, inputs: Inputs, scratch: Scratch, out: Tensor, named: Tensor | None = None) -> None:
+        """out (T, width) = Σ over the hot neurons of act(gate · x + bias) · (up · x) · down row; of those
+        that are not 0 in ``named`` uint8 (T, neurons), where there is one.
 
-    def _fused(self, inputs: Inputs, rest: Tensor, out: Tensor) -> None:
+        One token reads no row of another neuron, on the host and in the fused kernels; other ways compute
+        them and leave them out.
+        """
+        fused = all(isinstance(rows, FusedRows) for rows in (self.gate, self.up or self.gate, self.down))
+        alone = len(out) == 1
+        if fused and alone:
+            self._fused(inputs, scratch.rest, out, named)
+        elif alone and named is not None and out.device.type == "cpu":
+            # How many are named decides sizes here: a device that works behind the host would have to wait.
+            self._gathered(inputs, scratch, out, named)
+        else:
+            self._chunked(inputs, scratch, out, named)
+
+    def _fused(self, inputs: Inputs, rest: Tensor, out: Tensor, named: Tensor | None) -> None:
         from powerinfer_kernels import triton_launch
 
         gate, up, down = self.gate, self.up, self.down
@@ -132,10 +166,28 @@ class HotFFN:
         factor = up.planar if isinstance(up, FusedRows) else None
         hidden, partial = rest[: self.neurons].view(1, -1), rest[triton_launch.aligned(self.neurons) :]
         x_gate, x_up = inputs.of(gate), inputs.of(up or gate)
-        triton_launch.hidden(x_gate, x_up, gate.planar, factor, self.activation, hidden, bias=self.bias)
+        triton_launch.hidden(
+            x_gate, x_up, gate.planar, factor, self.activation, hidden, bias=self.bias, active=named
+        )
         triton_launch.sum_rows(hidden, down.planar, partial, out)
 
-    def _chunked(self, inputs: Inputs, scratch: Scratch, out: Tensor) -> None:
+    def _gathered(self, inputs: Inputs, scratch: Scratch, out: Tensor, named: Tensor) -> None:
+        out.zero_()
+        for index in torch.split(named[0].nonzero().squeeze(1), CHUNK_ROWS):
+            gate_rows, down = self.gate.some(index, out.shape[1]), self.down.some(index, out.shape[1])
+            up_rows = None if self.up is None else self.up.some(index, out.shape[1])
+            if gate_rows is None or down is None or (self.up is not None and up_rows is None):
+                self._chunked(inputs, scratch, out, named)
+                return
+            gate = torch.mm(inputs.of(self.gate), gate_rows.T)
+            if self.bias is not None:
+                gate += self.bias[index]
+            up = None
+            if self.up is not None and up_rows is not None:
+                up = torch.mm(inputs.of(self.up), up_rows.T)
+            out.addmm_(activate(gate, up, *self.activation), down)
+
+    def _chunked(self, inputs: Inputs, scratch: Scratch, out: Tensor, named: Tensor | None) -> None:
         tokens = len(out)
         out.zero_()
         for first in range(0, self.neurons, CHUNK_ROWS):
@@ -150,6 +202,8 @@ class HotFFN:
                 gate += self.bias[first:last]
             up = None if self.up is None else products(self.up, scratch.up)
             hidden = activate(gate, up, *self.activation)
+            if named is not None:
+                hidden.masked_fill_(named[:, first:last] == 0, 0.0)
             out.addmm_(hidden, self.down.chunk(first, last, scratch.chunk))
 
 

@@ -1,62 +1,133 @@
-"""How many neurons of each layer fit on the hot device: the plan's numbers, or fewer."""
+"""What of a model is on the hot device: what the plan says, or less where memory is short."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from powerinfer_formats.split import SplitLayer
+from powerinfer_tools.hot import sizes
+from powerinfer_tools.hot.sizes import CHUNK_ROWS, MARGIN, OVERHEAD, Widths
+from powerinfer_tools.hyperparameters import Hyperparameters
+from powerinfer_tools.model import LayerWeights, Model
 
-#: Rows that are dequantised at a time; bounds the scratch memory of the device.
-CHUNK_ROWS = 512
-
-
-#: Part of a GPU's budget that is for what is not asked for by name: code and CUDA graphs, which the driver
-#: places, and what allocators round up. Stated, not measured.
-OVERHEAD = 32 << 20
-#: Left free of a GPU's memory, besides, when no budget is given.
-MARGIN = 256 << 20
-#: Each matrix starts on such a boundary of the device's memory.
+__all__ = ["ALIGNMENT", "CHUNK_ROWS", "MARGIN", "OVERHEAD"]
+#: Each piece starts on such a boundary of the device's memory.
 ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class HotSize:
-    """Bytes on the hot device: weights, and scratch for the activations and one chunk of dequantised rows."""
+    """Bytes on the hot device: weights, the KV cache of its attention blocks, and scratch."""
 
     weights: int
     scratch: int
+    cache: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.scratch
+        return self.weights + self.cache + self.scratch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What memory is for: batches of up to ``tokens``, ``context`` positions in a cache of ``kv_type``."""
+
+    tokens: int
+    context: int
+    kv_type: str = "f16"
+
+
+@dataclass(frozen=True)
+class HotUnits:
+    """What is on the hot device: the first ``neurons`` of each layer, the attention blocks of some, and the
+    output norm with the head or not."""
+
+    neurons: tuple[int, ...]
+    attention: tuple[bool, ...]
+    head: bool = False
+
+    def __bool__(self) -> bool:
+        return any(self.neurons) or any(self.attention) or self.head
+
+    @property
+    def without_neurons(self) -> "HotUnits":
+        """The same with all neurons on the CPU."""
+        return replace(self, neurons=(0,) * len(self.neurons))
 
 
 def hot_size(layers: Sequence[SplitLayer], hot: Sequence[int], tokens: int) -> HotSize:
-    """Bytes for the first ``hot[i]`` neurons of every layer and batches of up to ``tokens`` tokens.
-
-    Scratch: the input and the output (tokens, width), three (tokens, chunk) products, all float32, and a
-    chunk of rows in float32 with as much again twice for the steps of unpacking it.
-    """
+    """Bytes for the first ``hot[i]`` neurons of every layer and batches of up to ``tokens`` tokens."""
     weights = sum(layer.neuron_bytes * count for layer, count in zip(layers, hot, strict=True))
     if not weights:
         return HotSize(0, 0)
-    width = layers[0].width
-    chunk = min(CHUNK_ROWS, max(hot))
-    return HotSize(weights, 4 * (tokens * (2 * width + 3 * chunk) + 3 * chunk * width))
+    return HotSize(weights, sizes.neuron_scratch_bytes(layers[0].width, max(hot), tokens))
 
 
-def fit(layers: Sequence[SplitLayer], limit: int | None, group: int, tokens: int) -> list[int]:
-    """Hot neurons per layer within ``limit`` bytes (None: as planned).
+def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
+    """Bytes for ``units`` of a split file."""
+    assert model.split is not None
+    hyper, widths = model.hyper, widths_of(model.hyper)
+    size = hot_size(model.split.layers, units.neurons, work.tokens)
+    weights, scratch, cache = size.weights, size.scratch, 0
+    moved = [layer for layer, there in zip(model.layers, units.attention, strict=True) if there]
+    if moved:
+        weights += sum(attention_bytes(layer) for layer in moved)
+        cache = len(moved) * sizes.cache_bytes(hyper.kv_heads, hyper.head_dim, work.context, work.kv_type)
+        scratch += sizes.attention_scratch_bytes(widths, work.tokens, work.context)
+        scratch += rotary_bytes(hyper, units.attention, work.context)
+    if units.head:
+        weights += model.head.nbytes + model.output_norm.nbytes
+        scratch += sizes.head_scratch_bytes(widths, work.tokens)
+    return HotSize(weights, scratch, cache)
 
-    Takes groups off the layer with the largest hot share, again and again, so that all layers keep similar
-    shares; within a layer the coldest neurons go first, since neurons are sorted.
+
+def widths_of(hyper: Hyperparameters) -> Widths:
+    """What scratch memory depends on."""
+    return Widths(hyper.width, hyper.query_width, hyper.kv_width, hyper.heads, hyper.vocabulary)
+
+
+def attention_bytes(layer: LayerWeights) -> int:
+    """The matrices of an attention block, and all norms and biases of its layer but those of neurons."""
+    w = layer.attention
+    matrices = (w.query, w.key, w.value, w.output)
+    vectors = (w.norm, w.query_bias, w.key_bias, w.value_bias, w.output_bias, w.query_norm, w.key_norm)
+    others = (w.post_norm, layer.ffn_norm, layer.ffn_down_bias, layer.ffn_post_norm)
+    return sum(part.nbytes for part in (*matrices, *vectors, *others) if part is not None)
+
+
+def rotary_bytes(hyper: Hyperparameters, attention: Sequence[bool], context: int) -> int:
+    """Cosines and sines: once for layers that look back over a window, once for the others."""
+    kinds = {local for local, there in zip(hyper.local_layers, attention, strict=True) if there}
+    return len(kinds) * 4 * context * hyper.rope_dim
+
+
+def fit(model: Model, planned: HotUnits, limit: int | None, work: Workload) -> HotUnits:
+    """What of ``planned`` fits in ``limit`` bytes (None: all of it).
+
+    Neurons give way first: groups are taken off the layer with the largest hot share, again and again, so
+    that all layers keep similar shares; within a layer the coldest go first, since neurons are sorted. Then
+    the head, then attention blocks from the last layer on.
     """
-    hot = [layer.hot_neurons for layer in layers]
     if limit is None:
-        return hot
-    fits: Callable[[], bool] = lambda: hot_size(layers, hot, tokens).total <= limit  # noqa: E731
-    while any(hot) and not fits():
+        return planned
+    fits: Callable[[HotUnits], bool] = lambda units: units_size(model, units, work).total <= limit  # noqa: E731
+    if fits(planned.without_neurons):
+        return replace(planned, neurons=_fitting_neurons(model, planned, limit, work))
+    units = replace(planned.without_neurons, head=False)
+    while any(units.attention) and not fits(units):
+        last = max(i for i, there in enumerate(units.attention) if there)
+        units = replace(units, attention=tuple(there and i < last for i, there in enumerate(units.attention)))
+    return units
+
+
+def _fitting_neurons(model: Model, planned: HotUnits, limit: int, work: Workload) -> tuple[int, ...]:
+    """Hot neurons per layer beside all other units."""
+    assert model.split is not None
+    layers, group = model.split.layers, model.split.group
+    room = limit - units_size(model, planned.without_neurons, work).total
+    hot = list(planned.neurons)
+    while any(hot) and hot_size(layers, hot, work.tokens).total > room:
         shares = [count / layer.neurons for count, layer in zip(hot, layers, strict=True)]
         largest = max(range(len(hot)), key=lambda i: (shares[i], i))
         hot[largest] = max(0, (hot[largest] - 1) // group * group)
-    return hot
+    return tuple(hot)

@@ -126,11 +126,14 @@ def verify(
 
 
 def _all_hot(plan: Plan) -> Plan:
-    """``plan`` with every neuron hot and exact modes, so that any split is less than planned."""
-    layers = tuple(
-        replace(layer, hot_neurons=plan.model.neurons, mode="dense", predictor=None) for layer in plan.layers
-    )
-    return replace(plan, layers=layers, group=min(_GROUP, plan.model.neurons))
+    """``plan`` with every neuron hot, nothing else, and exact modes, so that any split is less than
+    planned."""
+    hot = plan.model.neurons
+    # The bytes of the plan are those of another placement; here they are not counted.
+    dense = {"mode": "dense", "predictor": None, "attention": "cpu", "vram_bytes": 0, "ram_bytes": 0}
+    layers = tuple(replace(layer, hot_neurons=hot, **dense) for layer in plan.layers)  # type: ignore[arg-type]
+    memory = replace(plan.memory, vram_used=0, ram_used=0)
+    return replace(plan, layers=layers, units=(), memory=memory, group=min(_GROUP, hot))
 
 
 class _Grid:

@@ -12,6 +12,13 @@ from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import ValueType
 from powerinfer_formats.split import SplitFile, bundle_layout
+from powerinfer_formats.split_devices import (
+    KEY_ATTENTION,
+    KEY_HEAD,
+    KEY_PREDICTOR,
+    SplitDevices,
+    all_on_cpu,
+)
 from powerinfer_formats.split_layout import SplitPrediction
 from powerinfer_formats.split_predictors import SplitLowRank, SplitResidualRelu, SplitSigns
 from split_files import (
@@ -40,6 +47,23 @@ def test_a_record_is_three_padded_rows() -> None:
     gate, up, down = (np.full((1, size), value, np.uint8) for size, value in ((40, 1), (40, 2), (68, 3)))
     expected = b"\x01" * 40 + b"\x00" * 24 + b"\x02" * 40 + b"\x00" * 24 + b"\x03" * 68 + b"\x00" * 60
     assert LAYOUT.pack(gate, up, down).tobytes() == expected
+
+
+def test_where_units_are_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """A file with all of them on the CPU says nothing, and one key needs the others."""
+    devices = SplitDevices(("cpu", "gpu", "cpu"), ("cpu", "cpu", "gpu"), "gpu")
+    split = SplitFile.open(write_split(tmp_path / "some.gguf", with_header(devices=devices)))
+    assert split.devices == devices
+    for said in (None, all_on_cpu(3)):
+        split = SplitFile.open(write_split(tmp_path / "none.gguf", with_header(devices=said)))
+        assert split.devices == all_on_cpu(3)
+        assert not {KEY_ATTENTION, KEY_PREDICTOR, KEY_HEAD} & set(split.gguf.metadata)
+
+    def lonely(parts: Parts) -> None:
+        parts.extra_entries.append((KEY_HEAD, "gpu", None))
+
+    with pytest.raises(errors.MissingKey, match="attention_device"):
+        SplitFile.open(write_split(tmp_path / "lonely.gguf", lonely))
 
 
 @pytest.mark.parametrize("width", [256, 576, 4096])
@@ -241,6 +265,24 @@ FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
         _retyped(names.KEY_REQUANTIZATION_ERROR, [0.0] * 3, ValueType.FLOAT64),
         errors.WrongKeyType,
         "FLOAT32",
+    ),
+    (
+        "attention of two layers",
+        with_header(devices=SplitDevices(("gpu",) * 2, ("cpu",) * 3, "cpu")),
+        errors.BadValue,
+        "attention_device.*each of 3 layers",
+    ),
+    (
+        "predictor on a tpu",
+        with_header(devices=SplitDevices(("gpu",) * 3, ("tpu",) * 3, "cpu")),
+        errors.BadValue,
+        "predictor_device.*cpu, gpu",
+    ),
+    (
+        "head nowhere",
+        with_header(devices=SplitDevices(("gpu",) * 3, ("cpu",) * 3, "none")),
+        errors.BadValue,
+        "head_device' is 'none', expected cpu or gpu",
     ),
     ("no order", _without(names.order_name(0)), errors.MissingTensor, "blk.0.ffn_order"),
     ("no hot rows", _without(names.hot_name(0, "up")), errors.MissingTensor, "blk.0.ffn_up_hot"),

@@ -1,5 +1,6 @@
 """Split files of tiny models, with the split points that a test asks for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from powerinfer_formats.profile import Profile
@@ -25,16 +26,34 @@ class Prepared:
         self.neurons = self.tiny.spec.neurons
         self.layers = self.tiny.spec.layers
 
-    def save_plan(self, path: Path, hot: list[int], mode: str = "dense") -> None:
-        """A plan with these hot counts."""
-        profile = Profile.load(self.profile)
-        plan_for(profile, hot, mode=mode, group=GROUP, width=self.tiny.spec.width).save(path)
+    def save_plan(
+        self,
+        path: Path,
+        hot: list[int],
+        mode: str = "dense",
+        attention: Sequence[int] = (),
+        *,
+        head: bool = False,
+    ) -> None:
+        """A plan with these hot counts, the attention of these layers and the head on the hot device."""
+        profile, width = Profile.load(self.profile), self.tiny.spec.width
+        plan = plan_for(profile, hot, mode=mode, group=GROUP, width=width, attention=attention, head=head)
+        plan.save(path)
 
-    def split(self, hot: list[int], mode: str = "dense", quant: str | None = None) -> Path:
-        """The split file with these hot counts."""
-        name = f"split-{'-'.join(map(str, hot))}-{mode}-{quant}"
+    def split(
+        self,
+        hot: list[int],
+        mode: str = "dense",
+        quant: str | None = None,
+        attention: Sequence[int] = (),
+        *,
+        head: bool = False,
+    ) -> Path:
+        """The split file with these hot counts, and all else where it is asked for."""
+        placed = f"{'-'.join(map(str, hot))}-a{'-'.join(map(str, attention))}{'-head' * head}"
+        name = f"split-{placed}-{mode}-{quant}"
         plan = self.folder / f"{name}.plan.json"
-        self.save_plan(plan, hot, mode)
+        self.save_plan(plan, hot, mode, attention, head=head)
         output = self.folder / f"{name}.powerinfer.gguf"
         convert(ConvertOptions(self.tiny.path, self.profile, plan, output, quant))
         return output

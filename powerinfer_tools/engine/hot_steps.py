@@ -1,0 +1,98 @@
+"""What the host does at the points of a pass where the hot device joins in."""
+
+import time
+from typing import Protocol
+
+from powerinfer_tools.engine.buffers import Buffers, Floats
+from powerinfer_tools.engine.timeline import Timeline
+from powerinfer_tools.hot import HotSide
+
+
+class Host(Protocol):
+    """The layers as they are run outside the hot device."""
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """What the pass is recorded in, if at all."""
+
+    def run(self, first: int, last: int, count: int, position: int) -> None:
+        """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``position``."""
+
+
+class HotSteps:
+    """Hands work to the hot side, and does the cold work meanwhile. ``count`` tokens, the first of which
+    stands at ``position``."""
+
+    def __init__(self, hot: HotSide, buffers: Buffers, host: Host) -> None:
+        self._hot, self._buffers, self._host = hot, buffers, host
+
+    def split(self, index: int, ready: int, needed: int, count: int, position: int) -> None:
+        """Layer ``index``, whose attention is the host's: its hot neurons there, operations
+        [ready, needed) here."""
+        buffers = self._buffers
+        assert buffers.hot_out is not None
+        begun = time.perf_counter()
+        self._hot.launch(index, buffers.normed[:count], buffers.normed_acts)
+        launched = time.perf_counter()
+        self._host.run(ready, needed, count, position)
+        computed = time.perf_counter()
+        self._hot.collect(buffers.hot_out[:count])
+        self._tell(index, launch=(begun, launched), cold=(launched, computed))
+        self._tell(index, wait=(computed, time.perf_counter()))
+
+    def there(
+        self, index: int, cold: tuple[int, int] | None, arrives: bool, count: int, position: int
+    ) -> None:
+        """Layer ``index``, which leaves the residual stream on the device: operations ``cold`` here, None
+        where no neuron is cold. ``arrives``: the stream is still here."""
+        buffers, begun = self._buffers, time.perf_counter()
+        if arrives:
+            self._hot.enter(buffers.x[:count], position)
+        self._hot.begin(index, count, position)
+        launched = time.perf_counter()
+        self._tell(index, launch=(begun, launched))
+        if cold is None:
+            self._hot.merge(index, None, count)
+            return
+        self._hot.ffn_input(index, buffers.normed[:count], buffers.x[:count])
+        arrived = time.perf_counter()
+        self._host.run(*cold, count, position)
+        computed = time.perf_counter()
+        self._hot.merge(index, buffers.block_out[:count], count)
+        self._tell(index, wait=(launched, arrived), cold=(arrived, computed))
+
+    def attention(self, index: int, arrives: bool, count: int, position: int) -> None:
+        """The attention of layer ``index`` alone; the residual stream comes back."""
+        started = time.perf_counter()
+        if arrives:
+            self._hot.enter(self._buffers.x[:count], position)
+        self._hot.begin(index, count, position)
+        self._hot.leave(self._buffers.x[:count])
+        self._tell(index, wait=(started, time.perf_counter()))
+
+    def leave(self, count: int, position: int) -> None:
+        """The residual stream comes back."""
+        started = time.perf_counter()
+        self._hot.leave(self._buffers.x[:count])
+        self._tell(None, wait=(started, time.perf_counter()))
+
+    def logits(self, first: int, last: int, *, stayed: bool) -> Floats:
+        """Logits (rows, vocabulary) of the tokens ``first`` to ``last``; ``stayed``: the residual stream is
+        on the device."""
+        logits = self._hot.logits(None if stayed else self._buffers.x[first:last], first, last)
+        self.keep_spans()
+        return logits
+
+    def keep_spans(self) -> None:
+        """What the device did goes to the timeline, if there is one."""
+        timeline = self._host.timeline
+        if timeline is not None:
+            for layer, span in self._hot.spans:
+                timeline.add("hot side", span.name, layer, span.start, span.end)
+        self._hot.spans.clear()
+
+    def _tell(self, index: int | None, **parts: tuple[float, float]) -> None:
+        timeline = self._host.timeline
+        if timeline is not None:
+            for name, (start, end) in parts.items():
+                timeline.add("CPU", name, index, start, end)

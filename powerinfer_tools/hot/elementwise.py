@@ -1,0 +1,75 @@
+"""Norms, rotary positions and the rounding of activations in torch operations, on any device.
+
+The steps are those of the C kernels, so that a block gives the same whichever side computes it, but for the
+order of float32 sums.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+#: Values that share a scale, and the largest code.
+BLOCK, LARGEST_CODE = 32, 127
+#: Below it, one over a scale could overflow: such a block is all zeros.
+LEAST_SCALE = 2.0**-126
+
+
+@dataclass(frozen=True)
+class HotNorm:
+    """A norm by root mean square ("rms") or by mean and deviation ("layer"); float32 (width,)."""
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def apply(self, x: Tensor, out: Tensor, groups: int = 1) -> None:
+        """out (T, groups · width) = norm(x), of each of ``groups`` equal parts of a row by itself; may be
+        in place."""
+        parts = x.view(len(x), groups, -1)
+        if self.kind == "layer":
+            parts = parts - parts.mean(dim=-1, keepdim=True)
+        factor = torch.rsqrt(parts.square().mean(dim=-1, keepdim=True) + self.eps)
+        scaled = parts * factor * self.weight
+        if self.bias is not None:
+            scaled += self.bias
+        out.view(parts.shape).copy_(scaled)
+
+
+def round_activations(x: Tensor, out: Tensor) -> None:
+    """out (T, columns) = what the integer kernels take for x: codes times scales, block by block
+    (quantize.inc)."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    codes, scale = block_codes(blocks)
+    bits = scale.view(torch.int32)
+    kept = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    kept = torch.where(scale >= LEAST_SCALE, kept, 0.0)
+    kept = torch.where(torch.isfinite(scale), kept, torch.nan)
+    out.view(blocks.shape).copy_(codes * kept)
+
+
+def block_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """round-half-even(x / d), zeros where that is no number, and d = max|x| / 127 (…, 1) of blocks
+    (…, BLOCK)."""
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
+    usable = (scale >= LEAST_SCALE) & torch.isfinite(scale)
+    codes = torch.where(usable, (blocks * scale.reciprocal()).round(), 0.0)
+    return codes, scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, style: str) -> None:
+    """Rotate the pairs of each head of x (T, heads · head_dim) by their angles (T, rope_dim / 2), in place.
+
+    Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rope_dim / 2); other values stay.
+    """
+    half = cos.shape[1]
+    rows = x.view(len(x), heads, -1)
+    if style == "norm":
+        first, second = rows[..., 0 : 2 * half : 2], rows[..., 1 : 2 * half : 2]
+    else:
+        first, second = rows[..., :half], rows[..., half : 2 * half]
+    c, s = cos[:, None, :], sin[:, None, :]
+    turned = first * c - second * s, first * s + second * c
+    first.copy_(turned[0])
+    second.copy_(turned[1])

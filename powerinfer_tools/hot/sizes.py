@@ -1,0 +1,66 @@
+"""How much memory each unit takes on the hot device: what the planner counts and what is allocated.
+
+Numbers in, bytes out; nothing here knows a model or a device. Weights lie as in the file, without padding;
+pieces begin on boundaries of 256 bytes, which :data:`OVERHEAD` pays for.
+"""
+
+from dataclasses import dataclass
+
+_F32 = 4
+#: Rows that are unpacked at a time; bounds the scratch memory of the device.
+CHUNK_ROWS = 512
+#: Queries, and positions of the KV cache, that attention takes at a time. The first may not be the larger.
+QUERIES_AT_ONCE, KEYS_AT_ONCE = 16, 512
+#: Tokens whose scores a predictor holds at a time.
+TOKENS_AT_ONCE = 32
+#: Rows of logits that the head computes at a time.
+HEAD_ROWS = 32
+#: Part of a GPU's budget that is for what is not asked for by name: code and CUDA graphs, which the driver
+#: places, and what allocators round up. Stated, not measured.
+OVERHEAD = 32 << 20
+#: Left free of a GPU's memory, besides, when no budget is given.
+MARGIN = 256 << 20
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What scratch memory depends on, in values."""
+
+    width: int
+    query_width: int
+    kv_width: int
+    heads: int
+    vocabulary: int
+
+
+def neuron_scratch_bytes(width: int, most: int, tokens: int) -> int:
+    """For ``most`` hot neurons a layer and ``tokens`` tokens: the input and the output (tokens, width), three
+    (tokens, chunk) products, and a chunk of rows in float32 with as much again twice for the steps of
+    unpacking it."""
+    chunk = min(CHUNK_ROWS, most)
+    return _F32 * (tokens * (2 * width + 3 * chunk) + 3 * chunk * width)
+
+
+def attention_scratch_bytes(widths: Widths, tokens: int, context: int) -> int:
+    """The residual stream, the cold side's part, a block's output, and the input of attention and of the FFN,
+    exact and rounded; queries, what was attended to, exact and rounded; keys and values; the steps of norms
+    and rounding; scores; keys unpacked; and a chunk of rows as in :func:`neuron_scratch_bytes`."""
+    widest = max(widths.width, widths.query_width)
+    kept = 7 * widths.width + 3 * widths.query_width + 2 * widths.kv_width + 4 * widest
+    scores = QUERIES_AT_ONCE * widths.heads * (context + KEYS_AT_ONCE)
+    unpacked = 3 * KEYS_AT_ONCE * widths.kv_width + 3 * CHUNK_ROWS * widest
+    return _F32 * (tokens * (kept + 2 + CHUNK_ROWS) + scores + unpacked)
+
+
+def cache_bytes(kv_heads: int, head_dim: int, context: int, kind: str) -> int:
+    """Keys and values of one layer at ``context`` positions: half precision, or with "q8_0" a byte a value
+    and half precision for each 32."""
+    held = head_dim + 2 * (head_dim // 32) if kind == "q8_0" else 2 * head_dim
+    return 2 * kv_heads * held * context
+
+
+def head_scratch_bytes(widths: Widths, tokens: int) -> int:
+    """Logits, the rows they are made from, exact and rounded, with the steps of the norm; and a chunk of
+    rows as in :func:`neuron_scratch_bytes`."""
+    rows = min(HEAD_ROWS, tokens)
+    return _F32 * (rows * (2 * widths.vocabulary + 6 * widths.width) + 3 * CHUNK_ROWS * widths.width)

@@ -1,0 +1,187 @@
+"""Layers whose attention is on the device: the residual stream stays there as long as such layers follow.
+
+A layer with cold neurons costs two copies: the FFN's normalised input to the host, and the cold side's sum
+back. Everything is queued in order, so the host waits for that input alone, and for the stream when it
+leaves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from powerinfer_tools.hot.attention import AttentionScratch, HotAttention
+from powerinfer_tools.hot.devices import Device, Steps, Ticket
+from powerinfer_tools.hot.elementwise import HotNorm, round_activations
+from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
+
+Floats = npt.NDArray[np.float32]
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where copies leave from and arrive in memory of the host, float32 (T, width)."""
+
+    stream: Tensor
+    normed: Tensor
+    cold: Tensor
+
+
+@dataclass(frozen=True)
+class StreamMemory:
+    """On the device, float32 (T, width): the residual stream, the FFN's input (exact and as the integer
+    kernels round it), the sums of the hot and of the cold side; scratch; and the host's ends of copies."""
+
+    x: Tensor
+    normed: Inputs
+    hot: Tensor
+    cold: Tensor
+    attention: AttentionScratch
+    ffn: Scratch
+    host: Landing
+
+
+@dataclass(frozen=True)
+class HotLayer:
+    """A layer whose attention is on the device. ``ffn``: its hot neurons; None where the whole FFN is the
+    host's, whose norm and merge are then the host's, too. ``cold``: the host computes other neurons;
+    ``shows_stream``: and reads the stream, besides its norm."""
+
+    attention: HotAttention
+    ffn: HotFFN | None
+    ffn_norm: HotNorm
+    down_bias: Tensor | None
+    post_norm: HotNorm | None
+    cold: bool
+    shows_stream: bool
+
+
+class HotStream:
+    """Queues the work of such layers; ``parallel``: FFN and attention read the same stream."""
+
+    def __init__(
+        self, device: Device, layers: Sequence[HotLayer | None], memory: StreamMemory, *, parallel: bool
+    ) -> None:
+        self._device, self.layers, self._memory, self._parallel = device, layers, memory, parallel
+        self._decode = [None if layer is None else self._recorded(layer) for layer in layers]
+
+    def enter(self, x: Floats, position: int) -> Ticket:
+        """The stream comes from the host, its first row standing at ``position``."""
+        tokens, host = len(x), self._memory.host.stream
+        host[:tokens].numpy()[...] = x
+        steps: Steps = (("copy in", partial(self._copy_in, tokens, position)),)
+        return self._device.submit(steps)
+
+    def begin(self, index: int, tokens: int, position: int) -> list[Ticket]:
+        """Attention of layer ``index``, then its FFN's input and hot part; the first ticket is the input's.
+        Where the FFN is the host's, attention alone."""
+        layer = self.layers[index]
+        assert layer is not None
+        parts = self._decode[index] if tokens == 1 else None
+        parts = parts or self._parts(layer, tokens)
+        attend = partial(layer.attention.attend, self._memory.attention, tokens, position)
+        attention: Steps = (*parts.project, ("attention", attend), *parts.add)
+        if layer.ffn is None:
+            return [self._device.submit(attention)]
+        if self._parallel:
+            return [self._device.submit(parts.input), self._device.submit((*attention, *parts.hot))]
+        return [self._device.submit((*attention, *parts.input)), self._device.submit(parts.hot)]
+
+    def input(self, tokens: int) -> tuple[Floats, Floats]:
+        """The FFN's input that was waited for, and the stream where the layer shows it: views."""
+        normed: Floats = self._memory.host.normed[:tokens].numpy()
+        stream: Floats = self._memory.host.stream[:tokens].numpy()
+        return normed, stream
+
+    def merge(self, index: int, cold: Floats | None, tokens: int) -> Ticket:
+        """The FFN's sum joins the stream; ``cold`` (tokens, width) is the host's part of it."""
+        layer = self.layers[index]
+        assert layer is not None
+        if cold is not None:
+            self._memory.host.cold[:tokens].numpy()[...] = cold
+        parts = self._decode[index] if tokens == 1 else None
+        return self._device.submit((parts or self._parts(layer, tokens)).merge)
+
+    def leave(self, tokens: int) -> Ticket:
+        """The stream goes to the host, to be read with :meth:`input`."""
+        return self._device.submit((("copy out", partial(self._copy_stream_out, tokens)),))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows of the stream on the device."""
+        return self._memory.x[first:last]
+
+    def _recorded(self, layer: HotLayer) -> "_Parts":
+        parts, record = self._parts(layer, 1), self._device.recorded
+        return _Parts(*(record(steps) if steps else () for steps in vars(parts).values()))
+
+    def _parts(self, layer: HotLayer, tokens: int) -> "_Parts":
+        m = self._memory
+        x, attention = m.x[:tokens], layer.attention
+        project: Steps = (("attention", partial(attention.project, m.attention, x)),)
+        add: Steps = (("attention", partial(attention.add, m.attention, x)),)
+        if layer.ffn is None:
+            return _Parts(project, add, (), (), ())
+        normed, hot = m.normed.first(tokens), m.hot[:tokens]
+        put_in: Steps = (("hot", partial(_normalize, layer, x, normed)),)
+        out: Steps = (("copy out", partial(self._copy_input_out, layer, tokens)),) if layer.cold else ()
+        back: Steps = (("copy in", partial(self._copy_cold_in, tokens)),) if layer.cold else ()
+        return _Parts(
+            project=project,
+            add=add,
+            input=(*put_in, *out),
+            hot=(("hot", partial(layer.ffn.compute, normed, m.ffn, hot)),),
+            merge=(*back, ("merge", partial(self._join, layer, tokens))),
+        )
+
+    def _copy_in(self, tokens: int, position: int) -> None:
+        m = self._memory
+        m.x[:tokens].copy_(m.host.stream[:tokens], non_blocking=True)
+        torch.arange(position, position + tokens, out=m.attention.positions[:tokens])
+
+    def _copy_input_out(self, layer: HotLayer, tokens: int) -> None:
+        m = self._memory
+        m.host.normed[:tokens].copy_(m.normed.exact[:tokens], non_blocking=True)
+        if layer.shows_stream:
+            self._copy_stream_out(tokens)
+
+    def _copy_stream_out(self, tokens: int) -> None:
+        m = self._memory
+        m.host.stream[:tokens].copy_(m.x[:tokens], non_blocking=True)
+
+    def _copy_cold_in(self, tokens: int) -> None:
+        m = self._memory
+        m.cold[:tokens].copy_(m.host.cold[:tokens], non_blocking=True)
+
+    def _join(self, layer: HotLayer, tokens: int) -> None:
+        """As the host merges: cold part + hot part + bias, its norm, then to the stream."""
+        m = self._memory
+        total = m.hot[:tokens]
+        if layer.cold:
+            total += m.cold[:tokens]
+        if layer.down_bias is not None:
+            total += layer.down_bias
+        if layer.post_norm is not None:
+            layer.post_norm.apply(total, total)
+        m.x[:tokens] += total
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The steps of one layer: what comes before and after attention proper, the FFN's input, its hot part,
+    and the merge of both sides."""
+
+    project: Steps
+    add: Steps
+    input: Steps
+    hot: Steps
+    merge: Steps
+
+
+def _normalize(layer: HotLayer, x: Tensor, normed: Inputs) -> None:
+    layer.ffn_norm.apply(x, normed.exact)
+    if normed.apart:
+        round_activations(normed.exact, normed.rounded)

@@ -1,0 +1,201 @@
+"""Attention with its KV cache, and the head, on the hot device: torch's CPU device, which overlaps as a GPU
+does and needs none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.hot.devices import DeviceLost
+from powerinfer_tools.hot.opening import planned_units
+from powerinfer_tools.hot.placement import OVERHEAD, Workload, units_size
+from powerinfer_tools.model import load_model
+from powerinfer_tools.reference_forward import forward
+from split_models import GROUP, Prepared
+from test_hot_side import MIB, FailingGpu, FakeGpu, LatestGpu, on
+
+#: Norms before and after, of single heads, biases, parallel blocks with one norm and with two, both kinds of
+#: rotary pairs, learnt positions, windows, quantised rows.
+FAMILIES = (
+    "llama-wide-heads",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "opt",
+    "falcon-relu",
+    "falcon-one-norm",
+    "llama-Q4_1",
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("family"), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def logits(path: Path, tokens: list[int], **options: object) -> np.ndarray:
+    """After a prompt of 12 in pieces of 5, each token that follows, and once more from the tenth on."""
+    engine = Engine(load_model(path), **({"threads": 1, "batch": 5} | options))  # type: ignore[arg-type]
+    try:
+        rows = [engine.prefill(tokens[:12]).copy()]
+        rows += [engine.decode(token).copy() for token in tokens[12:]]
+        engine.rewind(9)
+        rows.append(engine.prefill(tokens[9:13]).copy())
+        return np.stack(rows)
+    finally:
+        engine.close()
+
+
+def test_every_family_wherever_its_blocks_are(family: Prepared) -> None:
+    """Against float64. The stream comes and goes: layers with attention there are neighbours of layers
+    without, with all, some and no neurons hot."""
+    layers, tokens = family.layers, family.tiny.tokens(18)
+    hot = [(GROUP, family.neurons, 0)[index % 3] for index in range(layers)]
+    paths = [
+        family.split(hot, attention=range(layers), head=True),
+        family.split(hot, attention=range(0, layers, 2)),
+        family.split(hot[::-1], attention=range(1, layers), head=True),
+    ]
+    expected = forward(load_model(paths[0]), tokens, half_cache=True)
+    expected = np.stack([*expected[11:], expected[12]])
+    quantised = family.tiny.spec.row_type != "F32"
+    for path in paths:
+        got = logits(path, tokens, device="cpu")
+        relative = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+        assert relative <= (0.01 * np.sqrt(7 * layers + 1) if quantised else 2.0**-10)
+
+
+def test_a_cache_of_bytes_keeps_the_same(tmp_path: Path) -> None:
+    """Both sides round keys and values alike; rotary frequencies are scaled one by one."""
+    model = Prepared(tmp_path, "llama-3.1-rope")
+    path, tokens = model.split([GROUP] * model.layers, attention=range(model.layers)), model.tiny.tokens(18)
+    expected, half = logits(path, tokens, kv_type="q8_0"), logits(path, tokens)
+    got = logits(path, tokens, kv_type="q8_0", device="cpu")
+    # A flipped code is one part in 254 of 32 values; without the rounding, all of them are that far off.
+    assert np.abs(got - expected).max() <= 2.0**-9 * np.abs(expected).max()
+    assert np.abs(got - expected).max() < 0.5 * np.abs(half - expected).max()
+
+
+def test_a_layer_costs_one_wait_and_the_stream_stays(
+    llama: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is done at the latest moment that is allowed, and in order: each layer with cold neurons
+    waits for its input, a layer without waits for nothing, and the logits end the pass."""
+    tokens, whole = llama.tiny.tokens(18), llama.neurons
+    path = llama.split([GROUP, whole, GROUP], attention=range(3), head=True)
+    expected = logits(path, tokens, device="cpu")
+    gpu = LatestGpu()
+    on(monkeypatch, gpu)
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
+    assert engine.report().memory.kv_cache == 0
+    engine.prefill(tokens[:1])
+    gpu.stops.clear()
+    engine.decode(tokens[1])
+    assert len(gpu.stops) == 2 + 1
+    engine.close()
+    on(monkeypatch, LatestGpu())
+    assert np.array_equal(logits(path, tokens, device="cuda"), expected)
+
+
+def test_a_trace_shows_both_sides(llama: Prepared) -> None:
+    engine = Engine(
+        load_model(llama.split([GROUP] * 3, attention=[0, 1], head=True)), threads=1, device="cpu"
+    )
+    engine.prefill(llama.tiny.tokens(3))
+    timeline = engine.trace()
+    engine.decode(1)
+    engine.close()
+    there = [(event.name, event.layer) for event in timeline.events if event.track == "hot side"]
+    assert [name for name, layer in there if layer == 1] == [
+        "attention", "attention", "attention", "hot", "copy out", "hot", "copy in", "merge",
+    ]  # fmt: skip
+    assert [name for name, layer in there if layer == 2] == ["copy in", "hot", "copy out"]
+    assert [name for name, layer in there if layer is None] == [
+        "copy in",
+        "copy out",
+        "copy in",
+        "head",
+        "copy out",
+    ]
+    here = [(event.name, event.layer) for event in timeline.events if event.track == "CPU"]
+    assert [name for name, layer in here if layer == 0] == ["launch", "wait", "cold"]
+    assert ("attention", 2) in here
+    assert ("attention", 1) not in here
+
+
+def test_the_budget_covers_weights_cache_and_scratch_up_front(
+    llama: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = llama.split([llama.neurons] * 3, attention=range(3), head=True)
+    model = load_model(path)
+    units, work = planned_units(model), Workload(5, 40)
+    size = units_size(model, units, work)
+    assert size.cache == 3 * 2 * 40 * 2 * 16 * 2
+    budget = OVERHEAD + size.total
+    gpu = FakeGpu(free=1 << 30)
+    on(monkeypatch, gpu)
+    engine = Engine(model, threads=1, device="cuda", vram=budget, batch=5, context=40)
+    assert engine.report().memory.vram == size.total
+    assert len(gpu.asked) == 1
+    assert gpu.asked[0] <= budget
+    engine.prefill(llama.tiny.tokens(12))
+    engine.close()
+    assert len(gpu.asked) == 1
+    # Less moves the split point first; below what the blocks need, the budget is refused with the numbers.
+    less = OVERHEAD + units_size(model, units.without_neurons, work).total
+    on(monkeypatch, FakeGpu(free=1 << 30))
+    options = {"threads": 1, "device": "cuda", "batch": 5, "context": 40}
+    smaller = less + size.weights // 4
+    engine = Engine(load_model(path), vram=smaller, **options)  # type: ignore[arg-type]
+    assert engine.report().memory.vram <= smaller - OVERHEAD
+    engine.close()
+    on(monkeypatch, FakeGpu(free=1 << 30))
+    needs = (
+        r"3 attention blocks and the head on the device, which need 3\d\.\d MiB .* of KV cache for a context "
+        r"of 40, \d\.\d of scratch and 32.0 kept"
+    )
+    with pytest.raises(HardwareError, match=needs):
+        Engine(load_model(path), vram=less - 1, **options)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_in_what_is_free_stays_on_the_cpu(
+    llama: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = llama.split([GROUP] * 3, attention=range(3), head=True)
+    model = load_model(path)
+    units, work = planned_units(model), Workload(5, 256)
+    size = units_size(model, units.without_neurons, work)
+    on(monkeypatch, FakeGpu(free=MIB * (256 + 32) + size.total - model.head.nbytes - 1000))
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
+    engine.close()
+    assert ["0 of the plan's 48 hot neurons" in notice for notice in engine.notices] == [True]
+    assert "not its output head" in engine.notices[0]
+
+
+@pytest.mark.parametrize("when", ["submit", "wait"])
+def test_a_lost_device_takes_its_cache_along_which_is_an_error(
+    llama: Prepared, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path, tokens = llama.split([GROUP] * 3, attention=[1]), llama.tiny.tokens(18)
+    on(monkeypatch, FailingGpu(9, when=when))
+    with pytest.raises(DeviceLost, match="the KV cache in its memory is lost; begin again"):
+        logits(path, tokens, device="cuda")
+
+
+def test_a_lost_device_gives_the_head_back(llama: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tokens = llama.split([GROUP] * 3, head=True), llama.tiny.tokens(6)
+    on(monkeypatch, FailingGpu(8, when="wait"))
+    engine = Engine(load_model(path), threads=1, device="cuda")
+    got = [engine.decode(token).copy() for token in tokens]
+    engine.close()
+    assert len(engine.notices) == 1
+    engine = Engine(load_model(path), threads=1, device="cpu")
+    assert np.array_equal(got, [engine.decode(token).copy() for token in tokens])
+    engine.close()

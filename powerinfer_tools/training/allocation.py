@@ -4,11 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from powerinfer_tools.progress import Progress
 from powerinfer_tools.training.choice import Candidate, choose
+from powerinfer_tools.training.expected_loss import ExpectedLoss
 from powerinfer_tools.training.layer_data import LayerData
 from powerinfer_tools.training.meter import Measured, Meter
-from powerinfer_tools.training.thresholds import Fit, Floats, level_for, quality
+from powerinfer_tools.training.thresholds import Fit, Floats, level_for
 
 #: Shares of active neurons to be found that are tried in each layer; the first is what its sensitivity to
 #: errors is measured at.
@@ -31,15 +34,22 @@ class Setting:
 
 
 def settings(data: LayerData, made: Fit, nbytes: int) -> list[Setting]:
-    """Gate-first, then ``made`` (of ``nbytes``) at each of :data:`RECALLS`."""
+    """Gate-first, then ``made`` (of ``nbytes``) at each of :data:`RECALLS`; then naming as many neurons, but
+    those that are expected to cost most, where that can be told. Which rule is better is measured."""
     normal, active = made.normal(data.check.inputs), data.check.active
     levels = [level_for(normal, active, recall) for recall in RECALLS]
-    errors = data.missing([normal > level for level in levels])
+    named = [normal > level for level in levels]
+    thresholds = [made.threshold(level) for level in levels]
+    if made.in_gates:
+        loss = ExpectedLoss(made, data.unit_losses(), data.model.hyper.activation_cut)
+        expected = loss.of(normal)
+        limits = np.quantile(expected, [1 - float(one.mean()) for one in named])
+        named += [expected > limit for limit in limits]
+        thresholds += [loss.thresholds(float(limit)) for limit in limits]
     rows = data.gate_bytes + data.other_bytes
     found = [Setting(None, data.gate_bytes + float(active.mean()) * data.other_bytes, 0.0)]
-    for level, error in zip(levels, errors, strict=True):
-        density = quality(normal > level, active).predicted_density
-        found.append(Setting(made.threshold(level), nbytes + density * rows, error))
+    for values, some, error in zip(thresholds, named, data.missing(named), strict=True):
+        found.append(Setting(values, nbytes + float(some.mean()) * rows, error))
     return found
 
 

@@ -103,6 +103,16 @@ class LayerData:
         """Bytes of the other rows."""
         return (self.ffn.factor.nbytes if self.ffn.factor else 0) + self.ffn.down.nbytes
 
+    def unit_losses(self) -> Floats:
+        """Mean square, over the active ones of the records to learn from, of what a gate of one adds to the
+        output of the FFN, (neurons)."""
+        inputs, active = self.learn.inputs, self.learn.active
+        columns: Floats = np.square(transposed_down(self.ffn)).sum(axis=1)
+        if self.ffn.factor is None:
+            return columns
+        factors = np.square(inputs @ _floats(self.ffn.factor).T)
+        return np.asarray((factors * active).sum(axis=0) / (active.sum(axis=0) + 1) * columns, np.float32)
+
     def missing(self, predicted: Sequence[Bools]) -> list[float]:
         """For each set of predicted neurons (t, neurons) of the first records of :attr:`check`: mean squared
         norm, over tokens, of what the FFN's output loses without the others."""

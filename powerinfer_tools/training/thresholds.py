@@ -20,13 +20,15 @@ class Fit:
 
     A neuron's score times its ``scale`` is its gate, ``mean`` and an error of some ``deviation`` added, so it
     is named where the probability of a positive gate, Φ((scale · score − mean) / deviation), is above a level
-    common to the layer: the rule that finds most active neurons for a number of named ones.
+    common to the layer: the rule that finds most active neurons for a number of named ones. ``in_gates``
+    tells that deviations are in units of the gate, which those of tuned predictors are not.
     """
 
     made: LowRank | SignBits
     scale: Floats
     mean: Floats
     deviation: Floats
+    in_gates: bool = True
 
     def normal(self, inputs: Floats) -> Floats:
         """(scale · score − mean) / deviation of every neuron, (t, neurons)."""

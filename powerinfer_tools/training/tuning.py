@@ -111,4 +111,4 @@ class _Net:
         made = LowRank(
             as_stored(inward, row_type), as_stored(outward, row_type), np.zeros(len(bias), np.float32)
         )
-        return Fit(made, np.ones_like(bias), -bias, np.ones_like(bias))
+        return Fit(made, np.ones_like(bias), -bias, np.ones_like(bias), in_gates=False)

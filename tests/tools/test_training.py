@@ -300,7 +300,9 @@ def test_a_budget_of_quality_is_kept(traced: Traced, tmp_path: Path) -> None:
     pieces = windows(tokenizer.encode(text.read_text()), 64, 6, bos)[2:]
     exact, predicted = (perplexity_of(split, pieces, mode) for mode in ("gate-first", "predicted"))
     assert cost.perplexity == pytest.approx(exact, rel=1e-5)
-    assert cost.predicted_perplexity == pytest.approx(predicted, rel=1e-5)
+    # The split file's neurons are in another order, so that sums round differently; where that takes a score
+    # across its threshold, one neuron of one token changes.
+    assert cost.predicted_perplexity == pytest.approx(predicted, rel=1e-4)
     assert cost.tokens == 4 * 31
 
 

@@ -164,7 +164,8 @@ class Model:
         """Raise ``error`` for a model with experts, which ``stage`` cannot take yet."""
         if self.hyper.routing is not None:
             raise error(
-                f"{self.path}: {stage} does not take mixtures of experts yet; run, eval, bench and profile do"
+                f"{self.path}: {stage} does not take mixtures of experts yet; run, eval, bench, profile and "
+                "plan do"
             )
 
     def close(self) -> None:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from powerinfer_formats import plan_experts
 from powerinfer_formats.atomic import write_atomic
 from powerinfer_formats.errors import BadDocument, BadField, OtherModel, UnsupportedVersion
+from powerinfer_formats.plan_experts import PlanExperts, check_experts, without_experts
 from powerinfer_formats.records import RecordReader, dump_json, parse_json, read_text, to_plain
 
 VERSION = 1
@@ -23,7 +25,8 @@ Device = Literal["gpu", "cpu"]
 
 @dataclass(frozen=True)
 class PlanModel:
-    """The model planned for; ``fingerprint`` is None for a shape without a file. ``neurons`` per layer."""
+    """The model planned for; ``fingerprint`` is None for a shape without a file. ``neurons`` per layer, of
+    all experts where there are ``experts``."""
 
     name: str
     fingerprint: str | None
@@ -32,6 +35,7 @@ class PlanModel:
     layers: int
     neurons: int
     width: int
+    experts: PlanExperts | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,9 @@ class LayerSeconds:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer. ``hot_activation_share`` is the share of all activations that the hot neurons make;
-    ``predictor`` is where the predictor lives, in mode predicted only. Bytes are those of the neurons."""
+    """One layer. ``hot_activation_share`` is the share of all activations that the hot neurons make, or of
+    what routers choose that hot experts are; ``predictor`` is where the predictor lives, in mode predicted
+    only, ``shared_expert`` where the expert that every token takes does. Bytes are those of the neurons."""
 
     index: int
     hot_neurons: int
@@ -83,6 +88,7 @@ class LayerPlan:
     ram_bytes: int
     seconds: LayerSeconds
     predictor: Device | None = None
+    shared_expert: Device | None = None
 
 
 @dataclass(frozen=True)
@@ -176,9 +182,15 @@ class Plan:
         if type(document) is not dict or document.pop("format", None) != FORMAT:
             raise BadDocument(file, f'is not a plan: "format": "{FORMAT}" is missing')
         version = document.pop("version", None)
-        if version != VERSION or type(version) is not int:
-            raise UnsupportedVersion(file, f"is a plan of version {version!r}, {VERSION} is read; plan again")
+        if version not in (VERSION, plan_experts.VERSION) or type(version) is not int:
+            raise UnsupportedVersion(
+                file,
+                f"is a plan of version {version!r}, {VERSION} and {plan_experts.VERSION} (with experts) are "
+                "read; plan again",
+            )
         plan = RecordReader(file).read(cls, document)
+        if version != plan.version:
+            raise BadField(file, f"version is {version}, and plans with experts have {plan_experts.VERSION}")
         _check(plan, file)
         return plan
 
@@ -192,7 +204,14 @@ class Plan:
     def to_document(self) -> dict[str, Any]:
         """The file's content as plain dicts and lists."""
         fields: dict[str, Any] = to_plain(self)
-        return {"format": FORMAT, "version": VERSION, **fields}
+        if self.model.experts is None:
+            fields = without_experts(fields)
+        return {"format": FORMAT, "version": self.version, **fields}
+
+    @property
+    def version(self) -> int:
+        """The version of the file."""
+        return VERSION if self.model.experts is None else plan_experts.VERSION
 
     def require_model(self, fingerprint: str, name: str, file: str | os.PathLike[str]) -> None:
         """Raise ``OtherModel``, with both names, unless the plan was made for this very model."""
@@ -234,6 +253,7 @@ def _check(plan: Plan, file: str | os.PathLike[str]) -> None:
     _check_sums(plan, require)
     for index, layer in enumerate(plan.layers):
         _check_layer(plan, index, layer, require)
+    check_experts(plan, require)
     for index, unit in enumerate(plan.units):
         require(unit.bytes >= 0, f"units[{index}].bytes", f"is {unit.bytes}, expected 0 or more")
     require(plan.solver.nodes >= 0, "solver.nodes", f"is {plan.solver.nodes}, expected 0 or more")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.profile import ROUTING
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.planning.predictors import Predictors
 from powerinfer_tools.planning.published import assumed_predictors
@@ -22,9 +23,10 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Frequencies:
-    """``layers``: the share of tokens for which each neuron was active, [neurons] descending, or None when
-    nothing is known; ``predictors`` of the layers that may be computed with them, none where it is empty.
-    ``source`` says where the shares come from."""
+    """``layers``: the share of tokens for which each neuron was active, or that took each expert, [neurons]
+    or [experts] descending, or None when nothing is known;
+    ``predictors`` of the layers that may be computed with them, none where it is empty. ``source`` says where
+    the shares come from."""
 
     layers: tuple[Vector, ...] | None
     source: str
@@ -58,11 +60,18 @@ def _check_profile(shape: ModelShape, profile: "Profile") -> None:
             f"the profile was made for {profile.model_name} ({profile.fingerprint[:12]}…), not for "
             f"{shape.name} ({shape.fingerprint[:12]}…); make one with powerinfer profile"
         )
+    if shape.routed != (profile.activation == ROUTING):
+        counted, wanted = ("neurons", "experts") if shape.routed else ("experts", "neurons")
+        raise PlanError(
+            f"the profile of {profile.model_name} counts {counted}, {shape.name} has {wanted}; make one with "
+            "powerinfer profile"
+        )
     counts = [len(profile.frequency(index)) for index in range(profile.layers)]
-    if counts != [layer.neurons for layer in shape.layers]:
+    if counts != [layer.counted for layer in shape.layers]:
+        units = "experts" if shape.routed else "neurons"
         raise PlanError(
             f"the profile of {profile.model_name} has {len(counts)} layers of up to {max(counts)} "
-            f"neurons; {shape.name} has {len(shape.layers)} of {shape.layers[0].neurons}"
+            f"{units}; {shape.name} has {len(shape.layers)} of {shape.layers[0].counted}"
         )
     if profile.tokens < 1:
         raise PlanError(f"the profile of {profile.model_name} counts no tokens")

@@ -47,8 +47,12 @@ class LevelTable:
     bytes, of which ``predictor_bytes`` for the predictor; seconds of a token in parts (``block``: attention
     or head; hot and cold sides run at the same time, after a predictor on the accelerator; one on the CPU is
     a part of the cold side) and in total; ``activations``: expected number of active hot neurons.
+    ``shared_hot``: 1 where the expert that every token takes is on the accelerator; ``uneven_seconds``: by
+    how much the slower side is expected to take longer than its mean, because tokens take hot and cold
+    experts in uneven numbers.
 
-    The first levels, one for each hot count ascending, are exact and leave everything else on the CPU.
+    The first levels, one for each hot count ascending, are exact and leave everything else on the CPU. A
+    shared expert counts as the hottest of a layer's units there.
     """
 
     unit: str
@@ -65,13 +69,16 @@ class LevelTable:
     cold_seconds: Vector
     sync_seconds: Vector
     activations: Vector
+    shared_hot: Integers
+    uneven_seconds: Vector
     total_activations: float
 
     @property
     def seconds(self) -> Vector:
         """Time of the unit for one token [levels]."""
         first = self.block_seconds + self.predictor_hot * self.predictor_seconds
-        return first + np.maximum(self.hot_seconds, self.cold_seconds) + self.sync_seconds
+        both = np.maximum(self.hot_seconds, self.cold_seconds) + self.uneven_seconds
+        return first + both + self.sync_seconds
 
     @property
     def counts(self) -> int:
@@ -79,9 +86,10 @@ class LevelTable:
         return int(np.argmax(self.hot)) + 1
 
     def fastest_like(self, level: int) -> int:
-        """The fastest level that has as many hot neurons as ``level``, the block in the same place, and takes
-        no more VRAM; the first of equals."""
+        """The fastest level that has as many hot neurons as ``level``, block and shared expert in the same
+        place, and takes no more VRAM; the first of equals."""
         alike = (self.hot == self.hot[level]) & (self.block_hot == self.block_hot[level])
+        alike &= self.shared_hot == self.shared_hot[level]
         allowed = np.flatnonzero(alike & (self.vram <= self.vram[level]))
         return int(allowed[np.argmin(self.seconds[allowed])])
 
@@ -109,7 +117,7 @@ def layer_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTabl
     shape, machine, engine = inputs.shape, inputs.machine, options.engine
     layer, known = shape.layers[index], None if inputs.frequencies is None else inputs.frequencies[index]
     if known is not None:
-        _check_frequencies(index, known, layer.neurons)
+        check_frequencies(index, known, layer.neurons)
     on_gpu = machine.gpu is not None and "ffn" in engine.placeable
     hot = hot_counts(layer.neurons, options.group) if on_gpu else np.zeros(1, dtype=np.int64)
     ffn = FFN(
@@ -132,7 +140,7 @@ def layer_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTabl
     tables = [_table(index, ffn, way, hot, block, block_bytes, machine, options, False) for way in ways]
     if machine.gpu is not None and "attention" in engine.placeable:
         tables += [_table(index, ffn, way, hot, block, block_bytes, machine, options, True) for way in ways]
-    return _joined(tables)
+    return joined(tables)
 
 
 def _table(
@@ -164,6 +172,8 @@ def _table(
         cold_seconds=way.cold_seconds,
         sync_seconds=_sync(ffn.layer, hot, machine, options.home, block_hot, way.predictor_hot),
         activations=active[hot],
+        shared_hot=np.zeros(len(hot), dtype=np.int64),
+        uneven_seconds=np.zeros(len(hot)),
         total_activations=float(active[-1]),
     )
 
@@ -188,6 +198,8 @@ def head_levels(shape: ModelShape, machine: Machine, options: LevelOptions) -> L
         cold_seconds=none,
         sync_seconds=none + (one_sync if options.home == "gpu" else 0.0),
         activations=none,
+        shared_hot=zero,
+        uneven_seconds=none,
         total_activations=0.0,
     )
     if machine.gpu is None or "head" not in options.engine.placeable:
@@ -200,10 +212,11 @@ def head_levels(shape: ModelShape, machine: Machine, options: LevelOptions) -> L
         block_seconds=none + block.gpu,
         sync_seconds=none + (one_sync if options.home == "cpu" else 0.0),
     )
-    return _joined([base, moved])
+    return joined([base, moved])
 
 
-def _check_frequencies(index: int, frequencies: Vector, neurons: int) -> None:
+def check_frequencies(index: int, frequencies: Vector, neurons: int) -> None:
+    """Raise PlanError unless there is a share for each of ``neurons`` (or experts), descending."""
     if frequencies.shape != (neurons,):
         raise PlanError(f"layer {index}: {frequencies.shape} frequencies for {neurons} neurons")
     if not np.isfinite(frequencies).all() or frequencies.min() < 0 or frequencies.max() > 1:
@@ -234,7 +247,7 @@ def _sync(
     return seconds
 
 
-def _joined(tables: list[LevelTable]) -> LevelTable:
+def joined(tables: list[LevelTable]) -> LevelTable:
     """The levels of all tables of one unit."""
     first = tables[0]
     arrays = {

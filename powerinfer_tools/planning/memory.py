@@ -9,6 +9,11 @@ which the system can drop at any time.
 from dataclasses import dataclass
 from typing import Literal
 
+from powerinfer_tools.planning.expert_memory import (
+    hot_scratch_bytes,
+    routing_scratch_bytes,
+    widest_neurons,
+)
 from powerinfer_tools.planning.shapes import TILE_ROWS, LayerShape, ModelShape, round_up
 
 KVType = Literal["f16", "q8_0"]
@@ -60,14 +65,16 @@ def output_norm_bytes(shape: ModelShape) -> int:
 
 def cpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """Activations of one batch on the CPU side: the stream, its norm, a block's output and the hot side's
-    part; queries and attention output; keys and values; gate and up of all neurons; quantised copies of the
-    three inputs of matrices; token ids; and the head's input and logits."""
-    neurons = max(layer.neurons for layer in shape.layers)
+    part; queries and attention output; keys and values; gate and up of all neurons (of one expert); quantised
+    copies of the three inputs of matrices; token ids; what routing needs; and the head's input and logits."""
+    neurons = max(widest_neurons(layer) for layer in shape.layers)
+    hidden = max(layer.up.rows for layer in shape.layers)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     values = 4 * shape.width + 2 * queries + 2 * keys + 2 * neurons
-    quantised = sum(_quantised_bytes(columns) for columns in (shape.width, queries, neurons))
+    quantised = sum(_quantised_bytes(columns) for columns in (shape.width, queries, hidden))
     head = _F32 * (shape.width + shape.vocabulary) + _quantised_bytes(shape.width)
-    return batch * (_F32 + _F32 * values + quantised) + HEAD_ROWS * head
+    routing = routing_scratch_bytes(shape, batch)
+    return batch * (_F32 + _F32 * values + quantised) + routing + HEAD_ROWS * head
 
 
 def rotary_bytes(shape: ModelShape, context: int) -> int:
@@ -92,6 +99,8 @@ def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """Scratch of the hot side: input and output of one layer and three products of a chunk of neurons for
     ``batch`` tokens, and a chunk of rows unpacked to float32 with twice as much for the steps of
     unpacking."""
+    if shape.routed:
+        return hot_scratch_bytes(shape, batch)
     chunk = min(CHUNK_ROWS, max(layer.neurons for layer in shape.layers))
     return _F32 * (batch * (2 * shape.width + 3 * chunk) + 3 * chunk * shape.width)
 

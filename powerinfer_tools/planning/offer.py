@@ -26,6 +26,10 @@ def offer(path: Path, shape: ModelShape, max_ppl_increase: float) -> Offer:
     Raises PlanError for a share that is none, FormatError for a file that holds no predictors, or another
     model's.
     """
+    if shape.routed:
+        raise PlanError(
+            f"{path}: predictors name neurons of one FFN; {shape.name} has experts, which its router names"
+        )
     if not 0 <= max_ppl_increase < 1:
         raise PlanError(f"--max-ppl-increase {max_ppl_increase}: a share from 0 (exact modes only) up to 1")
     file = PredictorsFile.load(path)

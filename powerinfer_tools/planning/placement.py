@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.planning.experts import expert_levels
 from powerinfer_tools.planning.greedy import fastest_alike, greedy_choices
 from powerinfer_tools.planning.hull import relax
 from powerinfer_tools.planning.levels import (
@@ -84,7 +85,8 @@ def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...
         counted = b"" if frequencies is None else frequencies.tobytes()
         key = (layer, inputs.sizes[index], counted, predictor)
         if key not in known:
-            known[key] = layer_levels(index, inputs, options)
+            made = layer_levels if layer.experts is None else expert_levels
+            known[key] = made(index, inputs, options)
         tables.append(replace(known[key], unit=f"layer {index}"))
     return (*tables, head_levels(inputs.shape, inputs.machine, options))
 

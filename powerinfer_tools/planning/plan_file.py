@@ -4,9 +4,11 @@ from typing import Literal
 
 from powerinfer_formats import plan as file
 from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.plan_experts import PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import __version__
 from powerinfer_tools.planning.capabilities import THIS_VERSION
+from powerinfer_tools.planning.experts import ffn_bytes, routed_share
 from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.planner import Outcome
 from powerinfer_tools.planning.verdict import limited_by, time_parts, verdict
@@ -29,6 +31,7 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
             layers=len(shape.layers),
             neurons=neurons,
             width=shape.width,
+            experts=_experts(outcome),
         ),
         hardware=file.PlanHardware(
             name=hardware.machine.name,
@@ -44,7 +47,7 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
             max_ppl_increase=options.max_ppl_increase,
         ),
         objective=options.objective,
-        group=min(options.group, neurons),
+        group=shape.layers[0].up.rows if shape.routed else min(options.group, neurons),
         layers=tuple(_layer(outcome, index) for index in range(len(shape.layers))),
         units=_units(outcome),
         memory=file.PlanMemory(memory.vram_used, memory.vram_capacity, memory.ram_used, memory.ram_capacity),
@@ -61,16 +64,17 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
 
 def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
     table, k = outcome.placement.tables[index], outcome.placement.solution.choice[index]
-    hot, mode = int(table.hot[k]), MODES[int(table.mode[k])]
-    share = float(table.activations[k]) / table.total_activations if table.total_activations else 0.0
+    hot, mode, shape = int(table.hot[k]), MODES[int(table.mode[k])], outcome.shape.layers[index]
+    ffn = ffn_bytes(shape, outcome.sizes[index], table, int(k))
+    has_shared = shape.experts is not None and bool(shape.experts.shared)
     return file.LayerPlan(
         index=index,
         hot_neurons=hot,
         mode=mode,
         attention="gpu" if table.block_hot[k] else "cpu",
-        hot_activation_share=min(1.0, share),
-        vram_bytes=hot * outcome.sizes[index].total,
-        ram_bytes=(outcome.shape.layers[index].neurons - hot) * outcome.sizes[index].total,
+        hot_activation_share=routed_share(shape, table, int(k)),
+        vram_bytes=ffn.vram,
+        ram_bytes=ffn.ram,
         seconds=file.LayerSeconds(
             attention=float(table.block_seconds[k]),
             hot=float(table.hot_seconds[k]),
@@ -80,7 +84,15 @@ def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
             predictor=float(table.predictor_seconds[k]),
         ),
         predictor=None if mode != "predicted" else "gpu" if table.predictor_hot[k] else "cpu",
+        shared_expert=None if not has_shared else "gpu" if table.shared_hot[k] else "cpu",
     )
+
+
+def _experts(outcome: Outcome) -> PlanExperts | None:
+    experts = outcome.shape.layers[0].experts
+    if experts is None:
+        return None
+    return PlanExperts(experts.count, experts.used, experts.shared_neurons)
 
 
 def _units(outcome: Outcome) -> tuple[file.PlanUnit, ...]:

@@ -15,6 +15,8 @@ from powerinfer_tools.errors import PlanError
 from powerinfer_tools.planning import memory
 from powerinfer_tools.planning.capabilities import THIS_VERSION, Capabilities
 from powerinfer_tools.planning.costs import Machine
+from powerinfer_tools.planning.expert_memory import router_bytes, unit_bytes
+from powerinfer_tools.planning.experts import ffn_bytes
 from powerinfer_tools.planning.frequencies import Frequencies
 from powerinfer_tools.planning.levels import Inputs, LevelOptions
 from powerinfer_tools.planning.memory import KVType, Workload
@@ -96,15 +98,12 @@ def plan_outcome(
     sizes = tuple(neuron_bytes(layer, options.down_type) for layer in shape.layers)
     inputs = Inputs(shape, machine, workload, frequencies.layers, sizes, frequencies.predictors)
     scratch = memory.gpu_scratch_bytes(shape, workload.batch)
-    smallest = min(
-        size.total * min(options.group, layer.neurons)
-        for size, layer in zip(sizes, shape.layers, strict=True)
-    )
+    smallest, what = _smallest_unit(shape, sizes, options)
     if budgets.vram and machine.gpu is not None and vram < scratch + smallest:
         raise PlanError(
             f"a VRAM budget of {vram:,} bytes is too small: {scratch:,} bytes of scratch and {smallest:,} "
-            f"bytes for one group of {options.group} neurons need {scratch + smallest:,}; give more --vram, "
-            "or --vram 0 to plan without the GPU"
+            f"bytes for {what} need {scratch + smallest:,}; give more --vram, or --vram 0 to plan without "
+            "the GPU"
         )
     fixed = memory.fixed_ram_bytes(shape, workload, predicted=any(frequencies.predictors))
     room = ram - sum(fixed.values())
@@ -130,6 +129,19 @@ def plan_outcome(
         memory=_memory_use(placement, inputs, scratch, fixed, vram, ram),
         fits_whole=machine.gpu is not None and 0 < whole <= capacities.vram,
     )
+
+
+def _smallest_unit(
+    shape: ModelShape, sizes: tuple[NeuronBytes, ...], options: PlanOptions
+) -> tuple[int, str]:
+    """VRAM of the smallest unit that can be placed, and its name."""
+    if shape.routed:
+        return min(unit_bytes(layer) for layer in shape.layers), "one expert"
+    groups = (
+        size.total * min(options.group, layer.neurons)
+        for size, layer in zip(sizes, shape.layers, strict=True)
+    )
+    return min(groups), f"one group of {options.group} neurons"
 
 
 def _workload(shape: ModelShape, options: PlanOptions) -> Workload:
@@ -193,10 +205,13 @@ def _memory_use(
         if index == len(shape.layers):
             side["head"] += shape.head.packed_nbytes
             continue
-        layer, size = shape.layers[index], inputs.sizes[index]
-        on_gpu["ffn"] += int(table.hot[k]) * size.total
-        on_cpu["ffn"] += (layer.neurons - int(table.hot[k])) * size.total
+        layer = shape.layers[index]
+        ffn = ffn_bytes(layer, inputs.sizes[index], table, int(k))
+        on_gpu["ffn"] += ffn.vram
+        on_cpu["ffn"] += ffn.ram
         side["attention"] += memory.attention_bytes(layer)
+        if shape.routed:
+            side["router"] = side.get("router", 0) + router_bytes(layer)
         side["kv_cache"] += cache
         (on_gpu if table.predictor_hot[k] else on_cpu)["predictors"] += int(table.predictor_bytes[k])
     on_gpu["scratch"] = scratch if any(on_gpu.values()) else 0

@@ -12,6 +12,8 @@ import numpy as np
 from powerinfer_formats.plan import PlanPrediction
 from powerinfer_tools.planning import costs, memory
 from powerinfer_tools.planning.costs import Machine
+from powerinfer_tools.planning.expert_memory import router_bytes
+from powerinfer_tools.planning.experts import launches, token_bytes, whole_bytes
 from powerinfer_tools.planning.frequencies import Frequencies
 from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.planning.shapes import ModelShape
@@ -87,19 +89,20 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
     room = outcome.memory.vram_capacity - memory.gpu_scratch_bytes(shape, workload.batch)
     there = 0
     for layer, size in zip(shape.layers, outcome.sizes, strict=True):
-        nbytes = layer.neurons * size.total
-        whole = nbytes + memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, workload)
+        nbytes, router = token_bytes(layer, size), router_bytes(layer)
+        whole = whole_bytes(layer, size) + router + memory.attention_bytes(layer)
+        whole += memory.kv_cache_bytes(shape, workload)
         block = costs.attention_seconds(shape, layer, machine, workload)
         if machine.gpu is not None and whole <= room:
             room -= whole
             there += 1
-            parts["attention"] += block.gpu
-            launches = costs.FFN_LAUNCHES * machine.gpu.launch_seconds
-            parts["hot"] += nbytes / machine.gpu.bandwidth + launches
+            parts["attention"] += block.gpu + router / machine.gpu.bandwidth
+            launched = launches(layer) * machine.gpu.launch_seconds
+            parts["hot"] += nbytes.vram / machine.gpu.bandwidth + launched
             continue
-        parts["attention"] += block.cpu
-        curve = machine.ffn_curve(layer.width, size.types, layer.neurons)
-        parts["cold"] += float(costs.dense_seconds(np.array([float(nbytes)]), machine, curve)[0])
+        parts["attention"] += block.cpu + router / machine.bandwidth
+        curve = machine.ffn_curve(layer.width, size.types, layer.up.rows)
+        parts["cold"] += float(costs.dense_seconds(np.array([float(nbytes.ram)]), machine, curve)[0])
     head = costs.head_seconds(shape, machine)
     head_there = there == len(shape.layers) and shape.head.packed_nbytes <= room
     parts["head"] = head.gpu if head_there else head.cpu

@@ -41,16 +41,39 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
         f"{1e6 * layer.seconds.cold:,.0f}",
         f"{1e6 * layer.seconds.total:,.0f}",
         f"{layer.hot_neurons:,}",
+        layer.shared_expert or "",
     )
 
 
 def _row(plan: Plan, first: int, last: int) -> tuple[str, ...]:
     layer = plan.layers[first]
-    activity, *cells, hot = _cells(layer)
+    activity, *cells, hot, _ = _cells(layer)
     if plan.provenance.source == UNKNOWN:
         activity = "–"
     name = str(first) if first == last else f"{first}–{last}"
-    return (name, hot, f"{100 * layer.hot_neurons / plan.model.neurons:.1f} %", activity, *cells)
+    return (
+        name,
+        _hot(plan, layer, hot),
+        f"{100 * layer.hot_neurons / plan.model.neurons:.1f} %",
+        activity,
+        *cells,
+    )
+
+
+def _hot(plan: Plan, layer: LayerPlan, neurons: str) -> str:
+    """Hot neurons, or hot experts, and "+1" where the shared one is hot, too."""
+    if plan.model.experts is None:
+        return neurons
+    return f"{layer.hot_neurons // plan.group:,}{' +1' if layer.shared_expert == 'gpu' else ''}"
+
+
+def _units(plan: Plan) -> str:
+    """What a layer has, in words."""
+    model, experts = plan.model, plan.model.experts
+    if experts is None:
+        return f"{model.neurons:,} neurons"
+    shared = f" and a shared one of {experts.shared_neurons:,}" if experts.shared_neurons else ""
+    return f"{experts.count} experts of {plan.group:,} neurons, {experts.used} for a token{shared}"
 
 
 def _header(plan: Plan) -> list[str]:
@@ -58,7 +81,7 @@ def _header(plan: Plan) -> list[str]:
     gpu = hardware.gpu or "no GPU"
     peaks = " (published figures, not measured)" if hardware.source == "preset" else ""
     return [
-        f"{model.name}: {model.layers} layers of {model.neurons:,} neurons, {model.activation}",
+        f"{model.name}: {model.layers} layers of {_units(plan)}, {model.activation}",
         f"for {hardware.name}: {hardware.cpu}, {gpu}{peaks}",
         f"budgets: {budgets.vram_bytes / _MIB:,.1f} MiB VRAM, {budgets.ram_bytes / _MIB:,.1f} MiB RAM, "
         f"context {budgets.context:,} ({budgets.kv_type}); objective: {plan.objective}",
@@ -115,7 +138,7 @@ def _unit_rows(plan: Plan) -> list[tuple[str, str, str]]:
     """What every unit takes on both sides, then what is used and what there is, in bytes."""
     memory = plan.memory
     sizes = {
-        "neurons": (
+        "neurons" if plan.model.experts is None else "experts": (
             sum(layer.vram_bytes for layer in plan.layers),
             sum(layer.ram_bytes for layer in plan.layers),
         )

@@ -12,7 +12,7 @@ from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.errors import PlanError
 
 if TYPE_CHECKING:
-    from powerinfer_tools.model import Model
+    from powerinfer_tools.model import DenseFFN, Model
     from powerinfer_tools.tensors import Weight
 
 #: Rows of one interleaved tile of the CPU kernels; packed matrices are padded to it.
@@ -46,10 +46,28 @@ class MatrixShape:
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """The experts of one layer: ``count`` of the same shape, of which a token takes ``used``. ``router``: the
+    matrices that choose and weigh them, read for every token. ``shared``: gate, up and down of the expert
+    that every token takes; empty without one."""
+
+    count: int
+    used: int
+    router: tuple[MatrixShape, ...]
+    shared: tuple[MatrixShape, ...] = ()
+
+    @property
+    def shared_neurons(self) -> int:
+        """Neurons of the shared expert; 0 without one."""
+        return self.shared[0].rows if self.shared else 0
+
+
+@dataclass(frozen=True)
 class LayerShape:
     """One layer. ``gate`` is None for an FFN of two matrices; ``vector_bytes`` counts norms and biases;
     ``window`` is how many positions attention looks back, 0 for all of them; ``down_transposed``: the file
-    has the down projection with a row for each neuron."""
+    has the down projection with a row for each neuron. With ``experts``, gate, up and down are those of
+    one."""
 
     attention: tuple[MatrixShape, ...]
     gate: MatrixShape | None
@@ -58,17 +76,30 @@ class LayerShape:
     vector_bytes: int
     window: int = 0
     down_transposed: bool = False
+    experts: ExpertsShape | None = None
+
+    @property
+    def ffn(self) -> tuple[MatrixShape, ...]:
+        """The matrices of the FFN, or of one expert."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
     @property
     def matrices(self) -> tuple[MatrixShape, ...]:
         """All matrices of the layer."""
-        ffn = (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
-        return (*self.attention, *ffn)
+        if self.experts is None:
+            return (*self.attention, *self.ffn)
+        experts = self.experts
+        return (*self.attention, *experts.router, *experts.shared, *(self.ffn * experts.count))
 
     @property
     def neurons(self) -> int:
-        """Number of FFN neurons."""
-        return self.up.rows
+        """Number of FFN neurons; with experts, those of all that a router chooses from."""
+        return self.up.rows * (self.experts.count if self.experts else 1)
+
+    @property
+    def counted(self) -> int:
+        """How many units a profile counts: neurons, or experts."""
+        return self.experts.count if self.experts else self.up.rows
 
     @property
     def width(self) -> int:
@@ -126,6 +157,11 @@ class ModelShape:
         return self.activation in RELU_FAMILY
 
     @property
+    def routed(self) -> bool:
+        """Whether layers have experts, which are placed as wholes."""
+        return self.layers[0].experts is not None
+
+    @property
     def total_neurons(self) -> int:
         """FFN neurons of all layers."""
         return sum(layer.neurons for layer in self.layers)
@@ -173,8 +209,12 @@ def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> Neur
     """Bytes of one neuron of ``layer``: its gate, up and (transposed) down rows. The padding of cold records
     in the split file does not count: the engine drops it when it loads them.
 
-    Raises PlanError when the width does not hold whole blocks of the down projection's row type.
+    With experts, which keep the source's matrices, an equal part of an expert's bytes. Raises PlanError when
+    the width does not hold whole blocks of the down projection's row type.
     """
+    if layer.experts is not None:
+        nbytes = -(-sum(matrix.nbytes for matrix in layer.ffn) // layer.up.rows)
+        return NeuronBytes(nbytes, nbytes, tuple(matrix.row_type.name for matrix in layer.ffn))
     down = stored_down_type(layer.down.row_type, down_type, transposed=layer.down_transposed)
     block = BLOCK_SHAPES[down].values
     if layer.width % block:
@@ -197,7 +237,6 @@ def shape_of_model(model: "Model") -> ModelShape:
             f"{model.path}: this is a split file; make the plan from the source model "
             "(run takes a smaller --vram on a split file without a new plan)"
         )
-    model.require_one_ffn(PlanError, "plan")
     hyper = model.hyper
     return ModelShape(
         name=model.name,
@@ -219,7 +258,7 @@ def shape_of_model(model: "Model") -> ModelShape:
 
 def _layer_of_model(model: "Model", index: int) -> LayerShape:
     weights = model.layers[index]
-    attention, ffn = weights.attention, weights.source_ffn
+    attention, ffn, experts = weights.attention, *_ffn_of_model(model, index)
     vectors = [
         attention.norm,
         attention.query_bias,
@@ -244,6 +283,24 @@ def _layer_of_model(model: "Model", index: int) -> LayerShape:
         vector_bytes=sum(vector.nbytes for vector in vectors if vector is not None),
         window=model.hyper.window if model.hyper.local_layers[index] else 0,
         down_transposed=ffn.transposed,
+        experts=experts,
+    )
+
+
+def _ffn_of_model(model: "Model", index: int) -> tuple["DenseFFN", ExpertsShape | None]:
+    """The FFN of a layer; of one with experts, the first of them, and how they make a layer."""
+    from powerinfer_tools.model import ExpertsFFN
+
+    ffn, routing = model.layers[index].ffn, model.hyper.routing
+    if routing is None or not isinstance(ffn, ExpertsFFN):
+        return model.layers[index].source_ffn, None
+    router = [matrix for matrix in (ffn.router, ffn.shared_gate) if matrix is not None]
+    shared = () if ffn.shared is None else ffn.shared.matrices
+    return ffn.expert(0), ExpertsShape(
+        count=routing.experts,
+        used=routing.used,
+        router=tuple(_matrix(matrix) for matrix in router),
+        shared=tuple(_matrix(matrix) for matrix in shared),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from powerinfer_tools.planning.capabilities import THIS_VERSION
+from powerinfer_tools.planning.expert_memory import experts_of
 from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.greedy import fastest_alike, nothing_hot
 from powerinfer_tools.planning.levels import LevelTable
@@ -27,10 +28,11 @@ def parts_of(tables: Sequence[LevelTable], choice: Sequence[int]) -> dict[str, f
         first = bool(table.predictor_hot[k])
         if first or cold >= hot:
             parts["predictor"] += predictor
+        uneven = float(table.uneven_seconds[k])
         if hot > cold:
-            parts["hot"] += hot
+            parts["hot"] += hot + uneven
         else:
-            parts["cold"] += cold if first else cold - predictor
+            parts["cold"] += (cold if first else cold - predictor) + uneven
         parts["sync"] += float(table.sync_seconds[k])
     return parts
 
@@ -71,7 +73,7 @@ def verdict(outcome: Outcome) -> str:
         )
     elif outcome.memory.vram_used == 0:
         text = _nothing_hot(outcome, speed)
-    elif outcome.fits_whole and hot == outcome.shape.total_neurons:
+    elif outcome.fits_whole and hot == outcome.shape.total_neurons and _shared(outcome, cold=True) == 0:
         text = (
             "Fits whole: everything that may be placed is on the GPU "
             f"({outcome.memory.vram_used / _MIB:,.1f} MiB), {speed:.1f} tok/s against {cpu_only:.1f} on the "
@@ -81,8 +83,7 @@ def verdict(outcome: Outcome) -> str:
         text = ""
         if outcome.fits_whole:
             text = "Fits whole, yet both sides working at once are faster than the GPU alone: "
-        share = 100 * hot / outcome.shape.total_neurons
-        text += f"{share:.1f} % of the neurons are hot{_activity(outcome)}: {speed:.1f} tok/s, "
+        text += f"{_hot_units(outcome)}{_activity(outcome)}: {speed:.1f} tok/s, "
         text += f"{speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
         if speed < cpu_only:
             text += " Here that is slower than the CPU alone; --objective time is never."
@@ -107,17 +108,45 @@ def hot_neurons(outcome: Outcome) -> int:
 
 
 def activation_share(outcome: Outcome) -> float:
-    """Share of all activations that the hot neurons make; of all neurons where nothing is known."""
+    """Share of all activations that the hot neurons make (of the choices of routers that fall on hot
+    experts); of all neurons where nothing is known."""
     choice, tables = outcome.placement.solution.choice, outcome.placement.tables
     hot = sum(float(table.activations[k]) for table, k in zip(tables, choice, strict=True))
     total = sum(table.total_activations for table in tables)
+    if outcome.shape.routed:  # every token takes shared experts: that says nothing
+        neurons = experts_of(outcome.shape.layers[0]).shared_neurons
+        hot, total = hot - neurons * _shared(outcome), total - neurons * len(outcome.shape.layers)
     return hot / total if total else 0.0
+
+
+def _shared(outcome: Outcome, *, cold: bool = False) -> int:
+    """Layers whose shared expert is hot (or cold); 0 where there are none."""
+    experts = outcome.shape.layers[0].experts
+    if experts is None or not experts.shared:
+        return 0
+    choice, tables = outcome.placement.solution.choice, outcome.placement.tables
+    hot = sum(int(table.shared_hot[k]) for table, k in zip(tables, choice, strict=True))
+    return len(outcome.shape.layers) - hot if cold else hot
+
+
+def _hot_units(outcome: Outcome) -> str:
+    """How much is hot, in words."""
+    hot, shape = hot_neurons(outcome), outcome.shape
+    if not shape.routed:
+        return f"{100 * hot / shape.total_neurons:.1f} % of the neurons are hot"
+    layer = shape.layers[0]
+    count = hot // layer.up.rows
+    text = f"{count:,} of {len(shape.layers) * experts_of(layer).count:,} experts"
+    if experts_of(layer).shared:
+        text += f" and {_shared(outcome)} of {len(shape.layers)} shared ones"
+    return f"{text} are hot"
 
 
 def _activity(outcome: Outcome) -> str:
     if outcome.frequencies.layers is None:
         return ""
-    return f", with {100 * activation_share(outcome):.1f} % of the activations"
+    of_what = "what the routers choose" if outcome.shape.routed else "the activations"
+    return f", with {100 * activation_share(outcome):.1f} % of {of_what}"
 
 
 def _nothing_hot(outcome: Outcome, speed: float) -> str:
@@ -128,8 +157,9 @@ def _nothing_hot(outcome: Outcome, speed: float) -> str:
     layers = outcome.placement.tables[:-1]
     on_cpu = max(float(table.cold_seconds[table.fastest_like(0)]) for table in layers)
     sync = min(float(table.sync_seconds[table.counts - 1]) for table in layers)
+    what = "the experts of a token take" if outcome.shape.routed else "a layer's whole FFN takes"
     return (
-        f"The GPU does not help: a layer's whole FFN takes the CPU {1e6 * on_cpu:.0f} µs, and handing it to "
+        f"The GPU does not help: {what} the CPU {1e6 * on_cpu:.0f} µs, and handing it to "
         f"{gpu.name} and waiting costs {1e6 * sync:.0f} µs before any work is done; everything stays on the "
         f"CPU, {speed:.1f} tok/s."
     )
@@ -144,10 +174,16 @@ def _predicted(outcome: Outcome) -> str:
 
 
 def _stays(outcome: Outcome) -> str:
-    names = {"ffn": "FFN neurons", "attention": "attention with its KV cache", "head": "the output head"}
+    names = {
+        "ffn": "experts" if outcome.shape.routed else "FFN neurons",
+        "attention": "attention with its KV cache",
+        "head": "the output head",
+    }
     if outcome.frequencies.predictors:
         names["predictors"] = "predictors"
     stays = [name for unit, name in names.items() if unit not in outcome.options.engine.placeable]
+    if outcome.shape.routed and "attention" not in outcome.options.engine.placeable:
+        stays.append("routers")
     text = f"Not placed by this plan, always on the CPU: {', '.join([*stays, 'norms', 'embedding'])}."
     if outcome.options.engine != THIS_VERSION:
         text += (

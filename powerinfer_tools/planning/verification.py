@@ -113,6 +113,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="powerinfer-verify-") as folder:
         source = load_model(model)
         try:
+            source.require_one_ffn(PlanError, "plan --verify")
             grid = _Grid(
                 source, Profile.load(profile), None if predictors is None else Predictors.load(predictors)
             )

@@ -21,6 +21,7 @@ from powerinfer_formats.plan import (
     PlanSolver,
     PlanUnit,
 )
+from powerinfer_formats.plan_experts import PlanExperts
 
 PLAN = Plan(
     tool_version="0.1.0",
@@ -55,6 +56,53 @@ def test_a_plan_comes_back(tmp_path: Path) -> None:
         b'{\n  "format": "powerinfer-plan",\n  "version": 1,\n  "tool_version": "0.1.0",\n'
     )
     assert first.endswith(b"}\n")
+
+
+EXPERTS = replace(
+    PLAN,
+    model=replace(PLAN.model, experts=PlanExperts(count=3, used=2, shared_neurons=16)),
+    group=32,
+    layers=tuple(
+        replace(layer, mode="dense", shared_expert=device)
+        for layer, device in zip(PLAN.layers, ("gpu", "cpu"), strict=True)
+    ),
+)
+
+
+def test_a_plan_with_experts_comes_back_and_has_a_version_of_its_own(tmp_path: Path) -> None:
+    EXPERTS.save(tmp_path / "m.plan.json")
+    assert Plan.load(tmp_path / "m.plan.json") == EXPERTS
+    document = json.loads((tmp_path / "m.plan.json").read_text())
+    assert document["version"] == 2
+    assert document["model"]["experts"] == {"count": 3, "used": 2, "shared_neurons": 16}
+    assert [layer["shared_expert"] for layer in document["layers"]] == ["gpu", "cpu"]
+    assert "experts" not in PLAN.to_document()["model"]
+    assert "shared_expert" not in PLAN.to_document()["layers"][0]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("version",), 1, "version is 1, and plans with experts have 2"),
+        (("model", "experts", "count"), 0, "experts.count is 0"),
+        (("model", "experts", "count"), 4, "group is 32, expected the neurons of one of 4"),
+        (("model", "experts", "used"), 0, "experts.used is 0, expected 1 to 3"),
+        (("model", "experts", "used"), 4, "experts.used is 4, expected 1 to 3"),
+        (("model", "experts", "shared_neurons"), -1, "shared_neurons is -1"),
+        (("model", "experts", "shared_neurons"), 0, "shared_expert is there, but no shared expert is"),
+        (("model", "experts", "kind"), 0, "kind is not a known field"),
+        (("group",), 16, "group is 16, expected the neurons of one of 3"),
+        (("layers", 0, "hot_neurons"), 40, "expected a multiple of 32"),
+        (("layers", 1, "mode"), "gate-first", "mode is 'gate-first', experts are computed dense"),
+        (("layers", 1, "shared_expert"), None, "shared_expert is missing"),
+        (("layers", 1, "shared_expert"), "disk", "expected one of 'gpu', 'cpu'"),
+    ],
+)
+def test_experts_that_make_no_plan(path: tuple[str | int, ...], value: object, says: str) -> None:
+    document = copy.deepcopy(EXPERTS.to_document())
+    edited(*path, value=value)(document)
+    with pytest.raises(errors.BadField, match=says):
+        Plan.parse(json.dumps(document), "p.json")
 
 
 def test_a_plan_without_a_model_file(tmp_path: Path) -> None:
@@ -92,7 +140,8 @@ L0 = ("layers", 0)
 FAULTS: list[tuple[Callable[[dict[str, Any]], None], type[errors.FormatError], str]] = [
     (edited("format", value=DROP), errors.BadDocument, "not a plan"),
     (edited("format", value="powerinfer-profile"), errors.BadDocument, "not a plan"),
-    (edited("version", value=2), errors.UnsupportedVersion, "version 2, 1 is read"),
+    (edited("version", value=3), errors.UnsupportedVersion, r"version 3, 1 and 2 \(with experts\) are read"),
+    (edited("version", value=2), errors.BadField, "version is 2, and plans with experts have 2"),
     (edited("version", value=True), errors.UnsupportedVersion, "version True"),
     (edited("version", value=DROP), errors.UnsupportedVersion, "version None"),
     (edited("tool_version", value=DROP), errors.BadField, "tool_version is missing"),

@@ -1,5 +1,7 @@
 """Small shapes, machines and problems for tests of the planner."""
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from powerinfer_formats.block_types import TensorType
 from powerinfer_tools.planning.costs import Gpu, Machine
 from powerinfer_tools.planning.problem import Problem, Unit
-from powerinfer_tools.planning.shapes import LayerShape, MatrixShape, ModelShape
+from powerinfer_tools.planning.shapes import ExpertsShape, LayerShape, MatrixShape, ModelShape
 
 Vector = npt.NDArray[np.float64]
 CURVE = ((0.02, 0.7), (0.1, 0.85), (0.5, 0.95), (1.0, 1.0))
@@ -66,3 +68,34 @@ def problems(draw: st.DrawFn, *, units: int = 4, levels: int = 5) -> Problem:
         vram[0] = ram[0] = 0
         made.append(Unit(f"unit {index}", value, vram, ram))
     return Problem(tuple(made), draw(st.integers(0, 100)), draw(st.integers(0, 100)))
+
+
+def expert_shape(
+    layers: int = 3, experts: int = 8, used: int = 2, neurons: int = 128, width: int = 256, *, shared: int = 0
+) -> ModelShape:
+    """The small model with experts of ``neurons`` in place of each FFN, and a shared one of ``shared``."""
+    kind, dense = TensorType.Q4_1, shape(1, neurons, width)
+
+    def matrices(rows: int) -> tuple[MatrixShape, ...]:
+        return (*[MatrixShape(kind, rows, width)] * 2, MatrixShape(kind, width, rows))
+
+    router = [MatrixShape(TensorType.F32, experts, width)]
+    if shared:
+        router.append(MatrixShape(TensorType.F32, 1, width))
+    made = ExpertsShape(experts, used, tuple(router), matrices(shared) if shared else ())
+    return replace(dense, architecture="qwen2moe", layers=(replace(dense.layers[0], experts=made),) * layers)
+
+
+def routing_frequencies(model: ModelShape, seed: int = 0) -> tuple[Vector, ...]:
+    """Shares of tokens that take each expert, descending, another skew for each layer; they add up to what a
+    token takes."""
+    random, found = np.random.default_rng(seed), []
+    for layer in model.layers:
+        assert layer.experts is not None
+        counts = np.zeros(layer.experts.count)
+        popular = random.dirichlet(np.full(layer.experts.count, random.uniform(0.3, 3.0))) + 1e-9
+        for _ in range(200):
+            taken = random.choice(len(counts), layer.experts.used, replace=False, p=popular / popular.sum())
+            counts[taken] += 1
+        found.append(np.sort(counts / 200)[::-1].copy())
+    return tuple(found)

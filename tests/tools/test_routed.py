@@ -21,13 +21,11 @@ from powerinfer_tools.errors import (
     ConvertError,
     HardwareError,
     ModelError,
-    PlanError,
     ProfileError,
     TrainError,
 )
 from powerinfer_tools.hyperparameters import Routing
 from powerinfer_tools.model import load_model
-from powerinfer_tools.planning.shapes import shape_of_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from powerinfer_tools.relufication import RelufyOptions, run_relufy
 from powerinfer_tools.training import TrainOptions, run_train
@@ -138,8 +136,6 @@ def test_the_profile_counts_what_the_router_chose(tiny: TinyModel, tmp_path: Pat
 
 def test_stages_that_cannot_say_so(tiny: TinyModel, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    with pytest.raises(PlanError, match="plan does not take mixtures of experts yet"):
-        shape_of_model(load_model(tiny.path))
     with pytest.raises(ConvertError, match="convert does not take mixtures"):
         convert(ConvertOptions(tiny.path, other, other, other))
     with pytest.raises(TrainError, match="train does not take mixtures"):

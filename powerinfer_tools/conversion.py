@@ -38,7 +38,9 @@ from powerinfer_formats.thresholds import Thresholds
 from powerinfer_kernels import RowType, block_shape
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import DenseFFN, Model, load_model
+from powerinfer_tools.expert_conversion import ConvertedExperts, check_placement, write_experts
+from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
+from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.original import layout as original
 from powerinfer_tools.predictors import split_prediction, split_predictor
 from powerinfer_tools.progress import Progress, Silent
@@ -71,7 +73,8 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What was written. ``requantization_error`` is ‖D' − D‖ / ‖D‖ of the down projection, per layer."""
+    """What was written. ``requantization_error`` is ‖D' − D‖ / ‖D‖ of the down projection, per layer.
+    ``experts``: of a model that has some; neurons are then those of all experts."""
 
     output: str
     nbytes: int
@@ -83,6 +86,7 @@ class ConvertReport:
     requantization_error: tuple[float, ...]
     prediction: SplitPrediction | None = None
     thresholding: SplitThresholding | None = None
+    experts: ConvertedExperts | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -90,6 +94,7 @@ class ConvertReport:
             "hot_neurons": list(self.hot_neurons),
             "prediction": to_plain(self.prediction),
             "thresholding": vars(self.thresholding) if self.thresholding else None,
+            "experts": self.experts.as_dict() if self.experts else None,
             "requantization_error": list(self.requantization_error),
             "mean_requantization_error": float(np.mean(self.requantization_error)),
         }
@@ -107,9 +112,10 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             raise ConvertError(
                 f"{options.model} is a split file already; convert starts from the source model"
             )
-        model.require_one_ffn(ConvertError, "convert")
         profile, plan = Profile.load(options.profile), Plan.load(options.plan)
         _check_belongs(model, options, profile, plan)
+        if model.hyper.routing is not None:
+            return _convert_experts(model, profile, plan, options, progress or Silent())
         predictors = Predictors.load(options.predictors) if options.predictors else None
         if predictors is not None and options.predictors is not None:
             shape = (model.hyper.layers, model.hyper.width, model.hyper.neurons)
@@ -321,6 +327,36 @@ def _devices(plan: Plan) -> SplitDevices:
         attention=tuple(layer.attention for layer in plan.layers),
         predictor=tuple(layer.predictor or "cpu" for layer in plan.layers),
         head=next((unit.device for unit in plan.units if unit.name == "head"), "cpu"),
+    )
+
+
+def _convert_experts(
+    model: Model, profile: Profile, plan: Plan, options: ConvertOptions, progress: Progress
+) -> ConvertReport:
+    """Write the split file of a mixture of experts, which keeps every matrix as it is."""
+    for name, value in (
+        ("--quant", options.quant),
+        ("--predictors", options.predictors),
+        ("--thresholds", options.thresholds),
+    ):
+        if value is not None:
+            raise ConvertError(
+                f"{name} {value}: experts are placed as wholes and keep the source's bits; leave it out"
+            )
+    check_placement(model, profile, plan)
+    made = write_experts(model, profile, plan, options.output, progress)
+    ffn, layers = model.layers[0].ffn, model.hyper.layers
+    assert isinstance(ffn, ExpertsFFN)
+    return ConvertReport(
+        output=str(options.output),
+        nbytes=options.output.stat().st_size,
+        source_bytes=model.gguf.nbytes,
+        layers=layers,
+        neurons=made.count * plan.group,
+        hot_neurons=tuple(count * plan.group for count in made.hot),
+        down_type=ffn.down.row_type.name,
+        requantization_error=(0.0,) * layers,
+        experts=made,
     )
 
 

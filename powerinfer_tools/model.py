@@ -11,10 +11,12 @@ from pathlib import Path
 
 from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.model_source import ModelSource
-from powerinfer_formats.split import SplitFile, SplitLayer
+from powerinfer_formats.split import SplitFile, SplitLayer, is_split
+from powerinfer_formats.split_experts import ExpertSizes, SplitExperts
 from powerinfer_kernels import RowType
 from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, architecture
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN, read_ffn
 from powerinfer_tools.hyperparameters import Hyperparameters, read_hyperparameters
 from powerinfer_tools.original.reading import is_original, read_original
 from powerinfer_tools.sources import open_source
@@ -37,55 +39,6 @@ class AttentionWeights:
     query_norm: Norm | None
     key_norm: Norm | None
     post_norm: Norm | None
-
-
-@dataclass(frozen=True)
-class DenseFFN:
-    """The FFN of a source model: gate (None: not gated) and up (neurons, width), down (width, neurons), or
-    ``transposed`` (neurons, width)."""
-
-    gate: Weight | None
-    up: Weight
-    down: Weight
-    transposed: bool = False
-
-    @property
-    def first(self) -> Weight:
-        """The rows whose products the activation reads: gate, or up of an FFN without gate."""
-        return self.up if self.gate is None else self.gate
-
-    @property
-    def factor(self) -> Weight | None:
-        """The rows whose products the activation's result is multiplied with: up of a gated FFN."""
-        return None if self.gate is None else self.up
-
-    @property
-    def matrices(self) -> tuple[Weight, ...]:
-        """All that there are: gate, up and down, or up and down."""
-        return (self.first, self.down) if self.factor is None else (self.first, self.factor, self.down)
-
-
-@dataclass(frozen=True)
-class ExpertsFFN:
-    """The experts of one layer: ``router`` (experts, width); the rows of all experts one after the other in
-    ``gate`` and ``up`` (experts · neurons, width) and ``down`` (experts · width, neurons). ``shared`` is the
-    expert that every token takes, times the sigmoid of ``shared_gate`` (1, width)."""
-
-    router: Weight
-    gate: Weight
-    up: Weight
-    down: Weight
-    shared: DenseFFN | None
-    shared_gate: Weight | None
-
-    def expert(self, index: int) -> DenseFFN:
-        """One expert, as views."""
-        count = self.router.rows
-        gate, up, down = (
-            weight.part(f"expert {index}", index * (weight.rows // count), weight.rows // count)
-            for weight in (self.gate, self.up, self.down)
-        )
-        return DenseFFN(gate, up, down)
 
 
 @dataclass(frozen=True)
@@ -117,7 +70,8 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions."""
+    """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions;
+    ``split`` is there for a split file, or ``split_experts`` where it is one of experts."""
 
     gguf: ModelSource
     spec: ArchitectureSpec
@@ -129,6 +83,7 @@ class Model:
     rope_factors: Vector | None
     layers: Sequence[LayerWeights] = field(repr=False)
     split: SplitFile | None = None
+    split_experts: SplitExperts | None = None
 
     @property
     def path(self) -> Path:
@@ -143,6 +98,8 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the weights: of the source model, also for a split file."""
+        if self.split_experts is not None:
+            return self.split_experts.header.source_fingerprint
         return self.split.source_fingerprint if self.split else model_fingerprint(self.gguf)
 
     @property
@@ -153,7 +110,7 @@ class Model:
     @property
     def is_source(self) -> bool:
         """Whether profile, train, plan and convert can start from it: all but the split files of convert."""
-        return self.split is None or self.is_original
+        return (self.split is None and self.split_experts is None) or self.is_original
 
     @property
     def exact_zeros(self) -> bool:
@@ -164,8 +121,8 @@ class Model:
         """Raise ``error`` for a model with experts, which ``stage`` cannot take yet."""
         if self.hyper.routing is not None:
             raise error(
-                f"{self.path}: {stage} does not take mixtures of experts yet; run, eval, bench, profile and "
-                "plan do"
+                f"{self.path}: {stage} does not take mixtures of experts yet; profile, plan, convert, run, "
+                "eval and bench do"
             )
 
     def close(self) -> None:
@@ -203,7 +160,7 @@ def _build(gguf: ModelSource) -> Model:
     head = embedding
     if tensors.has("output.weight"):
         head = tensors.matrix("output.weight", hyper.vocabulary, hyper.width)
-    split = _split(gguf, spec, hyper)
+    split, split_experts = _split(gguf, spec, hyper), _split_experts(gguf, hyper)
     return Model(
         gguf=gguf,
         spec=spec,
@@ -213,8 +170,9 @@ def _build(gguf: ModelSource) -> Model:
         positions=tensors.matrix("position_embd.weight", positions, hyper.width) if learnt else None,
         output_norm=tensors.norm(spec, "output_norm", hyper.width),
         rope_factors=tensors.optional("rope_freqs.weight", hyper.rope_dim // 2),
-        layers=tuple(_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),
+        layers=tuple(_layer(tensors, spec, hyper, split, split_experts, i) for i in range(hyper.layers)),
         split=split,
+        split_experts=split_experts,
     )
 
 
@@ -227,8 +185,20 @@ def _refuse_shards(gguf: ModelSource) -> None:
         )
 
 
+def _split_experts(gguf: ModelSource, hyper: Hyperparameters) -> SplitExperts | None:
+    routing = hyper.routing
+    if routing is None or not is_split(gguf):
+        return None
+    sizes = ExpertSizes(
+        hyper.layers, routing.experts, hyper.neurons, hyper.width, shared=routing.shared_neurons > 0
+    )
+    return SplitExperts.read(gguf, sizes)
+
+
 def _split_view(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
     sizes = {"layers": hyper.layers, "neurons": hyper.neurons, "width": hyper.width}
+    if hyper.routing is not None:
+        return None
     if is_original(gguf):
         return read_original(gguf, **sizes, activation=hyper.activation, gated=spec.gated)
     return SplitFile.read(gguf, **sizes)
@@ -258,7 +228,12 @@ def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) ->
 
 
 def _layer(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, split: SplitFile | None, index: int
+    tensors: Tensors,
+    spec: ArchitectureSpec,
+    hyper: Hyperparameters,
+    split: SplitFile | None,
+    split_experts: SplitExperts | None,
+    index: int,
 ) -> LayerWeights:
     prefix = f"blk.{index}"
     ffn_bias = tensors.absent if spec.gated else tensors.optional
@@ -266,7 +241,7 @@ def _layer(
     return LayerWeights(
         attention=_attention(tensors, spec, hyper, prefix),
         ffn_norm=tensors.norm(spec, f"{prefix}.{spec.ffn_norm}", hyper.width),
-        ffn=split.layer(index) if split else _ffn(tensors, spec, hyper, prefix),
+        ffn=split.layer(index) if split else read_ffn(tensors, spec, hyper, index, split_experts),
         ffn_bias=split.layer(index).bias if split else up_bias,
         ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
         ffn_post_norm=tensors.optional_norm(
@@ -331,40 +306,6 @@ def _fused_projections(tensors: Tensors, hyper: Hyperparameters, prefix: str) ->
     if bias is None:
         return weights, (None, None, None)
     return weights, (bias[:queries], bias[queries : queries + keys], bias[queries + keys :])
-
-
-def _ffn(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
-) -> DenseFFN | ExpertsFFN:
-    routing, width = hyper.routing, hyper.width
-    if routing is None:
-        return _dense_ffn(tensors, spec, hyper, prefix)
-    experts, neurons, shared = routing.experts, hyper.neurons, routing.shared_neurons
-    return ExpertsFFN(
-        router=tensors.matrix(f"{prefix}.ffn_gate_inp.weight", experts, width),
-        gate=tensors.stack(f"{prefix}.ffn_gate_exps.weight", experts, neurons, width),
-        up=tensors.stack(f"{prefix}.ffn_up_exps.weight", experts, neurons, width),
-        down=tensors.stack(f"{prefix}.ffn_down_exps.weight", experts, width, neurons),
-        shared=DenseFFN(
-            tensors.matrix(f"{prefix}.ffn_gate_shexp.weight", shared, width),
-            tensors.matrix(f"{prefix}.ffn_up_shexp.weight", shared, width),
-            tensors.matrix(f"{prefix}.ffn_down_shexp.weight", width, shared),
-        )
-        if shared
-        else None,
-        shared_gate=tensors.row(f"{prefix}.ffn_gate_inp_shexp.weight", width) if shared else None,
-    )
-
-
-def _dense_ffn(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> DenseFFN:
-    gate = f"{prefix}.ffn_gate.weight"
-    if not spec.gated:
-        tensors.absent(gate, hyper.neurons)
-    return DenseFFN(
-        gate=tensors.matrix(gate, hyper.neurons, hyper.width) if spec.gated else None,
-        up=tensors.matrix(f"{prefix}.ffn_up.weight", hyper.neurons, hyper.width),
-        down=tensors.matrix(f"{prefix}.ffn_down.weight", hyper.width, hyper.neurons),
-    )
 
 
 def _whole(layer: SplitLayer, kind: str) -> Weight:

@@ -10,8 +10,9 @@ from powerinfer_formats.split import SplitLayer, SplitPredictor
 from powerinfer_formats.split_predictors import SplitSigns
 from powerinfer_kernels import RowType, dequantize, reference
 from powerinfer_tools.architectures import ArchitectureSpec
+from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
 from powerinfer_tools.hyperparameters import Hyperparameters
-from powerinfer_tools.model import AttentionWeights, DenseFFN, ExpertsFFN, LayerWeights, Model
+from powerinfer_tools.model import AttentionWeights, LayerWeights, Model
 from powerinfer_tools.tensors import Norm, Weight
 
 Array = npt.NDArray[np.float64]

@@ -11,7 +11,8 @@ from powerinfer_formats.split import SplitFile, SplitHeader, SplitLayer
 from powerinfer_formats.split_layout import BundleLayout, SplitPrediction, bundle_layout
 from powerinfer_kernels import RowType, dequantize, quantize
 from powerinfer_tools import __version__
-from powerinfer_tools.model import DenseFFN, Model
+from powerinfer_tools.ffn_weights import DenseFFN
+from powerinfer_tools.model import Model
 from powerinfer_tools.predictors import split_predictor
 from powerinfer_tools.tensors import Weight
 

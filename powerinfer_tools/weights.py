@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools.errors import ConvertError
+from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.model import Model
 from powerinfer_tools.splitting import plain_rows
 from powerinfer_tools.tensors import Weight
@@ -30,7 +31,13 @@ def layer_weights(model: Model, index: int) -> Iterator[Weight]:
     layer = model.layers[index]
     attention = layer.attention
     yield from (attention.query, attention.key, attention.value, attention.output)
-    yield from layer.source_ffn.matrices
+    if not isinstance(layer.ffn, ExpertsFFN):
+        yield from layer.source_ffn.matrices
+        return
+    experts = layer.ffn
+    yield from (experts.router, *experts.stacks)
+    if experts.shared is not None and experts.shared_gate is not None:
+        yield from (*experts.shared.matrices, experts.shared_gate)
 
 
 def check_finite(model: Model, weight: Weight) -> None:

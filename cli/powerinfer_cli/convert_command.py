@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
     from powerinfer_formats.predictors import Quality
     from powerinfer_tools.conversion import ConvertReport
+    from powerinfer_tools.expert_conversion import ConvertedExperts
     from powerinfer_tools.original.export import ExportReport
 
-HELP = """Write the split file: neurons sorted hottest first, hot and cold parts apart, as the plan says.
+HELP = """Write the split file: neurons, or experts, sorted hottest first, as the plan says.
 
 Takes plan, profile and, if there are any, predictors and thresholds from beside the model. Gate and up rows
 keep their bits; the down projection is transposed and quantised again, and what that costs is measured and
-printed.
+printed. Experts keep all their bits.
 
 With --format powerinfer, writes NAME.original.powerinfer.gguf for the original PowerInfer instead: a ReLU
 model of the families that it knows, without a plan, and with predictors in its form. Those of train are
@@ -183,12 +184,27 @@ def _mean(qualities: "Sequence[Quality]", field: str) -> float:
     return float(sum(getattr(quality, field) for quality in qualities)) / len(qualities)
 
 
+def expert_facts(report: "ConvertReport", experts: "ConvertedExperts") -> list[tuple[str, str]]:
+    """What was written of a mixture of experts."""
+    hot, count = sum(experts.hot), experts.count * report.layers
+    facts = [
+        ("size", f"{format_size(report.nbytes)} (source {format_size(report.source_bytes)})"),
+        ("hot experts", f"{hot:,} of {count:,} ({hot / count:.1%})"),
+    ]
+    if experts.hot_shared:
+        facts.append(("hot shared experts", f"{sum(experts.hot_shared)} of {report.layers}"))
+    return [*facts, ("all matrices", "the source's bits")]
+
+
 def show(report: "ConvertReport", *, as_json: bool) -> None:
     """What was written and what the requantisation costs."""
     if as_json:
         emit_json(report.as_dict())
         return
     say(f"wrote {report.output}")
+    if report.experts is not None:
+        print_facts(expert_facts(report, report.experts))
+        return
     errors = report.requantization_error
     worst = max(range(report.layers), key=lambda layer: errors[layer])
     hot, neurons = sum(report.hot_neurons), report.neurons * report.layers

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Self, TypeVar
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +12,11 @@ from numpy.typing import NDArray
 from powerinfer_formats import errors
 from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
-from powerinfer_formats.gguf_reader import GGUFFile, StringArray
+from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.split_devices import SplitDevices, all_on_cpu, read_devices
+from powerinfer_formats.split_experts import VERSION as EXPERTS_VERSION
+from powerinfer_formats.split_keys import KeyReader
 from powerinfer_formats.split_layout import BundleLayout, SplitHeader, SplitPrediction, bundle_layout
 from powerinfer_formats.split_predictors import SplitPredictor, read_predictor
 from powerinfer_formats.split_thresholds import (
@@ -26,9 +27,6 @@ from powerinfer_formats.split_thresholds import (
 )
 
 __all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "SplitPredictor", "bundle_layout"]
-
-T = TypeVar("T")
-_HASH_DIGITS = frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,18 +163,19 @@ def is_split(gguf: ModelSource) -> bool:
     return names.KEY_VERSION in gguf.metadata
 
 
-class _Checker:
+class _Checker(KeyReader):
     """Judges one file against the sizes that its model has."""
 
     def __init__(self, gguf: ModelSource, layers: int, neurons: int, width: int) -> None:
-        self.gguf = gguf
-        self.layers = layers
+        super().__init__(gguf, layers)
         self.neurons = neurons
         self.width = width
 
     def header(self) -> SplitHeader:
         gguf = self.gguf
         version = gguf.get(names.KEY_VERSION, int)
+        if version == EXPERTS_VERSION:
+            self.fail(names.KEY_VERSION, f"is {version}, that of models with experts, which this one has not")
         if version != names.VERSION:
             raise errors.UnsupportedVersion(
                 gguf.path,
@@ -185,14 +184,14 @@ class _Checker:
         group = gguf.get(names.KEY_GROUP, int)
         if not 1 <= group <= self.neurons:
             self.fail(names.KEY_GROUP, f"is {group}, expected 1 to {self.neurons}")
-        modes = self._strings(names.KEY_MODE)
-        for layer, mode in enumerate(self._per_layer(names.KEY_MODE, modes)):
+        modes = self.strings(names.KEY_MODE)
+        for layer, mode in enumerate(self.per_layer(names.KEY_MODE, modes)):
             if mode not in names.MODES:
                 self.fail(
                     names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(names.MODES)}"
                 )
         return SplitHeader(
-            source_fingerprint=self._digest(names.KEY_SOURCE, gguf.get(names.KEY_SOURCE, str)),
+            source_fingerprint=self.digest(names.KEY_SOURCE, gguf.get(names.KEY_SOURCE, str)),
             activation=gguf.get(names.KEY_ACTIVATION, str),
             group=group,
             hot_neurons=self._hot_neurons(group),
@@ -201,7 +200,7 @@ class _Checker:
             requantization_error=self._errors(),
             tool_version=gguf.get(names.KEY_TOOL_VERSION, str),
             corpus_hashes=tuple(
-                self._digest(names.KEY_CORPUS_HASHES, text) for text in self._strings(names.KEY_CORPUS_HASHES)
+                self.digest(names.KEY_CORPUS_HASHES, text) for text in self.strings(names.KEY_CORPUS_HASHES)
             ),
             corpus_tokens=gguf.get(names.KEY_CORPUS_TOKENS, int),
             prediction=self._prediction(),
@@ -218,14 +217,14 @@ class _Checker:
         except ValueError as error:
             self.fail(names.KEY_FFN_TYPES, f"does not suit layer {index}: {error}")
         for name in names.source_names(index):
-            self._absent(name, "the rows are in the hot and cold parts")
-        self._absent(names.source_bias_name(index), "the bias is there in the order of the neurons")
+            self.absent(name, "the rows are in the hot and cold parts")
+        self.absent(names.source_bias_name(index), "the bias is there in the order of the neurons")
         hot_rows = tuple(
             self._rows(names.hot_name(index, kind), hot, self.width, row_type, size)
             for kind, row_type, size in zip(layout.kinds, layout.types, layout.row_sizes, strict=True)
         )
         if gate_type is None:
-            self._absent(names.hot_name(index, "gate"), "the file's FFNs have no gate")
+            self.absent(names.hot_name(index, "gate"), "the file's FFNs have no gate")
         record = layout.record_bytes
         return SplitLayer(
             index=index,
@@ -233,7 +232,7 @@ class _Checker:
             neurons=self.neurons,
             hot_neurons=hot,
             width=self.width,
-            order=self._order(index),
+            order=self.permutation(names.order_name(index), self.neurons, "neurons"),
             layout=layout,
             hot=hot_rows,
             cold=self._rows(names.bundle_name(index), cold, record, TensorType.I8, record),
@@ -245,7 +244,7 @@ class _Checker:
     def _bias(self, index: int, *, gated: bool) -> NDArray[np.float32] | None:
         name = names.bias_name(index)
         if gated:
-            self._absent(name, "FFNs with a gate have no bias")
+            self.absent(name, "FFNs with a gate have no bias")
         return self._vector(name) if name in self.gguf.tensors else None
 
     def _threshold(self, index: int, header: SplitHeader, *, gated: bool) -> SplitThreshold | None:
@@ -279,56 +278,35 @@ class _Checker:
                 if key in self.gguf.metadata:
                     self.fail(key, "is there, but no predictor is")
             return None
-        kinds = self._per_layer(names.KEY_PREDICTORS, self._strings(names.KEY_PREDICTORS))
+        kinds = self.per_layer(names.KEY_PREDICTORS, self.strings(names.KEY_PREDICTORS))
         for layer, kind in enumerate(kinds):
             if kind not in names.PREDICTOR_TENSORS:
                 known = ", ".join(names.PREDICTOR_TENSORS)
                 self.fail(names.KEY_PREDICTORS, f"has {kind!r} for layer {layer}, known are {known}")
-        recall, density = (self._floats(key) for key in keys)
+        recall, density = (self.floats(key) for key in keys)
         for key, values in zip(keys, (recall, density), strict=True):
-            if values and max(self._per_layer(key, values)) > 1:
+            if values and max(self.per_layer(key, values)) > 1:
                 self.fail(key, "has a share above 1")
         if len(recall) != len(density):
             self.fail(keys[0], "and the predicted density are not of the same layers")
         cost = None
         if names.KEY_PREDICTION_COST in self.gguf.metadata:
-            cost = self._floats(names.KEY_PREDICTION_COST)
+            cost = self.floats(names.KEY_PREDICTION_COST)
             if len(cost) != 4:
                 self.fail(names.KEY_PREDICTION_COST, f"has {len(cost)} values, expected 4")
         return SplitPrediction(tuple(kinds), recall, density, cost)  # type: ignore[arg-type]
 
-    def _order(self, index: int) -> NDArray[np.int32]:
-        name = names.order_name(index)
-        data = self.gguf.tensor(name, shape=(self.neurons,), types={TensorType.I32})
-        order = data.view("<i4")
-        seen = np.zeros(self.neurons, np.bool_)
-        inside = order[(order >= 0) & (order < self.neurons)]
-        seen[inside] = True
-        if not seen.all():
-            missing = int(np.flatnonzero(~seen)[0])
-            raise errors.NotAPermutation(
-                self.gguf.path,
-                f"tensor {name!r} is not a permutation of {self.neurons} neurons: {missing} is missing",
-            )
-        return order
-
     def _rows(self, name: str, rows: int, columns: int, row_type: TensorType, size: int) -> NDArray[np.uint8]:
         if rows == 0:
-            self._absent(name, "the layer has no neurons there")
+            self.absent(name, "the layer has no neurons there")
             empty = np.zeros((0, size), np.uint8)
             empty.flags.writeable = False
             return empty
         return self.gguf.tensor(name, shape=(rows, columns), types={row_type}).reshape(rows, size)
 
-    def _absent(self, name: str, why: str) -> None:
-        if name in self.gguf.tensors:
-            raise errors.UnexpectedTensor(
-                self.gguf.path, f"has a tensor {name!r}, which must not be there: {why}"
-            )
-
     def _hot_neurons(self, group: int) -> tuple[int, ...]:
-        hot = self._integers(names.KEY_HOT_NEURONS)
-        for layer, count in enumerate(self._per_layer(names.KEY_HOT_NEURONS, hot)):
+        hot = self.integers(names.KEY_HOT_NEURONS)
+        for layer, count in enumerate(self.per_layer(names.KEY_HOT_NEURONS, hot)):
             if count > self.neurons or (count % group and count != self.neurons):
                 self.fail(
                     names.KEY_HOT_NEURONS,
@@ -339,7 +317,7 @@ class _Checker:
 
     def _types(self) -> tuple[tuple[TensorType, ...], ...]:
         """Three of each layer, or two of each where the FFNs have no gate."""
-        numbers = self._integers(names.KEY_FFN_TYPES)
+        numbers = self.integers(names.KEY_FFN_TYPES)
         count = next((some for some in (3, 2) if len(numbers) == some * self.layers), 0)
         if not count:
             self.fail(
@@ -354,38 +332,4 @@ class _Checker:
 
     def _errors(self) -> tuple[float, ...]:
         key = names.KEY_REQUANTIZATION_ERROR
-        return tuple(self._per_layer(key, self._floats(key)))
-
-    def _floats(self, key: str) -> tuple[float, ...]:
-        values = self.gguf.get(key, np.ndarray)
-        if values.dtype != np.float32:
-            raise errors.WrongKeyType(
-                self.gguf.path, f"metadata {key!r} has {values.dtype} values, expected FLOAT32"
-            )
-        if not np.isfinite(values).all() or (values < 0).any():
-            self.fail(key, "has a value that is not finite or is negative")
-        return tuple(values.tolist())
-
-    def _integers(self, key: str) -> list[int]:
-        values = self.gguf.get(key, np.ndarray)
-        if values.dtype != np.uint32:
-            raise errors.WrongKeyType(
-                self.gguf.path, f"metadata {key!r} has {values.dtype} values, expected UINT32"
-            )
-        return [int(value) for value in values]
-
-    def _strings(self, key: str) -> list[str]:
-        return list(self.gguf.get(key, StringArray))
-
-    def _per_layer(self, key: str, values: Sequence[T]) -> Sequence[T]:
-        if len(values) != self.layers:
-            self.fail(key, f"has {len(values)} values, expected one for each of {self.layers} layers")
-        return values
-
-    def _digest(self, key: str, text: str) -> str:
-        if len(text) != 64 or not _HASH_DIGITS.issuperset(text):
-            self.fail(key, f"is {text!r}, expected 64 hexadecimal digits")
-        return text
-
-    def fail(self, key: str, problem: str) -> NoReturn:
-        raise errors.BadValue(self.gguf.path, f"metadata {key!r} {problem}")
+        return tuple(self.per_layer(key, self.floats(key)))

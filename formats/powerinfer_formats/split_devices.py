@@ -18,7 +18,7 @@ DEVICES = ("cpu", "gpu")
 
 @dataclass(frozen=True)
 class SplitDevices:
-    """"gpu" (the hot device) or "cpu" for the attention block of each layer, which takes the KV cache along,
+    """ "gpu" (the hot device) or "cpu" for the attention block of each layer, which takes the KV cache along,
     for the predictor of each layer, and for the output norm with the head."""
 
     attention: tuple[str, ...]

@@ -24,7 +24,8 @@ from powerinfer_tools.engine.predictors import lay_out
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
 from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model import DenseFFN, Model
+from powerinfer_tools.ffn_weights import DenseFFN
+from powerinfer_tools.model import Model
 
 #: Modes that this engine can run. Dense and gate-first are exact; predicted leaves out what its predictors
 #: miss. Both that skip need an activation with exact zeros. Thresholded is for the others: it leaves out

@@ -28,9 +28,11 @@ from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
 from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.hot import HotSide, open_hot_side
+from powerinfer_tools.hot.expert_routes import HotExpertSide, open_hot_experts
 from powerinfer_tools.hot.placement import Workload
-from powerinfer_tools.model import ExpertsFFN, LayerWeights, Model
+from powerinfer_tools.model import LayerWeights, Model
 
 Floats = npt.NDArray[np.float32]
 #: What looks on: layer, normalised FFN input, act(gate)·up.
@@ -76,16 +78,17 @@ class LayerStack:
         require_kv_type(model, options.kv_type)
         work = Workload(options.batch, options.context, options.kv_type)
         self._hot: HotSide | None
-        self._hot, self._notices = open_hot_side(model, options.device, options.vram, work)
+        self._hot_experts: HotExpertSide | None
+        self._hot, self._hot_experts, self._notices = _open_hot(model, options, work)
         #: What each forward pass is recorded in, if at all.
         self.timeline: Timeline | None = None
-        self.device = options.device if self._hot else "none"
+        self.device = options.device if self._hot or self._hot_experts else "none"
         self._modes = layer_modes(model, options.mode)
         self._buffers = allocate(
             model.spec,
             model.hyper,
             options.batch,
-            hot=self._hot is not None,
+            hot=self._hot is not None or self._hot_experts is not None,
             scores="predicted" in self._modes or options.thresholds is not None,
         )
         self._caches = self._allocate_caches(options.context)
@@ -142,17 +145,20 @@ class LayerStack:
     @property
     def notices(self) -> Sequence[str]:
         """What the hot side had to do otherwise than asked, in words for the user."""
-        return self._hot.notices if self._hot else self._notices
+        side = self._hot or self._hot_experts
+        return side.notices if side else self._notices
 
     @property
     def vram_peak_bytes(self) -> int | None:
         """The most that the hot device held; None where it is not counted."""
-        return self._hot.peak_bytes if self._hot else None
+        side = self._hot or self._hot_experts
+        return side.peak_bytes if side else None
 
     @property
     def vram_bytes(self) -> int:
         """What the hot device holds, in bytes."""
-        return self._hot.nbytes if self._hot else 0
+        side = self._hot or self._hot_experts
+        return side.nbytes if side else 0
 
     @property
     def scratch_bytes(self) -> int:
@@ -226,6 +232,7 @@ class LayerStack:
         tables = (self.model.embedding, self.model.positions)
         embedded = sum(table.nbytes // table.rows for table in tables if table is not None)
         ffn = sum(layer.bytes_per_token(density) for layer in self._cold)
+        # Of experts, those of both sides that a token takes are in ``ffn`` already.
         hot = self._hot.weight_bytes if self._hot else 0
         return self._writer.weight_bytes + self._head_bytes + embedded + ffn + hot
 
@@ -257,15 +264,17 @@ class LayerStack:
     def seconds(self) -> dict[str, float]:
         """Time by part so far, in seconds."""
         times = self._writer.labels.seconds([int(n) for n in self._program.nanoseconds()])
-        if self._hot:
-            times["hot"] = self._hot.seconds
-            times["waiting"] = self._hot.waiting_seconds
+        side = self._hot or self._hot_experts
+        if side:
+            times["hot"] = side.seconds
+            times["waiting"] = side.waiting_seconds
         return times
 
     def close(self) -> None:
         """Release the hot device."""
-        if self._hot:
-            self._hot.close()
+        side = self._hot or self._hot_experts
+        if side:
+            side.close()
 
     @property
     def _head_bytes(self) -> int:
@@ -313,20 +322,19 @@ class LayerStack:
         assert routing is not None
         assert self._routed is not None
         observed = self._observed[index] if self._observed else None
-        ffn = RoutedFFN(experts, routing, self._pool, observed)
+        hot = self._hot_experts.hot_experts(index) if self._hot_experts else frozenset[int]()
+        ffn = RoutedFFN(experts, routing, self._pool, observed, hot)
         self._cold.append(ffn)
         self._write_attention(index, layer)
-        writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized)
+        rounds = any(not matrix.row_type.is_float for matrix in (experts.gate, experts.up))
+        writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or (bool(hot) and rounds))
         ready = ffn.write(writer, self._buffers, self._routed)
         needed = writer.builder.mark()
         self._stops.append(_Stop(ready, needed, partial(self._run_routed, index, ffn)))
         writer.merge(FFNOutput(None, layer.ffn_post_norm), hot=False, cold=True)
 
     def _run_routed(self, index: int, ffn: RoutedFFN, count: int, position: int) -> None:
-        started = time.perf_counter()
-        ffn.work(count, self._run_experts)
-        if self.timeline is not None:
-            self.timeline.add("CPU", "experts", index, started, time.perf_counter())
+        ffn.compute(index, count, self._run_experts, self._hot_experts, self.timeline)
 
     def _run_experts(self, first: int, last: int, count: int) -> None:
         self._program.run(self._pool, first, last, count, 0)
@@ -435,3 +443,14 @@ class LayerStack:
                 first = check.after
         if first < last:
             self._program.run(self._pool, first, last, count, position)
+
+
+def _open_hot(
+    model: Model, options: StackOptions, work: Workload
+) -> tuple[HotSide | None, HotExpertSide | None, Sequence[str]]:
+    """The hot side of the model's kind, if there is to be one, and what must be said."""
+    if model.hyper.routing is None:
+        side, notices = open_hot_side(model, options.device, options.vram, work)
+        return side, None, notices
+    experts, notices = open_hot_experts(model, options.device, options.vram, options.batch)
+    return None, experts, notices

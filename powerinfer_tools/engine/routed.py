@@ -2,10 +2,12 @@
 
 Which experts a token takes is known only while it is computed. So each expert is a range of operations of its
 own, and is run for the tokens that take it: its input rows are gathered, its output is weighted and added up,
-expert by expert in ascending order, which makes a token's sum the same in every batch.
+expert by expert in ascending order, which makes a token's sum the same in every batch. Experts that a hot
+side computes are no operations here; their sum comes last.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +17,11 @@ from powerinfer_kernels import Activations, Matrix, Pool, aligned
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Buffers, Floats, activations
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.timeline import Timeline
+from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
+from powerinfer_tools.hot import Span
+from powerinfer_tools.hot.expert_routes import SHARED, HotExpertSide, Route
 from powerinfer_tools.hyperparameters import Hyperparameters, Routing
-from powerinfer_tools.model import DenseFFN, ExpertsFFN
 
 #: Runs operations [first, last) for some tokens.
 Run = Callable[[int, int, int], None]
@@ -70,29 +75,42 @@ def route(scores: Sequence[float], routing: Routing) -> list[tuple[int, float]]:
 
 
 class RoutedFFN:
-    """The experts of one layer, laid out for the kernels.
+    """The experts of one layer, those that the kernels compute laid out for them; others (``hot``, by number)
+    are a hot side's.
 
-    :meth:`write` appends operations that leave the router's scores and the shared expert's output;
-    :meth:`work`, called where those have run, leaves the layer's sum in ``block_out``.
+    :meth:`write` appends operations that leave the router's scores; :meth:`compute`, called where those have
+    run, leaves the layer's sum in ``block_out``.
     """
 
-    def __init__(self, ffn: ExpertsFFN, routing: Routing, pool: Pool, observed: LayerCounters | None) -> None:
-        self._routing, self._observed = routing, observed
+    def __init__(
+        self,
+        ffn: ExpertsFFN,
+        routing: Routing,
+        pool: Pool,
+        observed: LayerCounters | None,
+        hot: frozenset[int] = frozenset(),
+    ) -> None:
+        self._routing, self._observed, self.hot = routing, observed, hot
         self._router = pack(pool, ffn.router)
-        self._experts = [_columns(pool, ffn.expert(index)) for index in range(routing.experts)]
-        self._shared = None if ffn.shared is None else _columns(pool, ffn.shared)
+        self._experts = {
+            index: _columns(pool, ffn.expert(index)) for index in range(routing.experts) if index not in hot
+        }
+        here = ffn.shared is not None and SHARED not in hot
+        self._shared = _columns(pool, ffn.shared) if ffn.shared is not None and here else None
         self._shared_gate = None if ffn.shared_gate is None else pack(pool, ffn.shared_gate)
-        self._ranges: list[tuple[int, int]] = []
+        self._ranges: dict[int, tuple[int, int]] = {}
+        self._hot_bytes = _hot_bytes(ffn, routing, hot)
 
     @property
     def nbytes(self) -> int:
-        """Size of the weights as laid out, in bytes."""
-        return self._always + sum(_nbytes(expert) for expert in self._experts)
+        """Size of the weights as laid out here, in bytes."""
+        return self._always + sum(_nbytes(expert) for expert in self._experts.values())
 
     def bytes_per_token(self, density: float) -> float:
-        """Bytes that one decoded token touches; ``density`` does not matter."""
-        experts = sum(_nbytes(expert) for expert in self._experts)
-        return self._always + experts * self._routing.used / self._routing.experts
+        """Bytes that one decoded token touches, on both sides; ``density`` does not matter."""
+        routed, shared = self._hot_bytes
+        experts = routed + sum(_nbytes(expert) for expert in self._experts.values())
+        return self._always + shared + experts * self._routing.used / self._routing.experts
 
     @property
     def quantized(self) -> bool:
@@ -100,58 +118,95 @@ class RoutedFFN:
         return not all(matrix.row_type.is_float for matrix in self._whole)
 
     def write(self, writer: BlockWriter, buffers: Buffers, routed: RoutedBuffers) -> int:
-        """Append the operations; returns where :meth:`work` comes in."""
+        """Append the operations; returns where :meth:`compute` comes in."""
         self._buffers, self._scratch = buffers, routed
         builder = writer.builder
         builder.matmul(self._router, buffers.normed, buffers.normed_acts, routed.scores)
+        if self._shared_gate is not None:
+            builder.matmul(self._shared_gate, buffers.normed, buffers.normed_acts, routed.shared_score)
+        ready = builder.mark()
         if self._shared is not None:
             writer.expert(
                 self._shared, buffers.normed, buffers.normed_acts, routed.shared_acts, buffers.block_out
             )
-        if self._shared_gate is not None:
-            builder.matmul(self._shared_gate, buffers.normed, buffers.normed_acts, routed.shared_score)
-        ready = builder.mark()
-        for expert in self._experts:
+            self._ranges[SHARED] = (ready, builder.mark())
+        for index, expert in self._experts.items():
             first = builder.mark()
             if not (expert.gate.row_type.is_float and expert.up is not None and expert.up.row_type.is_float):
                 assert routed.rows_acts is not None
                 builder.quantize(routed.rows, routed.rows_acts)
             writer.expert(expert, routed.rows, routed.rows_acts, routed.hidden_acts, routed.out)
-            self._ranges.append((first, builder.mark()))
+            self._ranges[index] = (first, builder.mark())
         return ready
 
-    def work(self, count: int, run: Run) -> None:
-        """Route ``count`` tokens and compute their experts with ``run``."""
-        scratch, out = self._scratch, self._buffers.block_out[:count]
-        if self._shared is None:
-            out[:] = 0
-        elif self._shared_gate is not None:
-            out *= _sigmoid(scratch.shared_score[:count])
-        for expert, takers in enumerate(self._takers(count)):
-            if not takers:
-                continue
-            tokens, weights = (list(some) for some in zip(*takers, strict=True))
-            np.take(self._buffers.normed, tokens, axis=0, out=scratch.rows[: len(tokens)])
-            run(*self._ranges[expert], len(tokens))
-            factors = np.array(weights, np.float32)[:, None]
-            out[tokens] += factors * scratch.out[: len(tokens)]
-            self._count(expert, factors)
+    def compute(
+        self, layer: int, count: int, run: Run, side: HotExpertSide | None, timeline: Timeline | None
+    ) -> None:
+        """Route ``count`` tokens, begin the hot experts that some token takes on ``side``, compute the others
+        with ``run``, and leave the sum of all in ``block_out``, that of the hot ones added last."""
+        buffers, started = self._buffers, time.perf_counter()
+        routes = self.routes(count)
+        hot = [taken for taken in routes if taken.expert in self.hot]
+        routed = time.perf_counter()
+        if side is not None and hot:
+            side.launch(layer, buffers.normed[:count], buffers.normed_acts, hot)
+        launched = time.perf_counter()
+        self.work([taken for taken in routes if taken.expert not in self.hot], count, run)
+        computed, spans = time.perf_counter(), list[Span]()
+        if side is not None and hot:
+            assert buffers.hot_out is not None
+            spans = side.collect(buffers.hot_out[:count])
+            buffers.block_out[:count] += buffers.hot_out[:count]
+        if timeline is None:
+            return
+        timeline.add("CPU", "route", layer, started, routed)
+        timeline.add("CPU", "experts", layer, launched, computed)
+        if hot:
+            timeline.add("CPU", "launch", layer, routed, launched)
+            timeline.add("CPU", "wait", layer, computed, time.perf_counter())
+        for span in spans:
+            timeline.add("hot side", span.name, layer, span.start, span.end)
 
-    def _takers(self, count: int) -> list[list[tuple[int, float]]]:
-        """The tokens that take each expert, with their weights."""
-        takers: list[list[tuple[int, float]]] = [[] for _ in self._experts]
+    def routes(self, count: int) -> list[Route]:
+        """What ``count`` tokens take: the shared expert, then each that some token takes, ascending."""
+        taken: dict[int, tuple[list[int], list[float]]] = {}
         for token, scores in enumerate(self._scratch.scores[:count].tolist()):
             for expert, weight in route(scores, self._routing):
-                takers[expert].append((token, weight))
-        return takers
+                tokens, weights = taken.setdefault(expert, ([], []))
+                tokens.append(token)
+                weights.append(weight)
+        routes = [Route(expert, *taken[expert]) for expert in sorted(taken)]
+        if self._shared_gate is not None:
+            routes.insert(0, Route(SHARED, range(count), _sigmoid(self._scratch.shared_score[:count])))
+        self._count(routes)
+        return routes
 
-    def _count(self, expert: int, factors: Floats) -> None:
+    def work(self, routes: Sequence[Route], count: int, run: Run) -> None:
+        """Compute ``routes``, none of them hot, for ``count`` tokens with ``run``."""
+        scratch, out = self._scratch, self._buffers.block_out[:count]
+        if not (routes and routes[0].expert == SHARED):
+            out[:] = 0
+        for taken in routes:
+            factors = np.array(taken.weights, np.float32)[:, None]
+            if taken.expert == SHARED:
+                run(*self._ranges[SHARED], count)
+                out *= factors
+                continue
+            tokens = list(taken.tokens)
+            np.take(self._buffers.normed, tokens, axis=0, out=scratch.rows[: len(tokens)])
+            run(*self._ranges[taken.expert], len(tokens))
+            out[tokens] += factors * scratch.out[: len(tokens)]
+
+    def _count(self, routes: Sequence[Route]) -> None:
         seen = self._observed
         if seen is None:
             return
-        seen.counts[expert] += len(factors)
-        seen.gate_squares[expert] += math.fsum((factors.astype(np.float64) ** 2).ravel())
-        seen.up_squares[expert] += len(factors)
+        for taken in routes:
+            if taken.expert != SHARED:
+                squares = np.array(taken.weights, np.float32).astype(np.float64) ** 2
+                seen.counts[taken.expert] += len(squares)
+                seen.gate_squares[taken.expert] += math.fsum(squares)
+                seen.up_squares[taken.expert] += len(squares)
 
     @property
     def _whole(self) -> list[Matrix]:
@@ -176,7 +231,13 @@ def _nbytes(weights: DenseColumns) -> int:
     return weights.gate.nbytes + weights.down.nbytes + (0 if weights.up is None else weights.up.nbytes)
 
 
-def _sigmoid(scores: Floats) -> Floats:
+def _hot_bytes(ffn: ExpertsFFN, routing: Routing, hot: frozenset[int]) -> tuple[int, int]:
+    """Bytes of the experts that are not here: of those that are routed, and of the shared one."""
+    size = sum(stack.nbytes for stack in ffn.stacks) // routing.experts
+    shared = 0 if ffn.shared is None else sum(weight.nbytes for weight in ffn.shared.matrices)
+    return size * len(hot - {SHARED}), shared if SHARED in hot else 0
+
+
+def _sigmoid(scores: Floats) -> list[float]:
     """1 / (1 + e^-score), value by value: the same whatever stands beside it."""
-    flat = [1.0 / (1.0 + math.exp(-min(max(score, -80.0), 80.0))) for score in scores.ravel().tolist()]
-    return np.array(flat, np.float32).reshape(scores.shape)
+    return [1.0 / (1.0 + math.exp(-min(max(score, -80.0), 80.0))) for score in scores.ravel().tolist()]

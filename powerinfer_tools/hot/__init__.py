@@ -124,8 +124,6 @@ def open_hot_side(
         raise HardwareError(f"device {device!r} is not one of {', '.join(DEVICES)}")
     if device == "none":
         return None, ()
-    if model.hyper.routing is not None:
-        raise HardwareError(f"{model.path}: experts are not placed on {device} yet; use --device none")
     if model.split is None:
         raise HardwareError(
             f"{model.path} is not a split file, so nothing can be placed on {device}; make one with "

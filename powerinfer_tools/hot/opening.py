@@ -56,7 +56,7 @@ def open_side(
     """The hot side on ``device``, with the Triton kernels where ``fused`` and a row type has them; None where
     nothing is to be computed there, or its memory cannot be had in spite of all counting. Second, what must
     be said. Raises HardwareError for a budget beyond what is free, or too small for all but the neurons."""
-    planned, limit = planned_units(model), _limit(device.free_bytes(), vram)
+    planned, limit = planned_units(model), limit_of(device.free_bytes(), vram)
     units = fit(model, planned, limit, work)
     if vram:
         _require_units(model, planned, units, vram, limit, work)
@@ -123,8 +123,9 @@ def _left_out(planned: HotUnits, units: HotUnits, limit: int | None) -> list[str
     ]
 
 
-def _limit(free: int | None, vram: int | None) -> int | None:
-    """Bytes for weights, KV cache and scratch: of the budget asked for, or of what is free."""
+def limit_of(free: int | None, vram: int | None) -> int | None:
+    """Bytes for weights, KV cache and scratch: of the budget asked for, or of what is ``free``; None: no
+    limit. Raises HardwareError for a budget beyond that."""
     if free is None:
         return vram
     if vram is not None and vram > free:

@@ -20,6 +20,7 @@ from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import parse_json, to_plain
 from powerinfer_formats.safetensors_file import open_safetensors
 from powerinfer_formats.split import SplitFile, is_split
+from powerinfer_formats.split_experts import SplitExperts, has_experts
 from powerinfer_formats.trace import TraceFile, is_seekable
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspection.curve import summarize_profile
@@ -89,7 +90,8 @@ def _describe_model(path: Path) -> Description:
         if is_original(gguf):
             return Description("model of the original PowerInfer", facts, tensors)
         if is_split(gguf):
-            return Description("split file", facts | _split_facts(path), tensors)
+            told = _experts_facts if has_experts(gguf) else _split_facts
+            return Description("split file", facts | told(path), tensors)
         return Description("model", facts, tensors)
 
 
@@ -144,6 +146,34 @@ def _split_facts(path: Path) -> dict[str, Any]:
             "tool_version": header.tool_version,
             "requantization_error": list(header.requantization_error),
             "prediction": to_plain(header.prediction),
+            "layers": layers,
+        }
+    finally:
+        split.close()
+
+
+def _experts_facts(path: Path) -> dict[str, Any]:
+    """Of a split file of experts."""
+    split = SplitExperts.open(path)
+    try:
+        header, sizes = split.header, split.sizes
+        layers = [
+            {
+                "index": index,
+                "experts": sizes.experts,
+                "hot_experts": hot,
+                "shared_expert": ("hot" if split.is_hot_shared(index) else "cold")
+                if sizes.shared
+                else "none",
+                "hottest": split.orders[index][:SHOWN_ITEMS].tolist(),
+            }
+            for index, hot in enumerate(header.hot)
+        ]
+        return {
+            "source_fingerprint": header.source_fingerprint,
+            "hot_share": sum(header.hot) / max(sizes.experts * sizes.layers, 1),
+            "corpus_tokens": header.corpus_tokens,
+            "tool_version": header.tool_version,
             "layers": layers,
         }
     finally:

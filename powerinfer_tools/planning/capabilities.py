@@ -30,4 +30,11 @@ class Capabilities:
 
 
 THIS_VERSION = Capabilities(frozenset({"ffn"}), sparse_hot=False)
+#: The same where layers have experts, which alone are placed.
+THIS_VERSION_OF_EXPERTS = Capabilities(frozenset({"ffn"}), sparse_hot=False)
 ALL_PLACED = Capabilities(frozenset(UNITS), sparse_hot=True)
+
+
+def this_version(*, experts: bool) -> Capabilities:
+    """What this version does with a model that has experts, or none."""
+    return THIS_VERSION_OF_EXPERTS if experts else THIS_VERSION

@@ -9,7 +9,7 @@ from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning.capabilities import ALL_PLACED, THIS_VERSION
+from powerinfer_tools.planning.capabilities import ALL_PLACED, this_version
 from powerinfer_tools.planning.frequencies import Frequencies, model_frequencies
 from powerinfer_tools.planning.machine import machine_of
 from powerinfer_tools.planning.offer import Offer, offer
@@ -96,12 +96,16 @@ def make_plan(
         known = replace(known, predictors=offered.layers)
     if shape.fingerprint is None:
         options = replace(options, engine=ALL_PLACED)
+    elif shape.routed:
+        options = replace(options, engine=this_version(experts=True))
     machine = machine_of(hardware)
     outcome = plan_outcome(shape, known, machine, budgets, options)
     plan = plan_of(outcome, hardware, profile)
     beside = predictions(outcome)
     if shape.fingerprint is None:
-        today = plan_outcome(shape, known, machine, budgets, replace(options, engine=THIS_VERSION))
+        today = plan_outcome(
+            shape, known, machine, budgets, replace(options, engine=this_version(experts=shape.routed))
+        )
         beside["powerinfer-this-version"] = predictions(today)["powerinfer"]
     return replace(
         plan,

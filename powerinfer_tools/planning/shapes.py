@@ -12,7 +12,8 @@ from powerinfer_tools.architectures import RELU_FAMILY
 from powerinfer_tools.errors import PlanError
 
 if TYPE_CHECKING:
-    from powerinfer_tools.model import DenseFFN, Model
+    from powerinfer_tools.ffn_weights import DenseFFN
+    from powerinfer_tools.model import Model
     from powerinfer_tools.tensors import Weight
 
 #: Rows of one interleaved tile of the CPU kernels; packed matrices are padded to it.
@@ -289,7 +290,7 @@ def _layer_of_model(model: "Model", index: int) -> LayerShape:
 
 def _ffn_of_model(model: "Model", index: int) -> tuple["DenseFFN", ExpertsShape | None]:
     """The FFN of a layer; of one with experts, the first of them, and how they make a layer."""
-    from powerinfer_tools.model import ExpertsFFN
+    from powerinfer_tools.ffn_weights import ExpertsFFN
 
     ffn, routing = model.layers[index].ffn, model.hyper.routing
     if routing is None or not isinstance(ffn, ExpertsFFN):

@@ -11,7 +11,8 @@ from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.split_layout import source_names
 from powerinfer_kernels import RowType, block_shape, dequantize, quantize
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import DenseFFN, Model
+from powerinfer_tools.ffn_weights import DenseFFN
+from powerinfer_tools.model import Model
 from powerinfer_tools.tensors import Weight
 
 #: What the trained FFN weights can be written as.

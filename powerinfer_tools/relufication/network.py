@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from powerinfer_kernels import dequantize
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model import AttentionWeights, DenseFFN, Model
+from powerinfer_tools.ffn_weights import DenseFFN
+from powerinfer_tools.model import AttentionWeights, Model
 from powerinfer_tools.tensors import Norm, Vector, Weight
 
 Tensor = torch.Tensor

@@ -202,10 +202,10 @@ _Q4 = TensorType.Q4_1
 
 FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
     (
-        "version 2",
-        _retyped(names.KEY_VERSION, 2, _U32),
+        "version 3",
+        _retyped(names.KEY_VERSION, 3, _U32),
         errors.UnsupportedVersion,
-        "version 2.*convert again",
+        "version 3.*convert again",
     ),
     ("no source", _without(names.KEY_SOURCE), errors.MissingKey, "source_fingerprint"),
     ("no group", _without(names.KEY_GROUP), errors.MissingKey, "group"),

@@ -154,9 +154,9 @@ def test_memory_counts_experts_router_and_scratch() -> None:
     assert used.ram_units["ffn"] == (16 - hot) * EXPERT + (2 - shared) * SHARED
     assert used.ram_units["router"] == 2 * 2 * 16 * 4 * 256
     assert used.vram_used == sum(used.vram_units.values())
-    # 16 tokens: two inputs' worth of a kind, output, an expert's output, two products of 128, three choices;
+    # 16 tokens: input and output, an expert's input, two products of 128, three choices, a chunk's products;
     # 3 × 256 unpacked rows of 256.
-    assert gpu_scratch_bytes(model, 16) == 4 * (16 * (4 * 256 + 2 * 128 + 2 * 3) + 3 * 256 * 256)
+    assert gpu_scratch_bytes(model, 16) == 4 * (16 * (3 * 256 + 2 * 128 + 2 * 3 + 256) + 3 * 256 * 256)
 
 
 @pytest.mark.parametrize("case", ["mixtral-Q4_0", "qwen2moe", "qwen3moe"])

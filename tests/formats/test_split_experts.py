@@ -1,0 +1,184 @@
+"""Split files of experts: what comes back, and one named error for each way of being wrong."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from powerinfer_formats import errors
+from powerinfer_formats import split_experts as experts
+from powerinfer_formats import split_layout as names
+from powerinfer_formats.block_types import TensorType
+from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.gguf_writer import ValueType
+from powerinfer_formats.split import SplitFile
+from powerinfer_formats.split_experts import SplitExperts, has_experts
+from split_expert_files import HEADER, ORDERS, SIZES, ExpertParts, write_split_experts
+from split_files import write_split
+
+Change = Callable[[ExpertParts], None]
+
+
+def header(**changes: Any) -> Change:
+    def change(parts: ExpertParts) -> None:
+        parts.header = replace(parts.header, **changes)
+
+    return change
+
+
+def sizes(**changes: Any) -> Change:
+    def change(parts: ExpertParts) -> None:
+        parts.sizes = replace(parts.sizes, **changes)
+        parts.orders = [list(range(parts.sizes.experts))] * 2
+
+    return change
+
+
+def retyped(key: str, value: object, kind: ValueType | None = None) -> Change:
+    def change(parts: ExpertParts) -> None:
+        parts.without_keys.add(key)
+        parts.extra_entries.append((key, value, kind))
+
+    return change
+
+
+def without(key: str) -> Change:
+    return lambda parts: parts.without_keys.add(key)
+
+
+def order(values: list[int]) -> Change:
+    return lambda parts: parts.orders.__setitem__(1, values)
+
+
+def tensor(name: str) -> Change:
+    return lambda parts: parts.extra_tensors.append((name, TensorType.F32, (4,)))
+
+
+def test_what_was_written_comes_back(tmp_path: Path) -> None:
+    path = write_split_experts(tmp_path / "m.powerinfer.gguf")
+    split = SplitExperts.open(path)
+    assert (split.header, split.sizes) == (HEADER, SIZES)
+    assert [found.tolist() for found in split.orders] == [list(made) for made in ORDERS]
+    assert [split.is_hot_shared(layer) for layer in range(2)] == [True, False]
+    assert split.gguf.metadata[names.KEY_VERSION] == 2
+    assert has_experts(split.gguf)
+    for name in (experts.order_name(0), experts.experts_name(1, "down")):
+        assert split.gguf.info(name).offset % 64 == 0
+    split.close()
+
+
+def test_a_model_without_a_shared_expert_says_nothing_of_it(tmp_path: Path) -> None:
+    def change(parts: ExpertParts) -> None:
+        parts.header = replace(parts.header, hot_shared=())
+        parts.without_keys.add("qwen2moe.expert_shared_feed_forward_length")
+
+    split = SplitExperts.open(write_split_experts(tmp_path / "m.gguf", change))
+    assert experts.KEY_HOT_SHARED not in split.gguf.metadata
+    assert not split.is_hot_shared(0)
+
+
+KEY = "powerinfer."
+FAULTS: list[tuple[Change, type[errors.FormatError], str]] = [
+    (without(names.KEY_VERSION), errors.MissingKey, "powerinfer.version"),
+    (
+        retyped(names.KEY_VERSION, 1, ValueType.UINT32),
+        errors.BadValue,
+        "is 1, that of models without experts",
+    ),
+    (retyped(names.KEY_VERSION, 3, ValueType.UINT32), errors.UnsupportedVersion, "version 3, .* reads 2"),
+    (retyped(names.KEY_VERSION, "2"), errors.WrongKeyType, "powerinfer.version"),
+    (without(names.KEY_SOURCE), errors.MissingKey, "source_fingerprint"),
+    (header(source_fingerprint="ab"), errors.BadValue, "expected 64 hexadecimal digits"),
+    (without(experts.KEY_HOT), errors.MissingKey, "hot_experts"),
+    (header(hot=(2,)), errors.BadValue, "hot_experts' has 1 values, expected one for each of 2 layers"),
+    (header(hot=(2, 6)), errors.BadValue, "hot_experts' has 6 for layer 1, expected 0 to 5"),
+    (retyped(experts.KEY_HOT, [2.0, 3.0], ValueType.FLOAT32), errors.WrongKeyType, "expected UINT32"),
+    (retyped(experts.KEY_HOT, 2, ValueType.UINT32), errors.WrongKeyType, "hot_experts"),
+    (header(hot_shared=()), errors.MissingKey, "hot_shared_experts"),
+    (header(hot_shared=(True,)), errors.BadValue, "hot_shared_experts' has 1 values"),
+    (retyped(experts.KEY_HOT_SHARED, [1, 2], ValueType.UINT32), errors.BadValue, "has 2 for layer 1"),
+    (
+        without("qwen2moe.expert_shared_feed_forward_length"),
+        errors.BadValue,
+        "hot_shared_experts' is there, but the model has no shared expert",
+    ),
+    (without(names.KEY_TOOL_VERSION), errors.MissingKey, "tool_version"),
+    (header(corpus_hashes=("zz" * 32,)), errors.BadValue, "corpus_sha256' is 'zz"),
+    (without(names.KEY_CORPUS_TOKENS), errors.MissingKey, "corpus_tokens"),
+    (order([0, 1, 2, 3, 3]), errors.NotAPermutation, "blk.1.expert_order' is not .* of 5 experts: 4 is"),
+    (order([0, 1, 2, 3, 5]), errors.NotAPermutation, "4 is missing"),
+    (order([0, 1, 2, 3, -1]), errors.NotAPermutation, "4 is missing"),
+    (tensor("blk.0.ffn_up_exps.weight"), errors.UnexpectedTensor, "experts are in the order of the plan"),
+    (sizes(experts=4), errors.WrongShape, r"ffn_gate_experts.* has the shape 4 × 32 × 64"),
+    (sizes(neurons=64), errors.WrongShape, r"expected 5 × 32 × 64"),
+    (sizes(width=32), errors.WrongShape, r"expected 5 × 32 × 64"),
+    (retyped("qwen2moe.block_count", 3, ValueType.UINT32), errors.BadValue, "for each of 3 layers"),
+    (
+        retyped("qwen2moe.expert_count", 1 << 31, ValueType.UINT32),
+        errors.BadValue,
+        "is 2147483648",
+    ),
+    (without("qwen2moe.expert_count"), errors.MissingKey, "expert_count"),
+    (without("qwen2moe.expert_feed_forward_length"), errors.MissingKey, "feed_forward_length"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "says"), FAULTS)
+def test_faults_are_named(change: Change, kind: type[errors.FormatError], says: str, tmp_path: Path) -> None:
+    path = write_split_experts(tmp_path / "m.gguf", change)
+    with pytest.raises(errors.FormatError, match=says) as caught:
+        SplitExperts.open(path)
+    assert type(caught.value) is kind
+    assert str(path) in str(caught.value)
+
+
+def test_tensors_that_are_missing_are_named(tmp_path: Path) -> None:
+    """A file of three layers whose third has no tensors."""
+
+    def change(parts: ExpertParts) -> None:
+        parts.header = replace(parts.header, hot=(2, 5, 1), hot_shared=(True, False, True))
+        retyped("qwen2moe.block_count", 3, ValueType.UINT32)(parts)
+
+    with pytest.raises(errors.MissingTensor, match=r"blk\.2\.ffn_gate_experts"):
+        SplitExperts.open(write_split_experts(tmp_path / "m.gguf", change))
+
+
+def test_each_kind_of_split_file_is_refused_where_the_other_is_needed(tmp_path: Path) -> None:
+    with (
+        GGUFFile.open(write_split_experts(tmp_path / "m.gguf")) as gguf,
+        pytest.raises(errors.BadValue, match="is 2, that of models with experts, which this one has not"),
+    ):
+        SplitFile.read(gguf, layers=2, neurons=32, width=64)
+    with GGUFFile.open(write_split(tmp_path / "n.gguf")) as gguf:
+        assert not has_experts(gguf)
+        with pytest.raises(errors.BadValue, match="is 1, that of models without experts"):
+            SplitExperts.read(gguf, SIZES)
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=250,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(st.tuples(st.floats(0, 0.2), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_files_are_consistent_or_refused(tmp_path: Path, changes: list[tuple[float, int]]) -> None:
+    source = tmp_path / "whole.gguf"
+    if not source.exists():
+        write_split_experts(source)
+    changed = bytearray(source.read_bytes())
+    for share, value in changes:
+        changed[int(share * len(changed))] = value
+    (tmp_path / "m.gguf").write_bytes(changed)
+    try:
+        split = SplitExperts.open(tmp_path / "m.gguf")
+    except errors.FormatError:
+        return
+    for found in split.orders:
+        assert sorted(found.tolist()) == list(range(split.sizes.experts))
+    assert all(0 <= hot <= split.sizes.experts for hot in split.header.hot)
+    split.close()

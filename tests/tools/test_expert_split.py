@@ -1,0 +1,437 @@
+"""Split files of experts in the engine: the source's bits on the CPU, hot experts on any device.
+
+No GPU is needed: a device here is torch's CPU device with other memory, another queue, or a fault.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expert_models import PreparedExperts
+from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.plan import Plan
+from powerinfer_formats.profile import Profile
+from powerinfer_formats.split_experts import SplitExperts, experts_name
+from powerinfer_kernels import available_isas
+from powerinfer_tools.conversion import ConvertOptions, convert
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, PlanError, ProfileError
+from powerinfer_tools.ffn_weights import ExpertsFFN
+from powerinfer_tools.hot import expert_opening, expert_placement
+from powerinfer_tools.hot.experts import HotExperts
+from powerinfer_tools.hot.ffn import FusedRows
+from powerinfer_tools.hot.placement import MARGIN, OVERHEAD
+from powerinfer_tools.inspection.describe import describe
+from powerinfer_tools.model import load_model
+from powerinfer_tools.planning import memory
+from powerinfer_tools.planning.shapes import shape_of_model
+from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.reference_forward import forward
+from test_hot_side import MIB, FailingGpu, FakeGpu, LatestGpu, greedy, logits
+
+HALF = 2.0**-11
+F32_BOUND = 2000 * np.finfo(np.float32).eps
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> PreparedExperts:
+    """With a shared expert, single precision."""
+    return PreparedExperts(tmp_path_factory.mktemp("shared"), "qwen2moe")
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> PreparedExperts:
+    return PreparedExperts(tmp_path_factory.mktemp("quantised"), "mixtral-Q4_0")
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen2moe", "qwen3moe"])
+def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreparedExperts:
+    """Weights of single precision, so that placements differ in the order of sums alone."""
+    return PreparedExperts(tmp_path_factory.mktemp("exact"), request.param)
+
+
+def some_hot(prepared: PreparedExperts) -> Path:
+    """Different in every layer, with none and all among them."""
+    experts, count = prepared.routing.experts, prepared.layers
+    hot = [(experts // 2, 0, experts)[index % 3] for index in range(count)]
+    places = [index % 2 == 0 for index in range(count)] if prepared.routing.shared_neurons else None
+    return prepared.split(hot, places)
+
+
+def everything_hot(prepared: PreparedExperts) -> Path:
+    places = [True] * prepared.layers if prepared.routing.shared_neurons else None
+    return prepared.split([prepared.routing.experts] * prepared.layers, places)
+
+
+def on(monkeypatch: pytest.MonkeyPatch, device: FakeGpu, *, fused: bool = False) -> None:
+    """Let every engine that asks for cuda have ``device``."""
+
+    def open_on(model: object, name: str, vram: int | None, tokens: int) -> object:
+        return expert_opening.open_side(model, device, vram, tokens, fused=fused)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(expert_opening, "open_on", open_on)
+
+
+def test_any_plan_chooses_the_tokens_of_the_dense_model(exact: PreparedExperts) -> None:
+    tokens, experts = exact.tiny.tokens(6), exact.routing.experts
+    expected = greedy(exact.tiny.path, tokens, 8)
+    counts = st.lists(st.integers(0, experts), min_size=exact.layers, max_size=exact.layers)
+    places = st.lists(st.booleans(), min_size=exact.layers, max_size=exact.layers)
+
+    @settings(max_examples=6, derandomize=True, deadline=None)
+    @given(counts, places)
+    def check(hot: list[int], shared_hot: list[bool]) -> None:
+        path = exact.split(hot, shared_hot if exact.routing.shared_neurons else None)
+        assert greedy(path, tokens, 8) == expected
+        assert greedy(path, tokens, 8, device="cpu", batch=4) == expected
+
+    check()
+
+
+def test_any_split_has_the_sources_bits_on_the_cpu(
+    quantised: PreparedExperts, shared: PreparedExperts
+) -> None:
+    for prepared in (quantised, shared):
+        tokens = prepared.tiny.tokens(8)
+        expected = logits(Engine(load_model(prepared.tiny.path), threads=1), tokens)
+        for path in (some_hot(prepared), everything_hot(prepared)):
+            for options in ({"threads": 2}, *({"isa": isa} for isa in available_isas())):
+                got = logits(Engine(load_model(path), **({"threads": 1} | options)), tokens)  # type: ignore[arg-type]
+                assert np.array_equal(got, expected)
+
+
+def test_the_hot_side_agrees_with_the_reference(exact: PreparedExperts) -> None:
+    """In float64, over the split file's own order of experts; prompts in pieces, then single tokens."""
+    path, tokens = some_hot(exact), exact.tiny.tokens(7)
+    expected = forward(load_model(exact.tiny.path), tokens)[1:]
+    np.testing.assert_array_equal(forward(load_model(path), tokens)[1:], expected)
+    got = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    # Keys and values are in half precision in the engine: see test_forward.
+    assert np.abs(got - expected).max() <= 2 * exact.layers * HALF * np.abs(expected).max()
+    cold = logits(Engine(load_model(path), threads=1), tokens)
+    assert np.abs(got - cold).max() <= F32_BOUND * np.abs(expected).max()
+    assert np.array_equal(got, logits(Engine(load_model(path), threads=1, device="cpu"), tokens))
+
+
+def test_quantised_experts_on_the_hot_side(
+    quantised: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hot side does not round hidden values, and rounding may flip: see test_conversion."""
+    path, tokens = some_hot(quantised), quantised.tiny.tokens(6)
+    expected = logits(Engine(load_model(path), threads=1), tokens)
+    got = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+    on(monkeypatch, FakeGpu(1 << 30))  # rows as in the file, unpacked chunk by chunk
+    unpacked = logits(Engine(load_model(path), threads=1, device="cuda", batch=2, context=8), tokens)
+    assert np.abs(unpacked - got).max() <= 0.02 * np.abs(expected).max()
+
+
+def test_fused_kernels_compute_single_tokens(
+    quantised: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter."""
+    tokens = quantised.tiny.tokens(3)
+    path = quantised.split([1] + [0] * (quantised.layers - 1))
+    expected = logits(Engine(load_model(path), threads=1), tokens)
+    on(monkeypatch, FakeGpu(1 << 30), fused=True)
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=2, context=8)
+    side = engine.stack._hot_experts
+    (expert,) = side.hot_experts(0)  # type: ignore[union-attr]
+    layer = side._backend.layers[0]  # type: ignore[union-attr]
+    assert isinstance(layer.experts[expert].down.rows, FusedRows)
+    got = logits(engine, tokens)
+    assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+def poisoned(prepared: PreparedExperts, path: Path, output: Path, tokens: list[int]) -> int:
+    """``path`` with NaN in place of every expert that ``tokens`` do not take; how many those are."""
+    from test_routed import counters, decoded
+
+    seen = [counters(prepared.routing.experts, histogram=False) for _ in range(prepared.layers)]
+    decoded(prepared.tiny.path, tokens, seen)
+    data, split, idle = np.frombuffer(path.read_bytes(), np.uint8).copy(), SplitExperts.open(path), 0
+    for layer, counted in enumerate(seen):
+        for position, expert in enumerate(split.orders[layer].tolist()):
+            if counted.counts[expert]:
+                continue
+            idle += 1
+            for kind in ("gate", "up", "down"):
+                info = split.gguf.info(experts_name(layer, kind))
+                size = info.nbytes // prepared.routing.experts
+                data[info.offset + position * size : info.offset + (position + 1) * size] = 0xFF
+    output.write_bytes(data.tobytes())
+    return idle
+
+
+def test_experts_that_no_token_takes_are_never_read(exact: PreparedExperts, tmp_path: Path) -> None:
+    """Hot or cold, their weights may be NaN."""
+    path, tokens = some_hot(exact), exact.tiny.tokens(2)
+    assert poisoned(exact, path, tmp_path / "p.gguf", tokens) > exact.layers // 2
+    for device in ("none", "cpu"):
+        expected = logits(Engine(load_model(path), threads=1, device=device), tokens)
+        got = logits(Engine(load_model(tmp_path / "p.gguf"), threads=1, device=device), tokens)
+        assert np.array_equal(got, expected)
+        other = exact.tiny.tokens(30)
+        spoilt = logits(Engine(load_model(tmp_path / "p.gguf"), threads=1, device=device), other)
+        assert np.isnan(spoilt).any()
+
+
+def test_one_wait_for_each_layer_with_hot_work_and_no_other_order_is_relied_on(
+    shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot = [shared.routing.experts, 0, 0]
+    path, tokens = shared.split(hot, [False, True, False]), shared.tiny.tokens(5)
+    expected = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    gpu = LatestGpu()
+    on(monkeypatch, gpu)
+    got = logits(Engine(load_model(path), threads=1, device="cuda"), tokens)
+    assert np.abs(got - expected).max() <= F32_BOUND * np.abs(expected).max()
+    forwards = 1 + len(tokens) - 2
+    assert len(gpu.waited) == 2 * forwards  # the third layer has nothing hot
+
+
+def test_tokens_without_hot_experts_wait_for_nothing(
+    exact: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The busiest expert of each layer is hot: not every token takes it."""
+    path, tokens = exact.split([1] * exact.layers), exact.tiny.tokens(12)
+    gpu = LatestGpu()
+    on(monkeypatch, gpu)
+    got = logits(Engine(load_model(path), threads=1, device="cuda"), tokens)
+    assert 0 < len(gpu.waited) < exact.layers * (1 + len(tokens) - 2)
+    expected = logits(Engine(load_model(path), threads=1), tokens)
+    assert np.abs(got - expected).max() <= F32_BOUND * np.abs(expected).max()
+
+
+def test_both_sides_work_at_once_and_the_timeline_says_so(
+    shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pause, compute = 0.15, HotExperts.compute
+    monkeypatch.setattr(HotExperts, "compute", lambda *a: (time.sleep(pause), compute(*a))[1])
+    path = shared.split([0] * shared.layers, [True] * shared.layers)
+    engine = Engine(load_model(path), threads=1, device="cpu")
+    stack = engine.stack
+    engine.prefill(shared.tiny.tokens(2))
+    run, slept = stack._run_experts, set[float]()
+
+    def slow_run(first: int, last: int, count: int) -> None:
+        layer = next(index for index, stop in enumerate(stack._stops) if stop.ready <= first < stop.needed)
+        if layer not in slept:
+            time.sleep(pause)
+        slept.add(layer)
+        run(first, last, count)
+
+    monkeypatch.setattr(stack, "_run_experts", slow_run)
+    timeline = engine.trace()
+    started = time.perf_counter()
+    engine.decode(3)
+    taken = time.perf_counter() - started
+    report = engine.report()
+    engine.close()
+    assert shared.layers * pause <= taken < 0.9 * shared.layers * 2 * pause
+    assert report.overlap is not None
+    assert report.timings["hot"] >= shared.layers * pause
+    events = {(event.name, event.layer): event for event in timeline.events}
+    for layer in range(shared.layers):
+        hot_event, cold_event = events["hot", layer], events["experts", layer]
+        both = min(hot_event.end, cold_event.end) - max(hot_event.start, cold_event.start)
+        assert both > 0.5 * pause
+    timeline.write(tmp_path / "trace.json")
+    rows = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {row["name"] for row in rows if row["ph"] == "X"}
+    assert names >= {"route", "launch", "experts", "wait", "copy in", "hot", "copy out"}
+
+
+def test_memory_is_allocated_up_front_within_the_budget(
+    quantised: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(everything_hot(quantised))
+    layers = [layer.ffn for layer in model.layers if isinstance(layer.ffn, ExpertsFFN)]
+    widths = expert_placement.widths_of(layers, quantised.routing.used)
+    whole = expert_placement.hot_size(layers, expert_placement.planned(layers), widths, 4)
+    shape = shape_of_model(load_model(quantised.tiny.path))
+    assert whole.scratch == memory.gpu_scratch_bytes(shape, 4)
+    one = expert_placement.expert_size(layers[0])
+    assert whole.weights == one * quantised.routing.experts * quantised.layers
+    gpu = FakeGpu(free=1 << 30)
+    on(monkeypatch, gpu)
+    budget = OVERHEAD + whole.scratch + 4 * one
+    engine = Engine(model, threads=1, device="cuda", vram=budget, batch=4, context=16)
+    hot = [len(engine.stack._hot_experts.hot_experts(i)) for i in range(quantised.layers)]  # type: ignore[union-attr]
+    assert sum(hot) == 4
+    assert max(hot) - min(hot) <= 1
+    assert len(gpu.asked) == 1
+    assert gpu.asked[0] <= budget
+    assert engine.report().memory.vram == whole.scratch + 4 * one
+    logits(engine, quantised.tiny.tokens(6))
+    assert len(gpu.asked) == 1
+
+
+def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
+    shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = everything_hot(shared)
+    gpu = FakeGpu(free=200 * MIB)
+    on(monkeypatch, gpu)
+    with pytest.raises(HardwareError, match="--vram 201 MiB: the GPU has 200 MiB free"):
+        Engine(load_model(path), threads=1, device="cuda", vram=201 * MIB)
+    assert not gpu.asked
+    layers = [layer.ffn for layer in load_model(path).layers if isinstance(layer.ffn, ExpertsFFN)]
+    widths = expert_placement.widths_of(layers, shared.routing.used)
+    scratch = expert_placement.hot_size(layers, expert_placement.planned(layers), widths, 4).scratch
+    room = 2 * expert_placement.shared_size(layers[0])
+    on(monkeypatch, FakeGpu(free=MARGIN + OVERHEAD + scratch + room))
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=4, context=16)
+    # Shared experts, which every token takes, go last.
+    assert [engine.stack._hot_experts.hot_experts(i) for i in range(3)] == [{-1}, {-1}, set()]  # type: ignore[union-attr]
+    engine.close()
+    assert any("2 of the plan's 21 hot experts fit in the" in notice for notice in engine.notices)
+    expected = logits(Engine(load_model(path), threads=1), shared.tiny.tokens(4))
+    none = Engine(load_model(path), threads=1, device="cpu", vram=0)
+    assert none.report().device == "none"
+    assert np.array_equal(logits(none, shared.tiny.tokens(4)), expected)
+
+
+@pytest.mark.parametrize("problem", ["no device", "no memory"])
+def test_without_a_usable_gpu_the_cpu_computes_everything_which_is_said_once(
+    shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    path, tokens = everything_hot(shared), shared.tiny.tokens(4)
+    expected = logits(Engine(load_model(shared.tiny.path), threads=1), tokens)
+    if problem == "no device":
+        monkeypatch.setattr(expert_opening, "cuda_problem", lambda: "torch finds no GPU that it can use")
+    else:
+        on(monkeypatch, FakeGpu(free=1 << 30, largest=5))
+    engine = Engine(load_model(path), threads=1, device="cuda")
+    assert engine.report().device == "none"
+    assert np.array_equal(logits(engine, tokens), expected)
+    said = "torch finds no GPU" if problem == "no device" else "out of VRAM at the start: "
+    assert [said in notice and "computed on the CPU" in notice for notice in engine.notices] == [True]
+
+
+@pytest.mark.parametrize("when", ["submit", "wait"])
+def test_a_gpu_that_disappears_is_replaced_by_the_cpu_which_is_said_once(
+    shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path, tokens = everything_hot(shared), shared.tiny.tokens(5)
+    expected = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    on(monkeypatch, FailingGpu(shared.layers + 2, when=when))
+    engine = Engine(load_model(path), threads=1, device="cuda")
+    got = logits(engine, tokens)
+    assert np.abs(got - expected).max() <= F32_BOUND * np.abs(expected).max()
+    assert len(engine.notices) == 1
+    assert "the GPU stopped working (an illegal thing" in engine.notices[0]
+
+
+def test_bytes_of_a_token_count_experts_of_both_sides_once(quantised: PreparedExperts) -> None:
+    taken = []
+    for path, device in ((quantised.tiny.path, "none"), (some_hot(quantised), "cpu")):
+        engine = Engine(load_model(path), threads=1, device=device)
+        engine.prefill([1])
+        engine.decode(2)
+        taken.append(engine.report().bytes_per_token)
+        engine.close()
+    assert taken[1] == pytest.approx(taken[0], rel=0.02)  # packed rows are padded, those in VRAM are not
+
+
+# --- convert -----------------------------------------------------------------------------------------
+
+
+def test_convert_sorts_experts_by_count_and_keeps_every_bit(shared: PreparedExperts) -> None:
+    report = shared.convert([2, 6, 0], [True, False, True])
+    split, profile = SplitExperts.open(report.output), Profile.load(shared.profile)
+    source = GGUFFile.open(shared.tiny.path)
+    assert report.experts is not None
+    assert (report.experts.count, report.experts.hot, report.experts.hot_shared) == (
+        6,
+        (2, 6, 0),
+        (True, False, True),
+    )
+    assert report.hot_neurons == (2 * shared.neurons, 6 * shared.neurons, 0)
+    assert not any(report.requantization_error)
+    assert split.header.source_fingerprint == load_model(shared.tiny.path).fingerprint
+    assert split.header.corpus_tokens == profile.tokens
+    for layer in range(shared.layers):
+        order = split.orders[layer]
+        assert order.tolist() == profile.order(layer).tolist()
+        for kind in ("gate", "up", "down"):
+            written = split.gguf.tensor(experts_name(layer, kind)).reshape(6, -1)
+            read = source.tensor(f"blk.{layer}.ffn_{kind}_exps.weight").reshape(6, -1)
+            assert np.array_equal(written, read[order])
+    rest = {name for name in source.tensors if "_exps." not in name}
+    assert rest == {n for n in split.gguf.tensors if "_experts." not in n and not n.endswith("expert_order")}
+    for name in rest:
+        assert np.array_equal(split.gguf.tensor(name), source.tensor(name))
+    for key, value in source.metadata.items():
+        if key != "general.alignment":
+            assert str(split.gguf.metadata[key]) == str(value)
+
+
+def test_inspect_tells_what_is_hot(shared: PreparedExperts) -> None:
+    facts = describe(shared.split([2, 6, 0], [True, False, True]))
+    assert facts.kind == "split file"
+    assert facts.facts["hot_share"] == pytest.approx(8 / 18)
+    assert [layer["hot_experts"] for layer in facts.facts["layers"]] == [2, 6, 0]
+    assert [layer["shared_expert"] for layer in facts.facts["layers"]] == ["hot", "cold", "hot"]
+    assert sorted(facts.facts["layers"][0]["hottest"]) == list(range(6))
+
+
+def test_what_convert_refuses(shared: PreparedExperts, quantised: PreparedExperts, tmp_path: Path) -> None:
+    plan, output = tmp_path / "p.json", tmp_path / "out.gguf"
+
+    def attempt(made: Plan, profile: Path = shared.profile, **options: object) -> None:
+        made.save(plan)
+        chosen = ConvertOptions(shared.tiny.path, profile, plan, output)
+        convert(replace(chosen, **options))  # type: ignore[arg-type]
+
+    good = shared.plan([1, 2, 3])
+    for options in ({"quant": "Q8_0"}, {"predictors": tmp_path / "x"}, {"thresholds": tmp_path / "x"}):
+        with pytest.raises(ConvertError, match="experts are placed as wholes and keep the source's bits"):
+            attempt(good, **options)
+    with pytest.raises(ConvertError, match="was made for"):
+        attempt(good, quantised.profile)
+    other = quantised.plan([1] * quantised.layers)
+    model = replace(other.model, fingerprint=good.model.fingerprint)
+    with pytest.raises(ConvertError, match=r"the plan has \d+ experts of \d+ neurons in .* plan again"):
+        attempt(replace(other, model=model))
+    there = (replace(good.layers[0], attention="gpu"), *good.layers[1:])
+    with pytest.raises(ConvertError, match="the attention of layer 0 on the accelerator; beside experts"):
+        attempt(replace(good, layers=there))
+    profile = Profile.load(shared.profile)
+    replace(profile, activation="relu").save(tmp_path / "neurons")
+    with pytest.raises(ConvertError, match="the profile counts relu in 3 layers, not the experts of 3"):
+        attempt(good, tmp_path / "neurons")
+    assert not output.exists()
+
+
+def test_weights_that_are_not_finite_are_named(shared: PreparedExperts, tmp_path: Path) -> None:
+    from powerinfer_tools.expert_conversion import _check_weights
+    from powerinfer_tools.progress import Silent
+
+    data = bytearray(shared.tiny.path.read_bytes())
+    info = GGUFFile.open(shared.tiny.path).info("blk.1.ffn_down_exps.weight")
+    data[info.offset + 8 : info.offset + 12] = b"\xff\xff\xff\xff"
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ConvertError, match=r"blk\.1\.ffn_down_exps\.weight has a value that is not finite"):
+        _check_weights(load_model(tmp_path / "m.gguf"), Silent())
+
+
+def test_stages_that_start_from_a_source_refuse_a_split_file(shared: PreparedExperts, tmp_path: Path) -> None:
+    path = some_hot(shared)
+    with pytest.raises(PlanError, match="this is a split file"):
+        shape_of_model(load_model(path))
+    with pytest.raises(ConvertError, match="is a split file already"):
+        convert(ConvertOptions(path, shared.profile, tmp_path / "p", tmp_path / "o"))
+    (tmp_path / "t.txt").write_text("a text")
+    with pytest.raises(ProfileError, match="split file"):
+        run_profile(ProfileOptions(path, (tmp_path / "t.txt",), tmp_path / "o"))
+    with pytest.raises(ModelError, match="experts run in mode dense alone"):
+        Engine(load_model(path), mode="gate-first")
+    with pytest.raises(HardwareError, match="is not a split file, so nothing can be placed on cpu"):
+        Engine(load_model(shared.tiny.path), device="cpu")

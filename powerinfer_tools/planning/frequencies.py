@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 #: Source of frequencies that nothing is known about.
 UNKNOWN = "unknown: no profile"
+#: What is assumed of experts then. How even routing is depends on model and text; no published figure for
+#: these models was found that says it layer by layer.
+EVEN = "assumed: every expert equally often, as routers are trained to (a profile says how often)"
 Vector = npt.NDArray[np.float64]
 
 
@@ -46,7 +49,7 @@ def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequenci
     if shape.sparsity is not None:
         curve = published_frequencies(shape.layers[0].neurons, shape.sparsity)
         return Frequencies((curve,) * len(shape.layers), shape.sparsity.source, assumed_predictors(shape))
-    return Frequencies(None, UNKNOWN)
+    return Frequencies(None, EVEN if shape.routed else UNKNOWN)
 
 
 def _sorted_frequencies(profile: "Profile", index: int) -> Vector:

@@ -2,8 +2,8 @@
 sparsity.
 
 Sizes are those of each model's published configuration (config.json on its Hugging Face page). A dtype
-applies to every matrix; norms and biases are F32. Sparsity figures carry their source, or say that they are
-assumed. No figure here or in the cost model is fitted to a published speed.
+applies to every matrix but routers; those, norms and biases are F32. Sparsity figures carry their source, or
+say that they are assumed. No figure here or in the cost model is fitted to a published speed.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from powerinfer_tools.errors import PlanError
 from powerinfer_tools.planning.predictors import Predictors, low_rank
 from powerinfer_tools.planning.shapes import (
     TILE_ROWS,
+    ExpertsShape,
     LayerShape,
     MatrixShape,
     ModelShape,
@@ -60,7 +61,9 @@ _BAMBOO = _sparsity(0.10, _TABLE, 0.26, f"{_HOT_RELU}, assumed here")
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """One row of the table: sizes in values."""
+    """One row of the table: sizes in values. ``head_dim`` 0: the width divided by the heads. With
+    ``experts``, a token takes ``used`` of them, ``neurons`` are those of one, and ``shared`` those of the one
+    that every token takes."""
 
     name: str
     architecture: str
@@ -77,6 +80,15 @@ class PublishedModel:
     biases: bool = False
     positions: int = 0
     sparsity: PublishedSparsity | None = None
+    head_dim: int = 0
+    experts: int = 0
+    used: int = 0
+    shared: int = 0
+
+    @property
+    def head_width(self) -> int:
+        """Values of a head."""
+        return self.head_dim or self.width // self.heads
 
 
 def _opt(name: str, layers: int, width: int, heads: int) -> PublishedModel:
@@ -153,6 +165,39 @@ PUBLISHED: dict[str, PublishedModel] = {
         PublishedModel(
             "bamboo-7b", "bamboo", "drelu", 32, 4096, 32, 8, 14336, 32000, 32768, sparsity=_BAMBOO
         ),
+        PublishedModel(
+            "mixtral-8x7b", "llama", "silu", 32, 4096, 32, 8, 14336, 32000, 32768, experts=8, used=2
+        ),
+        PublishedModel(
+            "qwen1.5-moe-a2.7b",
+            "qwen2moe",
+            "silu",
+            24,
+            2048,
+            16,
+            16,
+            1408,
+            151936,
+            8192,
+            experts=60,
+            used=4,
+            shared=5632,
+        ),
+        PublishedModel(
+            "qwen3-30b-a3b",
+            "qwen3moe",
+            "silu",
+            48,
+            2048,
+            32,
+            4,
+            768,
+            151936,
+            40960,
+            head_dim=128,
+            experts=128,
+            used=8,
+        ),
     )
 }
 
@@ -194,12 +239,12 @@ def published_shape(name: str, dtype: str = "q4_0") -> ModelShape:
         activation=model.activation,
         heads=model.heads,
         kv_heads=model.kv_heads,
-        head_dim=model.width // model.heads,
+        head_dim=model.head_width,
         trained_context=model.context,
         layers=(layer,) * model.layers,
         embedding=table,
         head=table,
-        rope_dim=0 if model.positions else model.width // model.heads,
+        rope_dim=0 if model.positions else model.head_width,
         position_bytes=4 * model.positions * model.width,
         sparsity=model.sparsity,
         tied=model.tied,
@@ -226,29 +271,41 @@ def assumed_predictors(shape: ModelShape) -> Predictors:
 
 def _layer(model: PublishedModel, row_type: TensorType) -> LayerShape:
     width, neurons = model.width, model.neurons
-    keys = model.kv_heads * (width // model.heads)
+    queries, keys = model.heads * model.head_width, model.kv_heads * model.head_width
     # Llama: two RMS norms. OPT and Falcon: two layer norms with biases; OPT also biases of all six matrices.
     norms = 2 * width if model.gated else 4 * width
     biases = 2 * width + 2 * keys + neurons + width if model.biases else 0
     up = MatrixShape(row_type, neurons, width)
     return LayerShape(
         attention=(
-            MatrixShape(row_type, width, width),
+            MatrixShape(row_type, queries, width),
             MatrixShape(row_type, keys, width),
             MatrixShape(row_type, keys, width),
-            MatrixShape(row_type, width, width),
+            MatrixShape(row_type, width, queries),
         ),
         gate=up if model.gated else None,
         up=up,
         down=MatrixShape(row_type, width, neurons),
         vector_bytes=4 * (norms + biases),
+        experts=_experts(model, row_type) if model.experts else None,
     )
+
+
+def _experts(model: PublishedModel, row_type: TensorType) -> ExpertsShape:
+    router = [MatrixShape(TensorType.F32, model.experts, model.width)]
+    if not model.shared:
+        return ExpertsShape(model.experts, model.used, tuple(router))
+    rows = MatrixShape(row_type, model.shared, model.width)
+    shared = (rows, rows, MatrixShape(row_type, model.width, model.shared))
+    router.append(MatrixShape(TensorType.F32, 1, model.width))
+    return ExpertsShape(model.experts, model.used, tuple(router), shared)
 
 
 def _check_blocks(shape: ModelShape, row_type: TensorType) -> None:
     block = BLOCK_SHAPES[row_type].values
-    if shape.width % block or shape.layers[0].neurons % block:
+    neurons = shape.layers[0].up.rows
+    if shape.width % block or neurons % block:
         raise PlanError(
-            f"{shape.name}: its width {shape.width} and {shape.layers[0].neurons} neurons do not hold "
+            f"{shape.name}: its width {shape.width} and {neurons} neurons do not hold "
             f"whole blocks of {block}; choose another --dtype"
         )

@@ -406,11 +406,12 @@ def test_sizes_of_published_models() -> None:
         ("llama-2-70b", 68.98),
         ("mistral-7b", 7.24),
         ("opt-30b", 29.97),
+        ("mixtral-8x7b", 46.7),
+        ("qwen1.5-moe-a2.7b", 14.3),
+        ("qwen3-30b-a3b", 30.53),
     ):
         model = published_shape(name, "f16")
-        matrices = [
-            m for layer in model.layers for m in (*layer.attention, layer.gate, layer.up, layer.down) if m
-        ]
+        matrices = [matrix for layer in model.layers for matrix in layer.matrices]
         tables = [model.embedding] if PUBLISHED[name].tied else [model.embedding, model.head]
         count = sum(m.rows * m.columns for m in (*matrices, *tables))
         assert count / 1e9 == pytest.approx(billions, rel=2e-3)

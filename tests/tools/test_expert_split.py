@@ -193,7 +193,7 @@ def test_one_wait_for_each_layer_with_hot_work_and_no_other_order_is_relied_on(
     got = logits(Engine(load_model(path), threads=1, device="cuda"), tokens)
     assert np.abs(got - expected).max() <= F32_BOUND * np.abs(expected).max()
     forwards = 1 + len(tokens) - 2
-    assert len(gpu.waited) == 2 * forwards  # the third layer has nothing hot
+    assert len(gpu.stops) == 2 * forwards  # the third layer has nothing hot
 
 
 def test_tokens_without_hot_experts_wait_for_nothing(
@@ -204,7 +204,7 @@ def test_tokens_without_hot_experts_wait_for_nothing(
     gpu = LatestGpu()
     on(monkeypatch, gpu)
     got = logits(Engine(load_model(path), threads=1, device="cuda"), tokens)
-    assert 0 < len(gpu.waited) < exact.layers * (1 + len(tokens) - 2)
+    assert 0 < len(gpu.stops) < exact.layers * (1 + len(tokens) - 2)
     expected = logits(Engine(load_model(path), threads=1), tokens)
     assert np.abs(got - expected).max() <= F32_BOUND * np.abs(expected).max()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.ffn import layer_modes
+from powerinfer_tools.engine.modes import layer_modes
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.evaluation import divergence, perplexity
 from powerinfer_tools.model import Model

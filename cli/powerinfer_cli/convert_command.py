@@ -59,18 +59,8 @@ def command(
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Plan. Without it: the one beside the model."),
     ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option("--profile", metavar="FILE", help="Profile. Without it: the one beside the model."),
-    ] = None,
-    predictors: Annotated[
-        Path | None,
-        typer.Option(
-            "--predictors",
-            metavar="FILE",
-            help="Predictors. Without it: those beside the model, if there are any.",
-        ),
-    ] = None,
+    profile: opt.Profile = None,
+    predictors: opt.Predictors = None,
     thresholds: Annotated[
         Path | None,
         typer.Option(

@@ -42,6 +42,18 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="File to write. Without it: beside the model."),
 ]
+Profile = Annotated[
+    Path | None,
+    typer.Option("--profile", metavar="FILE", help="Profile. Without it: the one beside the model."),
+]
+Predictors = Annotated[
+    Path | None,
+    typer.Option(
+        "--predictors",
+        metavar="FILE",
+        help="Predictors. Without it: those beside the model, if there are any.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else there.")
 ]

@@ -51,18 +51,8 @@ def command(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="With --shape: row type of its matrices.")
     ] = "q4_0",
-    profile: Annotated[
-        Path | None,
-        typer.Option("--profile", metavar="FILE", help="Profile. Without it: the one beside the model."),
-    ] = None,
-    predictors: Annotated[
-        Path | None,
-        typer.Option(
-            "--predictors",
-            metavar="FILE",
-            help="Predictors. Without it: those beside the model, if there are any.",
-        ),
-    ] = None,
+    profile: opt.Profile = None,
+    predictors: opt.Predictors = None,
     no_predictors: Annotated[
         bool, typer.Option("--no-predictors", help="Plan without predictors, even if there are any.")
     ] = False,

@@ -52,10 +52,7 @@ def command(
             help="How much perplexity may grow: 1% or 0.01.",
         ),
     ],
-    profile: Annotated[
-        Path | None,
-        typer.Option("--profile", metavar="FILE", help="Profile. Without it: the one beside the model."),
-    ] = None,
+    profile: opt.Profile = None,
     ctx: opt.Window = 512,
     windows: Annotated[
         int,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from powerinfer_formats import errors
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
-from powerinfer_formats.records import RecordReader, dump_json, parse_json
+from powerinfer_formats.records import dump_header, read_header
 from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, write_safetensors
 
 FORMAT, VERSION = "powerinfer-predictors", 2
@@ -164,15 +164,9 @@ class Predictors:
         """Read and check ``path``; raises ``FormatError``."""
         where = Path(path)
         with open_safetensors(where) as reader:
-            document = parse_json(reader.document(), where)
-            if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-                raise errors.BadMagic(where, "does not hold predictors")
-            version = document.pop("version", None)
-            if version != VERSION:
-                raise errors.UnsupportedVersion(
-                    where, f"is of version {version}, expected {VERSION}; train again"
-                )
-            header = RecordReader(where).read(PredictorsHeader, document)
+            header = read_header(
+                PredictorsHeader, reader.document(), where, (FORMAT, VERSION), "predictors", "; train again"
+            )
             _check(header, where)
             layers = tuple(_take(reader, header, index) for index in range(len(header.layers)))
             reader.finish()
@@ -184,8 +178,7 @@ class Predictors:
         for index, layer in enumerate(self.layers):
             for name, array in _parts(self.header, layer):
                 tensors[_name(index, name)] = np.ascontiguousarray(array)
-        document = {"format": FORMAT, "version": VERSION, **vars(self.header)}
-        write_safetensors(path, dump_json(document, indent=None), tensors)
+        write_safetensors(path, dump_header(self.header, (FORMAT, VERSION)), tensors)
 
     def require_model(
         self, fingerprint: str, name: str, shape: tuple[int, int, int], file: str | os.PathLike[str]

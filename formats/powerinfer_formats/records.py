@@ -16,7 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from powerinfer_formats.errors import BadDocument, BadField, CannotRead, InvalidUTF8, NotARegularFile
+from powerinfer_formats.errors import (
+    BadDocument,
+    BadField,
+    BadMagic,
+    CannotRead,
+    InvalidUTF8,
+    NotARegularFile,
+    UnsupportedVersion,
+)
 
 T = TypeVar("T")
 MAX_DOCUMENT_BYTES = 64 << 20
@@ -65,6 +73,29 @@ def parse_json(text: str, file: str | os.PathLike[str]) -> Any:
         raise BadDocument(file, "is nested too deeply") from None
     except ValueError as error:
         raise BadDocument(file, f"is not valid JSON: {error}") from None
+
+
+def read_header(
+    kind: type[T], text: str, file: str | os.PathLike[str], form: tuple[str, int], what: str, again: str = ""
+) -> T:
+    """The document of a file of ours as the dataclass ``kind``: JSON that begins with the format and the
+    version, which must be those of ``form``.
+
+    ``what`` is what such a file holds and ``again`` how to make it anew, for errors: ``BadDocument``,
+    ``BadMagic``, ``UnsupportedVersion`` and ``BadField``.
+    """
+    document = parse_json(text, file)
+    if not isinstance(document, dict) or document.pop("format", None) != form[0]:
+        raise BadMagic(file, f"does not hold {what}")
+    version = document.pop("version", None)
+    if version != form[1] or type(version) is not int:
+        raise UnsupportedVersion(file, f"is of version {version}, expected {form[1]}{again}")
+    return RecordReader(file).read(kind, document)
+
+
+def dump_header(record: Any, form: tuple[str, int]) -> str:
+    """What :func:`read_header` reads, in one line."""
+    return dump_json({"format": form[0], "version": form[1], **vars(record)}, indent=None)
 
 
 def dump_json(record: Any, *, indent: int | None = 2) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from powerinfer_formats import errors
-from powerinfer_formats.records import RecordReader, dump_json, parse_json
+from powerinfer_formats.records import dump_header, read_header
 from powerinfer_formats.safetensors_file import open_safetensors, write_safetensors
 
 FORMAT, VERSION = "powerinfer-thresholds", 1
@@ -66,13 +66,7 @@ class Thresholds:
         """Read and check ``path``; raises ``FormatError``."""
         where = Path(path)
         with open_safetensors(where) as reader:
-            document = parse_json(reader.document(), where)
-            if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-                raise errors.BadMagic(where, "does not hold thresholds")
-            version = document.pop("version", None)
-            if version != VERSION:
-                raise errors.UnsupportedVersion(where, f"is of version {version}, expected {VERSION}")
-            header = RecordReader(where).read(ThresholdsHeader, document)
+            header = read_header(ThresholdsHeader, reader.document(), where, (FORMAT, VERSION), "thresholds")
             _check(header, where)
             layers: list[Floats | None] = []
             for index, factor in enumerate(header.factors):
@@ -93,8 +87,7 @@ class Thresholds:
             for index, values in enumerate(self.layers)
             if values is not None
         }
-        document = {"format": FORMAT, "version": VERSION, **vars(self.header)}
-        write_safetensors(path, dump_json(document, indent=None), tensors)
+        write_safetensors(path, dump_header(self.header, (FORMAT, VERSION)), tensors)
 
     def require_model(
         self, fingerprint: str, name: str, layers: int, neurons: int, file: str | os.PathLike[str]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from powerinfer_formats import errors
 from powerinfer_formats.atomic import write_atomic
-from powerinfer_formats.records import RecordReader, dump_json, parse_json
+from powerinfer_formats.records import dump_header, read_header
 
 FORMAT, VERSION = "powerinfer-trace", 1
 #: Magic numbers of the seekable format: of the skippable frame, and at the very end of the file.
@@ -72,7 +72,7 @@ def encode_frame(inputs: NDArray[np.float16], active: NDArray[np.bool_]) -> byte
 
 def write_trace(path: str | os.PathLike[str], header: TraceHeader, frames: Iterable[bytes]) -> None:
     """Write ``frames`` (from :func:`encode_frame`; of every chunk, all layers in order) atomically."""
-    document = dump_json({"format": FORMAT, "version": VERSION, **vars(header)}, indent=None)
+    document = dump_header(header, (FORMAT, VERSION))
     sizes: list[tuple[int, int]] = []
     with write_atomic(path) as stream:
         first = zstandard.ZstdCompressor(level=_LEVEL).compress(document.encode("utf-8"))
@@ -188,13 +188,7 @@ class TraceFile:
             text = self._frame(0).decode("utf-8")
         except UnicodeDecodeError as error:
             raise errors.InvalidUTF8(self.path, f"its document is not UTF-8 at byte {error.start}") from None
-        document = parse_json(text, self.path)
-        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-            raise errors.BadMagic(self.path, "is not a trace")
-        version = document.pop("version", None)
-        if version != VERSION:
-            raise errors.UnsupportedVersion(self.path, f"is of version {version}, expected {VERSION}")
-        header = RecordReader(self.path).read(TraceHeader, document)
+        header = read_header(TraceHeader, text, self.path, (FORMAT, VERSION), "a trace")
         for name, value in vars(header).items():
             if isinstance(value, int) and not 1 <= value <= 1 << 24:
                 raise errors.BadField(self.path, f"{name} is {value}, expected 1 to 2^24")

@@ -3,6 +3,7 @@
 What operations there are and what each must check: :mod:`.program_builder`.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -15,6 +16,7 @@ from .buffers import Activations
 from .checks import Array, Floats, check_array, check_positive
 from .matrix import Bundle
 from .pool import Pool
+from .row_types import RowType
 
 _UNBOUNDED = 1 << 31
 
@@ -126,6 +128,15 @@ class OperationList:
         for name, kind, needed in zip(("gate", "up", "down"), bundle.types, wanted, strict=True):
             if (kind is not None) != needed and (needed or name == "gate"):
                 raise KernelError(f"the bundle {'has no' if needed else 'must not have'} {name} rows")
+
+    def _both_inputs(
+        self, row_types: Sequence[RowType | None], src: Floats, activations: Activations | None, columns: int
+    ) -> tuple[Array | None, ...]:
+        """(src, q, d, s) for rows of several types: `src` always, the others where a type is quantised."""
+        self._check("src", src, columns)
+        if all(kind is None or kind.is_float for kind in row_types):
+            return (src, None, None, None)
+        return (src, *self._inputs(False, src, activations, columns)[1:])
 
     def _inputs(
         self, is_float: bool, src: Floats, activations: Activations | None, columns: int

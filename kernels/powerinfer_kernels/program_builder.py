@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ._kernels import KernelError
 from .buffers import Activations, KVCache, RowMatrix
-from .checks import Array, Floats, check_apart, check_apart_or_same, check_array, check_positive
+from .checks import Floats, check_apart, check_apart_or_same, check_array, check_positive
 from .matrix import Bundle, Matrix
 from .program import Op, OperationList
 from .signs import Signs, sign_code_words
@@ -226,13 +226,9 @@ class ProgramBuilder(OperationList):
             if gate is None:
                 raise KernelError("a bias is added to the products of gate rows, and there are none")
             check_array("bias", bias, np.float32, (bundle.rows,))
-        self._check("src", src, bundle.columns)
+        inputs = self._both_inputs(bundle.types[:2], src, activations, bundle.columns)
         check_apart("out", out, {"select": select, "src": src, "h": h, "gate": gate})
         check_apart("h", h, {"select": select, "src": src})
-        quantized = [t for t in bundle.types[:2] if t is not None and not t.is_float]
-        inputs: tuple[Array | None, ...] = (src, None, None, None)
-        if quantized:
-            inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
         objects = (select, threshold, *inputs, bundle.handle, out, h, gate, bias)
         self._append(Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate), 0), (_cut(kind, cut),))
 
@@ -265,14 +261,9 @@ class ProgramBuilder(OperationList):
         check_array("threshold", threshold, np.float32, (bundle.rows,))
         self._check("h", h, bundle.rows, written=True)
         self._check("out", out, bundle.columns, written=True)
-        self._check("src", src, bundle.columns)
+        inputs = self._both_inputs(bundle.types[:2], src, activations, bundle.columns)
         check_apart("out", out, {"known": known, "src": src, "h": h})
         check_apart("h", h, {"known": known, "src": src, "threshold": threshold})
-        row_type = bundle.types[1 if by_gate else 0]
-        assert row_type is not None
-        inputs: tuple[Array | None, ...] = (src, None, None, None)
-        if not row_type.is_float:
-            inputs = (src, *self._inputs(False, src, activations, bundle.columns)[1:])
         objects = (known, threshold, *inputs, bundle.handle, out, h, None, None)
         self._append(Op.SPARSE_FFN, objects, (_kind(kind), 0, 1 + FACTORS.index(factor)), (0.0,))
 

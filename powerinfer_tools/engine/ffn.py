@@ -23,14 +23,8 @@ from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.predictors import lay_out
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
 from powerinfer_tools.engine.thresholds import FactorThresholds
-from powerinfer_tools.errors import ModelError
 from powerinfer_tools.ffn_weights import DenseFFN
 from powerinfer_tools.model import Model
-
-#: Modes that this engine can run. Dense and gate-first are exact; predicted leaves out what its predictors
-#: miss. Both that skip need an activation with exact zeros. Thresholded is for the others: it leaves out
-#: neurons with a small factor.
-MODES = ("dense", "gate-first", "predicted", "thresholded")
 
 
 class ColdFFN(Protocol):
@@ -63,66 +57,6 @@ class ColdFFN(Protocol):
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
     ) -> None:
         """Append the operations."""
-
-
-def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
-    """The mode of each layer: ``asked``, else what a split file says, else dense. Where predicted is asked
-    for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
-
-    Raises ModelError for a mode that the model does not allow.
-    """
-    layers = model.hyper.layers
-    if asked is None:
-        modes = model.split.modes if model.split else ("dense",) * layers
-        for mode in sorted(set(modes)):
-            _check_mode(model, mode)
-        return modes
-    _check_mode(model, asked)
-    if asked == "predicted" and model.split is not None:
-        return tuple("predicted" if layer.predictor else "gate-first" for layer in model.split.layers)
-    if asked == "thresholded" and model.split is not None:
-        return tuple("thresholded" if layer.threshold else "dense" for layer in model.split.layers)
-    return (asked,) * layers
-
-
-def _check_mode(model: Model, asked: str) -> None:
-    if asked not in MODES:
-        raise ModelError(
-            f"{model.path}: mode {asked!r} is not one that this version runs ({', '.join(MODES)})"
-        )
-    if asked == "dense":
-        return
-    if model.hyper.routing is not None:
-        raise ModelError(
-            f"{model.path}: experts run in mode dense alone, which reads only those that a token takes"
-        )
-    if asked == "thresholded":
-        _check_thresholded(model)
-        return
-    if not model.exact_zeros:
-        raise ModelError(
-            f"{model.path}: {asked} skips neurons whose activation is exactly zero; "
-            f"{model.hyper.activation} has no exact zeros, use --mode dense"
-        )
-    if model.split is None:
-        raise ModelError(f"{model.path}: {asked} needs a split file; make one with powerinfer convert")
-    if asked == "predicted" and not any(layer.predictor for layer in model.split.layers):
-        raise ModelError(
-            f"{model.path}: predicted needs predictors, and this file has none; use --mode gate-first"
-        )
-
-
-def _check_thresholded(model: Model) -> None:
-    if model.exact_zeros:
-        raise ModelError(
-            f"{model.path}: thresholded is for activations without exact zeros; {model.hyper.activation} has "
-            "them, use --mode gate-first, which is exact"
-        )
-    if model.split is None or model.split.header.thresholding is None:
-        raise ModelError(
-            f"{model.path}: thresholded needs a split file with thresholds; make them with powerinfer "
-            "threshold on the source model, then powerinfer convert"
-        )
 
 
 def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int) -> ColdFFN:
@@ -183,27 +117,57 @@ class _ColumnsFFN(_Plain):
         writer.ffn_columns(self.weights, output, observed, self.thresholds)
 
 
-@dataclass(frozen=True)
-class _RowsFFN(_Plain):
-    weights: NeuronRows
-    in_rows: bool = True
+class _BundledFFN(_Plain):
+    """An FFN whose neurons' rows lie in a bundle, beside matrices that are read for all neurons."""
+
+    in_rows = True
+
+    @property
+    def bundle(self) -> Bundle:
+        raise NotImplementedError
+
+    @property
+    def whole(self) -> tuple[Matrix, ...]:
+        """Matrices whose rows are read for all neurons."""
+        return ()
+
+    @property
+    def beside(self) -> int:
+        """Bytes of what is neither in a matrix nor in the bundle; all of it is read for every token."""
+        return 0
 
     @property
     def neurons(self) -> int:
-        return self.weights.gate.rows
+        return self.bundle.rows
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(self.weights.gate, self.weights.up, self.weights.bundle)
+        return self.beside + _nbytes(*self.whole, self.bundle)
 
     @property
     def quantized(self) -> bool:
-        kind = self.weights.bundle.types[1]
-        return not (_all_float(self.weights.gate, self.weights.up) and (kind is None or kind.is_float))
+        kinds = (*(matrix.row_type for matrix in self.whole), *self.bundle.types[:2])
+        return not all(kind is None or kind.is_float for kind in kinds)
 
     def bytes_per_token(self, density: float) -> float:
-        w = self.weights
-        return _nbytes(w.gate, w.up) + w.bundle.nbytes * (density if w.skips else 1)
+        return self.beside + _nbytes(*self.whole) + self.bundle.nbytes * density
+
+
+@dataclass(frozen=True)
+class _RowsFFN(_BundledFFN):
+    weights: NeuronRows
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.weights.bundle
+
+    @property
+    def whole(self) -> tuple[Matrix, ...]:
+        gate, up = self.weights.gate, self.weights.up
+        return (gate,) if up is None else (gate, up)
+
+    def bytes_per_token(self, density: float) -> float:
+        return super().bytes_per_token(density if self.weights.skips else 1)
 
     def write(
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
@@ -213,25 +177,20 @@ class _RowsFFN(_Plain):
 
 
 @dataclass(frozen=True)
-class _PredictedFFN:
+class _PredictedFFN(_BundledFFN):
     weights: PredictedRows
-    in_rows: bool = True
 
     @property
-    def neurons(self) -> int:
-        return self.weights.bundle.rows
+    def bundle(self) -> Bundle:
+        return self.weights.bundle
 
     @property
-    def nbytes(self) -> int:
-        return self.weights.predictor.nbytes + self.weights.bundle.nbytes
+    def beside(self) -> int:
+        return self.weights.predictor.nbytes
 
     @property
     def quantized(self) -> bool:
-        rows = self.weights.bundle.types[:2]
-        return self.weights.predictor.quantized or not all(kind is None or kind.is_float for kind in rows)
-
-    def bytes_per_token(self, density: float) -> float:
-        return self.weights.predictor.nbytes + self.weights.bundle.nbytes * density
+        return self.weights.predictor.quantized or super().quantized
 
     def prepare(self, writer: BlockWriter) -> None:
         writer.predictor_input(self.weights)
@@ -245,26 +204,20 @@ class _PredictedFFN:
 
 
 @dataclass(frozen=True)
-class _ThresholdedFFN(_Plain):
+class _ThresholdedFFN(_BundledFFN):
     weights: ThresholdedRows
-    in_rows: bool = True
 
     @property
-    def neurons(self) -> int:
-        return self.weights.bundle.rows
+    def bundle(self) -> Bundle:
+        return self.weights.bundle
 
     @property
-    def nbytes(self) -> int:
-        return self.weights.known.nbytes + self.weights.threshold.nbytes + self.weights.bundle.nbytes
+    def whole(self) -> tuple[Matrix, ...]:
+        return (self.weights.known,)
 
     @property
-    def quantized(self) -> bool:
-        kinds = (self.weights.known.row_type, *self.weights.bundle.types[:2])
-        return not all(kind is None or kind.is_float for kind in kinds)
-
-    def bytes_per_token(self, density: float) -> float:
-        w = self.weights
-        return w.known.nbytes + w.threshold.nbytes + w.bundle.nbytes * density
+    def beside(self) -> int:
+        return self.weights.threshold.nbytes
 
     def write(
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None

@@ -13,7 +13,6 @@ from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput, pack
 from powerinfer_tools.engine.buffers import allocate
 from powerinfer_tools.engine.ffn import (
     ColdFFN,
-    layer_modes,
     load_cold_ffn,
     predictor_thresholds,
     with_thresholds,
@@ -21,6 +20,7 @@ from powerinfer_tools.engine.ffn import (
 )
 from powerinfer_tools.engine.hot_steps import HotSteps
 from powerinfer_tools.engine.memory import kv_bytes_per_position, require_kv_type
+from powerinfer_tools.engine.modes import layer_modes
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import RecallCheck, recall_of
 from powerinfer_tools.engine.rotary import layer_tables

@@ -1,0 +1,69 @@
+"""How FFN layers can be computed, and which of it a model allows."""
+
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model import Model
+
+#: Modes that this engine can run. Dense and gate-first are exact; predicted leaves out what its predictors
+#: miss. Both that skip need an activation with exact zeros. Thresholded is for the others: it leaves out
+#: neurons with a small factor.
+MODES = ("dense", "gate-first", "predicted", "thresholded")
+
+
+def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
+    """The mode of each layer: ``asked``, else what a split file says, else dense. Where predicted is asked
+    for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
+
+    Raises ModelError for a mode that the model does not allow.
+    """
+    layers = model.hyper.layers
+    if asked is None:
+        modes = model.split.modes if model.split else ("dense",) * layers
+        for mode in sorted(set(modes)):
+            _check_mode(model, mode)
+        return modes
+    _check_mode(model, asked)
+    if asked == "predicted" and model.split is not None:
+        return tuple("predicted" if layer.predictor else "gate-first" for layer in model.split.layers)
+    if asked == "thresholded" and model.split is not None:
+        return tuple("thresholded" if layer.threshold else "dense" for layer in model.split.layers)
+    return (asked,) * layers
+
+
+def _check_mode(model: Model, asked: str) -> None:
+    if asked not in MODES:
+        raise ModelError(
+            f"{model.path}: mode {asked!r} is not one that this version runs ({', '.join(MODES)})"
+        )
+    if asked == "dense":
+        return
+    if model.hyper.routing is not None:
+        raise ModelError(
+            f"{model.path}: experts run in mode dense alone, which reads only those that a token takes"
+        )
+    if asked == "thresholded":
+        _check_thresholded(model)
+        return
+    if not model.exact_zeros:
+        raise ModelError(
+            f"{model.path}: {asked} skips neurons whose activation is exactly zero; "
+            f"{model.hyper.activation} has no exact zeros, use --mode dense"
+        )
+    if model.split is None:
+        raise ModelError(f"{model.path}: {asked} needs a split file; make one with powerinfer convert")
+    if asked == "predicted" and not any(layer.predictor for layer in model.split.layers):
+        raise ModelError(
+            f"{model.path}: predicted needs predictors, and this file has none; use --mode gate-first"
+        )
+
+
+def _check_thresholded(model: Model) -> None:
+    if model.exact_zeros:
+        raise ModelError(
+            f"{model.path}: thresholded is for activations without exact zeros; {model.hyper.activation} has "
+            "them, use --mode gate-first, which is exact"
+        )
+    if model.split is None or model.split.header.thresholding is None:
+        raise ModelError(
+            f"{model.path}: thresholded needs a split file with thresholds; make them with powerinfer "
+            "threshold on the source model, then powerinfer convert"
+        )

@@ -2,16 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from powerinfer_formats.predictors import LowRank, PredictorInfo, Predictors, PredictorsHeader, Quality
+from powerinfer_formats.predictors import (
+    LowRank,
+    PredictorInfo,
+    Predictors,
+    PredictorsHeader,
+    Quality,
+    SignBits,
+)
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 
+Floats = npt.NDArray[np.float32]
 TEXT = "the cat sat on the mat and the dog sat on the log; a quick brown fox jumps over the lazy dog. " * 60
 
 
@@ -23,30 +33,45 @@ def profiled(folder: Path, tiny: TinyModel) -> Path:
     return output
 
 
+def low_rank(gate: Floats, rank: int) -> LowRank:
+    """``gate`` cut to ``rank``, with a threshold a little below zero."""
+    left, values, right = np.linalg.svd(gate)
+    outward = (left[:, :rank] * values[:rank]).astype(np.float32)
+    return LowRank(right[:rank].astype(np.float32), outward, np.full(len(gate), -0.05, np.float32))
+
+
+def sign_bits(gate: Floats) -> SignBits:
+    """The signs of ``gate``, with thresholds of either sign that miss neurons."""
+    threshold = np.random.default_rng(3).normal(0.4, 1.0, len(gate)).astype(np.float32)
+    return SignBits(np.packbits(gate < 0, axis=1, bitorder="little"), threshold)
+
+
 def predicted_split(
-    folder: Path, *, layers: int = 3, activation: str = "relu", rank: int = 16, seed: int = 1
+    folder: Path,
+    *,
+    kind: Literal["low-rank", "sign"] = "low-rank",
+    layers: int = 3,
+    activation: str = "relu",
+    rank: int = 16,
+    seed: int = 1,
 ) -> tuple[TinyModel, Path, Predictors]:
-    """A model, its split file with 16 hot neurons in every layer, and its predictors: gates cut to ``rank``,
-    with a threshold a little below zero."""
+    """A model, its split file with 16 hot neurons in every layer, and its predictors, made from its gates."""
     spec = replace(FAMILY_CASES["llama-relu"], layers=layers, seed=seed, activation=activation)
     tiny = make_tiny_model(folder, spec)
     profile = profiled(folder, tiny)
-    made = []
-    for index in range(layers):
-        left, values, right = np.linalg.svd(tiny.values[f"blk.{index}.ffn_gate.weight"])
-        outward = (left[:, :rank] * values[:rank]).astype(np.float32)
-        threshold = np.full(spec.neurons, -0.05, np.float32)
-        made.append(LowRank(right[:rank].astype(np.float32), outward, threshold))
+    gates = [tiny.values[f"blk.{index}.ffn_gate.weight"] for index in range(layers)]
+    signs = kind == "sign"
+    made = [sign_bits(gate) if signs else low_rank(gate, rank) for gate in gates]
     loaded = Profile.load(profile)
     header = PredictorsHeader(
         fingerprint=loaded.fingerprint,
         model_name=loaded.model_name,
-        method="svd",
+        method="sign" if signs else "svd",
         row_type="F32",
         target_recall=0.9,
         width=spec.width,
         neurons=spec.neurons,
-        layers=(PredictorInfo("low-rank", rank, 1, Quality(0.5, 0.5, 0.9, 0.9)),) * layers,
+        layers=(PredictorInfo(kind, 0 if signs else rank, 1, Quality(0.5, 0.5, 0.9, 0.9)),) * layers,
         test_records=1,
         cost=None,
         corpus_hashes=(),

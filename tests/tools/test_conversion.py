@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine_logits import logits
 from powerinfer_formats.errors import CannotWrite, FormatError
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.profile import Profile
@@ -45,18 +46,6 @@ CONVERTED = (
 @pytest.fixture(scope="module", params=CONVERTED)
 def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared(tmp_path_factory.mktemp("converted"), request.param)
-
-
-def logits(path: Path, tokens: list[int], **options: object) -> np.ndarray:
-    """Prompt and decode logits in one array: half of the tokens at once, the others one by one."""
-    engine = Engine(load_model(path), **({"threads": 1} | options))  # type: ignore[arg-type]
-    try:
-        half = len(tokens) // 2
-        rows = [engine.prefill(tokens[:half]).copy()]
-        rows += [engine.decode(token).copy() for token in tokens[half:]]
-        return np.stack(rows)
-    finally:
-        engine.close()
 
 
 def hot_counts(prepared: Prepared) -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine_logits import logits
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
@@ -17,8 +18,7 @@ from powerinfer_kernels import available_isas
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import counters
-from powerinfer_tools.errors import HardwareError, ModelError
-from powerinfer_tools.hardware.diagnosis import ffn_shapes
+from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hardware.presets import PC_LOW
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning.planner import Budgets, PlanOptions
@@ -84,16 +84,6 @@ class Pipeline:
 @pytest.fixture(scope="module", params=RELU_CASES)
 def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return Pipeline(tmp_path_factory.mktemp("pipeline"), request.param)
-
-
-def logits(path: Path, tokens: list[int], *, prompt: int = 1, **options: object) -> np.ndarray:
-    """Logits after a prompt and after each token that follows."""
-    engine = Engine(load_model(path), **({"threads": 1} | options))  # type: ignore[arg-type]
-    try:
-        rows = [engine.prefill(tokens[:prompt]).copy()]
-        return np.stack(rows + [engine.decode(token).copy() for token in tokens[prompt:]])
-    finally:
-        engine.close()
 
 
 def test_gate_first_has_the_bits_of_dense(pipeline: Pipeline) -> None:
@@ -252,8 +242,6 @@ def test_what_a_family_has_not_is_refused(
 
 def test_stages_that_need_a_gate_say_so(tmp_path: Path) -> None:
     tiny = make_tiny_model(tmp_path, CASES["falcon"])
-    with pytest.raises(HardwareError, match="no gate"):
-        ffn_shapes([tiny.path])
     from powerinfer_tools.relufication import RelufyOptions, run_relufy
 
     with pytest.raises(ModelError, match="have no gate"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine_logits import HALF, MARGIN, logits, margin, near
 from original_models import (
     Floats,
     OriginalLayout,
@@ -24,40 +25,22 @@ from powerinfer_kernels import RowType, available_isas
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import LayerWeights, Model, load_model
+from powerinfer_tools.model import load_model
 from powerinfer_tools.original.reading import above
 from powerinfer_tools.planning.shapes import neuron_bytes, shape_of_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.reference_forward import forward, predicted_neurons, predictor_scores
+from powerinfer_tools.reference_forward import forward
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 
 FAMILIES = ("llama-relu", "bamboo", "opt", "falcon-relu")
 TOKENS = 24
-HALF = 2.0**-11  # unit roundoff of the cache
 CORPUS = "the cat sat on the mat; a quick brown fox jumps over the lazy dog. " * 20
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make_tiny_model(tmp_path_factory.mktemp("original"), FAMILY_CASES[request.param])
-
-
-def logits(path: Path, tokens: list[int], **options: object) -> np.ndarray:
-    """Half of the tokens at once, the others one by one."""
-    engine = Engine(load_model(path), **({"threads": 1} | options))  # type: ignore[arg-type]
-    try:
-        half = len(tokens) // 2
-        rows = [engine.prefill(tokens[:half]).copy()]
-        rows += [engine.decode(token).copy() for token in tokens[half:]]
-        return np.stack(rows)
-    finally:
-        engine.close()
-
-
-def near(got: np.ndarray, expected: np.ndarray) -> None:
-    """Equal but for float32 rounding, which tips a cached value over to its neighbour now and then."""
-    assert np.abs(got - expected).max() <= HALF * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("down_type", [RowType.F32, RowType.F16, RowType.BF16])
@@ -98,11 +81,6 @@ def test_runs_its_two_types(tmp_path: Path, row_type: str) -> None:
             assert np.sqrt(np.mean((first - expected) ** 2) / np.mean(expected**2)) <= bound
 
 
-#: Least distance of a score from the threshold, in parts of the largest score: far above the rounding of
-#: float32, so that the engine and float64 decide alike.
-MARGIN = 5e-5
-
-
 def never(seed: int) -> Predictor:
     """Every third neuron's score is negative or zero whatever comes: nothing hidden is."""
 
@@ -121,29 +99,6 @@ def with_margin(tiny: TinyModel, path: Path, how: OriginalLayout, tokens: list[i
         if margin(path, tokens) > MARGIN:
             return path
     raise AssertionError("no seed keeps the distance")
-
-
-def margin(path: Path, tokens: list[int]) -> float:
-    model, found = load_model(path), []
-    for layer, x, normed in ffn_inputs(model, tokens):
-        scores = predictor_scores(layer, x, normed)
-        distance = np.abs(scores - layer.ffn.predictor.threshold)  # type: ignore[union-attr]
-        found.append(float(distance.min() / np.abs(scores).max()))
-    return min(found)
-
-
-def ffn_inputs(model: Model, tokens: list[int]) -> list[tuple[LayerWeights, np.ndarray, np.ndarray]]:
-    """What predictors can read in every layer of a predicted forward pass: residual stream and input."""
-    seen = []
-
-    def watch(layer: LayerWeights, x: np.ndarray, normed: np.ndarray) -> np.ndarray:
-        seen.append((layer, x, normed))
-        return predicted_neurons(layer, x, normed)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("powerinfer_tools.reference_forward.predicted_neurons", watch)
-        forward(model, tokens, half_cache=True, predicted=True)
-    return seen
 
 
 @pytest.mark.parametrize("threshold", [None, 0.5])

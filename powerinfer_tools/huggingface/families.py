@@ -43,7 +43,8 @@ class Family:
 
     ``spellings``: what the "model." in front of stored names may be instead. ``sliding``: which layers see
     only ``sliding_window`` positions, where ``layer_types`` does not say. ``fixed``: settings of which one
-    value is supported (null and absent count as it). ``ignored``: beginnings of tensor names that no text
+    value is supported (null and absent count as it); ``same``: settings that must equal another; ``reasons``:
+    what other values of those would mean. ``ignored``: beginnings of tensor names that no text
     model needs. ``rotary_share``: the part of a head that is rotated. ``activations``: names that mean
     something else in this family.
     """
@@ -65,6 +66,8 @@ class Family:
     window: int = 0
     sliding: Callable[[Config, int], bool] | None = None
     fixed: tuple[tuple[str, object], ...] = ()
+    same: tuple[tuple[str, str], ...] = ()
+    reasons: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -281,6 +284,11 @@ _OPT_FAMILY = Family(
         ("do_layer_norm_before", True),
         ("_remove_final_layer_norm", False),
         ("layer_norm_elementwise_affine", True),
+    ),
+    same=(("word_embed_proj_dim", "hidden_size"),),
+    reasons=(
+        ("do_layer_norm_before", "norms after attention and FFN, as opt-350m has them"),
+        ("word_embed_proj_dim", "embeddings of a width of their own, with project_in and project_out"),
     ),
 )
 _FALCON_FAMILY = Family(

@@ -26,7 +26,7 @@ from powerinfer_tools.huggingface.changes import Change, HeadShape
 from powerinfer_tools.huggingface.config import Config
 from powerinfer_tools.huggingface.families import Family, Rule, find_family
 from powerinfer_tools.huggingface.hyperparameters import Shape, add_hyperparameters
-from powerinfer_tools.huggingface.vocabulary import TOKENIZER_FILES, add_vocabulary
+from powerinfer_tools.huggingface.vocabulary import add_vocabulary, tokenizer_files
 
 CONFIG_FILE = "config.json"
 _TYPES = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
@@ -109,7 +109,7 @@ class ModelFolder(ModelSource):
         The files rather than the keys made of them: so the model keeps its name when later versions of this
         program make more of the same files.
         """
-        for name in (CONFIG_FILE, *TOKENIZER_FILES):
+        for name in (CONFIG_FILE, *tokenizer_files(self.path)):
             if (self.path / name).is_file():
                 yield name.encode()
                 yield hashlib.sha256((self.path / name).read_bytes()).digest()

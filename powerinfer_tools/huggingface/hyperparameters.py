@@ -1,6 +1,7 @@
 """config.json → the hyper-parameter keys of GGUF."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,16 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
 def _check_fixed(family: Family, config: Config) -> None:
     for name, value in family.fixed:
         if config.has(name) and config.get(name) != value:
-            raise ModelError(f"{config.file}: {config.path}{name} other than {value} is not supported")
+            raise _unsupported(family, config, name, value)
+    for name, other in family.same:
+        if config.has(name) and config.get(name) != config.get(other):
+            raise _unsupported(family, config, name, f"{other} ({config.get(other)})")
+
+
+def _unsupported(family: Family, config: Config, name: str, value: Any) -> ModelError:
+    reason = dict(family.reasons).get(name)
+    meaning = f" ({reason})" if reason else ""
+    return ModelError(f"{config.file}: {config.path}{name} other than {value} is not supported{meaning}")
 
 
 def _heads(config: Config, sizes: dict[str, int]) -> HeadShape:

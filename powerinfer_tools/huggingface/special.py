@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from powerinfer_formats.metadata import Metadata
 from powerinfer_formats.records import read_text
 from powerinfer_tools.huggingface.config import Config
 
-_ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+#: Roles of special tokens, by what GGUF calls them, and the settings that name them.
+ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _CONFIG_IDS = {"bos": "bos_token_id", "eos": "eos_token_id"}
+_MAX_TOKENS = 1 << 22
 _TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -23,13 +26,64 @@ class Settings:
     tokenizer: Config
     generation: Config
     model: Config
+    special: Config
 
     @classmethod
     def read(cls, folder: Path, model: Config) -> "Settings":
         """Read what there is. Raises FormatError."""
         return cls(
-            optional(folder / "tokenizer_config.json"), optional(folder / "generation_config.json"), model
+            optional(folder / "tokenizer_config.json"),
+            optional(folder / "generation_config.json"),
+            model,
+            optional(folder / "special_tokens_map.json"),
         )
+
+    def token(self, name: str) -> str | None:
+        """The text of a special token, such as ``bos_token``: as tokenizer_config.json names it, else as
+        special_tokens_map.json does; None where neither does."""
+        config = self.tokenizer if self.tokenizer.has(name) else self.special
+        if not config.has(name):
+            return None
+        described = type(config.get(name)) is dict
+        return config.section(name).text("content") if described else config.text(name)
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is no part of the vocabulary's own file; ``strips_left`` and ``strips_right``: whether it
+    takes the spaces beside it along."""
+
+    id: int
+    text: str
+    special: bool
+    strips_left: bool = False
+    strips_right: bool = False
+
+
+def added_tokens(folder: Path, config: Config) -> list[AddedToken]:
+    """Those of added_tokens.json and of ``config``, which is tokenizer_config.json. Raises FormatError."""
+    found: dict[int, AddedToken] = {}
+    document = optional(folder / "added_tokens.json")
+    for text in document.values:
+        number = document.integer(text, low=0, high=_MAX_TOKENS)
+        found[number] = AddedToken(number, text, special=True)
+    decoder = config.section("added_tokens_decoder")
+    for key in decoder.values:
+        token, number = decoder.section(key), _number(decoder, key)
+        found[number] = AddedToken(
+            number,
+            token.text("content"),
+            token.flag("special", False),
+            token.flag("lstrip", False),
+            token.flag("rstrip", False),
+        )
+    return list(found.values())
+
+
+def _number(config: Config, key: Any) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) <= 7) or int(key) > _MAX_TOKENS:
+        raise config.fail(key[:40], f"is no token id up to {_MAX_TOKENS}")
+    return int(key)
 
 
 def optional(file: Path) -> Config:
@@ -41,7 +95,8 @@ def add_special_tokens(
     metadata: Metadata, settings: Settings, ids: Mapping[str, int], *, adds_bos: bool, adds_eos: bool
 ) -> None:
     """Add the ids of special tokens, and whether texts begin and end with them."""
-    named = {role: _token(settings.tokenizer, name, ids) for role, name in _ROLES.items()}
+    texts = {role: settings.token(name) for role, name in ROLES.items()}
+    named = {role: None if text is None else ids.get(text) for role, text in texts.items()}
     for role, name in _CONFIG_IDS.items():
         if named[role] is None:
             named[role] = next(iter(_numbers(settings.model, name, len(ids))), None)
@@ -76,15 +131,6 @@ def add_chat_template(metadata: Metadata, settings: Settings, folder: Path) -> N
             metadata.add("tokenizer.chat_template", by_name["default"])
     elif config.has("chat_template"):
         metadata.add("tokenizer.chat_template", config.text("chat_template"))
-
-
-def _token(config: Config, name: str, ids: Mapping[str, int]) -> int | None:
-    """The id of a special token, which is written as its text or as an object with ``content``."""
-    if not config.has(name):
-        return None
-    described = type(config.get(name)) is dict
-    text = config.section(name).text("content") if described else config.text(name)
-    return ids.get(text)
 
 
 def _numbers(config: Config, name: str, count: int) -> list[int]:

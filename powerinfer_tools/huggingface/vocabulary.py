@@ -1,7 +1,7 @@
 """A directory's tokeniser → the ``tokenizer.*`` keys of GGUF.
 
-From tokenizer.json, as ``transformers`` does, else from tokenizer.model. A directory with neither gets no
-keys: it can be inspected and measured, but no text can be read.
+From tokenizer.json, as ``transformers`` does, else from tokenizer.model, else from vocab.json and merges.txt.
+A directory without any gets no keys: it can be inspected and measured, but no text can be read.
 """
 
 from pathlib import Path
@@ -16,12 +16,24 @@ from powerinfer_tools.huggingface.found import FoundVocabulary
 from powerinfer_tools.huggingface.special import Settings, add_chat_template, add_special_tokens
 from powerinfer_tools.huggingface.tokenizer_json import read_tokenizer_json
 from powerinfer_tools.huggingface.tokenizer_model import read_tokenizer_model
+from powerinfer_tools.huggingface.vocab_and_merges import (
+    MERGES_FILE,
+    VOCABULARY_FILE,
+    has_vocab_and_merges,
+    read_vocab_and_merges,
+)
 from powerinfer_tools.text.special_tokens import TokenType
 
 JSON_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
-#: The files that decide which ids a text gets.
-TOKENIZER_FILES = (JSON_FILE, MODEL_FILE, "added_tokens.json", "tokenizer_config.json")
+_FILES = (JSON_FILE, MODEL_FILE, "added_tokens.json", "tokenizer_config.json")
+_PAIR = (VOCABULARY_FILE, MERGES_FILE, "special_tokens_map.json")
+
+
+def tokenizer_files(folder: Path) -> tuple[str, ...]:
+    """Names of the files that decide which ids a text gets; not all of them need be there."""
+    alone = (folder / JSON_FILE).is_file() or (folder / MODEL_FILE).is_file()
+    return _FILES if alone else (*_FILES, *_PAIR)
 
 
 def add_vocabulary(metadata: Metadata, folder: Path, config: Config, rows: int) -> None:
@@ -60,7 +72,7 @@ def _find(folder: Path, settings: Settings) -> FoundVocabulary | None:
         return read_tokenizer_json(Config.read(folder / JSON_FILE))
     if (folder / MODEL_FILE).is_file():
         return read_tokenizer_model(folder / MODEL_FILE, settings.tokenizer)
-    return None
+    return read_vocab_and_merges(folder, settings) if has_vocab_and_merges(folder) else None
 
 
 def _lists(found: FoundVocabulary, folder: Path, rows: int) -> tuple[list[str], list[int]]:

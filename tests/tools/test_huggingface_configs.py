@@ -203,3 +203,31 @@ def test_any_value_anywhere_is_read_or_refused(good: Path, data: st.DataObject) 
     replace(folder / name, json.dumps(document))
     with suppress(FormatError, PowerInferError):
         load_model(folder).close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"do_layer_norm_before": False},
+            r"do_layer_norm_before other than True is not supported \(norms after attention and FFN",
+        ),
+        (
+            {"word_embed_proj_dim": 32},
+            r"word_embed_proj_dim other than hidden_size \(64\) is not supported .*project_in",
+        ),
+    ],
+)
+def test_opt_350m_is_refused_by_what_it_has(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """Not by the shape of a tensor, or the absence of one."""
+    config = {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 96,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(PowerInferError, match=message):
+        load_model(tmp_path)

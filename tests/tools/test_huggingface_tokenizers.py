@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import Tokenizer as PackageTokenizer
 
+from powerinfer_formats.errors import FormatError
 from powerinfer_formats.metadata import Metadata
 from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.huggingface.config import Config
@@ -71,6 +74,100 @@ def test_what_is_read_comes_back(pair: tuple[Tokenizer, Any]) -> None:
     ours, _ = pair
     text = "The old road, and the harbour."
     assert ours.decode(ours.encode(text)).removeprefix(" ") == text  # a byte-level prefix stays
+
+
+def save_vocab_and_merges(folder: Path, **settings: Any) -> Path:
+    """A directory of GPT-2's kind, with the special tokens that OPT has."""
+    folder.mkdir(exist_ok=True)
+    make_tokenizer("gpt2").model.save(str(folder))
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": True},
+        "eos_token": "</s>",
+        "unk_token": "</s>",
+        "added_tokens_decoder": {
+            "331": {"content": "<tool>", "special": False, "normalized": False},
+            "332": {"content": "<mask>", "special": True, "lstrip": True, "rstrip": True},
+        },
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<unk>", "eos_token": "<s>"}))
+    return folder
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "prefix"], scope="module")
+def two_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vocab_and_merges(tmp_path_factory.mktemp("two"), add_prefix_space=request.param)
+
+
+@pytest.mark.parametrize("text", [*NASTY, "</s>ends</s> <unk>"])
+def test_vocab_and_merges(two_files: Path, text: str) -> None:
+    """Against the package's own byte-level BPE over the same two files, with the same added tokens."""
+    theirs = PackageTokenizer(
+        models.BPE.from_file(str(two_files / "vocab.json"), str(two_files / "merges.txt"))
+    )
+    prefix = json.loads((two_files / "tokenizer_config.json").read_text())["add_prefix_space"]
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    theirs.add_special_tokens(["</s>", "<unk>"])
+    theirs.add_tokens([AddedToken("<tool>", normalized=False)])
+    theirs.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True)])
+    assert theirs.token_to_id("<mask>") == 331
+    expected = [{330: 331, 331: 332}.get(token, token) for token in theirs.encode(text).ids]
+    assert opened(two_files, 340).encode(text, parse_special=True) == expected
+
+
+def test_special_tokens_of_vocab_and_merges(tmp_path: Path) -> None:
+    """Roles of tokenizer_config.json come before those of special_tokens_map.json."""
+    metadata = Metadata(tmp_path)
+    save_vocab_and_merges(tmp_path, add_bos_token=True)
+    add_vocabulary(metadata, tmp_path, Config(tmp_path / "config.json", {}), 340)
+    values = {key: entry.value for key, entry in metadata.entries.items()}
+    roles = ("bos", "eos", "unknown", "padding")
+    assert [values[f"tokenizer.ggml.{role}_token_id"] for role in roles] == [2, 2, 2, 0]
+    assert values["tokenizer.ggml.add_bos_token"]
+    assert values["tokenizer.ggml.pre"] == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "model_type", "message"),
+    [
+        ({"tokenizer_class": "CLIPTokenizer"}, "", "opt", "of a CLIPTokenizer are not supported"),
+        ({"tokenizer_class": None}, "", "llama", "whose class no file names"),
+        ({}, "merges.txt", "opt", "merges.txt: is missing: vocab.json and merges.txt are read together"),
+        ({}, "vocab.json", "opt", "vocab.json: is missing: vocab.json and merges.txt are read together"),
+    ],
+)
+def test_vocab_and_merges_of_another_kind_are_named(
+    tmp_path: Path, settings: dict[str, Any], missing: str, model_type: str, message: str
+) -> None:
+    save_vocab_and_merges(tmp_path, **settings)
+    if missing:
+        (tmp_path / missing).unlink()
+    config = Config(tmp_path / "config.json", {"model_type": model_type})
+    with pytest.raises((TokenizerError, FormatError), match=message):
+        add_vocabulary(Metadata(tmp_path), tmp_path, config, 340)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("#version: 0.2\nT h\nT h e\n", "no two parts without spaces at 1"),
+        ("#version: 0.2\n", "merges is missing or empty"),
+        ("T \n", "no two parts without spaces at 0"),
+    ],
+)
+def test_damaged_merges_are_named(tmp_path: Path, text: str, message: str) -> None:
+    save_vocab_and_merges(tmp_path)
+    (tmp_path / "merges.txt").write_text(text)
+    with pytest.raises(FormatError, match=message):
+        opened(tmp_path, 340)
+
+
+def test_an_opt_directory_names_no_class(tmp_path: Path) -> None:
+    save_vocab_and_merges(tmp_path, tokenizer_class=None)
+    config = Config(tmp_path / "config.json", {"model_type": "opt"})
+    add_vocabulary(metadata := Metadata(tmp_path), tmp_path, config, 340)
+    assert metadata.entries["tokenizer.ggml.model"].value == "gpt2"
 
 
 def changed(folder: Path, change: Any) -> Path:

@@ -18,7 +18,7 @@ def print_table(result: dict[str, Any]) -> None:
     if result["note"]:
         print(f"  {result['note']}")
     print()
-    _print_lines([HEADINGS, *(_cells(row) for row in result["rows"])])
+    print_lines([HEADINGS, *(_cells(row) for row in result["rows"])])
     print("\ntokens per second, medians; the ratio is the median over neighbouring runs")
 
 
@@ -28,11 +28,12 @@ def _print_kernels(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         rate = f"{row['bytes_per_second'] / 1e9:.1f}"
         lines.append((row["name"], str(row["threads"]), rate, f"{row['share']:.0%}"))
-    _print_lines(lines)
+    print_lines(lines)
     print("\nmedians; shares are medians over neighbouring runs\n")
 
 
-def _print_lines(lines: Sequence[tuple[str, ...]]) -> None:
+def print_lines(lines: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of cells in columns as wide as they have to be."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -18,6 +18,7 @@ from powerinfer_tools.model import load_model
 from powerinfer_tools.synthetic import models
 from powerinfer_tools.synthetic.random_blocks import random_rows
 from powerinfer_tools.synthetic.sparse import Sparsity, write_sparse
+from powerinfer_tools.text import Tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROW_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -43,7 +44,16 @@ def test_random_rows_are_what_they_promise(row_type: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("family", "mixture"), [("llama", "Q4_0"), ("qwen2", "Q4_K_M"), ("gemma3", "Q8_0"), ("llama", "F16")]
+    ("family", "mixture"),
+    [
+        ("llama", "Q4_0"),
+        ("qwen2", "Q4_K_M"),
+        ("gemma3", "Q8_0"),
+        ("llama", "F16"),
+        ("opt", "Q4_0"),
+        ("falcon", "F16"),
+        ("nemotron", "F32"),
+    ],
 )
 def test_synthetic_models_run(family: str, mixture: str, tmp_path: Path) -> None:
     path = _write(family, mixture, tmp_path)
@@ -138,6 +148,59 @@ def _shape(family: str) -> models.Shape:
         rope_base=1e4,
         context=64,
         tied=family != "llama",
-        bias=family == "qwen2",
+        biases={"qwen2": "qkv", "opt": "all"}.get(family, "none"),  # type: ignore[arg-type]
         window=8 if family == "gemma3" else 0,
     )
+
+
+#: Stands in for the original's program: it repeats the prompt, goes on as it was told, and says how fast.
+FAKE_MAIN = """#!{python}
+import sys
+words = sys.argv[1:]
+prompt = words[words.index("-p") + 1]
+assert words[words.index("--temp") + 1] == "0" and words[words.index("--repeat-penalty") + 1] == "1"
+if {failing!r}:
+    sys.exit("error loading model: unknown tensor")
+sys.stdout.write(prompt + {answer!r})
+said = "llama_print_timings: {{}} time = 12.0 ms / {count} runs ( 1.5 ms per token, {{}} tokens per second)"
+print(said.format("prompt eval", 9.0), said.format("       eval", {rate}), sep="\\n", file=sys.stderr)
+"""
+
+
+def fake_main(path: Path, **how: object) -> Path:
+    path.write_text(
+        FAKE_MAIN.format(python=sys.executable, **{"failing": False, "count": 7, "rate": 2.5} | how)
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_agreement_with_the_original_is_counted_in_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where its text leaves ours, and how fast it says that it was; what it cannot load is named."""
+    original = program("original", monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    (name, quant, path), *others = original.exported(tmp_path, [], ["opt"])
+    assert (name, quant, [other[1] for other in others]) == ("random opt", "F16", ["Q4_0"])
+    assert load_model(path).is_original
+    task = original.Task(tmp_path / "none", "Hi", 8, 1)
+    ids, mine = task.ours(path)
+    assert len(ids) == 8
+    assert mine > 0
+    decoder = Tokenizer.from_gguf(load_model(path).gguf).stream()
+    pieces = [decoder.push(token) for token in ids]
+    whole = "".join(pieces)
+    half = "".join(pieces[:4]) + "something else"
+    for answer, same in ((whole, 8), (half, 4)):
+        main = fake_main(tmp_path / "main", answer=answer)
+        row = original.measure("m", "F16", path, original.Task(main, "Hi", 8, 1), 2)
+        assert (row.same, row.tokens, row.original, row.failure) == (same, 8, 2.5, None)
+        assert row.low <= row.ratio <= row.high
+        assert row.cells()[2] == ("all of 8" if same == 8 else "4 of 8")
+    main = fake_main(tmp_path / "main", answer="", failing=True)
+    row = original.measure("m", "F16", path, original.Task(main, "Hi", 8, 1), 2)
+    assert row.failure == "error loading model: unknown tensor (exit code 1)"
+    assert row.cells()[2].startswith("failed: error loading model")
+    assert original.main(["--main", str(tmp_path / "gone")]) == 1
+    assert "no such program" in capsys.readouterr().err

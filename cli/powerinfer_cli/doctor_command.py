@@ -12,8 +12,10 @@ from powerinfer_cli.tables import print_facts
 
 HELP = """Look at this machine: processor, instruction sets, memory, accelerator.
 
-With --measure, measure memory bandwidth (also of scattered reads) and the speed of sparse FFNs, and write the
-hardware profile that plan uses. With -m, the FFNs measured are those of the model.
+With --measure, measure memory bandwidth (also of scattered reads) and the speed of sparse FFNs, and of a CUDA
+device its memory, the link to it, what launches and waits cost, and its kernels by row type. All of it, with
+the lowest, the median and the highest of the passes, goes into the hardware profile that plan uses. With -m,
+the FFNs measured are those of the model.
 
 \b
 Examples:

@@ -17,7 +17,11 @@ from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.errors import BadDocument, BadField, UnsupportedVersion
 from powerinfer_formats.records import RecordReader, read_text, to_plain
 
-VERSION = 1
+VERSION = 2
+#: Versions that are read: a file of version 1 is one of version 2 without what came later.
+_READ = (1, VERSION)
+#: In place of a gate type: an FFN of up and down rows.
+NO_GATE = "none"
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -71,7 +75,8 @@ class LinkInfo:
 class FFNCurve:
     """What the CPU reaches on cold FFNs of one shape: bytes of weights touched per second.
 
-    The types are names of row types as a split file stores them. ``dense_bytes_per_s`` is for all neurons;
+    The types are names of row types as a split file stores them; ``gate_type`` is :data:`NO_GATE` where up
+    rows are what the activation reads. ``dense_bytes_per_s`` is for all neurons;
     item i of the others for a share ``densities[i]`` of active neurons, drawn at random: gate-first touches
     all gate rows and up and down rows of the active neurons, predicted all three rows of those alone. Each
     FFN takes ``overhead_seconds`` besides.
@@ -88,17 +93,48 @@ class FFNCurve:
     predicted_bytes_per_s: tuple[float, ...]
     overhead_seconds: float = 0.0
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Row types of a neuron's rows: gate (if it has one), up, down."""
+        return tuple(kind for kind in (self.gate_type, self.up_type, self.down_type) if kind != NO_GATE)
+
+
+@dataclass(frozen=True)
+class KernelRate:
+    """What the accelerator reaches on hot rows of one type: bytes of rows per second, of the products of a
+    matrix with the input, with the activation, and of the sum of down rows. ``fused``: by this project's
+    Triton kernels, else by plain torch operations."""
+
+    row_type: str
+    fused: bool
+    products_bytes_per_s: float
+    sums_bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far the passes lay apart that a figure was measured in: the lowest, the median and the highest of
+    ``passes``, in the figure's unit. ``figure`` is its path, such as ``ffn[0].gate_first_bytes_per_s[2]``."""
+
+    figure: str
+    low: float
+    median: float
+    high: float
+    passes: int
+
 
 @dataclass(frozen=True)
 class HardwareProfile:
     """One machine. ``gpu`` and ``link`` are both there or both None; ``ffn`` holds a curve for each shape
-    that was measured."""
+    that was measured, ``kernel`` the accelerator's rates by row type, ``spread`` how sure figures are."""
 
     machine: MachineInfo
     cpu: CpuInfo
     gpu: GpuInfo | None = None
     link: LinkInfo | None = None
     ffn: tuple[FFNCurve, ...] = ()
+    kernel: tuple[KernelRate, ...] = ()
+    spread: tuple[Spread, ...] = ()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -115,8 +151,13 @@ class HardwareProfile:
         version = document.pop("version", None)
         if document.pop("format", None) != "powerinfer-hardware":
             raise BadDocument(file, 'is not a hardware profile: format = "powerinfer-hardware" is missing')
-        if version != VERSION or type(version) is not int:
-            raise UnsupportedVersion(file, f"is a hardware profile of version {version!r}, {VERSION} is read")
+        if version not in _READ or type(version) is not int:
+            known = " and ".join(map(str, _READ))
+            raise UnsupportedVersion(
+                file,
+                f"is a hardware profile of version {version!r}, {known} are read; measure again with "
+                "powerinfer doctor --measure",
+            )
         profile = RecordReader(file).read(cls, document)
         _check(profile, file)
         return profile
@@ -190,10 +231,20 @@ def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
         not_negative(curve, path, "overhead_seconds")
         for name in ("gate_type", "up_type", "down_type"):
             kind = getattr(curve, name)
-            require(kind in TensorType.__members__, f"{path}.{name}", f"is {kind!r}, not a known row type")
+            known = kind in TensorType.__members__ or (name == "gate_type" and kind == NO_GATE)
+            require(known, f"{path}.{name}", f"is {kind!r}, not a known row type")
         _check_densities(f"{path}.densities", curve.densities, file)
         for name in ("gate_first_bytes_per_s", "predicted_bytes_per_s"):
             _check_rates(f"{path}.{name}", getattr(curve, name), curve.densities, file)
+    for index, rate in enumerate(profile.kernel):
+        path = f"kernel[{index}]"
+        known = rate.row_type in TensorType.__members__
+        require(known, f"{path}.row_type", f"is {rate.row_type!r}, not a known row type")
+        positive(rate, path, "products_bytes_per_s", "sums_bytes_per_s")
+    for index, spread in enumerate(profile.spread):
+        path = f"spread[{index}]"
+        positive(spread, path, "passes")
+        require(0 <= spread.low <= spread.median <= spread.high, path, "is not 0 <= low <= median <= high")
     require(
         (profile.gpu is None) == (profile.link is None), "gpu and link", "go together: one of them is missing"
     )

@@ -6,17 +6,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from powerinfer_formats.block_types import TensorType, row_bytes
-from powerinfer_formats.hardware import FFNCurve, HardwareProfile
+from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_kernels import Pool, available_isas
 from powerinfer_tools import __version__
-from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.hardware import detect
+from powerinfer_tools.hardware.listing import measured_lines
 from powerinfer_tools.hardware.store import default_profile_path
 from powerinfer_tools.progress import Progress
 
 if TYPE_CHECKING:
-    from powerinfer_tools.ffn_benchmarking import FFNShape
+    from powerinfer_tools.ffn_layers import FFNShape
 
 _GIB = 1 << 30
 #: A figure whose median stays further below its best pass than this was disturbed.
@@ -52,23 +51,18 @@ def diagnose(
     shapes = ffn_shapes(models) or [COMMON_SHAPE]
     with Pool(threads) as pool:
         measured = run(pool, shapes=shapes, cuda=described.facts["gpu"] is not None, progress=progress)
-    cpu = measured.profile.cpu
-    facts = described.facts | {"measured": measured.profile, "spread": measured.spreads}
-    lines = [
-        *described.lines,
-        ("read bandwidth", _rate(cpu.bandwidth_bytes_per_s, measured.spreads["stream"])),
+    facts = described.facts | {"measured": measured.profile}
+    lines = [*described.lines, *measured_lines(measured.profile)]
+    warnings = [*described.warnings, *measured.notices]
+    noisy = [
+        spread.figure
+        for spread in measured.profile.spread
+        if spread.figure.partition("[")[0].endswith("_per_s") and spread.median < (1 - _NOISY) * spread.high
     ]
-    for density, rate in zip(cpu.sparse_densities, cpu.sparse_bandwidth_bytes_per_s, strict=True):
-        lines.append((f"rows, density {density:g}", _rate(rate, measured.spreads[f"density {density:g}"])))
-    for curve in measured.profile.ffn:
-        lines += _curve_lines(curve)
-    lines += _gpu_lines(measured.profile)
-    noisy = [name for name, spread in measured.spreads.items() if spread > _NOISY]
-    warnings = list(described.warnings)
     if noisy:
         warnings.append(
-            f"these figures vary by more than {100 * _NOISY:.0f} % between repeats ({', '.join(noisy)}); "
-            "measure again on an idle machine"
+            f"the median of these is more than {100 * _NOISY:.0f} % below their best pass "
+            f"({', '.join(noisy)}); measure again on an idle machine"
         )
     return Diagnosis(facts, lines, warnings, measured.profile)
 
@@ -76,7 +70,7 @@ def diagnose(
 def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
     """The different FFNs of ``models``, in the row types that a split file would have."""
     from powerinfer_kernels import RowType
-    from powerinfer_tools.ffn_benchmarking import FFNShape
+    from powerinfer_tools.ffn_layers import FFNShape
     from powerinfer_tools.model import load_model
     from powerinfer_tools.planning.shapes import neuron_bytes, shape_of_model
 
@@ -88,32 +82,9 @@ def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
         finally:
             model.close()
         for layer in layers:
-            if layer.gate is None:
-                raise HardwareError(
-                    f"{path}: curves are measured of gated FFNs alone, and this model's have no gate; leave "
-                    "-m out, and the plan counts with the general curve"
-                )
-            gate, up, down = (RowType[name] for name in neuron_bytes(layer).types)
-            found[FFNShape(layer.width, layer.neurons, (gate, up, down))] = None
+            types = tuple(RowType[name] for name in neuron_bytes(layer).types)
+            found[FFNShape(layer.width, layer.neurons, types)] = None
     return list(found)
-
-
-def _curve_lines(curve: FFNCurve) -> list[tuple[str, str]]:
-    """Dense speed, and that of the sparse modes as a multiple of it."""
-    types = "/".join((curve.gate_type, curve.up_type, curve.down_type))
-    rows = f"FFN {curve.width}x{curve.neurons}"
-    lines = [(rows, f"{types}: dense {curve.dense_bytes_per_s / 1e9:.1f} GB/s")]
-    gate, up, down = (row_bytes(TensorType[name], curve.width) for name in types.split("/"))
-    points = zip(curve.densities, curve.gate_first_bytes_per_s, curve.predicted_bytes_per_s, strict=True)
-    for density, first, predicted in points:
-        # Seconds a neuron: its bytes, and its share of what an FFN costs besides.
-        besides = curve.overhead_seconds / curve.neurons
-        whole = (gate + up + down) / curve.dense_bytes_per_s + besides
-        by_gate = (gate + (up + down) * density) / first + besides
-        by_predictor = (gate + up + down) * density / predicted + besides
-        speeds = f"gate-first {whole / by_gate:.2f} x, predicted {whole / by_predictor:.2f} x"
-        lines.append((f"  density {density:g}", speeds))
-    return lines
 
 
 def describe_machine(threads: int | None = None) -> Diagnosis:
@@ -175,27 +146,6 @@ def _gpu_text(gpu: detect.CudaDevice | None, driver: str | None) -> str:
     free, total = gpu.free_bytes / _GIB, gpu.total_bytes / _GIB
     room = f"{free:.1f} of {total:.1f} GiB free"
     return f"{gpu.name}, compute capability {gpu.capability}, {room}, driver {driver}"
-
-
-def _gpu_lines(profile: HardwareProfile) -> list[tuple[str, str]]:
-    if profile.gpu is None or profile.link is None:
-        return []
-    return [
-        ("GPU bandwidth", f"{profile.gpu.bandwidth_bytes_per_s / 1e9:.1f} GB/s"),
-        (
-            "GPU launch, sync",
-            f"{1e6 * profile.gpu.launch_seconds:.1f} µs, {1e6 * profile.gpu.sync_seconds:.1f} µs",
-        ),
-        (
-            "link",
-            f"{profile.link.bandwidth_bytes_per_s / 1e9:.1f} GB/s, "
-            f"{1e6 * profile.link.latency_seconds:.1f} µs",
-        ),
-    ]
-
-
-def _rate(rate: float, spread: float) -> str:
-    return f"{rate / 1e9:.1f} GB/s, spread {100 * spread:.0f} %"
 
 
 def _version(package: str) -> str | None:

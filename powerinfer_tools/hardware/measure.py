@@ -1,8 +1,8 @@
 """Measure this machine with the engine's own kernels: streams, gathered rows, and a CUDA device where there
 is one.
 
-Takes a few seconds. Every figure is the best of its repeats, since other programs can only slow a pass down;
-its spread is how far the median stays below it.
+Takes a few seconds. Bandwidths of memory are the best of their repeats, since other programs can only slow a
+pass down; other figures are medians. How far the repeats lay apart is in the profile, too.
 """
 
 import datetime
@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.hardware import CpuInfo, GpuInfo, HardwareProfile, LinkInfo, MachineInfo
+from powerinfer_formats.hardware import (
+    CpuInfo,
+    GpuInfo,
+    HardwareProfile,
+    KernelRate,
+    LinkInfo,
+    MachineInfo,
+    Spread,
+)
 from powerinfer_kernels import (
     Activations,
     Bundle,
@@ -28,7 +36,8 @@ from powerinfer_kernels import (
     row_bytes,
 )
 from powerinfer_tools.errors import HardwareError
-from powerinfer_tools.ffn_benchmarking import FFNShape, ffn_curve
+from powerinfer_tools.ffn_benchmarking import ffn_curve
+from powerinfer_tools.ffn_layers import FFNShape
 from powerinfer_tools.hardware import detect
 from powerinfer_tools.progress import Progress, Silent
 
@@ -45,19 +54,20 @@ _SEED = 1
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A measured figure and the share by which the median of the repeats stays below it."""
+class Measurement:
+    """A hardware profile, and what could not be measured."""
 
-    value: float
-    spread: float
+    profile: HardwareProfile
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """A hardware profile, and the spread of every figure in it by name."""
-
-    profile: HardwareProfile
-    spreads: dict[str, float]
+class _Accelerator:
+    gpu: GpuInfo | None = None
+    link: LinkInfo | None = None
+    kernels: tuple[KernelRate, ...] = ()
+    spreads: tuple[Spread, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 def measure(
@@ -80,14 +90,17 @@ def measure(
     progress.start("measuring", len(DENSITIES) + 1 + cuda + len(shapes), "figures")
     nbytes = _buffer_bytes()
     share = seconds / (2 * _REPEATS)
-    stream = _figure([read_bandwidth(pool, nbytes, share) for _ in range(_REPEATS)])
+    streams = [read_bandwidth(pool, nbytes, share) for _ in range(_REPEATS)]
+    stream = _spread("cpu.bandwidth_bytes_per_s", streams)
     progress.advance(1)
-    curve = gathered_curve(pool, nbytes, seconds / 2, progress)
-    curves = []
-    for shape in shapes:
-        curves.append(ffn_curve(pool, shape, seconds))
+    gathered = gathered_curve(pool, nbytes, seconds / 2, progress)
+    curves, spreads = [], [stream, *gathered]
+    for index, shape in enumerate(shapes):
+        curve, sure = ffn_curve(pool, shape, f"ffn[{index}]", seconds)
+        curves.append(curve)
+        spreads += sure
         progress.advance(1)
-    gpu, link = _measure_cuda(progress) if cuda else (None, None)
+    accelerator = _measure_cuda(progress) if cuda else _Accelerator()
     progress.finish()
     profile = HardwareProfile(
         machine=MachineInfo(platform.node() or "this machine", "measured", datetime.date.today().isoformat()),
@@ -95,36 +108,35 @@ def measure(
             name=detect.cpu_name(),
             cores=pool.threads,
             isa=pool.isa,
-            bandwidth_bytes_per_s=stream.value,
+            bandwidth_bytes_per_s=stream.high,
             ram_bytes=detect.ram_bytes(),
             sparse_densities=DENSITIES,
-            sparse_bandwidth_bytes_per_s=tuple(figure.value for figure in curve),
+            sparse_bandwidth_bytes_per_s=tuple(rates.high for rates in gathered),
         ),
-        gpu=gpu,
-        link=link,
+        gpu=accelerator.gpu,
+        link=accelerator.link,
         ffn=tuple(curves),
+        kernel=accelerator.kernels,
+        spread=(*spreads, *accelerator.spreads),
     )
-    spreads = {"stream": stream.spread} | {
-        f"density {density:g}": figure.spread for density, figure in zip(DENSITIES, curve, strict=True)
-    }
-    return Measurement(profile, spreads)
+    return Measurement(profile, accelerator.notices)
 
 
 def gathered_curve(
     pool: Pool, nbytes: int, seconds: float, progress: Progress, densities: Sequence[float] = DENSITIES
-) -> list[Figure]:
+) -> list[Spread]:
     """Bytes per second of the gate-first kernel, counting the up and down rows of active neurons, for each
     share of active neurons. Which neurons are active is drawn anew for every pass."""
     bench = _GateFirst(pool, nbytes)
     random = np.random.default_rng(_SEED)
     figures = []
-    for density in densities:
+    for index, density in enumerate(densities):
         bench.rate(pool, density, random)  # the first pass brings pages and threads in
         deadline = time.perf_counter() + seconds / len(densities)
         rates: list[float] = []
         while len(rates) < _REPEATS or (time.perf_counter() < deadline and len(rates) < 10 * _REPEATS):
             rates.append(bench.rate(pool, density, random))
-        figures.append(_figure(rates))
+        figures.append(_spread(f"cpu.sparse_bandwidth_bytes_per_s[{index}]", rates))
         progress.advance(1)
     return figures
 
@@ -188,17 +200,27 @@ def _buffer_bytes() -> int:
     return min(_MOST_BYTES, spare)
 
 
-def _figure(values: Sequence[float]) -> Figure:
-    best = float(max(values))
-    return Figure(best, 1.0 - float(np.median(values)) / best)
+def _spread(figure: str, values: Sequence[float]) -> Spread:
+    return Spread(figure, float(min(values)), float(np.median(values)), float(max(values)), len(values))
 
 
-def _measure_cuda(progress: Progress) -> tuple[GpuInfo, LinkInfo]:
-    device = detect.cuda_device()
-    if isinstance(device, str):
-        raise HardwareError(f"the GPU cannot be measured: {device}")
-    from powerinfer_tools.hardware.measure_cuda import measure_cuda
+def _measure_cuda(progress: Progress) -> _Accelerator:
+    found = detect.cuda_device()
+    if isinstance(found, str):
+        raise HardwareError(f"the GPU cannot be measured: {found}")
+    from powerinfer_tools.hot.devices import CudaDevice
+    from powerinfer_tools.hot.measuring import Sizes, measure_device
+    from powerinfer_tools.hot.opening import fusing_problem
 
-    result = measure_cuda(device)
+    problem = fusing_problem()
+    device = CudaDevice()
+    try:
+        sizes = Sizes(nbytes=min(Sizes().nbytes, found.free_bytes // 8))
+        figures = measure_device(device, found.name, found.total_bytes, fused=problem is None, sizes=sizes)
+    finally:
+        device.close()
     progress.advance(1)
-    return result
+    plain = () if problem is None else (f"fused kernels were not measured, plain ones were: {problem}",)
+    return _Accelerator(
+        figures.gpu, figures.link, figures.kernels, figures.spreads, (*plain, *figures.notices)
+    )

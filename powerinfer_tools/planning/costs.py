@@ -80,11 +80,7 @@ class Machine:
     def ffn_curve(self, width: int, types: tuple[str, ...], neurons: int) -> FFNCurve | None:
         """The curve measured on rows of this width and these types, of the nearest number of neurons; None
         where there is none."""
-        known = [
-            curve
-            for curve in self.ffn_curves
-            if curve.width == width and (curve.gate_type, curve.up_type, curve.down_type) == types
-        ]
+        known = [curve for curve in self.ffn_curves if curve.width == width and curve.types == types]
         return min(known, key=lambda curve: abs(curve.neurons - neurons), default=None)
 
 

@@ -25,7 +25,8 @@ from powerinfer_kernels import Pool, RowType, read_bandwidth
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.ffn_benchmarking import CurveBench, FFNShape
+from powerinfer_tools.ffn_benchmarking import CurveBench
+from powerinfer_tools.ffn_layers import FFNShape
 from powerinfer_tools.hardware.detect import torch_version
 from powerinfer_tools.hot.placement import hot_size
 from powerinfer_tools.model import Model, load_model
@@ -142,10 +143,10 @@ class _Grid:
 
     def __init__(self, model: Model, profile: Profile, predictors: Predictors | None) -> None:
         self.shape = shape_of_model(model)
-        self.layers, first = len(self.shape.layers), self.shape.layers[0]
+        self.layers = len(self.shape.layers)
         self.sizes = [neuron_bytes(layer) for layer in self.shape.layers]
-        if first.gate is None or len(set(self.shape.layers)) > 1:
-            raise PlanError(f"{model.path}: --verify measures models whose layers are alike and have a gate")
+        if len(set(self.shape.layers)) > 1:
+            raise PlanError(f"{model.path}: --verify measures models whose layers are alike")
         known = model_frequencies(self.shape, profile).layers
         assert known is not None  # there is a profile
         shapes = predictor_shapes(predictors) if predictors else (None,) * self.layers
@@ -174,13 +175,13 @@ class _Grid:
         samples: dict[_Case, list[float]] = {case: [] for case in cases}
         shared: list[float] = []
         streams: list[float] = []
-        gate, up, down = (RowType[name] for name in self.sizes[0].types)
+        types = tuple(RowType[name] for name in self.sizes[0].types)
         first = self.shape.layers[0]
         nbytes = first.neurons * self.sizes[0].total
         layers = min(self.layers, max(2, -(-_ENOUGH // nbytes)))
         progress.start("measuring", _ROUNDS * len(cases), "splits")
         with Pool(threads) as pool:
-            bench = CurveBench(pool, FFNShape(first.width, first.neurons, (gate, up, down)), layers)
+            bench = CurveBench(pool, FFNShape(first.width, first.neurons, types), layers)
             for _ in range(_ROUNDS):
                 bench.sample()
                 streams.append(read_bandwidth(pool, layers * nbytes, 0.05))

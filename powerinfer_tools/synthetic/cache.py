@@ -9,13 +9,13 @@ from powerinfer_tools.synthetic.models import SHAPES, TYPES, write_synthetic
 from powerinfer_tools.synthetic.sparse import Sparsity, write_sparse
 
 #: Changes when the same request would give another file.
-_VERSION = 5
+_VERSION = 6
 
 
 @dataclass(frozen=True)
 class Request:
     """One synthetic model. ``sparsity`` None: the dense form, a GGUF file that other programs load; else a
-    split file of a gated ReLU model. ``layers`` None: as many as the shape has."""
+    split file of a ReLU model. ``layers`` None: as many as the shape has."""
 
     shape: str
     row_type: str = "Q4_0"

@@ -8,12 +8,14 @@ that activations stay finite and every arithmetic path runs at its normal speed.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_tools.architectures import ARCHITECTURES, ArchitectureSpec
 from powerinfer_tools.synthetic.random_blocks import BLOCKS, fitting_type, random_rows
 
 #: Values drawn at a time: bounds the memory of the writer.
@@ -22,7 +24,9 @@ PIECE_VALUES = 1 << 24
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one model. ``bias``: on q, k and v. ``window`` > 0: sliding attention as Gemma 3 has it."""
+    """Sizes of one model; what its layers are made of says the row of its architecture. ``biases``: those of
+    q, k and v, or of all projections. ``window`` > 0: sliding attention as Gemma 3 has it. ``activation``:
+    one that is not the architecture's own, in the dense form."""
 
     architecture: str
     layers: int
@@ -35,8 +39,14 @@ class Shape:
     rope_base: float
     context: int = 4096
     tied: bool = False
-    bias: bool = False
+    biases: Literal["none", "qkv", "all"] = "none"
     window: int = 0
+    activation: str | None = None
+
+    @property
+    def spec(self) -> ArchitectureSpec:
+        """The row of its architecture."""
+        return ARCHITECTURES[self.architecture]
 
 
 #: Published configurations of these models.
@@ -47,8 +57,12 @@ SHAPES: dict[str, Shape] = {
     "llama-3.2-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 5e5, tied=True),
     "llama-2-7b": Shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e4),
     "mistral-7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 32000, 1e6),
-    "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, 1e6, tied=True, bias=True),
-    "qwen2.5-1.5b": Shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 1e6, tied=True, bias=True),
+    "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, 1e6, tied=True, biases="qkv"),
+    "qwen2.5-1.5b": Shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 1e6, tied=True, biases="qkv"),
+    "opt-125m": Shape("opt", 12, 768, 12, 12, 64, 3072, 50272, 1e4, 2048, tied=True, biases="all"),
+    "opt-1.3b": Shape("opt", 24, 2048, 32, 32, 64, 8192, 50272, 1e4, 2048, tied=True, biases="all"),
+    "opt-6.7b": Shape("opt", 32, 4096, 32, 32, 128, 16384, 50272, 1e4, 2048, tied=True, biases="all"),
+    "falcon-7b": Shape("falcon", 32, 4544, 71, 1, 64, 18176, 65024, 1e4, 2048, tied=True),
     "gemma-3-1b": Shape("gemma3", 26, 1152, 4, 1, 256, 6912, 262144, 1e6, tied=True, window=512),
 }
 
@@ -94,36 +108,45 @@ def tensors_of(shape: Shape, mixture: str) -> Iterator[Tensor]:
         return Tensor(f"{name}.weight", (rows, columns), fitting_type(row_type, columns))
 
     yield matrix("token_embd", shape.vocabulary, shape.width, sensitive if shape.tied else usual)
+    if shape.spec.position_offset is not None:
+        yield Tensor("position_embd.weight", (shape.context + shape.spec.position_offset, shape.width))
     for layer in range(shape.layers):
         yield from _layer_tensors(shape, layer, usual, sensitive)
-    yield Tensor("output_norm.weight", (shape.width,))
+    yield from _norm(shape, "output_norm", shape.width)
     if not shape.tied:
         yield matrix("output", shape.vocabulary, shape.width, sensitive)
 
 
 def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iterator[Tensor]:
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    queries, keys, width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.width
     more = sensitive if _gets_more_bits(layer, shape.layers) else usual
+    fused = [("attn_qkv", queries + 2 * keys, width, usual)]
+    parts = [("attn_q", queries, width, usual), ("attn_k", keys, width, usual), ("attn_v", keys, width, more)]
+    gate = [("ffn_gate", shape.neurons, width, usual)]
     matrices = (
-        ("attn_q", queries, shape.width, usual),
-        ("attn_k", keys, shape.width, usual),
-        ("attn_v", keys, shape.width, more),
-        ("attn_output", shape.width, queries, usual),
-        ("ffn_gate", shape.neurons, shape.width, usual),
-        ("ffn_up", shape.neurons, shape.width, usual),
-        ("ffn_down", shape.width, shape.neurons, more),
+        *(fused if shape.spec.fused_qkv else parts),
+        ("attn_output", width, queries, usual),
+        *(gate if shape.spec.gated else ()),
+        ("ffn_up", shape.neurons, width, usual),
+        ("ffn_down", width, shape.neurons, more),
     )
-    norms = {"attn_norm": shape.width, "ffn_norm": shape.width}
+    norms = {"attn_norm": width, shape.spec.ffn_norm: width}
     if shape.architecture == "gemma3":
         norms |= {"post_attention_norm": shape.width, "post_ffw_norm": shape.width}
         norms |= {"attn_q_norm": shape.head_dim, "attn_k_norm": shape.head_dim}
     for name, rows, columns, row_type in matrices:
         yield Tensor(f"blk.{layer}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
-    if shape.bias:
-        for name, length in (("attn_q", queries), ("attn_k", keys), ("attn_v", keys)):
-            yield Tensor(f"blk.{layer}.{name}.bias", (length,))
+    biased = {"none": 0, "qkv": 3, "all": len(matrices)}[shape.biases]
+    for name, length, *_ in matrices[:biased]:
+        yield Tensor(f"blk.{layer}.{name}.bias", (length,))
     for name, length in norms.items():
-        yield Tensor(f"blk.{layer}.{name}.weight", (length,))
+        yield from _norm(shape, f"blk.{layer}.{name}", length)
+
+
+def _norm(shape: Shape, name: str, length: int) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", (length,))
+    if shape.spec.norm == "layer":
+        yield Tensor(f"{name}.bias", (length,))
 
 
 def _gets_more_bits(layer: int, layers: int) -> bool:
@@ -138,6 +161,8 @@ def write_synthetic(path: Path, name: str, shape: Shape, mixture: str, seed: int
     rng = np.random.Generator(np.random.SFC64(seed))
     with GGUFWriter(path) as writer:
         add_metadata(writer, name, shape, mixture)
+        if shape.activation is not None:
+            writer.add("powerinfer.activation", shape.activation)
         for tensor in tensors:
             writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
         for tensor in tensors:
@@ -174,15 +199,19 @@ def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> N
         f"{prefix}.attention.head_count_kv": shape.kv_heads,
         f"{prefix}.attention.key_length": shape.head_dim,
         f"{prefix}.attention.value_length": shape.head_dim,
-        f"{prefix}.rope.dimension_count": shape.head_dim,
         f"{prefix}.vocab_size": shape.vocabulary,
     }
+    rotary = shape.spec.rope_style != "none"
+    if rotary:
+        integers[f"{prefix}.rope.dimension_count"] = shape.head_dim
     if shape.window:
         integers[f"{prefix}.attention.sliding_window"] = shape.window
     for key, value in integers.items():
         writer.add(key, value, ValueType.UINT32)
-    writer.add(f"{prefix}.rope.freq_base", shape.rope_base, ValueType.FLOAT32)
-    writer.add(f"{prefix}.attention.layer_norm_rms_epsilon", 1e-5, ValueType.FLOAT32)
+    if rotary:
+        writer.add(f"{prefix}.rope.freq_base", shape.rope_base, ValueType.FLOAT32)
+    kind = "_rms" if shape.spec.norm == "rms" else ""
+    writer.add(f"{prefix}.attention.layer_norm{kind}_epsilon", 1e-5, ValueType.FLOAT32)
     _add_vocabulary(writer, shape.vocabulary)
 
 
@@ -196,8 +225,8 @@ def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
     writer.add("tokenizer.ggml.pre", "default")
     writer.add("tokenizer.ggml.tokens", tokens)
     writer.add("tokenizer.ggml.scores", [-1e4] * size, ValueType.FLOAT32)
-    # Token types of the format: 2 unknown, 3 control, 6 byte, 5 unused.
-    writer.add("tokenizer.ggml.token_type", [2, 3, 3] + [6] * 256 + [5] * fillers, ValueType.INT32)
+    # Token types of the format: 2 unknown, 3 control, 6 byte, 1 normal. No merge leads to a filler.
+    writer.add("tokenizer.ggml.token_type", [2, 3, 3] + [6] * 256 + [1] * fillers, ValueType.INT32)
     for key, token in (("unknown", 0), ("bos", 1), ("eos", 2)):
         writer.add(f"tokenizer.ggml.{key}_token_id", token, ValueType.UINT32)
     writer.add("tokenizer.ggml.add_bos_token", True)

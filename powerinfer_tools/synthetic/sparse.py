@@ -1,9 +1,9 @@
-"""Split files of gated ReLU models with random weights, of which a chosen share of neurons fires.
+"""Split files of ReLU models with random weights, of which a chosen share of neurons fires.
 
 The first block of the residual stream is constant: every embedding has ones there, and what attention and
 FFN add is too small to move it. A gate row has −shift spread over that block and random values in the rest,
 so that its product with the normalised input is about N(−shift, σ²), and the neuron fires for a share
-Φ(−shift / σ) of all tokens.
+Φ(−shift / σ) of all tokens. An FFN without gate has biases: there, the shift is subtracted by the up row's.
 
 The predictors are random, too: they name as large a share of the neurons, at the cost of trained ones, but
 not those that fire. They are there to measure the speed of mode predicted.
@@ -23,6 +23,7 @@ from powerinfer_formats.split_layout import (
     BundleLayout,
     SplitHeader,
     SplitPrediction,
+    bias_name,
     bundle_layout,
     bundle_name,
     declare_split_layer,
@@ -90,9 +91,9 @@ def write_sparse(
         )
     rng = np.random.Generator(np.random.SFC64(seed))
     kind = RowType[row_type]
-    layout = bundle_layout(int(kind), int(kind), int(kind), shape.width)
-    others = [t for t in tensors_of(shape, row_type) if "ffn_gate" not in t.name and "ffn_up" not in t.name]
-    others = [t for t in others if "ffn_down" not in t.name]
+    layout = bundle_layout(int(kind) if shape.spec.gated else None, int(kind), int(kind), shape.width)
+    in_bundles = (".ffn_gate.weight", ".ffn_up.weight", ".ffn_up.bias", ".ffn_down.weight")
+    others = [tensor for tensor in tensors_of(shape, row_type) if not tensor.name.endswith(in_bundles)]
     rank = predictor_rank(shape)
     with GGUFWriter(path, alignment=ALIGNMENT) as writer:
         add_metadata(writer, f"{name}, ReLU", shape, row_type)
@@ -100,7 +101,9 @@ def write_sparse(
         for tensor in others:
             writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
         for layer in range(shape.layers):
-            declare_split_layer(writer, layer, layout, neurons=shape.neurons, hot=0)
+            declare_split_layer(
+                writer, layer, layout, neurons=shape.neurons, hot=0, bias=not shape.spec.gated
+            )
             declare_low_rank(
                 writer, layer, (int(kind), int(kind)), width=shape.width, neurons=shape.neurons, rank=rank
             )
@@ -115,7 +118,7 @@ def write_sparse(
 def predictor_rank(shape: Shape) -> int:
     """The rank, in whole blocks, at which a predictor has :data:`PREDICTOR_SHARE` of its layer's weights."""
     attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.width
-    weights = attention + 3 * shape.neurons * shape.width
+    weights = attention + (3 if shape.spec.gated else 2) * shape.neurons * shape.width
     return max(1, round(PREDICTOR_SHARE * weights / (shape.width + shape.neurons) / _BLOCK)) * _BLOCK
 
 
@@ -130,7 +133,10 @@ def _write_layer(
 ) -> None:
     rates = sparsity.rates(rng, shape.neurons)
     writer.write(order_name(layer), np.arange(shape.neurons, dtype=np.int32))
-    for records in _records(rng, shape, row_type, layout, sparsity.density, rates):
+    shifts = _upper_quantiles(rates) * (1.0 if RowType[row_type].is_float else _QUANTIZED_DEVIATION)
+    if not shape.spec.gated:
+        writer.write(bias_name(layer), (-shifts).astype(np.float32))
+    for records in _records(rng, shape, row_type, layout, sparsity.density, shifts):
         writer.write(bundle_name(layer), records)
     inward, outward, threshold = _predictor(rng, shape, row_type, rates)
     names = predictor_names(layer)
@@ -189,7 +195,7 @@ def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[
     for first in range(0, rows, _ROWS_AT_ONCE):
         count = min(_ROWS_AT_ONCE, rows - first)
         piece = _random(rng, tensor.row_type, count, columns, deviation)
-        if is_embedding:
+        if is_embedding and shape.spec.gated:
             _set_first_block(piece, tensor.row_type, np.ones(count))
         yield piece
 
@@ -200,18 +206,18 @@ def _records(
     row_type: str,
     layout: BundleLayout,
     density: float,
-    rates: Floats,
+    shifts: Floats,
 ) -> Iterator[Bytes]:
-    deviation = 1.0 if RowType[row_type].is_float else _QUANTIZED_DEVIATION
-    shifts = _upper_quantiles(rates) * deviation
     width, active = shape.width, max(1.0, density * shape.neurons)
     for first in range(0, shape.neurons, _ROWS_AT_ONCE):
         some = shifts[first : first + _ROWS_AT_ONCE]
-        gate = _random(rng, row_type, len(some), width, width**-0.5)
-        _set_first_block(gate, row_type, -some / _BLOCK)
-        up = _random(rng, row_type, len(some), width, width**-0.5)
-        down = _random(rng, row_type, len(some), width, _ADDED * active**-0.5)
-        yield layout.pack(gate, up, down)
+        first_rows = _random(rng, row_type, len(some), width, width**-0.5)
+        rows = [first_rows]
+        if shape.spec.gated:
+            _set_first_block(first_rows, row_type, -some / _BLOCK)
+            rows.append(_random(rng, row_type, len(some), width, width**-0.5))
+        rows.append(_random(rng, row_type, len(some), width, _ADDED * active**-0.5))
+        yield layout.pack(*rows)
 
 
 def _predictor(

@@ -4,11 +4,20 @@ from pathlib import Path
 import pytest
 
 from powerinfer_formats import errors
-from powerinfer_formats.hardware import CpuInfo, FFNCurve, GpuInfo, HardwareProfile, LinkInfo, MachineInfo
+from powerinfer_formats.hardware import (
+    CpuInfo,
+    FFNCurve,
+    GpuInfo,
+    HardwareProfile,
+    KernelRate,
+    LinkInfo,
+    MachineInfo,
+    Spread,
+)
 
 TEXT = """\
 format = "powerinfer-hardware"
-version = 1
+version = 2
 
 [machine]
 name = "workstation"
@@ -46,6 +55,19 @@ densities = [0.25, 1.0]
 gate_first_bytes_per_s = [22000000000.0, 28000000000.0]
 predicted_bytes_per_s = [21000000000.0, 27000000000.0]
 overhead_seconds = 5e-06
+
+[[kernel]]
+row_type = "Q4_K"
+fused = true
+products_bytes_per_s = 700000000000.0
+sums_bytes_per_s = 600000000000.0
+
+[[spread]]
+figure = "ffn[0].dense_bytes_per_s"
+low = 25000000000.0
+median = 30000000000.0
+high = 31000000000.0
+passes = 7
 """
 
 PROFILE = HardwareProfile(
@@ -54,6 +76,8 @@ PROFILE = HardwareProfile(
     gpu=GpuInfo("a GPU", 24 << 30, 1008e9, 4e-6, 15e-6),
     link=LinkInfo(25e9, 1e-5),
     ffn=(FFNCurve(4096, 14336, "Q4_0", "Q4_0", "Q8_0", 30e9, (0.25, 1.0), (22e9, 28e9), (21e9, 27e9), 5e-6),),
+    kernel=(KernelRate("Q4_K", True, 7e11, 6e11),),
+    spread=(Spread("ffn[0].dense_bytes_per_s", 25e9, 30e9, 31e9, 7),),
 )
 
 
@@ -69,6 +93,18 @@ def test_a_machine_without_a_gpu(tmp_path: Path) -> None:
     alone.save(tmp_path / "h.toml")
     assert HardwareProfile.load(tmp_path / "h.toml") == alone
     assert "[gpu]" not in (tmp_path / "h.toml").read_text()
+
+
+def test_a_file_of_version_1_is_read_and_written_anew_as_2() -> None:
+    read = HardwareProfile.parse(TEXT.replace("version = 2", "version = 1"), "h.toml")
+    assert read == PROFILE
+    assert read.to_toml() == TEXT
+
+
+def test_an_ffn_without_gate_rows() -> None:
+    read = HardwareProfile.parse(TEXT.replace('gate_type = "Q4_0"', 'gate_type = "none"'), "h.toml")
+    assert read.ffn[0].types == ("Q4_0", "Q8_0")
+    assert PROFILE.ffn[0].types == ("Q4_0", "Q4_0", "Q8_0")
 
 
 def test_whole_numbers_are_numbers() -> None:
@@ -92,10 +128,10 @@ def test_any_number_comes_back_to_the_bit(tmp_path: Path, value: float) -> None:
 
 FAULTS: list[tuple[str, str, type[errors.FormatError], str]] = [
     ('format = "powerinfer-hardware"\n', "", errors.BadDocument, "not a hardware profile"),
-    ("version = 1", "version = 2", errors.UnsupportedVersion, "version 2, 1 is read"),
-    ("version = 1", "version = true", errors.UnsupportedVersion, "version True"),
-    ("version = 1", "version = ", errors.BadDocument, "not valid TOML"),
-    ("version = 1", "version = 1\nversion = 1", errors.BadDocument, "not valid TOML"),
+    ("version = 2", "version = 3", errors.UnsupportedVersion, "version 3, 1 and 2 are read; measure again"),
+    ("version = 2", "version = true", errors.UnsupportedVersion, "version True"),
+    ("version = 2", "version = ", errors.BadDocument, "not valid TOML"),
+    ("version = 2", "version = 2\nversion = 2", errors.BadDocument, "not valid TOML"),
     ('name = "workstation"\n', "", errors.BadField, r"machine\.name is missing"),
     ('"measured"', '"guessed"', errors.BadField, r"machine\.source is 'guessed'"),
     ('"2026-11-23"', '"yesterday"', errors.BadField, r"machine\.date"),
@@ -114,6 +150,13 @@ FAULTS: list[tuple[str, str, type[errors.FormatError], str]] = [
     ("[0.25, 1.0]", "[1.0, 0.25]", errors.BadField, r"ffn\[0\]\.densities\[1\] is 0\.25"),
     ("[22000000000.0, ", "[", errors.BadField, r"gate_first_bytes_per_s has 1 points for 2"),
     ("[21000000000.0, ", "[0.0, ", errors.BadField, r"predicted_bytes_per_s\[0\] is 0\.0"),
+    ('row_type = "Q4_K"', 'row_type = "Q4_X"', errors.BadField, r"kernel\[0\]\.row_type is 'Q4_X'"),
+    ("fused = true", "fused = 1", errors.BadField, r"kernel\[0\]\.fused is 1, expected true or false"),
+    ("sums_bytes_per_s = 6", "sums_bytes_per_s = -6", errors.BadField, r"kernel\[0\]\.sums_bytes_per_s"),
+    ("low = 25", "low = 35", errors.BadField, r"spread\[0\] is not 0 <= low <= median <= high"),
+    ("low = 25", "low = -25", errors.BadField, r"spread\[0\] is not 0 <= low"),
+    ("passes = 7", "passes = 0", errors.BadField, r"spread\[0\]\.passes is 0"),
+    ('up_type = "Q4_0"', 'up_type = "none"', errors.BadField, r"up_type is 'none', not a known"),
     ('up_type = "Q4_0"', 'up_type = "Q4_9"', errors.BadField, r"up_type is 'Q4_9', not a known"),
     ("neurons = 14336", "neurons = 0", errors.BadField, r"ffn\[0\]\.neurons is 0"),
     ("[0.1, 0.5, 1.0]", "[0.0, 0.5, 1.0]", errors.BadField, r"sparse_densities\[0\] is 0\.0"),
@@ -125,7 +168,7 @@ FAULTS: list[tuple[str, str, type[errors.FormatError], str]] = [
     ("launch_seconds = 4e-06", "launch_seconds = -4e-06", errors.BadField, r"gpu\.launch_seconds"),
     ("latency_seconds = 1e-05", "latency_seconds = -1", errors.BadField, r"link\.latency_seconds"),
     ("[link]", "[links]", errors.BadField, "links is not a known field"),
-    (TEXT[TEXT.index("[link]") :], "", errors.BadField, "go together"),
+    (TEXT[TEXT.index("[link]") : TEXT.index("[[ffn]]")], "", errors.BadField, "go together"),
     (TEXT[TEXT.index("[gpu]") : TEXT.index("[link]")], "", errors.BadField, "go together"),
     (TEXT[TEXT.index("[cpu]") : TEXT.index("[gpu]")], "", errors.BadField, "cpu is missing"),
 ]
@@ -159,5 +202,6 @@ def test_a_profile_cut_anywhere_is_refused() -> None:
         except errors.FormatError:
             continue
         # Cut behind the [cpu] table it is the profile of a machine without a GPU; behind [link], one without
-        # curves; in the last number of [link], one with another number; all are whole files.
-        assert cut.gpu is None or replace(cut, link=PROFILE.link, ffn=PROFILE.ffn) == complete
+        # curves, and so on; in the last number of a table, one with another number; all are whole files.
+        later = {name: getattr(PROFILE, name) for name in ("link", "ffn", "kernel", "spread")}
+        assert cut.gpu is None or replace(cut, **later) == complete

@@ -9,7 +9,7 @@ import pytest
 from powerinfer_formats import split_layout, split_thresholds
 from powerinfer_formats.block_types import BLOCK_SHAPES, type_name
 from powerinfer_formats.delta import DeltaHeader, DeltaQuality
-from powerinfer_formats.hardware import CpuInfo, GpuInfo, LinkInfo, MachineInfo
+from powerinfer_formats.hardware import CpuInfo, FFNCurve, GpuInfo, KernelRate, LinkInfo, MachineInfo, Spread
 from powerinfer_formats.plan import LayerPlan, Plan
 from powerinfer_formats.profile_document import ProfileDocument
 from powerinfer_formats.thresholds import ThresholdCost, ThresholdsHeader
@@ -44,6 +44,9 @@ def test_every_key_of_a_split_file(spec: str) -> None:
         CpuInfo,
         GpuInfo,
         LinkInfo,
+        FFNCurve,
+        KernelRate,
+        Spread,
         DeltaHeader,
         DeltaQuality,
         ThresholdsHeader,

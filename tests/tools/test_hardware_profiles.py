@@ -1,18 +1,21 @@
 """Presets, where profiles are kept, what is detected, and what is measured."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from powerinfer_formats.errors import FormatError
-from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.hardware import NO_GATE, HardwareProfile
 from powerinfer_kernels import Pool, RowType, available_isas
-from powerinfer_tools import ffn_benchmarking
+from powerinfer_tools import ffn_benchmarking, ffn_layers
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.hardware import default_profile_path, describe_machine, detect, find_hardware, measure
+from powerinfer_tools.hardware.listing import measured_lines
 from powerinfer_tools.hardware.presets import PC_HIGH, PC_LOW, PRESETS
 from powerinfer_tools.progress import Silent
 
@@ -177,23 +180,85 @@ def environment() -> dict[str, str]:
 def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure, "_MOST_BYTES", 16 << 20)
     monkeypatch.setattr(measure, "_REPEATS", 2)
-    monkeypatch.setattr(ffn_benchmarking, "_DEFEAT_CACHES", 1 << 20)
+    monkeypatch.setattr(ffn_layers, "_DEFEAT_CACHES", 1 << 20)
     types = (RowType.Q4_0, RowType.Q5_0, RowType.Q8_0)
-    shape = ffn_benchmarking.FFNShape(64, 96, types)
+    shapes = [ffn_layers.FFNShape(64, 96, types), ffn_layers.FFNShape(64, 96, types[1:])]
     with Pool(1) as pool:
-        measured = measure.measure(pool, 0.05, shapes=[shape])
+        measured = measure.measure(pool, 0.05, shapes=shapes)
         assert measured.profile.cpu.isa == pool.isa
     profile = measured.profile
     profile.save(tmp_path / "hardware.toml")
     assert HardwareProfile.load(tmp_path / "hardware.toml") == profile
     assert profile.machine.source == "measured"
     assert profile.gpu is None
-    (curve,) = profile.ffn
+    curve, ungated = profile.ffn
+    assert ungated.types == tuple(kind.name for kind in types[1:])
+    assert ungated.gate_type == NO_GATE
     assert (curve.width, curve.neurons) == (64, 96)
     assert (curve.gate_type, curve.up_type, curve.down_type) == tuple(kind.name for kind in types)
     assert curve.densities == ffn_benchmarking.CURVE_DENSITIES
-    assert set(measured.spreads) == {"stream", *(f"density {d:g}" for d in measure.DENSITIES)}
-    assert all(0 <= spread < 1 for spread in measured.spreads.values())
+    points = range(len(measure.DENSITIES))
+    figures = {"cpu.bandwidth_bytes_per_s", *(f"cpu.sparse_bandwidth_bytes_per_s[{i}]" for i in points)}
+    for index in (0, 1):
+        figures |= {f"ffn[{index}].dense_bytes_per_s", f"ffn[{index}].overhead_seconds"}
+        for mode in ("gate_first", "predicted"):
+            figures |= {f"ffn[{index}].{mode}_bytes_per_s[{i}]" for i in points}
+    spreads = {spread.figure: spread for spread in profile.spread}
+    assert set(spreads) == figures
+    for figure, spread in spreads.items():
+        assert spread.passes >= 2
+        value = figure_of(profile, figure)
+        if figure.startswith("cpu"):
+            assert value == spread.high
+        elif not figure.endswith("overhead_seconds"):
+            assert value == pytest.approx(spread.median, rel=1e-9)
+    told = dict(measured_lines(profile))
+    stream = spreads["cpu.bandwidth_bytes_per_s"]
+    low, middle, high = (f"{value / 1e9:.1f}" for value in (stream.low, stream.median, stream.high))
+    assert told["read bandwidth"] == f"{high} GB/s ({low} … {middle} … {high})"
+    assert told["FFN 64x96"].startswith("Q5_0/Q8_0: dense ")
+
+
+def figure_of(profile: HardwareProfile, path: str) -> float:
+    """The figure at ``path``, such as ``ffn[0].dense_bytes_per_s``."""
+    value: Any = profile
+    for name, index in re.findall(r"(\w+)(?:\[(\d+)\])?", path):
+        value = getattr(value, name)
+        value = value[int(index)] if index else value
+    return float(value)
+
+
+def test_a_device_is_measured_by_the_one_code_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On torch's CPU device, whose times are its own; every figure has its spread."""
+    from powerinfer_tools.hot import measuring
+    from powerinfer_tools.hot.devices import CpuDevice
+
+    monkeypatch.setattr(measuring, "_PASSES", 3)
+    device = CpuDevice()
+    try:
+        sizes = measuring.Sizes(nbytes=1 << 18, width=256)
+        found = measuring.measure_device(device, "torch's CPU", 1 << 30, fused=False, sizes=sizes)
+        late = measuring.measure_device(
+            device, "late", 1 << 30, fused=False, sizes=replace(sizes, seconds=0.0)
+        )
+    finally:
+        device.close()
+    assert [kernel.row_type for kernel in found.kernels] == [kind.name for kind in RowType]
+    assert not any(kernel.fused for kernel in found.kernels)
+    assert found.notices == ()
+    profile = replace(PC_LOW, gpu=found.gpu, link=found.link, kernel=found.kernels, spread=found.spreads)
+    profile.save(tmp_path / "hardware.toml")
+    assert HardwareProfile.load(tmp_path / "hardware.toml") == profile
+    for spread in found.spreads:
+        assert spread.passes == 3
+        assert figure_of(profile, spread.figure) == spread.median
+    assert len(found.spreads) == 5 + 2 * len(found.kernels)
+    told = dict(measured_lines(profile))
+    assert told["GPU Q4_K rows"].endswith("; plain torch")
+    assert "µs (" in told["GPU launch"]
+    assert late.kernels == ()
+    assert len(late.notices) == len(RowType)
+    assert "the time was up" in late.notices[0]
 
 
 def test_the_gathered_curve_counts_the_rows_that_are_read() -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
 from powerinfer_formats.profile import Profile
-from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning import PlanRequest, make_plan, verification
 from powerinfer_tools.planning.costs import Machine
@@ -38,13 +37,20 @@ def relu(tmp_path_factory: pytest.TempPathFactory) -> Profiled:
     return Profiled(tmp_path_factory.mktemp("verified"), "llama-relu")
 
 
+@pytest.fixture(scope="module")
+def ungated(tmp_path_factory: pytest.TempPathFactory) -> Profiled:
+    return Profiled(tmp_path_factory.mktemp("verified"), "opt")
+
+
+@pytest.mark.parametrize("which", ["relu", "ungated"])
 def test_rows_are_measured_and_predicted(
-    relu: Profiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made: Profiled = request.getfixturevalue(which)
     monkeypatch.setattr(verification, "_ROUNDS", 1)
     monkeypatch.setattr(verification, "HOT_SHARES", (0.5,))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    found = verify(relu.model, relu.profile, relu.plan, threads=1)
+    found = verify(made.model, made.profile, made.plan, threads=1)
     assert [(row.device, row.mode, row.hot_share) for row in found.rows] == [
         ("none", "dense", 0.0),
         ("none", "gate-first", 0.0),
@@ -99,7 +105,14 @@ def test_the_error_is_relative_to_what_was_measured() -> None:
     assert VerifyRow("none", "dense", 0.0, 0.8, 1.0, 0.0).error == pytest.approx(-0.2)
 
 
-def test_ffns_without_a_gate_are_refused(tmp_path: Path) -> None:
-    profiled = Profiled(tmp_path, "opt")
-    with pytest.raises(PlanError, match="alike and have a gate"):
-        verify(profiled.model, profiled.profile, profiled.plan, threads=1)
+def test_an_ffn_without_gate_counts_with_its_own_curve(ungated: Profiled) -> None:
+    """Two rows a neuron; what the activation reads streams, down rows are gathered."""
+    grid = verification._Grid(load_model(ungated.model), Profile.load(ungated.profile), None)
+    types, spec = grid.sizes[0].types, grid.shape.layers[0]
+    curve = FFNCurve(spec.width, spec.neurons, "none", *types, 2e9, (0.01, 1.0), (1e9, 1e9), (1e9, 1e9))
+    machine = Machine("m", 1, 1e10, ((1.0, 1e10),), ffn_curves=(curve,))
+    case = verification._Case("none", "dense", 0.0)
+    nbytes = LAYERS * spec.neurons * 2 * 4 * spec.width
+    assert grid._cold(case, machine) == pytest.approx(nbytes / 2e9, rel=1e-12)
+    gate_first = grid._cold(verification._Case("none", "gate-first", 0.0), machine)
+    assert nbytes / 2 / 1e9 < gate_first < nbytes / 1e9

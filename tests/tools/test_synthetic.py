@@ -8,8 +8,8 @@ import pytest
 
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.split_layout import predictor_names
-from powerinfer_kernels import Pool, RowType
-from powerinfer_tools import ffn_benchmarking
+from powerinfer_kernels import Pool, RowType, row_bytes
+from powerinfer_tools import ffn_benchmarking, ffn_layers
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.model import load_model
@@ -18,6 +18,7 @@ from powerinfer_tools.synthetic.models import SHAPES, Shape
 from powerinfer_tools.synthetic.sparse import SPARSE_TYPES, Sparsity, predictor_rank, write_sparse
 
 SMALL = Shape("llama", 3, 256, 4, 2, 64, 640, 512, 1e4, tied=True)
+SMALL_OPT = Shape("opt", 3, 256, 4, 4, 64, 640, 512, 1e4, 100, tied=True, biases="all")
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 512, 40)]
 
 
@@ -51,6 +52,21 @@ def test_the_density_holds_in_deep_layers(tmp_path: Path) -> None:
     write_sparse(path, "deep", replace(SMALL, layers=32, width=512, heads=8), "Q4_0", Sparsity(0.1))
     _, measured = logits(path, "gate-first")
     assert measured == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("row_type", ["Q4_0", "F32"])
+def test_an_ffn_without_gate_fires_by_its_biases(row_type: str, tmp_path: Path) -> None:
+    """OPT's form: two matrices, and a bias for each neuron; the same bits in the modes that are exact, and as
+    many neurons in the one that is not."""
+    path = tmp_path / "opt.gguf"
+    assert write_sparse(path, "opt", SMALL_OPT, row_type, Sparsity(0.1)) == path.stat().st_size
+    dense, _ = logits(path, "dense")
+    sparse, measured = logits(path, "gate-first")
+    np.testing.assert_array_equal(sparse, dense)
+    assert measured == pytest.approx(0.1, abs=0.03)
+    predicted, named = logits(path, "predicted")
+    assert not np.array_equal(predicted, dense)
+    assert named == pytest.approx(0.1, abs=0.03)
 
 
 def with_thresholds(source: Path, target: Path, value: float) -> Path:
@@ -92,7 +108,7 @@ def test_predicted_mode(row_type: str, tmp_path: Path) -> None:
 def test_predictors_have_their_share_of_the_weights() -> None:
     for name, shape in SHAPES.items():
         attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.width
-        weights = attention + 3 * shape.neurons * shape.width
+        weights = attention + (3 if shape.spec.gated else 2) * shape.neurons * shape.width
         predictor = predictor_rank(shape) * (shape.width + shape.neurons)
         assert 0.05 < predictor / weights < 0.09, name
 
@@ -144,7 +160,7 @@ def test_shapes_are_whole() -> None:
 
 @pytest.mark.parametrize("row_type", [RowType.Q4_0, RowType.Q6_K, RowType.F16], ids=lambda t: t.name)
 def test_ffn_rows(row_type: RowType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn_benchmarking, "_DEFEAT_CACHES", 1 << 20)
+    monkeypatch.setattr(ffn_layers, "_DEFEAT_CACHES", 1 << 20)
     with Pool(2) as pool:
         rows = ffn_benchmarking.bench_ffn(pool, 256, 512, row_type, [0.1, 1.0], seconds=0.01)
     assert [(row.mode, row.density) for row in rows] == [
@@ -153,6 +169,8 @@ def test_ffn_rows(row_type: RowType, monkeypatch: pytest.MonkeyPatch) -> None:
         ("predicted", 1.0),
         ("gate-first", 0.1),
         ("gate-first", 1.0),
+        ("thresholded", 0.1),
+        ("thresholded", 1.0),
     ]
     assert rows[0].speedup == rows[0].low == rows[0].high == 1.0
     for row in rows:
@@ -160,12 +178,14 @@ def test_ffn_rows(row_type: RowType, monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.gbps > 0
 
 
-def test_ffn_of_every_neuron_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+def test_ffn_of_every_neuron_computes_the_same(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
     """All neurons selected, all of them active: predicted has the bits of a split file's dense form."""
-    monkeypatch.setattr(ffn_benchmarking, "_DEFEAT_CACHES", 1 << 20)
-    shape = ffn_benchmarking.FFNShape(256, 512, (RowType.Q8_0, RowType.Q6_K, RowType.Q8_0))
+    monkeypatch.setattr(ffn_layers, "_DEFEAT_CACHES", 1 << 20)
+    types = (RowType.Q8_0, RowType.Q6_K, RowType.Q8_0)
+    shape = ffn_layers.FFNShape(256, 512, types if gated else types[1:])
     with Pool(1) as pool:
-        layers = ffn_benchmarking._Layers(pool, shape, "dense-rows")
+        layers = ffn_layers.FFNLayers(pool, shape, "dense-rows", ffn_benchmarking.CURVE_MODES)
         layers.seconds("predicted", 1.0)
         predicted = layers._out.copy()
         layers.seconds("gate-first", 1.0)
@@ -174,9 +194,36 @@ def test_ffn_of_every_neuron_computes_the_same(monkeypatch: pytest.MonkeyPatch) 
         assert np.abs(predicted).max() > 0
         np.testing.assert_array_equal(layers._out.view(np.uint32), predicted.view(np.uint32))
         assert layers.touched("predicted", 0.5) == layers.touched("dense-rows", 1.0) / 2
+        sizes = [512 * row_bytes(kind, 256) for kind in shape.types]
+        assert layers.touched("gate-first", 0.5) == sizes[0] + sum(sizes[1:]) / 2
+
+
+@pytest.mark.parametrize("density", [0.25, 1.0])
+def test_ffn_thresholded_computes_the_neurons_that_were_drawn(
+    monkeypatch: pytest.MonkeyPatch, density: float
+) -> None:
+    """Those whose known factor, here the drawn 1, is above the threshold: Σ 1 · up · down over them."""
+    monkeypatch.setattr(ffn_layers, "_DEFEAT_CACHES", 1 << 18)
+    shape = ffn_layers.FFNShape(64, 96, (RowType.F32,) * 3)
+    with Pool(1) as pool:
+        layers = ffn_layers.FFNLayers(pool, shape, "dense-rows", ("thresholded",))
+        made = []
+        monkeypatch.setattr(layers, "_rows", lambda *_, **__: made.append(rows(len(made))) or made[-1])
+        layers._programs = layers._write(("thresholded",))
+        layers.seconds("thresholded", density)
+    drawn = layers._selects[-1][0] == 1
+    assert drawn.sum() == round(density * 96)
+    _, up, down = (some.view(np.float32).astype(np.float64) for some in made)
+    expected = (up[drawn] @ layers._x[0].astype(np.float64)) @ down[drawn]
+    np.testing.assert_allclose(layers._out[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def rows(seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal((96, 64)).astype(np.float32)
+    return values.view(np.uint8).reshape(96, -1)
 
 
 def test_ffn_that_does_not_fit_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn_benchmarking.detect, "available_ram_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(ffn_layers.detect, "available_ram_bytes", lambda: 1 << 20)
     with Pool(1) as pool, pytest.raises(HardwareError, match="bytes of memory are free"):
         ffn_benchmarking.bench_ffn(pool, 256, 512, RowType.Q4_0, [0.5])

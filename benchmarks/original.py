@@ -126,11 +126,12 @@ class Task:
 
 
 def after_prompt(text: str, prompt: str) -> str:
-    """What follows the prompt, which the original repeats. Raises OriginalFailed where it does not."""
-    _, found, answer = text.partition(prompt)
-    if not found:
+    """What follows the prompt, which the original repeats, with its spaces as the vocabulary has them. Raises
+    OriginalFailed where it does not."""
+    first = text.replace("▁", " ").find(prompt)
+    if first < 0:
         raise OriginalFailed(f"its text does not begin with the prompt: {text[:60]!r}")
-    return answer
+    return text[first + len(prompt) :]
 
 
 def same_tokens(path: Path, ids: list[int], text: str) -> int:

@@ -83,7 +83,7 @@ def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
             model.close()
         for layer in layers:
             types = tuple(RowType[name] for name in neuron_bytes(layer).types)
-            found[FFNShape(layer.width, layer.neurons, types)] = None
+            found[FFNShape(layer.width, layer.up.rows, types)] = None  # of experts, one
     return list(found)
 
 

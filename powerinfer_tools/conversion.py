@@ -121,9 +121,27 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             shape = (model.hyper.layers, model.hyper.width, model.hyper.neurons)
             predictors.require_model(model.fingerprint, model.name, shape, options.predictors)
         selection = _Selection(predictors, _thresholds(model, options.thresholds))
+        _check_modes(model, options, plan, selection)
         return _Conversion(model, profile, plan, selection, options, progress or Silent()).run()
     finally:
         model.close()
+
+
+def _check_modes(model: Model, options: ConvertOptions, plan: Plan, selection: "_Selection") -> None:
+    """What a mode of the plan selects neurons by has to be there: before hours of writing, not after them."""
+    own = tuple(layer.predictor for layer in model.split.layers) if model.split else ()
+    predictors, thresholds = selection.predictors, selection.thresholds
+    given = {
+        "predicted": ("predictors", predictors.layers if predictors else own),
+        "thresholded": ("thresholds", thresholds.layers if thresholds else ()),
+    }
+    for layer in plan.layers:
+        name, layers = given.get(layer.mode, ("", ()))
+        if name and (not layers or layers[layer.index] is None):
+            raise ConvertError(
+                f"{options.plan} computes layer {layer.index} in mode {layer.mode}, and no {name} are given "
+                f"for it; give those that it was planned with (--{name} FILE), or plan again without"
+            )
 
 
 def down_type(ffn: DenseFFN, quant: str | None, width: int) -> RowType:

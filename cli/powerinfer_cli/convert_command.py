@@ -61,14 +61,7 @@ def command(
     ] = None,
     profile: opt.Profile = None,
     predictors: opt.Predictors = None,
-    thresholds: Annotated[
-        Path | None,
-        typer.Option(
-            "--thresholds",
-            metavar="FILE",
-            help="Thresholds. Without it: those beside the model, if there are any.",
-        ),
-    ] = None,
+    thresholds: opt.Thresholds = None,
     output: opt.Output = None,
     quant: Annotated[
         Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q4_0"],

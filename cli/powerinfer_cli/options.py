@@ -54,6 +54,14 @@ Predictors = Annotated[
         help="Predictors. Without it: those beside the model, if there are any.",
     ),
 ]
+Thresholds = Annotated[
+    Path | None,
+    typer.Option(
+        "--thresholds",
+        metavar="FILE",
+        help="Thresholds. Without it: those beside the model, if there are any.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else there.")
 ]

@@ -11,6 +11,7 @@ from powerinfer_cli.files import (
     PLAN_SUFFIX,
     PREDICTORS_SUFFIX,
     PROFILE_SUFFIX,
+    THRESHOLDS_SUFFIX,
     InputMissing,
     beside,
     find_model,
@@ -53,6 +54,7 @@ def command(
     ] = "q4_0",
     profile: opt.Profile = None,
     predictors: opt.Predictors = None,
+    thresholds: opt.Thresholds = None,
     no_predictors: Annotated[
         bool, typer.Option("--no-predictors", help="Plan without predictors, even if there are any.")
     ] = False,
@@ -63,7 +65,8 @@ def command(
             min=0.0,
             max=1.0,
             metavar="SHARE",
-            help="By how much predictors may raise the perplexity: 0.01 is 1 %. 0: exact modes only.",
+            help="By how much predictors or thresholds may raise the perplexity: 0.01 is 1 %. 0: exact modes "
+            "only.",
         ),
     ] = 0.0,
     output: opt.Output = None,
@@ -129,6 +132,8 @@ def command(
         raise typer.BadParameter("choose one of --predictors and --no-predictors", param_hint="--predictors")
     if source is not None and not no_predictors:
         predictors = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
+    if source is not None:
+        thresholds = optional_input(thresholds, source, THRESHOLDS_SUFFIX, made_by="threshold")
     if verify and (source is None or measured is None):
         raise typer.BadParameter("measures a model; name one with --model", param_hint="--verify")
     from powerinfer_tools.planning import PlanRequest, make_plan
@@ -140,6 +145,7 @@ def command(
             dtype=dtype,
             profile=measured,
             predictors=predictors,
+            thresholds=thresholds,
             no_predictors=no_predictors,
             max_ppl_increase=max_ppl_increase,
             hardware=hardware,

@@ -137,13 +137,15 @@ class PlanPrediction:
 @dataclass(frozen=True)
 class PlanProvenance:
     """The profile behind the plan; ``source`` says so in words where there was none. ``predictors`` says
-    which predictors the plan may use, or why none; ``engine`` whose abilities it counts on."""
+    which predictors the plan may use, or why none, ``thresholds`` the same of a thresholds file (empty: there
+    was none); ``engine`` whose abilities it counts on."""
 
     source: str
     corpus_hashes: tuple[str, ...] = ()
     corpus_tokens: int = 0
     predictors: str = ""
     engine: str = ""
+    thresholds: str = ""
 
 
 @dataclass(frozen=True)

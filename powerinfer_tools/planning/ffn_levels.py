@@ -2,10 +2,11 @@
 
 Dense and gate-first take the same bytes, so the faster one stands for both. A predictor takes bytes of its
 own, where it lives: beside the cold neurons on the CPU, which then predicts for them alone while the
-accelerator works; or on the accelerator, which then predicts for all neurons before either side begins.
+accelerator works; or on the accelerator, which then predicts for all neurons before either side begins. With
+thresholds, the CPU leaves out what is small of the cold neurons; hot ones are computed whole.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,11 +16,17 @@ from powerinfer_tools.planning import costs
 from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.predictors import PredictorShape, predicted_frequencies
 from powerinfer_tools.planning.shapes import LayerShape, NeuronBytes
+from powerinfer_tools.planning.thresholds import ThresholdShape
 
 Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-MODES: tuple[Literal["dense", "gate-first", "predicted"], ...] = ("dense", "gate-first", "predicted")
-_PREDICTED = MODES.index("predicted")
+MODES: tuple[Literal["dense", "gate-first", "predicted", "thresholded"], ...] = (
+    "dense",
+    "gate-first",
+    "predicted",
+    "thresholded",
+)
+_PREDICTED, _THRESHOLDED = MODES.index("predicted"), MODES.index("thresholded")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class FFN:
     frequencies: Vector
     skips: bool
     predictor: PredictorShape | None
+    threshold: ThresholdShape | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ def ffn_ways(
     """All ways to compute ``ffn`` with ``hot`` [hot counts] neurons on the accelerator; the first is
     exact."""
     exact = _exact(ffn, hot, machine, sparse_hot=sparse_hot)
+    if ffn.threshold is not None and not ffn.skips:
+        return [exact, _thresholded(ffn, exact, hot, machine)]
     if ffn.predictor is None or not ffn.skips:
         return [exact]
     ways = [exact, _predicted_on_cpu(ffn, ffn.predictor, exact, hot, machine, batch)]
@@ -71,6 +81,11 @@ def mode_seconds(ffn: FFN, mode: str, hot: Integers, machine: Machine) -> Vector
         return costs.dense_seconds(cold * sizes.total, machine, curve)
     if mode == "gate-first":
         return costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine, curve)
+    if mode == "thresholded":
+        assert ffn.threshold is not None
+        always = ffn.threshold.always_bytes(sizes, ffn.layer.width)
+        share = np.full(len(hot), ffn.threshold.density)
+        return costs.gate_first_seconds(cold * always, cold * (sizes.total - always), share, machine, curve)
     assert ffn.predictor is not None
     stream = costs.dense_stream_seconds(
         ffn.predictor.nbytes(ffn.layer.neurons - hot).astype(np.float64), machine
@@ -98,6 +113,15 @@ def _exact(ffn: FFN, hot: Integers, machine: Machine, *, sparse_hot: bool) -> FF
         cold_seconds=np.minimum(dense, first),
         vram=none,
         ram=none,
+    )
+
+
+def _thresholded(ffn: FFN, exact: FFNWay, hot: Integers, machine: Machine) -> FFNWay:
+    """The CPU leaves out cold neurons with a small factor; the accelerator computes as in ``exact``."""
+    return replace(
+        exact,
+        mode=np.full(len(hot), _THRESHOLDED),
+        cold_seconds=mode_seconds(ffn, "thresholded", hot, machine),
     )
 
 

@@ -12,6 +12,7 @@ from powerinfer_tools.planning.predictors import Predictors
 from powerinfer_tools.planning.published import assumed_predictors
 from powerinfer_tools.planning.shapes import ModelShape
 from powerinfer_tools.planning.sparsity import published_frequencies
+from powerinfer_tools.planning.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from powerinfer_formats.profile import Profile
@@ -27,13 +28,13 @@ Vector = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class Frequencies:
     """``layers``: the share of tokens for which each neuron was active, or that took each expert, [neurons]
-    or [experts] descending, or None when nothing is known;
-    ``predictors`` of the layers that may be computed with them, none where it is empty. ``source`` says where
-    the shares come from."""
+    or [experts] descending, or None when nothing is known; ``predictors`` and ``thresholds`` of the layers
+    that may be computed with them, none where it is empty. ``source`` says where the shares come from."""
 
     layers: tuple[Vector, ...] | None
     source: str
     predictors: Predictors = ()
+    thresholds: Thresholds = ()
 
 
 def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequencies:

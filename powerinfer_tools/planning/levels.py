@@ -19,6 +19,7 @@ from powerinfer_tools.planning.ffn_levels import FFN, FFNWay, expected, ffn_ways
 from powerinfer_tools.planning.memory import Workload, attention_bytes, kv_cache_bytes
 from powerinfer_tools.planning.predictors import Predictors
 from powerinfer_tools.planning.shapes import LayerShape, ModelShape, NeuronBytes
+from powerinfer_tools.planning.thresholds import Thresholds
 
 Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -28,7 +29,7 @@ Home = Literal["cpu", "gpu"]
 @dataclass(frozen=True)
 class Inputs:
     """What the tables are made from. ``frequencies`` [layers] of descending [neurons], or None;
-    ``predictors`` [layers] that may be used."""
+    ``predictors`` and ``thresholds`` [layers] that may be used (empty: none)."""
 
     shape: ModelShape
     machine: Machine
@@ -36,6 +37,7 @@ class Inputs:
     frequencies: tuple[Vector, ...] | None
     sizes: tuple[NeuronBytes, ...]
     predictors: Predictors
+    thresholds: Thresholds = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def layer_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTabl
         frequencies=np.ones(layer.neurons) if known is None else known,
         skips=shape.exact_zeros and known is not None,
         predictor=inputs.predictors[index] if inputs.predictors else None,
+        threshold=inputs.thresholds[index] if inputs.thresholds else None,
     )
     ways = ffn_ways(
         ffn,

@@ -43,9 +43,9 @@ class Budgets:
 @dataclass(frozen=True)
 class PlanOptions:
     """How to plan. ``context`` None: 4,096 or the trained context, whichever is less. ``down_type``: row type
-    of the transposed down projection, None for convert's default. ``max_ppl_increase``: what predictors may
-    cost, a share of the perplexity; the caller leaves out those that cost more. ``engine``: what the engine
-    can do."""
+    of the transposed down projection, None for convert's default. ``max_ppl_increase``: what predictors or
+    thresholds may cost, a share of the perplexity; the caller leaves out those that cost more. ``engine``:
+    what the engine can do."""
 
     objective: Objective = "time"
     group: int = 64
@@ -96,7 +96,9 @@ def plan_outcome(
     _check_options(options, frequencies)
     vram, ram = _vram_budget(machine, budgets), _ram_budget(machine, budgets)
     sizes = tuple(neuron_bytes(layer, options.down_type) for layer in shape.layers)
-    inputs = Inputs(shape, machine, workload, frequencies.layers, sizes, frequencies.predictors)
+    inputs = Inputs(
+        shape, machine, workload, frequencies.layers, sizes, frequencies.predictors, frequencies.thresholds
+    )
     scratch = memory.gpu_scratch_bytes(shape, workload.batch)
     smallest, what = _smallest_unit(shape, sizes, options)
     if budgets.vram and machine.gpu is not None and vram < scratch + smallest:

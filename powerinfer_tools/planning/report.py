@@ -87,6 +87,7 @@ def _header(plan: Plan) -> list[str]:
         f"context {budgets.context:,} ({budgets.kv_type}); objective: {plan.objective}",
         f"frequencies: {plan.provenance.source}",
         f"predictors: {plan.provenance.predictors or 'none'}",
+        *([f"thresholds: {plan.provenance.thresholds}"] if plan.provenance.thresholds else []),
     ]
 
 

@@ -18,14 +18,16 @@ from powerinfer_tools.planning.planner import Budgets, PlanOptions, plan_outcome
 from powerinfer_tools.planning.predictions import predictions, sensitivity
 from powerinfer_tools.planning.published import PREDICTOR_SHARE, PREDICTOR_TYPE, published_shape
 from powerinfer_tools.planning.shapes import ModelShape, shape_of_model
+from powerinfer_tools.planning.thresholds import ThresholdOffer, offer_thresholds
 
 
 @dataclass(frozen=True)
 class PlanRequest:
     """What the user asks for: either ``model`` (a GGUF file) or ``shape`` (a name) stored as ``dtype``.
 
-    ``predictors``: a file of the model's, to be used in layers where their measured cost in perplexity is
-    within ``max_ppl_increase`` (a share); a shape has those of the published size unless ``no_predictors``.
+    ``predictors`` and ``thresholds``: files of the model's, to be used in layers where their measured cost in
+    perplexity is within ``max_ppl_increase`` (a share); a shape has predictors of the published size unless
+    ``no_predictors``.
     ``hardware``: a file or a preset's name; None: this machine's stored profile. Bytes None: what the machine
     has, less a margin. ``context`` None: 4,096 or what the model was trained for, whichever is less.
     """
@@ -35,6 +37,7 @@ class PlanRequest:
     dtype: str = "q4_0"
     profile: Path | None = None
     predictors: Path | None = None
+    thresholds: Path | None = None
     no_predictors: bool = False
     max_ppl_increase: float = 0.0
     hardware: str | None = None
@@ -71,6 +74,9 @@ def plan_request(request: PlanRequest) -> Plan:
             max_ppl_increase=request.max_ppl_increase,
         ),
         offered=_offered(request, shape),
+        thresholds=None
+        if request.thresholds is None
+        else offer_thresholds(request.thresholds, shape, request.max_ppl_increase),
     )
     notes = " ".join(note for note in (plan.verdict, hardware.note) if note)
     return replace(plan, verdict=notes)
@@ -84,16 +90,20 @@ def make_plan(
     options: PlanOptions,
     *,
     offered: Offer | None = None,
+    thresholds: ThresholdOffer | None = None,
 ) -> Plan:
     """Place ``shape`` on ``hardware``. Equal inputs give equal plans, byte for byte. Raises PlanError.
 
-    ``offered``: the predictors that may be used; None: those that are published for a shape. The plan of a
+    ``offered``: the predictors that may be used; None: those that are published for a shape. ``thresholds``:
+    those that may be used. The plan of a
     shape, which no file belongs to, counts on an engine that places every unit; the speed of this version
     stands beside its own.
     """
     known = model_frequencies(shape, profile)
     if offered is not None:
         known = replace(known, predictors=offered.layers)
+    if thresholds is not None:
+        known = replace(known, thresholds=thresholds.layers)
     if shape.fingerprint is None:
         options = replace(options, engine=ALL_PLACED)
     elif shape.routed:
@@ -111,7 +121,11 @@ def make_plan(
         plan,
         predictions=beside,
         sensitivity=sensitivity(shape, known, machine, budgets, options),
-        provenance=replace(plan.provenance, predictors=offered.note if offered else _published_note(known)),
+        provenance=replace(
+            plan.provenance,
+            predictors=offered.note if offered else _published_note(known),
+            thresholds=thresholds.note if thresholds else "",
+        ),
     )
 
 

@@ -87,7 +87,7 @@ def verdict(outcome: Outcome) -> str:
         text += f"{speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
         if speed < cpu_only:
             text += " Here that is slower than the CPU alone; --objective time is never."
-    return " ".join(part for part in (text, _predicted(outcome), _stays(outcome)) if part)
+    return " ".join(part for part in (text, *_not_exact(outcome), _stays(outcome)) if part)
 
 
 def cpu_only_seconds(outcome: Outcome) -> float:
@@ -165,12 +165,19 @@ def _nothing_hot(outcome: Outcome, speed: float) -> str:
     )
 
 
-def _predicted(outcome: Outcome) -> str:
+def _not_exact(outcome: Outcome) -> list[str]:
+    """A sentence for each mode that changes answers."""
     choice, tables = outcome.placement.solution.choice, outcome.placement.tables
-    layers = sum(MODES[int(t.mode[k])] == "predicted" for t, k in zip(tables, choice, strict=True))
-    if not layers:
-        return ""
-    return f"In {layers} of {len(tables) - 1} layers predictors name the neurons to compute: not exact."
+    modes = [MODES[int(table.mode[k])] for table, k in zip(tables, choice, strict=True)]
+    what = {
+        "predicted": "predictors name the neurons to compute",
+        "thresholded": "neurons with a small factor are left out",
+    }
+    return [
+        f"In {modes.count(mode)} of {len(tables) - 1} layers {done}: not exact."
+        for mode, done in what.items()
+        if mode in modes
+    ]
 
 
 def _stays(outcome: Outcome) -> str:

@@ -100,8 +100,8 @@ class Task:
 
     def original(self, path: Path) -> tuple[str, float]:
         """Its text after the prompt, and its tokens per second. Raises OriginalFailed."""
-        # It begins a SentencePiece text with a space of its own only where there are no control tokens in it.
-        prompt = f" {self.prompt}"
+        # It does not put the space before a SentencePiece text that these vocabularies are made for.
+        prompt = f" {self.prompt}" if _is_sentencepiece(path) else self.prompt
         ended = subprocess.run(
             [str(self.main), *self.words(path), "-p", prompt, "--log-disable"],
             capture_output=True,
@@ -123,6 +123,14 @@ class Task:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST, check=True)
         figures = json.loads(ended.stdout)
         return list(figures["ids"]), float(figures["decode_tokens_per_second"])
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    model = load_model(path)
+    try:
+        return bool(model.gguf.get("tokenizer.ggml.model", str) == "llama")
+    finally:
+        model.close()
 
 
 def after_prompt(text: str, prompt: str) -> str:

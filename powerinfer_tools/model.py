@@ -108,9 +108,14 @@ class Model:
         return is_original(self.gguf)
 
     @property
+    def is_split(self) -> bool:
+        """Whether neurons or experts are sorted already: by convert, or by the original PowerInfer."""
+        return self.split is not None or self.split_experts is not None
+
+    @property
     def is_source(self) -> bool:
         """Whether profile, train, plan and convert can start from it: all but the split files of convert."""
-        return (self.split is None and self.split_experts is None) or self.is_original
+        return not self.is_split or self.is_original
 
     @property
     def exact_zeros(self) -> bool:

@@ -58,7 +58,7 @@ def quantize_model(
     """
     model = load_model(path)
     try:
-        if model.split is not None:
+        if model.is_split:
             raise ConvertError(f"{path} is a split file; quantize starts from the source model")
         return _Quantization(model, output, RowType[row_type.upper()], progress or Silent()).run()
     finally:

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from powerinfer_formats.plan import Plan
     from powerinfer_tools.planning.verification import Verification
 
-HELP = """Decide which neurons are hot (on the accelerator) and which are cold (on the CPU), within budgets.
+HELP = """Decide which neurons, or experts, are hot (on the accelerator) and which are cold (on the CPU).
 
-Writes NAME.plan.json and prints what is where, the speed to expect and what limits it. Takes the model's
-profile and, if there are any, predictors from beside the model. Modes are exact unless --max-ppl-increase
-allows predictors a measured loss. With --shape, no model is needed: a plan for a model and a machine that are
-not here.
+Writes NAME.plan.json and prints what is where within the budgets, the speed to expect and what limits it.
+Takes the model's profile and, if there are any, predictors from beside the model. Modes are exact unless
+--max-ppl-increase allows predictors a measured loss. With --shape, no model is needed: a plan for a model and
+a machine that are not here.
 
 \b
 Examples:

@@ -10,8 +10,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from powerinfer_kernels import Activations, Matrix, Pool, aligned
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
@@ -64,14 +66,27 @@ def routed_buffers(hyper: Hyperparameters, tokens: int) -> RoutedBuffers | None:
     )
 
 
-def route(scores: Sequence[float], routing: Routing) -> list[tuple[int, float]]:
-    """The experts that a token takes, ascending, and their weights: the softmax of ``scores`` at its largest
-    ``used`` values (ties: the lower expert), divided by their sum where ``normalized``."""
-    top = max(scores)
-    powers = [math.exp(score - top) for score in scores]
-    best = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))[: routing.used]
-    total = math.fsum(powers[expert] for expert in best) if routing.normalized else math.fsum(powers)
-    return [(expert, powers[expert] / total) for expert in sorted(best)]
+def route(scores: npt.NDArray[np.floating[Any]], routing: Routing) -> list[list[tuple[int, float]]]:
+    """The experts that each token takes, ascending, and their weights: the softmax of its ``scores``
+    (tokens, experts) at its largest ``used`` values (ties: the lower expert), divided by their sum where
+    ``normalized``. A row's weights do not depend on the others; where a score is not finite, they are not
+    numbers."""
+    order = np.argsort(-scores, axis=1, kind="stable")  # what is not a number comes last
+    best, last = order[:, : routing.used].tolist(), order[:, -1].tolist()
+    rows = zip(scores.tolist(), best, last, strict=True)
+    return [_weighted(row, first, end, routing) for row, first, end in rows]
+
+
+def _weighted(scores: list[float], best: list[int], last: int, routing: Routing) -> list[tuple[int, float]]:
+    """The experts ``best`` of one token, of which the first has the largest of ``scores``, with weights."""
+    top = math.nan if math.isnan(scores[last]) else scores[best[0]]
+    best.sort()
+    counted = [scores[expert] for expert in best] if routing.normalized else scores
+    powers = [math.exp(score - top) for score in counted]
+    total = math.fsum(powers)
+    if not routing.normalized:
+        powers = [powers[expert] for expert in best]
+    return [(expert, power / total) for expert, power in zip(best, powers, strict=True)]
 
 
 class RoutedFFN:
@@ -170,8 +185,8 @@ class RoutedFFN:
     def routes(self, count: int) -> list[Route]:
         """What ``count`` tokens take: the shared expert, then each that some token takes, ascending."""
         taken: dict[int, tuple[list[int], list[float]]] = {}
-        for token, scores in enumerate(self._scratch.scores[:count].tolist()):
-            for expert, weight in route(scores, self._routing):
+        for token, chosen in enumerate(route(self._scratch.scores[:count], self._routing)):
+            for expert, weight in chosen:
                 tokens, weights = taken.setdefault(expert, ([], []))
                 tokens.append(token)
                 weights.append(weight)
@@ -186,16 +201,21 @@ class RoutedFFN:
         scratch, out = self._scratch, self._buffers.block_out[:count]
         if not (routes and routes[0].expert == SHARED):
             out[:] = 0
+        if count == 1:  # all experts read the same row
+            scratch.rows[0] = self._buffers.normed[0]
         for taken in routes:
             factors = np.array(taken.weights, np.float32)[:, None]
             if taken.expert == SHARED:
                 run(*self._ranges[SHARED], count)
                 out *= factors
-                continue
-            tokens = list(taken.tokens)
-            np.take(self._buffers.normed, tokens, axis=0, out=scratch.rows[: len(tokens)])
-            run(*self._ranges[taken.expert], len(tokens))
-            out[tokens] += factors * scratch.out[: len(tokens)]
+            elif count == 1:
+                run(*self._ranges[taken.expert], 1)
+                out += factors * scratch.out[:1]
+            else:
+                tokens = list(taken.tokens)
+                np.take(self._buffers.normed, tokens, axis=0, out=scratch.rows[: len(tokens)])
+                run(*self._ranges[taken.expert], len(tokens))
+                out[tokens] += factors * scratch.out[: len(tokens)]
 
     def _count(self, routes: Sequence[Route]) -> None:
         seen = self._observed

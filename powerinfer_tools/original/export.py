@@ -88,7 +88,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
 
 def _check(model: Model) -> None:
     hyper, spec, where = model.hyper, model.spec, model.path
-    if model.split is not None:
+    if model.is_split:
         kind = "a model of the original PowerInfer" if model.is_original else "a split file"
         raise ConvertError(f"{where} is {kind} already; start from the source model")
     model.require_one_ffn(ConvertError, "convert")

@@ -70,7 +70,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _require(model: Model, delta: Delta, path: Path) -> None:
-    if model.split is not None:
+    if model.is_split:
         raise ModelError(f"{model.path} is a split file; start from the source model")
     delta.require_model(model.fingerprint, model.name, path)
     hyper, header = model.hyper, delta.header

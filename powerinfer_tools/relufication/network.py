@@ -54,7 +54,7 @@ class Network:
     and down where the FFN has no gate."""
 
     def __init__(self, model: Model, device: str, window: int, precision: torch.dtype) -> None:
-        if model.split is not None:
+        if model.is_split:
             raise ModelError(f"{model.path} is a split file; start from the source model")
         model.require_one_ffn(ModelError, "training")
         if model.hyper.logit_softcap or model.hyper.attention_softcap:

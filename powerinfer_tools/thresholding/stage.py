@@ -89,7 +89,7 @@ def run_threshold(options: ThresholdOptions, progress: Progress | None = None) -
 
 
 def _check(options: ThresholdOptions, model: Model, profile: Profile) -> None:
-    if model.split is not None:
+    if model.is_split:
         raise ThresholdError(f"{options.model} is a split file; choose thresholds for its source model")
     model.require_one_ffn(ThresholdError, "threshold")
     if model.exact_zeros:

@@ -54,17 +54,26 @@ def test_routing_is_softmax_and_the_largest(experts: int, used: int, *, normaliz
         best = torch.topk(weights, used)
         values = best.values / best.values.sum() if normalized else best.values
         want = sorted(zip(best.indices.tolist(), values.tolist(), strict=True))
-        got = route(scores.tolist(), Routing(experts, used, normalized, 0))
+        (got,) = route(scores[None], Routing(experts, used, normalized, 0))
         assert [expert for expert, _ in got] == [expert for expert, _ in want]
         np.testing.assert_allclose([w for _, w in got], [w for _, w in want], rtol=1e-13)
 
 
 def test_ties_go_to_the_lower_expert_and_what_is_not_finite_shows() -> None:
     routing = Routing(4, 2, normalized=True, shared_neurons=0)
-    assert route([1.0, 2.0, 1.0, 1.0], routing)[0][0] == 0
-    assert route([3.0, 3.0, 3.0, 3.0], routing) == [(0, 0.5), (1, 0.5)]
-    assert route([900.0, -900.0, 0.0, 899.0], routing)[0][1] == pytest.approx(1 / (1 + np.exp(-1)))
-    assert all(np.isnan(weight) for _, weight in route([float("nan"), 1.0, 2.0, 3.0], routing))
+    nan, rows = (
+        float("nan"),
+        np.array([[1.0, 2.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0], [900.0, -900.0, 0.0, 899.0]], np.float32),
+    )
+    tied, equal, far = route(rows, routing)
+    assert [expert for expert, _ in tied] == [0, 1]
+    assert equal == [(0, 0.5), (1, 0.5)]
+    assert far[0][1] == pytest.approx(1 / (1 + np.exp(-1)))
+    assert [route(row[None], routing)[0] for row in rows] == [tied, equal, far]
+    for normalized in (True, False):
+        spoilt = replace(routing, normalized=normalized)
+        for row in ([nan, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, nan], [0.0, float("inf"), 1.0, 2.0]):
+            assert any(np.isnan(weight) for _, weight in route(np.array([row]), spoilt)[0])
 
 
 def test_experts_that_no_token_takes_are_not_read(tiny: TinyModel, tmp_path: Path) -> None:

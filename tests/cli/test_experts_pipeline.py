@@ -1,0 +1,104 @@
+"""Every stage that takes a mixture of experts, by its command; and what the others say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from powerinfer_cli.app import create_app
+from tiny_models import CASES, make_tiny_model
+
+APP = create_app()
+TEXT = "the cat sat on the mat and the dog sat on the log; a quick brown fox jumps over the lazy dog. " * 30
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.gguf, which has experts and a shared one, and a text."""
+    place = tmp_path_factory.mktemp("experts")
+    make_tiny_model(place, CASES["qwen2moe"])
+    (place / "text.txt").write_text(TEXT)
+    return place
+
+
+def ended(*words: str) -> Any:
+    return CliRunner().invoke(APP, list(words))
+
+
+def stage(*words: str) -> Any:
+    """A command's JSON value."""
+    done = ended(*words, "--json", "--threads", "1")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_profile_plan_convert_inspect_run_eval_bench(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    model, split = "tiny.gguf", "tiny.powerinfer.gguf"
+    stage("profile", "-m", model, "--corpus", "text.txt", "--ctx", "64")
+    budget = ("--hardware", "pc-low", "--vram", "400KiB", "--ctx", "64", "--objective", "frequency")
+    plan = stage("plan", "-m", model, *budget)
+    assert plan["version"] == 2
+    hot = [layer["hot_neurons"] // plan["group"] for layer in plan["layers"]]
+    assert 0 < sum(hot) < 18
+    shown = ended("plan", "-m", model, *budget).stdout
+    assert "3 layers of 6 experts of 36 neurons, 3 for a token and a shared one of 52, silu" in shown
+    assert "% of what the routers choose" in shown
+    report = stage("convert", "-m", model)
+    assert report["experts"]["hot"] == hot
+    assert f"hot experts         {sum(hot)} of 18" in ended("convert", "-m", model).stdout
+    facts = stage("inspect", split)
+    assert [layer["hot_experts"] for layer in facts["layers"]] == hot
+    words = ("run", "-p", "the cat", "-n", "6", "--temp", "0", "-c", "64", "-m")
+    runs = [
+        stage(*words, model),
+        stage(*words, split),
+        stage(*words, split, "--device", "cpu", "--trace", "t.json"),
+    ]
+    assert runs[0]["logits_hash"] == runs[1]["logits_hash"]
+    assert runs[0]["text"] == runs[2]["text"]
+    assert runs[2]["memory"]["vram"] > 0
+    names = {row["name"] for row in json.loads((place / "t.json").read_text())["traceEvents"]}
+    assert {"route", "launch", "experts", "wait", "hot"} <= names
+    judged = stage(
+        "eval", "-m", split, "--text", "text.txt", "--ctx", "32", "--chunks", "1", "--against", model,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert 0 <= judged["divergence"]["mean_kl"] < 1e-6
+    assert stage("bench", "-m", split, "-p", "4", "-n", "2", "-r", "1", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("train", "-m", "tiny.gguf"),
+            "train does not take mixtures of experts yet; profile,",
+        ),
+        (("run", "-m", "tiny.gguf", "-p", "x", "--device", "cpu"), "is not a split file, so nothing can be"),
+        (
+            ("run", "-m", "tiny.powerinfer.gguf", "-p", "x", "--mode", "gate-first"),
+            "experts run in mode",
+        ),
+        (("convert", "-m", "tiny.gguf", "--quant", "Q8_0"), "experts are placed as wholes and keep"),
+        (("convert", "-m", "tiny.powerinfer.gguf", "-o", "o.gguf"), "is a split file already"),
+        (
+            ("quantize", "-m", "tiny.powerinfer.gguf", "--type", "Q8_0"),
+            "is a split file; quantize starts from",
+        ),
+        (("plan", "-m", "tiny.powerinfer.gguf"), "this is a split file; make the plan from the source"),
+    ],
+)
+def test_what_is_not_there_is_said_by_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], says: str
+) -> None:
+    monkeypatch.chdir(place)
+    for kind in ("profile.safetensors", "plan.json", "trace.zst"):
+        named = place / f"tiny.powerinfer.{kind}"
+        if not named.exists() and (place / f"tiny.{kind}").exists():
+            named.write_bytes((place / f"tiny.{kind}").read_bytes())
+    done = ended(*words)
+    assert done.exit_code == 1
+    assert says in " ".join(done.stderr.split())

@@ -9,6 +9,7 @@ import numpy as np
 
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_writer import GGUFWriter, ValueType
+from powerinfer_formats.split_devices import all_on_cpu
 from powerinfer_formats.split_layout import (
     ALIGNMENT,
     KINDS,
@@ -37,6 +38,7 @@ HEADER = SplitHeader(
     tool_version="0.1.0",
     corpus_hashes=("cd" * 32,),
     corpus_tokens=1000,
+    devices=all_on_cpu(LAYERS),
 )
 
 

@@ -20,7 +20,7 @@ from powerinfer_tools.engine.blocks import (
 )
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.engine.predictors import lay_out
+from powerinfer_tools.engine.predictors import NamedElsewhere, lay_out, named_elsewhere
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
 from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.ffn_weights import DenseFFN
@@ -59,9 +59,11 @@ class ColdFFN(Protocol):
         """Append the operations."""
 
 
-def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int) -> ColdFFN:
+def load_cold_ffn(
+    model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int, *, named: bool = False
+) -> ColdFFN:
     """Lay out layer ``index`` without its first ``hot_neurons`` neurons, which the hot device computes, for
-    up to ``tokens`` tokens at a time."""
+    up to ``tokens`` tokens at a time; ``named``: in mode predicted, it predicts, too."""
     ffn = model.layers[index].ffn
     if isinstance(ffn, DenseFFN):
         up = None if ffn.factor is None else pack(pool, ffn.factor)
@@ -71,7 +73,7 @@ def load_cold_ffn(model: Model, index: int, pool: Pool, mode: str, hot_neurons: 
     if hot_neurons == ffn.neurons:
         return _NoneFFN()
     if mode == "predicted":
-        return _load_predicted(ffn, pool, hot_neurons, tokens)
+        return _load_predicted(ffn, pool, hot_neurons, tokens, named=named)
     if mode == "thresholded":
         return _load_thresholded(ffn, pool, hot_neurons)
     return _load_rows(ffn, pool, mode, hot_neurons)
@@ -267,11 +269,12 @@ def _load_thresholded(layer: SplitLayer, pool: Pool, first: int) -> ColdFFN:
     )
 
 
-def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int) -> ColdFFN:
+def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int, *, named: bool) -> ColdFFN:
     assert layer.predictor is not None
+    here = None if named else lay_out(layer.predictor, pool, first, layer.width, tokens)
     return _PredictedFFN(
         PredictedRows(
-            predictor=lay_out(layer.predictor, pool, first, layer.width, tokens),
+            predictor=here or named_elsewhere(layer.neurons - first),
             bundle=_bundle(layer, pool, first, layer.kinds),
             bias=_bias(layer, first),
         )
@@ -279,8 +282,11 @@ def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int) -> C
 
 
 def predictor_thresholds(ffn: object) -> Floats | None:
-    """The thresholds of the predictor of ``ffn``, which may be written to between runs; None without one."""
-    return ffn.weights.predictor.threshold if isinstance(ffn, _PredictedFFN) else None
+    """The thresholds of the predictor of ``ffn``, which may be written to between runs; None without one, or
+    where the hot device predicts."""
+    if not isinstance(ffn, _PredictedFFN) or isinstance(ffn.weights.predictor, NamedElsewhere):
+        return None
+    return ffn.weights.predictor.threshold
 
 
 def write_recall_check(

@@ -3,7 +3,7 @@
 import time
 from typing import Protocol
 
-from powerinfer_tools.engine.buffers import Buffers, Floats
+from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.hot import HotSide
 
@@ -26,35 +26,40 @@ class HotSteps:
     def __init__(self, hot: HotSide, buffers: Buffers, host: Host) -> None:
         self._hot, self._buffers, self._host = hot, buffers, host
 
-    def split(self, index: int, ready: int, needed: int, count: int, position: int) -> None:
-        """Layer ``index``, whose attention is the host's: its hot neurons there, operations
-        [ready, needed) here."""
+    def split(self, index: int, cold: tuple[int, int], neurons: int, count: int, position: int) -> None:
+        """Layer ``index``, whose attention is the host's: its hot neurons there, the operations ``cold`` with
+        all other ``neurons`` here."""
         buffers = self._buffers
         assert buffers.hot_out is not None
         begun = time.perf_counter()
-        self._hot.launch(index, buffers.normed[:count], buffers.normed_acts)
+        self._hot.launch(index, buffers.normed[:count], buffers.normed_acts, buffers.x[:count])
         launched = time.perf_counter()
-        self._host.run(ready, needed, count, position)
+        self._name(index, neurons, count)
+        named = time.perf_counter()
+        self._host.run(*cold, count, position)
         computed = time.perf_counter()
         self._hot.collect(buffers.hot_out[:count])
-        self._tell(index, launch=(begun, launched), cold=(launched, computed))
+        self._tell(index, launch=(begun, launched), cold=(named, computed))
         self._tell(index, wait=(computed, time.perf_counter()))
+        if self._hot.has_predictor(index):
+            self._tell(index, wait=(launched, named))
 
     def there(
-        self, index: int, cold: tuple[int, int] | None, arrives: bool, count: int, position: int
+        self, index: int, cold: tuple[int, int], neurons: int, arrives: bool, count: int, position: int
     ) -> None:
-        """Layer ``index``, which leaves the residual stream on the device: operations ``cold`` here, None
-        where no neuron is cold. ``arrives``: the stream is still here."""
+        """Layer ``index``, which leaves the residual stream on the device: the operations ``cold`` with its
+        cold ``neurons`` here. ``arrives``: the stream is still here."""
         buffers, begun = self._buffers, time.perf_counter()
         if arrives:
             self._hot.enter(buffers.x[:count], position)
         self._hot.begin(index, count, position)
         launched = time.perf_counter()
         self._tell(index, launch=(begun, launched))
-        if cold is None:
+        if not neurons:
             self._hot.merge(index, None, count)
             return
         self._hot.ffn_input(index, buffers.normed[:count], buffers.x[:count])
+        self._name(index, neurons, count)
         arrived = time.perf_counter()
         self._host.run(*cold, count, position)
         computed = time.perf_counter()
@@ -90,6 +95,12 @@ class HotSteps:
             for layer, span in self._hot.spans:
                 timeline.add("hot side", span.name, layer, span.start, span.end)
         self._hot.spans.clear()
+
+    def _name(self, index: int, neurons: int, count: int) -> None:
+        """Where the device predicts, what it says of the cold ``neurons`` becomes their scores."""
+        if neurons and self._hot.has_predictor(index):
+            assert self._buffers.scores is not None
+            self._hot.named(index, narrowed(self._buffers.scores, neurons)[:count])
 
     def _tell(self, index: int | None, **parts: tuple[float, float]) -> None:
         timeline = self._host.timeline

@@ -76,14 +76,15 @@ class LayerStack:
     def __init__(self, model: Model, pool: Pool, options: StackOptions) -> None:
         self.model, self._pool, self.kv_type = model, pool, options.kv_type
         require_kv_type(model, options.kv_type)
-        work = Workload(options.batch, options.context, options.kv_type)
+        self._modes = layer_modes(model, options.mode)
+        predicted = frozenset(i for i, mode in enumerate(self._modes) if mode == "predicted")
+        work = Workload(options.batch, options.context, options.kv_type, predicted)
         self._hot: HotSide | None
         self._hot_experts: HotExpertSide | None
         self._hot, self._hot_experts, self._notices = _open_hot(model, options, work)
         #: What each forward pass is recorded in, if at all.
         self.timeline: Timeline | None = None
         self.device = options.device if self._hot or self._hot_experts else "none"
-        self._modes = layer_modes(model, options.mode)
         self._buffers = allocate(
             model.spec,
             model.hyper,
@@ -237,9 +238,11 @@ class LayerStack:
         return self._writer.weight_bytes + self._head_bytes + embedded + ffn + hot
 
     def density(self) -> float:
-        """Share of FFN neurons that were computed so far; dense layers and hot neurons are computed whole."""
+        """Share of FFN neurons that were computed so far; dense layers are computed whole, and hot neurons
+        where the hot device does not predict."""
         every = self._tokens * self.model.hyper.layers * self.model.hyper.neurons
         skipped = self._program.total_neurons() - self._program.active_neurons()
+        skipped += self._hot.left_out if self._hot else 0
         return 1.0 - skipped / every if every else 1.0
 
     def recall(self) -> float | None:
@@ -361,7 +364,8 @@ class LayerStack:
         needed = writer.builder.mark()
         writer.merge(output, hot=hot_neurons > 0, cold=ffn.neurons > 0)
         if self._beside and hot_neurons:
-            self._stops.append(_Stop(ready, needed, partial(self._beside.split, index, ready, needed)))
+            split = partial(self._beside.split, index, (ready, needed), ffn.neurons)
+            self._stops.append(_Stop(ready, needed, split))
 
     def _write_there(self, index: int, beside: HotSteps) -> None:
         """A layer that leaves the residual stream on the hot device: only its cold neurons are computed
@@ -374,14 +378,15 @@ class LayerStack:
             ffn.prepare(writer)
             self._write_cold(index, ffn, FFNOutput(None, None))
         needed = writer.builder.mark()
-        cold = (ready, needed) if ffn.neurons else None
-        self._stops.append(_Stop(ready, needed, partial(beside.there, index, cold, arrives)))
+        there = partial(beside.there, index, (ready, needed), ffn.neurons, arrives)
+        self._stops.append(_Stop(ready, needed, there))
         self._away = True
 
     def _cold_ffn(self, index: int, hot_neurons: int) -> ColdFFN:
         """The FFN of layer ``index`` without its hot neurons."""
         tokens = self._buffers.x.shape[0]
-        ffn = load_cold_ffn(self.model, index, self._pool, self._modes[index], hot_neurons, tokens)
+        mode, named = self._modes[index], self._hot is not None and self._hot.has_predictor(index)
+        ffn = load_cold_ffn(self.model, index, self._pool, mode, hot_neurons, tokens, named=named)
         if self._thresholds is not None:
             ffn = with_thresholds(ffn, self._thresholds[index])
         self._cold.append(ffn)

@@ -108,6 +108,26 @@ class SignPredictor:
         builder.sign_scores(self.signs, self.code, scores)
 
 
+@dataclass(frozen=True)
+class NamedElsewhere:
+    """The hot device predicts: its scores are 1 and 0, and are there already."""
+
+    threshold: Floats
+    nbytes: int = 0
+    quantized: bool = False
+
+    def prepare(self, builder: ProgramBuilder, buffers: Buffers) -> None:
+        """Append nothing."""
+
+    def write(self, builder: ProgramBuilder, scores: Floats) -> None:
+        """Append nothing."""
+
+
+def named_elsewhere(neurons: int) -> NamedElsewhere:
+    """Of ``neurons`` cold ones."""
+    return NamedElsewhere(np.zeros(neurons, np.float32))
+
+
 def lay_out(predictor: SplitPredictor, pool: Pool, first: int, width: int, tokens: int) -> Predictor:
     """``predictor`` for the neurons from position ``first`` on and up to ``tokens`` inputs (width) at a
     time."""

@@ -78,9 +78,21 @@ class HotSide(Protocol):
     def hot_neurons(self, layer: int) -> int:
         """How many neurons of ``layer`` are computed here."""
 
-    def launch(self, layer: int, normed: Floats, acts: Activations | None) -> None:
+    def has_predictor(self, layer: int) -> bool:
+        """Whether the predictor of ``layer`` is here: it then names hot and cold neurons."""
+
+    @property
+    def left_out(self) -> int:
+        """Hot neurons that predictors did not name so far, over all tokens."""
+
+    def launch(self, layer: int, normed: Floats, acts: Activations | None, x: Floats) -> None:
         """Begin ``layer`` for input rows ``normed`` (tokens, width), of which ``acts`` is the quantised
-        copy. Neither may change before :meth:`collect`."""
+        copy, made from the rows ``x`` of the residual stream. None may change before :meth:`collect`, but
+        ``x`` after :meth:`named`."""
+
+    def named(self, layer: int, out: Floats) -> None:
+        """Wait until it is known which cold neurons of ``layer`` are named (after :meth:`ffn_input`, it is
+        known), and write 1 for them and 0 for the others to ``out`` (tokens, cold neurons)."""
 
     def collect(self, out: Floats) -> None:
         """Wait for the launched layer and write its sum (tokens, width) to ``out``."""

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from powerinfer_formats.split import SplitLayer
+from powerinfer_formats.split_predictors import SplitLowRank
 from powerinfer_kernels import RowType
 from powerinfer_kernels.triton_layout import SPLIT_ROWS
 from powerinfer_tools.engine.rotary import RotaryTables, layer_tables
@@ -19,6 +20,8 @@ from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
 from powerinfer_tools.hot.head import HotHead
 from powerinfer_tools.hot.loading import Arena, Form, unpacked_values
 from powerinfer_tools.hot.placement import HotUnits, Workload
+from powerinfer_tools.hot.predictor_parts import PredictorParts, reads_floats, reads_stream
+from powerinfer_tools.hot.predictors import HotPredictor
 from powerinfer_tools.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.hot.stream import HotLayer, HotStream, Landing, StreamMemory
 from powerinfer_tools.model import AttentionWeights, Model
@@ -61,11 +64,6 @@ def _attention_matrices(w: AttentionWeights) -> tuple[Weight, ...]:
     return (w.query, w.key, w.value, w.output)
 
 
-def _float_rows(layers: Sequence[SplitLayer]) -> set[bool]:
-    """Whether gate and up rows are of float types: both answers where they differ."""
-    return {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
-
-
 class _Parts:
     """All pieces, each taken from the form's memory once."""
 
@@ -76,7 +74,8 @@ class _Parts:
 
     def take_all(self) -> None:
         """Take the memory of everything, in a fixed order."""
-        _ = self.ffns, self.scratch, self.exchanged
+        _ = self.ffns, self.scratch, self.predictors, self.exchanged
+        self.predictor_parts.take_shared()
         if any(self.units.attention):
             _ = self.streamed, self.attention_scratch, self.stream_floats
         if self.units.head:
@@ -91,8 +90,21 @@ class _Parts:
             stream = HotStream(
                 self.device, self.streamed, self._stream_memory(), parallel=self.model.spec.parallel
             )
-        head = self.head if self.units.head else None
-        return Backend(self.device, Neurons(apart, exchange, self.scratch, rounded), stream, head)
+        predictors = [
+            None if there else found
+            for there, found in zip(self.units.attention, self.predictors, strict=True)
+        ]
+        parts = self.predictor_parts
+        neurons = Neurons(
+            apart,
+            exchange,
+            self.scratch,
+            rounded,
+            predictors,
+            parts.naming,
+            parts.stream_ends(self._used(there=False)),
+        )
+        return Backend(self.device, neurons, stream, self.head if self.units.head else None)
 
     @cached_property
     def ffns(self) -> list[HotFFN | None]:
@@ -104,9 +116,27 @@ class _Parts:
         ]
 
     @cached_property
+    def predictor_parts(self) -> PredictorParts:
+        """What predictors share."""
+        named = [layer for layer in self.layers if self.units.names(layer.index)]
+        return PredictorParts(named, self.hyper, self.work.tokens, self.form, self.device, self.chunk)
+
+    @cached_property
+    def predictors(self) -> list[HotPredictor | None]:
+        """The predictor of each layer that has it here."""
+        return [
+            self.predictor_parts.predictor(layer, count) if self.units.names(layer.index) else None
+            for layer, count in zip(self.layers, self.units.neurons, strict=True)
+        ]
+
+    @cached_property
     def chunk(self) -> Tensor:
         """Flat space for a chunk of unpacked rows of any matrix."""
         width = min(CHUNK_ROWS, max(self.units.neurons)) * self.hyper.width
+        predictors = [layer.predictor for layer in self.layers if self.units.names(layer.index)]
+        for predictor in predictors:
+            rank = predictor.rank if isinstance(predictor, SplitLowRank) else 0
+            width = max(width, CHUNK_ROWS * max(self.hyper.width, rank))
         if self.units.head:
             width = max(width, CHUNK_ROWS * self.hyper.width)
         if any(self.units.attention):
@@ -127,7 +157,7 @@ class _Parts:
         """The device's ends of what passes for layers whose attention is the host's: the output, and the
         input in one form or in both."""
         used = self._used(there=False)
-        kinds = _float_rows(used)
+        kinds = self._float_rows(used)
         tokens = self.work.tokens if used else 0
         return [self.memory.floats(tokens, self.hyper.width) for _ in range(1 + max(1, len(kinds)))]
 
@@ -177,8 +207,7 @@ class _Parts:
     def stream_floats(self) -> tuple[Inputs, list[Tensor]]:
         """The FFN's input; the stream, and the sums of both sides."""
         tokens, width = self.work.tokens, self.hyper.width
-        used = self._used(there=True)
-        rounded = False in _float_rows(used)
+        rounded = False in self._float_rows(self._used(there=True))
         return self._inputs(tokens, width, rounded=rounded), [
             self.memory.floats(tokens, width) for _ in range(3)
         ]
@@ -200,6 +229,12 @@ class _Parts:
             chunk=self.chunk,
         )
 
+    def _float_rows(self, layers: Sequence[SplitLayer]) -> set[bool]:
+        """Whether what reads the FFN's input is of float types: both answers where some is and some not."""
+        found = {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
+        predictors = (layer.predictor for layer in layers if self.units.names(layer.index))
+        return found | {reads_floats(predictor) for predictor in predictors if predictor is not None}
+
     def _used(self, *, there: bool) -> list[SplitLayer]:
         """The layers with hot neurons whose attention is here (or is not)."""
         units = zip(self.layers, self.units.neurons, self.units.attention, strict=True)
@@ -218,8 +253,7 @@ class _Parts:
         out, *inputs = self.exchanged
         tokens = len(out)
         staging = [self.device.staging(tokens, self.hyper.width) for _ in inputs]
-        used = self._used(there=False)
-        rounded = False in _float_rows(used)
+        rounded = False in self._float_rows(self._used(there=False))
         host_out = self.device.staging(tokens, self.hyper.width)
         exchange = Exchange(Inputs(staging[0], staging[-1]), host_out, Inputs(inputs[0], inputs[-1]), out)
         return exchange, rounded
@@ -231,11 +265,12 @@ class _Parts:
         return HotLayer(
             attention=self._attention(index, weights.attention),
             ffn=ffn,
+            predictor=self.predictors[index],
             ffn_norm=form.norm(weights.ffn_norm, eps),
             down_bias=None if bias is None else form.vector(bias),
             post_norm=form.optional_norm(weights.ffn_post_norm, eps),
             cold=ffn is None or ffn.neurons < layer.neurons,
-            shows_stream=predictor is not None and predictor.kind == "residual-relu",
+            shows_stream=reads_stream(predictor) and not self.units.names(index),
         )
 
     def _attention(self, index: int, w: AttentionWeights) -> HotAttention:
@@ -266,4 +301,13 @@ class _Parts:
     def _stream_memory(self) -> StreamMemory:
         normed, (x, hot, cold) = self.stream_floats
         ends = [self.device.staging(self.work.tokens, self.hyper.width) for _ in range(3)]
-        return StreamMemory(x, normed, hot, cold, self.attention_scratch, self.scratch, Landing(*ends))
+        return StreamMemory(
+            x,
+            normed,
+            hot,
+            cold,
+            self.attention_scratch,
+            self.scratch,
+            Landing(*ends),
+            self.predictor_parts.naming,
+        )

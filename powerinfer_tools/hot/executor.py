@@ -22,6 +22,7 @@ from powerinfer_tools.hot.devices import Device, DeviceLost, Steps, Ticket
 from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
 from powerinfer_tools.hot.head import HotHead
 from powerinfer_tools.hot.placement import HotSize
+from powerinfer_tools.hot.predictors import HotPredictor, Naming
 from powerinfer_tools.hot.stream import HotStream
 
 Floats = npt.NDArray[np.float32]
@@ -63,12 +64,19 @@ class Exchange:
 @dataclass(frozen=True)
 class Neurons:
     """The hot neurons of layers whose attention is the host's (None: a layer has none, or is the stream's).
-    ``rounded``: some rows take the input as the integer kernels round it."""
+
+    ``rounded``: some rows take the input as the integer kernels round it. ``predictors`` of such layers,
+    where they are on the device; ``stream``, the host's and the device's end (T, width) of what some of them
+    read beside the input, is empty where none does. ``naming`` is also the stream's.
+    """
 
     layers: Sequence[HotFFN | None]
     exchange: Exchange
     scratch: Scratch
     rounded: bool
+    predictors: Sequence[HotPredictor | None]
+    naming: Naming
+    stream: tuple[torch.Tensor, torch.Tensor]
 
 
 class Backend:
@@ -79,16 +87,21 @@ class Backend:
     ) -> None:
         self.device, self.stream, self.head = device, stream, head
         self.layers, self._exchange, self._scratch = neurons.layers, neurons.exchange, neurons.scratch
-        self._rounded = neurons.rounded
-        self._decode = [device.recorded(self._steps(layer, 1)) if layer else () for layer in self.layers]
+        self._rounded, self._stream = neurons.rounded, neurons.stream
+        self.predictors, self.naming = neurons.predictors, neurons.naming
+        self._decode = [
+            [device.recorded(steps) for steps in self._steps(index, 1)] if layer else []
+            for index, layer in enumerate(self.layers)
+        ]
 
-    def launch(self, layer: int, normed: Floats, acts: Activations | None) -> Ticket:
-        """Queue one layer."""
-        hot = self.layers[layer]
-        assert hot is not None
+    def launch(self, layer: int, normed: Floats, acts: Activations | None, x: Floats) -> list[Ticket]:
+        """Queue one layer; the last ticket is that of its sum, one before it says which neurons are named."""
         self._exchange.stage(normed, acts if self._rounded else None)
         tokens = len(normed)
-        return self.device.submit(self._decode[layer] if tokens == 1 else self._steps(hot, tokens))
+        if self._reads_stream(layer):
+            self._stream[0][:tokens].numpy()[...] = x
+        pieces = self._decode[layer] if tokens == 1 else self._steps(layer, tokens)
+        return [self.device.submit(steps) for steps in pieces]
 
     def output(self, tokens: int) -> Floats:
         """The sum of the layer that was waited for, a view."""
@@ -117,14 +130,30 @@ class Backend:
         del self._exchange, self._scratch
         self.device.close()
 
-    def _steps(self, hot: HotFFN, tokens: int) -> Steps:
-        exchange = self._exchange
+    def _reads_stream(self, layer: int) -> bool:
+        predictor = self.predictors[layer]
+        return predictor is not None and predictor.scorer.residual
+
+    def _steps(self, layer: int, tokens: int) -> list[Steps]:
+        """One piece of work, or where the device predicts, two."""
+        hot, predictor, exchange = self.layers[layer], self.predictors[layer], self._exchange
+        assert hot is not None
         inputs, out = exchange.device_in.first(tokens), exchange.device_out[:tokens]
-        return (
-            ("copy in", partial(exchange.copy_in, tokens)),
-            ("hot", partial(hot.compute, inputs, self._scratch, out)),
+        first: Steps = (("copy in", partial(exchange.copy_in, tokens)),)
+        named = None
+        if predictor is not None:
+            x = inputs.exact
+            if predictor.scorer.residual:
+                here, x = (end[:tokens] for end in self._stream)
+                first = (*first, ("copy in", partial(_copy, here, x)))
+            cold = hot.neurons < len(predictor.threshold)
+            first = (*first, *self.naming.steps(predictor, inputs, x, cold=cold))
+            named = self.naming.of_hot(predictor, tokens)
+        rest: Steps = (
+            ("hot", partial(hot.compute, inputs, self._scratch, out, named)),
             ("copy out", partial(exchange.copy_out, tokens)),
         )
+        return [(*first, *rest)] if predictor is None else [first, rest]
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -136,7 +165,8 @@ class _Launched:
     layer: int
     normed: Floats
     acts: Activations | None
-    ticket: Ticket
+    x: Floats
+    tickets: list[Ticket]
 
 
 class TorchHotSide:
@@ -185,29 +215,42 @@ class TorchHotSide:
         """Neurons of ``layer`` that are computed here."""
         return self._hot[layer]
 
-    def launch(self, layer: int, normed: Floats, acts: Activations | None) -> None:
+    def has_predictor(self, layer: int) -> bool:
+        """Whether the predictor of ``layer`` is here."""
+        return self._predictor(layer) is not None
+
+    @property
+    def left_out(self) -> int:
+        """Hot neurons that were not named so far, over all tokens."""
+        self._wait(len(self._queued))
+        predictors = [self._predictor(layer) for layer in range(len(self._hot))]
+        return sum(int(found.left_out.item()) for found in predictors if found)
+
+    def launch(self, layer: int, normed: Floats, acts: Activations | None, x: Floats) -> None:
         """Begin ``layer``; see :class:`powerinfer_tools.hot.HotSide`."""
         assert self._running is None
         try:
-            ticket = self._backend.launch(layer, normed, acts)
+            tickets = self._backend.launch(layer, normed, acts, x)
         except DeviceLost as error:
             self._move(error)
-            ticket = self._backend.launch(layer, normed, acts)
-        self._running = _Launched(layer, normed, acts, ticket)
+            tickets = self._backend.launch(layer, normed, acts, x)
+        self._running = _Launched(layer, normed, acts, x, tickets)
+
+    def named(self, layer: int, out: Floats) -> None:
+        """Wait for what the predictor of the begun layer says of its cold neurons."""
+        running = self._running
+        if running is not None:
+            self._finish(running, 1)
+        predictor = self._predictor(layer)
+        assert predictor is not None
+        out[...] = self._backend.naming.of_cold(predictor, len(out))
 
     def collect(self, out: Floats) -> None:
         """Wait for the launched layer and copy its sum to ``out``."""
-        started = time.perf_counter()
         assert self._running is not None
-        running, self._running = self._running, None
-        try:
-            spans = running.ticket.wait()
-        except DeviceLost as error:
-            self._move(error)
-            spans = self._backend.launch(running.layer, running.normed, running.acts).wait()
+        self._finish(self._running, len(self._running.tickets))
+        self._running = None
         out[...] = self._backend.output(len(out))
-        self._count(running.layer, spans)
-        self.waiting_seconds += time.perf_counter() - started
 
     def enter(self, x: Floats, position: int) -> None:
         """The residual stream comes here; see :class:`powerinfer_tools.hot.HotSide`."""
@@ -261,6 +304,25 @@ class TorchHotSide:
         logits: Floats = self._backend.head.host[: last - first].numpy()
         return logits
 
+    def _predictor(self, layer: int) -> HotPredictor | None:
+        """That of ``layer``, where it is here."""
+        stream = self._backend.stream.layers[layer] if self._backend.stream else None
+        return self._backend.predictors[layer] if stream is None else stream.predictor
+
+    def _finish(self, running: _Launched, count: int) -> None:
+        """Wait for the first ``count`` pieces of a launched layer that were not waited for."""
+        started = time.perf_counter()
+        waited, running.tickets[:] = running.tickets[:count], running.tickets[count:]
+        try:
+            spans = [ticket.wait() for ticket in waited]
+        except DeviceLost as error:
+            self._move(error)
+            again = self._backend.launch(running.layer, running.normed, running.acts, running.x)
+            spans, running.tickets[:] = [ticket.wait() for ticket in again], []
+        for found in spans:
+            self._count(running.layer, found)
+        self.waiting_seconds += time.perf_counter() - started
+
     def _queue(self, layer: int | None, work: Callable[[HotStream], list[Ticket]]) -> None:
         assert self._backend.stream is not None
         try:
@@ -295,6 +357,7 @@ class TorchHotSide:
             )
         if self._spare is None:
             raise error
+        # What a lost device has counted is lost with it.
         lost, self._backend, self._spare = self._backend, self._spare(), None
         self._queued = []
         self.notices.append(

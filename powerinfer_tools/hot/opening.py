@@ -56,7 +56,7 @@ def open_side(
     """The hot side on ``device``, with the Triton kernels where ``fused`` and a row type has them; None where
     nothing is to be computed there, or its memory cannot be had in spite of all counting. Second, what must
     be said. Raises HardwareError for a budget beyond what is free, or too small for all but the neurons."""
-    planned, limit = planned_units(model), limit_of(device.free_bytes(), vram)
+    planned, limit = planned_units(model, work.predicted), limit_of(device.free_bytes(), vram)
     units = fit(model, planned, limit, work)
     if vram:
         _require_units(model, planned, units, vram, limit, work)
@@ -79,12 +79,13 @@ def open_side(
     return TorchHotSide(backend, spare, units_size(model, units, work), notices), notices
 
 
-def planned_units(model: Model) -> HotUnits:
-    """What the split file's plan places on the hot device."""
+def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotUnits:
+    """What the split file's plan places on the hot device, predictors in ``predicted`` layers alone."""
     assert model.split is not None
     devices = model.split.devices
     attention = tuple(device == "gpu" for device in devices.attention)
-    return HotUnits(model.split.hot_neurons, attention, devices.head == "gpu")
+    predictors = tuple(device == "gpu" and i in predicted for i, device in enumerate(devices.predictor))
+    return HotUnits(model.split.hot_neurons, attention, predictors, devices.head == "gpu")
 
 
 def _require_units(

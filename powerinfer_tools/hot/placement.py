@@ -30,21 +30,29 @@ class HotSize:
 
 @dataclass(frozen=True)
 class Workload:
-    """What memory is for: batches of up to ``tokens``, ``context`` positions in a cache of ``kv_type``."""
+    """What memory is for: batches of up to ``tokens``, ``context`` positions in a cache of ``kv_type``;
+    ``predicted`` layers are computed in this mode."""
 
     tokens: int
     context: int
     kv_type: str = "f16"
+    predicted: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class HotUnits:
-    """What is on the hot device: the first ``neurons`` of each layer, the attention blocks of some, and the
-    output norm with the head or not."""
+    """What is on the hot device: the first ``neurons`` of each layer, the attention blocks of some, the
+    ``predictors`` of some that have neurons there, and the output norm with the head or not."""
 
     neurons: tuple[int, ...]
     attention: tuple[bool, ...]
+    predictors: tuple[bool, ...]
     head: bool = False
+
+    def names(self, layer: int) -> bool:
+        """Whether the predictor of ``layer`` is there. It speaks for hot neurons first: without any, the host
+        predicts for itself."""
+        return self.predictors[layer] and self.neurons[layer] > 0
 
     def __bool__(self) -> bool:
         return any(self.neurons) or any(self.attention) or self.head
@@ -75,6 +83,10 @@ def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
         cache = len(moved) * sizes.cache_bytes(hyper.kv_heads, hyper.head_dim, work.context, work.kv_type)
         scratch += sizes.attention_scratch_bytes(widths, work.tokens, work.context)
         scratch += rotary_bytes(hyper, units.attention, work.context)
+    predictors = [layer.predictor for layer in model.split.layers if units.names(layer.index)]
+    if predictors:
+        weights += sum(predictor.nbytes for predictor in predictors if predictor is not None)
+        scratch += sizes.predictor_scratch_bytes(hyper.width, hyper.neurons, work.tokens)
     if units.head:
         weights += model.head.nbytes + model.output_norm.nbytes
         scratch += sizes.head_scratch_bytes(widths, work.tokens)
@@ -124,9 +136,8 @@ def _fitting_neurons(model: Model, planned: HotUnits, limit: int, work: Workload
     """Hot neurons per layer beside all other units."""
     assert model.split is not None
     layers, group = model.split.layers, model.split.group
-    room = limit - units_size(model, planned.without_neurons, work).total
     hot = list(planned.neurons)
-    while any(hot) and hot_size(layers, hot, work.tokens).total > room:
+    while any(hot) and units_size(model, replace(planned, neurons=tuple(hot)), work).total > limit:
         shares = [count / layer.neurons for count, layer in zip(hot, layers, strict=True)]
         largest = max(range(len(hot)), key=lambda i: (shares[i], i))
         hot[largest] = max(0, (hot[largest] - 1) // group * group)

@@ -59,6 +59,14 @@ def cache_bytes(kv_heads: int, head_dim: int, context: int, kind: str) -> int:
     return 2 * kv_heads * held * context
 
 
+def predictor_scratch_bytes(width: int, neurons: int, tokens: int) -> int:
+    """Which neurons are named (a byte each, and as much again to tell the host), and for a few tokens at a
+    time their scores, compared and counted, the stream and its short form, exact and rounded. Rows are
+    unpacked where those of neurons are."""
+    few = min(TOKENS_AT_ONCE, tokens)
+    return 2 * tokens * neurons + _F32 * few * (3 * neurons + 8 * width)
+
+
 def head_scratch_bytes(widths: Widths, tokens: int) -> int:
     """Logits, the rows they are made from, exact and rounded, with the steps of the norm; and a chunk of
     rows as in :func:`neuron_scratch_bytes`."""

@@ -17,6 +17,7 @@ from powerinfer_tools.hot.attention import AttentionScratch, HotAttention
 from powerinfer_tools.hot.devices import Device, Steps, Ticket
 from powerinfer_tools.hot.elementwise import HotNorm, round_activations
 from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
+from powerinfer_tools.hot.predictors import HotPredictor, Naming
 
 Floats = npt.NDArray[np.float32]
 Tensor = torch.Tensor
@@ -43,16 +44,18 @@ class StreamMemory:
     attention: AttentionScratch
     ffn: Scratch
     host: Landing
+    naming: Naming
 
 
 @dataclass(frozen=True)
 class HotLayer:
     """A layer whose attention is on the device. ``ffn``: its hot neurons; None where the whole FFN is the
-    host's, whose norm and merge are then the host's, too. ``cold``: the host computes other neurons;
-    ``shows_stream``: and reads the stream, besides its norm."""
+    host's, whose norm and merge are then the host's, too. ``predictor``: names the neurons of both sides.
+    ``cold``: the host computes other neurons; ``shows_stream``: and reads the stream, besides its norm."""
 
     attention: HotAttention
     ffn: HotFFN | None
+    predictor: HotPredictor | None
     ffn_norm: HotNorm
     down_bias: Tensor | None
     post_norm: HotNorm | None
@@ -127,13 +130,17 @@ class HotStream:
             return _Parts(project, add, (), (), ())
         normed, hot = m.normed.first(tokens), m.hot[:tokens]
         put_in: Steps = (("hot", partial(_normalize, layer, x, normed)),)
+        named = None
+        if layer.predictor is not None:
+            put_in = (*put_in, *m.naming.steps(layer.predictor, normed, x, cold=layer.cold))
+            named = m.naming.of_hot(layer.predictor, tokens)
         out: Steps = (("copy out", partial(self._copy_input_out, layer, tokens)),) if layer.cold else ()
         back: Steps = (("copy in", partial(self._copy_cold_in, tokens)),) if layer.cold else ()
         return _Parts(
             project=project,
             add=add,
             input=(*put_in, *out),
-            hot=(("hot", partial(layer.ffn.compute, normed, m.ffn, hot)),),
+            hot=(("hot", partial(layer.ffn.compute, normed, m.ffn, hot, named)),),
             merge=(*back, ("merge", partial(self._join, layer, tokens))),
         )
 

@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.predictors import (
+    Kind,
     LowRank,
     PredictorInfo,
     Predictors,
     PredictorsHeader,
     Quality,
+    ResidualRelu,
     SignBits,
 )
 from powerinfer_formats.profile import Profile
@@ -46,40 +47,54 @@ def sign_bits(gate: Floats) -> SignBits:
     return SignBits(np.packbits(gate < 0, axis=1, bitorder="little"), threshold)
 
 
-def predicted_split(
-    folder: Path,
-    *,
-    kind: Literal["low-rank", "sign"] = "low-rank",
-    layers: int = 3,
-    activation: str = "relu",
-    rank: int = 16,
-    seed: int = 1,
-) -> tuple[TinyModel, Path, Predictors]:
-    """A model, its split file with 16 hot neurons in every layer, and its predictors, made from its gates."""
-    spec = replace(FAMILY_CASES["llama-relu"], layers=layers, seed=seed, activation=activation)
-    tiny = make_tiny_model(folder, spec)
-    profile = profiled(folder, tiny)
-    gates = [tiny.values[f"blk.{index}.ffn_gate.weight"] for index in range(layers)]
-    signs = kind == "sign"
-    made = [sign_bits(gate) if signs else low_rank(gate, rank) for gate in gates]
-    loaded = Profile.load(profile)
+def hand_made(
+    tiny: TinyModel, profile: Path, kind: Kind, row_type: str = "F32", rank: int = 16
+) -> Predictors:
+    """Predictors of a tiny model, made from its gates (or ups, without gate)."""
+    spec, loaded = tiny.spec, Profile.load(profile)
+    names = [f"blk.{index}.ffn_gate.weight" for index in range(spec.layers)]
+    gates = [tiny.values[name if name in tiny.values else name.replace("gate", "up")] for name in names]
+    made: list[LowRank | SignBits] = []
+    for gate in gates:
+        cut = low_rank(gate, rank)
+        relu = ResidualRelu(cut.inward, cut.outward, cut.threshold)
+        made.append(sign_bits(gate) if kind == "sign" else relu if kind == "residual-relu" else cut)
+    info = PredictorInfo(kind, 0 if kind == "sign" else rank, 1, Quality(0.5, 0.5, 0.9, 0.9))
     header = PredictorsHeader(
         fingerprint=loaded.fingerprint,
         model_name=loaded.model_name,
-        method="sign" if signs else "svd",
-        row_type="F32",
+        method="sign" if kind == "sign" else "svd",
+        row_type=row_type,
         target_recall=0.9,
         width=spec.width,
         neurons=spec.neurons,
-        layers=(PredictorInfo(kind, 0 if signs else rank, 1, Quality(0.5, 0.5, 0.9, 0.9)),) * layers,
+        layers=(info,) * spec.layers,
         test_records=1,
         cost=None,
         corpus_hashes=(),
         tool_version="test",
     )
+    return Predictors(header, tuple(made))
+
+
+def predicted_split(
+    folder: Path,
+    *,
+    kind: Kind = "low-rank",
+    layers: int = 3,
+    activation: str = "relu",
+    rank: int = 16,
+    seed: int = 1,
+) -> tuple[TinyModel, Path, Predictors]:
+    """A model, its split file with 16 hot neurons in every layer, and its predictors, made by hand."""
+    spec = replace(FAMILY_CASES["llama-relu"], layers=layers, seed=seed, activation=activation)
+    tiny = make_tiny_model(folder, spec)
+    profile = profiled(folder, tiny)
+    made = hand_made(tiny, profile, kind, rank=rank)
     predictors, plan = folder / "tiny.predictors.safetensors", folder / "tiny.plan.json"
-    Predictors(header, tuple(made)).save(predictors)
+    made.save(predictors)
+    loaded = Profile.load(profile)
     plan_for(loaded, [16] * layers, mode="gate-first", group=16, width=spec.width).save(plan)
     output = folder / "tiny.powerinfer.gguf"
     convert(ConvertOptions(tiny.path, profile, plan, output, predictors=predictors))
-    return tiny, output, Predictors(header, tuple(made))
+    return tiny, output, made

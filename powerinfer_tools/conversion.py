@@ -87,6 +87,7 @@ class ConvertReport:
     prediction: SplitPrediction | None = None
     thresholding: SplitThresholding | None = None
     experts: ConvertedExperts | None = None
+    devices: SplitDevices | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -94,6 +95,7 @@ class ConvertReport:
             "hot_neurons": list(self.hot_neurons),
             "prediction": to_plain(self.prediction),
             "thresholding": vars(self.thresholding) if self.thresholding else None,
+            "devices": to_plain(self.devices),
             "experts": self.experts.as_dict() if self.experts else None,
             "requantization_error": list(self.requantization_error),
             "mean_requantization_error": float(np.mean(self.requantization_error)),
@@ -207,6 +209,7 @@ class _Conversion:
             requantization_error=errors,
             prediction=header.prediction,
             thresholding=header.thresholding,
+            devices=header.devices,
         )
 
     def _ffn(self, index: int) -> DenseFFN:

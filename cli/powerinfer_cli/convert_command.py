@@ -179,6 +179,19 @@ def expert_facts(report: "ConvertReport", experts: "ConvertedExperts") -> list[t
     return [*facts, ("all matrices", "the source's bits")]
 
 
+def _also_hot(report: "ConvertReport") -> list[tuple[str, str]]:
+    """What is on the hot device besides neurons."""
+    devices = report.devices
+    if devices is None or devices.all_cpu:
+        return []
+    parts = [
+        f"{what} of {found.count('gpu')} layers"
+        for what, found in (("attention", devices.attention), ("predictors", devices.predictor))
+        if "gpu" in found
+    ]
+    return [("also hot", ", ".join([*parts, *(["the head"] if devices.head == "gpu" else [])]))]
+
+
 def show(report: "ConvertReport", *, as_json: bool) -> None:
     """What was written and what the requantisation costs."""
     if as_json:
@@ -194,6 +207,7 @@ def show(report: "ConvertReport", *, as_json: bool) -> None:
     facts = [
         ("size", f"{format_size(report.nbytes)} (source {format_size(report.source_bytes)})"),
         ("hot neurons", f"{hot:,} of {neurons:,} ({hot / neurons:.1%})"),
+        *_also_hot(report),
         ("gate and up", "the source's bits"),
         ("down projection", f"{report.down_type}, transposed"),
         (

@@ -33,7 +33,7 @@ a machine that are not here.
 
 \b
 Examples:
-  powerinfer plan -m model.gguf --vram 40MiB
+  powerinfer plan -m model.gguf --vram 72MiB
   powerinfer plan -m model.gguf --vram 8GiB --ctx 8192 --hardware pc-high
   powerinfer plan -m model.relu.gguf --max-ppl-increase 0.02
   powerinfer plan --shape opt-30b --dtype f16 --hardware pc-high --chart opt-30b.svg

@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import KernelError, KVCache, Matrix, Pool, ProgramBuilder
+from powerinfer_kernels import Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput, pack
 from powerinfer_tools.engine.buffers import allocate
+from powerinfer_tools.engine.caches import allocate_caches, require_kv_type
 from powerinfer_tools.engine.ffn import (
     ColdFFN,
     load_cold_ffn,
@@ -19,13 +20,12 @@ from powerinfer_tools.engine.ffn import (
     write_recall_check,
 )
 from powerinfer_tools.engine.hot_steps import HotSteps
-from powerinfer_tools.engine.memory import kv_bytes_per_position, require_kv_type
+from powerinfer_tools.engine.memory import kv_bytes_per_position
 from powerinfer_tools.engine.modes import layer_modes
-from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import RecallCheck, recall_of
 from powerinfer_tools.engine.rotary import layer_tables
 from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
-from powerinfer_tools.engine.thresholds import FactorThresholds
+from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.ffn_weights import ExpertsFFN
@@ -37,27 +37,6 @@ from powerinfer_tools.model import LayerWeights, Model
 Floats = npt.NDArray[np.float32]
 #: What looks on: layer, normalised FFN input, act(gate)·up.
 Watch = Callable[[int, Floats, Floats], None]
-
-
-@dataclass(frozen=True)
-class StackOptions:
-    """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None:
-    none).
-
-    ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
-    compute beside every prediction what it should have found. ``thresholds``: of each layer of a
-    source model.
-    """
-
-    batch: int
-    context: int
-    mode: str | None
-    device: str
-    vram: int | None
-    kv_type: str = "f16"
-    observed: Sequence[LayerCounters] | None = None
-    check_recall: bool = False
-    thresholds: Sequence[FactorThresholds] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +71,8 @@ class LayerStack:
             hot=self._hot is not None or self._hot_experts is not None,
             scores="predicted" in self._modes or options.thresholds is not None,
         )
-        self._caches = self._allocate_caches(options.context)
+        here = [not self._attention_there(index) for index in range(model.hyper.layers)]
+        self._caches = allocate_caches(model, options.context, options.kv_type, here)
         builder = ProgramBuilder(options.batch)
         self._writer = BlockWriter(model, pool, builder, self._buffers)
         self._tables = layer_tables(model.hyper, options.context, model.rope_factors)
@@ -288,24 +268,6 @@ class LayerStack:
 
     def _hot_neurons(self, index: int) -> int:
         return self._hot.hot_neurons(index) if self._hot else 0
-
-    def _allocate_caches(self, context: int) -> list[KVCache | None]:
-        """One for each layer whose attention is here."""
-        hyper, kind = self.model.hyper, self.kv_type
-        try:
-            return [
-                None
-                if self._attention_there(index)
-                else KVCache(context, hyper.kv_heads, hyper.head_dim, kind)
-                for index in range(hyper.layers)
-            ]
-        except MemoryError:
-            size = round(context * kv_bytes_per_position(hyper, kind) * hyper.layers)
-            raise ModelError(
-                f"no memory for a KV cache of {size} bytes; ask for a shorter context (-c)"
-            ) from None
-        except KernelError as error:
-            raise ModelError(f"{self.model.path}: {error}") from None
 
     def _write(self) -> None:
         self._writer.embed(self.model.embedding, self.model.positions)

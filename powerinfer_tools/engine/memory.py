@@ -14,15 +14,6 @@ def kv_bytes_per_position(hyper: Hyperparameters, kind: str) -> float:
     return 2 * hyper.kv_width * (1 + 2 / 32 if kind == "q8_0" else 2)
 
 
-def require_kv_type(model: Model, kind: str) -> None:
-    """Raise ModelError where the heads of ``model`` cannot be kept as ``kind``."""
-    if kind == "q8_0" and model.hyper.head_dim % 32:
-        raise ModelError(
-            f"{model.path}: a q8_0 KV cache needs heads of a multiple of 32 values, these have "
-            f"{model.hyper.head_dim}; take f16"
-        )
-
-
 def require_memory(model: Model, context: int, kv_type: str, available: int) -> None:
     """Raise ModelError when packed weights and KV cache exceed ``available`` bytes (0: unknown).
 

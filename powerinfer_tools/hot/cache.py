@@ -31,8 +31,8 @@ class HeldVectors:
             return
         codes, scale = block_codes(heads.reshape(*heads.shape[:2], -1, BLOCK))
         kept = scale.to(torch.float16)
-        codes = torch.where(kept == 0, 0.0, codes)
-        kept = torch.where(torch.isfinite(scale), kept, torch.nan)
+        codes = codes.masked_fill(kept == 0, 0.0)
+        kept = kept.masked_fill(~torch.isfinite(scale), torch.nan)
         self.data.index_copy_(1, positions, codes.flatten(-2).to(torch.int8))
         self.scales.index_copy_(1, positions, kept.squeeze(-1))
 

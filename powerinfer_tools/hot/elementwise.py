@@ -1,7 +1,7 @@
 """Norms, rotary positions and the rounding of activations in torch operations, on any device.
 
 The steps are those of the C kernels, so that a block gives the same whichever side computes it, but for the
-order of float32 sums.
+order of float32 sums. None takes a number from the host's memory, which a CUDA graph could not record.
 """
 
 from dataclasses import dataclass
@@ -44,8 +44,7 @@ def round_activations(x: Tensor, out: Tensor) -> None:
     codes, scale = block_codes(blocks)
     bits = scale.view(torch.int32)
     kept = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-    kept = torch.where(scale >= LEAST_SCALE, kept, 0.0)
-    kept = torch.where(torch.isfinite(scale), kept, torch.nan)
+    kept = kept.masked_fill(scale < LEAST_SCALE, 0.0).masked_fill(~torch.isfinite(scale), torch.nan)
     out.view(blocks.shape).copy_(codes * kept)
 
 
@@ -54,8 +53,7 @@ def block_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
     (…, BLOCK)."""
     scale = blocks.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
     usable = (scale >= LEAST_SCALE) & torch.isfinite(scale)
-    codes = torch.where(usable, (blocks * scale.reciprocal()).round(), 0.0)
-    return codes, scale
+    return (blocks * scale.reciprocal()).round().masked_fill(~usable, 0.0), scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, style: str) -> None:

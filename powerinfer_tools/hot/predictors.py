@@ -70,8 +70,8 @@ class HotSigns:
         """See :class:`Scorer`; the sum is exact, in whole numbers below 2^24."""
         x = inputs.exact
         scale = torch.sqrt(x.square().mean(dim=-1, keepdim=True))
-        step = scale * torch.tensor(SIGN_RANGE / SIGN_LARGEST, dtype=torch.float32, device=x.device)
-        inverse = torch.where(step == 0, 0.0, step.reciprocal())
+        step = scale * (SIGN_RANGE / SIGN_LARGEST)
+        inverse = step.reciprocal().masked_fill(step == 0, 0.0)
         codes = (x * inverse).round().clamp(-SIGN_LARGEST, SIGN_LARGEST)
         bits = torch.arange(8, device=x.device, dtype=torch.uint8)
         for first in range(0, len(self.signs), CHUNK_ROWS):

@@ -133,6 +133,8 @@ def _split_facts(path: Path) -> dict[str, Any]:
                 "threshold_factor": layer.threshold.factor if layer.threshold else "none",
                 "predictor": layer.predictor.kind if layer.predictor else "none",
                 "predictor_bytes": layer.predictor.nbytes if layer.predictor else 0,
+                "predictor_device": split.devices.predictor[layer.index],
+                "attention_device": split.devices.attention[layer.index],
                 "types": [row_type.name for row_type in layer.layout.types],
             }
             for layer in split.layers
@@ -146,6 +148,7 @@ def _split_facts(path: Path) -> dict[str, Any]:
             "tool_version": header.tool_version,
             "requantization_error": list(header.requantization_error),
             "prediction": to_plain(header.prediction),
+            "head_device": split.devices.head,
             "layers": layers,
         }
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning import costs
+from powerinfer_tools.planning import costs, memory
 from powerinfer_tools.planning.costs import BlockSeconds, Machine
 from powerinfer_tools.planning.expert_memory import (
     SideBytes,
@@ -26,7 +26,6 @@ from powerinfer_tools.planning.expert_memory import (
     shared_bytes,
 )
 from powerinfer_tools.planning.levels import Inputs, LevelOptions, LevelTable, check_frequencies, joined
-from powerinfer_tools.planning.memory import attention_bytes, kv_cache_bytes
 from powerinfer_tools.planning.shapes import LayerShape, MatrixShape, NeuronBytes
 
 Vector = npt.NDArray[np.float64]
@@ -63,13 +62,15 @@ def expert_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTab
     movable = machine.gpu is not None and "ffn" in engine.placeable
     choices = _choices(layer) if movable else _Choices(*np.zeros((2, 1), dtype=np.int64))
     block = _block_seconds(inputs, layer)
-    block_bytes = attention_bytes(layer) + kv_cache_bytes(inputs.shape, inputs.workload) + router_bytes(layer)
+    shape, workload = inputs.shape, inputs.workload
+    here = memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, workload) + router_bytes(layer)
+    there = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, workload) + router_bytes(layer)
     sides = [False]
     if machine.gpu is not None and "attention" in engine.placeable:
         sides.append(True)
     return joined(
         [
-            _table(index, layer, frequencies, choices, block, block_bytes, machine, options, block_hot)
+            _table(index, layer, frequencies, choices, block, (there, here), machine, options, block_hot)
             for block_hot in sides
         ]
     )
@@ -156,7 +157,7 @@ def _table(
     frequencies: Vector,
     choices: _Choices,
     block: BlockSeconds,
-    block_bytes: int,
+    block_bytes: tuple[int, int],
     machine: Machine,
     options: LevelOptions,
     block_hot: bool,
@@ -165,7 +166,7 @@ def _table(
     experts, one, shared = experts_of(layer), expert_bytes(layer), shared_bytes(layer)
     active = np.concatenate([np.zeros(1), np.cumsum(frequencies)])
     seconds = _expert_seconds(layer, choices, active[choices.hot] / active[-1], machine)
-    there, here = (block_bytes, 0) if block_hot else (0, block_bytes)
+    there, here = (block_bytes[0], 0) if block_hot else (0, block_bytes[1])
     none, levels = np.zeros(len(choices.hot), dtype=np.int64), len(choices.hot)
     return LevelTable(
         unit=f"layer {index}",

@@ -44,10 +44,11 @@ class FFN:
 
 @dataclass(frozen=True)
 class FFNWay:
-    """One way; arrays are [hot counts]. ``mode``: index into MODES. ``predictor_seconds`` is a part of
-    ``cold_seconds``, or, with ``predictor_hot``, passes before both sides begin. ``vram`` and ``ram``: bytes
-    of the predictor on each side, scratch included."""
+    """One way; arrays are [hot counts], and ``hot`` has those. ``mode``: index into MODES.
+    ``predictor_seconds`` is a part of ``cold_seconds``, or, with ``predictor_hot``, passes before both sides
+    begin. ``vram`` and ``ram``: bytes of the predictor on each side, scratch included."""
 
+    hot: Integers
     mode: Integers
     predictor_hot: bool
     predictor_seconds: Vector
@@ -68,8 +69,11 @@ def ffn_ways(
     if ffn.predictor is None or not ffn.skips:
         return [exact]
     ways = [exact, _predicted_on_cpu(ffn, ffn.predictor, exact, hot, machine, batch)]
-    if machine.gpu is not None and predictors_move:
-        ways.append(_predicted_on_gpu(ffn, ffn.predictor, exact, hot, machine, batch, sparse_hot=sparse_hot))
+    some = hot[hot > 0]
+    if machine.gpu is not None and predictors_move and len(some):
+        # Without hot neurons the engine leaves the predictor on the CPU.
+        exact = _exact(ffn, some, machine, sparse_hot=sparse_hot)
+        ways.append(_predicted_on_gpu(ffn, ffn.predictor, exact, some, machine, batch, sparse_hot=sparse_hot))
     return ways
 
 
@@ -106,6 +110,7 @@ def _exact(ffn: FFN, hot: Integers, machine: Machine, *, sparse_hot: bool) -> FF
     active = expected(ffn.frequencies)[hot] if ffn.skips and sparse_hot else hot.astype(np.float64)
     none = np.zeros(len(hot), dtype=np.int64)
     return FFNWay(
+        hot=hot,
         mode=(first < dense).astype(np.int64),
         predictor_hot=False,
         predictor_seconds=np.zeros(len(hot)),
@@ -133,6 +138,7 @@ def _predicted_on_cpu(
     nbytes = predictor.nbytes(cold)
     seconds = costs.dense_stream_seconds(nbytes.astype(np.float64), machine)
     return FFNWay(
+        hot=hot,
         mode=np.full(len(hot), _PREDICTED),
         predictor_hot=False,
         predictor_seconds=seconds,
@@ -163,6 +169,7 @@ def _predicted_on_gpu(
         named = expected(predicted_frequencies(ffn.frequencies, predictor.overshoot))[hot]
         hot_seconds = _hot_seconds(hot, named * ffn.sizes.total, machine)
     return FFNWay(
+        hot=hot,
         mode=np.full(len(hot), _PREDICTED),
         predictor_hot=True,
         predictor_seconds=np.full(len(hot), seconds),

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning import costs
+from powerinfer_tools.planning import costs, memory
 from powerinfer_tools.planning.capabilities import Capabilities
 from powerinfer_tools.planning.costs import BlockSeconds, Machine
 from powerinfer_tools.planning.ffn_levels import FFN, FFNWay, expected, ffn_ways
-from powerinfer_tools.planning.memory import Workload, attention_bytes, kv_cache_bytes
+from powerinfer_tools.planning.memory import Workload
 from powerinfer_tools.planning.predictors import Predictors
 from powerinfer_tools.planning.shapes import LayerShape, ModelShape, NeuronBytes
 from powerinfer_tools.planning.thresholds import Thresholds
@@ -139,10 +139,11 @@ def layer_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTabl
         predictors_move="predictors" in engine.placeable,
     )
     block = costs.attention_seconds(shape, layer, machine, inputs.workload)
-    block_bytes = attention_bytes(layer) + kv_cache_bytes(shape, inputs.workload)
-    tables = [_table(index, ffn, way, hot, block, block_bytes, machine, options, False) for way in ways]
+    here = memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, inputs.workload)
+    there = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, inputs.workload)
+    tables = [_table(index, ffn, way, block, (0, here), machine, options, False) for way in ways]
     if machine.gpu is not None and "attention" in engine.placeable:
-        tables += [_table(index, ffn, way, hot, block, block_bytes, machine, options, True) for way in ways]
+        tables += [_table(index, ffn, way, block, (there, 0), machine, options, True) for way in ways]
     return joined(tables)
 
 
@@ -150,16 +151,17 @@ def _table(
     index: int,
     ffn: FFN,
     way: FFNWay,
-    hot: Integers,
     block: BlockSeconds,
-    block_bytes: int,
+    block_bytes: tuple[int, int],
     machine: Machine,
     options: LevelOptions,
     block_hot: bool,
 ) -> LevelTable:
-    """The levels of one way to compute the FFN, with the attention block on one side."""
+    """The levels of one way to compute the FFN, with the attention block on one side; ``block_bytes`` of it
+    in VRAM and in RAM."""
+    hot = way.hot
     active, cold = expected(ffn.frequencies), ffn.layer.neurons - hot
-    there, here = (block_bytes, 0) if block_hot else (0, block_bytes)
+    there, here = block_bytes
     return LevelTable(
         unit=f"layer {index}",
         hot=hot,
@@ -181,8 +183,9 @@ def _table(
     )
 
 
-def head_levels(shape: ModelShape, machine: Machine, options: LevelOptions) -> LevelTable:
-    """The output head as a unit: on the CPU, and on the accelerator where that is allowed."""
+def head_levels(shape: ModelShape, machine: Machine, batch: int, options: LevelOptions) -> LevelTable:
+    """The output head as a unit: on the CPU, and on the accelerator where that is allowed, with scratch for
+    ``batch`` tokens."""
     zero, none = np.zeros(1, dtype=np.int64), np.zeros(1)
     block, nbytes = costs.head_seconds(shape, machine), shape.head.packed_nbytes
     one_sync = costs.sync_seconds(machine.gpu, shape.width) if machine.gpu else 0.0
@@ -210,7 +213,7 @@ def head_levels(shape: ModelShape, machine: Machine, options: LevelOptions) -> L
     moved = replace(
         base,
         block_hot=zero + 1,
-        vram=zero + nbytes,
+        vram=zero + memory.gpu_head_bytes(shape, batch),
         ram=zero,
         block_seconds=none + block.gpu,
         sync_seconds=none + (one_sync if options.home == "cpu" else 0.0),

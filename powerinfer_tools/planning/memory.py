@@ -9,6 +9,7 @@ which the system can drop at any time.
 from dataclasses import dataclass
 from typing import Literal
 
+from powerinfer_tools.hot import sizes
 from powerinfer_tools.planning.expert_memory import (
     hot_scratch_bytes,
     routing_scratch_bytes,
@@ -20,10 +21,10 @@ KVType = Literal["f16", "q8_0"]
 _F32 = 4
 _F16 = 2
 _BLOCK = 32
-#: Hot rows that the accelerator unpacks at a time, and rows of logits that the head computes at a time; the
-#: engine's own numbers, compared with it by a test.
-CHUNK_ROWS = 512
+#: Rows of logits that the head computes at a time; the engine's own number, compared with it by a test.
 HEAD_ROWS = 32
+#: What the hot side keeps of any VRAM budget for the driver, and rounding.
+VRAM_RESERVE = sizes.OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,43 @@ def _quantised_bytes(columns: int) -> int:
 
 
 def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """Scratch of the hot side: input and output of one layer and three products of a chunk of neurons for
-    ``batch`` tokens, and a chunk of rows unpacked to float32 with twice as much for the steps of
-    unpacking."""
+    """Scratch of the hot side for neurons: see :func:`powerinfer_tools.hot.sizes.neuron_scratch_bytes`."""
     if shape.routed:
         return hot_scratch_bytes(shape, batch)
-    chunk = min(CHUNK_ROWS, max(layer.neurons for layer in shape.layers))
-    return _F32 * (batch * (2 * shape.width + 3 * chunk) + 3 * chunk * shape.width)
+    return sizes.neuron_scratch_bytes(shape.width, max(layer.neurons for layer in shape.layers), batch)
+
+
+def gpu_attention_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
+    """What the hot side needs once as soon as it has an attention block: scratch, and rotary tables."""
+    tables = rotary_bytes(shape, workload.context)
+    return tables + sizes.attention_scratch_bytes(_widths(shape), workload.batch, workload.context)
+
+
+def gpu_predictor_scratch_bytes(shape: ModelShape, batch: int) -> int:
+    """What the hot side needs once as soon as it has a predictor."""
+    neurons = max(layer.neurons for layer in shape.layers)
+    return sizes.predictor_scratch_bytes(shape.width, neurons, batch)
+
+
+def gpu_attention_bytes(layer: LayerShape) -> int:
+    """Bytes of one attention block on the hot side, whose rows are not padded."""
+    return sum(matrix.nbytes for matrix in layer.attention) + layer.vector_bytes
+
+
+def gpu_cache_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Bytes of the KV cache of one layer on the hot side."""
+    return sizes.cache_bytes(shape.kv_heads, shape.head_dim, workload.context, workload.kv_type)
+
+
+def gpu_head_bytes(shape: ModelShape, batch: int) -> int:
+    """Bytes of the head on the hot side, with its norm (which may have a bias) and its own scratch."""
+    scratch = sizes.head_scratch_bytes(_widths(shape), batch)
+    return shape.head.nbytes + 2 * output_norm_bytes(shape) + scratch
+
+
+def _widths(shape: ModelShape) -> sizes.Widths:
+    query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return sizes.Widths(shape.width, query, keys, shape.heads, shape.vocabulary)
 
 
 def fixed_ram_bytes(shape: ModelShape, workload: Workload, *, predicted: bool) -> dict[str, int]:

@@ -31,10 +31,17 @@ Objective = Literal["time", "frequency"]
 
 @dataclass(frozen=True)
 class Capacities:
-    """Bytes left for the units that the solver places, after what is fixed."""
+    """Bytes left for the units that the solver places, after what is fixed. ``attention_scratch``: VRAM that
+    is taken once as soon as there is an attention block."""
 
     vram: int
     ram: int
+    attention_scratch: int = 0
+
+    @property
+    def beside_attention(self) -> "Capacities":
+        """What is left where attention may be placed."""
+        return replace(self, vram=max(0, self.vram - self.attention_scratch))
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,24 @@ def best_placement(
     solver: SolverOptions,
 ) -> Placement:
     """The placement of least value over both homes of the residual stream (the accelerator can only be home
-    when attention may be placed there).
+    when attention may be placed there), and without any attention there, which saves its scratch.
 
     Raises PlanError with the numbers when the RAM does not hold what the VRAM cannot take.
     """
-    homes: tuple[Home, ...] = ("cpu", "gpu") if "attention" in options.engine.placeable else ("cpu",)
-    found = [_placement(inputs, capacities, replace(options, home=h), objective, solver) for h in homes]
+    engine = options.engine
+    without = replace(options, engine=replace(engine, placeable=engine.placeable - {"attention"}))
+    tries = [(without, capacities)]
+    if "attention" in engine.placeable and inputs.machine.gpu is not None:
+        homes: tuple[Home, ...] = ("cpu", "gpu")
+        tries += [(replace(options, home=home), capacities.beside_attention) for home in homes]
+    found, refusals = [], []
+    for tried, left in tries:
+        try:
+            found.append(_placement(inputs, left, tried, objective, solver))
+        except PlanError as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[-1]
     return min(found, key=lambda placement: placement.solution.value)
 
 
@@ -88,7 +107,7 @@ def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...
             made = layer_levels if layer.experts is None else expert_levels
             known[key] = made(index, inputs, options)
         tables.append(replace(known[key], unit=f"layer {index}"))
-    return (*tables, head_levels(inputs.shape, inputs.machine, options))
+    return (*tables, head_levels(inputs.shape, inputs.machine, inputs.workload.batch, options))
 
 
 def as_problem(tables: Sequence[LevelTable], capacities: Capacities, objective: Objective) -> Problem:

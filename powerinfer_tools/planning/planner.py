@@ -25,8 +25,8 @@ from powerinfer_tools.planning.placement import Capacities, Objective, Placement
 from powerinfer_tools.planning.shapes import ModelShape, NeuronBytes, neuron_bytes
 
 Vector = npt.NDArray[np.float64]
-#: Left free when no budget is given: VRAM for the display, the CUDA context and the allocator; RAM for the
-#: system.
+#: Left free when no budget is given: VRAM for the display, the CUDA context and what the engine leaves free
+#: by itself (:data:`powerinfer_tools.hot.sizes.MARGIN`, a quarter of this); RAM for the system.
 VRAM_MARGIN = 1 << 30
 RAM_MARGIN_SHARE = 0.1
 DEFAULT_CONTEXT = 4096
@@ -99,13 +99,14 @@ def plan_outcome(
     inputs = Inputs(
         shape, machine, workload, frequencies.layers, sizes, frequencies.predictors, frequencies.thresholds
     )
-    scratch = memory.gpu_scratch_bytes(shape, workload.batch)
+    scratch = _hot_scratch(shape, workload, frequencies, options.engine)
     smallest, what = _smallest_unit(shape, sizes, options)
-    if budgets.vram and machine.gpu is not None and vram < scratch + smallest:
+    reserve = memory.VRAM_RESERVE
+    if budgets.vram and machine.gpu is not None and vram < reserve + scratch.neurons + smallest:
         raise PlanError(
-            f"a VRAM budget of {vram:,} bytes is too small: {scratch:,} bytes of scratch and {smallest:,} "
-            f"bytes for {what} need {scratch + smallest:,}; give more --vram, or --vram 0 to plan without "
-            "the GPU"
+            f"a VRAM budget of {vram:,} bytes is too small: {reserve:,} bytes that are kept for the driver, "
+            f"{scratch.neurons:,} bytes of scratch and {smallest:,} bytes for {what} need "
+            f"{reserve + scratch.neurons + smallest:,}; give more --vram, or --vram 0 to plan without the GPU"
         )
     fixed = memory.fixed_ram_bytes(shape, workload, predicted=any(frequencies.predictors))
     room = ram - sum(fixed.values())
@@ -114,7 +115,7 @@ def plan_outcome(
             f"a RAM budget of {ram:,} bytes is too small: embedding, scratch and norms alone need "
             f"{sum(fixed.values()):,}"
         )
-    capacities = Capacities(vram=max(0, vram - scratch), ram=room)
+    capacities = Capacities(max(0, vram - reserve - scratch.neurons), room, scratch.attention)
     levels = LevelOptions(options.group, options.engine)
     placement = best_placement(inputs, capacities, levels, options.objective, options.solver)
     if not placement.uses_predictors:
@@ -129,7 +130,7 @@ def plan_outcome(
         sizes=sizes,
         placement=placement,
         memory=_memory_use(placement, inputs, scratch, fixed, vram, ram),
-        fits_whole=machine.gpu is not None and 0 < whole <= capacities.vram,
+        fits_whole=machine.gpu is not None and 0 < whole <= capacities.beside_attention.vram,
     )
 
 
@@ -144,6 +145,24 @@ def _smallest_unit(
         for size, layer in zip(sizes, shape.layers, strict=True)
     )
     return min(groups), f"one group of {options.group} neurons"
+
+
+@dataclass(frozen=True)
+class _HotScratch:
+    """VRAM that is taken once: for neurons (and predictors, where there are any), and for attention."""
+
+    neurons: int
+    attention: int
+
+
+def _hot_scratch(
+    shape: ModelShape, workload: Workload, frequencies: Frequencies, engine: Capabilities
+) -> _HotScratch:
+    neurons = memory.gpu_scratch_bytes(shape, workload.batch)
+    if "predictors" in engine.placeable and any(frequencies.predictors):
+        neurons += memory.gpu_predictor_scratch_bytes(shape, workload.batch)
+    moved = "attention" in engine.placeable
+    return _HotScratch(neurons, memory.gpu_attention_scratch_bytes(shape, workload) if moved else 0)
 
 
 def _workload(shape: ModelShape, options: PlanOptions) -> Workload:
@@ -195,27 +214,41 @@ def _ram_budget(machine: Machine, budgets: Budgets) -> int:
 
 
 def _memory_use(
-    placement: Placement, inputs: Inputs, scratch: int, fixed: Mapping[str, int], vram: int, ram: int
+    placement: Placement,
+    inputs: Inputs,
+    scratch: _HotScratch,
+    fixed: Mapping[str, int],
+    vram: int,
+    ram: int,
 ) -> MemoryUse:
     """Count what the chosen levels take, unit by unit."""
     shape, workload = inputs.shape, inputs.workload
     on_gpu = {"ffn": 0, "predictors": 0, "attention": 0, "kv_cache": 0, "head": 0}
     on_cpu = dict(on_gpu)
-    cache = memory.kv_cache_bytes(shape, workload)
+    moved = 0
     for index, (table, k) in enumerate(zip(placement.tables, placement.solution.choice, strict=True)):
-        side = on_gpu if table.block_hot[k] else on_cpu
+        there = bool(table.block_hot[k])
         if index == len(shape.layers):
-            side["head"] += shape.head.packed_nbytes
+            on_gpu["head"] += int(table.vram[k])
+            on_cpu["head"] += int(table.ram[k])
             continue
         layer = shape.layers[index]
         ffn = ffn_bytes(layer, inputs.sizes[index], table, int(k))
         on_gpu["ffn"] += ffn.vram
         on_cpu["ffn"] += ffn.ram
-        side["attention"] += memory.attention_bytes(layer)
+        moved += there
+        if there:
+            on_gpu["attention"] += memory.gpu_attention_bytes(layer)
+            on_gpu["kv_cache"] += memory.gpu_cache_bytes(shape, workload)
+        else:
+            on_cpu["attention"] += memory.attention_bytes(layer)
+            on_cpu["kv_cache"] += memory.kv_cache_bytes(shape, workload)
         if shape.routed:
+            side = on_gpu if there else on_cpu
             side["router"] = side.get("router", 0) + router_bytes(layer)
-        side["kv_cache"] += cache
         (on_gpu if table.predictor_hot[k] else on_cpu)["predictors"] += int(table.predictor_bytes[k])
-    on_gpu["scratch"] = scratch if any(on_gpu.values()) else 0
+    if any(on_gpu.values()):
+        on_gpu["scratch"] = scratch.neurons + (scratch.attention if moved else 0)
+        on_gpu["reserve"] = memory.VRAM_RESERVE
     on_cpu |= fixed
     return MemoryUse(sum(on_gpu.values()), vram, sum(on_cpu.values()), ram, on_gpu, on_cpu)

@@ -86,12 +86,14 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
     accelerator as fit beside the scratch, then the head; every neuron is computed; one hand-over a token."""
     shape, machine, workload = outcome.shape, outcome.machine, outcome.workload
     parts = dict.fromkeys(cpu_only_parts(outcome), 0.0)
-    room = outcome.memory.vram_capacity - memory.gpu_scratch_bytes(shape, workload.batch)
+    room = outcome.memory.vram_capacity - memory.VRAM_RESERVE
+    room -= memory.gpu_scratch_bytes(shape, workload.batch)
+    room -= memory.gpu_attention_scratch_bytes(shape, workload)
     there = 0
     for layer, size in zip(shape.layers, outcome.sizes, strict=True):
         nbytes, router = token_bytes(layer, size), router_bytes(layer)
-        whole = whole_bytes(layer, size) + router + memory.attention_bytes(layer)
-        whole += memory.kv_cache_bytes(shape, workload)
+        whole = whole_bytes(layer, size) + router + memory.gpu_attention_bytes(layer)
+        whole += memory.gpu_cache_bytes(shape, workload)
         block = costs.attention_seconds(shape, layer, machine, workload)
         if machine.gpu is not None and whole <= room:
             room -= whole
@@ -104,7 +106,7 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
         curve = machine.ffn_curve(layer.width, size.types, layer.up.rows)
         parts["cold"] += float(costs.dense_seconds(np.array([float(nbytes.ram)]), machine, curve)[0])
     head = costs.head_seconds(shape, machine)
-    head_there = there == len(shape.layers) and shape.head.packed_nbytes <= room
+    head_there = there == len(shape.layers) and memory.gpu_head_bytes(shape, workload.batch) <= room
     parts["head"] = head.gpu if head_there else head.cpu
     if machine.gpu is not None and there:
         parts["sync"] = costs.sync_seconds(machine.gpu, shape.width)

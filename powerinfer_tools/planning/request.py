@@ -9,7 +9,7 @@ from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning.capabilities import ALL_PLACED, this_version
+from powerinfer_tools.planning.capabilities import ALL_PLACED, capabilities_of
 from powerinfer_tools.planning.frequencies import Frequencies, model_frequencies
 from powerinfer_tools.planning.machine import machine_of
 from powerinfer_tools.planning.offer import Offer, offer
@@ -95,27 +95,22 @@ def make_plan(
     """Place ``shape`` on ``hardware``. Equal inputs give equal plans, byte for byte. Raises PlanError.
 
     ``offered``: the predictors that may be used; None: those that are published for a shape. ``thresholds``:
-    those that may be used. The plan of a
-    shape, which no file belongs to, counts on an engine that places every unit; the speed of this version
-    stands beside its own.
+    those that may be used. The plan of a shape, which no file belongs to, counts on an engine that places
+    every unit; where this version cannot, its speed stands beside.
     """
     known = model_frequencies(shape, profile)
     if offered is not None:
         known = replace(known, predictors=offered.layers)
     if thresholds is not None:
         known = replace(known, thresholds=thresholds.layers)
-    if shape.fingerprint is None:
-        options = replace(options, engine=ALL_PLACED)
-    elif shape.routed:
-        options = replace(options, engine=this_version(experts=True))
+    ours = capabilities_of(shape)
+    options = replace(options, engine=ALL_PLACED if shape.fingerprint is None else ours)
     machine = machine_of(hardware)
     outcome = plan_outcome(shape, known, machine, budgets, options)
     plan = plan_of(outcome, hardware, profile)
     beside = predictions(outcome)
-    if shape.fingerprint is None:
-        today = plan_outcome(
-            shape, known, machine, budgets, replace(options, engine=this_version(experts=shape.routed))
-        )
+    if options.engine != ours:
+        today = plan_outcome(shape, known, machine, budgets, replace(options, engine=ours))
         beside["powerinfer-this-version"] = predictions(today)["powerinfer"]
     return replace(
         plan,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from powerinfer_tools.planning.capabilities import this_version
+from powerinfer_tools.planning.capabilities import capabilities_of
 from powerinfer_tools.planning.expert_memory import experts_of
 from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.greedy import fastest_alike, nothing_hot
@@ -189,10 +189,10 @@ def _stays(outcome: Outcome) -> str:
     if outcome.frequencies.predictors:
         names["predictors"] = "predictors"
     stays = [name for unit, name in names.items() if unit not in outcome.options.engine.placeable]
-    if outcome.shape.routed and "attention" not in outcome.options.engine.placeable:
-        stays.append("routers")
-    text = f"Not placed by this plan, always on the CPU: {', '.join([*stays, 'norms', 'embedding'])}."
-    if outcome.options.engine != this_version(experts=outcome.shape.routed):
+    if "attention" not in outcome.options.engine.placeable:
+        stays += ["routers", "norms"] if outcome.shape.routed else ["norms"]
+    text = f"Not placed by this plan, always on the CPU: {', '.join([*stays, 'embedding'])}."
+    if outcome.options.engine != capabilities_of(outcome.shape):
         text += (
             " It counts on an engine that can place all else and skips hot neurons too; what this version "
             "does stands beside it (powerinfer-this-version)."

@@ -44,7 +44,7 @@ def test_profile_train_plan_convert_run(
     assert profile["path"] == "tiny.profile.safetensors"
     trained = stage(where, monkeypatch, "train", "-m", "tiny/", "--budget", "0.9", "--recall", "0.8")
     assert trained["path"] == "tiny.predictors.safetensors"
-    stage(where, monkeypatch, "plan", "-m", "tiny", "--hardware", "pc-low", "--vram", "1MiB", "--ctx", "64")
+    stage(where, monkeypatch, "plan", "-m", "tiny", "--hardware", "pc-low", "--vram", "33MiB", "--ctx", "64")
     assert (where / "tiny.plan.json").is_file()
     report = stage(where, monkeypatch, "convert", "-m", "tiny")
     assert report["output"] == "tiny.powerinfer.gguf"

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, powerinfer: 
     (folder / "text.txt").write_text(TEXT)
     for words in (
         "profile -m model.gguf --corpus text.txt --tokens 512",
-        "plan -m model.gguf --vram 40MiB --hardware pc-low --ctx 512",
+        "plan -m model.gguf --vram 72MiB --hardware pc-low --ctx 512",
     ):
         ended = powerinfer(*words.split(), cwd=folder)
         assert ended.code == 0, ended.err

@@ -52,7 +52,7 @@ def plan(powerinfer: Command, folder: Path, profile: dict[str, Any]) -> dict[str
         "-m",
         "model.gguf",
         "--vram",
-        "40MiB",
+        "72MiB",
         "--hardware",
         "pc-low",
         "--ctx",
@@ -124,10 +124,10 @@ def test_plan_prints_its_file(powerinfer: Command, folder: Path, plan: dict[str,
     import json
 
     assert plan == json.loads((folder / "model.plan.json").read_text())
-    assert plan["memory"]["vram_used"] <= 40 * 2**20
+    assert plan["memory"]["vram_used"] <= 72 * 2**20
     assert any(layer["hot_neurons"] for layer in plan["layers"])
     again = powerinfer(
-        "plan", "-m", "model.gguf", "--vram", "40MiB", "--hardware", "pc-low", "--ctx", "1024",
+        "plan", "-m", "model.gguf", "--vram", "72MiB", "--hardware", "pc-low", "--ctx", "1024",
         "-o", "again.json", cwd=folder,
     )  # fmt: skip
     assert again.code == 0, again.err
@@ -174,7 +174,7 @@ def test_the_split_file_runs_with_its_hot_side_in_torch(
         # likeliest tokens are nearly as likely. These tokens are far from that.
         assert shown["text"].startswith(" Paris.\n\nThe"), options
         vram.append(shown["memory"]["vram"])
-    assert vram[1] < vram[0] <= 40 * 2**20
+    assert vram[1] < vram[0] <= 72 * 2**20
 
 
 def test_a_seed_repeats_a_run(powerinfer: Command, folder: Path) -> None:

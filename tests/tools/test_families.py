@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from engine_logits import logits
+from plan_cases import granted
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
@@ -21,7 +22,7 @@ from powerinfer_tools.engine.observation import counters
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hardware.presets import PC_LOW
 from powerinfer_tools.model import load_model
-from powerinfer_tools.planning.planner import Budgets, PlanOptions
+from powerinfer_tools.planning.planner import PlanOptions
 from powerinfer_tools.planning.request import make_plan
 from powerinfer_tools.planning.shapes import shape_of_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
@@ -66,7 +67,7 @@ class Pipeline:
         self.plan = folder / "tiny.plan.json"
         model = load_model(self.tiny.path)
         options = PlanOptions(objective="frequency", context=64, group=16, batch=16)
-        budgets = Budgets(230_000, None)
+        budgets = granted(230_000)
         make_plan(shape_of_model(model), Profile.load(self.profile), PC_LOW, budgets, options).save(self.plan)
         self.split = self._convert(self.plan, "planned")
         cold = folder / "cold.plan.json"

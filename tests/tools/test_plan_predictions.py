@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from plan_cases import machine, shape
+from plan_cases import NEURONS_ONLY, granted, machine, shape
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.hardware.presets import PC_LOW
 from powerinfer_tools.planning.frequencies import Frequencies
-from powerinfer_tools.planning.memory import gpu_scratch_bytes
+from powerinfer_tools.planning.memory import Workload, gpu_attention_scratch_bytes, gpu_scratch_bytes
 from powerinfer_tools.planning.milp import SolverOptions
 from powerinfer_tools.planning.picture import draw_predictions
 from powerinfer_tools.planning.planner import Budgets, PlanOptions, plan_outcome
 from powerinfer_tools.planning.predictions import predictions, sensitivity
 from powerinfer_tools.planning.request import make_plan
 
-OPTIONS = PlanOptions(solver=SolverOptions(gap=0.0), context=1024)
+OPTIONS = PlanOptions(solver=SolverOptions(gap=0.0), context=1024, engine=NEURONS_ONLY)
 UNKNOWN = Frequencies(None, "nothing is known")
 #: Bytes of a neuron of width 256: gate and up in Q4_1, down in Q8_0.
 NEURON = 2 * 160 + 272
@@ -27,8 +27,8 @@ def test_predictions_beside_the_plan_follow_their_formulas() -> None:
     model = shape(4, 128)
     layer_bytes = 768 * 160 + 8 * 256 + 128 * NEURON
     whole = layer_bytes + 2 * 2 * 2 * 64 * 1024
-    vram = gpu_scratch_bytes(model, 512) + whole + 100
-    result = plan_outcome(model, UNKNOWN, machine(), Budgets(vram), OPTIONS)
+    vram = gpu_scratch_bytes(model, 512) + gpu_attention_scratch_bytes(model, Workload(1024)) + whole + 100
+    result = plan_outcome(model, UNKNOWN, machine(), granted(vram), OPTIONS)
     found = predictions(result)
     assert list(found) == ["powerinfer", "layer-offload", "cpu"]
     assert found["powerinfer"].tokens_per_second == 1 / result.placement.seconds
@@ -47,7 +47,7 @@ def test_predictions_beside_the_plan_follow_their_formulas() -> None:
 def test_better_hardware_is_never_slower_and_faster_memory_scales_the_cpu() -> None:
     model = shape(4, 512)
     for vram in (None, 6 << 20):
-        on, budgets = machine(vram=None if vram is None else 1 << 32), Budgets(vram)
+        on, budgets = machine(vram=None if vram is None else 1 << 32), granted(vram)
         base = 1 / plan_outcome(model, UNKNOWN, on, budgets, OPTIONS).placement.seconds
         better = sensitivity(model, UNKNOWN, on, budgets, OPTIONS)
         assert ("vram_plus_1_gib" in better) == (vram is not None)
@@ -73,14 +73,22 @@ def test_picture_has_a_bar_for_every_prediction(ending: str, start: bytes, tmp_p
         draw_predictions(plan, tmp_path / "plan.gif")
 
 
-def test_a_shape_has_the_speed_of_this_version_beside_it() -> None:
-    """A shape is planned with every unit placed; a model by what this version can do."""
+def test_a_shape_has_the_speed_of_a_lesser_version_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape is planned with every unit placed; a model by what this version can do. Where that is the same,
+    nothing has to stand beside."""
+    model = replace(shape(4, 2048), fingerprint="ab" * 32)
+    plans = [make_plan(made, None, PC_LOW, Budgets(), OPTIONS) for made in (shape(4, 2048), model)]
+    for plan in plans:
+        assert list(plan.predictions) == ["powerinfer", "layer-offload", "cpu"]
+        assert (plan.provenance.engine, plan.provenance.predictors) == ("this version", "none")
+    for module in ("request", "plan_file", "verdict"):
+        monkeypatch.setattr(f"powerinfer_tools.planning.{module}.capabilities_of", lambda _: NEURONS_ONLY)
     plan = make_plan(shape(4, 2048), None, PC_LOW, Budgets(), OPTIONS)
     found = {name: prediction.tokens_per_second for name, prediction in plan.predictions.items()}
     assert list(found) == ["powerinfer", "layer-offload", "cpu", "powerinfer-this-version"]
     assert found["powerinfer"] >= found["powerinfer-this-version"] >= found["cpu"]
-    assert (plan.provenance.engine, plan.provenance.predictors) == ("every unit placed", "none")
+    assert plan.provenance.engine == "every unit placed"
     assert "powerinfer-this-version" in plan.verdict
-    of_model = make_plan(replace(shape(4, 2048), fingerprint="ab" * 32), None, PC_LOW, Budgets(), OPTIONS)
+    of_model = make_plan(model, None, PC_LOW, Budgets(), OPTIONS)
     assert of_model.provenance.engine == "this version"
     assert of_model.predictions["powerinfer"].tokens_per_second == found["powerinfer-this-version"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plan_cases import machine, shape, skewed_frequencies
+from plan_cases import NEURONS_ONLY, granted, machine, shape, skewed_frequencies
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.errors import OtherModel
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
@@ -21,15 +21,21 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning import PlanRequest, make_plan
-from powerinfer_tools.planning.capabilities import ALL_PLACED, THIS_VERSION, Capabilities
+from powerinfer_tools.planning.capabilities import ALL_PLACED, Capabilities
 from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.frequencies import Frequencies
 from powerinfer_tools.planning.levels import Inputs, LevelOptions
-from powerinfer_tools.planning.memory import gpu_scratch_bytes
+from powerinfer_tools.planning.memory import (
+    VRAM_RESERVE,
+    Workload,
+    gpu_attention_scratch_bytes,
+    gpu_predictor_scratch_bytes,
+    gpu_scratch_bytes,
+)
 from powerinfer_tools.planning.milp import SolverOptions
 from powerinfer_tools.planning.placement import level_tables
-from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.planning.planner import Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.planning.predictors import PredictorShape, low_rank, predicted_frequencies
 from powerinfer_tools.planning.shapes import ModelShape
 from powerinfer_tools.profiling import ProfileOptions, run_profile
@@ -56,9 +62,9 @@ def outcome(
     known = Frequencies(
         skewed_frequencies(len(model.layers), model.layers[0].neurons, seed), "made up", predictors
     )
-    chosen = PlanOptions(solver=SolverOptions(gap=0.0), context=1024)
+    chosen = PlanOptions(solver=SolverOptions(gap=0.0), context=1024, engine=NEURONS_ONLY)
     chosen = replace(chosen, **options)  # type: ignore[arg-type]
-    return plan_outcome(model, known, on or machine(), Budgets(vram), chosen)
+    return plan_outcome(model, known, on or machine(), granted(vram), chosen)
 
 
 def modes(result: Outcome) -> list[str]:
@@ -171,17 +177,18 @@ def test_memory_of_predictors_is_counted_to_the_byte() -> None:
     st.integers(0, 50),
     st.sampled_from(["time", "frequency"]),
     st.sampled_from(
-        [THIS_VERSION, ALL_PLACED, Capabilities(frozenset({"ffn", "attention"}), sparse_hot=True)]
+        [NEURONS_ONLY, ALL_PLACED, Capabilities(frozenset({"ffn", "attention"}), sparse_hot=True)]
     ),
 )
 def test_with_predictors_no_budget_is_broken_and_no_simple_placement_is_better(
     layers: int, groups: int, seed: int, objective: str, engine: Capabilities
 ) -> None:
     model = shape(layers, 200, activation="relu")
-    vram = gpu_scratch_bytes(model, 512) + (16 + groups) * NEURON
+    once = gpu_scratch_bytes(model, 512) + gpu_predictor_scratch_bytes(model, 512)
+    vram = once + (16 + groups) * NEURON
     small = replace(PREDICTOR, shared_bytes=100 * (seed % 9), neuron_bytes=seed % 40 + 1)
     result = outcome(model, (small,) * layers, vram, seed=seed, objective=objective, group=16, engine=engine)
-    assert result.memory.vram_used <= vram
+    assert result.memory.vram_used <= vram + VRAM_RESERVE
     assert result.memory.ram_used <= result.memory.ram_capacity
     solution = result.placement.solution
     for value in result.placement.greedy.values():
@@ -190,18 +197,21 @@ def test_with_predictors_no_budget_is_broken_and_no_simple_placement_is_better(
 
 def test_with_predictors_the_plan_is_the_best_of_all_placements() -> None:
     model = shape(2, 128, activation="relu")
-    budget = gpu_scratch_bytes(model, 512) + 150 * NEURON
+    once = gpu_scratch_bytes(model, 512) + gpu_predictor_scratch_bytes(model, 512)
+    attention = gpu_attention_scratch_bytes(model, Workload(1024))
+    budget = once + attention + 150 * NEURON
     result = outcome(model, (PREDICTOR,) * 2, budget, engine=ALL_PLACED)
     best = np.inf
-    capacity = budget - gpu_scratch_bytes(model, 512)
-    for home in ("cpu", "gpu"):
+    without = replace(ALL_PLACED, placeable=ALL_PLACED.placeable - {"attention"})
+    tries = [("cpu", without, 0), ("cpu", ALL_PLACED, attention), ("gpu", ALL_PLACED, attention)]
+    for home, engine, taken in tries:
         inputs = Inputs(
             model, result.machine, result.workload, result.frequencies.layers, result.sizes, (PREDICTOR,) * 2
         )
-        tables = level_tables(inputs, LevelOptions(64, ALL_PLACED, home))  # type: ignore[arg-type]
+        tables = level_tables(inputs, LevelOptions(64, engine, home))  # type: ignore[arg-type]
         for choice in itertools.product(*(range(len(table)) for table in tables)):
             pairs = list(zip(tables, choice, strict=True))
-            if sum(int(table.vram[k]) for table, k in pairs) <= capacity:
+            if sum(int(table.vram[k]) for table, k in pairs) <= budget - once - taken:
                 best = min(best, sum(float(table.seconds[k]) for table, k in pairs))
     assert result.placement.seconds == pytest.approx(best, rel=1e-12)
 

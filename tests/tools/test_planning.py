@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plan_cases import machine, shape, skewed_frequencies
+from plan_cases import NEURONS_ONLY, granted, machine, shape, skewed_frequencies
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.hardware import FFNCurve, HardwareProfile
 from powerinfer_formats.plan import Plan
@@ -20,7 +20,12 @@ from powerinfer_tools.planning.capabilities import Capabilities
 from powerinfer_tools.planning.costs import Gpu, Machine
 from powerinfer_tools.planning.frequencies import Frequencies
 from powerinfer_tools.planning.machine import REACHABLE_SHARE, machine_of
-from powerinfer_tools.planning.memory import gpu_scratch_bytes
+from powerinfer_tools.planning.memory import (
+    VRAM_RESERVE,
+    Workload,
+    gpu_attention_scratch_bytes,
+    gpu_scratch_bytes,
+)
 from powerinfer_tools.planning.milp import SolverOptions
 from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.planning.published import PUBLISHED, published_shape
@@ -47,12 +52,12 @@ def outcome(
     ram: int | None = None,
     **options: object,
 ) -> Outcome:
-    chosen = PlanOptions(solver=SolverOptions(gap=0.0), context=1024)
+    chosen = PlanOptions(solver=SolverOptions(gap=0.0), context=1024, engine=NEURONS_ONLY)
     return plan_outcome(
         model,
         frequencies,
         on or machine(),
-        Budgets(vram, ram),
+        granted(vram, ram),
         replace(chosen, **options),  # type: ignore[arg-type]
     )
 
@@ -70,7 +75,7 @@ def test_memory_to_the_byte() -> None:
     result = outcome(shape(), GPU_SCRATCH + 700 * NEURON)
     hot = sum(hot_counts(result))
     assert 0 < hot <= 700
-    assert result.memory.vram_used == hot * NEURON + GPU_SCRATCH
+    assert result.memory.vram_used == hot * NEURON + GPU_SCRATCH + VRAM_RESERVE
     matrices = (256 + 128 + 128 + 256) * 160
     cache = 2 * 64 * 2 * (1024 + 1024)  # 2 heads of 64 values in half precision, keys and values
     activations = 4 * (1 + 4 * 256 + 2 * 256 + 2 * 128 + 2 * 512)
@@ -92,10 +97,10 @@ def test_memory_to_the_byte() -> None:
 
 def test_memory_agrees_with_the_engines_own_counts() -> None:
     from powerinfer_tools.engine.head import HEAD_ROWS
-    from powerinfer_tools.hot import placement
+    from powerinfer_tools.hot import placement, sizes
     from powerinfer_tools.planning import memory
 
-    assert (memory.CHUNK_ROWS, memory.HEAD_ROWS) == (placement.CHUNK_ROWS, HEAD_ROWS)
+    assert memory.HEAD_ROWS == sizes.HEAD_ROWS == HEAD_ROWS
 
     class Layer:
         neuron_bytes, width, neurons = NEURON, 256, 512
@@ -112,7 +117,7 @@ def test_no_plan_exceeds_its_budgets_or_loses_to_a_simple_placement(
     model = shape(layers, 200, activation="relu")
     vram = gpu_scratch_bytes(model, 512) + (16 + groups) * NEURON
     result = outcome(model, vram, frequencies=known(model, seed), objective=objective, group=16)
-    assert result.memory.vram_used <= vram
+    assert result.memory.vram_used <= vram + VRAM_RESERVE
     assert result.memory.ram_used <= result.memory.ram_capacity
     solution = result.placement.solution
     assert solution.bound <= solution.value
@@ -217,12 +222,12 @@ def test_more_vram_is_never_slower() -> None:
 
 def test_placing_more_kinds_of_units_is_never_slower_and_keeps_the_budget() -> None:
     model = shape(activation="relu")
-    budget = GPU_SCRATCH + 1000 * NEURON
+    budget = GPU_SCRATCH + gpu_attention_scratch_bytes(model, Workload(1024)) + 1000 * NEURON
     seconds = []
     for placeable in ({"ffn"}, {"ffn", "attention"}, {"ffn", "attention", "head"}):
         engine = Capabilities(frozenset(placeable), sparse_hot=False)
         result = outcome(model, budget, frequencies=known(model), engine=engine)
-        assert result.memory.vram_used <= budget
+        assert result.memory.vram_used <= budget + VRAM_RESERVE
         units = result.memory.vram_units
         assert ("attention" in placeable) or units["attention"] == units["kv_cache"] == 0
         assert ("head" in placeable) or units["head"] == 0
@@ -256,8 +261,10 @@ def test_ram_budget_forces_neurons_onto_the_gpu_or_is_refused_with_numbers() -> 
 
 def test_too_small_a_vram_budget_is_refused_with_numbers() -> None:
     least = GPU_SCRATCH + 64 * NEURON
-    assert outcome(shape(), least).memory.vram_used <= least
-    with pytest.raises(PlanError, match=f"{least - 1:,} bytes is too small.*need {least:,}"):
+    total = least + VRAM_RESERVE
+    assert outcome(shape(), least).memory.vram_used <= total
+    needs = f"{total - 1:,} bytes is too small: {VRAM_RESERVE:,} bytes that are kept.*need {total:,}"
+    with pytest.raises(PlanError, match=needs):
         outcome(shape(), least - 1)
     with pytest.raises(PlanError, match="negative"):
         outcome(shape(), -1)
@@ -351,7 +358,8 @@ def test_machines_that_cannot_be_are_refused(change: dict[str, object]) -> None:
 def test_a_large_plan_is_near_its_bound() -> None:
     model = published_shape("relu-llama-2-70b", "q4_0")
     frequencies = Frequencies(skewed_frequencies(80, 28672), "made up")
-    result = plan_outcome(model, frequencies, machine_of(PC_HIGH), Budgets(), PlanOptions())
+    options = PlanOptions(engine=NEURONS_ONLY)
+    result = plan_outcome(model, frequencies, machine_of(PC_HIGH), Budgets(), options)
     solution = result.placement.solution
     assert solution.gap <= 1e-3
     assert solution.status == "optimal"

@@ -1,0 +1,28 @@
+"""How a model is laid out for the engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.thresholds import FactorThresholds
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None:
+    none).
+
+    ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
+    compute beside every prediction what it should have found. ``thresholds``: of each layer of a
+    source model.
+    """
+
+    batch: int
+    context: int
+    mode: str | None
+    device: str
+    vram: int | None
+    kv_type: str = "f16"
+    observed: Sequence[LayerCounters] | None = None
+    check_recall: bool = False
+    thresholds: Sequence[FactorThresholds] | None = None

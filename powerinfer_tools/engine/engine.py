@@ -57,7 +57,8 @@ class Engine:
         started = time.perf_counter()
         self.model = model
         self.context = _check_context(model, context)
-        require_memory(model, self.context, kv_type, available_ram_bytes())
+        if device != "cuda":  # the layers judge it when they know what the GPU holds
+            require_memory(model, self.context, kv_type, available_ram_bytes())
         self._pool = Pool(threads, isa)
         batch = max(1, min(batch, self.context))
         options = StackOptions(

@@ -20,7 +20,7 @@ from powerinfer_tools.engine.ffn import (
     write_recall_check,
 )
 from powerinfer_tools.engine.hot_steps import HotSteps
-from powerinfer_tools.engine.memory import kv_bytes_per_position
+from powerinfer_tools.engine.memory import kv_bytes_per_position, require_memory
 from powerinfer_tools.engine.modes import layer_modes
 from powerinfer_tools.engine.recall import RecallCheck, recall_of
 from powerinfer_tools.engine.rotary import layer_tables
@@ -29,6 +29,7 @@ from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.ffn_weights import ExpertsFFN
+from powerinfer_tools.hardware.detect import available_ram_bytes
 from powerinfer_tools.hot import HotSide, open_hot_side
 from powerinfer_tools.hot.expert_routes import HotExpertSide, open_hot_experts
 from powerinfer_tools.hot.placement import Workload
@@ -415,9 +416,20 @@ class LayerStack:
 def _open_hot(
     model: Model, options: StackOptions, work: Workload
 ) -> tuple[HotSide | None, HotExpertSide | None, Sequence[str]]:
-    """The hot side of the model's kind, if there is to be one, and what must be said."""
+    """The hot side of the model's kind, if there is to be one, and what must be said. Raises ModelError where
+    what is not in a GPU's memory does not fit in the machine's."""
+    side, experts = None, None
     if model.hyper.routing is None:
         side, notices = open_hot_side(model, options.device, options.vram, work)
-        return side, None, notices
-    experts, notices = open_hot_experts(model, options.device, options.vram, options.batch)
-    return None, experts, notices
+    else:
+        experts, notices = open_hot_experts(model, options.device, options.vram, options.batch)
+    if options.device == "cuda":
+        opened = side or experts
+        try:
+            held = side.stored_bytes if side else experts.nbytes if experts else 0
+            require_memory(model, options.context, options.kv_type, available_ram_bytes(), held)
+        except ModelError:
+            if opened:
+                opened.close()
+            raise
+    return side, experts, notices

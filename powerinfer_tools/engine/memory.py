@@ -14,8 +14,9 @@ def kv_bytes_per_position(hyper: Hyperparameters, kind: str) -> float:
     return 2 * hyper.kv_width * (1 + 2 / 32 if kind == "q8_0" else 2)
 
 
-def require_memory(model: Model, context: int, kv_type: str, available: int) -> None:
-    """Raise ModelError when packed weights and KV cache exceed ``available`` bytes (0: unknown).
+def require_memory(model: Model, context: int, kv_type: str, available: int, elsewhere: int = 0) -> None:
+    """Raise ModelError when packed weights and KV cache exceed ``available`` bytes (0: unknown), but for
+    those that are ``elsewhere``, in the memory of a GPU.
 
     Packed weights take about what they take in the file, as rows are padded to whole tiles; the file itself
     stays mapped, and its pages can be dropped.
@@ -23,11 +24,12 @@ def require_memory(model: Model, context: int, kv_type: str, available: int) -> 
     hyper = model.hyper
     weights = sum(info.nbytes for info in model.gguf.tensors.values())
     cache = round(context * kv_bytes_per_position(hyper, kv_type) * hyper.layers)
-    if not available or weights + cache + MARGIN <= available:
+    if not available or weights + cache - elsewhere + MARGIN <= available:
         return
     mib = 1 << 20
+    there = f", but for {elsewhere // mib} MiB in VRAM," if elsewhere else ""
     raise ModelError(
         f"{model.path}: {weights // mib} MiB of weights and {cache // mib} MiB of KV cache for a context of "
-        f"{context} do not fit in the {available // mib} MiB of memory that are free; ask for a shorter "
-        "context (-c) or a smaller cache (--kv-type q8_0), or take a smaller model"
+        f"{context}{there} do not fit in the {available // mib} MiB of memory that are free; ask for a "
+        "shorter context (-c) or a smaller cache (--kv-type q8_0), or take a smaller model"
     )

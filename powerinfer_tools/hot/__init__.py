@@ -48,6 +48,10 @@ class HotSide(Protocol):
         """The part of it that one token reads as weights, in bytes."""
 
     @property
+    def stored_bytes(self) -> int:
+        """The part of it that holds weights and KV cache, in bytes."""
+
+    @property
     def peak_bytes(self) -> int | None:
         """The most device memory that was held; None where the device does not count it."""
 

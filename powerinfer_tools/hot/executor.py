@@ -198,6 +198,11 @@ class TorchHotSide:
         return self._size.weights
 
     @property
+    def stored_bytes(self) -> int:
+        """Device memory for weights and KV cache, in bytes."""
+        return self._size.weights + self._size.cache
+
+    @property
     def peak_bytes(self) -> int | None:
         """See :class:`powerinfer_tools.hot.HotSide`."""
         return self._backend.device.peak_bytes()

@@ -1,14 +1,17 @@
 """Attention with its KV cache, and the head, on the hot device: torch's CPU device, which overlaps as a GPU
 does and needs none."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.engine import Engine, layers, memory
+from powerinfer_tools.engine import engine as engine_module
+from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.hot.devices import DeviceLost
+from powerinfer_tools.hot.ffn import HotFFN
 from powerinfer_tools.hot.opening import planned_units
 from powerinfer_tools.hot.placement import OVERHEAD, Workload, units_size
 from powerinfer_tools.model import load_model
@@ -179,6 +182,24 @@ def test_what_does_not_fit_in_what_is_free_stays_on_the_cpu(
     assert "not its output head" in engine.notices[0]
 
 
+def test_what_a_gpu_holds_need_not_fit_in_ram(llama: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = llama.split([llama.neurons] * 3, attention=range(3), head=True)
+    model = load_model(path)
+    # The embedding stays outside; the tiny model's weights are less than what is left to the system.
+    room = memory.MARGIN + model.embedding.nbytes
+    monkeypatch.setattr(layers, "available_ram_bytes", lambda: room)
+    monkeypatch.setattr(engine_module, "available_ram_bytes", lambda: room)
+    gpu = FakeGpu(1 << 30)
+    on(monkeypatch, gpu)
+    Engine(model, threads=1, device="cuda", batch=5, context=40).close()
+    with pytest.raises(ModelError, match="of memory that are free"):
+        Engine(load_model(path), threads=1, batch=5, context=40)
+    on(monkeypatch, FakeGpu(1 << 30))
+    monkeypatch.setattr(layers, "available_ram_bytes", lambda: memory.MARGIN - (1 << 22))
+    with pytest.raises(ModelError, match=r"but for \d MiB in VRAM, do not fit in the"):
+        Engine(load_model(path), threads=1, device="cuda", batch=5, context=40)
+
+
 @pytest.mark.parametrize("when", ["submit", "wait"])
 def test_a_lost_device_takes_its_cache_along_which_is_an_error(
     llama: Prepared, monkeypatch: pytest.MonkeyPatch, when: str
@@ -199,3 +220,34 @@ def test_a_lost_device_gives_the_head_back(llama: Prepared, monkeypatch: pytest.
     engine = Engine(load_model(path), threads=1, device="cpu")
     assert np.array_equal(got, [engine.decode(token).copy() for token in tokens])
     engine.close()
+
+
+def test_both_sides_work_at_once_while_the_stream_is_on_the_device(
+    llama: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hot part goes on while the host computes the cold one; attention comes before both."""
+    pause, compute = 0.15, HotFFN.compute
+    monkeypatch.setattr(HotFFN, "compute", lambda *a: (time.sleep(pause), compute(*a))[1])
+    path = llama.split([GROUP] * 3, attention=range(3), head=True)
+    engine = Engine(load_model(path), threads=1, device="cpu")
+    stack, run = engine.stack, engine.stack.run
+    engine.prefill(llama.tiny.tokens(2))
+    cold = {(stop.ready, stop.needed) for stop in stack._stops}
+
+    def slow_run(first: int, last: int, *rest: int) -> None:
+        time.sleep(pause if (first, last) in cold else 0)
+        run(first, last, *rest)
+
+    monkeypatch.setattr(stack, "run", slow_run)
+    timeline = engine.trace()
+    started = time.perf_counter()
+    engine.decode(3)
+    taken = time.perf_counter() - started
+    engine.close()
+    assert 3 * pause <= taken < 0.8 * 3 * 2 * pause
+    for layer in range(3):
+        here, there = (
+            next(e for e in reversed(timeline.events) if (e.track, e.name, e.layer) == (track, name, layer))
+            for track, name in (("CPU", "cold"), ("hot side", "hot"))
+        )
+        assert min(here.end, there.end) - max(here.start, there.start) > 0.5 * pause

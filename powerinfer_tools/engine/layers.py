@@ -426,7 +426,7 @@ def _open_hot(
     if options.device == "cuda":
         opened = side or experts
         try:
-            held = side.stored_bytes if side else experts.nbytes if experts else 0
+            held = side.stored_bytes if side else experts.weight_bytes if experts else 0
             require_memory(model, options.context, options.kv_type, available_ram_bytes(), held)
         except ModelError:
             if opened:

@@ -96,7 +96,7 @@ def open_side(
         )
     spare = None if device.free_bytes() is None else partial(_spare, job)
     size = hot_size(layers, hot, widths, tokens)
-    return TorchExpertSide(backend, spare, size.total, notices), notices
+    return TorchExpertSide(backend, spare, size, notices), notices
 
 
 def _spare(job: _Job) -> ExpertBackend:

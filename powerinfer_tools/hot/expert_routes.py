@@ -34,6 +34,10 @@ class HotExpertSide(Protocol):
         """Device memory that was planned for and allocated, in bytes."""
 
     @property
+    def weight_bytes(self) -> int:
+        """The part of it that holds experts, in bytes."""
+
+    @property
     def peak_bytes(self) -> int | None:
         """The most device memory that was held; None where the device does not count it."""
 

@@ -20,6 +20,7 @@ from powerinfer_tools.hot.devices import Device, DeviceLost, Steps, Ticket
 from powerinfer_tools.hot.executor import Exchange
 from powerinfer_tools.hot.expert_routes import Route
 from powerinfer_tools.hot.experts import ExpertScratch, HotExperts, Routes, Taken
+from powerinfer_tools.hot.placement import HotSize
 
 Floats = npt.NDArray[np.float32]
 
@@ -117,10 +118,11 @@ class TorchExpertSide:
         self,
         backend: ExpertBackend,
         spare: Callable[[], ExpertBackend] | None,
-        nbytes: int,
+        size: HotSize,
         notices: Sequence[str] = (),
     ) -> None:
-        self._backend, self._spare, self.nbytes = backend, spare, nbytes
+        self._backend, self._spare = backend, spare
+        self.nbytes, self.weight_bytes = size.total, size.weights
         self._hot = [frozenset(layer.experts) if layer else frozenset[int]() for layer in backend.layers]
         self._running: _Launched | None = None
         self.seconds = self.waiting_seconds = 0.0

@@ -21,6 +21,9 @@ from powerinfer_formats.split_experts import SplitExperts, experts_name
 from powerinfer_kernels import available_isas
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine import engine as engine_face
+from powerinfer_tools.engine import layers as layer_stack
+from powerinfer_tools.engine import memory as memory_limits
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, PlanError, ProfileError
 from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.hot import expert_opening, expert_placement
@@ -296,6 +299,18 @@ def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
     none = Engine(load_model(path), threads=1, device="cpu", vram=0)
     assert none.report().device == "none"
     assert np.array_equal(logits(none, shared.tiny.tokens(4)), expected)
+
+
+def test_what_is_on_a_gpu_needs_no_ram(shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = everything_hot(shared)
+    weights = sum(info.nbytes for info in load_model(path).gguf.tensors.values())
+    for module in (engine_face, layer_stack):
+        monkeypatch.setattr(module, "available_ram_bytes", lambda: memory_limits.MARGIN + weights)
+    for device in ("none", "cpu"):
+        with pytest.raises(ModelError, match="KV cache for a context of 16 do not fit"):
+            Engine(load_model(path), threads=1, device=device, context=16)
+    on(monkeypatch, FakeGpu(1 << 30))
+    Engine(load_model(path), threads=1, device="cuda", context=16).close()
 
 
 @pytest.mark.parametrize("problem", ["no device", "no memory"])

@@ -23,6 +23,8 @@ def measured_lines(profile: HardwareProfile) -> Lines:
     lines += _gpu_lines(profile, spreads)
     for index, kernel in enumerate(profile.kernel):
         lines.append(_kernel_line(kernel, f"kernel[{index}]", spreads))
+    if spreads:
+        lines.append(("in brackets", "lowest … median … highest of the passes"))
     return lines
 
 

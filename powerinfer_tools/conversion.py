@@ -5,16 +5,14 @@ of a quantised source has to be quantised again, and the error of that is measur
 memory does not grow with the number of layers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.plan import Plan
-from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import to_plain
 from powerinfer_formats.split_devices import SplitDevices
@@ -32,9 +30,7 @@ from powerinfer_formats.split_layout import (
     source_bias_name,
     source_names,
 )
-from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor
 from powerinfer_formats.split_thresholds import SplitThresholding, threshold_name
-from powerinfer_formats.thresholds import Thresholds
 from powerinfer_kernels import RowType, block_shape
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ConvertError
@@ -42,8 +38,8 @@ from powerinfer_tools.expert_conversion import ConvertedExperts, check_placement
 from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
 from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.original import layout as original
-from powerinfer_tools.predictors import split_prediction, split_predictor
 from powerinfer_tools.progress import Progress, Silent
+from powerinfer_tools.selection import Selection
 from powerinfer_tools.splitting import (
     default_down_type,
     ffn_layout,
@@ -118,32 +114,11 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         _check_belongs(model, options, profile, plan)
         if model.hyper.routing is not None:
             return _convert_experts(model, profile, plan, options, progress or Silent())
-        predictors = Predictors.load(options.predictors) if options.predictors else None
-        if predictors is not None and options.predictors is not None:
-            shape = (model.hyper.layers, model.hyper.width, model.hyper.neurons)
-            predictors.require_model(model.fingerprint, model.name, shape, options.predictors)
-        selection = _Selection(predictors, _thresholds(model, options.thresholds))
-        _check_modes(model, options, plan, selection)
+        selection = Selection.open(model, options.predictors, options.thresholds)
+        selection.require_for(plan, options.plan)
         return _Conversion(model, profile, plan, selection, options, progress or Silent()).run()
     finally:
         model.close()
-
-
-def _check_modes(model: Model, options: ConvertOptions, plan: Plan, selection: "_Selection") -> None:
-    """What a mode of the plan selects neurons by has to be there: before hours of writing, not after them."""
-    own = tuple(layer.predictor for layer in model.split.layers) if model.split else ()
-    predictors, thresholds = selection.predictors, selection.thresholds
-    given = {
-        "predicted": ("predictors", predictors.layers if predictors else own),
-        "thresholded": ("thresholds", thresholds.layers if thresholds else ()),
-    }
-    for layer in plan.layers:
-        name, layers = given.get(layer.mode, ("", ()))
-        if name and (not layers or layers[layer.index] is None):
-            raise ConvertError(
-                f"{options.plan} computes layer {layer.index} in mode {layer.mode}, and no {name} are given "
-                f"for it; give those that it was planned with (--{name} FILE), or plan again without"
-            )
 
 
 def down_type(ffn: DenseFFN, quant: str | None, width: int) -> RowType:
@@ -163,14 +138,6 @@ def down_type(ffn: DenseFFN, quant: str | None, width: int) -> RowType:
     return chosen
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """What the split file can select neurons by, each None where it was not asked for."""
-
-    predictors: Predictors | None
-    thresholds: Thresholds | None
-
-
 class _Conversion:
     """One run of convert."""
 
@@ -179,12 +146,12 @@ class _Conversion:
         model: Model,
         profile: Profile,
         plan: Plan,
-        selection: _Selection,
+        selection: Selection,
         options: ConvertOptions,
         progress: Progress,
     ) -> None:
         self.model, self.profile, self.plan = model, profile, plan
-        self.predictors, self.thresholds = selection.predictors, selection.thresholds
+        self.selection = selection
         self.options, self.progress = options, progress
         self.hot = tuple(layer.hot_neurons for layer in plan.layers)
         self.layouts = tuple(self._layout(self._ffn(i)) for i in range(model.hyper.layers))
@@ -230,8 +197,8 @@ class _Conversion:
             tool_version=__version__,
             corpus_hashes=tuple(entry.sha256 for entry in self.profile.corpus),
             corpus_tokens=self.profile.tokens,
-            prediction=self._prediction(),
-            thresholding=_thresholding(self.thresholds),
+            prediction=self.selection.prediction(),
+            thresholding=self.selection.thresholding(),
             devices=_devices(self.plan),
         )
 
@@ -264,10 +231,10 @@ class _Conversion:
                 hot=self.hot[index],
                 bias=self.model.layers[index].ffn_bias is not None,
             )
-            predictor = self._predictor(index)
+            predictor = self.selection.predictor(index, self.profile.order(index))
             if predictor is not None:
                 predictor.declare(writer, index, self.layouts[index].width)
-            if self._threshold(index) is not None:
+            if self.selection.threshold(index) is not None:
                 writer.declare(threshold_name(index), RowType.F32, (neurons,))
         for name, source in self._unchanged():
             info = self.model.gguf.info(source)
@@ -311,32 +278,12 @@ class _Conversion:
             cold = order[hot:]
             records = layout.pack(*(rows[cold] for rows in sources))
             writer.write(bundle_name(index), records)
-        predictor = self._predictor(index)
+        predictor = self.selection.predictor(index, self.profile.order(index))
         if predictor is not None:
             predictor.write(writer, index)
-        threshold = self._threshold(index)
+        threshold = self.selection.threshold(index)
         if threshold is not None:
             writer.write(threshold_name(index), threshold[order])
-
-    def _threshold(self, index: int) -> npt.NDArray[np.float32] | None:
-        return self.thresholds.layers[index] if self.thresholds else None
-
-    def _prediction(self) -> SplitPrediction | None:
-        if self.predictors is not None:
-            return split_prediction(self.predictors.header)
-        own = [layer.predictor for layer in self.model.split.layers] if self.model.split else []
-        return SplitPrediction(tuple(made.kind for made in own if made), (), ()) if own else None
-
-    def _predictor(self, index: int) -> SplitPredictor | None:
-        """What is written: of the predictors file, else what a model of the original PowerInfer has."""
-        order = self.profile.order(index)
-        if self.predictors is not None:
-            return split_predictor(self.predictors.layers[index], self.predictors.header.row_type, order)
-        own = self.model.split.layers[index].predictor if self.model.split else None
-        if own is None:
-            return None
-        assert isinstance(own, SplitLowRank), "models of the original have no other kind"
-        return replace(own, outward=own.outward[order], threshold=own.threshold[order])
 
     def _down_type(self, index: int) -> RowType:
         return RowType(self.layouts[index].types[-1])
@@ -379,23 +326,6 @@ def _convert_experts(
         requantization_error=(0.0,) * layers,
         experts=made,
     )
-
-
-def _thresholds(model: Model, path: Path | None) -> Thresholds | None:
-    if path is None:
-        return None
-    thresholds = Thresholds.load(path)
-    hyper = model.hyper
-    thresholds.require_model(model.fingerprint, model.name, hyper.layers, hyper.neurons, path)
-    return thresholds
-
-
-def _thresholding(thresholds: Thresholds | None) -> SplitThresholding | None:
-    if thresholds is None:
-        return None
-    header, cost = thresholds.header, thresholds.header.cost
-    figures = (cost.dense_perplexity, cost.perplexity, cost.ratio_error, cost.kl, header.max_increase)
-    return SplitThresholding(header.factors, figures)
 
 
 def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan: Plan) -> None:

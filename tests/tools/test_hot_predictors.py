@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from powerinfer_formats.predictors import Kind
 from powerinfer_formats.profile import Profile
-from powerinfer_kernels import Activations, Pool, ProgramBuilder
+from powerinfer_kernels import Activations, Pool, ProgramBuilder, triton_launch
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.buffers import Buffers
@@ -33,7 +33,7 @@ from powerinfer_tools.reference_forward import (
 )
 from predicted_models import hand_made, profiled
 from small_plans import plan_for
-from test_hot_side import FailingGpu, LatestGpu, on
+from test_hot_side import FailingGpu, FakeGpu, LatestGpu, on
 from tiny_models import CASES, make_tiny_model
 
 GROUP = 16
@@ -245,3 +245,26 @@ def test_modes_without_predictors_load_none(simple: Predicted) -> None:
         hot = engine.stack._hot
         assert [hot.has_predictor(layer) for layer in range(3)] == [mode == "predicted"] * 3  # type: ignore[union-attr]
         engine.close()
+
+
+def test_fused_kernels_skip_what_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, the predictor among them; against float64, which names neurons by itself."""
+    model = Predicted(tmp_path, "rounded")
+    path, tokens = model.split([2 * GROUP, GROUP, 0], [0], [0, 1]), model.tiny.tokens(4)
+    expected = forward(load_model(path), tokens, half_cache=True, predicted=True)[1:]
+    on(monkeypatch, FakeGpu(1 << 30), fused=True)
+    active: list[bool] = []
+    hidden = triton_launch.hidden
+
+    def seen(*args: object, **options: object) -> None:
+        active.append(options["active"] is not None)
+        hidden(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_launch, "hidden", seen)
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=2, context=8)
+    got = [engine.prefill(tokens[:2]).copy(), *(engine.decode(token).copy() for token in tokens[2:])]
+    engine.close()
+    assert active
+    assert all(active)
+    relative = np.sqrt(np.mean((np.stack(got) - expected) ** 2) / np.mean(expected**2))
+    assert relative <= 0.02 * np.sqrt(7 * model.layers + 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine, layers, memory
 from powerinfer_tools.engine import engine as engine_module
 from powerinfer_tools.errors import HardwareError, ModelError
@@ -198,6 +199,28 @@ def test_what_a_gpu_holds_need_not_fit_in_ram(llama: Prepared, monkeypatch: pyte
     monkeypatch.setattr(layers, "available_ram_bytes", lambda: memory.MARGIN - (1 << 22))
     with pytest.raises(ModelError, match=r"but for \d MiB in VRAM, do not fit in the"):
         Engine(load_model(path), threads=1, device="cuda", batch=5, context=40)
+
+
+def test_fused_kernels_in_blocks_and_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter: single tokens go through the fused kernels, prompts through unpacked rows."""
+    model = Prepared(tmp_path, "llama-Q4_1")
+    path, tokens = model.split([GROUP, 0, 0], attention=[0, 2], head=True), model.tiny.tokens(4)
+
+    def run(device: str) -> np.ndarray:
+        engine = Engine(load_model(path), threads=1, device=device, batch=2, context=8)
+        rows = [engine.prefill(tokens[:2]).copy(), *(engine.decode(token).copy() for token in tokens[2:])]
+        engine.close()
+        return np.stack(rows)
+
+    expected = run("none")
+    on(monkeypatch, FakeGpu(1 << 30), fused=True)
+    products: list[int] = []
+    matvec = triton_launch.matvec
+    monkeypatch.setattr(triton_launch, "matvec", lambda *a: (products.append(a[1].rows), matvec(*a))[1])
+    got = run("cuda")
+    assert set(products) == {model.tiny.spec.heads * 16, 2 * 16, 64, load_model(path).hyper.vocabulary}
+    # As for the neurons: a flipped rounding of an activation is one part in 254 of a block's largest value.
+    assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("when", ["submit", "wait"])

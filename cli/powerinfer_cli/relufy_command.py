@@ -28,7 +28,8 @@ bit for bit, without text, training or torch.
 \b
 Examples:
   powerinfer relufy -m model.gguf --corpus texts/
-  powerinfer relufy -m model.gguf --corpus texts/ --density 0.15 --steps 2000 --device cuda
+  powerinfer relufy -m model.gguf --corpus texts/ --activation fatrelu --density 0.15
+  powerinfer relufy -m model.gguf --corpus texts/ --steps 2000 --device cuda
   powerinfer relufy -m model.gguf --corpus texts/ --save-delta model.delta.zst
   powerinfer relufy -m model.gguf --delta model.delta.zst
 """
@@ -56,13 +57,17 @@ def command(
         Literal["relu", "drelu", "fatrelu"],
         typer.Option(
             "--activation",
-            help="relu(gate)·up; with more zeros: relu(gate)·relu(up), or gate·up of gates above --cut.",
+            help="relu(gate)·up; with more zeros: relu(gate)·relu(up), or gate·up above a threshold of gate.",
         ),
     ] = "relu",
     cut: Annotated[
         float | None,
         typer.Option(
-            "--cut", min=0.0, metavar="X", help="What a gate must be above: fatrelu.  [default: 0.25]"
+            "--cut",
+            min=0.0,
+            metavar="X",
+            help="The threshold of fatrelu.  [default: one for each neuron, by what it contributes, so that "
+            "--density of them are active]",
         ),
     ] = None,
     density: Annotated[
@@ -127,6 +132,8 @@ def command(
         return
     if not corpus:
         raise typer.BadParameter("name at least one text file, JSONL file or folder", param_hint="--corpus")
+    if cut is not None and activation != "fatrelu":
+        raise typer.BadParameter("only --activation fatrelu has a cut", param_hint="--cut")
     path = output_file(output, source, f".{activation}.gguf")
     from powerinfer_tools.relufication import RelufyOptions, run_relufy
 
@@ -135,7 +142,7 @@ def command(
         corpus=tuple(corpus),
         output=path,
         activation=activation,
-        cut=_cut(activation, cut),
+        cut=cut,
         density=density,
         rank=rank,
         steps=steps,
@@ -152,15 +159,6 @@ def command(
         save_delta=save_delta,
     )
     show(run_relufy(options, progress()), as_json=common.json)
-
-
-def _cut(activation: str, cut: float | None) -> float:
-    """The cut asked for, else that of the activation."""
-    if activation == "fatrelu":
-        return 0.25 if cut is None else cut
-    if cut is not None:
-        raise typer.BadParameter("only --activation fatrelu has a cut", param_hint="--cut")
-    return 0.0
 
 
 def rebuild(source: Path, delta: Path, output: Path | None, *, as_json: bool) -> None:

@@ -22,13 +22,15 @@ from powerinfer_formats.atomic import write_atomic
 from powerinfer_formats.records import RecordReader, dump_json, parse_json
 from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, write_safetensors
 
-FORMAT, VERSION = "powerinfer-delta", 1
+FORMAT, VERSION = "powerinfer-delta", 2
 KINDS = ("gate", "up", "down")
 #: Unpacked: a change of every FFN weight of a model of some 4 billion, a byte each.
 MAX_BYTES = 1 << 32
 #: |exponent| of a column, and the spread of a low-rank product's exponents: 14 bits of a product, at most
 #: 2^12 terms, and this spread stay within the 53 bits of a double.
 MAX_EXPONENT, MAX_SPREAD, MAX_RANK = 63, 27, 1 << 12
+#: Scales of neurons lie between this and one over it.
+MIN_SCALE = 2.0**-20
 _MAGIC = b"\x28\xb5\x2f\xfd"
 #: Codes have no repetitions to look for: higher levels take minutes and save nothing.
 _LEVEL = 3
@@ -98,10 +100,16 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """``changes`` holds, for every layer, the change of each of ``KINDS``."""
+    """``changes`` holds, for every layer, the change of each of ``KINDS``.
+
+    ``scales``, with fatrelu alone, holds for every layer what each neuron's row of gate is multiplied by, and
+    its row of up divided by, before the change (neurons, float32): so one ``cut`` is a threshold of each
+    neuron's own.
+    """
 
     header: DeltaHeader
     changes: tuple[Mapping[str, Change], ...] = field(repr=False)
+    scales: tuple[NDArray[np.float32], ...] = field(default=(), repr=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -116,12 +124,15 @@ class Delta:
                     {kind: _take_change(reader, header, layer, kind) for kind in KINDS}
                     for layer in range(header.layers)
                 )
+                scales = tuple(_take_scales(reader, header, layer) for layer in _scaled_layers(header))
                 reader.finish()
-        return cls(header, changes)
+        return cls(header, changes, scales)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``path`` atomically."""
-        tensors = {}
+        tensors: dict[str, NDArray[np.int8] | NDArray[np.float32]] = {
+            _name(layer, "neuron", "scale"): scales for layer, scales in enumerate(self.scales)
+        }
         for layer, kinds in enumerate(self.changes):
             for kind, change in kinds.items():
                 for part, scaled in (("outward", change.outward), ("inward", change.inward)):
@@ -181,6 +192,19 @@ def _read_header(reader: SafetensorsReader, where: Path) -> DeltaHeader:
         if len(value) != 64 or set(value) - set("0123456789abcdef"):
             raise errors.BadField(where, f"{name} is not 64 hexadecimal digits")
     return header
+
+
+def _scaled_layers(header: DeltaHeader) -> range:
+    return range(header.layers if header.activation == "fatrelu" else 0)
+
+
+def _take_scales(reader: SafetensorsReader, header: DeltaHeader, layer: int) -> NDArray[np.float32]:
+    scales: NDArray[np.float32] = reader.take(_name(layer, "neuron", "scale"), "F32", (header.neurons,))
+    if not np.all((scales >= MIN_SCALE) & (scales <= 1 / MIN_SCALE)):
+        raise errors.BadValue(
+            reader.path, f"layer {layer}: a neuron's scale is not within {MIN_SCALE:g} to {1 / MIN_SCALE:g}"
+        )
+    return scales
 
 
 def _take_change(reader: SafetensorsReader, header: DeltaHeader, layer: int, kind: str) -> Change:

@@ -13,7 +13,7 @@ from powerinfer_formats.errors import OtherModel
 from powerinfer_kernels import RowType
 from powerinfer_tools.errors import ConvertError, ModelError
 from powerinfer_tools.model import Model, load_model
-from powerinfer_tools.relufication.export import Changed, Floats, export
+from powerinfer_tools.relufication.export import Changed, Floats, export, rescaled
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def apply_delta(source: Path, path: Path, output: Path) -> DeltaReport:
         unchecked = output.with_name(f".{output.name}.unchecked")
         try:
             row_type = RowType[header.row_type]
-            export(model, addition(delta.changes), (header.activation, header.cut), row_type, unchecked)
+            changed = addition(delta.changes, delta.scales)
+            export(model, changed, (header.activation, header.cut), row_type, unchecked)
             if file_sha256(unchecked) != header.result_sha256:
                 raise ConvertError(f"{path} made other bits than it was to make, so {output} was not written")
             unchecked.replace(output)
@@ -54,11 +55,13 @@ def apply_delta(source: Path, path: Path, output: Path) -> DeltaReport:
     return DeltaReport(str(output), header)
 
 
-def addition(changes: Sequence[Mapping[str, Change]]) -> Changed:
-    """What the changes of a delta do to a matrix: exact in double precision up to the last, rounded sum."""
+def addition(changes: Sequence[Mapping[str, Change]], scales: Sequence[Floats] = ()) -> Changed:
+    """What a delta does to a matrix: a change that is exact in double precision, one product or quotient for
+    a value whose neuron has a scale, one sum, and a rounding to float32."""
 
     def changed(index: int, kind: str, base: Floats) -> Floats:
-        return (base.astype(np.float64) + changes[index][kind].values()).astype(np.float32)
+        start = rescaled(base, kind, scales[index] if scales else None)
+        return (start + changes[index][kind].values()).astype(np.float32)
 
     return changed
 

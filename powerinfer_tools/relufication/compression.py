@@ -1,11 +1,12 @@
 """What a student has learned, rounded to the small integers of a delta."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from powerinfer_formats.delta import KINDS, Change
 from powerinfer_tools.model import Model
-from powerinfer_tools.relufication.export import source_matrix
+from powerinfer_tools.relufication.export import rescaled, source_matrix
 from powerinfer_tools.relufication.network import Network, Tensor
 from powerinfer_tools.relufication.rounding import Floats, round_factors, round_matrix
 from powerinfer_tools.relufication.student import Student, TrainedMatrix, as_array
@@ -24,16 +25,16 @@ def round_changes(
         layer = {}
         for kind in KINDS:
             matrix: TrainedMatrix = getattr(student.ffn(index), kind)
-            base = source_matrix(model, index, kind)
+            base = rescaled(source_matrix(model, index, kind), kind, student.scales(index))
             size = sizes[index][1 if kind == "down" else 0]
             layer[kind] = _rounded(matrix, base, size)
         changes.append(layer)
     return tuple(changes)
 
 
-def _rounded(matrix: TrainedMatrix, base: Floats, input_rms: Floats) -> Change:
+def _rounded(matrix: TrainedMatrix, base: npt.NDArray[np.float64], input_rms: Floats) -> Change:
     if not matrix.rank:
-        change = round_matrix(as_array(matrix.values) - base, input_rms)
+        change = round_matrix((as_array(matrix.values) - base).astype(np.float32), input_rms)
         _assign(matrix.values, base + change.values())
         return change
     change = round_factors(as_array(matrix.outward), as_array(matrix.inward))

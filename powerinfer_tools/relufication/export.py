@@ -74,6 +74,16 @@ def export(
                 writer.write(name, model.gguf.tensor(name))
 
 
+def rescaled(base: Floats, kind: str, scales: Floats | None) -> npt.NDArray[np.float64]:
+    """``base``, the source's ``kind`` (rows, columns), with the neurons' ``scales`` (see
+    :class:`~powerinfer_formats.delta.Delta`): gate times them, up over them, down as it is."""
+    exact = base.astype(np.float64)
+    if scales is None or kind == "down":
+        return exact
+    factors = scales.astype(np.float64)[:, None]
+    return exact * factors if kind == "gate" else exact / factors
+
+
 def source_matrix(model: Model, index: int, kind: str) -> Floats:
     """``kind`` ("gate", "up" or "down") of layer ``index`` as it is in ``model``, (rows, columns)."""
     ffn = model.layers[index].ffn

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from powerinfer_tools.relufication.cuts import neuron_scales
 from powerinfer_tools.relufication.network import Network, Tensor
 from powerinfer_tools.relufication.student import Student, TrainedMatrix
 
@@ -19,16 +20,27 @@ _PIECE = 4
 
 
 def fit_down_projections(
-    network: Network, student: Student, tokens: Tensor, done: int, finished: Callable[[int], None]
+    network: Network,
+    student: Student,
+    tokens: Tensor,
+    done: int,
+    finished: Callable[[int], None],
+    density: float | None = None,
 ) -> None:
     """Fit the down projection of every layer from number ``done`` on to ``tokens`` (windows, positions);
-    ``finished`` is called with the number of layers that are through, and may raise to stop."""
+    ``finished`` is called with the number of layers that are through, and may raise to stop.
+
+    With ``density``, the neurons of each of these layers get thresholds of their own before (:mod:`.cuts`).
+    """
     teacher = network.embed(tokens)
     own = teacher.clone()
     for index in range(network.hyper.layers):
         with torch.no_grad():
-            hidden, wanted = _advance(network, student, index, teacher, own)
-            down = student.ffn(index).down
+            read, wanted = _advance(network, index, teacher, own)
+            ffn = student.ffn(index)
+            if index >= done and density is not None:
+                ffn.rescale(neuron_scales(ffn, read.flatten(0, 1), density))
+            hidden, down = torch.cat([ffn.hidden(read[piece]) for piece in _pieces(read)]), ffn.down
             if index >= done:
                 _fit(down, hidden.flatten(0, 1), wanted.flatten(0, 1))
             for piece in _pieces(own):
@@ -40,24 +52,22 @@ def _pieces(x: Tensor) -> list[slice]:
     return [slice(first, first + _PIECE) for first in range(0, len(x), _PIECE)]
 
 
-def _advance(
-    network: Network, student: Student, index: int, teacher: Tensor, own: Tensor
-) -> tuple[Tensor, Tensor]:
+def _advance(network: Network, index: int, teacher: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Take ``teacher`` through the layer and ``own`` through its attention, in place.
 
-    Returns the student's neurons (windows, positions, neurons) and what its FFN should add (windows,
-    positions, width): what is missing to the dense model's stream, or, where a norm follows the FFN, so that
-    no sum of rows reaches that, what the dense FFN gives.
+    Returns what the student's FFN reads and what it should add (windows, positions, width): what is missing
+    to the dense model's stream, or, where a norm follows the FFN, so that no sum of rows reaches that, what
+    the dense FFN gives.
     """
-    hidden, wanted = [], []
+    reads, wanted = [], []
     for piece in _pieces(teacher):
         read, teacher[piece] = network.through_attention(index, teacher[piece])
         out = network.dense_ffn(index, read)
         teacher[piece] = network.add_ffn(index, teacher[piece], out)
         read, own[piece] = network.through_attention(index, own[piece])
-        hidden.append(student.ffn(index).hidden(read))
+        reads.append(read)
         wanted.append(teacher[piece] - own[piece] if network.post_norms[index] is None else out.float())
-    return torch.cat(hidden), torch.cat(wanted)
+    return torch.cat(reads), torch.cat(wanted)
 
 
 def _fit(down: TrainedMatrix, hidden: Tensor, wanted: Tensor) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 #: Values of ``activation``: act(gate)·up with relu; drelu also cuts up (TurboSparse, arXiv 2406.05955);
 #: fatrelu takes gates above ``cut`` alone (ProSparse, arXiv 2402.13516).
 TARGETS = ("relu", "drelu", "fatrelu")
+#: The cut of models whose neurons have thresholds of their own, by the scales of their rows (:mod:`.cuts`).
+NEURON_CUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,8 @@ class RelufyOptions:
     """How to relufy.
 
     ``rank`` is that of the changes of gate and up; 0 trains them whole, as the down projection always is.
+    ``cut`` is what gates must be above with fatrelu; without it, every neuron has a threshold of its own,
+    chosen during the fit so that ``density`` of the neurons are active.
     ``steps`` counts distillation steps of ``batch`` windows of ``window`` tokens; ``fit_windows`` are the
     windows that the down projections are fitted to before (0: they are not). ``density`` is the share of
     active neurons that sparsity pressure aims at. ``patience`` ends the work after so many validations
@@ -25,7 +29,7 @@ class RelufyOptions:
     corpus: tuple[Path, ...]
     output: Path
     activation: str = "relu"
-    cut: float = 0.0
+    cut: float | None = None
     density: float = 0.2
     rank: int = 32
     steps: int = 400
@@ -46,7 +50,14 @@ class RelufyOptions:
     @property
     def target(self) -> tuple[str, float]:
         """The activation, and what a gate must be above with fatrelu."""
-        return self.activation, self.cut
+        if self.activation != "fatrelu":
+            return self.activation, 0.0
+        return self.activation, NEURON_CUT if self.cut is None else self.cut
+
+    @property
+    def fitted_density(self) -> float | None:
+        """The density that thresholds of the neurons' own are chosen for; None: they have none."""
+        return self.density if self.activation == "fatrelu" and self.cut is None else None
 
 
 @dataclass(frozen=True)

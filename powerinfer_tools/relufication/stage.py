@@ -28,7 +28,13 @@ from powerinfer_tools.relufication.export import export, ffn_type
 from powerinfer_tools.relufication.fitting import fit_down_projections
 from powerinfer_tools.relufication.network import Network, Tensor
 from powerinfer_tools.relufication.options import TARGETS, Reading, RelufyOptions, RelufyReport
-from powerinfer_tools.relufication.student import PressureControl, Student, TrainedMatrix, divergence
+from powerinfer_tools.relufication.student import (
+    Floats,
+    PressureControl,
+    Student,
+    TrainedMatrix,
+    divergence,
+)
 from powerinfer_tools.relufication.text import Tokens, text_windows, training_order
 
 #: Seconds between checkpoints: what a kill can cost at most.
@@ -73,10 +79,12 @@ def _check(options: RelufyOptions, model: Model) -> None:
     ffn_type(options.quant, model.hyper.width, model.hyper.neurons)
     if options.activation not in TARGETS:
         raise ModelError(f"activation {options.activation!r} is not one of {', '.join(TARGETS)}")
-    if options.cut < 0 or (options.cut and options.activation != "fatrelu"):
+    if options.cut is not None and (options.cut < 0 or options.activation != "fatrelu"):
         raise ModelError(
             f"a cut of {options.cut} does not go with {options.activation}: fatrelu alone has one"
         )
+    if options.fitted_density is not None and not options.fit_windows:
+        raise ModelError("thresholds of each neuron are chosen during the fit: give --fit-windows or --cut")
     if options.window > model.hyper.trained_context:
         raise ModelError(
             f"--ctx {options.window} is more than the context of {model.path}, {model.hyper.trained_context}"
@@ -107,7 +115,8 @@ class _Run:
         self.train, held = text_windows(model, options.corpus, options.window, progress)
         self.held = held[:: max(1, len(held) // options.validation_windows)][: options.validation_windows]
         self.network = Network(model, options.device, options.window, _precision(options.device))
-        self.student = Student(self.network, options.activation, options.rank, options.seed, options.cut)
+        activation, cut = options.target
+        self.student = Student(self.network, activation, options.rank, options.seed, cut)
         self.optimizer = self._adam()
         self.control = PressureControl(options.density, int(options.steps * RAMP_SHARE))
         self.layers_done, self.step, self.seconds = 0, 0, 0.0
@@ -152,9 +161,18 @@ class _Run:
         order = training_order(len(self.train), min(DELTA_WINDOWS, len(self.train)), options.seed)
         changes = round_changes(self.model, self.network, self.student, self._tokens(self.train[order]))
         self._record()
-        changed = addition(changes)
+        scales = self._scales()
+        changed = addition(changes, scales)
         export(self.model, changed, options.target, row_type, options.output)
-        Delta(self._delta_header(row_type, file_sha256(options.output)), changes).save(options.save_delta)
+        Delta(self._delta_header(row_type, file_sha256(options.output)), changes, scales).save(
+            options.save_delta
+        )
+
+    def _scales(self) -> tuple[Floats, ...]:
+        """Scales of the neurons of every layer, where the activation can have them."""
+        if self.options.activation != "fatrelu":
+            return ()
+        return tuple(self.student.scales(index) for index in range(self.model.hyper.layers))
 
     def _delta_header(self, row_type: RowType, sha256: str) -> DeltaHeader:
         last, hyper = self.history[-1], self.model.hyper
@@ -169,7 +187,7 @@ class _Run:
             fingerprint=self.model.fingerprint,
             model_name=self.model.name,
             activation=self.options.activation,  # type: ignore[arg-type]
-            cut=self.options.cut,
+            cut=self.options.target[1],
             row_type=row_type.name,  # type: ignore[arg-type]
             layers=hyper.layers,
             width=hyper.width,
@@ -196,7 +214,9 @@ class _Run:
             self._pause(interrupts)
 
         tokens = self._tokens(self.train[order])
-        fit_down_projections(self.network, self.student, tokens, self.layers_done, finished)
+        fit_down_projections(
+            self.network, self.student, tokens, self.layers_done, finished, self.options.fitted_density
+        )
         self.progress.finish()
 
     # --- the whole model -----------------------------------------------------------------------------
@@ -335,6 +355,8 @@ class _Run:
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
         self.student.ffns.load_state_dict(tensors)
+        for index, base in enumerate(self.network.gated_base):
+            self.student.ffn(index).restore_scale(base)
         for index, parameter in enumerate(self.student.ffns.parameters()):
             if f"optimizer.exp_avg.{index}" not in moments:
                 continue

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from powerinfer_tools.relufication.export import rescaled
 from powerinfer_tools.relufication.network import Network, Tensor, activate
 
 Floats = npt.NDArray[np.float32]
@@ -47,19 +48,31 @@ class TrainedMatrix(nn.Module):
         change = functional.linear(functional.linear(x, self.inward.to(x.dtype)), self.outward.to(x.dtype))
         return functional.linear(x, self.base) + change
 
-    def merged(self, base: Floats) -> Floats:
+    @torch.no_grad()
+    def scale_rows(self, factors: Tensor) -> None:
+        """Multiply each row by its factor (rows), what the change began from and the change alike."""
+        if not self.rank:
+            self.values.mul_(factors[:, None])
+            return
+        self.base = (self.base.float() * factors[:, None]).to(self.base.dtype)
+        self.outward.mul_(factors[:, None])
+
+    def merged(self, base: npt.NDArray[np.float64]) -> Floats:
         """The matrix as it is now; ``base`` is the unrounded start of a low-rank change."""
         if not self.rank:
             return as_array(self.values)
-        return base + as_array(self.outward) @ as_array(self.inward)
+        return (base + as_array(self.outward) @ as_array(self.inward)).astype(np.float32)
 
 
 class StudentFFN(nn.Module):
     """One layer's FFN with an activation of the ReLU family.
 
     ``rank`` is that of the changes of gate and up. The down projection is free: what its fit
-    (:mod:`.fitting`) changes has no low rank.
+    (:mod:`.fitting`) changes has no low rank. ``scale`` (neurons) is what rows of gate were multiplied by and
+    rows of up divided by, so that one cut is a threshold of each neuron's own (:mod:`.cuts`).
     """
+
+    scale: Tensor
 
     def __init__(
         self,
@@ -73,6 +86,21 @@ class StudentFFN(nn.Module):
         gate, up, down = base
         self.gate, self.up = (TrainedMatrix(matrix, rank, generator) for matrix in (gate, up))
         self.down = TrainedMatrix(down, 0, generator)
+        self.register_buffer("scale", torch.ones(len(gate), device=gate.device))
+
+    def rescale(self, factors: Tensor) -> None:
+        """Multiply rows of gate by ``factors`` (neurons), and divide rows of up by them."""
+        self.gate.scale_rows(factors)
+        self.up.scale_rows(1 / factors)
+        self.scale.mul_(factors)
+
+    def restore_scale(self, base: tuple[Tensor, Tensor, Tensor]) -> None:
+        """After a saved state was loaded: low-rank changes start from the rescaled ``base`` again."""
+        for matrix, source, factors in zip(
+            (self.gate, self.up), base[:2], (self.scale, 1 / self.scale), strict=True
+        ):
+            if matrix.rank:
+                matrix.base = (source.float() * factors[:, None]).to(source.dtype)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The neurons' outputs, before the down projection."""
@@ -125,7 +153,11 @@ class Student:
     def matrix(self, index: int, kind: str, base: Floats) -> Floats:
         """``kind`` ("gate", "up" or "down") of layer ``index`` as it is now; ``base`` is the source's."""
         trained: TrainedMatrix = getattr(self.ffn(index), kind)
-        return trained.merged(base)
+        return trained.merged(rescaled(base, kind, self.scales(index)))
+
+    def scales(self, index: int) -> Floats:
+        """What layer ``index``'s neurons are scaled by (neurons)."""
+        return as_array(self.ffn(index).scale)
 
     @property
     def density(self) -> float:

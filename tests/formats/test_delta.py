@@ -48,18 +48,24 @@ def make(rank: int = 3, **changes: Any) -> Delta:
         return Change(scaled(rng, NEURONS, rank), scaled(rng, WIDTH, rank))
 
     layers = tuple({kind: change(kind) for kind in KINDS} for _ in range(LAYERS))
-    return Delta(replace(header, **changes), layers)
+    header = replace(header, **changes)
+    fat = range(LAYERS if header.activation == "fatrelu" else 0)
+    scales = tuple(np.exp(rng.normal(size=NEURONS)).astype(np.float32) for _ in fat)
+    return Delta(header, layers, scales)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_what_was_written_is_read(tmp_path: Path, rank: int) -> None:
-    made = make(rank)
+@pytest.mark.parametrize(("rank", "activation"), [(0, "relu"), (3, "relu"), (3, "fatrelu")])
+def test_what_was_written_is_read(tmp_path: Path, rank: int, activation: str) -> None:
+    made = make(rank, activation=activation)
     made.save(tmp_path / "d")
     found = Delta.load(tmp_path / "d")
     assert found.header == made.header
     for first, second in zip(made.changes, found.changes, strict=True):
         for kind in KINDS:
             assert np.array_equal(first[kind].values(), second[kind].values())
+    assert len(found.scales) == (LAYERS if activation == "fatrelu" else 0)
+    for one, other in zip(made.scales, found.scales, strict=True):
+        assert np.array_equal(one, other)
     made.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "d").read_bytes()
 
@@ -119,6 +125,25 @@ def test_exponents_that_would_round(tmp_path: Path) -> None:
     made.changes[0]["down"].outward.exponents[4] = -64
     made.save(tmp_path / "d")
     with pytest.raises(errors.BadValue, match="layer 0, down: an exponent is beyond"):
+        Delta.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 2.0**-21, 2.0**21, np.inf, np.nan])
+def test_scales_that_no_neuron_can_have(tmp_path: Path, value: float) -> None:
+    made = make(activation="fatrelu")
+    made.scales[1][4] = value
+    made.save(tmp_path / "d")
+    with pytest.raises(errors.BadValue, match="layer 1: a neuron's scale is not within"):
+        Delta.load(tmp_path / "d")
+
+
+def test_scales_belong_to_fatrelu_alone(tmp_path: Path) -> None:
+    made, fat = make(), make(activation="fatrelu")
+    Delta(fat.header, fat.changes).save(tmp_path / "d")
+    with pytest.raises(errors.MissingTensor, match="neuron_scale"):
+        Delta.load(tmp_path / "d")
+    Delta(made.header, made.changes, fat.scales).save(tmp_path / "d")
+    with pytest.raises(errors.UnexpectedTensor, match="neuron_scale"):
         Delta.load(tmp_path / "d")
 
 

@@ -17,8 +17,10 @@ from powerinfer_tools.errors import ConvertError, CorpusError, HardwareError, Mo
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
 from powerinfer_tools.relufication import RelufyOptions, RelufyReport, apply_delta, run_relufy
+from powerinfer_tools.relufication.cuts import neuron_scales
 from powerinfer_tools.relufication.fitting import RIDGE, fit_down_projections
 from powerinfer_tools.relufication.network import Network
+from powerinfer_tools.relufication.options import NEURON_CUT
 from powerinfer_tools.relufication.rounding import round_factors, round_matrix
 from powerinfer_tools.relufication.stage import checkpoint_path
 from powerinfer_tools.relufication.student import PressureControl, Student, TrainedMatrix, divergence
@@ -135,7 +137,7 @@ def test_a_low_rank_change_begins_at_nothing_and_merges() -> None:
     matrix = TrainedMatrix(base, 3, generator)
     assert torch.equal(matrix(x), functional.linear(x, base))
     torch.nn.init.normal_(matrix.outward, generator=generator)
-    merged = torch.from_numpy(matrix.merged(base.numpy()))
+    merged = torch.from_numpy(matrix.merged(base.double().numpy()))
     assert torch.allclose(matrix(x), x @ merged.T, atol=1e-5)
     assert not torch.allclose(matrix(x), x @ base.T, atol=1e-2)
 
@@ -177,10 +179,23 @@ def test_held_out_windows_are_not_trained_on(tiny: TinyModel, corpus: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("activation", "rank", "cut"), [("relu", 0, 0.0), ("drelu", 4, 0.0), ("fatrelu", 4, 0.01)]
+    ("activation", "rank", "cut", "written"),
+    [
+        ("relu", 0, None, 0.0),
+        ("drelu", 4, None, 0.0),
+        ("fatrelu", 4, 0.01, 0.01),
+        ("fatrelu", 0, None, NEURON_CUT),
+        ("fatrelu", 4, None, NEURON_CUT),
+    ],
 )
 def test_the_written_model_is_the_trained_one(
-    tiny: TinyModel, corpus: Path, tmp_path: Path, activation: str, rank: int, cut: float
+    tiny: TinyModel,
+    corpus: Path,
+    tmp_path: Path,
+    activation: str,
+    rank: int,
+    cut: float | None,
+    written: float,
 ) -> None:
     """What training measured on the held-out windows, the engine measures on the file, to float32 rounding;
     everything but the FFN has its bits."""
@@ -190,7 +205,7 @@ def test_the_written_model_is_the_trained_one(
     source, model = load_model(tiny.path), load_model(output)
     assert model.exact_zeros
     assert model.hyper.activation == activation
-    assert model.hyper.activation_cut == pytest.approx(cut)
+    assert model.hyper.activation_cut == pytest.approx(written)
     assert model.fingerprint != source.fingerprint
     for name in source.gguf.tensors:
         same = bytes(source.gguf.tensor(name)) == bytes(model.gguf.tensor(name))
@@ -218,7 +233,7 @@ def test_the_fit_is_the_least_squares_of_what_is_missing(tiny: TinyModel) -> Non
         after = (network.hidden(tokens, student) - dense).square().mean().item()
         assert after < before / 2
         x = network.attend(0, network.embed(tokens))
-        hidden = student.ffns[0].hidden(network.ffn_input(0, x)).flatten(0, 1).double()
+        hidden = student.ffn(0).hidden(network.ffn_input(0, x)).flatten(0, 1).double()
         wanted = network.dense_ffn(0, network.ffn_input(0, x)).flatten(0, 1).double()
         fitted, base = student.ffns[0].down.values.double(), network.ffn_base[0][2].double()
         penalty = RIDGE * (hidden.T @ hidden).diagonal().mean()
@@ -227,29 +242,78 @@ def test_the_fit_is_the_least_squares_of_what_is_missing(tiny: TinyModel) -> Non
     assert gradient.abs().max() < 1e-3 * scale
 
 
-def test_a_fit_that_was_stopped_goes_on_alike(tiny: TinyModel) -> None:
+@pytest.mark.parametrize("density", [None, 0.2])
+def test_a_fit_that_was_stopped_goes_on_alike(tiny: TinyModel, density: float | None) -> None:
     network = Network(load_model(tiny.path), "cpu", 32, torch.float32)
     tokens = torch.tensor([tiny.tokens(24)])
-    whole, broken = Student(network, "relu", 4, 0), Student(network, "relu", 4, 0)
-    fit_down_projections(network, whole, tokens, 0, lambda layers: None)
+    whole, broken = (Student(network, "fatrelu", 4, 0, NEURON_CUT) for _ in range(2))
+    fit_down_projections(network, whole, tokens, 0, lambda layers: None, density)
 
     def stop(layers: int) -> None:
         if layers == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit_down_projections(network, broken, tokens, 0, stop)
-    fit_down_projections(network, broken, tokens, 2, lambda layers: None)
+        fit_down_projections(network, broken, tokens, 0, stop, density)
+    fit_down_projections(network, broken, tokens, 2, lambda layers: None, density)
     for name, values in whole.ffns.state_dict().items():
         assert torch.equal(values, broken.ffns.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_delta_makes_the_same_file(tiny: TinyModel, corpus: Path, tmp_path: Path, rank: int) -> None:
+def test_rescaled_neurons_compute_the_same_above_another_threshold(tiny: TinyModel, rank: int) -> None:
+    """Scales move thresholds, and nothing else: with a cut of 0 outputs are those from before; a saved state
+    makes the rescaled matrices again."""
+    network = Network(load_model(tiny.path), "cpu", 32, torch.float32)
+    x = torch.randn(50, network.hyper.width, generator=torch.Generator().manual_seed(2))
+    scales = torch.exp(torch.randn(network.hyper.neurons, generator=torch.Generator().manual_seed(3)))
+    for cut in (0.0, 0.3):
+        student, again = (Student(network, "fatrelu", rank, seed, cut) for seed in (0, 1))
+        ffn = student.ffn(1)
+        with torch.no_grad():
+            for parameter in ffn.gate.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+            gate, up = ffn.gate(x), ffn.up(x)
+            ffn.rescale(scales)
+            expected = torch.where(gate > cut / scales, gate * up, torch.zeros(()))
+            clear = (gate - cut / scales).abs() > 1e-4
+            assert torch.allclose(ffn.hidden(x)[clear], expected[clear], rtol=1e-4, atol=1e-5)
+            again.ffns.load_state_dict(student.ffns.state_dict())
+            again.ffn(1).restore_scale(network.gated_base[1])
+            assert torch.equal(again.ffn(1).hidden(x), ffn.hidden(x))
+
+
+@pytest.mark.parametrize("density", [0.05, 0.25])
+def test_thresholds_leave_the_density_asked_for_and_drop_what_contributes_least(
+    tiny: TinyModel, density: float
+) -> None:
+    """The error of the output is below that of one cut for all neurons at the same density."""
+    network = Network(load_model(tiny.path), "cpu", 32, torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(400, network.hyper.width, generator=generator)
+    own, same = Student(network, "fatrelu", 0, 0, NEURON_CUT).ffn(0), Student(network, "relu", 0, 0).ffn(0)
+    with torch.no_grad():
+        uneven = torch.exp(torch.randn(network.hyper.neurons, generator=generator))
+        for ffn in (own, same):
+            ffn.up.values.mul_(uneven[:, None])
+        dense = same.down(same.hidden(x))
+        gate = same.gate(x)
+        same.activation, same.cut = "fatrelu", gate.flatten().quantile(1 - density).item()
+        own.rescale(neuron_scales(own, x, density))
+        active = (own.hidden(x) != 0).float().mean().item()
+        errors = [(ffn.down(ffn.hidden(x)) - dense).square().mean().item() for ffn in (own, same)]
+    assert active == pytest.approx(density, rel=0.02)
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize(("rank", "cut"), [(0, 0.01), (4, 0.01), (0, None), (4, None)])
+def test_a_delta_makes_the_same_file(
+    tiny: TinyModel, corpus: Path, tmp_path: Path, rank: int, cut: float | None
+) -> None:
     """And what it was rounded to is what was judged."""
     output, delta, again = tmp_path / "out.gguf", tmp_path / "d.zst", tmp_path / "again.gguf"
     asked = options(tiny.path, corpus, output, rank=rank, save_delta=delta, steps=2, validate_every=2)
-    report = run_relufy(replace(asked, quant="Q8_0", activation="fatrelu", cut=0.01))
+    report = run_relufy(replace(asked, quant="Q8_0", activation="fatrelu", cut=cut))
     assert report.delta == str(delta)
     found = apply_delta(tiny.path, delta, again)
     assert again.read_bytes() == output.read_bytes()
@@ -258,7 +322,7 @@ def test_a_delta_makes_the_same_file(tiny: TinyModel, corpus: Path, tmp_path: Pa
     with pytest.raises(OtherModel, match="was made for"):
         apply_delta(again, delta, tmp_path / "no.gguf")
     made = Delta.load(delta)
-    Delta(replace(made.header, result_sha256="0" * 64), made.changes).save(delta)
+    Delta(replace(made.header, result_sha256="0" * 64), made.changes, made.scales).save(delta)
     with pytest.raises(ConvertError, match="made other bits"):
         apply_delta(tiny.path, delta, tmp_path / "no.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.gguf", "d.zst", "out.gguf"]
@@ -348,6 +412,8 @@ def test_refusals(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:
             run_relufy(options(tiny.path, corpus, output, device="cuda"))
     with pytest.raises(ModelError, match="fatrelu alone has one"):
         run_relufy(options(tiny.path, corpus, output, cut=0.1))
+    with pytest.raises(ModelError, match="chosen during the fit"):
+        run_relufy(options(tiny.path, corpus, output, activation="fatrelu", fit_windows=0))
     run_relufy(options(tiny.path, corpus, output, steps=1, fit_windows=0))
     with pytest.raises(ModelError, match="has exact zeros already"):
         run_relufy(options(output, corpus, tmp_path / "again.gguf"))

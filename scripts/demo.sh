@@ -32,8 +32,8 @@ show powerinfer profile -m "$model" --tokens "$profile_tokens" \
     "$corpus/us-declaration-of-independence.txt"
 show powerinfer inspect "$stem.profile.safetensors" --chart "$stem.curve.svg"
 
-step "3. What goes where, if the accelerator had only 72 MiB?"
-show powerinfer plan -m "$model" --vram 72MiB --ctx 2048
+step "3. What goes where, if the accelerator had only 40 MiB?"
+show powerinfer plan -m "$model" --vram 40MiB --ctx 2048
 
 step "4. Write the split file."
 show powerinfer convert -m "$model"

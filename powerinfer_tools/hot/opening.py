@@ -10,7 +10,8 @@ from powerinfer_tools.hot import HotSide
 from powerinfer_tools.hot.assembly import assemble
 from powerinfer_tools.hot.devices import CpuDevice, CudaDevice, Device, OutOfDeviceMemory, cuda_problem
 from powerinfer_tools.hot.executor import Backend, TorchHotSide
-from powerinfer_tools.hot.placement import MARGIN, OVERHEAD, HotUnits, Workload, fit, units_size
+from powerinfer_tools.hot.placement import HotUnits, Workload, fit, units_size
+from powerinfer_tools.hot.sizes import MARGIN, budget_for, overhead
 from powerinfer_tools.model import Model
 
 _MIB = 1 << 20
@@ -98,14 +99,15 @@ def _require_units(
     if (units.attention, units.head) == (planned.attention, planned.head):
         return
     assert limit is not None
-    size, reserve = units_size(model, planned.without_neurons, work), vram - limit
+    size = units_size(model, planned.without_neurons, work)
+    needed = budget_for(size.total)
     units_there = f"{sum(planned.attention)} attention blocks{' and the head' if planned.head else ''}"
     raise HardwareError(
         f"--vram {vram / _MIB:.1f} MiB: the plan has {units_there} on the device, which need "
-        f"{(size.total + reserve) / _MIB:.1f} MiB without any neuron: {size.weights / _MIB:.1f} of weights, "
+        f"{needed / _MIB:.1f} MiB without any neuron: {size.weights / _MIB:.1f} of weights, "
         f"{size.cache / _MIB:.1f} of KV cache for a context of {work.context}, {size.scratch / _MIB:.1f} of "
-        f"scratch and {reserve / _MIB:.1f} kept for the driver; give more, a shorter context (-c), or plan "
-        "again with this --vram"
+        f"scratch and {overhead(needed) / _MIB:.1f} kept for the driver; give more or a shorter context "
+        "(-c), or plan again with this --vram"
     )
 
 
@@ -134,7 +136,8 @@ def limit_of(free: int | None, vram: int | None) -> int | None:
             f"--vram {vram // _MIB} MiB: the GPU has {free // _MIB} MiB free; ask for less (the split point "
             "moves, nothing is reconverted), or leave --vram out to use what is free"
         )
-    return max(0, (free - MARGIN if vram is None else vram) - OVERHEAD)
+    budget = max(0, free - MARGIN) if vram is None else vram
+    return budget - overhead(budget)
 
 
 def _spare(model: Model, units: HotUnits, work: Workload) -> Backend:

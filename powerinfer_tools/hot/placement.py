@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.hot import sizes
-from powerinfer_tools.hot.sizes import CHUNK_ROWS, MARGIN, OVERHEAD, Widths
+from powerinfer_tools.hot.sizes import CHUNK_ROWS, Widths
 from powerinfer_tools.hyperparameters import Hyperparameters
 from powerinfer_tools.model import LayerWeights, Model
 
-__all__ = ["ALIGNMENT", "CHUNK_ROWS", "MARGIN", "OVERHEAD"]
+__all__ = ["ALIGNMENT", "CHUNK_ROWS"]
 #: Each piece starts on such a boundary of the device's memory.
 ALIGNMENT = 256
 

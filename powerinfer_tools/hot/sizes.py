@@ -1,7 +1,7 @@
 """How much memory each unit takes on the hot device: what the planner counts and what is allocated.
 
 Numbers in, bytes out; nothing here knows a model or a device. Weights lie as in the file, without padding;
-pieces begin on boundaries of 256 bytes, which :data:`OVERHEAD` pays for.
+pieces begin on boundaries of 256 bytes, which :func:`overhead` pays for.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,10 @@ TOKENS_AT_ONCE = 32
 #: Rows of logits that the head computes at a time.
 HEAD_ROWS = 32
 #: Part of a GPU's budget that is for what is not asked for by name: code and CUDA graphs, which the driver
-#: places, and what allocators round up. Stated, not measured.
+#: places, and what allocators round up. Stated, not measured; see :func:`overhead`.
 OVERHEAD = 32 << 20
+#: A budget that is small keeps this part of itself, as few units are placed in it.
+_OVERHEAD_PART = 8
 #: Left free of a GPU's memory, besides, when no budget is given.
 MARGIN = 256 << 20
 
@@ -31,6 +33,17 @@ class Widths:
     kv_width: int
     heads: int
     vocabulary: int
+
+
+def overhead(budget: int) -> int:
+    """Bytes of a GPU's ``budget`` that are not for weights, KV cache and scratch: :data:`OVERHEAD`, or an
+    eighth of less than eight times that."""
+    return min(OVERHEAD, budget // _OVERHEAD_PART)
+
+
+def budget_for(nbytes: int) -> int:
+    """The smallest budget that leaves ``nbytes`` for weights, KV cache and scratch."""
+    return nbytes + min(OVERHEAD, max(0, nbytes - 1) // (_OVERHEAD_PART - 1))
 
 
 def neuron_scratch_bytes(width: int, most: int, tokens: int) -> int:

@@ -23,8 +23,6 @@ _F16 = 2
 _BLOCK = 32
 #: Rows of logits that the head computes at a time; the engine's own number, compared with it by a test.
 HEAD_ROWS = 32
-#: What the hot side keeps of any VRAM budget for the driver, and rounding.
-VRAM_RESERVE = sizes.OVERHEAD
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from powerinfer_formats.block_types import TensorType
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.hot.sizes import budget_for, overhead
 from powerinfer_tools.planning import memory
 from powerinfer_tools.planning.capabilities import THIS_VERSION, Capabilities
 from powerinfer_tools.planning.costs import Machine
@@ -101,12 +102,12 @@ def plan_outcome(
     )
     scratch = _hot_scratch(shape, workload, frequencies, options.engine)
     smallest, what = _smallest_unit(shape, sizes, options)
-    reserve = memory.VRAM_RESERVE
-    if budgets.vram and machine.gpu is not None and vram < reserve + scratch.neurons + smallest:
+    needed = budget_for(scratch.neurons + smallest)
+    if budgets.vram and machine.gpu is not None and vram < needed:
         raise PlanError(
-            f"a VRAM budget of {vram:,} bytes is too small: {reserve:,} bytes that are kept for the driver, "
-            f"{scratch.neurons:,} bytes of scratch and {smallest:,} bytes for {what} need "
-            f"{reserve + scratch.neurons + smallest:,}; give more --vram, or --vram 0 to plan without the GPU"
+            f"a VRAM budget of {vram:,} bytes is too small: {overhead(needed):,} bytes that are kept for the "
+            f"driver, {scratch.neurons:,} bytes of scratch and {smallest:,} bytes for {what} need "
+            f"{needed:,}; give more --vram, or --vram 0 to plan without the GPU"
         )
     fixed = memory.fixed_ram_bytes(shape, workload, predicted=any(frequencies.predictors))
     room = ram - sum(fixed.values())
@@ -115,7 +116,7 @@ def plan_outcome(
             f"a RAM budget of {ram:,} bytes is too small: embedding, scratch and norms alone need "
             f"{sum(fixed.values()):,}"
         )
-    capacities = Capacities(max(0, vram - reserve - scratch.neurons), room, scratch.attention)
+    capacities = Capacities(max(0, vram - overhead(vram) - scratch.neurons), room, scratch.attention)
     levels = LevelOptions(options.group, options.engine)
     placement = best_placement(inputs, capacities, levels, options.objective, options.solver)
     if not placement.uses_predictors:
@@ -249,6 +250,6 @@ def _memory_use(
         (on_gpu if table.predictor_hot[k] else on_cpu)["predictors"] += int(table.predictor_bytes[k])
     if any(on_gpu.values()):
         on_gpu["scratch"] = scratch.neurons + (scratch.attention if moved else 0)
-        on_gpu["reserve"] = memory.VRAM_RESERVE
+        on_gpu["reserve"] = overhead(vram)
     on_cpu |= fixed
     return MemoryUse(sum(on_gpu.values()), vram, sum(on_cpu.values()), ram, on_gpu, on_cpu)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from powerinfer_formats.plan import PlanPrediction
+from powerinfer_tools.hot.sizes import overhead
 from powerinfer_tools.planning import costs, memory
 from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.expert_memory import router_bytes
@@ -86,7 +87,7 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
     accelerator as fit beside the scratch, then the head; every neuron is computed; one hand-over a token."""
     shape, machine, workload = outcome.shape, outcome.machine, outcome.workload
     parts = dict.fromkeys(cpu_only_parts(outcome), 0.0)
-    room = outcome.memory.vram_capacity - memory.VRAM_RESERVE
+    room = outcome.memory.vram_capacity - overhead(outcome.memory.vram_capacity)
     room -= memory.gpu_scratch_bytes(shape, workload.batch)
     room -= memory.gpu_attention_scratch_bytes(shape, workload)
     there = 0

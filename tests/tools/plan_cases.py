@@ -7,9 +7,9 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from powerinfer_formats.block_types import TensorType
+from powerinfer_tools.hot.sizes import budget_for
 from powerinfer_tools.planning.capabilities import Capabilities
 from powerinfer_tools.planning.costs import Gpu, Machine
-from powerinfer_tools.planning.memory import VRAM_RESERVE
 from powerinfer_tools.planning.planner import Budgets
 from powerinfer_tools.planning.problem import Problem, Unit
 from powerinfer_tools.planning.shapes import ExpertsShape, LayerShape, MatrixShape, ModelShape
@@ -22,7 +22,7 @@ CURVE = ((0.02, 0.7), (0.1, 0.85), (0.5, 0.95), (1.0, 1.0))
 
 def granted(vram: int | None, ram: int | None = None) -> Budgets:
     """Budgets with ``vram`` bytes beside what is kept for the driver."""
-    return Budgets(vram + VRAM_RESERVE if vram is not None and vram > 0 else vram, ram)
+    return Budgets(budget_for(vram) if vram is not None and vram > 0 else vram, ram)
 
 
 def machine(

@@ -29,7 +29,7 @@ from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.hot import expert_opening, expert_placement
 from powerinfer_tools.hot.experts import HotExperts
 from powerinfer_tools.hot.ffn import FusedRows
-from powerinfer_tools.hot.placement import MARGIN, OVERHEAD
+from powerinfer_tools.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.inspection.describe import describe
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning import memory
@@ -264,7 +264,7 @@ def test_memory_is_allocated_up_front_within_the_budget(
     assert whole.weights == one * quantised.routing.experts * quantised.layers
     gpu = FakeGpu(free=1 << 30)
     on(monkeypatch, gpu)
-    budget = OVERHEAD + whole.scratch + 4 * one
+    budget = budget_for(whole.scratch + 4 * one)
     engine = Engine(model, threads=1, device="cuda", vram=budget, batch=4, context=16)
     hot = [len(engine.stack._hot_experts.hot_experts(i)) for i in range(quantised.layers)]  # type: ignore[union-attr]
     assert sum(hot) == 4
@@ -289,7 +289,7 @@ def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
     widths = expert_placement.widths_of(layers, shared.routing.used)
     scratch = expert_placement.hot_size(layers, expert_placement.planned(layers), widths, 4).scratch
     room = 2 * expert_placement.shared_size(layers[0])
-    on(monkeypatch, FakeGpu(free=MARGIN + OVERHEAD + scratch + room))
+    on(monkeypatch, FakeGpu(free=MARGIN + budget_for(scratch + room)))
     engine = Engine(load_model(path), threads=1, device="cuda", batch=4, context=16)
     # Shared experts, which every token takes, go last.
     assert [engine.stack._hot_experts.hot_experts(i) for i in range(3)] == [{-1}, {-1}, set()]  # type: ignore[union-attr]

@@ -20,7 +20,8 @@ from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.hot import Span, devices, opening
 from powerinfer_tools.hot.devices import CpuDevice, DeviceLost, OutOfDeviceMemory, Steps, Ticket
 from powerinfer_tools.hot.ffn import FusedRows, HotFFN
-from powerinfer_tools.hot.placement import MARGIN, OVERHEAD, hot_size
+from powerinfer_tools.hot.placement import hot_size
+from powerinfer_tools.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.model import load_model
 from split_models import GROUP, Prepared
 
@@ -224,7 +225,7 @@ def test_memory_is_allocated_up_front_within_the_budget(
     model = load_model(path)
     assert model.split is not None
     layers = [model.split.layer(index) for index in range(quantised.layers)]
-    budget = OVERHEAD + hot_size(layers, [quantised.neurons] * quantised.layers, 4).total * 2 // 3
+    budget = budget_for(hot_size(layers, [quantised.neurons] * quantised.layers, 4).total * 2 // 3)
     gpu = FakeGpu(free=1 << 30)
     on(monkeypatch, gpu)
     engine = Engine(model, threads=1, device="cuda", vram=budget, batch=4, context=16)
@@ -245,7 +246,7 @@ def test_budgets_that_do_not_fit_are_refused_with_numbers_or_the_split_moves(
         Engine(load_model(path), threads=1, device="cuda", vram=201 * MIB)
     assert not gpu.asked
     scratch = 4 * (4 * (2 * 64 + 3 * GROUP) + 3 * GROUP * 64)
-    on(monkeypatch, FakeGpu(free=MARGIN + OVERHEAD + 4 * scratch))
+    on(monkeypatch, FakeGpu(free=MARGIN + budget_for(4 * scratch)))
     engine = Engine(load_model(path), threads=1, device="cuda", batch=4, context=16)
     engine.close()
     assert any("hot neurons fit in the" in notice for notice in engine.notices)

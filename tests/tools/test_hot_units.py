@@ -14,7 +14,8 @@ from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.hot.devices import DeviceLost
 from powerinfer_tools.hot.ffn import HotFFN
 from powerinfer_tools.hot.opening import planned_units
-from powerinfer_tools.hot.placement import OVERHEAD, Workload, units_size
+from powerinfer_tools.hot.placement import Workload, units_size
+from powerinfer_tools.hot.sizes import budget_for, overhead
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
 from split_models import GROUP, Prepared
@@ -142,7 +143,7 @@ def test_the_budget_covers_weights_cache_and_scratch_up_front(
     units, work = planned_units(model), Workload(5, 40)
     size = units_size(model, units, work)
     assert size.cache == 3 * 2 * 40 * 2 * 16 * 2
-    budget = OVERHEAD + size.total
+    budget = budget_for(size.total)
     gpu = FakeGpu(free=1 << 30)
     on(monkeypatch, gpu)
     engine = Engine(model, threads=1, device="cuda", vram=budget, batch=5, context=40)
@@ -153,17 +154,17 @@ def test_the_budget_covers_weights_cache_and_scratch_up_front(
     engine.close()
     assert len(gpu.asked) == 1
     # Less moves the split point first; below what the blocks need, the budget is refused with the numbers.
-    less = OVERHEAD + units_size(model, units.without_neurons, work).total
+    less = budget_for(units_size(model, units.without_neurons, work).total)
     on(monkeypatch, FakeGpu(free=1 << 30))
     options = {"threads": 1, "device": "cuda", "batch": 5, "context": 40}
     smaller = less + size.weights // 4
     engine = Engine(load_model(path), vram=smaller, **options)  # type: ignore[arg-type]
-    assert engine.report().memory.vram <= smaller - OVERHEAD
+    assert engine.report().memory.vram <= smaller - overhead(smaller)
     engine.close()
     on(monkeypatch, FakeGpu(free=1 << 30))
     needs = (
-        r"3 attention blocks and the head on the device, which need 3\d\.\d MiB .* of KV cache for a context "
-        r"of 40, \d\.\d of scratch and 32.0 kept"
+        r"3 attention blocks and the head on the device, which need 1\.\d MiB .* of KV cache for a context "
+        r"of 40, \d\.\d of scratch and 0\.2 kept"
     )
     with pytest.raises(HardwareError, match=needs):
         Engine(load_model(path), vram=less - 1, **options)  # type: ignore[arg-type]

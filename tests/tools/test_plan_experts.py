@@ -26,6 +26,7 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.hardware.presets import PC_LOW
+from powerinfer_tools.hot.sizes import budget_for
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning import PlanRequest, make_plan, memory, render_plan
 from powerinfer_tools.planning.capabilities import Capabilities
@@ -33,7 +34,6 @@ from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.expert_memory import unit_bytes
 from powerinfer_tools.planning.frequencies import Frequencies, model_frequencies
 from powerinfer_tools.planning.memory import (
-    VRAM_RESERVE,
     Workload,
     gpu_attention_scratch_bytes,
     gpu_scratch_bytes,
@@ -81,7 +81,7 @@ def test_no_plan_exceeds_its_budgets_or_loses_to_a_simple_placement(
     model = expert_shape(layers, shared=shared)
     vram = gpu_scratch_bytes(model, 16) + units * EXPERT
     result = outcome(model, vram, seed=seed, objective=objective)
-    assert result.memory.vram_used <= vram + VRAM_RESERVE
+    assert result.memory.vram_used <= budget_for(vram)
     assert result.memory.ram_used <= result.memory.ram_capacity
     solution = result.placement.solution
     assert solution.bound <= solution.value
@@ -211,7 +211,7 @@ def test_placing_attention_too_is_never_slower() -> None:
     for placeable in ({"ffn"}, {"ffn", "attention"}, {"ffn", "attention", "head"}):
         engine = Capabilities(frozenset(placeable), sparse_hot=True)
         result = outcome(model, budget, engine=engine)
-        assert result.memory.vram_used <= budget + VRAM_RESERVE
+        assert result.memory.vram_used <= budget_for(budget)
         seconds.append(result.placement.seconds)
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[2] < seconds[0]
@@ -236,9 +236,9 @@ def test_verdicts_count_experts() -> None:
 def test_too_small_a_budget_names_an_expert() -> None:
     model = expert_shape(shared=64)
     least = gpu_scratch_bytes(model, 16) + SHARED
-    with pytest.raises(PlanError, match=f"for one expert need {least + VRAM_RESERVE:,}"):
+    with pytest.raises(PlanError, match=f"for one expert need {budget_for(least):,}"):
         outcome(model, least - 1)
-    assert outcome(model, least).memory.vram_used <= least + VRAM_RESERVE
+    assert outcome(model, least).memory.vram_used <= budget_for(least)
 
 
 def test_frequencies_must_be_those_of_the_models_experts() -> None:
@@ -277,7 +277,7 @@ def test_the_stage_plans_from_routing_counts_and_writes_the_same_bytes_again(
     model, profile = load_model(path), Profile.load(profile_path)
     shape, routing = shape_of_model(model), model.hyper.routing
     assert routing is not None
-    vram = VRAM_RESERVE + (1 << 22)
+    vram = budget_for(1 << 22)
     request = PlanRequest(
         model=path, profile=profile_path, hardware="pc-low", vram_bytes=vram, objective="frequency"
     )
@@ -289,7 +289,7 @@ def test_the_stage_plans_from_routing_counts_and_writes_the_same_bytes_again(
     assert plan.model.experts == PlanExperts(routing.experts, routing.used, routing.shared_neurons)
     assert (plan.group, plan.model.neurons) == (model.hyper.neurons, model.hyper.neurons * routing.experts)
     room = 5 * unit_bytes(shape.layers[0])
-    units = make_plan(replace(request, vram_bytes=VRAM_RESERVE + gpu_scratch_bytes(shape, 256) + room))
+    units = make_plan(replace(request, vram_bytes=budget_for(gpu_scratch_bytes(shape, 256) + room)))
     text = render_plan(units)
     assert f"layers of {routing.experts} experts of {model.hyper.neurons} neurons, {routing.used} for" in text
     assert max(map(len, text.splitlines()[7:-2])) <= 110

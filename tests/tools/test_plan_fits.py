@@ -11,7 +11,8 @@ from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.hardware.presets import PC_LOW
 from powerinfer_tools.hot.opening import planned_units
-from powerinfer_tools.hot.placement import OVERHEAD, Workload, fit, units_size
+from powerinfer_tools.hot.placement import Workload, fit, units_size
+from powerinfer_tools.hot.sizes import OVERHEAD, budget_for, overhead
 from powerinfer_tools.inspection import describe
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning.planner import Budgets, PlanOptions
@@ -52,8 +53,9 @@ def test_what_is_planned_is_what_is_placed(
     there = {unit.name for unit in whole.units if unit.device == "gpu"}
     assert there == {"attention", "kv_cache", "head", "scratch", "reserve"}
     placed = set()
+    needed = whole.memory.vram_used - overhead(whole.memory.vram_capacity)
     for share in (1.0, 0.9, 0.75, 0.5):
-        budget = OVERHEAD + int(share * (whole.memory.vram_used - OVERHEAD))
+        budget = budget_for(int(share * needed))
         plan = make_plan(shape, profile, keen(), Budgets(budget), options)
         assert plan.memory.vram_used <= budget
         path = model.folder / f"{share}.plan.json"
@@ -62,7 +64,7 @@ def test_what_is_planned_is_what_is_placed(
         report = convert(ConvertOptions(model.tiny.path, model.profile, path, split))
         opened = load_model(split)
         work, units = Workload(BATCH, CONTEXT), planned_units(opened)
-        assert fit(opened, units, budget - OVERHEAD, work) == units
+        assert fit(opened, units, budget - overhead(budget), work) == units
         facts = describe(split).facts
         assert [layer["attention_device"] == "gpu" for layer in facts["layers"]] == list(units.attention)
         assert report.as_dict()["devices"]["head"] == facts["head_device"] == ("gpu" if units.head else "cpu")
@@ -72,7 +74,7 @@ def test_what_is_planned_is_what_is_placed(
         assert (f"attention of {moved} layers" in said) == (moved > 0)
         assert ("the head" in said) == units.head
         # The planner counts biases of neurons and tables that some layers do not need.
-        assert 0 <= plan.memory.vram_used - OVERHEAD - units_size(opened, units, work).total <= 60_000
+        assert 0 <= plan.memory.vram_used - overhead(budget) - units_size(opened, units, work).total <= 60_000
         gpu = FakeGpu(free=budget)
         on(monkeypatch, gpu)
         engine = Engine(opened, threads=1, device="cuda", vram=budget, batch=BATCH, context=CONTEXT)
@@ -86,7 +88,16 @@ def test_what_is_planned_is_what_is_placed(
 
 
 def test_the_margin_of_a_plan_without_budget_holds_what_the_engine_leaves_free() -> None:
-    from powerinfer_tools.hot.placement import MARGIN
+    from powerinfer_tools.hot.sizes import MARGIN
     from powerinfer_tools.planning.planner import VRAM_MARGIN
 
     assert VRAM_MARGIN >= 4 * MARGIN
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 7, 8, 50, 1 << 20, 7 * OVERHEAD, 7 * OVERHEAD + 1, 1 << 40])
+def test_a_budget_leaves_what_it_was_made_for(nbytes: int) -> None:
+    budget = budget_for(nbytes)
+    assert budget - overhead(budget) >= nbytes
+    if nbytes:
+        assert budget - 1 - overhead(budget - 1) < nbytes
+    assert overhead(budget) <= min(OVERHEAD, budget // 8)

@@ -12,6 +12,7 @@ from powerinfer_formats.profile import Corpus, LayerSums, Profile
 from powerinfer_tools.engine.engine import Engine
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.hardware.presets import PC_LOW
+from powerinfer_tools.hot.sizes import overhead
 from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.planning import PlanRequest, make_plan, memory
 from powerinfer_tools.planning.frequencies import model_frequencies
@@ -94,7 +95,7 @@ def test_budgets_of_the_demo_model(shape: ModelShape, profile: Profile) -> None:
         there = {unit.name: unit.bytes for unit in plan.units if unit.device == "gpu"}
         hot = sum(layer.hot_neurons for layer in plan.layers)
         assert sum(layer.vram_bytes for layer in plan.layers) == hot * 1332
-        assert there["reserve"] == memory.VRAM_RESERVE
+        assert there["reserve"] == overhead(plan.memory.vram_capacity)
         placed.append(plan.memory.vram_used)
         assert plan.provenance.corpus_tokens == 1000
         assert all(layer.mode == "dense" for layer in plan.layers)

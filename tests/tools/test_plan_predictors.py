@@ -19,6 +19,7 @@ from powerinfer_formats.predictors import PredictionCost, Predictors
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.hot.sizes import budget_for
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning import PlanRequest, make_plan
 from powerinfer_tools.planning.capabilities import ALL_PLACED, Capabilities
@@ -27,7 +28,6 @@ from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.frequencies import Frequencies
 from powerinfer_tools.planning.levels import Inputs, LevelOptions
 from powerinfer_tools.planning.memory import (
-    VRAM_RESERVE,
     Workload,
     gpu_attention_scratch_bytes,
     gpu_predictor_scratch_bytes,
@@ -188,7 +188,7 @@ def test_with_predictors_no_budget_is_broken_and_no_simple_placement_is_better(
     vram = once + (16 + groups) * NEURON
     small = replace(PREDICTOR, shared_bytes=100 * (seed % 9), neuron_bytes=seed % 40 + 1)
     result = outcome(model, (small,) * layers, vram, seed=seed, objective=objective, group=16, engine=engine)
-    assert result.memory.vram_used <= vram + VRAM_RESERVE
+    assert result.memory.vram_used <= budget_for(vram)
     assert result.memory.ram_used <= result.memory.ram_capacity
     solution = result.placement.solution
     for value in result.placement.greedy.values():

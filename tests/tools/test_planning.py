@@ -15,13 +15,13 @@ from powerinfer_formats.hardware import FFNCurve, HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_tools.errors import HardwareError, PlanError
 from powerinfer_tools.hardware.presets import PC_HIGH, PC_LOW, PRESETS
+from powerinfer_tools.hot.sizes import budget_for, overhead
 from powerinfer_tools.planning import PlanRequest, make_plan, render_plan
 from powerinfer_tools.planning.capabilities import Capabilities
 from powerinfer_tools.planning.costs import Gpu, Machine
 from powerinfer_tools.planning.frequencies import Frequencies
 from powerinfer_tools.planning.machine import REACHABLE_SHARE, machine_of
 from powerinfer_tools.planning.memory import (
-    VRAM_RESERVE,
     Workload,
     gpu_attention_scratch_bytes,
     gpu_scratch_bytes,
@@ -75,7 +75,7 @@ def test_memory_to_the_byte() -> None:
     result = outcome(shape(), GPU_SCRATCH + 700 * NEURON)
     hot = sum(hot_counts(result))
     assert 0 < hot <= 700
-    assert result.memory.vram_used == hot * NEURON + GPU_SCRATCH + VRAM_RESERVE
+    assert result.memory.vram_used == hot * NEURON + GPU_SCRATCH + overhead(result.memory.vram_capacity)
     matrices = (256 + 128 + 128 + 256) * 160
     cache = 2 * 64 * 2 * (1024 + 1024)  # 2 heads of 64 values in half precision, keys and values
     activations = 4 * (1 + 4 * 256 + 2 * 256 + 2 * 128 + 2 * 512)
@@ -117,7 +117,7 @@ def test_no_plan_exceeds_its_budgets_or_loses_to_a_simple_placement(
     model = shape(layers, 200, activation="relu")
     vram = gpu_scratch_bytes(model, 512) + (16 + groups) * NEURON
     result = outcome(model, vram, frequencies=known(model, seed), objective=objective, group=16)
-    assert result.memory.vram_used <= vram + VRAM_RESERVE
+    assert result.memory.vram_used <= budget_for(vram)
     assert result.memory.ram_used <= result.memory.ram_capacity
     solution = result.placement.solution
     assert solution.bound <= solution.value
@@ -227,7 +227,7 @@ def test_placing_more_kinds_of_units_is_never_slower_and_keeps_the_budget() -> N
     for placeable in ({"ffn"}, {"ffn", "attention"}, {"ffn", "attention", "head"}):
         engine = Capabilities(frozenset(placeable), sparse_hot=False)
         result = outcome(model, budget, frequencies=known(model), engine=engine)
-        assert result.memory.vram_used <= budget + VRAM_RESERVE
+        assert result.memory.vram_used <= budget_for(budget)
         units = result.memory.vram_units
         assert ("attention" in placeable) or units["attention"] == units["kv_cache"] == 0
         assert ("head" in placeable) or units["head"] == 0
@@ -261,9 +261,9 @@ def test_ram_budget_forces_neurons_onto_the_gpu_or_is_refused_with_numbers() -> 
 
 def test_too_small_a_vram_budget_is_refused_with_numbers() -> None:
     least = GPU_SCRATCH + 64 * NEURON
-    total = least + VRAM_RESERVE
+    total = budget_for(least)
     assert outcome(shape(), least).memory.vram_used <= total
-    needs = f"{total - 1:,} bytes is too small: {VRAM_RESERVE:,} bytes that are kept.*need {total:,}"
+    needs = f"{total - 1:,} bytes is too small: {total - least:,} bytes that are kept.*need {total:,}"
     with pytest.raises(PlanError, match=needs):
         outcome(shape(), least - 1)
     with pytest.raises(PlanError, match="negative"):

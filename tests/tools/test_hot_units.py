@@ -15,11 +15,11 @@ from powerinfer_tools.hot.devices import DeviceLost
 from powerinfer_tools.hot.ffn import HotFFN
 from powerinfer_tools.hot.opening import planned_units
 from powerinfer_tools.hot.placement import Workload, units_size
-from powerinfer_tools.hot.sizes import budget_for, overhead
+from powerinfer_tools.hot.sizes import MARGIN, budget_for, overhead
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
 from split_models import GROUP, Prepared
-from test_hot_side import MIB, FailingGpu, FakeGpu, LatestGpu, on
+from test_hot_side import FailingGpu, FakeGpu, LatestGpu, on
 
 #: Norms before and after, of single heads, biases, parallel blocks with one norm and with two, both kinds of
 #: rotary pairs, learnt positions, windows, quantised rows.
@@ -177,7 +177,7 @@ def test_what_does_not_fit_in_what_is_free_stays_on_the_cpu(
     model = load_model(path)
     units, work = planned_units(model), Workload(5, 256)
     size = units_size(model, units.without_neurons, work)
-    on(monkeypatch, FakeGpu(free=MIB * (256 + 32) + size.total - model.head.nbytes - 1000))
+    on(monkeypatch, FakeGpu(free=MARGIN + budget_for(size.total - model.head.nbytes - 1000)))
     engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
     engine.close()
     assert ["0 of the plan's 48 hot neurons" in notice for notice in engine.notices] == [True]

@@ -133,7 +133,7 @@ def open_hot_side(
     be said: where a GPU cannot be used, the C kernels compute everything.
 
     ``vram`` limits its bytes by moving the split point of layers. Raises HardwareError for an unknown device,
-    a missing torch, a limit beyond what is free or below what all but the neurons needs, or a model that has
+    a missing torch, a limit beyond what is free, or a model that has
     not been split.
     """
     if device not in DEVICES:

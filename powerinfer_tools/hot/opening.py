@@ -11,7 +11,7 @@ from powerinfer_tools.hot.assembly import assemble
 from powerinfer_tools.hot.devices import CpuDevice, CudaDevice, Device, OutOfDeviceMemory, cuda_problem
 from powerinfer_tools.hot.executor import Backend, TorchHotSide
 from powerinfer_tools.hot.placement import HotUnits, Workload, fit, units_size
-from powerinfer_tools.hot.sizes import MARGIN, budget_for, overhead
+from powerinfer_tools.hot.sizes import MARGIN, overhead
 from powerinfer_tools.model import Model
 
 _MIB = 1 << 20
@@ -56,12 +56,10 @@ def open_side(
 ) -> tuple[TorchHotSide | None, list[str]]:
     """The hot side on ``device``, with the Triton kernels where ``fused`` and a row type has them; None where
     nothing is to be computed there, or its memory cannot be had in spite of all counting. Second, what must
-    be said. Raises HardwareError for a budget beyond what is free, or too small for all but the neurons."""
+    be said. Raises HardwareError for a budget beyond what is free."""
     planned, limit = planned_units(model, work.predicted), limit_of(device.free_bytes(), vram)
     units = fit(model, planned, limit, work)
-    if vram:
-        _require_units(model, planned, units, vram, limit, work)
-    notices = _left_out(planned, units, limit) if vram is None else []
+    notices = _left_out(planned, units, limit, asked=vram is not None)
     if not units:
         device.close()
         return None, notices
@@ -89,31 +87,11 @@ def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotU
     return HotUnits(model.split.hot_neurons, attention, predictors, devices.head == "gpu")
 
 
-def _require_units(
-    model: Model, planned: HotUnits, units: HotUnits, vram: int, limit: int | None, work: Workload
-) -> None:
-    """Refuse a budget in which more than neurons would have to give way. What it must hold at least is said.
-
-    The reserve counts where there is a limit besides the budget: on a GPU.
-    """
-    if (units.attention, units.head) == (planned.attention, planned.head):
-        return
-    assert limit is not None
-    size = units_size(model, planned.without_neurons, work)
-    needed = budget_for(size.total)
-    units_there = f"{sum(planned.attention)} attention blocks{' and the head' if planned.head else ''}"
-    raise HardwareError(
-        f"--vram {vram / _MIB:.1f} MiB: the plan has {units_there} on the device, which need "
-        f"{needed / _MIB:.1f} MiB without any neuron: {size.weights / _MIB:.1f} of weights, "
-        f"{size.cache / _MIB:.1f} of KV cache for a context of {work.context}, {size.scratch / _MIB:.1f} of "
-        f"scratch and {overhead(needed) / _MIB:.1f} kept for the driver; give more or a shorter context "
-        "(-c), or plan again with this --vram"
-    )
-
-
-def _left_out(planned: HotUnits, units: HotUnits, limit: int | None) -> list[str]:
-    """What of the plan does not fit in what is free, in words."""
-    if units == planned or limit is None:
+def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, asked: bool) -> list[str]:
+    """What of the plan does not fit, in words; of neurons that give way to a budget that was ``asked`` for
+    nothing needs to be said."""
+    only_neurons = (units.attention, units.head) == (planned.attention, planned.head)
+    if units == planned or limit is None or (asked and only_neurons):
         return []
     parts = [f"{sum(units.neurons)} of the plan's {sum(planned.neurons)} hot neurons"]
     if units.attention != planned.attention:

@@ -1,6 +1,6 @@
 """What of a model is on the hot device: what the plan says, or less where memory is short."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from powerinfer_formats.split import SplitLayer
@@ -117,19 +117,26 @@ def fit(model: Model, planned: HotUnits, limit: int | None, work: Workload) -> H
     """What of ``planned`` fits in ``limit`` bytes (None: all of it).
 
     Neurons give way first: groups are taken off the layer with the largest hot share, again and again, so
-    that all layers keep similar shares; within a layer the coldest go first, since neurons are sorted. Then
-    the head, then attention blocks from the last layer on.
+    that all layers keep similar shares; within a layer the coldest go first, since neurons are sorted. Where
+    the rest does not fit without any neuron, the head goes, then attention blocks from the last layer on,
+    until it does; what room is left then is for neurons again.
     """
     if limit is None:
         return planned
-    fits: Callable[[HotUnits], bool] = lambda units: units_size(model, units, work).total <= limit  # noqa: E731
-    if fits(planned.without_neurons):
-        return replace(planned, neurons=_fitting_neurons(model, planned, limit, work))
-    units = replace(planned.without_neurons, head=False)
-    while any(units.attention) and not fits(units):
-        last = max(i for i, there in enumerate(units.attention) if there)
+    for units in _giving_way(planned):
+        if units_size(model, units.without_neurons, work).total <= limit:
+            break
+    return replace(units, neurons=_fitting_neurons(model, units, limit, work))
+
+
+def _giving_way(planned: HotUnits) -> Iterator[HotUnits]:
+    """``planned``, then without its head, then with ever fewer attention blocks."""
+    yield planned
+    units = replace(planned, head=False)
+    yield units
+    for last in reversed([i for i, there in enumerate(planned.attention) if there]):
         units = replace(units, attention=tuple(there and i < last for i, there in enumerate(units.attention)))
-    return units
+        yield units
 
 
 def _fitting_neurons(model: Model, planned: HotUnits, limit: int, work: Workload) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import pytest
 from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine, layers, memory
 from powerinfer_tools.engine import engine as engine_module
-from powerinfer_tools.errors import HardwareError, ModelError
+from powerinfer_tools.errors import ModelError
 from powerinfer_tools.hot.devices import DeviceLost
 from powerinfer_tools.hot.ffn import HotFFN
 from powerinfer_tools.hot.opening import planned_units
@@ -161,13 +161,15 @@ def test_the_budget_covers_weights_cache_and_scratch_up_front(
     engine = Engine(load_model(path), vram=smaller, **options)  # type: ignore[arg-type]
     assert engine.report().memory.vram <= smaller - overhead(smaller)
     engine.close()
-    on(monkeypatch, FakeGpu(free=1 << 30))
-    needs = (
-        r"3 attention blocks and the head on the device, which need 1\.\d MiB .* of KV cache for a context "
-        r"of 40, \d\.\d of scratch and 0\.2 kept"
-    )
-    with pytest.raises(HardwareError, match=needs):
-        Engine(load_model(path), vram=less - 1, **options)  # type: ignore[arg-type]
+    for budget, said in (
+        (less - 1, "not its output head fit"),
+        (1 << 19, "0 of its 3 attention blocks, not its"),
+    ):
+        on(monkeypatch, FakeGpu(free=1 << 30))
+        engine = Engine(load_model(path), vram=budget, **options)  # type: ignore[arg-type]
+        assert (engine.report().memory.vram or 0) <= budget - overhead(budget)
+        assert [said in notice for notice in engine.notices] == [True]
+        engine.close()
 
 
 def test_what_does_not_fit_in_what_is_free_stays_on_the_cpu(
@@ -180,8 +182,9 @@ def test_what_does_not_fit_in_what_is_free_stays_on_the_cpu(
     on(monkeypatch, FakeGpu(free=MARGIN + budget_for(size.total - model.head.nbytes - 1000)))
     engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
     engine.close()
-    assert ["0 of the plan's 48 hot neurons" in notice for notice in engine.notices] == [True]
-    assert "not its output head" in engine.notices[0]
+    assert ["of the plan's 48 hot neurons, not its output head fit" in said for said in engine.notices] == [
+        True
+    ]
 
 
 def test_what_a_gpu_holds_need_not_fit_in_ram(llama: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_profile_plan_convert_inspect_run_eval_bench(place: Path, monkeypatch: p
     monkeypatch.chdir(place)
     model, split = "tiny.gguf", "tiny.powerinfer.gguf"
     stage("profile", "-m", model, "--corpus", "text.txt", "--ctx", "64")
-    budget = ("--hardware", "pc-low", "--vram", "33168KiB", "--ctx", "64", "--objective", "frequency")
+    budget = ("--hardware", "pc-low", "--vram", "458KiB", "--ctx", "64", "--objective", "frequency")
     plan = stage("plan", "-m", model, *budget)
     assert plan["version"] == 2
     hot = [layer["hot_neurons"] // plan["group"] for layer in plan["layers"]]

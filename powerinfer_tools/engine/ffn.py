@@ -1,6 +1,7 @@
 """The FFNs that the C kernels compute: of a source model, or the neurons of a split file from a split point
 on."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -119,14 +120,15 @@ class _ColumnsFFN(_Plain):
         writer.ffn_columns(self.weights, output, observed, self.thresholds)
 
 
-class _BundledFFN(_Plain):
+class _BundledFFN(_Plain, ABC):
     """An FFN whose neurons' rows lie in a bundle, beside matrices that are read for all neurons."""
 
     in_rows = True
 
     @property
+    @abstractmethod
     def bundle(self) -> Bundle:
-        raise NotImplementedError
+        """The rows that only active neurons are read from."""
 
     @property
     def whole(self) -> tuple[Matrix, ...]:

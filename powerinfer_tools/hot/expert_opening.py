@@ -9,7 +9,7 @@ import torch
 
 from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
 from powerinfer_tools.hot.assembly import UNPACKED_LIMIT
-from powerinfer_tools.hot.devices import CpuDevice, CudaDevice, Device, OutOfDeviceMemory, cuda_problem
+from powerinfer_tools.hot.devices import CpuDevice, Device, OutOfDeviceMemory
 from powerinfer_tools.hot.executor import Exchange
 from powerinfer_tools.hot.expert_placement import (
     ExpertWidths,
@@ -26,7 +26,7 @@ from powerinfer_tools.hot.expert_side import ExpertBackend, RouteExchange, Torch
 from powerinfer_tools.hot.experts import ExpertScratch, HotExpert, HotExperts
 from powerinfer_tools.hot.ffn import Inputs
 from powerinfer_tools.hot.loading import Arena, Form
-from powerinfer_tools.hot.opening import fusing_problem, limit_of
+from powerinfer_tools.hot.opening import limit_of, opened
 from powerinfer_tools.model import Model
 
 _MIB = 1 << 20
@@ -47,20 +47,7 @@ def open_on(
     model: Model, device: str, vram: int | None, tokens: int
 ) -> tuple[HotExpertSide | None, Sequence[str]]:
     """See :func:`powerinfer_tools.hot.expert_routes.open_hot_experts`."""
-    if device == "cpu":
-        return open_side(model, CpuDevice(), vram, tokens, fused=False)
-    problem = cuda_problem()
-    if problem is not None:
-        return None, [f"--device cuda: {problem}; everything is computed on the CPU"]
-    reason, gpu = fusing_problem(), CudaDevice()
-    side, notices = open_side(model, gpu, vram, tokens, fused=reason is None)
-    if side is None:
-        return None, notices
-    if reason is not None:
-        side.notices.append(
-            f"no fused GPU kernels: {reason}; torch operations unpack the rows, which is slower"
-        )
-    return side, side.notices
+    return opened(device, lambda there, fused: open_side(model, there, vram, tokens, fused=fused))
 
 
 def open_side(

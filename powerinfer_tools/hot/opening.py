@@ -1,7 +1,8 @@
 """Opening the hot side: which device, what of the plan fits on it, and what must be said."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -21,14 +22,28 @@ def open_on(
     model: Model, device: str, vram: int | None, work: Workload
 ) -> tuple[HotSide | None, Sequence[str]]:
     """See :func:`powerinfer_tools.hot.open_hot_side`."""
+    return opened(device, lambda there, fused: open_side(model, there, vram, work, fused=fused))
+
+
+class _Noting(Protocol):
+    notices: list[str]
+
+
+Side = TypeVar("Side", bound=_Noting)
+
+
+def opened(
+    device: str, open_there: Callable[[Device, bool], tuple[Side | None, list[str]]]
+) -> tuple[Side | None, list[str]]:
+    """What ``open_there`` makes of the device of that name and of whether fused kernels can be used on it,
+    with what must be said of the device itself."""
     if device == "cpu":
-        return open_side(model, CpuDevice(), vram, work, fused=False)
+        return open_there(CpuDevice(), False)
     problem = cuda_problem()
     if problem is not None:
         return None, [f"--device cuda: {problem}; everything is computed on the CPU"]
-    reason = fusing_problem()
-    gpu = CudaDevice()
-    side, notices = open_side(model, gpu, vram, work, fused=reason is None)
+    reason, gpu = fusing_problem(), CudaDevice()
+    side, notices = open_there(gpu, reason is None)
     if side is None:
         return None, notices
     if reason is not None:

@@ -26,7 +26,7 @@ from powerinfer_tools.engine import layers as layer_stack
 from powerinfer_tools.engine import memory as memory_limits
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, PlanError, ProfileError
 from powerinfer_tools.ffn_weights import ExpertsFFN
-from powerinfer_tools.hot import expert_opening, expert_placement
+from powerinfer_tools.hot import expert_opening, expert_placement, opening
 from powerinfer_tools.hot.experts import HotExperts
 from powerinfer_tools.hot.ffn import FusedRows
 from powerinfer_tools.hot.sizes import MARGIN, budget_for
@@ -320,7 +320,7 @@ def test_without_a_usable_gpu_the_cpu_computes_everything_which_is_said_once(
     path, tokens = everything_hot(shared), shared.tiny.tokens(4)
     expected = logits(Engine(load_model(shared.tiny.path), threads=1), tokens)
     if problem == "no device":
-        monkeypatch.setattr(expert_opening, "cuda_problem", lambda: "torch finds no GPU that it can use")
+        monkeypatch.setattr(opening, "cuda_problem", lambda: "torch finds no GPU that it can use")
     else:
         on(monkeypatch, FakeGpu(free=1 << 30, largest=5))
     engine = Engine(load_model(path), threads=1, device="cuda")

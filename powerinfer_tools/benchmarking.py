@@ -17,7 +17,8 @@ class BenchRow:
     """One measured test: mean and standard deviation of tokens per second over ``repetitions``.
 
     ``bandwidth_share`` is bytes touched per second over the read bandwidth measured just before, 0 … 1.
-    ``density``: share of FFN neurons that were computed, 1 in dense modes. ``synthetic``: random weights.
+    ``density``: share of FFN neurons that were computed, 1 in dense modes, or of experts that a token takes.
+    ``synthetic``: random weights.
     """
 
     test: str
@@ -96,7 +97,7 @@ def _row(engine: Engine, name: str, count: int, speeds: list[float], bandwidth: 
     report = engine.report()
     touched = report.bytes_per_token
     if name.startswith("pp"):  # the weights are read once per batch of tokens
-        touched = engine.stack.weight_bytes_per_token() * -(-count // engine.batch) / count
+        touched = engine.stack.weight_bytes_per_pass() * -(-count // engine.batch) / count
     mean = fmean(speeds)
     return BenchRow(
         test=name,

@@ -24,6 +24,11 @@ class Routing:
     normalized: bool
     shared_neurons: int
 
+    @property
+    def share(self) -> float:
+        """Share of the experts that a router chooses from which a token takes."""
+        return self.used / self.experts
+
 
 @dataclass(frozen=True)
 class Hyperparameters:

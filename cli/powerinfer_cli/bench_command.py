@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 HELP = """Measure tokens per second: rows ppN (a prompt of N tokens) and tgN (N tokens generated one by one).
 
 Each row is the mean of the repetitions ± their standard deviation, with the share of this machine's measured
-memory bandwidth that it used. The rows compare with llama-bench's.
+memory bandwidth that it used; of experts, the bytes count that are taken. The rows compare with
+llama-bench's.
 
 \b
 Examples:
   powerinfer bench -m model.gguf
   powerinfer bench -m model.gguf -p 0 -n 256 -r 10 --json
   powerinfer bench --shape mistral-7b --density 0.1 -p 64 -n 32
+  powerinfer bench --shape qwen3-30b-a3b --layers 12 -p 64 -n 32
   powerinfer bench --ffn 4096x14336 --type q4_0 --density 0.1,0.3,0.5
 """
 

@@ -182,7 +182,11 @@ class Synthetic:
     layers: Annotated[
         int | None,
         typer.Option(
-            "--layers", min=1, metavar="N", help="Fewer layers.", rich_help_panel="Synthetic models"
+            "--layers",
+            min=1,
+            metavar="N",
+            help="Fewer layers, where all have no room.",
+            rich_help_panel="Synthetic models",
         ),
     ] = None
     cache_dir: Annotated[

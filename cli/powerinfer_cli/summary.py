@@ -91,8 +91,10 @@ def say_summary(figures: dict[str, Any]) -> None:
     share, rate = figures["bandwidth_share"], figures["bandwidth_bytes_per_second"]
     size = format_size(round(figures["bytes_per_token"]))
     say(f"traffic: {size} a token, {share:.0%} of the {rate / 1e9:.1f} GB/s measured")
+    experts = figures["experts"]
+    computed = f"{experts['used']} of {experts['count']} experts a token, " if experts else ""
     say(
-        f"mode: {figures['mode']}, density {figures['density']:.3f}, device {figures['device']}, "
+        f"mode: {figures['mode']}, {computed}density {figures['density']:.3f}, device {figures['device']}, "
         f"{figures['threads']} threads, {figures['isa']}"
     )
     if figures["recall"] is not None:

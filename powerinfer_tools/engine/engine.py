@@ -187,6 +187,7 @@ class Engine:
         stack = self._stack
         cache_bytes = self._decoded_cache_bytes / self._decode_tokens if self._decode_tokens else 0.0
         timings = stack.seconds() | ({"head": self._head.seconds} if self._head else {})
+        routing = self.model.hyper.routing
         return EngineReport(
             mode=stack.mode,
             device=stack.device,
@@ -198,6 +199,7 @@ class Engine:
             decode_seconds=self._decode_seconds,
             bytes_per_token=stack.weight_bytes_per_token() + cache_bytes,
             density=stack.density(),
+            experts=(routing.used, routing.experts) if routing else None,
             recall=stack.recall(),
             timings=timings,
             kv_type=stack.kv_type,

@@ -218,9 +218,18 @@ class LayerStack:
         hot = self._hot.weight_bytes if self._hot else 0
         return self._writer.weight_bytes + self._head_bytes + embedded + ffn + hot
 
+    def weight_bytes_per_pass(self) -> float:
+        """Mean bytes of weights that a forward pass touched so far, whatever its number of tokens: an expert
+        counts once where some token of a batch takes it."""
+        routed = [ffn for ffn in self._cold if isinstance(ffn, RoutedFFN)]
+        more = sum(ffn.bytes_per_pass() - ffn.bytes_per_token(1.0) for ffn in routed)
+        return self.weight_bytes_per_token() + more
+
     def density(self) -> float:
         """Share of FFN neurons that were computed so far; dense layers are computed whole, and hot neurons
-        where the hot device does not predict."""
+        where the hot device does not predict. With experts, the share of them that a token takes."""
+        if self.model.hyper.routing is not None:
+            return self.model.hyper.routing.share
         every = self._tokens * self.model.hyper.layers * self.model.hyper.neurons
         skipped = self._program.total_neurons() - self._program.active_neurons()
         skipped += self._hot.left_out if self._hot else 0

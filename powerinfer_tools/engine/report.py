@@ -26,8 +26,9 @@ class EngineReport:
     """Counters of an engine since it was made.
 
     ``bytes_per_token`` is the mean number of bytes of weights and KV cache that one decoded token had to
-    touch; ``density`` the mean share of FFN neurons computed; ``recall`` the share of active neurons that
-    predictors found, None where it was not checked; ``timings`` seconds by part ("attention",
+    touch; ``density`` the mean share of FFN neurons computed, or of routed experts that a token takes;
+    ``experts`` how many those are, and of how many, None without experts; ``recall`` the share of active
+    neurons that predictors found, None where it was not checked; ``timings`` seconds by part ("attention",
     "ffn", …); ``load_seconds`` the time to lay the weights out for the kernels and allocate.
     """
 
@@ -41,6 +42,7 @@ class EngineReport:
     decode_seconds: float
     bytes_per_token: float
     density: float
+    experts: tuple[int, int] | None
     recall: float | None
     timings: dict[str, float]
     memory: Memory
@@ -81,6 +83,7 @@ class EngineReport:
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "bytes_per_token": self.bytes_per_token,
             "density": self.density,
+            "experts": dict(zip(("used", "count"), self.experts, strict=True)) if self.experts else None,
             "recall": self.recall,
             "kv_type": self.kv_type,
             "load_seconds": self.load_seconds,

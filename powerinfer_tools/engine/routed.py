@@ -115,6 +115,7 @@ class RoutedFFN:
         self._shared_gate = None if ffn.shared_gate is None else pack(pool, ffn.shared_gate)
         self._ranges: dict[int, tuple[int, int]] = {}
         self._hot_bytes = _hot_bytes(ffn, routing, hot)
+        self._passes = self._taken = 0  # forward passes, and experts that some token of a pass took
 
     @property
     def nbytes(self) -> int:
@@ -123,9 +124,17 @@ class RoutedFFN:
 
     def bytes_per_token(self, density: float) -> float:
         """Bytes that one decoded token touches, on both sides; ``density`` does not matter."""
+        return self._touched(self._routing.used)
+
+    def bytes_per_pass(self) -> float:
+        """Mean bytes that a forward pass touched so far, on both sides: of an expert once, however many
+        tokens take it."""
+        return self._touched(self._taken / self._passes if self._passes else self._routing.used)
+
+    def _touched(self, experts: float) -> float:
         routed, shared = self._hot_bytes
-        experts = routed + sum(_nbytes(expert) for expert in self._experts.values())
-        return self._always + shared + experts * self._routing.used / self._routing.experts
+        size = (routed + sum(_nbytes(expert) for expert in self._experts.values())) / self._routing.experts
+        return self._always + shared + experts * size
 
     @property
     def quantized(self) -> bool:
@@ -191,6 +200,7 @@ class RoutedFFN:
                 tokens.append(token)
                 weights.append(weight)
         routes = [Route(expert, *taken[expert]) for expert in sorted(taken)]
+        self._passes, self._taken = self._passes + 1, self._taken + len(routes)
         if self._shared_gate is not None:
             routes.insert(0, Route(SHARED, range(count), _sigmoid(self._scratch.shared_score[:count])))
         self._count(routes)

@@ -1,11 +1,14 @@
 """Where synthetic models are kept, so that a second measurement does not write them again."""
 
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from powerinfer_tools.engine.memory import MARGIN
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.synthetic.models import SHAPES, TYPES, write_synthetic
+from powerinfer_tools.hardware import detect
+from powerinfer_tools.synthetic.models import SHAPES, TYPES, Shape, tensors_of, write_synthetic
 from powerinfer_tools.synthetic.sparse import Sparsity, write_sparse
 
 #: Changes when the same request would give another file.
@@ -30,6 +33,12 @@ class Request:
         most = SHAPES[self.shape].layers
         if self.layers is not None and not 1 <= self.layers <= most:
             raise ModelError(f"{self.shape} has {most} layers, {self.layers} cannot be made")
+        if self.sparsity and SHAPES[self.shape].experts:
+            raise ModelError(
+                f"{self.shape} has experts, of which a token takes {SHAPES[self.shape].used} of "
+                f"{SHAPES[self.shape].experts}, all equally often; they are computed as wholes, so leave out "
+                "--density, and --mode other than dense"
+            )
 
     @property
     def name(self) -> str:
@@ -44,14 +53,42 @@ class Request:
         kind = "powerinfer.gguf" if self.sparsity else "gguf"
         return f"{self.name}-v{_VERSION}.{kind}"
 
-    def write(self, path: Path) -> int:
-        """Write the model; its size in bytes. Raises ModelError, FormatError or OSError."""
+    @property
+    def sizes(self) -> Shape:
+        """The shape with as many layers as were asked for."""
         shape = SHAPES[self.shape]
-        if self.layers:
-            shape = replace(shape, layers=self.layers)
+        return replace(shape, layers=self.layers) if self.layers else shape
+
+    def write(self, path: Path) -> int:
+        """Write the model; its size in bytes.
+
+        Raises ModelError where there is no room for it, in the file's folder or in memory, before anything
+        is written; FormatError or OSError where writing fails.
+        """
+        shape = self.sizes
+        self._require_room(shape, "the disk", shutil.disk_usage(path.parent).free)
+        self._require_room(shape, "memory", detect.available_ram_bytes())
         if self.sparsity:
             return write_sparse(path, self.name, shape, self.row_type, self.sparsity)
         return write_synthetic(path, self.name, shape, self.row_type)
+
+    def _require_room(self, shape: Shape, where: str, free: int) -> None:
+        """``free`` is 0 where that is not known."""
+        room, nbytes = free - MARGIN, weight_bytes(shape, self.row_type)
+        if not free or nbytes <= room:
+            return
+        one, two = (weight_bytes(replace(shape, layers=count), self.row_type) for count in (1, 2))
+        fit = 1 + (room - one) // (two - one) if one <= room else 0
+        what = f"ask for fewer layers (--layers {fit})" if fit else "take a smaller shape or type"
+        raise ModelError(
+            f"{self.name}: {nbytes >> 20} MiB of weights do not fit in the {max(room, 0) >> 20} MiB that "
+            f"{where} has to spare; {what}"
+        )
+
+
+def weight_bytes(shape: Shape, row_type: str) -> int:
+    """Size of the weights of the dense form; a split file has predictors besides."""
+    return sum(tensor.nbytes for tensor in tensors_of(shape, row_type))
 
 
 def default_cache() -> Path:

@@ -3,8 +3,13 @@
 The file is a complete GGUF that other programs load too, streamed to disk: memory stays at one piece of one
 tensor. ``general.name`` says that it is synthetic. Values have zero mean and a deviation of 1/√columns, so
 that activations stay finite and every arithmetic path runs at its normal speed.
+
+With experts, embeddings have a deviation of 1, and what attention and FFNs add a hundredth of that: random
+layers add much the same for every token, so that in deep layers all tokens would take the same experts.
+Like this, the routers, which are random rows, choose all experts about equally often, whatever came before.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +21,22 @@ from numpy.typing import NDArray
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_tools.architectures import ARCHITECTURES, ArchitectureSpec
-from powerinfer_tools.synthetic.random_blocks import BLOCKS, fitting_type, random_rows
+from powerinfer_tools.synthetic.random_blocks import BLOCKS, balance, fitting_type, random_rows
 
 #: Values drawn at a time: bounds the memory of the writer.
 PIECE_VALUES = 1 << 24
+#: Of models with experts: the deviation of what a block adds to a residual stream of deviation 1, and the
+#: matrices that it depends on.
+_ADDED = 0.01
+_ADDING = (".attn_output.", ".ffn_down")
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of one model; what its layers are made of says the row of its architecture. ``biases``: those of
     q, k and v, or of all projections. ``window`` > 0: sliding attention as Gemma 3 has it. ``activation``:
-    one that is not the architecture's own, in the dense form."""
+    one that is not the architecture's own, in the dense form. ``experts`` > 0: so many of ``neurons`` each,
+    of which a token takes ``used``, and one of ``shared`` neurons (0: none) besides."""
 
     architecture: str
     layers: int
@@ -42,6 +52,9 @@ class Shape:
     biases: Literal["none", "qkv", "all"] = "none"
     window: int = 0
     activation: str | None = None
+    experts: int = 0
+    used: int = 0
+    shared: int = 0
 
     @property
     def spec(self) -> ArchitectureSpec:
@@ -64,6 +77,11 @@ SHAPES: dict[str, Shape] = {
     "opt-6.7b": Shape("opt", 32, 4096, 32, 32, 128, 16384, 50272, 1e4, 2048, tied=True, biases="all"),
     "falcon-7b": Shape("falcon", 32, 4544, 71, 1, 64, 18176, 65024, 1e4, 2048, tied=True),
     "gemma-3-1b": Shape("gemma3", 26, 1152, 4, 1, 256, 6912, 262144, 1e6, tied=True, window=512),
+    "mixtral-8x7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 32000, 1e6, experts=8, used=2),
+    "qwen1.5-moe-a2.7b": Shape(
+        "qwen2moe", 24, 2048, 16, 16, 128, 1408, 151936, 1e6, biases="qkv", experts=60, used=4, shared=5632
+    ),
+    "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 768, 151936, 1e6, experts=128, used=8),
 }
 
 #: A mixture's name → the type of most matrices and of the sensitive ones.
@@ -90,11 +108,18 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to be: ``row_type`` is a name of ``random_blocks.BLOCKS``; vectors are (columns,)."""
+    """One tensor to be: ``row_type`` is a name of ``random_blocks.BLOCKS``; vectors are (columns,), the
+    matrices of experts (experts, rows, columns)."""
 
     name: str
     shape: tuple[int, ...]
     row_type: str = "F32"
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, without padding."""
+        block = BLOCKS[self.row_type]
+        return math.prod(self.shape) // block.values * block.nbytes
 
 
 def tensors_of(shape: Shape, mixture: str) -> Iterator[Tensor]:
@@ -122,25 +147,47 @@ def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iter
     more = sensitive if _gets_more_bits(layer, shape.layers) else usual
     fused = [("attn_qkv", queries + 2 * keys, width, usual)]
     parts = [("attn_q", queries, width, usual), ("attn_k", keys, width, usual), ("attn_v", keys, width, more)]
-    gate = [("ffn_gate", shape.neurons, width, usual)]
-    matrices = (
+    matrices = [
         *(fused if shape.spec.fused_qkv else parts),
         ("attn_output", width, queries, usual),
-        *(gate if shape.spec.gated else ()),
-        ("ffn_up", shape.neurons, width, usual),
-        ("ffn_down", width, shape.neurons, more),
-    )
+        *([] if shape.experts else _ffn("", shape.neurons, shape, usual, more)),
+    ]
     norms = {"attn_norm": width, shape.spec.ffn_norm: width}
-    if shape.architecture == "gemma3":
+    if shape.spec.post_norms:
         norms |= {"post_attention_norm": shape.width, "post_ffw_norm": shape.width}
+    if shape.spec.qk_norm:
         norms |= {"attn_q_norm": shape.head_dim, "attn_k_norm": shape.head_dim}
     for name, rows, columns, row_type in matrices:
         yield Tensor(f"blk.{layer}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
+    if shape.experts:
+        yield from _expert_tensors(shape, f"blk.{layer}", usual, more)
     biased = {"none": 0, "qkv": 3, "all": len(matrices)}[shape.biases]
     for name, length, *_ in matrices[:biased]:
         yield Tensor(f"blk.{layer}.{name}.bias", (length,))
     for name, length in norms.items():
         yield from _norm(shape, f"blk.{layer}.{name}", length)
+
+
+def _ffn(suffix: str, neurons: int, shape: Shape, usual: str, more: str) -> list[tuple[str, int, int, str]]:
+    """Name, rows, columns and type of each matrix of an FFN."""
+    gate = [(f"ffn_gate{suffix}", neurons, shape.width, usual)] if shape.spec.gated else []
+    return [
+        *gate,
+        (f"ffn_up{suffix}", neurons, shape.width, usual),
+        (f"ffn_down{suffix}", shape.width, neurons, more),
+    ]
+
+
+def _expert_tensors(shape: Shape, prefix: str, usual: str, more: str) -> Iterator[Tensor]:
+    """Routers are not quantised."""
+    yield Tensor(f"{prefix}.ffn_gate_inp.weight", (shape.experts, shape.width))
+    for name, rows, columns, row_type in _ffn("_exps", shape.neurons, shape, usual, more):
+        kind = fitting_type(row_type, columns)
+        yield Tensor(f"{prefix}.{name}.weight", (shape.experts, rows, columns), kind)
+    if shape.shared:
+        yield Tensor(f"{prefix}.ffn_gate_inp_shexp.weight", (shape.width,))
+        for name, rows, columns, row_type in _ffn("_shexp", shape.shared, shape, usual, more):
+            yield Tensor(f"{prefix}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
 
 
 def _norm(shape: Shape, name: str, length: int) -> Iterator[Tensor]:
@@ -166,20 +213,35 @@ def write_synthetic(path: Path, name: str, shape: Shape, mixture: str, seed: int
         for tensor in tensors:
             writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
         for tensor in tensors:
-            for piece in _pieces(rng, tensor):
+            for piece in _pieces(rng, shape, tensor):
                 writer.write(tensor.name, piece)
     return path.stat().st_size
 
 
-def _pieces(rng: np.random.Generator, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
+def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
     if len(tensor.shape) == 1:
-        mean = 0.0 if tensor.name.endswith(".bias") else 1.0
-        yield (mean + 0.1 * rng.standard_normal(tensor.shape[0])).astype(np.float32)
+        is_norm = tensor.name.endswith("norm.weight")
+        deviation = 0.1 if is_norm or tensor.name.endswith(".bias") else tensor.shape[0] ** -0.5
+        yield (is_norm + deviation * rng.standard_normal(tensor.shape[0])).astype(np.float32)
         return
-    rows, columns = tensor.shape
+    *counts, columns = tensor.shape
+    rows, deviation = math.prod(counts), _deviation(shape, tensor)
     step = max(1, PIECE_VALUES // columns)
     for first in range(0, rows, step):
-        yield random_rows(rng, tensor.row_type, min(step, rows - first), columns)
+        made = random_rows(rng, tensor.row_type, min(step, rows - first), columns, deviation)
+        if shape.experts and tensor.row_type == "Q4_0":
+            balance(made)
+        yield made
+
+
+def _deviation(shape: Shape, tensor: Tensor) -> float:
+    """Of the values of a matrix."""
+    usual = float(tensor.shape[-1] ** -0.5)
+    if not shape.experts:
+        return usual
+    if tensor.name == "token_embd.weight":
+        return 1.0
+    return usual * (_ADDED if any(name in tensor.name for name in _ADDING) else 1.0)
 
 
 def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> None:
@@ -201,6 +263,12 @@ def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> N
         f"{prefix}.attention.value_length": shape.head_dim,
         f"{prefix}.vocab_size": shape.vocabulary,
     }
+    if shape.experts:
+        integers |= {f"{prefix}.expert_count": shape.experts, f"{prefix}.expert_used_count": shape.used}
+    if shape.experts and prefix != "llama":  # of Mixtral, feed_forward_length is that of an expert
+        integers[f"{prefix}.expert_feed_forward_length"] = shape.neurons
+    if shape.shared:
+        integers[f"{prefix}.expert_shared_feed_forward_length"] = shape.shared
     rotary = shape.spec.rope_style != "none"
     if rotary:
         integers[f"{prefix}.rope.dimension_count"] = shape.head_dim

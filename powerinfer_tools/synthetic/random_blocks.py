@@ -25,13 +25,25 @@ class Block:
     make: Maker
 
 
-def random_rows(rng: np.random.Generator, row_type: str, rows: int, columns: int) -> Bytes:
-    """``rows`` rows of ``columns`` values, [rows, row bytes]. Columns must be a multiple of the block."""
+def random_rows(
+    rng: np.random.Generator, row_type: str, rows: int, columns: int, deviation: float | None = None
+) -> Bytes:
+    """``rows`` rows of ``columns`` values, [rows, row bytes], of another standard ``deviation`` where one is
+    given. Columns must be a multiple of the block."""
     block = BLOCKS[row_type]
     if columns % block.values:
         raise ValueError(f"{columns} columns are no multiple of {block.values}, the block of {row_type}")
     blocks = rows * (columns // block.values)
-    return block.make(rng, blocks, columns**-0.5).reshape(rows, -1)
+    return block.make(rng, blocks, columns**-0.5 if deviation is None else deviation).reshape(rows, -1)
+
+
+def balance(rows: Bytes) -> None:
+    """Turns the lowest code of Q4_0 rows, −8, into 0: codes −8 to 7 have a mean of −1/2, and where the input
+    has a mean, too, all products would move together: what tokens have in common would grow from layer to
+    layer."""
+    blocks = rows.reshape(-1, BLOCKS["Q4_0"].nbytes)[:, 2:]
+    blocks |= ((blocks & 0x0F) == 0).astype(np.uint8) << 3
+    blocks |= ((blocks & 0xF0) == 0).astype(np.uint8) << 7
 
 
 def fitting_type(row_type: str, columns: int) -> str:

@@ -35,7 +35,7 @@ from powerinfer_kernels import RowType, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.synthetic.models import Shape, Tensor, add_metadata, tensors_of
-from powerinfer_tools.synthetic.random_blocks import BLOCKS
+from powerinfer_tools.synthetic.random_blocks import BLOCKS, balance
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -164,16 +164,8 @@ def _random(rng: np.random.Generator, row_type: str, rows: int, columns: int, de
     if row_type != "Q4_0":
         return block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
     made = block.make(rng, rows * (columns // block.values), deviation / _BALANCED).reshape(rows, -1)
-    _balance(made)
+    balance(made)
     return made
-
-
-def _balance(rows: Bytes) -> None:
-    """Turns the lowest code of Q4_0, −8, into 0: codes −8 to 7 have a mean of −1/2, and where the input has a
-    mean, too, all products would move together: the constant block would drift from layer to layer."""
-    blocks = rows.reshape(-1, BLOCKS["Q4_0"].nbytes)[:, 2:]
-    blocks |= ((blocks & 0x0F) == 0).astype(np.uint8) << 3
-    blocks |= ((blocks & 0xF0) == 0).astype(np.uint8) << 7
 
 
 def _set_first_block(rows: Bytes, row_type: str, values: Floats) -> None:

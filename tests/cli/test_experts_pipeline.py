@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from powerinfer_cli.app import create_app
+from powerinfer_tools.synthetic.models import SHAPES, Shape
 from tiny_models import CASES, make_tiny_model
 
 APP = create_app()
@@ -60,6 +61,8 @@ def test_profile_plan_convert_inspect_run_eval_bench(place: Path, monkeypatch: p
     assert runs[0]["logits_hash"] == runs[1]["logits_hash"]
     assert runs[0]["text"] == runs[2]["text"]
     assert runs[2]["memory"]["vram"] > 0
+    assert (runs[0]["density"], runs[0]["experts"]) == (0.5, {"used": 3, "count": 6})
+    assert "3 of 6 experts a token, density 0.500" in ended(*words, split).stderr
     names = {row["name"] for row in json.loads((place / "t.json").read_text())["traceEvents"]}
     assert {"route", "launch", "experts", "wait", "hot"} <= names
     judged = stage(
@@ -68,6 +71,23 @@ def test_profile_plan_convert_inspect_run_eval_bench(place: Path, monkeypatch: p
     )  # fmt: skip
     assert 0 <= judged["divergence"]["mean_kl"] < 1e-6
     assert stage("bench", "-m", split, "-p", "4", "-n", "2", "-r", "1", "--device", "cpu")
+
+
+def test_bench_of_a_made_up_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Shape("qwen3moe", 2, 64, 4, 2, 16, 32, 300, 1e4, experts=16, used=4)
+    monkeypatch.setitem(SHAPES, "small", small)
+    words = ("bench", "--shape", "small", "--cache-dir", str(tmp_path), "-p", "6", "-n", "2", "-r", "1")
+    for more, layers in (((), 2), (("--layers", "1", "--type", "f16"), 1)):
+        rows = stage(*words, *more)
+        assert [row["test"] for row in rows] == ["pp6", "tg2"]
+        for row in rows:
+            assert (row["mode"], row["density"], row["synthetic"]) == ("dense", 0.25, True)
+            assert f"{layers}layers" in row["model"] or layers == 2
+    assert len(list((tmp_path / "synthetic").iterdir())) == 2
+    for more in (("--density", "0.1"), ("--density", "0.1", "--mode", "predicted")):
+        done = ended(*words, *more)
+        assert done.exit_code == 1
+        assert "small has experts, of which a token takes 4 of 16" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(

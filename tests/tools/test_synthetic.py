@@ -107,6 +107,8 @@ def test_predicted_mode(row_type: str, tmp_path: Path) -> None:
 
 def test_predictors_have_their_share_of_the_weights() -> None:
     for name, shape in SHAPES.items():
+        if shape.experts:
+            continue
         attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.width
         weights = attention + (3 if shape.spec.gated else 2) * shape.neurons * shape.width
         predictor = predictor_rank(shape) * (shape.width + shape.neurons)

@@ -22,7 +22,7 @@ from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
     from powerinfer_formats.plan import Plan
-    from powerinfer_tools.planning.verification import Verification
+    from powerinfer_tools.planning.verification_rows import Verification
 
 HELP = """Decide which neurons, or experts, are hot (on the accelerator) and which are cold (on the CPU).
 

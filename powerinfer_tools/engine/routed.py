@@ -145,10 +145,11 @@ class RoutedFFN:
         """Append the operations; returns where :meth:`compute` comes in."""
         self._buffers, self._scratch = buffers, routed
         builder = writer.builder
+        writer.label("router")
         builder.matmul(self._router, buffers.normed, buffers.normed_acts, routed.scores)
         if self._shared_gate is not None:
             builder.matmul(self._shared_gate, buffers.normed, buffers.normed_acts, routed.shared_score)
-        ready = builder.mark()
+        ready = writer.label("ffn")
         if self._shared is not None:
             writer.expert(
                 self._shared, buffers.normed, buffers.normed_acts, routed.shared_acts, buffers.block_out

@@ -10,11 +10,10 @@ other programs can only slow a machine down.
 """
 
 import tempfile
-import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_kernels import Pool, RowType, read_bandwidth
 from powerinfer_tools.conversion import ConvertOptions, convert
-from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.ffn_benchmarking import CurveBench
 from powerinfer_tools.ffn_layers import FFNShape
@@ -31,62 +29,27 @@ from powerinfer_tools.hardware.detect import torch_version
 from powerinfer_tools.hot.placement import hot_size
 from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.planning.costs import Machine
+from powerinfer_tools.planning.expert_verification import ExpertGrid, without_shared
 from powerinfer_tools.planning.ffn_levels import FFN, mode_seconds
 from powerinfer_tools.planning.frequencies import model_frequencies
 from powerinfer_tools.planning.offer import predictor_shapes
 from powerinfer_tools.planning.shapes import neuron_bytes, shape_of_model
+from powerinfer_tools.planning.verification_rows import (
+    BATCH,
+    QUANTILE,
+    Decoding,
+    Verification,
+    VerifyRow,
+)
 from powerinfer_tools.progress import Progress, Silent
 
 #: Hot shares of the rows, and of the two splits that the torch CPU device is measured with.
 HOT_SHARES = (0.25, 0.5, 0.75)
 _CALIBRATION = (0.125, 0.875)
 _ROUNDS = 4
-_PROMPT, _DECODED, _BATCH = 16, 12, 16
 _GROUP = 32
-#: Of a figure's samples, the share that kept within the time that counts.
-_QUANTILE = 0.25
 #: Bytes of FFNs beyond which no cache holds a model: more of them measure nothing new.
 _ENOUGH = 640 << 20
-
-
-@dataclass(frozen=True)
-class VerifyRow:
-    """One split and mode. Seconds of a token; ``spread``: by how much the median of the samples exceeds the
-    time that counts; ``error``: predicted over measured, less 1."""
-
-    device: str
-    mode: str
-    hot_share: float
-    predicted_seconds: float
-    measured_seconds: float
-    spread: float
-
-    @property
-    def error(self) -> float:
-        """Relative error of the prediction."""
-        return self.predicted_seconds / self.measured_seconds - 1
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return vars(self) | {"error": self.error}
-
-
-@dataclass(frozen=True)
-class Verification:
-    """All rows, and what else the reader should know."""
-
-    rows: tuple[VerifyRow, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def median_error(self) -> float:
-        """Median of the absolute relative errors."""
-        return median(abs(row.error) for row in self.rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        rows = [row.as_dict() for row in self.rows]
-        return {"rows": rows, "median_error": self.median_error, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -107,22 +70,25 @@ def verify(
 ) -> Verification:
     """Measure ``model`` in splits and modes, and predict each; ``plan`` is any plan of the model.
 
-    Needs room for a split file in the folder for temporary files. Raises PlanError for models whose FFNs the
-    kernels' curves do not cover, and what convert and the engine raise.
+    Needs room for a split file in the folder for temporary files. Raises PlanError for models whose layers
+    differ, and what convert and the engine raise.
     """
     progress = progress or Silent()
     with tempfile.TemporaryDirectory(prefix="powerinfer-verify-") as folder:
         source = load_model(model)
         try:
-            source.require_one_ffn(PlanError, "plan --verify")
-            grid = _Grid(
-                source, Profile.load(profile), None if predictors is None else Predictors.load(predictors)
-            )
+            routed = source.hyper.routing is not None
+            grid: _Grid | ExpertGrid
+            if routed:
+                grid = ExpertGrid(source, Profile.load(profile))
+            else:
+                known = None if predictors is None else Predictors.load(predictors)
+                grid = _Grid(source, Profile.load(profile), known)
         finally:
             source.close()
         split = Path(folder) / "all-hot.powerinfer.gguf"
         chosen = Path(folder) / "all-hot.plan.json"
-        _all_hot(plan).save(chosen)
+        (without_shared(plan) if routed else _all_hot(plan)).save(chosen)
         convert(ConvertOptions(model, profile, chosen, split, predictors=predictors), progress)
         return grid.run(split, threads, progress)
 
@@ -186,19 +152,20 @@ class _Grid:
                 bench.sample()
                 streams.append(read_bandwidth(pool, layers * nbytes, 0.05))
                 for case in cases:
-                    taken, besides = _decode(split, case, threads)
+                    vram = partial(_vram, share=case.share)
+                    taken, besides = Decoding(split, case.mode, case.device, vram).run(threads)
                     samples[case] += taken
                     shared += besides
                     progress.advance(1)
         progress.finish()
-        rate = float(np.quantile(streams, 1 - _QUANTILE))
-        machine = Machine("here", 1, rate, ((1.0, rate),), ffn_curves=(bench.curve(_QUANTILE),))
-        return self._verification(samples, float(np.quantile(shared, _QUANTILE)), machine)
+        rate = float(np.quantile(streams, 1 - QUANTILE))
+        machine = Machine("here", 1, rate, ((1.0, rate),), ffn_curves=(bench.curve(QUANTILE),))
+        return self._verification(samples, float(np.quantile(shared, QUANTILE)), machine)
 
     def _verification(
         self, samples: dict[_Case, list[float]], shared: float, machine: Machine
     ) -> Verification:
-        measured = {case: float(np.quantile(times, _QUANTILE)) for case, times in samples.items()}
+        measured = {case: float(np.quantile(times, QUANTILE)) for case, times in samples.items()}
         per_neuron, per_layer = 0.0, 0.0
         calibration = [case for case in samples if case.share in _CALIBRATION]
         if calibration:
@@ -231,39 +198,9 @@ def _hot_neurons(neurons: int, share: float) -> int:
     return max(_GROUP, int(neurons * share) // _GROUP * _GROUP) if share else 0
 
 
-def _decode(split: Path, case: _Case, threads: int | None) -> tuple[list[float], list[float]]:
-    """Seconds of single tokens, and of a token's work that is no FFN's (of splits without a hot side)."""
-    model = load_model(split)
-    engine: Engine | None = None
-    try:
-        vram = None if case.device == "none" else _vram(model, case.share)
-        engine = Engine(
-            model, threads=threads, context=64, batch=_BATCH, mode=case.mode, device=case.device, vram=vram
-        )
-        engine.prefill([1 + token % 100 for token in range(_PROMPT)])
-        before = _ffn_seconds(engine)
-        times = []
-        for step in range(_DECODED):
-            started = time.perf_counter()
-            engine.decode(1 + (37 * step) % 100)
-            times.append(time.perf_counter() - started)
-        ffn = (_ffn_seconds(engine) - before) / _DECODED
-        besides = [sum(times) / len(times) - ffn] if case.device == "none" else []
-        return times, besides
-    finally:
-        if engine is not None:
-            engine.close()
-        model.close()
-
-
-def _ffn_seconds(engine: Engine) -> float:
-    timings = engine.report().timings
-    return timings.get("ffn", 0.0) + timings.get("predictor", 0.0)
-
-
 def _vram(model: Model, share: float) -> int:
     """The budget with which the engine places exactly the hot neurons of ``share`` in every layer."""
     assert model.split is not None
     layers = [model.split.layer(index) for index in range(model.hyper.layers)]
     hot = [_hot_neurons(layer.neurons, share) for layer in layers]
-    return hot_size(layers, hot, _BATCH).total
+    return hot_size(layers, hot, BATCH).total

@@ -25,7 +25,6 @@ from powerinfer_formats.plan_experts import PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.hardware.presets import PC_LOW
 from powerinfer_tools.hot.sizes import budget_for
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning import PlanRequest, make_plan, memory, render_plan
@@ -41,10 +40,8 @@ from powerinfer_tools.planning.memory import (
 from powerinfer_tools.planning.milp import SolverOptions
 from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.planning.predictions import predictions
-from powerinfer_tools.planning.request import make_plan as plan_for
 from powerinfer_tools.planning.shapes import ModelShape, shape_of_model
 from powerinfer_tools.planning.verdict import activation_share, time_parts, verdict
-from powerinfer_tools.planning.verification import verify
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from tiny_models import CASES, make_tiny_model
 
@@ -313,8 +310,6 @@ def test_profiles_of_the_other_kind_are_refused(profiled: tuple[Path, Path]) -> 
 
 def test_what_plan_cannot_do_with_experts_is_said(profiled: tuple[Path, Path], tmp_path: Path) -> None:
     path, profile = profiled
-    with pytest.raises(PlanError, match="plan --verify does not take mixtures of experts"):
-        verify(path, profile, plan_for(shape(), None, PC_LOW, Budgets(), PlanOptions()))
     request = PlanRequest(model=path, profile=profile, hardware="pc-low", predictors=tmp_path / "p")
     with pytest.raises(PlanError, match="has experts, which its router names"):
         make_plan(request)

@@ -10,7 +10,8 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning import PlanRequest, make_plan, verification
 from powerinfer_tools.planning.costs import Machine
-from powerinfer_tools.planning.verification import VerifyRow, verify
+from powerinfer_tools.planning.verification import verify
+from powerinfer_tools.planning.verification_rows import VerifyRow
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from tiny_models import FAMILY_CASES, make_tiny_model
 

@@ -28,7 +28,7 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.hardware import detect
 from powerinfer_tools.hot.devices import cuda_problem
 from powerinfer_tools.hot.ffn import FileRows
-from powerinfer_tools.hot.opening import fusing_problem
+from powerinfer_tools.hot.fusing import fusing_problem
 from powerinfer_tools.model import load_model
 from powerinfer_tools.synthetic.random_blocks import random_rows
 

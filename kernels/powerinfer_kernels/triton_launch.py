@@ -5,10 +5,11 @@ is allocated and a CUDA graph can hold the launches. Importing this module impor
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import triton
 
+from . import triton_attention as attention
 from . import triton_ffn as kernels
 from .row_types import RowType
 from .triton_decode import tiles
@@ -20,6 +21,9 @@ LEAST_CAPABILITY = (7, 5)
 #: Rows in a program's tile, by kernel.
 DOT_BLOCK, SUM_BLOCK, UNPACK_BLOCK = 8, 8, 8
 ADD_BLOCK = 256
+#: Positions of the KV cache that a program of attention takes at a time; the fewest that it takes in all, and
+#: the most programs for one head.
+KEYS_BLOCK, LEAST_SPLIT, MOST_SPLITS = 32, 256, 64
 WARPS = 4
 
 
@@ -91,6 +95,49 @@ def unpack(matrix: PlanarRows, first: int, count: int, out: Tensor) -> None:
         matrix.data, out, matrix.rows, first, count,
         COLUMNS=matrix.columns, TYPE=int(matrix.row_type), BLOCK=UNPACK_BLOCK, **options(),
     )  # fmt: skip
+
+
+class Vectors(Protocol):
+    """Keys, or values, of every position."""
+
+    @property
+    def data(self) -> Tensor:
+        """float16 or int8 (kv_heads, context, head_dim)."""
+
+    @property
+    def scales(self) -> Tensor | None:
+        """Of int8: float16 (kv_heads, context, head_dim / 32)."""
+
+
+def split_positions(context: int) -> int:
+    """Positions in a split of a cache of ``context`` positions: a power of two."""
+    return max(LEAST_SPLIT, int(triton.next_power_of_2(-(-context // MOST_SPLITS))))
+
+
+def partial_floats(heads: int, head_dim: int, context: int) -> int:
+    """Scratch of :func:`attend`."""
+    return heads * -(-context // split_positions(context)) * (head_dim + 2)
+
+
+def attend(
+    query: Tensor, keys: Vectors, values: Vectors, position: Tensor, partial: Tensor, out: Tensor, *,
+    scale: float, window: int, softcap: float,
+) -> None:  # fmt: skip
+    """out (1, heads · head_dim) = softmax(scale · q kᵀ) v for ``query`` of the same shape, which stands at
+    ``position`` int64 (1,) and sees the positions up to it, ``window`` back (0: all); ``softcap`` of the
+    scores (0: none); ``partial`` as :func:`partial_floats` says."""
+    kv_heads, context, dim = keys.data.shape
+    heads, split, wide = query.shape[1] // dim, split_positions(context), int(triton.next_power_of_2(dim))
+    splits = -(-context // split)
+    shape = {"DIM": dim, "WIDE": wide, "WINDOW": window, "SPLIT": split}
+    attention.attend_kernel[heads, splits](
+        query, keys.data, keys.scales, values.data, values.scales, position, partial, context, splits,
+        float(scale), float(softcap),
+        **shape, GROUP=heads // kv_heads, CAPPED=softcap > 0, BLOCK=KEYS_BLOCK, **options(),
+    )  # fmt: skip
+    attention.combine_kernel[(heads,)](
+        partial, position, out, splits, **shape, SPLITS=int(triton.next_power_of_2(splits)), **options()
+    )
 
 
 def options() -> dict[str, Any]:

@@ -8,9 +8,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import triton_attention as attention
 from . import triton_ffn as kernels
 from .row_types import RowType
-from .triton_launch import ADD_BLOCK, DOT_BLOCK, SUM_BLOCK, UNPACK_BLOCK, options
+from .triton_launch import (
+    ADD_BLOCK,
+    DOT_BLOCK,
+    KEYS_BLOCK,
+    LEAST_SPLIT,
+    MOST_SPLITS,
+    SUM_BLOCK,
+    UNPACK_BLOCK,
+    options,
+)
 from .triton_layout import PLANAR_TYPES, SPLIT_ROWS
 
 #: Turing, Ampere (data centre, consumer), Ada, Hopper.
@@ -29,19 +39,25 @@ CAPABILITIES = (75, 80, 86, 89, 90)
 _ONE_CAPABILITY = 86
 _EVERYWHERE = (RowType.Q8_0, RowType.Q4_0, RowType.Q4_K, RowType.Q6_K)
 _WIDTH = 4096
-_TYPES = {"rows": "i32", "splits": "i32", "first": "i32", "count": "i32", "cut": "fp32"}
+_TYPES = dict.fromkeys(("rows", "splits", "first", "count", "context"), "i32")
+_TYPES |= dict.fromkeys(("cut", "scale", "softcap"), "fp32") | {"position": "*i64"}
+_TYPES |= dict.fromkeys(("key_scales", "value_scales"), "*fp16")
+#: Values of a head, and queries that share one of keys.
+_HEAD, _GROUP = 128, 4
 _BYTES = ("base", "gate", "up", "active")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as it is compiled for rows of one type."""
+    """One kernel as it is compiled for rows of one type; ``types``: of parameters whose name alone
+    does not say it."""
 
     kernel: str
     rows: str
     function: Any
     constants: dict[str, Any]
     capabilities: tuple[int, ...]
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,18 @@ def cases(capabilities: Sequence[int]) -> Iterator[Case]:
         yield Case("unpack", name, kernels.unpack_kernel, shape | {"BLOCK": UNPACK_BLOCK}, one)
     added = {"COLUMNS": _WIDTH, "BLOCK": ADD_BLOCK}
     yield Case("add_splits", "F32", kernels.add_splits_kernel, added, one)
+    yield from _attention_cases(tuple(capabilities), one)
+
+
+def _attention_cases(every: tuple[int, ...], one: tuple[int, ...]) -> Iterator[Case]:
+    shape = {"DIM": _HEAD, "WIDE": _HEAD, "WINDOW": 0, "SPLIT": LEAST_SPLIT}
+    attend = shape | {"GROUP": _GROUP, "CAPPED": False, "BLOCK": KEYS_BLOCK}
+    unscaled = {"key_scales": None, "value_scales": None}
+    kernel = attention.attend_kernel
+    for name, kind, more in (("F16", "*fp16", unscaled), ("Q8_0", "*i8", {})):
+        yield Case("attend", name, kernel, attend | more, every, dict.fromkeys(("keys", "values"), kind))
+    combine = shape | {"SPLITS": MOST_SPLITS}
+    yield Case("combine", "F32", attention.combine_kernel, combine, one)
 
 
 def measure(capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
@@ -90,7 +118,7 @@ def measure(capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
 def _compile(case: Case, capability: int) -> Resources:
     function = case.function
     places = {name: index for index, name in enumerate(function.arg_names)}
-    signature = {name: _type(name) for name in places if name not in case.constants}
+    signature = {name: case.types.get(name, _type(name)) for name in places if name not in case.constants}
     aligned = {(places[n],): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
     constants = {(places[name],): value for name, value in case.constants.items()}
     source = ASTSource(function, signature, constants, aligned)

@@ -209,8 +209,8 @@ def _measure_cuda(progress: Progress) -> _Accelerator:
     if isinstance(found, str):
         raise HardwareError(f"the GPU cannot be measured: {found}")
     from powerinfer_tools.hot.devices import CudaDevice
+    from powerinfer_tools.hot.fusing import fusing_problem
     from powerinfer_tools.hot.measuring import Sizes, measure_device
-    from powerinfer_tools.hot.opening import fusing_problem
 
     problem = fusing_problem()
     device = CudaDevice()

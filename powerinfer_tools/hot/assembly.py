@@ -199,9 +199,17 @@ class _Parts:
             value=self.memory.floats(tokens, hyper.kv_width),
             out=self.memory.floats(tokens, hyper.width),
             positions=positions,
-            scores=self.memory.floats(queries * hyper.heads * self.work.context),
+            scores=self.memory.floats(max(queries * hyper.heads * self.work.context, self._partial_floats())),
             chunk=self.chunk,
         )
+
+    def _partial_floats(self) -> int:
+        """What the fused kernels keep for one token in place of scores."""
+        if not self.form.fused:
+            return 0
+        from powerinfer_kernels.triton_launch import partial_floats
+
+        return partial_floats(self.hyper.heads, self.hyper.head_dim, self.work.context)
 
     @cached_property
     def stream_floats(self) -> tuple[Inputs, list[Tensor]]:
@@ -289,6 +297,7 @@ class _Parts:
             cache=HotCache(self._held(), self._held()),
             attending=Attending(hyper.heads, hyper.attention_scale, window, hyper.attention_softcap),
             kv_heads=hyper.kv_heads,
+            fused=form.fused,
         )
 
     def _held(self) -> HeldVectors:

@@ -44,7 +44,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class HotAttention:
-    """The block. Parts that the family does not have are None."""
+    """The block. Parts that the family does not have are None. ``fused``: there are Triton kernels."""
 
     norm: HotNorm
     query: Product
@@ -58,6 +58,7 @@ class HotAttention:
     cache: HotCache
     attending: Attending
     kv_heads: int
+    fused: bool = False
 
     def project(self, s: AttentionScratch, x: Tensor) -> None:
         """Queries of the residual stream ``x`` (T, width), and its keys and values into the cache."""
@@ -82,6 +83,17 @@ class HotAttention:
         """What the queries find in the cache; the first stands at ``position``."""
         out = s.attended.exact[:tokens]
         self.attending.attend(s.query[:tokens], self.cache, position, s.scores, out)
+
+    def attend_one(self, s: AttentionScratch) -> None:
+        """:meth:`attend` for one token with fused kernels, which read on the device where it stands: so the
+        same work does for every position."""
+        from powerinfer_kernels import triton_launch
+
+        looks, out = self.attending, s.attended.exact[:1]
+        triton_launch.attend(
+            s.query[:1], self.cache.keys, self.cache.values, s.positions[:1], s.scores, out,
+            scale=looks.scale, window=looks.window, softcap=looks.softcap,
+        )  # fmt: skip
 
     def add(self, s: AttentionScratch, x: Tensor) -> None:
         """Add the block's output to the residual stream ``x`` (T, width)."""

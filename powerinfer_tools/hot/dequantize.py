@@ -93,7 +93,8 @@ def _q6_k(blocks: Tensor) -> Tensor:
     count = len(blocks)
     low = blocks[:, :128].reshape(count, 2, 2, 32)
     low = torch.cat((low & 15, low >> 4), dim=2)  # (blocks, half, 4, 32)
-    shifts = torch.tensor([0, 2, 4, 6], device=blocks.device, dtype=torch.uint8)[None, None, :, None]
+    # Not torch.tensor([0, 2, 4, 6]): what comes from the host's memory cannot be recorded into a CUDA graph.
+    shifts = torch.arange(0, 8, 2, device=blocks.device, dtype=torch.uint8)[None, None, :, None]
     high = ((blocks[:, 128:192].reshape(count, 2, 1, 32) >> shifts) & 3) << 4
     quants = (low | high).to(torch.int8).reshape(count, 16, 16) - 32
     scales = blocks[:, 192:208].contiguous().view(torch.int8)

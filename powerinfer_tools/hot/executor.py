@@ -125,9 +125,9 @@ class Backend:
 
     def close(self) -> None:
         """Forget all tensors, then close the device."""
-        self.layers, self._decode = (), []
+        self.layers, self._decode, self.predictors = (), [], ()
         self.stream = self.head = None
-        del self._exchange, self._scratch
+        del self._exchange, self._scratch, self._stream, self.naming
         self.device.close()
 
     def _reads_stream(self, layer: int) -> bool:

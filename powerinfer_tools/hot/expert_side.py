@@ -45,8 +45,9 @@ class RouteExchange:
         return taken
 
     def copy_in(self, count: int) -> None:
-        """Host to device, the first ``count`` of each."""
-        self.device[:, :count].copy_(self.host[:, :count], non_blocking=True)
+        """Host to device, the first ``count`` of each: two copies, as one with a gap is not direct."""
+        for there, here in zip(self.device, self.host, strict=True):
+            there[:count].copy_(here[:count], non_blocking=True)
 
     @property
     def there(self) -> Routes:

@@ -4,13 +4,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-import torch
-
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.hot import HotSide
 from powerinfer_tools.hot.assembly import assemble
-from powerinfer_tools.hot.devices import CpuDevice, CudaDevice, Device, OutOfDeviceMemory, cuda_problem
+from powerinfer_tools.hot.devices import (
+    CpuDevice,
+    CudaDevice,
+    Device,
+    DeviceLost,
+    OutOfDeviceMemory,
+    cuda_problem,
+)
 from powerinfer_tools.hot.executor import Backend, TorchHotSide
+from powerinfer_tools.hot.fusing import fusing_problem
 from powerinfer_tools.hot.placement import HotUnits, Workload, fit, units_size
 from powerinfer_tools.hot.sizes import MARGIN, overhead
 from powerinfer_tools.model import Model
@@ -42,8 +48,11 @@ def opened(
     problem = cuda_problem()
     if problem is not None:
         return None, [f"--device cuda: {problem}; everything is computed on the CPU"]
-    reason, gpu = fusing_problem(), CudaDevice()
-    side, notices = open_there(gpu, reason is None)
+    try:
+        reason, gpu = fusing_problem(), CudaDevice()
+        side, notices = open_there(gpu, reason is None)
+    except DeviceLost as error:
+        return None, [f"the GPU stopped working at the start ({error}); everything is computed on the CPU"]
     if side is None:
         return None, notices
     if reason is not None:
@@ -52,18 +61,6 @@ def opened(
         )
     side.notices += gpu.notices
     return side, side.notices
-
-
-def fusing_problem() -> str | None:
-    """Why the fused kernels cannot be used on the CUDA device, in words; None where they can."""
-    try:
-        from powerinfer_kernels.triton_launch import LEAST_CAPABILITY
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    major, minor = torch.cuda.get_device_capability(0)
-    if (major, minor) >= LEAST_CAPABILITY:
-        return None
-    return f"compute capability {major}.{minor} is below {'.'.join(map(str, LEAST_CAPABILITY))}"
 
 
 def open_side(

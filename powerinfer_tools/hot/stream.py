@@ -6,7 +6,7 @@ leaves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from powerinfer_tools.hot.attention import AttentionScratch, HotAttention
-from powerinfer_tools.hot.devices import Device, Steps, Ticket
+from powerinfer_tools.hot.devices import Device, Steps, Ticket, Work
 from powerinfer_tools.hot.elementwise import HotNorm, round_activations
 from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
 from powerinfer_tools.hot.predictors import HotPredictor, Naming
@@ -84,15 +84,12 @@ class HotStream:
         Where the FFN is the host's, attention alone."""
         layer = self.layers[index]
         assert layer is not None
-        parts = self._decode[index] if tokens == 1 else None
-        parts = parts or self._parts(layer, tokens)
+        decode = self._decode[index] if tokens == 1 else None
+        if decode is not None and decode.pieces:
+            return [self._device.submit(steps) for steps in decode.pieces]
+        parts = decode.parts if decode is not None else self._parts(layer, tokens)
         attend = partial(layer.attention.attend, self._memory.attention, tokens, position)
-        attention: Steps = (*parts.project, ("attention", attend), *parts.add)
-        if layer.ffn is None:
-            return [self._device.submit(attention)]
-        if self._parallel:
-            return [self._device.submit(parts.input), self._device.submit((*attention, *parts.hot))]
-        return [self._device.submit((*attention, *parts.input)), self._device.submit(parts.hot)]
+        return [self._device.submit(steps) for steps in parts.pieces(attend, parallel=self._parallel)]
 
     def input(self, tokens: int) -> tuple[Floats, Floats]:
         """The FFN's input that was waited for, and the stream where the layer shows it: views."""
@@ -106,8 +103,9 @@ class HotStream:
         assert layer is not None
         if cold is not None:
             self._memory.host.cold[:tokens].numpy()[...] = cold
-        parts = self._decode[index] if tokens == 1 else None
-        return self._device.submit((parts or self._parts(layer, tokens)).merge)
+        decode = self._decode[index] if tokens == 1 else None
+        parts = decode.parts if decode is not None else self._parts(layer, tokens)
+        return self._device.submit(parts.merge)
 
     def leave(self, tokens: int) -> Ticket:
         """The stream goes to the host, to be read with :meth:`input`."""
@@ -117,9 +115,18 @@ class HotStream:
         """Rows of the stream on the device."""
         return self._memory.x[first:last]
 
-    def _recorded(self, layer: HotLayer) -> "_Parts":
-        parts, record = self._parts(layer, 1), self._device.recorded
-        return _Parts(*(record(steps) if steps else () for steps in vars(parts).values()))
+    def _recorded(self, layer: HotLayer) -> "_Decode":
+        """All that one token takes. Where attention knows on the device how far to look, nothing of it has to
+        be queued step by step."""
+        parts = self._parts(layer, 1)
+        if not layer.attention.fused:
+            return _Decode(_Parts(**{name: self._record(steps) for name, steps in vars(parts).items()}), ())
+        attend = partial(layer.attention.attend_one, self._memory.attention)
+        pieces = [self._record(steps) for steps in parts.pieces(attend, parallel=self._parallel)]
+        return _Decode(replace(parts, merge=self._record(parts.merge)), pieces)
+
+    def _record(self, steps: Steps) -> Steps:
+        return self._device.recorded(steps) if steps else ()
 
     def _parts(self, layer: HotLayer, tokens: int) -> "_Parts":
         m = self._memory
@@ -186,6 +193,22 @@ class _Parts:
     input: Steps
     hot: Steps
     merge: Steps
+
+    def pieces(self, attend: Work, *, parallel: bool) -> list[Steps]:
+        """What begins the layer, the FFN's input at the end of the first piece, if the FFN is here."""
+        attention: Steps = (*self.project, ("attention", attend), *self.add)
+        if not self.hot:
+            return [attention]
+        return [self.input, (*attention, *self.hot)] if parallel else [(*attention, *self.input), self.hot]
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """Of one layer and one token: its parts, recorded where each step is; ``pieces`` that begin it, where
+    they are recorded as wholes."""
+
+    parts: _Parts
+    pieces: Sequence[Steps]
 
 
 def _normalize(layer: HotLayer, x: Tensor, normed: Inputs) -> None:

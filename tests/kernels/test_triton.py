@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import torch
 
 from powerinfer_kernels import KernelError, RowType, dequantize, row_bytes
 from powerinfer_kernels import triton_launch as launch
-from powerinfer_kernels.reference import activate, sum_rows
+from powerinfer_kernels.reference import activate, attention, sum_rows
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, planes, to_planar
 from random_rows import random_rows
 
@@ -148,6 +149,85 @@ def test_activations_gated_and_not_with_a_mask_of_active_neurons(activation: str
             allowed = allowed * np.abs(second) + np.maximum(slope, np.abs(first)) * 4 * bound(x, up.exact)
         assert (np.abs(out.numpy() - expected) <= allowed + EPS * np.abs(expected)).all()
         assert (out.numpy()[~active] == 0).all()
+
+
+class Held(NamedTuple):
+    """Keys or values of every position; see ``triton_launch.Vectors``."""
+
+    data: torch.Tensor
+    scales: torch.Tensor | None
+
+
+def held(values: npt.NDArray[np.float64], first: int, context: int, kind: str) -> tuple[Held, F32]:
+    """``values`` (kv_heads, positions, dim) in a cache that is NaN before ``first`` and after them, and what
+    it keeps of them."""
+    heads, count, dim = values.shape
+    if kind == "f16":
+        data, kept = (
+            torch.full((heads, context, dim), torch.nan, dtype=torch.float16),
+            values.astype(np.float16),
+        )
+        data[:, first:count] = torch.from_numpy(kept)[:, first:]
+        return Held(data, None), kept.astype(np.float32)
+    scales = torch.full((heads, context, dim // 32), torch.nan, dtype=torch.float16)
+    codes = np.random.default_rng(count).integers(-127, 128, (heads, count, dim // 32, 32)).astype(np.int8)
+    steps = (np.abs(values.reshape(codes.shape)).max(axis=-1) / 127).astype(np.float16)
+    data = torch.full((heads, context, dim), 77, dtype=torch.int8)
+    data[:, :count], scales[:, first:count] = (
+        torch.from_numpy(codes.reshape(values.shape)),
+        torch.from_numpy(steps)[:, first:],
+    )
+    return Held(data, scales), (codes * steps[..., None].astype(np.float32)).reshape(values.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim", "heads", "kv_heads"), [("f16", 20, 6, 2), ("f16", 48, 1, 1), ("q8_0", 96, 5, 1)]
+)
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 3.0), (11, 2.0)])
+def test_attention_of_one_token_reads_what_it_sees_and_nothing_else(
+    kind: str,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    window: int,
+    softcap: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Splits of eight positions, read four at a time: the token stands within one, at its end, and where the
+    window begins within one. What it does not see is NaN, and so is scratch. A score is a sum of ``dim``
+    products; its error moves the weights."""
+    monkeypatch.setattr(launch, "LEAST_SPLIT", 8)
+    monkeypatch.setattr(launch, "KEYS_BLOCK", 4)
+    context, rng = 41, np.random.default_rng(dim + window)
+    for position in (0, 6, 7, 8, 22, 40):
+        wide = rng.standard_normal((2, kv_heads, position + 1, dim))
+        first = max(0, position + 1 - window) if window else 0
+        (keys, k), (values, v) = (held(x, first, context, kind) for x in wide)
+        query = rng.standard_normal((1, heads * dim), dtype=np.float32)
+        partial = torch.full((launch.partial_floats(heads, dim, context),), torch.nan)
+        outs = []
+        for _ in range(2):
+            out = torch.full((1, heads * dim), torch.nan)
+            launch.attend(
+                torch.from_numpy(query), keys, values, torch.tensor([position]), partial, out,
+                scale=0.2, window=window, softcap=softcap,
+            )  # fmt: skip
+            outs.append(out.numpy())
+        expected = attention(
+            query.reshape(1, heads, dim).astype(np.float64),
+            *(x.transpose(1, 0, 2).astype(np.float64) for x in (k, v)), 0.2, position, window, softcap,
+        )  # fmt: skip
+        score = 0.2 * np.abs(query).max() * np.abs(k).max() * dim
+        error = np.abs(outs[0].reshape(expected.shape) - expected).max()
+        assert error <= (position + 8 + 4 * dim * score) * EPS * np.abs(v).max()
+        assert np.array_equal(outs[0].view(np.uint32), outs[1].view(np.uint32))
+
+
+def test_a_long_context_is_split_into_few_parts() -> None:
+    for context, split in ((1, 256), (4096, 256), (16384, 256), (16385, 512), (131072, 2048)):
+        assert launch.split_positions(context) == split
+        assert launch.partial_floats(3, 64, context) == 3 * -(-context // split) * 66
+        assert -(-context // split) <= 64
 
 
 def test_types_without_a_planar_form_are_named() -> None:

@@ -1,0 +1,194 @@
+"""The CUDA device on a ``torch.cuda`` that notes what is asked of it: see ``fake_cuda``."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from fake_cuda import FakeCuda
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.hot import devices, fusing, opening
+from powerinfer_tools.hot.devices import CudaDevice, DeviceLost, OutOfDeviceMemory
+from powerinfer_tools.model import load_model
+from split_models import GROUP, Prepared
+from test_hot_units import logits
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    return fake
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def test_steps_are_queued_on_one_stream_between_events(cuda: FakeCuda) -> None:
+    device = CudaDevice()
+    cuda.log.clear()
+    first = device.submit([("copy in", cuda.kernel), ("hot", cuda.kernel)])
+    second = device.submit([("merge", cuda.kernel)])
+    assert cuda.log == ["record", *["kernel", "record"] * 2, "record", "kernel", "record"]
+    assert cuda.current is cuda.first
+    # The later one first, as who waits for several does.
+    (merge,), (copy, hot) = second.wait(), first.wait()
+    assert [copy.name, hot.name, merge.name] == ["copy in", "hot", "merge"]
+    assert [round((span.end - span.start) * 1e3, 6) for span in (copy, hot, merge)] == [0.25] * 3
+    assert copy.end == hot.start < hot.end < merge.start
+    # Events are used again.
+    made = len(device._clock._free)
+    device.submit([("hot", cuda.kernel)]).wait()
+    assert len(device._clock._free) == made
+
+
+def test_times_stay_exact_after_hours(cuda: FakeCuda) -> None:
+    """Milliseconds since the start in single precision are a quarter of a millisecond apart after an hour."""
+    device = CudaDevice()
+    for _ in range(5):
+        cuda._now += 1e6
+        outer, inner = (device.submit([("hot", cuda.kernel)]) for _ in range(2))
+        (late,), (early,) = inner.wait(), outer.wait()
+        for span in (early, late):
+            assert (span.end - span.start) * 1e3 == pytest.approx(0.25, rel=1e-3)
+        assert (late.start - early.end) * 1e3 == pytest.approx(0.25, rel=1e-3)
+
+
+def test_a_graph_is_recorded_after_a_run_and_replayed(cuda: FakeCuda) -> None:
+    device, x = CudaDevice(), torch.zeros(3)
+    cuda.log.clear()
+    steps = device.recorded([("copy in", cuda.kernel), ("hot", lambda: x.add_(1))])
+    assert cuda.log == ["record", "kernel", "record", "record", "wait", "begin", "kernel", "end"]
+    assert cuda.current is cuda.first
+    x.zero_()
+    cuda.log.clear()
+    for _ in range(3):
+        (span,) = device.submit(steps).wait()
+    assert cuda.log == ["record", "replay", "record", "wait"] * 3
+    assert span.name == "hot"
+    assert x.tolist() == [3, 3, 3]
+
+
+def test_without_graphs_steps_stay_as_they_are_which_is_said_once(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the stream that torch leaves current does not stay so."""
+    device = CudaDevice()
+    steps = [("hot", lambda: cuda.asked("cudaMalloc"))]
+    for _ in range(2):
+        assert device.recorded(steps) is steps
+        assert cuda.current is cuda.first
+    assert device.notices == [
+        "no CUDA graphs (CUDA error: operation failed due to a previous error during capture): each kernel "
+        "is launched by itself"
+    ]
+    assert cuda.log.count("begin") == 1
+    device.submit(steps).wait()
+    monkeypatch.setenv(devices.GRAPHS_VARIABLE, "0")
+    off = CudaDevice()
+    assert off.recorded(steps) is steps
+    assert not off.notices
+
+
+@pytest.mark.parametrize("what", ["kernel", "record", "wait"])
+def test_errors_of_the_driver_are_a_lost_device(cuda: FakeCuda, what: str) -> None:
+    device = CudaDevice()
+    cuda.log.clear()
+    cuda.fail[what, 1] = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+    with pytest.raises(DeviceLost, match=r"^CUDA error: an illegal memory access was encountered$"):
+        device.submit([("hot", cuda.kernel)]).wait()
+    cuda.log.clear()
+    with pytest.raises(DeviceLost):
+        device.recorded([("hot", cuda.kernel)])
+    assert cuda.current is cuda.first
+    cuda.fail["synchronize", 1] = torch.AcceleratorError("CUDA error: an illegal memory access")
+    device.close()
+
+
+def test_memory_that_is_not_there_is_said_in_bytes(cuda: FakeCuda) -> None:
+    device, full = CudaDevice(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    cuda.fail["allocate", 1] = full
+    with pytest.raises(OutOfDeviceMemory, match=f"77 bytes cannot be had, {cuda.free} are free"):
+        device.allocate(77)
+    cuda.fail["kernel", 1] = full
+    with pytest.raises(OutOfDeviceMemory, match=r"^CUDA out of memory$"):
+        device.recorded([("hot", cuda.kernel)])
+    cuda.fail["kernel", 2] = full
+    with pytest.raises(DeviceLost, match=r"^CUDA out of memory$"):
+        device.submit([("hot", cuda.kernel)])
+    cuda.fail["pin", 1] = torch.AcceleratorError("CUDA error: out of memory")
+    assert device.staging(2, 3).shape == (2, 3)
+    assert device.notices == [
+        "no pinned memory (CUDA error: out of memory): copies to and from the GPU are slower"
+    ]
+    assert device.peak_bytes() == 123
+
+
+@pytest.mark.parametrize("attention", [[], [0, 1]], ids=["neurons", "stream"])
+def test_the_whole_engine_with_graphs(
+    llama: Prepared, cuda: FakeCuda, attention: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was recorded once is right for every token; nothing runs on the first stream; all is freed."""
+    path = llama.split([GROUP, llama.neurons, GROUP], attention=attention, head=bool(attention))
+    tokens = llama.tiny.tokens(18)
+    expected = logits(path, tokens, device="cpu")
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
+    side = engine.stack._hot
+    memory = weakref.ref(side._backend.layers[2].down.data.untyped_storage())  # type: ignore[union-attr]
+    begun = cuda.log.count("begin")
+    rows = [engine.prefill(tokens[:12]).copy()]
+    before = len(cuda.log)
+    rows += [engine.decode(token).copy() for token in tokens[12:]]
+    decoding = cuda.log[before:]
+    engine.rewind(9)
+    rows.append(engine.prefill(tokens[9:13]).copy())
+    report = engine.report()
+    engine.close()
+    assert np.abs(np.stack(rows) - expected).max() <= 2000 * np.finfo(np.float32).eps * np.abs(expected).max()
+    assert decoding.count("replay") > 0
+    assert begun == cuda.log.count("begin"), "recorded while decoding"
+    assert "synchronize" not in decoding
+    assert report.device == "cuda"
+    assert [notice.split(":")[0] for notice in engine.notices] == ["no fused GPU kernels"]
+    assert cuda.log[-2:] == ["synchronize", "empty cache"]
+    assert cuda.pinned > 0
+    assert memory() is None
+
+
+def test_a_gpu_that_fails_at_the_start_is_not_used(llama: Prepared, cuda: FakeCuda) -> None:
+    path = llama.split([GROUP] * 3)
+    for error, said in (
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), "stopped working at the start"),
+        (torch.OutOfMemoryError("CUDA out of memory. And so on."), "out of VRAM at the start: CUDA out of"),
+    ):
+        cuda.log.clear()
+        cuda.fail = {("record", 4): error}
+        engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
+        engine.close()
+        assert engine.report().device == "none"
+        assert [said in notice for notice in engine.notices] == [True]
+
+
+def test_fused_kernels_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from powerinfer_kernels import triton_launch
+
+    here = torch.device("cpu")
+    assert fusing.tried(here) is None
+    matvec = triton_launch.matvec
+    monkeypatch.setattr(triton_launch, "matvec", lambda x, *rest: matvec(x + 1, *rest))
+    assert fusing.tried(here) == "they compute wrong sums"
+
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(triton_launch, "matvec", no_compiler)
+    assert fusing.tried(here) == (
+        "none could be built and launched (Failed to find C compiler.); Triton needs a C compiler and "
+        "Python's header files"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(fusing, "tried", lambda where: str(where))
+    assert opening.fusing_problem() == "cuda:0"

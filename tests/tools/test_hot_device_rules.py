@@ -1,0 +1,186 @@
+"""What the hot side gives to a GPU, on a device that refuses all that a GPU would: see ``strict_device``."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expert_models import PreparedExperts
+from powerinfer_kernels import RowType, block_shape, row_bytes
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.hot import expert_opening
+from powerinfer_tools.hot.dequantize import dequantize
+from powerinfer_tools.model import load_model
+from split_models import GROUP, Prepared
+from strict_device import OnDevice, RuleBroken, StrictDevice, launches_of, rules
+from test_hot_predictors import Predicted
+from test_hot_side import on
+
+#: Families, and the row types that one path or the other takes through the whole engine.
+FORMS = [
+    ("llama-wide-heads", "f16", False),
+    ("llama-3.1-rope", "q8_0", False),
+    ("qwen3", "f16", False),
+    ("gemma3", "f16", False),
+    ("opt-Q4_0", "f16", True),
+    ("falcon-relu", "f16", False),
+    ("llama-Q5_1", "f16", False),
+    ("llama-F16", "f16", True),
+    ("bamboo-Q4_1", "f16", True),
+    ("llama-fatrelu", "f16", False),
+]
+
+
+def decoded(path: Path, tokens: list[int], **options: object) -> np.ndarray:
+    """Logits after a prompt of 7 in pieces of 5, and of each token that follows."""
+    engine = Engine(load_model(path), **({"threads": 1, "batch": 5, "context": 16} | options))  # type: ignore[arg-type]
+    try:
+        rows = [engine.prefill(tokens[:7]).copy()]
+        return np.stack([*rows, *(engine.decode(token).copy() for token in tokens[7:])])
+    finally:
+        engine.close()
+
+
+def strictly(
+    path: Path, tokens: list[int], monkeypatch: pytest.MonkeyPatch, *, fused: bool, **options: object
+) -> tuple[StrictDevice, np.ndarray]:
+    """The same on such a device."""
+    device = StrictDevice()
+    on(monkeypatch, device, fused=fused)
+    if fused:
+        launches_of(device, monkeypatch)
+    with rules(device):
+        return device, decoded(path, tokens, device="cuda", **options)
+
+
+@pytest.mark.parametrize(("case", "kv_type", "fused"), FORMS, ids=[f"{a}-{b}-{c}" for a, b, c in FORMS])
+def test_every_step_is_what_a_gpu_can_do_without_waiting(
+    case: str, kv_type: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All units there: attention, neurons in layers split, whole and left to the host, head. Graphs do the
+    same work each time, and nothing is copied but what has to be."""
+    model = Prepared(tmp_path, case)
+    hot = [(GROUP, model.neurons, 0)[index % 3] for index in range(model.layers)]
+    path, tokens = model.split(hot, attention=range(model.layers), head=True), model.tiny.tokens(9)
+    expected = decoded(path, tokens, kv_type=kv_type)
+    device, got = strictly(path, tokens, monkeypatch, fused=fused, kv_type=kv_type)
+    if not fused:
+        assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+    copies = copies_of_a_token(hot, model.neurons, parallel=case.startswith("falcon"))
+    assert device.copies[-2 * len(copies) :] == copies * 2
+    assert device.launched["graphs"] > 0
+
+
+def copies_of_a_token(hot: list[int], neurons: int, *, parallel: bool) -> list[str]:
+    """Where all attention and the head are there: what goes in and out."""
+    copies, there = list[str](), False
+    for count in hot:
+        if count == 0 and parallel and there:
+            # The FFN is the host's, and reads the stream that attention reads.
+            copies, there = [*copies, "out"], False
+        if not there:
+            copies, there = [*copies, "in"], True
+        if count == 0:
+            copies, there = [*copies, "out"], False
+        elif count < neurons:
+            copies += ["out", "in"]
+    return [*copies, "out"] if there else [*copies, "in", "out"]
+
+
+def test_neurons_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where attention is the host's, a decoded token costs two copies for each split layer."""
+    model = Prepared(tmp_path, "llama-Q8_0")
+    path, tokens = model.split([GROUP, 2 * GROUP, 0]), model.tiny.tokens(9)
+    expected = decoded(path, tokens)
+    for fused in (False, True):
+        device, got = strictly(path, tokens, monkeypatch, fused=fused)
+        if not fused:
+            assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+        assert device.copies == ["in", "out"] * 2 * 4
+
+
+@pytest.mark.parametrize("name", ["rounded", "residual", "signs"])
+@pytest.mark.parametrize("attention", [[], [0, 1, 2]], ids=["neurons", "stream"])
+def test_predictors(name: str, attention: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which neurons are named decides no size there."""
+    model = Predicted(tmp_path, name)
+    path, tokens = model.split([GROUP, model.neurons, GROUP], attention, [0, 1, 2]), model.tiny.tokens(9)
+    expected = decoded(path, tokens, device="cpu")
+    _, got = strictly(path, tokens, monkeypatch, fused=False)
+    assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("row_type", list(RowType), ids=lambda row_type: row_type.name)
+def test_every_row_type_is_unpacked_without_the_host(row_type: RowType, fused: bool) -> None:
+    values, _ = block_shape(row_type)
+    device, columns = StrictDevice(), values * 2 if values > 1 else 7
+    rows = np.random.default_rng(1).integers(0, 256, (3, row_bytes(row_type, columns)), dtype=np.uint8)
+    expected = dequantize(torch.from_numpy(rows), row_type, columns)
+    with rules(device):
+        there = device.allocate(rows.size).view(3, -1)
+        there.copy_(torch.from_numpy(rows))
+        got: list[torch.Tensor] = []
+        steps = device.recorded([("unpack", lambda: got.append(dequantize(there, row_type, columns)))])
+        device.submit(steps).wait()
+    assert isinstance(got[-1], OnDevice)
+    assert torch.equal(got[-1].inner.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("case", ["mixtral-Q4_0", "qwen2moe-Q8_0"])
+def test_experts(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PreparedExperts(tmp_path, case)
+    shared = [bool(model.routing.shared_neurons)] * model.layers
+    path, tokens = model.split([2] * model.layers, shared), model.tiny.tokens(9)
+    expected = decoded(path, tokens)
+    device, fused = StrictDevice(), case == "qwen2moe-Q8_0"
+
+    def open_on(opened: object, name: str, vram: int | None, count: int) -> object:
+        return expert_opening.open_side(opened, device, vram, count, fused=fused)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(expert_opening, "open_on", open_on)
+    if fused:
+        launches_of(device, monkeypatch)
+    with rules(device):
+        got = decoded(path, tokens, device="cuda")
+    assert device.copies
+    assert fused or np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+def test_the_rules_find_what_breaks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these runs on torch's CPU device."""
+    device = StrictDevice()
+    host, pinned = torch.ones(8), device.staging(8)
+    number = [1.0]
+
+    def changing() -> None:
+        number[0] += 1
+        x.mul_(number[0])
+
+    with rules(device):
+        x = device.allocate(32).view(torch.float32)
+        x.copy_(host)
+        x.add_(1.0)
+        broken = [
+            lambda: x.sum().item(),
+            lambda: bool((x > 0).any()),
+            lambda: x[x > 0],
+            lambda: x.nonzero(),
+            lambda: x.cpu(),
+            lambda: x + host,
+            lambda: x.copy_(host, non_blocking=True),
+            lambda: x.copy_(pinned),
+            lambda: pinned.view(2, 4).T.copy_(x.view(2, 4).T, non_blocking=True),
+            lambda: x.copy_(pinned.to(torch.float16), non_blocking=True),
+            lambda: host.to(x.device),
+            lambda: torch.tensor([0, 2, 4, 6], device=x.device),
+        ]
+        for work in broken:
+            with pytest.raises(RuleBroken):
+                device.submit([("work", work)])
+        fine = device.recorded([("work", lambda: x.mul_(2.0))])
+        device.submit(fine).wait()
+        again = device.recorded([("work", changing)])
+        with pytest.raises(RuleBroken, match="a graph would do"):
+            device.submit(again)

@@ -160,6 +160,7 @@ typedef struct {
     int64_t count;
     int64_t *nanoseconds;    /* [count], wall time added up */
     int64_t active, total;   /* neurons of sparse operations, added up */
+    int64_t confirmed;       /* the active ones whose rows were all read: a named neuron's gate may turn out to be zero */
     int64_t scratch_bytes;   /* what one thread needs at most */
     uint8_t *scratch;        /* [scratch_threads, scratch_bytes] */
     int scratch_threads;

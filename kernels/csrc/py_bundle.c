@@ -98,7 +98,15 @@ static PyObject *bundle_nbytes(PyObject *self, void *unused) {
     return PyLong_FromLongLong(b->rows * stride);
 }
 
+static PyObject *bundle_gate_nbytes(PyObject *self, void *unused) {
+    const pi_bundle *b = &((bundle_object *)self)->bundle;
+    (void)unused;
+    if (!b->part[PI_GATE].data) return PyLong_FromLong(0);
+    return PyLong_FromLongLong(b->rows * pi_planar_of(b->part[PI_GATE].row_type, b->columns, 0).bytes);
+}
+
 static PyGetSetDef bundle_getset[] = {
+    {"gate_nbytes", bundle_gate_nbytes, NULL, PyDoc_STR("Bytes of the gate rows of all records."), NULL},
     {"nbytes", bundle_nbytes, NULL, PyDoc_STR("Bytes of all records."), NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -1,6 +1,6 @@
 /* The feed-forward block of a model over some of its neurons: those with a positive gate (gate-first), those that a
- * predictor names, or those whose known factor, act(gate) or up, is large (thresholded). The listed neurons' products go
- * to `h` without gaps, in ascending order. An FFN of two matrices has gate and down rows: the activation reads its first
+ * predictor names and whose gates confirm it, or those whose known factor, act(gate) or up, is large (thresholded). The
+ * listed neurons' products go to `h` without gaps, in ascending order. An FFN of two matrices has gate and down rows: the activation reads its first
  * matrix, and there is nothing to multiply the result with. */
 #include "bundle.h"
 #include "program.h"
@@ -34,18 +34,16 @@ static void thresholded(const pi_sparse_ffn *op, const pi_run *run, int64_t toke
     else for (int64_t k = begin; k < end; k++) h[k] = known[k - begin] * h[k];
 }
 
-/* Neurons [begin, end) of the list: h[k] = contribution of index[k]; 0 where the gate turns out not to be positive. */
+/* Neurons [begin, end) of the list, whose gates are positive: h[k] = contribution of index[k]. */
 static void contributions(const pi_sparse_ffn *op, const pi_run *run, int64_t token, const int32_t *index,
-                          int64_t count, int64_t begin, int64_t end) {
-    const pi_rows *part = op->bundle->part;
-    int64_t neurons = op->bundle->rows;
-    float *h = op->h + token * neurons, *gate = op->gate ? op->gate + token * neurons : NULL;
-    const float *select = op->select + token * neurons;
-    const int gated = part[PI_UP].data != NULL;
-    if (gate) run->kernels->product_rows(&part[PI_GATE], index, count, begin, end, op->src, &op->acts, token, gate);
-    if (gated) run->kernels->product_rows(&part[PI_UP], index, count, begin, end, op->src, &op->acts, token, h);
+                          const float *gate, int64_t count, int64_t begin, int64_t end) {
+    const pi_rows *up = &op->bundle->part[PI_UP];
+    const float *select = op->select + token * op->bundle->rows;
+    float *h = op->h + token * op->bundle->rows;
+    const int gated = up->data != NULL;
+    if (gated) run->kernels->product_rows(up, index, count, begin, end, op->src, &op->acts, token, h);
     for (int64_t k = begin; k < end; k++) {
-        float g = gate ? gate[k] + (op->bias ? op->bias[index[k]] : 0.0f) : select[index[k]];
+        float g = gate ? gate[k] : select[index[k]];
         h[k] = g <= op->cut ? 0.0f : contribution(op->kind, g, gated ? h[k] : 1.0f);
     }
 }
@@ -61,43 +59,88 @@ static columns_part columns_of(const pi_sparse_ffn *op, const pi_worker *worker)
     return (columns_part){units * thread / threads * PI_LINE_COLUMNS, end < op->bundle->columns ? end : op->bundle->columns};
 }
 
+/* One thread's scratch: the list of neurons, the gate of each where it confirms, and what sum_rows needs. */
+typedef struct {
+    int32_t *index;
+    float *gate;
+    uint8_t *sums;
+} list_scratch;
+
 static int64_t list_bytes(const pi_sparse_ffn *op) {
     return pi_round_up(op->bundle->rows * (int64_t)sizeof(int32_t), 64);
 }
 
 int64_t pi_sparse_ffn_scratch_bytes(const pi_sparse_ffn *op) {
-    return list_bytes(op) + pi_sum_scratch_bytes(op->bundle->columns);
+    return 2 * list_bytes(op) + pi_sum_scratch_bytes(op->bundle->columns);
+}
+
+static list_scratch scratch_of(const pi_sparse_ffn *op, const pi_run *run, const pi_worker *worker) {
+    uint8_t *at = pi_scratch_of(run, worker);
+    return (list_scratch){(int32_t *)(void *)at, (float *)(void *)(at + list_bytes(op)), at + 2 * list_bytes(op)};
+}
+
+/* Of `count` named neurons, those whose gates turn out to be positive, with those gates in scratch: rows of the others
+ * need not be read any further. As many as they are. */
+static int64_t list_confirmed(const pi_sparse_ffn *op, const pi_run *run, pi_worker *worker, int slot, int64_t token,
+                              int64_t count, const list_scratch *at) {
+    float *gate = op->gate + token * op->bundle->rows;
+    int64_t chunk, kept = 0;
+    pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
+    while ((chunk = pi_share_next(&share)) >= 0) {
+        int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
+        run->kernels->product_rows(&op->bundle->part[PI_GATE], at->index, count, begin, end < count ? end : count,
+                                   op->src, &op->acts, token, gate);
+    }
+    pi_barrier(worker);
+    for (int64_t k = 0; k < count; k++) {
+        const int32_t neuron = at->index[k];
+        const float g = gate[k] + (op->bias ? op->bias[neuron] : 0.0f);
+        at->index[kept] = neuron;
+        at->gate[kept] = g;
+        kept += !(g <= op->cut); /* NaN stays, so that it shows */
+    }
+    return kept;
 }
 
 /* Every thread makes the whole list for itself: that costs less than a barrier for handing it around. */
 static void execute_listed(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
-    uint8_t *scratch = pi_scratch_of(run, worker);
-    int32_t *index = (int32_t *)(void *)scratch;
+    const list_scratch at = scratch_of(op, run, worker);
     const columns_part columns = columns_of(op, worker);
     int64_t neurons = op->bundle->rows, width = op->bundle->columns;
     int64_t (*list)(const float *, const float *, int64_t, int32_t *) =
         op->rule == PI_BY_VALUE ? run->kernels->list_active : run->kernels->list_large;
     for (int64_t t = 0; t < run->tokens; t++) {
-        int64_t count = list(op->select + t * neurons, op->threshold, neurons, index), chunk;
+        int64_t named = list(op->select + t * neurons, op->threshold, neurons, at.index), chunk;
+        int64_t count = op->gate ? list_confirmed(op, run, worker, slot, t, named, &at) : named;
         pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
         while ((chunk = pi_share_next(&share)) >= 0) {
             int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
-            (op->rule == PI_BY_VALUE ? contributions : thresholded)(op, run, t, index, count, begin,
-                                                                   end < count ? end : count);
+            if (end > count) end = count;
+            if (op->rule == PI_BY_VALUE)
+                contributions(op, run, t, at.index, op->gate ? at.gate : NULL, count, begin, end);
+            else thresholded(op, run, t, at.index, count, begin, end);
         }
         pi_barrier(worker);
         if (columns.begin < columns.end) {
             float *out = op->out + t * width;
             if (!op->accumulate) pi_clear_columns(out, width, 1, columns.begin, columns.end);
-            run->kernels->sum_rows(&op->bundle->part[PI_DOWN], index, op->h + t * neurons, count, columns.begin,
-                                   columns.end, scratch + list_bytes(op), out);
+            run->kernels->sum_rows(&op->bundle->part[PI_DOWN], at.index, op->h + t * neurons, count, columns.begin,
+                                   columns.end, at.sums, out);
         }
-        if (pi_worker_thread(worker) == 0) run->program->active += count;
+        if (pi_worker_thread(worker) == 0) {
+            run->program->active += named;
+            run->program->confirmed += count;
+        }
     }
 }
 
+/* Of the neurons of a tile, over all tokens: those that are selected, and those of them that contribute. */
+typedef struct {
+    int64_t named, confirmed;
+} selection;
+
 /* The same as `thresholded` for 16 neighbouring neurons and all tokens. */
-static int64_t threshold_tile(const pi_sparse_ffn *op, const pi_run *run, int64_t tile) {
+static selection threshold_tile(const pi_sparse_ffn *op, const pi_run *run, int64_t tile) {
     const pi_rows *rest = &op->bundle->part[op->rule == PI_BY_GATE_SIZE ? PI_UP : PI_GATE];
     int64_t neurons = op->bundle->rows, first = tile * PI_TILE, active = 0;
     int64_t count = first + PI_TILE < neurons ? PI_TILE : neurons - first;
@@ -110,13 +153,14 @@ static int64_t threshold_tile(const pi_sparse_ffn *op, const pi_run *run, int64_
         run->kernels->keep_large(known, threshold, count, h);
         for (int64_t i = 0; i < count; i++) active += !(fabsf(known[i]) <= threshold[i]);
     }
-    return active;
+    return (selection){active, active};
 }
 
 /* Contributions of 16 neighbouring neurons to all tokens: zero for the neurons that are not selected. */
-static int64_t contribute_tile(const pi_sparse_ffn *op, const pi_run *run, int64_t tile) {
+static selection contribute_tile(const pi_sparse_ffn *op, const pi_run *run, int64_t tile) {
     const pi_rows *part = op->bundle->part;
-    int64_t neurons = op->bundle->rows, first = tile * PI_TILE, active = 0;
+    int64_t neurons = op->bundle->rows, first = tile * PI_TILE;
+    selection found = {0, 0};
     int64_t last = first + PI_TILE < neurons ? first + PI_TILE : neurons;
     if (op->gate)
         run->kernels->product_all_rows(&part[PI_GATE], tile, tile + 1, op->src, &op->acts, run->tokens, op->gate);
@@ -128,19 +172,26 @@ static int64_t contribute_tile(const pi_sparse_ffn *op, const pi_run *run, int64
             float *h = &op->h[t * neurons + i];
             if (op->gate && op->bias) gate += op->bias[i];
             int selected = !(select <= (op->threshold ? op->threshold[i] : 0.0f));
-            active += selected;
-            *h = !selected || gate <= op->cut ? 0.0f : contribution(op->kind, gate, gated ? *h : 1.0f);
+            const int confirmed = selected && !(gate <= op->cut);
+            found.named += selected;
+            found.confirmed += confirmed;
+            *h = confirmed ? contribution(op->kind, gate, gated ? *h : 1.0f) : 0.0f;
         }
-    return active;
+    return found;
 }
 
 static void execute_all(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
     const columns_part columns = columns_of(op, worker);
-    int64_t width = op->bundle->columns, tile, active = 0;
+    int64_t width = op->bundle->columns, tile;
+    selection found = {0, 0};
     pi_share share = pi_share_open(worker, slot, (op->bundle->rows + PI_TILE - 1) / PI_TILE);
-    while ((tile = pi_share_next(&share)) >= 0)
-        active += op->rule == PI_BY_VALUE ? contribute_tile(op, run, tile) : threshold_tile(op, run, tile);
-    __atomic_fetch_add(&run->program->active, active, __ATOMIC_RELAXED);
+    while ((tile = pi_share_next(&share)) >= 0) {
+        const selection of = (op->rule == PI_BY_VALUE ? contribute_tile : threshold_tile)(op, run, tile);
+        found.named += of.named;
+        found.confirmed += of.confirmed;
+    }
+    __atomic_fetch_add(&run->program->active, found.named, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&run->program->confirmed, found.confirmed, __ATOMIC_RELAXED);
     pi_barrier(worker);
     if (columns.begin >= columns.end) return;
     if (!op->accumulate) pi_clear_columns(op->out, width, run->tokens, columns.begin, columns.end);

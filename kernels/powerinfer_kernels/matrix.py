@@ -100,6 +100,11 @@ class Bundle:
         return self.handle.nbytes
 
     @property
+    def gate_nbytes(self) -> int:
+        """Bytes of all gate rows."""
+        return self.handle.gate_nbytes
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of one neuron."""
         return self.handle.nbytes // self.rows

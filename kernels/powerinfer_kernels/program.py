@@ -67,9 +67,14 @@ class Program:
         """Neurons that sparse operations computed, over all runs and tokens."""
         return self._handle.neurons()[0]
 
+    def confirmed_neurons(self) -> int:
+        """Those of them whose gate was above the cut: of the others no more than the gate row was needed.
+        Where nothing but the gate or a size selects, all of them."""
+        return self._handle.neurons()[1]
+
     def total_neurons(self) -> int:
         """Neurons that sparse operations looked at."""
-        return self._handle.neurons()[1]
+        return self._handle.neurons()[2]
 
     def reset_counters(self) -> None:
         """Set times and neuron counts to zero."""

@@ -28,6 +28,15 @@ from powerinfer_tools.ffn_weights import DenseFFN
 from powerinfer_tools.model import Model
 
 
+@dataclass(frozen=True)
+class Computed:
+    """Shares of the neurons of sparse FFNs, over what has run: ``named`` by what selects them, and
+    ``confirmed`` by the gate, where that is computed for the named ones."""
+
+    named: float
+    confirmed: float
+
+
 class ColdFFN(Protocol):
     """One layer's FFN, laid out for the kernels."""
 
@@ -47,7 +56,7 @@ class ColdFFN(Protocol):
     def in_rows(self) -> bool:
         """Whether the result is left in ``block_out`` for a merge, instead of in the residual stream."""
 
-    def bytes_per_token(self, density: float) -> float:
+    def bytes_per_token(self, computed: Computed) -> float:
         """Bytes that one decoded token touches."""
 
     def prepare(self, writer: BlockWriter) -> None:
@@ -111,7 +120,7 @@ class _ColumnsFFN(_Plain):
     def quantized(self) -> bool:
         return not _all_float(self.weights.gate, self.weights.up)
 
-    def bytes_per_token(self, density: float) -> float:
+    def bytes_per_token(self, computed: Computed) -> float:
         return float(self.nbytes)
 
     def write(
@@ -153,8 +162,10 @@ class _BundledFFN(_Plain, ABC):
         kinds = (*(matrix.row_type for matrix in self.whole), *self.bundle.types[:2])
         return not all(kind is None or kind.is_float for kind in kinds)
 
-    def bytes_per_token(self, density: float) -> float:
-        return self.beside + _nbytes(*self.whole) + self.bundle.nbytes * density
+    def bytes_per_token(self, computed: Computed) -> float:
+        gates = self.bundle.gate_nbytes
+        rows = gates * computed.named + (self.bundle.nbytes - gates) * computed.confirmed
+        return self.beside + _nbytes(*self.whole) + rows
 
 
 @dataclass(frozen=True)
@@ -170,8 +181,8 @@ class _RowsFFN(_BundledFFN):
         gate, up = self.weights.gate, self.weights.up
         return (gate,) if up is None else (gate, up)
 
-    def bytes_per_token(self, density: float) -> float:
-        return super().bytes_per_token(density if self.weights.skips else 1)
+    def bytes_per_token(self, computed: Computed) -> float:
+        return super().bytes_per_token(computed if self.weights.skips else Computed(1, 1))
 
     def write(
         self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
@@ -239,7 +250,7 @@ class _NoneFFN(_Plain):
     quantized: bool = False
     in_rows: bool = True
 
-    def bytes_per_token(self, density: float) -> float:
+    def bytes_per_token(self, computed: Computed) -> float:
         return 0.0
 
     def write(

@@ -14,6 +14,7 @@ from powerinfer_tools.engine.buffers import allocate
 from powerinfer_tools.engine.caches import allocate_caches, require_kv_type
 from powerinfer_tools.engine.ffn import (
     ColdFFN,
+    Computed,
     load_cold_ffn,
     predictor_thresholds,
     with_thresholds,
@@ -209,11 +210,13 @@ class LayerStack:
 
     def weight_bytes_per_token(self) -> float:
         """Mean bytes of weights that one decoded token touches, with the density seen so far."""
-        total = self._program.total_neurons()
-        density = self._program.active_neurons() / total if total else 1.0
+        program, total = self._program, self._program.total_neurons()
+        computed = Computed(1, 1)
+        if total:
+            computed = Computed(program.active_neurons() / total, program.confirmed_neurons() / total)
         tables = (self.model.embedding, self.model.positions)
         embedded = sum(table.nbytes // table.rows for table in tables if table is not None)
-        ffn = sum(layer.bytes_per_token(density) for layer in self._cold)
+        ffn = sum(layer.bytes_per_token(computed) for layer in self._cold)
         # Of experts, those of both sides that a token takes are in ``ffn`` already.
         hot = self._hot.weight_bytes if self._hot else 0
         return self._writer.weight_bytes + self._head_bytes + embedded + ffn + hot

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from powerinfer_kernels import Activations, Matrix, Pool, aligned
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Buffers, Floats, activations
+from powerinfer_tools.engine.ffn import Computed
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
@@ -122,8 +123,8 @@ class RoutedFFN:
         """Size of the weights as laid out here, in bytes."""
         return self._always + sum(_nbytes(expert) for expert in self._experts.values())
 
-    def bytes_per_token(self, density: float) -> float:
-        """Bytes that one decoded token touches, on both sides; ``density`` does not matter."""
+    def bytes_per_token(self, computed: Computed) -> float:
+        """Bytes that one decoded token touches, on both sides; ``computed`` does not matter."""
         return self._touched(self._routing.used)
 
     def bytes_per_pass(self) -> float:

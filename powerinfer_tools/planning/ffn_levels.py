@@ -82,7 +82,7 @@ def mode_seconds(ffn: FFN, mode: str, hot: Integers, machine: Machine) -> Vector
     sizes, curve = ffn.sizes, machine.ffn_curve(ffn.layer.width, ffn.sizes.types, ffn.layer.neurons)
     cold, density = _cold(ffn.frequencies, hot)
     if mode == "dense":
-        return costs.dense_seconds(cold * sizes.total, machine, curve)
+        return _dense(ffn, cold, density, machine)
     if mode == "gate-first":
         return costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine, curve)
     if mode == "thresholded":
@@ -95,6 +95,18 @@ def mode_seconds(ffn: FFN, mode: str, hot: Integers, machine: Machine) -> Vector
         ffn.predictor.nbytes(ffn.layer.neurons - hot).astype(np.float64), machine
     )
     return stream + _predicted_rows(ffn, ffn.predictor, hot, machine)
+
+
+def _dense(ffn: FFN, cold: Vector, density: Vector, machine: Machine) -> Vector:
+    """All gate and up rows; the sum of down rows leaves out zeros by itself, so without a gate this is what
+    gate-first does."""
+    sizes, curve = ffn.sizes, machine.ffn_curve(ffn.layer.width, ffn.sizes.types, ffn.layer.neurons)
+    if not ffn.skips:
+        return costs.dense_seconds(cold * sizes.total, machine, curve)
+    if ffn.layer.gate is None:
+        return costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine, curve)
+    first = costs.dense_seconds(cold * (sizes.total - sizes.down), machine, curve)
+    return first + costs.gathered_seconds(cold * sizes.down, density, machine, curve)
 
 
 def expected(frequencies: Vector) -> Vector:
@@ -111,7 +123,7 @@ def _exact(ffn: FFN, hot: Integers, machine: Machine, *, sparse_hot: bool) -> FF
     none = np.zeros(len(hot), dtype=np.int64)
     return FFNWay(
         hot=hot,
-        mode=(first < dense).astype(np.int64),
+        mode=((first <= dense) & ffn.skips).astype(np.int64),
         predictor_hot=False,
         predictor_seconds=np.zeros(len(hot)),
         hot_seconds=_hot_seconds(hot, hot * float(sizes.always) + active * sizes.skippable, machine),
@@ -181,10 +193,13 @@ def _predicted_on_gpu(
 
 
 def _predicted_rows(ffn: FFN, predictor: PredictorShape, hot: Integers, machine: Machine) -> Vector:
-    """Seconds of the CPU for the rows of cold neurons that are predicted."""
-    curve = machine.ffn_curve(ffn.layer.width, ffn.sizes.types, ffn.layer.neurons)
-    cold, density = _cold(predicted_frequencies(ffn.frequencies, predictor.overshoot), hot)
-    return costs.predicted_seconds(cold * ffn.sizes.total, density, machine, curve)
+    """Seconds of the CPU for the rows of cold neurons that are predicted: the gate rows of all that are
+    named, the other rows of those whose gates confirm it."""
+    sizes, curve = ffn.sizes, machine.ffn_curve(ffn.layer.width, ffn.sizes.types, ffn.layer.neurons)
+    cold, named = _cold(predicted_frequencies(ffn.frequencies, predictor.overshoot), hot)
+    _, active = _cold(ffn.frequencies, hot)
+    read = sizes.always * named + sizes.skippable * np.minimum(active, named)
+    return costs.predicted_seconds(cold * sizes.total, read / sizes.total, machine, curve)
 
 
 def _cold(frequencies: Vector, hot: Integers) -> tuple[Vector, Vector]:

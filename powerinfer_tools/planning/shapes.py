@@ -178,12 +178,13 @@ class ModelShape:
 @dataclass(frozen=True)
 class NeuronBytes:
     """Bytes of one neuron of a layer in memory, the same on both sides. ``always`` is read for every token
-    even when inactive neurons are skipped (the gate row, or the up row of an FFN without gate). ``types``
-    names the row types, in the order gate, up, down."""
+    even when inactive neurons are skipped (the gate row, or the up row of an FFN without gate); ``down`` the
+    down row. ``types`` names the row types, in the order gate, up, down."""
 
     total: int
     always: int
-    types: tuple[str, ...] = ()
+    down: int
+    types: tuple[str, ...]
 
     @property
     def skippable(self) -> int:
@@ -215,7 +216,8 @@ def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> Neur
     """
     if layer.experts is not None:
         nbytes = -(-sum(matrix.nbytes for matrix in layer.ffn) // layer.up.rows)
-        return NeuronBytes(nbytes, nbytes, tuple(matrix.row_type.name for matrix in layer.ffn))
+        down = -(-layer.down.nbytes // layer.up.rows)
+        return NeuronBytes(nbytes, nbytes, down, tuple(matrix.row_type.name for matrix in layer.ffn))
     down = stored_down_type(layer.down.row_type, down_type, transposed=layer.down_transposed)
     block = BLOCK_SHAPES[down].values
     if layer.width % block:
@@ -225,7 +227,7 @@ def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> Neur
         )
     types = [*(matrix.row_type for matrix in (layer.gate, layer.up) if matrix is not None), down]
     sizes = [row_bytes(row_type, layer.width) for row_type in types]
-    return NeuronBytes(sum(sizes), sizes[0], tuple(row_type.name for row_type in types))
+    return NeuronBytes(sum(sizes), sizes[0], sizes[-1], tuple(row_type.name for row_type in types))
 
 
 def shape_of_model(model: "Model") -> ModelShape:

@@ -46,10 +46,9 @@ def settings(data: LayerData, made: Fit, nbytes: int) -> list[Setting]:
         limits = np.quantile(expected, [1 - float(one.mean()) for one in named])
         named += [expected > limit for limit in limits]
         thresholds += [loss.thresholds(float(limit)) for limit in limits]
-    rows = data.gate_bytes + data.other_bytes
     found = [Setting(None, data.gate_bytes + float(active.mean()) * data.other_bytes, 0.0)]
     for values, some, error in zip(thresholds, named, data.missing(named), strict=True):
-        found.append(Setting(values, nbytes + float(some.mean()) * rows, error))
+        found.append(Setting(values, nbytes + data.rows_touched(some, active), error))
     return found
 
 

@@ -103,6 +103,11 @@ class LayerData:
         """Bytes of the other rows."""
         return (self.ffn.factor.nbytes if self.ffn.factor else 0) + self.ffn.down.nbytes
 
+    def rows_touched(self, named: Bools, active: Bools) -> float:
+        """Mean bytes of rows that a token reads where the neurons ``named`` are computed and ``active`` is
+        the truth, both (t, neurons): the gates of the named ones, the other rows of those that are both."""
+        return float(named.mean()) * self.gate_bytes + float((named & active).mean()) * self.other_bytes
+
     def unit_losses(self) -> Floats:
         """Mean square, over the active ones of the records to learn from, of what a gate of one adds to the
         output of the FFN, (neurons)."""

@@ -7,7 +7,7 @@ from powerinfer_kernels import RowType, block_shape, pack_signs
 from powerinfer_tools.training.choice import Candidate
 from powerinfer_tools.training.layer_data import LayerData
 from powerinfer_tools.training.low_rank import cut, factorize
-from powerinfer_tools.training.thresholds import Floats, fit, level_for, quality
+from powerinfer_tools.training.thresholds import Floats, fit, level_for
 
 #: Records that a rank is tried on: enough for three digits of its density.
 _TRIED_RECORDS = 1024
@@ -41,10 +41,9 @@ def candidates(data: LayerData, row_type: RowType, recall: float) -> list[Candid
     found = []
     for rank in ranks(width, row_type):
         normal = fit(cut(factors, rank, row_type), learn, true).normal(some.inputs)
-        reached = quality(normal > level_for(normal, some.active, recall), some.active)
+        named = normal > level_for(normal, some.active, recall)
         size = nbytes(rank, width, neurons, row_type)
-        rows = data.gate_bytes + data.other_bytes
-        found.append(Candidate(size, size + reached.predicted_density * rows, rank))
+        found.append(Candidate(size, size + data.rows_touched(named, some.active), rank))
     return found
 
 

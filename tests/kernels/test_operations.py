@@ -403,7 +403,8 @@ def test_predicted_rows_of_many_tokens_have_the_bits_of_dense() -> None:
         builder.matmul(matrix, x, acts, gate, bias=bias)
         builder.activate(gate, None, h, "relu")
         builder.build().run(pool, 0, 3, TOKENS, 0)
-        h[scores <= 0] = 0
+        named, active = scores > 0, gate > 0
+        h[~named] = 0
         builder = ProgramBuilder(TOKENS)
         builder.sum_rows(h, down, out)
         builder.build().run(pool, 0, 1, TOKENS, 0)
@@ -411,8 +412,15 @@ def test_predicted_rows_of_many_tokens_have_the_bits_of_dense() -> None:
         builder = ProgramBuilder(TOKENS)
         builder.quantize(x, acts)
         builder.sparse_ffn(scores, x, acts, both, out, h, "relu", gate=gate, bias=bias)
-        builder.build().run(pool, 0, 2, TOKENS, 0)
-    np.testing.assert_array_equal(out, want)
+        program = builder.build()
+        program.run(pool, 0, 2, TOKENS, 0)
+        np.testing.assert_array_equal(out, want)
+        counts = (program.active_neurons(), program.confirmed_neurons(), program.total_neurons())
+        assert counts == (named.sum(), (named & active).sum(), named.size)
+        program.reset_counters()
+        program.run(pool, 0, 2, 1, 0)
+        counts = (program.active_neurons(), program.confirmed_neurons(), program.total_neurons())
+        assert counts == (named[0].sum(), (named & active)[0].sum(), named[0].size)
 
 
 @pytest.mark.parametrize("tokens", [1, TOKENS])

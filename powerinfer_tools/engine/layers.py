@@ -225,7 +225,7 @@ class LayerStack:
         """Mean bytes of weights that a forward pass touched so far, whatever its number of tokens: an expert
         counts once where some token of a batch takes it."""
         routed = [ffn for ffn in self._cold if isinstance(ffn, RoutedFFN)]
-        more = sum(ffn.bytes_per_pass() - ffn.bytes_per_token(1.0) for ffn in routed)
+        more = sum(ffn.bytes_per_pass() - ffn.bytes_per_token(Computed(1, 1)) for ffn in routed)
         return self.weight_bytes_per_token() + more
 
     def density(self) -> float:

@@ -12,7 +12,7 @@ from powerinfer_tools.synthetic.models import SHAPES, TYPES, Shape, tensors_of, 
 from powerinfer_tools.synthetic.sparse import Sparsity, write_sparse
 
 #: Changes when the same request would give another file.
-_VERSION = 6
+_VERSION = 7
 
 
 @dataclass(frozen=True)

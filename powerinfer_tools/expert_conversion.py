@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import ROUTING, Profile
@@ -123,8 +121,9 @@ def _write(writer: GGUFWriter, model: Model, profile: Profile, progress: Progres
         order = profile.order(index)
         writer.write(order_name(index), order.astype("<i4"))
         for kind, stack in zip(KINDS, _experts(model, index).stacks, strict=True):
-            matrices = stack.data.reshape(len(order), -1)
-            writer.write(experts_name(index, kind), np.ascontiguousarray(matrices[order]))
+            for expert in order.tolist():
+                matrix = stack.matrix(f"expert {expert}", expert, len(order))
+                writer.write(experts_name(index, kind), matrix.data)
         progress.advance(1)
     for name in _unchanged(model):
         writer.write(name, model.gguf.tensor(name))

@@ -6,7 +6,7 @@ from functools import cached_property
 from powerinfer_formats.split_experts import SplitExperts, experts_name, source_name
 from powerinfer_tools.architectures import ArchitectureSpec
 from powerinfer_tools.hyperparameters import Hyperparameters
-from powerinfer_tools.tensors import Tensors, Weight
+from powerinfer_tools.tensors import Stack, Tensors, Weight
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class ExpertsFFN:
     token takes, times the sigmoid of ``shared_gate`` (1, width)."""
 
     router: Weight
-    gate: Weight
-    up: Weight
-    down: Weight
+    gate: Stack
+    up: Stack
+    down: Stack
     shared: DenseFFN | None
     shared_gate: Weight | None
     places: ExpertPlaces | None = None
 
     @property
-    def stacks(self) -> tuple[Weight, Weight, Weight]:
+    def stacks(self) -> tuple[Stack, Stack, Stack]:
         """Gate, up and down of all experts."""
         return self.gate, self.up, self.down
 
@@ -75,10 +75,7 @@ class ExpertsFFN:
         """The expert of that number, as views."""
         count = self.router.rows
         position = index if self.places is None else self.places.positions[index]
-        gate, up, down = (
-            weight.part(f"expert {index}", position * (weight.rows // count), weight.rows // count)
-            for weight in self.stacks
-        )
+        gate, up, down = (stack.matrix(f"expert {index}", position, count) for stack in self.stacks)
         return DenseFFN(gate, up, down)
 
 

@@ -123,11 +123,12 @@ class Model:
         return self.hyper.activation in RELU_FAMILY
 
     def require_one_ffn(self, error: type[Exception], stage: str) -> None:
-        """Raise ``error`` for a model with experts, which ``stage`` cannot take yet."""
+        """Raise ``error`` for a model with experts, which ``stage`` does not take."""
         if self.hyper.routing is not None:
             raise error(
-                f"{self.path}: {stage} does not take mixtures of experts yet; profile, plan, convert, run, "
-                "eval and bench do"
+                f"{self.path}: {stage} does not take mixtures of experts, of which a token computes "
+                f"{self.hyper.routing.used} of {self.hyper.routing.experts} without it; profile, plan, "
+                "convert and run place those"
             )
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from powerinfer_tools.progress import Progress, Silent
 FILE_TYPES = {RowType.Q8_0: 7, RowType.Q4_0: 2, RowType.F16: 1, RowType.BF16: 32}
 #: Read once a token as a whole, or a row at a time: too few bits there cost more than they save.
 _FINER = {"token_embd.weight": RowType.Q8_0, "output.weight": RowType.Q8_0}
-_AS_IT_IS = ("position_embd.weight",)
+_AS_IT_IS = ("position_embd.weight", ".ffn_gate_inp.weight")
 _RENEWED = ("general.file_type", "general.quantization_version")
 _PIECE_VALUES = 1 << 24  # 64 MiB of float32
 
@@ -86,7 +86,7 @@ class _Quantization:
             for name, info in self.source.tensors.items():
                 writer.declare(name, self.types[name], info.shape)
             for name, info in self.source.tensors.items():
-                for piece in self._pieces(info) if name in changed else (self.source.tensor(name),):
+                for piece in self._pieces(info) if name in changed else self.source.pieces(name):
                     writer.write(name, piece)
                 self.progress.advance(1)
         self.progress.finish()
@@ -105,7 +105,7 @@ class _Quantization:
     def _type_of(self, info: TensorInfo) -> int:
         """What to write a tensor as: vectors, quantised matrices, rows of partial blocks stay as they are."""
         wanted = self.row_type if self.row_type.is_float else _FINER.get(info.name, self.row_type)
-        matrix = len(info.shape) > 1 and info.name not in _AS_IT_IS
+        matrix = len(info.shape) > 1 and not info.name.endswith(_AS_IT_IS)
         floats = info.row_type in {int(kind) for kind in RowType if kind.is_float}
         whole = info.shape[-1] % block_shape(wanted)[0] == 0
         return int(wanted) if matrix and floats and whole else info.row_type
@@ -113,18 +113,16 @@ class _Quantization:
     def _pieces(self, info: TensorInfo) -> Iterator[npt.NDArray[np.uint8]]:
         """The rows in their new type, some at a time."""
         columns = info.shape[-1]
-        rows = self.source.tensor(info.name).reshape(-1, info.nbytes * columns // _values(info))
         kind, wanted = RowType(info.row_type), RowType(self.types[info.name])
-        squares = []
-        step = max(1, _PIECE_VALUES // columns)
-        for first in range(0, len(rows), step):
-            piece = np.ascontiguousarray(rows[first : first + step])
+        squares, first = [], 0
+        for piece in self._rows(info):
             values = dequantize(piece.reshape(-1), kind, len(piece), columns)
             if not np.isfinite(values).all():
                 row = first + int(np.argwhere(~np.isfinite(values))[0][0])
                 raise ConvertError(
                     f"{self.source.path}: tensor {info.name} has a value that is not finite in row {row}"
                 )
+            first += len(piece)
             made = quantize(values, wanted)
             back = dequantize(made.reshape(-1), wanted, len(piece), columns)
             squares.append((_square(back - values), _square(values)))
@@ -132,6 +130,15 @@ class _Quantization:
         self.squares[info.name.removesuffix(".weight").rpartition(".")[2]] += squares
         if _relative(squares) >= self.worst[1]:
             self.worst = (info.name, _relative(squares))
+
+    def _rows(self, info: TensorInfo) -> Iterator[npt.NDArray[np.uint8]]:
+        """All rows, uint8 [some, row bytes]: no more than fit a piece."""
+        columns = info.shape[-1]
+        step = max(1, _PIECE_VALUES // columns)
+        for stored in self.source.pieces(info.name):
+            rows = stored.reshape(-1, info.nbytes * columns // _values(info))
+            for first in range(0, len(rows), step):
+                yield np.ascontiguousarray(rows[first : first + step])
 
 
 def _values(info: TensorInfo) -> int:

@@ -42,6 +42,41 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape as one of ``rows`` × ``columns``, their rows one after the other: in one piece,
+    or in a piece for each matrix; ``pieces`` are uint8."""
+
+    name: str
+    row_type: RowType
+    rows: int
+    columns: int
+    pieces: tuple[npt.NDArray[np.uint8], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the rows in the file, in bytes."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The pieces as matrices."""
+        if len(self.pieces) == 1:
+            return (Weight(self.name, self.row_type, self.rows, self.columns, self.pieces[0]),)
+        rows = self.rows // len(self.pieces)
+        return tuple(
+            Weight(f"{self.name} (expert {index})", self.row_type, rows, self.columns, piece)
+            for index, piece in enumerate(self.pieces)
+        )
+
+    def matrix(self, what: str, index: int, count: int) -> Weight:
+        """A view of the matrix ``index`` of ``count``; ``what`` is added to the name for people."""
+        rows = self.rows // count
+        if len(self.pieces) == 1:
+            return self.weights[0].part(what, index * rows, rows)
+        return Weight(f"{self.name} ({what})", self.row_type, rows, self.columns, self.pieces[index])
+
+
+@dataclass(frozen=True)
 class Norm:
     """A normalisation by root mean square ("rms"), or by mean and deviation ("layer"), which may have a
     bias."""
@@ -83,11 +118,12 @@ class Tensors:
         row_type = RowType(self.gguf.tensors[name].row_type)
         return Weight(name, row_type, rows, columns, np.frombuffer(data, dtype=np.uint8))
 
-    def stack(self, name: str, count: int, rows: int, columns: int) -> Weight:
+    def stack(self, name: str, count: int, rows: int, columns: int) -> Stack:
         """``count`` matrices as one, their rows one after the other."""
-        data = self.gguf.tensor(name, shape=(count, rows, columns), types=MATRIX_TYPES)
+        pieces = self.gguf.pieces(name, shape=(count, rows, columns), types=MATRIX_TYPES)
         row_type = RowType(self.gguf.tensors[name].row_type)
-        return Weight(name, row_type, count * rows, columns, np.frombuffer(data, dtype=np.uint8))
+        views = tuple(np.frombuffer(piece, dtype=np.uint8) for piece in pieces)
+        return Stack(name, row_type, count * rows, columns, views)
 
     def row(self, name: str, columns: int) -> Weight:
         """A vector as a matrix of one row."""

@@ -35,7 +35,9 @@ def layer_weights(model: Model, index: int) -> Iterator[Weight]:
         yield from layer.source_ffn.matrices
         return
     experts = layer.ffn
-    yield from (experts.router, *experts.stacks)
+    yield experts.router
+    for stack in experts.stacks:
+        yield from stack.weights
     if experts.shared is not None and experts.shared_gate is not None:
         yield from (*experts.shared.matrices, experts.shared_gate)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from powerinfer_formats.model_source import ModelSource
 
@@ -21,9 +25,21 @@ def model_fingerprint(source: ModelSource) -> str:
     for part in source.identity():
         digest.update(part)
     for name in source.tensors:
-        data = source.tensor(name)
-        size = min(SAMPLE_BYTES, len(data))
-        spare = len(data) - size
+        pieces = source.pieces(name)
+        nbytes = sum(len(piece) for piece in pieces)
+        size = min(SAMPLE_BYTES, nbytes)
+        spare = nbytes - size
         for skipped in (0, spare // 2, spare):
-            digest.update(data[skipped : skipped + size].data)
+            for sample in _range(pieces, skipped, size):
+                digest.update(sample.data)
     return digest.hexdigest()
+
+
+def _range(pieces: Sequence[NDArray[np.uint8]], first: int, size: int) -> Iterator[NDArray[np.uint8]]:
+    """Bytes [first, first + size) of ``pieces``, one after the other."""
+    for piece in pieces:
+        if first < len(piece) and size:
+            part = piece[first : first + size]
+            yield part
+            size -= len(part)
+        first = max(0, first - len(piece))

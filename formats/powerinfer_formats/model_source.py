@@ -84,6 +84,10 @@ class ModelSource(ABC):
     def _bytes_of(self, info: TensorInfo) -> NDArray[np.uint8]:
         """The bytes of a tensor of this model: uint8 [nbytes], read-only."""
 
+    def _pieces_of(self, info: TensorInfo) -> tuple[NDArray[np.uint8], ...]:
+        """The same in the pieces that it is stored in."""
+        return (self._bytes_of(info),)
+
     def _title(self, info: TensorInfo) -> str:
         """How errors name a tensor."""
         return repr(info.name)
@@ -120,6 +124,16 @@ class ModelSource(ABC):
         Raises ``MissingTensor``; ``WrongShape`` where ``shape`` is given and differs; ``WrongType`` where
         the tensor's type is not among ``types``.
         """
+        return self._bytes_of(self._checked(name, shape, types))
+
+    def pieces(
+        self, name: str, *, shape: tuple[int, ...] | None = None, types: Collection[int] | None = None
+    ) -> tuple[NDArray[np.uint8], ...]:
+        """The same as one array or several, in order: a stack of matrices may be stored matrix by matrix, and
+        is not joined for this."""
+        return self._pieces_of(self._checked(name, shape, types))
+
+    def _checked(self, name: str, shape: tuple[int, ...] | None, types: Collection[int] | None) -> TensorInfo:
         info = self.info(name)
         if shape is not None and info.shape != tuple(shape):
             found, expected = _shape(info.shape), _shape(tuple(shape))
@@ -133,7 +147,7 @@ class ModelSource(ABC):
                 f"tensor {self._title(info)} is of type {info.type_name}, "
                 f"which cannot be used here (can: {allowed})",
             )
-        return self._bytes_of(info)
+        return info
 
     def info(self, name: str) -> TensorInfo:
         """The directory's row of a tensor; raises ``MissingTensor``."""

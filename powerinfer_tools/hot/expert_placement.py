@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.hot.placement import CHUNK_ROWS, HotSize
-from powerinfer_tools.tensors import Weight
+from powerinfer_tools.tensors import Stack, Weight
 
 _F32 = 4
 
@@ -54,7 +54,7 @@ def widths_of(layers: Sequence[ExpertsFFN], used: int) -> ExpertWidths:
     )
 
 
-def products_of(layer: ExpertsFFN) -> list[Weight]:
+def products_of(layer: ExpertsFFN) -> list[Weight | Stack]:
     """The matrices that the layer's input is multiplied with: gates and ups."""
     shared = [] if layer.shared is None else [*layer.shared.matrices[:-1]]
     return [layer.gate, layer.up, *shared]

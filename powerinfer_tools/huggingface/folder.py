@@ -1,10 +1,13 @@
 """A Hugging Face directory behind the interface of a GGUF file.
 
-Weights stay on disk, mapped, except for the few that GGUF keeps otherwise: vectors (always float32) and, in
-the llama family, rows of query and key, which are reordered in memory.
+Weights stay on disk, mapped, except for the few that GGUF keeps otherwise: vectors and routers (always
+float32) and, in the llama family, rows of query and key, which are reordered in memory. GGUF's stacks of
+experts are tensors of their own here: they are handed out one by one, and joined only where someone asks for
+a whole stack.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +27,8 @@ from powerinfer_formats.safetensors_header import StoredTensor
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.huggingface.changes import Change, HeadShape
 from powerinfer_tools.huggingface.config import Config
-from powerinfer_tools.huggingface.families import Family, Rule, find_family
+from powerinfer_tools.huggingface.families import find_family
+from powerinfer_tools.huggingface.family import Family, Rule
 from powerinfer_tools.huggingface.hyperparameters import Shape, add_hyperparameters
 from powerinfer_tools.huggingface.vocabulary import add_vocabulary, tokenizer_files
 
@@ -38,9 +42,11 @@ _DERIVED = (".rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a tensor comes from: ``stored`` in the weights, then changed; or ``values`` made here."""
+    """Where a tensor comes from: ``stored`` in the weights, then changed; or ``values`` made here. ``stack``:
+    of one matrix for each expert."""
 
-    stored: str = ""
+    stored: tuple[str, ...] = ()
+    stack: bool = False
     change: Change | None = None
     values: npt.NDArray[np.float32] | None = None
 
@@ -117,12 +123,25 @@ class ModelFolder(ModelSource):
 
     def _title(self, info: TensorInfo) -> str:
         stored = self._origins[info.name].stored
-        return f"{stored!r} in {self._weights.file_of(stored)}" if stored else repr(info.name)
+        if not stored:
+            return repr(info.name)
+        more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
+        return f"{stored[0]!r} in {self._weights.file_of(stored[0])}{more}"
+
+    def _pieces_of(self, info: TensorInfo) -> tuple[npt.NDArray[np.uint8], ...]:
+        origin = self._origins[info.name]
+        if not origin.stack:
+            return (self._bytes_of(info),)
+        usable = [self._usable(info, stored) for stored in origin.stored]
+        data = [self._weights.data(stored) for stored in origin.stored]
+        return tuple(piece if whole else _own(piece) for piece, whole in zip(data, usable, strict=True))
 
     def _bytes_of(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         origin = self._origins[info.name]
-        if origin.values is None and origin.change is None and self._usable(info, origin.stored):
-            return self._weights.data(origin.stored)
+        if origin.stack:  # not kept: all stacks together are nearly the whole model
+            return _own(np.concatenate(self._pieces_of(info)))
+        if origin.values is None and origin.change is None and self._usable(info, origin.stored[0]):
+            return self._weights.data(origin.stored[0])
         if info.name not in self._changed:
             self._changed[info.name] = self._make(info, origin)
         return self._changed[info.name]
@@ -135,20 +154,18 @@ class ModelFolder(ModelSource):
     def _make(self, info: TensorInfo, origin: _Origin) -> npt.NDArray[np.uint8]:
         if origin.values is not None:
             values: npt.NDArray[Any] = origin.values
-        elif len(info.shape) == 1:
-            values = _as_float32(
-                self._weights.data(origin.stored), self._weights.tensors[origin.stored].dtype
-            )
+        elif info.row_type == TensorType.F32:
+            (stored,) = origin.stored
+            values = _as_float32(self._weights.data(stored), self._weights.tensors[stored].dtype)
+            values = values.reshape(info.shape)
         else:
-            values = self._weights.data(origin.stored).reshape(info.shape[0], -1)
+            values = self._weights.data(origin.stored[0]).reshape(info.shape[0], -1)
         if origin.change is not None:
             try:
                 values = origin.change(values, self._heads)
             except ValueError as error:
                 raise errors.WrongShape(self.path, f"tensor {self._title(info)}: {error}") from None
-        data = np.array(values, order="C").reshape(-1).view(np.uint8)  # a copy: aligned, and our own
-        data.flags.writeable = False
-        return data
+        return _own(values)
 
 
 class _Planner:
@@ -173,21 +190,54 @@ class _Planner:
 
     def _place(self, rule: Rule, index: int) -> None:
         name, wanted = rule.name.replace("{i}", str(index)), rule.stored.replace("{i}", str(index))
-        stored = next((spelt for spelt in self._spellings(wanted) if spelt in self.weights.tensors), None)
+        if "{e}" in wanted:
+            self._place_stack(name, wanted)
+            return
+        stored = self._stored(wanted)
         if stored is None:
             if rule.optional:
                 return
-            raise errors.MissingTensor(self.folder, f"has no tensor {wanted!r}, which is needed here")
+            raise self._missing(wanted)
         if name in self.found:
             raise errors.DuplicateTensor(
                 self.folder, f"tensor {stored!r} stands for {name!r}, as another does"
             )
-        self.used.add(stored)
         tensor = self.weights.tensors[stored]
+        shape = tensor.shape[1:] if rule.vector and tensor.shape[0] == 1 else tensor.shape
         kind = self._row_type(tensor)
-        nbytes = 4 * tensor.shape[0] if len(tensor.shape) == 1 else tensor.nbytes
-        info = TensorInfo(name, kind, tensor.shape, tensor.offset, nbytes)
-        self.found[name] = (info, _Origin(stored, rule.change))
+        if rule.single or len(shape) == 1:
+            kind = TensorType.F32
+        nbytes = 4 * math.prod(shape) if kind == TensorType.F32 else tensor.nbytes
+        info = TensorInfo(name, kind, shape, tensor.offset, nbytes)
+        self.found[name] = (info, _Origin((stored,), change=rule.change))
+
+    def _place_stack(self, name: str, wanted: str) -> None:
+        """One tensor for each expert, all of the same shape and type."""
+        tensors: list[StoredTensor] = []
+        for expert in range(self.shape.experts):
+            stored = self._stored(wanted.replace("{e}", str(expert)))
+            if stored is None:
+                raise self._missing(wanted.replace("{e}", str(expert)))
+            tensors.append(self.weights.tensors[stored])
+            first, last = tensors[0], tensors[-1]
+            if (last.shape, last.dtype) != (first.shape, first.dtype):
+                raise errors.WrongShape(
+                    self.folder / self.weights.file_of(stored),
+                    f"tensor {stored!r} is {_described(last)}, that of the first expert {_described(first)}",
+                )
+        shape, kind = (len(tensors), *tensors[0].shape), self._row_type(tensors[0])
+        info = TensorInfo(name, kind, shape, tensors[0].offset, sum(tensor.nbytes for tensor in tensors))
+        self.found[name] = (info, _Origin(tuple(tensor.name for tensor in tensors), stack=True))
+
+    def _stored(self, wanted: str) -> str | None:
+        """The name that a tensor has here, which is in use from now on; None where there is none."""
+        stored = next((spelt for spelt in self._spellings(wanted) if spelt in self.weights.tensors), None)
+        if stored is not None:
+            self.used.add(stored)
+        return stored
+
+    def _missing(self, wanted: str) -> errors.MissingTensor:
+        return errors.MissingTensor(self.folder, f"has no tensor {wanted!r}, which is needed here")
 
     def _spellings(self, wanted: str) -> Iterator[str]:
         for start in self.family.spellings:
@@ -200,7 +250,7 @@ class _Planner:
                 f"tensor {tensor.name!r} is of type {tensor.dtype}, which cannot be used here "
                 f"(can: {', '.join(_TYPES)})",
             )
-        return TensorType.F32 if len(tensor.shape) == 1 else _TYPES[tensor.dtype]
+        return _TYPES[tensor.dtype]
 
     def _refuse_others(self) -> None:
         for name in self.weights.tensors:
@@ -212,6 +262,17 @@ class _Planner:
                     self.folder / self.weights.file_of(name),
                     f"has a tensor {name!r}, which a model of type {self.family.model_type!r} does not have",
                 )
+
+
+def _own(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """A copy of the bytes: aligned, and our own."""
+    data = np.array(values, order="C").reshape(-1).view(np.uint8)
+    data.flags.writeable = False
+    return data
+
+
+def _described(tensor: StoredTensor) -> str:
+    return f"{' × '.join(map(str, tensor.shape))} of {tensor.dtype}"
 
 
 def _as_float32(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:

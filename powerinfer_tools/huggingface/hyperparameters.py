@@ -11,7 +11,8 @@ from powerinfer_tools.architectures import ARCHITECTURES
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.huggingface.changes import HeadShape
 from powerinfer_tools.huggingface.config import Config
-from powerinfer_tools.huggingface.families import ACTIVATIONS, Family, Setting
+from powerinfer_tools.huggingface.families import ACTIVATIONS
+from powerinfer_tools.huggingface.family import Family, Setting
 from powerinfer_tools.huggingface.rope import Rope, read_rope
 
 _LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
@@ -19,9 +20,10 @@ _LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
 
 @dataclass(frozen=True)
 class Shape:
-    """What mapping the tensors needs to know."""
+    """What mapping the tensors needs to know; ``experts`` is 0 without any."""
 
     layers: int
+    experts: int
     heads: HeadShape
     tied: bool
     rope: Rope
@@ -37,6 +39,8 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
         sizes[setting.key] = _size(setting, config)
         if sizes[setting.key]:
             metadata.add(f"{prefix}.{setting.key}", sizes[setting.key], ValueType.UINT32)
+    for key, name, default in family.flags:
+        metadata.add(f"{prefix}.{key}", config.flag(name, default))
     heads = _heads(config, sizes)
     _add_norm_eps(metadata, family, config)
     rope, local = read_rope(config, family.rope_base, family.rotary_share, heads.head_dim)
@@ -44,7 +48,8 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
     _add_window(metadata, family, config, sizes["block_count"], rope, local)
     _add_scores(metadata, prefix, config, heads)
     _add_activation(metadata, family, config)
-    return Shape(sizes["block_count"], heads, config.flag("tie_word_embeddings", family.tied), rope)
+    tied = config.flag("tie_word_embeddings", family.tied)
+    return Shape(sizes["block_count"], sizes.get("expert_count", 0), heads, tied, rope)
 
 
 def _check_fixed(family: Family, config: Config) -> None:

@@ -91,7 +91,7 @@ def _check(model: Model) -> None:
     if model.is_split:
         kind = "a model of the original PowerInfer" if model.is_original else "a split file"
         raise ConvertError(f"{where} is {kind} already; start from the source model")
-    model.require_one_ffn(ConvertError, "convert")
+    model.require_one_ffn(ConvertError, "convert --format powerinfer")
     wanted = layout.ACTIVATIONS.get(spec.name)
     if wanted is None:
         raise ConvertError(

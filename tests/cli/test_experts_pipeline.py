@@ -95,7 +95,16 @@ def test_bench_of_a_made_up_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (
             ("train", "-m", "tiny.gguf"),
-            "train does not take mixtures of experts yet; profile,",
+            "train does not take mixtures of experts, of which a token computes 3 of 6 without it; profile,",
+        ),
+        (
+            ("threshold", "-m", "tiny.gguf", "--text", "text.txt", "--max-ppl-increase", "1%"),
+            "threshold does not take mixtures of",
+        ),
+        (("relufy", "-m", "tiny.gguf", "--corpus", "text.txt"), "relufy does not take mixtures of experts"),
+        (
+            ("convert", "-m", "tiny.gguf", "--format", "powerinfer", "--all-active"),
+            "convert --format powerinfer does not take mixtures of experts",
         ),
         (("run", "-m", "tiny.gguf", "-p", "x", "--device", "cpu"), "is not a split file, so nothing can be"),
         (

@@ -12,7 +12,7 @@ from powerinfer_cli.app import create_app
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
 from powerinfer_tools.text import Tokenizer
-from tiny_folders import SAMPLE, FolderCase, TinyFolder, make_folder
+from tiny_folders import FOLDER_CASES, SAMPLE, FolderCase, TinyFolder, make_folder
 
 APP = create_app()
 RELU = FolderCase("Llama", "llama2", {"hidden_act": "relu", "intermediate_size": 160, "hidden_size": 64})
@@ -59,6 +59,32 @@ def test_profile_train_plan_convert_run(
     prompt = made.tokenizer.encode("The old road to").ids
     decoder = Tokenizer.from_gguf(source.gguf).stream()
     assert decoder.push_all(made.greedy(prompt, 9)) + decoder.finish() == texts[0]
+
+
+@pytest.mark.parametrize("name", ["mixtral-sharded", "qwen2moe-bf16"])
+def test_a_mixture_of_experts_takes_the_same_way(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Profile, plan, convert, run; the split file has the source's bits, and text is that of transformers."""
+    (tmp_path / "text.txt").write_text(SAMPLE * 10)
+    made = make_folder(tmp_path / "tiny", FOLDER_CASES[name])
+
+    def run(*words: str) -> Any:
+        return stage(tmp_path, monkeypatch, *words)
+
+    run("profile", "-m", "tiny", "--corpus", "text.txt", "--ctx", "64")
+    budget = ("--hardware", "pc-low", "--vram", "33MiB", "--ctx", "64", "--objective", "frequency")
+    plan = run("plan", "-m", "tiny", *budget)
+    assert any(layer["hot_neurons"] for layer in plan["layers"])
+    report = run("convert", "-m", "tiny")
+    assert report["experts"]["count"] == plan["model"]["experts"]["count"]
+    words = ("run", "-p", "The old road to", "-n", "9", "--temp", "0", "-c", "64", "-m")
+    source, split = (run(*words, name) for name in ("tiny", "tiny.powerinfer.gguf"))
+    assert source["logits_hash"] == split["logits_hash"]
+    assert run(*words, "tiny.powerinfer.gguf", "--device", "cpu")["text"] == source["text"]
+    prompt, ids = made.tokenizer.encode("The old road to").ids, source["ids"]
+    assert len(ids) == 9 or source["outcome"] == "end"  # by the end token, which transformers goes past
+    assert made.greedy(prompt, len(ids)) == ids
 
 
 def test_eval_bench_inspect(place: tuple[Path, TinyFolder], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "attn_implementation": "eager",
+    "experts_implementation": "eager",
 }
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -81,6 +82,7 @@ def _cases() -> dict[str, FolderCase]:
         "qwen2-sliding": FolderCase(
             "Qwen2", "qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
         ),
+        **_expert_cases(),
         "gemma3": FolderCase(
             "Gemma3",
             "gemma",
@@ -95,6 +97,24 @@ def _cases() -> dict[str, FolderCase]:
                 },
             },
         ),
+    }
+
+
+def _expert_cases() -> dict[str, FolderCase]:
+    mixtral = {"num_local_experts": 5, "intermediate_size": 22}
+    qwen2 = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 26}
+    qwen2 |= {"shared_expert_intermediate_size": 34}
+    qwen3 = {"num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 14, "head_dim": 10}
+    window = {"use_sliding_window": True, "sliding_window": 5}
+    return {
+        "mixtral": FolderCase("Mixtral", "llama2", mixtral),
+        "mixtral-sharded": FolderCase("Mixtral", "llama2", mixtral | {"sliding_window": 7}, shard="20KB"),
+        "mixtral-f16": FolderCase("Mixtral", "llama2", mixtral, torch.float16),
+        "qwen2moe": FolderCase("Qwen2Moe", "qwen2", qwen2),
+        "qwen2moe-bf16": FolderCase("Qwen2Moe", "qwen2", qwen2 | {"norm_topk_prob": True}, torch.bfloat16),
+        "qwen2moe-sliding": FolderCase("Qwen2Moe", "qwen2", qwen2 | window | {"max_window_layers": 2}),
+        "qwen3moe": FolderCase("Qwen3Moe", "qwen2", qwen3 | {"norm_topk_prob": True}),
+        "qwen3moe-sliding": FolderCase("Qwen3Moe", "qwen2", qwen3 | window, shard="20KB"),
     }
 
 
@@ -148,12 +168,12 @@ def _draw(module: PreTrainedModel, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     for name, parameter in module.named_parameters():
         normal = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 2:
+        if parameter.ndim >= 2:
             strong = 2.5 if name.endswith(("lm_head.weight", "embed_tokens.weight")) else 1.0
             values = (
                 normal
                 * (1.5 if "q_proj" in name or "k_proj" in name else strong)
-                / math.sqrt(parameter.shape[1])
+                / math.sqrt(parameter.shape[-1])
             )
         elif name.endswith("bias"):
             values = normal * 0.5

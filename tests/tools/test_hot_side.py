@@ -3,7 +3,6 @@
 No GPU is needed: a device here is torch's CPU device with other memory, another queue, or a fault.
 """
 
-import importlib
 import json
 import time
 from pathlib import Path
@@ -304,32 +303,6 @@ def test_a_gpu_that_disappears_is_replaced_by_the_cpu_which_is_said_once(
     assert np.abs(got - expected).max() <= 2000 * np.finfo(np.float32).eps * np.abs(expected).max()
     assert [notice for notice in engine.notices if "the GPU stopped working (an illegal thing" in notice]
     assert len(engine.notices) == 1
-
-
-def test_the_gpu_benchmark_measures_what_it_can_and_names_the_rest(
-    quantised: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    main = importlib.import_module("gpu").main
-    path, report = quantised.split([GROUP] * quantised.layers), tmp_path / "report.json"
-    sizes = ["--neurons", "67", "--width", "256", "-n", "2"]
-    assert main(["--device", "cpu", *sizes, "-m", str(path), "--json", str(report)]) == 0
-    result = json.loads(report.read_text())
-    errors = {row["name"]: row["error"] for row in result["rows"] if row["error"] is not None}
-    assert {name.split()[0] for name in errors} == {"F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"}
-    assert all(0 < error <= 1 for error in errors.values())
-    assert all(row["speed"] > 0 for row in result["rows"])
-    assert [row["name"].split(", ")[1].split(" (")[0] for row in result["rows"][-2:]] == [
-        "CPU alone",
-        "hybrid",
-    ]
-    said = capsys.readouterr().out
-    assert "not measured, or not as asked: fused kernels: they run on CUDA only" in said
-    assert "not measured, or not as asked: llama.cpp's layer offload" in said
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert main(["--device", "cuda"]) == 1
-    assert "build without CUDA; --device cpu" in capsys.readouterr().err
 
 
 def test_a_gpu_without_fused_kernels_or_graphs_is_used_without_and_says_so(

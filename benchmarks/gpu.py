@@ -7,8 +7,8 @@
 
 Kernels are compared with float64 and timed beside a copy of memory. The whole engine is checked against the
 CPU alone and timed beside it, with all of the plan in the GPU's memory and with half; and llama.cpp with as
-many layers in as much memory, where ``llama-cpp-python`` and the dense model (--source or --peer) are there. A
-check that fails is a line at the end, and so is what was not measured; the run goes on.
+many layers in as much memory, where ``llama-cpp-python`` and the dense model (--source or --peer) are there.
+A check that fails is a line at the end, and so is what was not measured; the run goes on.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def make_split(run: Run, source: Path, folder: Path) -> Path | None:
             60.0,
         ),
         "plan": (
-            ["plan", *model, "--profile", str(profile), *vram, "--ctx", "512", "-o", str(plan)],
+            ["plan", *model, "--profile", str(profile), *vram, "--ctx", "128", "-o", str(plan)],
             60.0,
         ),
         "convert": (

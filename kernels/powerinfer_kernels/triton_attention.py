@@ -28,8 +28,7 @@ def bounds(position, WINDOW: tl.constexpr):
 
 @triton.jit
 def load_vectors(data, scales, head, at, live, context, DIM: tl.constexpr, WIDE: tl.constexpr):
-    """float32 [BLOCK, WIDE]: the vectors of ``head`` at the positions ``at`` [BLOCK]; 0 where not ``live``.
-    """
+    """float32 [BLOCK, WIDE]: the vectors of ``head`` at positions ``at`` [BLOCK]; 0 where not ``live``."""
     column = tl.arange(0, WIDE)[None, :]
     row = (head.to(tl.int64) * context + at)[:, None]
     mask = live[:, None] & (column < DIM)

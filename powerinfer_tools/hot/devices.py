@@ -61,6 +61,10 @@ class Device(Protocol):
     def recorded(self, steps: Steps) -> Steps:
         """The same steps in the form that is quickest to queue, after having run them once."""
 
+    def prepare(self, steps: Steps) -> None:
+        """Run ``steps`` once and wait, where a first run takes longer or takes memory, so that a later one
+        does not. Raises OutOfDeviceMemory and DeviceLost."""
+
     def submit(self, steps: Steps) -> Ticket:
         """Queue ``steps`` after everything that was queued before. Raises DeviceLost."""
 
@@ -105,6 +109,9 @@ class CpuDevice:
     def recorded(self, steps: Steps) -> Steps:
         """As they are."""
         return steps
+
+    def prepare(self, steps: Steps) -> None:
+        """Nothing: the first run is as any."""
 
     def submit(self, steps: Steps) -> Ticket:
         """Give them to the thread."""
@@ -171,10 +178,7 @@ class CudaDevice:
         """One CUDA graph of all steps. Where it cannot be recorded, they stay as they are, which is said. The
         run before it compiles kernels, loads them, and makes room for what libraries keep, none of which may
         happen while a graph is recorded. Raises OutOfDeviceMemory and DeviceLost."""
-        try:
-            self._run(steps).wait()
-        except RuntimeError as error:
-            raise self._failure(error) from None
+        self.prepare(steps)
         if not self._graphs:
             return steps
         graph = torch.cuda.CUDAGraph()
@@ -186,6 +190,13 @@ class CudaDevice:
             return steps
         names = [name for name, _ in steps]
         return [(next((name for name in _GRAPH_NAMES if name in names), names[0]), graph.replay)]
+
+    def prepare(self, steps: Steps) -> None:
+        """See :class:`Device`."""
+        try:
+            self._run(steps).wait()
+        except RuntimeError as error:
+            raise self._failure(error) from None
 
     def submit(self, steps: Steps) -> Ticket:
         """Queue them on the stream."""

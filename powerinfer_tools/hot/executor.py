@@ -93,6 +93,23 @@ class Backend:
             [device.recorded(steps) for steps in self._steps(index, 1)] if layer else []
             for index, layer in enumerate(self.layers)
         ]
+        sources = () if head is None else (False,) if stream is None else (False, True)
+        self._head_decode = {stays: device.recorded(self._head_steps(0, 1, stays=stays)) for stays in sources}
+
+    def prepare(self, tokens: int) -> None:
+        """Take now what batches of ``tokens`` take, and begin counting."""
+        for index, layer in enumerate(self.layers):
+            for steps in self._steps(index, tokens) if layer else ():
+                self.device.prepare(steps)
+        found = [predictor for predictor in self.predictors if predictor is not None]
+        if self.stream is not None:
+            self.stream.prepare(tokens)
+            found += [layer.predictor for layer in self.stream.layers if layer and layer.predictor]
+        if self.head is not None:
+            self.device.prepare(self._head_steps(0, len(self.head.logits), stays=False))
+        for predictor in found:
+            # Whatever the runs so far had as input has been counted.
+            self.device.prepare((("reset", predictor.forget),))
 
     def launch(self, layer: int, normed: Floats, acts: Activations | None, x: Floats) -> list[Ticket]:
         """Queue one layer; the last ticket is that of its sum, one before it says which neurons are named."""
@@ -112,23 +129,35 @@ class Backend:
         """Queue the head for rows of the stream: ``x`` (last - first, width), or rows ``first`` to ``last``
         of the device's own where that is None."""
         assert self.head is not None
-        rows, here = self.head.rows.exact[: last - first], self.head.landing
-        steps: Steps = ()
-        if x is None:
-            assert self.stream is not None
-            rows = self.stream.rows(first, last)
-        else:
-            here[: len(x)].numpy()[...] = x
-            steps = (("copy in", partial(_copy, here[: len(x)], rows)),)
-        head = ("head", partial(self.head.compute, rows))
-        return self.device.submit((*steps, head, ("copy out", partial(self.head.copy_out, last - first))))
+        stays = x is None
+        if x is not None:
+            first, last = 0, len(x)
+            self.head.landing[:last].numpy()[...] = x
+        one = self._head_decode[stays] if (first, last) == (0, 1) else None
+        return self.device.submit(one or self._head_steps(first, last, stays=stays))
 
     def close(self) -> None:
         """Forget all tensors, then close the device."""
         self.layers, self._decode, self.predictors = (), [], ()
+        self._head_decode = {}
         self.stream = self.head = None
         del self._exchange, self._scratch, self._stream, self.naming
         self.device.close()
+
+    def _head_steps(self, first: int, last: int, *, stays: bool) -> Steps:
+        """The head for rows ``first`` to ``last`` of the stream, which ``stays`` on the device, or comes from
+        the host."""
+        assert self.head is not None
+        count = last - first
+        steps: Steps = ()
+        if stays:
+            assert self.stream is not None
+            rows = self.stream.rows(first, last)
+        else:
+            rows = self.head.rows.exact[:count]
+            steps = (("copy in", partial(_copy, self.head.landing[:count], rows)),)
+        head = ("head", partial(self.head.compute, rows))
+        return (*steps, head, ("copy out", partial(self.head.copy_out, count)))
 
     def _reads_stream(self, layer: int) -> bool:
         predictor = self.predictors[layer]
@@ -281,7 +310,7 @@ class TorchHotSide:
 
     def merge(self, layer: int, cold: Floats | None, tokens: int) -> None:
         """The sum of the begun layer's FFN joins the stream."""
-        self._queue(layer, lambda stream: [stream.merge(layer, cold, tokens)])
+        self._queue(layer, lambda stream: stream.merge(layer, cold, tokens))
 
     def leave(self, x: Floats) -> None:
         """Wait for the stream."""

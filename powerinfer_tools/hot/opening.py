@@ -77,6 +77,7 @@ def open_side(
         return None, notices
     try:
         backend, kinds = assemble(model, units, device, work, fused=fused)
+        backend.prepare(work.tokens)
     except OutOfDeviceMemory as error:
         device.close()
         return None, [*notices, f"out of VRAM at the start: {error}; everything is computed on the CPU"]

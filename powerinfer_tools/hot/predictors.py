@@ -112,6 +112,10 @@ class HotPredictor:
             named[first:last] = ~(scores <= self.threshold)
         self.left_out.add_(len(named) * self.hot - named[:, : self.hot].sum())
 
+    def forget(self) -> None:
+        """Begin counting anew."""
+        self.left_out.zero_()
+
 
 @dataclass(frozen=True)
 class Naming:

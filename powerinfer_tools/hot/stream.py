@@ -97,15 +97,25 @@ class HotStream:
         stream: Floats = self._memory.host.stream[:tokens].numpy()
         return normed, stream
 
-    def merge(self, index: int, cold: Floats | None, tokens: int) -> Ticket:
-        """The FFN's sum joins the stream; ``cold`` (tokens, width) is the host's part of it."""
+    def prepare(self, tokens: int) -> None:
+        """Take now what batches of ``tokens`` take."""
+        for layer in self.layers:
+            if layer is not None:
+                parts = self._parts(layer, tokens)
+                attend = partial(layer.attention.attend, self._memory.attention, tokens, 0)
+                for steps in (*parts.pieces(attend, parallel=self._parallel), parts.merge):
+                    self._device.prepare(steps)
+
+    def merge(self, index: int, cold: Floats | None, tokens: int) -> list[Ticket]:
+        """The FFN's sum joins the stream; ``cold`` (tokens, width) is the host's part of it. Nothing is
+        left to do where :meth:`begin` has done it already."""
         layer = self.layers[index]
         assert layer is not None
         if cold is not None:
             self._memory.host.cold[:tokens].numpy()[...] = cold
         decode = self._decode[index] if tokens == 1 else None
         parts = decode.parts if decode is not None else self._parts(layer, tokens)
-        return self._device.submit(parts.merge)
+        return [self._device.submit(parts.merge)] if parts.merge else []
 
     def leave(self, tokens: int) -> Ticket:
         """The stream goes to the host, to be read with :meth:`input`."""
@@ -122,8 +132,14 @@ class HotStream:
         if not layer.attention.fused:
             return _Decode(_Parts(**{name: self._record(steps) for name, steps in vars(parts).items()}), ())
         attend = partial(layer.attention.attend_one, self._memory.attention)
-        pieces = [self._record(steps) for steps in parts.pieces(attend, parallel=self._parallel)]
-        return _Decode(replace(parts, merge=self._record(parts.merge)), pieces)
+        pieces = parts.pieces(attend, parallel=self._parallel)
+        if not layer.cold:
+            # Nothing comes from the host in between.
+            whole: Steps = tuple(step for steps in (*pieces, parts.merge) for step in steps)
+            pieces, parts = [whole], replace(parts, merge=())
+        return _Decode(
+            replace(parts, merge=self._record(parts.merge)), [self._record(steps) for steps in pieces]
+        )
 
     def _record(self, steps: Steps) -> Steps:
         return self._device.recorded(steps) if steps else ()

@@ -155,6 +155,9 @@ class StrictDevice(CpuDevice):
         self._pinned.append((host.data_ptr(), host.data_ptr() + host.nbytes))
         return host
 
+    def prepare(self, steps: Steps) -> None:
+        self._run(steps, "warm-up")
+
     def recorded(self, steps: Steps) -> Steps:
         self._run(steps, "warm-up")
         self._run(steps, "capture")

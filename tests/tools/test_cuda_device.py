@@ -1,6 +1,7 @@
 """The CUDA device on a ``torch.cuda`` that notes what is asked of it: see ``fake_cuda``."""
 
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from fake_cuda import FakeCuda
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.hot import devices, fusing, opening
 from powerinfer_tools.hot.devices import CudaDevice, DeviceLost, OutOfDeviceMemory
+from powerinfer_tools.hot.ffn import HotFFN
 from powerinfer_tools.model import load_model
 from split_models import GROUP, Prepared
+from test_hot_predictors import Predicted
 from test_hot_units import logits
 
 
@@ -156,6 +159,26 @@ def test_the_whole_engine_with_graphs(
     assert cuda.log[-2:] == ["synchronize", "empty cache"]
     assert cuda.pinned > 0
     assert memory() is None
+
+
+@pytest.mark.parametrize("attention", [[], [0, 1, 2]], ids=["neurons", "stream"])
+def test_what_runs_before_the_first_token_is_not_counted(
+    attention: list[int], tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are run once before they are recorded, on whatever is in memory."""
+    monkeypatch.setattr(HotFFN, "_gathered", HotFFN._chunked)  # what torch's CPU device alone can do
+    model = Predicted(tmp_path, "low-rank")
+    path, tokens = model.split([GROUP] * 3, attention, [0, 1, 2]), model.tiny.tokens(9)
+    densities = []
+    for device in ("cpu", "cuda"):
+        engine = Engine(load_model(path), threads=1, device=device, batch=5)
+        engine.prefill(tokens[:7])
+        for token in tokens[7:]:
+            engine.decode(token)
+        densities.append(engine.report().density)
+        engine.close()
+    assert densities[0] == densities[1]
+    assert "pin" in cuda.log
 
 
 def test_a_gpu_that_fails_at_the_start_is_not_used(llama: Prepared, cuda: FakeCuda) -> None:

@@ -59,7 +59,7 @@ def test_without_a_gpu_it_measures_what_it_can_and_names_the_rest(
     errors = {row["name"]: row["error"] for row in result["rows"] if row["error"] is not None}
     kinds = {name.split()[0] for name in errors}
     assert kinds == {"F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "attention", "ours,"}
-    assert all(0 < error <= 1 for error in errors.values())
+    assert all((error > 0 or name[:4] == "ours") and error <= 1 for name, error in errors.items())
     assert all(row["speed"] > 0 for row in result["rows"])
     assert [row["name"].split(" on ")[0].split()[0] for row in result["rows"][-3:]] == ["ours,"] * 3
     said = capsys.readouterr().out

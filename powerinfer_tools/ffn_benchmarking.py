@@ -7,7 +7,7 @@ down for a while slows all of them.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from powerinfer_formats.hardware import NO_GATE, FFNCurve, Spread
 from powerinfer_kernels import Pool, RowType, physical_cores
-from powerinfer_tools.ffn_layers import SPARSE_MODES, FFNLayers, FFNShape
+from powerinfer_tools.ffn_layers import FEW_LAYERS, SPARSE_MODES, FFNLayers, FFNShape
 from powerinfer_tools.progress import Progress, Silent
 
 _Case = tuple[str, float]
@@ -24,8 +24,6 @@ _Times = dict[_Case, list[float]]
 CURVE_MODES = ("predicted", "gate-first")
 #: Densities of a curve.
 CURVE_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-#: Neurons of an FFN that is nearly empty, to measure what an FFN costs besides reading its rows.
-_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,10 @@ class CurveBench:
     """
 
     def __init__(self, pool: Pool, shape: FFNShape, layers: int | None = None) -> None:
-        self._shape, self._layers = shape, FFNLayers(pool, shape, "dense-rows", CURVE_MODES, layers)
-        self._small = FFNLayers(pool, replace(shape, neurons=_SMALL), "dense-rows", (), 2 * _SMALL)
+        self._shape, self._layers = shape, FFNLayers(pool, shape, shape.dense, CURVE_MODES, layers)
+        self._small = FFNLayers(pool, shape.smallest, shape.dense, (), FEW_LAYERS)
         sparse = [(mode, density) for mode in CURVE_MODES for density in CURVE_DENSITIES]
-        self._times: _Times = {case: [] for case in [("dense-rows", 1.0), *sparse]}
+        self._times: _Times = {case: [] for case in [(shape.dense, 1.0), *sparse]}
         self._overheads: list[float] = []
         for case in self._times:  # the first pass brings pages and threads in
             self._layers.seconds(*case)
@@ -134,7 +132,7 @@ class CurveBench:
         """One pass of every case, one after the other."""
         for case, times in self._times.items():
             times.append(self._layers.seconds(*case))
-        self._overheads.append(self._small.seconds("dense-rows", 1.0))
+        self._overheads.append(self._small.seconds(self._shape.dense, 1.0))
 
     def curve(self, share: float = 0.5) -> FFNCurve:
         """The curve of the passes so far: of each case the time that ``share`` of its passes kept within
@@ -166,7 +164,7 @@ class CurveBench:
 
 def _field(mode: str, density: float) -> str:
     """The field of a curve that holds this rate."""
-    if mode == "dense-rows":
+    if mode.startswith("dense"):
         return "dense_bytes_per_s"
     return f"{mode.replace('-', '_')}_bytes_per_s[{CURVE_DENSITIES.index(density)}]"
 
@@ -179,7 +177,7 @@ def _curve(shape: FFNShape, rates: dict[_Case, float], overhead: float) -> FFNCu
         gate_type=gate[0] if gate else NO_GATE,
         up_type=up,
         down_type=down,
-        dense_bytes_per_s=rates["dense-rows", 1.0],
+        dense_bytes_per_s=rates[shape.dense, 1.0],
         densities=CURVE_DENSITIES,
         gate_first_bytes_per_s=tuple(rates["gate-first", density] for density in CURVE_DENSITIES),
         predicted_bytes_per_s=tuple(rates["predicted", density] for density in CURVE_DENSITIES),

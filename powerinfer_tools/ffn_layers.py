@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,7 @@ from powerinfer_kernels import (
     ProgramBuilder,
     RowType,
     aligned,
+    block_shape,
     dequantize,
     row_bytes,
 )
@@ -32,20 +33,36 @@ _PATTERN_ROWS = 64
 #: Bytes of one layout of the weights: beyond what caches of this size of machine hold.
 _DEFEAT_CACHES = 640 << 20
 _SEED = 1
+#: Neurons of an FFN that is nearly empty, and how many of those make up a pass.
+_FEW = 32
+FEW_LAYERS = 64
 
 
 @dataclass(frozen=True)
 class FFNShape:
-    """``types`` are those of gate, up and down rows, or of up and down rows of an FFN without gate."""
+    """``types`` are those of gate, up and down rows, or of up and down rows of an FFN without gate.
+    ``expert``: computed as whole matrices, as an expert is, not by neurons."""
 
     width: int
     neurons: int
     types: tuple[RowType, ...]
+    expert: bool = False
 
     @property
     def gated(self) -> bool:
         """Whether neurons have gate rows."""
         return len(self.types) == 3
+
+    @property
+    def dense(self) -> str:
+        """The dense form in which it is computed, as :class:`FFNLayers` calls them."""
+        return "dense" if self.expert else "dense-rows"
+
+    @property
+    def smallest(self) -> "FFNShape":
+        """One of few neurons, to measure what an FFN costs besides reading its rows."""
+        block = block_shape(self.types[-1])[0] if self.expert else 1
+        return replace(self, neurons=max(_FEW, block))
 
 
 class FFNLayers:

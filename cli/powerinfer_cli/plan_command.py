@@ -207,12 +207,15 @@ def show_verification(found: "Verification", *, as_json: bool) -> None:
     if as_json:
         emit_json(found.as_dict())
         return
-    headings = ("device", "mode", "hot", "predicted ms", "measured ms", "spread", "error")
+    routed = any(row.measured_choices is not None for row in found.rows)
+    chosen = ("chosen, expected", "measured") if routed else ()
+    headings = ("device", "mode", "hot", *chosen, "predicted ms", "measured ms", "spread", "error")
     rows = [
         (
             row.device,
             row.mode,
             f"{row.hot_share:.0%}",
+            *(f"{share:.0%}" for share in (row.predicted_choices, row.measured_choices) if share is not None),
             f"{1e3 * row.predicted_seconds:.2f}",
             f"{1e3 * row.measured_seconds:.2f}",
             f"{row.spread:.0%}",

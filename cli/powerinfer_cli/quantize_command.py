@@ -1,5 +1,6 @@
 """``powerinfer quantize``: a float model as a GGUF file with quantised matrices."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -59,5 +60,6 @@ def show(report: "QuantizeReport") -> None:
         ("largest", f"{error:.2e}, {name}"),
     ]
     if report.kept:
-        facts.append(("kept as they were", ", ".join(report.kept)))
+        kinds = Counter(name.removesuffix(".weight").rpartition(".")[2] for name in report.kept)
+        facts.append(("kept as they were", ", ".join(f"{count} × {kind}" for kind, count in kinds.items())))
     print_facts(facts)

@@ -83,7 +83,7 @@ def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
             model.close()
         for layer in layers:
             types = tuple(RowType[name] for name in neuron_bytes(layer).types)
-            found[FFNShape(layer.width, layer.up.rows, types)] = None  # of experts, one
+            found[FFNShape(layer.width, layer.up.rows, types, layer.experts is not None)] = None  # or of one
     return list(found)
 
 

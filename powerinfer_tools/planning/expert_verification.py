@@ -25,7 +25,7 @@ from powerinfer_kernels import Pool, RowType, read_bandwidth
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import counters
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.ffn_layers import FFNLayers, FFNShape
+from powerinfer_tools.ffn_layers import FEW_LAYERS, FFNLayers, FFNShape
 from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.hardware.detect import torch_version
 from powerinfer_tools.hot.expert_placement import HotCounts, hot_size, widths_of
@@ -56,8 +56,6 @@ _SHARES = (0.125, 0.875)
 #: Bytes of experts beyond which no cache holds them.
 _ENOUGH = 640 << 20
 _SEED = 1
-#: Neurons of an expert that is nearly empty, to measure what one costs besides reading its rows.
-_SMALL = 32
 #: An accelerator that takes a second for each byte, and one to be waited for: tables of it count both.
 _COUNTER = Gpu("counter", 1, 1.0, 0.0, 1.0, 1e300, 0.0)
 
@@ -138,8 +136,8 @@ class ExpertGrid:
         with Pool(threads) as pool:
             bench = _Bench(pool, [self.layer.ffn, *([self.experts.shared] if self.experts.shared else [])])
             for _ in range(_ROUNDS):
-                bench.sample()
                 for hot in samples:
+                    bench.sample()
                     vram, device = partial(_vram, hot=hot), "cpu" if hot else "none"
                     taken, besides = Decoding(split, "dense", device, vram, self.text.tokens).run(threads)
                     samples[hot] += taken
@@ -223,10 +221,10 @@ class _Bench:
         self._experts, self._small = [], []
         for matrices in shapes:
             types = tuple(RowType[matrix.row_type.name] for matrix in matrices)
-            shape = FFNShape(matrices[0].columns, matrices[0].rows, types)
+            shape = FFNShape(matrices[0].columns, matrices[0].rows, types, expert=True)
             count = max(2, -(-_ENOUGH // sum(matrix.nbytes for matrix in matrices)))
-            self._experts.append(FFNLayers(pool, shape, "dense", (), count))
-            self._small.append(FFNLayers(pool, replace(shape, neurons=_SMALL), "dense", (), 2 * _SMALL))
+            self._experts.append(FFNLayers(pool, shape, shape.dense, (), count))
+            self._small.append(FFNLayers(pool, shape.smallest, shape.dense, (), FEW_LAYERS))
         self._nbytes = count * sum(matrix.nbytes for matrix in matrices)
         self._times: list[list[tuple[float, float]]] = [[] for _ in shapes]
         self._streams: list[float] = []

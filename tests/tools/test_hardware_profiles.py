@@ -15,9 +15,11 @@ from powerinfer_kernels import Pool, RowType, available_isas
 from powerinfer_tools import ffn_benchmarking, ffn_layers
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.hardware import default_profile_path, describe_machine, detect, find_hardware, measure
+from powerinfer_tools.hardware.diagnosis import ffn_shapes
 from powerinfer_tools.hardware.listing import measured_lines
 from powerinfer_tools.hardware.presets import PC_HIGH, PC_LOW, PRESETS
 from powerinfer_tools.progress import Silent
+from tiny_models import CASES, make_tiny_model
 
 GIB = 1 << 30
 
@@ -183,6 +185,7 @@ def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ffn_layers, "_DEFEAT_CACHES", 1 << 20)
     types = (RowType.Q4_0, RowType.Q5_0, RowType.Q8_0)
     shapes = [ffn_layers.FFNShape(64, 96, types), ffn_layers.FFNShape(64, 96, types[1:])]
+    shapes.append(ffn_layers.FFNShape(256, 512, (*types[:2], RowType.Q6_K), expert=True))
     with Pool(1) as pool:
         measured = measure.measure(pool, 0.05, shapes=shapes)
         assert measured.profile.cpu.isa == pool.isa
@@ -191,7 +194,8 @@ def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPat
     assert HardwareProfile.load(tmp_path / "hardware.toml") == profile
     assert profile.machine.source == "measured"
     assert profile.gpu is None
-    curve, ungated = profile.ffn
+    curve, ungated, expert = profile.ffn
+    assert (expert.neurons, expert.down_type) == (512, "Q6_K")
     assert ungated.types == tuple(kind.name for kind in types[1:])
     assert ungated.gate_type == NO_GATE
     assert (curve.width, curve.neurons) == (64, 96)
@@ -199,7 +203,7 @@ def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPat
     assert curve.densities == ffn_benchmarking.CURVE_DENSITIES
     points = range(len(measure.DENSITIES))
     figures = {"cpu.bandwidth_bytes_per_s", *(f"cpu.sparse_bandwidth_bytes_per_s[{i}]" for i in points)}
-    for index in (0, 1):
+    for index in (0, 1, 2):
         figures |= {f"ffn[{index}].dense_bytes_per_s", f"ffn[{index}].overhead_seconds"}
         for mode in ("gate_first", "predicted"):
             figures |= {f"ffn[{index}].{mode}_bytes_per_s[{i}]" for i in points}
@@ -217,6 +221,26 @@ def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPat
     low, middle, high = (f"{value / 1e9:.1f}" for value in (stream.low, stream.median, stream.high))
     assert told["read bandwidth"] == f"{high} GB/s ({low} … {middle} … {high})"
     assert told["FFN 64x96"].startswith("Q5_0/Q8_0: dense ")
+
+
+@pytest.mark.parametrize("case", ["mixtral-Q4_0", "llama-Q4_0"])
+def test_experts_are_measured_in_the_form_that_they_are_computed_in(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As whole matrices; FFNs that are split by neurons, with a row of down for each."""
+    monkeypatch.setattr(ffn_layers, "_DEFEAT_CACHES", 1 << 18)
+    (shape,) = ffn_shapes([make_tiny_model(tmp_path, CASES[case]).path])
+    assert shape.expert == (case == "mixtral-Q4_0")
+    with Pool(1) as pool:
+        bench = ffn_benchmarking.CurveBench(pool, shape)
+        bench.sample()
+    form = "dense" if shape.expert else "dense-rows"
+    assert set(bench._layers._programs) == {form, *ffn_benchmarking.CURVE_MODES}
+    assert set(bench._small._programs) == {form}
+    assert bench.curve().dense_bytes_per_s == pytest.approx(
+        bench._layers.touched(form, 1.0) / (bench._times[form, 1.0][0] - bench.curve().overhead_seconds),
+        rel=1e-9,
+    )
 
 
 def figure_of(profile: HardwareProfile, path: str) -> float:

@@ -1,5 +1,6 @@
 """Pictures as PNG or SVG files; with matplotlib, which is an extra."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,29 @@ class DrawingError(PowerInferError):
     """The picture cannot be drawn."""
 
 
+def require_drawable(path: Path) -> None:
+    """Raises DrawingError for an ending other than .png and .svg, and where matplotlib is not installed: to
+    be known before long work whose result is drawn."""
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise DrawingError(
+            f"{path}: a chart is written as {' or '.join(FORMATS)}, not {kind or 'without ending'}"
+        )
+    if find_spec("matplotlib") is None:
+        raise DrawingError('charts need matplotlib; install it with: pip install "powerinfer[chart]"')
+
+
 class Picture:
     """An empty figure for ``path``; draw on ``axes``, then :meth:`write`.
 
-    Raises DrawingError for an ending other than .png and .svg, and where matplotlib is not installed.
+    Raises DrawingError as :func:`require_drawable` does.
     """
 
     def __init__(self, path: Path, size: tuple[float, float]) -> None:
+        require_drawable(path)
+        from matplotlib.figure import Figure
+
         self._path, self._kind = path, path.suffix.lower()
-        if self._kind not in FORMATS:
-            raise DrawingError(
-                f"{path}: a chart is written as {' or '.join(FORMATS)}, not {self._kind or 'without ending'}"
-            )
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise DrawingError(
-                'charts need matplotlib; install it with: pip install "powerinfer[chart]"'
-            ) from None
         self._figure = Figure(figsize=size, layout="constrained")
         self.axes: Any = self._figure.add_subplot()
 

@@ -12,7 +12,7 @@ from powerinfer_cli.files import find_model, output_file
 from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
-    from powerinfer_tools.relufication import RelufyReport
+    from powerinfer_tools.relufication import DeltaReport, RelufyReport
 
 CLASS = CorpusCommand
 HELP = """Turn a gated SiLU or GELU model into one with true zeros, so that skipping neurons becomes exact.
@@ -52,6 +52,12 @@ def command(
     save_delta: Annotated[
         Path | None,
         typer.Option("--save-delta", metavar="FILE", help="Also write what was learned as a delta."),
+    ] = None,
+    chart: Annotated[
+        Path | None,
+        typer.Option(
+            "--chart", metavar="FILE", help="Draw perplexity and zeros by tokens into a .png or .svg file."
+        ),
     ] = None,
     activation: Annotated[
         Literal["relu", "drelu", "fatrelu"],
@@ -126,8 +132,8 @@ def command(
     """Turn a model into one with true zeros."""
     source = find_model(model)
     if delta is not None:
-        if corpus or save_delta:
-            raise typer.BadParameter("a delta is applied as it is: no --corpus, no --save-delta")
+        if corpus or save_delta or chart:
+            raise typer.BadParameter("a delta is applied as it is: no --corpus, --save-delta, --chart")
         rebuild(source, delta, output, as_json=common.json)
         return
     if not corpus:
@@ -135,8 +141,11 @@ def command(
     if cut is not None and activation != "fatrelu":
         raise typer.BadParameter("only --activation fatrelu has a cut", param_hint="--cut")
     path = output_file(output, source, f".{activation}.gguf")
-    from powerinfer_tools.relufication import RelufyOptions, run_relufy
+    from powerinfer_tools.pictures import require_drawable
+    from powerinfer_tools.relufication import RelufyOptions, draw_history, run_relufy
 
+    if chart is not None:
+        require_drawable(chart)
     options = RelufyOptions(
         model=source,
         corpus=tuple(corpus),
@@ -158,7 +167,11 @@ def command(
         restart=restart,
         save_delta=save_delta,
     )
-    show(run_relufy(options, progress()), as_json=common.json)
+    report = run_relufy(options, progress())
+    show(report, as_json=common.json)
+    if chart is not None:
+        draw_history(report, chart, path.name)
+        say(f"wrote {chart}")
 
 
 def rebuild(source: Path, delta: Path, output: Path | None, *, as_json: bool) -> None:
@@ -172,7 +185,7 @@ def rebuild(source: Path, delta: Path, output: Path | None, *, as_json: bool) ->
     header = report.header
     say(f"wrote {report.output}")
     facts = [
-        ("made by", f"{delta}: {header.activation} (above {header.cut:g}), FFN {header.row_type}"),
+        ("made by", f"{delta}: {header.activation} ({_threshold(report)}), FFN {header.row_type}"),
         ("same bits as", f"SHA-256 {header.result_sha256}"),
         ("learned from", f"{header.learned_tokens:,} tokens of distillation"),
     ]
@@ -183,6 +196,11 @@ def rebuild(source: Path, delta: Path, output: Path | None, *, as_json: bool) ->
         )
         facts.append((quality.text, f"{text}, {1 - quality.density:.1%} zeros, {quality.tokens:,} tokens"))
     print_facts(facts)
+
+
+def _threshold(report: "DeltaReport") -> str:
+    """What a gate must be above, in words."""
+    return "a threshold for each neuron" if report.own_thresholds else f"above {report.header.cut:g}"
 
 
 def show(report: "RelufyReport", *, as_json: bool) -> None:

@@ -49,7 +49,7 @@ model_1.pt and so on. Needs torch.
 Examples:
   powerinfer train -m model.relu.gguf
   powerinfer train -m model.relu.gguf --max-ppl-increase 0.01 --text book.txt
-  powerinfer train -m model.relu.gguf --recall 0.98 --budget 0.05
+  powerinfer train -m model.relu.gguf --recall 0.98 --budget 0.05 --chart frontier.svg
   powerinfer train -m model.relu.gguf --method tuned
   powerinfer train -m model.relu.gguf --method sign
   powerinfer train -m relu-llama.gguf --import predictors/
@@ -163,6 +163,15 @@ def command(
         typer.Option("--trace", metavar="FILE", help="Trace. Without it: the one beside the model."),
     ] = None,
     output: opt.Output = None,
+    chart: Annotated[
+        Path | None,
+        typer.Option(
+            "--chart",
+            metavar="FILE",
+            help="Draw what the predictors would find at other thresholds, by how many neurons they name, "
+            "into a .png or .svg file.",
+        ),
+    ] = None,
     aim: Aim,
     making: Making,
     imported: Import,
@@ -174,15 +183,18 @@ def command(
     source = find_model(model)
     if imported.folder is not None:
         aims = ("trace", "max_increase", "recall", "budget", "text", "windows")
-        opt.refuse_beside(ctx, "--import", *aims, "method", "device", "seed", "restart")
+        opt.refuse_beside(ctx, "--import", *aims, "chart", "method", "device", "seed", "restart")
         row_type = making.row_type if opt.is_given(ctx, "row_type") else "F16"
         take_over(imported, source, output_file(output, source, PREDICTORS_SUFFIX), row_type, common.json)
         return
     if imported.threshold is not None:
         raise typer.BadParameter("is for --import", param_hint="--threshold")
-    from powerinfer_tools.training import TrainOptions, require_trainable, run_train
+    from powerinfer_tools.pictures import require_drawable
+    from powerinfer_tools.training import TrainOptions, draw_frontier, require_trainable, run_train
 
     require_trainable(source)
+    if chart is not None:
+        require_drawable(chart)
     records = trace or beside(source, TRACE_SUFFIX)
     if not records.is_file():
         raise InputMissing(
@@ -210,7 +222,11 @@ def command(
         seed=making.seed,
         restart=making.restart,
     )
-    show(run_train(options, progress()), as_json=common.json)
+    report = run_train(options, progress())
+    show(report, as_json=common.json)
+    if chart is not None:
+        draw_frontier(report.frontier, chart, report.header.model_name, aim.recall)
+        say(f"wrote {chart}")
 
 
 def take_over(imported: Import, source: Path, path: Path, row_type: "RowTypeName", as_json: bool) -> None:

@@ -6,6 +6,7 @@ This module imports no torch; :func:`run_relufy` does.
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.progress import Progress
 from powerinfer_tools.relufication.application import DeltaReport, apply_delta
+from powerinfer_tools.relufication.drawing import draw_history
 from powerinfer_tools.relufication.options import TARGETS, Reading, RelufyOptions, RelufyReport
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RelufyOptions",
     "RelufyReport",
     "apply_delta",
+    "draw_history",
     "run_relufy",
 ]
 

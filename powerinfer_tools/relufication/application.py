@@ -18,15 +18,17 @@ from powerinfer_tools.relufication.export import Changed, Floats, export, rescal
 
 @dataclass(frozen=True)
 class DeltaReport:
-    """The model that was written, and what its delta says of it."""
+    """The model that was written, and what its delta says of it; ``own_thresholds``: neurons differ in what a
+    gate must be above."""
 
     output: str
     header: DeltaHeader
+    own_thresholds: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         header = vars(self.header) | {"quality": [vars(quality) for quality in self.header.quality]}
-        return {"output": self.output} | header
+        return {"output": self.output, "own_thresholds": self.own_thresholds} | header
 
 
 def apply_delta(source: Path, path: Path, output: Path) -> DeltaReport:
@@ -52,7 +54,8 @@ def apply_delta(source: Path, path: Path, output: Path) -> DeltaReport:
             unchecked.unlink(missing_ok=True)
     finally:
         model.close()
-    return DeltaReport(str(output), header)
+    own = any(bool((scales != scales[0]).any()) for scales in delta.scales)
+    return DeltaReport(str(output), header, own)
 
 
 def addition(changes: Sequence[Mapping[str, Change]], scales: Sequence[Floats] = ()) -> Changed:

@@ -8,6 +8,7 @@ import numpy as np
 
 from powerinfer_formats.predictors import PredictorsHeader, RowTypeName
 from powerinfer_formats.records import to_plain
+from powerinfer_tools.training.frontier import Frontier
 
 #: How predictors can be made: of low rank, but for ``sign``, of the gate's signs. ``tuned`` needs torch.
 METHODS = ("svd", "sign", "tuned")
@@ -44,11 +45,13 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What was written. The means are over layers, measured on records that were used for nothing else."""
+    """What was written. The means are over layers, measured on records that were used for nothing else;
+    ``frontier`` is what other thresholds of the same predictors would reach on those."""
 
     output: str
     header: PredictorsHeader
     model_bytes: int
+    frontier: Frontier
 
     def mean(self, name: str) -> float:
         """Mean of one figure of :class:`~powerinfer_formats.predictors.Quality` over the layers."""
@@ -63,4 +66,5 @@ class TrainReport:
             "mean": means,
             "bytes": self.header.nbytes,
             "share_of_model": self.header.nbytes / self.model_bytes,
+            "frontier": self.frontier.as_dict(),
         }

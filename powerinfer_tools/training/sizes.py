@@ -7,7 +7,7 @@ from powerinfer_kernels import RowType, block_shape, pack_signs
 from powerinfer_tools.training.choice import Candidate
 from powerinfer_tools.training.layer_data import LayerData
 from powerinfer_tools.training.low_rank import cut, factorize
-from powerinfer_tools.training.thresholds import Floats, fit, level_for
+from powerinfer_tools.training.thresholds import Floats, fit, level_for, quality
 
 #: Records that a rank is tried on: enough for three digits of its density.
 _TRIED_RECORDS = 1024
@@ -34,16 +34,22 @@ def sign_bytes(width: int, neurons: int) -> int:
 
 def candidates(data: LayerData, row_type: RowType, recall: float) -> list[Candidate]:
     """What a layer's low-rank predictor can be, priced by its bytes: a token touches them, and the rows of
-    the neurons that it names at this recall. ``what`` is the rank."""
+    the neurons that it names at this recall. ``what`` is the rank.
+
+    All rows of the named neurons count, though of those that turn out to be inactive only the gate's are
+    read: without that, smaller predictors win, which miss what matters more at the same recall (docs/LOG.md,
+    2026-11-26).
+    """
     neurons, width = data.gate.shape
     learn, some = data.learn.inputs, data.check.first(_TRIED_RECORDS)
     true, factors = data.gates(learn), factorize(data.gate, learn)
     found = []
     for rank in ranks(width, row_type):
         normal = fit(cut(factors, rank, row_type), learn, true).normal(some.inputs)
-        named = normal > level_for(normal, some.active, recall)
+        reached = quality(normal > level_for(normal, some.active, recall), some.active)
         size = nbytes(rank, width, neurons, row_type)
-        found.append(Candidate(size, size + data.rows_touched(named, some.active), rank))
+        rows = data.gate_bytes + data.other_bytes
+        found.append(Candidate(size, size + reached.predicted_density * rows, rank))
     return found
 
 

@@ -22,6 +22,7 @@ from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.training.allocation import Setting, allocate, settings
 from powerinfer_tools.training.choice import Candidate, choose
+from powerinfer_tools.training.frontier import Frontier, frontier_of
 from powerinfer_tools.training.layer_data import LayerData
 from powerinfer_tools.training.low_rank import cut, factorize
 from powerinfer_tools.training.meter import Meter
@@ -226,15 +227,16 @@ class _Run:
         for index, (made, candidate, values) in enumerate(zip(fits, chosen, thresholds, strict=True)):
             layer = None if values is None else replace(made.made, threshold=values)
             test = self._layer(index).test
-            reached = judge(layer, test.inputs, test.active)
+            judged = judge(layer, test.inputs, test.active)
             if layer is None:
-                infos.append(PredictorInfo("none", 0, 0, reached))
+                infos.append(PredictorInfo("none", 0, 0, judged))
             else:
-                infos.append(PredictorInfo(layer.kind, candidate.what, int(candidate.price), reached))
+                infos.append(PredictorInfo(layer.kind, candidate.what, int(candidate.price), judged))
             layers.append(layer)
         header = self._header(tuple(infos), len(test.active), cost)
         Predictors(header, tuple(layers)).save(self.options.output)
-        return TrainReport(str(self.options.output), header, self.model.gguf.nbytes)
+        reached = Frontier(tuple(frontier_of(made, self._layer(i)) for i, made in enumerate(fits)))
+        return TrainReport(str(self.options.output), header, self.model.gguf.nbytes, reached)
 
     def _layer(self, index: int) -> LayerData:
         return LayerData(self.model, self.trace, index)

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from powerinfer_cli.app import create_app
 from processes import Command, command_line, environment
+from tiny_models import FAMILY_CASES, make_tiny_model
 
 APP = create_app()
 WRONG_USE = [
@@ -206,6 +207,20 @@ def test_train_says_at_once_that_a_model_has_no_zeros(
     for part in ("silu has no exact zeros", "powerinfer threshold", "powerinfer relufy"):
         assert part in said
     assert "--trace" not in said
+
+
+@pytest.mark.parametrize("stage", ["train", "relufy"])
+def test_a_chart_of_another_kind_is_1_before_any_work(
+    powerinfer: Command, tmp_path: Path, stage: str
+) -> None:
+    model = make_tiny_model(tmp_path, FAMILY_CASES["llama-relu" if stage == "train" else "llama"])
+    corpus = ("--corpus", model.path) if stage == "relufy" else ()
+    trace = tmp_path / "t.trace.zst"
+    trace.touch()
+    given = (*corpus, "--trace", trace) if stage == "train" else corpus
+    ended = powerinfer(stage, "-m", model.path, *given, "--chart", tmp_path / "chart.gif")
+    assert (ended.code, ended.out) == (1, "")
+    assert "written as .png or .svg, not .gif" in one_line(ended.err)
 
 
 def test_an_unknown_instruction_set_names_the_known(powerinfer: Command, smollm2: Path) -> None:

@@ -16,7 +16,14 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, CorpusError, HardwareError, ModelError
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
-from powerinfer_tools.relufication import RelufyOptions, RelufyReport, apply_delta, run_relufy
+from powerinfer_tools.relufication import (
+    Reading,
+    RelufyOptions,
+    RelufyReport,
+    apply_delta,
+    draw_history,
+    run_relufy,
+)
 from powerinfer_tools.relufication.cuts import neuron_scales
 from powerinfer_tools.relufication.fitting import RIDGE, fit_down_projections
 from powerinfer_tools.relufication.network import Network
@@ -316,6 +323,7 @@ def test_a_delta_makes_the_same_file(
     report = run_relufy(replace(asked, quant="Q8_0", activation="fatrelu", cut=cut))
     assert report.delta == str(delta)
     found = apply_delta(tiny.path, delta, again)
+    assert found.own_thresholds == (cut is None)
     assert again.read_bytes() == output.read_bytes()
     assert found.header.quality[0].perplexity == report.perplexity == report.history[-1].perplexity
     assert report.perplexity == pytest.approx(report.history[-2].perplexity, rel=0.2)
@@ -395,6 +403,16 @@ def test_patience_ends_work_that_gains_nothing(tiny: TinyModel, corpus: Path, tm
     asked = options(tiny.path, corpus, tmp_path / "out.gguf", steps=40, learning_rate=1e-12, fit_windows=0)
     report: RelufyReport = run_relufy(replace(asked, patience=2, validate_every=2, density=1.0))
     assert report.tokens < 40 * 2 * 24
+
+
+@pytest.mark.parametrize(("ending", "start"), [(".svg", b"<?xml"), (".png", b"\x89PNG")])
+def test_the_course_is_drawn(tmp_path: Path, ending: str, start: bytes) -> None:
+    pytest.importorskip("matplotlib", reason="charts are an extra: pip install powerinfer[chart]")
+    course = (Reading(0, 40.0, 0.2, 0.7), Reading(768, 30.0, 0.18, 0.5))
+    report = RelufyReport("out.gguf", None, "fatrelu", 20.0, 30.0, 0.18, 0.5, 768, 1.0, course)
+    chart = tmp_path / f"course{ending}"
+    draw_history(report, chart, "a model")
+    assert chart.read_bytes().startswith(start)
 
 
 def test_refusals(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import RowType
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import TrainError
+from powerinfer_tools.errors import PowerInferError, TrainError
 from powerinfer_tools.evaluation import perplexity, windows
 from powerinfer_tools.model import load_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from powerinfer_tools.text import Tokenizer
-from powerinfer_tools.training import TrainOptions, run_train
+from powerinfer_tools.training import TrainOptions, draw_frontier, run_train
 from powerinfer_tools.training.choice import Candidate, choose
+from powerinfer_tools.training.frontier import RECALLS
 from powerinfer_tools.training.layer_data import LayerData, parted
 from powerinfer_tools.training.low_rank import cut, factorize
 from powerinfer_tools.training.thresholds import Fit, fit, judge, level_for
@@ -176,6 +177,26 @@ def test_what_is_reported_is_what_was_made(traced: Traced) -> None:
             assert quality.recall == pytest.approx((predicted & active).sum() / active.sum(), abs=1e-3)
             assert quality.predicted_density == pytest.approx(predicted.mean(), abs=1e-3)
     assert report.mean("recall") == pytest.approx(0.95, abs=0.03)
+    # The frontier has a point at the same recall, and finds more only by naming more.
+    for layer, points in zip(report.header.layers, report.frontier.layers, strict=True):
+        assert points[RECALLS.index(0.95)] == layer.quality
+        assert all(np.diff([point.recall for point in points]) >= 0)
+        assert all(np.diff([point.predicted_density for point in points]) >= 0)
+    shown = report.as_dict()["frontier"]["model"][RECALLS.index(0.95)]
+    assert shown["recall"] == pytest.approx(report.mean("recall"))
+    wanted = report.mean("predicted_density") / report.mean("density")
+    assert shown["named_over_active"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("ending", "start"), [(".svg", b"<?xml"), (".png", b"\x89PNG")])
+def test_the_frontier_is_drawn(traced: Traced, tmp_path: Path, ending: str, start: bytes) -> None:
+    pytest.importorskip("matplotlib", reason="charts are an extra: pip install powerinfer[chart]")
+    report = run_train(replace(traced.options(), output=tmp_path / "p.safetensors"))
+    chart = tmp_path / f"frontier{ending}"
+    draw_frontier(report.frontier, chart, "a model", 0.95)
+    assert chart.read_bytes().startswith(start)
+    with pytest.raises(PowerInferError, match=r"written as \.png or \.svg"):
+        draw_frontier(report.frontier, tmp_path / "frontier.gif", "a model")
 
 
 def test_same_input_same_bytes(traced: Traced, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from powerinfer_tools.splitting import (
     default_down_type,
     ffn_layout,
     plain_rows,
+    planned_devices,
     stored_down,
     transposed_down,
 )
@@ -199,7 +200,7 @@ class _Conversion:
             corpus_tokens=self.profile.tokens,
             prediction=self.selection.prediction(),
             thresholding=self.selection.thresholding(),
-            devices=_devices(self.plan),
+            devices=planned_devices(self.plan),
         )
 
     def _measure(self) -> tuple[float, ...]:
@@ -289,15 +290,6 @@ class _Conversion:
         return RowType(self.layouts[index].types[-1])
 
 
-def _devices(plan: Plan) -> SplitDevices:
-    """Where the plan has what is no neuron."""
-    return SplitDevices(
-        attention=tuple(layer.attention for layer in plan.layers),
-        predictor=tuple(layer.predictor or "cpu" for layer in plan.layers),
-        head=next((unit.device for unit in plan.units if unit.name == "head"), "cpu"),
-    )
-
-
 def _convert_experts(
     model: Model, profile: Profile, plan: Plan, options: ConvertOptions, progress: Progress
 ) -> ConvertReport:
@@ -325,6 +317,7 @@ def _convert_experts(
         down_type=ffn.down.row_type.name,
         requantization_error=(0.0,) * layers,
         experts=made,
+        devices=planned_devices(plan),
     )
 
 

@@ -25,6 +25,7 @@ from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.hyperparameters import Routing
 from powerinfer_tools.model import Model
 from powerinfer_tools.progress import Progress
+from powerinfer_tools.splitting import planned_devices
 from powerinfer_tools.weights import check_finite, layer_weights, shared_weights
 
 
@@ -67,19 +68,6 @@ def check_placement(model: Model, profile: Profile, plan: Plan) -> None:
             f"the plan has {found} in {plan.model.layers} layers, {model.name} has {sizes[1]} of {sizes[2]} "
             f"in {sizes[0]}; plan again"
         )
-    _check_devices(plan)
-
-
-def _check_devices(plan: Plan) -> None:
-    """Experts alone are placed: a plan that counts on more would not be run as it says."""
-    moved = [layer.index for layer in plan.layers if layer.attention == "gpu"]
-    head = any(unit.name == "head" and unit.device == "gpu" for unit in plan.units)
-    if moved or head:
-        what = f"the attention of layer {moved[0]}" if moved else "the output head"
-        raise ConvertError(
-            f"the plan has {what} on the accelerator; beside experts, this version runs all of that on the "
-            "CPU: plan again"
-        )
 
 
 def write_experts(
@@ -100,6 +88,7 @@ def write_experts(
         tool_version=__version__,
         corpus_hashes=tuple(entry.sha256 for entry in profile.corpus),
         corpus_tokens=profile.tokens,
+        devices=planned_devices(plan),
     )
     with GGUFWriter(output, alignment=ALIGNMENT) as writer:
         writer.copy_metadata(model.gguf)

@@ -12,6 +12,7 @@ from pathlib import Path
 from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.split import SplitFile, SplitLayer, is_split
+from powerinfer_formats.split_devices import SplitDevices, all_on_cpu
 from powerinfer_formats.split_experts import ExpertSizes, SplitExperts
 from powerinfer_kernels import RowType
 from powerinfer_tools.architectures import RELU_FAMILY, ArchitectureSpec, architecture
@@ -111,6 +112,15 @@ class Model:
     def is_split(self) -> bool:
         """Whether neurons or experts are sorted already: by convert, or by the original PowerInfer."""
         return self.split is not None or self.split_experts is not None
+
+    @property
+    def devices(self) -> SplitDevices:
+        """Where the plan of a split file has what is no neuron and no expert."""
+        if self.split is not None:
+            return self.split.devices
+        if self.split_experts is not None:
+            return self.split_experts.devices
+        return all_on_cpu(self.hyper.layers)
 
     @property
     def is_source(self) -> bool:

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.plan import Plan
 from powerinfer_formats.predictors import LayerPredictor
 from powerinfer_formats.split import SplitFile, SplitHeader, SplitLayer
+from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_layout import BundleLayout, SplitPrediction, bundle_layout
 from powerinfer_kernels import RowType, dequantize, quantize
 from powerinfer_tools import __version__
@@ -18,6 +20,15 @@ from powerinfer_tools.tensors import Weight
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+
+
+def planned_devices(plan: Plan) -> SplitDevices:
+    """Where ``plan`` has what is no neuron and no expert."""
+    return SplitDevices(
+        attention=tuple(layer.attention for layer in plan.layers),
+        predictor=tuple(layer.predictor or "cpu" for layer in plan.layers),
+        head=next((unit.device for unit in plan.units if unit.name == "head"), "cpu"),
+    )
 
 
 def plain_rows(weight: Weight) -> Bytes:

@@ -176,11 +176,11 @@ def expert_facts(report: "ConvertReport", experts: "ConvertedExperts") -> list[t
     ]
     if experts.hot_shared:
         facts.append(("hot shared experts", f"{sum(experts.hot_shared)} of {report.layers}"))
-    return [*facts, ("all matrices", "the source's bits")]
+    return [*facts, *_also_hot(report), ("all matrices", "the source's bits")]
 
 
 def _also_hot(report: "ConvertReport") -> list[tuple[str, str]]:
-    """What is on the hot device besides neurons."""
+    """What is on the hot device besides neurons, or experts."""
     devices = report.devices
     if devices is None or devices.all_cpu:
         return []

@@ -21,6 +21,7 @@ from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.model_source import ModelSource
+from powerinfer_formats.split_devices import KEY_PREDICTOR, SplitDevices, all_on_cpu, read_devices
 from powerinfer_formats.split_keys import KeyReader
 
 #: The version of split files with experts; without, 1.
@@ -65,7 +66,8 @@ class ExpertSizes:
 @dataclass(frozen=True)
 class ExpertsHeader:
     """What the file says about itself. ``hot`` experts of each layer; ``hot_shared``: whether the shared one
-    is hot, empty where there is none; ``corpus_hashes`` and ``corpus_tokens`` name the profile's corpora."""
+    is hot, empty where there is none; ``corpus_hashes`` and ``corpus_tokens`` name the profile's corpora.
+    ``devices`` None: all but experts is on the CPU."""
 
     source_fingerprint: str
     hot: tuple[int, ...]
@@ -73,6 +75,7 @@ class ExpertsHeader:
     tool_version: str
     corpus_hashes: tuple[str, ...] = ()
     corpus_tokens: int = 0
+    devices: SplitDevices | None = None
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the ``powerinfer.*`` keys."""
@@ -84,6 +87,8 @@ class ExpertsHeader:
         writer.add(names.KEY_TOOL_VERSION, self.tool_version)
         writer.add(names.KEY_CORPUS_HASHES, self.corpus_hashes, ValueType.STRING)
         writer.add(names.KEY_CORPUS_TOKENS, self.corpus_tokens, ValueType.UINT64)
+        if self.devices is not None:
+            self.devices.write(writer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +116,11 @@ class SplitExperts:
         checker = _Checker(gguf, sizes)
         header = checker.header()
         return cls(gguf, header, sizes, tuple(checker.order(layer) for layer in range(sizes.layers)))
+
+    @property
+    def devices(self) -> SplitDevices:
+        """Where the plan has what is no expert."""
+        return self.header.devices or all_on_cpu(self.sizes.layers)
 
     def is_hot_shared(self, layer: int) -> bool:
         """Whether the plan has the shared expert of ``layer`` hot."""
@@ -170,6 +180,7 @@ class _Checker(KeyReader):
                 self.digest(names.KEY_CORPUS_HASHES, text) for text in self.strings(names.KEY_CORPUS_HASHES)
             ),
             corpus_tokens=gguf.get(names.KEY_CORPUS_TOKENS, int),
+            devices=self._devices(),
         )
 
     def order(self, layer: int) -> NDArray[np.int32]:
@@ -187,6 +198,12 @@ class _Checker(KeyReader):
                 self.fail(KEY_HOT_SHARED, "is there, but the model has no shared expert")
             return ()
         return tuple(bool(value) for value in self._counts(KEY_HOT_SHARED, 1))
+
+    def _devices(self) -> SplitDevices:
+        devices = read_devices(self.gguf, self.sizes.layers)
+        if "gpu" in devices.predictor:
+            self.fail(KEY_PREDICTOR, "has a 'gpu', but models with experts have no predictors")
+        return devices
 
     def _counts(self, key: str, most: int) -> tuple[int, ...]:
         counts = self.integers(key)

@@ -4,7 +4,7 @@ import time
 from typing import Protocol
 
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
-from powerinfer_tools.engine.timeline import Timeline
+from powerinfer_tools.engine.timeline import Timeline, tell
 from powerinfer_tools.hot import HotSide
 
 
@@ -39,10 +39,10 @@ class HotSteps:
         self._host.run(*cold, count, position)
         computed = time.perf_counter()
         self._hot.collect(buffers.hot_out[:count])
-        self._tell(index, launch=(begun, launched), cold=(named, computed))
-        self._tell(index, wait=(computed, time.perf_counter()))
+        tell(self._host.timeline, index, launch=(begun, launched), cold=(named, computed))
+        tell(self._host.timeline, index, wait=(computed, time.perf_counter()))
         if self._hot.has_predictor(index):
-            self._tell(index, wait=(launched, named))
+            tell(self._host.timeline, index, wait=(launched, named))
 
     def there(
         self, index: int, cold: tuple[int, int], neurons: int, arrives: bool, count: int, position: int
@@ -54,7 +54,7 @@ class HotSteps:
             self._hot.enter(buffers.x[:count], position)
         self._hot.begin(index, count, position)
         launched = time.perf_counter()
-        self._tell(index, launch=(begun, launched))
+        tell(self._host.timeline, index, launch=(begun, launched))
         if not neurons:
             self._hot.merge(index, None, count)
             return
@@ -64,7 +64,7 @@ class HotSteps:
         self._host.run(*cold, count, position)
         computed = time.perf_counter()
         self._hot.merge(index, buffers.block_out[:count], count)
-        self._tell(index, wait=(launched, arrived), cold=(arrived, computed))
+        tell(self._host.timeline, index, wait=(launched, arrived), cold=(arrived, computed))
 
     def attention(self, index: int, arrives: bool, count: int, position: int) -> None:
         """The attention of layer ``index`` alone; the residual stream comes back."""
@@ -73,13 +73,13 @@ class HotSteps:
             self._hot.enter(self._buffers.x[:count], position)
         self._hot.begin(index, count, position)
         self._hot.leave(self._buffers.x[:count])
-        self._tell(index, wait=(started, time.perf_counter()))
+        tell(self._host.timeline, index, wait=(started, time.perf_counter()))
 
     def leave(self, count: int, position: int) -> None:
         """The residual stream comes back."""
         started = time.perf_counter()
         self._hot.leave(self._buffers.x[:count])
-        self._tell(None, wait=(started, time.perf_counter()))
+        tell(self._host.timeline, None, wait=(started, time.perf_counter()))
 
     def logits(self, first: int, last: int, *, stayed: bool) -> Floats:
         """Logits (rows, vocabulary) of the tokens ``first`` to ``last``; ``stayed``: the residual stream is
@@ -101,9 +101,3 @@ class HotSteps:
         if neurons and self._hot.has_predictor(index):
             assert self._buffers.scores is not None
             self._hot.named(index, narrowed(self._buffers.scores, neurons)[:count])
-
-    def _tell(self, index: int | None, **parts: tuple[float, float]) -> None:
-        timeline = self._host.timeline
-        if timeline is not None:
-            for name, (start, end) in parts.items():
-                timeline.add("CPU", name, index, start, end)

@@ -3,11 +3,10 @@
 Which experts a token takes is known only while it is computed. So each expert is a range of operations of its
 own, and is run for the tokens that take it: its input rows are gathered, its output is weighted and added up,
 expert by expert in ascending order, which makes a token's sum the same in every batch. Experts that a hot
-side computes are no operations here; their sum comes last.
+side computes are no operations here, and neither is the router of a layer whose attention it computes.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,8 @@ from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Buffers, Floats, activations
 from powerinfer_tools.engine.ffn import Computed
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
-from powerinfer_tools.hot import Span
-from powerinfer_tools.hot.expert_routes import SHARED, HotExpertSide, Route
+from powerinfer_tools.hot.routes import SHARED, Route
 from powerinfer_tools.hyperparameters import Hyperparameters, Routing
 
 #: Runs operations [first, last) for some tokens.
@@ -92,10 +89,11 @@ def _weighted(scores: list[float], best: list[int], last: int, routing: Routing)
 
 class RoutedFFN:
     """The experts of one layer, those that the kernels compute laid out for them; others (``hot``, by number)
-    are a hot side's.
+    are a hot side's, and with ``scored_there`` the router is.
 
-    :meth:`write` appends operations that leave the router's scores; :meth:`compute`, called where those have
-    run, leaves the layer's sum in ``block_out``.
+    :meth:`write` appends operations that leave the router's scores (where it is here), then those of experts.
+    Where there are scores, :meth:`routes` says what tokens take, and :meth:`work` leaves the sum of the
+    experts that are here in ``block_out``.
     """
 
     def __init__(
@@ -105,15 +103,19 @@ class RoutedFFN:
         pool: Pool,
         observed: LayerCounters | None,
         hot: frozenset[int] = frozenset(),
+        *,
+        scored_there: bool = False,
     ) -> None:
         self._routing, self._observed, self.hot = routing, observed, hot
-        self._router = pack(pool, ffn.router)
+        self._scored_there = scored_there
+        self._router = None if scored_there else pack(pool, ffn.router)
         self._experts = {
             index: _columns(pool, ffn.expert(index)) for index in range(routing.experts) if index not in hot
         }
         here = ffn.shared is not None and SHARED not in hot
         self._shared = _columns(pool, ffn.shared) if ffn.shared is not None and here else None
-        self._shared_gate = None if ffn.shared_gate is None else pack(pool, ffn.shared_gate)
+        gate = None if scored_there else ffn.shared_gate
+        self._shared_gate = None if gate is None else pack(pool, gate)
         self._ranges: dict[int, tuple[int, int]] = {}
         self._hot_bytes = _hot_bytes(ffn, routing, hot)
         self._passes = self._taken = 0  # forward passes, and experts that some token of a pass took
@@ -124,7 +126,8 @@ class RoutedFFN:
         return self._always + sum(_nbytes(expert) for expert in self._experts.values())
 
     def bytes_per_token(self, computed: Computed) -> float:
-        """Bytes that one decoded token touches, on both sides; ``computed`` does not matter."""
+        """Bytes that one decoded token touches, on both sides, but for a router that is there; ``computed``
+        does not matter."""
         return self._touched(self._routing.used)
 
     def bytes_per_pass(self) -> float:
@@ -143,15 +146,19 @@ class RoutedFFN:
         return not all(matrix.row_type.is_float for matrix in self._whole)
 
     def write(self, writer: BlockWriter, buffers: Buffers, routed: RoutedBuffers) -> int:
-        """Append the operations; returns where :meth:`compute` comes in."""
+        """Append the operations; returns where the scores have to be there."""
         self._buffers, self._scratch = buffers, routed
         builder = writer.builder
-        writer.label("router")
-        builder.matmul(self._router, buffers.normed, buffers.normed_acts, routed.scores)
+        if not self._scored_there:
+            writer.label("router")
+        if self._router is not None:
+            builder.matmul(self._router, buffers.normed, buffers.normed_acts, routed.scores)
         if self._shared_gate is not None:
             builder.matmul(self._shared_gate, buffers.normed, buffers.normed_acts, routed.shared_score)
         ready = writer.label("ffn")
         if self._shared is not None:
+            if self._scored_there and self.quantized and buffers.normed_acts is not None:
+                builder.quantize(buffers.normed, buffers.normed_acts)
             writer.expert(
                 self._shared, buffers.normed, buffers.normed_acts, routed.shared_acts, buffers.block_out
             )
@@ -165,34 +172,6 @@ class RoutedFFN:
             self._ranges[index] = (first, builder.mark())
         return ready
 
-    def compute(
-        self, layer: int, count: int, run: Run, side: HotExpertSide | None, timeline: Timeline | None
-    ) -> None:
-        """Route ``count`` tokens, begin the hot experts that some token takes on ``side``, compute the others
-        with ``run``, and leave the sum of all in ``block_out``, that of the hot ones added last."""
-        buffers, started = self._buffers, time.perf_counter()
-        routes = self.routes(count)
-        hot = [taken for taken in routes if taken.expert in self.hot]
-        routed = time.perf_counter()
-        if side is not None and hot:
-            side.launch(layer, buffers.normed[:count], buffers.normed_acts, hot)
-        launched = time.perf_counter()
-        self.work([taken for taken in routes if taken.expert not in self.hot], count, run)
-        computed, spans = time.perf_counter(), list[Span]()
-        if side is not None and hot:
-            assert buffers.hot_out is not None
-            spans = side.collect(buffers.hot_out[:count])
-            buffers.block_out[:count] += buffers.hot_out[:count]
-        if timeline is None:
-            return
-        timeline.add("CPU", "route", layer, started, routed)
-        timeline.add("CPU", "experts", layer, launched, computed)
-        if hot:
-            timeline.add("CPU", "launch", layer, routed, launched)
-            timeline.add("CPU", "wait", layer, computed, time.perf_counter())
-        for span in spans:
-            timeline.add("hot side", span.name, layer, span.start, span.end)
-
     def routes(self, count: int) -> list[Route]:
         """What ``count`` tokens take: the shared expert, then each that some token takes, ascending."""
         taken: dict[int, tuple[list[int], list[float]]] = {}
@@ -203,7 +182,7 @@ class RoutedFFN:
                 weights.append(weight)
         routes = [Route(expert, *taken[expert]) for expert in sorted(taken)]
         self._passes, self._taken = self._passes + 1, self._taken + len(routes)
-        if self._shared_gate is not None:
+        if self._routing.shared_neurons:
             routes.insert(0, Route(SHARED, range(count), _sigmoid(self._scratch.shared_score[:count])))
         self._count(routes)
         return routes

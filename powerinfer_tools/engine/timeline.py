@@ -58,3 +58,10 @@ class Timeline:
         ]
         with write_atomic(path) as stream:
             stream.write(json.dumps({"displayTimeUnit": "ms", "traceEvents": rows}, indent=1).encode())
+
+
+def tell(timeline: Timeline | None, layer: int | None, **parts: tuple[float, float]) -> None:
+    """What the CPU did from when to when, where it is to be told."""
+    if timeline is not None:
+        for name, (start, end) in parts.items():
+            timeline.add("CPU", name, layer, start, end)

@@ -1,4 +1,4 @@
-"""The hot side: the neurons that a device other than the C kernels computes.
+"""The hot side: what a device other than the C kernels computes.
 
 This module imports no torch; :func:`open_hot_side` does, when a device is asked for.
 """
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from powerinfer_kernels import Activations
 from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.hot.routes import Route
 from powerinfer_tools.model import Model
 
 if TYPE_CHECKING:
@@ -33,10 +34,14 @@ class Span:
 class HotSide(Protocol):
     """Computes what a plan places on a device, while the caller computes the rest.
 
-    Of layers whose attention is the caller's, the first neurons of the FFN: :meth:`launch`, :meth:`collect`.
-    Layers whose attention is here leave the residual stream here: :meth:`enter`, then for each layer
-    :meth:`begin`, :meth:`ffn_input` (where the caller computes cold neurons) and :meth:`merge`, then
-    :meth:`leave`. Where all of a layer's neurons are the caller's, :meth:`leave` follows :meth:`begin`.
+    Of layers whose attention is the caller's, the first neurons of the FFN, or some experts: :meth:`launch`,
+    :meth:`collect`. Layers whose attention is here leave the residual stream here: :meth:`enter`, then for
+    each layer :meth:`begin`, :meth:`ffn_input` (where the caller computes cold neurons) and :meth:`merge`,
+    then :meth:`leave`. Where all of a layer's neurons are the caller's, :meth:`leave` follows :meth:`begin`.
+
+    Which experts tokens take is the caller's choice: where the attention of their layer is here, by what
+    :meth:`router_scores` says after :meth:`begin`, with :meth:`experts` for those that are here and
+    :meth:`ffn_input` for others. Sums of experts are made in the order of the routes.
     """
 
     @property
@@ -45,7 +50,7 @@ class HotSide(Protocol):
 
     @property
     def weight_bytes(self) -> int:
-        """The part of it that one token reads as weights, in bytes."""
+        """The part of it that every token reads as weights, in bytes: without experts."""
 
     @property
     def stored_bytes(self) -> int:
@@ -82,6 +87,9 @@ class HotSide(Protocol):
     def hot_neurons(self, layer: int) -> int:
         """How many neurons of ``layer`` are computed here."""
 
+    def hot_experts(self, layer: int) -> frozenset[int]:
+        """The experts of ``layer`` that are computed here, by number."""
+
     def has_predictor(self, layer: int) -> bool:
         """Whether the predictor of ``layer`` is here: it then names hot and cold neurons."""
 
@@ -89,10 +97,18 @@ class HotSide(Protocol):
     def left_out(self) -> int:
         """Hot neurons that predictors did not name so far, over all tokens."""
 
-    def launch(self, layer: int, normed: Floats, acts: Activations | None, x: Floats) -> None:
+    def launch(
+        self,
+        layer: int,
+        normed: Floats,
+        acts: Activations | None,
+        x: Floats,
+        routes: Sequence[Route] = (),
+    ) -> None:
         """Begin ``layer`` for input rows ``normed`` (tokens, width), of which ``acts`` is the quantised
         copy, made from the rows ``x`` of the residual stream. None may change before :meth:`collect`, but
-        ``x`` after :meth:`named`."""
+        ``x`` after :meth:`named`. ``routes``, where the layer has experts: all that go to those here, at
+        least one."""
 
     def named(self, layer: int, out: Floats) -> None:
         """Wait until it is known which cold neurons of ``layer`` are named (after :meth:`ffn_input`, it is
@@ -111,9 +127,17 @@ class HotSide(Protocol):
         """Wait for the normalised input of the begun ``layer``'s FFN, and write it to ``normed``
         (tokens, width); where a predictor of the caller reads the stream itself, that to ``shown``."""
 
+    def router_scores(self, layer: int, experts: Floats, shared: Floats) -> None:
+        """Wait for what the router of the begun ``layer`` says, and write it to ``experts``
+        (tokens, experts), and to ``shared`` (tokens, 1) that of the expert that every token takes, before
+        the sigmoid."""
+
+    def experts(self, layer: int, routes: Sequence[Route], tokens: int) -> None:
+        """Begin the experts of the begun ``layer`` that are here, for ``routes`` (at least one)."""
+
     def merge(self, layer: int, cold: Floats | None, tokens: int) -> None:
-        """The sum of the begun layer's FFN joins the stream: that of the hot neurons and ``cold``
-        (tokens, width), which may be changed at once; None where there are no cold neurons."""
+        """The sum of the begun layer's FFN joins the stream: that of the hot neurons, or experts, and
+        ``cold`` (tokens, width), which may be changed at once; None where nothing was computed there."""
 
     def leave(self, x: Floats) -> None:
         """Wait for the residual stream and write it to ``x`` (tokens, width)."""
@@ -140,7 +164,7 @@ def open_hot_side(
         raise HardwareError(f"device {device!r} is not one of {', '.join(DEVICES)}")
     if device == "none":
         return None, ()
-    if model.split is None:
+    if not model.is_split:
         raise HardwareError(
             f"{model.path} is not a split file, so nothing can be placed on {device}; make one with "
             "powerinfer plan and powerinfer convert, or use --device none"

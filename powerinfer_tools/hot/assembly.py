@@ -12,14 +12,16 @@ from powerinfer_kernels.triton_layout import SPLIT_ROWS
 from powerinfer_tools.engine.rotary import RotaryTables, layer_tables
 from powerinfer_tools.hot import sizes
 from powerinfer_tools.hot.attention import AttentionScratch, HotAttention, Rotary
+from powerinfer_tools.hot.backend import Backend, Exchange, FFNsApart
 from powerinfer_tools.hot.cache import Attending, HeldVectors, HotCache
 from powerinfer_tools.hot.devices import Device
 from powerinfer_tools.hot.elementwise import BLOCK
-from powerinfer_tools.hot.executor import Backend, Exchange, Neurons
+from powerinfer_tools.hot.expert_parts import ExpertParts, chosen, chunk_floats, routers_of
+from powerinfer_tools.hot.experts import HotExperts
 from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
 from powerinfer_tools.hot.head import HotHead
 from powerinfer_tools.hot.loading import Arena, Form, unpacked_values
-from powerinfer_tools.hot.placement import HotUnits, Workload
+from powerinfer_tools.hot.placement import HotUnits, Workload, experts_of
 from powerinfer_tools.hot.predictor_parts import PredictorParts, reads_floats, reads_stream
 from powerinfer_tools.hot.predictors import HotPredictor
 from powerinfer_tools.hot.sizes import CHUNK_ROWS
@@ -37,8 +39,7 @@ def assemble(
 ) -> tuple[Backend, list[str]]:
     """``units`` on ``device``, in one block of its memory; with the Triton kernels where ``fused`` and a row
     type has them. Second, the row types that have not. Raises OutOfDeviceMemory."""
-    assert model.split is not None
-    values = unpacked_values(model.split.layers, units.neurons, _matrices(model, units))
+    values = unpacked_values(_neuron_layers(model), units.neurons, _matrices(model, units))
     unpack = device.free_bytes() is None and 4 * values <= UNPACKED_LIMIT
     arena = Arena()
     form = Form(arena, fused=fused, unpack=unpack)
@@ -54,9 +55,18 @@ def rest_floats(neurons: int, width: int) -> int:
     return -(-neurons // 64) * 64 + -(-neurons // SPLIT_ROWS) * width
 
 
+def _neuron_layers(model: Model) -> Sequence[SplitLayer]:
+    """The layers whose neurons can be placed."""
+    return model.split.layers if model.split is not None else ()
+
+
 def _matrices(model: Model, units: HotUnits) -> list[Weight]:
+    """All that is placed as a whole."""
     moved = [layer for layer, there in zip(model.layers, units.attention, strict=True) if there]
     matrices = [matrix for layer in moved for matrix in _attention_matrices(layer.attention)]
+    for layer, counts, there in zip(experts_of(model), units.experts, units.attention, strict=False):
+        matrices += [matrix for ffn in chosen(layer, counts).values() for matrix in ffn.matrices]
+        matrices += routers_of(layer) if there else []
     return [*matrices, model.head] if units.head else matrices
 
 
@@ -68,14 +78,15 @@ class _Parts:
     """All pieces, each taken from the form's memory once."""
 
     def __init__(self, model: Model, units: HotUnits, work: Workload, form: Form, device: Device) -> None:
-        assert model.split is not None
         self.model, self.units, self.work, self.form, self.device = model, units, work, form, device
-        self.hyper, self.memory, self.layers = model.hyper, form.memory, model.split.layers
+        self.hyper, self.memory, self.layers = model.hyper, form.memory, _neuron_layers(model)
 
     def take_all(self) -> None:
         """Take the memory of everything, in a fixed order."""
         _ = self.ffns, self.scratch, self.predictors, self.exchanged
         self.predictor_parts.take_shared()
+        if self.experts is not None:
+            self.experts.take_all()
         if any(self.units.attention):
             _ = self.streamed, self.attention_scratch, self.stream_floats
         if self.units.head:
@@ -95,7 +106,7 @@ class _Parts:
             for there, found in zip(self.units.attention, self.predictors, strict=True)
         ]
         parts = self.predictor_parts
-        neurons = Neurons(
+        ffns = FFNsApart(
             apart,
             exchange,
             self.scratch,
@@ -103,12 +114,25 @@ class _Parts:
             predictors,
             parts.naming,
             parts.stream_ends(self._used(there=False)),
+            self.experts.dispatch if self.experts else None,
         )
-        return Backend(self.device, neurons, stream, self.head if self.units.head else None)
+        return Backend(self.device, ffns, stream, self.head if self.units.head else None)
 
     @cached_property
-    def ffns(self) -> list[HotFFN | None]:
-        """The hot neurons of each layer."""
+    def experts(self) -> ExpertParts | None:
+        """Of a model that has some."""
+        layers = experts_of(self.model)
+        if not layers:
+            return None
+        return ExpertParts(
+            layers, self.hyper, self.units, self.work.tokens, self.form, self.device, self.chunk
+        )
+
+    @cached_property
+    def ffns(self) -> list[HotFFN | HotExperts | None]:
+        """The hot neurons, or experts, of each layer."""
+        if self.experts is not None:
+            return [*self.experts.experts]
         activation = (self.hyper.activation, self.hyper.activation_cut)
         return [
             self.form.ffn(layer, count, activation) if count else None
@@ -124,6 +148,8 @@ class _Parts:
     @cached_property
     def predictors(self) -> list[HotPredictor | None]:
         """The predictor of each layer that has it here."""
+        if self.experts is not None:
+            return [None] * self.hyper.layers
         return [
             self.predictor_parts.predictor(layer, count) if self.units.names(layer.index) else None
             for layer, count in zip(self.layers, self.units.neurons, strict=True)
@@ -132,7 +158,10 @@ class _Parts:
     @cached_property
     def chunk(self) -> Tensor:
         """Flat space for a chunk of unpacked rows of any matrix."""
-        width = min(CHUNK_ROWS, max(self.units.neurons)) * self.hyper.width
+        width = min(CHUNK_ROWS, max(self.units.neurons, default=0)) * self.hyper.width
+        routing = self.hyper.routing
+        if routing is not None and any(self.units.experts):
+            width = chunk_floats(experts_of(self.model), routing.used)
         predictors = [layer.predictor for layer in self.layers if self.units.names(layer.index)]
         for predictor in predictors:
             rank = predictor.rank if isinstance(predictor, SplitLowRank) else 0
@@ -146,7 +175,7 @@ class _Parts:
     @cached_property
     def scratch(self) -> Scratch:
         """What the neurons of one layer need while they are computed."""
-        most, tokens, width = max(self.units.neurons), self.work.tokens, self.hyper.width
+        most, tokens, width = max(self.units.neurons, default=0), self.work.tokens, self.hyper.width
         chunk = min(CHUNK_ROWS, most)
         gate, up = (self.memory.floats(tokens * chunk) for _ in range(2))
         rest = self.memory.floats(rest_floats(most, width))
@@ -156,9 +185,8 @@ class _Parts:
     def exchanged(self) -> list[Tensor]:
         """The device's ends of what passes for layers whose attention is the host's: the output, and the
         input in one form or in both."""
-        used = self._used(there=False)
-        kinds = self._float_rows(used)
-        tokens = self.work.tokens if used else 0
+        kinds = self._float_rows(there=False)
+        tokens = self.work.tokens if kinds else 0
         return [self.memory.floats(tokens, self.hyper.width) for _ in range(1 + max(1, len(kinds)))]
 
     @cached_property
@@ -215,7 +243,7 @@ class _Parts:
     def stream_floats(self) -> tuple[Inputs, list[Tensor]]:
         """The FFN's input; the stream, and the sums of both sides."""
         tokens, width = self.work.tokens, self.hyper.width
-        rounded = False in self._float_rows(self._used(there=True))
+        rounded = False in self._float_rows(there=True)
         return self._inputs(tokens, width, rounded=rounded), [
             self.memory.floats(tokens, width) for _ in range(3)
         ]
@@ -237,15 +265,19 @@ class _Parts:
             chunk=self.chunk,
         )
 
-    def _float_rows(self, layers: Sequence[SplitLayer]) -> set[bool]:
-        """Whether what reads the FFN's input is of float types: both answers where some is and some not."""
+    def _float_rows(self, *, there: bool) -> set[bool]:
+        """Whether what reads the FFN's input, in layers whose attention is here (or is not), is of float
+        types: both answers where some is and some not; none where nothing reads it."""
+        if self.experts is not None:
+            return self.experts.float_rows(there=there)
+        layers = self._used(there=there)
         found = {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
         predictors = (layer.predictor for layer in layers if self.units.names(layer.index))
         return found | {reads_floats(predictor) for predictor in predictors if predictor is not None}
 
     def _used(self, *, there: bool) -> list[SplitLayer]:
         """The layers with hot neurons whose attention is here (or is not)."""
-        units = zip(self.layers, self.units.neurons, self.units.attention, strict=True)
+        units = zip(self.layers, self.units.neurons, self.units.attention, strict=False)
         return [layer for layer, count, moved in units if count and moved == there]
 
     def _inputs(self, rows: int, columns: int, *, rounded: bool) -> Inputs:
@@ -261,24 +293,30 @@ class _Parts:
         out, *inputs = self.exchanged
         tokens = len(out)
         staging = [self.device.staging(tokens, self.hyper.width) for _ in inputs]
-        rounded = False in self._float_rows(self._used(there=False))
+        rounded = False in self._float_rows(there=False)
         host_out = self.device.staging(tokens, self.hyper.width)
         exchange = Exchange(Inputs(staging[0], staging[-1]), host_out, Inputs(inputs[0], inputs[-1]), out)
         return exchange, rounded
 
     def _hot_layer(self, index: int) -> HotLayer:
-        weights, layer = self.model.layers[index], self.layers[index]
-        eps, form, ffn = self.hyper.norm_eps, self.form, self.ffns[index]
-        bias, predictor = weights.ffn_down_bias, layer.predictor
+        weights, eps, form, ffn = self.model.layers[index], self.hyper.norm_eps, self.form, self.ffns[index]
+        bias, reads = weights.ffn_down_bias, False
+        if self.experts is not None:
+            cold = self.experts.cold(index)
+        else:
+            layer = self.layers[index]
+            cold = not isinstance(ffn, HotFFN) or ffn.neurons < layer.neurons
+            reads = reads_stream(layer.predictor) and not self.units.names(index)
         return HotLayer(
             attention=self._attention(index, weights.attention),
             ffn=ffn,
             predictor=self.predictors[index],
+            router=self.experts.routers[index] if self.experts else None,
             ffn_norm=form.norm(weights.ffn_norm, eps),
             down_bias=None if bias is None else form.vector(bias),
             post_norm=form.optional_norm(weights.ffn_post_norm, eps),
-            cold=ffn is None or ffn.neurons < layer.neurons,
-            shows_stream=reads_stream(predictor) and not self.units.names(index),
+            cold=cold,
+            shows_stream=reads,
         )
 
     def _attention(self, index: int, w: AttentionWeights) -> HotAttention:
@@ -319,4 +357,5 @@ class _Parts:
             self.scratch,
             Landing(*ends),
             self.predictor_parts.naming,
+            self.experts.dispatch if self.experts else None,
         )

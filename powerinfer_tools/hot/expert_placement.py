@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from powerinfer_tools.ffn_weights import ExpertsFFN
-from powerinfer_tools.hot.placement import CHUNK_ROWS, HotSize
+from powerinfer_tools.hot.sizes import CHUNK_ROWS, HotSize
 from powerinfer_tools.tensors import Stack, Weight
 
 _F32 = 4
@@ -32,13 +32,13 @@ class ExpertWidths:
     taken: int
 
 
-def planned(layers: Sequence[ExpertsFFN]) -> list[HotCounts]:
+def planned(layers: Sequence[ExpertsFFN]) -> tuple[HotCounts, ...]:
     """What the split file says."""
     counts = []
     for layer in layers:
         assert layer.places is not None
         counts.append(HotCounts(layer.places.hot, layer.places.shared_hot))
-    return counts
+    return tuple(counts)
 
 
 def widths_of(layers: Sequence[ExpertsFFN], used: int) -> ExpertWidths:
@@ -52,6 +52,11 @@ def widths_of(layers: Sequence[ExpertsFFN], used: int) -> ExpertWidths:
         inputs=len({weight.row_type.is_float for weight in products}),
         taken=used + 1,
     )
+
+
+def router_size(layer: ExpertsFFN) -> int:
+    """Bytes of the router, with what weighs the shared expert."""
+    return layer.router.nbytes + (0 if layer.shared_gate is None else layer.shared_gate.nbytes)
 
 
 def products_of(layer: ExpertsFFN) -> list[Weight | Stack]:
@@ -96,33 +101,31 @@ def hot_size(
         return HotSize(0, 0)
     pieces = scratch_floats(widths, tokens)
     products = tokens * min(CHUNK_ROWS, longest_row(widths))
-    return HotSize(weights, _F32 * (sum(pieces.values()) + 2 * pieces["chunk"] + products))
+    scratch = _F32 * (sum(pieces.values()) + 2 * pieces["chunk"] + products)
+    return HotSize(weights, scratch, experts=weights)
 
 
-def fit(
-    layers: Sequence[ExpertsFFN], limit: int | None, widths: ExpertWidths, tokens: int
-) -> list[HotCounts]:
-    """Hot experts of each layer within ``limit`` bytes (None: as planned).
+def fitting(
+    layers: Sequence[ExpertsFFN], hot: Sequence[HotCounts], room: int, widths: ExpertWidths, tokens: int
+) -> tuple[HotCounts, ...]:
+    """Of the ``hot`` experts of each layer those that fit in ``room`` bytes.
 
     Takes the coldest expert off the layer with the largest hot share, again and again, so that all layers
     keep similar shares; then shared experts, from the last layer on, which every token takes.
     """
-    hot = planned(layers)
-    size = hot_size(layers, hot, widths, tokens)
-    if limit is None:
-        return hot
+    left, size = list(hot), hot_size(layers, hot, widths, tokens)
     weights = size.weights
-    while any(hot) and weights + size.scratch > limit:
-        shares = [counts.experts / layer.router.rows for counts, layer in zip(hot, layers, strict=True)]
-        largest = max(range(len(hot)), key=lambda i: (shares[i], i))
-        if hot[largest].experts:
-            hot[largest] = replace(hot[largest], experts=hot[largest].experts - 1)
+    while any(left) and weights + size.scratch > room:
+        shares = [counts.experts / layer.router.rows for counts, layer in zip(left, layers, strict=True)]
+        largest = max(range(len(left)), key=lambda i: (shares[i], i))
+        if left[largest].experts:
+            left[largest] = replace(left[largest], experts=left[largest].experts - 1)
             weights -= expert_size(layers[largest])
         else:
-            last = max(index for index, counts in enumerate(hot) if counts.shared)
-            hot[last] = replace(hot[last], shared=False)
+            last = max(index for index, counts in enumerate(left) if counts.shared)
+            left[last] = replace(left[last], shared=False)
             weights -= shared_size(layers[last])
-    return hot
+    return tuple(left)
 
 
 def _layer_size(layer: ExpertsFFN, counts: HotCounts) -> int:

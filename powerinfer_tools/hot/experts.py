@@ -1,4 +1,4 @@
-"""The hot experts of one layer on a device.
+"""The hot experts of one layer on a device, and its router where the layer's attention is there.
 
 Which experts a token takes is known only while it is computed: the caller routes, and says for each expert
 which tokens take it and with what weight. Sums are made expert by expert in that order, so they do not depend
@@ -7,11 +7,14 @@ on what else is in a batch but for the order of float32 sums within matrix produ
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from powerinfer_tools.hot.devices import Steps
 from powerinfer_tools.hot.ffn import FusedRows, Inputs, activate
 from powerinfer_tools.hot.products import Product
+from powerinfer_tools.hot.routes import Route
 
 Tensor = torch.Tensor
 
@@ -75,9 +78,14 @@ class HotExpert:
 
 @dataclass(frozen=True)
 class HotExperts:
-    """The hot experts of one layer, by number."""
+    """The hot experts of one layer, by number; none where its attention alone is here."""
 
     experts: Mapping[int, HotExpert]
+
+    def busiest(self, tokens: int) -> list[Route]:
+        """Routes that take as much memory at a time as any: all of ``tokens`` to the widest expert."""
+        widest = max(self.experts, key=lambda number: self.experts[number].gate.count)
+        return [Route(widest, range(tokens), [0.0] * tokens)]
 
     def compute(
         self, inputs: Inputs, taken: Sequence[Taken], routes: Routes, scratch: ExpertScratch, out: Tensor
@@ -85,18 +93,92 @@ class HotExperts:
         """out (T, width) = Σ weight · expert(x) over ``taken``, in that order."""
         out.zero_()
         for part in taken:
-            count = part.last - part.first
+            count, expert = part.last - part.first, self.experts[part.expert]
             tokens, weights = routes.tokens[part.first : part.last], routes.weights[part.first : part.last]
-            source = inputs if len(out) == 1 else _gathered(inputs, tokens, scratch.taken.first(count))
+            source = inputs
+            if len(out) > 1:
+                source = scratch.taken.first(count)
+                _gather(inputs, tokens, source, rounded=expert.gate.rounds)
             # What was gathered is needed no more when the output of the expert is written.
             result = scratch.taken.exact[:count]
-            self.experts[part.expert].compute(source, scratch, result)
+            expert.compute(source, scratch, result)
             result.mul_(weights[:, None])
             out.index_add_(0, tokens, result)
 
 
-def _gathered(inputs: Inputs, tokens: Tensor, out: Inputs) -> Inputs:
-    torch.index_select(inputs.exact, 0, tokens, out=out.exact)
-    if out.rounded is not out.exact:
+def _gather(inputs: Inputs, tokens: Tensor, out: Inputs, *, rounded: bool) -> None:
+    """The rows ``tokens`` of both forms, or where all experts take one of them, of that."""
+    if out.apart:
+        torch.index_select(inputs.exact, 0, tokens, out=out.exact)
         torch.index_select(inputs.rounded, 0, tokens, out=out.rounded)
-    return out
+    else:
+        torch.index_select(inputs.rounded if rounded else inputs.exact, 0, tokens, out=out.exact)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What the hot experts of all layers share: scratch, and which tokens take which of them, on both sides:
+    float32 (2, T · experts of a token), weights, then rows of tokens as int32."""
+
+    host: Tensor
+    device: Tensor
+    scratch: ExpertScratch
+
+    def steps(self, experts: HotExperts, routes: Sequence[Route], inputs: Inputs, out: Tensor) -> Steps:
+        """out (T, width) = the sum over ``routes``, at least one, all of them to hot ``experts``. Writes
+        where the device copies from: what was queued before must have been waited for."""
+        taken = self._stage(routes)
+        there = Routes(self.device[0], self.device[1].view(torch.int32))
+        return (
+            ("copy in", partial(self._copy_in, taken[-1].last)),
+            ("hot", partial(experts.compute, inputs, taken, there, self.scratch, out)),
+        )
+
+    def _stage(self, routes: Sequence[Route]) -> list[Taken]:
+        weights, tokens = self.host[0].numpy(), self.host[1].view(torch.int32).numpy()
+        taken, first = [], 0
+        for route in routes:
+            last = first + len(route.tokens)
+            weights[first:last], tokens[first:last] = route.weights, route.tokens
+            taken.append(Taken(route.expert, first, last))
+            first = last
+        return taken
+
+    def _copy_in(self, count: int) -> None:
+        """Two copies, as one with a gap is not direct."""
+        for there, here in zip(self.device, self.host, strict=True):
+            there[:count].copy_(here[:count], non_blocking=True)
+
+
+@dataclass(frozen=True)
+class RouterScores:
+    """What routers say, float32 (T, experts), and of the expert that every token takes, before the sigmoid,
+    (T, 1)."""
+
+    experts: Tensor
+    shared: Tensor
+
+
+@dataclass(frozen=True)
+class HotRouter:
+    """The router of a layer whose attention is here; the caller chooses by what it says. ``here`` and
+    ``host`` are the device's and the host's ends, ``chunk`` flat scratch."""
+
+    router: Product
+    shared: Product | None
+    here: RouterScores
+    host: RouterScores
+    chunk: Tensor
+
+    def compute(self, inputs: Inputs) -> None:
+        """Scores of the FFN's input (T, width)."""
+        tokens = len(inputs.exact)
+        self.router.times(inputs, self.chunk, self.here.experts[:tokens])
+        if self.shared is not None:
+            self.shared.times(inputs, self.chunk, self.here.shared[:tokens])
+
+    def copy_out(self, tokens: int) -> None:
+        """Device to host."""
+        self.host.experts[:tokens].copy_(self.here.experts[:tokens], non_blocking=True)
+        if self.shared is not None:
+            self.host.shared[:tokens].copy_(self.here.shared[:tokens], non_blocking=True)

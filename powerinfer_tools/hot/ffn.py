@@ -12,7 +12,7 @@ import torch
 
 from powerinfer_kernels import RowType
 from powerinfer_tools.hot.dequantize import dequantize
-from powerinfer_tools.hot.placement import CHUNK_ROWS
+from powerinfer_tools.hot.sizes import CHUNK_ROWS
 
 if TYPE_CHECKING:
     from powerinfer_kernels.triton_launch import PlanarRows

@@ -108,7 +108,7 @@ class Form:
             if not counting:
                 there.copy_(_tensor(to_planar(np.ascontiguousarray(source), row_type, columns)))
             return FusedRows(PlanarRows(there, row_type, len(source), columns))
-        if self.fused:
+        if self.fused and row_type is not RowType.F32:  # those are read as they are
             self.not_fused.add(row_type.name)
         if not counting:
             there.copy_(_tensor(np.ascontiguousarray(source).reshape(-1)))

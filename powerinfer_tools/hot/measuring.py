@@ -18,7 +18,7 @@ from powerinfer_kernels import RowType, block_shape, row_bytes
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, to_planar
 from powerinfer_tools.hot.devices import Device, Steps
 from powerinfer_tools.hot.ffn import FileRows
-from powerinfer_tools.hot.placement import CHUNK_ROWS
+from powerinfer_tools.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.synthetic.random_blocks import random_rows
 
 Work = Callable[[], object]

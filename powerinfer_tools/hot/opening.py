@@ -1,12 +1,12 @@
 """Opening the hot side: which device, what of the plan fits on it, and what must be said."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, TypeVar
 
 from powerinfer_tools.errors import HardwareError
-from powerinfer_tools.hot import HotSide
+from powerinfer_tools.hot import HotSide, expert_placement
 from powerinfer_tools.hot.assembly import assemble
+from powerinfer_tools.hot.backend import Backend
 from powerinfer_tools.hot.devices import (
     CpuDevice,
     CudaDevice,
@@ -15,9 +15,9 @@ from powerinfer_tools.hot.devices import (
     OutOfDeviceMemory,
     cuda_problem,
 )
-from powerinfer_tools.hot.executor import Backend, TorchHotSide
+from powerinfer_tools.hot.executor import TorchHotSide
 from powerinfer_tools.hot.fusing import fusing_problem
-from powerinfer_tools.hot.placement import HotUnits, Workload, fit, units_size
+from powerinfer_tools.hot.placement import HotUnits, Workload, experts_of, fit, units_size
 from powerinfer_tools.hot.sizes import MARGIN, overhead
 from powerinfer_tools.model import Model
 
@@ -28,29 +28,14 @@ def open_on(
     model: Model, device: str, vram: int | None, work: Workload
 ) -> tuple[HotSide | None, Sequence[str]]:
     """See :func:`powerinfer_tools.hot.open_hot_side`."""
-    return opened(device, lambda there, fused: open_side(model, there, vram, work, fused=fused))
-
-
-class _Noting(Protocol):
-    notices: list[str]
-
-
-Side = TypeVar("Side", bound=_Noting)
-
-
-def opened(
-    device: str, open_there: Callable[[Device, bool], tuple[Side | None, list[str]]]
-) -> tuple[Side | None, list[str]]:
-    """What ``open_there`` makes of the device of that name and of whether fused kernels can be used on it,
-    with what must be said of the device itself."""
     if device == "cpu":
-        return open_there(CpuDevice(), False)
+        return open_side(model, CpuDevice(), vram, work, fused=False)
     problem = cuda_problem()
     if problem is not None:
         return None, [f"--device cuda: {problem}; everything is computed on the CPU"]
     try:
         reason, gpu = fusing_problem(), CudaDevice()
-        side, notices = open_there(gpu, reason is None)
+        side, notices = open_side(model, gpu, vram, work, fused=reason is None)
     except DeviceLost as error:
         return None, [f"the GPU stopped working at the start ({error}); everything is computed on the CPU"]
     if side is None:
@@ -93,20 +78,26 @@ def open_side(
 
 def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotUnits:
     """What the split file's plan places on the hot device, predictors in ``predicted`` layers alone."""
-    assert model.split is not None
-    devices = model.split.devices
+    devices = model.devices
     attention = tuple(device == "gpu" for device in devices.attention)
     predictors = tuple(device == "gpu" and i in predicted for i, device in enumerate(devices.predictor))
-    return HotUnits(model.split.hot_neurons, attention, predictors, devices.head == "gpu")
+    neurons = model.split.hot_neurons if model.split is not None else ()
+    experts = () if model.split_experts is None else expert_placement.planned(experts_of(model))
+    return HotUnits(neurons, attention, predictors, devices.head == "gpu", experts)
 
 
 def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, asked: bool) -> list[str]:
-    """What of the plan does not fit, in words; of neurons that give way to a budget that was ``asked`` for
-    nothing needs to be said."""
-    only_neurons = (units.attention, units.head) == (planned.attention, planned.head)
-    if units == planned or limit is None or (asked and only_neurons):
+    """What of the plan does not fit, in words; of neurons (or experts) that give way to a budget that was
+    ``asked`` for nothing needs to be said."""
+    only_ffns = (units.attention, units.head) == (planned.attention, planned.head)
+    if units == planned or limit is None or (asked and only_ffns):
         return []
     parts = [f"{sum(units.neurons)} of the plan's {sum(planned.neurons)} hot neurons"]
+    if planned.experts:
+        found, wanted = (
+            sum(counts.experts + counts.shared for counts in some.experts) for some in (units, planned)
+        )
+        parts = [f"{found} of the plan's {wanted} hot experts"]
     if units.attention != planned.attention:
         parts.append(f"{sum(units.attention)} of its {sum(planned.attention)} attention blocks")
     if units.head != planned.head:

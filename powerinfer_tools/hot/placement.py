@@ -4,28 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from powerinfer_formats.split import SplitLayer
-from powerinfer_tools.hot import sizes
-from powerinfer_tools.hot.sizes import CHUNK_ROWS, Widths
+from powerinfer_tools.ffn_weights import ExpertsFFN
+from powerinfer_tools.hot import expert_placement, sizes
+from powerinfer_tools.hot.expert_placement import HotCounts
+from powerinfer_tools.hot.sizes import HotSize, Widths
 from powerinfer_tools.hyperparameters import Hyperparameters
 from powerinfer_tools.model import LayerWeights, Model
 
-__all__ = ["ALIGNMENT", "CHUNK_ROWS"]
 #: Each piece starts on such a boundary of the device's memory.
 ALIGNMENT = 256
-
-
-@dataclass(frozen=True)
-class HotSize:
-    """Bytes on the hot device: weights, the KV cache of its attention blocks, and scratch."""
-
-    weights: int
-    scratch: int
-    cache: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.cache + self.scratch
 
 
 @dataclass(frozen=True)
@@ -42,12 +29,14 @@ class Workload:
 @dataclass(frozen=True)
 class HotUnits:
     """What is on the hot device: the first ``neurons`` of each layer, the attention blocks of some, the
-    ``predictors`` of some that have neurons there, and the output norm with the head or not."""
+    ``predictors`` of some that have neurons there, and the output norm with the head or not. Of a mixture of
+    experts, ``experts`` of each layer instead of neurons; attention takes the router along."""
 
     neurons: tuple[int, ...]
     attention: tuple[bool, ...]
     predictors: tuple[bool, ...]
     head: bool = False
+    experts: tuple[HotCounts, ...] = ()
 
     def names(self, layer: int) -> bool:
         """Whether the predictor of ``layer`` is there. It speaks for hot neurons first: without any, the host
@@ -55,12 +44,13 @@ class HotUnits:
         return self.predictors[layer] and self.neurons[layer] > 0
 
     def __bool__(self) -> bool:
-        return any(self.neurons) or any(self.attention) or self.head
+        return any(self.neurons) or any(self.experts) or any(self.attention) or self.head
 
     @property
-    def without_neurons(self) -> "HotUnits":
-        """The same with all neurons on the CPU."""
-        return replace(self, neurons=(0,) * len(self.neurons))
+    def without_ffns(self) -> "HotUnits":
+        """The same with all neurons, or experts, on the CPU."""
+        none = (HotCounts(0, shared=False),) * len(self.experts)
+        return replace(self, neurons=(0,) * len(self.neurons), experts=none)
 
 
 def hot_size(layers: Sequence[SplitLayer], hot: Sequence[int], tokens: int) -> HotSize:
@@ -71,11 +61,15 @@ def hot_size(layers: Sequence[SplitLayer], hot: Sequence[int], tokens: int) -> H
     return HotSize(weights, sizes.neuron_scratch_bytes(layers[0].width, max(hot), tokens))
 
 
+def experts_of(model: Model) -> list[ExpertsFFN]:
+    """The experts of each layer; empty for a model without."""
+    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, ExpertsFFN)]
+
+
 def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
     """Bytes for ``units`` of a split file."""
-    assert model.split is not None
     hyper, widths = model.hyper, widths_of(model.hyper)
-    size = hot_size(model.split.layers, units.neurons, work.tokens)
+    size = _ffn_size(model, units, work)
     weights, scratch, cache = size.weights, size.scratch, 0
     moved = [layer for layer, there in zip(model.layers, units.attention, strict=True) if there]
     if moved:
@@ -83,14 +77,29 @@ def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
         cache = len(moved) * sizes.cache_bytes(hyper.kv_heads, hyper.head_dim, work.context, work.kv_type)
         scratch += sizes.attention_scratch_bytes(widths, work.tokens, work.context)
         scratch += rotary_bytes(hyper, units.attention, work.context)
-    predictors = [layer.predictor for layer in model.split.layers if units.names(layer.index)]
-    if predictors:
-        weights += sum(predictor.nbytes for predictor in predictors if predictor is not None)
-        scratch += sizes.predictor_scratch_bytes(hyper.width, hyper.neurons, work.tokens)
+        if hyper.routing is not None:
+            scratch += sizes.router_scratch_bytes(hyper.width, hyper.routing.experts, work.tokens)
     if units.head:
         weights += model.head.nbytes + model.output_norm.nbytes
         scratch += sizes.head_scratch_bytes(widths, work.tokens)
-    return HotSize(weights, scratch, cache)
+    return HotSize(weights, scratch, cache, size.experts)
+
+
+def _ffn_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
+    """Bytes for neurons with their predictors, or for experts."""
+    hyper = model.hyper
+    if hyper.routing is not None:
+        layers = experts_of(model)
+        widths = expert_placement.widths_of(layers, hyper.routing.used)
+        return expert_placement.hot_size(layers, units.experts, widths, work.tokens)
+    assert model.split is not None
+    size = hot_size(model.split.layers, units.neurons, work.tokens)
+    predictors = [layer.predictor for layer in model.split.layers if units.names(layer.index)]
+    if not predictors:
+        return size
+    weights = sum(predictor.nbytes for predictor in predictors if predictor is not None)
+    scratch = sizes.predictor_scratch_bytes(hyper.width, hyper.neurons, work.tokens)
+    return HotSize(size.weights + weights, size.scratch + scratch)
 
 
 def widths_of(hyper: Hyperparameters) -> Widths:
@@ -99,12 +108,14 @@ def widths_of(hyper: Hyperparameters) -> Widths:
 
 
 def attention_bytes(layer: LayerWeights) -> int:
-    """The matrices of an attention block, and all norms and biases of its layer but those of neurons."""
+    """The matrices of an attention block, and all norms and biases of its layer but those of neurons; the
+    router, where there is one."""
     w = layer.attention
     matrices = (w.query, w.key, w.value, w.output)
     vectors = (w.norm, w.query_bias, w.key_bias, w.value_bias, w.output_bias, w.query_norm, w.key_norm)
     others = (w.post_norm, layer.ffn_norm, layer.ffn_down_bias, layer.ffn_post_norm)
-    return sum(part.nbytes for part in (*matrices, *vectors, *others) if part is not None)
+    router = expert_placement.router_size(layer.ffn) if isinstance(layer.ffn, ExpertsFFN) else 0
+    return router + sum(part.nbytes for part in (*matrices, *vectors, *others) if part is not None)
 
 
 def rotary_bytes(hyper: Hyperparameters, attention: Sequence[bool], context: int) -> int:
@@ -117,16 +128,22 @@ def fit(model: Model, planned: HotUnits, limit: int | None, work: Workload) -> H
     """What of ``planned`` fits in ``limit`` bytes (None: all of it).
 
     Neurons give way first: groups are taken off the layer with the largest hot share, again and again, so
-    that all layers keep similar shares; within a layer the coldest go first, since neurons are sorted. Where
-    the rest does not fit without any neuron, the head goes, then attention blocks from the last layer on,
-    until it does; what room is left then is for neurons again.
+    that all layers keep similar shares; within a layer the coldest go first, since neurons are sorted. So do
+    experts. Where the rest does not fit without any, the head goes, then attention blocks from the last layer
+    on, until it does; what room is left then is for neurons (or experts) again.
     """
     if limit is None:
         return planned
     for units in _giving_way(planned):
-        if units_size(model, units.without_neurons, work).total <= limit:
+        rest = units_size(model, units.without_ffns, work).total
+        if rest <= limit:
             break
-    return replace(units, neurons=_fitting_neurons(model, units, limit, work))
+    if model.hyper.routing is None:
+        return replace(units, neurons=_fitting_neurons(model, units, limit, work))
+    layers = experts_of(model)
+    widths = expert_placement.widths_of(layers, model.hyper.routing.used)
+    room = limit - rest
+    return replace(units, experts=expert_placement.fitting(layers, units.experts, room, widths, work.tokens))
 
 
 def _giving_way(planned: HotUnits) -> Iterator[HotUnits]:

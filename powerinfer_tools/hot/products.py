@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from powerinfer_tools.hot.ffn import FusedRows, Inputs, Rows, UnpackedRows
-from powerinfer_tools.hot.placement import CHUNK_ROWS
+from powerinfer_tools.hot.sizes import CHUNK_ROWS
 
 Tensor = torch.Tensor
 

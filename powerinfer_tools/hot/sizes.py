@@ -25,6 +25,22 @@ MARGIN = 256 << 20
 
 
 @dataclass(frozen=True)
+class HotSize:
+    """Bytes on the hot device: weights, the KV cache of its attention blocks, and scratch. ``experts``: the
+    part of the weights of which a token reads only what a router chooses."""
+
+    weights: int
+    scratch: int
+    cache: int = 0
+    experts: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.scratch
+
+
+@dataclass(frozen=True)
 class Widths:
     """What scratch memory depends on, in values."""
 
@@ -70,6 +86,12 @@ def cache_bytes(kv_heads: int, head_dim: int, context: int, kind: str) -> int:
     and half precision for each 32."""
     held = head_dim + 2 * (head_dim // 32) if kind == "q8_0" else 2 * head_dim
     return 2 * kv_heads * held * context
+
+
+def router_scratch_bytes(width: int, experts: int, tokens: int) -> int:
+    """What routers of layers whose attention is on the device say of ``tokens`` tokens, with as much again
+    for a chunk's products, and the sum of hot experts. Rows are unpacked where those of attention are."""
+    return _F32 * tokens * (2 * (experts + 1) + width)
 
 
 def predictor_scratch_bytes(width: int, neurons: int, tokens: int) -> int:

@@ -168,6 +168,7 @@ def _experts_facts(path: Path) -> dict[str, Any]:
                 "shared_expert": ("hot" if split.is_hot_shared(index) else "cold")
                 if sizes.shared
                 else "none",
+                "attention_device": split.devices.attention[index],
                 "hottest": split.orders[index][:SHOWN_ITEMS].tolist(),
             }
             for index, hot in enumerate(header.hot)
@@ -177,6 +178,7 @@ def _experts_facts(path: Path) -> dict[str, Any]:
             "hot_share": sum(header.hot) / max(sizes.experts * sizes.layers, 1),
             "corpus_tokens": header.corpus_tokens,
             "tool_version": header.tool_version,
+            "head_device": split.devices.head,
             "layers": layers,
         }
     finally:

@@ -48,9 +48,7 @@ def frontier_of(made: Fit, data: LayerData) -> tuple[Quality, ...]:
     """The points of one layer."""
     check, test = data.check, data.test
     chosen, judged = made.normal(check.inputs), made.normal(test.inputs)
-    return tuple(
-        quality(judged > level_for(chosen, check.active, recall), test.active) for recall in RECALLS
-    )
+    return tuple(quality(judged > level_for(chosen, check.active, recall), test.active) for recall in RECALLS)
 
 
 def draw_frontier(frontier: Frontier, path: Path, title: str, wish: float | None = None) -> None:

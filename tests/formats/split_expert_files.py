@@ -9,6 +9,7 @@ import numpy as np
 
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_writer import GGUFWriter, ValueType
+from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_experts import (
     ExpertsHeader,
     ExpertSizes,
@@ -27,6 +28,7 @@ HEADER = ExpertsHeader(
     tool_version="0.1.0",
     corpus_hashes=("cd" * 32,),
     corpus_tokens=1000,
+    devices=SplitDevices(("gpu", "cpu"), ("cpu", "cpu"), "gpu"),
 )
 ORDERS = ([3, 0, 4, 1, 2], [4, 3, 2, 1, 0])
 

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from powerinfer_formats import errors
+from powerinfer_formats import errors, split_devices
 from powerinfer_formats import split_experts as experts
 from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import ValueType
 from powerinfer_formats.split import SplitFile
+from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_experts import SplitExperts, has_experts
 from split_expert_files import HEADER, ORDERS, SIZES, ExpertParts, write_split_experts
 from split_files import write_split
@@ -81,6 +82,13 @@ def test_a_model_without_a_shared_expert_says_nothing_of_it(tmp_path: Path) -> N
     assert not split.is_hot_shared(0)
 
 
+def test_a_file_that_says_nothing_of_devices_has_all_but_experts_on_the_cpu(tmp_path: Path) -> None:
+    split = SplitExperts.open(write_split_experts(tmp_path / "m.gguf", header(devices=None)))
+    assert split_devices.KEY_ATTENTION not in split.gguf.metadata
+    assert split.devices == split_devices.all_on_cpu(2)
+    assert split.devices.all_cpu
+
+
 KEY = "powerinfer."
 FAULTS: list[tuple[Change, type[errors.FormatError], str]] = [
     (without(names.KEY_VERSION), errors.MissingKey, "powerinfer.version"),
@@ -109,6 +117,22 @@ FAULTS: list[tuple[Change, type[errors.FormatError], str]] = [
     (without(names.KEY_TOOL_VERSION), errors.MissingKey, "tool_version"),
     (header(corpus_hashes=("zz" * 32,)), errors.BadValue, "corpus_sha256' is 'zz"),
     (without(names.KEY_CORPUS_TOKENS), errors.MissingKey, "corpus_tokens"),
+    (
+        header(devices=SplitDevices(("gpu",), ("cpu", "cpu"), "cpu")),
+        errors.BadValue,
+        "attention_device.*each of 2 layers",
+    ),
+    (
+        header(devices=SplitDevices(("cpu", "cpu"), ("gpu", "cpu"), "cpu")),
+        errors.BadValue,
+        "predictor_device' has a 'gpu', but models with experts have no predictors",
+    ),
+    (
+        header(devices=SplitDevices(("cpu", "gpu"), ("cpu", "cpu"), "none")),
+        errors.BadValue,
+        "head_device' is 'none', expected cpu or gpu",
+    ),
+    (without(split_devices.KEY_HEAD), errors.MissingKey, "head_device"),
     (order([0, 1, 2, 3, 3]), errors.NotAPermutation, "blk.1.expert_order' is not .* of 5 experts: 4 is"),
     (order([0, 1, 2, 3, 5]), errors.NotAPermutation, "4 is missing"),
     (order([0, 1, 2, 3, -1]), errors.NotAPermutation, "4 is missing"),
@@ -140,7 +164,8 @@ def test_tensors_that_are_missing_are_named(tmp_path: Path) -> None:
     """A file of three layers whose third has no tensors."""
 
     def change(parts: ExpertParts) -> None:
-        parts.header = replace(parts.header, hot=(2, 5, 1), hot_shared=(True, False, True))
+        hot, shared = (2, 5, 1), (True, False, True)
+        parts.header = replace(parts.header, hot=hot, hot_shared=shared, devices=None)
         retyped("qwen2moe.block_count", 3, ValueType.UINT32)(parts)
 
     with pytest.raises(errors.MissingTensor, match=r"blk\.2\.ffn_gate_experts"):

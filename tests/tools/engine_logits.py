@@ -19,9 +19,26 @@ def logits(path: Path, tokens: list[int], *, prompt: int | None = None, **option
     """Logits after ``prompt`` tokens at once (without it, half of them) and after each that follows."""
     first = len(tokens) // 2 if prompt is None else prompt
     engine = Engine(load_model(path), **({"threads": 1} | options))  # type: ignore[arg-type]
+    return of_engine(engine, tokens, prompt=first)
+
+
+def of_engine(engine: Engine, tokens: list[int], *, prompt: int = 2) -> np.ndarray:
+    """As :func:`logits`; closes the engine."""
     try:
-        rows = [engine.prefill(tokens[:first]).copy()]
-        return np.stack(rows + [engine.decode(token).copy() for token in tokens[first:]])
+        rows = [engine.prefill(tokens[:prompt]).copy()]
+        return np.stack(rows + [engine.decode(token).copy() for token in tokens[prompt:]])
+    finally:
+        engine.close()
+
+
+def greedy(path: Path, tokens: list[int], count: int, **options: object) -> list[int]:
+    """``count`` tokens, each the likeliest."""
+    engine = Engine(load_model(path), **({"threads": 1} | options))  # type: ignore[arg-type]
+    try:
+        chosen = [int(engine.prefill(tokens).argmax())]
+        while len(chosen) < count:
+            chosen.append(int(engine.decode(chosen[-1]).argmax()))
+        return chosen
     finally:
         engine.close()
 

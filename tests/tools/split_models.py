@@ -7,24 +7,27 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from small_plans import plan_for
-from tiny_models import CASES, make_tiny_model
+from tiny_models import CASES, TinySpec, make_tiny_model
 
 GROUP = 16
 CORPUS = "the cat sat on the mat; a quick brown fox jumps over the lazy dog. " * 12
 
 
-class Prepared:
-    """A tiny model with its profile, and split files of it on demand."""
+class Profiled:
+    """A tiny model with its profile."""
 
-    def __init__(self, folder: Path, case: str) -> None:
+    def __init__(self, folder: Path, case: str | TinySpec) -> None:
         self.folder = folder
-        self.tiny = make_tiny_model(folder, CASES[case])
+        self.tiny = make_tiny_model(folder, CASES[case] if isinstance(case, str) else case)
         text = folder / "corpus.txt"
         text.write_text(CORPUS)
         self.profile = folder / "tiny.profile.safetensors"
         run_profile(ProfileOptions(self.tiny.path, (text,), self.profile, window=64, threads=1))
-        self.neurons = self.tiny.spec.neurons
-        self.layers = self.tiny.spec.layers
+        self.neurons, self.layers = self.tiny.spec.neurons, self.tiny.spec.layers
+
+
+class Prepared(Profiled):
+    """A tiny model with its profile, and split files of it on demand."""
 
     def save_plan(
         self,

@@ -13,7 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_logits import HALF, greedy, of_engine
 from expert_models import PreparedExperts
+from fake_gpus import MIB, FailingGpu, FakeGpu, LatestGpu, on
+from powerinfer_cli.convert_command import show
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
@@ -26,7 +29,7 @@ from powerinfer_tools.engine import layers as layer_stack
 from powerinfer_tools.engine import memory as memory_limits
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, PlanError, ProfileError
 from powerinfer_tools.ffn_weights import ExpertsFFN
-from powerinfer_tools.hot import expert_opening, expert_placement, opening
+from powerinfer_tools.hot import expert_placement, opening
 from powerinfer_tools.hot.experts import HotExperts
 from powerinfer_tools.hot.ffn import FusedRows
 from powerinfer_tools.hot.sizes import MARGIN, budget_for
@@ -36,9 +39,7 @@ from powerinfer_tools.planning import memory
 from powerinfer_tools.planning.shapes import shape_of_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from powerinfer_tools.reference_forward import forward
-from test_hot_side import MIB, FailingGpu, FakeGpu, LatestGpu, greedy, logits
 
-HALF = 2.0**-11
 F32_BOUND = 2000 * np.finfo(np.float32).eps
 
 
@@ -72,15 +73,6 @@ def everything_hot(prepared: PreparedExperts) -> Path:
     return prepared.split([prepared.routing.experts] * prepared.layers, places)
 
 
-def on(monkeypatch: pytest.MonkeyPatch, device: FakeGpu, *, fused: bool = False) -> None:
-    """Let every engine that asks for cuda have ``device``."""
-
-    def open_on(model: object, name: str, vram: int | None, tokens: int) -> object:
-        return expert_opening.open_side(model, device, vram, tokens, fused=fused)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(expert_opening, "open_on", open_on)
-
-
 def test_any_plan_chooses_the_tokens_of_the_dense_model(exact: PreparedExperts) -> None:
     tokens, experts = exact.tiny.tokens(6), exact.routing.experts
     expected = greedy(exact.tiny.path, tokens, 8)
@@ -102,10 +94,10 @@ def test_any_split_has_the_sources_bits_on_the_cpu(
 ) -> None:
     for prepared in (quantised, shared):
         tokens = prepared.tiny.tokens(8)
-        expected = logits(Engine(load_model(prepared.tiny.path), threads=1), tokens)
+        expected = of_engine(Engine(load_model(prepared.tiny.path), threads=1), tokens)
         for path in (some_hot(prepared), everything_hot(prepared)):
             for options in ({"threads": 2}, *({"isa": isa} for isa in available_isas())):
-                got = logits(Engine(load_model(path), **({"threads": 1} | options)), tokens)  # type: ignore[arg-type]
+                got = of_engine(Engine(load_model(path), **({"threads": 1} | options)), tokens)  # type: ignore[arg-type]
                 assert np.array_equal(got, expected)
 
 
@@ -114,12 +106,12 @@ def test_the_hot_side_agrees_with_the_reference(exact: PreparedExperts) -> None:
     path, tokens = some_hot(exact), exact.tiny.tokens(7)
     expected = forward(load_model(exact.tiny.path), tokens)[1:]
     np.testing.assert_array_equal(forward(load_model(path), tokens)[1:], expected)
-    got = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    got = of_engine(Engine(load_model(path), threads=1, device="cpu"), tokens)
     # Keys and values are in half precision in the engine: see test_forward.
     assert np.abs(got - expected).max() <= 2 * exact.layers * HALF * np.abs(expected).max()
-    cold = logits(Engine(load_model(path), threads=1), tokens)
+    cold = of_engine(Engine(load_model(path), threads=1), tokens)
     assert np.abs(got - cold).max() <= F32_BOUND * np.abs(expected).max()
-    assert np.array_equal(got, logits(Engine(load_model(path), threads=1, device="cpu"), tokens))
+    assert np.array_equal(got, of_engine(Engine(load_model(path), threads=1, device="cpu"), tokens))
 
 
 def test_quantised_experts_on_the_hot_side(
@@ -127,11 +119,11 @@ def test_quantised_experts_on_the_hot_side(
 ) -> None:
     """The hot side does not round hidden values, and rounding may flip: see test_conversion."""
     path, tokens = some_hot(quantised), quantised.tiny.tokens(6)
-    expected = logits(Engine(load_model(path), threads=1), tokens)
-    got = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1), tokens)
+    got = of_engine(Engine(load_model(path), threads=1, device="cpu"), tokens)
     assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
     on(monkeypatch, FakeGpu(1 << 30))  # rows as in the file, unpacked chunk by chunk
-    unpacked = logits(Engine(load_model(path), threads=1, device="cuda", batch=2, context=8), tokens)
+    unpacked = of_engine(Engine(load_model(path), threads=1, device="cuda", batch=2, context=8), tokens)
     assert np.abs(unpacked - got).max() <= 0.02 * np.abs(expected).max()
 
 
@@ -141,14 +133,14 @@ def test_fused_kernels_compute_single_tokens(
     """In Triton's interpreter."""
     tokens = quantised.tiny.tokens(3)
     path = quantised.split([1] + [0] * (quantised.layers - 1))
-    expected = logits(Engine(load_model(path), threads=1), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1), tokens)
     on(monkeypatch, FakeGpu(1 << 30), fused=True)
     engine = Engine(load_model(path), threads=1, device="cuda", batch=2, context=8)
-    side = engine.stack._hot_experts
+    side = engine.stack._hot
     (expert,) = side.hot_experts(0)  # type: ignore[union-attr]
     layer = side._backend.layers[0]  # type: ignore[union-attr]
     assert isinstance(layer.experts[expert].down.rows, FusedRows)
-    got = logits(engine, tokens)
+    got = of_engine(engine, tokens)
     assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
 
 
@@ -177,11 +169,11 @@ def test_experts_that_no_token_takes_are_never_read(exact: PreparedExperts, tmp_
     path, tokens = some_hot(exact), exact.tiny.tokens(2)
     assert poisoned(exact, path, tmp_path / "p.gguf", tokens) > exact.layers // 2
     for device in ("none", "cpu"):
-        expected = logits(Engine(load_model(path), threads=1, device=device), tokens)
-        got = logits(Engine(load_model(tmp_path / "p.gguf"), threads=1, device=device), tokens)
+        expected = of_engine(Engine(load_model(path), threads=1, device=device), tokens)
+        got = of_engine(Engine(load_model(tmp_path / "p.gguf"), threads=1, device=device), tokens)
         assert np.array_equal(got, expected)
         other = exact.tiny.tokens(30)
-        spoilt = logits(Engine(load_model(tmp_path / "p.gguf"), threads=1, device=device), other)
+        spoilt = of_engine(Engine(load_model(tmp_path / "p.gguf"), threads=1, device=device), other)
         assert np.isnan(spoilt).any()
 
 
@@ -190,10 +182,10 @@ def test_one_wait_for_each_layer_with_hot_work_and_no_other_order_is_relied_on(
 ) -> None:
     hot = [shared.routing.experts, 0, 0]
     path, tokens = shared.split(hot, [False, True, False]), shared.tiny.tokens(5)
-    expected = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1, device="cpu"), tokens)
     gpu = LatestGpu()
     on(monkeypatch, gpu)
-    got = logits(Engine(load_model(path), threads=1, device="cuda"), tokens)
+    got = of_engine(Engine(load_model(path), threads=1, device="cuda"), tokens)
     assert np.abs(got - expected).max() <= F32_BOUND * np.abs(expected).max()
     forwards = 1 + len(tokens) - 2
     assert len(gpu.stops) == 2 * forwards  # the third layer has nothing hot
@@ -206,9 +198,9 @@ def test_tokens_without_hot_experts_wait_for_nothing(
     path, tokens = exact.split([1] * exact.layers), exact.tiny.tokens(12)
     gpu = LatestGpu()
     on(monkeypatch, gpu)
-    got = logits(Engine(load_model(path), threads=1, device="cuda"), tokens)
+    got = of_engine(Engine(load_model(path), threads=1, device="cuda"), tokens)
     assert 0 < len(gpu.stops) < exact.layers * (1 + len(tokens) - 2)
-    expected = logits(Engine(load_model(path), threads=1), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1), tokens)
     assert np.abs(got - expected).max() <= F32_BOUND * np.abs(expected).max()
 
 
@@ -221,16 +213,16 @@ def test_both_sides_work_at_once_and_the_timeline_says_so(
     engine = Engine(load_model(path), threads=1, device="cpu")
     stack = engine.stack
     engine.prefill(shared.tiny.tokens(2))
-    run, slept = stack._run_experts, set[float]()
+    run, slept = stack.run, set[int]()
 
-    def slow_run(first: int, last: int, count: int) -> None:
-        layer = next(index for index, stop in enumerate(stack._stops) if stop.ready <= first < stop.needed)
-        if layer not in slept:
+    def slow_run(first: int, last: int, *rest: int) -> None:
+        layer = next((i for i, stop in enumerate(stack._stops) if stop.ready <= first < stop.needed), None)
+        if layer is not None and layer not in slept:
             time.sleep(pause)
-        slept.add(layer)
-        run(first, last, count)
+            slept.add(layer)
+        run(first, last, *rest)
 
-    monkeypatch.setattr(stack, "_run_experts", slow_run)
+    monkeypatch.setattr(stack, "run", slow_run)
     timeline = engine.trace()
     started = time.perf_counter()
     engine.decode(3)
@@ -266,13 +258,13 @@ def test_memory_is_allocated_up_front_within_the_budget(
     on(monkeypatch, gpu)
     budget = budget_for(whole.scratch + 4 * one)
     engine = Engine(model, threads=1, device="cuda", vram=budget, batch=4, context=16)
-    hot = [len(engine.stack._hot_experts.hot_experts(i)) for i in range(quantised.layers)]  # type: ignore[union-attr]
+    hot = [len(engine.stack._hot.hot_experts(i)) for i in range(quantised.layers)]  # type: ignore[union-attr]
     assert sum(hot) == 4
     assert max(hot) - min(hot) <= 1
     assert len(gpu.asked) == 1
     assert gpu.asked[0] <= budget
     assert engine.report().memory.vram == whole.scratch + 4 * one
-    logits(engine, quantised.tiny.tokens(6))
+    of_engine(engine, quantised.tiny.tokens(6))
     assert len(gpu.asked) == 1
 
 
@@ -292,13 +284,13 @@ def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
     on(monkeypatch, FakeGpu(free=MARGIN + budget_for(scratch + room)))
     engine = Engine(load_model(path), threads=1, device="cuda", batch=4, context=16)
     # Shared experts, which every token takes, go last.
-    assert [engine.stack._hot_experts.hot_experts(i) for i in range(3)] == [{-1}, {-1}, set()]  # type: ignore[union-attr]
+    assert [engine.stack._hot.hot_experts(i) for i in range(3)] == [{-1}, {-1}, set()]  # type: ignore[union-attr]
     engine.close()
     assert any("2 of the plan's 21 hot experts fit in the" in notice for notice in engine.notices)
-    expected = logits(Engine(load_model(path), threads=1), shared.tiny.tokens(4))
+    expected = of_engine(Engine(load_model(path), threads=1), shared.tiny.tokens(4))
     none = Engine(load_model(path), threads=1, device="cpu", vram=0)
     assert none.report().device == "none"
-    assert np.array_equal(logits(none, shared.tiny.tokens(4)), expected)
+    assert np.array_equal(of_engine(none, shared.tiny.tokens(4)), expected)
 
 
 def test_what_is_on_a_gpu_needs_no_ram(shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,14 +310,14 @@ def test_without_a_usable_gpu_the_cpu_computes_everything_which_is_said_once(
     shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
     path, tokens = everything_hot(shared), shared.tiny.tokens(4)
-    expected = logits(Engine(load_model(shared.tiny.path), threads=1), tokens)
+    expected = of_engine(Engine(load_model(shared.tiny.path), threads=1), tokens)
     if problem == "no device":
         monkeypatch.setattr(opening, "cuda_problem", lambda: "torch finds no GPU that it can use")
     else:
         on(monkeypatch, FakeGpu(free=1 << 30, largest=5))
     engine = Engine(load_model(path), threads=1, device="cuda")
     assert engine.report().device == "none"
-    assert np.array_equal(logits(engine, tokens), expected)
+    assert np.array_equal(of_engine(engine, tokens), expected)
     said = "torch finds no GPU" if problem == "no device" else "out of VRAM at the start: "
     assert [said in notice and "computed on the CPU" in notice for notice in engine.notices] == [True]
 
@@ -335,10 +327,10 @@ def test_a_gpu_that_disappears_is_replaced_by_the_cpu_which_is_said_once(
     shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     path, tokens = everything_hot(shared), shared.tiny.tokens(5)
-    expected = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1, device="cpu"), tokens)
     on(monkeypatch, FailingGpu(shared.layers + 2, when=when))
     engine = Engine(load_model(path), threads=1, device="cuda")
-    got = logits(engine, tokens)
+    got = of_engine(engine, tokens)
     assert np.abs(got - expected).max() <= F32_BOUND * np.abs(expected).max()
     assert len(engine.notices) == 1
     assert "the GPU stopped working (an illegal thing" in engine.notices[0]
@@ -388,8 +380,13 @@ def test_convert_sorts_experts_by_count_and_keeps_every_bit(shared: PreparedExpe
             assert str(split.gguf.metadata[key]) == str(value)
 
 
-def test_inspect_tells_what_is_hot(shared: PreparedExperts) -> None:
-    facts = describe(shared.split([2, 6, 0], [True, False, True]))
+def test_inspect_tells_what_is_hot(shared: PreparedExperts, capsys: pytest.CaptureFixture[str]) -> None:
+    report = shared.convert([2, 6, 0], [True, False, True], attention=[1, 2], head=True)
+    facts = describe(Path(report.output))
+    assert [layer["attention_device"] for layer in facts.facts["layers"]] == ["cpu", "gpu", "gpu"]
+    assert facts.facts["head_device"] == report.as_dict()["devices"]["head"] == "gpu"
+    show(report, as_json=False)
+    assert "attention of 2 layers, the head" in "".join(capsys.readouterr())
     assert facts.kind == "split file"
     assert facts.facts["hot_share"] == pytest.approx(8 / 18)
     assert [layer["hot_experts"] for layer in facts.facts["layers"]] == [2, 6, 0]
@@ -415,9 +412,6 @@ def test_what_convert_refuses(shared: PreparedExperts, quantised: PreparedExpert
     model = replace(other.model, fingerprint=good.model.fingerprint)
     with pytest.raises(ConvertError, match=r"the plan has \d+ experts of \d+ neurons in .* plan again"):
         attempt(replace(other, model=model))
-    there = (replace(good.layers[0], attention="gpu"), *good.layers[1:])
-    with pytest.raises(ConvertError, match="the attention of layer 0 on the accelerator; beside experts"):
-        attempt(replace(good, layers=there))
     profile = Profile.load(shared.profile)
     replace(profile, activation="relu").save(tmp_path / "neurons")
     with pytest.raises(ConvertError, match="the profile counts relu in 3 layers, not the experts of 3"):

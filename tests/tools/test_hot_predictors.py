@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_formats.predictors import Kind
 from powerinfer_formats.profile import Profile
 from powerinfer_kernels import Activations, Pool, ProgramBuilder, triton_launch
@@ -33,7 +34,6 @@ from powerinfer_tools.reference_forward import (
 )
 from predicted_models import hand_made, profiled
 from small_plans import plan_for
-from test_hot_side import FailingGpu, FakeGpu, LatestGpu, on
 from tiny_models import CASES, make_tiny_model
 
 GROUP = 16

@@ -13,18 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_logits import greedy, of_engine
+from fake_gpus import MIB, FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import HardwareError
-from powerinfer_tools.hot import Span, devices, opening
-from powerinfer_tools.hot.devices import CpuDevice, DeviceLost, OutOfDeviceMemory, Steps, Ticket
+from powerinfer_tools.hot import devices, opening
 from powerinfer_tools.hot.ffn import FusedRows, HotFFN
 from powerinfer_tools.hot.placement import hot_size
 from powerinfer_tools.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.model import load_model
 from split_models import GROUP, Prepared
-
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -35,54 +34,6 @@ def relu(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared(tmp_path_factory.mktemp("quantised"), "llama-Q4_1")
-
-
-def greedy(path: Path, tokens: list[int], count: int, **options: object) -> list[int]:
-    """``count`` tokens, each the likeliest."""
-    engine = Engine(load_model(path), **({"threads": 1} | options))  # type: ignore[arg-type]
-    try:
-        chosen = [int(engine.prefill(tokens).argmax())]
-        while len(chosen) < count:
-            chosen.append(int(engine.decode(chosen[-1]).argmax()))
-        return chosen
-    finally:
-        engine.close()
-
-
-def logits(engine: Engine, tokens: list[int]) -> np.ndarray:
-    """Of a prompt of two tokens and the others one by one; closes the engine."""
-    try:
-        rows = [engine.prefill(tokens[:2]).copy()]
-        rows += [engine.decode(token).copy() for token in tokens[2:]]
-        return np.stack(rows)
-    finally:
-        engine.close()
-
-
-class FakeGpu(CpuDevice):
-    """A device with ``free`` bytes, which counts what is asked of it; ``largest``: its largest block."""
-
-    def __init__(self, free: int, largest: int | None = None) -> None:
-        super().__init__()
-        self.free, self.largest, self.asked = free, largest, list[int]()
-
-    def free_bytes(self) -> int | None:
-        return self.free
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        self.asked.append(nbytes)
-        if nbytes > (self.free if self.largest is None else self.largest):
-            raise OutOfDeviceMemory(f"{nbytes} bytes cannot be had, {self.free} are free")
-        return super().allocate(nbytes)
-
-
-def on(monkeypatch: pytest.MonkeyPatch, device: CpuDevice, *, fused: bool = False) -> None:
-    """Let every engine that asks for cuda have ``device``."""
-
-    def open_on(model: object, name: str, vram: int | None, work: object) -> object:
-        return opening.open_side(model, device, vram, work, fused=fused)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(opening, "open_on", open_on)
 
 
 @pytest.fixture(params=["llama", "llama-relu", "opt"], scope="module")
@@ -115,52 +66,17 @@ def test_fused_kernels_in_the_whole_engine(quantised: Prepared, monkeypatch: pyt
     """In Triton's interpreter: prompts through unpacked rows, single tokens through the fused kernels."""
     tokens = quantised.tiny.tokens(4)
     path = quantised.split([GROUP] + [0] * (quantised.layers - 1))
-    expected = logits(Engine(load_model(path), threads=1), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1), tokens)
     on(monkeypatch, FakeGpu(1 << 30), fused=True)
     engine = Engine(load_model(path), threads=1, device="cuda", batch=2, context=8)
     backend = engine.stack._hot._backend  # type: ignore[union-attr]
     assert isinstance(backend.layers[0].gate, FusedRows)
-    got = logits(engine, tokens)
+    got = of_engine(engine, tokens)
     # As for plain torch: a flipped rounding of an activation is one part in 254 of a block's largest value.
     assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
     on(monkeypatch, FakeGpu(1 << 30), fused=True)
-    again = logits(Engine(load_model(path), threads=1, device="cuda", batch=2, context=8), tokens)
+    again = of_engine(Engine(load_model(path), threads=1, device="cuda", batch=2, context=8), tokens)
     assert np.array_equal(got, again)
-
-
-class Deferred:
-    """A ticket whose work is done only when it is waited for, or something that was queued later."""
-
-    def __init__(self, steps: Steps, gpu: "LatestGpu") -> None:
-        self.steps, self._gpu = steps, gpu
-        self.spans: list[Span] | None = None
-
-    def wait(self) -> list[Span]:
-        if self.spans is None:
-            self._gpu.finish(self)
-        assert self.spans is not None
-        return self.spans
-
-
-class LatestGpu(FakeGpu):
-    """Does everything at the latest moment that is allowed: whoever reads too early, or overwrites an input
-    before it is waited for, computes something else. ``stops``: waits that found something to do."""
-
-    def __init__(self) -> None:
-        super().__init__(1 << 30)
-        self.queue: list[Deferred] = []
-        self.stops: list[int] = []
-
-    def submit(self, steps: Steps) -> Ticket:
-        self.queue.append(Deferred(steps, self))
-        return self.queue[-1]
-
-    def finish(self, last: Deferred) -> None:
-        """Do everything that was queued up to ``last``."""
-        self.stops.append(len(self.queue))
-        while last.spans is None:
-            first = self.queue.pop(0)
-            first.spans = devices._run_timed(first.steps)
 
 
 def test_one_wait_for_each_split_layer_and_no_other_order_is_relied_on(
@@ -169,10 +85,10 @@ def test_one_wait_for_each_split_layer_and_no_other_order_is_relied_on(
     tokens = relu.tiny.tokens(5)
     hot = [GROUP * (1 + index) for index in range(relu.layers - 1)] + [0]
     path = relu.split(hot)
-    expected = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1, device="cpu"), tokens)
     gpu = LatestGpu()
     on(monkeypatch, gpu)
-    got = logits(Engine(load_model(path), threads=1, device="cuda"), tokens)
+    got = of_engine(Engine(load_model(path), threads=1, device="cuda"), tokens)
     assert np.abs(got - expected).max() <= 2000 * np.finfo(np.float32).eps * np.abs(expected).max()
     forwards = 1 + len(tokens) - 2
     assert len(gpu.stops) == forwards * sum(count > 0 for count in hot)
@@ -231,7 +147,7 @@ def test_memory_is_allocated_up_front_within_the_budget(
     assert len(gpu.asked) == 1
     assert 0 < engine.report().memory.vram <= budget
     assert gpu.asked[0] <= budget
-    logits(engine, quantised.tiny.tokens(6))
+    of_engine(engine, quantised.tiny.tokens(6))
     assert len(gpu.asked) == 1
 
 
@@ -256,39 +172,16 @@ def test_without_a_usable_gpu_the_cpu_computes_everything_which_is_said_once(
     relu: Prepared, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
     path, tokens = relu.split([GROUP] * relu.layers), relu.tiny.tokens(4)
-    expected = logits(Engine(load_model(path), threads=1), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1), tokens)
     if problem == "no device":
         monkeypatch.setattr(opening, "cuda_problem", lambda: "torch finds no GPU that it can use")
     else:
         on(monkeypatch, FakeGpu(free=1 << 30, largest=5))
     engine = Engine(load_model(path), threads=1, device="cuda")
     assert engine.report().device == "none"
-    assert np.array_equal(logits(engine, tokens), expected)
+    assert np.array_equal(of_engine(engine, tokens), expected)
     said = "torch finds no GPU" if problem == "no device" else "out of VRAM at the start: "
     assert [said in notice and "computed on the CPU" in notice for notice in engine.notices] == [True]
-
-
-class FailingGpu(FakeGpu):
-    """Stops working at the ``last`` piece of work."""
-
-    def __init__(self, last: int, *, when: str) -> None:
-        super().__init__(1 << 30)
-        self._left, self._when = last, when
-
-    def submit(self, steps: Steps) -> Ticket:
-        self._left -= 1
-        if self._left > 0:
-            return super().submit(steps)
-        if self._when == "submit":
-            raise DeviceLost("an illegal thing happened")
-        return Failing()
-
-
-class Failing:
-    """A ticket of a device that is lost."""
-
-    def wait(self) -> list[Span]:
-        raise DeviceLost("an illegal thing happened")
 
 
 @pytest.mark.parametrize("when", ["submit", "wait"])
@@ -296,10 +189,10 @@ def test_a_gpu_that_disappears_is_replaced_by_the_cpu_which_is_said_once(
     relu: Prepared, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     path, tokens = relu.split([GROUP * 2] * relu.layers), relu.tiny.tokens(6)
-    expected = logits(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    expected = of_engine(Engine(load_model(path), threads=1, device="cpu"), tokens)
     on(monkeypatch, FailingGpu(relu.layers + 2, when=when))
     engine = Engine(load_model(path), threads=1, device="cuda")
-    got = logits(engine, tokens)
+    got = of_engine(engine, tokens)
     assert np.abs(got - expected).max() <= 2000 * np.finfo(np.float32).eps * np.abs(expected).max()
     assert [notice for notice in engine.notices if "the GPU stopped working (an illegal thing" in notice]
     assert len(engine.notices) == 1

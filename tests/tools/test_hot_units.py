@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine, layers, memory
 from powerinfer_tools.engine import engine as engine_module
@@ -19,7 +20,6 @@ from powerinfer_tools.hot.sizes import MARGIN, budget_for, overhead
 from powerinfer_tools.model import load_model
 from powerinfer_tools.reference_forward import forward
 from split_models import GROUP, Prepared
-from test_hot_side import FailingGpu, FakeGpu, LatestGpu, on
 
 #: Norms before and after, of single heads, biases, parallel blocks with one norm and with two, both kinds of
 #: rotary pairs, learnt positions, windows, quantised rows.
@@ -154,7 +154,7 @@ def test_the_budget_covers_weights_cache_and_scratch_up_front(
     engine.close()
     assert len(gpu.asked) == 1
     # Less moves the split point first; below what the blocks need, the budget is refused with the numbers.
-    less = budget_for(units_size(model, units.without_neurons, work).total)
+    less = budget_for(units_size(model, units.without_ffns, work).total)
     on(monkeypatch, FakeGpu(free=1 << 30))
     options = {"threads": 1, "device": "cuda", "batch": 5, "context": 40}
     smaller = less + size.weights // 4
@@ -178,7 +178,7 @@ def test_what_does_not_fit_in_what_is_free_stays_on_the_cpu(
     path = llama.split([GROUP] * 3, attention=range(3), head=True)
     model = load_model(path)
     units, work = planned_units(model), Workload(5, 256)
-    size = units_size(model, units.without_neurons, work)
+    size = units_size(model, units.without_ffns, work)
     on(monkeypatch, FakeGpu(free=MARGIN + budget_for(size.total - model.head.nbytes - 1000)))
     engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
     engine.close()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from fake_gpus import FakeGpu, on
 from powerinfer_cli.convert_command import show
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.profile import Profile
@@ -19,7 +20,6 @@ from powerinfer_tools.planning.planner import Budgets, PlanOptions
 from powerinfer_tools.planning.request import make_plan
 from powerinfer_tools.planning.shapes import shape_of_model
 from split_models import GROUP, Prepared
-from test_hot_side import FakeGpu, on
 
 BATCH, CONTEXT = 16, 48
 

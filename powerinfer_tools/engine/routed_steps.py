@@ -1,0 +1,79 @@
+"""What the host does in layers with experts: it chooses, hands hot experts to the hot side, and computes the
+others meanwhile."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from powerinfer_tools.engine.buffers import Buffers
+from powerinfer_tools.engine.hot_steps import Host
+from powerinfer_tools.engine.routed import RoutedBuffers, RoutedFFN
+from powerinfer_tools.engine.timeline import tell
+from powerinfer_tools.hot import HotSide
+from powerinfer_tools.hot.routes import Route
+
+
+class RoutedSteps:
+    """``count`` tokens, the first of which stands at ``position``; ``hot`` is None where every expert is the
+    host's."""
+
+    def __init__(self, hot: HotSide | None, buffers: Buffers, routed: RoutedBuffers, host: Host) -> None:
+        self._hot, self._buffers, self._routed, self._host = hot, buffers, routed, host
+
+    def here(self, index: int, ffn: RoutedFFN, count: int, position: int) -> None:
+        """Layer ``index``, whose attention and router are the host's: the sum of all experts that tokens take
+        is left in ``block_out``, that of the hot ones added last."""
+        buffers, side, started = self._buffers, self._hot, time.perf_counter()
+        hot, cold = parted(ffn.routes(count), ffn.hot)
+        routed = time.perf_counter()
+        if side is not None and hot:
+            side.launch(index, buffers.normed[:count], buffers.normed_acts, buffers.x[:count], hot)
+        launched = time.perf_counter()
+        self._work(ffn, cold, count, position)
+        computed = time.perf_counter()
+        tell(self._host.timeline, index, route=(started, routed), experts=(launched, computed))
+        if side is not None and hot:
+            assert buffers.hot_out is not None
+            side.collect(buffers.hot_out[:count])
+            buffers.block_out[:count] += buffers.hot_out[:count]
+            waited = time.perf_counter()
+            tell(self._host.timeline, index, launch=(routed, launched), wait=(computed, waited))
+
+    def there(self, index: int, ffn: RoutedFFN, arrives: bool, count: int, position: int) -> None:
+        """Layer ``index``, whose attention and router are on the device, as the residual stream then is;
+        ``arrives``: the stream is still here. The sum of the cold experts, if a token takes one, goes
+        there."""
+        buffers, side, routed = self._buffers, self._hot, self._routed
+        assert side is not None
+        begun = time.perf_counter()
+        if arrives:
+            side.enter(buffers.x[:count], position)
+        side.begin(index, count, position)
+        launched = time.perf_counter()
+        side.router_scores(index, routed.scores[:count], routed.shared_score[:count])
+        arrived = time.perf_counter()
+        hot, cold = parted(ffn.routes(count), ffn.hot)
+        chosen = time.perf_counter()
+        if hot:
+            side.experts(index, hot, count)
+        queued = time.perf_counter()
+        if cold:
+            side.ffn_input(index, buffers.normed[:count], buffers.x[:count])
+            self._work(ffn, cold, count, position)
+            tell(self._host.timeline, index, experts=(queued, time.perf_counter()))
+        side.merge(index, buffers.block_out[:count] if cold else None, count)
+        tell(self._host.timeline, index, launch=(begun, launched), wait=(launched, arrived))
+        tell(self._host.timeline, index, route=(arrived, chosen))
+        if hot:
+            tell(self._host.timeline, index, launch=(chosen, queued))
+
+    def _work(self, ffn: RoutedFFN, cold: Sequence[Route], count: int, position: int) -> None:
+        ffn.work(cold, count, partial(self._run, position))
+
+    def _run(self, position: int, first: int, last: int, count: int) -> None:
+        self._host.run(first, last, count, position)
+
+
+def parted(routes: Sequence[Route], hot: frozenset[int]) -> tuple[list[Route], list[Route]]:
+    """Those to ``hot`` experts, and the others."""
+    return [one for one in routes if one.expert in hot], [one for one in routes if one.expert not in hot]

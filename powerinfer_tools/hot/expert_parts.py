@@ -1,0 +1,146 @@
+"""The experts of a split file, and their routers, put on a device."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
+from powerinfer_tools.hot import expert_placement
+from powerinfer_tools.hot.devices import Device
+from powerinfer_tools.hot.expert_placement import HotCounts
+from powerinfer_tools.hot.experts import (
+    Dispatch,
+    ExpertScratch,
+    HotExpert,
+    HotExperts,
+    HotRouter,
+    RouterScores,
+)
+from powerinfer_tools.hot.ffn import Inputs
+from powerinfer_tools.hot.loading import Form
+from powerinfer_tools.hot.placement import HotUnits
+from powerinfer_tools.hot.routes import SHARED
+from powerinfer_tools.hyperparameters import Hyperparameters
+from powerinfer_tools.tensors import Weight
+
+Tensor = torch.Tensor
+
+
+class ExpertParts:
+    """What ``units`` place of ``layers``, and the memory that they share; each piece is taken from the form's
+    memory once. ``chunk``: flat space for unpacked rows."""
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertsFFN],
+        hyper: Hyperparameters,
+        units: HotUnits,
+        tokens: int,
+        form: Form,
+        device: Device,
+        chunk: Tensor,
+    ) -> None:
+        assert hyper.routing is not None
+        self._layers, self._hyper, self._units, self._tokens = layers, hyper, units, tokens
+        self._form, self._device, self._chunk, self._memory = form, device, chunk, form.memory
+        self._routing = hyper.routing
+        self._widths = expert_placement.widths_of(layers, hyper.routing.used)
+
+    def take_all(self) -> None:
+        """Take the memory of everything, in a fixed order."""
+        _ = self.experts, self.dispatch, self.routers
+
+    @cached_property
+    def experts(self) -> list[HotExperts | None]:
+        """Those of each layer that has some, or whose attention is here."""
+        activation = (self._hyper.activation, self._hyper.activation_cut)
+        units = zip(self._layers, self._units.experts, self._units.attention, strict=True)
+        return [
+            HotExperts(
+                {number: self._expert(ffn, activation) for number, ffn in chosen(layer, counts).items()}
+            )
+            if counts or there
+            else None
+            for layer, counts, there in units
+        ]
+
+    @cached_property
+    def dispatch(self) -> Dispatch | None:
+        """What all hot experts share."""
+        if not any(self._units.experts):
+            return None
+        width, neurons, count = self._hyper.width, self._widths.neurons, self._tokens
+        kinds = [self._memory.floats(count, width) for _ in range(self._widths.inputs)]
+        gate, up = (self._memory.floats(count * neurons) for _ in range(2))
+        shape = (2, count * self._widths.taken)
+        scratch = ExpertScratch(self._chunk, Inputs(kinds[0], kinds[-1]), gate, up)
+        return Dispatch(self._staging(*shape), self._memory.floats(*shape), scratch)
+
+    @cached_property
+    def routers(self) -> list[HotRouter | None]:
+        """Those of layers whose attention is here."""
+        if not any(self._units.attention):
+            return [None] * len(self._layers)
+        shapes = ((self._tokens, self._routing.experts), (self._tokens, 1))
+        here = RouterScores(*(self._memory.floats(*shape) for shape in shapes))
+        host = RouterScores(*(self._staging(*shape) for shape in shapes))
+        return [
+            HotRouter(
+                self._form.product(layer.router),
+                None if layer.shared_gate is None else self._form.product(layer.shared_gate),
+                here,
+                host,
+                self._chunk,
+            )
+            if there
+            else None
+            for layer, there in zip(self._layers, self._units.attention, strict=True)
+        ]
+
+    def cold(self, index: int) -> bool:
+        """Whether some experts of layer ``index`` are the host's."""
+        layer, counts = self._layers[index], self._units.experts[index]
+        every = HotCounts(layer.router.rows, layer.shared is not None)
+        return counts != every
+
+    def float_rows(self, *, there: bool) -> set[bool]:
+        """Whether what reads the input of layers whose attention is here (or is not) is of float types: both
+        answers where some is and some not; none where nothing reads it."""
+        found = set()
+        for layer, counts, moved in zip(
+            self._layers, self._units.experts, self._units.attention, strict=True
+        ):
+            if moved == there and (counts or moved):
+                found |= {weight.row_type.is_float for weight in expert_placement.products_of(layer)}
+            if moved and there:
+                found |= {weight.row_type.is_float for weight in routers_of(layer)}
+        return found
+
+    def _expert(self, ffn: DenseFFN, activation: tuple[str, float]) -> HotExpert:
+        gate, up, down = (self._form.product(weight) for weight in ffn.matrices)
+        return HotExpert(gate, up, down, activation)
+
+    def _staging(self, *shape: int) -> Tensor:
+        return self._device.staging(0, *shape[1:]) if self._memory.counting else self._device.staging(*shape)
+
+
+def chosen(layer: ExpertsFFN, counts: HotCounts) -> dict[int, DenseFFN]:
+    """What is hot of a layer, by number."""
+    assert layer.places is not None
+    experts = {expert: layer.expert(expert) for expert in layer.places.order[: counts.experts]}
+    if counts.shared:
+        assert layer.shared is not None
+        experts[SHARED] = layer.shared
+    return experts
+
+
+def routers_of(layer: ExpertsFFN) -> list[Weight]:
+    """The router, and what weighs the shared expert where there is one."""
+    return [layer.router] if layer.shared_gate is None else [layer.router, layer.shared_gate]
+
+
+def chunk_floats(layers: Sequence[ExpertsFFN], used: int) -> int:
+    """Flat space that unpacked rows of experts need."""
+    widths = expert_placement.widths_of(layers, used)
+    return expert_placement.scratch_floats(widths, 1)["chunk"]

@@ -1,0 +1,16 @@
+"""What a router chose, as both sides say it. This module imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: The number that the expert has which every token takes.
+SHARED = -1
+
+
+@dataclass(frozen=True)
+class Route:
+    """The tokens (rows of a batch, ascending) that take one expert, and its weight in each."""
+
+    expert: int
+    tokens: Sequence[int]
+    weights: Sequence[float]

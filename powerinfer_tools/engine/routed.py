@@ -149,9 +149,8 @@ class RoutedFFN:
         """Append the operations; returns where the scores have to be there."""
         self._buffers, self._scratch = buffers, routed
         builder = writer.builder
-        if not self._scored_there:
-            writer.label("router")
         if self._router is not None:
+            writer.label("router")
             builder.matmul(self._router, buffers.normed, buffers.normed_acts, routed.scores)
         if self._shared_gate is not None:
             builder.matmul(self._shared_gate, buffers.normed, buffers.normed_acts, routed.shared_score)

@@ -1,6 +1,6 @@
 """What an engine can do with an accelerator: the one place that says which units a plan may move.
 
-Plans of models are made for what :func:`capabilities_of` says, so that what they promise can be run. Plans of
+Plans of models are made for :data:`THIS_VERSION`, so that what they promise can be run. Plans of
 shapes, which no engine will ever be given, are made for :data:`ALL_PLACED`; where this version can do less,
 they say so, and its speed stands beside them.
 """
@@ -8,7 +8,6 @@ they say so, and its speed stands beside them.
 from dataclasses import dataclass
 
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning.shapes import ModelShape
 
 #: Units that the planner can move.
 UNITS = ("ffn", "attention", "head", "predictors")
@@ -31,11 +30,5 @@ class Capabilities:
 
 
 ALL_PLACED = Capabilities(frozenset(UNITS), sparse_hot=True)
+#: Of mixtures of experts, too: their experts are what "ffn" is there, and routers go where attention goes.
 THIS_VERSION = ALL_PLACED
-#: The same where layers have experts, which alone are placed.
-THIS_VERSION_OF_EXPERTS = Capabilities(frozenset({"ffn"}), sparse_hot=False)
-
-
-def capabilities_of(shape: ModelShape) -> Capabilities:
-    """What this version can do with an accelerator for models of this kind."""
-    return THIS_VERSION_OF_EXPERTS if shape.routed else THIS_VERSION

@@ -101,7 +101,12 @@ def _positive(name: str, value: float) -> None:
 
 def sync_seconds(gpu: Gpu, width: int) -> float:
     """Seconds to hand one float32 vector of ``width`` over, get one back, and wait for it."""
-    return gpu.sync_seconds + 2 * (gpu.link_latency + _F32 * width / gpu.link_bandwidth)
+    return gpu.sync_seconds + 2 * copy_seconds(gpu, width)
+
+
+def copy_seconds(gpu: Gpu, width: int) -> float:
+    """Seconds to hand one float32 vector of ``width`` over, one way."""
+    return gpu.link_latency + _F32 * width / gpu.link_bandwidth
 
 
 def kv_bytes_read(shape: ModelShape, layer: LayerShape, workload: Workload) -> int:

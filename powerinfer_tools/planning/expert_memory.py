@@ -43,9 +43,10 @@ def shared_bytes(layer: LayerShape) -> SideBytes:
     return side_bytes(experts_of(layer).shared)
 
 
-def router_bytes(layer: LayerShape) -> int:
-    """Of the router and the shared expert's weight, which stay in RAM; 0 without experts."""
-    return 0 if layer.experts is None else side_bytes(layer.experts.router).ram
+def router_bytes(layer: LayerShape) -> SideBytes:
+    """Of the router and the shared expert's weight, which are where the layer's attention is; nothing without
+    experts."""
+    return SideBytes(0, 0) if layer.experts is None else side_bytes(layer.experts.router)
 
 
 def unit_bytes(layer: LayerShape) -> int:

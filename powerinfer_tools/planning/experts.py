@@ -7,6 +7,10 @@ routing. The time of the experts is the expectation, over j, of the slower side:
     E[max(j · t_gpu + shared, (K - j) · t_cpu + shared)]
 
 which is more than the larger of both means: with few experts a token, one side often waits for the other.
+
+The router is where attention is. Where that is the accelerator, the CPU still chooses: what the router says
+crosses over before any expert can begin, and which hot experts are taken goes back. That is one wait in every
+such layer, even where all experts are hot.
 """
 
 import math
@@ -32,6 +36,7 @@ Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 #: By how much the shares of a layer's experts may miss the number that a token takes: counts are whole.
 _TOLERANCE = 1e-6
+_F32 = 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,9 @@ def expert_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTab
     choices = _choices(layer) if movable else _Choices(*np.zeros((2, 1), dtype=np.int64))
     block = _block_seconds(inputs, layer)
     shape, workload = inputs.shape, inputs.workload
-    here = memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, workload) + router_bytes(layer)
-    there = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, workload) + router_bytes(layer)
+    router = router_bytes(layer)
+    here = memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, workload) + router.ram
+    there = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, workload) + router.vram
     sides = [False]
     if machine.gpu is not None and "attention" in engine.placeable:
         sides.append(True)
@@ -146,9 +152,9 @@ def _choices(layer: LayerShape) -> _Choices:
 def _block_seconds(inputs: Inputs, layer: LayerShape) -> BlockSeconds:
     """Attention, and the router, which is beside it: no expert can begin before."""
     block = costs.attention_seconds(inputs.shape, layer, inputs.machine, inputs.workload)
-    nbytes, gpu = router_bytes(layer), inputs.machine.gpu
-    on_gpu = math.inf if gpu is None else block.gpu + nbytes / gpu.bandwidth + gpu.launch_seconds
-    return BlockSeconds(block.cpu + nbytes / inputs.machine.bandwidth, on_gpu)
+    router, gpu = router_bytes(layer), inputs.machine.gpu
+    on_gpu = math.inf if gpu is None else block.gpu + router.vram / gpu.bandwidth + gpu.launch_seconds
+    return BlockSeconds(block.cpu + router.ram / inputs.machine.bandwidth, on_gpu)
 
 
 def _table(
@@ -235,20 +241,20 @@ def _sync(
     options: LevelOptions,
     block_hot: bool,
 ) -> Vector:
-    """Expected synchronisations, as those of a layer of neurons: a token that takes no expert on the side
-    that is away waits for none."""
-    if machine.gpu is None:
+    """Expected hand-overs. A token that takes no hot expert does not wait for the accelerator, and one that
+    takes no cold one sends no sum there."""
+    gpu = machine.gpu
+    if gpu is None:
         return np.zeros(len(choices.hot))
+    whole, at_home = costs.sync_seconds(gpu, layer.width), block_hot == (options.home == "gpu")
+    away = 0.0 if at_home else whole  # the residual stream goes there and comes back
+    if not block_hot:
+        return away + seconds.some_hot * whole
     experts = experts_of(layer)
-    has_shared = bool(experts.shared)
-    if options.home == "cpu":
-        attention_away, some_away = block_hot, seconds.some_hot
-        all_away = (choices.hot == experts.count) & ((choices.shared > 0) | (not has_shared))
-    else:
-        attention_away, some_away = not block_hot, seconds.some_cold
-        all_away = (choices.hot == 0) & (choices.shared == 0)
-    times = some_away + (1.0 - all_away if attention_away else 0.0)
-    result: Vector = times * costs.sync_seconds(machine.gpu, layer.width)
+    some_cold = seconds.some_cold > 0  # so the FFN's input goes with what the router says
+    values = experts.count + 1 + 2 * (experts.used + 1) + layer.width * some_cold
+    choosing = gpu.sync_seconds + 2 * gpu.link_latency + _F32 * values / gpu.link_bandwidth
+    result: Vector = away + choosing + seconds.some_cold * costs.copy_seconds(gpu, layer.width)
     return result
 
 

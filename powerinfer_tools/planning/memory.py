@@ -102,9 +102,12 @@ def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
 
 
 def gpu_attention_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
-    """What the hot side needs once as soon as it has an attention block: scratch, and rotary tables."""
-    tables = rotary_bytes(shape, workload.context)
-    return tables + sizes.attention_scratch_bytes(_widths(shape), workload.batch, workload.context)
+    """What the hot side needs once as soon as it has an attention block: scratch, also that of routers, and
+    rotary tables."""
+    experts, tables = shape.layers[0].experts, rotary_bytes(shape, workload.context)
+    routed = 0 if experts is None else sizes.router_scratch_bytes(shape.width, experts.count, workload.batch)
+    scratch = sizes.attention_scratch_bytes(_widths(shape), workload.batch, workload.context)
+    return tables + scratch + routed
 
 
 def gpu_predictor_scratch_bytes(shape: ModelShape, batch: int) -> int:

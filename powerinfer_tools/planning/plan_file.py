@@ -7,7 +7,7 @@ from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan_experts import PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import __version__
-from powerinfer_tools.planning.capabilities import capabilities_of
+from powerinfer_tools.planning.capabilities import THIS_VERSION
 from powerinfer_tools.planning.experts import ffn_bytes, routed_share
 from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.planner import Outcome
@@ -121,10 +121,9 @@ def _solver(outcome: Outcome) -> file.PlanSolver:
 
 
 def _provenance(outcome: Outcome, profile: Profile | None) -> file.PlanProvenance:
-    engine = capabilities_of(outcome.shape)
     return file.PlanProvenance(
         source=outcome.frequencies.source,
         corpus_hashes=() if profile is None else tuple(corpus.sha256 for corpus in profile.corpus),
         corpus_tokens=0 if profile is None else profile.tokens,
-        engine="this version" if outcome.options.engine == engine else "every unit placed",
+        engine="this version" if outcome.options.engine == THIS_VERSION else "every unit placed",
     )

@@ -245,8 +245,8 @@ def _memory_use(
             on_cpu["attention"] += memory.attention_bytes(layer)
             on_cpu["kv_cache"] += memory.kv_cache_bytes(shape, workload)
         if shape.routed:
-            side = on_gpu if there else on_cpu
-            side["router"] = side.get("router", 0) + router_bytes(layer)
+            side, router = on_gpu if there else on_cpu, router_bytes(layer)
+            side["router"] = side.get("router", 0) + (router.vram if there else router.ram)
         (on_gpu if table.predictor_hot[k] else on_cpu)["predictors"] += int(table.predictor_bytes[k])
     if any(on_gpu.values()):
         on_gpu["scratch"] = scratch.neurons + (scratch.attention if moved else 0)

@@ -93,17 +93,17 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
     there = 0
     for layer, size in zip(shape.layers, outcome.sizes, strict=True):
         nbytes, router = token_bytes(layer, size), router_bytes(layer)
-        whole = whole_bytes(layer, size) + router + memory.gpu_attention_bytes(layer)
+        whole = whole_bytes(layer, size) + router.vram + memory.gpu_attention_bytes(layer)
         whole += memory.gpu_cache_bytes(shape, workload)
         block = costs.attention_seconds(shape, layer, machine, workload)
         if machine.gpu is not None and whole <= room:
             room -= whole
             there += 1
-            parts["attention"] += block.gpu + router / machine.gpu.bandwidth
+            parts["attention"] += block.gpu + router.vram / machine.gpu.bandwidth
             launched = launches(layer) * machine.gpu.launch_seconds
             parts["hot"] += nbytes.vram / machine.gpu.bandwidth + launched
             continue
-        parts["attention"] += block.cpu + router / machine.bandwidth
+        parts["attention"] += block.cpu + router.ram / machine.bandwidth
         curve = machine.ffn_curve(layer.width, size.types, layer.up.rows)
         parts["cold"] += float(costs.dense_seconds(np.array([float(nbytes.ram)]), machine, curve)[0])
     head = costs.head_seconds(shape, machine)

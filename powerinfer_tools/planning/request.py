@@ -9,7 +9,7 @@ from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning.capabilities import ALL_PLACED, capabilities_of
+from powerinfer_tools.planning.capabilities import ALL_PLACED, THIS_VERSION
 from powerinfer_tools.planning.frequencies import Frequencies, model_frequencies
 from powerinfer_tools.planning.machine import machine_of
 from powerinfer_tools.planning.offer import Offer, offer
@@ -103,14 +103,13 @@ def make_plan(
         known = replace(known, predictors=offered.layers)
     if thresholds is not None:
         known = replace(known, thresholds=thresholds.layers)
-    ours = capabilities_of(shape)
-    options = replace(options, engine=ALL_PLACED if shape.fingerprint is None else ours)
+    options = replace(options, engine=ALL_PLACED if shape.fingerprint is None else THIS_VERSION)
     machine = machine_of(hardware)
     outcome = plan_outcome(shape, known, machine, budgets, options)
     plan = plan_of(outcome, hardware, profile)
     beside = predictions(outcome)
-    if options.engine != ours:
-        today = plan_outcome(shape, known, machine, budgets, replace(options, engine=ours))
+    if options.engine != THIS_VERSION:
+        today = plan_outcome(shape, known, machine, budgets, replace(options, engine=THIS_VERSION))
         beside["powerinfer-this-version"] = predictions(today)["powerinfer"]
     return replace(
         plan,

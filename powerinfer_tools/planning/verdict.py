@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from powerinfer_tools.planning.capabilities import capabilities_of
+from powerinfer_tools.planning.capabilities import THIS_VERSION
 from powerinfer_tools.planning.expert_memory import experts_of
 from powerinfer_tools.planning.ffn_levels import MODES
 from powerinfer_tools.planning.greedy import fastest_alike, nothing_hot
@@ -192,7 +192,7 @@ def _stays(outcome: Outcome) -> str:
     if "attention" not in outcome.options.engine.placeable:
         stays += ["routers", "norms"] if outcome.shape.routed else ["norms"]
     text = f"Not placed by this plan, always on the CPU: {', '.join([*stays, 'embedding'])}."
-    if outcome.options.engine != capabilities_of(outcome.shape):
+    if outcome.options.engine != THIS_VERSION:
         text += (
             " It counts on an engine that can place all else and skips hot neurons too; what this version "
             "does stands beside it (powerinfer-this-version)."

@@ -226,9 +226,11 @@ def test_bytes_of_a_token_count_everything_there_once(shared: PreparedExperts) -
     assert counted == taken + blocks + model.head.nbytes + model.output_norm.nbytes + cache + row
 
 
-def test_fused_kernels_in_every_unit(quantised: PreparedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_kernels_beside_a_router_that_has_none(
+    quantised: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In Triton's interpreter: single tokens go through the fused kernels, prompts through unpacked rows."""
-    path, tokens = quantised.split([4, 0], None, [0, 1], head=True), quantised.tiny.tokens(3)
+    path, tokens = quantised.split([4, 0], None, [0]), quantised.tiny.tokens(3)
     expected = logits(path, tokens, prompt=2, batch=2, context=8)
     on(monkeypatch, FakeGpu(1 << 30), fused=True)
     products: list[int] = []
@@ -238,9 +240,7 @@ def test_fused_kernels_in_every_unit(quantised: PreparedExperts, monkeypatch: py
     assert list(engine.notices) == []  # a router of single precision is read as it is
     got = of_engine(engine, tokens)
     width = quantised.tiny.spec.width
-    # Queries and attention's output of both layers, and down of two experts.
-    assert products.count(width) == 2 + 2 + 2
-    assert load_model(path).hyper.vocabulary in products
+    assert products.count(width) == 2 + 2  # queries, attention's output, and down of two experts
     assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
 
 

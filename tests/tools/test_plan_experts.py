@@ -28,10 +28,12 @@ from powerinfer_tools.errors import PlanError
 from powerinfer_tools.hot.sizes import budget_for
 from powerinfer_tools.model import load_model
 from powerinfer_tools.planning import PlanRequest, make_plan, memory, render_plan
-from powerinfer_tools.planning.capabilities import Capabilities
+from powerinfer_tools.planning.capabilities import ALL_PLACED, Capabilities
 from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.expert_memory import unit_bytes
+from powerinfer_tools.planning.experts import expert_levels
 from powerinfer_tools.planning.frequencies import Frequencies, model_frequencies
+from powerinfer_tools.planning.levels import Inputs, LevelOptions
 from powerinfer_tools.planning.memory import (
     Workload,
     gpu_attention_scratch_bytes,
@@ -40,7 +42,7 @@ from powerinfer_tools.planning.memory import (
 from powerinfer_tools.planning.milp import SolverOptions
 from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.planning.predictions import predictions
-from powerinfer_tools.planning.shapes import ModelShape, shape_of_model
+from powerinfer_tools.planning.shapes import ModelShape, neuron_bytes, shape_of_model
 from powerinfer_tools.planning.verdict import activation_share, time_parts, verdict
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from tiny_models import CASES, make_tiny_model
@@ -71,13 +73,16 @@ def outcome(
     st.integers(0, 50),
     st.sampled_from(["time", "frequency"]),
     st.sampled_from([0, 64, 640]),
+    st.sampled_from([NEURONS_ONLY, ALL_PLACED]),
 )
 def test_no_plan_exceeds_its_budgets_or_loses_to_a_simple_placement(
-    layers: int, units: int, seed: int, objective: str, shared: int
+    layers: int, units: int, seed: int, objective: str, shared: int, engine: Capabilities
 ) -> None:
     model = expert_shape(layers, shared=shared)
     vram = gpu_scratch_bytes(model, 16) + units * EXPERT
-    result = outcome(model, vram, seed=seed, objective=objective)
+    if engine == ALL_PLACED:
+        vram += gpu_attention_scratch_bytes(model, Workload(1024, 16))
+    result = outcome(model, vram, seed=seed, objective=objective, engine=engine)
     assert result.memory.vram_used <= budget_for(vram)
     assert result.memory.ram_used <= result.memory.ram_capacity
     solution = result.placement.solution
@@ -142,6 +147,38 @@ def test_times_are_the_expectation_over_what_a_token_takes() -> None:
         assert table.activations[level] == pytest.approx(neurons, rel=1e-12)
     assert max(table.uneven_seconds) > 0
     assert sum(time_parts(result).values()) == pytest.approx(result.placement.seconds, rel=1e-12)
+
+
+@pytest.mark.parametrize("home", ["cpu", "gpu"])
+@pytest.mark.parametrize("shared", [0, 64])
+def test_hand_overs_are_those_of_the_engine(home: str, shared: int) -> None:
+    """By a machine whose copies cost nothing but what the formula counts. With attention on the accelerator
+    every layer waits for its router, and a sum goes there where a token takes a cold expert."""
+    model = expert_shape(1, experts=6, used=3, shared=shared)
+    frequencies = routing_frequencies(model)
+    on = machine(sync=5e-7)
+    sizes = tuple(neuron_bytes(layer) for layer in model.layers)
+    inputs = Inputs(model, on, Workload(1024, 16), frequencies, sizes, ())
+    table = expert_levels(0, inputs, LevelOptions(64, ALL_PLACED, home))  # type: ignore[arg-type]
+    copy = 1e-7 + 4 * 256 / 1e10
+    whole = 5e-7 + 2 * copy
+    assert set(table.block_hot) == {0, 1}
+    for level in range(len(table)):
+        hot, shared_hot = int(table.hot[level]) // 128, bool(table.shared_hot[level])
+        share = frequencies[0][:hot].sum() / 3
+        some_hot = 1.0 if shared_hot else 1 - (1 - share) ** 3
+        some_cold = 1.0 if shared and not shared_hot else 1 - share**3
+        if table.block_hot[level]:
+            scores, routes = 6 + 1, 2 * (3 + 1)
+            values = scores + routes + 256 * (some_cold > 0)
+            want = 5e-7 + 2e-7 + 4 * values / 1e10 + some_cold * copy + whole * (home == "cpu")
+        else:
+            want = some_hot * whole + whole * (home == "gpu")
+        assert table.sync_seconds[level] == pytest.approx(want, rel=1e-9, abs=1e-18)
+    there = np.flatnonzero(table.block_hot)
+    router = (6 + bool(shared)) * 4 * 256  # no tiles on the accelerator
+    assert table.vram[there[0]] == 768 * 160 + 8 * 256 + 1024 * 2 * 2 * 64 * 2 + router
+    assert table.ram[there[0]] == 6 * EXPERT + bool(shared) * SHARED
 
 
 def test_a_measured_curve_of_an_experts_shape_counts() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from expert_models import PreparedExperts
 from fake_gpus import FakeGpu, on
 from powerinfer_cli.convert_command import show
 from powerinfer_formats.hardware import HardwareProfile
@@ -101,3 +102,51 @@ def test_a_budget_leaves_what_it_was_made_for(nbytes: int) -> None:
     if nbytes:
         assert budget - 1 - overhead(budget - 1) < nbytes
     assert overhead(budget) <= min(OVERHEAD, budget // 8)
+
+
+@pytest.fixture(scope="module", params=["mixtral-Q4_0", "qwen2moe", "qwen3moe"])
+def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreparedExperts:
+    return PreparedExperts(tmp_path_factory.mktemp("experts"), request.param)
+
+
+def test_what_is_planned_of_experts_is_what_is_placed(
+    experts: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = load_model(experts.tiny.path)
+    shape, profile = shape_of_model(source), Profile.load(experts.profile)
+    source.close()
+    options = PlanOptions(context=CONTEXT, batch=BATCH)
+    whole = make_plan(shape, profile, keen(), Budgets(1 << 30), options)
+    assert all(layer.attention == "gpu" for layer in whole.layers)
+    assert all(layer.hot_neurons == experts.neurons * experts.routing.experts for layer in whole.layers)
+    there = {unit.name for unit in whole.units if unit.device == "gpu"}
+    assert there == {"attention", "kv_cache", "router", "head", "scratch", "reserve"}
+    placed, needed = set(), whole.memory.vram_used - overhead(whole.memory.vram_capacity)
+    for share in (1.0, 0.9, 0.75, 0.5):
+        budget = budget_for(int(share * needed))
+        plan = make_plan(shape, profile, keen(), Budgets(budget), options)
+        assert plan.memory.vram_used <= budget
+        path, split = (experts.folder / f"{share}.{end}" for end in ("plan.json", "powerinfer.gguf"))
+        plan.save(path)
+        convert(ConvertOptions(experts.tiny.path, experts.profile, path, split))
+        opened = load_model(split)
+        work, units = Workload(BATCH, CONTEXT), planned_units(opened)
+        assert fit(opened, units, budget - overhead(budget), work) == units
+        assert [layer.attention == "gpu" for layer in plan.layers] == list(units.attention)
+        found = [counts.experts * experts.neurons for counts in units.experts]
+        assert [layer.hot_neurons for layer in plan.layers] == found
+        assert [layer.shared_expert == "gpu" for layer in plan.layers] == [
+            counts.shared for counts in units.experts
+        ]
+        left = plan.memory.vram_used - overhead(budget) - units_size(opened, units, work).total
+        assert 0 <= left <= 2 * source.hyper.width * 4  # a bias that an output norm may have
+        gpu = FakeGpu(free=budget)
+        on(monkeypatch, gpu)
+        engine = Engine(opened, threads=1, device="cuda", vram=budget, batch=BATCH, context=CONTEXT)
+        assert list(engine.notices) == []
+        assert len(gpu.asked) == 1
+        assert gpu.asked[0] <= budget
+        engine.prefill(experts.tiny.tokens(20))
+        engine.close()
+        placed.add((units.experts, units.attention, units.head))
+    assert len(placed) > 1

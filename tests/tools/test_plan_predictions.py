@@ -82,7 +82,7 @@ def test_a_shape_has_the_speed_of_a_lesser_version_beside_it(monkeypatch: pytest
         assert list(plan.predictions) == ["powerinfer", "layer-offload", "cpu"]
         assert (plan.provenance.engine, plan.provenance.predictors) == ("this version", "none")
     for module in ("request", "plan_file", "verdict"):
-        monkeypatch.setattr(f"powerinfer_tools.planning.{module}.capabilities_of", lambda _: NEURONS_ONLY)
+        monkeypatch.setattr(f"powerinfer_tools.planning.{module}.THIS_VERSION", NEURONS_ONLY)
     plan = make_plan(shape(4, 2048), None, PC_LOW, Budgets(), OPTIONS)
     found = {name: prediction.tokens_per_second for name, prediction in plan.predictions.items()}
     assert list(found) == ["powerinfer", "layer-offload", "cpu", "powerinfer-this-version"]

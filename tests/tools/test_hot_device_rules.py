@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from expert_models import PreparedExperts
+from fake_gpus import on
 from powerinfer_kernels import RowType, block_shape, row_bytes
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.hot import expert_opening
 from powerinfer_tools.hot.dequantize import dequantize
 from powerinfer_tools.model import load_model
 from split_models import GROUP, Prepared
 from strict_device import OnDevice, RuleBroken, StrictDevice, launches_of, rules
 from test_hot_predictors import Predicted
-from test_hot_side import on
 
 #: Families, and the row types that one path or the other takes through the whole engine.
 FORMS = [
@@ -128,23 +127,19 @@ def test_every_row_type_is_unpacked_without_the_host(row_type: RowType, fused: b
     assert torch.equal(got[-1].inner.view(torch.int32), expected.view(torch.int32))
 
 
+@pytest.mark.parametrize("attention", [False, True], ids=["apart", "stream"])
 @pytest.mark.parametrize("case", ["mixtral-Q4_0", "qwen2moe-Q8_0"])
-def test_experts(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts(case: str, attention: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention there, a token costs what the router says, its input, which experts it takes, and a sum
+    that comes back."""
     model = PreparedExperts(tmp_path, case)
     shared = [bool(model.routing.shared_neurons)] * model.layers
-    path, tokens = model.split([2] * model.layers, shared), model.tiny.tokens(9)
-    expected = decoded(path, tokens)
-    device, fused = StrictDevice(), case == "qwen2moe-Q8_0"
-
-    def open_on(opened: object, name: str, vram: int | None, count: int) -> object:
-        return expert_opening.open_side(opened, device, vram, count, fused=fused)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(expert_opening, "open_on", open_on)
-    if fused:
-        launches_of(device, monkeypatch)
-    with rules(device):
-        got = decoded(path, tokens, device="cuda")
+    layers = range(model.layers if attention else 0)
+    path, tokens = model.split([2] * model.layers, shared, layers, head=attention), model.tiny.tokens(9)
+    expected, fused = decoded(path, tokens), case == "qwen2moe-Q8_0"
+    device, got = strictly(path, tokens, monkeypatch, fused=fused)
     assert device.copies
+    assert ("graphs" in device.launched) == attention
     assert fused or np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import triton
 
 from . import triton_attention as attention
+from . import triton_elementwise as elementwise
 from . import triton_ffn as kernels
 from .row_types import RowType
 from .triton_decode import tiles
@@ -24,6 +25,8 @@ ADD_BLOCK = 256
 #: Positions of the KV cache that a program of attention takes at a time; the fewest that it takes in all, and
 #: the most programs for one head.
 KEYS_BLOCK, LEAST_SPLIT, MOST_SPLITS = 32, 256, 64
+#: Values that a program rounds.
+ROUND_VALUES = 512
 WARPS = 4
 
 
@@ -138,6 +141,54 @@ def attend(
     attention.combine_kernel[(heads,)](
         partial, position, out, splits, **shape, SPLITS=int(triton.next_power_of_2(splits)), **options()
     )
+
+
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, exact: Tensor, rounded: Tensor | None, *,
+    layer: bool,
+) -> None:  # fmt: skip
+    """exact (1, groups · width) = the norm of x by root mean square, or of a ``layer`` by mean and
+    deviation, of each ``width`` values by themselves, times ``weight`` (width,) + ``bias``; may be in place.
+    ``rounded``: the same as the integer kernels take it."""
+    width = len(weight)
+    wide = max(32, int(triton.next_power_of_2(width)))
+    elementwise.norm_kernel[(x.shape[1] // width,)](
+        x, weight, bias, exact, rounded, float(eps), WIDTH=width, WIDE=wide, LAYER=layer, **exactly(wide)
+    )
+
+
+def round_values(x: Tensor, out: Tensor) -> None:
+    """out (1, columns) = x as the integer kernels take it."""
+    count = x.shape[1]
+    grid = (triton.cdiv(count, ROUND_VALUES),)
+    elementwise.round_kernel[grid](x, out, count, VALUES=ROUND_VALUES, **exactly(ROUND_VALUES))
+
+
+def rotate(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, position: Tensor, head_dim: int, *, neox: bool
+) -> None:
+    """Rotate the pairs of each head of ``query`` and ``key`` (1, heads · head_dim) in place by the angles of
+    ``position`` int64 (1,); ``cos`` and ``sin`` (context, rope_dim / 2)."""
+    heads, half = query.shape[1] // head_dim, cos.shape[1]
+    elementwise.rotate_kernel[(heads + key.shape[1] // head_dim,)](
+        query, key, cos, sin, position,
+        HEADS=heads, DIM=head_dim, HALF=half, WIDE=int(triton.next_power_of_2(half)), NEOX=neox, **exactly(),
+    )  # fmt: skip
+
+
+def store(key: Tensor, value: Tensor, keys: Vectors, values: Vectors, position: Tensor) -> None:
+    """Keep ``key`` and ``value`` (1, kv_heads · head_dim) at ``position`` int64 (1,)."""
+    kv_heads, context, dim = keys.data.shape
+    elementwise.store_kernel[kv_heads, 2](
+        key, value, keys.data, keys.scales, values.data, values.scales, position, context,
+        DIM=dim, WIDE=max(32, int(triton.next_power_of_2(dim))), **exactly(),
+    )  # fmt: skip
+
+
+def exactly(values: int = 0) -> dict[str, Any]:
+    """As :func:`options`, but each product and each sum is rounded, as in the C kernels; for programs over so
+    many ``values``."""
+    return {"num_warps": 8 if values > 2048 else WARPS, "enable_fp_fusion": False}
 
 
 def options() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import triton_attention as attention
+from . import triton_elementwise as elementwise
 from . import triton_ffn as kernels
 from .row_types import RowType
 from .triton_launch import (
@@ -27,8 +28,10 @@ from .triton_launch import (
     KEYS_BLOCK,
     LEAST_SPLIT,
     MOST_SPLITS,
+    ROUND_VALUES,
     SUM_BLOCK,
     UNPACK_BLOCK,
+    exactly,
     options,
 )
 from .triton_layout import PLANAR_TYPES, SPLIT_ROWS
@@ -40,7 +43,7 @@ _ONE_CAPABILITY = 86
 _EVERYWHERE = (RowType.Q8_0, RowType.Q4_0, RowType.Q4_K, RowType.Q6_K)
 _WIDTH = 4096
 _TYPES = dict.fromkeys(("rows", "splits", "first", "count", "context"), "i32")
-_TYPES |= dict.fromkeys(("cut", "scale", "softcap"), "fp32") | {"position": "*i64"}
+_TYPES |= dict.fromkeys(("cut", "scale", "softcap", "eps"), "fp32") | {"position": "*i64"}
 _TYPES |= dict.fromkeys(("key_scales", "value_scales"), "*fp16")
 #: Values of a head, and queries that share one of keys.
 _HEAD, _GROUP = 128, 4
@@ -58,6 +61,7 @@ class Case:
     constants: dict[str, Any]
     capabilities: tuple[int, ...]
     types: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=options)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def cases(capabilities: Sequence[int]) -> Iterator[Case]:
     added = {"COLUMNS": _WIDTH, "BLOCK": ADD_BLOCK}
     yield Case("add_splits", "F32", kernels.add_splits_kernel, added, one)
     yield from _attention_cases(tuple(capabilities), one)
+    yield from _elementwise_cases(one)
 
 
 def _attention_cases(every: tuple[int, ...], one: tuple[int, ...]) -> Iterator[Case]:
@@ -106,6 +111,19 @@ def _attention_cases(every: tuple[int, ...], one: tuple[int, ...]) -> Iterator[C
         yield Case("attend", name, kernel, attend | more, every, dict.fromkeys(("keys", "values"), kind))
     combine = shape | {"SPLITS": MOST_SPLITS}
     yield Case("combine", "F32", attention.combine_kernel, combine, one)
+    for name, kind, more in (("F16", "*fp16", unscaled), ("Q8_0", "*i8", {})):
+        types, keep = dict.fromkeys(("keys", "values"), kind), {"DIM": _HEAD, "WIDE": _HEAD} | more
+        yield Case("store", name, elementwise.store_kernel, keep, one, types, exactly())
+
+
+def _elementwise_cases(one: tuple[int, ...]) -> Iterator[Case]:
+    norm = {"bias": None, "WIDTH": _WIDTH, "WIDE": _WIDTH, "LAYER": False}
+    yield Case("norm", "F32", elementwise.norm_kernel, norm, one, {}, exactly(_WIDTH))
+    rounding = {"VALUES": ROUND_VALUES}
+    yield Case("round", "F32", elementwise.round_kernel, rounding, one, {}, exactly(ROUND_VALUES))
+    half = _HEAD // 2
+    turn = {"HEADS": 32, "DIM": _HEAD, "HALF": half, "WIDE": half, "NEOX": True}
+    yield Case("rotate", "F32", elementwise.rotate_kernel, turn, one, {}, exactly())
 
 
 def measure(capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
@@ -122,7 +140,7 @@ def _compile(case: Case, capability: int) -> Resources:
     aligned = {(places[n],): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
     constants = {(places[name],): value for name, value in case.constants.items()}
     source = ASTSource(function, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options())
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(case.options))
     used = _usage(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)
     local = used["STACK"] + used["LOCAL"]

@@ -10,7 +10,7 @@ import torch
 
 from powerinfer_tools.hot.cache import Attending, HotCache
 from powerinfer_tools.hot.elementwise import HotNorm, rotate, round_activations
-from powerinfer_tools.hot.ffn import Inputs
+from powerinfer_tools.hot.ffn import FusedRows, Inputs
 from powerinfer_tools.hot.products import Product
 
 Tensor = torch.Tensor
@@ -65,19 +65,32 @@ class HotAttention:
         tokens = len(x)
         inputs, positions = s.input.first(tokens), s.positions[:tokens]
         query, key, value = s.query[:tokens], s.key[:tokens], s.value[:tokens]
-        self.norm.apply(x, inputs.exact)
-        round_where_needed(inputs, self.query, self.key, self.value)
+        rounds = any(product.rounds for product in (self.query, self.key, self.value))
+        self.norm.into(x, inputs.exact, inputs.rounded if rounds else None)
         self.query.times(inputs, s.chunk, query)
         self.key.times(inputs, s.chunk, key)
         self.value.times(inputs, s.chunk, value)
         if self.query_norm is not None and self.key_norm is not None:
             self.query_norm.apply(query, query, self.attending.heads)
             self.key_norm.apply(key, key, self.kv_heads)
+        if self.fused and tokens == 1:
+            self._place_one(query, key, value, positions)
+            return
         if self.rotary is not None:
             cos, sin = (table.index_select(0, positions) for table in (self.rotary.cos, self.rotary.sin))
             rotate(query, cos, sin, self.attending.heads, self.rotary.style)
             rotate(key, cos, sin, self.kv_heads, self.rotary.style)
         self.cache.store(positions, key, value)
+
+    def _place_one(self, query: Tensor, key: Tensor, value: Tensor, position: Tensor) -> None:
+        """Rotary positions and the cache, by fused kernels."""
+        from powerinfer_kernels import triton_launch
+
+        keys, rotary = self.cache.keys, self.rotary
+        if rotary is not None:
+            neox = rotary.style != "norm"
+            triton_launch.rotate(query, key, rotary.cos, rotary.sin, position, keys.data.shape[2], neox=neox)
+        triton_launch.store(key, value, keys, self.cache.values, position)
 
     def attend(self, s: AttentionScratch, tokens: int, position: int) -> None:
         """What the queries find in the cache; the first stands at ``position``."""
@@ -107,5 +120,11 @@ class HotAttention:
 
 def round_where_needed(inputs: Inputs, *consumers: Product) -> None:
     """Fill in the rounded form, where some consumer takes it."""
-    if any(product.rounds for product in consumers):
+    if not any(product.rounds for product in consumers):
+        return
+    if len(inputs.exact) == 1 and isinstance(consumers[0].rows, FusedRows):
+        from powerinfer_kernels.triton_launch import round_values
+
+        round_values(inputs.exact, inputs.rounded)
+    else:
         round_activations(inputs.exact, inputs.rounded)

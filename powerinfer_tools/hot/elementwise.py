@@ -17,16 +17,30 @@ LEAST_SCALE = 2.0**-126
 
 @dataclass(frozen=True)
 class HotNorm:
-    """A norm by root mean square ("rms") or by mean and deviation ("layer"); float32 (width,)."""
+    """A norm by root mean square ("rms") or by mean and deviation ("layer"); float32 (width,). ``fused``:
+    there are Triton kernels for single tokens."""
 
     kind: str
     weight: Tensor
     bias: Tensor | None
     eps: float
+    fused: bool = False
+
+    def into(self, x: Tensor, exact: Tensor, rounded: Tensor | None) -> None:
+        """exact (T, width) = norm(x), may be in place; ``rounded``: as the integer kernels take it."""
+        if self.fused and len(x) == 1:
+            self._fused(x, exact, rounded)
+            return
+        self.apply(x, exact)
+        if rounded is not None:
+            round_activations(exact, rounded)
 
     def apply(self, x: Tensor, out: Tensor, groups: int = 1) -> None:
         """out (T, groups · width) = norm(x), of each of ``groups`` equal parts of a row by itself; may be
         in place."""
+        if self.fused and len(x) == 1:
+            self._fused(x, out, None)
+            return
         parts = x.view(len(x), groups, -1)
         if self.kind == "layer":
             parts = parts - parts.mean(dim=-1, keepdim=True)
@@ -35,6 +49,11 @@ class HotNorm:
         if self.bias is not None:
             scaled += self.bias
         out.view(parts.shape).copy_(scaled)
+
+    def _fused(self, x: Tensor, exact: Tensor, rounded: Tensor | None) -> None:
+        from powerinfer_kernels.triton_launch import normalize
+
+        normalize(x, self.weight, self.bias, self.eps, exact, rounded, layer=self.kind == "layer")
 
 
 def round_activations(x: Tensor, out: Tensor) -> None:
@@ -51,7 +70,9 @@ def round_activations(x: Tensor, out: Tensor) -> None:
 def block_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """round-half-even(x / d), zeros where that is no number, and d = max|x| / 127 (…, 1) of blocks
     (…, BLOCK)."""
-    scale = blocks.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    # A number of the host's would be inverted on CUDA, and multiplied with: other bits than a division's.
+    scale = largest / torch.full_like(largest, LARGEST_CODE)
     usable = (scale >= LEAST_SCALE) & torch.isfinite(scale)
     return (blocks * scale.reciprocal()).round().masked_fill(~usable, 0.0), scale
 

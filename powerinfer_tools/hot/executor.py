@@ -54,6 +54,7 @@ class TorchHotSide:
         streamed = backend.stream.layers if backend.stream else (None,) * len(backend.layers)
         self._there = [layer is not None for layer in streamed]
         ffns = (there.ffn if there else ffn for there, ffn in zip(streamed, backend.layers, strict=True))
+        self._left_out: int | None = None  # once it is closed
         self._hot: list[int] = []
         self._hot_experts: list[frozenset[int]] = []
         for found in ffns:
@@ -104,6 +105,8 @@ class TorchHotSide:
     @property
     def left_out(self) -> int:
         """Hot neurons that were not named so far, over all tokens."""
+        if self._left_out is not None:
+            return self._left_out
         self._wait(len(self._queued))
         predictors = [self._predictor(layer) for layer in range(len(self._hot))]
         return sum(int(found.left_out.item()) for found in predictors if found)
@@ -196,7 +199,11 @@ class TorchHotSide:
             return self._logits(x, first, last)
 
     def close(self) -> None:
-        """Free the device memory and end the queue."""
+        """Free the device memory and end the queue; what was counted can be asked for still."""
+        try:
+            self._left_out = self.left_out
+        except (RuntimeError, DeviceLost):
+            self._left_out = 0  # nothing can be read from a lost device
         self._backend.close()
 
     def _logits(self, x: Floats | None, first: int, last: int) -> Floats:

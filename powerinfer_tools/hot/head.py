@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from powerinfer_tools.hot.attention import round_where_needed
 from powerinfer_tools.hot.elementwise import HotNorm
 from powerinfer_tools.hot.ffn import Inputs
 from powerinfer_tools.hot.products import Product
@@ -30,8 +29,7 @@ class HotHead:
     def compute(self, x: Tensor) -> None:
         """Logits of the rows ``x`` (rows, width) of the residual stream."""
         inputs, logits = self.rows.first(len(x)), self.logits[: len(x)]
-        self.norm.apply(x, inputs.exact)
-        round_where_needed(inputs, self.matrix)
+        self.norm.into(x, inputs.exact, inputs.rounded if self.matrix.rounds else None)
         self.matrix.times(inputs, self.chunk, logits)
         if self.softcap:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -89,7 +89,7 @@ class Form:
     def norm(self, norm: Norm, eps: float) -> HotNorm:
         """A norm."""
         bias = None if norm.bias is None else self.vector(norm.bias)
-        return HotNorm(norm.kind, self.vector(norm.weight), bias, eps)
+        return HotNorm(norm.kind, self.vector(norm.weight), bias, eps, self.fused)
 
     def optional_norm(self, norm: Norm | None, eps: float) -> HotNorm | None:
         """A norm that a family may not have."""

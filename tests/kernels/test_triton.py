@@ -16,10 +16,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from powerinfer_kernels import KernelError, RowType, dequantize, row_bytes
+from powerinfer_kernels import KernelError, RowType, dequantize, reference, row_bytes
 from powerinfer_kernels import triton_launch as launch
 from powerinfer_kernels.reference import activate, attention, sum_rows
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, planes, to_planar
+from powerinfer_tools.hot.cache import HeldVectors
+from powerinfer_tools.hot.elementwise import round_activations
 from random_rows import random_rows
 
 F32 = npt.NDArray[np.float32]
@@ -228,6 +230,84 @@ def test_a_long_context_is_split_into_few_parts() -> None:
         assert launch.split_positions(context) == split
         assert launch.partial_floats(3, 64, context) == 3 * -(-context // split) * 66
         assert -(-context // split) <= 64
+
+
+def test_values_are_rounded_to_the_bits_of_the_plain_form() -> None:
+    """Which are those of the C kernels: ties, zeros, tiny scales, values that are not finite."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((40, 96)) * 10.0 ** rng.integers(-30, 30, (40, 1))
+    x[0, :32] = np.arange(-16, 16) + 0.5
+    x[1], x[2, 40:70], x[3, 5], x[4, 90] = 0, 1e-39, np.inf, np.nan
+    values = torch.from_numpy(x.astype(np.float32))
+    out, expected = torch.full((1, 40 * 96), torch.nan), torch.empty(40, 96)
+    launch.round_values(values.view(1, -1), out)
+    round_activations(values, expected)
+    assert np.array_equal(out.view(40, 96).numpy(), expected.numpy(), equal_nan=True)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(96, 1), (60, 3), (20, 5), (256, 1)])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_and_what_is_rounded_of_them(kind: str, width: int, groups: int) -> None:
+    """Sums of ``width`` squares, a root and four products; rounded are the values as they came out."""
+    rng = np.random.default_rng(width)
+    x = rng.standard_normal((1, groups * width), dtype=np.float32)
+    weight, bias = rng.standard_normal((2, width), dtype=np.float32)
+    with_bias = bias if kind == "layer" else None
+    wide = x.reshape(groups, width).astype(np.float64)
+    expected = reference.rms_norm(wide, weight, 1e-5)
+    if with_bias is not None:
+        expected = reference.layer_norm(wide, weight, bias, 1e-5)
+    out, rounded = torch.from_numpy(x.copy()), torch.full(x.shape, torch.nan) if width % 32 == 0 else None
+    parts = torch.from_numpy(weight), None if with_bias is None else torch.from_numpy(bias)
+    launch.normalize(out, *parts, 1e-5, out, rounded, layer=kind == "layer")
+    error = np.abs(out.numpy().reshape(expected.shape) - expected).max()
+    assert error <= (width + 8) * EPS * np.abs(expected).max()
+    if rounded is not None:
+        again = torch.empty_like(rounded)
+        round_activations(out, again)
+        assert torch.equal(rounded, again)
+
+
+@pytest.mark.parametrize("style", ["norm", "neox"])
+def test_both_queries_and_keys_are_rotated(style: str) -> None:
+    rng, dim, half = np.random.default_rng(4), 20, 7
+    query, key = rng.standard_normal((1, 3 * dim)), rng.standard_normal((1, 2 * dim))
+    angles = np.outer(np.arange(9), 0.3 ** np.arange(half))
+    cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
+    turned = [torch.from_numpy(x.astype(np.float32)) for x in (query, key)]
+    launch.rotate(
+        *turned, torch.from_numpy(cos), torch.from_numpy(sin), torch.tensor([5]), dim, neox=style == "neox"
+    )
+    for got, x, heads in zip(turned, (query, key), (3, 2), strict=True):
+        expected = reference.rope(x, cos, sin, heads, 5, style)
+        assert np.abs(got.numpy() - expected).max() <= 4 * EPS * np.abs(x).max()
+        beyond = got.numpy().reshape(heads, dim)[:, 2 * half :]
+        assert np.array_equal(beyond, x.astype(np.float32).reshape(heads, dim)[:, 2 * half :])
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("f16", 20), ("q8_0", 96)])
+def test_the_cache_keeps_what_the_plain_form_keeps(kind: str, dim: int) -> None:
+    """And nothing of any other position is touched."""
+    rng = np.random.default_rng(dim)
+    key, value = (torch.from_numpy(rng.standard_normal((1, 2 * dim), dtype=np.float32)) for _ in range(2))
+    if kind == "q8_0":
+        value[0, :32], value[0, 40] = 1e-9, torch.inf
+
+    def empty() -> HeldVectors:
+        if kind == "f16":
+            return HeldVectors(torch.full((2, 7, dim), 9, dtype=torch.float16), None)
+        scales = torch.full((2, 7, dim // 32), 9, dtype=torch.float16)
+        return HeldVectors(torch.full((2, 7, dim), 9, dtype=torch.int8), scales)
+
+    got, expected = ([empty(), empty()] for _ in range(2))
+    position = torch.tensor([3])
+    launch.store(key, value, *got, position)
+    for held, vectors in zip(expected, (key, value), strict=True):
+        held.store(position, vectors)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.data, b.data)
+        if a.scales is not None and b.scales is not None:
+            assert np.array_equal(a.scales.numpy(), b.scales.numpy(), equal_nan=True)
 
 
 def test_types_without_a_planar_form_are_named() -> None:

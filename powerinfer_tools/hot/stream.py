@@ -16,12 +16,8 @@ import torch
 
 from powerinfer_tools.hot.attention import AttentionScratch, HotAttention
 from powerinfer_tools.hot.devices import Device, Steps, Ticket, Work
-<<<<<<< HEAD
-from powerinfer_tools.hot.elementwise import HotNorm, round_activations
-from powerinfer_tools.hot.experts import Dispatch, HotExperts, HotRouter
-=======
 from powerinfer_tools.hot.elementwise import HotNorm
->>>>>>> 010a98a (hot side on CUDA: norms, rounding, rotary positions and the cache are one kernel each for single tokens, with the bits of the plain form; README, log, changelog: what has been checked)
+from powerinfer_tools.hot.experts import Dispatch, HotExperts, HotRouter
 from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch
 from powerinfer_tools.hot.predictors import HotPredictor, Naming
 from powerinfer_tools.hot.routes import Route

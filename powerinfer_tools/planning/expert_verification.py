@@ -1,13 +1,14 @@
 """Predicted against measured time of a token of a mixture of experts, over numbers of hot experts.
 
 As for neurons (:mod:`powerinfer_tools.planning.verification`): what is no expert's is measured once; the
-experts' time is predicted by the tables that plans are made with, from what single experts took in the same
-run. Torch's CPU device computes on the cores of the cold side, so its time is added, not overlapped: so much
-for each byte of the experts that a token takes there, and so much for each layer in which it takes one. Both
-come from the splits with the fewest and the most hot experts, which are no rows.
+experts' time is predicted as plans do it, from what single experts took in the same run. Torch's CPU device
+computes on the cores of the cold side, so its time is added, not overlapped: so much for each byte of the
+experts that a token takes there, and so much for each layer in which it takes one. Both come from the splits
+with the fewest and the most hot experts, which are no rows.
 
-Time depends on what a text makes the routers choose. The tokens are drawn from the model's own predictions,
-and what they chose is told beside what the profile lets expect.
+Time depends on what a text makes the routers choose, and a dozen tokens are no corpus. They are drawn from
+the model's own predictions, predicted times count with the share of their choices that is hot, and what the
+profile lets expect of that stands beside.
 """
 
 from dataclasses import dataclass, replace
@@ -30,14 +31,11 @@ from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.hardware.detect import torch_version
 from powerinfer_tools.hot.expert_placement import HotCounts, hot_size, widths_of
 from powerinfer_tools.model import Model
-from powerinfer_tools.planning.capabilities import Capabilities
 from powerinfer_tools.planning.costs import Gpu, Machine
 from powerinfer_tools.planning.expert_memory import experts_of
-from powerinfer_tools.planning.experts import expert_levels
+from powerinfer_tools.planning.experts import mean_seconds
 from powerinfer_tools.planning.frequencies import model_frequencies
-from powerinfer_tools.planning.levels import Inputs, LevelOptions
-from powerinfer_tools.planning.memory import Workload
-from powerinfer_tools.planning.shapes import MatrixShape, neuron_bytes, shape_of_model
+from powerinfer_tools.planning.shapes import MatrixShape, shape_of_model
 from powerinfer_tools.planning.verification_rows import (
     BATCH,
     DECODED,
@@ -56,8 +54,8 @@ _SHARES = (0.125, 0.875)
 #: Bytes of experts beyond which no cache holds them.
 _ENOUGH = 640 << 20
 _SEED = 1
-#: An accelerator that takes a second for each byte, and one to be waited for: tables of it count both.
-_COUNTER = Gpu("counter", 1, 1.0, 0.0, 1.0, 1e300, 0.0)
+#: An accelerator that takes a second for each byte: its times are counts.
+_COUNTER = Gpu("counter", 1, 1.0, 0.0, 0.0, 1e300, 0.0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Parts:
 @dataclass(frozen=True)
 class Text:
     """Tokens to time, and the share of the routers' choices for them that the first n experts of each layer
-    have, busiest first by the profile [experts + 1]."""
+    have, busiest first by the profile [layers, experts + 1]."""
 
     tokens: tuple[int, ...]
     choices: npt.NDArray[np.float64]
@@ -170,30 +168,18 @@ class ExpertGrid:
                     measured_seconds=measured[hot],
                     spread=median(times) / measured[hot] - 1,
                     predicted_choices=self.expected_choices(hot),
-                    measured_choices=float(self.text.choices[hot]),
+                    measured_choices=float(self.text.choices[:, hot].mean()),
                 )
             )
         return Verification(tuple(rows), self._notes(rows, ends))
 
     def parts(self, counts: list[int], machine: Machine) -> dict[int, Parts]:
-        """What the planner's tables say of each number of hot experts."""
-        sizes = tuple(neuron_bytes(layer) for layer in self.shape.layers)
-        counting = replace(machine, gpu=_COUNTER)
-        inputs = Inputs(self.shape, counting, Workload(DECODED, BATCH), self._frequencies, sizes, ())
-        engine = Capabilities(frozenset({"ffn"}), sparse_hot=False)
-        options = LevelOptions(self.layer.up.rows, engine)
-        tables = [expert_levels(index, inputs, options) for index in range(self.layers)]
-        found = {}
+        """What the planner's cost model says of each number of hot experts."""
+        counting, found = replace(machine, gpu=_COUNTER), {}
         for hot in counts:
-            picked = []
-            for table in tables:
-                level = (table.hot == hot * self.layer.up.rows) & (table.shared_hot == 0)
-                picked.append((table, int(np.argmax(level & (table.block_hot == 0)))))
-            found[hot] = Parts(
-                sum(float(table.hot_seconds[level]) for table, level in picked),
-                sum(float(table.sync_seconds[level]) for table, level in picked),
-                sum(float(table.cold_seconds[level]) for table, level in picked),
-            )
+            layers = [mean_seconds(self.layer, hot, share, counting) for share in self.text.choices[:, hot]]
+            hot_bytes, cold_seconds, waits = (sum(part) for part in zip(*layers, strict=True))
+            found[hot] = Parts(hot_bytes, waits, cold_seconds)
         return found
 
     def expected_choices(self, hot: int) -> float:
@@ -284,10 +270,10 @@ def _text(model: Model, profile: Profile) -> Text:
             tokens.append(int(random.choice(len(chances), p=chances / chances.sum())))
     finally:
         engine.close()
-    shares = np.zeros(routing.experts + 1)
+    shares = np.zeros((layers, routing.experts + 1))
     for index, layer in enumerate(seen):
         taken = (layer.counts - before[index])[profile.order(index)]
-        shares[1:] += np.cumsum(taken) / taken.sum() / layers
+        shares[index, 1:] = np.cumsum(taken) / taken.sum()
     return Text(tuple(tokens[:-1]), shares)
 
 

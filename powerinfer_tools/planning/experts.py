@@ -195,6 +195,15 @@ def _table(
     )
 
 
+def mean_seconds(layer: LayerShape, hot: int, share: float, machine: Machine) -> tuple[float, float, float]:
+    """Expected seconds of a token on the hot and on the cold side, and the probability that it waits for the
+    hot one, where ``hot`` experts, which have the ``share`` of what the router chooses, are there, and the
+    shared one is not."""
+    choices = _Choices(np.array([hot]), np.zeros(1, dtype=np.int64))
+    seconds = _expert_seconds(layer, choices, np.array([share]), machine)
+    return float(seconds.hot[0]), float(seconds.cold[0]), float(seconds.some_hot[0])
+
+
 def _expert_seconds(layer: LayerShape, choices: _Choices, share: Vector, machine: Machine) -> _Seconds:
     """Expected times where a draw of the router is hot with probability ``share`` [levels]."""
     experts, gpu = experts_of(layer), machine.gpu

@@ -1,6 +1,7 @@
 """What a verification of the cost model consists of: rows of predicted and measured time, and the timing of
 single tokens."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ class VerifyRow:
     time that counts; ``error``: predicted over measured, less 1.
 
     ``hot_share`` counts neurons, or experts; of those, ``predicted_choices`` is the share of what routers
-    choose that is expected to be hot, ``measured_choices`` what it was for the tokens that were timed; None
-    without experts.
+    choose that is hot by the profile, ``measured_choices`` by the tokens that were timed, with which the
+    prediction counts; None without experts.
     """
 
     device: str
@@ -109,6 +110,8 @@ class Decoding:
             if engine is not None:
                 engine.close()
             model.close()
+            del engine, model
+            gc.collect()  # parts of an engine refer to each other, and the next one needs as much memory
 
 
 def _ffn_seconds(engine: Engine) -> float:

@@ -2,7 +2,8 @@
 
 A neuron contributes act(gate)·up. One factor is computed for all neurons, weighted by the root mean square of
 the other (from the profile) it says how much the neuron is likely to contribute, and neurons below are left
-out: |factor| ≤ θ / rms(other). Which factor is the better to know differs from layer to layer.
+out: |factor| ≤ θ / rms(other). Which factor is the better to know differs from layer to layer, and within a
+layer by how many neurons are left out: the gate tells the largest contributions apart, up the smallest ones.
 """
 
 from collections.abc import Sequence
@@ -36,16 +37,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer with one factor: for each of :data:`DENSITIES` the share of Σ (act(gate)·up)² that is left
-    out (``lost``), and the thresholds ``theta`` of the weighted factor."""
+    """One layer: for each of :data:`DENSITIES` the ``factors`` entry that is compared, the share of
+    Σ (act(gate)·up)² that is left out (``lost``), and the threshold ``theta`` of the weighted factor."""
 
-    factor: Factor
+    factors: tuple[Factor, ...]
     lost: tuple[float, ...]
     theta: tuple[float, ...]
 
     def thresholds(self, step: int, sample: Sample) -> Floats:
         """float32 (neurons,) of density ``step``; below zero, so that nothing is left out, for the first."""
-        weights = np.maximum(sample.other_rms[self.factor], _SMALLEST)
+        weights = np.maximum(sample.other_rms[self.factors[step]], _SMALLEST)
         if step == 0:
             return np.full(len(weights), -1.0, np.float32)
         limit = float(np.finfo(np.float32).max)
@@ -53,7 +54,7 @@ class Candidate:
 
 
 def candidate(factor: Factor, sample: Sample) -> Candidate:
-    """What each density leaves out of ``sample``."""
+    """What each density leaves out of ``sample`` if ``factor`` is compared."""
     score = np.abs(sample.known(factor)) * sample.other_rms[factor]
     energy = np.square(sample.gate.astype(np.float64) * sample.up)
     order = np.argsort(score, axis=None)
@@ -62,16 +63,21 @@ def candidate(factor: Factor, sample: Sample) -> Candidate:
     counts = [round((1 - density) * len(order)) for density in DENSITIES]
     total = max(float(below[-1]), _SMALLEST)
     return Candidate(
-        factor,
+        factors=(factor,) * len(DENSITIES),
         lost=tuple(float(below[count]) / total for count in counts),
         theta=tuple(float(ranked[count - 1]) if count else 0.0 for count in counts),
     )
 
 
 def best_candidate(sample: Sample) -> Candidate:
-    """The factor that leaves out less of what neurons contribute, over all densities."""
-    both = [candidate(factor, sample) for factor in ("gate", "up")]
-    return min(both, key=lambda one: sum(one.lost))
+    """At each density, the factor that leaves out less of what neurons contribute."""
+    gate, up = candidate("gate", sample), candidate("up", sample)
+    better = [gate if a <= b else up for a, b in zip(gate.lost, up.lost, strict=True)]
+    return Candidate(
+        factors=tuple(one.factors[step] for step, one in enumerate(better)),
+        lost=tuple(one.lost[step] for step, one in enumerate(better)),
+        theta=tuple(one.theta[step] for step, one in enumerate(better)),
+    )
 
 
 def greedy_path(lost: Sequence[Sequence[float]], prices: Sequence[float]) -> list[tuple[int, int]]:

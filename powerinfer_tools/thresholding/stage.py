@@ -226,7 +226,7 @@ class _Choice:
         for layer, step in dict(steps).items():
             one: Candidate = self.candidates[layer]
             values = one.thresholds(step, self.samples[layer])
-            getattr(self.thresholds[layer], one.factor)[:] = values
+            getattr(self.thresholds[layer], one.factors[step])[:] = values
 
     def _header(self, steps: Sequence[tuple[int, int]], even: Sequence[tuple[int, int]]) -> ThresholdsHeader:
         reached = dict(steps)
@@ -237,7 +237,10 @@ class _Choice:
             activation=self.model.hyper.activation,
             neurons=self.model.hyper.neurons,
             max_increase=self.options.max_increase,
-            factors=tuple(self.candidates[layer].factor if layer in reached else "none" for layer in layers),
+            factors=tuple(
+                self.candidates[layer].factors[reached[layer]] if layer in reached else "none"
+                for layer in layers
+            ),
             densities=tuple(DENSITIES[reached.get(layer, 0)] for layer in layers),
             uniform_density=DENSITIES[dict(even).get(0, 0)],
             cost=self._cost(),

@@ -101,8 +101,30 @@ def test_the_better_factor_is_taken() -> None:
     signs = np.sign(rng.standard_normal(one.up.shape)).astype(np.float32)
     ones = np.ones(one.up.shape[1])
     varied = np.sqrt(np.square(one.gate).mean(0)).astype(np.float64)
-    assert best_candidate(Sample(one.gate, signs, {"gate": ones, "up": varied})).factor == "gate"
-    assert best_candidate(Sample(signs, one.gate, {"gate": varied, "up": ones})).factor == "up"
+    by_gate = best_candidate(Sample(one.gate, signs, {"gate": ones, "up": varied}))
+    by_up = best_candidate(Sample(signs, one.gate, {"gate": varied, "up": ones}))
+    assert set(by_gate.factors[1:]) == {"gate"}
+    assert set(by_up.factors[1:]) == {"up"}
+
+
+def test_the_factor_is_chosen_anew_at_each_density() -> None:
+    """Half of the neurons have a gate of great variance and an up of little; the others, whose contributions
+    are small, the other way round. So the gate ranks what is large, and up what is small."""
+    rng = np.random.default_rng(6)
+    wild = (rng.standard_normal((400, 100)) ** 3).astype(np.float32)
+    tame = (rng.choice([-1, 1], (400, 100)) * rng.uniform(0.99, 1, (400, 100))).astype(np.float32)
+    large, small = np.arange(100) < 50, np.float32(0.1)
+    gate, up = np.where(large, wild, tame), np.where(large, tame, wild * small)
+    rms = {"gate": np.sqrt(np.square(up).mean(0)), "up": np.sqrt(np.square(gate).mean(0))}
+    one = Sample(gate, up, {name: values.astype(np.float64) for name, values in rms.items()})
+    each = [candidate(factor, one) for factor in ("gate", "up")]  # type: ignore[arg-type]
+    best = best_candidate(one)
+    assert best.lost == tuple(map(min, *(made.lost for made in each)))
+    assert set(best.factors[1:]) == {"gate", "up"}
+    for step, factor in enumerate(best.factors):
+        assert best.theta[step] == each[factor == "up"].theta[step]
+        left_out = np.abs(one.known(factor)) <= best.thresholds(step, one)
+        assert 1 - left_out.mean() == pytest.approx(DENSITIES[step], abs=2e-3)
 
 
 def test_a_neuron_that_never_contributes_has_a_finite_threshold() -> None:

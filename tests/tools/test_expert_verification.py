@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from expert_models import PreparedExperts
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
@@ -14,7 +15,7 @@ from powerinfer_tools.planning import PlanRequest, expert_verification, make_pla
 from powerinfer_tools.planning.costs import Machine
 from powerinfer_tools.planning.expert_verification import ExpertGrid, Text
 from powerinfer_tools.planning.verification import verify
-from powerinfer_tools.planning.verification_rows import PROMPT
+from powerinfer_tools.planning.verification_rows import BATCH, PROMPT
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from tiny_models import CASES, make_tiny_model
 
@@ -122,6 +123,25 @@ def test_predictions_follow_the_planners_tables(made: Profiled) -> None:
         for row in found.rows:
             wanted = -0.5 if row.hot_share == slow / experts.count else 0.0
             assert row.error == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe"])
+def test_budgets_place_the_experts_that_a_row_says(case: str, tmp_path: Path) -> None:
+    prepared = PreparedExperts(tmp_path, case)
+    count, shared = prepared.routing.experts, prepared.routing.shared_neurons > 0
+    split = prepared.split([count] * prepared.layers, [False] * prepared.layers if shared else None)
+    for hot in (1, 2, count - 1):
+        model = load_model(split)
+        budget = expert_verification._vram(model, hot)
+        engine = Engine(model, threads=1, context=64, batch=BATCH, device="cpu", vram=budget)
+        try:
+            side = engine.stack._hot
+            assert side is not None
+            assert [len(side.hot_experts(layer)) for layer in range(prepared.layers)] == [
+                hot
+            ] * prepared.layers
+        finally:
+            engine.close()
 
 
 def test_measured_choices_are_those_of_the_tokens_that_are_timed(made: Profiled) -> None:

@@ -11,6 +11,7 @@ import triton
 
 from . import triton_attention as attention
 from . import triton_elementwise as elementwise
+from . import triton_experts as experts
 from . import triton_ffn as kernels
 from .row_types import RowType
 from .triton_decode import tiles
@@ -89,6 +90,32 @@ def sum_rows(h: Tensor, down: PlanarRows, partial: Tensor, out: Tensor) -> None:
     kernels.add_splits_kernel[triton.cdiv(down.columns, ADD_BLOCK), tokens](
         partial, out, count, COLUMNS=down.columns, BLOCK=ADD_BLOCK, **options()
     )
+
+
+def expert_hidden(
+    x_gate: Tensor, x_up: Tensor, gate: PlanarRows, up: PlanarRows, places: Tensor,
+    activation: tuple[str, float], out: Tensor,
+) -> None:  # fmt: skip
+    """out (K, neurons) = act(gate · x_gate) · (up · x_up) of the experts ``places`` int32 (K,), -1 for none,
+    for one token (1, columns); ``gate`` and ``up`` are the rows of all experts."""
+    kind, cut = activation
+    count, neurons = out.shape
+    experts.expert_hidden_kernel[triton.cdiv(neurons, DOT_BLOCK), count](
+        x_gate, x_up, gate.data, up.data, places, out, neurons, gate.rows,
+        float(cut) if kind == "fatrelu" else 0.0,
+        COLUMNS=gate.columns, GATE_TYPE=int(gate.row_type), UP_TYPE=int(up.row_type),
+        ACT=kernels.ACTIVATIONS[kind], BLOCK=DOT_BLOCK, **options(),
+    )  # fmt: skip
+
+
+def expert_sums(hidden: Tensor, down: PlanarRows, places: Tensor, factors: Tensor, out: Tensor) -> None:
+    """out (1, width) += Σ_k factor_k · (down of expert ``places``[k] · hidden_k) for ``hidden`` (K, neurons),
+    in that order; ``factors`` (K,), ``down`` the rows of all experts."""
+    width = out.shape[1]
+    experts.expert_sums_kernel[(triton.cdiv(width, DOT_BLOCK),)](
+        hidden, down.data, places, factors, out, width, down.rows, len(hidden),
+        COLUMNS=down.columns, TYPE=int(down.row_type), BLOCK=DOT_BLOCK, **options(),
+    )  # fmt: skip
 
 
 def unpack(matrix: PlanarRows, first: int, count: int, out: Tensor) -> None:

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from . import triton_attention as attention
 from . import triton_elementwise as elementwise
+from . import triton_experts as experts
 from . import triton_ffn as kernels
 from .row_types import RowType
 from .triton_launch import (
@@ -42,8 +43,9 @@ CAPABILITIES = (75, 80, 86, 89, 90)
 _ONE_CAPABILITY = 86
 _EVERYWHERE = (RowType.Q8_0, RowType.Q4_0, RowType.Q4_K, RowType.Q6_K)
 _WIDTH = 4096
-_TYPES = dict.fromkeys(("rows", "splits", "first", "count", "context"), "i32")
-_TYPES |= dict.fromkeys(("cut", "scale", "softcap", "eps"), "fp32") | {"position": "*i64"}
+_TYPES = dict.fromkeys(("rows", "splits", "first", "count", "context", "total"), "i32")
+_TYPES |= dict.fromkeys(("cut", "scale", "softcap", "eps"), "fp32")
+_TYPES |= {"position": "*i64", "places": "*i32"}
 _TYPES |= dict.fromkeys(("key_scales", "value_scales"), "*fp16")
 #: Values of a head, and queries that share one of keys.
 _HEAD, _GROUP = 128, 4
@@ -95,6 +97,11 @@ def cases(capabilities: Sequence[int]) -> Iterator[Case]:
         sums = shape | {"ROWS": SPLIT_ROWS, "BLOCK": SUM_BLOCK}
         yield Case("partial_sums", name, kernels.partial_sums_kernel, sums, every)
         yield Case("matvec", name, kernels.matvec_kernel, shape | {"bias": None, "BLOCK": DOT_BLOCK}, one)
+        taken = {key: value for key, value in ffn.items() if key not in ("bias", "active")}
+        taken["ACT"] = kernels.ACTIVATIONS["silu"]
+        yield Case("expert_hidden", name, experts.expert_hidden_kernel, taken, one)
+        summed = shape | {"BLOCK": DOT_BLOCK}
+        yield Case("expert_sums", name, experts.expert_sums_kernel, summed, one)
         yield Case("unpack", name, kernels.unpack_kernel, shape | {"BLOCK": UNPACK_BLOCK}, one)
     added = {"COLUMNS": _WIDTH, "BLOCK": ADD_BLOCK}
     yield Case("add_splits", "F32", kernels.add_splits_kernel, added, one)

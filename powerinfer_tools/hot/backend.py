@@ -89,11 +89,7 @@ class Backend:
         self.layers, self._exchange, self._scratch = ffns.layers, ffns.exchange, ffns.scratch
         self._rounded, self._stream, self._dispatch = ffns.rounded, ffns.stream, ffns.dispatch
         self.predictors, self.naming = ffns.predictors, ffns.naming
-        # What is done for experts depends on what a token takes.
-        self._decode = [
-            [device.recorded(steps) for steps in self._steps(index, 1)] if isinstance(layer, HotFFN) else []
-            for index, layer in enumerate(self.layers)
-        ]
+        self._decode = [[device.recorded(steps) for steps in self._once(i)] for i in range(len(self.layers))]
         sources = () if head is None else (False,) if stream is None else (False, True)
         self._head_decode = {stays: device.recorded(self._head_steps(0, 1, stays=stays)) for stays in sources}
 
@@ -121,7 +117,9 @@ class Backend:
         tokens = len(normed)
         if self._reads_stream(layer):
             self._stream[0][:tokens].numpy()[...] = x
-        recorded = self._decode[layer] if tokens == 1 else []
+        recorded, hot = self._decode[layer] if tokens == 1 else [], self.layers[layer]
+        if recorded and isinstance(hot, HotExperts) and self._dispatch is not None:
+            self._dispatch.stage_one(hot, routes)
         pieces = recorded or self._steps(layer, tokens, routes)
         return [self.device.submit(steps) for steps in pieces]
 
@@ -167,6 +165,17 @@ class Backend:
     def _reads_stream(self, layer: int) -> bool:
         predictor = self.predictors[layer]
         return predictor is not None and predictor.scorer.residual
+
+    def _once(self, layer: int) -> list[Steps]:
+        """What is the same for every single token; nothing where that depends on the experts it takes."""
+        hot, exchange = self.layers[layer], self._exchange
+        if isinstance(hot, HotFFN):
+            return self._steps(layer, 1)
+        if hot is None or hot.stack is None or self._dispatch is None:
+            return []
+        work = self._dispatch.steps_of_one(hot, exchange.device_in.first(1), exchange.device_out[:1])
+        copy_in, copy_out = (partial(copy, 1) for copy in (exchange.copy_in, exchange.copy_out))
+        return [(("copy in", copy_in), *work, ("copy out", copy_out))]
 
     def _steps(self, layer: int, tokens: int, routes: Sequence[Route] = ()) -> list[Steps]:
         """One piece of work, or where the device predicts, two."""

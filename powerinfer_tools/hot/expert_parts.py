@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from powerinfer_kernels.triton_layout import PLANAR_TYPES
 from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
 from powerinfer_tools.hot import expert_placement
 from powerinfer_tools.hot.devices import Device
@@ -12,17 +13,19 @@ from powerinfer_tools.hot.expert_placement import HotCounts
 from powerinfer_tools.hot.experts import (
     Dispatch,
     ExpertScratch,
+    ExpertStack,
     HotExpert,
     HotExperts,
     HotRouter,
     RouterScores,
 )
-from powerinfer_tools.hot.ffn import Inputs
+from powerinfer_tools.hot.ffn import FusedRows, Inputs, PartRows
 from powerinfer_tools.hot.loading import Form
 from powerinfer_tools.hot.placement import HotUnits
+from powerinfer_tools.hot.products import Product
 from powerinfer_tools.hot.routes import SHARED
 from powerinfer_tools.hyperparameters import Hyperparameters
-from powerinfer_tools.tensors import Weight
+from powerinfer_tools.tensors import Stack, Weight
 
 Tensor = torch.Tensor
 
@@ -54,16 +57,8 @@ class ExpertParts:
     @cached_property
     def experts(self) -> list[HotExperts | None]:
         """Those of each layer that has some, or whose attention is here."""
-        activation = (self._hyper.activation, self._hyper.activation_cut)
         units = zip(self._layers, self._units.experts, self._units.attention, strict=True)
-        return [
-            HotExperts(
-                {number: self._expert(ffn, activation) for number, ffn in chosen(layer, counts).items()}
-            )
-            if counts or there
-            else None
-            for layer, counts, there in units
-        ]
+        return [self._of_layer(layer, counts) if counts or there else None for layer, counts, there in units]
 
     @cached_property
     def dispatch(self) -> Dispatch | None:
@@ -72,10 +67,17 @@ class ExpertParts:
             return None
         width, neurons, count = self._hyper.width, self._widths.neurons, self._tokens
         kinds = [self._memory.floats(count, width) for _ in range(self._widths.inputs)]
-        gate, up = (self._memory.floats(count * neurons) for _ in range(2))
-        shape = (2, count * self._widths.taken)
+        # A single token's hidden values are those of all its experts.
+        gate, up = (self._memory.floats(most * neurons) for most in (max(count, self._widths.taken), count))
         scratch = ExpertScratch(self._chunk, Inputs(kinds[0], kinds[-1]), gate, up)
-        return Dispatch(self._staging(*shape), self._memory.floats(*shape), scratch)
+        shape = (2, count * self._widths.taken)
+        host, there = self._staging(*shape), self._memory.floats(*shape)
+        if not self._memory.counting:
+            # What a graph that is recorded finds there takes no expert.
+            host[0].zero_()
+            host[1].view(torch.int32).fill_(-1)
+            there.copy_(host)
+        return Dispatch(host, there, scratch, self._widths.taken)
 
     @cached_property
     def routers(self) -> list[HotRouter | None]:
@@ -117,9 +119,39 @@ class ExpertParts:
                 found |= {weight.row_type.is_float for weight in routers_of(layer)}
         return found
 
-    def _expert(self, ffn: DenseFFN, activation: tuple[str, float]) -> HotExpert:
+    def _of_layer(self, layer: ExpertsFFN, counts: HotCounts) -> HotExperts:
+        """Its hot experts; those that a router chooses as one matrix of each kind where fused kernels read
+        them."""
+        hot, kinds = chosen(layer, counts), [stack.row_type for stack in layer.stacks]
+        shared = {SHARED: self._expert(hot.pop(SHARED))} if SHARED in hot else {}
+        if not (self._form.fused and hot and all(kind in PLANAR_TYPES for kind in kinds)):
+            return HotExperts(shared | {number: self._expert(ffn) for number, ffn in hot.items()})
+        products = [self._form.product(_first(stack, layer, len(hot))) for stack in layer.stacks]
+        wholes = [product.rows for product in products]
+        gate, up, down = (whole for whole in wholes if isinstance(whole, FusedRows))
+        experts = {}
+        for place, number in enumerate(hot):
+            parts = [
+                Product(
+                    PartRows(whole, place * (product.count // len(hot))),
+                    product.count // len(hot),
+                    product.columns,
+                )
+                for whole, product in zip((gate, up, down), products, strict=True)
+            ]
+            experts[number] = HotExpert(parts[0], parts[1], parts[2], self._activation)
+        places = {number: place for place, number in enumerate(hot)}
+        neurons = products[0].count // len(hot)
+        stack = ExpertStack(gate.planar, up.planar, down.planar, neurons, places, self._activation)
+        return HotExperts(shared | experts, stack)
+
+    @property
+    def _activation(self) -> tuple[str, float]:
+        return self._hyper.activation, self._hyper.activation_cut
+
+    def _expert(self, ffn: DenseFFN) -> HotExpert:
         gate, up, down = (self._form.product(weight) for weight in ffn.matrices)
-        return HotExpert(gate, up, down, activation)
+        return HotExpert(gate, up, down, self._activation)
 
     def _staging(self, *shape: int) -> Tensor:
         return self._device.staging(0, *shape[1:]) if self._memory.counting else self._device.staging(*shape)
@@ -133,6 +165,12 @@ def chosen(layer: ExpertsFFN, counts: HotCounts) -> dict[int, DenseFFN]:
         assert layer.shared is not None
         experts[SHARED] = layer.shared
     return experts
+
+
+def _first(stack: Stack, layer: ExpertsFFN, count: int) -> Weight:
+    """The matrices of the first ``count`` experts of a split file, as one."""
+    (whole,) = stack.weights
+    return whole.part(f"{count} experts", 0, stack.rows // layer.router.rows * count)
 
 
 def routers_of(layer: ExpertsFFN) -> list[Weight]:

@@ -76,7 +76,8 @@ def scratch_floats(widths: ExpertWidths, tokens: int) -> dict[str, int]:
     each = tokens * widths.width
     pieces = {f"input {kind}": each for kind in range(widths.inputs)}
     pieces |= {f"taken {kind}": each for kind in range(widths.inputs)}
-    pieces |= {"out": each, "gate": tokens * widths.neurons, "up": tokens * widths.neurons}
+    most = max(tokens, widths.taken)  # a single token's experts are computed at once
+    pieces |= {"out": each, "gate": most * widths.neurons, "up": tokens * widths.neurons}
     longest = longest_row(widths)
     return pieces | {"routes": 2 * tokens * widths.taken, "chunk": min(CHUNK_ROWS, longest) * longest}
 

@@ -3,18 +3,27 @@
 Which experts a token takes is known only while it is computed: the caller routes, and says for each expert
 which tokens take it and with what weight. Sums are made expert by expert in that order, so they do not depend
 on what else is in a batch but for the order of float32 sums within matrix products.
+
+A single token's experts are computed by two launches of fused kernels, where there are any: which experts
+they are is read on the device, so that a CUDA graph can hold them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from powerinfer_tools.hot.devices import Steps
 from powerinfer_tools.hot.ffn import FusedRows, Inputs, activate
 from powerinfer_tools.hot.products import Product
-from powerinfer_tools.hot.routes import Route
+from powerinfer_tools.hot.routes import SHARED, Route
+
+if TYPE_CHECKING:
+    from powerinfer_kernels.triton_launch import PlanarRows
 
 Tensor = torch.Tensor
 
@@ -77,10 +86,33 @@ class HotExpert:
 
 
 @dataclass(frozen=True)
+class ExpertStack:
+    """The hot experts that a router chooses from, as one planar matrix of each kind; ``places``: where each
+    of them is in these."""
+
+    gate: "PlanarRows"
+    up: "PlanarRows"
+    down: "PlanarRows"
+    neurons: int
+    places: Mapping[int, int]
+    activation: tuple[str, float]
+
+    def add(self, inputs: tuple[Tensor, Tensor], routes: Routes, hidden: Tensor, out: Tensor) -> None:
+        """out (1, width) += Σ weight · expert(x) for one token, over ``routes`` that have places instead of
+        tokens, -1 for none; ``inputs`` of gate and of up, ``hidden`` (routes, neurons) scratch."""
+        from powerinfer_kernels import triton_launch
+
+        triton_launch.expert_hidden(*inputs, self.gate, self.up, routes.tokens, self.activation, hidden)
+        triton_launch.expert_sums(hidden, self.down, routes.tokens, routes.weights, out)
+
+
+@dataclass(frozen=True)
 class HotExperts:
-    """The hot experts of one layer, by number; none where its attention alone is here."""
+    """The hot experts of one layer, by number; none where its attention alone is here. ``stack``: those that
+    are not shared, where fused kernels read them."""
 
     experts: Mapping[int, HotExpert]
+    stack: ExpertStack | None = None
 
     def busiest(self, tokens: int) -> list[Route]:
         """Routes that take as much memory at a time as any: all of ``tokens`` to the widest expert."""
@@ -105,6 +137,23 @@ class HotExperts:
             result.mul_(weights[:, None])
             out.index_add_(0, tokens, result)
 
+    def compute_one(self, inputs: Inputs, routes: Routes, scratch: ExpertScratch, out: Tensor) -> None:
+        """:meth:`compute` for one token: ``routes`` have the shared expert first, then places in the stack,
+        -1 for none, so that the same work does for every token."""
+        assert self.stack is not None
+        shared, stack = self.experts.get(SHARED), self.stack
+        if shared is None:
+            out.zero_()
+        else:
+            shared.compute(inputs, scratch, out)
+            out.mul_(routes.weights[:1])
+        chosen = Routes(routes.weights[1:], routes.tokens[1:])
+        count = len(chosen.tokens)
+        hidden = scratch.gate[: count * stack.neurons].view(count, stack.neurons)
+        float_gate, float_up = stack.gate.row_type.is_float, stack.up.row_type.is_float
+        both = tuple(inputs.exact if is_float else inputs.rounded for is_float in (float_gate, float_up))
+        stack.add((both[0], both[1]), chosen, hidden, out)
+
 
 def _gather(inputs: Inputs, tokens: Tensor, out: Inputs, *, rounded: bool) -> None:
     """The rows ``tokens`` of both forms, or where all experts take one of them, of that."""
@@ -118,25 +167,53 @@ def _gather(inputs: Inputs, tokens: Tensor, out: Inputs, *, rounded: bool) -> No
 @dataclass(frozen=True)
 class Dispatch:
     """What the hot experts of all layers share: scratch, and which tokens take which of them, on both sides:
-    float32 (2, T · experts of a token), weights, then rows of tokens as int32."""
+    float32 (2, T · ``taken``), weights, then rows of tokens as int32; ``taken``: most experts of a token, the
+    shared one among them."""
 
     host: Tensor
     device: Tensor
     scratch: ExpertScratch
+    taken: int
 
     def steps(self, experts: HotExperts, routes: Sequence[Route], inputs: Inputs, out: Tensor) -> Steps:
         """out (T, width) = the sum over ``routes``, at least one, all of them to hot ``experts``. Writes
         where the device copies from: what was queued before must have been waited for."""
         taken = self._stage(routes)
-        there = Routes(self.device[0], self.device[1].view(torch.int32))
         return (
             ("copy in", partial(self._copy_in, taken[-1].last)),
-            ("hot", partial(experts.compute, inputs, taken, there, self.scratch, out)),
+            ("hot", partial(experts.compute, inputs, taken, self._there, self.scratch, out)),
         )
 
+    def steps_of_one(self, experts: HotExperts, inputs: Inputs, out: Tensor) -> Steps:
+        """The same for one token, whatever it takes: :meth:`stage_one` says."""
+        there = Routes(self._there.weights[: self.taken], self._there.tokens[: self.taken])
+        return (
+            ("copy in", partial(self._copy_in, self.taken)),
+            ("hot", partial(experts.compute_one, inputs, there, self.scratch, out)),
+        )
+
+    def stage_one(self, experts: HotExperts, routes: Sequence[Route]) -> None:
+        """Say what the token takes for :meth:`steps_of_one`."""
+        assert experts.stack is not None
+        weights, places = (part[: self.taken] for part in self._here)
+        weights[:], places[:], slot = 0.0, -1, 1
+        for route in routes:
+            if route.expert == SHARED:
+                weights[0] = route.weights[0]
+            else:
+                weights[slot], places[slot] = route.weights[0], experts.stack.places[route.expert]
+                slot += 1
+
+    @property
+    def _there(self) -> Routes:
+        return Routes(self.device[0], self.device[1].view(torch.int32))
+
+    @property
+    def _here(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        return self.host[0].numpy(), self.host[1].view(torch.int32).numpy()
+
     def _stage(self, routes: Sequence[Route]) -> list[Taken]:
-        weights, tokens = self.host[0].numpy(), self.host[1].view(torch.int32).numpy()
-        taken, first = [], 0
+        (weights, tokens), taken, first = self._here, list[Taken](), 0
         for route in routes:
             last = first + len(route.tokens)
             weights[first:last], tokens[first:last] = route.weights, route.tokens

@@ -91,6 +91,27 @@ class FusedRows:
 
 
 @dataclass(frozen=True)
+class PartRows:
+    """Some rows of a planar matrix, from ``first`` on; those who launch kernels on it know better ways."""
+
+    whole: FusedRows
+    first: int
+
+    @property
+    def row_type(self) -> RowType:
+        """As in the file."""
+        return self.whole.row_type
+
+    def chunk(self, first: int, last: int, space: Tensor) -> Tensor:
+        """Unpacked by a kernel, into ``space``."""
+        return self.whole.chunk(self.first + first, self.first + last, space)
+
+    def some(self, index: Tensor, columns: int) -> Tensor | None:
+        """As of the whole."""
+        return None
+
+
+@dataclass(frozen=True)
 class Inputs:
     """float32 (T, width): the normalised input, and the same as the integer kernels round it. Where all gate
     and up rows take one of them, the other is the same tensor."""

@@ -130,6 +130,10 @@ class HotStream:
         assert layer is not None
         assert isinstance(layer.ffn, HotExperts)
         self._some_hot = True
+        decode, dispatch = self._decode[index] if tokens == 1 else None, self._memory.dispatch
+        if decode is not None and decode.experts and dispatch is not None:
+            dispatch.stage_one(layer.ffn, routes)
+            return self._device.submit(decode.experts)
         return self._device.submit(self._expert_steps(layer.ffn, routes, tokens))
 
     def merge(self, index: int, cold: Floats | None, tokens: int) -> list[Ticket]:
@@ -157,7 +161,8 @@ class HotStream:
         be queued step by step."""
         parts = self._parts(layer, 1)
         if not layer.attention.fused:
-            return _Decode(_Parts(**{name: self._record(steps) for name, steps in vars(parts).items()}), ())
+            recorded = _Parts(**{name: self._record(steps) for name, steps in vars(parts).items()})
+            return _Decode(recorded, (), self._experts_once(layer))
         attend = partial(layer.attention.attend_one, self._memory.attention)
         pieces = parts.pieces(attend, parallel=self._parallel)
         if not layer.cold and layer.router is None:
@@ -165,7 +170,15 @@ class HotStream:
             whole: Steps = tuple(step for steps in (*pieces, parts.merge_hot) for step in steps)
             pieces, parts = [whole], replace(parts, merge_hot=())
         merges = {name: self._record(steps) for name, steps in vars(parts).items() if "merge" in name}
-        return _Decode(replace(parts, **merges), [self._record(steps) for steps in pieces])
+        whole_pieces = [self._record(steps) for steps in pieces]
+        return _Decode(replace(parts, **merges), whole_pieces, self._experts_once(layer))
+
+    def _experts_once(self, layer: HotLayer) -> Steps:
+        """What is the same for the hot experts of every single token; nothing where it is not."""
+        m, experts = self._memory, layer.ffn
+        if not isinstance(experts, HotExperts) or experts.stack is None or m.dispatch is None:
+            return ()
+        return self._record(m.dispatch.steps_of_one(experts, m.normed.first(1), m.hot[:1]))
 
     def _record(self, steps: Steps) -> Steps:
         return self._device.recorded(steps) if steps else ()
@@ -296,10 +309,11 @@ class _Parts:
 @dataclass(frozen=True)
 class _Decode:
     """Of one layer and one token: its parts, recorded where each step is; ``pieces`` that begin it, where
-    they are recorded as wholes."""
+    they are recorded as wholes; ``experts``: the hot ones, whichever the token takes."""
 
     parts: _Parts
     pieces: Sequence[Steps]
+    experts: Steps
 
 
 def _normalize(layer: HotLayer, x: Tensor, normed: Inputs) -> None:

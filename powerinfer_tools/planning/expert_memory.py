@@ -78,17 +78,18 @@ def routing_scratch_bytes(shape: ModelShape, batch: int) -> int:
 
 
 def hot_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """Scratch of the hot side: input and output of a layer, input of one expert and its two products, which
-    tokens take it with what weight, a chunk of rows unpacked to float32, with twice as much for the steps of
-    unpacking, and its products. Where some rows take the input rounded and others do not, there are two of
-    each input."""
+    """Scratch of the hot side: input and output of a layer, input of one expert and its two products (one of
+    them at least of all experts of a token), which tokens take it with what weight, a chunk of rows unpacked
+    to float32, with twice as much for the steps of unpacking, and its products. Where some rows take the
+    input rounded and others do not, there are two of each input."""
     experts = experts_of(shape.layers[0])
     neurons = max(widest_neurons(layer) for layer in shape.layers)
     longest, most = max(shape.width, neurons), min(CHUNK_ROWS, max(shape.width, neurons))
     products = [m for one in shape.layers for m in (*one.ffn[:-1], *experts_of(one).shared[:-1])]
     inputs = len({m.row_type in FLOAT_TYPES for m in products})
-    token = (2 * inputs + 1) * shape.width + 2 * neurons + 2 * (experts.used + 1) + most
-    return _F32 * (batch * token + 3 * most * longest)
+    taken = experts.used + 1
+    token = (2 * inputs + 1) * shape.width + neurons + 2 * taken + most
+    return _F32 * (batch * token + max(batch, taken) * neurons + 3 * most * longest)
 
 
 def _quantised_bytes(columns: int) -> int:

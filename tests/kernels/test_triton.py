@@ -310,6 +310,38 @@ def test_the_cache_keeps_what_the_plain_form_keeps(kind: str, dim: int) -> None:
             assert np.array_equal(a.scales.numpy(), b.scales.numpy(), equal_nan=True)
 
 
+@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+def test_experts_that_are_taken_and_no_others_are_read(row_type: RowType, columns: int) -> None:
+    """Of four experts two are taken; one place is none, and its factor is not used either."""
+    places, factors = torch.tensor([3, -1, 0], dtype=torch.int32), torch.tensor([0.5, float("nan"), 0.25])
+    gate, up = (Rows(row_type, columns, seed, rows=4 * ROWS) for seed in (4, 5))
+    unused, x = np.repeat([False, True, True, False], ROWS), inputs(columns) / 8
+    hidden, tensor = torch.full((3, ROWS), float("nan")), torch.from_numpy(x)
+    arguments = (gate.poisoned(unused), up.poisoned(unused), places, ("silu", 0.0), hidden)
+    launch.expert_hidden(tensor, tensor, *arguments)
+    assert (hidden[1] == 0).all()
+    for slot, place in ((0, 3), (2, 0)):
+        g, u = (rows.exact[place * ROWS : (place + 1) * ROWS] for rows in (gate, up))
+        first, second = x[0] @ g.T, x[0] @ u.T
+        values = activate(first, second, "silu")
+        slope = 1.2 * bound(x, g)[0] + 16 * EPS * (1 + np.abs(first))
+        allowed = slope * np.abs(second) + (1.2 + np.abs(first)) * 4 * bound(x, u)[0] + EPS * np.abs(values)
+        assert (np.abs(hidden[slot].numpy() - values) <= allowed).all()
+    width, h = 5, inputs(columns, tokens=3)
+    down, out = Rows(row_type, columns, seed=6, rows=4 * width), torch.ones(1, width)
+    launch.expert_sums(
+        torch.from_numpy(h), down.poisoned(np.repeat([False, True, True, False], width)), places, factors, out
+    )
+    expected, allowed = np.ones(width), np.full(width, EPS)
+    for slot, place in ((0, 3), (2, 0)):
+        rows, factor = down.exact[place * width : (place + 1) * width], float(factors[slot])
+        product = h[slot] @ rows.T
+        expected += factor * product
+        allowed += factor * bound(h[slot][None], rows)[0]
+        allowed += 2 * EPS * (np.abs(factor * product) + np.abs(expected))
+    assert (np.abs(out.numpy()[0] - expected) <= allowed).all()
+
+
 def test_types_without_a_planar_form_are_named() -> None:
     with pytest.raises(KernelError, match="Q5_K rows have no planar form"):
         planes(RowType.Q5_K, 256)

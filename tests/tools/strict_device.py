@@ -287,7 +287,7 @@ class _Done:
 #: Which arguments of each kernel are its outputs.
 _OUTPUTS = {
     "matvec": (2,), "hidden": (5,), "sum_rows": (3,), "unpack": (3,), "attend": (5,), "normalize": (4, 5),
-    "round_values": (1,), "rotate": (0, 1), "store": (),
+    "round_values": (1,), "rotate": (0, 1), "store": (), "expert_hidden": (6,), "expert_sums": (4,),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.split_experts import SplitExperts, experts_name
-from powerinfer_kernels import available_isas
+from powerinfer_kernels import available_isas, triton_launch
 from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine import engine as engine_face
@@ -31,7 +31,6 @@ from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, Pla
 from powerinfer_tools.ffn_weights import ExpertsFFN
 from powerinfer_tools.hot import expert_placement, opening
 from powerinfer_tools.hot.experts import HotExperts
-from powerinfer_tools.hot.ffn import FusedRows
 from powerinfer_tools.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.inspection.describe import describe
 from powerinfer_tools.model import load_model
@@ -127,20 +126,25 @@ def test_quantised_experts_on_the_hot_side(
     assert np.abs(unpacked - got).max() <= 0.02 * np.abs(expected).max()
 
 
-def test_fused_kernels_compute_single_tokens(
-    quantised: PreparedExperts, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", ["mixtral-Q4_0", "qwen2moe-Q8_0"])
+def test_fused_kernels_compute_a_tokens_experts_at_once(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In Triton's interpreter."""
-    tokens = quantised.tiny.tokens(3)
-    path = quantised.split([1] + [0] * (quantised.layers - 1))
-    expected = of_engine(Engine(load_model(path), threads=1), tokens)
+    """In Triton's interpreter, beside torch's CPU device; one of the two models has shared experts. What no
+    token takes may be NaN."""
+    prepared = PreparedExperts(tmp_path, case)
+    tokens, none = prepared.tiny.tokens(3), [0] * (prepared.layers - 1)
+    shared = [True, *[False] * len(none)] if prepared.routing.shared_neurons else None
+    path = prepared.split([prepared.routing.experts - 1, *none], shared)
+    expected = of_engine(Engine(load_model(path), threads=1, device="cpu"), tokens)
+    poisoned(prepared, path, tmp_path / "p.gguf", tokens)
+    launched: list[int] = []
+    sums = triton_launch.expert_sums
+    monkeypatch.setattr(triton_launch, "expert_sums", lambda *a: (launched.append(len(a[0])), sums(*a))[1])
     on(monkeypatch, FakeGpu(1 << 30), fused=True)
-    engine = Engine(load_model(path), threads=1, device="cuda", batch=2, context=8)
-    side = engine.stack._hot
-    (expert,) = side.hot_experts(0)  # type: ignore[union-attr]
-    layer = side._backend.layers[0]  # type: ignore[union-attr]
-    assert isinstance(layer.experts[expert].down.rows, FusedRows)
+    engine = Engine(load_model(tmp_path / "p.gguf"), threads=1, device="cuda", batch=2, context=8)
     got = of_engine(engine, tokens)
+    assert launched == [prepared.routing.used] * (len(tokens) - 2)
     assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
 
 

@@ -139,7 +139,7 @@ def test_experts(case: str, attention: bool, tmp_path: Path, monkeypatch: pytest
     expected, fused = decoded(path, tokens), case == "qwen2moe-Q8_0"
     device, got = strictly(path, tokens, monkeypatch, fused=fused)
     assert device.copies
-    assert ("graphs" in device.launched) == attention
+    assert ("graphs" in device.launched) == (attention or fused)
     assert fused or np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
 
 

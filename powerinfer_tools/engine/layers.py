@@ -12,7 +12,7 @@ from powerinfer_tools.engine.caches import require_kv_type
 from powerinfer_tools.engine.ffn import Computed, predictor_thresholds
 from powerinfer_tools.engine.memory import kv_bytes_per_position, require_memory
 from powerinfer_tools.engine.modes import layer_modes
-from powerinfer_tools.engine.recall import recall_of
+from powerinfer_tools.engine.recall import Counted, HotFound, recall_of
 from powerinfer_tools.engine.routed import RoutedFFN
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.engine.stack_writer import StackWriter
@@ -36,7 +36,7 @@ class LayerStack:
         require_kv_type(model, options.kv_type)
         self._modes = layer_modes(model, options.mode)
         predicted = frozenset(i for i, mode in enumerate(self._modes) if mode == "predicted")
-        work = Workload(options.batch, options.context, options.kv_type, predicted)
+        work = Workload(options.batch, options.context, options.kv_type, predicted, options.check_recall)
         self._hot, self._notices = _open_hot(model, options, work)
         #: What each forward pass is recorded in, if at all.
         self.timeline: Timeline | None = None
@@ -195,23 +195,36 @@ class LayerStack:
         return 1.0 - skipped / every if every else 1.0
 
     def recall(self) -> float | None:
-        """Share of the active neurons that were predicted so far; None where it is not checked or nothing was
-        predicted."""
-        return recall_of(self._checks)
+        """Share of the active neurons, hot and cold, that were predicted so far; None where it is not checked
+        or nothing was predicted."""
+        return recall_of([counts for layer in self._counted().values() for counts in layer])
 
     def recall_by_layer(self) -> list[float | None] | None:
         """The same of every layer, None for those that are not predicted; None where it is not checked."""
         if not self._check_recall:
             return None
-        found = dict(zip(self._written.checked, self._checks, strict=True))
-        layers = range(self.model.hyper.layers)
-        return [recall_of([found[layer]]) if layer in found else None for layer in layers]
+        return [recall_of(counts) for counts in self._counted().values()]
 
     def predicted_density(self) -> float | None:
         """Share of their neurons that predictors named so far; None where it is not checked or nothing was
         predicted."""
-        every = sum(check.neurons for check in self._checks)
-        return sum(check.named for check in self._checks) / every if every else None
+        counted = [counts for layer in self._counted().values() for counts in layer]
+        every = sum(counts.neurons for counts in counted)
+        return sum(counts.named for counts in counted) / every if every else None
+
+    def _counted(self) -> dict[int, list[Counted]]:
+        """What predictors found, layer by layer: of neurons that are computed here, and of hot ones where the
+        hot device predicts."""
+        counted = {layer: list[Counted]() for layer in range(self.model.hyper.layers)}
+        for layer, check in zip(self._written.checked, self._checks, strict=True):
+            counted[layer].append(check)
+        if self._hot is None or not self._check_recall:
+            return counted
+        for layer, counts in counted.items():
+            found, every = self._hot.predicted(layer), self._tokens * self._hot.hot_neurons(layer)
+            if found is not None:
+                counts.append(HotFound(found[1], found[2], every - found[0], every))
+        return counted
 
     def seconds(self) -> dict[str, float]:
         """Time by part so far, in seconds."""

@@ -1,6 +1,8 @@
 """Whether predictors find the neurons that are active: the truth, computed beside the prediction."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -48,7 +50,37 @@ class RecallCheck:
         self.neurons += missed.size
 
 
-def recall_of(checks: list[RecallCheck]) -> float | None:
+class Counted(Protocol):
+    """Counts over tokens."""
+
+    @property
+    def active(self) -> int:
+        """Neurons that contribute anything."""
+
+    @property
+    def found(self) -> int:
+        """Those of them that were predicted."""
+
+    @property
+    def named(self) -> int:
+        """All that were predicted."""
+
+    @property
+    def neurons(self) -> int:
+        """All that there are."""
+
+
+@dataclass(frozen=True)
+class HotFound:
+    """What the hot device has counted of one layer."""
+
+    active: int
+    found: int
+    named: int
+    neurons: int
+
+
+def recall_of(checks: Sequence[Counted]) -> float | None:
     """Share of the active neurons that were predicted; None where nothing was checked or active."""
     active = sum(check.active for check in checks)
     return sum(check.found for check in checks) / active if active else None

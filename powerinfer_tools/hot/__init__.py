@@ -97,6 +97,10 @@ class HotSide(Protocol):
     def left_out(self) -> int:
         """Hot neurons that predictors did not name so far, over all tokens."""
 
+    def predicted(self, layer: int) -> tuple[int, int, int] | None:
+        """Of the hot neurons of ``layer``, over all tokens: how many the predictor here did not name, and
+        where that is counted, how many were active, and how many of those it named; None without one."""
+
     def launch(
         self,
         layer: int,

@@ -143,7 +143,8 @@ class _Parts:
     def predictor_parts(self) -> PredictorParts:
         """What predictors share."""
         named = [layer for layer in self.layers if self.units.names(layer.index)]
-        return PredictorParts(named, self.hyper, self.work.tokens, self.form, self.device, self.chunk)
+        tokens, checks = self.work.tokens, self.work.check_recall
+        return PredictorParts(named, self.hyper, tokens, self.form, self.device, self.chunk, checks=checks)
 
     @cached_property
     def predictors(self) -> list[HotPredictor | None]:

@@ -197,7 +197,11 @@ class Backend:
             first = (*first, *self.naming.steps(predictor, inputs, x, cold=cold))
             named = self.naming.of_hot(predictor, tokens)
         rest: Steps = (("hot", partial(hot.compute, inputs, self._scratch, out, named)), *last)
-        return [(*first, *rest)] if predictor is None else [first, rest]
+        if predictor is None or named is None:
+            return [(*first, *rest)]
+        if predictor.checks:
+            rest = (("recall", partial(hot.count, inputs, self._scratch, named, predictor.counts)), *rest)
+        return [first, rest]
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -54,7 +54,7 @@ class TorchHotSide:
         streamed = backend.stream.layers if backend.stream else (None,) * len(backend.layers)
         self._there = [layer is not None for layer in streamed]
         ffns = (there.ffn if there else ffn for there, ffn in zip(streamed, backend.layers, strict=True))
-        self._left_out: int | None = None  # once it is closed
+        self._counted: list[tuple[int, int, int] | None] | None = None  # once it is closed
         self._hot: list[int] = []
         self._hot_experts: list[frozenset[int]] = []
         for found in ffns:
@@ -105,11 +105,19 @@ class TorchHotSide:
     @property
     def left_out(self) -> int:
         """Hot neurons that were not named so far, over all tokens."""
-        if self._left_out is not None:
-            return self._left_out
+        found = (self.predicted(layer) for layer in range(len(self._hot)))
+        return sum(counts[0] for counts in found if counts is not None)
+
+    def predicted(self, layer: int) -> tuple[int, int, int] | None:
+        """See :class:`powerinfer_tools.hot.HotSide`."""
+        if self._counted is not None:
+            return self._counted[layer]
         self._wait(len(self._queued))
-        predictors = [self._predictor(layer) for layer in range(len(self._hot))]
-        return sum(int(found.left_out.item()) for found in predictors if found)
+        predictor = self._predictor(layer)
+        if predictor is None:
+            return None
+        left_out, active, named = predictor.counts.cpu().tolist()
+        return left_out, active, named
 
     def launch(
         self,
@@ -201,9 +209,9 @@ class TorchHotSide:
     def close(self) -> None:
         """Free the device memory and end the queue; what was counted can be asked for still."""
         try:
-            self._left_out = self.left_out
+            self._counted = [self.predicted(layer) for layer in range(len(self._hot))]
         except (RuntimeError, DeviceLost):
-            self._left_out = 0  # nothing can be read from a lost device
+            self._counted = [None] * len(self._hot)  # nothing can be read from a lost device
         self._backend.close()
 
     def _logits(self, x: Floats | None, first: int, last: int) -> Floats:

@@ -178,6 +178,15 @@ class HotFFN:
         else:
             self._chunked(inputs, scratch, out, named)
 
+    def count(self, inputs: Inputs, scratch: Scratch, named: Tensor, counts: Tensor) -> None:
+        """Add to ``counts`` int64 (3,), second and third, how many neurons are active, and how many of those
+        are not 0 in ``named`` (T, neurons). All gate and up rows are read for it."""
+        for first in range(0, self.neurons, CHUNK_ROWS):
+            last = min(first + CHUNK_ROWS, self.neurons)
+            active = self._hidden(inputs, scratch, first, last) != 0
+            counts[1:2].add_(active.sum())
+            counts[2:3].add_((active & (named[:, first:last] != 0)).sum())
+
     def _fused(self, inputs: Inputs, rest: Tensor, out: Tensor, named: Tensor | None) -> None:
         from powerinfer_kernels import triton_launch
 
@@ -209,23 +218,27 @@ class HotFFN:
             out.addmm_(activate(gate, up, *self.activation), down)
 
     def _chunked(self, inputs: Inputs, scratch: Scratch, out: Tensor, named: Tensor | None) -> None:
-        tokens = len(out)
         out.zero_()
         for first in range(0, self.neurons, CHUNK_ROWS):
             last = min(first + CHUNK_ROWS, self.neurons)
 
-            def products(rows: Rows, space: Tensor, first: int = first, last: int = last) -> Tensor:
-                there = space[: tokens * (last - first)].view(tokens, last - first)
-                return torch.mm(inputs.of(rows), rows.chunk(first, last, scratch.chunk).T, out=there)
-
-            gate = products(self.gate, scratch.gate)
-            if self.bias is not None:
-                gate += self.bias[first:last]
-            up = None if self.up is None else products(self.up, scratch.up)
-            hidden = activate(gate, up, *self.activation)
+            hidden = self._hidden(inputs, scratch, first, last)
             if named is not None:
                 hidden.masked_fill_(named[:, first:last] == 0, 0.0)
             out.addmm_(hidden, self.down.chunk(first, last, scratch.chunk))
+
+    def _hidden(self, inputs: Inputs, scratch: Scratch, first: int, last: int) -> Tensor:
+        """act(gate) · up of some neurons, (T, last - first)."""
+        tokens = len(inputs.exact)
+
+        def products(rows: Rows, space: Tensor) -> Tensor:
+            there = space[: tokens * (last - first)].view(tokens, last - first)
+            return torch.mm(inputs.of(rows), rows.chunk(first, last, scratch.chunk).T, out=there)
+
+        gate = products(self.gate, scratch.gate)
+        if self.bias is not None:
+            gate += self.bias[first:last]
+        return activate(gate, None if self.up is None else products(self.up, scratch.up), *self.activation)
 
 
 def activate(gate: Tensor, up: Tensor | None, kind: str, cut: float) -> Tensor:

@@ -18,12 +18,14 @@ ALIGNMENT = 256
 @dataclass(frozen=True)
 class Workload:
     """What memory is for: batches of up to ``tokens``, ``context`` positions in a cache of ``kv_type``;
-    ``predicted`` layers are computed in this mode."""
+    ``predicted`` layers are computed in this mode; with ``check_recall`` it is counted what their predictors
+    find."""
 
     tokens: int
     context: int
     kv_type: str = "f16"
     predicted: frozenset[int] = frozenset()
+    check_recall: bool = False
 
 
 @dataclass(frozen=True)

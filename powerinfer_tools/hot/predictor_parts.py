@@ -43,7 +43,10 @@ class PredictorParts:
         form: Form,
         device: Device,
         chunk: Tensor,
+        *,
+        checks: bool = False,
     ) -> None:
+        self._checks = checks
         self._layers, self._hyper, self._tokens = layers, hyper, tokens
         self._form, self._device, self._chunk = form, device, chunk
         self._memory = form.memory
@@ -52,12 +55,13 @@ class PredictorParts:
         """That of ``layer``, ``hot`` of whose neurons are here."""
         predictor = layer.predictor
         assert predictor is not None
-        left_out = self._memory.typed(torch.int64, 1)
+        counts = self._memory.typed(torch.int64, 3)
         if not self._memory.counting:
-            left_out.copy_(torch.zeros(1, dtype=torch.int64))
+            counts.copy_(torch.zeros(3, dtype=torch.int64))
         scores = self._scores[:, : layer.neurons]
         threshold = self._form.vector(predictor.threshold)
-        return HotPredictor(self._scorer(predictor, layer), threshold, scores, self._stream, hot, left_out)
+        scorer, checks = self._scorer(predictor, layer), self._checks
+        return HotPredictor(scorer, threshold, scores, self._stream, hot, counts, checks)
 
     def take_shared(self) -> None:
         """Take the memory that is taken once."""

@@ -85,15 +85,21 @@ class HotSigns:
 @dataclass(frozen=True)
 class HotPredictor:
     """One layer's predictor. ``scores`` (TOKENS_AT_ONCE, neurons) and ``stream`` (TOKENS_AT_ONCE, width), the
-    residual stream exact and rounded, are scratch; ``left_out`` int64 (1,) counts hot neurons that were not
-    named."""
+    residual stream exact and rounded, are scratch; ``counts`` int64 (3,): hot neurons not named,
+    and with ``checks`` those that were active, and those of them that were named."""
 
     scorer: Scorer
     threshold: Tensor
     scores: Tensor
     stream: Inputs
     hot: int
-    left_out: Tensor
+    counts: Tensor
+    checks: bool = False
+
+    @property
+    def left_out(self) -> Tensor:
+        """Hot neurons that were not named, int64 (1,)."""
+        return self.counts[:1]
 
     def name(self, inputs: Inputs, x: Tensor, named: Tensor) -> None:
         """named uint8 (T, neurons) = 1 where the score is not at or below the threshold; a score that is no
@@ -114,7 +120,7 @@ class HotPredictor:
 
     def forget(self) -> None:
         """Begin counting anew."""
-        self.left_out.zero_()
+        self.counts.zero_()
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,11 @@ class HotStream:
         m, named = self._memory, None
         if layer.predictor is not None:
             named = m.naming.of_hot(layer.predictor, tokens)
-        return (("hot", partial(layer.ffn.compute, normed, m.ffn, m.hot[:tokens], named)),)
+        steps: Steps = (("hot", partial(layer.ffn.compute, normed, m.ffn, m.hot[:tokens], named)),)
+        if layer.predictor is not None and layer.predictor.checks and named is not None:
+            count = partial(layer.ffn.count, normed, m.ffn, named, layer.predictor.counts)
+            steps = (("recall", count), *steps)
+        return steps
 
     def _merge_steps(self, layer: HotLayer, tokens: int, *, hot: bool, cold: bool) -> Steps:
         """The sums of the sides that computed something join the stream; nothing where that cannot be."""

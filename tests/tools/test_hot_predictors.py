@@ -225,6 +225,31 @@ def named_share(path: Path, tokens: list[int]) -> float:
     return float(np.mean(shares))
 
 
+@pytest.mark.parametrize("attention", [[], [0, 1, 2]])
+def test_recall_is_counted_of_hot_and_cold_neurons(simple: Predicted, attention: list[int]) -> None:
+    """As where all are cold; and the logits are what they are without counting."""
+    hot = [2 * GROUP, simple.neurons, 0]
+    path, tokens = simple.split(hot, attention, [0, 1, 2]), simple.tiny.tokens(9)
+    found = []
+    for device, check in (("none", True), ("cpu", True), ("cpu", False)):
+        engine = Engine(load_model(path), threads=1, device=device, batch=4, check_recall=check)
+        rows = [engine.prefill(tokens[:6]).copy(), *(engine.decode(token).copy() for token in tokens[6:])]
+        stack = engine.stack
+        if device == "cpu":
+            engine.close()
+        found.append((stack.recall(), stack.predicted_density(), stack.recall_by_layer(), np.stack(rows)))
+        if device == "none":
+            engine.close()
+    (recall, named, layers, _), (again, named_again, layers_again, counted), (_, _, none, plain) = found
+    assert recall is not None
+    assert 0 < recall < 1
+    assert again == pytest.approx(recall, abs=0.005)
+    assert named_again == pytest.approx(named, abs=0.005)
+    assert layers_again == pytest.approx(layers, abs=0.01)
+    assert none is None
+    assert np.array_equal(counted, plain)
+
+
 def test_a_lost_device_predicts_again_elsewhere(simple: Predicted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the names or the sums were waited for; and names are read when they are there, not before."""
     path, tokens = simple.split([GROUP] * 3, [], [0, 1, 2]), simple.tiny.tokens(9)

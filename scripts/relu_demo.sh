@@ -37,7 +37,7 @@ show powerinfer profile -m "$model" --tokens "$profile_tokens" --trace "$records
 show powerinfer inspect "$stem.profile.safetensors" --chart "$stem.curve.svg"
 
 step "3. Predictors of which neurons will be active, before the gate is read."
-show powerinfer train -m "$model" --recall 0.95
+show powerinfer train -m "$model" --recall 0.95 --chart "$stem.frontier.svg"
 
 step "4. What goes where, if the accelerator had room for 30 % of the FFN (84.6 MB in Q8_0), beside scratch?"
 show powerinfer plan -m "$model" --vram 38MiB --ctx 2048

@@ -168,18 +168,10 @@ def predicted_seconds(
 ) -> Vector:
     """Time of the CPU for a predicted FFN of which a share ``density`` of ``nbytes`` is gathered, the
     predictor's own time apart; from the ``curve`` of their shape where there is one. Arrays are [levels]."""
-    overhead = 0.0 if curve is None else curve.overhead_seconds
-    return gathered_seconds(nbytes, density, machine, curve) + overhead * (nbytes > 0)
-
-
-def gathered_seconds(
-    nbytes: Vector, density: Vector, machine: Machine, curve: FFNCurve | None = None
-) -> Vector:
-    """Time of the CPU to gather a share ``density`` of rows of ``nbytes`` and do nothing else; from the
-    ``curve`` of their shape where there is one. Arrays are [levels]."""
-    if curve is None:
-        return nbytes * density / machine.gathered_bandwidth(density)
-    return nbytes * density / np.interp(density, curve.densities, curve.predicted_bytes_per_s)
+    if curve is not None:
+        rate = np.interp(density, curve.densities, curve.predicted_bytes_per_s)
+        return nbytes * density / rate + curve.overhead_seconds * (nbytes > 0)
+    return nbytes * density / machine.gathered_bandwidth(density)
 
 
 def dense_stream_seconds(nbytes: Vector, machine: Machine) -> Vector:

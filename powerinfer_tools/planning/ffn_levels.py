@@ -98,15 +98,13 @@ def mode_seconds(ffn: FFN, mode: str, hot: Integers, machine: Machine) -> Vector
 
 
 def _dense(ffn: FFN, cold: Vector, density: Vector, machine: Machine) -> Vector:
-    """All gate and up rows; the sum of down rows leaves out zeros by itself, so without a gate this is what
-    gate-first does."""
+    """All gate and up rows; the sum of down rows leaves out zeros by itself, so this is gate-first with up
+    rows among those that always count. Without a gate the two are one."""
     sizes, curve = ffn.sizes, machine.ffn_curve(ffn.layer.width, ffn.sizes.types, ffn.layer.neurons)
     if not ffn.skips:
         return costs.dense_seconds(cold * sizes.total, machine, curve)
-    if ffn.layer.gate is None:
-        return costs.gate_first_seconds(cold * sizes.always, cold * sizes.skippable, density, machine, curve)
-    first = costs.dense_seconds(cold * (sizes.total - sizes.down), machine, curve)
-    return first + costs.gathered_seconds(cold * sizes.down, density, machine, curve)
+    first = cold * (sizes.total - sizes.down)
+    return costs.gate_first_seconds(first, cold * sizes.down, density, machine, curve)
 
 
 def expected(frequencies: Vector) -> Vector:

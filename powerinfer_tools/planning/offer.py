@@ -30,7 +30,7 @@ def offer(path: Path, shape: ModelShape, max_ppl_increase: float) -> Offer:
         raise PlanError(
             f"{path}: predictors name neurons of one FFN; {shape.name} has experts, which its router names"
         )
-    if not 0 <= max_ppl_increase < 1:
+    if not 0 <= max_ppl_increase <= 1:
         raise PlanError(f"--max-ppl-increase {max_ppl_increase}: a share from 0 (exact modes only) up to 1")
     file = PredictorsFile.load(path)
     if shape.fingerprint is not None:

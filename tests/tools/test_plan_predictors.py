@@ -245,7 +245,7 @@ class Staged:
             TrainOptions(self.model, self.trace, self.predictors, recall=0.95, row_type="F32", budget=1.0)
         )
         rates = ((0.01, 1.0), (1e9, 1e9), (1e12, 1e12))
-        curve = FFNCurve(64, 160, "F32", "F32", "F32", 1e8, *rates)  # dense is never the fastest
+        curve = FFNCurve(64, 160, "F32", "F32", "F32", 1e9, *rates)
         cpu = CpuInfo("a CPU", 1, "scalar", 1e12, 1 << 34, (1.0,), (1e12,))
         self.hardware = folder / "hardware.toml"
         HardwareProfile(MachineInfo("m", "measured", "2026-11-25"), cpu, ffn=(curve,)).save(self.hardware)

@@ -87,9 +87,9 @@ def test_predictions_follow_the_cost_model(relu: Profiled) -> None:
         hot = {0.0: 0, 0.125: 32, 0.25: 32, 0.5: 64, 0.75: 96, 0.875: 128}[case.share]
         seconds = shared + grid._cold(case, machine)
         if case.mode == "dense":
-            # Gates and up rows stream; of down rows, those of active neurons are gathered.
+            # Gate and up rows count whole, down rows of the active neurons, all at the rate of gate-first.
             active = sum(float(ffn.frequencies[hot:].sum()) for ffn in grid.ffns)
-            cold = LAYERS * ((NEURONS - hot) * 2 * 256 / 2e9 + 5e-6) + active * 256 / 1e9
+            cold = (LAYERS * (NEURONS - hot) * 2 + active) * 256 / 3e9 + LAYERS * 5e-6
             assert seconds == pytest.approx(shared + cold, rel=1e-12)
         if case.device == "cpu":
             seconds += LAYERS * (per_layer + per_neuron * hot)

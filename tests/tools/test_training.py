@@ -20,6 +20,7 @@ from powerinfer_tools.model import load_model
 from powerinfer_tools.profiling import ProfileOptions, run_profile
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.training import TrainOptions, draw_frontier, run_train
+from powerinfer_tools.training.allocation import Sensitivity, Setting
 from powerinfer_tools.training.choice import Candidate, choose
 from powerinfer_tools.training.frontier import RECALLS
 from powerinfer_tools.training.layer_data import LayerData, parted
@@ -297,6 +298,17 @@ def test_refusals(traced: Traced, tmp_path: Path) -> None:
     ):
         with pytest.raises(TrainError):
             run_train(replace(traced.options(), **changes))  # type: ignore[arg-type]
+
+
+def test_prices_pass_through_both_measurements_of_a_layer() -> None:
+    """A layer that errs on the text though it does not in the records is never free, but for gate-first."""
+    some = np.zeros(4, np.float32)
+    layer = Sensitivity((0.0, 2.0), (0.01, 0.09))
+    wanted = {0.0: 0.01, 0.5: 0.03, 2.0: 0.09, 4.0: 0.17}
+    assert {e: layer.price(Setting(some, 1.0, e)) for e in wanted} == pytest.approx(wanted)
+    assert layer.price(Setting(None, 1.0, 0.0)) == 0.0
+    noisy = Sensitivity((0.5, 0.5), (0.02, 0.01))  # one setting, or noise: never less than the least measured
+    assert [noisy.price(Setting(some, 1.0, e)) for e in (0.1, 0.5, 3.0)] == [0.02] * 3
 
 
 def test_a_budget_of_quality_is_kept(traced: Traced, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def held(values: npt.NDArray[np.float64], first: int, context: int, kind: str) -
 @pytest.mark.parametrize(
     ("kind", "dim", "heads", "kv_heads"), [("f16", 20, 6, 2), ("f16", 48, 1, 1), ("q8_0", 96, 5, 1)]
 )
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 3.0), (11, 2.0)])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (11, 2.0)])
 def test_attention_of_one_token_reads_what_it_sees_and_nothing_else(
     kind: str,
     dim: int,

@@ -15,7 +15,7 @@ from powerinfer_tools.hot.ffn import HotFFN
 from split_models import GROUP, Prepared
 from test_hot_side import FakeGpu, on
 
-SIZES = ["--megabytes", "1", "--width", "256", "--positions", "96", "-n", "2"]
+SIZES = ["--megabytes", "1", "--width", "256", "--positions", "40", "-n", "2"]
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_fused_kernels_are_checked_and_timed(
     assert gpu.main(["--device", "cuda", *SIZES]) == 0
     said = capsys.readouterr().out
     assert "Q4_K fused: FFN with relu" in said
-    assert "attention over 96 positions, q8_0, fused" in said
+    assert "attention over 40 positions, q8_0, fused" in said
     assert "WRONG" not in said
     assert "not as asked: the whole engine: no model was named" in said
 

@@ -15,13 +15,15 @@ class DrawingError(PowerInferError):
 
 
 def require_drawable(path: Path) -> None:
-    """Raises DrawingError for an ending other than .png and .svg, and where matplotlib is not installed: to
-    be known before long work whose result is drawn."""
+    """Raises DrawingError for an ending other than .png and .svg, a folder that is not there, and where
+    matplotlib is not installed: to be known before long work whose result is drawn."""
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise DrawingError(
             f"{path}: a chart is written as {' or '.join(FORMATS)}, not {kind or 'without ending'}"
         )
+    if not path.parent.is_dir():
+        raise DrawingError(f"{path}: there is no folder {path.parent} to write the chart to; make it first")
     if find_spec("matplotlib") is None:
         raise DrawingError('charts need matplotlib; install it with: pip install "powerinfer[chart]"')
 

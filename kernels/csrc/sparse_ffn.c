@@ -1,7 +1,7 @@
 /* The feed-forward block of a model over some of its neurons: those with a positive gate (gate-first), those that a
  * predictor names and whose gates confirm it, or those whose known factor, act(gate) or up, is large (thresholded). The
- * listed neurons' products go to `h` without gaps, in ascending order. An FFN of two matrices has gate and down rows: the activation reads its first
- * matrix, and there is nothing to multiply the result with. */
+ * listed neurons' products go to `h` without gaps, in ascending order. An FFN of two matrices has gate and down rows:
+ * the activation reads its first matrix, and there is nothing to multiply the result with. */
 #include "bundle.h"
 #include "program.h"
 

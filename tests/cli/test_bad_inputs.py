@@ -210,17 +210,21 @@ def test_train_says_at_once_that_a_model_has_no_zeros(
 
 
 @pytest.mark.parametrize("stage", ["train", "relufy"])
-def test_a_chart_of_another_kind_is_1_before_any_work(
-    powerinfer: Command, tmp_path: Path, stage: str
+@pytest.mark.parametrize(
+    ("chart", "said"),
+    [("chart.gif", "written as .png or .svg, not .gif"), ("none/chart.svg", "there is no folder")],
+)
+def test_a_chart_that_cannot_be_drawn_is_1_before_any_work(
+    powerinfer: Command, tmp_path: Path, stage: str, chart: str, said: str
 ) -> None:
     model = make_tiny_model(tmp_path, FAMILY_CASES["llama-relu" if stage == "train" else "llama"])
     corpus = ("--corpus", model.path) if stage == "relufy" else ()
     trace = tmp_path / "t.trace.zst"
     trace.touch()
     given = (*corpus, "--trace", trace) if stage == "train" else corpus
-    ended = powerinfer(stage, "-m", model.path, *given, "--chart", tmp_path / "chart.gif")
+    ended = powerinfer(stage, "-m", model.path, *given, "--chart", tmp_path / chart)
     assert (ended.code, ended.out) == (1, "")
-    assert "written as .png or .svg, not .gif" in one_line(ended.err)
+    assert said in one_line(ended.err)
 
 
 def test_an_unknown_instruction_set_names_the_known(powerinfer: Command, smollm2: Path) -> None:

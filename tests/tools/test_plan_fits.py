@@ -16,7 +16,7 @@ from powerinfer_tools.hot.opening import planned_units
 from powerinfer_tools.hot.placement import Workload, fit, units_size
 from powerinfer_tools.hot.sizes import OVERHEAD, budget_for, overhead
 from powerinfer_tools.inspection import describe
-from powerinfer_tools.model import load_model
+from powerinfer_tools.model import Model, load_model
 from powerinfer_tools.planning.planner import Budgets, PlanOptions
 from powerinfer_tools.planning.request import make_plan
 from powerinfer_tools.planning.shapes import shape_of_model
@@ -39,6 +39,18 @@ def keen() -> HardwareProfile:
 @pytest.fixture(scope="module", params=["llama-untied", "gemma3", "opt", "falcon-relu", "llama-Q4_1"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared(tmp_path_factory.mktemp("fits"), request.param)
+
+
+def runs_within(budget: int, opened: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device with no more than ``budget`` bytes, taken at once, and nothing has to be said."""
+    gpu = FakeGpu(free=budget)
+    on(monkeypatch, gpu)
+    engine = Engine(opened, threads=1, device="cuda", vram=budget, batch=BATCH, context=CONTEXT)
+    assert list(engine.notices) == []
+    assert len(gpu.asked) == 1
+    assert gpu.asked[0] <= budget
+    engine.prefill(tokens)
+    engine.close()
 
 
 def test_what_is_planned_is_what_is_placed(
@@ -76,14 +88,7 @@ def test_what_is_planned_is_what_is_placed(
         assert ("the head" in said) == units.head
         # The planner counts biases of neurons and tables that some layers do not need.
         assert 0 <= plan.memory.vram_used - overhead(budget) - units_size(opened, units, work).total <= 60_000
-        gpu = FakeGpu(free=budget)
-        on(monkeypatch, gpu)
-        engine = Engine(opened, threads=1, device="cuda", vram=budget, batch=BATCH, context=CONTEXT)
-        assert list(engine.notices) == []
-        assert len(gpu.asked) == 1
-        assert gpu.asked[0] <= budget
-        engine.prefill(model.tiny.tokens(20))
-        engine.close()
+        runs_within(budget, opened, model.tiny.tokens(20), monkeypatch)
         placed.add((units.neurons, units.attention, units.head))
     assert len(placed) > 1
 
@@ -140,13 +145,6 @@ def test_what_is_planned_of_experts_is_what_is_placed(
         ]
         left = plan.memory.vram_used - overhead(budget) - units_size(opened, units, work).total
         assert 0 <= left <= 2 * source.hyper.width * 4  # a bias that an output norm may have
-        gpu = FakeGpu(free=budget)
-        on(monkeypatch, gpu)
-        engine = Engine(opened, threads=1, device="cuda", vram=budget, batch=BATCH, context=CONTEXT)
-        assert list(engine.notices) == []
-        assert len(gpu.asked) == 1
-        assert gpu.asked[0] <= budget
-        engine.prefill(experts.tiny.tokens(20))
-        engine.close()
+        runs_within(budget, opened, experts.tiny.tokens(20), monkeypatch)
         placed.add((units.experts, units.attention, units.head))
     assert len(placed) > 1

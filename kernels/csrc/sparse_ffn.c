@@ -43,8 +43,9 @@ static void contributions(const pi_sparse_ffn *op, const pi_run *run, int64_t to
     const int gated = up->data != NULL;
     if (gated) run->kernels->product_rows(up, index, count, begin, end, op->src, &op->acts, token, h);
     for (int64_t k = begin; k < end; k++) {
-        float g = gate ? gate[k] : select[index[k]];
-        h[k] = g <= op->cut ? 0.0f : contribution(op->kind, g, gated ? h[k] : 1.0f);
+        const float g = gate ? gate[k] : select[index[k]];
+        /* Gates in scratch are above the cut. No second look at them: it would hide a row that was read in vain. */
+        h[k] = !gate && g <= op->cut ? 0.0f : contribution(op->kind, g, gated ? h[k] : 1.0f);
     }
 }
 

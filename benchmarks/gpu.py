@@ -23,9 +23,9 @@ from gpu_engines import Speeds, make_split, measure_engines, measure_host, measu
 from gpu_kernels import Sizes, measure_attention, measure_copy, measure_exchange, measure_row_types
 from gpu_run import Run
 
-from powerinfer_tools.hardware import detect
-from powerinfer_tools.hot.devices import CpuDevice, CudaDevice, Device, cuda_problem
-from powerinfer_tools.hot.fusing import fusing_problem
+from powerinfer_tools import detect
+from powerinfer_tools.engine.hot.devices import CpuDevice, CudaDevice, Device, cuda_problem
+from powerinfer_tools.engine.hot.fusing import fusing_problem
 
 LIMIT_SECONDS = 450.0
 

@@ -15,9 +15,9 @@ from gpu_run import Row, Run
 from worker_process import Worker, WorkerError
 
 from powerinfer_kernels import Pool, read_bandwidth
+from powerinfer_tools import detect
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.hardware import detect
-from powerinfer_tools.model import load_model
+from powerinfer_tools.model.loading import load_model
 
 PEER = Path(__file__).resolve().parent / "worker_llama_cpp.py"
 CORPUS = "powerinfer_tools/data/corpus/us-constitution.txt"

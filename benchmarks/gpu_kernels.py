@@ -9,10 +9,10 @@ from gpu_run import Row, Run
 
 from powerinfer_kernels import RowType, dequantize, reference, row_bytes
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, to_planar
-from powerinfer_tools.hot.cache import Attending, HeldVectors, HotCache
-from powerinfer_tools.hot.ffn import FileRows, FusedRows, HotFFN, Inputs, Rows, Scratch
-from powerinfer_tools.hot.sizes import CHUNK_ROWS
-from powerinfer_tools.synthetic.random_blocks import random_rows
+from powerinfer_tools.engine.hot.cache import Attending, HeldVectors, HotCache
+from powerinfer_tools.engine.hot.hot_ffn import FileRows, FusedRows, HotFFN, Inputs, Rows, Scratch
+from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
+from powerinfer_tools.measure.synthetic.random_blocks import random_rows
 
 EPS = float(np.finfo(np.float32).eps)
 #: Different rows of a matrix; more would only take longer to make and to check.
@@ -87,7 +87,7 @@ def rows_on(run: Run, raw: np.ndarray, row_type: RowType, width: int, *, fused: 
 
 def space_for(run: Run, neurons: int, x: np.ndarray) -> tuple[Inputs, Scratch, torch.Tensor]:
     """The input ``x`` (1, width) there, scratch, and a place for the sum."""
-    from powerinfer_tools.hot.assembly import rest_floats
+    from powerinfer_tools.engine.hot.assembly import rest_floats
 
     width, chunk = x.shape[1], min(CHUNK_ROWS, neurons)
 

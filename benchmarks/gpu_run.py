@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from powerinfer_tools.hot.devices import Device, first_line
+from powerinfer_tools.engine.hot.devices import Device, first_line
 
 Work = Callable[[], object]
 #: Passes that compile, load and warm up.

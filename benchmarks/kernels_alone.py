@@ -18,7 +18,7 @@ from powerinfer_kernels import (
     read_bandwidth,
     row_bytes,
 )
-from powerinfer_tools.synthetic.random_blocks import random_rows
+from powerinfer_tools.measure.synthetic.random_blocks import random_rows
 
 ROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16")
 COLUMNS = 4096

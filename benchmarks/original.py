@@ -27,9 +27,9 @@ from comparison_table import print_lines
 
 from powerinfer_formats.errors import FormatError
 from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.original.export import ExportOptions, export
-from powerinfer_tools.synthetic.models import Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.models import Shape, write_synthetic
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.stages.original.export import ExportOptions, export
 from powerinfer_tools.text import Tokenizer
 
 #: One model of each family that the original knows, in sizes that it takes.

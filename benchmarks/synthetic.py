@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from powerinfer_tools.synthetic.models import SHAPES, TYPES, write_synthetic
+from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, write_synthetic
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from powerinfer_formats.errors import FormatError
 from powerinfer_kernels import KernelError
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.model import load_model
+from powerinfer_tools.model.loading import load_model
 
 
 class Ours:

@@ -27,17 +27,33 @@ MAY_IMPORT = {
 # Heavy package → the files (by prefix) that are about it and may import it when they are imported.
 HEAVY = {
     "torch": (
-        "powerinfer_tools/hot/",
-        "powerinfer_tools/relufication/",
-        "powerinfer_tools/training/tuning.py",
+        "powerinfer_tools/engine/hot/",
+        "powerinfer_tools/measure/accelerator.py",
+        "powerinfer_tools/stages/relufy/",
+        "powerinfer_tools/stages/train/tuning.py",
     ),
     "triton": ("kernels/powerinfer_kernels/triton_",),
     "transformers": (),
-    "highspy": ("powerinfer_tools/planning/milp.py",),
+    "highspy": ("powerinfer_tools/stages/plan/milp.py",),
     "matplotlib": (),
-    "lm_eval": ("powerinfer_tools/harness/adapter.py",),
+    "lm_eval": ("powerinfer_tools/quality/harness/adapter.py",),
     "gguf": (),
 }
+
+# The floors of powerinfer_tools, ground first. A room imports what stands before it, and nothing behind it.
+FLOORS = (
+    ("errors", "progress", "interrupts", "pictures", "detect"),
+    ("text",),
+    ("model",),
+    ("engine",),
+    ("generate",),
+    ("quality",),
+    ("measure",),
+    ("stages",),
+    ("inspect",),
+)
+# Stages that use another stage; no stage may be used by one that it uses.
+STAGES = ("profile", "train", "threshold", "convert", "quantize", "plan", "relufy", "original")
 
 
 def modules() -> list[Path]:
@@ -113,3 +129,91 @@ def test_importing_the_stages_package_loads_nothing_heavy() -> None:
         [sys.executable, "-c", probe, names], env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def names_imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Full dotted names of what is imported anywhere, lazily and for types alone, too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide where they lead"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def tools_imports(path: Path) -> Iterator[tuple[str, int]]:
+    """The modules of powerinfer_tools that ``path`` imports, by dotted name below the package, with lines."""
+    root = PACKAGES["powerinfer_tools"]
+    for name, line in names_imported(ast.parse(path.read_text(encoding="utf-8"))):
+        parts = name.split(".")
+        if parts[0] != "powerinfer_tools":
+            continue
+        while parts and not module_file(root, parts[1:]):
+            parts = parts[:-1]
+        if parts[1:]:
+            yield ".".join(parts[1:]), line
+
+
+def module_file(root: Path, parts: list[str]) -> Path | None:
+    module = root.joinpath(*parts)
+    files = (module.with_suffix(".py"), module / "__init__.py") if parts else (root / "__init__.py",)
+    return next((file for file in files if file.exists()), None)
+
+
+def tools_modules() -> list[Path]:
+    return [path for path in modules() if path.is_relative_to(PACKAGES["powerinfer_tools"])]
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGES["powerinfer_tools"]).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {dotted(path).split(".")[0] for path in tools_modules()} - {""}
+    assert rooms == {room for floor in FLOORS for room in floor}
+
+
+def test_rooms_import_only_what_stands_before_them() -> None:
+    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    wrong = []
+    for path in tools_modules():
+        if not (room := dotted(path).split(".")[0]):
+            continue
+        for name, line in tools_imports(path):
+            if floor_of[name.split(".")[0]] > floor_of[room]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_stages_use_only_stages_before_them() -> None:
+    wrong = []
+    for path in tools_modules():
+        here = dotted(path).split(".")
+        if here[0] != "stages" or len(here) < 2:
+            continue
+        for name, line in tools_imports(path):
+            there = name.split(".")
+            if there[0] == "stages" and STAGES.index(there[1]) > STAGES.index(here[1]):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_modules_import_each_other_in_a_circle() -> None:
+    """Lazy and type-only imports count; a package's own ``__init__`` may gather its modules."""
+    arrows = {
+        dotted(path): {name for name, _ in tools_imports(path)}
+        for path in tools_modules()
+        if path.name != "__init__.py"
+    }
+    circles = sorted(name for name in arrows if name in reachable(arrows, name))
+    assert not circles
+
+
+def reachable(arrows: dict[str, set[str]], start: str) -> set[str]:
+    seen, waiting = set[str](), [start]
+    while waiting:
+        for name in arrows.get(waiting.pop(), set()) - seen:
+            seen.add(name)
+            waiting.append(name)
+    return seen

@@ -16,7 +16,7 @@ from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
-    from powerinfer_tools.benchmarking import BenchRow
+    from powerinfer_tools.measure.bench_rows import BenchRow
 
 HELP = """Measure tokens per second: rows ppN (a prompt of N tokens) and tgN (N tokens generated one by one).
 
@@ -75,7 +75,7 @@ def command(
         return
     path = made_up_model(synthetic) if synthetic.shape else find_model(model)
     from powerinfer_cli.engines import measured_bandwidth, opened_engine
-    from powerinfer_tools.benchmarking import bench
+    from powerinfer_tools.measure.bench_rows import bench
 
     context = max(prompt, generate, 1)
     with opened_engine(path, placement, threads=common.threads, context=context) as engine:
@@ -122,7 +122,7 @@ def check_choice(model: Path | None, synthetic: opt.Synthetic, mode: opt.Mode) -
 
 def clear_cache(synthetic: opt.Synthetic, *, as_json: bool) -> None:
     """Remove the cached synthetic models and say how much that frees."""
-    from powerinfer_tools.synthetic.cache import clear, default_cache
+    from powerinfer_tools.measure.synthetic.cache import clear, default_cache
 
     cache = synthetic.cache_dir or default_cache()
     freed = clear(cache)
@@ -134,8 +134,8 @@ def clear_cache(synthetic: opt.Synthetic, *, as_json: bool) -> None:
 
 def made_up_model(synthetic: opt.Synthetic) -> Path:
     """The file of the synthetic model that was asked for; written first where it is not there."""
-    from powerinfer_tools.synthetic.cache import Request, cached, default_cache
-    from powerinfer_tools.synthetic.sparse import Sparsity
+    from powerinfer_tools.measure.synthetic.cache import Request, cached, default_cache
+    from powerinfer_tools.measure.synthetic.sparse import Sparsity
 
     sparsity = None
     if synthetic.density is not None:

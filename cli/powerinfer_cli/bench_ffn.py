@@ -8,7 +8,7 @@ from powerinfer_cli.console import emit_json, progress
 from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
-    from powerinfer_tools.ffn_benchmarking import FFNRow
+    from powerinfer_tools.measure.ffn_speedup import FFNRow
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def parse_densities(text: str) -> list[float]:
 def run(size: str, row_type: str, densities: list[float], threads: int | None, *, as_json: bool) -> None:
     """Measure and print."""
     width, neurons = parse_size(size)
-    from powerinfer_tools.ffn_benchmarking import bench_ffn_with, row_type_named
+    from powerinfer_tools.measure.ffn_speedup import bench_ffn_with, row_type_named
 
     try:
         kind = row_type_named(row_type)

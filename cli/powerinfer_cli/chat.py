@@ -11,7 +11,7 @@ from powerinfer_cli.summary import engine_figures, say_summary
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.generation import Chat, Generation, GenerationOptions
+    from powerinfer_tools.generate.generation import Chat, Generation, GenerationOptions
 
 HELP = """\
 /help          this list
@@ -143,7 +143,7 @@ def stream(generation: "Generation") -> None:
 
 def chat(engine: "Engine", options: "GenerationOptions", *, system: str | None, first: str | None) -> None:
     """Chat until the end, then say what it cost."""
-    from powerinfer_tools.generation import Chat
+    from powerinfer_tools.generate.generation import Chat
     from powerinfer_tools.text import Tokenizer
     from powerinfer_tools.text.chat import chat_template
 

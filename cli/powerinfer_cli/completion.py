@@ -11,7 +11,7 @@ from powerinfer_cli.summary import run_figures, say_summary
 if TYPE_CHECKING:
     from powerinfer_cli.run_command import Prompt
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.generation import Generation, GenerationOptions
+    from powerinfer_tools.generate.generation import Generation, GenerationOptions
     from powerinfer_tools.progress import Progress
     from powerinfer_tools.text import Tokenizer
 
@@ -70,7 +70,7 @@ def begin(
     listener: "Progress | None",
 ) -> "Generation":
     """The generation: of the prompt as it is, or as the first message of a chat."""
-    from powerinfer_tools.generation import Chat, generate
+    from powerinfer_tools.generate.generation import Chat, generate
 
     if not given.chat and given.system is None:
         ids = tokenizer.encode(text, parse_special=given.special)

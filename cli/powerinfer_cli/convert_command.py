@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from powerinfer_formats.predictors import Quality
-    from powerinfer_tools.conversion import ConvertReport
-    from powerinfer_tools.expert_conversion import ConvertedExperts
-    from powerinfer_tools.original.export import ExportReport
+    from powerinfer_tools.stages.convert.conversion import ConvertReport
+    from powerinfer_tools.stages.convert.expert_conversion import ConvertedExperts
+    from powerinfer_tools.stages.original.export import ExportReport
 
 HELP = """Write the split file: neurons, or experts, sorted hottest first, as the plan says.
 
@@ -99,7 +99,7 @@ def command(
     predictor_file = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
     threshold_file = optional_input(thresholds, source, THRESHOLDS_SUFFIX, made_by="threshold")
     path = output_file(output, source, SPLIT_SUFFIX)
-    from powerinfer_tools.conversion import ConvertOptions, convert
+    from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 
     chosen = None if quant == "auto" else quant
     report = convert(
@@ -133,7 +133,7 @@ def write_original(
     made = None if all_active else stage_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
     records = None if all_active else optional_input(trace, source, TRACE_SUFFIX, made_by="profile")
     path = output_file(output, source, ORIGINAL_SUFFIX)
-    from powerinfer_tools.original.export import ExportOptions, export
+    from powerinfer_tools.stages.original.export import ExportOptions, export
 
     chosen = None if quant == "auto" else quant
     report = export(ExportOptions(source, path, made, records, chosen), progress())

@@ -54,12 +54,12 @@ def command(
     if model and not measure:
         raise typer.BadParameter("only --measure looks at a model", param_hint="--model")
     models = [find_model(path) for path in model or ()]
-    from powerinfer_tools.hardware import diagnose
+    from powerinfer_tools.measure.hardware import diagnose
 
     result = diagnose(measure=measure, models=models, threads=common.threads, progress=progress())
     written = None
     if result.profile is not None:
-        from powerinfer_tools.hardware import default_profile_path
+        from powerinfer_tools.measure.hardware import default_profile_path
 
         written = output or default_profile_path()
         if output is None:

@@ -10,7 +10,7 @@ from powerinfer_cli.options import Placement
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.model import Model
+    from powerinfer_tools.model.loading import Model
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def engines_of(
 ) -> Iterator[tuple["Model", Callable[..., "Engine"]]]:
     """The model at ``path``, closed at the end, and what makes an engine on it in a ``mode``."""
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.model import load_model
+    from powerinfer_tools.model.loading import load_model
 
     def open_engine(**options: Any) -> "Engine":
         engine = Engine(

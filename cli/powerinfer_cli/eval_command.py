@@ -15,7 +15,7 @@ from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.model import Model
+    from powerinfer_tools.model.loading import Model
     from powerinfer_tools.progress import Progress
 
 HELP = """Measure perplexity on a text, and how far predictions are from another model's or between modes.
@@ -116,7 +116,7 @@ def command(
 
 def text_windows(model: "Model", text: str, ctx: int, chunks: int | None) -> list[list[int]]:
     """The windows of token ids that are scored."""
-    from powerinfer_tools.evaluation import windows
+    from powerinfer_tools.quality.perplexity import windows
     from powerinfer_tools.text import Tokenizer
 
     tokenizer = Tokenizer.from_gguf(model.gguf)
@@ -127,7 +127,7 @@ def text_windows(model: "Model", text: str, ctx: int, chunks: int | None) -> lis
 
 def score(engine: "Engine", pieces: list[list[int]], listener: "Progress") -> dict[str, Any]:
     """Perplexity and what it was taken over."""
-    from powerinfer_tools.evaluation import perplexity
+    from powerinfer_tools.quality.perplexity import perplexity
 
     return perplexity(engine, pieces, listener).as_dict() | {"mode": engine.report().mode}
 
@@ -136,7 +136,7 @@ def diverge(
     engine: "Engine", base: "Engine", pieces: list[list[int]], listener: "Progress"
 ) -> dict[str, Any]:
     """Divergence of the model from ``base``."""
-    from powerinfer_tools.evaluation import divergence
+    from powerinfer_tools.quality.perplexity import divergence
 
     return {"against": base.model.path, "divergence": divergence(engine, base, pieces, listener).as_dict()}
 

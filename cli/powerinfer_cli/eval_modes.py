@@ -9,10 +9,10 @@ from powerinfer_cli.console import emit_json, say
 from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
-    from powerinfer_tools.comparison import Comparison, Fidelity
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.model import Model
+    from powerinfer_tools.model.loading import Model
     from powerinfer_tools.progress import Progress
+    from powerinfer_tools.quality.comparison import Comparison, Fidelity
 
 EVERY_MODE = "dense,gate-first,predicted,thresholded"
 
@@ -36,8 +36,8 @@ def measure_modes(
     pieces: list[list[int]],
     listener: "Progress",
 ) -> "Comparison":
-    """A row for each mode; see :func:`powerinfer_tools.comparison.compare_modes`."""
-    from powerinfer_tools.comparison import compare_modes
+    """A row for each mode; see :func:`powerinfer_tools.quality.comparison.compare_modes`."""
+    from powerinfer_tools.quality.comparison import compare_modes
 
     return compare_modes(open_engine, model, modes, pieces, listener)
 

@@ -11,7 +11,7 @@ from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.model import Model
+    from powerinfer_tools.model.loading import Model
     from powerinfer_tools.progress import Progress
 
 _tasks = opt.in_panel("Tasks")
@@ -51,8 +51,8 @@ def score_tasks(
     listener: "Progress",
 ) -> list[dict[str, Any]]:
     """A row for each mode, task and metric; a mode of None is what the file says."""
-    from powerinfer_tools.comparison import refusal
-    from powerinfer_tools.harness import run_tasks
+    from powerinfer_tools.quality.comparison import refusal
+    from powerinfer_tools.quality.harness import run_tasks
     from powerinfer_tools.text import Tokenizer
 
     rows: list[dict[str, Any]] = []

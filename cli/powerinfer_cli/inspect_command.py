@@ -13,7 +13,7 @@ from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_facts, print_table
 
 if TYPE_CHECKING:
-    from powerinfer_tools.inspection import Curves, Description
+    from powerinfer_tools.inspect import Curves, Description
 
 HELP = """Show what a file holds: a model, a split file, a profile, a plan or a hardware profile.
 
@@ -59,7 +59,7 @@ def command(
     if tokenize is not None:
         show_tokens(path, tokenize, with_bos=bos, parse_special=special, as_json=common.json)
         return
-    from powerinfer_tools.inspection import describe
+    from powerinfer_tools.inspect import describe
 
     description = describe(path)
     curves = profile_curves(description) if description.profile is not None else None
@@ -70,7 +70,7 @@ def command(
     if curves is not None and layer is not None and layer >= len(curves.layers):
         raise typer.BadParameter(f"the model has layers 0 to {len(curves.layers) - 1}", param_hint="--layer")
     if chart is not None and curves is not None:
-        from powerinfer_tools.inspection import draw_curves
+        from powerinfer_tools.inspect import draw_curves
 
         draw_curves(curves, chart, str(description.facts["model"]))
         say(f"wrote {chart}")
@@ -84,7 +84,7 @@ def command(
 
 def profile_curves(description: "Description") -> "Curves":
     """The curves of a profile."""
-    from powerinfer_tools.inspection import activation_curves
+    from powerinfer_tools.inspect import activation_curves
 
     assert description.profile is not None
     return activation_curves(description.profile)
@@ -93,7 +93,7 @@ def profile_curves(description: "Description") -> "Curves":
 def show_tokens(model: Path, text: str, *, with_bos: bool, parse_special: bool, as_json: bool) -> None:
     """Token ids of ``text``, or of standard input."""
     from powerinfer_cli.engines import read_text
-    from powerinfer_tools.sources import open_source
+    from powerinfer_tools.model.sources import open_source
     from powerinfer_tools.text import Tokenizer
 
     given = read_text(Path("-")) if text == "-" else text
@@ -152,7 +152,7 @@ def shortened(text: str, limit: int = 120) -> str:
 
 def show_curve(curves: "Curves", layer: int | None) -> None:
     """One curve as a chart, and what it says in a line."""
-    from powerinfer_tools.inspection import terminal_chart
+    from powerinfer_tools.inspect import terminal_chart
 
     curve = curves.model if layer is None else curves.layers[layer]
     emit("")

@@ -22,7 +22,7 @@ from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
     from powerinfer_formats.plan import Plan
-    from powerinfer_tools.planning.verification_rows import Verification
+    from powerinfer_tools.stages.plan.verification_rows import Verification
 
 HELP = """Decide which neurons, or experts, are hot (on the accelerator) and which are cold (on the CPU).
 
@@ -136,7 +136,7 @@ def command(
         thresholds = optional_input(thresholds, source, THRESHOLDS_SUFFIX, made_by="threshold")
     if verify and (source is None or measured is None):
         raise typer.BadParameter("measures a model; name one with --model", param_hint="--verify")
-    from powerinfer_tools.planning import PlanRequest, make_plan
+    from powerinfer_tools.stages.plan import PlanRequest, make_plan
 
     plan = make_plan(
         PlanRequest(
@@ -159,7 +159,7 @@ def command(
         )
     )
     if verify and source is not None and measured is not None:
-        from powerinfer_tools.planning.verification import verify as compare
+        from powerinfer_tools.stages.plan.verification import verify as compare
 
         found = compare(
             source, measured, plan, predictors=predictors, threads=common.threads, progress=progress()
@@ -169,7 +169,7 @@ def command(
     if path is not None:
         plan.save(path)
     if chart is not None:
-        from powerinfer_tools.planning.picture import draw_predictions
+        from powerinfer_tools.stages.plan.picture import draw_predictions
 
         draw_predictions(plan, chart)
         say(f"wrote {chart}")
@@ -191,8 +191,8 @@ def find_profile(named: Path | None, model: Path | None) -> Path | None:
 
 def show_names(*, as_json: bool) -> None:
     """What --shape, --dtype and --hardware take."""
-    from powerinfer_tools.hardware.presets import PRESETS
-    from powerinfer_tools.planning.published import DTYPES, PUBLISHED
+    from powerinfer_tools.measure.hardware.presets import PRESETS
+    from powerinfer_tools.model.published import DTYPES, PUBLISHED
 
     names = {"shapes": list(PUBLISHED), "dtypes": list(DTYPES), "hardware": list(PRESETS)}
     if as_json:
@@ -234,6 +234,6 @@ def show(plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         emit_json(plan.to_document())
         return
-    from powerinfer_tools.planning import render_plan
+    from powerinfer_tools.stages.plan import render_plan
 
     emit(render_plan(plan))

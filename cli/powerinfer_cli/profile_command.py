@@ -109,7 +109,7 @@ def profile(
     source = find_model(model)
     path = output_file(output, source, PROFILE_SUFFIX)
     traced = trace_beside(path) if trace else None
-    from powerinfer_tools.profiling import ProfileOptions, run_profile
+    from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 
     result = run_profile(
         ProfileOptions(
@@ -132,7 +132,7 @@ def profile(
 def take_over(folder: Path, source: Path, output: Path | None, tokens: int | None, *, as_json: bool) -> None:
     """Import a folder of counts, and say what came of it."""
     path = output_file(output, source, PROFILE_SUFFIX)
-    from powerinfer_tools.original.importing import ImportCounts, import_counts
+    from powerinfer_tools.stages.original.importing import ImportCounts, import_counts
 
     result = import_counts(ImportCounts(folder, source, path, tokens), progress())
     show(result, path, None, as_json=as_json)
@@ -161,7 +161,7 @@ def trace_beside(profile: Path) -> Path:
 def show(result: "Profile", path: Path, traced: Path | None, *, as_json: bool) -> None:
     """What was counted, and where it is."""
     from powerinfer_formats.profile import ROUTING
-    from powerinfer_tools.inspection import summarize_profile
+    from powerinfer_tools.inspect import summarize_profile
 
     summary = summarize_profile(result)
     if as_json:

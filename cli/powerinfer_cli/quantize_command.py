@@ -12,7 +12,7 @@ from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
-    from powerinfer_tools.quantization import QuantizeReport
+    from powerinfer_tools.stages.quantize.quantization import QuantizeReport
 
 HELP = """Write a float model (a Hugging Face directory or a GGUF file) as a GGUF file of fewer bits.
 
@@ -40,7 +40,7 @@ def command(
     """Quantise a float model."""
     source = find_model(model)
     path = output_file(output, source, f".{row_type}.gguf")
-    from powerinfer_tools.quantization import quantize_model
+    from powerinfer_tools.stages.quantize.quantization import quantize_model
 
     report = quantize_model(source, path, row_type, progress())
     if common.json:

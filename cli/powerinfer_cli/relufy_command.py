@@ -12,7 +12,7 @@ from powerinfer_cli.files import find_model, output_file
 from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
-    from powerinfer_tools.relufication import DeltaReport, RelufyReport
+    from powerinfer_tools.stages.relufy import DeltaReport, RelufyReport
 
 CLASS = CorpusCommand
 HELP = """Turn a gated SiLU or GELU model into one with true zeros, so that skipping neurons becomes exact.
@@ -142,7 +142,7 @@ def command(
         raise typer.BadParameter("only --activation fatrelu has a cut", param_hint="--cut")
     path = output_file(output, source, f".{activation}.gguf")
     from powerinfer_tools.pictures import require_drawable
-    from powerinfer_tools.relufication import RelufyOptions, draw_history, run_relufy
+    from powerinfer_tools.stages.relufy import RelufyOptions, draw_history, run_relufy
 
     if chart is not None:
         require_drawable(chart)
@@ -176,7 +176,7 @@ def command(
 
 def rebuild(source: Path, delta: Path, output: Path | None, *, as_json: bool) -> None:
     """Make the model of a delta, and show what the delta says of it."""
-    from powerinfer_tools.relufication import apply_delta
+    from powerinfer_tools.stages.relufy import apply_delta
 
     report = apply_delta(source, delta, output_file(output, source, ".relu.gguf"))
     if as_json:

@@ -11,7 +11,7 @@ from powerinfer_cli import options as opt
 from powerinfer_cli.files import find_model
 
 if TYPE_CHECKING:
-    from powerinfer_tools.generation import GenerationOptions
+    from powerinfer_tools.generate.generation import GenerationOptions
 
 HELP = """Generate text from a prompt, or chat with the model.
 
@@ -165,8 +165,8 @@ def command(
 
 def generation_options(length: Length, sampling: Sampling) -> "GenerationOptions":
     """The stage's options. Raises SamplingError for a value out of range."""
-    from powerinfer_tools.generation import GenerationOptions
-    from powerinfer_tools.sampling import SamplingOptions
+    from powerinfer_tools.generate.generation import GenerationOptions
+    from powerinfer_tools.generate.sampling import SamplingOptions
 
     return GenerationOptions(
         sampling=SamplingOptions(

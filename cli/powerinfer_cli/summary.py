@@ -8,7 +8,7 @@ from powerinfer_cli.sizes import format_size
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
-    from powerinfer_tools.generation import Generation
+    from powerinfer_tools.generate.generation import Generation
 
 
 def engine_figures(engine: "Engine") -> dict[str, Any]:

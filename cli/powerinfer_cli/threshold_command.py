@@ -12,7 +12,7 @@ from powerinfer_cli.sizes import parse_share
 from powerinfer_cli.tables import print_facts, print_table
 
 if TYPE_CHECKING:
-    from powerinfer_tools.thresholding import ThresholdReport
+    from powerinfer_tools.stages.threshold import ThresholdReport
 
 HELP = """Choose which neurons of a SiLU or GELU model may be left out, within a budget of perplexity.
 
@@ -66,7 +66,7 @@ def command(
     found = stage_input(profile, source, PROFILE_SUFFIX, made_by="profile")
     path = output_file(output, source, THRESHOLDS_SUFFIX)
     from powerinfer_cli.engines import read_text
-    from powerinfer_tools.thresholding import ThresholdOptions, run_threshold
+    from powerinfer_tools.stages.threshold import ThresholdOptions, run_threshold
 
     report = run_threshold(
         ThresholdOptions(

@@ -22,7 +22,7 @@ from powerinfer_cli.tables import print_facts
 
 if TYPE_CHECKING:
     from powerinfer_formats.predictors import PredictionCost, RowTypeName
-    from powerinfer_tools.training import TrainReport
+    from powerinfer_tools.stages.train import TrainReport
 
 #: What perplexity is measured on where no text is named: of the demo's corpus, what its profile leaves out.
 HELD_OUT_TEXT = Path(powerinfer_tools.__file__).parent / "data" / "corpus" / "newton-opticks-queries.txt"
@@ -190,7 +190,7 @@ def command(
     if imported.threshold is not None:
         raise typer.BadParameter("is for --import", param_hint="--threshold")
     from powerinfer_tools.pictures import require_drawable
-    from powerinfer_tools.training import TrainOptions, draw_frontier, require_trainable, run_train
+    from powerinfer_tools.stages.train import TrainOptions, draw_frontier, require_trainable, run_train
 
     require_trainable(source)
     if chart is not None:
@@ -232,7 +232,7 @@ def command(
 def take_over(imported: Import, source: Path, path: Path, row_type: "RowTypeName", as_json: bool) -> None:
     """Import a folder of predictors, and say what came of it."""
     from powerinfer_formats.records import to_plain
-    from powerinfer_tools.original.importing import ImportPredictors, import_predictors
+    from powerinfer_tools.stages.original.importing import ImportPredictors, import_predictors
 
     assert imported.folder is not None
     options = ImportPredictors(imported.folder, source, path, row_type, imported.threshold)

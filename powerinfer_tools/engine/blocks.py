@@ -1,6 +1,6 @@
 """Turns layers into programs of kernel operations, by reading the architecture row.
 
-The order of operations here *is* the forward pass; :mod:`powerinfer_tools.reference_forward` says the same in
+The order of operations here *is* the forward pass; :mod:`powerinfer_tools.model.reference` says the same in
 float64. Nothing here depends on the number of tokens or on the thread count.
 """
 
@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from powerinfer_kernels import Activations, Bundle, KVCache, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
+from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.engine.predictors import Predictor
+from powerinfer_tools.engine.predictor_programs import Predictor
 from powerinfer_tools.engine.recall import GateAndUp
-from powerinfer_tools.engine.rotary import RotaryTables
-from powerinfer_tools.engine.thresholds import FactorThresholds
-from powerinfer_tools.model import AttentionWeights, Model
-from powerinfer_tools.tensors import Norm, Weight
+from powerinfer_tools.model.loading import AttentionWeights, Model
+from powerinfer_tools.model.rotary import RotaryTables
+from powerinfer_tools.model.tensors import Norm, Weight
 
 
 @dataclass(frozen=True)

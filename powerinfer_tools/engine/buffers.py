@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Activations, aligned
-from powerinfer_tools.architectures import ArchitectureSpec
-from powerinfer_tools.hyperparameters import Hyperparameters
+from powerinfer_tools.model.architectures import ArchitectureSpec
+from powerinfer_tools.model.hyperparameters import Hyperparameters
 
 Floats = npt.NDArray[np.float32]
 #: Values in one block of quantised activations.

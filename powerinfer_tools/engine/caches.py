@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from powerinfer_kernels import KernelError, KVCache
 from powerinfer_tools.engine.memory import kv_bytes_per_position
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model import Model
+from powerinfer_tools.model.loading import Model
 
 
 def require_kv_type(model: Model, kind: str) -> None:

@@ -7,17 +7,17 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Pool, read_bandwidth
+from powerinfer_tools.detect import available_ram_bytes
+from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack, Watch
 from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.report import EngineReport, Memory
 from powerinfer_tools.engine.stack_options import StackOptions
-from powerinfer_tools.engine.thresholds import FactorThresholds
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import ContextFull, ModelError
-from powerinfer_tools.hardware.detect import available_ram_bytes
-from powerinfer_tools.model import Model
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.progress import Progress, Silent
 
 Floats = npt.NDArray[np.float32]

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from powerinfer_kernels import Matrix, Pool, ProgramBuilder, aligned
 from powerinfer_tools.engine.blocks import append_norm
 from powerinfer_tools.engine.buffers import activations
-from powerinfer_tools.model import Model
+from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
 #: Positions scored per call of the head; 32 rows of a 150,000-token vocabulary are 19 MB.

@@ -4,8 +4,8 @@ import time
 from typing import Protocol
 
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
+from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.timeline import Timeline, tell
-from powerinfer_tools.hot import HotSide
 
 
 class Host(Protocol):

@@ -7,9 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Matrix, Pool
+from powerinfer_tools.detect import available_ram_bytes
 from powerinfer_tools.engine.blocks import pack
 from powerinfer_tools.engine.caches import require_kv_type
-from powerinfer_tools.engine.ffn import Computed, predictor_thresholds
+from powerinfer_tools.engine.cold_ffn import Computed, predictor_thresholds
+from powerinfer_tools.engine.hot import HotSide, open_hot_side
+from powerinfer_tools.engine.hot.placement import Workload
 from powerinfer_tools.engine.memory import kv_bytes_per_position, require_memory
 from powerinfer_tools.engine.modes import layer_modes
 from powerinfer_tools.engine.recall import Counted, HotFound, recall_of
@@ -18,10 +21,7 @@ from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.engine.stack_writer import StackWriter
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.hardware.detect import available_ram_bytes
-from powerinfer_tools.hot import HotSide, open_hot_side
-from powerinfer_tools.hot.placement import Workload
-from powerinfer_tools.model import Model
+from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
 #: What looks on: layer, normalised FFN input, act(gate)·up.

@@ -1,8 +1,8 @@
 """Whether a model fits in memory, judged before anything is allocated."""
 
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.hyperparameters import Hyperparameters
-from powerinfer_tools.model import Model
+from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.loading import Model
 
 #: Left to the rest of the system.
 MARGIN = 256 << 20

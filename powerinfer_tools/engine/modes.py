@@ -1,7 +1,7 @@
 """How FFN layers can be computed, and which of it a model allows."""
 
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model import Model
+from powerinfer_tools.model.loading import Model
 
 #: Modes that this engine can run. Dense and gate-first are exact; predicted leaves out what its predictors
 #: miss. Both that skip need an activation with exact zeros. Thresholded is for the others: it leaves out

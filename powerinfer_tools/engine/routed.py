@@ -17,11 +17,11 @@ import numpy.typing as npt
 from powerinfer_kernels import Activations, Matrix, Pool, aligned
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Buffers, Floats, activations
-from powerinfer_tools.engine.ffn import Computed
+from powerinfer_tools.engine.cold_ffn import Computed
+from powerinfer_tools.engine.hot.routes import SHARED, Route
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.ffn_weights import DenseFFN, ExpertsFFN
-from powerinfer_tools.hot.routes import SHARED, Route
-from powerinfer_tools.hyperparameters import Hyperparameters, Routing
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
+from powerinfer_tools.model.hyperparameters import Hyperparameters, Routing
 
 #: Runs operations [first, last) for some tokens.
 Run = Callable[[int, int, int], None]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from powerinfer_tools.engine.buffers import Buffers
+from powerinfer_tools.engine.hot import HotSide
+from powerinfer_tools.engine.hot.routes import Route
 from powerinfer_tools.engine.hot_steps import Host
 from powerinfer_tools.engine.routed import RoutedBuffers, RoutedFFN
 from powerinfer_tools.engine.timeline import tell
-from powerinfer_tools.hot import HotSide
-from powerinfer_tools.hot.routes import Route
 
 
 class RoutedSteps:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.engine.thresholds import FactorThresholds
 
 
 @dataclass(frozen=True)

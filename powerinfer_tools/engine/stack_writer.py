@@ -9,17 +9,23 @@ from powerinfer_kernels import Pool, ProgramBuilder
 from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput
 from powerinfer_tools.engine.buffers import allocate
 from powerinfer_tools.engine.caches import allocate_caches
-from powerinfer_tools.engine.ffn import ColdFFN, Computed, load_cold_ffn, with_thresholds, write_recall_check
+from powerinfer_tools.engine.cold_ffn import (
+    ColdFFN,
+    Computed,
+    load_cold_ffn,
+    with_thresholds,
+    write_recall_check,
+)
+from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot_steps import Host, HotSteps
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recall import RecallCheck
-from powerinfer_tools.engine.rotary import layer_tables
 from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
 from powerinfer_tools.engine.routed_steps import RoutedSteps
 from powerinfer_tools.engine.stack_options import StackOptions
-from powerinfer_tools.ffn_weights import ExpertsFFN
-from powerinfer_tools.hot import HotSide
-from powerinfer_tools.model import LayerWeights, Model
+from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.loading import LayerWeights, Model
+from powerinfer_tools.model.rotary import layer_tables
 
 
 @dataclass(frozen=True)

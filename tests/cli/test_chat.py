@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from powerinfer_cli.chat import Loop
-from powerinfer_tools.generation import Chat, GenerationOptions
-from powerinfer_tools.sampling import SamplingOptions
+from powerinfer_tools.generate.generation import Chat, GenerationOptions
+from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text.chat import PlainTemplate
 from scripted_engine import ScriptedEngine

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from powerinfer_cli.eval_modes import EVERY_MODE
-from powerinfer_tools.comparison import ALL_MODES
+from powerinfer_tools.quality.comparison import ALL_MODES
 from predicted_models import TEXT, predicted_split
 from processes import Command
 from task_files import write_tasks

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from powerinfer_cli.app import create_app
-from powerinfer_tools.synthetic.models import SHAPES, Shape
+from powerinfer_tools.measure.synthetic.models import SHAPES, Shape
 from tiny_models import CASES, make_tiny_model
 
 APP = create_app()

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from powerinfer_cli.app import create_app
-from powerinfer_tools.model import load_model
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
 from powerinfer_tools.text import Tokenizer
 from tiny_folders import FOLDER_CASES, SAMPLE, FolderCase, TinyFolder, make_folder
 

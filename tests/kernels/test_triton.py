@@ -20,8 +20,8 @@ from powerinfer_kernels import KernelError, RowType, dequantize, reference, row_
 from powerinfer_kernels import triton_launch as launch
 from powerinfer_kernels.reference import activate, attention, sum_rows
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, planes, to_planar
-from powerinfer_tools.hot.cache import HeldVectors
-from powerinfer_tools.hot.elementwise import round_activations
+from powerinfer_tools.engine.hot.cache import HeldVectors
+from powerinfer_tools.engine.hot.elementwise import round_activations
 from random_rows import random_rows
 
 F32 = npt.NDArray[np.float32]

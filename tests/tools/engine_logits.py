@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.model import LayerWeights, Model, load_model
-from powerinfer_tools.reference_forward import forward, predicted_neurons, predictor_scores
+from powerinfer_tools.model.loading import LayerWeights, Model, load_model
+from powerinfer_tools.model.reference import forward, predicted_neurons, predictor_scores
 
 HALF = 2.0**-11  # unit roundoff of the cache
 #: Least distance of a score from the threshold, in parts of the largest score: far above the rounding of
@@ -68,6 +68,6 @@ def predictor_inputs(model: Model, tokens: list[int]) -> list[tuple[LayerWeights
         return predicted_neurons(layer, x, normed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("powerinfer_tools.reference_forward.predicted_neurons", watch)
+        patch.setattr("powerinfer_tools.model.reference.predicted_neurons", watch)
         forward(model, tokens, half_cache=True, predicted=True)
     return seen

@@ -7,8 +7,8 @@ from pathlib import Path
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.plan_experts import PlanExperts
 from powerinfer_formats.profile import Profile
-from powerinfer_tools.conversion import ConvertOptions, ConvertReport, convert
-from powerinfer_tools.model import load_model
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, ConvertReport, convert
 from small_plans import plan_for
 from split_models import Profiled
 from tiny_models import TinySpec

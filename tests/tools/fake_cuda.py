@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from powerinfer_tools.hot.devices import CudaDevice
+from powerinfer_tools.engine.hot.devices import CudaDevice
 
 Tensor = torch.Tensor
 

@@ -4,8 +4,8 @@ a fault."""
 import pytest
 import torch
 
-from powerinfer_tools.hot import Span, devices, opening
-from powerinfer_tools.hot.devices import CpuDevice, DeviceLost, OutOfDeviceMemory, Steps, Ticket
+from powerinfer_tools.engine.hot import Span, devices, opening
+from powerinfer_tools.engine.hot.devices import CpuDevice, DeviceLost, OutOfDeviceMemory, Steps, Ticket
 
 MIB = 1 << 20
 

@@ -12,8 +12,8 @@ from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_kernels import RowType
-from powerinfer_tools.model import load_model
-from powerinfer_tools.splitting import transposed_down
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.split_rows import transposed_down
 
 Floats = NDArray[np.float32]
 #: Type, shape and data by name.

@@ -7,12 +7,12 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from powerinfer_formats.block_types import TensorType
-from powerinfer_tools.hot.sizes import budget_for
-from powerinfer_tools.planning.capabilities import Capabilities
-from powerinfer_tools.planning.costs import Gpu, Machine
-from powerinfer_tools.planning.planner import Budgets
-from powerinfer_tools.planning.problem import Problem, Unit
-from powerinfer_tools.planning.shapes import ExpertsShape, LayerShape, MatrixShape, ModelShape
+from powerinfer_tools.engine.hot.sizes import budget_for
+from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, MatrixShape, ModelShape
+from powerinfer_tools.stages.plan.capabilities import Capabilities
+from powerinfer_tools.stages.plan.costs import Gpu, Machine
+from powerinfer_tools.stages.plan.planner import Budgets
+from powerinfer_tools.stages.plan.problem import Problem, Unit
 
 Vector = npt.NDArray[np.float64]
 #: An engine that places neurons alone, and computes all hot ones.

@@ -17,8 +17,8 @@ from powerinfer_formats.predictors import (
     SignBits,
 )
 from powerinfer_formats.profile import Profile
-from powerinfer_tools.conversion import ConvertOptions, convert
-from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 

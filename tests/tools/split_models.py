@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from powerinfer_formats.profile import Profile
-from powerinfer_tools.conversion import ConvertOptions, convert
-from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from small_plans import plan_for
 from tiny_models import CASES, TinySpec, make_tiny_model
 

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from powerinfer_kernels import triton_launch
-from powerinfer_tools.hot import Span
-from powerinfer_tools.hot.cache import HeldVectors
-from powerinfer_tools.hot.devices import CpuDevice, Steps, Ticket
+from powerinfer_tools.engine.hot import Span
+from powerinfer_tools.engine.hot.cache import HeldVectors
+from powerinfer_tools.engine.hot.devices import CpuDevice, Steps, Ticket
 
 Tensor = torch.Tensor
 aten = torch.ops.aten

@@ -14,10 +14,10 @@ from gguf.quants import dequantize
 
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.model import load_model
-from powerinfer_tools.synthetic import models
-from powerinfer_tools.synthetic.random_blocks import random_rows
-from powerinfer_tools.synthetic.sparse import Sparsity, write_sparse
+from powerinfer_tools.measure.synthetic import models
+from powerinfer_tools.measure.synthetic.random_blocks import random_rows
+from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
+from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.text import Tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

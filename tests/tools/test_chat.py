@@ -9,8 +9,8 @@ import pytest
 
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_tools.errors import ChatTemplateError, ContextFull
-from powerinfer_tools.generation import Chat, Generation, GenerationOptions, Outcome
-from powerinfer_tools.sampling import SamplingOptions
+from powerinfer_tools.generate.generation import Chat, Generation, GenerationOptions, Outcome
+from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text import chat as chat_module
 from powerinfer_tools.text.chat import (

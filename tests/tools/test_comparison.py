@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from powerinfer_formats.predictors import Predictors
-from powerinfer_tools.comparison import ALL_MODES, Comparison, Fidelity, compare_modes
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.evaluation import perplexity
-from powerinfer_tools.model import Model, load_model
+from powerinfer_tools.model.loading import Model, load_model
+from powerinfer_tools.quality.comparison import ALL_MODES, Comparison, Fidelity, compare_modes
+from powerinfer_tools.quality.perplexity import perplexity
 from predicted_models import predicted_split
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 

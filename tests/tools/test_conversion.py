@@ -12,12 +12,12 @@ from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_kernels import available_isas
-from powerinfer_tools.architectures import RELU_FAMILY
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.model.architectures import RELU_FAMILY
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from small_plans import plan_for
 from split_models import GROUP, Prepared
 from tiny_models import FAMILY_CASES, make_tiny_model

@@ -9,10 +9,10 @@ import torch
 
 from fake_cuda import FakeCuda
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.hot import devices, fusing, opening
-from powerinfer_tools.hot.devices import CudaDevice, DeviceLost, OutOfDeviceMemory
-from powerinfer_tools.hot.ffn import HotFFN
-from powerinfer_tools.model import load_model
+from powerinfer_tools.engine.hot import devices, fusing, opening
+from powerinfer_tools.engine.hot.devices import CudaDevice, DeviceLost, OutOfDeviceMemory
+from powerinfer_tools.engine.hot.hot_ffn import HotFFN
+from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
 from test_hot_predictors import Predicted
 from test_hot_units import logits

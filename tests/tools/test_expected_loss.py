@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from powerinfer_formats.predictors import SignBits
-from powerinfer_tools.training.expected_loss import ExpectedLoss
-from powerinfer_tools.training.thresholds import Fit
+from powerinfer_tools.stages.train.expected_loss import ExpectedLoss
+from powerinfer_tools.stages.train.naming import Fit
 
 NEURONS = 7
 

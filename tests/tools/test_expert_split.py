@@ -22,22 +22,22 @@ from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.split_experts import SplitExperts, experts_name
 from powerinfer_kernels import available_isas, triton_launch
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine import engine as engine_face
 from powerinfer_tools.engine import layers as layer_stack
 from powerinfer_tools.engine import memory as memory_limits
+from powerinfer_tools.engine.hot import expert_placement, opening
+from powerinfer_tools.engine.hot.experts import HotExperts
+from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, PlanError, ProfileError
-from powerinfer_tools.ffn_weights import ExpertsFFN
-from powerinfer_tools.hot import expert_placement, opening
-from powerinfer_tools.hot.experts import HotExperts
-from powerinfer_tools.hot.sizes import MARGIN, budget_for
-from powerinfer_tools.inspection.describe import describe
-from powerinfer_tools.model import load_model
-from powerinfer_tools.planning import memory
-from powerinfer_tools.planning.shapes import shape_of_model
-from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.inspect.describe import describe
+from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from powerinfer_tools.model.shapes import shape_of_model
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.plan import memory
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 
 F32_BOUND = 2000 * np.finfo(np.float32).eps
 
@@ -424,8 +424,8 @@ def test_what_convert_refuses(shared: PreparedExperts, quantised: PreparedExpert
 
 
 def test_weights_that_are_not_finite_are_named(shared: PreparedExperts, tmp_path: Path) -> None:
-    from powerinfer_tools.expert_conversion import _check_weights
     from powerinfer_tools.progress import Silent
+    from powerinfer_tools.stages.convert.expert_conversion import _check_weights
 
     data = bytearray(shared.tiny.path.read_bytes())
     info = GGUFFile.open(shared.tiny.path).info("blk.1.ffn_down_exps.weight")

@@ -16,13 +16,13 @@ from expert_models import PreparedExperts
 from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.hot.devices import DeviceLost
-from powerinfer_tools.hot.expert_placement import expert_size, shared_size
-from powerinfer_tools.hot.opening import planned_units
-from powerinfer_tools.hot.placement import Workload, attention_bytes, experts_of, units_size
-from powerinfer_tools.hot.sizes import MARGIN, budget_for
-from powerinfer_tools.model import load_model
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.engine.hot.devices import DeviceLost
+from powerinfer_tools.engine.hot.expert_placement import expert_size, shared_size
+from powerinfer_tools.engine.hot.opening import planned_units
+from powerinfer_tools.engine.hot.placement import Workload, attention_bytes, experts_of, units_size
+from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
 from tiny_models import CASES
 
 KV_TYPES = ("f16", "q8_0")

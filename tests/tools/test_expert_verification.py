@@ -10,13 +10,13 @@ from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, Mach
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import counters
-from powerinfer_tools.model import load_model
-from powerinfer_tools.planning import PlanRequest, expert_verification, make_plan
-from powerinfer_tools.planning.costs import Machine
-from powerinfer_tools.planning.expert_verification import ExpertGrid, Text
-from powerinfer_tools.planning.verification import verify
-from powerinfer_tools.planning.verification_rows import BATCH, PROMPT
-from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.stages.plan import PlanRequest, expert_verification, make_plan
+from powerinfer_tools.stages.plan.costs import Machine
+from powerinfer_tools.stages.plan.expert_verification import ExpertGrid, Text
+from powerinfer_tools.stages.plan.verification import verify
+from powerinfer_tools.stages.plan.verification_rows import BATCH, PROMPT
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from tiny_models import CASES, make_tiny_model
 
 TEXT = "the cat sat on the mat and the dog sat on the log; a quick brown fox jumps over the lazy dog. " * 10
@@ -169,7 +169,7 @@ def test_splits_have_one_form_of_rows(made: Profiled, monkeypatch: pytest.Monkey
     values = grid.layers * sum(matrix.rows * matrix.columns for matrix in grid.layer.ffn)
     whole = grid.hot_counts()
     for limit in range(1, grid.experts.count + 1):
-        monkeypatch.setattr("powerinfer_tools.hot.assembly.UNPACKED_LIMIT", 4 * values * limit + 1)
+        monkeypatch.setattr("powerinfer_tools.engine.hot.assembly.UNPACKED_LIMIT", 4 * values * limit + 1)
         counts = grid.hot_counts()
         assert len({hot <= limit for hot in counts}) <= 1
         assert not counts or (whole[0] <= counts[0] and counts[-1] <= whole[-1])

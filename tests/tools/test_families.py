@@ -16,18 +16,18 @@ from powerinfer_formats.profile import Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_formats.split_layout import bundle_name
 from powerinfer_kernels import available_isas
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import counters
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.hardware.presets import PC_LOW
-from powerinfer_tools.model import load_model
-from powerinfer_tools.planning.planner import PlanOptions
-from powerinfer_tools.planning.request import make_plan
-from powerinfer_tools.planning.shapes import shape_of_model
-from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.reference_forward import forward
-from powerinfer_tools.training import TrainOptions, run_train
+from powerinfer_tools.measure.hardware.presets import PC_LOW
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from powerinfer_tools.model.shapes import shape_of_model
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.plan.planner import PlanOptions
+from powerinfer_tools.stages.plan.request import make_plan
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+from powerinfer_tools.stages.train import TrainOptions, run_train
 from small_plans import plan_for
 from tiny_models import CASES, make_tiny_model
 
@@ -243,7 +243,7 @@ def test_what_a_family_has_not_is_refused(
 
 def test_stages_that_need_a_gate_say_so(tmp_path: Path) -> None:
     tiny = make_tiny_model(tmp_path, CASES["falcon"])
-    from powerinfer_tools.relufication import RelufyOptions, run_relufy
+    from powerinfer_tools.stages.relufy import RelufyOptions, run_relufy
 
     with pytest.raises(ModelError, match="have no gate"):
         run_relufy(RelufyOptions(tiny.path, (tmp_path,), tmp_path / "out.gguf"))

@@ -10,8 +10,8 @@ from powerinfer_kernels import available_isas
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.errors import ContextFull, ModelError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
 from tiny_models import FAMILY_CASES, TYPE_CASES, TinyModel, make_tiny_model
 
 TOKENS = 40

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerinfer_tools.errors import ContextFull, PowerInferError
-from powerinfer_tools.generation import Generation, GenerationOptions, Outcome, generate, logits_hash
-from powerinfer_tools.sampling import Sampler, SamplingOptions
+from powerinfer_tools.generate.generation import Generation, GenerationOptions, Outcome, generate, logits_hash
+from powerinfer_tools.generate.sampling import Sampler, SamplingOptions
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text.stop_strings import StopStrings
 from scripted_engine import ScriptedEngine, script

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.evaluation import Perplexity, perplexity, windows
-from powerinfer_tools.model import load_model
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.quality.perplexity import Perplexity, perplexity, windows
 from powerinfer_tools.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from powerinfer_kernels import RowType
-from powerinfer_tools.hot.devices import DeviceLost
-from powerinfer_tools.hot.ffn import HotFFN
+from powerinfer_tools.engine.hot.devices import DeviceLost
+from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from split_models import GROUP, Prepared
 from test_hot_side import FakeGpu, on
 

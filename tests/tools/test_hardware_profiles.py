@@ -12,12 +12,14 @@ import pytest
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.hardware import NO_GATE, HardwareProfile
 from powerinfer_kernels import Pool, RowType, available_isas
-from powerinfer_tools import ffn_benchmarking, ffn_layers
+from powerinfer_tools import detect
 from powerinfer_tools.errors import HardwareError
-from powerinfer_tools.hardware import default_profile_path, describe_machine, detect, find_hardware, measure
-from powerinfer_tools.hardware.diagnosis import ffn_shapes
-from powerinfer_tools.hardware.listing import measured_lines
-from powerinfer_tools.hardware.presets import PC_HIGH, PC_LOW, PRESETS
+from powerinfer_tools.measure import ffn_speedup as ffn_benchmarking
+from powerinfer_tools.measure import random_ffns as ffn_layers
+from powerinfer_tools.measure.hardware import default_profile_path, describe_machine, find_hardware, measure
+from powerinfer_tools.measure.hardware.diagnosis import ffn_shapes
+from powerinfer_tools.measure.hardware.listing import measured_lines
+from powerinfer_tools.measure.hardware.presets import PC_HIGH, PC_LOW, PRESETS
 from powerinfer_tools.progress import Silent
 from tiny_models import CASES, make_tiny_model
 
@@ -166,7 +168,7 @@ def test_describing_imports_no_torch_without_a_driver() -> None:
     if detect.nvidia_driver() is not None:
         pytest.skip("an NVIDIA driver is loaded here, so torch is asked for the device")
     code = (
-        "import sys; from powerinfer_tools.hardware import describe_machine; describe_machine();"
+        "import sys; from powerinfer_tools.measure.hardware import describe_machine; describe_machine();"
         "assert not {'torch', 'highspy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
@@ -254,8 +256,8 @@ def figure_of(profile: HardwareProfile, path: str) -> float:
 
 def test_a_device_is_measured_by_the_one_code_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On torch's CPU device, whose times are its own; every figure has its spread."""
-    from powerinfer_tools.hot import measuring
-    from powerinfer_tools.hot.devices import CpuDevice
+    from powerinfer_tools.engine.hot.devices import CpuDevice
+    from powerinfer_tools.measure import accelerator as measuring
 
     monkeypatch.setattr(measuring, "_PASSES", 3)
     device = CpuDevice()

@@ -13,8 +13,8 @@ import pytest
 
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import EvaluationError
-from powerinfer_tools.evaluation import log_probabilities
-from powerinfer_tools.model import load_model
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.quality.perplexity import log_probabilities
 from powerinfer_tools.text import Tokenizer
 from task_files import BODIES, pairs, write_tasks
 from tiny_models import FAMILY_CASES, make_tiny_model
@@ -62,7 +62,7 @@ def own_score(engine: Engine, tokenizer: Tokenizer, context: str, continuation: 
 
 @pytest.mark.usefixtures("no_network")
 def test_accuracies_are_those_of_our_own_scores(opened: tuple[Engine, Tokenizer], tmp_path: Path) -> None:
-    from powerinfer_tools.harness import run_tasks
+    from powerinfer_tools.quality.harness import run_tasks
 
     engine, tokenizer = opened
     made = write_tasks(tmp_path, QUESTIONS)
@@ -90,7 +90,7 @@ def requests(*arguments: tuple[Any, ...]) -> list[SimpleNamespace]:
 
 
 def test_log_likelihoods_agree_with_decoding(opened: tuple[Engine, Tokenizer]) -> None:
-    from powerinfer_tools.harness.adapter import PowerInferLM
+    from powerinfer_tools.quality.harness.adapter import PowerInferLM
 
     engine, tokenizer = opened
     adapter = PowerInferLM(engine, tokenizer)
@@ -109,7 +109,7 @@ def test_log_likelihoods_agree_with_decoding(opened: tuple[Engine, Tokenizer]) -
 
 
 def test_the_greedy_flag_is_that_of_greedy_decoding(opened: tuple[Engine, Tokenizer]) -> None:
-    from powerinfer_tools.harness.adapter import PowerInferLM
+    from powerinfer_tools.quality.harness.adapter import PowerInferLM
 
     engine, tokenizer = opened
     ids = tokenizer.encode("the cat sat on the", add_bos=False)
@@ -121,7 +121,7 @@ def test_the_greedy_flag_is_that_of_greedy_decoding(opened: tuple[Engine, Tokeni
 
 
 def test_rolling_windows_score_every_token_once(opened: tuple[Engine, Tokenizer]) -> None:
-    from powerinfer_tools.harness.adapter import PowerInferLM
+    from powerinfer_tools.quality.harness.adapter import PowerInferLM
 
     engine, tokenizer = opened
     adapter = PowerInferLM(engine, tokenizer)
@@ -140,7 +140,7 @@ def test_rolling_windows_score_every_token_once(opened: tuple[Engine, Tokenizer]
 
 
 def test_generation_ends_at_a_stop_string(opened: tuple[Engine, Tokenizer]) -> None:
-    from powerinfer_tools.harness.adapter import PowerInferLM
+    from powerinfer_tools.quality.harness.adapter import PowerInferLM
 
     engine, tokenizer = opened
     adapter = PowerInferLM(engine, tokenizer)
@@ -164,8 +164,8 @@ def test_log_probabilities_in_batches(opened: tuple[Engine, Tokenizer]) -> None:
 
 
 def test_refusals(opened: tuple[Engine, Tokenizer], tmp_path: Path) -> None:
-    from powerinfer_tools.harness import run_tasks
-    from powerinfer_tools.harness.adapter import PowerInferLM
+    from powerinfer_tools.quality.harness import run_tasks
+    from powerinfer_tools.quality.harness.adapter import PowerInferLM
 
     engine, tokenizer = opened
     with pytest.raises(EvaluationError, match="no such folder"):

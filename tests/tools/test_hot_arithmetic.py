@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from powerinfer_kernels import Activations, Pool, ProgramBuilder, RowType, reference
-from powerinfer_tools.hot import cache as hot_cache
-from powerinfer_tools.hot.cache import Attending, HeldVectors, HotCache
-from powerinfer_tools.hot.elementwise import HotNorm, rotate, round_activations
-from powerinfer_tools.hot.ffn import FileRows, Inputs, UnpackedRows
-from powerinfer_tools.hot.products import Product
+from powerinfer_tools.engine.hot import cache as hot_cache
+from powerinfer_tools.engine.hot.cache import Attending, HeldVectors, HotCache
+from powerinfer_tools.engine.hot.elementwise import HotNorm, rotate, round_activations
+from powerinfer_tools.engine.hot.hot_ffn import FileRows, Inputs, UnpackedRows
+from powerinfer_tools.engine.hot.products import Product
 
 EPS = np.finfo(np.float32).eps
 RANDOM = np.random.default_rng(7)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from powerinfer_kernels import RowType, block_shape, dequantize, row_bytes
-from powerinfer_tools.hot.dequantize import dequantize as torch_dequantize
+from powerinfer_tools.engine.hot.dequantize import dequantize as torch_dequantize
 
 
 @pytest.mark.parametrize("row_type", list(RowType), ids=lambda row_type: row_type.name)

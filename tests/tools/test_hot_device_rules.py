@@ -10,8 +10,8 @@ from expert_models import PreparedExperts
 from fake_gpus import on
 from powerinfer_kernels import RowType, block_shape, row_bytes
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.hot.dequantize import dequantize
-from powerinfer_tools.model import load_model
+from powerinfer_tools.engine.hot.dequantize import dequantize
+from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
 from strict_device import OnDevice, RuleBroken, StrictDevice, launches_of, rules
 from test_hot_predictors import Predicted

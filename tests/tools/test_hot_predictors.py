@@ -13,17 +13,16 @@ from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_formats.predictors import Kind
 from powerinfer_formats.profile import Profile
 from powerinfer_kernels import Activations, Pool, ProgramBuilder, triton_launch
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.buffers import Buffers
-from powerinfer_tools.engine.predictors import lay_out
-from powerinfer_tools.hot.devices import CpuDevice
-from powerinfer_tools.hot.elementwise import round_activations
-from powerinfer_tools.hot.ffn import HotFFN, Inputs, Scratch, UnpackedRows
-from powerinfer_tools.hot.loading import Arena, Form
-from powerinfer_tools.hot.predictor_parts import PredictorParts
-from powerinfer_tools.model import load_model
-from powerinfer_tools.reference_forward import (
+from powerinfer_tools.engine.hot.devices import CpuDevice
+from powerinfer_tools.engine.hot.elementwise import round_activations
+from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch, UnpackedRows
+from powerinfer_tools.engine.hot.loading import Arena, Form
+from powerinfer_tools.engine.hot.predictor_units import PredictorParts
+from powerinfer_tools.engine.predictor_programs import lay_out
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import (
     attention_block,
     ffn_block,
     forward,
@@ -32,6 +31,7 @@ from powerinfer_tools.reference_forward import (
     predicted_neurons,
     predictor_scores,
 )
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from predicted_models import hand_made, profiled
 from small_plans import plan_for
 from tiny_models import CASES, make_tiny_model

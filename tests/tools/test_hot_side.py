@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from engine_logits import greedy, of_engine
 from fake_gpus import MIB, FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.hot import devices, opening
+from powerinfer_tools.engine.hot.hot_ffn import FusedRows, HotFFN
+from powerinfer_tools.engine.hot.placement import hot_size
+from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import HardwareError
-from powerinfer_tools.hot import devices, opening
-from powerinfer_tools.hot.ffn import FusedRows, HotFFN
-from powerinfer_tools.hot.placement import hot_size
-from powerinfer_tools.hot.sizes import MARGIN, budget_for
-from powerinfer_tools.model import load_model
+from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
 
 

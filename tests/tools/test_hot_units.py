@@ -11,14 +11,14 @@ from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine, layers, memory
 from powerinfer_tools.engine import engine as engine_module
+from powerinfer_tools.engine.hot.devices import DeviceLost
+from powerinfer_tools.engine.hot.hot_ffn import HotFFN
+from powerinfer_tools.engine.hot.opening import planned_units
+from powerinfer_tools.engine.hot.placement import Workload, units_size
+from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for, overhead
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.hot.devices import DeviceLost
-from powerinfer_tools.hot.ffn import HotFFN
-from powerinfer_tools.hot.opening import planned_units
-from powerinfer_tools.hot.placement import Workload, units_size
-from powerinfer_tools.hot.sizes import MARGIN, budget_for, overhead
-from powerinfer_tools.model import load_model
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
 from split_models import GROUP, Prepared
 
 #: Norms before and after, of single heads, biases, parallel blocks with one norm and with two, both kinds of

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from powerinfer_formats import errors
 from powerinfer_formats.errors import FormatError
 from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.model import load_model
+from powerinfer_tools.model.loading import load_model
 from tiny_folders import FOLDER_CASES, make_folder
 
 

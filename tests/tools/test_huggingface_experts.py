@@ -15,11 +15,11 @@ from powerinfer_formats.errors import FormatError
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_kernels import RowType
 from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.ffn_weights import ExpertsFFN
-from powerinfer_tools.huggingface import ModelFolder
-from powerinfer_tools.model import load_model
-from powerinfer_tools.quantization import quantize_model
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.huggingface import ModelFolder
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from powerinfer_tools.stages.quantize.quantization import quantize_model
 from tiny_folders import FOLDER_CASES, FolderCase, TinyFolder, make_folder
 
 #: Rows of whole blocks, to be quantised.

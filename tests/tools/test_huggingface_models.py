@@ -12,9 +12,9 @@ from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.huggingface import ModelFolder
-from powerinfer_tools.model import load_model
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.model.huggingface import ModelFolder
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
 from powerinfer_tools.text import Tokenizer
 from tiny_folders import FOLDER_CASES, FolderCase, TinyFolder, make_folder
 from tiny_models import FAMILY_CASES, make_tiny_model

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as PackageTokenizer
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.metadata import Metadata
 from powerinfer_tools.errors import TokenizerError
-from powerinfer_tools.huggingface.config import Config
-from powerinfer_tools.huggingface.vocabulary import add_vocabulary
+from powerinfer_tools.model.huggingface.config import Config
+from powerinfer_tools.model.huggingface.vocabulary import add_vocabulary
 from powerinfer_tools.text import Tokenizer
 from sentencepiece_bytes import sentencepiece_bytes
 from tiny_folders import TOKENIZERS, make_tokenizer, save_tokenizer

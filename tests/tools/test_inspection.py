@@ -12,14 +12,14 @@ from powerinfer_formats.profile import Corpus, LayerSums, Profile
 from powerinfer_formats.records import to_plain
 from powerinfer_formats.trace import TraceHeader, encode_frame, write_trace
 from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.inspection import (
+from powerinfer_tools.inspect import (
     activation_curves,
     describe,
     draw_curves,
     summarize_profile,
     terminal_chart,
 )
-from powerinfer_tools.inspection.curve import Curve
+from powerinfer_tools.inspect.curve import Curve
 
 
 def profile_of(*layers: list[int], tokens: int = 10) -> Profile:

@@ -12,15 +12,15 @@ from powerinfer_formats.predictors import LowRank, Predictors, ResidualRelu
 from powerinfer_kernels import RowType
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.original import refit
-from powerinfer_tools.original.export import ExportOptions, export
-from powerinfer_tools.original.reading import above
-from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.splitting import transposed_down
-from powerinfer_tools.tensors import Norm
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.original import above
+from powerinfer_tools.model.split_rows import transposed_down
+from powerinfer_tools.model.tensors import Norm
+from powerinfer_tools.stages.original import refit
+from powerinfer_tools.stages.original.export import ExportOptions, export
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+from powerinfer_tools.stages.train import TrainOptions, run_train
 from powerinfer_tools.text import Tokenizer
-from powerinfer_tools.training import TrainOptions, run_train
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 
 #: The original reads predictors of layers of more than 1,000 neurons.

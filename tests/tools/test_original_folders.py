@@ -15,13 +15,13 @@ import torch
 from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.errors import ImportFailed
-from powerinfer_tools.original.importing import (
+from powerinfer_tools.model.original import above
+from powerinfer_tools.stages.original.importing import (
     ImportCounts,
     ImportPredictors,
     import_counts,
     import_predictors,
 )
-from powerinfer_tools.original.reading import above
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 
 LAYERS, WIDTH, NEURONS = 12, 32, 40
@@ -258,6 +258,6 @@ def test_sizes_are_judged_before_reading(
     tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_predictors(tmp_path)
-    monkeypatch.setattr("powerinfer_tools.original.torch_folder.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("powerinfer_tools.stages.original.torch_folder.MAX_FILE_BYTES", 1000)
     with pytest.raises(ImportFailed, match="one layer has at most 1000"):
         import_predictors(ImportPredictors(tmp_path, tiny.path, tmp_path / "out"))

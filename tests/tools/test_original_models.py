@@ -22,14 +22,14 @@ from powerinfer_formats.profile import Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import RowType, available_isas
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.original.reading import above
-from powerinfer_tools.planning.shapes import neuron_bytes, shape_of_model
-from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.original import above
+from powerinfer_tools.model.reference import forward
+from powerinfer_tools.model.shapes import neuron_bytes, shape_of_model
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 

@@ -24,27 +24,27 @@ from powerinfer_formats.plan import Plan
 from powerinfer_formats.plan_experts import PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.hot.sizes import budget_for
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.hot.sizes import budget_for
-from powerinfer_tools.model import load_model
-from powerinfer_tools.planning import PlanRequest, make_plan, memory, render_plan
-from powerinfer_tools.planning.capabilities import ALL_PLACED, Capabilities
-from powerinfer_tools.planning.costs import Machine
-from powerinfer_tools.planning.expert_memory import unit_bytes
-from powerinfer_tools.planning.experts import expert_levels
-from powerinfer_tools.planning.frequencies import Frequencies, model_frequencies
-from powerinfer_tools.planning.levels import Inputs, LevelOptions
-from powerinfer_tools.planning.memory import (
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model
+from powerinfer_tools.stages.plan import PlanRequest, make_plan, memory, render_plan
+from powerinfer_tools.stages.plan.capabilities import ALL_PLACED, Capabilities
+from powerinfer_tools.stages.plan.costs import Machine
+from powerinfer_tools.stages.plan.expert_memory import unit_bytes
+from powerinfer_tools.stages.plan.experts import expert_levels
+from powerinfer_tools.stages.plan.frequencies import Frequencies, model_frequencies
+from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
+from powerinfer_tools.stages.plan.memory import (
     Workload,
     gpu_attention_scratch_bytes,
     gpu_scratch_bytes,
 )
-from powerinfer_tools.planning.milp import SolverOptions
-from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
-from powerinfer_tools.planning.predictions import predictions
-from powerinfer_tools.planning.shapes import ModelShape, neuron_bytes, shape_of_model
-from powerinfer_tools.planning.verdict import activation_share, time_parts, verdict
-from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.stages.plan.milp import SolverOptions
+from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.stages.plan.predictions import predictions
+from powerinfer_tools.stages.plan.verdict import activation_share, time_parts, verdict
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from tiny_models import CASES, make_tiny_model
 
 # Q4_1: 20 bytes for 32 values. Two matrices of 128 rows of 256, and one of 256 rows of 128.

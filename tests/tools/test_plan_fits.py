@@ -9,17 +9,17 @@ from fake_gpus import FakeGpu, on
 from powerinfer_cli.convert_command import show
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.profile import Profile
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.hardware.presets import PC_LOW
-from powerinfer_tools.hot.opening import planned_units
-from powerinfer_tools.hot.placement import Workload, fit, units_size
-from powerinfer_tools.hot.sizes import OVERHEAD, budget_for, overhead
-from powerinfer_tools.inspection import describe
-from powerinfer_tools.model import Model, load_model
-from powerinfer_tools.planning.planner import Budgets, PlanOptions
-from powerinfer_tools.planning.request import make_plan
-from powerinfer_tools.planning.shapes import shape_of_model
+from powerinfer_tools.engine.hot.opening import planned_units
+from powerinfer_tools.engine.hot.placement import Workload, fit, units_size
+from powerinfer_tools.engine.hot.sizes import OVERHEAD, budget_for, overhead
+from powerinfer_tools.inspect import describe
+from powerinfer_tools.measure.hardware.presets import PC_LOW
+from powerinfer_tools.model.loading import Model, load_model
+from powerinfer_tools.model.shapes import shape_of_model
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.plan.planner import Budgets, PlanOptions
+from powerinfer_tools.stages.plan.request import make_plan
 from split_models import GROUP, Prepared
 
 BATCH, CONTEXT = 16, 48
@@ -94,8 +94,8 @@ def test_what_is_planned_is_what_is_placed(
 
 
 def test_the_margin_of_a_plan_without_budget_holds_what_the_engine_leaves_free() -> None:
-    from powerinfer_tools.hot.sizes import MARGIN
-    from powerinfer_tools.planning.planner import VRAM_MARGIN
+    from powerinfer_tools.engine.hot.sizes import MARGIN
+    from powerinfer_tools.stages.plan.planner import VRAM_MARGIN
 
     assert VRAM_MARGIN >= 4 * MARGIN
 

@@ -10,15 +10,15 @@ import pytest
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Corpus, LayerSums, Profile
 from powerinfer_tools.engine.engine import Engine
+from powerinfer_tools.engine.hot.sizes import overhead
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.hardware.presets import PC_LOW
-from powerinfer_tools.hot.sizes import overhead
-from powerinfer_tools.model import Model, load_model
-from powerinfer_tools.planning import PlanRequest, make_plan, memory
-from powerinfer_tools.planning.frequencies import model_frequencies
-from powerinfer_tools.planning.planner import Budgets, PlanOptions
-from powerinfer_tools.planning.request import make_plan as plan_for
-from powerinfer_tools.planning.shapes import ModelShape, neuron_bytes, shape_of_model
+from powerinfer_tools.measure.hardware.presets import PC_LOW
+from powerinfer_tools.model.loading import Model, load_model
+from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model
+from powerinfer_tools.stages.plan import PlanRequest, make_plan, memory
+from powerinfer_tools.stages.plan.frequencies import model_frequencies
+from powerinfer_tools.stages.plan.planner import Budgets, PlanOptions
+from powerinfer_tools.stages.plan.request import make_plan as plan_for
 
 MIB = 1 << 20
 

@@ -7,14 +7,14 @@ import pytest
 
 from plan_cases import NEURONS_ONLY, granted, machine, shape
 from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.hardware.presets import PC_LOW
-from powerinfer_tools.planning.frequencies import Frequencies
-from powerinfer_tools.planning.memory import Workload, gpu_attention_scratch_bytes, gpu_scratch_bytes
-from powerinfer_tools.planning.milp import SolverOptions
-from powerinfer_tools.planning.picture import draw_predictions
-from powerinfer_tools.planning.planner import Budgets, PlanOptions, plan_outcome
-from powerinfer_tools.planning.predictions import predictions, sensitivity
-from powerinfer_tools.planning.request import make_plan
+from powerinfer_tools.measure.hardware.presets import PC_LOW
+from powerinfer_tools.stages.plan.frequencies import Frequencies
+from powerinfer_tools.stages.plan.memory import Workload, gpu_attention_scratch_bytes, gpu_scratch_bytes
+from powerinfer_tools.stages.plan.milp import SolverOptions
+from powerinfer_tools.stages.plan.picture import draw_predictions
+from powerinfer_tools.stages.plan.planner import Budgets, PlanOptions, plan_outcome
+from powerinfer_tools.stages.plan.predictions import predictions, sensitivity
+from powerinfer_tools.stages.plan.request import make_plan
 
 OPTIONS = PlanOptions(solver=SolverOptions(gap=0.0), context=1024, engine=NEURONS_ONLY)
 UNKNOWN = Frequencies(None, "nothing is known")
@@ -82,7 +82,7 @@ def test_a_shape_has_the_speed_of_a_lesser_version_beside_it(monkeypatch: pytest
         assert list(plan.predictions) == ["powerinfer", "layer-offload", "cpu"]
         assert (plan.provenance.engine, plan.provenance.predictors) == ("this version", "none")
     for module in ("request", "plan_file", "verdict"):
-        monkeypatch.setattr(f"powerinfer_tools.planning.{module}.THIS_VERSION", NEURONS_ONLY)
+        monkeypatch.setattr(f"powerinfer_tools.stages.plan.{module}.THIS_VERSION", NEURONS_ONLY)
     plan = make_plan(shape(4, 2048), None, PC_LOW, Budgets(), OPTIONS)
     found = {name: prediction.tokens_per_second for name, prediction in plan.predictions.items()}
     assert list(found) == ["powerinfer", "layer-offload", "cpu", "powerinfer-this-version"]

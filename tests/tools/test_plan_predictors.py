@@ -16,30 +16,30 @@ from powerinfer_formats.errors import OtherModel
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.predictors import PredictionCost, Predictors
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.hot.sizes import budget_for
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.hot.sizes import budget_for
-from powerinfer_tools.model import load_model
-from powerinfer_tools.planning import PlanRequest, make_plan
-from powerinfer_tools.planning.capabilities import ALL_PLACED, Capabilities
-from powerinfer_tools.planning.costs import Machine
-from powerinfer_tools.planning.ffn_levels import MODES
-from powerinfer_tools.planning.frequencies import Frequencies
-from powerinfer_tools.planning.levels import Inputs, LevelOptions
-from powerinfer_tools.planning.memory import (
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.predictor_shapes import PredictorShape, low_rank, predicted_frequencies
+from powerinfer_tools.model.shapes import ModelShape
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.plan import PlanRequest, make_plan
+from powerinfer_tools.stages.plan.capabilities import ALL_PLACED, Capabilities
+from powerinfer_tools.stages.plan.costs import Machine
+from powerinfer_tools.stages.plan.ffn_levels import MODES
+from powerinfer_tools.stages.plan.frequencies import Frequencies
+from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
+from powerinfer_tools.stages.plan.memory import (
     Workload,
     gpu_attention_scratch_bytes,
     gpu_predictor_scratch_bytes,
     gpu_scratch_bytes,
 )
-from powerinfer_tools.planning.milp import SolverOptions
-from powerinfer_tools.planning.placement import level_tables
-from powerinfer_tools.planning.planner import Outcome, PlanOptions, plan_outcome
-from powerinfer_tools.planning.predictors import PredictorShape, low_rank, predicted_frequencies
-from powerinfer_tools.planning.shapes import ModelShape
-from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.training import TrainOptions, run_train
+from powerinfer_tools.stages.plan.milp import SolverOptions
+from powerinfer_tools.stages.plan.placement import level_tables
+from powerinfer_tools.stages.plan.planner import Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+from powerinfer_tools.stages.train import TrainOptions, run_train
 from tiny_models import FAMILY_CASES, make_tiny_model
 
 # Q4_1 gate and up rows of 256 and a Q8_0 down row.

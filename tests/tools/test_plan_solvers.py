@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from plan_cases import problems
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.planning.hull import hopeless_levels, relax
-from powerinfer_tools.planning.levels import undominated
-from powerinfer_tools.planning.milp import SolverOptions, solve
-from powerinfer_tools.planning.problem import Problem, Unit, check_problem
+from powerinfer_tools.stages.plan.hull import hopeless_levels, relax
+from powerinfer_tools.stages.plan.levels import undominated
+from powerinfer_tools.stages.plan.milp import SolverOptions, solve
+from powerinfer_tools.stages.plan.problem import Problem, Unit, check_problem
 
 EXACT = SolverOptions(gap=0.0)
 

@@ -10,19 +10,19 @@ from plan_cases import machine, shape, skewed_frequencies
 from powerinfer_formats.errors import OtherModel
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
 from powerinfer_formats.thresholds import ThresholdCost, Thresholds, ThresholdsHeader
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, PlanError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.planning import PlanRequest, costs, make_plan
-from powerinfer_tools.planning.ffn_levels import FFN, MODES, mode_seconds
-from powerinfer_tools.planning.frequencies import Frequencies
-from powerinfer_tools.planning.milp import SolverOptions
-from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
-from powerinfer_tools.planning.shapes import neuron_bytes
-from powerinfer_tools.planning.thresholds import ThresholdOffer, ThresholdShape, offer_thresholds
-from powerinfer_tools.planning.verdict import verdict
-from powerinfer_tools.thresholding import ThresholdOptions, run_threshold
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.shapes import neuron_bytes
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.plan import PlanRequest, costs, make_plan
+from powerinfer_tools.stages.plan.ffn_levels import FFN, MODES, mode_seconds
+from powerinfer_tools.stages.plan.frequencies import Frequencies
+from powerinfer_tools.stages.plan.milp import SolverOptions
+from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.stages.plan.thresholded_shapes import ThresholdOffer, ThresholdShape, offer_thresholds
+from powerinfer_tools.stages.plan.verdict import verdict
+from powerinfer_tools.stages.threshold import ThresholdOptions, run_threshold
 from predicted_models import profiled
 from tiny_models import FAMILY_CASES, make_tiny_model
 

@@ -7,12 +7,12 @@ import pytest
 
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
 from powerinfer_formats.profile import Profile
-from powerinfer_tools.model import load_model
-from powerinfer_tools.planning import PlanRequest, make_plan, verification
-from powerinfer_tools.planning.costs import Machine
-from powerinfer_tools.planning.verification import verify
-from powerinfer_tools.planning.verification_rows import VerifyRow
-from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.stages.plan import PlanRequest, make_plan, verification
+from powerinfer_tools.stages.plan.costs import Machine
+from powerinfer_tools.stages.plan.verification import verify
+from powerinfer_tools.stages.plan.verification_rows import VerifyRow
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from tiny_models import FAMILY_CASES, make_tiny_model
 
 NEURONS, LAYERS = 160, 3

@@ -13,26 +13,26 @@ from plan_cases import NEURONS_ONLY, granted, machine, shape, skewed_frequencies
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.hardware import FFNCurve, HardwareProfile
 from powerinfer_formats.plan import Plan
+from powerinfer_tools.engine.hot.sizes import budget_for, overhead
 from powerinfer_tools.errors import HardwareError, PlanError
-from powerinfer_tools.hardware.presets import PC_HIGH, PC_LOW, PRESETS
-from powerinfer_tools.hot.sizes import budget_for, overhead
-from powerinfer_tools.planning import PlanRequest, make_plan, render_plan
-from powerinfer_tools.planning.capabilities import Capabilities
-from powerinfer_tools.planning.costs import Gpu, Machine
-from powerinfer_tools.planning.frequencies import Frequencies
-from powerinfer_tools.planning.machine import REACHABLE_SHARE, machine_of
-from powerinfer_tools.planning.memory import (
+from powerinfer_tools.measure.hardware.presets import PC_HIGH, PC_LOW, PRESETS
+from powerinfer_tools.model.published import PUBLISHED, published_shape
+from powerinfer_tools.model.shapes import ModelShape, neuron_bytes
+from powerinfer_tools.stages.plan import PlanRequest, make_plan, render_plan
+from powerinfer_tools.stages.plan.capabilities import Capabilities
+from powerinfer_tools.stages.plan.costs import Gpu, Machine
+from powerinfer_tools.stages.plan.frequencies import Frequencies
+from powerinfer_tools.stages.plan.machine import REACHABLE_SHARE, machine_of
+from powerinfer_tools.stages.plan.memory import (
     Workload,
     gpu_attention_scratch_bytes,
     gpu_scratch_bytes,
 )
-from powerinfer_tools.planning.milp import SolverOptions
-from powerinfer_tools.planning.planner import Budgets, Outcome, PlanOptions, plan_outcome
-from powerinfer_tools.planning.published import PUBLISHED, published_shape
-from powerinfer_tools.planning.request import make_plan as plan_for
-from powerinfer_tools.planning.shapes import ModelShape, neuron_bytes
-from powerinfer_tools.planning.sparsity import published_frequencies
-from powerinfer_tools.planning.verdict import verdict
+from powerinfer_tools.stages.plan.milp import SolverOptions
+from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.stages.plan.request import make_plan as plan_for
+from powerinfer_tools.stages.plan.sparsity import published_frequencies
+from powerinfer_tools.stages.plan.verdict import verdict
 
 UNKNOWN = Frequencies(None, "unknown")
 # The small shape: Q4_1 rows of 256 are 8 blocks of 20 bytes, Q8_0 rows 8 blocks of 34.
@@ -97,8 +97,8 @@ def test_memory_to_the_byte() -> None:
 
 def test_memory_agrees_with_the_engines_own_counts() -> None:
     from powerinfer_tools.engine.head import HEAD_ROWS
-    from powerinfer_tools.hot import placement, sizes
-    from powerinfer_tools.planning import memory
+    from powerinfer_tools.engine.hot import placement, sizes
+    from powerinfer_tools.stages.plan import memory
 
     assert memory.HEAD_ROWS == sizes.HEAD_ROWS == HEAD_ROWS
 

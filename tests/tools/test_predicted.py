@@ -10,8 +10,8 @@ import pytest
 from engine_logits import MARGIN, logits, margin, near, predictor_inputs
 from powerinfer_formats.split import SplitLayer
 from powerinfer_kernels import available_isas, reference
-from powerinfer_tools.model import LayerWeights, load_model
-from powerinfer_tools.reference_forward import forward, predicted_neurons
+from powerinfer_tools.model.loading import LayerWeights, load_model
+from powerinfer_tools.model.reference import forward, predicted_neurons
 from predicted_models import predicted_split
 
 TOKENS = 12
@@ -68,6 +68,6 @@ def test_hot_neurons_are_computed_whatever_the_predictor_says(case: Case) -> Non
     """With a device, the 16 hot ones are out of the predictor's hands; with torch's sums, near."""
     path, tokens, model = case.path, case.tokens, load_model(case.path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("powerinfer_tools.reference_forward.predicted_neurons", hot_or_predicted)
+        patch.setattr("powerinfer_tools.model.reference.predicted_neurons", hot_or_predicted)
         expected = forward(model, tokens, half_cache=True, predicted=True)[TOKENS // 2 - 1 :]
     near(logits(path, tokens, mode="predicted", device="cpu"), expected)

@@ -13,11 +13,11 @@ from powerinfer_formats.histogram import contribution_bins
 from powerinfer_formats.profile import Profile
 from powerinfer_kernels import reference
 from powerinfer_tools.errors import CorpusError, ProfileError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.profiling.stage import checkpoint_path
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import attention_block, ffn_matrices, matrix, normalize
 from powerinfer_tools.progress import Silent
-from powerinfer_tools.reference_forward import attention_block, ffn_matrices, matrix, normalize
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+from powerinfer_tools.stages.profile.profiling import checkpoint_path
 from powerinfer_tools.text import Tokenizer
 from tiny_models import FAMILY_CASES, make_tiny_model
 

@@ -9,10 +9,10 @@ from safetensors.numpy import load_file, save_file
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools.errors import ConvertError
-from powerinfer_tools.huggingface import ModelFolder
-from powerinfer_tools.model import load_model
-from powerinfer_tools.quantization import quantize_model
-from powerinfer_tools.reference_forward import forward
+from powerinfer_tools.model.huggingface import ModelFolder
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from powerinfer_tools.stages.quantize.quantization import quantize_model
 from powerinfer_tools.text import Tokenizer
 from tiny_folders import FolderCase, TinyFolder, make_folder
 

@@ -14,9 +14,9 @@ from powerinfer_formats.errors import OtherModel
 from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, CorpusError, HardwareError, ModelError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.reference_forward import forward
-from powerinfer_tools.relufication import (
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from powerinfer_tools.stages.relufy import (
     Reading,
     RelufyOptions,
     RelufyReport,
@@ -24,14 +24,14 @@ from powerinfer_tools.relufication import (
     draw_history,
     run_relufy,
 )
-from powerinfer_tools.relufication.cuts import neuron_scales
-from powerinfer_tools.relufication.fitting import RIDGE, fit_down_projections
-from powerinfer_tools.relufication.network import Network
-from powerinfer_tools.relufication.options import NEURON_CUT
-from powerinfer_tools.relufication.rounding import round_factors, round_matrix
-from powerinfer_tools.relufication.stage import checkpoint_path
-from powerinfer_tools.relufication.student import PressureControl, Student, TrainedMatrix, divergence
-from powerinfer_tools.relufication.text import HOLD_OUT_EVERY, text_windows, training_order
+from powerinfer_tools.stages.relufy.cuts import neuron_scales
+from powerinfer_tools.stages.relufy.fitting import RIDGE, fit_down_projections
+from powerinfer_tools.stages.relufy.network import Network
+from powerinfer_tools.stages.relufy.options import NEURON_CUT
+from powerinfer_tools.stages.relufy.relufication import checkpoint_path
+from powerinfer_tools.stages.relufy.rounding import round_factors, round_matrix
+from powerinfer_tools.stages.relufy.student import PressureControl, Student, TrainedMatrix, divergence
+from powerinfer_tools.stages.relufy.text import HOLD_OUT_EVERY, text_windows, training_order
 from tiny_models import FAMILY_CASES, TYPE_CASES, TinyModel, TinySpec, make_tiny_model
 
 TEXT = "the cat sat on the mat and the dog sat on the log; a quick brown fox jumps over the lazy dog. " * 40

@@ -21,11 +21,11 @@ from powerinfer_tools.errors import (
     ProfileError,
     TrainError,
 )
-from powerinfer_tools.hyperparameters import Routing
-from powerinfer_tools.model import load_model
-from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.relufication import RelufyOptions, run_relufy
-from powerinfer_tools.training import TrainOptions, run_train
+from powerinfer_tools.model.hyperparameters import Routing
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+from powerinfer_tools.stages.relufy import RelufyOptions, run_relufy
+from powerinfer_tools.stages.train import TrainOptions, run_train
 from tiny_models import CASES, TinyModel, make_tiny_model
 
 TEXT = "the cat sat on the mat and the dog sat on the log; a quick brown fox jumps over the lazy dog. " * 20

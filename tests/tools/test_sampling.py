@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerinfer_tools.errors import SamplingError
-from powerinfer_tools.sampling import (
+from powerinfer_tools.generate.sampling import (
     Sampler,
     SamplingOptions,
     above_share_of_best,

@@ -9,13 +9,20 @@ import pytest
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.split_layout import predictor_names
 from powerinfer_kernels import Pool, RowType, row_bytes
-from powerinfer_tools import ffn_benchmarking, ffn_layers
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import HardwareError, ModelError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.synthetic.cache import Request, cached, clear
-from powerinfer_tools.synthetic.models import SHAPES, Shape
-from powerinfer_tools.synthetic.sparse import OVERSHOOT, SPARSE_TYPES, Sparsity, predictor_rank, write_sparse
+from powerinfer_tools.measure import ffn_speedup as ffn_benchmarking
+from powerinfer_tools.measure import random_ffns as ffn_layers
+from powerinfer_tools.measure.synthetic.cache import Request, cached, clear
+from powerinfer_tools.measure.synthetic.models import SHAPES, Shape
+from powerinfer_tools.measure.synthetic.sparse import (
+    OVERSHOOT,
+    SPARSE_TYPES,
+    Sparsity,
+    predictor_rank,
+    write_sparse,
+)
+from powerinfer_tools.model.loading import load_model
 
 SMALL = Shape("llama", 3, 256, 4, 2, 64, 640, 512, 1e4, tied=True)
 SMALL_OPT = Shape("opt", 3, 256, 4, 4, 64, 640, 512, 1e4, 100, tied=True, biases="all")

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from powerinfer_formats.gguf_reader import GGUFFile
-from powerinfer_tools.benchmarking import bench
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import counters
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.synthetic import cache
-from powerinfer_tools.synthetic.cache import Request, weight_bytes
-from powerinfer_tools.synthetic.models import SHAPES, Shape, write_synthetic
-from powerinfer_tools.synthetic.sparse import Sparsity
+from powerinfer_tools.measure.bench_rows import bench
+from powerinfer_tools.measure.synthetic import cache
+from powerinfer_tools.measure.synthetic.cache import Request, weight_bytes
+from powerinfer_tools.measure.synthetic.models import SHAPES, Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.sparse import Sparsity
+from powerinfer_tools.model.loading import load_model
 
 MIXTRAL = Shape("llama", 8, 256, 4, 2, 64, 64, 400, 1e4, tied=True, experts=8, used=2)
 QWEN2 = Shape("qwen2moe", 4, 256, 4, 4, 64, 96, 400, 1e4, biases="qkv", experts=12, used=3, shared=128)

@@ -12,21 +12,21 @@ from powerinfer_formats.errors import OtherModel
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.thresholds import Thresholds
 from powerinfer_kernels import reference
-from powerinfer_tools.comparison import compare_modes
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.thresholds import no_thresholds
+from powerinfer_tools.engine.factor_thresholds import no_thresholds
 from powerinfer_tools.errors import ModelError, ThresholdError
-from powerinfer_tools.model import load_model
-from powerinfer_tools.thresholding import ThresholdOptions, ThresholdReport, run_threshold
-from powerinfer_tools.thresholding.candidates import (
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.quality.comparison import compare_modes
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.threshold import ThresholdOptions, ThresholdReport, run_threshold
+from powerinfer_tools.stages.threshold.candidates import (
     DENSITIES,
     Sample,
     best_candidate,
     candidate,
     greedy_path,
 )
-from powerinfer_tools.thresholding.judge import Judge
+from powerinfer_tools.stages.threshold.judge import Judge
 from predicted_models import TEXT, profiled
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model

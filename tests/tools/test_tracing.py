@@ -12,13 +12,13 @@ from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import reference
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ProfileError
-from powerinfer_tools.model import Model, load_model
-from powerinfer_tools.profiling import ProfileOptions, run_profile
-from powerinfer_tools.profiling.corpus import find_files
-from powerinfer_tools.profiling.tracing import RECORDS_PER_WINDOW, sample, unfinished_trace
-from powerinfer_tools.profiling.windows import corpus_windows
+from powerinfer_tools.model.loading import Model, load_model
+from powerinfer_tools.model.reference import attention_block, ffn_matrices, matrix, normalize
 from powerinfer_tools.progress import Silent
-from powerinfer_tools.reference_forward import attention_block, ffn_matrices, matrix, normalize
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+from powerinfer_tools.stages.profile.corpus import find_files
+from powerinfer_tools.stages.profile.tracing import RECORDS_PER_WINDOW, sample, unfinished_trace
+from powerinfer_tools.stages.profile.windows import corpus_windows
 from powerinfer_tools.text import Tokenizer
 from tiny_models import FAMILY_CASES, make_tiny_model
 

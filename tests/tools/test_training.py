@@ -12,21 +12,21 @@ from powerinfer_formats.predictors import LowRank, Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import RowType
-from powerinfer_tools.conversion import ConvertOptions, convert
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PowerInferError, TrainError
-from powerinfer_tools.evaluation import perplexity, windows
-from powerinfer_tools.model import load_model
-from powerinfer_tools.profiling import ProfileOptions, run_profile
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.quality.perplexity import perplexity, windows
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+from powerinfer_tools.stages.train import TrainOptions, draw_frontier, run_train
+from powerinfer_tools.stages.train.allocation import Sensitivity, Setting
+from powerinfer_tools.stages.train.choice import Candidate, choose
+from powerinfer_tools.stages.train.frontier import RECALLS
+from powerinfer_tools.stages.train.layer_data import LayerData, parted
+from powerinfer_tools.stages.train.low_rank import cut, factorize
+from powerinfer_tools.stages.train.naming import Fit, fit, judge, level_for
+from powerinfer_tools.stages.train.tuning import Tuning, tune
 from powerinfer_tools.text import Tokenizer
-from powerinfer_tools.training import TrainOptions, draw_frontier, run_train
-from powerinfer_tools.training.allocation import Sensitivity, Setting
-from powerinfer_tools.training.choice import Candidate, choose
-from powerinfer_tools.training.frontier import RECALLS
-from powerinfer_tools.training.layer_data import LayerData, parted
-from powerinfer_tools.training.low_rank import cut, factorize
-from powerinfer_tools.training.thresholds import Fit, fit, judge, level_for
-from powerinfer_tools.training.tuning import Tuning, tune
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, make_tiny_model
 
@@ -404,7 +404,7 @@ def test_interrupted_tuning_goes_on(traced: Traced, tmp_path: Path, monkeypatch:
         tuned.append(data.index)
         return tune(start, data, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("powerinfer_tools.training.tuning.tune", counted)
+    monkeypatch.setattr("powerinfer_tools.stages.train.tuning.tune", counted)
     with pytest.raises(KeyboardInterrupt):
         run_train(broken)
     assert not broken.output.exists()

@@ -1,0 +1,349 @@
+"""The FFNs that the C kernels compute: of a source model, or the neurons of a split file from a split point
+on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from powerinfer_formats.split import SplitLayer
+from powerinfer_kernels import Bundle, Matrix, Pool
+from powerinfer_tools.engine.blocks import (
+    BlockWriter,
+    DenseColumns,
+    FFNOutput,
+    NeuronRows,
+    PredictedRows,
+    ThresholdedRows,
+    pack,
+)
+from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
+from powerinfer_tools.engine.factor_thresholds import FactorThresholds
+from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.predictor_programs import NamedElsewhere, lay_out, named_elsewhere
+from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
+from powerinfer_tools.model.ffn_matrices import DenseFFN
+from powerinfer_tools.model.loading import Model
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Shares of the neurons of sparse FFNs, over what has run: ``named`` by what selects them, and
+    ``confirmed`` by the gate, where that is computed for the named ones."""
+
+    named: float
+    confirmed: float
+
+
+class ColdFFN(Protocol):
+    """One layer's FFN, laid out for the kernels."""
+
+    @property
+    def neurons(self) -> int:
+        """Neurons computed here."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights as laid out, in bytes."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether gate or up need the quantised input."""
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether the result is left in ``block_out`` for a merge, instead of in the residual stream."""
+
+    def bytes_per_token(self, computed: Computed) -> float:
+        """Bytes that one decoded token touches."""
+
+    def prepare(self, writer: BlockWriter) -> None:
+        """Append what needs the residual stream that the FFN's norm read; in a parallel layer, attention
+        follows."""
+
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
+    ) -> None:
+        """Append the operations."""
+
+
+def load_cold_ffn(
+    model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int, *, named: bool = False
+) -> ColdFFN:
+    """Lay out layer ``index`` without its first ``hot_neurons`` neurons, which the hot device computes, for
+    up to ``tokens`` tokens at a time; ``named``: in mode predicted, it predicts, too."""
+    ffn = model.layers[index].ffn
+    if isinstance(ffn, DenseFFN):
+        up = None if ffn.factor is None else pack(pool, ffn.factor)
+        bias = model.layers[index].ffn_bias
+        return _ColumnsFFN(DenseColumns(pack(pool, ffn.first), up, pack(pool, ffn.down), bias))
+    assert isinstance(ffn, SplitLayer), "experts are laid out in routed.py"
+    if hot_neurons == ffn.neurons:
+        return _NoneFFN()
+    if mode == "predicted":
+        return _load_predicted(ffn, pool, hot_neurons, tokens, named=named)
+    if mode == "thresholded":
+        return _load_thresholded(ffn, pool, hot_neurons)
+    return _load_rows(ffn, pool, mode, hot_neurons)
+
+
+def with_thresholds(ffn: ColdFFN, thresholds: FactorThresholds) -> ColdFFN:
+    """An FFN of a source model that leaves out what ``thresholds`` say."""
+    assert isinstance(ffn, _ColumnsFFN)
+    return replace(ffn, thresholds=thresholds)
+
+
+class _Plain:
+    """An FFN without a predictor."""
+
+    def prepare(self, writer: BlockWriter) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class _ColumnsFFN(_Plain):
+    weights: DenseColumns
+    in_rows: bool = False
+    thresholds: FactorThresholds | None = None
+
+    @property
+    def neurons(self) -> int:
+        return self.weights.gate.rows
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.weights.gate, self.weights.up, self.weights.down)
+
+    @property
+    def quantized(self) -> bool:
+        return not _all_float(self.weights.gate, self.weights.up)
+
+    def bytes_per_token(self, computed: Computed) -> float:
+        return float(self.nbytes)
+
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
+    ) -> None:
+        writer.ffn_columns(self.weights, output, observed, self.thresholds)
+
+
+class _BundledFFN(_Plain, ABC):
+    """An FFN whose neurons' rows lie in a bundle, beside matrices that are read for all neurons."""
+
+    in_rows = True
+
+    @property
+    @abstractmethod
+    def bundle(self) -> Bundle:
+        """The rows that only active neurons are read from."""
+
+    @property
+    def whole(self) -> tuple[Matrix, ...]:
+        """Matrices whose rows are read for all neurons."""
+        return ()
+
+    @property
+    def beside(self) -> int:
+        """Bytes of what is neither in a matrix nor in the bundle; all of it is read for every token."""
+        return 0
+
+    @property
+    def neurons(self) -> int:
+        return self.bundle.rows
+
+    @property
+    def nbytes(self) -> int:
+        return self.beside + _nbytes(*self.whole, self.bundle)
+
+    @property
+    def quantized(self) -> bool:
+        kinds = (*(matrix.row_type for matrix in self.whole), *self.bundle.types[:2])
+        return not all(kind is None or kind.is_float for kind in kinds)
+
+    def bytes_per_token(self, computed: Computed) -> float:
+        gates = self.bundle.gate_nbytes
+        rows = gates * computed.named + (self.bundle.nbytes - gates) * computed.confirmed
+        return self.beside + _nbytes(*self.whole) + rows
+
+
+@dataclass(frozen=True)
+class _RowsFFN(_BundledFFN):
+    weights: NeuronRows
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.weights.bundle
+
+    @property
+    def whole(self) -> tuple[Matrix, ...]:
+        gate, up = self.weights.gate, self.weights.up
+        return (gate,) if up is None else (gate, up)
+
+    def bytes_per_token(self, computed: Computed) -> float:
+        return super().bytes_per_token(computed if self.weights.skips else Computed(1, 1))
+
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
+    ) -> None:
+        gate = narrowed(buffers.gate, self.neurons)
+        writer.ffn_rows(self.weights, gate, narrowed(buffers.up, self.neurons), observed)
+
+
+@dataclass(frozen=True)
+class _PredictedFFN(_BundledFFN):
+    weights: PredictedRows
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.weights.bundle
+
+    @property
+    def beside(self) -> int:
+        return self.weights.predictor.nbytes
+
+    @property
+    def quantized(self) -> bool:
+        return self.weights.predictor.quantized or super().quantized
+
+    def prepare(self, writer: BlockWriter) -> None:
+        writer.predictor_input(self.weights)
+
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
+    ) -> None:
+        assert buffers.scores is not None
+        scratch = [narrowed(buffer, self.neurons) for buffer in (buffers.scores, buffers.gate, buffers.up)]
+        writer.ffn_predicted(self.weights, *scratch)
+
+
+@dataclass(frozen=True)
+class _ThresholdedFFN(_BundledFFN):
+    weights: ThresholdedRows
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.weights.bundle
+
+    @property
+    def whole(self) -> tuple[Matrix, ...]:
+        return (self.weights.known,)
+
+    @property
+    def beside(self) -> int:
+        return self.weights.threshold.nbytes
+
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
+    ) -> None:
+        known, h = narrowed(buffers.gate, self.neurons), narrowed(buffers.up, self.neurons)
+        writer.ffn_thresholded(self.weights, known, h)
+
+
+@dataclass(frozen=True)
+class _NoneFFN(_Plain):
+    """A layer whose neurons are all on the hot device."""
+
+    neurons: int = 0
+    nbytes: int = 0
+    quantized: bool = False
+    in_rows: bool = True
+
+    def bytes_per_token(self, computed: Computed) -> float:
+        return 0.0
+
+    def write(
+        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
+    ) -> None:
+        return
+
+
+def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
+    skips = mode == "gate-first"
+    dense = layer.kinds[:1] if skips else layer.kinds[:-1]
+    matrices = [_matrix(layer, pool, first, kind) for kind in dense]
+    bundle = _bundle(layer, pool, first, layer.kinds[len(dense) :])
+    up = matrices[1] if len(matrices) == 2 else None
+    return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first)))
+
+
+def _load_thresholded(layer: SplitLayer, pool: Pool, first: int) -> ColdFFN:
+    threshold = layer.threshold
+    assert threshold is not None
+    rest = [kind for kind in layer.kinds if kind != threshold.factor]
+    return _ThresholdedFFN(
+        ThresholdedRows(
+            factor=threshold.factor,
+            known=_matrix(layer, pool, first, threshold.factor),
+            threshold=threshold.values[first:].copy(),
+            bundle=_bundle(layer, pool, first, rest),
+        )
+    )
+
+
+def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int, *, named: bool) -> ColdFFN:
+    assert layer.predictor is not None
+    here = None if named else lay_out(layer.predictor, pool, first, layer.width, tokens)
+    return _PredictedFFN(
+        PredictedRows(
+            predictor=here or named_elsewhere(layer.neurons - first),
+            bundle=_bundle(layer, pool, first, layer.kinds),
+            bias=_bias(layer, first),
+        )
+    )
+
+
+def predictor_thresholds(ffn: object) -> Floats | None:
+    """The thresholds of the predictor of ``ffn``, which may be written to between runs; None without one, or
+    where the hot device predicts."""
+    if not isinstance(ffn, _PredictedFFN) or isinstance(ffn.weights.predictor, NamedElsewhere):
+        return None
+    return ffn.weights.predictor.threshold
+
+
+def write_recall_check(
+    model: Model, index: int, pool: Pool, ffn: ColdFFN, writer: BlockWriter, buffers: Buffers
+) -> RecallCheck | None:
+    """Append, right after the operations of ``ffn``, those that compute what its predictor should have found;
+    None for an FFN without one."""
+    layer = model.layers[index].ffn
+    if not isinstance(ffn, _PredictedFFN) or not isinstance(layer, SplitLayer):
+        return None
+    assert buffers.scores is not None
+    first = layer.neurons - ffn.neurons
+    gate_rows, *up_rows = (_matrix(layer, pool, first, kind) for kind in layer.kinds[:-1])
+    truth = GateAndUp(gate_rows, up_rows[0] if up_rows else None, ffn.weights.bias)
+    scores, gate, up = (narrowed(b, ffn.neurons) for b in (buffers.scores, buffers.gate, buffers.up))
+    writer.ffn_truth(truth, gate, up)
+    return RecallCheck(writer.builder.mark(), scores, ffn.weights.predictor.threshold, gate)
+
+
+def _matrix(layer: SplitLayer, pool: Pool, first: int, kind: str) -> Matrix:
+    """All rows of one kind from position ``first`` on, for the dense kernels."""
+    rows = layer.rows(kind, first, layer.neurons)
+    return Matrix.pack(pool, rows.reshape(-1), layer.type_of(kind), len(rows), layer.width)
+
+
+def _bundle(layer: SplitLayer, pool: Pool, first: int, kinds: Sequence[str]) -> Bundle:
+    """The rows of all neurons from position ``first`` on. What the activation reads are a bundle's gate
+    rows, whatever the file calls them."""
+    place = dict(zip(layer.kinds, ("gate", *layer.kinds[1:]), strict=True))
+    rows = {
+        place[kind]: (np.ascontiguousarray(layer.rows(kind, first, layer.neurons)), layer.type_of(kind))
+        for kind in kinds
+    }
+    return Bundle.pack(pool, layer.neurons - first, layer.width, **rows)
+
+
+def _bias(layer: SplitLayer, first: int) -> Floats | None:
+    """The biases of all neurons from position ``first`` on."""
+    return None if layer.bias is None else layer.bias[first:].astype(np.float32)
+
+
+def _nbytes(*weights: Matrix | Bundle | None) -> int:
+    return sum(weight.nbytes for weight in weights if weight is not None)
+
+
+def _all_float(*matrices: Matrix | None) -> bool:
+    return all(matrix is None or matrix.row_type.is_float for matrix in matrices)

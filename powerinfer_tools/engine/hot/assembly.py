@@ -1,0 +1,362 @@
+"""Everything that is placed on a device, put together from a split file."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from powerinfer_formats.split import SplitLayer
+from powerinfer_formats.split_predictors import SplitLowRank
+from powerinfer_kernels import RowType
+from powerinfer_kernels.triton_layout import SPLIT_ROWS
+from powerinfer_tools.engine.hot import sizes
+from powerinfer_tools.engine.hot.attention import AttentionScratch, HotAttention, Rotary
+from powerinfer_tools.engine.hot.backend import Backend, Exchange, FFNsApart
+from powerinfer_tools.engine.hot.cache import Attending, HeldVectors, HotCache
+from powerinfer_tools.engine.hot.devices import Device
+from powerinfer_tools.engine.hot.elementwise import BLOCK
+from powerinfer_tools.engine.hot.expert_parts import ExpertParts, chosen, chunk_floats, routers_of
+from powerinfer_tools.engine.hot.experts import HotExperts
+from powerinfer_tools.engine.hot.head import HotHead
+from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
+from powerinfer_tools.engine.hot.loading import Arena, Form, unpacked_values
+from powerinfer_tools.engine.hot.placement import HotUnits, Workload, experts_of
+from powerinfer_tools.engine.hot.prediction import HotPredictor
+from powerinfer_tools.engine.hot.predictor_units import PredictorParts, reads_floats, reads_stream
+from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
+from powerinfer_tools.engine.hot.stream import HotLayer, HotStream, Landing, StreamMemory
+from powerinfer_tools.model.loading import AttentionWeights, Model
+from powerinfer_tools.model.rotary import RotaryTables, layer_tables
+from powerinfer_tools.model.tensors import Weight
+
+Tensor = torch.Tensor
+#: Bytes of float32 rows that the CPU device may hold.
+UNPACKED_LIMIT = 2 << 30
+
+
+def assemble(
+    model: Model, units: HotUnits, device: Device, work: Workload, *, fused: bool
+) -> tuple[Backend, list[str]]:
+    """``units`` on ``device``, in one block of its memory; with the Triton kernels where ``fused`` and a row
+    type has them. Second, the row types that have not. Raises OutOfDeviceMemory."""
+    values = unpacked_values(_neuron_layers(model), units.neurons, _matrices(model, units))
+    unpack = device.free_bytes() is None and 4 * values <= UNPACKED_LIMIT
+    arena = Arena()
+    form = Form(arena, fused=fused, unpack=unpack)
+    _Parts(model, units, work, form, device).take_all()
+    arena.fill(device.allocate(arena.nbytes))
+    parts = _Parts(model, units, work, form, device)
+    parts.take_all()
+    return parts.backend(), sorted(form.not_fused)
+
+
+def rest_floats(neurons: int, width: int) -> int:
+    """Floats for the hidden values of a token, to whole lines, and partial sums of SPLIT_ROWS rows each."""
+    return -(-neurons // 64) * 64 + -(-neurons // SPLIT_ROWS) * width
+
+
+def _neuron_layers(model: Model) -> Sequence[SplitLayer]:
+    """The layers whose neurons can be placed."""
+    return model.split.layers if model.split is not None else ()
+
+
+def _matrices(model: Model, units: HotUnits) -> list[Weight]:
+    """All that is placed as a whole."""
+    moved = [layer for layer, there in zip(model.layers, units.attention, strict=True) if there]
+    matrices = [matrix for layer in moved for matrix in _attention_matrices(layer.attention)]
+    for layer, counts, there in zip(experts_of(model), units.experts, units.attention, strict=False):
+        matrices += [matrix for ffn in chosen(layer, counts).values() for matrix in ffn.matrices]
+        matrices += routers_of(layer) if there else []
+    return [*matrices, model.head] if units.head else matrices
+
+
+def _attention_matrices(w: AttentionWeights) -> tuple[Weight, ...]:
+    return (w.query, w.key, w.value, w.output)
+
+
+class _Parts:
+    """All pieces, each taken from the form's memory once."""
+
+    def __init__(self, model: Model, units: HotUnits, work: Workload, form: Form, device: Device) -> None:
+        self.model, self.units, self.work, self.form, self.device = model, units, work, form, device
+        self.hyper, self.memory, self.layers = model.hyper, form.memory, _neuron_layers(model)
+
+    def take_all(self) -> None:
+        """Take the memory of everything, in a fixed order."""
+        _ = self.ffns, self.scratch, self.predictors, self.exchanged
+        self.predictor_parts.take_shared()
+        if self.experts is not None:
+            self.experts.take_all()
+        if any(self.units.attention):
+            _ = self.streamed, self.attention_scratch, self.stream_floats
+        if self.units.head:
+            _ = self.head
+
+    def backend(self) -> Backend:
+        """The whole."""
+        exchange, rounded = self._exchange()
+        apart = [None if there else ffn for there, ffn in zip(self.units.attention, self.ffns, strict=True)]
+        stream = None
+        if any(self.units.attention):
+            stream = HotStream(
+                self.device, self.streamed, self._stream_memory(), parallel=self.model.spec.parallel
+            )
+        predictors = [
+            None if there else found
+            for there, found in zip(self.units.attention, self.predictors, strict=True)
+        ]
+        parts = self.predictor_parts
+        ffns = FFNsApart(
+            apart,
+            exchange,
+            self.scratch,
+            rounded,
+            predictors,
+            parts.naming,
+            parts.stream_ends(self._used(there=False)),
+            self.experts.dispatch if self.experts else None,
+        )
+        return Backend(self.device, ffns, stream, self.head if self.units.head else None)
+
+    @cached_property
+    def experts(self) -> ExpertParts | None:
+        """Of a model that has some."""
+        layers = experts_of(self.model)
+        if not layers:
+            return None
+        return ExpertParts(
+            layers, self.hyper, self.units, self.work.tokens, self.form, self.device, self.chunk
+        )
+
+    @cached_property
+    def ffns(self) -> list[HotFFN | HotExperts | None]:
+        """The hot neurons, or experts, of each layer."""
+        if self.experts is not None:
+            return [*self.experts.experts]
+        activation = (self.hyper.activation, self.hyper.activation_cut)
+        return [
+            self.form.ffn(layer, count, activation) if count else None
+            for layer, count in zip(self.layers, self.units.neurons, strict=True)
+        ]
+
+    @cached_property
+    def predictor_parts(self) -> PredictorParts:
+        """What predictors share."""
+        named = [layer for layer in self.layers if self.units.names(layer.index)]
+        tokens, checks = self.work.tokens, self.work.check_recall
+        return PredictorParts(named, self.hyper, tokens, self.form, self.device, self.chunk, checks=checks)
+
+    @cached_property
+    def predictors(self) -> list[HotPredictor | None]:
+        """The predictor of each layer that has it here."""
+        if self.experts is not None:
+            return [None] * self.hyper.layers
+        return [
+            self.predictor_parts.predictor(layer, count) if self.units.names(layer.index) else None
+            for layer, count in zip(self.layers, self.units.neurons, strict=True)
+        ]
+
+    @cached_property
+    def chunk(self) -> Tensor:
+        """Flat space for a chunk of unpacked rows of any matrix."""
+        width = min(CHUNK_ROWS, max(self.units.neurons, default=0)) * self.hyper.width
+        routing = self.hyper.routing
+        if routing is not None and any(self.units.experts):
+            width = chunk_floats(experts_of(self.model), routing.used)
+        predictors = [layer.predictor for layer in self.layers if self.units.names(layer.index)]
+        for predictor in predictors:
+            rank = predictor.rank if isinstance(predictor, SplitLowRank) else 0
+            width = max(width, CHUNK_ROWS * max(self.hyper.width, rank))
+        if self.units.head:
+            width = max(width, CHUNK_ROWS * self.hyper.width)
+        if any(self.units.attention):
+            width = max(width, CHUNK_ROWS * max(self.hyper.width, self.hyper.query_width))
+        return self.memory.floats(width)
+
+    @cached_property
+    def scratch(self) -> Scratch:
+        """What the neurons of one layer need while they are computed."""
+        most, tokens, width = max(self.units.neurons, default=0), self.work.tokens, self.hyper.width
+        chunk = min(CHUNK_ROWS, most)
+        gate, up = (self.memory.floats(tokens * chunk) for _ in range(2))
+        rest = self.memory.floats(rest_floats(most, width))
+        return Scratch(self.chunk[: chunk * width].view(chunk, width), gate, up, rest)
+
+    @cached_property
+    def exchanged(self) -> list[Tensor]:
+        """The device's ends of what passes for layers whose attention is the host's: the output, and the
+        input in one form or in both."""
+        kinds = self._float_rows(there=False)
+        tokens = self.work.tokens if kinds else 0
+        return [self.memory.floats(tokens, self.hyper.width) for _ in range(1 + max(1, len(kinds)))]
+
+    @cached_property
+    def streamed(self) -> list[HotLayer | None]:
+        """The layers whose attention is here."""
+        return [self._hot_layer(i) if there else None for i, there in enumerate(self.units.attention)]
+
+    @cached_property
+    def tables(self) -> list[Rotary | None]:
+        """Rotary angles of each layer whose attention is here."""
+        hyper, style = self.hyper, self.model.spec.rope_style
+        if not hyper.rope_dim:
+            return [None] * hyper.layers
+        held: dict[int, Rotary] = {}
+        tables = layer_tables(hyper, self.work.context, self.model.rope_factors)
+        for table, there in zip(tables, self.units.attention, strict=True):
+            if there and id(table) not in held:
+                held[id(table)] = Rotary(*self._angles(table), style)
+        return [held.get(id(table)) for table in tables]
+
+    @cached_property
+    def attention_scratch(self) -> AttentionScratch:
+        """What all attention blocks share."""
+        hyper, tokens = self.hyper, self.work.tokens
+        weights = [w for w, there in zip(self.model.layers, self.units.attention, strict=True) if there]
+        rounded = any(
+            not matrix.row_type.is_float for w in weights for matrix in _attention_matrices(w.attention)
+        )
+        positions = self.memory.typed(torch.int64, tokens)
+        if not self.memory.counting:
+            positions.copy_(torch.zeros(tokens, dtype=torch.int64))
+        queries = min(sizes.QUERIES_AT_ONCE, tokens)
+        return AttentionScratch(
+            input=self._inputs(tokens, hyper.width, rounded=rounded),
+            attended=self._inputs(tokens, hyper.query_width, rounded=rounded),
+            query=self.memory.floats(tokens, hyper.query_width),
+            key=self.memory.floats(tokens, hyper.kv_width),
+            value=self.memory.floats(tokens, hyper.kv_width),
+            out=self.memory.floats(tokens, hyper.width),
+            positions=positions,
+            scores=self.memory.floats(max(queries * hyper.heads * self.work.context, self._partial_floats())),
+            chunk=self.chunk,
+        )
+
+    def _partial_floats(self) -> int:
+        """What the fused kernels keep for one token in place of scores."""
+        if not self.form.fused:
+            return 0
+        from powerinfer_kernels.triton_launch import partial_floats
+
+        return partial_floats(self.hyper.heads, self.hyper.head_dim, self.work.context)
+
+    @cached_property
+    def stream_floats(self) -> tuple[Inputs, list[Tensor]]:
+        """The FFN's input; the stream, and the sums of both sides."""
+        tokens, width = self.work.tokens, self.hyper.width
+        rounded = False in self._float_rows(there=True)
+        return self._inputs(tokens, width, rounded=rounded), [
+            self.memory.floats(tokens, width) for _ in range(3)
+        ]
+
+    @cached_property
+    def head(self) -> HotHead:
+        """The output norm and the head."""
+        hyper, model = self.hyper, self.model
+        rows = min(sizes.HEAD_ROWS, self.work.tokens)
+        staged = 0 if self.memory.counting else rows
+        return HotHead(
+            norm=self.form.norm(model.output_norm, hyper.norm_eps),
+            matrix=self.form.product(model.head),
+            softcap=hyper.logit_softcap,
+            rows=self._inputs(rows, hyper.width, rounded=not model.head.row_type.is_float),
+            logits=self.memory.floats(rows, hyper.vocabulary),
+            landing=self.device.staging(staged, hyper.width),
+            host=self.device.staging(staged, hyper.vocabulary),
+            chunk=self.chunk,
+        )
+
+    def _float_rows(self, *, there: bool) -> set[bool]:
+        """Whether what reads the FFN's input, in layers whose attention is here (or is not), is of float
+        types: both answers where some is and some not; none where nothing reads it."""
+        if self.experts is not None:
+            return self.experts.float_rows(there=there)
+        layers = self._used(there=there)
+        found = {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
+        predictors = (layer.predictor for layer in layers if self.units.names(layer.index))
+        return found | {reads_floats(predictor) for predictor in predictors if predictor is not None}
+
+    def _used(self, *, there: bool) -> list[SplitLayer]:
+        """The layers with hot neurons whose attention is here (or is not)."""
+        units = zip(self.layers, self.units.neurons, self.units.attention, strict=False)
+        return [layer for layer, count, moved in units if count and moved == there]
+
+    def _inputs(self, rows: int, columns: int, *, rounded: bool) -> Inputs:
+        exact = self.memory.floats(rows, columns)
+        # Rows of a quantised matrix are whole blocks, so there is something to round.
+        return Inputs(exact, self.memory.floats(rows, columns) if rounded and columns % BLOCK == 0 else exact)
+
+    def _angles(self, table: RotaryTables) -> tuple[Tensor, Tensor]:
+        cos, sin = (self.form.vector(part.reshape(-1)).view(part.shape) for part in (table.cos, table.sin))
+        return cos, sin
+
+    def _exchange(self) -> tuple[Exchange, bool]:
+        out, *inputs = self.exchanged
+        tokens = len(out)
+        staging = [self.device.staging(tokens, self.hyper.width) for _ in inputs]
+        rounded = False in self._float_rows(there=False)
+        host_out = self.device.staging(tokens, self.hyper.width)
+        exchange = Exchange(Inputs(staging[0], staging[-1]), host_out, Inputs(inputs[0], inputs[-1]), out)
+        return exchange, rounded
+
+    def _hot_layer(self, index: int) -> HotLayer:
+        weights, eps, form, ffn = self.model.layers[index], self.hyper.norm_eps, self.form, self.ffns[index]
+        bias, reads = weights.ffn_down_bias, False
+        if self.experts is not None:
+            cold = self.experts.cold(index)
+        else:
+            layer = self.layers[index]
+            cold = not isinstance(ffn, HotFFN) or ffn.neurons < layer.neurons
+            reads = reads_stream(layer.predictor) and not self.units.names(index)
+        return HotLayer(
+            attention=self._attention(index, weights.attention),
+            ffn=ffn,
+            predictor=self.predictors[index],
+            router=self.experts.routers[index] if self.experts else None,
+            ffn_norm=form.norm(weights.ffn_norm, eps),
+            down_bias=None if bias is None else form.vector(bias),
+            post_norm=form.optional_norm(weights.ffn_post_norm, eps),
+            cold=cold,
+            shows_stream=reads,
+        )
+
+    def _attention(self, index: int, w: AttentionWeights) -> HotAttention:
+        hyper, form, eps = self.hyper, self.form, self.hyper.norm_eps
+        window = hyper.window if hyper.local_layers[index] else 0
+        return HotAttention(
+            norm=form.norm(w.norm, eps),
+            query=form.product(w.query, w.query_bias),
+            key=form.product(w.key, w.key_bias),
+            value=form.product(w.value, w.value_bias),
+            output=form.product(w.output, w.output_bias),
+            query_norm=form.optional_norm(w.query_norm, eps),
+            key_norm=form.optional_norm(w.key_norm, eps),
+            post_norm=form.optional_norm(w.post_norm, eps),
+            rotary=self.tables[index],
+            cache=HotCache(self._held(), self._held()),
+            attending=Attending(hyper.heads, hyper.attention_scale, window, hyper.attention_softcap),
+            kv_heads=hyper.kv_heads,
+            fused=form.fused,
+        )
+
+    def _held(self) -> HeldVectors:
+        shape = (self.hyper.kv_heads, self.work.context, self.hyper.head_dim)
+        if self.work.kv_type == "f16":
+            return HeldVectors(self.memory.typed(torch.float16, *shape), None)
+        scales = self.memory.typed(torch.float16, *shape[:2], shape[2] // BLOCK)
+        return HeldVectors(self.memory.typed(torch.int8, *shape), scales)
+
+    def _stream_memory(self) -> StreamMemory:
+        normed, (x, hot, cold) = self.stream_floats
+        ends = [self.device.staging(self.work.tokens, self.hyper.width) for _ in range(3)]
+        return StreamMemory(
+            x,
+            normed,
+            hot,
+            cold,
+            self.attention_scratch,
+            self.scratch,
+            Landing(*ends),
+            self.predictor_parts.naming,
+            self.experts.dispatch if self.experts else None,
+        )

@@ -1,0 +1,208 @@
+"""All that is on one device, and how its work is queued.
+
+A layer whose attention is the host's is three steps in the device's queue (copy in, compute, copy out) and
+one wait; nothing else synchronises. Layers whose attention is on the device are
+:mod:`powerinfer_tools.engine.hot.stream`'s.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from powerinfer_kernels import Activations
+from powerinfer_tools.engine.hot.devices import Device, Steps, Ticket
+from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts
+from powerinfer_tools.engine.hot.head import HotHead
+from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
+from powerinfer_tools.engine.hot.prediction import HotPredictor, Naming
+from powerinfer_tools.engine.hot.routes import Route
+from powerinfer_tools.engine.hot.stream import HotStream
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the two sides exchange, float32 (T, width): inputs and output, on the host and on the device."""
+
+    host_in: Inputs
+    host_out: torch.Tensor
+    device_in: Inputs
+    device_out: torch.Tensor
+
+    def stage(self, normed: Floats, acts: Activations | None) -> None:
+        """Put the inputs where the device copies them from."""
+        tokens = len(normed)
+        exact, rounded = self.host_in.exact, self.host_in.rounded
+        shared = exact is rounded
+        if acts is None or not shared:
+            exact[:tokens].numpy()[...] = normed
+        if acts is not None:
+            scales = acts.d[:tokens, :, None]
+            quants = acts.q[:tokens].reshape(*acts.d[:tokens].shape, -1)
+            np.multiply(quants, scales, out=rounded[:tokens].numpy().reshape(quants.shape))
+
+    def copy_in(self, tokens: int) -> None:
+        """Host to device."""
+        there, here = self.device_in.first(tokens), self.host_in.first(tokens)
+        there.rounded.copy_(here.rounded, non_blocking=True)
+        if self.device_in.exact is not self.device_in.rounded:
+            there.exact.copy_(here.exact, non_blocking=True)
+
+    def copy_out(self, tokens: int) -> None:
+        """Device to host."""
+        self.host_out[:tokens].copy_(self.device_out[:tokens], non_blocking=True)
+
+
+@dataclass(frozen=True)
+class FFNsApart:
+    """The hot neurons, or experts, of layers whose attention is the host's (None: a layer has none, or is the
+    stream's).
+
+    ``rounded``: some rows take the input as the integer kernels round it. ``predictors`` of such layers,
+    where they are on the device; ``stream``, the host's and the device's end (T, width) of what some of them
+    read beside the input, is empty where none does. ``naming`` is also the stream's, and so is ``dispatch``,
+    None where no expert is hot.
+    """
+
+    layers: Sequence[HotFFN | HotExperts | None]
+    exchange: Exchange
+    scratch: Scratch
+    rounded: bool
+    predictors: Sequence[HotPredictor | None]
+    naming: Naming
+    stream: tuple[torch.Tensor, torch.Tensor]
+    dispatch: Dispatch | None
+
+
+class Backend:
+    """All that is on one device; ``stream`` and ``head`` are None where they are the host's."""
+
+    def __init__(
+        self, device: Device, ffns: FFNsApart, stream: HotStream | None, head: HotHead | None
+    ) -> None:
+        self.device, self.stream, self.head = device, stream, head
+        self.layers, self._exchange, self._scratch = ffns.layers, ffns.exchange, ffns.scratch
+        self._rounded, self._stream, self._dispatch = ffns.rounded, ffns.stream, ffns.dispatch
+        self.predictors, self.naming = ffns.predictors, ffns.naming
+        self._decode = [[device.recorded(steps) for steps in self._once(i)] for i in range(len(self.layers))]
+        sources = () if head is None else (False,) if stream is None else (False, True)
+        self._head_decode = {stays: device.recorded(self._head_steps(0, 1, stays=stays)) for stays in sources}
+
+    def prepare(self, tokens: int) -> None:
+        """Take now what batches of ``tokens`` take, and begin counting."""
+        for index, layer in enumerate(self.layers):
+            routes = layer.busiest(tokens) if isinstance(layer, HotExperts) else ()
+            for steps in self._steps(index, tokens, routes) if layer else ():
+                self.device.prepare(steps)
+        found = [predictor for predictor in self.predictors if predictor is not None]
+        if self.stream is not None:
+            self.stream.prepare(tokens)
+            found += [layer.predictor for layer in self.stream.layers if layer and layer.predictor]
+        if self.head is not None:
+            self.device.prepare(self._head_steps(0, len(self.head.logits), stays=False))
+        for predictor in found:
+            # Whatever the runs so far had as input has been counted.
+            self.device.prepare((("reset", predictor.forget),))
+
+    def launch(
+        self, layer: int, normed: Floats, acts: Activations | None, x: Floats, routes: Sequence[Route]
+    ) -> list[Ticket]:
+        """Queue one layer; the last ticket is that of its sum, one before it says which neurons are named."""
+        self._exchange.stage(normed, acts if self._rounded else None)
+        tokens = len(normed)
+        if self._reads_stream(layer):
+            self._stream[0][:tokens].numpy()[...] = x
+        recorded, hot = self._decode[layer] if tokens == 1 else [], self.layers[layer]
+        if recorded and isinstance(hot, HotExperts) and self._dispatch is not None:
+            self._dispatch.stage_one(hot, routes)
+        pieces = recorded or self._steps(layer, tokens, routes)
+        return [self.device.submit(steps) for steps in pieces]
+
+    def output(self, tokens: int) -> Floats:
+        """The sum of the layer that was waited for, a view."""
+        result: Floats = self._exchange.host_out[:tokens].numpy()
+        return result
+
+    def logits(self, x: Floats | None, first: int, last: int) -> Ticket:
+        """Queue the head for rows of the stream: ``x`` (last - first, width), or rows ``first`` to ``last``
+        of the device's own where that is None."""
+        assert self.head is not None
+        stays = x is None
+        if x is not None:
+            first, last = 0, len(x)
+            self.head.landing[:last].numpy()[...] = x
+        one = self._head_decode[stays] if (first, last) == (0, 1) else None
+        return self.device.submit(one or self._head_steps(first, last, stays=stays))
+
+    def close(self) -> None:
+        """Forget all tensors, then close the device."""
+        self.layers, self._decode, self.predictors = (), [], ()
+        self._head_decode = {}
+        self.stream = self.head = None
+        del self._exchange, self._scratch, self._stream, self.naming, self._dispatch
+        self.device.close()
+
+    def _head_steps(self, first: int, last: int, *, stays: bool) -> Steps:
+        """The head for rows ``first`` to ``last`` of the stream, which ``stays`` on the device, or comes from
+        the host."""
+        assert self.head is not None
+        count = last - first
+        steps: Steps = ()
+        if stays:
+            assert self.stream is not None
+            rows = self.stream.rows(first, last)
+        else:
+            rows = self.head.rows.exact[:count]
+            steps = (("copy in", partial(_copy, self.head.landing[:count], rows)),)
+        head = ("head", partial(self.head.compute, rows))
+        return (*steps, head, ("copy out", partial(self.head.copy_out, count)))
+
+    def _reads_stream(self, layer: int) -> bool:
+        predictor = self.predictors[layer]
+        return predictor is not None and predictor.scorer.residual
+
+    def _once(self, layer: int) -> list[Steps]:
+        """What is the same for every single token; nothing where that depends on the experts it takes."""
+        hot, exchange = self.layers[layer], self._exchange
+        if isinstance(hot, HotFFN):
+            return self._steps(layer, 1)
+        if hot is None or hot.stack is None or self._dispatch is None:
+            return []
+        work = self._dispatch.steps_of_one(hot, exchange.device_in.first(1), exchange.device_out[:1])
+        copy_in, copy_out = (partial(copy, 1) for copy in (exchange.copy_in, exchange.copy_out))
+        return [(("copy in", copy_in), *work, ("copy out", copy_out))]
+
+    def _steps(self, layer: int, tokens: int, routes: Sequence[Route] = ()) -> list[Steps]:
+        """One piece of work, or where the device predicts, two."""
+        hot, exchange = self.layers[layer], self._exchange
+        assert hot is not None
+        inputs, out = exchange.device_in.first(tokens), exchange.device_out[:tokens]
+        first: Steps = (("copy in", partial(exchange.copy_in, tokens)),)
+        last: Steps = (("copy out", partial(exchange.copy_out, tokens)),)
+        if isinstance(hot, HotExperts):
+            assert self._dispatch is not None
+            return [(*first, *self._dispatch.steps(hot, routes, inputs, out), *last)]
+        predictor, named = self.predictors[layer], None
+        if predictor is not None:
+            x = inputs.exact
+            if predictor.scorer.residual:
+                here, x = (end[:tokens] for end in self._stream)
+                first = (*first, ("copy in", partial(_copy, here, x)))
+            cold = hot.neurons < len(predictor.threshold)
+            first = (*first, *self.naming.steps(predictor, inputs, x, cold=cold))
+            named = self.naming.of_hot(predictor, tokens)
+        rest: Steps = (("hot", partial(hot.compute, inputs, self._scratch, out, named)), *last)
+        if predictor is None or named is None:
+            return [(*first, *rest)]
+        if predictor.checks:
+            rest = (("recall", partial(hot.count, inputs, self._scratch, named, predictor.counts)), *rest)
+        return [first, rest]
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)

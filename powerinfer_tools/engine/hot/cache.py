@@ -1,0 +1,112 @@
+"""The KV cache of one layer on a device, and attention over it.
+
+It holds what the C kernels' cache holds: half-precision values, or with "q8_0" codes with one half-precision
+scale for each 32 values of a head. A position is written anew when it comes again, and none is read before it
+has been written: so to forget the end of a text, the caller only has to go back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from powerinfer_tools.engine.hot.elementwise import BLOCK, block_codes
+from powerinfer_tools.engine.hot.sizes import KEYS_AT_ONCE, QUERIES_AT_ONCE
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class HeldVectors:
+    """Keys, or values, of every position: float16, or int8 codes with float16 ``scales``
+    (kv_heads, context, head_dim / 32); ``data`` (kv_heads, context, head_dim)."""
+
+    data: Tensor
+    scales: Tensor | None
+
+    def store(self, positions: Tensor, vectors: Tensor) -> None:
+        """Keep ``vectors`` float32 (T, kv_heads · head_dim) at ``positions`` int64 (T,)."""
+        heads = vectors.view(len(vectors), self.data.shape[0], -1).transpose(0, 1)
+        if self.scales is None:
+            self.data.index_copy_(1, positions, heads.to(torch.float16))
+            return
+        codes, scale = block_codes(heads.reshape(*heads.shape[:2], -1, BLOCK))
+        kept = scale.to(torch.float16)
+        codes = codes.masked_fill(kept == 0, 0.0)
+        kept = kept.masked_fill(~torch.isfinite(scale), torch.nan)
+        self.data.index_copy_(1, positions, codes.flatten(-2).to(torch.int8))
+        self.scales.index_copy_(1, positions, kept.squeeze(-1))
+
+    def between(self, first: int, last: int) -> Tensor:
+        """float32 (kv_heads, last - first, head_dim) of the positions from ``first`` to ``last``."""
+        data = self.data[:, first:last].to(torch.float32)
+        if self.scales is None:
+            return data
+        scales = self.scales[:, first:last, :, None].to(torch.float32)
+        return (data.view(*scales.shape[:3], BLOCK) * scales).flatten(-2)
+
+
+@dataclass(frozen=True)
+class HotCache:
+    """Keys and values of one layer."""
+
+    keys: HeldVectors
+    values: HeldVectors
+
+    def store(self, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep ``key`` and ``value`` float32 (T, kv_heads · head_dim) at ``positions`` int64 (T,)."""
+        self.keys.store(positions, key)
+        self.values.store(positions, value)
+
+
+@dataclass(frozen=True)
+class Attending:
+    """How queries look at a cache: ``scale`` of the scores, ``window`` positions back (0: all), ``softcap``
+    (0: none)."""
+
+    heads: int
+    scale: float
+    window: int
+    softcap: float
+
+    def attend(self, query: Tensor, cache: HotCache, position: int, space: Tensor, out: Tensor) -> None:
+        """out (T, heads · head_dim) = softmax(scale · q kᵀ) v for queries that stand at ``position`` and
+        after it, each seeing the positions up to its own; ``space`` is flat scratch for the scores."""
+        for first in range(0, len(query), QUERIES_AT_ONCE):
+            last = min(first + QUERIES_AT_ONCE, len(query))
+            out[first:last] = self._some(query[first:last], cache, position + first, space)
+
+    def _some(self, query: Tensor, cache: HotCache, position: int, space: Tensor) -> Tensor:
+        """As :meth:`attend`, for at most QUERIES_AT_ONCE queries."""
+        tokens, kv_heads = len(query), cache.keys.data.shape[0]
+        group, end = self.heads // kv_heads, position + tokens
+        begin = max(0, position + 1 - self.window) if self.window else 0
+        # (kv_heads, group · T, head_dim): the queries that share keys, beside each other
+        shared = query.view(tokens, kv_heads, group, -1).permute(1, 2, 0, 3)
+        shared = shared.reshape(kv_heads, group * tokens, -1)
+        scores = space[: self.heads * tokens * (end - begin)].view(kv_heads, group * tokens, end - begin)
+        pieces = [(a, min(a + KEYS_AT_ONCE, end)) for a in range(begin, end, KEYS_AT_ONCE)]
+        for a, b in pieces:
+            keys = cache.keys.between(a, b).transpose(1, 2)
+            scores[..., a - begin : b - begin] = torch.bmm(shared, keys)
+        scores *= self.scale
+        if self.softcap:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if tokens > 1:
+            self._hide(scores.view(kv_heads, group, tokens, -1), position, begin)
+        scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
+        total = scores.sum(dim=-1, keepdim=True)
+        sums = torch.zeros_like(shared)
+        for a, b in pieces:
+            sums += torch.bmm(scores[..., a - begin : b - begin], cache.values.between(a, b))
+        sums /= total
+        return sums.view(kv_heads, group, tokens, -1).permute(2, 0, 1, 3).reshape(tokens, -1)
+
+    def _hide(self, scores: Tensor, position: int, begin: int) -> None:
+        """Leave to the t-th query what it sees; ``scores`` (…, T, positions from ``begin`` on)."""
+        tokens, count = scores.shape[-2:]
+        stands = torch.arange(position, position + tokens, device=scores.device)[:, None]
+        keys = torch.arange(begin, begin + count, device=scores.device)[None, :]
+        hidden = keys > stands
+        if self.window:
+            hidden |= stands - keys >= self.window
+        scores.masked_fill_(hidden, -torch.inf)

@@ -1,0 +1,291 @@
+"""The hot side in torch: one executor for CUDA and for the CPU device.
+
+The caller computes cold neurons (or experts) while the device works. If the device is lost, its neurons,
+experts and the head move to torch's CPU device, which takes up the same piece of work again from the same
+input, so no token is computed wrongly; that is said once. A KV cache that was on the device is lost with it,
+and so is the text: that is an error.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_kernels import Activations
+from powerinfer_tools.engine.hot import Span
+from powerinfer_tools.engine.hot.backend import Backend
+from powerinfer_tools.engine.hot.devices import DeviceLost, Ticket
+from powerinfer_tools.engine.hot.experts import HotExperts
+from powerinfer_tools.engine.hot.hot_ffn import HotFFN
+from powerinfer_tools.engine.hot.prediction import HotPredictor
+from powerinfer_tools.engine.hot.routes import Route
+from powerinfer_tools.engine.hot.sizes import HotSize
+from powerinfer_tools.engine.hot.stream import HotStream
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Launched:
+    layer: int
+    normed: Floats
+    acts: Activations | None
+    x: Floats
+    routes: Sequence[Route]
+    tickets: list[Ticket]
+
+
+class TorchHotSide:
+    """What of a model is on a device; ``spare`` makes the backend that takes over from a lost one, None where
+    nothing can."""
+
+    def __init__(
+        self, backend: Backend, spare: Callable[[], Backend] | None, size: HotSize, notices: Sequence[str]
+    ) -> None:
+        self._backend, self._spare, self._size = backend, spare, size
+        self._running: _Launched | None = None
+        self._queued: list[tuple[int | None, Ticket]] = []
+        self._before_input = 0  # how many of them come up to the input of the begun layer's FFN
+        self.seconds = self.waiting_seconds = 0.0
+        self.spans: list[tuple[int | None, Span]] = []
+        self.notices: list[str] = list(notices)
+        streamed = backend.stream.layers if backend.stream else (None,) * len(backend.layers)
+        self._there = [layer is not None for layer in streamed]
+        ffns = (there.ffn if there else ffn for there, ffn in zip(streamed, backend.layers, strict=True))
+        self._counted: list[tuple[int, int, int] | None] | None = None  # once it is closed
+        self._hot: list[int] = []
+        self._hot_experts: list[frozenset[int]] = []
+        for found in ffns:
+            self._hot.append(found.neurons if isinstance(found, HotFFN) else 0)
+            self._hot_experts.append(frozenset(found.experts if isinstance(found, HotExperts) else ()))
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory for weights, KV cache and scratch, in bytes."""
+        return self._size.total
+
+    @property
+    def weight_bytes(self) -> int:
+        """Device memory for weights that every token reads, in bytes."""
+        return self._size.weights - self._size.experts
+
+    @property
+    def stored_bytes(self) -> int:
+        """Device memory for weights and KV cache, in bytes."""
+        return self._size.weights + self._size.cache
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """See :class:`powerinfer_tools.engine.hot.HotSide`."""
+        return self._backend.device.peak_bytes()
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output norm and the head are here."""
+        return self._backend.head is not None
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether the attention block of ``layer`` is here."""
+        return self._there[layer]
+
+    def hot_neurons(self, layer: int) -> int:
+        """Neurons of ``layer`` that are computed here."""
+        return self._hot[layer]
+
+    def hot_experts(self, layer: int) -> frozenset[int]:
+        """Experts of ``layer`` that are computed here."""
+        return self._hot_experts[layer]
+
+    def has_predictor(self, layer: int) -> bool:
+        """Whether the predictor of ``layer`` is here."""
+        return self._predictor(layer) is not None
+
+    @property
+    def left_out(self) -> int:
+        """Hot neurons that were not named so far, over all tokens."""
+        found = (self.predicted(layer) for layer in range(len(self._hot)))
+        return sum(counts[0] for counts in found if counts is not None)
+
+    def predicted(self, layer: int) -> tuple[int, int, int] | None:
+        """See :class:`powerinfer_tools.engine.hot.HotSide`."""
+        if self._counted is not None:
+            return self._counted[layer]
+        self._wait(len(self._queued))
+        predictor = self._predictor(layer)
+        if predictor is None:
+            return None
+        left_out, active, named = predictor.counts.cpu().tolist()
+        return left_out, active, named
+
+    def launch(
+        self,
+        layer: int,
+        normed: Floats,
+        acts: Activations | None,
+        x: Floats,
+        routes: Sequence[Route] = (),
+    ) -> None:
+        """Begin ``layer``; see :class:`powerinfer_tools.engine.hot.HotSide`."""
+        assert self._running is None
+        try:
+            tickets = self._backend.launch(layer, normed, acts, x, routes)
+        except DeviceLost as error:
+            self._move(error)
+            tickets = self._backend.launch(layer, normed, acts, x, routes)
+        self._running = _Launched(layer, normed, acts, x, routes, tickets)
+
+    def named(self, layer: int, out: Floats) -> None:
+        """Wait for what the predictor of the begun layer says of its cold neurons."""
+        running = self._running
+        if running is not None:
+            self._finish(running, 1)
+        predictor = self._predictor(layer)
+        assert predictor is not None
+        out[...] = self._backend.naming.of_cold(predictor, len(out))
+
+    def collect(self, out: Floats) -> None:
+        """Wait for the launched layer and copy its sum to ``out``."""
+        assert self._running is not None
+        self._finish(self._running, len(self._running.tickets))
+        self._running = None
+        out[...] = self._backend.output(len(out))
+
+    def enter(self, x: Floats, position: int) -> None:
+        """The residual stream comes here; see :class:`powerinfer_tools.engine.hot.HotSide`."""
+        # What the last pass copied from the host may be overwritten from here on.
+        self._wait(len(self._queued))
+        self._queue(None, lambda stream: [stream.enter(x, position)])
+
+    def begin(self, layer: int, tokens: int, position: int) -> None:
+        """Begin a layer whose attention is here."""
+        self._before_input = len(self._queued) + 1
+        self._queue(layer, lambda stream: stream.begin(layer, tokens, position))
+
+    def ffn_input(self, layer: int, normed: Floats, shown: Floats) -> None:
+        """Wait for the input of the begun layer's FFN."""
+        self._wait_for_input()
+        stream = self._backend.stream
+        assert stream is not None
+        found, residual = stream.input(len(normed))
+        normed[...] = found
+        begun = stream.layers[layer]
+        if begun is not None and begun.shows_stream:
+            shown[...] = residual
+
+    def router_scores(self, layer: int, experts: Floats, shared: Floats) -> None:
+        """Wait for what the begun layer's router says."""
+        self._wait_for_input()
+        stream = self._backend.stream
+        assert stream is not None
+        found = stream.router(layer).host
+        experts[...] = found.experts[: len(experts)].numpy()
+        shared[...] = found.shared[: len(shared)].numpy()
+
+    def experts(self, layer: int, routes: Sequence[Route], tokens: int) -> None:
+        """Begin the hot experts of the begun layer."""
+        self._queue(layer, lambda stream: [stream.experts(layer, routes, tokens)])
+
+    def merge(self, layer: int, cold: Floats | None, tokens: int) -> None:
+        """The sum of the begun layer's FFN joins the stream."""
+        self._queue(layer, lambda stream: stream.merge(layer, cold, tokens))
+
+    def leave(self, x: Floats) -> None:
+        """Wait for the stream."""
+        self._queue(None, lambda stream: [stream.leave(len(x))])
+        self._wait(len(self._queued))
+        assert self._backend.stream is not None
+        x[...] = self._backend.stream.input(len(x))[1]
+
+    def logits(self, x: Floats | None, first: int, last: int) -> Floats:
+        """See :class:`powerinfer_tools.engine.hot.HotSide`."""
+        try:
+            return self._logits(x, first, last)
+        except DeviceLost as error:
+            self._move(error)
+            return self._logits(x, first, last)
+
+    def close(self) -> None:
+        """Free the device memory and end the queue; what was counted can be asked for still."""
+        try:
+            self._counted = [self.predicted(layer) for layer in range(len(self._hot))]
+        except (RuntimeError, DeviceLost):
+            self._counted = [None] * len(self._hot)  # nothing can be read from a lost device
+        self._backend.close()
+
+    def _logits(self, x: Floats | None, first: int, last: int) -> Floats:
+        self._queued.append((None, self._backend.logits(x, first, last)))
+        self._wait(len(self._queued))
+        assert self._backend.head is not None
+        logits: Floats = self._backend.head.host[: last - first].numpy()
+        return logits
+
+    def _predictor(self, layer: int) -> HotPredictor | None:
+        """That of ``layer``, where it is here."""
+        stream = self._backend.stream.layers[layer] if self._backend.stream else None
+        return self._backend.predictors[layer] if stream is None else stream.predictor
+
+    def _finish(self, running: _Launched, count: int) -> None:
+        """Wait for the first ``count`` pieces of a launched layer that were not waited for."""
+        started = time.perf_counter()
+        waited, running.tickets[:] = running.tickets[:count], running.tickets[count:]
+        try:
+            spans = [ticket.wait() for ticket in waited]
+        except DeviceLost as error:
+            self._move(error)
+            again = self._launch_again(running)
+            spans, running.tickets[:] = [ticket.wait() for ticket in again], []
+        for found in spans:
+            self._count(running.layer, found)
+        self.waiting_seconds += time.perf_counter() - started
+
+    def _launch_again(self, run: _Launched) -> list[Ticket]:
+        return self._backend.launch(run.layer, run.normed, run.acts, run.x, run.routes)
+
+    def _wait_for_input(self) -> None:
+        """The hot part is queued behind it, and goes on."""
+        count, self._before_input = self._before_input, 0
+        self._wait(count)
+
+    def _queue(self, layer: int | None, work: Callable[[HotStream], list[Ticket]]) -> None:
+        assert self._backend.stream is not None
+        try:
+            self._queued += [(layer, ticket) for ticket in work(self._backend.stream)]
+        except DeviceLost as error:
+            self._move(error)
+
+    def _wait(self, count: int) -> None:
+        """Wait for the first ``count`` pieces of queued work."""
+        started = time.perf_counter()
+        waited, self._queued = self._queued[:count], self._queued[count:]
+        try:
+            # Work is done in order: when the last is done, there is nothing to wait for in the others.
+            spans = [ticket.wait() for _, ticket in reversed(waited)]
+        except DeviceLost as error:
+            if self._backend.stream is None:
+                raise
+            self._move(error)
+        for (layer, _), found in zip(waited, reversed(spans), strict=True):
+            self._count(layer, found)
+        self.waiting_seconds += time.perf_counter() - started
+
+    def _count(self, layer: int | None, spans: Sequence[Span]) -> None:
+        self.seconds += sum(span.end - span.start for span in spans)
+        self.spans += [(layer, span) for span in spans]
+
+    def _move(self, error: DeviceLost) -> None:
+        if self._backend.stream is not None:
+            raise DeviceLost(
+                f"the GPU stopped working ({error}), and the KV cache in its memory is lost; begin again, "
+                "with --device none if the GPU does not come back"
+            )
+        if self._spare is None:
+            raise error
+        # What a lost device has counted is lost with it.
+        lost, self._backend, self._spare = self._backend, self._spare(), None
+        self._queued, self._before_input = [], 0
+        self.notices.append(
+            f"the GPU stopped working ({error}); torch computes its part on the CPU from here on"
+        )
+        self._lost = lost  # its tensors cannot be freed without the device

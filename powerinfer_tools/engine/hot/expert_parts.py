@@ -1,0 +1,184 @@
+"""The experts of a split file, and their routers, put on a device."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from powerinfer_kernels.triton_layout import PLANAR_TYPES
+from powerinfer_tools.engine.hot import expert_placement
+from powerinfer_tools.engine.hot.devices import Device
+from powerinfer_tools.engine.hot.expert_placement import HotCounts
+from powerinfer_tools.engine.hot.experts import (
+    Dispatch,
+    ExpertScratch,
+    ExpertStack,
+    HotExpert,
+    HotExperts,
+    HotRouter,
+    RouterScores,
+)
+from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, PartRows
+from powerinfer_tools.engine.hot.loading import Form
+from powerinfer_tools.engine.hot.placement import HotUnits
+from powerinfer_tools.engine.hot.products import Product
+from powerinfer_tools.engine.hot.routes import SHARED
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
+from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.tensors import Stack, Weight
+
+Tensor = torch.Tensor
+
+
+class ExpertParts:
+    """What ``units`` place of ``layers``, and the memory that they share; each piece is taken from the form's
+    memory once. ``chunk``: flat space for unpacked rows."""
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertsFFN],
+        hyper: Hyperparameters,
+        units: HotUnits,
+        tokens: int,
+        form: Form,
+        device: Device,
+        chunk: Tensor,
+    ) -> None:
+        assert hyper.routing is not None
+        self._layers, self._hyper, self._units, self._tokens = layers, hyper, units, tokens
+        self._form, self._device, self._chunk, self._memory = form, device, chunk, form.memory
+        self._routing = hyper.routing
+        self._widths = expert_placement.widths_of(layers, hyper.routing.used)
+
+    def take_all(self) -> None:
+        """Take the memory of everything, in a fixed order."""
+        _ = self.experts, self.dispatch, self.routers
+
+    @cached_property
+    def experts(self) -> list[HotExperts | None]:
+        """Those of each layer that has some, or whose attention is here."""
+        units = zip(self._layers, self._units.experts, self._units.attention, strict=True)
+        return [self._of_layer(layer, counts) if counts or there else None for layer, counts, there in units]
+
+    @cached_property
+    def dispatch(self) -> Dispatch | None:
+        """What all hot experts share."""
+        if not any(self._units.experts):
+            return None
+        width, neurons, count = self._hyper.width, self._widths.neurons, self._tokens
+        kinds = [self._memory.floats(count, width) for _ in range(self._widths.inputs)]
+        # A single token's hidden values are those of all its experts.
+        gate, up = (self._memory.floats(most * neurons) for most in (max(count, self._widths.taken), count))
+        scratch = ExpertScratch(self._chunk, Inputs(kinds[0], kinds[-1]), gate, up)
+        shape = (2, count * self._widths.taken)
+        host, there = self._staging(*shape), self._memory.floats(*shape)
+        if not self._memory.counting:
+            # What a graph that is recorded finds there takes no expert.
+            host[0].zero_()
+            host[1].view(torch.int32).fill_(-1)
+            there.copy_(host)
+        return Dispatch(host, there, scratch, self._widths.taken)
+
+    @cached_property
+    def routers(self) -> list[HotRouter | None]:
+        """Those of layers whose attention is here."""
+        if not any(self._units.attention):
+            return [None] * len(self._layers)
+        shapes = ((self._tokens, self._routing.experts), (self._tokens, 1))
+        here = RouterScores(*(self._memory.floats(*shape) for shape in shapes))
+        host = RouterScores(*(self._staging(*shape) for shape in shapes))
+        return [
+            HotRouter(
+                self._form.product(layer.router),
+                None if layer.shared_gate is None else self._form.product(layer.shared_gate),
+                here,
+                host,
+                self._chunk,
+            )
+            if there
+            else None
+            for layer, there in zip(self._layers, self._units.attention, strict=True)
+        ]
+
+    def cold(self, index: int) -> bool:
+        """Whether some experts of layer ``index`` are the host's."""
+        layer, counts = self._layers[index], self._units.experts[index]
+        every = HotCounts(layer.router.rows, layer.shared is not None)
+        return counts != every
+
+    def float_rows(self, *, there: bool) -> set[bool]:
+        """Whether what reads the input of layers whose attention is here (or is not) is of float types: both
+        answers where some is and some not; none where nothing reads it."""
+        found = set()
+        for layer, counts, moved in zip(
+            self._layers, self._units.experts, self._units.attention, strict=True
+        ):
+            if moved == there and (counts or moved):
+                found |= {weight.row_type.is_float for weight in expert_placement.products_of(layer)}
+            if moved and there:
+                found |= {weight.row_type.is_float for weight in routers_of(layer)}
+        return found
+
+    def _of_layer(self, layer: ExpertsFFN, counts: HotCounts) -> HotExperts:
+        """Its hot experts; those that a router chooses as one matrix of each kind where fused kernels read
+        them."""
+        hot, kinds = chosen(layer, counts), [stack.row_type for stack in layer.stacks]
+        shared = {SHARED: self._expert(hot.pop(SHARED))} if SHARED in hot else {}
+        if not (self._form.fused and hot and all(kind in PLANAR_TYPES for kind in kinds)):
+            return HotExperts(shared | {number: self._expert(ffn) for number, ffn in hot.items()})
+        products = [self._form.product(_first(stack, layer, len(hot))) for stack in layer.stacks]
+        wholes = [product.rows for product in products]
+        gate, up, down = (whole for whole in wholes if isinstance(whole, FusedRows))
+        experts = {}
+        for place, number in enumerate(hot):
+            parts = [
+                Product(
+                    PartRows(whole, place * (product.count // len(hot))),
+                    product.count // len(hot),
+                    product.columns,
+                )
+                for whole, product in zip((gate, up, down), products, strict=True)
+            ]
+            experts[number] = HotExpert(parts[0], parts[1], parts[2], self._activation)
+        places = {number: place for place, number in enumerate(hot)}
+        neurons = products[0].count // len(hot)
+        stack = ExpertStack(gate.planar, up.planar, down.planar, neurons, places, self._activation)
+        return HotExperts(shared | experts, stack)
+
+    @property
+    def _activation(self) -> tuple[str, float]:
+        return self._hyper.activation, self._hyper.activation_cut
+
+    def _expert(self, ffn: DenseFFN) -> HotExpert:
+        gate, up, down = (self._form.product(weight) for weight in ffn.matrices)
+        return HotExpert(gate, up, down, self._activation)
+
+    def _staging(self, *shape: int) -> Tensor:
+        return self._device.staging(0, *shape[1:]) if self._memory.counting else self._device.staging(*shape)
+
+
+def chosen(layer: ExpertsFFN, counts: HotCounts) -> dict[int, DenseFFN]:
+    """What is hot of a layer, by number."""
+    assert layer.places is not None
+    experts = {expert: layer.expert(expert) for expert in layer.places.order[: counts.experts]}
+    if counts.shared:
+        assert layer.shared is not None
+        experts[SHARED] = layer.shared
+    return experts
+
+
+def _first(stack: Stack, layer: ExpertsFFN, count: int) -> Weight:
+    """The matrices of the first ``count`` experts of a split file, as one."""
+    (whole,) = stack.weights
+    return whole.part(f"{count} experts", 0, stack.rows // layer.router.rows * count)
+
+
+def routers_of(layer: ExpertsFFN) -> list[Weight]:
+    """The router, and what weighs the shared expert where there is one."""
+    return [layer.router] if layer.shared_gate is None else [layer.router, layer.shared_gate]
+
+
+def chunk_floats(layers: Sequence[ExpertsFFN], used: int) -> int:
+    """Flat space that unpacked rows of experts need."""
+    widths = expert_placement.widths_of(layers, used)
+    return expert_placement.scratch_floats(widths, 1)["chunk"]

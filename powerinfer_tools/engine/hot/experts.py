@@ -1,0 +1,261 @@
+"""The hot experts of one layer on a device, and its router where the layer's attention is there.
+
+Which experts a token takes is known only while it is computed: the caller routes, and says for each expert
+which tokens take it and with what weight. Sums are made expert by expert in that order, so they do not depend
+on what else is in a batch but for the order of float32 sums within matrix products.
+
+A single token's experts are computed by two launches of fused kernels, where there are any: which experts
+they are is read on the device, so that a CUDA graph can hold them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from powerinfer_tools.engine.hot.devices import Steps
+from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, activate
+from powerinfer_tools.engine.hot.products import Product
+from powerinfer_tools.engine.hot.routes import SHARED, Route
+
+if TYPE_CHECKING:
+    from powerinfer_kernels.triton_launch import PlanarRows
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An expert and the tokens that take it: a range of :class:`Routes`."""
+
+    expert: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Routes:
+    """float32 weights and int32 rows of tokens, each (T · experts of a token,), on one side."""
+
+    weights: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertScratch:
+    """Memory for one expert at work: flat float32 for a chunk of unpacked rows and for two products
+    (T · neurons), and its input (as :class:`Inputs`, (T, width))."""
+
+    chunk: Tensor
+    taken: Inputs
+    gate: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True)
+class HotExpert:
+    """One expert; ``activation`` has its name, and the cut of fatrelu."""
+
+    gate: Product
+    up: Product
+    down: Product
+    activation: tuple[str, float]
+
+    def compute(self, inputs: Inputs, scratch: ExpertScratch, out: Tensor) -> None:
+        """out (T, width) = (act(gate · x) · (up · x)) · downᵀ."""
+        tokens, neurons = len(out), self.gate.count
+        gate = scratch.gate[: tokens * neurons].view(tokens, neurons)
+        if tokens == 1 and isinstance(self.gate.rows, FusedRows) and isinstance(self.up.rows, FusedRows):
+            from powerinfer_kernels import triton_launch
+
+            x_gate, x_up = inputs.of(self.gate.rows), inputs.of(self.up.rows)
+            triton_launch.hidden(
+                x_gate, x_up, self.gate.rows.planar, self.up.rows.planar, self.activation, gate
+            )
+            hidden = gate
+        else:
+            up = scratch.up[: tokens * neurons].view(tokens, neurons)
+            self.gate.times(inputs, scratch.chunk, gate)
+            self.up.times(inputs, scratch.chunk, up)
+            hidden = activate(gate, up, *self.activation)
+        self.down.times(Inputs(hidden, hidden), scratch.chunk, out)
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """The hot experts that a router chooses from, as one planar matrix of each kind; ``places``: where each
+    of them is in these."""
+
+    gate: "PlanarRows"
+    up: "PlanarRows"
+    down: "PlanarRows"
+    neurons: int
+    places: Mapping[int, int]
+    activation: tuple[str, float]
+
+    def add(self, inputs: tuple[Tensor, Tensor], routes: Routes, hidden: Tensor, out: Tensor) -> None:
+        """out (1, width) += Σ weight · expert(x) for one token, over ``routes`` that have places instead of
+        tokens, -1 for none; ``inputs`` of gate and of up, ``hidden`` (routes, neurons) scratch."""
+        from powerinfer_kernels import triton_launch
+
+        triton_launch.expert_hidden(*inputs, self.gate, self.up, routes.tokens, self.activation, hidden)
+        triton_launch.expert_sums(hidden, self.down, routes.tokens, routes.weights, out)
+
+
+@dataclass(frozen=True)
+class HotExperts:
+    """The hot experts of one layer, by number; none where its attention alone is here. ``stack``: those that
+    are not shared, where fused kernels read them."""
+
+    experts: Mapping[int, HotExpert]
+    stack: ExpertStack | None = None
+
+    def busiest(self, tokens: int) -> list[Route]:
+        """Routes that take as much memory at a time as any: all of ``tokens`` to the widest expert."""
+        widest = max(self.experts, key=lambda number: self.experts[number].gate.count)
+        return [Route(widest, range(tokens), [0.0] * tokens)]
+
+    def compute(
+        self, inputs: Inputs, taken: Sequence[Taken], routes: Routes, scratch: ExpertScratch, out: Tensor
+    ) -> None:
+        """out (T, width) = Σ weight · expert(x) over ``taken``, in that order."""
+        out.zero_()
+        for part in taken:
+            count, expert = part.last - part.first, self.experts[part.expert]
+            tokens, weights = routes.tokens[part.first : part.last], routes.weights[part.first : part.last]
+            source = inputs
+            if len(out) > 1:
+                source = scratch.taken.first(count)
+                _gather(inputs, tokens, source, rounded=expert.gate.rounds)
+            # What was gathered is needed no more when the output of the expert is written.
+            result = scratch.taken.exact[:count]
+            expert.compute(source, scratch, result)
+            result.mul_(weights[:, None])
+            out.index_add_(0, tokens, result)
+
+    def compute_one(self, inputs: Inputs, routes: Routes, scratch: ExpertScratch, out: Tensor) -> None:
+        """:meth:`compute` for one token: ``routes`` have the shared expert first, then places in the stack,
+        -1 for none, so that the same work does for every token."""
+        assert self.stack is not None
+        shared, stack = self.experts.get(SHARED), self.stack
+        if shared is None:
+            out.zero_()
+        else:
+            shared.compute(inputs, scratch, out)
+            out.mul_(routes.weights[:1])
+        chosen = Routes(routes.weights[1:], routes.tokens[1:])
+        count = len(chosen.tokens)
+        hidden = scratch.gate[: count * stack.neurons].view(count, stack.neurons)
+        float_gate, float_up = stack.gate.row_type.is_float, stack.up.row_type.is_float
+        both = tuple(inputs.exact if is_float else inputs.rounded for is_float in (float_gate, float_up))
+        stack.add((both[0], both[1]), chosen, hidden, out)
+
+
+def _gather(inputs: Inputs, tokens: Tensor, out: Inputs, *, rounded: bool) -> None:
+    """The rows ``tokens`` of both forms, or where all experts take one of them, of that."""
+    if out.apart:
+        torch.index_select(inputs.exact, 0, tokens, out=out.exact)
+        torch.index_select(inputs.rounded, 0, tokens, out=out.rounded)
+    else:
+        torch.index_select(inputs.rounded if rounded else inputs.exact, 0, tokens, out=out.exact)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What the hot experts of all layers share: scratch, and which tokens take which of them, on both sides:
+    float32 (2, T · ``taken``), weights, then rows of tokens as int32; ``taken``: most experts of a token, the
+    shared one among them."""
+
+    host: Tensor
+    device: Tensor
+    scratch: ExpertScratch
+    taken: int
+
+    def steps(self, experts: HotExperts, routes: Sequence[Route], inputs: Inputs, out: Tensor) -> Steps:
+        """out (T, width) = the sum over ``routes``, at least one, all of them to hot ``experts``. Writes
+        where the device copies from: what was queued before must have been waited for."""
+        taken = self._stage(routes)
+        return (
+            ("copy in", partial(self._copy_in, taken[-1].last)),
+            ("hot", partial(experts.compute, inputs, taken, self._there, self.scratch, out)),
+        )
+
+    def steps_of_one(self, experts: HotExperts, inputs: Inputs, out: Tensor) -> Steps:
+        """The same for one token, whatever it takes: :meth:`stage_one` says."""
+        there = Routes(self._there.weights[: self.taken], self._there.tokens[: self.taken])
+        return (
+            ("copy in", partial(self._copy_in, self.taken)),
+            ("hot", partial(experts.compute_one, inputs, there, self.scratch, out)),
+        )
+
+    def stage_one(self, experts: HotExperts, routes: Sequence[Route]) -> None:
+        """Say what the token takes for :meth:`steps_of_one`."""
+        assert experts.stack is not None
+        weights, places = (part[: self.taken] for part in self._here)
+        weights[:], places[:], slot = 0.0, -1, 1
+        for route in routes:
+            if route.expert == SHARED:
+                weights[0] = route.weights[0]
+            else:
+                weights[slot], places[slot] = route.weights[0], experts.stack.places[route.expert]
+                slot += 1
+
+    @property
+    def _there(self) -> Routes:
+        return Routes(self.device[0], self.device[1].view(torch.int32))
+
+    @property
+    def _here(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        return self.host[0].numpy(), self.host[1].view(torch.int32).numpy()
+
+    def _stage(self, routes: Sequence[Route]) -> list[Taken]:
+        (weights, tokens), taken, first = self._here, list[Taken](), 0
+        for route in routes:
+            last = first + len(route.tokens)
+            weights[first:last], tokens[first:last] = route.weights, route.tokens
+            taken.append(Taken(route.expert, first, last))
+            first = last
+        return taken
+
+    def _copy_in(self, count: int) -> None:
+        """Two copies, as one with a gap is not direct."""
+        for there, here in zip(self.device, self.host, strict=True):
+            there[:count].copy_(here[:count], non_blocking=True)
+
+
+@dataclass(frozen=True)
+class RouterScores:
+    """What routers say, float32 (T, experts), and of the expert that every token takes, before the sigmoid,
+    (T, 1)."""
+
+    experts: Tensor
+    shared: Tensor
+
+
+@dataclass(frozen=True)
+class HotRouter:
+    """The router of a layer whose attention is here; the caller chooses by what it says. ``here`` and
+    ``host`` are the device's and the host's ends, ``chunk`` flat scratch."""
+
+    router: Product
+    shared: Product | None
+    here: RouterScores
+    host: RouterScores
+    chunk: Tensor
+
+    def compute(self, inputs: Inputs) -> None:
+        """Scores of the FFN's input (T, width)."""
+        tokens = len(inputs.exact)
+        self.router.times(inputs, self.chunk, self.here.experts[:tokens])
+        if self.shared is not None:
+            self.shared.times(inputs, self.chunk, self.here.shared[:tokens])
+
+    def copy_out(self, tokens: int) -> None:
+        """Device to host."""
+        self.host.experts[:tokens].copy_(self.here.experts[:tokens], non_blocking=True)
+        if self.shared is not None:
+            self.host.shared[:tokens].copy_(self.here.shared[:tokens], non_blocking=True)

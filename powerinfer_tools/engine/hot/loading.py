@@ -1,0 +1,130 @@
+"""Putting what is placed on a device there: one block of memory, given out piece by piece, and in it each
+matrix in the form that the device reads quickest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from powerinfer_formats.split import SplitLayer
+from powerinfer_kernels import RowType, row_bytes
+from powerinfer_kernels.triton_layout import PLANAR_TYPES, to_planar
+from powerinfer_tools.engine.hot.dequantize import dequantize
+from powerinfer_tools.engine.hot.elementwise import HotNorm
+from powerinfer_tools.engine.hot.hot_ffn import FileRows, FusedRows, HotFFN, Rows, UnpackedRows
+from powerinfer_tools.engine.hot.placement import ALIGNMENT
+from powerinfer_tools.engine.hot.products import Product
+from powerinfer_tools.model.tensors import Norm, Weight
+
+#: Its name, and the cut of fatrelu.
+Activation = tuple[str, float]
+Tensor = torch.Tensor
+
+
+class Arena:
+    """One block of device memory, given out piece by piece; before :meth:`fill` it only counts."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._memory: Tensor | None = None
+
+    def fill(self, memory: Tensor) -> None:
+        """Begin anew, in ``memory`` uint8 (nbytes,)."""
+        self.nbytes, self._memory = 0, memory
+
+    @property
+    def counting(self) -> bool:
+        """Whether pieces have no memory yet."""
+        return self._memory is None
+
+    def take(self, nbytes: int) -> Tensor:
+        """uint8 (nbytes,); without content while it counts."""
+        first = self.nbytes
+        self.nbytes += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if self._memory is None:
+            return torch.empty(nbytes, dtype=torch.uint8, device="meta")
+        assert self.nbytes <= len(self._memory)
+        return self._memory[first : first + nbytes]
+
+    def floats(self, *shape: int) -> Tensor:
+        """float32 of ``shape``."""
+        return self.typed(torch.float32, *shape)
+
+    def typed(self, kind: torch.dtype, *shape: int) -> Tensor:
+        """``kind`` of ``shape``."""
+        count = int(np.prod(shape))
+        return self.take(count * kind.itemsize).view(kind).view(*shape)
+
+
+@dataclass
+class Form:
+    """How matrices are kept: planar for the fused kernels, unpacked, or as in the file."""
+
+    memory: Arena
+    fused: bool
+    unpack: bool
+    not_fused: set[str] = field(default_factory=set)
+
+    def ffn(self, layer: SplitLayer, count: int, activation: Activation) -> HotFFN:
+        """The first ``count`` neurons of ``layer``."""
+        first, *factor, down = (self._neuron_rows(layer, kind, count) for kind in layer.kinds)
+        bias = None if layer.bias is None else self.vector(layer.bias[:count])
+        return HotFFN(first, factor[0] if factor else None, down, bias, count, activation)
+
+    def product(self, weight: Weight, bias: npt.NDArray[np.float32] | None = None) -> Product:
+        """A whole matrix."""
+        source = weight.data.reshape(weight.rows, -1)
+        rows = self.rows(source, weight.row_type, weight.columns)
+        return Product(rows, weight.rows, weight.columns, None if bias is None else self.vector(bias))
+
+    def vector(self, values: npt.NDArray[np.float32]) -> Tensor:
+        """float32 (values,)."""
+        there = self.memory.floats(len(values))
+        if not self.memory.counting:
+            there.copy_(torch.from_numpy(values.copy()))
+        return there
+
+    def norm(self, norm: Norm, eps: float) -> HotNorm:
+        """A norm."""
+        bias = None if norm.bias is None else self.vector(norm.bias)
+        return HotNorm(norm.kind, self.vector(norm.weight), bias, eps, self.fused)
+
+    def optional_norm(self, norm: Norm | None, eps: float) -> HotNorm | None:
+        """A norm that a family may not have."""
+        return None if norm is None else self.norm(norm, eps)
+
+    def rows(self, source: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> Rows:
+        """Rows of a matrix, uint8 (rows, row bytes), on the device."""
+        counting = self.memory.counting
+        if self.unpack:
+            there = torch.empty(0) if counting else dequantize(_tensor(source), row_type, columns)
+            return UnpackedRows(row_type, there)
+        there = self.memory.take(len(source) * row_bytes(row_type, columns))
+        if self.fused and row_type in PLANAR_TYPES:
+            from powerinfer_kernels.triton_launch import PlanarRows
+
+            if not counting:
+                there.copy_(_tensor(to_planar(np.ascontiguousarray(source), row_type, columns)))
+            return FusedRows(PlanarRows(there, row_type, len(source), columns))
+        if self.fused and row_type is not RowType.F32:  # those are read as they are
+            self.not_fused.add(row_type.name)
+        if not counting:
+            there.copy_(_tensor(np.ascontiguousarray(source).reshape(-1)))
+        return FileRows(row_type, there.view(len(source), -1))
+
+    def _neuron_rows(self, layer: SplitLayer, kind: str, count: int) -> Rows:
+        return self.rows(layer.rows(kind, 0, count), RowType(layer.type_of(kind)), layer.width)
+
+
+def unpacked_values(layers: Sequence[SplitLayer], hot: Sequence[int], matrices: Sequence[Weight]) -> int:
+    """Values of all rows that are placed."""
+    neurons = sum(len(layer.kinds) * layer.width * count for layer, count in zip(layers, hot, strict=True))
+    return neurons + sum(matrix.rows * matrix.columns for matrix in matrices)
+
+
+def _tensor(array: npt.NDArray[np.uint8]) -> Tensor:
+    """A tensor of the same bytes; of a copy where they may not be written, which torch insists on."""
+    contiguous = np.ascontiguousarray(array)
+    return torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())

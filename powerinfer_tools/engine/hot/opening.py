@@ -1,0 +1,126 @@
+"""Opening the hot side: which device, what of the plan fits on it, and what must be said."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from powerinfer_tools.engine.hot import HotSide, expert_placement
+from powerinfer_tools.engine.hot.assembly import assemble
+from powerinfer_tools.engine.hot.backend import Backend
+from powerinfer_tools.engine.hot.devices import (
+    CpuDevice,
+    CudaDevice,
+    Device,
+    DeviceLost,
+    OutOfDeviceMemory,
+    cuda_problem,
+)
+from powerinfer_tools.engine.hot.executor import TorchHotSide
+from powerinfer_tools.engine.hot.fusing import fusing_problem
+from powerinfer_tools.engine.hot.placement import HotUnits, Workload, experts_of, fit, units_size
+from powerinfer_tools.engine.hot.sizes import MARGIN, overhead
+from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.model.loading import Model
+
+_MIB = 1 << 20
+
+
+def open_on(
+    model: Model, device: str, vram: int | None, work: Workload
+) -> tuple[HotSide | None, Sequence[str]]:
+    """See :func:`powerinfer_tools.engine.hot.open_hot_side`."""
+    if device == "cpu":
+        return open_side(model, CpuDevice(), vram, work, fused=False)
+    problem = cuda_problem()
+    if problem is not None:
+        return None, [f"--device cuda: {problem}; everything is computed on the CPU"]
+    try:
+        reason, gpu = fusing_problem(), CudaDevice()
+        side, notices = open_side(model, gpu, vram, work, fused=reason is None)
+    except DeviceLost as error:
+        return None, [f"the GPU stopped working at the start ({error}); everything is computed on the CPU"]
+    if side is None:
+        return None, notices
+    if reason is not None:
+        side.notices.append(
+            f"no fused GPU kernels: {reason}; torch operations unpack the rows, which is slower"
+        )
+    side.notices += gpu.notices
+    return side, side.notices
+
+
+def open_side(
+    model: Model, device: Device, vram: int | None, work: Workload, *, fused: bool
+) -> tuple[TorchHotSide | None, list[str]]:
+    """The hot side on ``device``, with the Triton kernels where ``fused`` and a row type has them; None where
+    nothing is to be computed there, or its memory cannot be had in spite of all counting. Second, what must
+    be said. Raises HardwareError for a budget beyond what is free."""
+    planned, limit = planned_units(model, work.predicted), limit_of(device.free_bytes(), vram)
+    units = fit(model, planned, limit, work)
+    notices = _left_out(planned, units, limit, asked=vram is not None)
+    if not units:
+        device.close()
+        return None, notices
+    try:
+        backend, kinds = assemble(model, units, device, work, fused=fused)
+        backend.prepare(work.tokens)
+    except OutOfDeviceMemory as error:
+        device.close()
+        return None, [*notices, f"out of VRAM at the start: {error}; everything is computed on the CPU"]
+    if kinds:
+        notices.append(
+            f"{', '.join(kinds)} rows have no fused GPU kernel; torch operations unpack them, which is slower"
+        )
+    spare = None
+    if device.free_bytes() is not None:
+        spare = partial(_spare, model, units, work)
+    return TorchHotSide(backend, spare, units_size(model, units, work), notices), notices
+
+
+def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotUnits:
+    """What the split file's plan places on the hot device, predictors in ``predicted`` layers alone."""
+    devices = model.devices
+    attention = tuple(device == "gpu" for device in devices.attention)
+    predictors = tuple(device == "gpu" and i in predicted for i, device in enumerate(devices.predictor))
+    neurons = model.split.hot_neurons if model.split is not None else ()
+    experts = () if model.split_experts is None else expert_placement.planned(experts_of(model))
+    return HotUnits(neurons, attention, predictors, devices.head == "gpu", experts)
+
+
+def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, asked: bool) -> list[str]:
+    """What of the plan does not fit, in words; of neurons (or experts) that give way to a budget that was
+    ``asked`` for nothing needs to be said."""
+    only_ffns = (units.attention, units.head) == (planned.attention, planned.head)
+    if units == planned or limit is None or (asked and only_ffns):
+        return []
+    parts = [f"{sum(units.neurons)} of the plan's {sum(planned.neurons)} hot neurons"]
+    if planned.experts:
+        found, wanted = (
+            sum(counts.experts + counts.shared for counts in some.experts) for some in (units, planned)
+        )
+        parts = [f"{found} of the plan's {wanted} hot experts"]
+    if units.attention != planned.attention:
+        parts.append(f"{sum(units.attention)} of its {sum(planned.attention)} attention blocks")
+    if units.head != planned.head:
+        parts.append("not its output head")
+    return [
+        f"{', '.join(parts)} fit in the {limit // _MIB} MiB of VRAM that can be used; the others are "
+        "computed on the CPU"
+    ]
+
+
+def limit_of(free: int | None, vram: int | None) -> int | None:
+    """Bytes for weights, KV cache and scratch: of the budget asked for, or of what is ``free``; None: no
+    limit. Raises HardwareError for a budget beyond that."""
+    if free is None:
+        return vram
+    if vram is not None and vram > free:
+        raise HardwareError(
+            f"--vram {vram // _MIB} MiB: the GPU has {free // _MIB} MiB free; ask for less (the split point "
+            "moves, nothing is reconverted), or leave --vram out to use what is free"
+        )
+    budget = max(0, free - MARGIN) if vram is None else vram
+    return budget - overhead(budget)
+
+
+def _spare(model: Model, units: HotUnits, work: Workload) -> Backend:
+    return assemble(model, units, CpuDevice(), work, fused=False)[0]

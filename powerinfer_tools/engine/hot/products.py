@@ -1,0 +1,46 @@
+"""Matrices on a device that inputs are multiplied with: those of attention, predictors and the head."""
+
+from dataclasses import dataclass
+
+import torch
+
+from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, Rows, UnpackedRows
+from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix (count, columns), and what is added to its products (count,), if anything."""
+
+    rows: Rows
+    count: int
+    columns: int
+    bias: Tensor | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the integer kernels would round its input."""
+        return not self.rows.row_type.is_float
+
+    def times(self, inputs: Inputs, chunk: Tensor, out: Tensor) -> None:
+        """out (T, count) = input · rowsᵀ + bias; ``chunk`` is flat scratch for CHUNK_ROWS unpacked rows."""
+        source = inputs.of(self.rows)
+        if isinstance(self.rows, UnpackedRows):
+            torch.mm(source, self.rows.data.T, out=out)
+        elif isinstance(self.rows, FusedRows) and len(out) == 1:
+            from powerinfer_kernels import triton_launch
+
+            triton_launch.matvec(source, self.rows.planar, out, self.bias)
+            return
+        else:
+            self._chunked(source, chunk, out)
+        if self.bias is not None:
+            out += self.bias
+
+    def _chunked(self, source: Tensor, chunk: Tensor, out: Tensor) -> None:
+        space = chunk[: min(CHUNK_ROWS, self.count) * self.columns].view(-1, self.columns)
+        for first in range(0, self.count, CHUNK_ROWS):
+            last = min(first + CHUNK_ROWS, self.count)
+            out[:, first:last] = torch.mm(source, self.rows.chunk(first, last, space).T)

@@ -1,8 +1,0 @@
-"""Multiple-choice and other tasks through EleutherAI's ``lm-eval`` (extra ``lm-eval``).
-
-This module imports it only when tasks are run.
-"""
-
-from powerinfer_tools.harness.tasks import TaskScore, run_tasks
-
-__all__ = ["TaskScore", "run_tasks"]

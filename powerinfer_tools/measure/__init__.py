@@ -1,0 +1,1 @@
+"""What a machine can do: hardware profile, curves, bench rows, synthetic models."""

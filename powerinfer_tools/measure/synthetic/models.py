@@ -1,0 +1,300 @@
+"""Models of real shapes with random weights, to time what is too large to fetch. Their text is noise.
+
+The file is a complete GGUF that other programs load too, streamed to disk: memory stays at one piece of one
+tensor. ``general.name`` says that it is synthetic. Values have zero mean and a deviation of 1/√columns, so
+that activations stay finite and every arithmetic path runs at its normal speed.
+
+With experts, embeddings have a deviation of 1, and what attention and FFNs add a hundredth of that: random
+layers add much the same for every token, so that in deep layers all tokens would take the same experts.
+Like this, the routers, which are random rows, choose all experts about equally often, whatever came before.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powerinfer_formats.gguf_layout import ValueType
+from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_tools.measure.synthetic.random_blocks import BLOCKS, balance, fitting_type, random_rows
+from powerinfer_tools.model.architectures import ARCHITECTURES, ArchitectureSpec
+
+#: Values drawn at a time: bounds the memory of the writer.
+PIECE_VALUES = 1 << 24
+#: Of models with experts: the deviation of what a block adds to a residual stream of deviation 1, and the
+#: matrices that it depends on.
+_ADDED = 0.01
+_ADDING = (".attn_output.", ".ffn_down")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one model; what its layers are made of says the row of its architecture. ``biases``: those of
+    q, k and v, or of all projections. ``window`` > 0: sliding attention as Gemma 3 has it. ``activation``:
+    one that is not the architecture's own, in the dense form. ``experts`` > 0: so many of ``neurons`` each,
+    of which a token takes ``used``, and one of ``shared`` neurons (0: none) besides."""
+
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    neurons: int
+    vocabulary: int
+    rope_base: float
+    context: int = 4096
+    tied: bool = False
+    biases: Literal["none", "qkv", "all"] = "none"
+    window: int = 0
+    activation: str | None = None
+    experts: int = 0
+    used: int = 0
+    shared: int = 0
+
+    @property
+    def spec(self) -> ArchitectureSpec:
+        """The row of its architecture."""
+        return ARCHITECTURES[self.architecture]
+
+
+#: Published configurations of these models.
+SHAPES: dict[str, Shape] = {
+    "smollm2-135m": Shape("llama", 30, 576, 9, 3, 64, 1536, 49152, 1e5, tied=True),
+    "smollm2-360m": Shape("llama", 32, 960, 15, 5, 64, 2560, 49152, 1e5, tied=True),
+    "tinyllama-1.1b": Shape("llama", 22, 2048, 32, 4, 64, 5632, 32000, 1e4),
+    "llama-3.2-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 5e5, tied=True),
+    "llama-2-7b": Shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e4),
+    "mistral-7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 32000, 1e6),
+    "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, 1e6, tied=True, biases="qkv"),
+    "qwen2.5-1.5b": Shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, 1e6, tied=True, biases="qkv"),
+    "opt-125m": Shape("opt", 12, 768, 12, 12, 64, 3072, 50272, 1e4, 2048, tied=True, biases="all"),
+    "opt-1.3b": Shape("opt", 24, 2048, 32, 32, 64, 8192, 50272, 1e4, 2048, tied=True, biases="all"),
+    "opt-6.7b": Shape("opt", 32, 4096, 32, 32, 128, 16384, 50272, 1e4, 2048, tied=True, biases="all"),
+    "falcon-7b": Shape("falcon", 32, 4544, 71, 1, 64, 18176, 65024, 1e4, 2048, tied=True),
+    "gemma-3-1b": Shape("gemma3", 26, 1152, 4, 1, 256, 6912, 262144, 1e6, tied=True, window=512),
+    "mixtral-8x7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 32000, 1e6, experts=8, used=2),
+    "qwen1.5-moe-a2.7b": Shape(
+        "qwen2moe", 24, 2048, 16, 16, 128, 1408, 151936, 1e6, biases="qkv", experts=60, used=4, shared=5632
+    ),
+    "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 768, 151936, 1e6, experts=128, used=8),
+}
+
+#: A mixture's name → the type of most matrices and of the sensitive ones.
+MIXTURES = {"Q4_K_M": ("Q4_K", "Q6_K"), "Q5_K_M": ("Q5_K", "Q6_K")}
+TYPES = tuple(BLOCKS) + tuple(MIXTURES)
+
+#: general.file_type, which some readers print; nothing depends on it.
+_FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q4_K": 15,
+    "Q4_K_M": 15,
+    "Q5_K": 17,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "BF16": 32,
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to be: ``row_type`` is a name of ``random_blocks.BLOCKS``; vectors are (columns,), the
+    matrices of experts (experts, rows, columns)."""
+
+    name: str
+    shape: tuple[int, ...]
+    row_type: str = "F32"
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, without padding."""
+        block = BLOCKS[self.row_type]
+        return math.prod(self.shape) // block.values * block.nbytes
+
+
+def tensors_of(shape: Shape, mixture: str) -> Iterator[Tensor]:
+    """Every tensor of a model of ``shape`` in file order, typed as quantisers type them.
+
+    A matrix whose columns are no multiple of 256 gets the nearest plain type instead of a K type.
+    """
+    usual, sensitive = MIXTURES.get(mixture, (mixture, mixture))
+
+    def matrix(name: str, rows: int, columns: int, row_type: str = usual) -> Tensor:
+        return Tensor(f"{name}.weight", (rows, columns), fitting_type(row_type, columns))
+
+    yield matrix("token_embd", shape.vocabulary, shape.width, sensitive if shape.tied else usual)
+    if shape.spec.position_offset is not None:
+        yield Tensor("position_embd.weight", (shape.context + shape.spec.position_offset, shape.width))
+    for layer in range(shape.layers):
+        yield from _layer_tensors(shape, layer, usual, sensitive)
+    yield from _norm(shape, "output_norm", shape.width)
+    if not shape.tied:
+        yield matrix("output", shape.vocabulary, shape.width, sensitive)
+
+
+def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iterator[Tensor]:
+    queries, keys, width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.width
+    more = sensitive if _gets_more_bits(layer, shape.layers) else usual
+    fused = [("attn_qkv", queries + 2 * keys, width, usual)]
+    parts = [("attn_q", queries, width, usual), ("attn_k", keys, width, usual), ("attn_v", keys, width, more)]
+    matrices = [
+        *(fused if shape.spec.fused_qkv else parts),
+        ("attn_output", width, queries, usual),
+        *([] if shape.experts else _ffn("", shape.neurons, shape, usual, more)),
+    ]
+    norms = {"attn_norm": width, shape.spec.ffn_norm: width}
+    if shape.spec.post_norms:
+        norms |= {"post_attention_norm": shape.width, "post_ffw_norm": shape.width}
+    if shape.spec.qk_norm:
+        norms |= {"attn_q_norm": shape.head_dim, "attn_k_norm": shape.head_dim}
+    for name, rows, columns, row_type in matrices:
+        yield Tensor(f"blk.{layer}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
+    if shape.experts:
+        yield from _expert_tensors(shape, f"blk.{layer}", usual, more)
+    biased = {"none": 0, "qkv": 3, "all": len(matrices)}[shape.biases]
+    for name, length, *_ in matrices[:biased]:
+        yield Tensor(f"blk.{layer}.{name}.bias", (length,))
+    for name, length in norms.items():
+        yield from _norm(shape, f"blk.{layer}.{name}", length)
+
+
+def _ffn(suffix: str, neurons: int, shape: Shape, usual: str, more: str) -> list[tuple[str, int, int, str]]:
+    """Name, rows, columns and type of each matrix of an FFN."""
+    gate = [(f"ffn_gate{suffix}", neurons, shape.width, usual)] if shape.spec.gated else []
+    return [
+        *gate,
+        (f"ffn_up{suffix}", neurons, shape.width, usual),
+        (f"ffn_down{suffix}", shape.width, neurons, more),
+    ]
+
+
+def _expert_tensors(shape: Shape, prefix: str, usual: str, more: str) -> Iterator[Tensor]:
+    """Routers are not quantised."""
+    yield Tensor(f"{prefix}.ffn_gate_inp.weight", (shape.experts, shape.width))
+    for name, rows, columns, row_type in _ffn("_exps", shape.neurons, shape, usual, more):
+        kind = fitting_type(row_type, columns)
+        yield Tensor(f"{prefix}.{name}.weight", (shape.experts, rows, columns), kind)
+    if shape.shared:
+        yield Tensor(f"{prefix}.ffn_gate_inp_shexp.weight", (shape.width,))
+        for name, rows, columns, row_type in _ffn("_shexp", shape.shared, shape, usual, more):
+            yield Tensor(f"{prefix}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
+
+
+def _norm(shape: Shape, name: str, length: int) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", (length,))
+    if shape.spec.norm == "layer":
+        yield Tensor(f"{name}.bias", (length,))
+
+
+def _gets_more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's rule for the _M mixtures: the first and last eighth of the layers, every third between."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def write_synthetic(path: Path, name: str, shape: Shape, mixture: str, seed: int = 0) -> int:
+    """Write the model and return its size in bytes. Raises FormatError or OSError where that fails."""
+    tensors = list(tensors_of(shape, mixture))
+    rng = np.random.Generator(np.random.SFC64(seed))
+    with GGUFWriter(path) as writer:
+        add_metadata(writer, name, shape, mixture)
+        if shape.activation is not None:
+            writer.add("powerinfer.activation", shape.activation)
+        for tensor in tensors:
+            writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
+        for tensor in tensors:
+            for piece in _pieces(rng, shape, tensor):
+                writer.write(tensor.name, piece)
+    return path.stat().st_size
+
+
+def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
+    if len(tensor.shape) == 1:
+        is_norm = tensor.name.endswith("norm.weight")
+        deviation = 0.1 if is_norm or tensor.name.endswith(".bias") else tensor.shape[0] ** -0.5
+        yield (is_norm + deviation * rng.standard_normal(tensor.shape[0])).astype(np.float32)
+        return
+    *counts, columns = tensor.shape
+    rows, deviation = math.prod(counts), _deviation(shape, tensor)
+    step = max(1, PIECE_VALUES // columns)
+    for first in range(0, rows, step):
+        made = random_rows(rng, tensor.row_type, min(step, rows - first), columns, deviation)
+        if shape.experts and tensor.row_type == "Q4_0":
+            balance(made)
+        yield made
+
+
+def _deviation(shape: Shape, tensor: Tensor) -> float:
+    """Of the values of a matrix."""
+    usual = float(tensor.shape[-1] ** -0.5)
+    if not shape.experts:
+        return usual
+    if tensor.name == "token_embd.weight":
+        return 1.0
+    return usual * (_ADDED if any(name in tensor.name for name in _ADDING) else 1.0)
+
+
+def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> None:
+    """Everything that is no tensor, with a vocabulary of bytes and fillers."""
+    prefix = shape.architecture
+    writer.add("general.architecture", prefix)
+    writer.add("general.type", "model")
+    writer.add("general.name", f"{name} {mixture}, synthetic: random weights")
+    integers = {
+        "general.file_type": _FILE_TYPES[mixture],
+        "general.quantization_version": 2,
+        f"{prefix}.block_count": shape.layers,
+        f"{prefix}.context_length": shape.context,
+        f"{prefix}.embedding_length": shape.width,
+        f"{prefix}.feed_forward_length": shape.neurons,
+        f"{prefix}.attention.head_count": shape.heads,
+        f"{prefix}.attention.head_count_kv": shape.kv_heads,
+        f"{prefix}.attention.key_length": shape.head_dim,
+        f"{prefix}.attention.value_length": shape.head_dim,
+        f"{prefix}.vocab_size": shape.vocabulary,
+    }
+    if shape.experts:
+        integers |= {f"{prefix}.expert_count": shape.experts, f"{prefix}.expert_used_count": shape.used}
+    if shape.experts and prefix != "llama":  # of Mixtral, feed_forward_length is that of an expert
+        integers[f"{prefix}.expert_feed_forward_length"] = shape.neurons
+    if shape.shared:
+        integers[f"{prefix}.expert_shared_feed_forward_length"] = shape.shared
+    rotary = shape.spec.rope_style != "none"
+    if rotary:
+        integers[f"{prefix}.rope.dimension_count"] = shape.head_dim
+    if shape.window:
+        integers[f"{prefix}.attention.sliding_window"] = shape.window
+    for key, value in integers.items():
+        writer.add(key, value, ValueType.UINT32)
+    if rotary:
+        writer.add(f"{prefix}.rope.freq_base", shape.rope_base, ValueType.FLOAT32)
+    kind = "_rms" if shape.spec.norm == "rms" else ""
+    writer.add(f"{prefix}.attention.layer_norm{kind}_epsilon", 1e-5, ValueType.FLOAT32)
+    _add_vocabulary(writer, shape.vocabulary)
+
+
+def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
+    """Bytes and fillers: every text tokenises, into its bytes, whatever the size of the vocabulary."""
+    control = ["<unk>", "<s>", "</s>"]
+    tokens = [*control, *(f"<0x{byte:02X}>" for byte in range(256))]
+    fillers = size - len(tokens)
+    tokens += [f"<filler {index}>" for index in range(fillers)]
+    writer.add("tokenizer.ggml.model", "llama")
+    writer.add("tokenizer.ggml.pre", "default")
+    writer.add("tokenizer.ggml.tokens", tokens)
+    writer.add("tokenizer.ggml.scores", [-1e4] * size, ValueType.FLOAT32)
+    # Token types of the format: 2 unknown, 3 control, 6 byte, 1 normal. No merge leads to a filler.
+    writer.add("tokenizer.ggml.token_type", [2, 3, 3] + [6] * 256 + [1] * fillers, ValueType.INT32)
+    for key, token in (("unknown", 0), ("bos", 1), ("eos", 2)):
+        writer.add(f"tokenizer.ggml.{key}_token_id", token, ValueType.UINT32)
+    writer.add("tokenizer.ggml.add_bos_token", True)

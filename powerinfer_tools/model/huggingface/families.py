@@ -1,0 +1,263 @@
+"""The families of Hugging Face directories, as data: names and settings of theirs → those of GGUF.
+
+One row per model. Sources: the configuration and modelling files of the ``transformers`` package for the left
+sides and defaults, llama.cpp's converter for the right sides.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.huggingface.changes import grouped, interleaved, plus_one
+from powerinfer_tools.model.huggingface.config import Config
+from powerinfer_tools.model.huggingface.expert_families import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from powerinfer_tools.model.huggingface.family import (
+    EMBEDDING,
+    FFN,
+    HEAD_NORMS,
+    LAYER,
+    NORMS,
+    Family,
+    Rule,
+    Setting,
+    attention,
+    both,
+    every_layer,
+    one_more,
+    sizes,
+)
+
+#: config.json's names of activations → ours.
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "relu_squared": "relu2",
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "fatrelu": "fatrelu",
+}
+
+
+_LLAMA = (EMBEDDING, *NORMS, *attention(interleaved), *FFN)
+_QWEN = (EMBEDDING, *NORMS, *attention(), *FFN)
+_GEMMA3_NORMS = (
+    Rule("output_norm.weight", "model.norm.weight"),
+    Rule("blk.{i}.attn_norm.weight", f"{LAYER}.input_layernorm.weight"),
+    Rule("blk.{i}.post_attention_norm.weight", f"{LAYER}.post_attention_layernorm.weight"),
+    Rule("blk.{i}.ffn_norm.weight", f"{LAYER}.pre_feedforward_layernorm.weight"),
+    Rule("blk.{i}.post_ffw_norm.weight", f"{LAYER}.post_feedforward_layernorm.weight"),
+    *HEAD_NORMS,
+)
+
+
+def _qwen_layers(config: Config, index: int) -> bool:
+    first = config.integer("max_window_layers", 28, low=0, high=4096)
+    return config.flag("use_sliding_window", False) and index >= first
+
+
+def _gemma3_layers(config: Config, index: int) -> bool:
+    period = config.integer("sliding_window_pattern", 6, high=4096)
+    return (index + 1) % period != 0
+
+
+_OPT_LAYER = "model.decoder.layers.{i}"
+_OPT = (
+    Rule("token_embd.weight", "model.decoder.embed_tokens.weight"),
+    Rule("position_embd.weight", "model.decoder.embed_positions.weight"),
+    *both("output_norm", "model.decoder.final_layer_norm"),
+    *both("blk.{i}.attn_norm", f"{_OPT_LAYER}.self_attn_layer_norm"),
+    *both("blk.{i}.ffn_norm", f"{_OPT_LAYER}.final_layer_norm"),
+    *both("blk.{i}.attn_q", f"{_OPT_LAYER}.self_attn.q_proj"),
+    *both("blk.{i}.attn_k", f"{_OPT_LAYER}.self_attn.k_proj"),
+    *both("blk.{i}.attn_v", f"{_OPT_LAYER}.self_attn.v_proj"),
+    *both("blk.{i}.attn_output", f"{_OPT_LAYER}.self_attn.out_proj"),
+    *both("blk.{i}.ffn_up", f"{_OPT_LAYER}.fc1"),
+    *both("blk.{i}.ffn_down", f"{_OPT_LAYER}.fc2"),
+)
+_FALCON_LAYER = "transformer.h.{i}"
+# The norms are those of 7B (one), 11B (the same name in the newer form) and of 40B and 180B (two).
+_FALCON = (
+    Rule("token_embd.weight", "transformer.word_embeddings.weight"),
+    *both("output_norm", "transformer.ln_f"),
+    *both("blk.{i}.attn_norm", f"{_FALCON_LAYER}.input_layernorm", optional=True),
+    *both("blk.{i}.attn_norm", f"{_FALCON_LAYER}.ln_mlp", optional=True),
+    *both("blk.{i}.attn_norm_2", f"{_FALCON_LAYER}.ln_attn", optional=True),
+    *(
+        replace(rule, change=grouped)
+        for rule in both("blk.{i}.attn_qkv", f"{_FALCON_LAYER}.self_attention.query_key_value")
+    ),
+    *both("blk.{i}.attn_output", f"{_FALCON_LAYER}.self_attention.dense"),
+    *both("blk.{i}.ffn_up", f"{_FALCON_LAYER}.mlp.dense_h_to_4h"),
+    *both("blk.{i}.ffn_down", f"{_FALCON_LAYER}.mlp.dense_4h_to_h"),
+)
+_NEMOTRON_NORMS = tuple(
+    rule
+    for norm in NORMS
+    for rule in (
+        replace(norm, change=plus_one),
+        replace(
+            norm, name=norm.name.replace(".weight", ".bias"), stored=norm.stored.replace(".weight", ".bias")
+        ),
+    )
+)
+_NEMOTRON = (
+    EMBEDDING,
+    *_NEMOTRON_NORMS,
+    *attention(),
+    *both("blk.{i}.ffn_up", f"{LAYER}.mlp.up_proj"),
+    *both("blk.{i}.ffn_down", f"{LAYER}.mlp.down_proj"),
+)
+
+
+def _falcon_key_heads(config: Config) -> int:
+    heads = config.integer("num_attention_heads", high=4096)
+    if config.flag("new_decoder_architecture", False):
+        return config.integer("num_kv_heads", heads, high=4096)
+    return 1 if config.flag("multi_query", True) else heads
+
+
+def _falcon_neurons(config: Config) -> int:
+    return config.integer("ffn_hidden_size", 4 * config.integer("hidden_size", high=1 << 20), high=1 << 22)
+
+
+_GEMMA3 = Family(
+    "gemma3_text",
+    ("Gemma3ForCausalLM", "Gemma3TextModel"),
+    "gemma3",
+    sizes(
+        num_hidden_layers=26,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        max_position_embeddings=131072,
+    ),
+    (EMBEDDING, *one_more(_GEMMA3_NORMS), *attention(), *FFN),
+    # As a text model, and inside of an image model in the old and the new order of names.
+    spellings=("model.", "language_model.model.", "model.language_model."),
+    activation_name="hidden_activation",
+    activation="gelu_pytorch_tanh",
+    tied=True,
+    rope_base=1e6,
+    window=4096,
+    sliding=_gemma3_layers,
+    fixed=(("use_bidirectional_attention", False),),
+    ignored=(
+        "vision_tower.",
+        "multi_modal_projector.",
+        "model.vision_tower.",
+        "model.multi_modal_projector.",
+    ),
+)
+
+_BAMBOO_CHANGES = (("relu", "drelu"),)  # its code applies it to gate and up
+_OPT_FAMILY = Family(
+    "opt",
+    ("OPTForCausalLM",),
+    "opt",
+    (
+        *(row for row in sizes() if row.name in ("num_hidden_layers", "hidden_size", "num_attention_heads")),
+        Setting("feed_forward_length", "ffn_dim", high=1 << 22),
+        Setting("context_length", "max_position_embeddings", 2048, high=1 << 31),
+    ),
+    _OPT,
+    spellings=("model.", ""),
+    activation_name="activation_function",
+    activation="relu",
+    tied=True,
+    norm_name="",
+    norm_eps=1e-5,
+    fixed=(
+        ("do_layer_norm_before", True),
+        ("_remove_final_layer_norm", False),
+        ("layer_norm_elementwise_affine", True),
+    ),
+    same=(("word_embed_proj_dim", "hidden_size"),),
+    reasons=(
+        ("do_layer_norm_before", "norms after attention and FFN, as opt-350m has them"),
+        ("word_embed_proj_dim", "embeddings of a width of their own, with project_in and project_out"),
+    ),
+)
+_FALCON_FAMILY = Family(
+    "falcon",
+    ("FalconForCausalLM",),
+    "falcon",
+    (
+        *(row for row in sizes() if row.name in ("num_hidden_layers", "hidden_size", "num_attention_heads")),
+        Setting("feed_forward_length", "ffn_hidden_size", derive=_falcon_neurons),
+        Setting("attention.head_count_kv", "num_kv_heads", derive=_falcon_key_heads),
+        Setting("context_length", "max_position_embeddings", 2048, high=1 << 31),
+    ),
+    _FALCON,
+    activation_name="activation",
+    activation="gelu",
+    tied=True,
+    norm_name="layer_norm_epsilon",
+    norm_eps=1e-5,
+    fixed=(("alibi", False), ("parallel_attn", True)),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", ("LlamaForCausalLM",), "llama", sizes(), _LLAMA, fixed=(("mlp_bias", False),)),
+        # ProSparse: Llama 2 with a class of its own for its activation.
+        Family("sparsellama", ("SparseLlamaForCausalLM",), "llama", sizes(), _LLAMA,
+               activation="fatrelu"),
+        Family("bamboo", ("BambooForCausalLM",), "bamboo", sizes(num_key_value_heads=8), _LLAMA,
+               activation="relu", activations=_BAMBOO_CHANGES, sliding=every_layer),
+        Family("mistral", ("MistralForCausalLM",), "llama", sizes(num_key_value_heads=8), _LLAMA,
+               window=4096, sliding=every_layer),
+        Family("qwen2", ("Qwen2ForCausalLM",), "qwen2", sizes(num_key_value_heads=32), _QWEN,
+               window=4096, sliding=_qwen_layers),
+        Family("qwen3", ("Qwen3ForCausalLM",), "qwen3", sizes(num_key_value_heads=32, head_dim=128),
+               (*_QWEN, *HEAD_NORMS), window=4096, sliding=_qwen_layers),
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        _GEMMA3,
+        _OPT_FAMILY,
+        _FALCON_FAMILY,
+        Family("nemotron", ("NemotronForCausalLM",), "nemotron", sizes(), _NEMOTRON, activation="relu2",
+               norm_name="norm_eps", norm_eps=1e-5, rotary_share=0.5),
+    )
+}  # fmt: skip
+
+#: Models of text and images: the section of config.json with the text model, and the classes that have it.
+_TEXT_SECTIONS = {"gemma3": ("text_config", ("Gemma3ForConditionalGeneration",))}
+
+
+def find_family(config: Config) -> tuple[Family, Config]:
+    """The row for a config.json, and the (part of the) document that describes the text model.
+
+    Raises ModelError for a family or class that is not supported. Code that a directory brings along
+    (``auto_map``) is never run: a class of its own is refused.
+    """
+    kind = config.text("model_type")
+    classes: tuple[str, ...]
+    if kind in _TEXT_SECTIONS:
+        section, classes = _TEXT_SECTIONS[kind]
+        config_of_text = config.section(section)
+        kind = config_of_text.text("model_type", "gemma3_text")
+        family = _row(config, kind)
+    else:
+        family = _row(config, kind)
+        classes, config_of_text = family.classes, config
+    named = config.items("architectures")
+    if named and named[0] not in classes:
+        raise ModelError(
+            f"{config.file}: architecture {str(named[0])[:80]!r} is not supported for the model type "
+            f"{kind!r} (supported: {', '.join(classes)}); code in the directory is never run"
+        )
+    return family, config_of_text
+
+
+def _row(config: Config, kind: str) -> Family:
+    if kind not in FAMILIES:
+        known = ", ".join(sorted({*FAMILIES, *_TEXT_SECTIONS}))
+        raise ModelError(f"{config.file}: model type {kind[:80]!r} is not supported (supported: {known})")
+    return FAMILIES[kind]

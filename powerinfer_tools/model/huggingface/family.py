@@ -1,0 +1,134 @@
+"""What a family of Hugging Face directories is, as data, and the rules that several have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from powerinfer_tools.model.huggingface.changes import Change, plus_one
+from powerinfer_tools.model.huggingface.config import Config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A whole number of config.json: GGUF ``key`` (below the architecture's prefix) ← ``name``.
+
+    ``default``: what the family assumes where the file says nothing, 0 to leave the key out; None: it has to
+    say. ``derive``: the number by other settings, where ``name`` alone does not tell.
+    """
+
+    key: str
+    name: str
+    default: int | None = None
+    high: int = 1 << 24
+    derive: Callable[[Config], int] | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """GGUF tensor ``name`` ← tensor ``stored``; "{i}" is the layer in both. Where ``stored`` has "{e}", there
+    is one for each expert, and ``name`` is their stack. ``single``: kept in float32, whatever it is stored
+    as; ``vector``: stored as a matrix of one row."""
+
+    name: str
+    stored: str
+    change: Change | None = None
+    optional: bool = False
+    single: bool = False
+    vector: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of directory. ``classes``: what ``architectures`` may name; other code would be another model.
+
+    ``spellings``: what the "model." in front of stored names may be instead. ``sliding``: which layers see
+    only ``sliding_window`` positions, where ``layer_types`` does not say. ``flags``: truth values, as GGUF
+    key, name and what it is without being named. ``fixed``: settings of which one
+    value is supported (null and absent count as it); ``same``: settings that must equal another; ``reasons``:
+    what other values of those would mean. ``ignored``: beginnings of tensor names that no text
+    model needs. ``rotary_share``: the part of a head that is rotated. ``activations``: names that mean
+    something else in this family.
+    """
+
+    model_type: str
+    classes: tuple[str, ...]
+    architecture: str
+    settings: tuple[Setting, ...]
+    rules: tuple[Rule, ...]
+    spellings: tuple[str, ...] = ("model.",)
+    activation_name: str = "hidden_act"
+    activation: str = "silu"
+    tied: bool = False
+    rope_base: float = 10000.0
+    norm_name: str = "rms_norm_eps"
+    norm_eps: float = 1e-6
+    rotary_share: float = 1.0
+    activations: tuple[tuple[str, str], ...] = ()
+    window: int = 0
+    sliding: Callable[[Config, int], bool] | None = None
+    flags: tuple[tuple[str, str, bool], ...] = ()
+    fixed: tuple[tuple[str, object], ...] = ()
+    same: tuple[tuple[str, str], ...] = ()
+    reasons: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def sizes(**defaults: int) -> tuple[Setting, ...]:
+    """The sizes of families like Llama; ``defaults`` by config.json's names."""
+    rows = (
+        Setting("block_count", "num_hidden_layers", high=4096),
+        Setting("embedding_length", "hidden_size", high=1 << 20),
+        Setting("feed_forward_length", "intermediate_size", high=1 << 22),
+        Setting("attention.head_count", "num_attention_heads", high=4096),
+        Setting("attention.head_count_kv", "num_key_value_heads", 0, high=4096),
+        Setting("attention.key_length", "head_dim", 0, high=1 << 14),
+        Setting("context_length", "max_position_embeddings", high=1 << 31),
+    )
+    return tuple(replace(row, default=defaults.get(row.name, row.default)) for row in rows)
+
+
+LAYER = "model.layers.{i}"
+NORMS = (
+    Rule("output_norm.weight", "model.norm.weight"),
+    Rule("blk.{i}.attn_norm.weight", f"{LAYER}.input_layernorm.weight"),
+    Rule("blk.{i}.ffn_norm.weight", f"{LAYER}.post_attention_layernorm.weight"),
+)
+EMBEDDING = Rule("token_embd.weight", "model.embed_tokens.weight")
+FFN = tuple(
+    Rule(f"blk.{{i}}.ffn_{kind}.weight", f"{LAYER}.mlp.{kind}_proj.weight") for kind in ("gate", "up", "down")
+)
+HEAD_NORMS = (
+    Rule("blk.{i}.attn_q_norm.weight", f"{LAYER}.self_attn.q_norm.weight"),
+    Rule("blk.{i}.attn_k_norm.weight", f"{LAYER}.self_attn.k_norm.weight"),
+)
+
+
+def attention(change: Change | None = None) -> tuple[Rule, ...]:
+    """Query, key, value and output with whatever biases there are; ``change`` of query and key rows."""
+    changes = {"q": change, "k": change}
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
+    return tuple(
+        Rule(
+            f"blk.{{i}}.{name}.{part}",
+            f"{LAYER}.self_attn.{kind}_proj.{part}",
+            changes.get(kind),
+            part == "bias",
+        )
+        for kind, name in names.items()
+        for part in ("weight", "bias")
+    )
+
+
+def one_more(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The same for weights that are stored as their difference from one."""
+    return tuple(replace(rule, change=plus_one) for rule in rules)
+
+
+def both(name: str, stored: str, *, optional: bool = False) -> tuple[Rule, Rule]:
+    """Weight, and bias if there is one."""
+    weight = Rule(f"{name}.weight", f"{stored}.weight", optional=optional)
+    return weight, replace(weight, name=f"{name}.bias", stored=f"{stored}.bias", optional=True)
+
+
+def every_layer(config: Config, index: int) -> bool:
+    """All layers are limited to the window."""
+    return True

@@ -1,0 +1,171 @@
+"""config.json → the hyper-parameter keys of GGUF."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from powerinfer_formats.gguf_layout import ValueType
+from powerinfer_formats.metadata import Metadata
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.architectures import ARCHITECTURES
+from powerinfer_tools.model.huggingface.changes import HeadShape
+from powerinfer_tools.model.huggingface.config import Config
+from powerinfer_tools.model.huggingface.families import ACTIVATIONS
+from powerinfer_tools.model.huggingface.family import Family, Setting
+from powerinfer_tools.model.huggingface.rope import Rope, read_rope
+
+_LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What mapping the tensors needs to know; ``experts`` is 0 without any."""
+
+    layers: int
+    experts: int
+    heads: HeadShape
+    tied: bool
+    rope: Rope
+
+
+def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> Shape:
+    """Add all keys below the architecture's prefix. Raises FormatError or ModelError for what is not
+    supported."""
+    _check_fixed(family, config)
+    prefix = family.architecture
+    sizes: dict[str, int] = {}
+    for setting in family.settings:
+        sizes[setting.key] = _size(setting, config)
+        if sizes[setting.key]:
+            metadata.add(f"{prefix}.{setting.key}", sizes[setting.key], ValueType.UINT32)
+    for key, name, default in family.flags:
+        metadata.add(f"{prefix}.{key}", config.flag(name, default))
+    heads = _heads(config, sizes)
+    _add_norm_eps(metadata, family, config)
+    rope, local = read_rope(config, family.rope_base, family.rotary_share, heads.head_dim)
+    _add_rope(metadata, prefix, rope, heads)
+    _add_window(metadata, family, config, sizes["block_count"], rope, local)
+    _add_scores(metadata, prefix, config, heads)
+    _add_activation(metadata, family, config)
+    tied = config.flag("tie_word_embeddings", family.tied)
+    return Shape(sizes["block_count"], sizes.get("expert_count", 0), heads, tied, rope)
+
+
+def _check_fixed(family: Family, config: Config) -> None:
+    for name, value in family.fixed:
+        if config.has(name) and config.get(name) != value:
+            raise _unsupported(family, config, name, value)
+    for name, other in family.same:
+        if config.has(name) and config.get(name) != config.get(other):
+            raise _unsupported(family, config, name, f"{other} ({config.get(other)})")
+
+
+def _unsupported(family: Family, config: Config, name: str, value: Any) -> ModelError:
+    reason = dict(family.reasons).get(name)
+    meaning = f" ({reason})" if reason else ""
+    return ModelError(f"{config.file}: {config.path}{name} other than {value} is not supported{meaning}")
+
+
+def _heads(config: Config, sizes: dict[str, int]) -> HeadShape:
+    heads = sizes["attention.head_count"]
+    kv_heads = sizes.get("attention.head_count_kv") or heads
+    width = sizes["embedding_length"]
+    head_dim = sizes.get("attention.key_length", 0)
+    if not head_dim and width % heads:
+        raise config.fail("hidden_size", f"is {width}, no multiple of {heads} attention heads")
+    head_dim = head_dim or width // heads
+    if head_dim % 2:
+        raise config.fail("head_dim", f"is {head_dim}, expected an even number")
+    return HeadShape(heads, kv_heads, head_dim)
+
+
+def _size(setting: Setting, config: Config) -> int:
+    if setting.derive is not None:
+        return setting.derive(config)
+    if setting.default is None:
+        return config.integer(setting.name, high=setting.high)
+    return config.integer(setting.name, setting.default, low=min(1, setting.default), high=setting.high)
+
+
+def _add_norm_eps(metadata: Metadata, family: Family, config: Config) -> None:
+    kind = (
+        "layer_norm_rms_epsilon" if ARCHITECTURES[family.architecture].norm == "rms" else "layer_norm_epsilon"
+    )
+    named = config.real(family.norm_name, family.norm_eps, low=0.0, high=1.0) if family.norm_name else None
+    value = family.norm_eps if named is None else named
+    metadata.add(f"{family.architecture}.attention.{kind}", value, ValueType.FLOAT32)
+
+
+def _add_rope(metadata: Metadata, prefix: str, rope: Rope, heads: HeadShape) -> None:
+    if ARCHITECTURES[prefix].rope_style == "none":
+        return
+    metadata.add(f"{prefix}.rope.freq_base", rope.base, ValueType.FLOAT32)
+    metadata.add(f"{prefix}.rope.dimension_count", rope.dim, ValueType.UINT32)
+    if rope.dim != heads.head_dim and ARCHITECTURES[prefix].rope_style != "neox":
+        raise ModelError(
+            f"{metadata.file}: partly rotated heads (partial_rotary_factor) are not supported here"
+        )
+    if rope.linear != 1.0:
+        metadata.add(f"{prefix}.rope.scaling.type", "linear")
+        metadata.add(f"{prefix}.rope.scaling.factor", rope.linear, ValueType.FLOAT32)
+
+
+def _add_window(
+    metadata: Metadata, family: Family, config: Config, layers: int, rope: Rope, local: Rope | None
+) -> None:
+    """Which layers are limited to the window; the rotary base of those, and that they scale nothing."""
+    limited = _limited_layers(family, config, layers)
+    if not any(limited):
+        return
+    window = config.integer("sliding_window", family.window, high=1 << 31)
+    base = local if local is not None else rope
+    if base.scaled:
+        raise ModelError(f"{config.file}: scaled rotary positions of sliding layers are not supported")
+    prefix = family.architecture
+    metadata.add(f"{prefix}.attention.sliding_window", window, ValueType.UINT32)
+    metadata.add(f"{prefix}.attention.sliding_window_pattern", np.array(limited))
+    metadata.add(f"{prefix}.rope.freq_base_swa", base.base, ValueType.FLOAT32)
+
+
+def _limited_layers(family: Family, config: Config, layers: int) -> list[bool]:
+    kinds = config.items("layer_types")
+    if not kinds:
+        # A window of null switches it off; where the name is missing, the family's own holds, if it has one.
+        named = "sliding_window" in config.values
+        off = not config.has("sliding_window") if named else not family.window
+        rule = family.sliding
+        return [rule is not None and not off and rule(config, index) for index in range(layers)]
+    if len(kinds) != layers:
+        raise config.fail("layer_types", f"has {len(kinds)} entries for {layers} layers")
+    for kind in kinds:
+        if kind not in _LAYER_KINDS:
+            raise ModelError(f"{config.file}: layers of type {str(kind)[:80]!r} are not supported")
+    return [_LAYER_KINDS[kind] for kind in kinds]
+
+
+def _add_scores(metadata: Metadata, prefix: str, config: Config, heads: HeadShape) -> None:
+    """What scores are divided by, and limits of scores and logits."""
+    if config.has("query_pre_attn_scalar"):
+        scalar = config.real("query_pre_attn_scalar", low=1e-6, high=1e6)
+        metadata.add(f"{prefix}.attention.scale", scalar**-0.5, ValueType.FLOAT32)
+    for key, name in (
+        ("attn_logit_softcapping", "attn_logit_softcapping"),
+        ("final_logit_softcapping", "final_logit_softcapping"),
+    ):
+        if config.has(name):
+            metadata.add(f"{prefix}.{key}", config.real(name, low=0.0, high=1e6), ValueType.FLOAT32)
+
+
+def _add_activation(metadata: Metadata, family: Family, config: Config) -> None:
+    name = config.text(family.activation_name, config.text("hidden_act", family.activation))
+    known = {**ACTIVATIONS, **dict(family.activations)}
+    if name not in known:
+        raise ModelError(
+            f"{config.file}: activation {name[:80]!r} is not supported (supported: {', '.join(known)})"
+        )
+    if known[name] != ARCHITECTURES[family.architecture].activation:
+        metadata.add("powerinfer.activation", known[name])
+    if known[name] == "fatrelu":
+        cut = config.real("hidden_act_param", low=0.0, high=1e6)
+        metadata.add("powerinfer.activation_threshold", cut, ValueType.FLOAT32)

@@ -1,0 +1,94 @@
+"""Rotary position settings of a config.json, in the old spelling and the new."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.huggingface.config import Config
+
+SUPPORTED = "default, linear, llama3"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """``dim``: rotated values of a head. ``linear`` divides positions; ``factors``, float32 [dim / 2], divide
+    single frequencies."""
+
+    base: float
+    dim: int
+    linear: float = 1.0
+    factors: npt.NDArray[np.float32] | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether anything but the base differs from the plain rotary encoding."""
+        return self.linear != 1.0 or self.factors is not None
+
+
+def read_rope(config: Config, default_base: float, share: float, head_dim: int) -> tuple[Rope, Rope | None]:
+    """The encoding of a model's layers, and that of its sliding layers where the file tells them apart.
+
+    ``share``: the part of a head that is rotated, where the file does not say.
+
+    The old spelling is ``rope_theta`` and ``rope_scaling`` (with ``rope_local_base_freq`` for sliding
+    layers), the new one ``rope_parameters``, for each kind of layer where there are two. Raises ModelError
+    for a kind of scaling that is not supported.
+    """
+    new = config.section("rope_parameters")
+    dim = _rotated(config, new, share, head_dim)
+    if new.has("full_attention") or new.has("sliding_attention"):
+        sliding = _rope(new.section("sliding_attention"), 10000.0, dim)
+        return _rope(new.section("full_attention"), default_base, dim), sliding
+    if config.has("rope_parameters"):
+        return _rope(new, default_base, dim), None
+    base = config.real("rope_theta", default_base, low=1.0, high=1e12)
+    wide = _rope(config.section("rope_scaling"), base, dim)
+    if not config.has("rope_local_base_freq"):
+        return wide, None
+    return wide, Rope(config.real("rope_local_base_freq", low=1.0, high=1e12), dim)
+
+
+def _rotated(config: Config, new: Config, share: float, head_dim: int) -> int:
+    share = config.real("partial_rotary_factor", share, low=0.0, high=1.0)
+    dim = int(head_dim * new.real("partial_rotary_factor", share, low=0.0, high=1.0))
+    if dim < 2 or dim % 2:
+        raise config.fail(
+            "partial_rotary_factor", f"rotates {dim} of {head_dim} values, expected an even number"
+        )
+    return dim
+
+
+def _rope(section: Config, base: float, dim: int) -> Rope:
+    base = section.real("rope_theta", base, low=1.0, high=1e12)
+    kind = section.text("rope_type", section.text("type", "default"))
+    if kind == "default":
+        return Rope(base, dim)
+    if kind == "linear":
+        return Rope(base, dim, linear=section.real("factor", low=1e-6, high=1e6))
+    if kind == "llama3":
+        return Rope(base, dim, factors=_llama3_factors(section, base, dim))
+    raise ModelError(
+        f"{section.file}: rotary scaling {kind!r} ({section.path}rope_type) is not supported "
+        f"(supported: {SUPPORTED})"
+    )
+
+
+def _llama3_factors(section: Config, base: float, dim: int) -> npt.NDArray[np.float32]:
+    """What each frequency is divided by: 1 for short waves, ``factor`` for long ones, smooth in between.
+
+    Source: the reference code of Llama 3.1 (``apply_scaling``). With w the wavelength, c the original context
+    and s = (c/w − low)/(high − low), a frequency f becomes (1 − s)·f/factor + s·f for c/high ≤ w ≤ c/low.
+    """
+    factor = section.real("factor", low=1e-6, high=1e6)
+    low = section.real("low_freq_factor", low=1e-6, high=1e6)
+    high = section.real("high_freq_factor", low=1e-6, high=1e6)
+    context = section.integer("original_max_position_embeddings", high=1 << 31)
+    if high <= low:
+        raise section.fail("high_freq_factor", f"is {high:g}, expected more than low_freq_factor {low:g}")
+    frequencies = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    turns = context * frequencies / (2 * math.pi)  # c / w
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1.0 / ((1.0 - share) / factor + share), dtype=np.float32)

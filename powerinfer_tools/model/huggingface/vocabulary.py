@@ -1,0 +1,88 @@
+"""A directory's tokeniser → the ``tokenizer.*`` keys of GGUF.
+
+From tokenizer.json, as ``transformers`` does, else from tokenizer.model, else from vocab.json and merges.txt.
+A directory without any gets no keys: it can be inspected and measured, but no text can be read.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from powerinfer_formats.gguf_layout import ValueType
+from powerinfer_formats.metadata import Metadata
+from powerinfer_tools.errors import TokenizerError
+from powerinfer_tools.model.huggingface.config import Config
+from powerinfer_tools.model.huggingface.special import Settings, add_chat_template, add_special_tokens
+from powerinfer_tools.model.huggingface.tokenizer_json import read_tokenizer_json
+from powerinfer_tools.model.huggingface.tokenizer_model import read_tokenizer_model
+from powerinfer_tools.model.huggingface.vocab_and_merges import (
+    MERGES_FILE,
+    VOCABULARY_FILE,
+    has_vocab_and_merges,
+    read_vocab_and_merges,
+)
+from powerinfer_tools.model.huggingface.vocabulary_contents import FoundVocabulary
+from powerinfer_tools.text.special_tokens import TokenType
+
+JSON_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+_FILES = (JSON_FILE, MODEL_FILE, "added_tokens.json", "tokenizer_config.json")
+_PAIR = (VOCABULARY_FILE, MERGES_FILE, "special_tokens_map.json")
+
+
+def tokenizer_files(folder: Path) -> tuple[str, ...]:
+    """Names of the files that decide which ids a text gets; not all of them need be there."""
+    alone = (folder / JSON_FILE).is_file() or (folder / MODEL_FILE).is_file()
+    return _FILES if alone else (*_FILES, *_PAIR)
+
+
+def add_vocabulary(metadata: Metadata, folder: Path, config: Config, rows: int) -> None:
+    """Add all keys; ``rows`` is the number of rows of the embedding.
+
+    Raises FormatError for files that are not well-formed, TokenizerError for what is not supported.
+    """
+    settings = Settings.read(folder, config)
+    found = _find(folder, settings)
+    if found is None:
+        return
+    texts, types = _lists(found, folder, rows)
+    metadata.add("tokenizer.ggml.model", found.model)
+    metadata.add("tokenizer.ggml.pre", found.pre)
+    metadata.add("tokenizer.ggml.tokens", texts, ValueType.STRING)
+    metadata.add("tokenizer.ggml.token_type", np.array(types, np.int32))
+    if found.scores:
+        scores = [found.scores.get(token, 0.0) for token in range(rows)]
+        metadata.add("tokenizer.ggml.scores", np.array(scores, np.float32))
+    if found.merges:
+        metadata.add("tokenizer.ggml.merges", found.merges, ValueType.STRING)
+    metadata.add("tokenizer.ggml.add_space_prefix", found.space_prefix != "never")
+    metadata.add("powerinfer.tokenizer.space_prefix", found.space_prefix)
+    if found.normalizer:
+        metadata.add("powerinfer.tokenizer.normalizer", found.normalizer)
+    for side, tokens in (("left", found.strips_left), ("right", found.strips_right)):
+        if tokens:
+            metadata.add(f"powerinfer.tokenizer.strips_{side}", np.array(sorted(tokens), np.int32))
+    ids = {text: token for token, text in enumerate(texts)}
+    add_special_tokens(metadata, settings, ids, adds_bos=found.adds_bos, adds_eos=found.adds_eos)
+    add_chat_template(metadata, settings, folder)
+
+
+def _find(folder: Path, settings: Settings) -> FoundVocabulary | None:
+    if (folder / JSON_FILE).is_file():
+        return read_tokenizer_json(Config.read(folder / JSON_FILE))
+    if (folder / MODEL_FILE).is_file():
+        return read_tokenizer_model(folder / MODEL_FILE, settings.tokenizer)
+    return read_vocab_and_merges(folder, settings) if has_vocab_and_merges(folder) else None
+
+
+def _lists(found: FoundVocabulary, folder: Path, rows: int) -> tuple[list[str], list[int]]:
+    """Text and type of every row of the embedding: rows without a token get one that is never used."""
+    last = max(found.tokens, default=-1)
+    if last >= rows:
+        raise TokenizerError(
+            f"{folder}: the tokeniser has a token {last}, the model's embedding {rows} rows: "
+            "they do not belong together"
+        )
+    unused = TokenType.UNUSED
+    listed = [found.tokens.get(token, (f"[PAD{token}]", unused)) for token in range(rows)]
+    return [text for text, _ in listed], [int(kind) for _, kind in listed]

@@ -1,0 +1,330 @@
+"""A model as the engine sees it: checked hyper-parameters and typed views of its weights.
+
+Everything a file can get wrong is found here or in the reader; after :func:`load_model` the engine trusts. No
+weight is copied: views point into the mapped file. This module does not know how weights are computed with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from powerinfer_formats.fingerprint import model_fingerprint
+from powerinfer_formats.model_source import ModelSource
+from powerinfer_formats.split import SplitFile, SplitLayer, is_split
+from powerinfer_formats.split_devices import SplitDevices, all_on_cpu
+from powerinfer_formats.split_experts import ExpertSizes, SplitExperts
+from powerinfer_kernels import RowType
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.architectures import RELU_FAMILY, ArchitectureSpec, architecture
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN, read_ffn
+from powerinfer_tools.model.hyperparameters import Hyperparameters, read_hyperparameters
+from powerinfer_tools.model.original import is_original, read_original
+from powerinfer_tools.model.sources import open_source
+from powerinfer_tools.model.tensors import MATRIX_TYPES, Norm, Tensors, Vector, Weight
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Attention of one layer; norms and biases that the family does not have are None."""
+
+    norm: Norm
+    query: Weight
+    key: Weight
+    value: Weight
+    output: Weight
+    query_bias: Vector | None
+    key_bias: Vector | None
+    value_bias: Vector | None
+    output_bias: Vector | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    post_norm: Norm | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """All weights of one layer. ``ffn`` is a :class:`DenseFFN` or :class:`ExpertsFFN`, or a layer of a split
+    file.
+
+    ``ffn_bias`` is added to what the activation reads, one value per neuron in the order of ``ffn``;
+    ``ffn_down_bias`` to the output.
+    """
+
+    attention: AttentionWeights
+    ffn_norm: Norm
+    ffn: DenseFFN | ExpertsFFN | SplitLayer
+    ffn_bias: Vector | None
+    ffn_down_bias: Vector | None
+    ffn_post_norm: Norm | None
+
+    @property
+    def source_ffn(self) -> DenseFFN:
+        """The matrices of a source model, see :attr:`Model.is_source`."""
+        if isinstance(self.ffn, DenseFFN):
+            return self.ffn
+        layer = self.ffn
+        assert isinstance(layer, SplitLayer), "stages that want one FFN refuse models with experts"
+        rows = {kind: _whole(layer, kind) for kind in layer.kinds}
+        return DenseFFN(rows.get("gate"), rows["up"], rows["down"], transposed=True)
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions;
+    ``split`` is there for a split file, or ``split_experts`` where it is one of experts."""
+
+    gguf: ModelSource
+    spec: ArchitectureSpec
+    hyper: Hyperparameters
+    embedding: Weight
+    head: Weight
+    positions: Weight | None
+    output_norm: Norm
+    rope_factors: Vector | None
+    layers: Sequence[LayerWeights] = field(repr=False)
+    split: SplitFile | None = None
+    split_experts: SplitExperts | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file the model was read from."""
+        return self.gguf.path
+
+    @property
+    def name(self) -> str:
+        """The model's name for people: ``general.name``, else the file's name."""
+        return str(self.gguf.get("general.name", str, self.path.stem)) or self.path.stem
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the weights: of the source model, also for a split file."""
+        if self.split_experts is not None:
+            return self.split_experts.header.source_fingerprint
+        return self.split.source_fingerprint if self.split else model_fingerprint(self.gguf)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the file is a model of the original PowerInfer."""
+        return is_original(self.gguf)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether neurons or experts are sorted already: by convert, or by the original PowerInfer."""
+        return self.split is not None or self.split_experts is not None
+
+    @property
+    def devices(self) -> SplitDevices:
+        """Where the plan of a split file has what is no neuron and no expert."""
+        if self.split is not None:
+            return self.split.devices
+        if self.split_experts is not None:
+            return self.split_experts.devices
+        return all_on_cpu(self.hyper.layers)
+
+    @property
+    def is_source(self) -> bool:
+        """Whether profile, train, plan and convert can start from it: all but the split files of convert."""
+        return not self.is_split or self.is_original
+
+    @property
+    def exact_zeros(self) -> bool:
+        """Whether the activation makes exact zeros, so that skipping neurons changes nothing."""
+        return self.hyper.activation in RELU_FAMILY
+
+    def require_one_ffn(self, error: type[Exception], stage: str) -> None:
+        """Raise ``error`` for a model with experts, which ``stage`` does not take."""
+        if self.hyper.routing is not None:
+            raise error(
+                f"{self.path}: {stage} does not take mixtures of experts, of which a token computes "
+                f"{self.hyper.routing.used} of {self.hyper.routing.experts} without it; profile, plan, "
+                "convert and run place those"
+            )
+
+    def close(self) -> None:
+        """Unmap the file. Views that are still held keep their pages."""
+        self.gguf.close()
+
+
+def load_model(path: str | Path) -> Model:
+    """Open and check the model in ``path``: a GGUF file, a split file made by convert, or a model of the
+    original PowerInfer.
+
+    Raises FormatError for a file that is not well-formed and ModelError for one that cannot be run.
+    """
+    gguf = open_source(path)
+    try:
+        return _build(gguf)
+    except BaseException:
+        gguf.close()
+        raise
+
+
+def _build(gguf: ModelSource) -> Model:
+    _refuse_shards(gguf)
+    spec = architecture(gguf.get("general.architecture", str), str(gguf.path))
+    tensors = Tensors(gguf)
+    embedding_shape = tensors.shape("token_embd.weight")
+    if len(embedding_shape) != 2:
+        raise ModelError(
+            f"{gguf.path}: token_embd.weight has shape {embedding_shape}, not (vocabulary, width)"
+        )
+    learnt = spec.position_offset is not None
+    positions = tensors.shape("position_embd.weight")[0] if learnt else 0
+    hyper = read_hyperparameters(gguf, spec, embedding_shape[0], positions)
+    embedding = tensors.matrix("token_embd.weight", hyper.vocabulary, hyper.width)
+    head = embedding
+    if tensors.has("output.weight"):
+        head = tensors.matrix("output.weight", hyper.vocabulary, hyper.width)
+    split, split_experts = _split(gguf, spec, hyper), _split_experts(gguf, hyper)
+    return Model(
+        gguf=gguf,
+        spec=spec,
+        hyper=hyper,
+        embedding=embedding,
+        head=head,
+        positions=tensors.matrix("position_embd.weight", positions, hyper.width) if learnt else None,
+        output_norm=tensors.norm(spec, "output_norm", hyper.width),
+        rope_factors=tensors.optional("rope_freqs.weight", hyper.rope_dim // 2),
+        layers=tuple(_layer(tensors, spec, hyper, split, split_experts, i) for i in range(hyper.layers)),
+        split=split,
+        split_experts=split_experts,
+    )
+
+
+def _refuse_shards(gguf: ModelSource) -> None:
+    count = gguf.get("split.count", int, 1)
+    if count > 1:
+        raise ModelError(
+            f"{gguf.path}: this is one of {count} shards of a model, which are not read singly; "
+            "join them first (llama-gguf-split --merge)"
+        )
+
+
+def _split_experts(gguf: ModelSource, hyper: Hyperparameters) -> SplitExperts | None:
+    routing = hyper.routing
+    if routing is None or not is_split(gguf):
+        return None
+    sizes = ExpertSizes(
+        hyper.layers, routing.experts, hyper.neurons, hyper.width, shared=routing.shared_neurons > 0
+    )
+    return SplitExperts.read(gguf, sizes)
+
+
+def _split_view(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
+    sizes = {"layers": hyper.layers, "neurons": hyper.neurons, "width": hyper.width}
+    if hyper.routing is not None:
+        return None
+    if is_original(gguf):
+        return read_original(gguf, **sizes, activation=hyper.activation, gated=spec.gated)
+    return SplitFile.read(gguf, **sizes)
+
+
+def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
+    split = _split_view(gguf, spec, hyper)
+    if split and split.gated != spec.gated:
+        raise ModelError(
+            f"{gguf.path}: has {'' if split.gated else 'no '}gate rows, "
+            f"the architecture {spec.name} has {'some' if spec.gated else 'none'}"
+        )
+    for index, types in enumerate(split.header.types if split else ()):
+        for row_type in types:
+            if int(row_type) not in MATRIX_TYPES:
+                raise ModelError(
+                    f"{gguf.path}: FFN rows of layer {index} are of type {row_type.name}, not computable"
+                )
+    for layer in split.layers if split else ():
+        for row_type in layer.predictor.types if layer.predictor else ():
+            if int(row_type) not in MATRIX_TYPES:
+                raise ModelError(
+                    f"{gguf.path}: the predictor of layer {layer.index} is of type {row_type.name}, "
+                    "not computable"
+                )
+    return split
+
+
+def _layer(
+    tensors: Tensors,
+    spec: ArchitectureSpec,
+    hyper: Hyperparameters,
+    split: SplitFile | None,
+    split_experts: SplitExperts | None,
+    index: int,
+) -> LayerWeights:
+    prefix = f"blk.{index}"
+    ffn_bias = tensors.absent if spec.gated else tensors.optional
+    up_bias = ffn_bias(f"{prefix}.ffn_up.bias", hyper.neurons)
+    return LayerWeights(
+        attention=_attention(tensors, spec, hyper, prefix),
+        ffn_norm=tensors.norm(spec, f"{prefix}.{spec.ffn_norm}", hyper.width),
+        ffn=split.layer(index) if split else read_ffn(tensors, spec, hyper, index, split_experts),
+        ffn_bias=split.layer(index).bias if split else up_bias,
+        ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
+        ffn_post_norm=tensors.optional_norm(
+            spec, f"{prefix}.post_ffw_norm", hyper.width, wanted=spec.post_norms
+        ),
+    )
+
+
+def _attention(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+) -> AttentionWeights:
+    queries, width = hyper.query_width, hyper.width
+    projections = _fused_projections if spec.fused_qkv else _projections
+    (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, hyper, prefix)
+    norms = [name for name in spec.attention_norms if tensors.has(f"{prefix}.{name}.weight")]
+    return AttentionWeights(
+        norm=tensors.norm(spec, f"{prefix}.{(*norms, 'attn_norm')[0]}", width),
+        query=query,
+        key=key,
+        value=value,
+        output=tensors.matrix(f"{prefix}.attn_output.weight", width, queries),
+        query_bias=query_bias,
+        key_bias=key_bias,
+        value_bias=value_bias,
+        output_bias=tensors.optional(f"{prefix}.attn_output.bias", width),
+        query_norm=tensors.optional_norm(spec, f"{prefix}.attn_q_norm", hyper.head_dim, wanted=spec.qk_norm),
+        key_norm=tensors.optional_norm(spec, f"{prefix}.attn_k_norm", hyper.head_dim, wanted=spec.qk_norm),
+        post_norm=tensors.optional_norm(spec, f"{prefix}.post_attention_norm", width, wanted=spec.post_norms),
+    )
+
+
+#: Matrices and biases of queries, keys and values.
+_Projections = tuple[tuple[Weight, Weight, Weight], tuple[Vector | None, Vector | None, Vector | None]]
+
+
+def _projections(tensors: Tensors, hyper: Hyperparameters, prefix: str) -> _Projections:
+    queries, keys, width = hyper.query_width, hyper.kv_width, hyper.width
+    weights = (
+        tensors.matrix(f"{prefix}.attn_q.weight", queries, width),
+        tensors.matrix(f"{prefix}.attn_k.weight", keys, width),
+        tensors.matrix(f"{prefix}.attn_v.weight", keys, width),
+    )
+    biases = (
+        tensors.optional(f"{prefix}.attn_q.bias", queries),
+        tensors.optional(f"{prefix}.attn_k.bias", keys),
+        tensors.optional(f"{prefix}.attn_v.bias", keys),
+    )
+    return weights, biases
+
+
+def _fused_projections(tensors: Tensors, hyper: Hyperparameters, prefix: str) -> _Projections:
+    """The same as views of one tensor."""
+    queries, keys = hyper.query_width, hyper.kv_width
+    rows = queries + 2 * keys
+    fused = tensors.matrix(f"{prefix}.attn_qkv.weight", rows, hyper.width)
+    bias = tensors.optional(f"{prefix}.attn_qkv.bias", rows)
+    weights = (
+        fused.part("queries", 0, queries),
+        fused.part("keys", queries, keys),
+        fused.part("values", queries + keys, keys),
+    )
+    if bias is None:
+        return weights, (None, None, None)
+    return weights, (bias[:queries], bias[queries : queries + keys], bias[queries + keys :])
+
+
+def _whole(layer: SplitLayer, kind: str) -> Weight:
+    rows = layer.rows(kind, 0, layer.neurons)
+    name = f"blk.{layer.index}.ffn_{kind}"
+    return Weight(name, RowType(layer.type_of(kind)), layer.neurons, layer.width, rows.reshape(-1))

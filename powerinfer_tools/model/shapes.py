@@ -1,0 +1,311 @@
+"""Sizes of a model, as far as placing it needs them: matrices by row type, layers, heads, vocabulary.
+
+A shape comes from a loaded model or from a name in :mod:`powerinfer_tools.model.published`; nothing else
+in the planner knows where it came from. Sizes are in values unless a name says bytes.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType, row_bytes
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model.architectures import RELU_FAMILY
+
+if TYPE_CHECKING:
+    from powerinfer_tools.model.ffn_matrices import DenseFFN
+    from powerinfer_tools.model.loading import Model
+    from powerinfer_tools.model.tensors import Weight
+
+#: Rows of one interleaved tile of the CPU kernels; packed matrices are padded to it.
+TILE_ROWS = 16
+#: Row types without blocks.
+FLOAT_TYPES = frozenset({TensorType.F32, TensorType.F16, TensorType.BF16})
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """A matrix of ``rows`` × ``columns`` stored as rows of ``row_type``."""
+
+    row_type: TensorType
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, bytes."""
+        return self.rows * row_bytes(self.row_type, self.columns)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Size as interleaved tiles in memory, bytes: rows are padded to whole tiles."""
+        return round_up(self.rows, TILE_ROWS) * row_bytes(self.row_type, self.columns)
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """The experts of one layer: ``count`` of the same shape, of which a token takes ``used``. ``router``: the
+    matrices that choose and weigh them, read for every token. ``shared``: gate, up and down of the expert
+    that every token takes; empty without one."""
+
+    count: int
+    used: int
+    router: tuple[MatrixShape, ...]
+    shared: tuple[MatrixShape, ...] = ()
+
+    @property
+    def shared_neurons(self) -> int:
+        """Neurons of the shared expert; 0 without one."""
+        return self.shared[0].rows if self.shared else 0
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer. ``gate`` is None for an FFN of two matrices; ``vector_bytes`` counts norms and biases;
+    ``window`` is how many positions attention looks back, 0 for all of them; ``down_transposed``: the file
+    has the down projection with a row for each neuron. With ``experts``, gate, up and down are those of
+    one."""
+
+    attention: tuple[MatrixShape, ...]
+    gate: MatrixShape | None
+    up: MatrixShape
+    down: MatrixShape
+    vector_bytes: int
+    window: int = 0
+    down_transposed: bool = False
+    experts: ExpertsShape | None = None
+
+    @property
+    def ffn(self) -> tuple[MatrixShape, ...]:
+        """The matrices of the FFN, or of one expert."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+    @property
+    def matrices(self) -> tuple[MatrixShape, ...]:
+        """All matrices of the layer."""
+        if self.experts is None:
+            return (*self.attention, *self.ffn)
+        experts = self.experts
+        return (*self.attention, *experts.router, *experts.shared, *(self.ffn * experts.count))
+
+    @property
+    def neurons(self) -> int:
+        """Number of FFN neurons; with experts, those of all that a router chooses from."""
+        return self.up.rows * (self.experts.count if self.experts else 1)
+
+    @property
+    def counted(self) -> int:
+        """How many units a profile counts: neurons, or experts."""
+        return self.experts.count if self.experts else self.up.rows
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.up.columns
+
+
+@dataclass(frozen=True)
+class PublishedSparsity:
+    """What is published about a model's activations: ``density`` is the mean active share of neurons, and the
+    busiest ``hot_share`` of the neurons make ``hot_activations`` of all activations; predictors name
+    ``overshoot`` times as many neurons as are active."""
+
+    density: float
+    hot_share: float
+    hot_activations: float
+    source: str
+    overshoot: float
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one model; ``rope_dim`` is 0 without rotary positions; ``fingerprint`` is None when no file is
+    at hand; ``tied``: the head is the embedding."""
+
+    name: str
+    architecture: str
+    activation: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    trained_context: int
+    layers: tuple[LayerShape, ...]
+    embedding: MatrixShape
+    head: MatrixShape
+    rope_dim: int = 0
+    position_bytes: int = 0
+    fingerprint: str | None = None
+    sparsity: PublishedSparsity | None = None
+    tied: bool = False
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.embedding.columns
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.embedding.rows
+
+    @property
+    def exact_zeros(self) -> bool:
+        """Whether inactive neurons contribute exactly nothing, so that skipping them is exact."""
+        return self.activation in RELU_FAMILY
+
+    @property
+    def routed(self) -> bool:
+        """Whether layers have experts, which are placed as wholes."""
+        return self.layers[0].experts is not None
+
+    @property
+    def total_neurons(self) -> int:
+        """FFN neurons of all layers."""
+        return sum(layer.neurons for layer in self.layers)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all matrices, a tied head not counted twice."""
+        tables = (self.embedding,) if self.tied else (self.embedding, self.head)
+        matrices = [*tables, *(matrix for layer in self.layers for matrix in layer.matrices)]
+        return sum(matrix.rows * matrix.columns for matrix in matrices)
+
+
+@dataclass(frozen=True)
+class NeuronBytes:
+    """Bytes of one neuron of a layer in memory, the same on both sides. ``always`` is read for every token
+    even when inactive neurons are skipped (the gate row, or the up row of an FFN without gate); ``down`` the
+    down row. ``types`` names the row types, in the order gate, up, down."""
+
+    total: int
+    always: int
+    down: int
+    types: tuple[str, ...]
+
+    @property
+    def skippable(self) -> int:
+        """Bytes that are read only when the neuron is active."""
+        return self.total - self.always
+
+
+def stored_down_type(
+    source: TensorType, requested: TensorType | None = None, *, transposed: bool = False
+) -> TensorType:
+    """Row type of the transposed down projection in the split file.
+
+    Transposing breaks quantised blocks apart, so quantised sources are requantised: to Q8_0 unless another
+    type is requested. Float sources keep their type, and so do rows that are ``transposed`` already, of types
+    that convert writes.
+    """
+    if requested is not None:
+        return requested
+    kept = source in FLOAT_TYPES or (transposed and source in (TensorType.Q8_0, TensorType.Q4_0))
+    return source if kept else TensorType.Q8_0
+
+
+def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> NeuronBytes:
+    """Bytes of one neuron of ``layer``: its gate, up and (transposed) down rows. The padding of cold records
+    in the split file does not count: the engine drops it when it loads them.
+
+    With experts, which keep the source's matrices, an equal part of an expert's bytes. Raises PlanError when
+    the width does not hold whole blocks of the down projection's row type.
+    """
+    if layer.experts is not None:
+        nbytes = -(-sum(matrix.nbytes for matrix in layer.ffn) // layer.up.rows)
+        down = -(-layer.down.nbytes // layer.up.rows)
+        return NeuronBytes(nbytes, nbytes, down, tuple(matrix.row_type.name for matrix in layer.ffn))
+    down = stored_down_type(layer.down.row_type, down_type, transposed=layer.down_transposed)
+    block = BLOCK_SHAPES[down].values
+    if layer.width % block:
+        raise PlanError(
+            f"the down projection cannot be stored as {down.name}: width {layer.width} is not a "
+            f"multiple of {block}; choose another --quant"
+        )
+    types = [*(matrix.row_type for matrix in (layer.gate, layer.up) if matrix is not None), down]
+    sizes = [row_bytes(row_type, layer.width) for row_type in types]
+    return NeuronBytes(sum(sizes), sizes[0], sizes[-1], tuple(row_type.name for row_type in types))
+
+
+def shape_of_model(model: "Model") -> ModelShape:
+    """The shape of a loaded source model.
+
+    Raises PlanError for a split file: its FFN is already arranged, a plan is made from the source.
+    """
+    if not model.is_source:
+        raise PlanError(
+            f"{model.path}: this is a split file; make the plan from the source model "
+            "(run takes a smaller --vram on a split file without a new plan)"
+        )
+    hyper = model.hyper
+    return ModelShape(
+        name=model.name,
+        architecture=model.spec.name,
+        activation=hyper.activation,
+        heads=hyper.heads,
+        kv_heads=hyper.kv_heads,
+        head_dim=hyper.head_dim,
+        trained_context=hyper.trained_context,
+        layers=tuple(_layer_of_model(model, index) for index in range(hyper.layers)),
+        embedding=_matrix(model.embedding),
+        head=_matrix(model.head),
+        rope_dim=hyper.rope_dim,
+        position_bytes=0 if model.positions is None else model.positions.nbytes,
+        fingerprint=model.fingerprint,
+        tied=model.head is model.embedding,
+    )
+
+
+def _layer_of_model(model: "Model", index: int) -> LayerShape:
+    weights = model.layers[index]
+    attention, ffn, experts = weights.attention, *_ffn_of_model(model, index)
+    vectors = [
+        attention.norm,
+        attention.query_bias,
+        attention.key_bias,
+        attention.value_bias,
+        attention.output_bias,
+        attention.query_norm,
+        attention.key_norm,
+        attention.post_norm,
+        weights.ffn_norm,
+        weights.ffn_bias,
+        weights.ffn_down_bias,
+        weights.ffn_post_norm,
+    ]
+    return LayerShape(
+        attention=tuple(
+            _matrix(m) for m in (attention.query, attention.key, attention.value, attention.output)
+        ),
+        gate=None if ffn.gate is None else _matrix(ffn.gate),
+        up=_matrix(ffn.up),
+        down=_matrix(ffn.down),
+        vector_bytes=sum(vector.nbytes for vector in vectors if vector is not None),
+        window=model.hyper.window if model.hyper.local_layers[index] else 0,
+        down_transposed=ffn.transposed,
+        experts=experts,
+    )
+
+
+def _ffn_of_model(model: "Model", index: int) -> tuple["DenseFFN", ExpertsShape | None]:
+    """The FFN of a layer; of one with experts, the first of them, and how they make a layer."""
+    from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+
+    ffn, routing = model.layers[index].ffn, model.hyper.routing
+    if routing is None or not isinstance(ffn, ExpertsFFN):
+        return model.layers[index].source_ffn, None
+    router = [matrix for matrix in (ffn.router, ffn.shared_gate) if matrix is not None]
+    shared = () if ffn.shared is None else ffn.shared.matrices
+    return ffn.expert(0), ExpertsShape(
+        count=routing.experts,
+        used=routing.used,
+        router=tuple(_matrix(matrix) for matrix in router),
+        shared=tuple(_matrix(matrix) for matrix in shared),
+    )
+
+
+def _matrix(weight: "Weight") -> MatrixShape:
+    return MatrixShape(TensorType(weight.row_type), weight.rows, weight.columns)

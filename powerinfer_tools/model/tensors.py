@@ -1,0 +1,162 @@
+"""The tensors of a model's file, by name and expected shape, as typed views: matrices, vectors and norms.
+
+No weight is copied. Which tensors a model has is not known here: :mod:`powerinfer_tools.model.loading`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_formats.model_source import ModelSource
+from powerinfer_kernels import RowType
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.architectures import ArchitectureSpec, NormKind
+from powerinfer_tools.model.original import is_original
+
+Vector = npt.NDArray[np.float32]
+#: Row types of matrices that the kernels compute with.
+MATRIX_TYPES = frozenset(int(row_type) for row_type in RowType)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix of ``rows`` × ``columns`` as plain rows of blocks; ``data`` is uint8, all rows in order."""
+
+    name: str
+    row_type: RowType
+    rows: int
+    columns: int
+    data: npt.NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the rows in the file, in bytes."""
+        return self.data.nbytes
+
+    def part(self, what: str, first: int, rows: int) -> "Weight":
+        """A view of ``rows`` rows from ``first`` on; ``what`` is added to the name for people."""
+        size = self.nbytes // self.rows
+        data = self.data[first * size : (first + rows) * size]
+        return Weight(f"{self.name} ({what})", self.row_type, rows, self.columns, data)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape as one of ``rows`` × ``columns``, their rows one after the other: in one piece,
+    or in a piece for each matrix; ``pieces`` are uint8."""
+
+    name: str
+    row_type: RowType
+    rows: int
+    columns: int
+    pieces: tuple[npt.NDArray[np.uint8], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the rows in the file, in bytes."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The pieces as matrices."""
+        if len(self.pieces) == 1:
+            return (Weight(self.name, self.row_type, self.rows, self.columns, self.pieces[0]),)
+        rows = self.rows // len(self.pieces)
+        return tuple(
+            Weight(f"{self.name} (expert {index})", self.row_type, rows, self.columns, piece)
+            for index, piece in enumerate(self.pieces)
+        )
+
+    def matrix(self, what: str, index: int, count: int) -> Weight:
+        """A view of the matrix ``index`` of ``count``; ``what`` is added to the name for people."""
+        rows = self.rows // count
+        if len(self.pieces) == 1:
+            return self.weights[0].part(what, index * rows, rows)
+        return Weight(f"{self.name} ({what})", self.row_type, rows, self.columns, self.pieces[index])
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation by root mean square ("rms"), or by mean and deviation ("layer"), which may have a
+    bias."""
+
+    kind: NormKind
+    weight: Vector
+    bias: Vector | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class Tensors:
+    """Typed access to the tensors of a file, by expected shape."""
+
+    def __init__(self, gguf: ModelSource) -> None:
+        self.gguf = gguf
+
+    @property
+    def down_name(self) -> str:
+        """What the files of this kind call the down matrix of a layer."""
+        return "ffn_down_t" if is_original(self.gguf) else "ffn_down"
+
+    def has(self, name: str) -> bool:
+        """Whether the file has a tensor of that name."""
+        return name in self.gguf.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, rows first. Raises ModelError where it is missing."""
+        if not self.has(name):
+            raise ModelError(f"{self.gguf.path}: tensor {name} is missing; this file holds no language model")
+        return tuple(self.gguf.tensors[name].shape)
+
+    def matrix(self, name: str, rows: int, columns: int) -> Weight:
+        """A matrix of a type that the kernels compute with. Raises FormatError for another shape or type."""
+        data = self.gguf.tensor(name, shape=(rows, columns), types=MATRIX_TYPES)
+        row_type = RowType(self.gguf.tensors[name].row_type)
+        return Weight(name, row_type, rows, columns, np.frombuffer(data, dtype=np.uint8))
+
+    def stack(self, name: str, count: int, rows: int, columns: int) -> Stack:
+        """``count`` matrices as one, their rows one after the other."""
+        pieces = self.gguf.pieces(name, shape=(count, rows, columns), types=MATRIX_TYPES)
+        row_type = RowType(self.gguf.tensors[name].row_type)
+        views = tuple(np.frombuffer(piece, dtype=np.uint8) for piece in pieces)
+        return Stack(name, row_type, count * rows, columns, views)
+
+    def row(self, name: str, columns: int) -> Weight:
+        """A vector as a matrix of one row."""
+        return Weight(name, RowType.F32, 1, columns, self.vector(name, columns).view(np.uint8))
+
+    def vector(self, name: str, size: int) -> Vector:
+        """``size`` values, float32. Raises ModelError where one is not finite."""
+        data = self.gguf.tensor(name, shape=(size,), types=frozenset({int(RowType.F32)}))
+        values = np.frombuffer(data, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ModelError(f"{self.gguf.path}: tensor {name} holds values that are not finite")
+        return values
+
+    def optional(self, name: str, size: int) -> Vector | None:
+        """The vector, or None where the file has none."""
+        return self.vector(name, size) if self.has(name) else None
+
+    def absent(self, name: str, size: int) -> Vector | None:
+        """What the family does not have: a file that carries it is of another family."""
+        if self.has(name):
+            raise ModelError(
+                f"{self.gguf.path}: unexpected tensor {name} of {size} values for this architecture"
+            )
+        return None
+
+    def norm(self, spec: ArchitectureSpec, name: str, size: int) -> Norm:
+        """A norm of the architecture's kind over ``size`` values."""
+        bias = self.absent if spec.norm == "rms" else self.optional
+        return Norm(spec.norm, self.vector(f"{name}.weight", size), bias(f"{name}.bias", size))
+
+    def optional_norm(self, spec: ArchitectureSpec, name: str, size: int, *, wanted: bool) -> Norm | None:
+        """A norm that only some architectures have: it must be there exactly where it is ``wanted``."""
+        if wanted:
+            return self.norm(spec, name, size)
+        self.absent(f"{name}.weight", size)
+        return None

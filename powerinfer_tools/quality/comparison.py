@@ -1,0 +1,155 @@
+"""The modes of one file side by side: how far each is from computing every neuron, on the same text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.modes import layer_modes
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.loading import Model
+from powerinfer_tools.progress import Progress
+from powerinfer_tools.quality.perplexity import divergence, perplexity
+
+BASELINE = "dense"
+#: All modes, exact ones first.
+ALL_MODES = ("dense", "gate-first", "predicted", "thresholded")
+_NO_RECALL = {
+    "dense": "every neuron is computed",
+    "gate-first": "the gate itself says which neurons are active",
+    "thresholded": "no predictor: what is compared is exact",
+}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One mode over the scored tokens of a text; figures are None where the file does not allow the mode,
+    and ``note`` says why (or why there is no recall).
+
+    ``kl`` is the mean of KL(dense ‖ mode) in nats a token, ``top1_agreement`` the share of tokens for which
+    both have the same first choice, ``density`` the mean share of neurons computed, ``recall`` the share of
+    active neurons that predictors found, ``identical`` whether all logits are the bits of dense.
+    ``perplexity_ratio`` is over dense, its error that of the mean of paired differences.
+    """
+
+    mode: str
+    available: bool
+    note: str | None = None
+    perplexity: float | None = None
+    perplexity_error: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_error: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    max_kl: float | None = None
+    top1_agreement: float | None = None
+    top1_error: float | None = None
+    density: float | None = None
+    recall: float | None = None
+    identical: bool | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row for each mode asked for. The baseline is dense of the same file."""
+
+    rows: tuple[Fidelity, ...]
+    positions: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"baseline": BASELINE, "tokens": self.positions, "rows": [vars(row) for row in self.rows]}
+
+
+def refusal(model: Model, mode: str) -> str | None:
+    """Why ``model`` does not run in ``mode``, and what to do; None where it does."""
+    try:
+        layer_modes(model, mode)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def compare_modes(
+    open_engine: Callable[..., Engine],
+    model: Model,
+    modes: Sequence[str],
+    pieces: Sequence[list[int]],
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run ``pieces`` of text in every one of ``modes``, dense beside it.
+
+    ``open_engine(mode=…, check_recall=…)`` makes an engine on ``model``. Raises ModelError where the only
+    modes asked for beside dense are not to be had.
+    """
+    reasons = {mode: refusal(model, mode) for mode in modes}
+    others = [mode for mode in modes if mode != BASELINE]
+    if others and all(reasons[mode] for mode in others) and len(others) == len(modes):
+        raise ModelError("; ".join(str(reasons[mode]) for mode in others))
+    base = open_engine(mode=BASELINE, check_recall=False)
+    try:
+        rows = []
+        for mode in modes:
+            if reasons[mode]:
+                rows.append(Fidelity(mode, available=False, note=reasons[mode]))
+            elif mode == BASELINE:
+                rows.append(_baseline(base, pieces, progress))
+            else:
+                rows.append(_against(open_engine, base, mode, pieces, progress))
+    finally:
+        base.close()
+    return Comparison(tuple(rows), sum(len(piece) - 1 - len(piece) // 2 for piece in pieces))
+
+
+def _baseline(base: Engine, pieces: Sequence[list[int]], progress: Progress | None) -> Fidelity:
+    """The row of dense: by definition it does not differ from itself."""
+    found = perplexity(base, pieces, progress)
+    return Fidelity(
+        mode=BASELINE,
+        available=True,
+        note=_NO_RECALL[BASELINE],
+        perplexity=found.perplexity,
+        perplexity_error=found.standard_error,
+        perplexity_ratio=1.0,
+        perplexity_ratio_error=0.0,
+        kl=0.0,
+        kl_error=0.0,
+        max_kl=0.0,
+        top1_agreement=1.0,
+        top1_error=0.0,
+        density=base.report().density,
+        identical=True,
+    )
+
+
+def _against(
+    open_engine: Callable[..., Engine],
+    base: Engine,
+    mode: str,
+    pieces: Sequence[list[int]],
+    progress: Progress | None,
+) -> Fidelity:
+    """The row of a mode other than dense."""
+    engine = open_engine(mode=mode, check_recall=mode == "predicted")
+    try:
+        found = divergence(engine, base, pieces, progress)
+        report = engine.report()
+    finally:
+        engine.close()
+    return Fidelity(
+        mode=mode,
+        available=True,
+        perplexity=found.perplexity,
+        perplexity_error=found.perplexity_error,
+        perplexity_ratio=found.ratio,
+        perplexity_ratio_error=found.ratio_error,
+        kl=found.mean_kl,
+        kl_error=found.kl_error,
+        max_kl=found.max_kl,
+        top1_agreement=found.same_top,
+        top1_error=found.same_top_error,
+        density=report.density,
+        recall=report.recall,
+        note=_NO_RECALL.get(mode),
+        identical=found.identical,
+    )

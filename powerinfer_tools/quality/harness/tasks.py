@@ -1,0 +1,107 @@
+"""Runs tasks of ``lm-eval`` on an engine and gathers their scores."""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import EvaluationError
+from powerinfer_tools.progress import Progress, Silent
+from powerinfer_tools.text import Tokenizer
+
+#: Resamplings for the standard errors of metrics that are no means.
+_BOOTSTRAPS = 1000
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task: accuracy (``acc``), accuracy by log-likelihood per byte (``acc_norm``), …
+    ``standard_error`` is None where lm-eval gives none; ``samples`` are the questions asked."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    samples: int
+
+
+def run_tasks(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    folder: Path | None,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[TaskScore, ...]:
+    """Scores of the tasks ``names``: those that the task files (YAML) in ``folder`` define, and nothing is
+    fetched; without a folder lm-eval's own, which fetch their data. ``limit``: only the first questions.
+
+    Task files may hold code, which lm-eval runs. Raises EvaluationError where lm-eval is not installed, knows
+    no such task, or cannot run it.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            raise EvaluationError(f"{folder}: no such folder of task files")
+        # Read when these packages are imported: they would ask the network about local files, too.
+        os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        from powerinfer_tools.quality.harness.adapter import PowerInferLM
+    except ImportError as error:
+        raise EvaluationError(
+            f"tasks need lm-eval, which is not installed ({error}); pip install 'powerinfer[lm-eval]'"
+        ) from None
+    with _off_standard_output():
+        manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+        _check_names(names, manager.all_tasks, folder)
+        try:
+            found = simple_evaluate(
+                model=PowerInferLM(engine, tokenizer, progress or Silent()),
+                tasks=list(names),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=_BOOTSTRAPS,
+                log_samples=False,
+                verbosity="ERROR",
+            )
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            raise EvaluationError(f"lm-eval cannot run {', '.join(names)}: {error}") from error
+    return tuple(_scores(found))
+
+
+def _check_names(names: Sequence[str], known: Sequence[str], folder: Path | None) -> None:
+    for name in names:
+        if name not in known:
+            where = (
+                f"{folder} defines {', '.join(known) or 'none'}" if folder else "lm-eval ls tasks lists them"
+            )
+            raise EvaluationError(f"there is no task {name!r}; {where}")
+
+
+def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
+    """Metrics stand as "acc,none" (metric and filter) beside "acc_stderr,none"."""
+    for task, values in found["results"].items():
+        samples = int(found["n-samples"][task]["effective"]) if task in found["n-samples"] else 0
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, float | int):
+                continue
+            error = values.get(f"{metric}_stderr,{filtered}")
+            known = isinstance(error, float | int) and math.isfinite(error)
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            yield TaskScore(task, name, float(value), float(error) if known else None, samples)
+
+
+@contextlib.contextmanager
+def _off_standard_output() -> Iterator[None]:
+    """What lm-eval prints goes to standard error: standard output is for the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

@@ -1,0 +1,1 @@
+"""convert: a plan's placement becomes a split file."""

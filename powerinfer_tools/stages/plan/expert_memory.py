@@ -1,0 +1,96 @@
+"""Bytes of experts and of what routing them takes, on both sides.
+
+An expert is a whole matrix of each kind, with the bits of the source: packed as tiles in RAM, plain rows in
+VRAM. The numbers are the engine's own; tests compare them.
+"""
+
+from dataclasses import dataclass
+
+from powerinfer_tools.model.shapes import (
+    FLOAT_TYPES,
+    ExpertsShape,
+    LayerShape,
+    MatrixShape,
+    ModelShape,
+)
+
+_F32 = 4
+_BLOCK = 32
+#: Rows of one matrix that the accelerator unpacks at a time.
+CHUNK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class SideBytes:
+    """What the same weights take on either side, bytes."""
+
+    vram: int
+    ram: int
+
+
+def side_bytes(matrices: tuple[MatrixShape, ...]) -> SideBytes:
+    """Of whole matrices."""
+    return SideBytes(sum(m.nbytes for m in matrices), sum(m.packed_nbytes for m in matrices))
+
+
+def expert_bytes(layer: LayerShape) -> SideBytes:
+    """Of one expert that a router chooses."""
+    return side_bytes(layer.ffn)
+
+
+def shared_bytes(layer: LayerShape) -> SideBytes:
+    """Of the shared expert; nothing where there is none."""
+    return side_bytes(experts_of(layer).shared)
+
+
+def router_bytes(layer: LayerShape) -> SideBytes:
+    """Of the router and the shared expert's weight, which are where the layer's attention is; nothing without
+    experts."""
+    return SideBytes(0, 0) if layer.experts is None else side_bytes(layer.experts.router)
+
+
+def unit_bytes(layer: LayerShape) -> int:
+    """VRAM of the smallest unit of a layer that can be placed."""
+    sizes = [expert_bytes(layer).vram, shared_bytes(layer).vram]
+    return min(size for size in sizes if size)
+
+
+def experts_of(layer: LayerShape) -> ExpertsShape:
+    """The experts of a layer that has some."""
+    assert layer.experts is not None
+    return layer.experts
+
+
+def widest_neurons(layer: LayerShape) -> int:
+    """Most neurons that are computed at a time."""
+    return max(layer.up.rows, layer.experts.shared_neurons if layer.experts else 0)
+
+
+def routing_scratch_bytes(shape: ModelShape, batch: int) -> int:
+    """RAM that routing needs beside a model without experts: scores, the input and the output of one expert,
+    and quantised copies of inputs and hidden values; 0 without experts."""
+    experts = shape.layers[0].experts
+    if experts is None:
+        return 0
+    floats = experts.count + 1 + 2 * shape.width
+    columns = [shape.width, shape.layers[0].up.rows, experts.shared_neurons]
+    return batch * (_F32 * floats + sum(_quantised_bytes(size) for size in columns))
+
+
+def hot_scratch_bytes(shape: ModelShape, batch: int) -> int:
+    """Scratch of the hot side: input and output of a layer, input of one expert and its two products (one of
+    them at least of all experts of a token), which tokens take it with what weight, a chunk of rows unpacked
+    to float32, with twice as much for the steps of unpacking, and its products. Where some rows take the
+    input rounded and others do not, there are two of each input."""
+    experts = experts_of(shape.layers[0])
+    neurons = max(widest_neurons(layer) for layer in shape.layers)
+    longest, most = max(shape.width, neurons), min(CHUNK_ROWS, max(shape.width, neurons))
+    products = [m for one in shape.layers for m in (*one.ffn[:-1], *experts_of(one).shared[:-1])]
+    inputs = len({m.row_type in FLOAT_TYPES for m in products})
+    taken = experts.used + 1
+    token = (2 * inputs + 1) * shape.width + neurons + 2 * taken + most
+    return _F32 * (batch * token + max(batch, taken) * neurons + 3 * most * longest)
+
+
+def _quantised_bytes(columns: int) -> int:
+    return columns + 2 * _F32 * (columns // _BLOCK) if columns % _BLOCK == 0 else 0

@@ -1,0 +1,81 @@
+"""Activation frequencies of a model, from its profile, from published figures, or unknown."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_formats.profile import ROUTING
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model.predictor_shapes import Predictors
+from powerinfer_tools.model.published import assumed_predictors
+from powerinfer_tools.model.shapes import ModelShape
+from powerinfer_tools.stages.plan.sparsity import published_frequencies
+from powerinfer_tools.stages.plan.thresholded_shapes import Thresholds
+
+if TYPE_CHECKING:
+    from powerinfer_formats.profile import Profile
+
+#: Source of frequencies that nothing is known about.
+UNKNOWN = "unknown: no profile"
+#: What is assumed of experts then. How even routing is depends on model and text; no published figure for
+#: these models was found that says it layer by layer.
+EVEN = "assumed: every expert equally often, as routers are trained to (a profile says how often)"
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """``layers``: the share of tokens for which each neuron was active, or that took each expert, [neurons]
+    or [experts] descending, or None when nothing is known; ``predictors`` and ``thresholds`` of the layers
+    that may be computed with them, none where it is empty. ``source`` says where the shares come from."""
+
+    layers: tuple[Vector, ...] | None
+    source: str
+    predictors: Predictors = ()
+    thresholds: Thresholds = ()
+
+
+def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequencies:
+    """Frequencies of ``shape`` from its profile; without one, from published figures where there are any,
+    with predictors of the published size.
+
+    Raises PlanError for a profile of another model.
+    """
+    if profile is not None:
+        _check_profile(shape, profile)
+        layers = tuple(_sorted_frequencies(profile, index) for index in range(len(shape.layers)))
+        return Frequencies(layers, f"profile of {profile.tokens:,} tokens")
+    if shape.sparsity is not None:
+        curve = published_frequencies(shape.layers[0].neurons, shape.sparsity)
+        return Frequencies((curve,) * len(shape.layers), shape.sparsity.source, assumed_predictors(shape))
+    return Frequencies(None, EVEN if shape.routed else UNKNOWN)
+
+
+def _sorted_frequencies(profile: "Profile", index: int) -> Vector:
+    frequency = np.asarray(profile.frequency(index), dtype=np.float64)
+    return np.ascontiguousarray(frequency[profile.order(index)])
+
+
+def _check_profile(shape: ModelShape, profile: "Profile") -> None:
+    if shape.fingerprint is not None and profile.fingerprint != shape.fingerprint:
+        raise PlanError(
+            f"the profile was made for {profile.model_name} ({profile.fingerprint[:12]}…), not for "
+            f"{shape.name} ({shape.fingerprint[:12]}…); make one with powerinfer profile"
+        )
+    if shape.routed != (profile.activation == ROUTING):
+        counted, wanted = ("neurons", "experts") if shape.routed else ("experts", "neurons")
+        raise PlanError(
+            f"the profile of {profile.model_name} counts {counted}, {shape.name} has {wanted}; make one with "
+            "powerinfer profile"
+        )
+    counts = [len(profile.frequency(index)) for index in range(profile.layers)]
+    if counts != [layer.counted for layer in shape.layers]:
+        units = "experts" if shape.routed else "neurons"
+        raise PlanError(
+            f"the profile of {profile.model_name} has {len(counts)} layers of up to {max(counts)} "
+            f"{units}; {shape.name} has {len(shape.layers)} of {shape.layers[0].counted}"
+        )
+    if profile.tokens < 1:
+        raise PlanError(f"the profile of {profile.model_name} counts no tokens")

@@ -1,0 +1,155 @@
+"""From tables of levels to a placement: solve the problem for every home of the residual stream, keep the
+best."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model.predictor_shapes import PredictorShape
+from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
+from powerinfer_tools.stages.plan.experts import expert_levels
+from powerinfer_tools.stages.plan.greedy import fastest_alike, greedy_choices
+from powerinfer_tools.stages.plan.hull import relax
+from powerinfer_tools.stages.plan.levels import (
+    Home,
+    Inputs,
+    LevelOptions,
+    LevelTable,
+    head_levels,
+    layer_levels,
+)
+from powerinfer_tools.stages.plan.milp import Solution, SolverOptions, solve
+from powerinfer_tools.stages.plan.problem import Problem, Unit
+
+Vector = npt.NDArray[np.float64]
+Objective = Literal["time", "frequency"]
+
+
+@dataclass(frozen=True)
+class Capacities:
+    """Bytes left for the units that the solver places, after what is fixed. ``attention_scratch``: VRAM that
+    is taken once as soon as there is an attention block."""
+
+    vram: int
+    ram: int
+    attention_scratch: int = 0
+
+    @property
+    def beside_attention(self) -> "Capacities":
+        """What is left where attention may be placed."""
+        return replace(self, vram=max(0, self.vram - self.attention_scratch))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A solved placement. ``tables`` and ``solution.choice`` hold the layers in order, then the head.
+    ``greedy`` is the value of each simple placement, None where it breaks a budget."""
+
+    tables: tuple[LevelTable, ...]
+    solution: Solution
+    greedy: dict[str, float | None]
+    home: Home
+
+    @property
+    def seconds(self) -> float:
+        """Time of one token."""
+        return sum(float(t.seconds[k]) for t, k in zip(self.tables, self.solution.choice, strict=True))
+
+    @property
+    def uses_predictors(self) -> bool:
+        """Whether some layer is computed in mode predicted."""
+        return any(t.predictor_bytes[k] > 0 for t, k in zip(self.tables, self.solution.choice, strict=True))
+
+
+def best_placement(
+    inputs: Inputs,
+    capacities: Capacities,
+    options: LevelOptions,
+    objective: Objective,
+    solver: SolverOptions,
+) -> Placement:
+    """The placement of least value over both homes of the residual stream (the accelerator can only be home
+    when attention may be placed there), and without any attention there, which saves its scratch.
+
+    Raises PlanError with the numbers when the RAM does not hold what the VRAM cannot take.
+    """
+    engine = options.engine
+    without = replace(options, engine=replace(engine, placeable=engine.placeable - {"attention"}))
+    tries = [(without, capacities)]
+    if "attention" in engine.placeable and inputs.machine.gpu is not None:
+        homes: tuple[Home, ...] = ("cpu", "gpu")
+        tries += [(replace(options, home=home), capacities.beside_attention) for home in homes]
+    found, refusals = [], []
+    for tried, left in tries:
+        try:
+            found.append(_placement(inputs, left, tried, objective, solver))
+        except PlanError as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[-1]
+    return min(found, key=lambda placement: placement.solution.value)
+
+
+def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...]:
+    """Tables of all layers, then of the head. Equal layers share one table's arrays."""
+    known: dict[tuple[LayerShape, NeuronBytes, bytes, PredictorShape | None], LevelTable] = {}
+    tables = []
+    for index, layer in enumerate(inputs.shape.layers):
+        frequencies = None if inputs.frequencies is None else inputs.frequencies[index]
+        predictor = inputs.predictors[index] if inputs.predictors else None
+        counted = b"" if frequencies is None else frequencies.tobytes()
+        key = (layer, inputs.sizes[index], counted, predictor)
+        if key not in known:
+            made = layer_levels if layer.experts is None else expert_levels
+            known[key] = made(index, inputs, options)
+        tables.append(replace(known[key], unit=f"layer {index}"))
+    return (*tables, head_levels(inputs.shape, inputs.machine, inputs.workload.batch, options))
+
+
+def as_problem(tables: Sequence[LevelTable], capacities: Capacities, objective: Objective) -> Problem:
+    """The tables as a problem: values are seconds, or active neurons that are left to the CPU."""
+    units = []
+    for table in tables:
+        value = table.seconds if objective == "time" else table.total_activations - table.activations
+        units.append(Unit(table.unit, value, table.vram, table.ram))
+    return Problem(tuple(units), capacities.vram, capacities.ram)
+
+
+def _placement(
+    inputs: Inputs, capacities: Capacities, options: LevelOptions, objective: Objective, solver: SolverOptions
+) -> Placement:
+    tables = level_tables(inputs, options)
+    problem = as_problem(tables, capacities, objective)
+    choices = greedy_choices(tables, problem)
+    greedy = {
+        name: problem.value(choice) if problem.fits(choice) else None for name, choice in choices.items()
+    }
+    starts = [choice for choice in choices.values() if problem.fits(choice)]
+    if not starts:
+        starts = [_least_ram(problem)]
+    solution = solve(problem, min(starts, key=problem.value), solver)
+    if objective == "frequency":
+        # Which neurons are hot is settled; how they are computed is still a matter of time.
+        quick = fastest_alike(tables, solution.choice)
+        solution = replace(solution, choice=quick if problem.fits(quick) else solution.choice)
+    return Placement(tables, solution, greedy, options.home)
+
+
+def _least_ram(problem: Problem) -> tuple[int, ...]:
+    """The placement that leaves least in RAM; PlanError with the numbers when that is still too much."""
+    units = tuple(replace(unit, value=unit.ram.astype(np.float64)) for unit in problem.units)
+    relaxed = relax(replace(problem, units=units))
+    if relaxed is None:
+        raise PlanError(f"the VRAM budget leaves {problem.vram_capacity} bytes, too little for any placement")
+    vram, ram = problem.bytes_used(relaxed.choice)
+    if ram > problem.ram_capacity:
+        raise PlanError(
+            f"the model does not fit: with {vram:,} bytes in VRAM it needs {ram:,} bytes of RAM for layers "
+            f"and head, and the budget leaves {problem.ram_capacity:,}; give more --ram or --vram, or a "
+            "smaller --ctx"
+        )
+    return relaxed.choice

@@ -1,0 +1,129 @@
+"""From an outcome to the plan file."""
+
+from typing import Literal
+
+from powerinfer_formats import plan as file
+from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.plan_experts import PlanExperts
+from powerinfer_formats.profile import Profile
+from powerinfer_tools import __version__
+from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
+from powerinfer_tools.stages.plan.experts import ffn_bytes, routed_share
+from powerinfer_tools.stages.plan.ffn_levels import MODES
+from powerinfer_tools.stages.plan.planner import Outcome
+from powerinfer_tools.stages.plan.verdict import limited_by, time_parts, verdict
+
+#: The unit of the memory count that the file tells layer by layer.
+_FFN = "ffn"
+
+
+def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None) -> file.Plan:
+    """The plan file's content."""
+    shape, options, memory = outcome.shape, outcome.options, outcome.memory
+    neurons = max(layer.neurons for layer in shape.layers)
+    return file.Plan(
+        tool_version=__version__,
+        model=file.PlanModel(
+            name=shape.name,
+            fingerprint=shape.fingerprint,
+            architecture=shape.architecture,
+            activation=shape.activation,
+            layers=len(shape.layers),
+            neurons=neurons,
+            width=shape.width,
+            experts=_experts(outcome),
+        ),
+        hardware=file.PlanHardware(
+            name=hardware.machine.name,
+            source=hardware.machine.source,
+            cpu=hardware.cpu.name,
+            gpu=hardware.gpu.name if hardware.gpu else None,
+        ),
+        budgets=file.Budgets(
+            vram_bytes=memory.vram_capacity,
+            ram_bytes=memory.ram_capacity,
+            context=outcome.workload.context,
+            kv_type=outcome.workload.kv_type,
+            max_ppl_increase=options.max_ppl_increase,
+        ),
+        objective=options.objective,
+        group=shape.layers[0].up.rows if shape.routed else min(options.group, neurons),
+        layers=tuple(_layer(outcome, index) for index in range(len(shape.layers))),
+        units=_units(outcome),
+        memory=file.PlanMemory(memory.vram_used, memory.vram_capacity, memory.ram_used, memory.ram_capacity),
+        solver=_solver(outcome),
+        predicted=file.PlanPrediction(
+            tokens_per_second=1.0 / outcome.placement.seconds,
+            limited_by=limited_by(outcome),
+            seconds=time_parts(outcome) | {"total": outcome.placement.seconds},
+        ),
+        verdict=verdict(outcome),
+        provenance=_provenance(outcome, profile),
+    )
+
+
+def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
+    table, k = outcome.placement.tables[index], outcome.placement.solution.choice[index]
+    hot, mode, shape = int(table.hot[k]), MODES[int(table.mode[k])], outcome.shape.layers[index]
+    ffn = ffn_bytes(shape, outcome.sizes[index], table, int(k))
+    has_shared = shape.experts is not None and bool(shape.experts.shared)
+    return file.LayerPlan(
+        index=index,
+        hot_neurons=hot,
+        mode=mode,
+        attention="gpu" if table.block_hot[k] else "cpu",
+        hot_activation_share=routed_share(shape, table, int(k)),
+        vram_bytes=ffn.vram,
+        ram_bytes=ffn.ram,
+        seconds=file.LayerSeconds(
+            attention=float(table.block_seconds[k]),
+            hot=float(table.hot_seconds[k]),
+            cold=float(table.cold_seconds[k]),
+            sync=float(table.sync_seconds[k]),
+            total=float(table.seconds[k]),
+            predictor=float(table.predictor_seconds[k]),
+        ),
+        predictor=None if mode != "predicted" else "gpu" if table.predictor_hot[k] else "cpu",
+        shared_expert=None if not has_shared else "gpu" if table.shared_hot[k] else "cpu",
+    )
+
+
+def _experts(outcome: Outcome) -> PlanExperts | None:
+    experts = outcome.shape.layers[0].experts
+    if experts is None:
+        return None
+    return PlanExperts(experts.count, experts.used, experts.shared_neurons)
+
+
+def _units(outcome: Outcome) -> tuple[file.PlanUnit, ...]:
+    sides: tuple[tuple[Literal["gpu", "cpu"], dict[str, int]], ...] = (
+        ("gpu", dict(outcome.memory.vram_units)),
+        ("cpu", dict(outcome.memory.ram_units)),
+    )
+    return tuple(
+        file.PlanUnit(name, device, nbytes)
+        for device, units in sides
+        for name, nbytes in units.items()
+        if nbytes and name != _FFN
+    )
+
+
+def _solver(outcome: Outcome) -> file.PlanSolver:
+    solution = outcome.placement.solution
+    return file.PlanSolver(
+        status=solution.status,
+        objective=solution.value,
+        bound=solution.bound,
+        gap=solution.gap,
+        nodes=solution.nodes,
+        greedy={name: value for name, value in outcome.placement.greedy.items() if value is not None},
+    )
+
+
+def _provenance(outcome: Outcome, profile: Profile | None) -> file.PlanProvenance:
+    return file.PlanProvenance(
+        source=outcome.frequencies.source,
+        corpus_hashes=() if profile is None else tuple(corpus.sha256 for corpus in profile.corpus),
+        corpus_tokens=0 if profile is None else profile.tokens,
+        engine="this version" if outcome.options.engine == THIS_VERSION else "every unit placed",
+    )

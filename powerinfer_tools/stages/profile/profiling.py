@@ -1,0 +1,237 @@
+"""profile: run a corpus through a model and count what its FFN neurons contribute."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from powerinfer_formats.checkpoint import CorpusPosition, ProfileCheckpoint
+from powerinfer_formats.errors import FormatError
+from powerinfer_formats.profile import ROUTING, Corpus, Profile
+from powerinfer_tools import __version__
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import CorpusError, ProfileError
+from powerinfer_tools.interrupts import deferred_interrupts
+from powerinfer_tools.model.loading import Model, load_model
+from powerinfer_tools.progress import Progress, Silent
+from powerinfer_tools.stages.profile.corpus import CorpusFile, find_files
+from powerinfer_tools.stages.profile.tally import Tally
+from powerinfer_tools.stages.profile.tracing import TraceRecorder, unfinished_trace
+from powerinfer_tools.stages.profile.windows import Window, corpus_windows
+from powerinfer_tools.text import Tokenizer
+
+#: Seconds between checkpoints: what a kill can cost at most.
+CHECKPOINT_SECONDS = 60.0
+DEFAULT_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What to profile. ``max_tokens`` None reads all; ``restart`` forgets interrupted work.
+
+    ``trace``: sampled tokens whose FFN inputs and active neurons are written to ``trace_output``, too (0:
+    none). ``window`` tokens are read at once, each window anew; None takes 512, or less where the context is.
+    """
+
+    model: Path
+    corpus: tuple[Path, ...]
+    output: Path
+    window: int | None = None
+    max_tokens: int | None = None
+    target_density: float = 0.2
+    threads: int | None = None
+    restart: bool = False
+    trace: int = 0
+    trace_output: Path | None = None
+
+
+def checkpoint_path(output: Path) -> Path:
+    """Where interrupted work on ``output`` waits."""
+    return output.with_name(output.name.replace(".safetensors", "") + ".unfinished.safetensors")
+
+
+def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Profile:
+    """Make the profile and write it to ``options.output``.
+
+    Interrupted (KeyboardInterrupt, or killed at most :data:`CHECKPOINT_SECONDS` ago), the same call goes on
+    where it was. Raises CorpusError, ProfileError, ModelError and FormatError.
+    """
+    progress = progress or Silent()
+    files = find_files(options.corpus)
+    model = load_model(options.model)
+    try:
+        if not model.is_source:
+            raise ProfileError(
+                f"{options.model} is a split file; profile the source model that it was made from"
+            )
+        if options.trace:
+            model.require_one_ffn(ProfileError, "profile --trace")
+        if options.trace and not model.exact_zeros:
+            raise ProfileError(
+                f"{options.model}: --trace records which neurons are exactly zero, and "
+                f"{model.hyper.activation} has no exact zeros; powerinfer relufy makes a model that has, and "
+                "powerinfer threshold leaves neurons out without a trace"
+            )
+        window = _window(options.window, model)
+        profile = _Run(options, model, window, files, progress).complete()
+        profile.save(options.output)
+        checkpoint_path(options.output).unlink(missing_ok=True)
+        if options.trace_output is not None:
+            unfinished_trace(options.trace_output).unlink(missing_ok=True)
+        return profile
+    finally:
+        model.close()
+
+
+def _window(asked: int | None, model: Model) -> int:
+    longest = model.hyper.trained_context
+    if asked is None:
+        return min(DEFAULT_WINDOW, longest)
+    if not 2 <= asked <= longest:
+        raise ProfileError(f"--window {asked} is not from 2 to {longest}, the context of {model.path}")
+    return asked
+
+
+class _Run:
+    """One run of profile: the counters, and how far they are."""
+
+    def __init__(
+        self,
+        options: ProfileOptions,
+        model: Model,
+        window: int,
+        files: Sequence[CorpusFile],
+        progress: Progress,
+    ) -> None:
+        self.options, self.model, self.files, self.progress = options, model, files, progress
+        self.window = window
+        self.tokenizer = Tokenizer.from_gguf(model.gguf)
+        self.tally = Tally(model, len(files))
+        self.done = 0
+        self.trace: TraceRecorder | None = None
+
+    def complete(self) -> Profile:
+        """Count everything that is still to be counted."""
+        # Tokenising first costs a few seconds per million tokens, and gives the progress bar its end.
+        windows = list(self._limited(corpus_windows(self.files, self.tokenizer, self.window, self.progress)))
+        if self.options.trace and self.options.trace_output is not None and windows:
+            self.trace = TraceRecorder(self.model, windows, self.options.trace, self.options.trace_output)
+        self._resume()
+        if self.trace is not None and not self.done:
+            self.trace.begin()
+        pending = windows[self.done :]
+        if not pending and not self.tally.tokens:
+            raise CorpusError("the corpus holds no text; nothing was written")
+        total = self.tally.tokens + sum(len(window.tokens) for window in pending)
+        self.progress.start("profile", total, "tokens")
+        self.progress.advance(self.tally.tokens)
+        engine = Engine(
+            self.model,
+            threads=self.options.threads,
+            context=self.window,
+            batch=self.window,
+            mode="dense",
+            observed=self.tally.counters,
+        )
+        try:
+            self._count(engine, pending)
+        finally:
+            engine.close()
+            self.progress.finish()
+        if self.trace is not None:
+            hashes = tuple(file.sha256 for file in self.files)
+            self.trace.finish(self.window, hashes)
+        return self._profile()
+
+    def _count(self, engine: Engine, pending: Sequence[Window]) -> None:
+        saved = time.monotonic()
+        # A window is counted as a whole or not at all: an interrupt waits for its end.
+        with deferred_interrupts() as interrupts:
+            for window in pending:
+                watch = self.trace.watcher(self.done) if self.trace else None
+                engine.absorb(window.tokens, watch)
+                if self.trace is not None:
+                    self.trace.close_window()
+                self.tally.close_window(window.file, len(window.tokens))
+                self.done += 1
+                self.progress.advance(len(window.tokens))
+                if interrupts.pending or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._checkpoint()
+                    saved = time.monotonic()
+                if interrupts.pending:
+                    self.progress.note(
+                        f"stopped after {self.tally.tokens} tokens; the same command goes on from there"
+                    )
+                interrupts.check()
+
+    def _limited(self, windows: Iterator[Window]) -> Iterator[Window]:
+        left = self.options.max_tokens
+        for window in windows:
+            if left is None:
+                yield window
+                continue
+            if left <= 0:
+                return
+            piece = window.tokens[:left]
+            left -= len(piece)
+            yield Window(window.file, piece)
+
+    def _work(self) -> str:
+        """What was asked for, as a hash: only the same work is taken up again."""
+        asked = [
+            self.model.fingerprint,
+            [[file.name, file.sha256] for file in self.files],
+            self.window,
+            self.options.max_tokens,
+            self.options.target_density,
+            self.options.trace,
+            __version__,
+        ]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def _resume(self) -> None:
+        path = checkpoint_path(self.options.output)
+        if self.options.restart or not path.exists():
+            return
+        try:
+            checkpoint = ProfileCheckpoint.load(path)
+        except FormatError as error:
+            self.progress.note(f"interrupted work is not usable and is begun anew ({error})")
+            return
+        if checkpoint.position.work != self._work():
+            self.progress.note(f"{path.name} is of other work (model, corpus or options differ); begun anew")
+            return
+        if self.trace is not None and not self.trace.resume(checkpoint.position.windows):
+            self.progress.note("the records of the interrupted trace are not there; begun anew")
+            return
+        self.tally.restore(checkpoint.profile, [file.name for file in self.files])
+        self.done = checkpoint.position.windows
+        self.progress.note(f"going on after {self.tally.tokens} tokens")
+
+    def _checkpoint(self) -> None:
+        if self.done:
+            if self.trace is not None:
+                self.trace.sync()
+            position = CorpusPosition(self._work(), self.done)
+            ProfileCheckpoint(self._profile(), position).save(checkpoint_path(self.options.output))
+
+    def _profile(self) -> Profile:
+        return Profile(
+            fingerprint=self.model.fingerprint,
+            model_name=self.model.name,
+            architecture=self.model.spec.name,
+            activation=ROUTING if self.model.hyper.routing else self.model.hyper.activation,
+            exact_zeros=self.model.exact_zeros or self.model.hyper.routing is not None,
+            tokens=self.tally.tokens,
+            window=self.window,
+            target_density=self.options.target_density,
+            corpus=tuple(
+                Corpus(file.name, file.sha256, tokens, file.nbytes)
+                for file, tokens in zip(self.files, self.tally.file_tokens, strict=True)
+                if tokens
+            ),
+            tool_version=__version__,
+            sums=self.tally.sums(),
+        )

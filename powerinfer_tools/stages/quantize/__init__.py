@@ -1,0 +1,1 @@
+"""quantize: a model with its matrices in another row type."""

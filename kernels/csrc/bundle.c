@@ -12,9 +12,12 @@ static void pack_scales(const uint8_t *row, int32_t type, int64_t columns, int i
         for (int sub = 0; sub < 8 && pi_is_super(type); sub++) {
             const int64_t block = 8 * b + sub;
             uint8_t *first = out + at->scales[0], *second = out + at->scales[1];
-            if (type != PI_Q6_K) pi_sub_scale(p + 4, sub, first + block, second + block);
-            else if (is_sum) memcpy(first + 2 * block, p + 192 + 2 * sub, 2);
-            else first[block] = p[192 + 2 * sub], second[block] = p[193 + 2 * sub];
+            if (type != PI_Q6_K)
+                pi_sub_scale(p + 4, sub, first + block, second + block);
+            else if (is_sum)
+                memcpy(first + 2 * block, p + 192 + 2 * sub, 2);
+            else
+                first[block] = p[192 + 2 * sub], second[block] = p[193 + 2 * sub];
         }
     }
 }
@@ -72,7 +75,9 @@ void pi_pack_planar(const uint8_t *row, int32_t type, int64_t columns, int is_su
         uint8_t code[32];
         const int64_t line = b / PI_LINE_BLOCKS, left = blocks - line * PI_LINE_BLOCKS;
         pi_decode_codes(type, row + b / subs * pi_layout_of(type).bytes, (int)(b % subs), code);
-        if (is_sum) place_sum(type, code, b, &at, out);
-        else place_product(type, code, line, (int)(b % PI_LINE_BLOCKS), left < 4 ? (int)left : 4, &at, out);
+        if (is_sum)
+            place_sum(type, code, b, &at, out);
+        else
+            place_product(type, code, line, (int)(b % PI_LINE_BLOCKS), left < 4 ? (int)left : 4, &at, out);
     }
 }

@@ -30,7 +30,7 @@
 
 enum { PI_LINE_COLUMNS = 128, PI_LINE_BLOCKS = 4 };
 
-typedef struct { /* of one row, in bytes from its start */
+typedef struct {       /* of one row, in bytes from its start */
     int64_t minimum;   /* of the f16 minima (K types: dmin) */
     int64_t scales[2]; /* of the 8-bit scales, and of the minima or of the second halves' scales */
     int64_t high, codes, bytes;

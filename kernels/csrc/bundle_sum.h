@@ -60,10 +60,10 @@ PI_INLINE v16i round_to(v16f v, const rounding *r) { return v16i_from_f32_rne(v1
 /* Four vectors of 16 columns of one half of a line of two rows: the codes of a in the low words, of b in the high. */
 PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi_planar *p, int64_t line, int upper,
                           v16i out[4]) {
-#define PI_WORDS(at, upper) \
-    (upper ? v16i_high_words(v16i_load((const int32_t *)(const void *)(a + (at))),   \
-                             v16i_load((const int32_t *)(const void *)(b + (at))))   \
-           : v16i_low_words(v16i_load((const int32_t *)(const void *)(a + (at))),    \
+#define PI_WORDS(at, upper)                                                        \
+    (upper ? v16i_high_words(v16i_load((const int32_t *)(const void *)(a + (at))), \
+                             v16i_load((const int32_t *)(const void *)(b + (at)))) \
+           : v16i_low_words(v16i_load((const int32_t *)(const void *)(a + (at))),  \
                             v16i_load((const int32_t *)(const void *)(b + (at)))))
     if (type == PI_Q8_0) {
         const int64_t at = p->codes + 128 * line + 64 * upper;

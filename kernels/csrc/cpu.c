@@ -38,9 +38,7 @@ static cpu_flags read_cpu_flags(void) {
     return flags;
 }
 
-static int has(unsigned word, unsigned bits) {
-    return (word & bits) == bits;
-}
+static int has(unsigned word, unsigned bits) { return (word & bits) == bits; }
 
 static int has_avx2(cpu_flags f) {
     return has(f.xcr0, XCR0_SSE_AVX) && has(f.leaf1_ecx, bit_AVX | bit_FMA | bit_F16C) && has(f.leaf7_ebx, bit_AVX2);

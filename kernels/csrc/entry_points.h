@@ -6,9 +6,8 @@
 #include "kernels.h"
 
 void PI_FN(quantize_acts)(const float *x, int64_t columns, int8_t *q, float *d, float *s);
-void PI_FN(matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens,
-                   int64_t tile0, int64_t tile1, const float *bias, int accumulate, float *out,
-                   int64_t out_stride);
+void PI_FN(matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens, int64_t tile0,
+                   int64_t tile1, const float *bias, int accumulate, float *out, int64_t out_stride);
 void PI_FN(product_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t begin, int64_t end,
                          const float *x, const pi_acts *a, int64_t token, float *out);
 void PI_FN(product_all_rows)(const pi_rows *w, int64_t tile0, int64_t tile1, const float *x, const pi_acts *a,
@@ -18,10 +17,8 @@ void PI_FN(sum_rows)(const pi_rows *r, const int32_t *index, const float *h, int
 void PI_FN(sum_all_rows)(const pi_rows *r, const float *h, int64_t tokens, int64_t column0, int64_t column1, float *y);
 void PI_FN(dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out);
 void PI_FN(rms_norm)(const float *x, const float *weight, float eps, int64_t width, float *out);
-void PI_FN(layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t width,
-                       float *out);
-void PI_FN(rope)(float *x, const float *cos, const float *sin, int64_t heads, int64_t head_dim, int64_t half,
-                 int neox);
+void PI_FN(layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t width, float *out);
+void PI_FN(rope)(float *x, const float *cos, const float *sin, int64_t heads, int64_t head_dim, int64_t half, int neox);
 void PI_FN(add)(const float *x, int64_t count, float *out);
 void PI_FN(scale)(float factor, int64_t count, float *x);
 void PI_FN(activate)(int32_t kind, float cut, const float *gate, const float *up, int64_t count, float *out);

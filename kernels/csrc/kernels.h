@@ -11,16 +11,26 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum pi_row_type { /* numbers of the GGUF format */
-    PI_F32 = 0, PI_F16 = 1, PI_Q4_0 = 2, PI_Q4_1 = 3, PI_Q5_0 = 6, PI_Q5_1 = 7,
-    PI_Q8_0 = 8, PI_Q4_K = 12, PI_Q5_K = 13, PI_Q6_K = 14, PI_BF16 = 30,
+/* numbers of the GGUF format */
+enum pi_row_type {
+    PI_F32 = 0,
+    PI_F16 = 1,
+    PI_Q4_0 = 2,
+    PI_Q4_1 = 3,
+    PI_Q5_0 = 6,
+    PI_Q5_1 = 7,
+    PI_Q8_0 = 8,
+    PI_Q4_K = 12,
+    PI_Q5_K = 13,
+    PI_Q6_K = 14,
+    PI_BF16 = 30,
 };
 
 enum {
-    PI_TILE = 16,  /* rows of an interleaved weight tile, key positions of a cache tile, lanes of v16f */
-    PI_BLOCK = 32, /* activations that share one scale */
+    PI_TILE = 16,    /* rows of an interleaved weight tile, key positions of a cache tile, lanes of v16f */
+    PI_BLOCK = 32,   /* activations that share one scale */
     PI_QUERIES = 16, /* most queries of one call of `attend` */
-    PI_CHUNK = 512, /* neurons whose down rows are summed into one partial sum */
+    PI_CHUNK = 512,  /* neurons whose down rows are summed into one partial sum */
     /* The input of sign predictors as a code of words: Σ|q|, the step as a float, unused words up to the header's end,
      * then a plane of signs and one of each bit of |q|, a word for 32 columns; bits beyond the last column are 0. */
     PI_SIGN_HEADER = 16,
@@ -59,9 +69,9 @@ typedef struct { /* quantised activations: q [T, columns], d and s [T, columns /
     int64_t columns;
 } pi_acts;
 
-typedef struct { /* one layer's keys and values: f16, or with scales int8 in blocks of PI_BLOCK values of a head */
-    void *keys;             /* [kv_heads, ceil(capacity / 16), head_dim, 16]: the lane is the position in the tile */
-    void *values;           /* [kv_heads, capacity, head_dim], readable for 32 bytes past the end */
+typedef struct {  /* one layer's keys and values: f16, or with scales int8 in blocks of PI_BLOCK values of a head */
+    void *keys;   /* [kv_heads, ceil(capacity / 16), head_dim, 16]: the lane is the position in the tile */
+    void *values; /* [kv_heads, capacity, head_dim], readable for 32 bytes past the end */
     uint16_t *key_scales;   /* f16 [kv_heads, ceil(capacity / 16), head_dim / PI_BLOCK, 16]; NULL: all is f16 */
     uint16_t *value_scales; /* f16 [kv_heads, capacity, head_dim / PI_BLOCK] */
     int64_t capacity, kv_heads, head_dim;
@@ -80,9 +90,8 @@ typedef struct pi_kernels {
 
     /* Weights (quantize.inc, matmul.inc, rows.inc). */
     void (*quantize_acts)(const float *x, int64_t columns, int8_t *q, float *d, float *s);
-    void (*matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens,
-                   int64_t tile0, int64_t tile1, const float *bias, int accumulate, float *out,
-                   int64_t out_stride);
+    void (*matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens, int64_t tile0,
+                   int64_t tile1, const float *bias, int accumulate, float *out, int64_t out_stride);
     /* out[k] = row index[k] of product rows · activations, k in [begin, end); rows up to `count` are asked for ahead. */
     void (*product_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t begin, int64_t end,
                          const float *x, const pi_acts *a, int64_t token, float *out);
@@ -98,10 +107,8 @@ typedef struct pi_kernels {
 
     /* Vectors (normalize.inc, rope.inc, elementwise.inc, activate.inc); each call handles one token. */
     void (*rms_norm)(const float *x, const float *weight, float eps, int64_t width, float *out);
-    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t width,
-                       float *out);
-    void (*rope)(float *x, const float *cos, const float *sin, int64_t heads, int64_t head_dim, int64_t half,
-                 int neox);
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t width, float *out);
+    void (*rope)(float *x, const float *cos, const float *sin, int64_t heads, int64_t head_dim, int64_t half, int neox);
     void (*add)(const float *x, int64_t count, float *out);
     void (*scale)(float factor, int64_t count, float *x);
     /* `cut`: what a gate must be above with PI_FATRELU. */
@@ -136,8 +143,8 @@ const pi_kernels *const *pi_available_kernels(void);
 int64_t pi_row_bytes(int32_t row_type, int64_t columns);
 int64_t pi_tile_bytes(int32_t row_type, int64_t columns);
 /* Interleaves tiles [tile0, tile1) of plain rows; `out` is the start of the whole packed matrix. */
-void pi_pack_tiles(const uint8_t *source, int32_t row_type, int64_t rows, int64_t columns, int64_t tile0,
-                   int64_t tile1, uint8_t *out);
+void pi_pack_tiles(const uint8_t *source, int32_t row_type, int64_t rows, int64_t columns, int64_t tile0, int64_t tile1,
+                   uint8_t *out);
 /* Rounds one row of floats to F32, F16, BF16, Q8_0 or Q4_0 as the format's reference does; 0, or -1 when the
  * type is none of these. */
 int pi_quantize_row(const float *x, int32_t row_type, int64_t columns, uint8_t *out);

@@ -97,7 +97,10 @@ PI_INLINE v16f pi_finish_bytes(v16i sum, float s) {
 #else
 PI_INLINE v64b pi_byte_code(v64b w) { return w; }
 PI_INLINE v16i pi_dot_bytes(v16i acc, v64b code, v64b x) { return v16i_dot_ss(acc, code, x); }
-PI_INLINE v16f pi_finish_bytes(v16i sum, float s) { (void)s; return v16f_from_i32(sum); }
+PI_INLINE v16f pi_finish_bytes(v16i sum, float s) {
+    (void)s;
+    return v16f_from_i32(sum);
+}
 #endif
 
 typedef struct { /* sums over the two halves of a block, not yet scaled: Q8_0 uses `bytes`, the others `codes` */
@@ -138,15 +141,15 @@ PI_INLINE void pi_unpack_tile(int type, const uint8_t *p, uint8_t *codes) {
 }
 
 /* `count` tokens (a constant), `stride` bytes apart, times unpacked codes. */
-PI_INLINE void pi_dot_codes(int type, int count, const uint8_t *codes, const int8_t *x, int64_t stride,
-                            const float *s, int64_t s_stride, const v16i sub[2], v16f *out) {
+PI_INLINE void pi_dot_codes(int type, int count, const uint8_t *codes, const int8_t *x, int64_t stride, const float *s,
+                            int64_t s_stride, const v16i sub[2], v16f *out) {
     if (type == PI_Q8_0) {
         v16i sum[8];
         PI_UNROLL for (int t = 0; t < count; t++) sum[t] = v16i_zero();
         PI_UNROLL for (int j = 0; j < 8; j++) {
             const v64b code = v64b_load(codes + 64 * j);
-            PI_UNROLL for (int t = 0; t < count; t++)
-                sum[t] = pi_dot_bytes(sum[t], code, v64b_quad(x + t * stride + 4 * j));
+            PI_UNROLL for (int t = 0; t < count; t++) sum[t] =
+                pi_dot_bytes(sum[t], code, v64b_quad(x + t * stride + 4 * j));
         }
         PI_UNROLL for (int t = 0; t < count; t++) out[t] = pi_finish_bytes(sum[t], s[t * s_stride]);
         return;
@@ -156,12 +159,12 @@ PI_INLINE void pi_dot_codes(int type, int count, const uint8_t *codes, const int
         PI_UNROLL for (int t = 0; t < count; t++) half[h][t] = v16p_zero();
         PI_UNROLL for (int j = 0; j < 4; j++) {
             const v64b code = v64b_load(codes + 64 * (4 * h + j));
-            PI_UNROLL for (int t = 0; t < count; t++)
-                half[h][t] = v16p_dot_us(half[h][t], code, v64b_quad(x + t * stride + 16 * h + 4 * j));
+            PI_UNROLL for (int t = 0; t < count; t++) half[h][t] =
+                v16p_dot_us(half[h][t], code, v64b_quad(x + t * stride + 16 * h + 4 * j));
         }
     }
-    PI_UNROLL for (int t = 0; t < count; t++)
-        out[t] = pi_finish(type, half[0][t], half[1][t], x + t * stride, s[t * s_stride], sub);
+    PI_UNROLL for (int t = 0; t < count; t++) out[t] =
+        pi_finish(type, half[0][t], half[1][t], x + t * stride, s[t * s_stride], sub);
 }
 
 #endif

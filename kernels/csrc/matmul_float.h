@@ -28,8 +28,7 @@ PI_INLINE v16f pi_float_one(int type, const uint8_t *tile, const float *x, int64
             pi_prefetch_l2(tile + (type == PI_F32 ? 64 : 32) * c + PI_FAR_AHEAD + 64 * line);
             pi_prefetch(tile + (type == PI_F32 ? 64 : 32) * c + PI_NEAR_AHEAD + 64 * line);
         }
-        for (int i = 0; i < 4; i++)
-            acc[i] = v16f_fma(pi_float_column(type, tile, c + i), v16f_set1(x[c + i]), acc[i]);
+        for (int i = 0; i < 4; i++) acc[i] = v16f_fma(pi_float_column(type, tile, c + i), v16f_set1(x[c + i]), acc[i]);
     }
     for (int i = 0; c + i < columns; i++)
         acc[i] = v16f_fma(pi_float_column(type, tile, c + i), v16f_set1(x[c + i]), acc[i]);
@@ -60,15 +59,20 @@ PI_INLINE void pi_float_many(int type, const uint8_t *tile, const float *x, int6
 }
 
 PI_INLINE void pi_float_type(int type, int count, const uint8_t *tile, const float *x, int64_t columns, v16f *out) {
-    if (count == 1) out[0] = pi_float_one(type, tile, x, columns);
-    else pi_float_many(type, tile, x, columns, out);
+    if (count == 1)
+        out[0] = pi_float_one(type, tile, x, columns);
+    else
+        pi_float_many(type, tile, x, columns, out);
 }
 
 /* `count` is 1 or PI_FLOAT_STEP tokens, whose activations are `columns` floats apart. */
 static void pi_float_tile(int32_t type, int count, const uint8_t *tile, const float *x, int64_t columns, v16f *out) {
-    if (type == PI_F32) pi_float_type(PI_F32, count, tile, x, columns, out);
-    else if (type == PI_F16) pi_float_type(PI_F16, count, tile, x, columns, out);
-    else pi_float_type(PI_BF16, count, tile, x, columns, out);
+    if (type == PI_F32)
+        pi_float_type(PI_F32, count, tile, x, columns, out);
+    else if (type == PI_F16)
+        pi_float_type(PI_F16, count, tile, x, columns, out);
+    else
+        pi_float_type(PI_BF16, count, tile, x, columns, out);
 }
 
 #endif

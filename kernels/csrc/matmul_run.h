@@ -53,8 +53,8 @@ PI_INLINE void step_tokens(int type, int count, const job *w, const run *r, int6
     for (int i = 0; i < blocks; i++) {
         v16f sum[TOKEN_STEP];
         pi_dot_codes(type, count, r->codes[i], q + i * PI_BLOCK, w->columns, s + i, w->blocks, r->at[i].sub, sum);
-        PI_UNROLL for (int t = 0; t < count; t++)
-            acc[t] = add_block(type, &r->at[i], sum[t], d[t * w->blocks + i], s[t * w->blocks + i], acc[t]);
+        PI_UNROLL for (int t = 0; t < count; t++) acc[t] =
+            add_block(type, &r->at[i], sum[t], d[t * w->blocks + i], s[t * w->blocks + i], acc[t]);
     }
 }
 

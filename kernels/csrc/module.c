@@ -39,8 +39,7 @@ static PyObject *dequantize(PyObject *module, PyObject *args) {
         int64_t stride = pi_row_bytes(row_type, columns);
         const uint8_t *from = source.buf;
         float *to = out.buf;
-        Py_BEGIN_ALLOW_THREADS
-        for (int64_t row = 0; row < rows; row++)
+        Py_BEGIN_ALLOW_THREADS for (int64_t row = 0; row < rows; row++)
             kernels->dequantize_row(from + row * stride, row_type, columns, to + row * columns);
         Py_END_ALLOW_THREADS
     }
@@ -59,11 +58,9 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
     int64_t stride = pi_row_bytes(row_type, columns);
     const float *from = values.buf;
     uint8_t *to = out.buf;
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t row = 0; row < rows && !failed; row++)
-        failed = pi_quantize_row(from + row * columns, row_type, columns, to + row * stride);
-    Py_END_ALLOW_THREADS
-    PyBuffer_Release(&values);
+    Py_BEGIN_ALLOW_THREADS for (int64_t row = 0; row < rows && !failed; row++) failed =
+        pi_quantize_row(from + row * columns, row_type, columns, to + row * stride);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&values);
     PyBuffer_Release(&out);
     if (failed) {
         PyErr_Format(pi_kernel_error, "rows of type %d can be read but not written", row_type);
@@ -81,10 +78,8 @@ static PyObject *read_bandwidth(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "O!Ldp", pi_pool_type, &object, &bytes, &seconds, &huge)) return NULL;
     pool_object *pool = (pool_object *)object;
     if (pi_pool_object_enter(pool) < 0) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    rate = pi_read_bandwidth(pool->pool, pool->kernels, bytes, seconds, huge, &error);
-    Py_END_ALLOW_THREADS
-    pi_pool_object_leave(pool);
+    Py_BEGIN_ALLOW_THREADS rate = pi_read_bandwidth(pool->pool, pool->kernels, bytes, seconds, huge, &error);
+    Py_END_ALLOW_THREADS pi_pool_object_leave(pool);
     if (error) {
         pi_raise_thread_error(error);
         return NULL;
@@ -115,8 +110,7 @@ PyMODINIT_FUNC PyInit__kernels(void) {
     if (!module) return NULL;
     pi_kernel_error = PyErr_NewException("powerinfer_kernels.KernelError", NULL, NULL);
     if (!pi_kernel_error || PyModule_AddObjectRef(module, "KernelError", pi_kernel_error) < 0 ||
-        add_type(module, &pi_pool_spec, &pi_pool_type) < 0 ||
-        add_type(module, &pi_matrix_spec, &pi_matrix_type) < 0 ||
+        add_type(module, &pi_pool_spec, &pi_pool_type) < 0 || add_type(module, &pi_matrix_spec, &pi_matrix_type) < 0 ||
         add_type(module, &pi_bundle_spec, &pi_bundle_type) < 0 ||
         add_type(module, &pi_program_spec, &pi_program_type) < 0) {
         Py_DECREF(module);

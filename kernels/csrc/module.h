@@ -14,21 +14,18 @@ extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program
 extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec;
 
 typedef struct {
-    PyObject_HEAD
-    pi_pool *pool; /* NULL: closed */
+    PyObject_HEAD pi_pool *pool; /* NULL: closed */
     const pi_kernels *kernels;
     int threads, users; /* users: calls in progress; changed with the GIL held only */
 } pool_object;
 
 typedef struct {
-    PyObject_HEAD
-    pi_matrix matrix;
+    PyObject_HEAD pi_matrix matrix;
     pi_memory memory;
 } matrix_object;
 
 typedef struct {
-    PyObject_HEAD
-    pi_bundle bundle;
+    PyObject_HEAD pi_bundle bundle;
     pi_memory memory;
 } bundle_object;
 

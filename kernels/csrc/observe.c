@@ -19,7 +19,10 @@ static int bin_of(float contribution) {
 /* The factors of neurons without gate. */
 static const float ones[CHUNK] = {
 #define PI_ONES 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
-    PI_ONES, PI_ONES, PI_ONES, PI_ONES,
+    PI_ONES,
+    PI_ONES,
+    PI_ONES,
+    PI_ONES,
 #undef PI_ONES
 };
 

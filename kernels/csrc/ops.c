@@ -5,13 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static int64_t max64(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 typedef struct {
     int64_t begin, end;
@@ -56,9 +52,7 @@ int64_t pi_op_width(const pi_op *op) {
     }
 }
 
-int pi_split_by_token(const pi_op *op, int64_t tokens, int threads) {
-    return op->by_token || tokens >= threads;
-}
+int pi_split_by_token(const pi_op *op, int64_t tokens, int threads) { return op->by_token || tokens >= threads; }
 
 enum { COLUMN_UNIT = 64 /* one line of int8, four of float */ };
 
@@ -176,8 +170,8 @@ static void attend(const pi_attention *a, const pi_run *run, const pi_worker *wo
     for (int64_t i = begin; i < end; i++) {
         int64_t token = i / group, at = (token * a->heads + kv_head * group + i % group) * dim;
         int64_t last = run->position + token + 1;
-        queries[i - begin] = (pi_query){.q = a->q + at, .out = a->out + at, .last = last,
-                                        .first = a->window ? max64(0, last - a->window) : 0};
+        queries[i - begin] = (pi_query){
+            .q = a->q + at, .out = a->out + at, .last = last, .first = a->window ? max64(0, last - a->window) : 0};
     }
     run->kernels->attend(queries, end - begin, &a->cache, kv_head, a->scale, a->softcap,
                          (float *)(void *)pi_scratch_of(run, worker));

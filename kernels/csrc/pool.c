@@ -54,9 +54,7 @@ static void after_fork_in_child(void) {
     pthread_mutex_init(&revival, NULL);
 }
 
-static void install_fork_handler(void) {
-    pthread_atfork(NULL, NULL, after_fork_in_child);
-}
+static void install_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
 
 static inline void spin_pause(void) {
 #if defined(__x86_64__)
@@ -98,9 +96,7 @@ static unsigned enter_arithmetic(void) {
     __builtin_ia32_ldmxcsr(0x1f80); /* round to nearest, denormals kept, exceptions masked */
     return before;
 }
-static void leave_arithmetic(unsigned before) {
-    __builtin_ia32_ldmxcsr(before);
-}
+static void leave_arithmetic(unsigned before) { __builtin_ia32_ldmxcsr(before); }
 #elif defined(__aarch64__)
 static unsigned enter_arithmetic(void) {
     uint64_t before;
@@ -108,16 +104,10 @@ static unsigned enter_arithmetic(void) {
     __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)0));
     return (unsigned)before;
 }
-static void leave_arithmetic(unsigned before) {
-    __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)before));
-}
+static void leave_arithmetic(unsigned before) { __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)before)); }
 #else
-static unsigned enter_arithmetic(void) {
-    return 0;
-}
-static void leave_arithmetic(unsigned before) {
-    (void)before;
-}
+static unsigned enter_arithmetic(void) { return 0; }
+static void leave_arithmetic(unsigned before) { (void)before; }
 #endif
 
 /* Counts this thread in; true for the last one, which has opened the barrier. `phase` advances here: the counters of
@@ -235,9 +225,7 @@ void pi_pool_free(pi_pool *pool) {
     free(pool);
 }
 
-int pi_pool_threads(const pi_pool *pool) {
-    return pool->threads;
-}
+int pi_pool_threads(const pi_pool *pool) { return pool->threads; }
 
 int pi_pool_run(pi_pool *pool, pi_task task, void *argument) {
     revive_after_fork(pool);
@@ -256,13 +244,9 @@ int pi_pool_run(pi_pool *pool, pi_task task, void *argument) {
     return error;
 }
 
-int pi_worker_thread(const pi_worker *worker) {
-    return worker->thread;
-}
+int pi_worker_thread(const pi_worker *worker) { return worker->thread; }
 
-int pi_worker_threads(const pi_worker *worker) {
-    return worker->pool->threads;
-}
+int pi_worker_threads(const pi_worker *worker) { return worker->pool->threads; }
 
 enum { VICTIMS = 4 }; /* threads, itself included, that a thread takes chunks from: enough to even out, cheap to ask */
 

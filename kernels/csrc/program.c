@@ -70,8 +70,7 @@ static void run_on_thread(void *argument, pi_worker *worker) {
     for (int64_t i = run->first; i < run->last; i++) {
         const pi_op *op = &program->ops[i];
         pi_op_execute(op, run, worker, slot++);
-        if (i + 1 < run->last &&
-            (slot == PI_SLOTS || barrier_between(op, op + 1, run->tokens, threads))) {
+        if (i + 1 < run->last && (slot == PI_SLOTS || barrier_between(op, op + 1, run->tokens, threads))) {
             pi_barrier(worker);
             slot = 0;
         }
@@ -87,7 +86,7 @@ int pi_program_run(pi_program *program, pi_pool *pool, const pi_kernels *kernels
                    int64_t tokens, int64_t position) {
     int error = grow_scratch(program, pi_pool_threads(pool));
     if (error || first >= last) return error;
-    pi_run run = {.kernels = kernels, .program = program, .first = first, .last = last, .tokens = tokens,
-                  .position = position};
+    pi_run run = {
+        .kernels = kernels, .program = program, .first = first, .last = last, .tokens = tokens, .position = position};
     return pi_pool_run(pool, run_on_thread, &run);
 }

@@ -7,9 +7,22 @@
 #include "pool.h"
 
 typedef enum {
-    PI_OP_EMBED, PI_OP_RMS_NORM, PI_OP_LAYER_NORM, PI_OP_QUANTIZE, PI_OP_MATMUL, PI_OP_ROPE, PI_OP_STORE_KV,
-    PI_OP_ATTENTION, PI_OP_ACTIVATE, PI_OP_ADD, PI_OP_SUM_ROWS, PI_OP_SPARSE_FFN, PI_OP_OBSERVE,
-    PI_OP_KEEP_LARGE, PI_OP_SIGN_CODE, PI_OP_SIGN_SCORES,
+    PI_OP_EMBED,
+    PI_OP_RMS_NORM,
+    PI_OP_LAYER_NORM,
+    PI_OP_QUANTIZE,
+    PI_OP_MATMUL,
+    PI_OP_ROPE,
+    PI_OP_STORE_KV,
+    PI_OP_ATTENTION,
+    PI_OP_ACTIVATE,
+    PI_OP_ADD,
+    PI_OP_SUM_ROWS,
+    PI_OP_SPARSE_FFN,
+    PI_OP_OBSERVE,
+    PI_OP_KEEP_LARGE,
+    PI_OP_SIGN_CODE,
+    PI_OP_SIGN_SCORES,
     PI_OP_KINDS,
 } pi_op_kind;
 
@@ -93,11 +106,11 @@ typedef struct { /* which neurons: those whose `select` is above `threshold` (NU
     int32_t kind, rule;
     float cut; /* gates up to it contribute nothing */
     const float *select, *threshold;
-    const float *src; /* input of float rows */
-    pi_acts acts;     /* input of quantised rows */
+    const float *src;        /* input of float rows */
+    pi_acts acts;            /* input of quantised rows */
     const pi_bundle *bundle; /* without gate rows, `select` is the gate; without up rows, it is not gated */
     float *out, *h;
-    float *gate; /* scratch for gate rows, else NULL */
+    float *gate;       /* scratch for gate rows, else NULL */
     const float *bias; /* of gate rows, or NULL */
     int accumulate;
 } pi_sparse_ffn;
@@ -127,8 +140,8 @@ typedef struct { /* counters of `width` neurons that each run adds to */
     float cut;
     const float *gate, *up; /* up NULL: a factor of one */
     int64_t width;
-    uint64_t *counts;    /* [width] */
-    uint32_t *histogram; /* [width, PI_BINS], or NULL */
+    uint64_t *counts;                  /* [width] */
+    uint32_t *histogram;               /* [width, PI_BINS], or NULL */
     double *gate_squares, *up_squares; /* [width] */
 } pi_observe;
 
@@ -158,11 +171,11 @@ typedef struct {
 typedef struct {
     pi_op *ops;
     int64_t count;
-    int64_t *nanoseconds;    /* [count], wall time added up */
-    int64_t active, total;   /* neurons of sparse operations, added up */
-    int64_t confirmed;       /* the active ones whose rows were all read: a named neuron's gate may turn out to be zero */
-    int64_t scratch_bytes;   /* what one thread needs at most */
-    uint8_t *scratch;        /* [scratch_threads, scratch_bytes] */
+    int64_t *nanoseconds;  /* [count], wall time added up */
+    int64_t active, total; /* neurons of sparse operations, added up */
+    int64_t confirmed;     /* the active ones whose rows were all read: a named neuron's gate may turn out to be zero */
+    int64_t scratch_bytes; /* what one thread needs at most */
+    uint8_t *scratch;      /* [scratch_threads, scratch_bytes] */
     int scratch_threads;
 } pi_program;
 

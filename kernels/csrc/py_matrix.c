@@ -17,8 +17,7 @@ static void pack_on_thread(void *argument, pi_worker *worker) {
     int64_t chunk;
     while ((chunk = pi_share_next(&share)) >= 0) {
         int64_t first = chunk * TILES_AT_ONCE, last = first + TILES_AT_ONCE;
-        pi_pack_tiles(job->source, m->row_type, m->rows, m->columns, first, last < m->tiles ? last : m->tiles,
-                      m->data);
+        pi_pack_tiles(job->source, m->row_type, m->rows, m->columns, first, last < m->tiles ? last : m->tiles, m->data);
     }
 }
 
@@ -34,7 +33,10 @@ static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
         PyErr_SetString(pi_kernel_error, "the matrix exists already");
         return -1;
     }
-    *m = (pi_matrix){.row_type = row_type, .rows = rows, .columns = columns, .tiles = (rows + PI_TILE - 1) / PI_TILE,
+    *m = (pi_matrix){.row_type = row_type,
+                     .rows = rows,
+                     .columns = columns,
+                     .tiles = (rows + PI_TILE - 1) / PI_TILE,
                      .tile_bytes = pi_tile_bytes(row_type, columns)};
     Py_buffer view;
     if (PyObject_GetBuffer(source, &view, PyBUF_SIMPLE) < 0) return -1;

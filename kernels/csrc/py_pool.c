@@ -26,17 +26,13 @@ int pi_pool_object_enter(pool_object *pool) {
     return 0;
 }
 
-void pi_pool_object_leave(pool_object *pool) {
-    pool->users--;
-}
+void pi_pool_object_leave(pool_object *pool) { pool->users--; }
 
 int pi_pool_object_run(pool_object *pool, pi_task task, void *argument) {
     int error;
     if (pi_pool_object_enter(pool) < 0) return -1;
-    Py_BEGIN_ALLOW_THREADS
-    error = pi_pool_run(pool->pool, task, argument);
-    Py_END_ALLOW_THREADS
-    pi_pool_object_leave(pool);
+    Py_BEGIN_ALLOW_THREADS error = pi_pool_run(pool->pool, task, argument);
+    Py_END_ALLOW_THREADS pi_pool_object_leave(pool);
     if (error) pi_raise_thread_error(error);
     return error ? -1 : 0;
 }
@@ -96,5 +92,4 @@ static PyType_Slot pool_slots[] = {
     {0, NULL},
 };
 
-PyType_Spec pi_pool_spec = {"powerinfer_kernels._kernels.Pool", sizeof(pool_object), 0, Py_TPFLAGS_DEFAULT,
-                            pool_slots};
+PyType_Spec pi_pool_spec = {"powerinfer_kernels._kernels.Pool", sizeof(pool_object), 0, Py_TPFLAGS_DEFAULT, pool_slots};

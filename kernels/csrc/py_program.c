@@ -8,8 +8,7 @@ PyTypeObject *pi_program_type;
 enum { MAX_OBJECTS = 11, MAX_INTEGERS = 9, MAX_FLOATS = 2 };
 
 typedef struct {
-    PyObject_HEAD
-    pi_program program;
+    PyObject_HEAD pi_program program;
     int64_t max_tokens, capacity, ops_capacity;
     Py_buffer *views; /* everything the operations point into, held until the program ends */
     int64_t view_count, views_capacity;
@@ -51,8 +50,13 @@ static pi_rows rows_of(void *data, const int64_t *i) {
 }
 
 static pi_cache cache_of(void *const *p, const int64_t *i) {
-    return (pi_cache){.keys = p[0], .values = p[1], .key_scales = p[2], .value_scales = p[3], .capacity = i[0],
-                      .kv_heads = i[1], .head_dim = i[2]};
+    return (pi_cache){.keys = p[0],
+                      .values = p[1],
+                      .key_scales = p[2],
+                      .value_scales = p[3],
+                      .capacity = i[0],
+                      .kv_heads = i[1],
+                      .head_dim = i[2]};
 }
 
 static pi_acts acts_of(void *const *p, int64_t columns) {
@@ -70,62 +74,61 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
     void *const *p = a->p;
     const int64_t *i = a->i;
     switch (kind) {
-    case PI_OP_EMBED:
-        op.u.embed = (pi_embed){p[0], rows_of(p[1], i), p[2], a->f[0]};
-        break;
+    case PI_OP_EMBED: op.u.embed = (pi_embed){p[0], rows_of(p[1], i), p[2], a->f[0]}; break;
     case PI_OP_RMS_NORM:
         op.u.norm = (pi_norm){.src = p[0], .weight = p[1], .out = p[2], .width = i[0], .groups = i[1], .eps = a->f[0]};
         break;
     case PI_OP_LAYER_NORM:
-        op.u.norm = (pi_norm){.src = p[0], .weight = p[1], .bias = p[2], .out = p[3], .width = i[0], .groups = 1,
-                              .eps = a->f[0]};
+        op.u.norm = (pi_norm){
+            .src = p[0], .weight = p[1], .bias = p[2], .out = p[3], .width = i[0], .groups = 1, .eps = a->f[0]};
         break;
-    case PI_OP_QUANTIZE:
-        op.u.quantize = (pi_quantize){p[0], acts_of(p + 1, i[0])};
-        break;
+    case PI_OP_QUANTIZE: op.u.quantize = (pi_quantize){p[0], acts_of(p + 1, i[0])}; break;
     case PI_OP_MATMUL: {
         const pi_matrix *m = p[0];
-        op.u.matmul = (pi_matmul){.matrix = m, .src = p[1], .acts = acts_of(p + 2, m->columns), .bias = p[5],
-                                  .out = p[6], .accumulate = (int)i[0], .chunk = chunk_of(m)};
+        op.u.matmul = (pi_matmul){.matrix = m,
+                                  .src = p[1],
+                                  .acts = acts_of(p + 2, m->columns),
+                                  .bias = p[5],
+                                  .out = p[6],
+                                  .accumulate = (int)i[0],
+                                  .chunk = chunk_of(m)};
         op.independent = (int)i[1];
         break;
     }
-    case PI_OP_ROPE:
-        op.u.rope = (pi_rope){p[0], p[1], p[2], i[0], i[1], i[2], (int)i[3]};
-        break;
-    case PI_OP_STORE_KV:
-        op.u.store = (pi_store){p[0], p[1], cache_of(p + 2, i)};
-        break;
+    case PI_OP_ROPE: op.u.rope = (pi_rope){p[0], p[1], p[2], i[0], i[1], i[2], (int)i[3]}; break;
+    case PI_OP_STORE_KV: op.u.store = (pi_store){p[0], p[1], cache_of(p + 2, i)}; break;
     case PI_OP_ATTENTION:
-        op.u.attention = (pi_attention){.q = p[0], .cache = cache_of(p + 1, i), .out = p[5], .heads = i[3],
-                                        .window = i[4], .scale = a->f[0], .softcap = a->f[1]};
+        op.u.attention = (pi_attention){.q = p[0],
+                                        .cache = cache_of(p + 1, i),
+                                        .out = p[5],
+                                        .heads = i[3],
+                                        .window = i[4],
+                                        .scale = a->f[0],
+                                        .softcap = a->f[1]};
         break;
-    case PI_OP_ACTIVATE:
-        op.u.activate = (pi_activate){(int32_t)i[0], a->f[0], p[0], p[1], p[2], i[1]};
-        break;
-    case PI_OP_ADD:
-        op.u.add = (pi_add){p[0], p[1], i[0], i[1]};
-        break;
-    case PI_OP_SUM_ROWS:
-        op.u.sum = (pi_sum){p[0], p[1], p[2], (int)i[0]};
-        break;
+    case PI_OP_ACTIVATE: op.u.activate = (pi_activate){(int32_t)i[0], a->f[0], p[0], p[1], p[2], i[1]}; break;
+    case PI_OP_ADD: op.u.add = (pi_add){p[0], p[1], i[0], i[1]}; break;
+    case PI_OP_SUM_ROWS: op.u.sum = (pi_sum){p[0], p[1], p[2], (int)i[0]}; break;
     case PI_OP_OBSERVE:
         op.u.observe = (pi_observe){(int32_t)i[0], a->f[0], p[0], p[1], i[1], p[2], p[3], p[4], p[5]};
         break;
-    case PI_OP_KEEP_LARGE:
-        op.u.keep = (pi_keep){p[0], p[1], p[2], i[0]};
-        break;
-    case PI_OP_SIGN_CODE:
-        op.u.sign_code = (pi_sign_code){p[0], p[1], i[0]};
-        break;
-    case PI_OP_SIGN_SCORES:
-        op.u.sign_scores = (pi_sign_scores){p[0], p[1], p[2], i[0], i[1]};
-        break;
+    case PI_OP_KEEP_LARGE: op.u.keep = (pi_keep){p[0], p[1], p[2], i[0]}; break;
+    case PI_OP_SIGN_CODE: op.u.sign_code = (pi_sign_code){p[0], p[1], i[0]}; break;
+    case PI_OP_SIGN_SCORES: op.u.sign_scores = (pi_sign_scores){p[0], p[1], p[2], i[0], i[1]}; break;
     default: /* SPARSE_FFN */
-        op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0], .cut = a->f[0], .select = p[0], .threshold = p[1], .src = p[2],
-                                          .acts = acts_of(p + 3, ((const pi_bundle *)p[6])->columns), .bundle = p[6],
-                                          .out = p[7], .h = p[8], .gate = p[9], .bias = p[10],
-                                          .accumulate = (int)i[1], .rule = (int32_t)i[2]};
+        op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0],
+                                          .cut = a->f[0],
+                                          .select = p[0],
+                                          .threshold = p[1],
+                                          .src = p[2],
+                                          .acts = acts_of(p + 3, ((const pi_bundle *)p[6])->columns),
+                                          .bundle = p[6],
+                                          .out = p[7],
+                                          .h = p[8],
+                                          .gate = p[9],
+                                          .bias = p[10],
+                                          .accumulate = (int)i[1],
+                                          .rule = (int32_t)i[2]};
         break;
     }
     return op;
@@ -228,8 +231,8 @@ static int check_tokens(const pi_program *program, int64_t first, int64_t last, 
 
 static int check_run(const program_object *self, int64_t first, int64_t last, int64_t tokens, int64_t position) {
     if (!self->sealed || self->running)
-        PyErr_SetString(pi_kernel_error, self->sealed ? "the program is running in another thread"
-                                                      : "the program is not complete");
+        PyErr_SetString(pi_kernel_error,
+                        self->sealed ? "the program is running in another thread" : "the program is not complete");
     else if (first < 0 || first > last || last > self->program.count)
         PyErr_Format(pi_kernel_error, "operations [%lld, %lld) are not within the program's %lld", (long long)first,
                      (long long)last, (long long)self->program.count);
@@ -259,10 +262,8 @@ static PyObject *program_run(PyObject *object, PyObject *const *args, Py_ssize_t
     if (check_run(self, n[0], n[1], n[2], n[3]) < 0 || pi_pool_object_enter(pool) < 0) return NULL;
     int error;
     self->running = 1;
-    Py_BEGIN_ALLOW_THREADS
-    error = pi_program_run(&self->program, pool->pool, pool->kernels, n[0], n[1], n[2], n[3]);
-    Py_END_ALLOW_THREADS
-    self->running = 0;
+    Py_BEGIN_ALLOW_THREADS error = pi_program_run(&self->program, pool->pool, pool->kernels, n[0], n[1], n[2], n[3]);
+    Py_END_ALLOW_THREADS self->running = 0;
     pi_pool_object_leave(pool);
     if (error) {
         pi_raise_thread_error(error);

@@ -51,9 +51,7 @@ static void block_to_q4_0(const float *x, uint8_t *out) {
 
 int pi_quantize_row(const float *x, int32_t row_type, int64_t columns, uint8_t *out) {
     switch (row_type) {
-    case PI_F32:
-        memcpy(out, x, sizeof(float) * (size_t)columns);
-        return 0;
+    case PI_F32: memcpy(out, x, sizeof(float) * (size_t)columns); return 0;
     case PI_F16:
         for (int64_t c = 0; c < columns; c++) write_u16(out + 2 * c, pi_f32_to_f16(x[c]));
         return 0;
@@ -66,7 +64,6 @@ int pi_quantize_row(const float *x, int32_t row_type, int64_t columns, uint8_t *
     case PI_Q4_0:
         for (int64_t b = 0; b < columns / VALUES; b++) block_to_q4_0(x + b * VALUES, out + b * 18);
         return 0;
-    default:
-        return -1;
+    default: return -1;
     }
 }

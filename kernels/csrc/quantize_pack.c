@@ -91,10 +91,15 @@ static void pack_q6_k(const uint8_t *source, int row, uint8_t *out) {
 static void pack_block(int32_t row_type, const uint8_t *source, int row, uint8_t *out) {
     switch (row_type) {
     case PI_F32: memcpy(out + 4 * row, source, 4); break;
-    case PI_F16: case PI_BF16: memcpy(out + 2 * row, source, 2); break;
-    case PI_Q8_0: case PI_Q4_0: case PI_Q4_1: pack_bytes(row_type, source, row, out); break;
-    case PI_Q5_0: case PI_Q5_1: pack_five_bits(row_type, source, row, out); break;
-    case PI_Q4_K: case PI_Q5_K: pack_q45_k(row_type, source, row, out); break;
+    case PI_F16:
+    case PI_BF16: memcpy(out + 2 * row, source, 2); break;
+    case PI_Q8_0:
+    case PI_Q4_0:
+    case PI_Q4_1: pack_bytes(row_type, source, row, out); break;
+    case PI_Q5_0:
+    case PI_Q5_1: pack_five_bits(row_type, source, row, out); break;
+    case PI_Q4_K:
+    case PI_Q5_K: pack_q45_k(row_type, source, row, out); break;
     case PI_Q6_K: pack_q6_k(source, row, out); break;
     default: break;
     }
@@ -102,8 +107,8 @@ static void pack_block(int32_t row_type, const uint8_t *source, int row, uint8_t
 
 /* Columns advance in the outer loop of a run of blocks that stays in cache, so that both sides are read and
  * written in long pieces. */
-void pi_pack_tiles(const uint8_t *source, int32_t row_type, int64_t rows, int64_t columns, int64_t tile0,
-                   int64_t tile1, uint8_t *out) {
+void pi_pack_tiles(const uint8_t *source, int32_t row_type, int64_t rows, int64_t columns, int64_t tile0, int64_t tile1,
+                   uint8_t *out) {
     enum { RUN = 16 };
     const pi_layout at = pi_layout_of(row_type);
     const int64_t row_bytes = pi_row_bytes(row_type, columns), tile_bytes = pi_tile_bytes(row_type, columns);

@@ -28,17 +28,16 @@ PI_INLINE void pi_row_codes(int type, const uint8_t *p, int sub, v16i code[2]) {
     const uint8_t *low = p + at.nibbles, *high = p + at.high;
     for (int half = 0; half < 2; half++) {
         const int i = 16 * half;
-        if (type == PI_Q8_0) code[half] = v16i_from_i8((const int8_t *)low + i);
+        if (type == PI_Q8_0)
+            code[half] = v16i_from_i8((const int8_t *)low + i);
         else if (type == PI_Q4_K || type == PI_Q5_K)
             code[half] = pi_byte_bits(low + 32 * (sub / 2) + i, 4 * (sub % 2), 15);
         else if (type == PI_Q6_K)
             code[half] = pi_byte_bits(low + 64 * (sub / 4) + 32 * (sub % 2) + i, 4 * (sub / 2 % 2), 15);
         else
             code[half] = pi_byte_bits(low, 4 * half, 15);
-        if (type == PI_Q5_0 || type == PI_Q5_1)
-            code[half] = v16i_or(code[half], pi_lane_bits(pi_read_u32(high) >> i));
-        if (type == PI_Q5_K)
-            code[half] = v16i_or(code[half], v16i_slli(pi_byte_bits(high + i, sub, 1), 4));
+        if (type == PI_Q5_0 || type == PI_Q5_1) code[half] = v16i_or(code[half], pi_lane_bits(pi_read_u32(high) >> i));
+        if (type == PI_Q5_K) code[half] = v16i_or(code[half], v16i_slli(pi_byte_bits(high + i, sub, 1), 4));
         if (type == PI_Q6_K)
             code[half] = v16i_or(code[half], v16i_slli(pi_byte_bits(high + 32 * (sub / 4) + i, 2 * (sub % 4), 3), 4));
         if (at.offset) code[half] = v16i_sub(code[half], v16i_set1(at.offset));

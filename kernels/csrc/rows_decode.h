@@ -25,7 +25,8 @@ typedef struct {
 PI_DECODE pi_layout pi_layout_of(int32_t row_type) {
     switch (row_type) {
     case PI_F32: return (pi_layout){1, 4, 64, 0, 0, 0, 0};
-    case PI_F16: case PI_BF16: return (pi_layout){1, 2, 32, 0, 0, 0, 0};
+    case PI_F16:
+    case PI_BF16: return (pi_layout){1, 2, 32, 0, 0, 0, 0};
     case PI_Q8_0: return (pi_layout){32, 34, 544, 0, 0, 2, 0};
     case PI_Q4_0: return (pi_layout){32, 18, 288, 8, 0, 2, 0};
     case PI_Q4_1: return (pi_layout){32, 20, 320, 0, 0, 4, 0};
@@ -41,9 +42,7 @@ PI_DECODE pi_layout pi_layout_of(int32_t row_type) {
 #define PI_QUANTIZED_TYPES(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q4_K) X(Q5_K) X(Q6_K)
 #define PI_FLOAT_TYPES(X) X(F32) X(F16) X(BF16)
 
-PI_DECODE int pi_is_float(int32_t row_type) {
-    return row_type == PI_F32 || row_type == PI_F16 || row_type == PI_BF16;
-}
+PI_DECODE int pi_is_float(int32_t row_type) { return row_type == PI_F32 || row_type == PI_F16 || row_type == PI_BF16; }
 PI_DECODE int pi_has_minimum(int32_t row_type) {
     return row_type == PI_Q4_1 || row_type == PI_Q5_1 || row_type == PI_Q4_K || row_type == PI_Q5_K;
 }
@@ -53,8 +52,16 @@ PI_DECODE int pi_is_super(int32_t row_type) {
 /* 32-column blocks per stored block of a quantised type. */
 PI_DECODE int pi_subs(int32_t row_type) { return pi_is_super(row_type) ? 8 : 1; }
 
-PI_DECODE uint16_t pi_read_u16(const uint8_t *p) { uint16_t u; memcpy(&u, p, 2); return u; }
-PI_DECODE uint32_t pi_read_u32(const uint8_t *p) { uint32_t u; memcpy(&u, p, 4); return u; }
+PI_DECODE uint16_t pi_read_u16(const uint8_t *p) {
+    uint16_t u;
+    memcpy(&u, p, 2);
+    return u;
+}
+PI_DECODE uint32_t pi_read_u32(const uint8_t *p) {
+    uint32_t u;
+    memcpy(&u, p, 4);
+    return u;
+}
 
 /* The 6-bit scale and minimum of sub-block k of Q4_K and Q5_K: the first four are whole, the last four have
  * their upper two bits above the first four's. */
@@ -73,13 +80,13 @@ PI_DECODE void pi_decode_codes(int32_t row_type, const uint8_t *p, int sub, uint
     const pi_layout at = pi_layout_of(row_type);
     const uint8_t *low = p + at.nibbles, *high = p + at.high;
     switch (row_type) {
-    case PI_Q8_0:
-        memcpy(code, low, 32);
-        break;
-    case PI_Q4_0: case PI_Q4_1:
+    case PI_Q8_0: memcpy(code, low, 32); break;
+    case PI_Q4_0:
+    case PI_Q4_1:
         for (int i = 0; i < 16; i++) code[i] = low[i] & 15, code[i + 16] = low[i] >> 4;
         break;
-    case PI_Q5_0: case PI_Q5_1: {
+    case PI_Q5_0:
+    case PI_Q5_1: {
         const uint32_t bits = pi_read_u32(high);
         for (int i = 0; i < 16; i++) {
             code[i] = (uint8_t)((low[i] & 15) | ((bits >> i & 1) << 4));
@@ -99,8 +106,7 @@ PI_DECODE void pi_decode_codes(int32_t row_type, const uint8_t *p, int sub, uint
             code[i] = (uint8_t)((low[64 * (sub / 4) + 32 * (sub % 2) + i] >> (4 * (sub / 2 % 2)) & 15) |
                                 ((high[32 * (sub / 4) + i] >> (2 * (sub % 4)) & 3) << 4));
         break;
-    default:
-        break;
+    default: break;
     }
 }
 

@@ -109,15 +109,24 @@
 #define PI_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-PI_INLINE uint32_t pi_bits_of_f32(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-PI_INLINE float pi_f32_of_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+PI_INLINE uint32_t pi_bits_of_f32(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+PI_INLINE float pi_f32_of_bits(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
 
 /* IEEE binary16 to binary32, exact; a signalling NaN comes out quiet, as the hardware does it. */
 PI_INLINE float pi_f16_to_f32(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
     const uint32_t magnitude = h & 0x7fffu;
     if (magnitude >= 0x7c00u)
-        return pi_f32_of_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13) | (magnitude > 0x7c00u ? 0x400000u : 0));
+        return pi_f32_of_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13) |
+                              (magnitude > 0x7c00u ? 0x400000u : 0));
     if (magnitude >= 0x400u) return pi_f32_of_bits(sign | ((magnitude << 13) + (112u << 23)));
     const float small = (float)magnitude * 0x1p-24f;
     return pi_f32_of_bits(sign | pi_bits_of_f32(small));

@@ -10,20 +10,34 @@
 #define PI_DOT_US_WIDE 0
 #endif
 
-typedef struct { __m256 a, b; } v16f;      /* lanes 0..7, 8..15 */
-typedef struct { __m256i a, b; } v16i;
-typedef struct { __m256i a, b; } v64b;     /* bytes 0..31, 32..63 */
-typedef struct { __m256i a, b; } v16p;     /* AVX2: int16 pairs, lane r in elements 2r, 2r+1; VNNI: int32 */
+typedef struct {
+    __m256 a, b;
+} v16f; /* lanes 0..7, 8..15 */
+typedef struct {
+    __m256i a, b;
+} v16i;
+typedef struct {
+    __m256i a, b;
+} v64b; /* bytes 0..31, 32..63 */
+typedef struct {
+    __m256i a, b;
+} v16p; /* AVX2: int16 pairs, lane r in elements 2r, 2r+1; VNNI: int32 */
 
 #define PI_F(x, y) ((v16f){(x), (y)})
 #define PI_I(x, y) ((v16i){(x), (y)})
 #define PI_B(x, y) ((v64b){(x), (y)})
 #define PI_P(x, y) ((v16p){(x), (y)})
 
-PI_INLINE v16f v16f_set1(float x) { const __m256 v = _mm256_set1_ps(x); return PI_F(v, v); }
+PI_INLINE v16f v16f_set1(float x) {
+    const __m256 v = _mm256_set1_ps(x);
+    return PI_F(v, v);
+}
 PI_INLINE v16f v16f_zero(void) { return v16f_set1(0.0f); }
 PI_INLINE v16f v16f_load(const float *p) { return PI_F(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
-PI_INLINE void v16f_store(float *p, v16f v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
+PI_INLINE void v16f_store(float *p, v16f v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
 PI_INLINE __m256i pi_first_lanes(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -93,7 +107,10 @@ PI_INLINE float v16f_hmax(v16f v) {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-PI_INLINE v16i v16i_set1(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return PI_I(v, v); }
+PI_INLINE v16i v16i_set1(int32_t x) {
+    const __m256i v = _mm256_set1_epi32(x);
+    return PI_I(v, v);
+}
 PI_INLINE v16i v16i_zero(void) { return v16i_set1(0); }
 PI_INLINE v16i v16i_load(const int32_t *p) {
     return PI_I(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 8)));
@@ -153,7 +170,10 @@ PI_INLINE void v64b_store(void *p, v64b v) {
     _mm256_storeu_si256((__m256i *)p, v.a);
     _mm256_storeu_si256((__m256i *)p + 1, v.b);
 }
-PI_INLINE v64b v64b_set1(uint8_t x) { const __m256i v = _mm256_set1_epi8((char)x); return PI_B(v, v); }
+PI_INLINE v64b v64b_set1(uint8_t x) {
+    const __m256i v = _mm256_set1_epi8((char)x);
+    return PI_B(v, v);
+}
 PI_INLINE v64b v64b_quad(const int8_t *p) {
     int32_t four;
     memcpy(&four, p, 4);
@@ -167,9 +187,11 @@ PI_INLINE v64b v64b_sll16(v64b x, int n) { return PI_B(_mm256_slli_epi16(x.a, n)
 PI_INLINE v64b v64b_srl16(v64b x, int n) { return PI_B(_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)); }
 PI_INLINE v64b v64b_srl4(v64b x) { return v64b_and(v64b_srl16(x, 4), v64b_set1(15)); }
 /* Rows i and i+4 share a register, so that the in-lane 4 × 4 dword transposition leaves rows 0..7 in order. */
-PI_INLINE void pi_transpose_8_rows(const uint8_t *const *rows, int64_t at, __m256i *t0, __m256i *t1, __m256i *t2, __m256i *t3) {
-#define PI_PAIR(i) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(rows[i] + at))), \
-                                           _mm_loadu_si128((const __m128i *)(rows[(i) + 4] + at)), 1)
+PI_INLINE void pi_transpose_8_rows(const uint8_t *const *rows, int64_t at, __m256i *t0, __m256i *t1, __m256i *t2,
+                                   __m256i *t3) {
+#define PI_PAIR(i)                                                                                    \
+    _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(rows[i] + at))), \
+                            _mm_loadu_si128((const __m128i *)(rows[(i) + 4] + at)), 1)
     const __m256i r0 = PI_PAIR(0), r1 = PI_PAIR(1), r2 = PI_PAIR(2), r3 = PI_PAIR(3);
 #undef PI_PAIR
     const __m256i lo01 = _mm256_unpacklo_epi32(r0, r1), hi01 = _mm256_unpackhi_epi32(r0, r1);
@@ -192,25 +214,30 @@ PI_INLINE __m256i pi_add_ones(__m256i acc, __m256i a, __m256i table) {
     return _mm256_add_epi8(acc, _mm256_shuffle_epi8(table, high));
 }
 PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
-    const __m256i ones = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
-                                          0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i ones = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
+                                          2, 3, 2, 3, 3, 4);
     const __m256i table = _mm256_slli_epi16(ones, n); /* at most 4 · 2^4: no bit crosses into the next byte */
     return PI_B(pi_add_ones(acc.a, a.a, table), pi_add_ones(acc.b, a.b, table));
 }
 PI_INLINE v16i v64b_as_i32(v64b x) { return PI_I(x.a, x.b); }
 PI_INLINE v64b v16i_as_bytes(v16i x) { return PI_B(x.a, x.b); }
-PI_INLINE short pi_half_at(const uint8_t *p) { short half; memcpy(&half, p, 2); return half; }
+PI_INLINE short pi_half_at(const uint8_t *p) {
+    short half;
+    memcpy(&half, p, 2);
+    return half;
+}
 PI_INLINE __m256 pi_gather_8_f16(const uint8_t *const *rows, int64_t at) {
 #define PI_HALF(i) pi_half_at(rows[i] + at)
-    return _mm256_cvtph_ps(_mm_setr_epi16(PI_HALF(0), PI_HALF(1), PI_HALF(2), PI_HALF(3), PI_HALF(4), PI_HALF(5),
-                                          PI_HALF(6), PI_HALF(7)));
+    return _mm256_cvtph_ps(
+        _mm_setr_epi16(PI_HALF(0), PI_HALF(1), PI_HALF(2), PI_HALF(3), PI_HALF(4), PI_HALF(5), PI_HALF(6), PI_HALF(7)));
 #undef PI_HALF
 }
 PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
     return PI_F(pi_gather_8_f16(rows, at), pi_gather_8_f16(rows + 8, at));
 }
 PI_INLINE __m256 pi_two_rows_f32(const uint8_t *a, const uint8_t *b) {
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)a)), _mm_loadu_ps((const float *)b), 1);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)a)), _mm_loadu_ps((const float *)b),
+                                1);
 }
 PI_INLINE __m128i pi_two_rows_16(const uint8_t *a, const uint8_t *b) {
     return _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)a), _mm_loadl_epi64((const __m128i *)b));

@@ -6,9 +6,15 @@
 
 #define PI_DOT_US_WIDE 1
 
-typedef struct { __m512 v; } v16f;
-typedef struct { __m512i v; } v16i;
-typedef struct { __m512i v; } v64b;
+typedef struct {
+    __m512 v;
+} v16f;
+typedef struct {
+    __m512i v;
+} v16i;
+typedef struct {
+    __m512i v;
+} v64b;
 typedef v16i v16p;
 
 #define PI_F(x) ((v16f){(x)})
@@ -82,9 +88,7 @@ PI_INLINE v16i v16i_slli(v16i a, int n) { return PI_I(_mm512_slli_epi32(a.v, (un
 PI_INLINE v16i v16i_srli(v16i a, int n) { return PI_I(_mm512_srli_epi32(a.v, (unsigned)n)); }
 PI_INLINE v16i v16i_srai(v16i a, int n) { return PI_I(_mm512_srai_epi32(a.v, (unsigned)n)); }
 PI_INLINE v16i v16i_from_f32_rne(v16f a) { return PI_I(_mm512_cvtps_epi32(a.v)); }
-PI_INLINE v16i v16i_from_i8(const int8_t *p) {
-    return PI_I(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
+PI_INLINE v16i v16i_from_i8(const int8_t *p) { return PI_I(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 PI_INLINE v16i v16i_from_u8(const uint8_t *p) {
     return PI_I(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
@@ -139,10 +143,15 @@ PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
 }
 PI_INLINE v16i v64b_as_i32(v64b a) { return PI_I(a.v); }
 PI_INLINE v64b v16i_as_bytes(v16i a) { return PI_B(a.v); }
-PI_INLINE short pi_half_at(const uint8_t *p) { short half; memcpy(&half, p, 2); return half; }
+PI_INLINE short pi_half_at(const uint8_t *p) {
+    short half;
+    memcpy(&half, p, 2);
+    return half;
+}
 PI_INLINE __m128i pi_gather_8_halves(const uint8_t *const *rows, int64_t at) {
 #define PI_HALF(i) pi_half_at(rows[i] + at)
-    return _mm_setr_epi16(PI_HALF(0), PI_HALF(1), PI_HALF(2), PI_HALF(3), PI_HALF(4), PI_HALF(5), PI_HALF(6), PI_HALF(7));
+    return _mm_setr_epi16(PI_HALF(0), PI_HALF(1), PI_HALF(2), PI_HALF(3), PI_HALF(4), PI_HALF(5), PI_HALF(6),
+                          PI_HALF(7));
 #undef PI_HALF
 }
 PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {

@@ -6,20 +6,42 @@
 
 #define PI_DOT_US_WIDE 0
 
-typedef struct { float32x4_t v[4]; } v16f;
-typedef struct { int32x4_t v[4]; } v16i;
-typedef struct { uint8x16_t v[4]; } v64b;
+typedef struct {
+    float32x4_t v[4];
+} v16f;
+typedef struct {
+    int32x4_t v[4];
+} v16i;
+typedef struct {
+    uint8x16_t v[4];
+} v64b;
 typedef v16i v16p;
 
 #define PI_PARTS for (int k = 0; k < 4; k++)
 #define PI_UNARY(out, in, name, expression) \
-    PI_INLINE out name(in a) { out r; PI_PARTS r.v[k] = expression; return r; }
+    PI_INLINE out name(in a) {              \
+        out r;                              \
+        PI_PARTS r.v[k] = expression;       \
+        return r;                           \
+    }
 #define PI_BINARY(type, name, expression) \
-    PI_INLINE type name(type a, type b) { type r; PI_PARTS r.v[k] = expression; return r; }
+    PI_INLINE type name(type a, type b) { \
+        type r;                           \
+        PI_PARTS r.v[k] = expression;     \
+        return r;                         \
+    }
 
-PI_INLINE v16f v16f_set1(float x) { v16f r; PI_PARTS r.v[k] = vdupq_n_f32(x); return r; }
+PI_INLINE v16f v16f_set1(float x) {
+    v16f r;
+    PI_PARTS r.v[k] = vdupq_n_f32(x);
+    return r;
+}
 PI_INLINE v16f v16f_zero(void) { return v16f_set1(0.0f); }
-PI_INLINE v16f v16f_load(const float *p) { v16f r; PI_PARTS r.v[k] = vld1q_f32(p + 4 * k); return r; }
+PI_INLINE v16f v16f_load(const float *p) {
+    v16f r;
+    PI_PARTS r.v[k] = vld1q_f32(p + 4 * k);
+    return r;
+}
 PI_INLINE void v16f_store(float *p, v16f a) { PI_PARTS vst1q_f32(p + 4 * k, a.v[k]); }
 PI_INLINE v16f v16f_load_n(const float *p, int n) {
     float lane[16] = {0};
@@ -41,7 +63,10 @@ PI_BINARY(v16f, v16f_max, vbslq_f32(vcgtq_f32(a.v[k], b.v[k]), a.v[k], b.v[k]))
 PI_UNARY(v16f, v16f, v16f_sqrt, vsqrtq_f32(a.v[k]))
 PI_UNARY(v16f, v16f, v16f_neg, vnegq_f32(a.v[k]))
 PI_UNARY(v16f, v16f, v16f_abs, vabsq_f32(a.v[k]))
-PI_INLINE v16f v16f_fma(v16f a, v16f b, v16f c) { PI_PARTS c.v[k] = vfmaq_f32(c.v[k], a.v[k], b.v[k]); return c; }
+PI_INLINE v16f v16f_fma(v16f a, v16f b, v16f c) {
+    PI_PARTS c.v[k] = vfmaq_f32(c.v[k], a.v[k], b.v[k]);
+    return c;
+}
 PI_INLINE v16f v16f_select_gt(v16f a, v16f b, v16f x, v16f y) {
     PI_PARTS y.v[k] = vbslq_f32(vcgtq_f32(a.v[k], b.v[k]), x.v[k], y.v[k]);
     return y;
@@ -86,9 +111,17 @@ PI_INLINE float v16f_hmax(v16f a) {
     return m[0] > m[1] ? m[0] : m[1];
 }
 
-PI_INLINE v16i v16i_set1(int32_t x) { v16i r; PI_PARTS r.v[k] = vdupq_n_s32(x); return r; }
+PI_INLINE v16i v16i_set1(int32_t x) {
+    v16i r;
+    PI_PARTS r.v[k] = vdupq_n_s32(x);
+    return r;
+}
 PI_INLINE v16i v16i_zero(void) { return v16i_set1(0); }
-PI_INLINE v16i v16i_load(const int32_t *p) { v16i r; PI_PARTS r.v[k] = vld1q_s32(p + 4 * k); return r; }
+PI_INLINE v16i v16i_load(const int32_t *p) {
+    v16i r;
+    PI_PARTS r.v[k] = vld1q_s32(p + 4 * k);
+    return r;
+}
 PI_INLINE void v16i_store(int32_t *p, v16i a) { PI_PARTS vst1q_s32(p + 4 * k, a.v[k]); }
 PI_BINARY(v16i, v16i_add, vaddq_s32(a.v[k], b.v[k]))
 PI_BINARY(v16i, v16i_sub, vsubq_s32(a.v[k], b.v[k]))
@@ -98,8 +131,14 @@ PI_BINARY(v16i, v16i_max, vmaxq_s32(a.v[k], b.v[k]))
 PI_BINARY(v16i, v16i_and, vandq_s32(a.v[k], b.v[k]))
 PI_BINARY(v16i, v16i_or, vorrq_s32(a.v[k], b.v[k]))
 PI_BINARY(v16i, v16i_xor, veorq_s32(a.v[k], b.v[k]))
-PI_INLINE v16i v16i_slli(v16i a, int n) { PI_PARTS a.v[k] = vshlq_s32(a.v[k], vdupq_n_s32(n)); return a; }
-PI_INLINE v16i v16i_srai(v16i a, int n) { PI_PARTS a.v[k] = vshlq_s32(a.v[k], vdupq_n_s32(-n)); return a; }
+PI_INLINE v16i v16i_slli(v16i a, int n) {
+    PI_PARTS a.v[k] = vshlq_s32(a.v[k], vdupq_n_s32(n));
+    return a;
+}
+PI_INLINE v16i v16i_srai(v16i a, int n) {
+    PI_PARTS a.v[k] = vshlq_s32(a.v[k], vdupq_n_s32(-n));
+    return a;
+}
 PI_INLINE v16i v16i_srli(v16i a, int n) {
     PI_PARTS a.v[k] = vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.v[k]), vdupq_n_s32(-n)));
     return a;
@@ -116,16 +155,15 @@ PI_INLINE v16i v16i_from_f32_rne(v16f a) {
 PI_INLINE v16i v16i_from_i8(const int8_t *p) {
     const int8x16_t b = vld1q_s8(p);
     const int16x8_t lo = vmovl_s8(vget_low_s8(b)), hi = vmovl_s8(vget_high_s8(b));
-    return (v16i){{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)),
-                   vmovl_s16(vget_low_s16(hi)), vmovl_s16(vget_high_s16(hi))}};
+    return (v16i){{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)), vmovl_s16(vget_low_s16(hi)),
+                   vmovl_s16(vget_high_s16(hi))}};
 }
 PI_INLINE v16i v16i_from_u8(const uint8_t *p) {
     const uint8x16_t b = vld1q_u8(p);
     const uint16x8_t lo = vmovl_u8(vget_low_u8(b)), hi = vmovl_u8(vget_high_u8(b));
-    return (v16i){{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(lo))),
-                   vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(lo))),
-                   vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(hi))),
-                   vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(hi)))}};
+    return (v16i){
+        {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(lo))), vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(lo))),
+         vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(hi))), vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(hi)))}};
 }
 PI_INLINE void v16i_store_i8(int8_t *p, v16i a) {
     const int16x8_t lo = vcombine_s16(vqmovn_s32(a.v[0]), vqmovn_s32(a.v[1]));
@@ -145,9 +183,17 @@ PI_INLINE int32_t v16i_sum(v16i a) {
     return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
 }
 
-PI_INLINE v64b v64b_load(const void *p) { v64b r; PI_PARTS r.v[k] = vld1q_u8((const uint8_t *)p + 16 * k); return r; }
+PI_INLINE v64b v64b_load(const void *p) {
+    v64b r;
+    PI_PARTS r.v[k] = vld1q_u8((const uint8_t *)p + 16 * k);
+    return r;
+}
 PI_INLINE void v64b_store(void *p, v64b a) { PI_PARTS vst1q_u8((uint8_t *)p + 16 * k, a.v[k]); }
-PI_INLINE v64b v64b_set1(uint8_t x) { v64b r; PI_PARTS r.v[k] = vdupq_n_u8(x); return r; }
+PI_INLINE v64b v64b_set1(uint8_t x) {
+    v64b r;
+    PI_PARTS r.v[k] = vdupq_n_u8(x);
+    return r;
+}
 PI_INLINE v64b v64b_quad(const int8_t *p) {
     uint32_t four;
     memcpy(&four, p, 4);
@@ -184,8 +230,16 @@ PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
     PI_PARTS acc.v[k] = vaddq_u8(acc.v[k], vshlq_u8(vcntq_u8(a.v[k]), shift));
     return acc;
 }
-PI_INLINE v16i v64b_as_i32(v64b a) { v16i r; PI_PARTS r.v[k] = vreinterpretq_s32_u8(a.v[k]); return r; }
-PI_INLINE v64b v16i_as_bytes(v16i a) { v64b r; PI_PARTS r.v[k] = vreinterpretq_u8_s32(a.v[k]); return r; }
+PI_INLINE v16i v64b_as_i32(v64b a) {
+    v16i r;
+    PI_PARTS r.v[k] = vreinterpretq_s32_u8(a.v[k]);
+    return r;
+}
+PI_INLINE v64b v16i_as_bytes(v16i a) {
+    v64b r;
+    PI_PARTS r.v[k] = vreinterpretq_u8_s32(a.v[k]);
+    return r;
+}
 PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
     uint16_t lane[16];
     for (int i = 0; i < 16; i++) memcpy(lane + i, rows[i] + at, 2);
@@ -210,8 +264,10 @@ PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f 
     PI_PARTS { /* part k: rows 4k..4k+3, transposed */
         uint16x4_t r[4];
         for (int i = 0; i < 4; i++) r[i] = vreinterpret_u16_u8(vld1_u8(rows[4 * k + i] + at));
-        const uint32x2_t a = vreinterpret_u32_u16(vzip1_u16(r[0], r[1])), b = vreinterpret_u32_u16(vzip2_u16(r[0], r[1]));
-        const uint32x2_t c = vreinterpret_u32_u16(vzip1_u16(r[2], r[3])), d = vreinterpret_u32_u16(vzip2_u16(r[2], r[3]));
+        const uint32x2_t a = vreinterpret_u32_u16(vzip1_u16(r[0], r[1])),
+                         b = vreinterpret_u32_u16(vzip2_u16(r[0], r[1]));
+        const uint32x2_t c = vreinterpret_u32_u16(vzip1_u16(r[2], r[3])),
+                         d = vreinterpret_u32_u16(vzip2_u16(r[2], r[3]));
         out[0].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip1_u32(a, c)));
         out[1].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip2_u32(a, c)));
         out[2].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip1_u32(b, d)));
@@ -238,7 +294,8 @@ PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
     return a;
 }
 PI_INLINE v16i v16i_high_words(v16i a, v16i b) {
-    PI_PARTS a.v[k] = vreinterpretq_s32_u32(vsriq_n_u32(vreinterpretq_u32_s32(b.v[k]), vreinterpretq_u32_s32(a.v[k]), 16));
+    PI_PARTS a.v[k] =
+        vreinterpretq_s32_u32(vsriq_n_u32(vreinterpretq_u32_s32(b.v[k]), vreinterpretq_u32_s32(a.v[k]), 16));
     return a;
 }
 PI_INLINE v16i v16i_low_bytes(v16i a) {
@@ -257,8 +314,16 @@ PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
     }
     return acc;
 }
-PI_INLINE v16f v16f_halves(float x, float y) { v16f r; PI_PARTS r.v[k] = vdupq_n_f32(k < 2 ? x : y); return r; }
-PI_INLINE v16f v16f_repeat4(const float *p) { v16f r; PI_PARTS r.v[k] = vld1q_f32(p); return r; }
+PI_INLINE v16f v16f_halves(float x, float y) {
+    v16f r;
+    PI_PARTS r.v[k] = vdupq_n_f32(k < 2 ? x : y);
+    return r;
+}
+PI_INLINE v16f v16f_repeat4(const float *p) {
+    v16f r;
+    PI_PARTS r.v[k] = vld1q_f32(p);
+    return r;
+}
 
 #ifdef __ARM_FEATURE_DOTPROD
 PI_INLINE int32x4_t pi_dot4(int32x4_t acc, int8x16_t w, int8x16_t x) { return vdotq_s32(acc, w, x); }

@@ -4,23 +4,49 @@
 
 #define PI_DOT_US_WIDE 0
 
-typedef struct { float l[16]; } v16f;
-typedef struct { int32_t l[16]; } v16i;
+typedef struct {
+    float l[16];
+} v16f;
+typedef struct {
+    int32_t l[16];
+} v16i;
 typedef v16i v16p;
-typedef struct { uint8_t l[64]; } v64b;
+typedef struct {
+    uint8_t l[64];
+} v64b;
 
 #define PI_LANES for (int i = 0; i < 16; i++)
 #define PI_BYTES for (int i = 0; i < 64; i++)
 #define PI_UNARY(type, name, expression) \
-    PI_INLINE type name(type a) { type r; PI_LANES r.l[i] = expression; return r; }
+    PI_INLINE type name(type a) {        \
+        type r;                          \
+        PI_LANES r.l[i] = expression;    \
+        return r;                        \
+    }
 #define PI_BINARY(type, name, expression) \
-    PI_INLINE type name(type a, type b) { type r; PI_LANES r.l[i] = expression; return r; }
+    PI_INLINE type name(type a, type b) { \
+        type r;                           \
+        PI_LANES r.l[i] = expression;     \
+        return r;                         \
+    }
 
-PI_INLINE v16f v16f_set1(float x) { v16f r; PI_LANES r.l[i] = x; return r; }
+PI_INLINE v16f v16f_set1(float x) {
+    v16f r;
+    PI_LANES r.l[i] = x;
+    return r;
+}
 PI_INLINE v16f v16f_zero(void) { return v16f_set1(0.0f); }
-PI_INLINE v16f v16f_load(const float *p) { v16f r; memcpy(r.l, p, 64); return r; }
+PI_INLINE v16f v16f_load(const float *p) {
+    v16f r;
+    memcpy(r.l, p, 64);
+    return r;
+}
 PI_INLINE void v16f_store(float *p, v16f a) { memcpy(p, a.l, 64); }
-PI_INLINE v16f v16f_load_n(const float *p, int n) { v16f r = v16f_zero(); memcpy(r.l, p, (size_t)n * 4); return r; }
+PI_INLINE v16f v16f_load_n(const float *p, int n) {
+    v16f r = v16f_zero();
+    memcpy(r.l, p, (size_t)n * 4);
+    return r;
+}
 PI_INLINE void v16f_store_n(float *p, v16f a, int n) { memcpy(p, a.l, (size_t)n * 4); }
 PI_BINARY(v16f, v16f_add, a.l[i] + b.l[i])
 PI_BINARY(v16f, v16f_sub, a.l[i] - b.l[i])
@@ -31,7 +57,11 @@ PI_BINARY(v16f, v16f_max, a.l[i] > b.l[i] ? a.l[i] : b.l[i])
 PI_UNARY(v16f, v16f_sqrt, sqrtf(a.l[i]))
 PI_UNARY(v16f, v16f_neg, pi_f32_of_bits(pi_bits_of_f32(a.l[i]) ^ 0x80000000u))
 PI_UNARY(v16f, v16f_abs, pi_f32_of_bits(pi_bits_of_f32(a.l[i]) & 0x7fffffffu))
-PI_INLINE v16f v16f_fma(v16f a, v16f b, v16f c) { v16f r; PI_LANES r.l[i] = fmaf(a.l[i], b.l[i], c.l[i]); return r; }
+PI_INLINE v16f v16f_fma(v16f a, v16f b, v16f c) {
+    v16f r;
+    PI_LANES r.l[i] = fmaf(a.l[i], b.l[i], c.l[i]);
+    return r;
+}
 PI_INLINE v16f v16f_select_gt(v16f a, v16f b, v16f x, v16f y) {
     v16f r;
     PI_LANES r.l[i] = a.l[i] > b.l[i] ? x.l[i] : y.l[i];
@@ -42,12 +72,28 @@ PI_INLINE uint32_t v16f_mask_above(v16f a, v16f b) {
     PI_LANES mask |= (uint32_t)!(a.l[i] <= b.l[i]) << i;
     return mask;
 }
-PI_INLINE v16f v16f_load_f16(const uint16_t *p) { v16f r; PI_LANES r.l[i] = pi_f16_to_f32(p[i]); return r; }
+PI_INLINE v16f v16f_load_f16(const uint16_t *p) {
+    v16f r;
+    PI_LANES r.l[i] = pi_f16_to_f32(p[i]);
+    return r;
+}
 PI_INLINE v16f v16f_set1_f16(uint16_t x) { return v16f_set1(pi_f16_to_f32(x)); }
 PI_INLINE void v16f_store_f16(uint16_t *p, v16f a) { PI_LANES p[i] = pi_f32_to_f16(a.l[i]); }
-PI_INLINE v16f v16f_load_bf16(const uint16_t *p) { v16f r; PI_LANES r.l[i] = pi_bf16_to_f32(p[i]); return r; }
-PI_INLINE v16f v16f_from_i32(v16i a) { v16f r; PI_LANES r.l[i] = (float)a.l[i]; return r; }
-PI_INLINE v16f v16f_pow2i(v16i a) { v16f r; PI_LANES r.l[i] = pi_f32_of_bits(((uint32_t)a.l[i] + 127u) << 23); return r; }
+PI_INLINE v16f v16f_load_bf16(const uint16_t *p) {
+    v16f r;
+    PI_LANES r.l[i] = pi_bf16_to_f32(p[i]);
+    return r;
+}
+PI_INLINE v16f v16f_from_i32(v16i a) {
+    v16f r;
+    PI_LANES r.l[i] = (float)a.l[i];
+    return r;
+}
+PI_INLINE v16f v16f_pow2i(v16i a) {
+    v16f r;
+    PI_LANES r.l[i] = pi_f32_of_bits(((uint32_t)a.l[i] + 127u) << 23);
+    return r;
+}
 PI_INLINE float v16f_sum(v16f a) {
     for (int step = 8; step; step /= 2)
         for (int i = 0; i < step; i++) a.l[i] = a.l[i] + a.l[i + step];
@@ -59,9 +105,17 @@ PI_INLINE float v16f_hmax(v16f a) {
     return a.l[0];
 }
 
-PI_INLINE v16i v16i_set1(int32_t x) { v16i r; PI_LANES r.l[i] = x; return r; }
+PI_INLINE v16i v16i_set1(int32_t x) {
+    v16i r;
+    PI_LANES r.l[i] = x;
+    return r;
+}
 PI_INLINE v16i v16i_zero(void) { return v16i_set1(0); }
-PI_INLINE v16i v16i_load(const int32_t *p) { v16i r; memcpy(r.l, p, 64); return r; }
+PI_INLINE v16i v16i_load(const int32_t *p) {
+    v16i r;
+    memcpy(r.l, p, 64);
+    return r;
+}
 PI_INLINE void v16i_store(int32_t *p, v16i a) { memcpy(p, a.l, 64); }
 PI_BINARY(v16i, v16i_add, (int32_t)((uint32_t)a.l[i] + (uint32_t)b.l[i]))
 PI_BINARY(v16i, v16i_sub, (int32_t)((uint32_t)a.l[i] - (uint32_t)b.l[i]))
@@ -71,35 +125,92 @@ PI_BINARY(v16i, v16i_max, a.l[i] > b.l[i] ? a.l[i] : b.l[i])
 PI_BINARY(v16i, v16i_and, a.l[i] & b.l[i])
 PI_BINARY(v16i, v16i_or, a.l[i] | b.l[i])
 PI_BINARY(v16i, v16i_xor, a.l[i] ^ b.l[i])
-PI_INLINE v16i v16i_slli(v16i a, int n) { PI_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] << n); return a; }
-PI_INLINE v16i v16i_srli(v16i a, int n) { PI_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] >> n); return a; }
-PI_INLINE v16i v16i_srai(v16i a, int n) { PI_LANES a.l[i] = a.l[i] >> n; return a; }
+PI_INLINE v16i v16i_slli(v16i a, int n) {
+    PI_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] << n);
+    return a;
+}
+PI_INLINE v16i v16i_srli(v16i a, int n) {
+    PI_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] >> n);
+    return a;
+}
+PI_INLINE v16i v16i_srai(v16i a, int n) {
+    PI_LANES a.l[i] = a.l[i] >> n;
+    return a;
+}
 PI_INLINE v16i v16i_from_f32_rne(v16f a) {
     v16i r;
     PI_LANES r.l[i] = fabsf(a.l[i]) < 0x1p31f ? (int32_t)lrintf(a.l[i]) : INT32_MIN;
     return r;
 }
-PI_INLINE v16i v16i_from_i8(const int8_t *p) { v16i r; PI_LANES r.l[i] = p[i]; return r; }
-PI_INLINE v16i v16i_from_u8(const uint8_t *p) { v16i r; PI_LANES r.l[i] = p[i]; return r; }
+PI_INLINE v16i v16i_from_i8(const int8_t *p) {
+    v16i r;
+    PI_LANES r.l[i] = p[i];
+    return r;
+}
+PI_INLINE v16i v16i_from_u8(const uint8_t *p) {
+    v16i r;
+    PI_LANES r.l[i] = p[i];
+    return r;
+}
 PI_INLINE void v16i_store_i8(int8_t *p, v16i a) {
     PI_LANES p[i] = (int8_t)(a.l[i] > 127 ? 127 : a.l[i] < -128 ? -128 : a.l[i]);
 }
 PI_INLINE void v16i_store_i16(int16_t *p, v16i a) {
     PI_LANES p[i] = (int16_t)(a.l[i] < -32768 ? -32768 : a.l[i] > 32767 ? 32767 : a.l[i]);
 }
-PI_INLINE v16f v16i_as_f32(v16i a) { v16f r; memcpy(&r, &a, 64); return r; }
-PI_INLINE v16i v16f_as_i32(v16f a) { v16i r; memcpy(&r, &a, 64); return r; }
-PI_INLINE int32_t v16i_hmax(v16i a) { int32_t m = a.l[0]; PI_LANES m = a.l[i] > m ? a.l[i] : m; return m; }
-PI_INLINE int32_t v16i_sum(v16i a) { uint32_t s = 0; PI_LANES s += (uint32_t)a.l[i]; return (int32_t)s; }
+PI_INLINE v16f v16i_as_f32(v16i a) {
+    v16f r;
+    memcpy(&r, &a, 64);
+    return r;
+}
+PI_INLINE v16i v16f_as_i32(v16f a) {
+    v16i r;
+    memcpy(&r, &a, 64);
+    return r;
+}
+PI_INLINE int32_t v16i_hmax(v16i a) {
+    int32_t m = a.l[0];
+    PI_LANES m = a.l[i] > m ? a.l[i] : m;
+    return m;
+}
+PI_INLINE int32_t v16i_sum(v16i a) {
+    uint32_t s = 0;
+    PI_LANES s += (uint32_t)a.l[i];
+    return (int32_t)s;
+}
 
-PI_INLINE v64b v64b_load(const void *p) { v64b r; memcpy(r.l, p, 64); return r; }
+PI_INLINE v64b v64b_load(const void *p) {
+    v64b r;
+    memcpy(r.l, p, 64);
+    return r;
+}
 PI_INLINE void v64b_store(void *p, v64b a) { memcpy(p, a.l, 64); }
-PI_INLINE v64b v64b_set1(uint8_t x) { v64b r; memset(r.l, x, 64); return r; }
-PI_INLINE v64b v64b_quad(const int8_t *p) { v64b r; PI_LANES memcpy(r.l + 4 * i, p, 4); return r; }
-PI_INLINE v64b v64b_and(v64b a, v64b b) { PI_BYTES a.l[i] &= b.l[i]; return a; }
-PI_INLINE v64b v64b_or(v64b a, v64b b) { PI_BYTES a.l[i] |= b.l[i]; return a; }
-PI_INLINE v64b v64b_xor(v64b a, v64b b) { PI_BYTES a.l[i] ^= b.l[i]; return a; }
-PI_INLINE v64b v64b_srl4(v64b a) { PI_BYTES a.l[i] >>= 4; return a; }
+PI_INLINE v64b v64b_set1(uint8_t x) {
+    v64b r;
+    memset(r.l, x, 64);
+    return r;
+}
+PI_INLINE v64b v64b_quad(const int8_t *p) {
+    v64b r;
+    PI_LANES memcpy(r.l + 4 * i, p, 4);
+    return r;
+}
+PI_INLINE v64b v64b_and(v64b a, v64b b) {
+    PI_BYTES a.l[i] &= b.l[i];
+    return a;
+}
+PI_INLINE v64b v64b_or(v64b a, v64b b) {
+    PI_BYTES a.l[i] |= b.l[i];
+    return a;
+}
+PI_INLINE v64b v64b_xor(v64b a, v64b b) {
+    PI_BYTES a.l[i] ^= b.l[i];
+    return a;
+}
+PI_INLINE v64b v64b_srl4(v64b a) {
+    PI_BYTES a.l[i] >>= 4;
+    return a;
+}
 PI_INLINE v64b v64b_sll16(v64b a, int n) {
     for (int i = 0; i < 64; i += 2) {
         const uint32_t u = (uint32_t)(a.l[i] | a.l[i + 1] << 8) << n;
@@ -122,8 +233,16 @@ PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
     PI_BYTES acc.l[i] = (uint8_t)(acc.l[i] + (__builtin_popcount(a.l[i]) << n));
     return acc;
 }
-PI_INLINE v16i v64b_as_i32(v64b a) { v16i r; memcpy(&r, &a, 64); return r; }
-PI_INLINE v64b v16i_as_bytes(v16i a) { v64b r; memcpy(&r, &a, 64); return r; }
+PI_INLINE v16i v64b_as_i32(v64b a) {
+    v16i r;
+    memcpy(&r, &a, 64);
+    return r;
+}
+PI_INLINE v64b v16i_as_bytes(v16i a) {
+    v64b r;
+    memcpy(&r, &a, 64);
+    return r;
+}
 PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
     uint16_t lane[16];
     PI_LANES memcpy(lane + i, rows[i] + at, 2);
@@ -183,8 +302,16 @@ PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
     PI_LANES acc.l[i] += (int16_t)w.l[i] * (int16_t)x.l[i] + (int16_t)(w.l[i] >> 16) * (int16_t)(x.l[i] >> 16);
     return acc;
 }
-PI_INLINE v16f v16f_halves(float x, float y) { v16f r; PI_LANES r.l[i] = i < 8 ? x : y; return r; }
-PI_INLINE v16f v16f_repeat4(const float *p) { v16f r; PI_LANES r.l[i] = p[i % 4]; return r; }
+PI_INLINE v16f v16f_halves(float x, float y) {
+    v16f r;
+    PI_LANES r.l[i] = i < 8 ? x : y;
+    return r;
+}
+PI_INLINE v16f v16f_repeat4(const float *p) {
+    v16f r;
+    PI_LANES r.l[i] = p[i % 4];
+    return r;
+}
 
 PI_INLINE v16i v16i_dot_us(v16i acc, v64b w, v64b x) {
     PI_LANES for (int c = 4 * i; c < 4 * i + 4; c++) acc.l[i] += w.l[c] * (int8_t)x.l[c];

@@ -30,8 +30,10 @@ static void thresholded(const pi_sparse_ffn *op, const pi_run *run, int64_t toke
     const pi_rows *rest = &op->bundle->part[op->rule == PI_BY_GATE_SIZE ? PI_UP : PI_GATE];
     run->kernels->product_rows(rest, index, count, begin, end, op->src, &op->acts, token, h);
     for (int64_t k = begin; k < end; k++) known[k - begin] = select[index[k]];
-    if (op->rule == PI_BY_UP_SIZE) run->kernels->activate(op->kind, op->cut, h + begin, known, end - begin, h + begin);
-    else for (int64_t k = begin; k < end; k++) h[k] = known[k - begin] * h[k];
+    if (op->rule == PI_BY_UP_SIZE)
+        run->kernels->activate(op->kind, op->cut, h + begin, known, end - begin, h + begin);
+    else
+        for (int64_t k = begin; k < end; k++) h[k] = known[k - begin] * h[k];
 }
 
 /* Neurons [begin, end) of the list, whose gates are positive: h[k] = contribution of index[k]. */
@@ -57,7 +59,8 @@ static columns_part columns_of(const pi_sparse_ffn *op, const pi_worker *worker)
     int64_t units = (op->bundle->columns + PI_LINE_COLUMNS - 1) / PI_LINE_COLUMNS;
     int64_t thread = pi_worker_thread(worker), threads = pi_worker_threads(worker);
     int64_t end = units * (thread + 1) / threads * PI_LINE_COLUMNS;
-    return (columns_part){units * thread / threads * PI_LINE_COLUMNS, end < op->bundle->columns ? end : op->bundle->columns};
+    return (columns_part){units * thread / threads * PI_LINE_COLUMNS,
+                          end < op->bundle->columns ? end : op->bundle->columns};
 }
 
 /* One thread's scratch: the list of neurons, the gate of each where it confirms, and what sum_rows needs. */
@@ -119,7 +122,8 @@ static void execute_listed(const pi_sparse_ffn *op, pi_run *run, pi_worker *work
             if (end > count) end = count;
             if (op->rule == PI_BY_VALUE)
                 contributions(op, run, t, at.index, op->gate ? at.gate : NULL, count, begin, end);
-            else thresholded(op, run, t, at.index, count, begin, end);
+            else
+                thresholded(op, run, t, at.index, count, begin, end);
         }
         pi_barrier(worker);
         if (columns.begin < columns.end) {
@@ -149,8 +153,10 @@ static selection threshold_tile(const pi_sparse_ffn *op, const pi_run *run, int6
     for (int64_t t = 0; t < run->tokens; t++) {
         const float *known = op->select + t * neurons + first, *threshold = op->threshold + first;
         float *h = op->h + t * neurons + first;
-        if (op->rule == PI_BY_UP_SIZE) run->kernels->activate(op->kind, op->cut, h, known, count, h);
-        else for (int64_t i = 0; i < count; i++) h[i] = known[i] * h[i];
+        if (op->rule == PI_BY_UP_SIZE)
+            run->kernels->activate(op->kind, op->cut, h, known, count, h);
+        else
+            for (int64_t i = 0; i < count; i++) h[i] = known[i] * h[i];
         run->kernels->keep_large(known, threshold, count, h);
         for (int64_t i = 0; i < count; i++) active += !(fabsf(known[i]) <= threshold[i]);
     }
@@ -203,6 +209,8 @@ void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int 
     const pi_sparse_ffn *s = &op->u.sparse_ffn;
     if (pi_worker_thread(worker) == 0)
         __atomic_fetch_add(&run->program->total, run->tokens * s->bundle->rows, __ATOMIC_RELAXED);
-    if (run->tokens >= MANY_TOKENS) execute_all(s, run, worker, slot);
-    else execute_listed(s, run, worker, slot);
+    if (run->tokens >= MANY_TOKENS)
+        execute_all(s, run, worker, slot);
+    else
+        execute_listed(s, run, worker, slot);
 }

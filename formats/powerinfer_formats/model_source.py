@@ -49,6 +49,8 @@ class ModelSource(ABC):
             {key: entry.value for key, entry in entries.items()}
         )
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        #: Names of the tensors that were asked for with the shape that they must have.
+        self.expected: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +137,8 @@ class ModelSource(ABC):
 
     def _checked(self, name: str, shape: tuple[int, ...] | None, types: Collection[int] | None) -> TensorInfo:
         info = self.info(name)
+        if shape is not None:
+            self.expected.add(name)
         if shape is not None and info.shape != tuple(shape):
             found, expected = _shape(info.shape), _shape(tuple(shape))
             raise WrongShape(

@@ -1,23 +1,23 @@
-"""Turns layers into programs of kernel operations, by reading the architecture row.
+"""Turns layers into programs of kernel operations: the blocks of :mod:`powerinfer_tools.model.blocks`, and
+the forms of an FFN that only the kernels have, over rows of neurons.
 
-The order of operations here *is* the forward pass; :mod:`powerinfer_tools.model.reference` says the same in
-float64. Nothing here depends on the number of tokens or on the thread count.
+Nothing here depends on the number of tokens or on the thread count.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from powerinfer_kernels import Activations, Bundle, KVCache, Matrix, Pool, ProgramBuilder
-from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
+from powerinfer_kernels import Bundle, Matrix, Pool, ProgramBuilder
+from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.predictor_programs import Predictor
+from powerinfer_tools.engine.program_operations import ProgramOperations, Value
 from powerinfer_tools.engine.recall import GateAndUp
+from powerinfer_tools.model import blocks
 from powerinfer_tools.model.loading import AttentionWeights, Model
-from powerinfer_tools.model.rotary import RotaryTables
 from powerinfer_tools.model.tensors import Norm, Weight
 
 
@@ -108,27 +108,25 @@ def pack(pool: Pool, weight: Weight) -> Matrix:
     return Matrix.pack(pool, weight.data, weight.row_type, weight.rows, weight.columns)
 
 
-def append_norm(
-    builder: ProgramBuilder, src: Floats, norm: Norm, out: Floats, eps: float, groups: int = 1
-) -> None:
-    """out = norm(src), of each of ``groups`` equal parts of a row by itself."""
-    if norm.kind == "rms":
-        builder.rms_norm(src, norm.weight, out, eps, groups=groups)
-        return
-    assert groups == 1, "layer norms of single heads are in no family"
-    builder.layer_norm(src, norm.weight, norm.bias, out, eps)
-
-
 class BlockWriter:
     """Appends the blocks of one model to a program."""
 
-    def __init__(self, model: Model, pool: Pool, builder: ProgramBuilder, buffers: Buffers) -> None:
+    def __init__(self, model: Model, ops: ProgramOperations, buffers: Buffers) -> None:
         self.spec, self.hyper, self.eps = model.spec, model.hyper, model.hyper.norm_eps
-        self.pool, self.builder, self.buffers = pool, builder, buffers
+        self.ops, self.buffers = ops, buffers
+        self.activation = blocks.activation_of(model.hyper)
         self.labels = Labels()
         #: The layer that is being written, None before the first.
         self.layer: int | None = None
-        self.weight_bytes = 0
+
+    @property
+    def builder(self) -> ProgramBuilder:
+        """Where operations outside the vocabulary are appended."""
+        return self.ops.flush()
+
+    def mark(self) -> int:
+        """The index of the next operation."""
+        return self.builder.mark()
 
     def label(self, name: str) -> int:
         """Everything from here on is counted as ``name``; returns the operation index."""
@@ -136,62 +134,29 @@ class BlockWriter:
         self.labels.marks.append((index, name, self.layer))
         return index
 
-    def embed(self, embedding: Weight, positions: Weight | None) -> None:
+    def embed(self, model: Model) -> None:
         """tokens (and where they stand) → residual stream."""
         self.label("embedding")
-        b = self.buffers
-        self._rows_of(embedding, b.tokens, b.x, scale=self.hyper.embedding_scale)
-        if positions is not None and b.positions is not None:
-            self._rows_of(positions, b.positions, b.block_out)
-            self.builder.add(b.block_out, b.x)
+        blocks.embedding(self.ops, model)
 
-    def attention(self, w: AttentionWeights, cache: KVCache, tables: RotaryTables, window: int) -> None:
+    def attention(self, layer: int, w: AttentionWeights) -> None:
         """One attention block, added to the residual stream."""
         self.label("attention")
-        b, builder, hyper = self.buffers, self.builder, self.hyper
-        self._norm(b.x, w.norm, b.attention_input)
-        self._quantize(b.attention_input, b.attention_acts, w.query, w.key, w.value)
-        self._project(w.query, b.query, w.query_bias, independent=True)
-        self._project(w.key, b.key, w.key_bias, independent=True)
-        self._project(w.value, b.value, w.value_bias)
-        if w.query_norm is not None and w.key_norm is not None:
-            self._norm(b.query, w.query_norm, b.query, groups=hyper.heads)
-            self._norm(b.key, w.key_norm, b.key, groups=hyper.kv_heads)
-        if hyper.rope_dim:
-            style = self.spec.rope_style
-            builder.rope(b.query, tables.cos, tables.sin, hyper.heads, hyper.head_dim, style)
-            builder.rope(b.key, tables.cos, tables.sin, hyper.kv_heads, hyper.head_dim, style)
-        builder.store_kv(b.key, b.value, cache)
-        builder.attention(
-            b.query,
-            cache,
-            b.attended,
-            hyper.heads,
-            hyper.attention_scale,
-            window=window,
-            softcap=hyper.attention_softcap,
-        )
-        self._quantize(b.attended, b.attended_acts, w.output)
-        output = self._packed(w.output)
-        fused = w.post_norm is None
-        out = b.x if fused else b.block_out
-        builder.matmul(output, b.attended, b.attended_acts, out, bias=w.output_bias, accumulate=fused)
-        self._join(w.post_norm)
+        self._join(blocks.attention(self.ops, self.hyper, layer, w, self._x))
 
     def ffn_input(self, norm: Norm, *, quantized: bool) -> None:
         """Normalise (and quantise) the input of the FFN."""
         self.label("ffn")
-        b = self.buffers
-        self._norm(b.x, norm, b.normed)
-        if quantized and b.normed_acts is not None:
-            self.builder.quantize(b.normed, b.normed_acts)
+        normed = blocks.ffn_input(self.ops, norm, self.eps, self._x)
+        if quantized:
+            self.ops.round(normed.floats)
 
     def cold_input(self, *, quantized: bool) -> None:
         """Quantise the input of the FFN, which the hot side has normalised."""
         self.label("ffn")
-        b = self.buffers
-        if quantized and b.normed_acts is not None:
-            self.builder.quantize(b.normed, b.normed_acts)
+        self.ops.changed(self.buffers.normed)
+        if quantized:
+            self.ops.round(self.buffers.normed)
 
     def ffn_columns(
         self,
@@ -202,37 +167,19 @@ class BlockWriter:
     ) -> None:
         """The FFN of a source model, added to the residual stream; counted where it is ``observed``. With
         ``thresholds`` (of a gated FFN), neurons below contribute nothing."""
-        b, builder, kind = self.buffers, self.builder, self.hyper.activation
         self.label("ffn")
-        up = self._gate_and_up(w.gate, w.bias, w.up, b.gate, b.up)
-        if observed is not None:
-            builder.observe(b.gate, up, kind, **vars(observed), cut=self.hyper.activation_cut)
-        if thresholds is not None and up is not None and b.scores is not None:
-            builder.activate(b.gate, None, b.scores, kind)
-            builder.keep_large(b.scores, thresholds.gate, up)
-            builder.keep_large(up, thresholds.up, up)
-        builder.activate(b.gate, up, b.gate, kind, self.hyper.activation_cut)
-        if not w.down.row_type.is_float and b.hidden_acts is not None:
-            builder.quantize(b.gate, b.hidden_acts)
-        fused = output.post_norm is None
-        out = b.x if fused else b.block_out
-        builder.matmul(w.down, b.gate, b.hidden_acts, out, bias=output.bias, accumulate=fused)
-        self._join(output.post_norm)
+        ops, weights = self.ops, blocks.FFN(w.gate, w.up, w.down, w.bias, output.bias)
+        ops.observed, ops.thresholds = observed, thresholds
+        out = blocks.ffn(ops, self.activation, weights, Value(self.buffers.normed))
+        ops.observed = ops.thresholds = None
+        self._join(blocks.post_normed(ops, out, output.post_norm, self.eps))
 
-    def expert(
-        self, w: DenseColumns, src: Floats, acts: Activations | None, hidden: Activations | None, out: Floats
-    ) -> None:
-        """One FFN over ``src`` (and its quantised copy) into ``out``; ``hidden`` is scratch of its width."""
-        b, builder = self.buffers, self.builder
-        gate, up = narrowed(b.gate, w.gate.rows), narrowed(b.up, w.gate.rows)
-        builder.matmul(w.gate, src, acts, gate, independent=w.up is not None)
-        if w.up is not None:
-            builder.matmul(w.up, src, acts, up)
-        cut = self.hyper.activation_cut
-        builder.activate(gate, None if w.up is None else up, gate, self.hyper.activation, cut)
-        if not w.down.row_type.is_float and hidden is not None:
-            builder.quantize(gate, hidden)
-        builder.matmul(w.down, gate, hidden, out)
+    def expert(self, w: DenseColumns, source: Floats, out: str) -> tuple[int, int]:
+        """One FFN over ``source`` into the buffer ``out``, as operations that are run for the tokens of one
+        expert at a time: the first, and the one behind the last."""
+        first = self.mark()
+        blocks.ffn(self.ops, self.activation, blocks.FFN(w.gate, w.up, w.down), Value(source), out)
+        return first, self.mark()
 
     def ffn_rows(
         self, w: NeuronRows, gate: Floats, up: Floats, observed: LayerCounters | None = None
@@ -312,7 +259,7 @@ class BlockWriter:
         if output.bias is not None:
             builder.add(output.bias, out)
         if output.post_norm is not None:
-            self._norm(out, output.post_norm, out)
+            out = self.ops.norm("block_out", Value(out), output.post_norm, self.eps).floats
         builder.add(out, b.x)
 
     def _gate_and_up(
@@ -326,31 +273,10 @@ class BlockWriter:
         self.builder.matmul(up, b.normed, b.normed_acts, up_out)
         return up_out
 
-    def _join(self, post_norm: Norm | None) -> None:
-        if post_norm is not None:
-            self._norm(self.buffers.block_out, post_norm, self.buffers.block_out)
-            self.builder.add(self.buffers.block_out, self.buffers.x)
+    @property
+    def _x(self) -> Value:
+        return Value(self.buffers.x)
 
-    def _norm(self, src: Floats, norm: Norm, out: Floats, groups: int = 1) -> None:
-        append_norm(self.builder, src, norm, out, self.eps, groups)
-
-    def _rows_of(self, table: Weight, index: npt.NDArray[np.int32], out: Floats, scale: float = 1.0) -> None:
-        self.builder.embed(index, table.data, table.row_type, table.rows, table.columns, out, scale=scale)
-
-    def _project(
-        self, weight: Weight, out: Floats, bias: Floats | None, *, independent: bool = False
-    ) -> None:
-        b = self.buffers
-        matrix = self._packed(weight)
-        self.builder.matmul(
-            matrix, b.attention_input, b.attention_acts, out, bias=bias, independent=independent
-        )
-
-    def _packed(self, weight: Weight) -> Matrix:
-        matrix = pack(self.pool, weight)
-        self.weight_bytes += matrix.nbytes
-        return matrix
-
-    def _quantize(self, src: Floats, acts: Activations | None, *consumers: Weight) -> None:
-        if acts is not None and not all(w.row_type.is_float for w in consumers):
-            self.builder.quantize(src, acts)
+    def _join(self, out: Value) -> None:
+        self.ops.join(self._x, out)
+        self.ops.flush()

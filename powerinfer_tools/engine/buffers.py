@@ -10,6 +10,7 @@ from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.hyperparameters import Hyperparameters
 
 Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int32]
 #: Values in one block of quantised activations.
 BLOCK = 32
 
@@ -18,8 +19,8 @@ BLOCK = 32
 class Buffers:
     """float32 [tokens, …] unless said; ``*_acts`` are quantised copies, None where the width allows none."""
 
-    tokens: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32] | None  # (T,): rows of the table of learnt positions
+    tokens: Integers
+    positions: Integers | None  # (T,): rows of the table of learnt positions
     x: Floats  # (T, width): the residual stream
     normed: Floats  # (T, width): input of the FFN matrices
     normed_acts: Activations | None
@@ -37,17 +38,56 @@ class Buffers:
     block_out: Floats  # (T, width): a block's output before it joins the residual stream
     hot_out: Floats | None  # (T, width): the hot device's part of an FFN
     scores: Floats | None  # (T, neurons): what predictors say of each neuron, or act(gate)
+    scratch: "Scratch"  # all of it, by name
 
     @property
     def nbytes(self) -> int:
         """Size of all buffers in bytes."""
-        total = 0
-        for value in {id(value): value for value in vars(self).values()}.values():
-            if isinstance(value, Activations):
-                total += value.q.nbytes + value.d.nbytes + value.s.nbytes
-            elif value is not None:
-                total += value.nbytes
-        return total
+        other = [array for array in (self.tokens, self.positions) if array is not None]
+        return self.scratch.nbytes + sum(array.nbytes for array in other)
+
+
+class Scratch:
+    """Buffers float32 (tokens, width) by name, and their quantised copies: allocated when they are first
+    named. Names whose widths differ from layer to layer share one memory where it is large enough."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self._floats: dict[str, list[Floats]] = {}
+        self._copies: dict[tuple[int, int], Activations | None] = {}
+
+    def add(self, name: str, floats: Floats) -> Floats:
+        """Memory for ``name``, which may be that of another name."""
+        self._floats.setdefault(name, []).append(floats)
+        return floats
+
+    def named(self, name: str, width: int) -> Floats:
+        """The buffer (tokens, width) of that name; the same array each time."""
+        held = self._floats.setdefault(name, [])
+        for floats in held:
+            if floats.shape[1] == width:
+                return floats
+        larger = (floats for floats in held if floats.shape[1] > width)
+        source = next(larger, None)
+        made = aligned((self.tokens, width), np.float32) if source is None else narrowed(source, width)
+        held.append(made)
+        return made
+
+    def copy(self, floats: Floats) -> Activations | None:
+        """Where the quantised copy of a buffer goes; None for a width that allows none."""
+        key = (place(floats), floats.shape[1])
+        if key not in self._copies:
+            self._copies[key] = activations(self.tokens, floats.shape[1])
+        return self._copies[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all buffers in bytes; memory that names share counts once."""
+        sizes: dict[int, int] = {}
+        for floats in (floats for held in self._floats.values() for floats in held):
+            sizes[place(floats)] = max(sizes.get(place(floats), 0), floats.nbytes)
+        copies = [copy for copy in self._copies.values() if copy is not None]
+        return sum(sizes.values()) + sum(a.q.nbytes + a.d.nbytes + a.s.nbytes for a in copies)
 
 
 def allocate(
@@ -56,38 +96,50 @@ def allocate(
     """Buffers for up to ``tokens`` tokens at a time; ``hot`` and ``scores``: also what a hot device and
     predictors (or thresholds of a source model) need."""
 
-    def floats(width: int) -> Floats:
-        return aligned((tokens, width), np.float32)
+    scratch = Scratch(tokens)
+
+    def floats(name: str, width: int) -> Floats:
+        return scratch.named(name, width)
 
     shared = hyper.routing.shared_neurons if hyper.routing else 0
     widest = max(hyper.neurons, shared)
-    normed, normed_acts = floats(hyper.width), activations(tokens, hyper.width)
+    normed, x, gate = floats("normed", hyper.width), floats("x", hyper.width), floats("gate", widest)
+    attention_input = floats("attention_input", hyper.width) if spec.parallel else normed
+    if not spec.parallel:
+        scratch.add("attention_input", normed)
+    attended = floats("attended", hyper.query_width)
     return Buffers(
         tokens=aligned((tokens,), np.int32),
         positions=None if spec.position_offset is None else aligned((tokens,), np.int32),
-        x=floats(hyper.width),
+        x=x,
         normed=normed,
-        normed_acts=normed_acts,
-        residual_acts=activations(tokens, hyper.width) if scores else None,
-        attention_input=floats(hyper.width) if spec.parallel else normed,
-        attention_acts=activations(tokens, hyper.width) if spec.parallel else normed_acts,
-        query=floats(hyper.query_width),
-        key=floats(hyper.kv_width),
-        value=floats(hyper.kv_width),
-        attended=floats(hyper.query_width),
-        attended_acts=activations(tokens, hyper.query_width),
-        gate=floats(widest),
-        up=floats(widest),
-        hidden_acts=activations(tokens, hyper.neurons),
-        block_out=floats(hyper.width),
-        hot_out=floats(hyper.width) if hot else None,
-        scores=floats(hyper.neurons) if scores else None,
+        normed_acts=scratch.copy(normed),
+        residual_acts=scratch.copy(x) if scores else None,
+        attention_input=attention_input,
+        attention_acts=scratch.copy(attention_input),
+        query=floats("query", hyper.query_width),
+        key=floats("key", hyper.kv_width),
+        value=floats("value", hyper.kv_width),
+        attended=attended,
+        attended_acts=scratch.copy(attended),
+        gate=gate,
+        up=floats("up", widest),
+        hidden_acts=scratch.copy(floats("gate", hyper.neurons)),
+        block_out=floats("block_out", hyper.width),
+        hot_out=floats("hot_out", hyper.width) if hot else None,
+        scores=floats("scores", hyper.neurons) if scores else None,
+        scratch=scratch,
     )
 
 
 def activations(tokens: int, columns: int) -> Activations | None:
     """Quantised activations, or None for a width that no quantised matrix can have."""
     return Activations(tokens, columns) if columns % BLOCK == 0 else None
+
+
+def place(floats: Floats) -> int:
+    """The address of an array."""
+    return int(floats.__array_interface__["data"][0])
 
 
 def narrowed(buffer: Floats, width: int) -> Floats:

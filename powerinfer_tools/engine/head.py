@@ -4,9 +4,10 @@ time."""
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import Matrix, Pool, ProgramBuilder, aligned
-from powerinfer_tools.engine.blocks import append_norm
-from powerinfer_tools.engine.buffers import activations
+from powerinfer_kernels import Matrix, Pool, ProgramBuilder
+from powerinfer_tools.engine.buffers import Scratch
+from powerinfer_tools.engine.program_operations import ProgramOperations, Value
+from powerinfer_tools.model import blocks
 from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
@@ -19,22 +20,18 @@ class Head:
 
     def __init__(self, model: Model, pool: Pool, matrix: Matrix) -> None:
         hyper = model.hyper
-        self._pool, self._matrix, self._softcap = pool, matrix, hyper.logit_softcap
-        self._input = aligned((HEAD_ROWS, hyper.width), np.float32)
-        self._logits = aligned((HEAD_ROWS, hyper.vocabulary), np.float32)
-        acts = activations(HEAD_ROWS, hyper.width)
-        builder = ProgramBuilder(HEAD_ROWS)
-        append_norm(builder, self._input, model.output_norm, self._input, hyper.norm_eps)
-        if not matrix.row_type.is_float and acts is not None:
-            builder.quantize(self._input, acts)
-        builder.matmul(matrix, self._input, acts, self._logits)
-        self._length = builder.mark()
-        self._program = builder.build()
+        self._pool, self._softcap = pool, hyper.logit_softcap
+        self._scratch, builder = Scratch(HEAD_ROWS), ProgramBuilder(HEAD_ROWS)
+        self._input = self._scratch.named("head_input", hyper.width)
+        ops = ProgramOperations(builder, self._scratch, pool, {}, ())
+        logits = blocks.logits(ops, hyper, model.output_norm, matrix, Value(self._input))
+        self._length = ops.flush().mark()
+        self._program, self._logits = builder.build(), logits.floats
 
     @property
     def nbytes(self) -> int:
         """Scratch memory, in bytes."""
-        return self._input.nbytes + self._logits.nbytes
+        return self._scratch.nbytes
 
     @property
     def seconds(self) -> float:

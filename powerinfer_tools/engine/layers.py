@@ -45,7 +45,7 @@ class LayerStack:
         self._written, self._buffers, self._stops = made, made.buffers, made.stops
         self._checks, self._check_recall = made.checks, options.check_recall
         self._tokens = 0
-        self._length = made.builder.mark()
+        self._length = made.writer.mark()
         self._program = made.builder.build()
         #: The head's rows; None where the hot device has them.
         self.head_matrix: Matrix | None = None if self.has_hot_head else pack(pool, model.head)
@@ -74,9 +74,7 @@ class LayerStack:
     def weight_bytes(self) -> int:
         """Size of all weights as laid out for the kernels, in bytes."""
         return (
-            self._written.writer.weight_bytes
-            + sum(ffn.nbytes for ffn in self._written.laid)
-            + self._head_bytes
+            self._written.ops.weight_bytes + sum(ffn.nbytes for ffn in self._written.laid) + self._head_bytes
         )
 
     @property
@@ -102,9 +100,7 @@ class LayerStack:
     @property
     def scratch_bytes(self) -> int:
         """Size of activations and tables in bytes."""
-        tables = {id(table): table.nbytes for table in self._written.tables}
-        routed = self._written.routed.nbytes if self._written.routed else 0
-        return self._buffers.nbytes + routed + sum(tables.values())
+        return self._buffers.nbytes + sum(table.nbytes for table in self._written.tables.values())
 
     def forward(self, tokens: Sequence[int], position: int) -> int:
         """Run all layers over ``tokens`` at ``position``; returns their number."""
@@ -175,7 +171,7 @@ class LayerStack:
         ffn = sum(layer.bytes_per_token(computed) for layer in self._written.laid)
         # Experts of both sides that a token takes are in ``ffn`` already.
         hot = self._hot.weight_bytes if self._hot else 0
-        return self._written.writer.weight_bytes + self._head_bytes + embedded + ffn + hot
+        return self._written.ops.weight_bytes + self._head_bytes + embedded + ffn + hot
 
     def weight_bytes_per_pass(self) -> float:
         """Mean bytes of weights that a forward pass touched so far, whatever its number of tokens: an expert

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import Activations, Matrix, Pool, aligned
+from powerinfer_kernels import Matrix, Pool
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
-from powerinfer_tools.engine.buffers import Buffers, Floats, activations
+from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.cold_ffn import Computed
 from powerinfer_tools.engine.hot.routes import SHARED, Route
 from powerinfer_tools.engine.observation import LayerCounters
@@ -29,38 +29,24 @@ Run = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class RoutedBuffers:
-    """Scratch that the routed layers of a model share; float32 [tokens, …]."""
+    """Buffers that the routed layers of a model share; float32 [tokens, …]."""
 
     scores: Floats  # (T, experts): what the router says
     shared_score: Floats  # (T, 1): before the sigmoid
     rows: Floats  # (T, width): the input of one expert
-    rows_acts: Activations | None
     out: Floats  # (T, width): the output of one expert
-    hidden_acts: Activations | None  # of one expert
-    shared_acts: Activations | None  # of the shared expert
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all buffers in bytes."""
-        acts = [a for a in (self.rows_acts, self.hidden_acts, self.shared_acts) if a is not None]
-        floats = (self.scores, self.shared_score, self.rows, self.out)
-        return sum(a.q.nbytes + a.d.nbytes + a.s.nbytes for a in acts) + sum(f.nbytes for f in floats)
 
 
-def routed_buffers(hyper: Hyperparameters, tokens: int) -> RoutedBuffers | None:
-    """Scratch for up to ``tokens`` tokens; None for a model without experts."""
+def routed_buffers(hyper: Hyperparameters, buffers: Buffers) -> RoutedBuffers | None:
+    """Some of ``buffers``; None for a model without experts."""
     routing = hyper.routing
     if routing is None:
         return None
-    shared = routing.shared_neurons
     return RoutedBuffers(
-        scores=aligned((tokens, routing.experts), np.float32),
-        shared_score=aligned((tokens, 1), np.float32),
-        rows=aligned((tokens, hyper.width), np.float32),
-        rows_acts=activations(tokens, hyper.width),
-        out=aligned((tokens, hyper.width), np.float32),
-        hidden_acts=activations(tokens, hyper.neurons),
-        shared_acts=activations(tokens, shared) if shared else None,
+        scores=buffers.scratch.named("scores_of_experts", routing.experts),
+        shared_score=buffers.scratch.named("shared_score", 1),
+        rows=buffers.scratch.named("expert_rows", hyper.width),
+        out=buffers.scratch.named("expert_out", hyper.width),
     )
 
 
@@ -156,19 +142,12 @@ class RoutedFFN:
             builder.matmul(self._shared_gate, buffers.normed, buffers.normed_acts, routed.shared_score)
         ready = writer.label("ffn")
         if self._shared is not None:
-            if self._scored_there and self.quantized and buffers.normed_acts is not None:
-                builder.quantize(buffers.normed, buffers.normed_acts)
-            writer.expert(
-                self._shared, buffers.normed, buffers.normed_acts, routed.shared_acts, buffers.block_out
-            )
-            self._ranges[SHARED] = (ready, builder.mark())
+            if self._scored_there:
+                writer.ops.changed(buffers.normed)
+            self._ranges[SHARED] = writer.expert(self._shared, buffers.normed, "block_out")
         for index, expert in self._experts.items():
-            first = builder.mark()
-            if not (expert.gate.row_type.is_float and expert.up is not None and expert.up.row_type.is_float):
-                assert routed.rows_acts is not None
-                builder.quantize(routed.rows, routed.rows_acts)
-            writer.expert(expert, routed.rows, routed.rows_acts, routed.hidden_acts, routed.out)
-            self._ranges[index] = (first, builder.mark())
+            writer.ops.changed(routed.rows)
+            self._ranges[index] = writer.expert(expert, routed.rows, "expert_out")
         return ready
 
     def routes(self, count: int) -> list[Route]:

@@ -19,13 +19,14 @@ from powerinfer_tools.engine.cold_ffn import (
 from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot_steps import Host, HotSteps
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.program_operations import Inputs, ProgramOperations
 from powerinfer_tools.engine.recall import RecallCheck
 from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
 from powerinfer_tools.engine.routed_steps import RoutedSteps
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import LayerWeights, Model
-from powerinfer_tools.model.rotary import layer_tables
+from powerinfer_tools.model.rotary import rope_tables
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,20 @@ class StackWriter:
         here = [not self._attention_there(index) for index in range(model.hyper.layers)]
         self.caches = allocate_caches(model, options.context, options.kv_type, here)
         self.builder = ProgramBuilder(options.batch)
-        self.writer = BlockWriter(model, pool, self.builder, self.buffers)
-        self.tables = layer_tables(model.hyper, options.context, model.rope_factors)
+        self.tables = rope_tables(model.hyper, options.context, model.rope_factors)
+        self.ops = ProgramOperations(
+            self.builder,
+            self.buffers.scratch,
+            pool,
+            self.tables,
+            self.caches,
+            Inputs(self.buffers.tokens, self.buffers.positions),
+        )
+        self.writer = BlockWriter(model, self.ops, self.buffers)
         self.stops: list[Stop] = []
         #: Whether, at the operation being written, the residual stream is on the device.
         self.away = False
-        self.routed = routed_buffers(model.hyper, options.batch)
+        self.routed = routed_buffers(model.hyper, self.buffers)
         self.ffn_ends: list[int] = []
         #: The FFN of each layer: a ColdFFN, or a RoutedFFN.
         self.laid: list[Laid] = []
@@ -89,7 +98,7 @@ class StackWriter:
         self._write()
 
     def _write(self) -> None:
-        self.writer.embed(self._model.embedding, self._model.positions)
+        self.writer.embed(self._model)
         for index, layer in enumerate(self._model.layers):
             self.writer.layer = index
             if isinstance(layer.ffn, ExpertsFFN):
@@ -127,7 +136,7 @@ class StackWriter:
             writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or (bool(hot) and rounds))
             work = partial(self._routing.here, index, ffn)
         ready = ffn.write(writer, self.buffers, self.routed)
-        self.stops.append(Stop(ready, writer.builder.mark(), work))
+        self.stops.append(Stop(ready, writer.mark(), work))
         if not there:
             writer.merge(FFNOutput(None, layer.ffn_post_norm), hot=False, cold=True)
 
@@ -142,7 +151,7 @@ class StackWriter:
         if not parallel:
             self._write_attention(index, layer)
         writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or hot_neurons > 0)
-        ready = writer.builder.mark()
+        ready = writer.mark()
         ffn.prepare(writer)
         if parallel:
             self._write_attention(index, layer)
@@ -150,7 +159,7 @@ class StackWriter:
         self._write_cold(index, ffn, output)
         if not ffn.in_rows:
             return
-        needed = writer.builder.mark()
+        needed = writer.mark()
         writer.merge(output, hot=hot_neurons > 0, cold=ffn.neurons > 0)
         if self.beside and hot_neurons:
             split = partial(self.beside.split, index, (ready, needed), ffn.neurons)
@@ -161,12 +170,12 @@ class StackWriter:
         here."""
         ffn = self._cold_ffn(index, self._hot_neurons(index))
         writer, arrives = self.writer, not self.away
-        ready = writer.builder.mark()
+        ready = writer.mark()
         if ffn.neurons:
             writer.cold_input(quantized=ffn.quantized)
             ffn.prepare(writer)
             self._write_cold(index, ffn, FFNOutput(None, None))
-        needed = writer.builder.mark()
+        needed = writer.mark()
         there = partial(beside.there, index, (ready, needed), ffn.neurons, arrives)
         self.stops.append(Stop(ready, needed, there))
         self.away = True
@@ -190,25 +199,23 @@ class StackWriter:
             if check is not None:
                 self.checks.append(check)
                 self.checked.append(index)
-        self.ffn_ends.append(self.builder.mark())
+        self.ffn_ends.append(self.writer.mark())
 
     def _observed(self, index: int) -> LayerCounters | None:
         return self._options.observed[index] if self._options.observed else None
 
     def _write_attention(self, index: int, layer: LayerWeights) -> None:
-        cache = self.caches[index]
-        if cache is None:
+        if self.caches[index] is None:
             assert self.beside is not None
-            here, arrives = self.builder.mark(), not self.away
+            here, arrives = self.writer.mark(), not self.away
             self.stops.append(Stop(here, here, partial(self.beside.attention, index, arrives)))
             self.away = False
             return
-        window = self._model.hyper.window if self._model.hyper.local_layers[index] else 0
-        self.writer.attention(layer.attention, cache, self.tables[index], window)
+        self.writer.attention(index, layer.attention)
 
     def _bring_back(self) -> None:
         """From here on, the residual stream is needed outside the hot device."""
         if self.beside and self.away:
-            here = self.builder.mark()
+            here = self.writer.mark()
             self.stops.append(Stop(here, here, self.beside.leave))
             self.away = False

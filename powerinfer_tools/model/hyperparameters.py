@@ -1,17 +1,41 @@
 """Hyper-parameters of a model, read from GGUF metadata and checked before anything is allocated from them."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model.architectures import ACTIVATIONS, ArchitectureSpec
+from powerinfer_tools.model.architectures import ACTIVATIONS, ArchitectureSpec, RopeStyle
+from powerinfer_tools.model.keys import Keys
 from powerinfer_tools.model.original import is_original, original_activation
 
-_MISSING = object()
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: the first ``dim`` values of a head are turned by pairs, p · base^(-2i/dim) / scale
+    for position p and pair i. ``style`` says which values make a pair; ``factored``: the model's table of
+    divisors, if there is one, divides the angles, too."""
+
+    style: RopeStyle
+    dim: int
+    base: float
+    scale: float = 1.0
+    factored: bool = True
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """In what a layer differs from others: ``window`` is how many positions attention looks back (0: all of
+    them), ``rope`` None without rotary positions; what mixes tokens; what its FFN is."""
+
+    window: int
+    rope: Rope | None
+    mixer: Literal["attention"] = "attention"
+    ffn: Literal["dense", "experts"] = "dense"
 
 
 @dataclass(frozen=True)
@@ -35,10 +59,8 @@ class Hyperparameters:
     """Sizes and constants of one model; widths are counted in values. ``neurons`` are those of a layer's FFN,
     or of one expert where there is ``routing``.
 
-    ``window`` is 0 without sliding attention; ``local_layers[i]`` tells whether layer i is limited to it.
-    ``rope_dim`` is 0 without rotary positions. ``rope_scale`` divides positions of global layers (linear
-    scaling). ``*_softcap`` are 0 when unused. ``activation_cut`` is what a gate must be above with fatrelu
-    (0 with others).
+    ``facts`` has what differs between layers. ``*_softcap`` are 0 when unused. ``activation_cut`` is what a
+    gate must be above with fatrelu (0 with others).
     """
 
     layers: int
@@ -50,12 +72,7 @@ class Hyperparameters:
     vocabulary: int
     trained_context: int
     norm_eps: float
-    rope_dim: int
-    rope_base: float
-    rope_local_base: float
-    rope_scale: float
-    window: int
-    local_layers: tuple[bool, ...]
+    facts: tuple[LayerFacts, ...]
     attention_scale: float
     attention_softcap: float
     logit_softcap: float
@@ -74,35 +91,20 @@ class Hyperparameters:
         """Width of all key (or value) heads together."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def rope_dim(self) -> int:
+        """Values of a head that are turned, in the layers that turn the most; 0 without rotary positions."""
+        return max((facts.rope.dim for facts in self.facts if facts.rope is not None), default=0)
 
-class _Keys:
-    """Checked access to the metadata below one architecture's prefix."""
+    @property
+    def window(self) -> int:
+        """The widest window of a layer; 0 where none has one."""
+        return max(facts.window for facts in self.facts)
 
-    def __init__(self, gguf: ModelSource, prefix: str) -> None:
-        self.gguf, self.prefix, self.file = gguf, prefix, str(gguf.path)
-
-    def integer(self, key: str, default: Any = _MISSING, *, low: int = 1, high: int = 1 << 24) -> int:
-        name = f"{self.prefix}.{key}"
-        value = self._get(name, int, default)
-        if not low <= value <= high:
-            raise ModelError(f"{self.file}: {name} is {value}; it must be from {low} to {high}")
-        return int(value)
-
-    def real(self, key: str, default: Any = _MISSING, *, low: float = 0.0, high: float = 1e12) -> float:
-        name = f"{self.prefix}.{key}"
-        value = float(self._get(name, float, default))
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ModelError(f"{self.file}: {name} is {value}; it must be from {low:g} to {high:g}")
-        return value
-
-    def flag(self, key: str, *, default: bool) -> bool:
-        return bool(self._get(f"{self.prefix}.{key}", bool, default))
-
-    def text(self, key: str, default: str) -> str:
-        return str(self._get(f"{self.prefix}.{key}", str, default))
-
-    def _get(self, name: str, type_: type, default: Any) -> Any:
-        return self.gguf.get(name, type_) if default is _MISSING else self.gguf.get(name, type_, default)
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Which layers attend to a window alone."""
+        return tuple(facts.window > 0 for facts in self.facts)
 
 
 def read_hyperparameters(
@@ -114,7 +116,7 @@ def read_hyperparameters(
     there is none). Raises ModelError for values that make no model,
     and FormatError (from the reader) for missing keys or keys of the wrong type.
     """
-    keys = _Keys(gguf, spec.name)
+    keys = Keys(gguf, spec.name)
     routing = _routing(keys, spec)
     layers = keys.integer("block_count", high=4096)
     width = keys.integer("embedding_length", high=1 << 20)
@@ -123,9 +125,7 @@ def read_hyperparameters(
     if heads % kv_heads:
         raise ModelError(f"{keys.file}: {heads} attention heads are not a multiple of {kv_heads} key heads")
     head_dim = _head_dim(keys, width, heads)
-    window, local_layers = _sliding(gguf, keys, spec, layers)
-    rope_scale = _rope_scale(keys)
-    return Hyperparameters(
+    hyper = Hyperparameters(
         layers=layers,
         width=width,
         heads=heads,
@@ -135,12 +135,7 @@ def read_hyperparameters(
         vocabulary=vocabulary,
         trained_context=_trained_context(keys, spec, positions),
         norm_eps=_norm_eps(keys, spec),
-        rope_dim=0 if spec.rope_style == "none" else _rope_dim(keys, head_dim),
-        rope_base=keys.real("rope.freq_base", spec.default_rope_base, low=1.0),
-        rope_local_base=keys.real("rope.freq_base_swa", spec.local_rope_base or 1.0, low=1.0),
-        rope_scale=rope_scale,
-        window=window,
-        local_layers=local_layers,
+        facts=_facts(keys, spec, layers, head_dim, routed=routing is not None),
         attention_scale=_attention_scale(keys, spec, layers, width, heads, head_dim),
         attention_softcap=keys.real("attn_logit_softcapping", 0.0),
         logit_softcap=keys.real("final_logit_softcapping", 0.0),
@@ -149,9 +144,54 @@ def read_hyperparameters(
         activation_cut=_activation_cut(gguf, activation),
         routing=routing,
     )
+    keys.refuse_unread()
+    return hyper
 
 
-def _routing(keys: _Keys, spec: ArchitectureSpec) -> Routing | None:
+def _facts(
+    keys: Keys, spec: ArchitectureSpec, layers: int, head_dim: int, *, routed: bool
+) -> tuple[LayerFacts, ...]:
+    windows = _windows(keys, spec, layers)
+    wide, local = _ropes(keys, spec, head_dim, local=any(windows))
+    return tuple(
+        LayerFacts(
+            window=window,
+            rope=(local if window else wide) if rotated else None,
+            ffn="experts" if routed else "dense",
+        )
+        for window, rotated in zip(windows, _rotated(keys, spec, layers), strict=True)
+    )
+
+
+def _rotated(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[bool]:
+    """Which layers have rotary positions: where the file has no value for each, the family says it."""
+    if isinstance(keys.raw("attention.rope_pattern"), np.ndarray):
+        return [bool(value) for value in keys.integers("attention.rope_pattern", layers, low=0, high=1)]
+    if keys.integer("attention.rope_pattern", 1, low=0, high=1) == 0:
+        return (False,) * layers
+    period = spec.no_rope_period
+    return [not period or index % period != period - 1 for index in range(layers)]
+
+
+def _ropes(
+    keys: Keys, spec: ArchitectureSpec, head_dim: int, *, local: bool
+) -> tuple[Rope | None, Rope | None]:
+    """Rotary positions of layers that attend to everything, and of those with a window."""
+    if spec.rope_style == "none":
+        return None, None
+    dim = _rope_dim(keys, "rope.dimension_count", head_dim, head_dim)
+    base = keys.real("rope.freq_base", spec.default_rope_base, low=1.0)
+    wide = Rope(spec.rope_style, dim, base, _rope_scale(keys))
+    local_dim = _rope_dim(keys, "rope.dimension_count_swa", head_dim, dim)
+    local_base = keys.real("rope.freq_base_swa", spec.local_rope_base or base, low=1.0)
+    if not local:
+        return wide, wide
+    if not spec.local_rope_base:
+        return wide, replace(wide, dim=local_dim, base=local_base)
+    return wide, Rope(spec.rope_style, local_dim, local_base, factored=False)
+
+
+def _routing(keys: Keys, spec: ArchitectureSpec) -> Routing | None:
     experts = keys.integer("expert_count", 0, low=0, high=4096)
     if not experts:
         return None
@@ -169,16 +209,17 @@ def _routing(keys: _Keys, spec: ArchitectureSpec) -> Routing | None:
     )
 
 
-def _neurons(keys: _Keys, routing: Routing | None) -> int:
+def _neurons(keys: Keys, routing: Routing | None) -> int:
     """Mixtral's files say the size of an expert as that of an FFN."""
     if routing is not None:
         neurons = keys.integer("expert_feed_forward_length", 0, low=0, high=1 << 22)
         if neurons:
+            keys.raw("feed_forward_length")  # that of dense layers, of which there are none
             return neurons
     return keys.integer("feed_forward_length", high=1 << 22)
 
 
-def _trained_context(keys: _Keys, spec: ArchitectureSpec, positions: int) -> int:
+def _trained_context(keys: Keys, spec: ArchitectureSpec, positions: int) -> int:
     context = keys.integer("context_length", high=1 << 31)
     if spec.position_offset is None:
         return context
@@ -190,20 +231,23 @@ def _trained_context(keys: _Keys, spec: ArchitectureSpec, positions: int) -> int
     return min(context, positions - spec.position_offset)
 
 
-def _norm_eps(keys: _Keys, spec: ArchitectureSpec) -> float:
+def _norm_eps(keys: Keys, spec: ArchitectureSpec) -> float:
     if spec.norm == "rms":
         return keys.real("attention.layer_norm_rms_epsilon", high=1.0)
     # PowerInfer's OPT files leave it out; this is torch's default, with which OPT was made.
     return keys.real("attention.layer_norm_epsilon", 1e-5, high=1.0)
 
 
-def _head_dim(keys: _Keys, width: int, heads: int) -> int:
+def _head_dim(keys: Keys, width: int, heads: int) -> int:
     head_dim = keys.integer("attention.key_length", 0, low=0, high=1 << 14)
     if not head_dim:
         if width % heads:
             raise ModelError(f"{keys.file}: width {width} is not a multiple of {heads} attention heads")
         head_dim = width // heads
     value_dim = keys.integer("attention.value_length", head_dim, high=1 << 14)
+    for key in ("attention.key_length_swa", "attention.value_length_swa"):
+        if keys.integer(key, head_dim, high=1 << 14) != head_dim:
+            raise ModelError(f"{keys.name(key)} is not {head_dim}, as heads of other layers are wide")
     if value_dim != head_dim:
         raise ModelError(f"{keys.file}: key heads of {head_dim} and value heads of {value_dim} values differ")
     if head_dim % 2 or head_dim > 512:
@@ -211,42 +255,45 @@ def _head_dim(keys: _Keys, width: int, heads: int) -> int:
     return head_dim
 
 
-def _rope_dim(keys: _Keys, head_dim: int) -> int:
-    rope_dim = keys.integer("rope.dimension_count", head_dim, low=2)
+def _rope_dim(keys: Keys, key: str, head_dim: int, default: int) -> int:
+    rope_dim = keys.integer(key, default, low=0) or default
     if rope_dim > head_dim or rope_dim % 2:
         raise ModelError(f"{keys.file}: {rope_dim} rotary dimensions do not fit heads of {head_dim}")
     return rope_dim
 
 
-def _rope_scale(keys: _Keys) -> float:
-    kind = keys.text("rope.scaling.type", "none")
+def _rope_scale(keys: Keys) -> float:
+    """What positions are divided by. A factor without a type is linear, and one of 0 is none."""
+    kind = keys.text("rope.scaling.type", "linear")
     if kind == "none":
         return 1.0
     if kind != "linear":
         raise ModelError(f"{keys.file}: rotary scaling {kind!r} is not supported (supported: none, linear)")
-    return keys.real("rope.scaling.factor", low=1e-6)
+    factor = keys.real("rope.scaling.factor", 0.0) or keys.real("rope.scale_linear", 0.0)
+    return factor or 1.0
 
 
-def _sliding(
-    gguf: ModelSource, keys: _Keys, spec: ArchitectureSpec, layers: int
-) -> tuple[int, tuple[bool, ...]]:
-    """The window and which layers have it: as a list of truth values in the file says, else by the family."""
-    key = f"{spec.name}.attention.sliding_window_pattern"
-    pattern = gguf.metadata.get(key)
-    if isinstance(pattern, np.ndarray) and pattern.dtype == np.bool_:
-        if len(pattern) != layers:
-            raise ModelError(f"{keys.file}: {key} has {len(pattern)} values for {layers} layers")
-        return keys.integer("attention.sliding_window", high=1 << 31), tuple(pattern.tolist())
-    if not spec.sliding_period:
-        return 0, (False,) * layers
-    window = keys.integer("attention.sliding_window", 0, low=0, high=1 << 31)
-    period = spec.sliding_period
-    local = tuple(bool(window) and i % period != period - 1 for i in range(layers))
-    return window, local
+def _windows(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[int]:
+    """The window of each layer, 0 for those without one: where there is one at all, the file says which
+    layers have it by a value for each or by a period, else the family does."""
+    pattern = keys.raw("attention.sliding_window_pattern")
+    listed = isinstance(pattern, np.ndarray)
+    if not spec.sliding_period and not listed:
+        return (0,) * layers
+    window = keys.integer("attention.sliding_window", *(() if listed else (0,)), low=0, high=1 << 31)
+    if isinstance(pattern, np.ndarray):
+        if len(pattern) != layers or pattern.dtype.kind not in "iub":
+            raise ModelError(
+                f"{keys.name('attention.sliding_window_pattern')} has {len(pattern)} values for {layers} "
+                "layers"
+            )
+        return tuple(window if local else 0 for local in pattern.tolist())
+    period = keys.integer("attention.sliding_window_pattern", spec.sliding_period, low=0, high=4096)
+    return tuple(window if not period or i % period != period - 1 else 0 for i in range(layers))
 
 
 def _attention_scale(
-    keys: _Keys, spec: ArchitectureSpec, layers: int, width: int, heads: int, head_dim: int
+    keys: Keys, spec: ArchitectureSpec, layers: int, width: int, heads: int, head_dim: int
 ) -> float:
     given = keys.real("attention.scale", 0.0)
     if given:

@@ -177,7 +177,7 @@ def _build(gguf: ModelSource) -> Model:
     if tensors.has("output.weight"):
         head = tensors.matrix("output.weight", hyper.vocabulary, hyper.width)
     split, split_experts = _split(gguf, spec, hyper), _split_experts(gguf, hyper)
-    return Model(
+    model = Model(
         gguf=gguf,
         spec=spec,
         hyper=hyper,
@@ -190,6 +190,8 @@ def _build(gguf: ModelSource) -> Model:
         split=split,
         split_experts=split_experts,
     )
+    tensors.refuse_unused()
+    return model
 
 
 def _refuse_shards(gguf: ModelSource) -> None:

@@ -1,7 +1,9 @@
-"""The forward pass once more, in float64 and as plainly as possible: what every engine path is compared with.
+"""The vocabulary in float64, as plainly as possible: what every engine path is compared with.
 
 Weights are dequantised exactly; activations are never rounded. Slow, and meant for small models in tests.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -9,11 +11,13 @@ import numpy.typing as npt
 from powerinfer_formats.split import SplitLayer, SplitPredictor
 from powerinfer_formats.split_predictors import SplitSigns
 from powerinfer_kernels import RowType, dequantize, reference
-from powerinfer_tools.model.architectures import ArchitectureSpec
+from powerinfer_tools.model import blocks
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
-from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope, Routing
 from powerinfer_tools.model.loading import AttentionWeights, LayerWeights, Model
-from powerinfer_tools.model.tensors import Norm, Weight
+from powerinfer_tools.model.operations import Activation, Attention
+from powerinfer_tools.model.rotary import rotary_angles
+from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
 Array = npt.NDArray[np.float64]
 
@@ -24,23 +28,86 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predic
     ``half_cache`` rounds keys and values to half precision, as the engine's cache does. ``predicted``
     computes only the neurons that a split file's predictors name.
     """
-    hyper = model.hyper
-    x = matrix(model.embedding)[tokens] * hyper.embedding_scale
-    if model.positions is not None:
-        first = model.spec.position_offset or 0
-        x = x + matrix(model.positions)[first : first + len(tokens)]
+    ops = NumpyOperations(tokens, model.rope_factors, half_cache=half_cache)
+    x = blocks.embedding(ops, model)
     for index, layer in enumerate(model.layers):
-        attended = attention_block(model, layer.attention, index, x, half_cache=half_cache)
-        if model.spec.parallel:
-            x = x + attended + ffn_block(hyper, layer, x, predicted=predicted)
-        else:
-            x = x + attended
-            x = x + ffn_block(hyper, layer, x, predicted=predicted)
-    x = normalize(x, model.output_norm, hyper.norm_eps)
-    logits = x @ matrix(model.head).T
-    if hyper.logit_softcap:
-        logits = hyper.logit_softcap * np.tanh(logits / hyper.logit_softcap)
-    return logits
+        before, x = x, ops.join(x, blocks.attention(ops, model.hyper, index, layer.attention, x))
+        read = before if model.spec.parallel else x
+        x = ops.join(x, ffn_block(model.hyper, layer, read, predicted=predicted))
+    return blocks.head(ops, model.hyper, model.output_norm, model.head, x)
+
+
+class NumpyOperations:
+    """The vocabulary in float64. A matrix is the file's, or an array (rows, columns)."""
+
+    def __init__(
+        self, tokens: list[int], rope_factors: Vector | None = None, *, half_cache: bool = False
+    ) -> None:
+        self._tokens, self._rope_factors, self._half_cache = tokens, rope_factors, half_cache
+
+    def embed(self, table: Weight, scale: float) -> Array:
+        return matrix(table)[self._tokens] * scale
+
+    def embed_positions(self, x: Array, table: Weight, offset: int) -> Array:
+        out: Array = x + matrix(table)[offset : offset + len(x)]
+        return out
+
+    def norm(self, name: str, x: Array, norm: Norm, eps: float) -> Array:
+        return normalize(x, norm, eps)
+
+    def norm_heads(self, x: Array, heads: int, norm: Norm, eps: float) -> Array:
+        return normalize(_heads(x, heads), norm, eps).reshape(x.shape)
+
+    def linear(self, name: str, x: Array, weight: Weight | Array, bias: Vector | None = None) -> Array:
+        rows = matrix(weight) if isinstance(weight, Weight) else weight
+        return _plus(x @ rows.T, bias)
+
+    def rotate(self, x: Array, heads: int, head_dim: int, rope: Rope) -> Array:
+        angles = rotary_angles(rope, len(x), self._rope_factors)
+        return _rotate(_heads(x, heads), angles, interleaved=rope.style == "norm").reshape(x.shape)
+
+    def attend(self, query: Array, key: Array, value: Array, how: Attention) -> Array:
+        count = len(query)
+        query, key, value = _heads(query, how.heads), _heads(key, how.kv_heads), _heads(value, how.kv_heads)
+        if self._half_cache:
+            key, value = (a.astype(np.float16).astype(np.float64) for a in (key, value))
+        group = how.heads // how.kv_heads
+        key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
+        scores = np.einsum("qhd,khd->hqk", query, key) * how.scale
+        if how.softcap:
+            scores = self.softcap(scores, how.softcap)
+        scores = np.where(_visible(count, how.window), scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out: Array = np.einsum("hqk,khd->qhd", weights, value).reshape(count, -1)
+        return out
+
+    def activate(self, gate: Array, up: Array | None, how: Activation) -> Array:
+        return reference.activate(gate, up, how.kind, how.cut)
+
+    def join(self, x: Array, y: Array) -> Array:
+        return x + y
+
+    def softcap(self, x: Array, cap: float) -> Array:
+        out: Array = cap * np.tanh(x / cap)
+        return out
+
+    def experts(
+        self, scores: Array, x: Array, routing: Routing, expert: Callable[[int, Array], Array]
+    ) -> Array:
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out = np.zeros_like(x)
+        for token, row in enumerate(weights):
+            chosen = np.argsort(-row, kind="stable")[: routing.used]
+            total = row[chosen].sum() if routing.normalized else 1.0
+            for index in chosen:
+                out[token] += row[index] / total * expert(int(index), x[token])
+        return out
+
+    def weigh(self, x: Array, score: Array) -> Array:
+        out: Array = x / (1 + np.exp(-score))
+        return out
 
 
 def matrix(weight: Weight) -> Array:
@@ -61,77 +128,30 @@ def attention_block(
     model: Model, w: AttentionWeights, index: int, x: Array, *, half_cache: bool = False
 ) -> Array:
     """What layer ``index``'s attention adds to the residual stream ``x`` (tokens, width)."""
-    hyper, eps, count = model.hyper, model.hyper.norm_eps, len(x)
-    normed = normalize(x, w.norm, eps)
-    query = _heads(_affine(normed, w.query, w.query_bias), hyper.heads)
-    key = _heads(_affine(normed, w.key, w.key_bias), hyper.kv_heads)
-    value = _heads(_affine(normed, w.value, w.value_bias), hyper.kv_heads)
-    if w.query_norm is not None and w.key_norm is not None:
-        query, key = normalize(query, w.query_norm, eps), normalize(key, w.key_norm, eps)
-    local = hyper.local_layers[index]
-    if hyper.rope_dim:
-        angles = _angles(model, count, local)
-        query, key = _rotate(query, angles, model.spec), _rotate(key, angles, model.spec)
-    if half_cache:
-        key, value = (a.astype(np.float16).astype(np.float64) for a in (key, value))
-    group = hyper.heads // hyper.kv_heads
-    key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
-    scores = np.einsum("qhd,khd->hqk", query, key) * hyper.attention_scale
-    if hyper.attention_softcap:
-        scores = hyper.attention_softcap * np.tanh(scores / hyper.attention_softcap)
-    scores = np.where(_visible(count, hyper.window if local else 0), scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    attended = np.einsum("hqk,khd->qhd", weights, value).reshape(count, -1)
-    out = _affine(attended, w.output, w.output_bias)
-    return out if w.post_norm is None else normalize(out, w.post_norm, eps)
+    ops = NumpyOperations([0] * len(x), model.rope_factors, half_cache=half_cache)
+    return blocks.attention(ops, model.hyper, index, w, x)
 
 
 def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array, *, predicted: bool = False) -> Array:
     """What one layer's FFN adds to the residual stream ``x`` (tokens, width); with ``predicted``, of the
     neurons that the layer's predictor names alone: the weights of the others may be anything."""
-    normed = normalize(x, layer.ffn_norm, hyper.norm_eps)
+    ops, eps = NumpyOperations([0] * len(x)), hyper.norm_eps
+    normed = blocks.ffn_input(ops, layer.ffn_norm, eps, x)
     if isinstance(layer.ffn, ExpertsFFN):
-        out = experts_block(hyper, layer.ffn, normed)
+        out = blocks.experts(ops, hyper, layer.ffn, normed)
     else:
         first, factor, down = ffn_matrices(layer)
-        gate = _plus(normed @ first.T, layer.ffn_bias)
-        up = None if factor is None else normed @ factor.T
-        hidden = reference.activate(gate, up, hyper.activation, hyper.activation_cut)
-        if predicted:
-            named = predicted_neurons(layer, x, normed)
-            sums = np.stack([row[some] @ down[some] for row, some in zip(hidden, named, strict=True)])
+        how = blocks.activation_of(hyper)
+        if not predicted:
+            w = blocks.FFN(first, factor, down.T, layer.ffn_bias, layer.ffn_down_bias)
+            out = blocks.ffn(ops, how, w, normed)
         else:
-            sums = hidden @ down
-        out = _plus(sums, layer.ffn_down_bias)
-    return out if layer.ffn_post_norm is None else normalize(out, layer.ffn_post_norm, hyper.norm_eps)
-
-
-def experts_block(hyper: Hyperparameters, ffn: ExpertsFFN, normed: Array) -> Array:
-    """Σ weight · expert(x) over the experts with the largest weights, which are a softmax over all experts
-    (arXiv 2401.04088), divided by their sum where the model says so; plus sigmoid(g·x) · shared expert(x)."""
-    routing = hyper.routing
-    assert routing is not None
-    scores = normed @ matrix(ffn.router).T
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    out = np.zeros_like(normed)
-    for token, row in enumerate(weights):
-        chosen = np.argsort(-row, kind="stable")[: routing.used]
-        total = row[chosen].sum() if routing.normalized else 1.0
-        for expert in chosen:
-            out[token] += row[expert] / total * _expert(hyper, ffn.expert(int(expert)), normed[token])
-    if ffn.shared is not None and ffn.shared_gate is not None:
-        gate = 1 / (1 + np.exp(-(normed @ matrix(ffn.shared_gate).T)))
-        out += gate * _expert(hyper, ffn.shared, normed)
-    return out
-
-
-def _expert(hyper: Hyperparameters, ffn: DenseFFN, x: Array) -> Array:
-    up = None if ffn.factor is None else x @ matrix(ffn.factor).T
-    hidden = reference.activate(x @ matrix(ffn.first).T, up, hyper.activation, hyper.activation_cut)
-    out: Array = hidden @ matrix(ffn.down).T
-    return out
+            gate = ops.linear("gate", normed, first, layer.ffn_bias)
+            hidden = ops.activate(gate, None if factor is None else normed @ factor.T, how)
+            named = predicted_neurons(layer, x, normed)
+            sums = [row[some] @ down[some] for row, some in zip(hidden, named, strict=True)]
+            out = _plus(np.stack(sums), layer.ffn_down_bias)
+    return blocks.post_normed(ops, out, layer.ffn_post_norm, eps)
 
 
 def predicted_neurons(layer: LayerWeights, x: Array, normed: Array) -> npt.NDArray[np.bool_]:
@@ -176,10 +196,6 @@ def _split_rows(rows: npt.NDArray[np.uint8], row_type: int, width: int) -> Array
     return dequantize(plain, RowType(row_type), len(rows), width).astype(np.float64)
 
 
-def _affine(x: Array, weight: Weight, bias: npt.NDArray[np.float32] | None) -> Array:
-    return _plus(x @ matrix(weight).T, bias)
-
-
 def _plus(x: Array, bias: npt.NDArray[np.float32] | None) -> Array:
     return x if bias is None else x + bias.astype(np.float64)
 
@@ -193,19 +209,9 @@ def _visible(count: int, window: int) -> npt.NDArray[np.bool_]:
     return (key <= query) & ((query - key < window) if window else True)
 
 
-def _angles(model: Model, count: int, local: bool) -> Array:
-    hyper = model.hyper
-    base, scale = (hyper.rope_local_base, 1.0) if local else (hyper.rope_base, hyper.rope_scale)
-    frequencies = base ** -(np.arange(0, hyper.rope_dim, 2) / hyper.rope_dim) / scale
-    if model.rope_factors is not None and not local:
-        frequencies = frequencies / model.rope_factors
-    return np.outer(np.arange(count), frequencies)
-
-
-def _rotate(x: Array, angles: Array, spec: ArchitectureSpec) -> Array:
+def _rotate(x: Array, angles: Array, *, interleaved: bool) -> Array:
     """Rotate the pairs of each head (tokens, heads, head_dim) by ``angles`` (tokens, rope_dim / 2)."""
     half = angles.shape[1]
-    interleaved = spec.rope_style == "norm"
     first = np.arange(half) * 2 if interleaved else np.arange(half)
     second = first + (1 if interleaved else half)
     cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]

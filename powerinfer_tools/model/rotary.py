@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope
 
 Table = npt.NDArray[np.float32]
 
@@ -23,29 +23,29 @@ class RotaryTables:
         return self.cos.nbytes + self.sin.nbytes
 
 
-def rotary_tables(
-    capacity: int, rope_dim: int, base: float, scale: float = 1.0, factors: Table | None = None
-) -> RotaryTables:
-    """Tables for positions 0 … capacity-1: angle(p, i) = p / scale · base^(-2i/rope_dim) / factors[i].
+def rotary_angles(rope: Rope, capacity: int, factors: Table | None) -> npt.NDArray[np.float64]:
+    """Angles [capacity, rope.dim / 2] of positions 0 … capacity-1: p / scale · base^(-2i/dim) / factors[i].
 
     Source: RoFormer (arXiv 2104.09864) eq. 15; ``scale`` is linear position interpolation (arXiv 2306.15595);
-    ``factors`` the per-frequency divisors of ``rope_freqs.weight``. Angles are computed in float64.
+    ``factors`` the per-frequency divisors of ``rope_freqs.weight``.
     """
-    exponents = np.arange(0, rope_dim, 2, dtype=np.float64) / rope_dim
-    frequencies = base**-exponents / scale
-    if factors is not None:
+    exponents = np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim
+    frequencies = rope.base**-exponents / rope.scale
+    if factors is not None and rope.factored:
         frequencies = frequencies / factors.astype(np.float64)
-    angles = np.outer(np.arange(capacity, dtype=np.float64), frequencies)
+    return np.outer(np.arange(capacity, dtype=np.float64), frequencies)
+
+
+def rotary_tables(rope: Rope, capacity: int, factors: Table | None = None) -> RotaryTables:
+    """Cosines and sines of :func:`rotary_angles`."""
+    angles = rotary_angles(rope, capacity, factors)
     return RotaryTables(
         np.ascontiguousarray(np.cos(angles), dtype=np.float32),
         np.ascontiguousarray(np.sin(angles), dtype=np.float32),
     )
 
 
-def layer_tables(hyper: Hyperparameters, capacity: int, factors: Table | None) -> tuple[RotaryTables, ...]:
-    """The tables of each layer: layers of one kind share theirs."""
-    wide = rotary_tables(capacity, hyper.rope_dim, hyper.rope_base, hyper.rope_scale, factors)
-    if not any(hyper.local_layers):
-        return (wide,) * hyper.layers
-    local = rotary_tables(capacity, hyper.rope_dim, hyper.rope_local_base)
-    return tuple(local if is_local else wide for is_local in hyper.local_layers)
+def rope_tables(hyper: Hyperparameters, capacity: int, factors: Table | None) -> dict[Rope, RotaryTables]:
+    """The tables of every kind of rotary positions that a layer has."""
+    ropes = {facts.rope: None for facts in hyper.facts if facts.rope is not None}
+    return {rope: rotary_tables(rope, capacity, factors) for rope in ropes}

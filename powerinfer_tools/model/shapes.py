@@ -284,7 +284,7 @@ def _layer_of_model(model: "Model", index: int) -> LayerShape:
         up=_matrix(ffn.up),
         down=_matrix(ffn.down),
         vector_bytes=sum(vector.nbytes for vector in vectors if vector is not None),
-        window=model.hyper.window if model.hyper.local_layers[index] else 0,
+        window=model.hyper.facts[index].window,
         down_transposed=ffn.transposed,
         experts=experts,
     )

@@ -3,6 +3,7 @@
 No weight is copied. Which tensors a model has is not known here: :mod:`powerinfer_tools.model.loading`.
 """
 
+import fnmatch
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,11 +92,26 @@ class Norm:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
+#: Tensors that may be left out: vision and audio towers and their projectors, layers that predict further
+#: tokens, and what tools leave in a file.
+LEFT_OUT = ("v.*", "a.*", "mm.*", "*.nextn.*")
+
+
 class Tensors:
     """Typed access to the tensors of a file, by expected shape."""
 
     def __init__(self, gguf: ModelSource) -> None:
         self.gguf = gguf
+
+    def refuse_unused(self) -> None:
+        """Raise ModelError for a tensor that nobody expected and that may not be left out."""
+        for name, info in self.gguf.tensors.items():
+            if name in self.gguf.expected or any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT):
+                continue
+            shape = " × ".join(str(size) for size in info.shape)
+            raise ModelError(
+                f"{self.gguf.path}: unexpected tensor {name} of {shape} values for this architecture"
+            )
 
     @property
     def down_name(self) -> str:

@@ -37,6 +37,7 @@ RELU_CASES = (
     "llama-fatrelu",
     "bamboo",
     "bamboo-Q4_1",
+    "arcee",
     "opt",
     "opt-Q4_0",
     "falcon-relu",

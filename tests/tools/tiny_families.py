@@ -15,6 +15,8 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma3ForCausalLM,
@@ -38,6 +40,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 if TYPE_CHECKING:
@@ -93,6 +97,14 @@ def _llama(spec: TinySpec, shape: Shape) -> PreTrainedModel:
 def _mistral(spec: TinySpec, shape: Shape) -> PreTrainedModel:
     shape = _llama_like(spec, shape) | {"head_dim": spec.head_dim, "sliding_window": None}
     return MistralForCausalLM(MistralConfig(**shape))
+
+
+def _arcee(spec: TinySpec, shape: Shape) -> PreTrainedModel:
+    return ArceeForCausalLM(ArceeConfig(**_llama_like(spec, shape), head_dim=spec.head_dim))
+
+
+def _smollm3(spec: TinySpec, shape: Shape) -> PreTrainedModel:
+    return SmolLM3ForCausalLM(SmolLM3Config(**_llama_like(spec, shape), head_dim=spec.head_dim))
 
 
 def _bamboo(spec: TinySpec, shape: Shape) -> PreTrainedModel:
@@ -201,6 +213,8 @@ def _nemotron(spec: TinySpec, shape: Shape) -> PreTrainedModel:
 _MAKERS: dict[str, Callable[[TinySpec, Shape], PreTrainedModel]] = {
     "llama": _llama,
     "mistral": _mistral,
+    "arcee": _arcee,
+    "smollm3": _smollm3,
     "bamboo": _bamboo,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
@@ -213,6 +227,8 @@ _MAKERS: dict[str, Callable[[TinySpec, Shape], PreTrainedModel]] = {
     "nemotron": _nemotron,
 }
 
+#: Families whose files pair neighbours of a head, as llama's do.
+_LIKE_LLAMA = ("llama", "mistral", "mixtral", "bamboo", "arcee", "smollm3")
 _LLAMA_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -301,7 +317,7 @@ def expert_names(name: str) -> list[tuple[str, str]]:
 
 def row_order(spec: TinySpec, kind: str, rows: int) -> NDArray[np.int64] | None:
     """The order in which the file has the rows of ``kind``; None: as transformers has them."""
-    if spec.family in ("llama", "mistral", "mixtral", "bamboo") and kind in ("attn_q", "attn_k"):
+    if spec.family in _LIKE_LLAMA and kind in ("attn_q", "attn_k"):
         # The file pairs neighbours instead of halves of a head.
         halves = np.arange(rows).reshape(-1, 2, spec.head_dim // 2)
         return halves.swapaxes(1, 2).reshape(-1)
@@ -335,7 +351,7 @@ def write_family_keys(writer: GGUFWriter, spec: TinySpec, tokens: int) -> None:
         writer.add_expert_feed_forward_length(spec.neurons)
     if spec.shared_neurons:
         writer.add_expert_shared_feed_forward_length(spec.shared_neurons)
-    if spec.family in ("llama", "mistral", "mixtral", "bamboo"):
+    if spec.family in _LIKE_LLAMA:
         writer.add_vocab_size(tokens)
         writer.add_rope_dimension_count(spec.head_dim)
     if spec.family == "nemotron":

@@ -36,6 +36,8 @@ Family = Literal[
     "qwen2moe",
     "qwen3moe",
     "mistral",
+    "arcee",
+    "smollm3",
     "bamboo",
     "qwen2",
     "qwen3",
@@ -109,6 +111,11 @@ def _family_cases() -> dict[str, TinySpec]:
         "qwen3": TinySpec(family="qwen3", rope_base=1e6, head_dim=24, neurons=100, vocabulary="qwen2"),
         "mistral": TinySpec(family="mistral", rope_base=1e6, vocabulary="spm"),
         "bamboo": TinySpec(family="bamboo", activation="drelu", neurons=100, vocabulary="spm"),
+        "arcee": TinySpec(
+            family="arcee", head_dim=20, neurons=100, activation="relu2", tied=False, vocabulary="llama-bpe"
+        ),
+        # Layer 3 of five has no rotary positions.
+        "smollm3": TinySpec(family="smollm3", layers=5, kv_heads=1, rope_base=2e6, vocabulary="llama-bpe"),
         "opt": TinySpec(
             family="opt", width=60, heads=3, kv_heads=3, head_dim=20, neurons=90, activation="relu"
         ),
@@ -329,6 +336,7 @@ def _rope_factors(spec: TinySpec, module: PreTrainedModel) -> NDArray[np.float32
 
 #: What a family's files do not say.
 _OWN_ACTIVATION = {
+    "arcee": "relu2",
     "bamboo": "drelu",
     "gemma3": "gelu_tanh",
     "opt": "relu",

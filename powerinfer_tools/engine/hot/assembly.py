@@ -26,7 +26,7 @@ from powerinfer_tools.engine.hot.predictor_units import PredictorParts, reads_fl
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.engine.hot.stream import HotLayer, HotStream, Landing, StreamMemory
 from powerinfer_tools.model.loading import AttentionWeights, Model
-from powerinfer_tools.model.rotary import RotaryTables, layer_tables
+from powerinfer_tools.model.rotary import RotaryTables, rope_tables
 from powerinfer_tools.model.tensors import Weight
 
 Tensor = torch.Tensor
@@ -198,15 +198,13 @@ class _Parts:
     @cached_property
     def tables(self) -> list[Rotary | None]:
         """Rotary angles of each layer whose attention is here."""
-        hyper, style = self.hyper, self.model.spec.rope_style
-        if not hyper.rope_dim:
-            return [None] * hyper.layers
-        held: dict[int, Rotary] = {}
-        tables = layer_tables(hyper, self.work.context, self.model.rope_factors)
-        for table, there in zip(tables, self.units.attention, strict=True):
-            if there and id(table) not in held:
-                held[id(table)] = Rotary(*self._angles(table), style)
-        return [held.get(id(table)) for table in tables]
+        layers = zip(self.hyper.facts, self.units.attention, strict=True)
+        ropes = [facts.rope if there else None for facts, there in layers]
+        tables = rope_tables(self.hyper, self.work.context, self.model.rope_factors)
+        held = {
+            rope: Rotary(*self._angles(table), rope.style) for rope, table in tables.items() if rope in ropes
+        }
+        return [None if rope is None else held[rope] for rope in ropes]
 
     @cached_property
     def attention_scratch(self) -> AttentionScratch:

@@ -42,6 +42,7 @@ ACTIVATIONS: Mapping[str, str] = {
 
 
 _LLAMA = (EMBEDDING, *NORMS, *attention(interleaved), *FFN)
+_ARCEE = (EMBEDDING, *NORMS, *attention(interleaved), *FFN[1:])
 _QWEN = (EMBEDDING, *NORMS, *attention(), *FFN)
 _GEMMA3_NORMS = (
     Rule("output_norm.weight", "model.norm.weight"),
@@ -212,6 +213,11 @@ FAMILIES: Mapping[str, Family] = {
                activation="relu", activations=_BAMBOO_CHANGES, sliding=every_layer),
         Family("mistral", ("MistralForCausalLM",), "llama", sizes(num_key_value_heads=8), _LLAMA,
                window=4096, sliding=every_layer),
+        Family("arcee", ("ArceeForCausalLM",), "arcee", sizes(), _ARCEE, activation="relu2",
+               norm_eps=1e-5, fixed=(("mlp_bias", False),)),
+        Family("smollm3", ("SmolLM3ForCausalLM",), "smollm3", sizes(num_key_value_heads=4), _LLAMA, tied=True,
+               rope_base=2e6, fixed=(("mlp_bias", False), ("no_rope_layer_interval", 4)),
+               rotary_layers="no_rope_layers", window=0, sliding=_qwen_layers),
         Family("qwen2", ("Qwen2ForCausalLM",), "qwen2", sizes(num_key_value_heads=32), _QWEN,
                window=4096, sliding=_qwen_layers),
         Family("qwen3", ("Qwen3ForCausalLM",), "qwen3", sizes(num_key_value_heads=32, head_dim=128),

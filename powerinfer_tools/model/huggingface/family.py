@@ -45,7 +45,8 @@ class Family:
     key, name and what it is without being named. ``fixed``: settings of which one
     value is supported (null and absent count as it); ``same``: settings that must equal another; ``reasons``:
     what other values of those would mean. ``ignored``: beginnings of tensor names that no text
-    model needs. ``rotary_share``: the part of a head that is rotated. ``activations``: names that mean
+    model needs. ``rotary_share``: the part of a head that is rotated; ``rotary_layers``: the
+    list that has a 1 for each layer with rotary positions. ``activations``: names that mean
     something else in this family.
     """
 
@@ -62,6 +63,7 @@ class Family:
     norm_name: str = "rms_norm_eps"
     norm_eps: float = 1e-6
     rotary_share: float = 1.0
+    rotary_layers: str = ""
     activations: tuple[tuple[str, str], ...] = ()
     window: int = 0
     sliding: Callable[[Config, int], bool] | None = None

@@ -45,6 +45,7 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
     _add_norm_eps(metadata, family, config)
     rope, local = read_rope(config, family.rope_base, family.rotary_share, heads.head_dim)
     _add_rope(metadata, prefix, rope, heads)
+    _add_rotary_layers(metadata, family, config, sizes["block_count"])
     _add_window(metadata, family, config, sizes["block_count"], rope, local)
     _add_scores(metadata, prefix, config, heads)
     _add_activation(metadata, family, config)
@@ -109,6 +110,17 @@ def _add_rope(metadata: Metadata, prefix: str, rope: Rope, heads: HeadShape) -> 
     if rope.linear != 1.0:
         metadata.add(f"{prefix}.rope.scaling.type", "linear")
         metadata.add(f"{prefix}.rope.scaling.factor", rope.linear, ValueType.FLOAT32)
+
+
+def _add_rotary_layers(metadata: Metadata, family: Family, config: Config, layers: int) -> None:
+    """Which layers have rotary positions, where the file says it."""
+    kinds = config.items(family.rotary_layers) if family.rotary_layers else []
+    if not kinds:
+        return
+    if len(kinds) != layers or any(kind not in (0, 1) for kind in kinds):
+        raise config.fail(family.rotary_layers, f"is no list of 0 and 1 for each of {layers} layers")
+    pattern = np.array(kinds, np.bool_)
+    metadata.add(f"{family.architecture}.attention.rope_pattern", pattern)
 
 
 def _add_window(

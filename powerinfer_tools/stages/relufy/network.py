@@ -16,6 +16,7 @@ from powerinfer_kernels import dequantize
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import AttentionWeights, Model
+from powerinfer_tools.model.rotary import RotaryTables, rope_tables
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
 Tensor = torch.Tensor
@@ -72,7 +73,8 @@ class Network:
         self.ffn_biases = [self._optional(layer.ffn_bias) for layer in model.layers]
         self.down_biases = [self._optional(layer.ffn_down_bias) for layer in model.layers]
         self.ffn_base = [self._ffn(layer.ffn) for layer in model.layers]
-        self.rotations = {local: self._rotation(model, window, local) for local in (False, True)}
+        tables = rope_tables(model.hyper, window, model.rope_factors)
+        self.rotations = {rope: self._rotation(table) for rope, table in tables.items()}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream (windows, positions, width) float32 before the first layer."""
@@ -81,7 +83,9 @@ class Network:
 
     def attend(self, index: int, x: Tensor) -> Tensor:
         """The residual stream after layer ``index``'s attention."""
-        return x + self.layers[index](x, self.rotations[self.hyper.local_layers[index]], self._mask(index, x))
+        rope = self.hyper.facts[index].rope
+        rotation = None if rope is None else self.rotations[rope]
+        return x + self.layers[index](x, rotation, self._mask(index, x))
 
     def ffn_input(self, index: int, x: Tensor) -> Tensor:
         """The normalised input of layer ``index``'s FFN, in the training precision."""
@@ -119,11 +123,12 @@ class Network:
         return _linear(hidden, down, self.down_biases[index])
 
     def _mask(self, index: int, x: Tensor) -> Tensor | None:
-        if not self.hyper.local_layers[index] or x.shape[1] <= self.hyper.window:
+        window = self.hyper.facts[index].window
+        if not window or x.shape[1] <= window:
             return None
         place = torch.arange(x.shape[1], device=self.device)
         distance = place[:, None] - place[None, :]
-        return (distance >= 0) & (distance < self.hyper.window)
+        return (distance >= 0) & (distance < window)
 
     def _ffn(self, ffn: object) -> tuple[Tensor, ...]:
         assert isinstance(ffn, DenseFFN)
@@ -143,16 +148,9 @@ class Network:
     def _optional(self, values: Vector | None) -> Tensor | None:
         return None if values is None else self._vector(values)
 
-    def _rotation(self, model: Model, window: int, local: bool) -> Rotation | None:
-        hyper = model.hyper
-        if not hyper.rope_dim:
-            return None
-        base, scale = (hyper.rope_local_base, 1.0) if local else (hyper.rope_base, hyper.rope_scale)
-        frequencies = base ** -(np.arange(0, hyper.rope_dim, 2) / hyper.rope_dim) / scale
-        if model.rope_factors is not None and not local:
-            frequencies = frequencies / model.rope_factors
-        angles = torch.from_numpy(np.outer(np.arange(window), frequencies))[:, None, :]
-        return Rotation(angles.cos().float().to(self.device), angles.sin().float().to(self.device))
+    def _rotation(self, tables: RotaryTables) -> Rotation:
+        cos, sin = (torch.from_numpy(table)[:, None, :].to(self.device) for table in (tables.cos, tables.sin))
+        return Rotation(cos, sin)
 
 
 class _Attention:

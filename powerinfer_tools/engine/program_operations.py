@@ -1,0 +1,222 @@
+"""The vocabulary of :mod:`powerinfer_tools.model.operations` as a program of the C kernels.
+
+Values are named buffers. A product is only noted when it is asked for, and written when the next operation
+needs the program: so products that wait for the same input follow each other without a barrier, inputs are
+quantised once, and a product that joins the residual stream is added to it as it is computed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder
+from powerinfer_tools.engine.buffers import Floats, Integers, Scratch, place
+from powerinfer_tools.engine.factor_thresholds import FactorThresholds
+from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.model.hyperparameters import Rope, Routing
+from powerinfer_tools.model.operations import Activation, Attention
+from powerinfer_tools.model.rotary import RotaryTables
+from powerinfer_tools.model.tensors import Norm, Vector, Weight
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is said before each run: ids of the tokens, and their rows of the table of learnt positions."""
+
+    tokens: Integers
+    positions: Integers | None
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A buffer (tokens, width) of the program."""
+
+    floats: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """A product that is not written yet."""
+
+    matrix: Matrix
+    source: Floats
+    bias: Vector | None
+    out: Value
+
+
+class ProgramOperations:
+    """Appends operations to ``builder``. Matrices of the model are packed as they come; those that are packed
+    already are taken as they are."""
+
+    def __init__(
+        self,
+        builder: ProgramBuilder,
+        scratch: Scratch,
+        pool: Pool,
+        tables: Mapping[Rope, RotaryTables],
+        caches: Sequence[KVCache | None],
+        inputs: Inputs | None = None,
+    ) -> None:
+        self._builder, self._scratch, self._pool, self._inputs = builder, scratch, pool, inputs
+        self._tables, self._caches = tables, caches
+        self._waiting: list[_Product] = []
+        self._rounded: set[int] = set()
+        #: Bytes of the matrices that were packed here.
+        self.weight_bytes = 0
+        #: What looks on at the next activation, and the neurons that it leaves out.
+        self.observed: LayerCounters | None = None
+        self.thresholds: FactorThresholds | None = None
+
+    def flush(self) -> ProgramBuilder:
+        """Write the products that wait; whoever appends to the program by himself does it through this."""
+        waiting, self._waiting = self._waiting, []
+        for product in waiting:
+            self._round(product)
+        for index, product in enumerate(waiting):
+            self._multiply(product, product.out.floats, independent=index + 1 < len(waiting))
+        return self._builder
+
+    def changed(self, floats: Floats) -> None:
+        """``floats`` hold something else from here on."""
+        self._rounded.discard(place(floats))
+
+    def round(self, floats: Floats) -> None:
+        """Quantise ``floats``, where that was not done since they changed."""
+        acts = self._scratch.copy(floats)
+        if acts is not None and place(floats) not in self._rounded:
+            self.flush().quantize(floats, acts)
+            self._rounded.add(place(floats))
+
+    def embed(self, table: Weight, scale: float) -> Value:
+        """The residual stream."""
+        assert self._inputs is not None
+        x = self._scratch.named("x", table.columns)
+        self._rows(table, self._inputs.tokens, x, scale)
+        return Value(x)
+
+    def embed_positions(self, x: Value, table: Weight, offset: int) -> Value:
+        """Which rows is said before each run, ``offset`` included."""
+        assert self._inputs is not None
+        assert self._inputs.positions is not None
+        rows = self._scratch.named("block_out", table.columns)
+        self._rows(table, self._inputs.positions, rows, 1.0)
+        return self.join(x, Value(rows))
+
+    def norm(self, name: str, x: Value, norm: Norm, eps: float) -> Value:
+        """In place where the name is that of ``x``."""
+        builder, out = self.flush(), self._scratch.named(name, x.floats.shape[1])
+        if norm.kind == "rms":
+            builder.rms_norm(x.floats, norm.weight, out, eps)
+        else:
+            builder.layer_norm(x.floats, norm.weight, norm.bias, out, eps)
+        self.changed(out)
+        return Value(out)
+
+    def norm_heads(self, x: Value, heads: int, norm: Norm, eps: float) -> Value:
+        """In place."""
+        assert norm.kind == "rms", "layer norms of single heads are in no family"
+        self.flush().rms_norm(x.floats, norm.weight, x.floats, eps, groups=heads)
+        self.changed(x.floats)
+        return x
+
+    def linear(self, name: str, x: Value, weight: Weight | Matrix, bias: Vector | None = None) -> Value:
+        """Noted until the next operation."""
+        if self._waits(x):
+            self.flush()
+        matrix = weight if isinstance(weight, Matrix) else self._packed(weight)
+        out = Value(self._scratch.named(name, matrix.rows))
+        self._waiting.append(_Product(matrix, x.floats, bias, out))
+        return out
+
+    def rotate(self, x: Value, heads: int, head_dim: int, rope: Rope) -> Value:
+        """In place."""
+        tables = self._tables[rope]
+        self.flush().rope(x.floats, tables.cos, tables.sin, heads, head_dim, rope.style)
+        self.changed(x.floats)
+        return x
+
+    def attend(self, query: Value, key: Value, value: Value, how: Attention) -> Value:
+        """Over the cache of the layer."""
+        builder, cache = self.flush(), self._caches[how.layer]
+        assert cache is not None, "the attention of this layer is on the hot device"
+        out = self._scratch.named("attended", query.floats.shape[1])
+        builder.store_kv(key.floats, value.floats, cache)
+        builder.attention(
+            query.floats, cache, out, how.heads, how.scale, window=how.window, softcap=how.softcap
+        )
+        self.changed(out)
+        return Value(out)
+
+    def activate(self, gate: Value, up: Value | None, how: Activation) -> Value:
+        """In place of ``gate``, after what looks on."""
+        builder, factor = self.flush(), None if up is None else up.floats
+        if self.observed is not None:
+            builder.observe(gate.floats, factor, how.kind, **vars(self.observed), cut=how.cut)
+        if self.thresholds is not None and factor is not None:
+            scores = self._scratch.named("scores", factor.shape[1])
+            builder.activate(gate.floats, None, scores, how.kind)
+            builder.keep_large(scores, self.thresholds.gate, factor)
+            builder.keep_large(factor, self.thresholds.up, factor)
+        builder.activate(gate.floats, factor, gate.floats, how.kind, how.cut)
+        self.changed(gate.floats)
+        return gate
+
+    def join(self, x: Value, y: Value) -> Value:
+        """In place of ``x``; a product that waits is added as it is computed."""
+        last = self._waiting[-1] if self._waiting else None
+        if last is not None and last.out is y:
+            del self._waiting[-1]
+            self.flush()
+            self._round(last)
+            self._multiply(last, x.floats, accumulate=True)
+        else:
+            self.flush().add(y.floats, x.floats)
+        self.changed(x.floats)
+        return x
+
+    def softcap(self, x: Value, cap: float) -> Value:
+        """Logits are capped outside the program."""
+        raise NotImplementedError
+
+    def experts(
+        self, scores: Value, x: Value, routing: Routing, expert: Callable[[int, Value], Value]
+    ) -> Value:
+        """:mod:`powerinfer_tools.engine.routed` runs them one by one."""
+        raise NotImplementedError
+
+    def weigh(self, x: Value, score: Value) -> Value:
+        """See :meth:`experts`."""
+        raise NotImplementedError
+
+    def _waits(self, x: Value) -> bool:
+        return any(place(product.out.floats) == place(x.floats) for product in self._waiting)
+
+    def _round(self, product: _Product) -> None:
+        """Quantise what a product reads, where its matrix needs that."""
+        acts = self._scratch.copy(product.source)
+        if product.matrix.row_type.is_float or acts is None or place(product.source) in self._rounded:
+            return
+        self._builder.quantize(product.source, acts)
+        self._rounded.add(place(product.source))
+
+    def _multiply(
+        self, product: _Product, out: Floats, *, accumulate: bool = False, independent: bool = False
+    ) -> None:
+        self._builder.matmul(
+            product.matrix,
+            product.source,
+            self._scratch.copy(product.source),
+            out,
+            bias=product.bias,
+            accumulate=accumulate,
+            independent=independent,
+        )
+        self.changed(out)
+
+    def _rows(self, table: Weight, index: Integers, out: Floats, scale: float) -> None:
+        self.flush().embed(index, table.data, table.row_type, table.rows, table.columns, out, scale=scale)
+        self.changed(out)
+
+    def _packed(self, weight: Weight) -> Matrix:
+        matrix = Matrix.pack(self._pool, weight.data, weight.row_type, weight.rows, weight.columns)
+        self.weight_bytes += matrix.nbytes
+        return matrix

@@ -1,0 +1,10 @@
+"""Families whose layers have a router and experts."""
+
+from powerinfer_tools.model.architectures.spec import ArchitectureSpec
+
+ROWS = (
+    ArchitectureSpec(
+        "qwen2moe", rope_style="neox", routed=True, shared_expert=True, expert_weights_norm=False
+    ),
+    ArchitectureSpec("qwen3moe", rope_style="neox", qk_norm=True, routed=True),
+)

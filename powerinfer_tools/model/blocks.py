@@ -1,0 +1,122 @@
+"""The blocks of a model: the forward pass, written once in the vocabulary of
+:mod:`powerinfer_tools.model.operations`.
+
+Everything comes from the architecture row, the hyper-parameters and the weights; nothing here knows what
+computes. A block returns what it adds to the residual stream.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
+from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.loading import AttentionWeights, Model
+from powerinfer_tools.model.operations import Activation, Attention, Operations
+from powerinfer_tools.model.tensors import Norm, Vector, Weight
+
+V = TypeVar("V")
+W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class FFN(Generic[W]):
+    """The matrices of an FFN: the rows that the activation reads (``first``), those that its result is
+    multiplied with (None without a gate), and down (width, neurons)."""
+
+    first: W
+    factor: W | None
+    down: W
+    bias: Vector | None = None
+    down_bias: Vector | None = None
+
+
+def embedding(ops: Operations[V, Weight], model: Model) -> V:
+    """The residual stream before the first layer."""
+    x = ops.embed(model.embedding, model.hyper.embedding_scale)
+    if model.positions is None:
+        return x
+    return ops.embed_positions(x, model.positions, model.spec.position_offset or 0)
+
+
+def attention_of(hyper: Hyperparameters, layer: int) -> Attention:
+    """How ``layer`` attends."""
+    return Attention(
+        layer=layer,
+        heads=hyper.heads,
+        kv_heads=hyper.kv_heads,
+        head_dim=hyper.head_dim,
+        scale=hyper.attention_scale,
+        window=hyper.facts[layer].window,
+        softcap=hyper.attention_softcap,
+    )
+
+
+def attention(ops: Operations[V, Weight], hyper: Hyperparameters, layer: int, w: AttentionWeights, x: V) -> V:
+    """The attention of ``layer``."""
+    how, rope, eps = attention_of(hyper, layer), hyper.facts[layer].rope, hyper.norm_eps
+    normed = ops.norm("attention_input", x, w.norm, eps)
+    query = ops.linear("query", normed, w.query, w.query_bias)
+    key = ops.linear("key", normed, w.key, w.key_bias)
+    value = ops.linear("value", normed, w.value, w.value_bias)
+    if w.query_norm is not None and w.key_norm is not None:
+        query = ops.norm_heads(query, how.heads, w.query_norm, eps)
+        key = ops.norm_heads(key, how.kv_heads, w.key_norm, eps)
+    if rope is not None:
+        query = ops.rotate(query, how.heads, how.head_dim, rope)
+        key = ops.rotate(key, how.kv_heads, how.head_dim, rope)
+    attended = ops.attend(query, key, value, how)
+    out = ops.linear("block_out", attended, w.output, w.output_bias)
+    return post_normed(ops, out, w.post_norm, eps)
+
+
+def ffn_input(ops: Operations[V, W], norm: Norm, eps: float, x: V) -> V:
+    """What the matrices of an FFN read."""
+    return ops.norm("normed", x, norm, eps)
+
+
+def ffn(ops: Operations[V, W], how: Activation, w: FFN[W], normed: V, out: str = "block_out") -> V:
+    """A dense FFN, or an expert: down · (act(first · x + bias) · (factor · x)) + down_bias."""
+    gate = ops.linear("gate", normed, w.first, w.bias)
+    up = None if w.factor is None else ops.linear("up", normed, w.factor)
+    return ops.linear(out, ops.activate(gate, up, how), w.down, w.down_bias)
+
+
+def experts(ops: Operations[V, Weight], hyper: Hyperparameters, w: ExpertsFFN, normed: V) -> V:
+    """The router, the experts that it chooses, and the one that every token takes, times a sigmoid."""
+    routing, how = hyper.routing, activation_of(hyper)
+    assert routing is not None
+
+    def expert(index: int, x: V) -> V:
+        return ffn(ops, how, dense_of(w.expert(index)), x, "expert_out")
+
+    out = ops.experts(ops.linear("scores", normed, w.router), normed, routing, expert)
+    if w.shared is None or w.shared_gate is None:
+        return out
+    shared = ffn(ops, how, dense_of(w.shared), normed, "shared_out")
+    return ops.join(out, ops.weigh(shared, ops.linear("shared_score", normed, w.shared_gate)))
+
+
+def dense_of(w: DenseFFN, bias: Vector | None = None, down_bias: Vector | None = None) -> FFN[Weight]:
+    """The matrices of a source model's FFN, or of an expert."""
+    return FFN(w.first, w.factor, w.down, bias, down_bias)
+
+
+def activation_of(hyper: Hyperparameters) -> Activation:
+    """The activation of a model's FFNs."""
+    return Activation(hyper.activation, hyper.activation_cut)
+
+
+def post_normed(ops: Operations[V, W], out: V, norm: Norm | None, eps: float) -> V:
+    """A block's output, normalised where the family does that."""
+    return out if norm is None else ops.norm("block_out", out, norm, eps)
+
+
+def logits(ops: Operations[V, W], hyper: Hyperparameters, norm: Norm, matrix: W, x: V) -> V:
+    """Logits (T, vocabulary), before they are soft-capped."""
+    return ops.linear("logits", ops.norm("head_input", x, norm, hyper.norm_eps), matrix)
+
+
+def head(ops: Operations[V, W], hyper: Hyperparameters, norm: Norm, matrix: W, x: V) -> V:
+    """Logits (T, vocabulary)."""
+    out = logits(ops, hyper, norm, matrix, x)
+    return ops.softcap(out, hyper.logit_softcap) if hyper.logit_softcap else out

@@ -1,0 +1,92 @@
+"""The vocabulary that the blocks of a model are written in: one method for each operation.
+
+Who implements it says what a value is: a buffer of the program that the C kernels run, a numpy array of
+float64, a torch tensor, a count of bytes. Shapes are those of a batch of T tokens: a value of width n is
+[T, n]. ``name`` says what a value is for; an implementer with memory of its own may give values of one name
+the same memory, so a value is used up when the next of its name is made.
+
+A method that changes a value may do it in place: what it was given is used up, but for the residual stream,
+the values that :meth:`Operations.norm` and :meth:`Operations.linear` read, and weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from powerinfer_tools.model.hyperparameters import Rope, Routing
+from powerinfer_tools.model.tensors import Norm, Vector, Weight
+
+V = TypeVar("V")
+W = TypeVar("W", contravariant=True)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How one layer attends: ``heads`` query heads over ``kv_heads`` of keys and values, each of ``head_dim``
+    values; ``window`` 0: over all positions; ``softcap`` 0: none."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One of :data:`~powerinfer_tools.model.architectures.ACTIVATIONS`; ``cut`` is what a gate must be above
+    with fatrelu."""
+
+    kind: str
+    cut: float = 0.0
+
+
+class Operations(Protocol[V, W]):
+    """What blocks are made of. Matrices of a model are given as ``W``; what is read row by row, norms and
+    biases as they are in the file."""
+
+    def embed(self, table: Weight, scale: float) -> V:
+        """The residual stream: row token(t) of ``table`` (vocabulary, n), times ``scale``."""
+
+    def embed_positions(self, x: V, table: Weight, offset: int) -> V:
+        """x_t + row position(t) + ``offset`` of ``table`` (positions, n)."""
+
+    def norm(self, name: str, x: V, norm: Norm, eps: float) -> V:
+        """x / sqrt(mean(x²) + eps) · weight + bias (arXiv 1910.07467); with a "layer" norm, x is x − mean(x)
+        (arXiv 1607.06450)."""
+
+    def norm_heads(self, x: V, heads: int, norm: Norm, eps: float) -> V:
+        """:meth:`norm` of each of ``heads`` equal parts of x by itself, with the same weight."""
+
+    def linear(self, name: str, x: V, weight: W, bias: Vector | None = None) -> V:
+        """x · weightᵀ + bias, for ``weight`` (rows, width of x)."""
+
+    def rotate(self, x: V, heads: int, head_dim: int, rope: Rope) -> V:
+        """Turn the pairs (a, b) of each head by the angle φ of the token's position and of the pair:
+        (a cos φ − b sin φ, a sin φ + b cos φ) (arXiv 2104.09864). Style "norm" pairs (2i, 2i + 1), "neox"
+        (i, i + dim / 2); values of a head from ``rope.dim`` on stay."""
+
+    def attend(self, query: V, key: V, value: V, how: Attention) -> V:
+        """Σ_s softmax_s(score) · value_s over the positions s up to the token's own (with a window: the last
+        ``how.window`` of them), where score = how.scale · query·key_s, soft-capped (arXiv 2408.00118: c ·
+        tanh(score / c)) where there is a cap. Query head h reads the key head h · kv_heads / heads. Keys and
+        values (T, kv_heads · head_dim) are kept for later tokens."""
+
+    def activate(self, gate: V, up: V | None, how: Activation) -> V:
+        """act(gate) · up, or act(gate); of drelu, relu(gate) · relu(up)."""
+
+    def join(self, x: V, y: V) -> V:
+        """The residual stream x + y."""
+
+    def softcap(self, x: V, cap: float) -> V:
+        """cap · tanh(x / cap)."""
+
+    def experts(self, scores: V, x: V, routing: Routing, expert: Callable[[int, V], V]) -> V:
+        """Σ weight_e · expert(e, x) over the ``routing.used`` experts with the largest scores (T, experts),
+        lower ones first where scores tie; weights are the softmax of the scores (arXiv 2401.04088), divided
+        by their sum over the chosen ones where ``routing.normalized``."""
+
+    def weigh(self, x: V, score: V) -> V:
+        """sigmoid(score) · x, for ``score`` (T, 1)."""

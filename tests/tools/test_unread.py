@@ -1,0 +1,173 @@
+"""What a file says and nothing here reads: refused by name, unless it changes nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine_logits import logits
+from powerinfer_formats.gguf_layout import ValueType
+from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.loading import load_model
+from tiny_models import CASES, TinyModel, make_tiny_model
+
+TYPES = {float: ValueType.FLOAT32, int: ValueType.UINT32}
+ALL = np.array([True, True, False])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Three layers."""
+    return make_tiny_model(tmp_path_factory.mktemp("llama"), CASES["llama"])
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Seven layers, the sixth of which sees everything."""
+    return make_tiny_model(tmp_path_factory.mktemp("gemma"), CASES["gemma3"])
+
+
+def changed(
+    source: Path,
+    output: Path,
+    keys: dict[str, object] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """``source`` with other or further keys and tensors."""
+    keys, tensors = keys or {}, tensors or {}
+    gguf = GGUFFile.open(source)
+    with GGUFWriter(output) as writer:
+        writer.copy_metadata(gguf, without=tuple(keys))
+        for key, value in keys.items():
+            if value is not None:
+                writer.add(key, value, TYPES.get(type(value)))  # type: ignore[arg-type]
+        for name, info in gguf.tensors.items():
+            writer.declare(name, info.row_type, info.shape)
+        for name, values in tensors.items():
+            writer.declare(name, 0, values.shape)
+        for name in gguf.tensors:
+            writer.write(name, gguf.tensor(name))
+        for name, values in tensors.items():
+            writer.write(name, values.astype("<f4"))
+    return output
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blk.0.attn_q.scale", (1,)),
+        ("blk.1.ffn_down.scale", (1,)),
+        ("blk.2.attn_sinks.weight", (4,)),
+        ("blk.3.attn_norm.weight", (64,)),
+        ("output.bias", (10,)),
+        ("per_layer_model_proj.weight", (8, 64)),
+    ],
+)
+def test_a_tensor_that_nothing_reads_is_refused(
+    llama: TinyModel, tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    path = changed(llama.path, tmp_path / "more.gguf", tensors={name: np.ones(shape, np.float32)})
+    with pytest.raises(ModelError, match=f"unexpected tensor {name}".replace(".", r"\.")):
+        load_model(path)
+
+
+@pytest.mark.parametrize("name", ["v.blk.0.attn_q.weight", "mm.0.weight", "blk.3.nextn.eh_proj.weight"])
+def test_a_tensor_that_may_be_left_out_changes_nothing(llama: TinyModel, tmp_path: Path, name: str) -> None:
+    path = changed(llama.path, tmp_path / "more.gguf", tensors={name: np.ones((4, 64), np.float32)})
+    tokens = llama.tokens(12)
+    assert np.array_equal(logits(path, tokens), logits(llama.path, tokens))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.max_alibi_bias", 8.0),
+        ("attention.clamp_kqv", 30.0),
+        ("residual_scale", 0.5),
+        ("logit_scale", 0.0625),
+        ("embedding_scale", 12.0),
+        ("attention.causal", False),
+        ("attention.sliding_window", 128),
+        ("rope.scaling.alpha", 2.0),
+        ("rope.scaling.attn_factor", 1.2),
+        ("swiglu_clamp_exp", np.array([0.0, 7.0, 0.0], np.float32)),
+        ("expert_shared_count", 1),
+        ("a.key.of.tomorrow", 0),
+        ("a.key.of.tomorrow", "x" * 500),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(
+    llama: TinyModel, tmp_path: Path, key: str, value: object
+) -> None:
+    path = changed(llama.path, tmp_path / "more.gguf", {f"llama.{key}": value})
+    with pytest.raises(ModelError, match=f"llama.{key} is .{{1,60}}, which is not supported"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.max_alibi_bias", 0.0),
+        ("attention.causal", True),
+        ("rope.scaling.factor", 0.0),
+        ("rope.scaling.type", "none"),
+        ("swiglu_clamp_exp", np.zeros(3, np.float32)),
+        ("feed_forward_length", np.array([96] * 3, np.uint32)),
+        ("attention.head_count_kv", np.array([2] * 3, np.uint32)),
+    ],
+)
+def test_a_key_that_says_none_changes_nothing(
+    llama: TinyModel, tmp_path: Path, key: str, value: object
+) -> None:
+    path = changed(llama.path, tmp_path / "more.gguf", {f"llama.{key}": value})
+    tokens = llama.tokens(12)
+    assert np.array_equal(logits(path, tokens), logits(llama.path, tokens))
+
+
+@pytest.mark.parametrize("key", ["feed_forward_length", "attention.head_count", "attention.head_count_kv"])
+def test_sizes_that_differ_between_layers_are_refused(llama: TinyModel, tmp_path: Path, key: str) -> None:
+    sizes = np.array([4, 4, 2], np.uint32)
+    path = changed(llama.path, tmp_path / "more.gguf", {f"llama.{key}": sizes})
+    with pytest.raises(ModelError, match=f"llama.{key} differs between layers"):
+        load_model(path)
+
+
+def test_a_rotary_factor_without_a_type_is_linear(llama: TinyModel, tmp_path: Path) -> None:
+    tokens = llama.tokens(20)
+    typed = {"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "linear"}
+    expected = logits(changed(llama.path, tmp_path / "typed.gguf", typed), tokens)
+    for name, keys in (
+        ("bare", {"llama.rope.scaling.factor": 4.0}),
+        ("old", {"llama.rope.scale_linear": 4.0}),
+    ):
+        assert np.array_equal(logits(changed(llama.path, tmp_path / f"{name}.gguf", keys), tokens), expected)
+    assert not np.array_equal(expected, logits(llama.path, tokens))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "local"),
+    [
+        (None, (1, 1, 1, 1, 1, 0, 1)),
+        (3, (1, 1, 0, 1, 1, 0, 1)),
+        (np.array([1, 0, 0, 1, 1, 0, 1], np.uint32), (1, 0, 0, 1, 1, 0, 1)),
+        (np.array([0, 1, 1, 0, 0, 1, 0], np.bool_), (0, 1, 1, 0, 0, 1, 0)),
+    ],
+)
+def test_which_layers_have_the_window(
+    gemma: TinyModel, tmp_path: Path, pattern: object, local: tuple[int, ...]
+) -> None:
+    """As the family does, by a period, or by a value for each layer."""
+    key = "gemma3.attention.sliding_window_pattern"
+    hyper = load_model(changed(gemma.path, tmp_path / "more.gguf", {key: pattern})).hyper
+    assert [facts.window for facts in hyper.facts] == [8 * flag for flag in local]
+    assert [facts.rope.base if facts.rope else 0 for facts in hyper.facts] == [
+        1e4 if flag else 1e6 for flag in local
+    ]
+
+
+def test_which_layers_have_rotary_positions(llama: TinyModel, tmp_path: Path) -> None:
+    keys = {"llama.attention.rope_pattern": ALL}
+    hyper = load_model(changed(llama.path, tmp_path / "more.gguf", keys)).hyper
+    assert [facts.rope is not None for facts in hyper.facts] == ALL.tolist()

@@ -2,6 +2,9 @@
 
 The template is a program from an untrusted file: it is rendered in Jinja's immutable sandbox, in a process
 with limits on time, memory and output (see `template_child.py`).
+
+Messages, tools and documents are untrusted, too: `<|im_end|>` in a message is text and never becomes the
+control token; only what the template itself writes does.
 """
 
 import json
@@ -9,11 +12,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from powerinfer_tools.errors import ChatTemplateError
+from powerinfer_tools.text.stand_ins import StandIns
 from powerinfer_tools.text.tokenizer import Tokenizer
 from powerinfer_tools.text.vocabulary import MetadataSource
 
@@ -36,6 +40,25 @@ class Message:
     content: str
 
 
+Turn = Message | Mapping[str, Any]
+"""A message, or one as an object of the OpenAI API has it: content may be a list of parts, and there may be
+name, tool_calls, tool_call_id, reasoning_content."""
+
+
+@dataclass(frozen=True)
+class TemplateInputs:
+    """What a prompt is made of beside the messages: tools as JSON schemas, documents, settings that templates
+    read (such as enable_thinking), and whether the assistant's answer begins at the end of it."""
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+
+
+_NOTHING_MORE = TemplateInputs()
+
+
 class Template(Protocol):
     """How a conversation becomes a prompt."""
 
@@ -49,12 +72,13 @@ class Template(Protocol):
         """Strings that end an answer beside the model's own end tokens."""
         ...
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> str:
         """The prompt as text, up to where the assistant's answer begins."""
         ...
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt as token ids, with at most one beginning-of-text token."""
+    def ids(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> list[int]:
+        """The prompt as token ids, with at most one beginning-of-text token. Control tokens that are written
+        in messages, tools or documents are text."""
         ...
 
 
@@ -86,24 +110,39 @@ class ChatTemplate:
             raise ChatTemplateError("tokenizer.chat_template is not a string")
         return cls(source, tokenizer)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> str:
         """The prompt as text. Raises ChatTemplateError."""
+        text, stand_ins = self._render(messages, inputs)
+        return stand_ins.undo(text)
+
+    def ids(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> list[int]:
+        """The prompt as token ids. Control tokens are those that the template writes. Raises
+        ChatTemplateError."""
+        text, stand_ins = self._render(messages, inputs)
+        ids = self._tokenizer.encode(text, add_bos=False, parse_special=True, stand_ins=stand_ins)
+        return _with_one_bos(self._tokenizer, ids)
+
+    def _render(self, messages: Sequence[Turn], inputs: TemplateInputs) -> tuple[str, StandIns]:
+        """The prompt with stand-ins in the user's text."""
         tokens = self._tokenizer.tokens
-        variables = {
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            "add_generation_prompt": True,
+        own = {
+            "add_generation_prompt": inputs.add_generation_prompt,
             "bos_token": "" if tokens.bos_id is None else tokens.texts[tokens.bos_id],
             "eos_token": "" if tokens.eos_id is None else tokens.texts[tokens.eos_id],
-            "tools": None,
-            "documents": None,
         }
-        written = sum(len(message.content) for message in messages)
-        return _render_apart(self.source, variables, _OUTPUT_CHARACTERS + 4 * written)
-
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt as token ids. Control tokens written in messages count as such, as in llama.cpp."""
-        return _with_one_bos(self._tokenizer, self._tokenizer.encode(
-            self.render(messages), add_bos=False, parse_special=True))  # fmt: skip
+        variables = {
+            **{name: value for name, value in inputs.settings.items() if name not in own},
+            "messages": [_fields(message) for message in messages],
+            "tools": inputs.tools,
+            "documents": inputs.documents,
+        }
+        try:
+            written = json.dumps(variables, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ChatTemplateError(f"the conversation cannot be written as JSON: {error}") from None
+        stand_ins = StandIns.avoiding(f"{written}{self.source}", self._tokenizer.control_texts)
+        request = {"template": self.source, "variables": variables, "own": own, **stand_ins.request()}
+        return _render_apart(request, _OUTPUT_CHARACTERS + 4 * len(written)), stand_ins
 
 
 class PlainTemplate:
@@ -121,14 +160,19 @@ class PlainTemplate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt as text."""
-        turns = [f"{message.role.capitalize()}: {message.content}\n" for message in messages]
-        return "".join([*turns, "Assistant:"])
+    def render(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> str:
+        """The prompt as text. Raises ChatTemplateError for tools and documents: only a template places
+        them."""
+        if inputs.tools or inputs.documents:
+            raise ChatTemplateError("this model carries no chat template, which tools and documents need")
+        fields = [_fields(message) for message in messages]
+        turns = [f"{str(turn['role']).capitalize()}: {_text(turn['content'])}\n" for turn in fields]
+        return "".join([*turns, "Assistant:"] if inputs.add_generation_prompt else turns)
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    def ids(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> list[int]:
         """The prompt as token ids; control tokens written in messages are text."""
-        return _with_one_bos(self._tokenizer, self._tokenizer.encode(self.render(messages), add_bos=False))
+        text = self.render(messages, inputs)
+        return _with_one_bos(self._tokenizer, self._tokenizer.encode(text, add_bos=False))
 
 
 def chat_template(gguf: MetadataSource, tokenizer: Tokenizer) -> Template:
@@ -136,6 +180,26 @@ def chat_template(gguf: MetadataSource, tokenizer: Tokenizer) -> Template:
     if gguf.metadata.get("tokenizer.chat_template") is None:
         return PlainTemplate(tokenizer)
     return ChatTemplate.from_gguf(gguf, tokenizer)
+
+
+def _fields(message: Turn) -> dict[str, Any]:
+    """The message as templates see it, with its reasoning under each of the names that they read."""
+    if isinstance(message, Message):
+        return {"role": message.role, "content": message.content}
+    if not isinstance(message.get("role"), str):
+        raise ChatTemplateError("a message of the conversation has no role")
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    more = {} if reasoning is None else {"thinking": reasoning}
+    last = {} if reasoning is None else {"reasoning_content": reasoning}
+    return {"content": None, **more, **message, **last}
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content, which may be a list of parts."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)
 
 
 def _with_one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
@@ -146,10 +210,8 @@ def _with_one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids
 
 
-def _render_apart(source: str, variables: Mapping[str, Any], output_characters: int) -> str:
-    request = {
-        "template": source,
-        "variables": variables,
+def _render_apart(request: Mapping[str, Any], output_characters: int) -> str:
+    limits = {
         "seconds": MAX_SECONDS,
         "memory_bytes": _MEMORY_BYTES + 16 * output_characters,
         "output_characters": output_characters,
@@ -157,7 +219,7 @@ def _render_apart(source: str, variables: Mapping[str, Any], output_characters: 
     try:
         child = subprocess.run(  # noqa: S603  our own script, by its path
             [sys.executable, "-P", str(_CHILD)],
-            input=json.dumps(request).encode(),
+            input=json.dumps({**request, **limits}).encode(),
             capture_output=True,
             timeout=MAX_SECONDS + _START_SECONDS,
             check=False,

@@ -5,11 +5,11 @@ That differs from scanning once and taking the longest at each place: `abcd` bea
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from powerinfer_tools.text.special_tokens import TokenType
+from powerinfer_tools.text.special_tokens import TokenType, can_control
 from powerinfer_tools.text.vocabulary import Vocabulary
 
 Fragment = str | int
@@ -29,7 +29,11 @@ class SpecialPartition:
         types = np.array(vocabulary.types)
         always = types == TokenType.USER_DEFINED
         trusted = (types == TokenType.CONTROL) | (types == TokenType.UNKNOWN)
-        self._always = self._group(np.flatnonzero(always).tolist())
+        user_defined = np.flatnonzero(always).tolist()
+        self._always = self._group(user_defined)
+        self._in_messages = self._group(
+            [token for token in user_defined if not can_control(self._texts[token], types[token])]
+        )
         self._all = self._group(np.flatnonzero(always | trusted).tolist())
 
     def _group(self, tokens: Sequence[int]) -> dict[str, list[int]]:
@@ -44,7 +48,13 @@ class SpecialPartition:
 
     def split(self, text: str, *, parse_special: bool) -> list[Fragment]:
         """`text` as fragments in order. Empty text gives no fragments."""
-        groups = self._all if parse_special else self._always
+        return self._split(text, self._all if parse_special else self._always)
+
+    def split_message(self, text: str) -> list[Fragment]:
+        """`text` of a user in a chat as fragments: tokens that can control one are text."""
+        return self._split(text, self._in_messages)
+
+    def _split(self, text: str, groups: Mapping[str, Sequence[int]]) -> list[Fragment]:
         present = [
             token
             for prefix, tokens in groups.items()

@@ -51,6 +51,14 @@ _FILL_ROLES: tuple[tuple[bool, tuple[str, ...], tuple[str, ...]], ...] = (
 _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 
+def can_control(text: str, type_: int) -> bool:
+    """Whether a token with this text may be what a chat template builds turns of: all control tokens, and
+    others spelt like most of them, which files or the table above call user-defined."""
+    if type_ in (TokenType.CONTROL, TokenType.UNKNOWN):
+        return True
+    return type_ == TokenType.USER_DEFINED and text[:2] in ("<|", "<｜") and text[-2:] in ("|>", "｜>")
+
+
 def settle_types_and_ends(
     ids: Mapping[str, int], types: MutableSequence[int], named: Mapping[str, int]
 ) -> frozenset[int]:

@@ -1,14 +1,17 @@
 """The tokeniser of a model, from its GGUF metadata; ids agree exactly with llama.cpp's."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 
 from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text.byte_pair import BytePairEncoder
-from powerinfer_tools.text.partition import SpecialPartition
+from powerinfer_tools.text.partition import Fragment, SpecialPartition
 from powerinfer_tools.text.pieces import Pieces, StreamDecoder
 from powerinfer_tools.text.rank_merging import RankEncoder
 from powerinfer_tools.text.score_merging import SPACE, ScoreEncoder
+from powerinfer_tools.text.special_tokens import can_control
+from powerinfer_tools.text.stand_ins import StandIns
 from powerinfer_tools.text.vocabulary import MetadataSource, Vocabulary
 from powerinfer_tools.text.words import WordEncoder
 
@@ -49,17 +52,31 @@ class Tokenizer:
         """Whether the model wants its beginning-of-text token in front of every text."""
         return self.tokens.add_bos
 
+    @cached_property
+    def control_texts(self) -> frozenset[str]:
+        """Texts of tokens that must not come from a user's message."""
+        pairs = zip(self.tokens.texts, self.tokens.types, strict=True)
+        return frozenset(text for text, type_ in pairs if can_control(text, type_))
+
     @property
     def notices(self) -> tuple[str, ...]:
         """What a user should know about this vocabulary: oddities that were passed over, not silently."""
         return self.tokens.notices
 
-    def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        parse_special: bool = False,
+        stand_ins: StandIns | None = None,
+    ) -> list[int]:
         """Ids of `text`.
 
         add_bos: whether to put the model's beginning-of-text token in front (and, where the model asks for
         it, its end-of-text token behind); None does as the model says. parse_special: whether control tokens
-        written in the text (`<|im_start|>`) are taken as such; not for text that is not trusted. Raises
+        written in the text (`<|im_start|>`) are taken as such; not for text that is not trusted. stand_ins:
+        what marks the parts that are not trusted; they are undone once control tokens are cut out. Raises
         TokenizerError for text with lone surrogates and for add_bos without such a token.
         """
         _check_encodable(text)
@@ -68,7 +85,7 @@ class Tokenizer:
             if self.tokens.bos_id is None:
                 raise TokenizerError("this vocabulary has no beginning-of-text token to add")
             ids.append(self.tokens.bos_id)
-        for index, fragment in enumerate(self._partition.split(text, parse_special=parse_special)):
+        for index, fragment in enumerate(self._fragments(text, parse_special, stand_ins)):
             if isinstance(fragment, int):
                 ids.append(fragment)
             else:
@@ -76,6 +93,13 @@ class Tokenizer:
         if self.tokens.add_eos and add_bos is not False and self.tokens.eos_id is not None:
             ids.append(self.tokens.eos_id)
         return ids
+
+    def _fragments(self, text: str, parse_special: bool, stand_ins: StandIns | None) -> Iterator[Fragment]:
+        for fragment in self._partition.split(text, parse_special=parse_special):
+            if stand_ins is None or isinstance(fragment, int):
+                yield fragment
+            else:
+                yield from self._partition.split_message(stand_ins.undo(fragment))
 
     @property
     def _drops_space(self) -> bool:

@@ -38,6 +38,11 @@ HEAVY = {
     "matplotlib": (),
     "lm_eval": ("powerinfer_tools/quality/harness/adapter.py",),
     "gguf": (),
+    "starlette": ("powerinfer_tools/serving/",),
+    "uvicorn": ("powerinfer_tools/serving/",),
+    "pydantic": ("powerinfer_tools/serving/",),
+    "prometheus_client": ("powerinfer_tools/serving/",),
+    "llguidance": (),
 }
 
 # The floors of powerinfer_tools, ground first. A room imports what stands before it, and nothing behind it.
@@ -47,6 +52,7 @@ FLOORS = (
     ("model",),
     ("engine",),
     ("generate",),
+    ("serving",),
     ("quality",),
     ("measure",),
     ("stages",),

@@ -17,6 +17,7 @@ COMMANDS = (
     "plan",
     "convert",
     "run",
+    "serve",
     "eval",
     "bench",
     "inspect",

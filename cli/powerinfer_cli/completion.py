@@ -9,7 +9,7 @@ from powerinfer_cli.console import emit_json, progress, say
 from powerinfer_cli.summary import run_figures, say_summary
 
 if TYPE_CHECKING:
-    from powerinfer_cli.run_command import Prompt
+    from powerinfer_cli.run_command import Form, Prompt
     from powerinfer_tools.engine import Engine
     from powerinfer_tools.generate.generation import Generation, GenerationOptions
     from powerinfer_tools.progress import Progress
@@ -24,6 +24,7 @@ def complete(
     text: str,
     options: "GenerationOptions",
     given: "Prompt",
+    form: "Form",
     *,
     as_json: bool,
     trace: Path | None = None,
@@ -37,7 +38,10 @@ def complete(
     listener = progress() if len(text) > LONG_PROMPT else None
     if trace is not None:
         engine.trace()
-    generation = begin(engine, tokenizer, text, options, given, listener)
+    if form.given:
+        generation = begin_formed(engine, tokenizer, text, options, given, form, listener)
+    else:
+        generation = begin(engine, tokenizer, text, options, given, listener)
     interrupted = stream(generation, listener, silent=as_json)
     figures = run_figures(engine, generation)
     if trace is not None:
@@ -82,6 +86,39 @@ def begin(
         say(template.notice)
     chat = Chat(engine, tokenizer, template, system=given.system, options=options)
     return chat.ask(text, progress=listener)
+
+
+def begin_formed(
+    engine: "Engine",
+    tokenizer: "Tokenizer",
+    text: str,
+    options: "GenerationOptions",
+    given: "Prompt",
+    form: "Form",
+    listener: "Progress | None",
+) -> "Generation":
+    """The generation of text that keeps to a JSON schema or a grammar."""
+    from dataclasses import replace
+
+    from powerinfer_cli.engines import read_text
+    from powerinfer_tools.generate.constraints import Grammar
+    from powerinfer_tools.generate.generation import Generation
+
+    if form.json_schema is not None:
+        grammar = Grammar.of_schema(tokenizer, read_text(form.json_schema))
+    else:
+        assert form.grammar is not None
+        grammar = Grammar.of_text(tokenizer, read_text(form.grammar))
+    ids, stops = tokenizer.encode(text, parse_special=given.special), tuple[str, ...]()
+    if given.chat or given.system is not None:
+        from powerinfer_tools.text.chat import Message, chat_template
+
+        template = chat_template(engine.model.gguf, tokenizer)
+        system = [Message("system", given.system)] if given.system is not None else []
+        ids, stops = template.ids([*system, Message("user", text)]), template.stops
+    options = replace(options, stop=options.stop + stops)
+    sampler = grammar.sampler(options.sampling)
+    return Generation(engine, tokenizer, ids, options, sampler=sampler, progress=listener)
 
 
 def stream(generation: "Generation", listener: "Progress | None", *, silent: bool) -> bool:

@@ -29,6 +29,7 @@ Examples:
 _prompt = opt.in_panel("Prompt")
 _length = opt.in_panel("Length")
 _sampling = opt.in_panel("Sampling")
+_form = opt.in_panel("Form")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,25 @@ class Length:
         _length("--stop", "-r", metavar="TEXT", help="Stop before this text; may be repeated."),
     ] = None
     ignore_eos: Annotated[bool, _length("--ignore-eos", help="Go on after end-of-text tokens.")] = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the text must look like."""
+
+    json_schema: Annotated[
+        Path | None,
+        _form("--json-schema", metavar="FILE", help="Generate JSON that fits this JSON schema."),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        _form("--grammar", metavar="FILE", help="Generate text by this grammar, in GBNF or Lark."),
+    ] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to keep to."""
+        return self.json_schema is not None or self.grammar is not None
 
 
 @dataclass(frozen=True)
@@ -124,6 +144,7 @@ def command(
     trace: Trace = None,
     prompt: Prompt,
     length: Length,
+    form: Form,
     sampling: Sampling,
     placement: opt.Placement,
     check_recall: Annotated[
@@ -140,6 +161,7 @@ def command(
     if trace is not None and prompt.interactive:
         problem = "a chat has no last token; choose one of -i and --trace"
         raise typer.BadParameter(problem, param_hint="--trace")
+    check_form(form, prompt, length)
     text = prompt_text(prompt, as_json=common.json)
     path = find_model(model)
     if trace is not None:
@@ -160,7 +182,22 @@ def command(
             from powerinfer_cli.completion import complete
 
             assert text is not None
-            complete(engine, text, options, prompt, as_json=common.json, trace=trace)
+            complete(engine, text, options, prompt, form, as_json=common.json, trace=trace)
+
+
+def check_form(form: Form, prompt: Prompt, length: Length) -> None:
+    """Refuse what has no effect with a form, or contradicts it."""
+    if not form.given:
+        return
+    option = "--grammar" if form.grammar is not None else "--json-schema"
+    if form.grammar is not None and form.json_schema is not None:
+        raise typer.BadParameter("choose one of --json-schema and --grammar", param_hint=option)
+    if prompt.interactive:
+        raise typer.BadParameter("a chat has no form; choose one of -i and this", param_hint=option)
+    if length.ignore_eos:
+        raise typer.BadParameter(
+            "the form says where the text ends; leave out --ignore-eos", param_hint=option
+        )
 
 
 def generation_options(length: Length, sampling: Sampling) -> "GenerationOptions":

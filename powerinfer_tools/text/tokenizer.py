@@ -10,7 +10,7 @@ from powerinfer_tools.text.partition import Fragment, SpecialPartition
 from powerinfer_tools.text.pieces import Pieces, StreamDecoder
 from powerinfer_tools.text.rank_merging import RankEncoder
 from powerinfer_tools.text.score_merging import SPACE, ScoreEncoder
-from powerinfer_tools.text.special_tokens import can_control
+from powerinfer_tools.text.special_tokens import TokenType, can_control
 from powerinfer_tools.text.stand_ins import StandIns
 from powerinfer_tools.text.vocabulary import MetadataSource, Vocabulary
 from powerinfer_tools.text.words import WordEncoder
@@ -122,6 +122,17 @@ class Tokenizer:
     def stream(self, *, show_special: bool = False) -> StreamDecoder:
         """A decoder for ids that continue a text: its leading space is kept, control tokens are hidden."""
         return StreamDecoder(self._pieces, show_special=show_special)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that are no text: control tokens and those that end a generation."""
+        types = enumerate(self.tokens.types)
+        hidden = {token for token, kind in types if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+        return frozenset(hidden | self.tokens.end_ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, of control tokens as written. Raises TokenizerError."""
+        return self._pieces.of(token, show_special=True)
 
     def token_text(self, token: int) -> str:
         """One token for people to read: control tokens as written, incomplete characters as U+FFFD."""

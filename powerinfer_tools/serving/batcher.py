@@ -1,0 +1,295 @@
+"""Continuous batching: requests join and leave a running batch at every token.
+
+One thread owns the slots. Each pass takes one token of every text that is being written and a slice of the
+prompts that are being read, so that a long prompt holds nobody up for long. What a request gets does not
+depend on its company: the engine promises that of bits, and each request has a sampler of its own.
+"""
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.serving.fair_queue import FairQueue, QueueLimits
+from powerinfer_tools.serving.faults import too_long, unavailable
+from powerinfer_tools.serving.figures import Figures
+from powerinfer_tools.serving.jobs import Ended, Event, Failed, Job, Logits, Token
+from powerinfer_tools.serving.places import Place, Places
+from powerinfer_tools.serving.sequence import Sequence
+from powerinfer_tools.serving.slots import Slots, Wanted, Work
+from powerinfer_tools.text.tokenizer import Tokenizer
+
+#: Prompt tokens in a pass that also writes, and in one that does not.
+SLICE_AMONG_OTHERS = 64
+SLICE_ALONE = 256
+
+
+class Ticket:
+    """A request under way. Its events go to the queue that :meth:`forward` names, or wait for it."""
+
+    def __init__(self, batcher: "Batcher", sequence: Sequence, after: "Ticket | None") -> None:
+        self.sequence = sequence
+        self.after = after
+        self.place: Place | None = None
+        self.cancelled = False
+        self.finished = False
+        self.loop = asyncio.get_running_loop()
+        self._batcher = batcher
+        self._early: list[Event] = []
+        self._deliver: Callable[[Event], None] = self._early.append
+
+    @property
+    def client(self) -> str:
+        """Whose turn it takes."""
+        return self.sequence.job.client
+
+    @property
+    def ready(self) -> bool:
+        """Whether the prompt that it shares with an earlier request has been processed."""
+        return self.after is None or self.after.finished or not self.after.sequence.in_prompt
+
+    def forward(self, queue: asyncio.Queue[tuple[int, Event]], index: int) -> None:
+        """Put all events into ``queue``, as (index, event)."""
+        for event in self._early:
+            queue.put_nowait((index, event))
+        self._deliver = lambda event: queue.put_nowait((index, event))
+
+    def deliver(self, event: Event) -> None:
+        """Called in the loop of the asker."""
+        self._deliver(event)
+
+    def cancel(self) -> None:
+        """Nobody wants the rest. Its place is free before the next token is computed."""
+        if not self.finished and not self.cancelled:
+            self._batcher.cancel(self)
+
+
+class Batcher:
+    """Computes requests on ``slots``, at most ``parallel`` at a time. Start it, and close it."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        tokenizer: Tokenizer,
+        *,
+        parallel: int,
+        limits: QueueLimits | None = None,
+        figures: Figures | None = None,
+    ) -> None:
+        self.figures = figures or Figures()
+        self.context = slots.context
+        self.parallel = min(parallel, slots.count)
+        self.places = Places(slots)
+        self._slots, self._tokenizer = slots, tokenizer
+        self._waiting: FairQueue[Ticket] = FairQueue(limits or QueueLimits())
+        self._active: list[Ticket] = []
+        self._changed = threading.Condition()
+        self._closing = self._draining = False
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(self, job: Job, after: Ticket | None = None) -> Ticket:
+        """Let ``job`` wait for its turn; one ``after`` another begins when that one's prompt is processed.
+
+        Raises RequestFault where the prompt cannot fit or too many requests are waiting.
+        """
+        return self.submit_all([job], after)[0]
+
+    def submit_all(self, jobs: Seq[Job], after: Ticket | None = None) -> list[Ticket]:
+        """All ``jobs`` or none; they share the start of their prompts where they are equal."""
+        for job in jobs:
+            if len(job.prompt) > self.context:
+                raise too_long(len(job.prompt), self.context)
+            if not job.prompt:
+                raise PowerInferError("the prompt is empty, and this model has no token to begin a text with")
+        made: list[Ticket] = []
+        for job in jobs:  # outside the lock: a constraint may take a while to compile
+            lead = made[0] if made and made[0].sequence.job.prompt == job.prompt else after
+            made.append(Ticket(self, Sequence(job, self._tokenizer, self.context), lead))
+        with self._changed:
+            if self._closing or self._draining:
+                raise unavailable("the server is shutting down", 5)
+            self._waiting.require_room(jobs[0].client, len(jobs), self.retry_after())
+            for ticket in made:
+                self._waiting.push(ticket)
+            self._changed.notify()
+        return made
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Drop a request."""
+        with self._changed:
+            ticket.cancelled = True
+            if self._waiting.remove(ticket):
+                ticket.finished = True
+            self._changed.notify()
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a place."""
+        return len(self._waiting)
+
+    @property
+    def processing(self) -> int:
+        """Requests with a place."""
+        return len(self._active)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it works."""
+        return self._thread.is_alive()
+
+    def retry_after(self) -> int:
+        """Seconds after which a place is likely to be free."""
+        per_request = self.figures.request_seconds
+        return max(1, round(per_request * (1 + len(self._waiting) / self.parallel)))
+
+    async def drain(self, seconds: float) -> bool:
+        """Take no more requests and wait for those under way; whether all ended in time."""
+        with self._changed:
+            self._draining = True
+        until = time.monotonic() + seconds
+        while (self._active or len(self._waiting)) and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        return not self._active and not len(self._waiting)
+
+    def close(self) -> None:
+        """End the thread; requests under way fail."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while self._admit():
+            self._step()
+        error = unavailable("the server is shutting down", 5)
+        with self._changed:
+            left = self._waiting.clear()
+        self._fail([*self._active, *left], error)
+
+    def _admit(self) -> bool:
+        """Give places to those that wait, once there is something to do; False at the end."""
+        with self._changed:
+            while not self._closing:
+                self._drop_cancelled()
+                while len(self._active) < self.parallel and self.places.idle:
+                    ticket = self._waiting.pop(lambda waiting: waiting.ready)
+                    if ticket is None:
+                        break
+                    self._begin(ticket)
+                if self._active:
+                    return True
+                self._changed.wait()
+        return False
+
+    def _begin(self, ticket: Ticket) -> None:
+        job = ticket.sequence.job
+        ticket.place, reused = self.places.take(job.prompt, reuse=job.reuse and not job.score_prompt)
+        ticket.sequence.begin(reused)
+        self._active.append(ticket)
+        self.figures.began(reused)
+
+    def _drop_cancelled(self) -> None:
+        for ticket in [ticket for ticket in self._active if ticket.cancelled]:
+            ended = ticket.sequence.interrupt()
+            self._leave(ticket, ended)
+
+    def _leave(self, ticket: Ticket, ended: Ended | None) -> None:
+        self._active.remove(ticket)
+        ticket.finished = True
+        if ticket.place is not None:
+            self.places.release(ticket.place)
+        if ended is not None:
+            self.figures.ended(ended)
+
+    def _step(self) -> None:
+        pieces = self._plan()
+        started = time.perf_counter()
+        try:
+            rows = self._slots.step([work for _, work in pieces])
+        except Exception as error:  # noqa: BLE001  whatever it is, those in this pass are told and others go on
+            self._fail([ticket for ticket, _ in pieces], error)
+            return
+        self.figures.passed(pieces, time.perf_counter() - started)
+        events: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Event]]] = defaultdict(list)
+        for (ticket, work), logits in zip(pieces, rows, strict=True):
+            for event in self._advance(ticket, work, logits):
+                events[ticket.loop].append((ticket, event))
+        for loop, batch in events.items():
+            _post(loop, batch)
+
+    def _plan(self) -> list[tuple[Ticket, Work]]:
+        """What the next pass computes: a token of each text, and slices of prompts."""
+        writing = [ticket for ticket in self._active if not ticket.sequence.in_prompt]
+        reading = [ticket for ticket in self._active if ticket.sequence.in_prompt]
+        pieces = [(ticket, _work(ticket, 1)) for ticket in writing]
+        room = SLICE_AMONG_OTHERS if writing else SLICE_ALONE
+        counts: dict[Ticket, int] = {}
+        if reading:  # the one that came first never stands still; else the shortest is done first
+            counts[reading[0]] = min(len(reading[0].sequence.pending), room // 4)
+            room -= counts[reading[0]]
+        for ticket in sorted(reading, key=lambda ticket: len(ticket.sequence.pending)):
+            more = min(len(ticket.sequence.pending) - counts.get(ticket, 0), room)
+            counts[ticket] = counts.get(ticket, 0) + more
+            room -= more
+        return pieces + [(ticket, _work(ticket, count)) for ticket, count in counts.items() if count]
+
+    def _advance(self, ticket: Ticket, work: Work, logits: Logits) -> list[Event]:
+        """Take in what a pass computed for one request."""
+        sequence = ticket.sequence
+        assert ticket.place is not None
+        ticket.place.add(work.tokens)
+        try:
+            if work.wanted is Wanted.ALL:
+                after = len(sequence.job.prompt) - len(sequence.pending) + 1
+                targets = sequence.job.prompt[after : after + len(logits)]
+                sequence.score_prompt(logits[: len(targets)], targets)
+            sequence.processed(len(work.tokens))
+            if sequence.pending:
+                return []
+            events = sequence.choose(logits[-1])
+        except PowerInferError as error:
+            self._leave(ticket, None)
+            return [Failed(error)]
+        self.figures.tokens += sum(isinstance(event, Token) for event in events)
+        if sequence.outcome is not None:
+            ended = events[-1]
+            assert isinstance(ended, Ended)
+            self._leave(ticket, ended)
+        return events
+
+    def _fail(self, tickets: Seq[Ticket], error: Exception) -> None:
+        for ticket in tickets:
+            if ticket.place is not None:
+                self.places.forget(ticket.place)
+            if ticket in self._active:
+                self._active.remove(ticket)
+            ticket.finished = True
+            _post(ticket.loop, [(ticket, Failed(error))])
+
+
+def _work(ticket: Ticket, count: int) -> Work:
+    sequence = ticket.sequence
+    assert ticket.place is not None
+    tokens = sequence.pending[:count]
+    complete = count == len(sequence.pending)
+    wanted = Wanted.LAST if complete else Wanted.NONE
+    if sequence.in_prompt and sequence.job.score_prompt:
+        wanted = Wanted.ALL
+    return Work(ticket.place.slot, tokens, wanted)
+
+
+def _post(loop: asyncio.AbstractEventLoop, batch: list[tuple[Ticket, Event]]) -> None:
+    def distribute() -> None:
+        for ticket, event in batch:
+            ticket.deliver(event)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(distribute)

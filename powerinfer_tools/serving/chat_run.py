@@ -1,0 +1,80 @@
+"""A chat request on its way: prompt, jobs, and the parts of its answers as they come.
+
+The endpoints that speak different dialects stand on this.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from powerinfer_tools.serving.batcher import Ticket
+from powerinfer_tools.serving.faults import RequestFault
+from powerinfer_tools.serving.formatting import call_grammar, grammar_of, is_forced, offered
+from powerinfer_tools.serving.jobs import Ended, Job, Token
+from powerinfer_tools.serving.parts import AnswerParser, Part
+from powerinfer_tools.serving.prompting import prompt_ids
+from powerinfer_tools.serving.schemas import ChatRequest
+from powerinfer_tools.serving.served_model import ServedModel
+from powerinfer_tools.serving.streams import merged
+from powerinfer_tools.serving.tool_formats import format_of
+from powerinfer_tools.serving.translation import biases, copies, generation_options
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one token, or the end of the text, adds to answer ``index``."""
+
+    index: int
+    parts: Sequence[Part]
+    token: Token | None
+    ended: Ended | None
+
+
+class ChatRun:
+    """One request. Making it renders and tokenises, which takes a while: not in the event loop."""
+
+    def __init__(self, request: ChatRequest, model: ServedModel, client: str) -> None:
+        self.request, self.model = request, model
+        tools = offered(request)
+        forced = is_forced(request)
+        form = format_of(model.template_source)
+        ids = prompt_ids(request.messages, model, tools, request.chat_template_kwargs)
+        limit = request.max_completion_tokens
+        limit = request.max_tokens if limit is None else limit
+        grammar = grammar_of(request, model.tokenizer)
+        if forced:
+            if grammar is not None:
+                raise RequestFault("choose one of a response format and a tool_choice that forces a call")
+            grammar = call_grammar(tools, form, model.tokenizer)
+        marked = bool(tools) and _is_control(form.opener, model)
+        job = Job(
+            prompt=ids,
+            options=generation_options(request, limit, model.template.stops, show_special=marked),
+            client=client,
+            bias=biases(request, model.tokenizer),
+            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            grammar=grammar,
+            reuse=request.cache_prompt is not False,
+        )
+        self.jobs = copies(job, request.n or 1)
+        tail = model.tokenizer.decode(ids[-8:], show_special=True).rstrip()
+        self._thinking = tail.endswith("<think>") and grammar is None
+        self._tools, self._forced = (form if tools else None), forced
+        self.parsers = [self._parser() for _ in self.jobs]
+
+    def _parser(self) -> AnswerParser:
+        return AnswerParser(self._tools, thinking=self._thinking, forced=self._forced)
+
+    async def steps(self, tickets: Sequence[Ticket]) -> AsyncIterator[Step]:
+        """What comes, until all answers have ended."""
+        async for index, event in merged(tickets):
+            parser = self.parsers[index]
+            if isinstance(event, Token):
+                yield Step(index, parser.push(event.text), event, None)
+            elif isinstance(event, Ended):
+                yield Step(index, [*parser.push(event.rest), *parser.finish()], None, event)
+
+
+def _is_control(text: str, model: ServedModel) -> bool:
+    """Whether ``text`` is a token that is not shown as a rule."""
+    token = model.tokenizer.tokens.ids.get(text)
+    return token is not None and token in model.tokenizer.control_ids

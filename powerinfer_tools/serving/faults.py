@@ -1,0 +1,71 @@
+"""What a request can do wrong, as the error object that OpenAI's clients read."""
+
+from typing import Any
+
+from powerinfer_tools.errors import PowerInferError
+
+#: Longest message that is sent back: a client's own text may be quoted in it.
+_MESSAGE = 500
+
+
+class RequestFault(PowerInferError):
+    """A request that is answered by an HTTP error.
+
+    ``kind`` is OpenAI's ``type``, ``code`` a word for programs, ``retry_after`` seconds after which another
+    attempt makes sense.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        code: str = "invalid_value",
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message[:_MESSAGE])
+        self.status, self.kind, self.code, self.retry_after = status, kind, code, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that says it."""
+        return {"error": {"message": str(self), "type": self.kind, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers beside the body."""
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return headers if self.retry_after is None else headers | {"Retry-After": str(self.retry_after)}
+
+
+def overloaded(message: str, retry_after: int) -> RequestFault:
+    """The server has no place left to wait."""
+    return RequestFault(message, status=503, kind="server_error", code="overloaded", retry_after=retry_after)
+
+
+def too_many(message: str, retry_after: int) -> RequestFault:
+    """This client has too many requests under way."""
+    return RequestFault(
+        message, status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after
+    )
+
+
+def unavailable(message: str, retry_after: int = 1) -> RequestFault:
+    """The server is starting or ending."""
+    return RequestFault(
+        message, status=503, kind="unavailable_error", code="unavailable", retry_after=retry_after
+    )
+
+
+def too_long(prompt: int, context: int) -> RequestFault:
+    """A prompt that does not fit, with room for one token."""
+    return RequestFault(
+        f"the prompt has {prompt} tokens and the context {context}: shorten it, or serve with a larger "
+        "context (-c)",
+        code="context_length_exceeded",
+    )
+
+
+def internal(message: str = "the server failed on this request") -> RequestFault:
+    """A fault of the server's own; details are in its log."""
+    return RequestFault(message, status=500, kind="server_error", code="internal_error")

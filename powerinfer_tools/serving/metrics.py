@@ -1,0 +1,95 @@
+"""GET /metrics, in Prometheus' text form: llama.cpp's names, and what else there is to see."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerinfer_tools.serving.service import Service
+
+
+class _Figures(Collector):
+    """Reads the batcher's figures and the engine's report when asked."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics now."""
+        _, batcher = self.service.ready()
+        figures = batcher.figures
+        for name, text, value in (
+            (
+                "prompt_tokens",
+                "Prompt tokens processed, without those from the cache.",
+                figures.prompt_tokens,
+            ),
+            ("prompt_tokens_cached", "Prompt tokens taken from the cache.", figures.cached_tokens),
+            ("prompt_seconds", "Seconds spent on prompts.", figures.prompt_seconds),
+            ("tokens_predicted", "Tokens generated.", figures.tokens),
+            ("tokens_predicted_seconds", "Seconds spent on generating.", figures.token_seconds),
+            ("n_decode", "Passes over the model.", figures.passes),
+        ):
+            yield CounterMetricFamily(f"llamacpp:{name}", text, value)
+        for name, text, value in (
+            ("n_tokens_max", "Longest sequence so far, in tokens.", figures.longest),
+            ("prompt_tokens_seconds", "Mean prompt speed, in tokens/s.",
+             _rate(figures.prompt_tokens, figures.prompt_seconds)),
+            ("predicted_tokens_seconds", "Mean speed of generating, in tokens/s.",
+             _rate(figures.tokens, figures.token_seconds)),
+            ("requests_processing", "Requests with a place.", batcher.processing),
+            ("requests_deferred", "Requests that wait.", batcher.waiting),
+            ("n_busy_slots_per_decode", "Mean requests in a pass.",
+             figures.busy_slots / max(1, figures.passes)),
+        ):  # fmt: skip
+            yield GaugeMetricFamily(f"llamacpp:{name}", text, value)
+        yield from self._own()
+
+    def _own(self) -> Iterator[Metric]:
+        _, batcher = self.service.ready()
+        figures = batcher.figures
+        yield CounterMetricFamily("powerinfer:requests", "Requests that had a place.", figures.requests)
+        yield CounterMetricFamily(
+            "powerinfer:requests_interrupted", "Requests whose client left.", figures.interrupted
+        )
+        held = sum(place.length for place in batcher.places.all)
+        yield GaugeMetricFamily("powerinfer:kv_tokens", "Tokens that the caches hold.", held)
+        report = self.service.report() if self.service.report is not None else {}
+        memory = GaugeMetricFamily("powerinfer:memory_bytes", "Memory by purpose.", labels=["purpose"])
+        for purpose, nbytes in (report.get("memory") or {}).items():
+            if isinstance(nbytes, int):
+                memory.add_metric([purpose], nbytes)
+        yield memory
+        density: Any = report.get("density")
+        if isinstance(density, int | float):
+            yield GaugeMetricFamily("powerinfer:density", "Share of FFN neurons computed.", density)
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds else 0.0
+
+
+def endpoint(service: Service) -> Any:
+    """The endpoint."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Unchecked(service))
+
+    async def metrics(request: Request) -> Response:
+        del request
+        service.ready()
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    return metrics
+
+
+class _Unchecked(_Figures):
+    """A registry asks once what it will be told, which is before the model is there."""
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing is promised."""
+        return iter(())

@@ -1,0 +1,85 @@
+"""From an engine to what is served."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from powerinfer_formats.split import SplitLayer
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.serving.batcher import Batcher
+from powerinfer_tools.serving.fair_queue import QueueLimits
+from powerinfer_tools.serving.served_model import ServedModel
+from powerinfer_tools.serving.service import Service
+from powerinfer_tools.serving.slots import SingleSlot
+from powerinfer_tools.text.chat import chat_template
+from powerinfer_tools.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """``alias`` is the model's name for clients, else the file's; ``parallel`` requests are computed at a
+    time."""
+
+    alias: str | None = None
+    parallel: int = 8
+    limits: QueueLimits = field(default_factory=QueueLimits)
+
+
+def open_service(service: Service, engine: Engine, options: ServeOptions) -> Callable[[], None]:
+    """Let ``service`` serve the model of ``engine``; returns what ends that, and closes the engine."""
+    tokenizer = Tokenizer.from_gguf(engine.model.gguf)
+    model = served_model(engine, tokenizer, options.alias)
+    batcher = Batcher(SingleSlot(engine), tokenizer, parallel=options.parallel, limits=options.limits)
+    batcher.start()
+    service.model, service.batcher = model, batcher
+    service.report = lambda: engine.report().as_dict()
+
+    def close() -> None:
+        batcher.close()
+        engine.close()
+
+    return close
+
+
+def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> ServedModel:
+    """What endpoints know of the model of ``engine``."""
+    model, report = engine.model, engine.report()
+    source = model.gguf.metadata.get("tokenizer.chat_template")
+    return ServedModel(
+        name=alias or _short_name(model.path),
+        identity=model.fingerprint,
+        mode=report.mode,
+        kv_type=report.kv_type,
+        context=engine.context,
+        tokenizer=tokenizer,
+        template=chat_template(model.gguf, tokenizer),
+        template_source=source if isinstance(source, str) else None,
+        facts=_facts(engine),
+        layers=_layers(engine),
+    )
+
+
+def _short_name(path: Path) -> str:
+    return path.name.removesuffix(".gguf").removesuffix(".powerinfer")
+
+
+def _layers(engine: Engine) -> list[dict[str, Any]]:
+    """Mode and hot neurons of each layer."""
+    ffns = [layer.ffn for layer in engine.model.layers]
+    hot = [ffn.hot_neurons if isinstance(ffn, SplitLayer) else 0 for ffn in ffns]
+    neurons = engine.model.hyper.neurons
+    modes = engine.stack.modes
+    return [{"mode": mode, "hot": count, "neurons": neurons} for mode, count in zip(modes, hot, strict=True)]
+
+
+def _facts(engine: Engine) -> dict[str, Any]:
+    model = engine.model
+    return {
+        "n_vocab": engine.vocabulary,
+        "n_ctx_train": model.hyper.trained_context,
+        "n_embd": model.hyper.width,
+        "architecture": model.spec.name,
+        "name": model.name,
+        "split": model.is_split,
+    }

@@ -1,0 +1,118 @@
+"""Running the web application: sockets, signals, and the model that is loaded meanwhile."""
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from powerinfer_tools.serving.app import create_app
+from powerinfer_tools.serving.service import Service
+
+#: Connections that the kernel holds before they are accepted.
+_BACKLOG = 2048
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen; with both files, over TLS. ``drain_seconds`` are left to requests at the end."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    certificate: Path | None = None
+    key: Path | None = None
+    drain_seconds: float = 30.0
+
+    @property
+    def url(self) -> str:
+        """The address for people."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'http' if self.certificate is None else 'https'}://{host}:{self.port}"
+
+
+class _Server(uvicorn.Server):
+    """SIGTERM and SIGINT end it in order; a second one at once. The process then ends as any other."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take both signals while serving."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+
+class Serving:
+    """A server. ``load`` makes ``service`` ready, in a thread while /health says so, and returns what ends
+    it."""
+
+    def __init__(self, service: Service, address: Address, load: Callable[[], Callable[[], None]]) -> None:
+        self._service, self._load = service, load
+        self._close: Callable[[], None] | None = None
+        self.failure: BaseException | None = None
+        app = create_app(service)
+        app.router.lifespan_context = self._lifespan
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                host=address.host,
+                port=address.port,
+                ssl_certfile=address.certificate,
+                ssl_keyfile=address.key,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_graceful_shutdown=max(1, round(address.drain_seconds)),
+            )
+        )
+
+    @property
+    def port(self) -> int | None:
+        """The port that it listens on, once it does."""
+        for server in getattr(self._server, "servers", ()):
+            for socket in server.sockets:
+                return int(socket.getsockname()[1])
+        return None
+
+    def run(self) -> None:
+        """Serve until a signal comes. Raises what kept the model from loading."""
+        self._server.run()
+        if self.failure is not None:
+            raise self.failure
+
+    def stop(self) -> None:
+        """End in order, from another thread."""
+        self._server.should_exit = True
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        del app
+        loading = asyncio.ensure_future(asyncio.to_thread(self._open))
+        try:
+            yield
+        finally:
+            self._service.draining = True
+            await loading
+            if self._close is not None:
+                await asyncio.to_thread(self._close)
+
+    def _open(self) -> None:
+        try:
+            self._close = self._load()
+        except BaseException as error:  # noqa: BLE001  told to whoever started the server
+            self.failure = error
+            self._server.should_exit = True

@@ -1,0 +1,173 @@
+"""What goes wrong on a network, and what people try: clear errors, nothing leaked, the service goes on."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from powerinfer_tools.serving.service import Settings
+from served_models import Served
+from tiny_models import TinySpec, make_tiny_model
+
+STREAM = {"prompt": "the road", "max_tokens": 200, "stream": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    tiny = make_tiny_model(tmp_path_factory.mktemp("tiny"), TinySpec(context=1024))
+    with Served(tiny.path, Settings(body_seconds=1.0)) as served:
+        yield served.ready()
+
+
+@pytest.fixture(autouse=True)
+def goes_on(server: Served) -> Iterator[None]:
+    """After each test, all places are free and a question is answered."""
+    yield
+    batcher = server.service.batcher
+    assert batcher is not None
+    deadline = time.monotonic() + 20
+    while batcher.processing or batcher.waiting:
+        assert time.monotonic() < deadline, "a place is not free"
+        time.sleep(0.005)
+    assert server.complete("still there?", max_tokens=1)["usage"]["completion_tokens"] <= 1
+
+
+def connect(server: Served, data: bytes = b"") -> socket.socket:
+    parts = urlsplit(server.url)
+    assert parts.hostname is not None
+    connection = socket.create_connection((parts.hostname, parts.port or 0), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def request_bytes(body: Any, announced: int | None = None) -> bytes:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    length = len(data) if announced is None else announced
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    return head.encode() + data
+
+
+def status_of(connection: socket.socket) -> int:
+    return int(connection.recv(4096).split()[1])
+
+
+def test_a_body_of_100_megabytes(server: Served) -> None:
+    """It is refused by its announced length, before it is sent."""
+    with connect(server, request_bytes(b"", announced=100 << 20)) as connection:
+        assert status_of(connection) == 413
+
+
+def test_a_body_that_never_comes(server: Served) -> None:
+    with connect(server, request_bytes(b'{"prompt"', announced=100)) as connection:
+        assert status_of(connection) == 408
+
+
+def test_a_reader_that_does_not_read(server: Served) -> None:
+    """It holds its connection, and no place."""
+    with connect(server, request_bytes(STREAM)):
+        batcher = server.service.batcher
+        assert batcher is not None
+        before = batcher.figures.requests
+        while batcher.figures.requests == before:
+            time.sleep(0.005)
+        assert server.complete("others", max_tokens=2)
+
+
+def test_clients_that_leave_in_the_middle(server: Served) -> None:
+    for whole in (False, True):
+        for _ in range(8):
+            connection = connect(server, request_bytes(STREAM | {"stream": not whole}))
+            if not whole:
+                connection.recv(1)
+            connection.close()
+
+
+def test_half_a_request_and_silence(server: Served) -> None:
+    connections = [connect(server, b"POST /v1/comple") for _ in range(20)]
+    assert server.complete("others", max_tokens=2)
+    for connection in connections:
+        connection.close()
+
+
+def test_a_thousand_connections(server: Served) -> None:
+    connections = [connect(server) for _ in range(1000)]
+    try:
+        assert server.complete("one more", max_tokens=2)
+        ask = request_bytes({"prompt": "x", "max_tokens": 1})
+        for connection in connections[::100]:
+            connection.sendall(ask)
+        assert [status_of(connection) for connection in connections[::100]] == [200] * 10
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+@pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"\0" * 4096, b"A" * 100_000])
+def test_what_is_no_http(server: Served, data: bytes) -> None:
+    with connect(server, data) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):
+            pass
+
+
+DEEP: dict[str, Any] = {"type": "string"}
+for _ in range(60):
+    DEEP = {"type": "object", "properties": {"a": DEEP, "b": DEEP}}
+BOMBS: list[Any] = [
+    {"$ref": "#"},
+    {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    {"type": "string", "pattern": "(a{1,1000}){1,1000}"},
+    {"type": "array", "minItems": 10**9, "items": {"type": "integer"}},
+    {"enum": [f"value {number}" for number in range(3000)]},
+    {"type": "string", "pattern": "("},
+    {"type": "nothing"},
+]
+
+
+@pytest.mark.parametrize("schema", BOMBS)
+def test_schemas_that_are_bombs(server: Served, schema: Any) -> None:
+    """Each is compiled or refused in bounded time, and others are served meanwhile."""
+    done = threading.Event()
+
+    def others() -> None:
+        while not done.is_set():
+            assert server.http.get(f"{server.url}/health", timeout=5).status_code == 200
+
+    beside = threading.Thread(target=others)
+    beside.start()
+    try:
+        body = {"prompt": "x", "json_schema": schema, "max_tokens": 4}
+        response = server.http.post(f"{server.url}/v1/completions", json=body)
+        assert response.status_code in (200, 400), response.text
+    finally:
+        done.set()
+        beside.join()
+
+
+def test_deep_json(server: Served) -> None:
+    deep = b'{"prompt": "x", "json_schema": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001
+    response = server.http.post(f"{server.url}/v1/completions", content=deep)
+    assert response.status_code == 400
+
+
+def test_an_engine_that_fails_tells_those_in_the_pass(server: Served) -> None:
+    batcher = server.service.batcher
+    assert batcher is not None
+    step = batcher._slots.step
+
+    def fail(work: Any) -> Any:
+        raise RuntimeError("made to fail")
+
+    batcher._slots.step = fail  # type: ignore[method-assign]
+    try:
+        response = server.http.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    finally:
+        batcher._slots.step = step  # type: ignore[method-assign]
+    assert response.status_code == 500
+    assert "made to fail" not in response.text
+    assert "made to fail" in server.log[-1]["error"]

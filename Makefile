@@ -1,18 +1,20 @@
-# `make test` and `make demo` do all their own set-up in this directory: a virtual environment in .venv with pinned
-# packages, the C extension, the demo model in models/. Nothing is installed anywhere else.
+# `make demo` and `make test` do all their own set-up in this directory: a virtual environment in .venv with pinned
+# packages, the C extension, the demo model in models/. Nothing is installed anywhere else. The demo takes what a user
+# needs (requirements/run.txt); what checks the code adds the rest (requirements/dev.txt).
 # Needed beforehand: Python 3.11 or newer with venv, a C compiler, make.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup model test demo relu-demo lint types bench docs clean distclean FORCE
+.PHONY: help setup setup-dev model test demo relu-demo lint types bench docs wheel unpinned clean distclean FORCE
 
 # The first Python that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell \
 	$(python) -c 'import sys; print("$(python)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
 BIN := .venv/bin
 STAMPS := .venv/.stamps
+WHEELS := build/wheel
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CODE := cli powerinfer_tools formats kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -22,18 +24,19 @@ TEST_FOLDERS := tests/formats tests/kernels tests/tools tests/cli
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/'
 
-setup: $(STAMPS)/powerinfer  ## .venv with powerinfer and everything that tests need
+setup: $(STAMPS)/powerinfer  ## .venv with powerinfer and what it needs to run
+setup-dev: setup $(STAMPS)/requirements  ## the same, and everything that tests and checks need
 
-model: $(STAMPS)/requirements  ## the demo model, in models/
+model: $(STAMPS)/run-requirements  ## the demo model, in models/
 	@$(BIN)/python scripts/fetch_model.py $(MODEL)
 
-test: setup model  ## all tests, on the installed package
-	POWERINFER_MODEL= $(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" $(PYTEST_ARGS)
+test: setup-dev model  ## all tests, on the installed package
+	POWERINFER_MODEL= POWERINFER_WHEEL="$$(echo $(CURDIR)/$(WHEELS)/powerinfer-*.whl)" $(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" $(PYTEST_ARGS)
 
 demo: setup model  ## profile, plan, convert and run on the demo model (DEMO_SHORT=1: a small piece of it)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(MODEL)
 
-relu-demo: setup model  ## the same with predictors, on a model with true zeros that relufy made from the demo model
+relu-demo: setup-dev model  ## the same with predictors, on a model with true zeros that relufy made from the demo model
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/relu_demo.sh $(MODEL)
 
 lint: $(STAMPS)/requirements  ## ruff
@@ -45,8 +48,15 @@ types: $(STAMPS)/requirements  ## mypy --strict
 bench: setup model  ## memory, kernels, tok/s of the demo model, beside llama.cpp where it is installed; JSON in build/
 	$(BIN)/python benchmarks/compare.py -m $(MODEL) --kernels --json build/bench.json $(BENCH_ARGS)
 
-docs: setup  ## docs/cli.md, from the --help of every command
+docs: setup-dev  ## docs/cli.md, from the --help of every command
 	$(BIN)/python scripts/write_cli_docs.py docs/cli.md
+
+wheel: setup-dev  ## one wheel for Python 3.11 and later on any Linux with the same kind of CPU, in dist/
+	rm -rf dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist $(WHEELS)/powerinfer-*.whl
+
+unpinned: model  ## a short pipeline with the newest packages that pyproject.toml allows, in an environment of its own
+	PYTHON="$(PYTHON)" bash scripts/unpinned.sh $(MODEL)
 
 clean:  ## remove what was built
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMPS)/powerinfer $(STAMPS)/sources
@@ -60,7 +70,11 @@ $(STAMPS)/venv:
 	mkdir -p $(STAMPS)
 	touch $@
 
-$(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/venv
+$(STAMPS)/run-requirements: requirements/run.txt $(STAMPS)/venv
+	$(PIP) install -r requirements/run.txt
+	touch $@
+
+$(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/run-requirements
 	$(PIP) install -r requirements/dev.txt
 	touch $@
 
@@ -74,6 +88,8 @@ SOURCES := $(shell find $(CODE) -type f \( -name '*.py' -o -name '*.pyi' -o -nam
 	-o -path '*/data/*' -o -name CMakeLists.txt \))
 
 # Installed as a wheel, not linked to the sources: what is tested and shown is what is shipped.
-$(STAMPS)/powerinfer: $(STAMPS)/requirements $(STAMPS)/sources $(SOURCES) pyproject.toml
-	$(PIP) install --no-build-isolation --no-deps --force-reinstall .
+$(STAMPS)/powerinfer: $(STAMPS)/run-requirements $(STAMPS)/sources $(SOURCES) pyproject.toml
+	rm -rf $(WHEELS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w $(WHEELS) .
+	$(PIP) install --no-deps --force-reinstall $(WHEELS)/powerinfer-*.whl
 	touch $@

@@ -1,6 +1,16 @@
 """Errors that a user can cause, one class per kind. The message is one line that says what is wrong, where,
 and what to do; the command line prints it without a traceback and exits with 1."""
 
+import sys
+
+
+def how_to_install(package: str) -> str:
+    """The command that installs an optional package where this program runs, whatever ``PATH`` says.
+
+    powerinfer itself is named nowhere: it is published in no index.
+    """
+    return f"install it with: {sys.executable} -m pip install '{package}'"
+
 
 class PowerInferError(Exception):
     """Base of every error of the stages and the engine that the user can do something about."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from powerinfer_formats.atomic import write_atomic
-from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.errors import PowerInferError, how_to_install
 
 FORMATS = (".png", ".svg")
 
@@ -25,7 +25,7 @@ def require_drawable(path: Path) -> None:
     if not path.parent.is_dir():
         raise DrawingError(f"{path}: there is no folder {path.parent} to write the chart to; make it first")
     if find_spec("matplotlib") is None:
-        raise DrawingError('charts need matplotlib; install it with: pip install "powerinfer[chart]"')
+        raise DrawingError(f"charts need matplotlib; {how_to_install('matplotlib')}")
 
 
 class Picture:

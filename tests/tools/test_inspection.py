@@ -121,6 +121,7 @@ def test_model_is_described_from_its_metadata(smollm2: Path) -> None:
     facts = description.facts
     assert description.kind == "model"
     assert (facts["architecture"], facts["tensor_count"], facts["parameters"]) == ("llama", 272, 134515008)
+    assert facts["file_type"] == "MOSTLY_Q4_1"
     assert sum(facts["types"].values()) == sum(tensor.nbytes for tensor in description.tensors)
     assert facts["metadata"]["tokenizer.ggml.tokens"] == "[49152 items]"
     tensor = next(tensor for tensor in description.tensors if tensor.name == "blk.0.ffn_gate.weight")

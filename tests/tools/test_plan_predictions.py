@@ -58,7 +58,7 @@ def test_better_hardware_is_never_slower_and_faster_memory_scales_the_cpu() -> N
 
 @pytest.mark.parametrize(("ending", "start"), [(".svg", b"<?xml"), (".png", b"\x89PNG")])
 def test_picture_has_a_bar_for_every_prediction(ending: str, start: bytes, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="charts are an extra: pip install powerinfer[chart]")
+    pytest.importorskip("matplotlib", reason="charts need matplotlib: pip install matplotlib")
     plan = make_plan(shape(4, 128), None, PC_LOW, Budgets(), OPTIONS)
     path = tmp_path / f"plan{ending}"
     draw_predictions(plan, path)

@@ -171,3 +171,26 @@ def test_bad_budgets_starts_and_emptiness_are_refused() -> None:
         check_problem(Problem((), 10, 10))
     with pytest.raises(PlanError, match="does not fit"):
         solve(Problem((unit,), 4, 10), (0,))
+
+
+def test_standard_output_stays_free_for_json(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HiGHS 1.16 prints a banner from its constructor, through C: it must not reach standard output."""
+    import ctypes
+
+    import highspy
+
+    libc, quiet = ctypes.CDLL(None), highspy.Highs
+
+    def talkative() -> highspy.Highs:
+        libc.puts(b"Running HiGHS")
+        return quiet()
+
+    monkeypatch.setattr(highspy, "Highs", talkative)
+    unit = Unit("a", np.array([3.0, 1.0]), np.array([0, 8]), np.array([8, 0]))
+    problem = Problem((unit,), vram_capacity=8, ram_capacity=8)
+    solve(problem, first_levels(problem))
+    libc.fflush(None)
+    print("only this")
+    assert capfd.readouterr().out == "only this\n"

@@ -407,7 +407,7 @@ def test_patience_ends_work_that_gains_nothing(tiny: TinyModel, corpus: Path, tm
 
 @pytest.mark.parametrize(("ending", "start"), [(".svg", b"<?xml"), (".png", b"\x89PNG")])
 def test_the_course_is_drawn(tmp_path: Path, ending: str, start: bytes) -> None:
-    pytest.importorskip("matplotlib", reason="charts are an extra: pip install powerinfer[chart]")
+    pytest.importorskip("matplotlib", reason="charts need matplotlib: pip install matplotlib")
     course = (Reading(0, 40.0, 0.2, 0.7), Reading(768, 30.0, 0.18, 0.5))
     report = RelufyReport("out.gguf", None, "fatrelu", 20.0, 30.0, 0.18, 0.5, 768, 1.0, course)
     chart = tmp_path / f"course{ending}"

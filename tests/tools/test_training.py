@@ -191,7 +191,7 @@ def test_what_is_reported_is_what_was_made(traced: Traced) -> None:
 
 @pytest.mark.parametrize(("ending", "start"), [(".svg", b"<?xml"), (".png", b"\x89PNG")])
 def test_the_frontier_is_drawn(traced: Traced, tmp_path: Path, ending: str, start: bytes) -> None:
-    pytest.importorskip("matplotlib", reason="charts are an extra: pip install powerinfer[chart]")
+    pytest.importorskip("matplotlib", reason="charts need matplotlib: pip install matplotlib")
     report = run_train(replace(traced.options(), output=tmp_path / "p.safetensors"))
     chart = tmp_path / f"frontier{ending}"
     draw_frontier(report.frontier, chart, "a model", 0.95)

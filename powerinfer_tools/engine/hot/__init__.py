@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from powerinfer_kernels import Activations
 from powerinfer_tools.engine.hot.routes import Route
-from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.errors import HardwareError, how_to_install
 from powerinfer_tools.model.loading import Model
 
 if TYPE_CHECKING:
@@ -178,6 +178,6 @@ def open_hot_side(
     except ImportError as error:
         raise HardwareError(
             f"--device {device} needs torch, which is not installed ({error}); "
-            "pip install 'powerinfer[torch]', or use --device none"
+            f"{how_to_install('torch')}, or use --device none"
         ) from None
     return opening.open_on(model, device, vram, work)

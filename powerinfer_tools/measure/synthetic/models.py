@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from powerinfer_formats.file_types import file_type_number
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_tools.measure.synthetic.random_blocks import BLOCKS, balance, fitting_type, random_rows
@@ -87,23 +88,6 @@ SHAPES: dict[str, Shape] = {
 #: A mixture's name → the type of most matrices and of the sensitive ones.
 MIXTURES = {"Q4_K_M": ("Q4_K", "Q6_K"), "Q5_K_M": ("Q5_K", "Q6_K")}
 TYPES = tuple(BLOCKS) + tuple(MIXTURES)
-
-#: general.file_type, which some readers print; nothing depends on it.
-_FILE_TYPES = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q8_0": 7,
-    "Q5_0": 8,
-    "Q5_1": 9,
-    "Q4_K": 15,
-    "Q4_K_M": 15,
-    "Q5_K": 17,
-    "Q5_K_M": 17,
-    "Q6_K": 18,
-    "BF16": 32,
-}
 
 
 @dataclass(frozen=True)
@@ -251,7 +235,7 @@ def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> N
     writer.add("general.type", "model")
     writer.add("general.name", f"{name} {mixture}, synthetic: random weights")
     integers = {
-        "general.file_type": _FILE_TYPES[mixture],
+        "general.file_type": file_type_number(mixture),
         "general.quantization_version": 2,
         f"{prefix}.block_count": shape.layers,
         f"{prefix}.context_length": shape.context,

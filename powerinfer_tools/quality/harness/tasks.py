@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import EvaluationError
+from powerinfer_tools.errors import EvaluationError, how_to_install
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.text import Tokenizer
 
@@ -57,7 +57,7 @@ def run_tasks(
         from powerinfer_tools.quality.harness.adapter import PowerInferLM
     except ImportError as error:
         raise EvaluationError(
-            f"tasks need lm-eval, which is not installed ({error}); pip install 'powerinfer[lm-eval]'"
+            f"tasks need lm-eval, which is not installed ({error}); {how_to_install('lm_eval>=0.4.9,<0.5')}"
         ) from None
     with _off_standard_output():
         manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)

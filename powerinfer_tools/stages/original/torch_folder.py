@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_tools.errors import ImportFailed
+from powerinfer_tools.errors import ImportFailed, how_to_install
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def _load(path: Path) -> Any:
     except ImportError as error:
         raise ImportFailed(
             f"{path}: reading .pt files needs torch, which is not installed ({error}); "
-            "pip install 'powerinfer[torch]'"
+            f"{how_to_install('torch')}"
         ) from None
     _check_archive(path)
     try:

@@ -5,7 +5,11 @@ symmetry. HiGHS takes NaN and calls the result optimal, returns codes instead of
 an infeasible model: everything is checked here, before and after.
 """
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,7 +144,8 @@ def _model(
     one row per budget in shares of its capacity."""
     import highspy
 
-    highs: Any = highspy.Highs()  # type: ignore[no-untyped-call]
+    with _standard_output_dropped():
+        highs: Any = highspy.Highs()  # type: ignore[no-untyped-call]
     for name, value in (
         ("output_flag", False),
         ("threads", 1),
@@ -170,6 +175,32 @@ def _model(
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     _check(highs.passModel(lp), "the model")
     return highs
+
+
+@contextmanager
+def _standard_output_dropped() -> Iterator[None]:
+    """Nothing that C code prints meanwhile reaches standard output.
+
+    HiGHS 1.16 prints a banner from its constructor, before any option can be set, and standard output may be
+    a JSON document. The descriptor is exchanged, since redirecting ``sys.stdout`` does not reach C.
+    """
+    sys.stdout.flush()
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    try:
+        saved = os.dup(1)
+    except OSError:  # standard output is closed: there is nothing to protect
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _budget_rows(classes: list[_Class], problem: Problem) -> list[Vector]:

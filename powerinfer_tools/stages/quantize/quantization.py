@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.file_types import file_type_number
 from powerinfer_formats.gguf_layout import DEFAULT_ALIGNMENT, ValueType
 from powerinfer_formats.gguf_scan import TensorInfo
 from powerinfer_formats.gguf_writer import GGUFWriter
@@ -21,8 +22,6 @@ from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.progress import Progress, Silent
 
-#: What matrices can be written as, and the number that GGUF has for files mostly of that type.
-FILE_TYPES = {RowType.Q8_0: 7, RowType.Q4_0: 2, RowType.F16: 1, RowType.BF16: 32}
 #: Read once a token as a whole, or a row at a time: too few bits there cost more than they save.
 _FINER = {"token_embd.weight": RowType.Q8_0, "output.weight": RowType.Q8_0}
 _AS_IT_IS = ("position_embd.weight", ".ffn_gate_inp.weight")
@@ -81,7 +80,7 @@ class _Quantization:
         self.progress.start("quantising", len(self.types), "tensors")
         with GGUFWriter(self.output, alignment=DEFAULT_ALIGNMENT) as writer:
             writer.copy_metadata(self.source, without=_RENEWED)
-            writer.add("general.file_type", FILE_TYPES[self.row_type], ValueType.UINT32)
+            writer.add("general.file_type", file_type_number(self.row_type.name), ValueType.UINT32)
             writer.add("general.quantization_version", 2, ValueType.UINT32)
             for name, info in self.source.tensors.items():
                 writer.declare(name, self.types[name], info.shape)

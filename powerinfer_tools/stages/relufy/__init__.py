@@ -3,7 +3,7 @@
 This module imports no torch; :func:`run_relufy` does.
 """
 
-from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.errors import HardwareError, how_to_install
 from powerinfer_tools.progress import Progress
 from powerinfer_tools.stages.relufy.application import DeltaReport, apply_delta
 from powerinfer_tools.stages.relufy.drawing import draw_history
@@ -31,6 +31,6 @@ def run_relufy(options: RelufyOptions, progress: Progress | None = None) -> Relu
         from powerinfer_tools.stages.relufy.relufication import run
     except ImportError as error:
         raise HardwareError(
-            f"relufy needs torch, which is not installed ({error}); pip install 'powerinfer[torch]'"
+            f"relufy needs torch, which is not installed ({error}); {how_to_install('torch')}"
         ) from None
     return run(options, progress)

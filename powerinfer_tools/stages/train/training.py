@@ -15,7 +15,7 @@ from powerinfer_formats.predictors import (
 from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import RowType, block_shape
 from powerinfer_tools import __version__
-from powerinfer_tools.errors import HardwareError, TrainError
+from powerinfer_tools.errors import HardwareError, TrainError, how_to_install
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.quality.perplexity import windows
@@ -106,7 +106,7 @@ def _require_torch(device: str) -> None:
         import torch
     except ImportError as error:
         raise HardwareError(
-            f"method tuned needs torch, which is not installed ({error}); pip install 'powerinfer[torch]', "
+            f"method tuned needs torch, which is not installed ({error}); {how_to_install('torch')}, "
             "or take --method svd"
         ) from None
     if device == "cuda" and not torch.cuda.is_available():

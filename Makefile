@@ -7,13 +7,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model test demo relu-demo lint types bench docs wheel unpinned clean distclean FORCE
+.PHONY: help setup setup-dev model test demo relu-demo lint types bench docs site wheel unpinned sanitize clean distclean FORCE
 
 # The first Python that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell \
 	$(python) -c 'import sys; print("$(python)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
 BIN := .venv/bin
 STAMPS := .venv/.stamps
+# WERROR=ON makes warnings of the C compiler errors. A user's compiler may know more warnings than ours: off by default.
+WERROR ?= OFF
 WHEELS := build/wheel
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CODE := cli powerinfer_tools formats kernels
@@ -39,8 +41,10 @@ demo: setup model  ## profile, plan, convert and run on the demo model (DEMO_SHO
 relu-demo: setup-dev model  ## the same with predictors, on a model with true zeros that relufy made from the demo model
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/relu_demo.sh $(MODEL)
 
-lint: $(STAMPS)/requirements  ## ruff
+lint: $(STAMPS)/requirements  ## ruff and clang-format
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*.[ch] kernels/csrc/*.inc tests/kernels/sanitize/*.c
 
 types: $(STAMPS)/requirements  ## mypy --strict
 	$(BIN)/mypy
@@ -51,15 +55,23 @@ bench: setup model  ## memory, kernels, tok/s of the demo model, beside llama.cp
 docs: setup-dev  ## docs/cli.md, from the --help of every command
 	$(BIN)/python scripts/write_cli_docs.py docs/cli.md
 
+site: $(STAMPS)/site  ## the documentation as a site in build/site; a broken link is an error
+	build/site-venv/bin/python scripts/gather_site.py build/site-source
+	NO_MKDOCS_2_WARNING=1 build/site-venv/bin/mkdocs build --quiet
+
 wheel: setup-dev  ## one wheel for Python 3.11 and later on any Linux with the same kind of CPU, in dist/
 	rm -rf dist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist $(WHEELS)/powerinfer-*.whl
+
+sanitize: setup-dev  ## the kernels' tests under ASan and UBSan, the thread pool's under TSan
+	bash scripts/sanitize.sh
 
 unpinned: model  ## a short pipeline with the newest packages that pyproject.toml allows, in an environment of its own
 	PYTHON="$(PYTHON)" bash scripts/unpinned.sh $(MODEL)
 
 clean:  ## remove what was built
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMPS)/powerinfer $(STAMPS)/sources
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(STAMPS)/powerinfer $(STAMPS)/sources $(STAMPS)/site
 
 distclean: clean  ## remove .venv, too
 	rm -rf .venv
@@ -68,6 +80,11 @@ $(STAMPS)/venv:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/site: requirements/site.txt $(STAMPS)/venv
+	$(PYTHON) -m venv build/site-venv
+	build/site-venv/bin/python -m pip --disable-pip-version-check install -r requirements/site.txt
 	touch $@
 
 $(STAMPS)/run-requirements: requirements/run.txt $(STAMPS)/venv
@@ -90,6 +107,7 @@ SOURCES := $(shell find $(CODE) -type f \( -name '*.py' -o -name '*.pyi' -o -nam
 # Installed as a wheel, not linked to the sources: what is tested and shown is what is shipped.
 $(STAMPS)/powerinfer: $(STAMPS)/run-requirements $(STAMPS)/sources $(SOURCES) pyproject.toml
 	rm -rf $(WHEELS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w $(WHEELS) .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w $(WHEELS) \
+		--config-settings=cmake.define.POWERINFER_WERROR=$(WERROR) .
 	$(PIP) install --no-deps --force-reinstall $(WHEELS)/powerinfer-*.whl
 	touch $@

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the thread pool under ThreadSanitizer.
+# Needs GCC (its sanitizers are loaded before Python). SANITIZE_TESTS chooses the tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+build=build/sanitize
+mkdir -p "$build"
+: "${CC:=gcc}"
+read -ra tests <<<"${SANITIZE_TESTS:-tests/kernels}"
+
+echo "-- thread pool, ThreadSanitizer"
+"$CC" -std=c11 -D_GNU_SOURCE -g -O1 -fsanitize=thread -Wall -Wextra -Werror -I kernels/csrc \
+    tests/kernels/sanitize/pool_threads.c kernels/csrc/pool.c -o "$build/pool_threads" -pthread
+TSAN_OPTIONS=halt_on_error=1 "$build/pool_threads"
+
+echo "-- kernels, AddressSanitizer and UndefinedBehaviorSanitizer"
+PATH="$PWD/.venv/bin:$PATH" cmake -S kernels -B "$build/cmake" -G Ninja -DCMAKE_BUILD_TYPE=None \
+    -DCMAKE_C_COMPILER="$CC" -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DPOWERINFER_SANITIZE=ON >/dev/null
+PATH="$PWD/.venv/bin:$PATH" ninja -C "$build/cmake"
+
+# The Python face from the sources beside the extension just built; the installed package stays as it is.
+rm -rf "$build/package"
+mkdir -p "$build/package"
+cp -r kernels/powerinfer_kernels "$build/package/"
+rm -f "$build"/package/powerinfer_kernels/*.so
+cp "$build"/cmake/_kernels*.so "$build/package/powerinfer_kernels/"
+# Python itself leaks on purpose at its end. Triton's kernels are Python here and have nothing to sanitize.
+LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+    .venv/bin/python -m pytest -q -p no:cacheprovider --ignore-glob='*triton*' \
+    -o "pythonpath=$build/package . cli formats tests/formats tests/kernels tests/tools" "${tests[@]}"

@@ -24,7 +24,5 @@ def file_type_name(number: object) -> str | None:
     """What ``number`` stands for (``MOSTLY_Q4_0``), or None for a value that is no such number."""
     from gguf import LlamaFileType
 
-    try:
-        return str(LlamaFileType(number).name)
-    except ValueError:
-        return None
+    names = {int(kind): kind.name for kind in LlamaFileType}
+    return names.get(number) if isinstance(number, int) else None

@@ -98,11 +98,11 @@ $(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/run-requirements
 # The list of source files, rewritten only when it changes: a file that is removed is a reason to install again.
 $(STAMPS)/sources: FORCE | $(STAMPS)/venv
 	@find $(CODE) -type f \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -path '*/csrc/*' -o -path '*/data/*' \
-		-o -name CMakeLists.txt \) | LC_ALL=C sort > $@.new
+		-o -path '*/page/*' -o -name CMakeLists.txt \) | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 SOURCES := $(shell find $(CODE) -type f \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -path '*/csrc/*' \
-	-o -path '*/data/*' -o -name CMakeLists.txt \))
+	-o -path '*/data/*' -o -path '*/page/*' -o -name CMakeLists.txt \))
 
 # Installed as a wheel, not linked to the sources: what is tested and shown is what is shipped.
 $(STAMPS)/powerinfer: $(STAMPS)/run-requirements $(STAMPS)/sources $(SOURCES) pyproject.toml

@@ -10,8 +10,8 @@
 #include "program.h"
 
 extern PyObject *pi_kernel_error; /* powerinfer_kernels.KernelError */
-extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type;
-extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec;
+extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type, *pi_state_type;
+extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec, pi_state_spec;
 
 typedef struct {
     PyObject_HEAD pi_pool *pool; /* NULL: closed */
@@ -39,5 +39,10 @@ int pi_pool_object_run(pool_object *pool, pi_task task, void *argument);
 int pi_pool_object_enter(pool_object *pool);
 void pi_pool_object_leave(pool_object *pool);
 void pi_raise_thread_error(int error);
+/* Puts a tuple of (State or None, position, count) into program->spans, and marks the states as running; 0, or -1 with
+ * an error set and no state marked. `serial` tells programs apart, `capacity` bounds positions. */
+int pi_spans_enter(PyObject *spans, pi_program *program, int64_t serial, int64_t capacity);
+/* The first `count` states may run elsewhere. */
+void pi_spans_leave(PyObject *spans, int64_t count);
 
 #endif

@@ -134,7 +134,7 @@ static void rope(const pi_op *op, pi_run *run, pi_worker *worker) {
     const pi_rope *r = &op->u.rope;
     range tokens = share_of(worker, run->tokens);
     for (int64_t t = tokens.begin; t < tokens.end; t++) {
-        int64_t angle = (run->position + t) * r->half;
+        int64_t angle = run->places[t].position * r->half;
         run->kernels->rope(r->x + t * r->heads * r->head_dim, r->cos + angle, r->sin + angle, r->heads, r->head_dim,
                            r->half, r->neox);
     }
@@ -143,9 +143,10 @@ static void rope(const pi_op *op, pi_run *run, pi_worker *worker) {
 static void store_kv(const pi_op *op, pi_run *run, pi_worker *worker) {
     const pi_store *s = &op->u.store;
     range tokens = share_of(worker, run->tokens);
-    int64_t width = s->cache.kv_heads * s->cache.head_dim;
-    for (int64_t t = tokens.begin; t < tokens.end; t++)
-        run->kernels->store_kv(s->k + t * width, s->v + t * width, &s->cache, run->position + t);
+    for (int64_t t = tokens.begin; t < tokens.end; t++) {
+        const pi_place *place = &run->places[t];
+        run->kernels->store_kv(s->k + t * s->width, s->v + t * s->width, &place->slots[s->slot].cache, place->position);
+    }
 }
 
 static void matmul(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
@@ -162,41 +163,49 @@ uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker) {
     return run->program->scratch + run->program->scratch_bytes * pi_worker_thread(worker);
 }
 
-/* Queries [begin, end) of one key head, counted token by token and within a token head by head. */
-static void attend(const pi_attention *a, const pi_run *run, const pi_worker *worker, int64_t kv_head, int64_t begin,
-                   int64_t end) {
-    int64_t group = a->heads / a->cache.kv_heads, dim = a->cache.head_dim;
+/* Queries [begin, end) of one key head of a span, counted token by token and within a token head by head. */
+static void attend(const pi_attention *a, const pi_run *run, const pi_worker *worker, const pi_span *span,
+                   int64_t kv_head, int64_t begin, int64_t end) {
+    int64_t group = a->heads / a->kv_heads, dim = a->head_dim;
     pi_query queries[PI_QUERIES];
     for (int64_t i = begin; i < end; i++) {
-        int64_t token = i / group, at = (token * a->heads + kv_head * group + i % group) * dim;
-        int64_t last = run->position + token + 1;
+        int64_t token = i / group, at = ((span->first + token) * a->heads + kv_head * group + i % group) * dim;
+        int64_t last = span->position + token + 1;
         queries[i - begin] = (pi_query){
             .q = a->q + at, .out = a->out + at, .last = last, .first = a->window ? max64(0, last - a->window) : 0};
     }
-    run->kernels->attend(queries, end - begin, &a->cache, kv_head, a->scale, a->softcap,
+    run->kernels->attend(queries, end - begin, &span->slots[a->slot].cache, kv_head, a->scale, a->softcap,
                          (float *)(void *)pi_scratch_of(run, worker));
 }
 
-/* One token: neighbouring heads to each thread, cut where the key head changes. Several tokens: blocks of queries of
- * one key head, the last tokens first since they see most keys. */
+/* Tasks of several tokens: blocks of `size` queries that belong to one span and one key head. */
+static int64_t tasks_of(const pi_attention *a, const pi_span *span, int64_t size) {
+    return (span->count * (a->heads / a->kv_heads) + size - 1) / size * a->kv_heads;
+}
+
+/* One token: neighbouring heads to each thread, cut where the key head changes. Several tokens: blocks of queries, the
+ * last tokens of a span first since they see most keys. */
 static void attention(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     const pi_attention *a = &op->u.attention;
-    int64_t group = a->heads / a->cache.kv_heads, threads = pi_worker_threads(worker);
+    int64_t group = a->heads / a->kv_heads, threads = pi_worker_threads(worker);
+    const pi_span *span = run->spans;
     if (run->tokens == 1) {
         range heads = share_of(worker, a->heads);
         for (int64_t head = heads.begin, end; head < heads.end; head = end) {
             int64_t kv_head = head / group, start = kv_head * group;
             end = min64(min64(heads.end, start + group), head + PI_QUERIES);
-            attend(a, run, worker, kv_head, head - start, end - start);
+            attend(a, run, worker, span, kv_head, head - start, end - start);
         }
         return;
     }
-    int64_t queries = run->tokens * group;
-    int64_t size = min64(PI_QUERIES, max64(4, queries * a->cache.kv_heads / (4 * threads) / 4 * 4));
-    int64_t blocks = (queries + size - 1) / size, task;
-    while ((task = pi_take_next(worker, slot, blocks * a->cache.kv_heads)) >= 0) {
-        int64_t block = blocks - 1 - task / a->cache.kv_heads;
-        attend(a, run, worker, task % a->cache.kv_heads, block * size, min64(queries, (block + 1) * size));
+    int64_t size = min64(PI_QUERIES, max64(4, run->tokens * group * a->kv_heads / (4 * threads) / 4 * 4));
+    int64_t tasks = 0, before = 0, task; /* `before`: tasks of the spans before `span` */
+    for (int64_t s = 0; s < run->span_count; s++) tasks += tasks_of(a, &run->spans[s], size);
+    while ((task = pi_take_next(worker, slot, tasks)) >= 0) {
+        for (int64_t own; task >= before + (own = tasks_of(a, span, size)); span++) before += own;
+        int64_t queries = span->count * group, blocks = (queries + size - 1) / size;
+        int64_t block = blocks - 1 - (task - before) / a->kv_heads;
+        attend(a, run, worker, span, (task - before) % a->kv_heads, block * size, min64(queries, (block + 1) * size));
     }
 }
 
@@ -260,11 +269,19 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     }
 }
 
+int pi_op_slot(const pi_op *op, int64_t *slot) {
+    switch (op->kind) {
+    case PI_OP_STORE_KV: *slot = op->u.store.slot; return 1;
+    case PI_OP_ATTENTION: *slot = op->u.attention.slot; return 1;
+    default: return 0;
+    }
+}
+
 int64_t pi_op_scratch_bytes(const pi_op *op) {
     if (op->kind == PI_OP_ATTENTION) {
-        const pi_cache *cache = &op->u.attention.cache;
-        int64_t scores = (cache->capacity + PI_TILE - 1) / PI_TILE * PI_TILE;
-        return PI_QUERIES * (scores + (cache->head_dim + 15) / 16 * 16) * (int64_t)sizeof(float);
+        const pi_attention *a = &op->u.attention;
+        int64_t scores = (a->capacity + PI_TILE - 1) / PI_TILE * PI_TILE;
+        return PI_QUERIES * (scores + (a->head_dim + 15) / 16 * 16) * (int64_t)sizeof(float);
     }
     if (op->kind == PI_OP_SUM_ROWS) return pi_sum_scratch_bytes(op->u.sum.bundle->columns);
     if (op->kind == PI_OP_SPARSE_FFN) return pi_sparse_ffn_scratch_bytes(&op->u.sparse_ffn);

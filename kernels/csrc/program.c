@@ -34,12 +34,17 @@ int pi_program_prepare(pi_program *program) {
     }
     program->scratch_bytes = (program->scratch_bytes + 4095) / 4096 * 4096;
     program->nanoseconds = calloc((size_t)program->count + 1, sizeof(int64_t));
-    return program->nanoseconds ? 0 : -1;
+    program->spans = calloc((size_t)program->max_tokens, sizeof(pi_span));
+    program->places = calloc((size_t)program->max_tokens, sizeof(pi_place));
+    return program->nanoseconds && program->spans && program->places ? 0 : -1;
 }
 
 void pi_program_free(pi_program *program) {
     free(program->ops);
     free(program->nanoseconds);
+    free(program->spans);
+    free(program->places);
+    free(program->slots);
     free(program->scratch);
     memset(program, 0, sizeof *program);
 }
@@ -82,11 +87,28 @@ static void run_on_thread(void *argument, pi_worker *worker) {
     }
 }
 
+/* Tells every token where it stands; returns how many there are. */
+static int64_t place_tokens(pi_program *program, int64_t span_count) {
+    int64_t tokens = 0;
+    for (int64_t s = 0; s < span_count; s++) {
+        const pi_span *span = &program->spans[s];
+        for (int64_t i = 0; i < span->count; i++)
+            program->places[tokens++] = (pi_place){span->slots, span->position + i};
+    }
+    return tokens;
+}
+
 int pi_program_run(pi_program *program, pi_pool *pool, const pi_kernels *kernels, int64_t first, int64_t last,
-                   int64_t tokens, int64_t position) {
+                   int64_t span_count) {
     int error = grow_scratch(program, pi_pool_threads(pool));
     if (error || first >= last) return error;
-    pi_run run = {
-        .kernels = kernels, .program = program, .first = first, .last = last, .tokens = tokens, .position = position};
+    pi_run run = {.kernels = kernels,
+                  .program = program,
+                  .first = first,
+                  .last = last,
+                  .tokens = place_tokens(program, span_count),
+                  .spans = program->spans,
+                  .span_count = span_count,
+                  .places = program->places};
     return pi_pool_run(pool, run_on_thread, &run);
 }

@@ -63,16 +63,42 @@ typedef struct {
     int neox;
 } pi_rope;
 
+/* What a session keeps from token to token is a list of slots, and operations name a slot by its index: the buffers
+ * are those of the session that a token belongs to. A program says what it needs in each slot. */
+typedef enum { PI_SLOT_KV, PI_SLOT_RECURRENT, PI_SLOT_KINDS } pi_slot_kind;
+
 typedef struct {
+    pi_slot_kind kind;
+    int64_t capacity, kv_heads, head_dim; /* PI_SLOT_KV: a session's may hold fewer positions */
+    int64_t count;                        /* PI_SLOT_RECURRENT: floats */
+} pi_slot_spec;
+
+typedef struct { /* a slot of one session */
+    pi_slot_kind kind;
+    pi_cache cache;   /* PI_SLOT_KV */
+    float *recurrent; /* PI_SLOT_RECURRENT: [count], zero before the first token */
+    int64_t count;
+} pi_slot;
+
+typedef struct {    /* tokens [first, first + count) of a run: successive ones of one session, from `position` on */
+    pi_slot *slots; /* NULL: of none */
+    int64_t first, count, position;
+} pi_span;
+
+typedef struct { /* where one token of a run stands */
+    pi_slot *slots;
+    int64_t position;
+} pi_place;
+
+typedef struct { /* k, v: [max_tokens, kv_heads · head_dim] */
     const float *k, *v;
-    pi_cache cache;
+    int64_t slot, width;
 } pi_store;
 
 typedef struct {
     const float *q;
-    pi_cache cache;
     float *out;
-    int64_t heads, window;
+    int64_t slot, heads, kv_heads, head_dim, capacity, window;
     float scale, softcap;
 } pi_attention;
 
@@ -177,21 +203,33 @@ typedef struct {
     int64_t scratch_bytes; /* what one thread needs at most */
     uint8_t *scratch;      /* [scratch_threads, scratch_bytes] */
     int scratch_threads;
+    pi_slot_spec *slots; /* [slot_count] */
+    int64_t slot_count;
+    int64_t max_tokens;
+    pi_span *spans;   /* [max_tokens]: of the present run */
+    pi_place *places; /* [max_tokens] */
 } pi_program;
 
 typedef struct { /* one run, shared by its threads */
     const pi_kernels *kernels;
     pi_program *program;
-    int64_t first, last, tokens, position;
+    int64_t first, last, tokens;
+    const pi_span *spans; /* [span_count]: every token is in one of them, in order */
+    int64_t span_count;
+    const pi_place *places; /* [tokens] */
 } pi_run;
 
-/* Fixes how the operations are shared out, and what scratch they need. 0, or -1 when memory is short. */
+/* Fixes how the operations are shared out, and what scratch they need; max_tokens and slots are set. 0, or -1 when
+ * memory is short. */
 int pi_program_prepare(pi_program *program);
-/* 0, or an errno. Not for two threads at once. */
+/* Runs operations [first, last) over the tokens of program->spans, of which there are `span_count`. 0, or an errno. Not
+ * for two threads at once. */
 int pi_program_run(pi_program *program, pi_pool *pool, const pi_kernels *kernels, int64_t first, int64_t last,
-                   int64_t tokens, int64_t position);
+                   int64_t span_count);
 void pi_program_free(pi_program *program);
 
+/* Whether the operation uses slots of sessions; if so, which one. */
+int pi_op_slot(const pi_op *op, int64_t *slot);
 /* ops.c: executes this thread's part of one operation. `slot` is free for a work share. */
 void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
 int64_t pi_op_scratch_bytes(const pi_op *op);

@@ -1,6 +1,7 @@
 /* _kernels.Program(max_tokens, capacity): operations appended by the Python face, which has checked them. */
 #include "module.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 PyTypeObject *pi_program_type;
@@ -9,7 +10,8 @@ enum { MAX_OBJECTS = 11, MAX_INTEGERS = 9, MAX_FLOATS = 2 };
 
 typedef struct {
     PyObject_HEAD pi_program program;
-    int64_t max_tokens, capacity, ops_capacity;
+    int64_t capacity, ops_capacity;
+    int64_t serial;   /* no other program ever has this one */
     Py_buffer *views; /* everything the operations point into, held until the program ends */
     int64_t view_count, views_capacity;
     PyObject *weights; /* list of the Matrix and Bundle objects */
@@ -27,8 +29,8 @@ static const struct {
     [PI_OP_QUANTIZE] = {4, 1, 0, 1u << 1 | 1u << 2 | 1u << 3},
     [PI_OP_MATMUL] = {7, 2, 0, 1u << 6},
     [PI_OP_ROPE] = {3, 4, 0, 1u << 0},
-    [PI_OP_STORE_KV] = {6, 3, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
-    [PI_OP_ATTENTION] = {6, 5, 2, 1u << 5},
+    [PI_OP_STORE_KV] = {2, 2, 0, 0},
+    [PI_OP_ATTENTION] = {2, 3, 2, 1u << 1},
     [PI_OP_ACTIVATE] = {3, 2, 1, 1u << 2},
     [PI_OP_ADD] = {2, 2, 0, 1u << 1},
     [PI_OP_SUM_ROWS] = {3, 1, 0, 1u << 2},
@@ -47,16 +49,6 @@ typedef struct {
 
 static pi_rows rows_of(void *data, const int64_t *i) {
     return (pi_rows){.row_type = (int32_t)i[0], .rows = i[1], .columns = i[2], .stride = i[3], .data = data};
-}
-
-static pi_cache cache_of(void *const *p, const int64_t *i) {
-    return (pi_cache){.keys = p[0],
-                      .values = p[1],
-                      .key_scales = p[2],
-                      .value_scales = p[3],
-                      .capacity = i[0],
-                      .kv_heads = i[1],
-                      .head_dim = i[2]};
 }
 
 static pi_acts acts_of(void *const *p, int64_t columns) {
@@ -96,15 +88,10 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
         break;
     }
     case PI_OP_ROPE: op.u.rope = (pi_rope){p[0], p[1], p[2], i[0], i[1], i[2], (int)i[3]}; break;
-    case PI_OP_STORE_KV: op.u.store = (pi_store){p[0], p[1], cache_of(p + 2, i)}; break;
+    case PI_OP_STORE_KV: op.u.store = (pi_store){p[0], p[1], i[0], i[1]}; break;
     case PI_OP_ATTENTION:
-        op.u.attention = (pi_attention){.q = p[0],
-                                        .cache = cache_of(p + 1, i),
-                                        .out = p[5],
-                                        .heads = i[3],
-                                        .window = i[4],
-                                        .scale = a->f[0],
-                                        .softcap = a->f[1]};
+        op.u.attention = (pi_attention){
+            .q = p[0], .out = p[1], .slot = i[0], .heads = i[1], .window = i[2], .scale = a->f[0], .softcap = a->f[1]};
         break;
     case PI_OP_ACTIVATE: op.u.activate = (pi_activate){(int32_t)i[0], a->f[0], p[0], p[1], p[2], i[1]}; break;
     case PI_OP_ADD: op.u.add = (pi_add){p[0], p[1], i[0], i[1]}; break;
@@ -207,64 +194,124 @@ static PyObject *program_append(PyObject *object, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyObject *program_seal(PyObject *object, PyObject *unused) {
+static int take_slots(pi_program *program, PyObject *slots) {
+    int64_t count = PyTuple_Size(slots);
+    program->slots = calloc((size_t)count + 1, sizeof(pi_slot_spec));
+    if (!program->slots) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    program->slot_count = count;
+    for (int64_t k = 0; k < count; k++) {
+        PyObject *item = PyTuple_GetItem(slots, k);
+        long long a, b = 0, c = 0;
+        int kind;
+        if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "iL|LL", &kind, &a, &b, &c)) return -1;
+        program->slots[k] = (pi_slot_spec){.kind = (pi_slot_kind)kind};
+        if (kind == PI_SLOT_KV) {
+            program->slots[k].capacity = a;
+            program->slots[k].kv_heads = b;
+            program->slots[k].head_dim = c;
+        } else
+            program->slots[k].count = a;
+    }
+    return 0;
+}
+
+/* Operations learn the sizes of the slots that they name; -1 with KernelError set where one does not exist or has
+ * another width. */
+static int join_slots(pi_program *program) {
+    for (int64_t i = 0, slot; i < program->count; i++) {
+        pi_op *op = &program->ops[i];
+        if (!pi_op_slot(op, &slot)) continue;
+        const pi_slot_spec *spec = slot >= 0 && slot < program->slot_count ? &program->slots[slot] : NULL;
+        int fits = spec && spec->kind == PI_SLOT_KV;
+        if (fits && op->kind == PI_OP_STORE_KV) fits = op->u.store.width == spec->kv_heads * spec->head_dim;
+        if (fits && op->kind == PI_OP_ATTENTION) {
+            op->u.attention.kv_heads = spec->kv_heads;
+            op->u.attention.head_dim = spec->head_dim;
+            op->u.attention.capacity = spec->capacity;
+            fits = op->u.attention.heads % spec->kv_heads == 0;
+        }
+        if (fits) continue;
+        PyErr_Format(pi_kernel_error, "operation %lld has no slot %lld of its kind", (long long)i, (long long)slot);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *program_seal(PyObject *object, PyObject *args) {
     program_object *self = (program_object *)object;
-    (void)unused;
-    if (!self->sealed && pi_program_prepare(&self->program) < 0) return PyErr_NoMemory();
+    PyObject *slots;
+    if (!PyArg_ParseTuple(args, "O!", &PyTuple_Type, &slots)) return NULL;
+    if (self->sealed) {
+        PyErr_SetString(pi_kernel_error, "the program is complete");
+        return NULL;
+    }
+    if (take_slots(&self->program, slots) < 0 || join_slots(&self->program) < 0) return NULL;
+    if (pi_program_prepare(&self->program) < 0) return PyErr_NoMemory();
     self->sealed = 1;
     Py_RETURN_NONE;
 }
 
-static int check_tokens(const pi_program *program, int64_t first, int64_t last, int64_t tokens) {
+static int check_embedded(const pi_embed *e, int64_t tokens) {
+    for (int64_t t = 0; t < tokens; t++) {
+        if (e->tokens[t] >= 0 && e->tokens[t] < e->table.rows) continue;
+        PyErr_Format(pi_kernel_error, "token id %d at index %lld is outside the vocabulary of %lld", (int)e->tokens[t],
+                     (long long)t, (long long)e->table.rows);
+        return -1;
+    }
+    return 0;
+}
+
+/* The spans of the run must suit its operations: token ids within their tables, and states where there are slots. */
+static int check_operations(const pi_program *program, int64_t first, int64_t last, int64_t span_count) {
+    const pi_span *end = &program->spans[span_count - 1];
+    int64_t tokens = end->first + end->count, slot, homeless = 0;
+    for (int64_t s = 0; s < span_count; s++) homeless += !program->spans[s].slots;
     for (int64_t i = first; i < last; i++) {
-        if (program->ops[i].kind != PI_OP_EMBED) continue;
-        const pi_embed *e = &program->ops[i].u.embed;
-        for (int64_t t = 0; t < tokens; t++) {
-            if (e->tokens[t] >= 0 && e->tokens[t] < e->table.rows) continue;
-            PyErr_Format(pi_kernel_error, "token id %d at index %lld is outside the vocabulary of %lld",
-                         (int)e->tokens[t], (long long)t, (long long)e->table.rows);
+        const pi_op *op = &program->ops[i];
+        if (op->kind == PI_OP_EMBED && check_embedded(&op->u.embed, tokens) < 0) return -1;
+        if (homeless && pi_op_slot(op, &slot)) {
+            PyErr_Format(pi_kernel_error, "operation %lld needs a state for every token", (long long)i);
             return -1;
         }
     }
     return 0;
 }
 
-static int check_run(const program_object *self, int64_t first, int64_t last, int64_t tokens, int64_t position) {
+static int check_range(const program_object *self, int64_t first, int64_t last) {
     if (!self->sealed || self->running)
         PyErr_SetString(pi_kernel_error,
                         self->sealed ? "the program is running in another thread" : "the program is not complete");
     else if (first < 0 || first > last || last > self->program.count)
         PyErr_Format(pi_kernel_error, "operations [%lld, %lld) are not within the program's %lld", (long long)first,
                      (long long)last, (long long)self->program.count);
-    else if (tokens < 1 || tokens > self->max_tokens)
-        PyErr_Format(pi_kernel_error, "n_tokens must be between 1 and %lld, got %lld", (long long)self->max_tokens,
-                     (long long)tokens);
-    else if (position < 0 || position > self->capacity - tokens)
-        PyErr_Format(pi_kernel_error, "positions [%lld, %lld) do not fit a context of %lld", (long long)position,
-                     (long long)(position + tokens), (long long)self->capacity);
     else
-        return check_tokens(&self->program, first, last, tokens);
+        return 0;
     return -1;
 }
 
 static PyObject *program_run(PyObject *object, PyObject *const *args, Py_ssize_t count) {
     program_object *self = (program_object *)object;
-    int64_t n[4];
-    if (count != 5 || !PyObject_TypeCheck(args[0], pi_pool_type)) {
-        PyErr_SetString(PyExc_TypeError, "run takes a Pool and four integers");
+    if (count != 4 || !PyObject_TypeCheck(args[0], pi_pool_type) || !PyTuple_Check(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "run takes a Pool, two integers and a tuple of spans");
         return NULL;
     }
-    for (int k = 0; k < 4; k++) {
-        n[k] = PyLong_AsLongLong(args[k + 1]);
-        if (n[k] == -1 && PyErr_Occurred()) return NULL;
-    }
+    int64_t first = PyLong_AsLongLong(args[1]), last = PyLong_AsLongLong(args[2]), spans = PyTuple_Size(args[3]);
+    if (PyErr_Occurred() || check_range(self, first, last) < 0) return NULL;
+    if (pi_spans_enter(args[3], &self->program, self->serial, self->capacity) < 0) return NULL;
     pool_object *pool = (pool_object *)args[0];
-    if (check_run(self, n[0], n[1], n[2], n[3]) < 0 || pi_pool_object_enter(pool) < 0) return NULL;
+    if (check_operations(&self->program, first, last, spans) < 0 || pi_pool_object_enter(pool) < 0) {
+        pi_spans_leave(args[3], spans);
+        return NULL;
+    }
     int error;
     self->running = 1;
-    Py_BEGIN_ALLOW_THREADS error = pi_program_run(&self->program, pool->pool, pool->kernels, n[0], n[1], n[2], n[3]);
+    Py_BEGIN_ALLOW_THREADS error = pi_program_run(&self->program, pool->pool, pool->kernels, first, last, spans);
     Py_END_ALLOW_THREADS self->running = 0;
     pi_pool_object_leave(pool);
+    pi_spans_leave(args[3], spans);
     if (error) {
         pi_raise_thread_error(error);
         return NULL;
@@ -302,7 +349,9 @@ static int program_init(PyObject *object, PyObject *args, PyObject *keywords) {
         PyErr_SetString(pi_kernel_error, "the program exists already");
         return -1;
     }
-    self->max_tokens = max_tokens;
+    static int64_t serials; /* changed with the GIL held only */
+    self->serial = ++serials;
+    self->program.max_tokens = max_tokens;
     self->capacity = capacity;
     return (self->weights = PyList_New(0)) ? 0 : -1;
 }
@@ -322,9 +371,9 @@ static void program_dealloc(PyObject *object) {
 
 static PyMethodDef program_methods[] = {
     {"append", program_append, METH_VARARGS, PyDoc_STR("append(kind, objects, integers, floats)")},
-    {"seal", program_seal, METH_NOARGS, PyDoc_STR("Ends the appending; the program can run.")},
+    {"seal", program_seal, METH_VARARGS, PyDoc_STR("seal(slots): ends the appending; the program can run.")},
     {"run", (PyCFunction)(void (*)(void))program_run, METH_FASTCALL,
-     PyDoc_STR("run(pool, first, last, n_tokens, position)")},
+     PyDoc_STR("run(pool, first, last, spans): a span is (State or None, position, count)")},
     {"nanoseconds", program_nanoseconds, METH_NOARGS, PyDoc_STR("int64 per operation, as bytes")},
     {"neurons", program_neurons, METH_NOARGS, PyDoc_STR("(active, confirmed, total) of the sparse operations")},
     {"reset_counters", program_reset_counters, METH_NOARGS, PyDoc_STR("Zeroes times and neuron counts.")},

@@ -11,6 +11,7 @@ from .program import Program
 from .program_builder import ACTIVATION_KINDS, HISTOGRAM_BINS, ProgramBuilder
 from .row_types import RowType, block_shape, row_bytes
 from .signs import Signs, pack_signs, sign_code_words
+from .state import KVSlot, RecurrentSlot, Slot, Span, State
 from .topology import physical_cores
 
 __all__ = [
@@ -20,14 +21,19 @@ __all__ = [
     "Activations",
     "Bundle",
     "KVCache",
+    "KVSlot",
     "KernelError",
     "Matrix",
     "Pool",
     "Program",
     "ProgramBuilder",
+    "RecurrentSlot",
     "RowMatrix",
     "RowType",
     "Signs",
+    "Slot",
+    "Span",
+    "State",
     "aligned",
     "available_isas",
     "block_shape",

@@ -69,6 +69,13 @@ class Activations:
         self.s: npt.NDArray[np.float32] = aligned((max_tokens, columns // 32), np.float32)
 
 
+def check_cache(capacity: int, kv_heads: int, head_dim: int) -> None:
+    """Raise KernelError for sizes that no KV cache can have."""
+    check_positive(capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise KernelError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
+
+
 class KVCache:
     """Keys and values of one layer: as half-precision bits (uint16), or with kind "q8_0" as int8 codes with
     one half-precision scale for each 32 values of a head.
@@ -80,9 +87,7 @@ class KVCache:
     """
 
     def __init__(self, capacity: int, kv_heads: int, head_dim: int, kind: str = "f16") -> None:
-        check_positive(capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
-        if head_dim % 2 or head_dim > MAX_HEAD_DIM:
-            raise KernelError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
+        check_cache(capacity, kv_heads, head_dim)
         if kind not in KV_KINDS:
             raise KernelError(f"a KV cache of type {kind!r} is not one of {', '.join(KV_KINDS)}")
         if kind == "q8_0" and head_dim % 32:
@@ -109,6 +114,23 @@ class KVCache:
     def arrays(self) -> tuple[Any, Any, Any, Any]:
         """Keys, values, and the scales of both (None for f16)."""
         return (self.keys, self.values, self.key_scales, self.value_scales)
+
+    def copy_positions(self, source: "KVCache", positions: int) -> None:
+        """Take over the first `positions` of `source`, bit for bit. Raises KernelError where the two differ
+        in type or shape, or one is shorter."""
+        mine, other = (
+            (self.kind, self.kv_heads, self.head_dim),
+            (source.kind, source.kv_heads, source.head_dim),
+        )
+        if mine != other or not 0 <= positions <= min(self.capacity, source.capacity):
+            raise KernelError(
+                f"{positions} positions of a cache {other} of {source.capacity} do not go into one {mine} of "
+                f"{self.capacity}"
+            )
+        tiles = -(-positions // 16)
+        for to, of, count in zip(self.arrays, source.arrays, (tiles, positions) * 2, strict=True):
+            if to is not None and of is not None:
+                to[:, :count] = of[:, :count]
 
     @property
     def nbytes(self) -> int:

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from . import _kernels
 from ._kernels import KernelError
-from .buffers import Activations
+from .buffers import Activations, check_cache
 from .checks import Array, Floats, check_array, check_positive
 from .matrix import Bundle
 from .pool import Pool
 from .row_types import RowType
+from .state import KVSlot, RecurrentSlot, Slot, Span, State
 
 _UNBOUNDED = 1 << 31
 
@@ -46,18 +47,37 @@ class Program:
     """A complete program; made by `ProgramBuilder.build`. It keeps everything alive that its operations
     use."""
 
-    def __init__(self, handle: _kernels.Program, operations: int) -> None:
+    def __init__(self, handle: _kernels.Program, operations: int, slots: Sequence[Slot] = ()) -> None:
         self._handle = handle
         self.operations = operations
+        #: What the state of a session needs.
+        self.slots = tuple(slots)
 
-    def run(self, pool: Pool, first: int, last: int, n_tokens: int, position: int) -> None:
-        """Execute operations [first, last) for `n_tokens` tokens at `position` of the context, with the GIL
-        released.
+    def run(
+        self,
+        pool: Pool,
+        first: int,
+        last: int,
+        n_tokens: int,
+        position: int = 0,
+        state: State | None = None,
+    ) -> None:
+        """Execute operations [first, last) for `n_tokens` tokens of one session at `position` of its context,
+        with the GIL released.
 
-        Raises KernelError for ranges outside the program, its buffers or its context, and for token ids
-        outside the vocabulary.
+        Raises KernelError for ranges outside the program, its buffers or the context, for token ids
+        outside the vocabulary, and for a state that lacks the slots that the operations use.
         """
-        self._handle.run(pool.handle, first, last, n_tokens, position)
+        handle = None if state is None else state.handle
+        self._handle.run(pool.handle, first, last, ((handle, position, n_tokens),))
+
+    def run_spans(self, pool: Pool, first: int, last: int, spans: Sequence[Span]) -> None:
+        """:meth:`run` for the tokens of several sessions, in the order of `spans`. Every token gets the bits
+        that it would get alone. A state may come once."""
+        packed = tuple(
+            (None if state is None else state.handle, position, count) for state, position, count in spans
+        )
+        self._handle.run(pool.handle, first, last, packed)
 
     def nanoseconds(self) -> npt.NDArray[np.int64]:
         """Wall time of each operation, added up over all runs: int64 [operations]."""
@@ -89,19 +109,34 @@ class OperationList:
         check_positive(max_tokens=max_tokens)
         self.max_tokens = max_tokens
         self._capacity = _UNBOUNDED
+        self.slots: list[Slot] = []
         self._operations: list[tuple[Op, tuple[Any, ...], tuple[int, ...], tuple[float, ...]]] = []
 
     def mark(self) -> int:
         """Index of the next operation: a point where a run can begin or end."""
         return len(self._operations)
 
+    def kv_slot(self, capacity: int, kv_heads: int, head_dim: int) -> KVSlot:
+        """A KV cache of up to `capacity` positions in the state of every session."""
+        check_cache(capacity, kv_heads, head_dim)
+        slot = KVSlot(len(self.slots), capacity, kv_heads, head_dim)
+        self.slots.append(slot)
+        return slot
+
+    def recurrent_slot(self, count: int) -> RecurrentSlot:
+        """`count` float32 values in the state of every session."""
+        check_positive(count=count)
+        slot = RecurrentSlot(len(self.slots), count)
+        self.slots.append(slot)
+        return slot
+
     def build(self) -> Program:
         """The program of all operations so far."""
         handle = _kernels.Program(self.max_tokens, self._capacity)
         for kind, objects, integers, floats in self._operations:
             handle.append(int(kind), objects, integers, floats)
-        handle.seal()
-        return Program(handle, len(self._operations))
+        handle.seal(tuple(slot.spec for slot in self.slots))
+        return Program(handle, len(self._operations), self.slots)
 
     def _append(
         self, kind: Op, objects: tuple[Any, ...], integers: tuple[int, ...], floats: tuple[float, ...] = ()

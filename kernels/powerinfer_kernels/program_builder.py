@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ._kernels import KernelError
-from .buffers import Activations, KVCache, RowMatrix
+from .buffers import Activations, RowMatrix
 from .checks import Floats, check_apart, check_apart_or_same, check_array, check_positive
 from .matrix import Bundle, Matrix
 from .program import Op, OperationList
 from .signs import Signs, sign_code_words
+from .state import KVSlot
 
 #: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) ·
 #: relu(up); fatrelu: gate · up where the gate is above a cut.
@@ -117,42 +118,42 @@ class ProgramBuilder(OperationList):
         self._limit(len(cos))
         self._append(Op.ROPE, (x, cos, sin), (heads, head_dim, cos.shape[1], int(style == "neox")))
 
-    def store_kv(self, k: Floats, v: Floats, cache: KVCache) -> None:
-        """Write the keys and values of this run's positions into the cache, rounded to its type."""
-        width = cache.kv_heads * cache.head_dim
+    def store_kv(self, k: Floats, v: Floats, slot: KVSlot) -> None:
+        """Write the keys and values of this run's positions into the caches of their sessions, rounded to
+        the caches' type."""
+        width = slot.kv_heads * slot.head_dim
         self._check("k", k, width)
         self._check("v", v, width)
-        self._limit(cache.capacity)
-        self._append(Op.STORE_KV, (k, v, *cache.arrays), _cache_integers(cache))
+        self._limit(slot.capacity)
+        self._append(Op.STORE_KV, (k, v), (slot.index, width))
 
     def attention(
         self,
         q: Floats,
-        cache: KVCache,
+        slot: KVSlot,
         out: Floats,
         heads: int,
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
     ) -> None:
-        """Causal attention of `heads` query heads over the cache, which must hold this run's positions
-        already.
+        """Causal attention of `heads` query heads over the cache of each token's session, which must hold
+        this run's positions already.
 
         scores = scale · q·k, softcapped (c · tanh(s / c)) where softcap > 0; with a window only the last
         `window` positions, the query's own among them, are seen.
         """
         check_positive(heads=heads)
-        if heads % cache.kv_heads:
-            raise KernelError(f"{heads} query heads are no multiple of {cache.kv_heads} key heads")
+        if heads % slot.kv_heads:
+            raise KernelError(f"{heads} query heads are no multiple of {slot.kv_heads} key heads")
         if window < 0 or not softcap >= 0:
             raise KernelError(f"window {window} and softcap {softcap} must not be negative")
-        self._check("q", q, heads * cache.head_dim)
-        self._check("out", out, heads * cache.head_dim, written=True)
+        self._check("q", q, heads * slot.head_dim)
+        self._check("out", out, heads * slot.head_dim, written=True)
         check_apart("out", out, {"q": q})
-        self._limit(cache.capacity)
-        integers = (*_cache_integers(cache), heads, window)
+        self._limit(slot.capacity)
         floats = (_finite("scale", scale), _finite("softcap", softcap))
-        self._append(Op.ATTENTION, (q, *cache.arrays, out), integers, floats)
+        self._append(Op.ATTENTION, (q, out), (slot.index, heads, window), floats)
 
     def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str, cut: float = 0.0) -> None:
         """out = act(gate) · up, or act(gate) without `up`. `out` may be either input. Here and below, `cut`
@@ -321,10 +322,6 @@ class ProgramBuilder(OperationList):
 
 def _rows_integers(rows: RowMatrix) -> tuple[int, int, int, int]:
     return (int(rows.row_type), rows.rows, rows.columns, rows.stride)
-
-
-def _cache_integers(cache: KVCache) -> tuple[int, int, int]:
-    return (cache.capacity, cache.kv_heads, cache.head_dim)
 
 
 def _kind(kind: str) -> int:

@@ -2,5 +2,7 @@
 
 from powerinfer_tools.engine.engine import Engine
 from powerinfer_tools.engine.report import EngineReport
+from powerinfer_tools.engine.session import Session
+from powerinfer_tools.engine.weights import Part, Weights
 
-__all__ = ["Engine", "EngineReport"]
+__all__ = ["Engine", "EngineReport", "Part", "Session", "Weights"]

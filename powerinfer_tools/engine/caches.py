@@ -1,11 +1,30 @@
-"""The KV caches outside the hot device."""
+"""What sessions keep outside the hot device: the slots of a model's program, and states that fill them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from powerinfer_kernels import KernelError, KVCache
+from powerinfer_kernels import KernelError, KVSlot, ProgramBuilder, Slot, Span, State
 from powerinfer_tools.engine.memory import kv_bytes_per_position
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.hyperparameters import Hyperparameters
 from powerinfer_tools.model.loading import Model
+
+
+@dataclass(frozen=True)
+class Places:
+    """Whom the tokens of a pass belong to, and where they stand: successive tokens of each session."""
+
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of_one(cls, state: State, position: int, count: int) -> "Places":
+        """``count`` tokens of one session from ``position`` on."""
+        return cls((Span(state, position, count),))
+
+    @property
+    def position(self) -> int:
+        """Where the first token stands: all that a device needs that serves one session alone."""
+        return self.spans[0].position
 
 
 def require_kv_type(model: Model, kind: str) -> None:
@@ -17,15 +36,36 @@ def require_kv_type(model: Model, kind: str) -> None:
         )
 
 
-def allocate_caches(model: Model, context: int, kind: str, here: Sequence[bool]) -> list[KVCache | None]:
-    """A cache of ``context`` positions for each layer whose attention is ``here``. Raises ModelError."""
+def kv_slots(
+    builder: ProgramBuilder, model: Model, context: int, here: Sequence[bool]
+) -> list[KVSlot | None]:
+    """A slot of up to ``context`` positions for each layer whose attention is ``here``. Raises ModelError."""
     hyper = model.hyper
     try:
-        return [KVCache(context, hyper.kv_heads, hyper.head_dim, kind) if wanted else None for wanted in here]
+        return [
+            builder.kv_slot(context, hyper.kv_heads, hyper.head_dim) if wanted else None for wanted in here
+        ]
+    except KernelError as error:
+        raise ModelError(f"{model.path}: {error}") from None
+
+
+def allocate_state(model: Model, slots: Sequence[Slot], context: int, kind: str) -> State:
+    """The state of a session of ``context`` positions whose caches are of type ``kind``. Raises
+    ModelError."""
+    require_kv_type(model, kind)
+    try:
+        return State.allocate(slots, context, kind)
     except MemoryError:
-        size = round(context * kv_bytes_per_position(hyper, kind) * sum(here))
+        size = round(context * kv_bytes_per_position(model.hyper, kind) * len(slots))
         raise ModelError(
             f"no memory for a KV cache of {size} bytes; ask for a shorter context (-c)"
         ) from None
     except KernelError as error:
         raise ModelError(f"{model.path}: {error}") from None
+
+
+def cache_bytes_read(hyper: Hyperparameters, kind: str, position: int) -> int:
+    """Bytes of a KV cache of type ``kind`` that decoding at ``position`` reads."""
+    per_position = kv_bytes_per_position(hyper, kind)
+    windows = (hyper.window if local else position for local in hyper.local_layers)
+    return round(sum(per_position * min(position, window) for window in windows))

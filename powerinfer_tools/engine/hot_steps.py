@@ -4,6 +4,7 @@ import time
 from typing import Protocol
 
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
+from powerinfer_tools.engine.caches import Places
 from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.timeline import Timeline, tell
 
@@ -15,18 +16,18 @@ class Host(Protocol):
     def timeline(self) -> Timeline | None:
         """What the pass is recorded in, if at all."""
 
-    def run(self, first: int, last: int, count: int, position: int) -> None:
-        """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``position``."""
+    def run(self, first: int, last: int, count: int, places: Places | None = None) -> None:
+        """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``places``; None: the
+        operations do not ask where tokens stand."""
 
 
 class HotSteps:
-    """Hands work to the hot side, and does the cold work meanwhile. ``count`` tokens, the first of which
-    stands at ``position``."""
+    """Hands work to the hot side, and does the cold work meanwhile: for ``count`` tokens at ``places``."""
 
     def __init__(self, hot: HotSide, buffers: Buffers, host: Host) -> None:
         self._hot, self._buffers, self._host = hot, buffers, host
 
-    def split(self, index: int, cold: tuple[int, int], neurons: int, count: int, position: int) -> None:
+    def split(self, index: int, cold: tuple[int, int], neurons: int, count: int, places: Places) -> None:
         """Layer ``index``, whose attention is the host's: its hot neurons there, the operations ``cold`` with
         all other ``neurons`` here."""
         buffers = self._buffers
@@ -36,7 +37,7 @@ class HotSteps:
         launched = time.perf_counter()
         self._name(index, neurons, count)
         named = time.perf_counter()
-        self._host.run(*cold, count, position)
+        self._host.run(*cold, count, places)
         computed = time.perf_counter()
         self._hot.collect(buffers.hot_out[:count])
         tell(self._host.timeline, index, launch=(begun, launched), cold=(named, computed))
@@ -45,14 +46,14 @@ class HotSteps:
             tell(self._host.timeline, index, wait=(launched, named))
 
     def there(
-        self, index: int, cold: tuple[int, int], neurons: int, arrives: bool, count: int, position: int
+        self, index: int, cold: tuple[int, int], neurons: int, arrives: bool, count: int, places: Places
     ) -> None:
         """Layer ``index``, which leaves the residual stream on the device: the operations ``cold`` with its
         cold ``neurons`` here. ``arrives``: the stream is still here."""
         buffers, begun = self._buffers, time.perf_counter()
         if arrives:
-            self._hot.enter(buffers.x[:count], position)
-        self._hot.begin(index, count, position)
+            self._hot.enter(buffers.x[:count], places.position)
+        self._hot.begin(index, count, places.position)
         launched = time.perf_counter()
         tell(self._host.timeline, index, launch=(begun, launched))
         if not neurons:
@@ -61,21 +62,21 @@ class HotSteps:
         self._hot.ffn_input(index, buffers.normed[:count], buffers.x[:count])
         self._name(index, neurons, count)
         arrived = time.perf_counter()
-        self._host.run(*cold, count, position)
+        self._host.run(*cold, count, places)
         computed = time.perf_counter()
         self._hot.merge(index, buffers.block_out[:count], count)
         tell(self._host.timeline, index, wait=(launched, arrived), cold=(arrived, computed))
 
-    def attention(self, index: int, arrives: bool, count: int, position: int) -> None:
+    def attention(self, index: int, arrives: bool, count: int, places: Places) -> None:
         """The attention of layer ``index`` alone; the residual stream comes back."""
         started = time.perf_counter()
         if arrives:
-            self._hot.enter(self._buffers.x[:count], position)
-        self._hot.begin(index, count, position)
+            self._hot.enter(self._buffers.x[:count], places.position)
+        self._hot.begin(index, count, places.position)
         self._hot.leave(self._buffers.x[:count])
         tell(self._host.timeline, index, wait=(started, time.perf_counter()))
 
-    def leave(self, count: int, position: int) -> None:
+    def leave(self, count: int, places: Places) -> None:
         """The residual stream comes back."""
         started = time.perf_counter()
         self._hot.leave(self._buffers.x[:count])

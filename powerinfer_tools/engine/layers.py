@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import Matrix, Pool
+from powerinfer_kernels import Matrix, Pool, State
 from powerinfer_tools.detect import available_ram_bytes
 from powerinfer_tools.engine.blocks import pack
-from powerinfer_tools.engine.caches import require_kv_type
+from powerinfer_tools.engine.caches import Places, allocate_state, require_kv_type
 from powerinfer_tools.engine.cold_ffn import Computed, predictor_thresholds
 from powerinfer_tools.engine.hot import HotSide, open_hot_side
 from powerinfer_tools.engine.hot.placement import Workload
-from powerinfer_tools.engine.memory import kv_bytes_per_position, require_memory
+from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.engine.modes import layer_modes
 from powerinfer_tools.engine.recall import Counted, HotFound, recall_of
 from powerinfer_tools.engine.routed import RoutedFFN
@@ -32,7 +32,7 @@ class LayerStack:
     """Embedding and layers: tokens in, residual stream ``x`` out."""
 
     def __init__(self, model: Model, pool: Pool, options: StackOptions) -> None:
-        self.model, self._pool, self.kv_type = model, pool, options.kv_type
+        self.model, self._pool = model, pool
         require_kv_type(model, options.kv_type)
         self._modes = layer_modes(model, options.mode)
         predicted = frozenset(i for i, mode in enumerate(self._modes) if mode == "predicted")
@@ -41,6 +41,15 @@ class LayerStack:
         #: What each forward pass is recorded in, if at all.
         self.timeline: Timeline | None = None
         self.device = options.device if self._hot else "none"
+        try:
+            self._lay_out(options)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lay_out(self, options: StackOptions) -> None:
+        """Pack the weights and write the program."""
+        model, pool = self.model, self._pool
         made = StackWriter(model, pool, options, self._modes, self._hot, self)
         self._written, self._buffers, self._stops = made, made.buffers, made.stops
         self._checks, self._check_recall = made.checks, options.check_recall
@@ -66,16 +75,21 @@ class LayerStack:
         return self._modes[0] if len(set(self._modes)) == 1 else "mixed"
 
     @property
-    def cache_nbytes(self) -> int:
-        """Size of the KV cache outside the hot device, in bytes."""
-        return sum(cache.nbytes for cache in self._written.caches if cache is not None)
-
-    @property
     def weight_bytes(self) -> int:
         """Size of all weights as laid out for the kernels, in bytes."""
         return (
             self._written.ops.weight_bytes + sum(ffn.nbytes for ffn in self._written.laid) + self._head_bytes
         )
+
+    @property
+    def has_hot_side(self) -> bool:
+        """Whether a hot device computes a part."""
+        return self._hot is not None
+
+    @property
+    def serves_one(self) -> bool:
+        """Whether the hot device computes attention: it has the cache of one session."""
+        return self._hot is not None and any(map(self._hot.has_attention, range(self.model.hyper.layers)))
 
     @property
     def has_hot_head(self) -> bool:
@@ -102,24 +116,32 @@ class LayerStack:
         """Size of activations and tables in bytes."""
         return self._buffers.nbytes + sum(table.nbytes for table in self._written.tables.values())
 
-    def forward(self, tokens: Sequence[int], position: int) -> int:
-        """Run all layers over ``tokens`` at ``position``; returns their number."""
+    def new_state(self, context: int, kv_type: str) -> State:
+        """What a session of ``context`` positions keeps outside the hot device. Raises ModelError."""
+        return allocate_state(self.model, self._program.slots, context, kv_type)
+
+    def forward(self, tokens: Sequence[int], places: Places) -> int:
+        """Run all layers over ``tokens`` at ``places``; returns their number. Raises ModelError."""
         count = len(tokens)
-        vocabulary = self.model.hyper.vocabulary
-        for token in tokens:
-            if not 0 <= token < vocabulary:
-                raise ModelError(f"token id {token} is outside the vocabulary of {vocabulary}")
-        self._place(tokens, position)
+        self.check_tokens(tokens)
+        self._place(tokens, places)
         first = 0
         for stop in self._stops:
-            self._run_parts(first, stop.ready, count, position)
-            stop.work(count, position)
+            self._run_parts(first, stop.ready, count, places)
+            stop.work(count, places)
             first = stop.needed
-        self._run_parts(first, self._length, count, position)
+        self._run_parts(first, self._length, count, places)
         self._tokens += count
         if self._written.beside:
             self._written.beside.keep_spans()
         return count
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise ModelError for ids that the vocabulary has not."""
+        vocabulary = self.model.hyper.vocabulary
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise ModelError(f"token id {token} is outside the vocabulary of {vocabulary}")
 
     def hot_logits(self, first: int, last: int) -> Floats:
         """Logits (rows, vocabulary) of the tokens ``first`` to ``last`` of the last forward, by the hot
@@ -127,17 +149,17 @@ class LayerStack:
         assert self._written.beside is not None
         return self._written.beside.logits(first, last, stayed=self._written.away)
 
-    def forward_watched(self, tokens: Sequence[int], position: int, watch: Watch) -> int:
+    def forward_watched(self, tokens: Sequence[int], places: Places, watch: Watch) -> int:
         """:meth:`forward` of a source model, calling ``watch`` after every FFN with its layer, its normalised
         input (tokens, width) and act(gate)·up (tokens, neurons): views, valid during the call."""
         assert self.model.is_source
         count, first = len(tokens), 0
-        self._place(tokens, position)
+        self._place(tokens, places)
         for layer, end in enumerate(self._written.ffn_ends):
-            self.run(first, end, count, position)
+            self.run(first, end, count, places)
             watch(layer, self._buffers.normed[:count], self._buffers.gate[:count])
             first = end
-        self.run(first, self._length, count, position)
+        self.run(first, self._length, count, places)
         return count
 
     def known_factors(self, tokens: int) -> tuple[Floats, Floats]:
@@ -152,13 +174,6 @@ class LayerStack:
         held = predictor_thresholds(self._written.cold[layer])
         if held is not None:
             held[:] = -np.inf if values is None else values
-
-    def cache_bytes_read(self, position: int) -> int:
-        """Bytes of KV cache that decoding at ``position`` reads."""
-        hyper = self.model.hyper
-        per_position = kv_bytes_per_position(hyper, self.kv_type)
-        windows = (hyper.window if local else position for local in hyper.local_layers)
-        return round(sum(per_position * min(position, window) for window in windows))
 
     def weight_bytes_per_token(self) -> float:
         """Mean bytes of weights that one decoded token touches, with the density seen so far."""
@@ -239,34 +254,43 @@ class LayerStack:
     def _head_bytes(self) -> int:
         return 0 if self.head_matrix is None else self.head_matrix.nbytes
 
-    def _place(self, tokens: Sequence[int], position: int) -> None:
+    def _place(self, tokens: Sequence[int], places: Places) -> None:
         """Say which tokens come, and where they stand."""
-        count, positions = len(tokens), self._buffers.positions
-        self._buffers.tokens[:count] = tokens
-        if positions is not None:
-            first = position + (self.model.spec.position_offset or 0)
-            positions[:count] = np.arange(first, first + count)
+        positions, row = self._buffers.positions, 0
+        self._buffers.tokens[: len(tokens)] = tokens
+        if positions is None:
+            return
+        for span in places.spans:
+            first = span.position + (self.model.spec.position_offset or 0)
+            positions[row : row + span.tokens] = np.arange(first, first + span.tokens)
+            row += span.tokens
 
-    def _run_parts(self, first: int, last: int, count: int, position: int) -> None:
+    def _run_parts(self, first: int, last: int, count: int, places: Places) -> None:
         """:meth:`run`; where a timeline is kept, part by part."""
         if self.timeline is None:
-            self.run(first, last, count, position)
+            self.run(first, last, count, places)
             return
         for begin, end, name, layer in self._written.writer.labels.parts(first, last):
             started = time.perf_counter()
-            self.run(begin, end, count, position)
+            self.run(begin, end, count, places)
             self.timeline.add("CPU", name, layer, started, time.perf_counter())
 
-    def run(self, first: int, last: int, count: int, position: int) -> None:
-        """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``position``, and look on
-        where that was asked for."""
+    def run(self, first: int, last: int, count: int, places: Places | None = None) -> None:
+        """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``places`` (None: the
+        operations do not ask where tokens stand), and look on where that was asked for."""
         for check in self._checks:
             if first < check.after <= last:
-                self._program.run(self._pool, first, check.after, count, position)
+                self._run(first, check.after, count, places)
                 check.count(count)
                 first = check.after
         if first < last:
-            self._program.run(self._pool, first, last, count, position)
+            self._run(first, last, count, places)
+
+    def _run(self, first: int, last: int, count: int, places: Places | None) -> None:
+        if places is None:
+            self._program.run(self._pool, first, last, count)
+        else:
+            self._program.run_spans(self._pool, first, last, places.spans)
 
 
 def _open_hot(model: Model, options: StackOptions, work: Workload) -> tuple[HotSide | None, Sequence[str]]:

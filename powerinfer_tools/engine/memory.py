@@ -14,6 +14,21 @@ def kv_bytes_per_position(hyper: Hyperparameters, kind: str) -> float:
     return 2 * hyper.kv_width * (1 + 2 / 32 if kind == "q8_0" else 2)
 
 
+def require_session_memory(model: Model, context: int, kv_type: str, promised: int, available: int) -> None:
+    """Raise ModelError when the KV cache of one more session exceeds the ``available`` bytes (0: unknown)
+    without those that are ``promised`` to others."""
+    hyper = model.hyper
+    cache = round(context * kv_bytes_per_position(hyper, kv_type) * hyper.layers)
+    if not available or cache + promised + MARGIN <= available:
+        return
+    mib = 1 << 20
+    raise ModelError(
+        f"{model.path}: {cache // mib} MiB of KV cache for one more session of {context} tokens do not fit "
+        f"in the {available // mib} MiB of memory that are free, of which other sessions may need "
+        f"{promised // mib} MiB; close one, or ask for a shorter context"
+    )
+
+
 def require_memory(model: Model, context: int, kv_type: str, available: int, elsewhere: int = 0) -> None:
     """Raise ModelError when packed weights and KV cache exceed ``available`` bytes (0: unknown), but for
     those that are ``elsewhere``, in the memory of a GPU.

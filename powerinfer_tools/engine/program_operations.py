@@ -8,7 +8,7 @@ quantised once, and a product that joins the residual stream is added to it as i
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from powerinfer_kernels import KVCache, Matrix, Pool, ProgramBuilder
+from powerinfer_kernels import KVSlot, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.buffers import Floats, Integers, Scratch, place
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
@@ -53,11 +53,11 @@ class ProgramOperations:
         scratch: Scratch,
         pool: Pool,
         tables: Mapping[Rope, RotaryTables],
-        caches: Sequence[KVCache | None],
+        slots: Sequence[KVSlot | None],
         inputs: Inputs | None = None,
     ) -> None:
         self._builder, self._scratch, self._pool, self._inputs = builder, scratch, pool, inputs
-        self._tables, self._caches = tables, caches
+        self._tables, self._slots = tables, slots
         self._waiting: list[_Product] = []
         self._rounded: set[int] = set()
         #: Bytes of the matrices that were packed here.
@@ -136,12 +136,12 @@ class ProgramOperations:
 
     def attend(self, query: Value, key: Value, value: Value, how: Attention) -> Value:
         """Over the cache of the layer."""
-        builder, cache = self.flush(), self._caches[how.layer]
-        assert cache is not None, "the attention of this layer is on the hot device"
+        builder, slot = self.flush(), self._slots[how.layer]
+        assert slot is not None, "the attention of this layer is on the hot device"
         out = self._scratch.named("attended", query.floats.shape[1])
-        builder.store_kv(key.floats, value.floats, cache)
+        builder.store_kv(key.floats, value.floats, slot)
         builder.attention(
-            query.floats, cache, out, how.heads, how.scale, window=how.window, softcap=how.softcap
+            query.floats, slot, out, how.heads, how.scale, window=how.window, softcap=how.softcap
         )
         self.changed(out)
         return Value(out)

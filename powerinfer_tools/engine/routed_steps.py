@@ -3,9 +3,9 @@ others meanwhile."""
 
 import time
 from collections.abc import Sequence
-from functools import partial
 
 from powerinfer_tools.engine.buffers import Buffers
+from powerinfer_tools.engine.caches import Places
 from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot.routes import Route
 from powerinfer_tools.engine.hot_steps import Host
@@ -14,13 +14,12 @@ from powerinfer_tools.engine.timeline import tell
 
 
 class RoutedSteps:
-    """``count`` tokens, the first of which stands at ``position``; ``hot`` is None where every expert is the
-    host's."""
+    """``count`` tokens at ``places``; ``hot`` is None where every expert is the host's."""
 
     def __init__(self, hot: HotSide | None, buffers: Buffers, routed: RoutedBuffers, host: Host) -> None:
         self._hot, self._buffers, self._routed, self._host = hot, buffers, routed, host
 
-    def here(self, index: int, ffn: RoutedFFN, count: int, position: int) -> None:
+    def here(self, index: int, ffn: RoutedFFN, count: int, places: Places) -> None:
         """Layer ``index``, whose attention and router are the host's: the sum of all experts that tokens take
         is left in ``block_out``, that of the hot ones added last."""
         buffers, side, started = self._buffers, self._hot, time.perf_counter()
@@ -29,7 +28,7 @@ class RoutedSteps:
         if side is not None and hot:
             side.launch(index, buffers.normed[:count], buffers.normed_acts, buffers.x[:count], hot)
         launched = time.perf_counter()
-        self._work(ffn, cold, count, position)
+        ffn.work(cold, count, self._host.run)
         computed = time.perf_counter()
         tell(self._host.timeline, index, route=(started, routed), experts=(launched, computed))
         if side is not None and hot:
@@ -39,7 +38,7 @@ class RoutedSteps:
             waited = time.perf_counter()
             tell(self._host.timeline, index, launch=(routed, launched), wait=(computed, waited))
 
-    def there(self, index: int, ffn: RoutedFFN, arrives: bool, count: int, position: int) -> None:
+    def there(self, index: int, ffn: RoutedFFN, arrives: bool, count: int, places: Places) -> None:
         """Layer ``index``, whose attention and router are on the device, as the residual stream then is;
         ``arrives``: the stream is still here. The sum of the cold experts, if a token takes one, goes
         there."""
@@ -47,8 +46,8 @@ class RoutedSteps:
         assert side is not None
         begun = time.perf_counter()
         if arrives:
-            side.enter(buffers.x[:count], position)
-        side.begin(index, count, position)
+            side.enter(buffers.x[:count], places.position)
+        side.begin(index, count, places.position)
         launched = time.perf_counter()
         side.router_scores(index, routed.scores[:count], routed.shared_score[:count])
         arrived = time.perf_counter()
@@ -59,19 +58,13 @@ class RoutedSteps:
         queued = time.perf_counter()
         if cold:
             side.ffn_input(index, buffers.normed[:count], buffers.x[:count])
-            self._work(ffn, cold, count, position)
+            ffn.work(cold, count, self._host.run)
             tell(self._host.timeline, index, experts=(queued, time.perf_counter()))
         side.merge(index, buffers.block_out[:count] if cold else None, count)
         tell(self._host.timeline, index, launch=(begun, launched), wait=(launched, arrived))
         tell(self._host.timeline, index, route=(arrived, chosen))
         if hot:
             tell(self._host.timeline, index, launch=(chosen, queued))
-
-    def _work(self, ffn: RoutedFFN, cold: Sequence[Route], count: int, position: int) -> None:
-        ffn.work(cold, count, partial(self._run, position))
-
-    def _run(self, position: int, first: int, last: int, count: int) -> None:
-        self._host.run(first, last, count, position)
 
 
 def parted(routes: Sequence[Route], hot: frozenset[int]) -> tuple[list[Route], list[Route]]:

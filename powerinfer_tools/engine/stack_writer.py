@@ -8,7 +8,7 @@ from typing import Protocol
 from powerinfer_kernels import Pool, ProgramBuilder
 from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput
 from powerinfer_tools.engine.buffers import allocate
-from powerinfer_tools.engine.caches import allocate_caches
+from powerinfer_tools.engine.caches import Places, kv_slots
 from powerinfer_tools.engine.cold_ffn import (
     ColdFFN,
     Computed,
@@ -32,11 +32,11 @@ from powerinfer_tools.model.rotary import rope_tables
 @dataclass(frozen=True)
 class Stop:
     """Operations [ready, needed) of one layer that are not simply run one after the other: ``work`` runs
-    them, called with the number of tokens and their position."""
+    them, called with the number of tokens and their places."""
 
     ready: int
     needed: int
-    work: Callable[[int, int], None]
+    work: Callable[[int, Places], None]
 
 
 class Laid(Protocol):
@@ -70,16 +70,16 @@ class StackWriter:
             hot=hot is not None,
             scores="predicted" in modes or options.thresholds is not None,
         )
-        here = [not self._attention_there(index) for index in range(model.hyper.layers)]
-        self.caches = allocate_caches(model, options.context, options.kv_type, here)
         self.builder = ProgramBuilder(options.batch)
+        here = [not self._attention_there(index) for index in range(model.hyper.layers)]
+        self._slots = kv_slots(self.builder, model, options.context, here)
         self.tables = rope_tables(model.hyper, options.context, model.rope_factors)
         self.ops = ProgramOperations(
             self.builder,
             self.buffers.scratch,
             pool,
             self.tables,
-            self.caches,
+            self._slots,
             Inputs(self.buffers.tokens, self.buffers.positions),
         )
         self.writer = BlockWriter(model, self.ops, self.buffers)
@@ -205,7 +205,7 @@ class StackWriter:
         return self._options.observed[index] if self._options.observed else None
 
     def _write_attention(self, index: int, layer: LayerWeights) -> None:
-        if self.caches[index] is None:
+        if self._slots[index] is None:
             assert self.beside is not None
             here, arrives = self.writer.mark(), not self.away
             self.stops.append(Stop(here, here, partial(self.beside.attention, index, arrives)))

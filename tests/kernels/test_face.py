@@ -19,6 +19,7 @@ from powerinfer_kernels import (
     ProgramBuilder,
     RowMatrix,
     RowType,
+    State,
     aligned,
     available_isas,
     physical_cores,
@@ -50,8 +51,8 @@ BAD: dict[str, tuple[Callable[[ProgramBuilder], None], str]] = {
     "rotary too wide": (lambda b: b.rope(floats(2, 8), floats(4, 3), floats(4, 3), 2, 4, "neox"), "rotary"),
     "groups": (lambda b: b.rms_norm(floats(2, 8), None, floats(2, 8), 1e-5, groups=3), "groups"),
     "eps": (lambda b: b.rms_norm(floats(2, 8), None, floats(2, 8), float("nan")), "eps"),
-    "heads": (lambda b: b.attention(floats(2, 12), KVCache(8, 2, 4), floats(2, 12), 3, 1.0), "multiple"),
-    "window": (lambda b: b.attention(floats(2, 8), KVCache(8, 2, 4), floats(2, 8), 2, 1.0, -1), "window"),
+    "heads": (lambda b: b.attention(floats(2, 12), b.kv_slot(8, 2, 4), floats(2, 12), 3, 1.0), "multiple"),
+    "window": (lambda b: b.attention(floats(2, 8), b.kv_slot(8, 2, 4), floats(2, 8), 2, 1.0, -1), "window"),
     "activations": (lambda b: b.quantize(floats(2, 64), Activations(1, 64)), "do not fit"),
     "no zeros": (lambda b: sparse(b, kind="silu"), "exact zeros"),
     "rows differ": (lambda b: sparse(b, select=floats(2, 2)), "select must be"),
@@ -125,10 +126,10 @@ def test_buffers_refuse() -> None:
 def adding() -> tuple[ProgramBuilder, np.ndarray]:
     """out += 1, for two tokens in a context of four."""
     builder, out = ProgramBuilder(2), floats(2, 64)
-    one, cache = floats(2, 64), KVCache(4, 1, 64)
+    one = floats(2, 64)
     one[:] = 1
     builder.add(one, out)
-    builder.store_kv(one, one, cache)
+    builder.store_kv(one, one, builder.kv_slot(4, 1, 64))
     return builder, out
 
 
@@ -148,7 +149,7 @@ def test_times_are_added_up_and_reset() -> None:
     program = builder.build()
     with Pool(2) as pool:
         for _ in range(10):
-            program.run(pool, 0, 2, 2, 0)
+            program.run(pool, 0, 2, 2, 0, State([KVCache(4, 1, 64)]))
     assert (program.nanoseconds() > 0).all()
     program.reset_counters()
     assert not program.nanoseconds().any()
@@ -173,7 +174,7 @@ def test_more_threads_than_cores() -> None:
     program = builder.build()
     with Pool(8) as pool:
         for _ in range(200):
-            program.run(pool, 0, 2, 2, 0)
+            program.run(pool, 0, 2, 2, 0, State([KVCache(4, 1, 64)]))
     assert (out == 200).all()
 
 

@@ -17,6 +17,7 @@ from powerinfer_kernels import (
     Pool,
     ProgramBuilder,
     RowType,
+    State,
     aligned,
     available_isas,
     dequantize,
@@ -199,14 +200,15 @@ def attend(
     ins = [aligned((longest, n * dim), np.float32) for n in (heads, kv_heads, kv_heads)]
     out = aligned((longest, heads * dim), np.float32)
     builder = ProgramBuilder(longest)
-    builder.store_kv(ins[1], ins[2], cache)
-    builder.attention(ins[0], cache, out, heads, 0.3, **options)
+    slot, state = builder.kv_slot(total + 40, kv_heads, dim), State([cache])
+    builder.store_kv(ins[1], ins[2], slot)
+    builder.attention(ins[0], slot, out, heads, 0.3, **options)
     program, position, outs = builder.build(), 0, []
     with Pool(threads, isa) as pool:
         for count in runs:
             for buffer, values in zip(ins, (q, k, v), strict=True):
                 buffer[:count] = values[position : position + count].reshape(count, -1)
-            program.run(pool, 0, 2, count, position)
+            program.run(pool, 0, 2, count, position, state)
             outs.append(out[:count].copy())
             position += count
     return np.concatenate(outs), q, k, v
@@ -271,9 +273,9 @@ def test_a_q8_0_cache_shows_what_is_not_finite_and_keeps_zeros(isa: str) -> None
     k[0, 3], k[0, 40:] = np.nan, 1e-9
     v[0, 3], v[0, 40] = np.inf, 1.0
     builder = ProgramBuilder(1)
-    builder.store_kv(filled(k), filled(v), cache)
+    builder.store_kv(filled(k), filled(v), builder.kv_slot(16, 1, 96))
     with Pool(1, isa) as pool:
-        builder.build().run(pool, 0, 1, 1, 5)
+        builder.build().run(pool, 0, 1, 1, 5, State([cache]))
     keys, values, key_scales, value_scales = cache.arrays
     np.testing.assert_array_equal(np.isnan(key_scales.view(np.float16)[0, 0, :, 5]), [True, False, False])
     np.testing.assert_array_equal(np.isnan(value_scales.view(np.float16)[0, 5]), [True, False, False])

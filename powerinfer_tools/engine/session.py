@@ -1,0 +1,192 @@
+"""One conversation over shared weights: its KV cache, its position and its counters."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_kernels import State
+from powerinfer_tools.engine.caches import cache_bytes_read
+from powerinfer_tools.engine.head import HEAD_ROWS, Head
+from powerinfer_tools.engine.layers import LayerStack
+from powerinfer_tools.errors import ContextFull, ModelError
+from powerinfer_tools.model.loading import Model
+from powerinfer_tools.progress import Progress, Silent
+
+Floats = npt.NDArray[np.float32]
+
+
+class Shared(Protocol):
+    """What a session needs of the weights that it shares with others."""
+
+    model: Model
+    batch: int
+    stack: LayerStack
+    head: Head | None
+
+    def session(self, context: int | None = None, kv_type: str | None = None) -> "Session":
+        """A new session."""
+
+    def forward(self, parts: "Sequence[tuple[Session, Sequence[int]]]") -> None:
+        """One pass over tokens of sessions, which then hold them."""
+
+    def logits(self, rows: slice | list[int]) -> Floats:
+        """Logits of some tokens of the last pass."""
+
+    def forget(self, session: "Session") -> None:
+        """The session is closed."""
+
+
+@dataclass
+class SessionCounters:
+    """What a session has processed by itself; seconds are wall time."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    #: Bytes of KV cache that decoded tokens read.
+    cache_bytes: int = 0
+
+
+class Session:
+    """Tokens and what is kept of them; made by :meth:`Weights.session`. ``position`` is the number of tokens
+    it holds, ``context`` how many fit."""
+
+    def __init__(self, weights: Shared, state: State, context: int, kv_type: str) -> None:
+        self._weights, self._state = weights, state
+        self.context, self.kv_type, self.position = context, kv_type, 0
+        self.counters = SessionCounters()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def state(self) -> State:
+        """The buffers that the kernels work on."""
+        return self._state
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffers outside the hot device when the context is full, in bytes; memory is taken as
+        positions are first written."""
+        return self._state.nbytes
+
+    @property
+    def touched_bytes(self) -> int:
+        """About how many bytes of them what the session holds takes."""
+        return self.nbytes * self.position // self.context
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> Floats:
+        """Process ``tokens`` after what is held; logits (vocabulary,) after the last of them, valid until the
+        next call.
+
+        Raises ContextFull (with nothing changed) when they do not fit.
+        """
+        if len(tokens) == 0:
+            raise ValueError("prefill needs at least one token")
+        self.require_room(len(tokens))
+        progress = progress or Silent()
+        started, batch, count = time.perf_counter(), self._weights.batch, 0
+        for first in range(0, len(tokens), batch):
+            count = self.forward(tokens[first : first + batch])
+            progress.advance(count)
+        logits: Floats = self._weights.logits(slice(count - 1, count))[0]
+        self.counters.prompt_tokens += len(tokens)
+        self.counters.prompt_seconds += time.perf_counter() - started
+        return logits
+
+    def decode(self, token: int) -> Floats:
+        """Logits (vocabulary,) after one more token; valid until the next call. Raises ContextFull."""
+        self.require_room(1)
+        weights, counters = self._weights, self.counters
+        started, timeline = time.perf_counter(), weights.stack.timeline
+        if timeline is not None:
+            timeline.restart()
+        self.forward([token])
+        forwarded = time.perf_counter()
+        logits: Floats = weights.logits(slice(0, 1))[0]
+        if timeline is not None:
+            name = "head" if weights.head else "wait"
+            timeline.add("CPU", name, None, forwarded, time.perf_counter())
+        counters.decode_tokens += 1
+        counters.cache_bytes += cache_bytes_read(weights.model.hyper, self.kv_type, self.position)
+        counters.decode_seconds += time.perf_counter() - started
+        return logits
+
+    def process(self, tokens: Sequence[int], rows: int) -> Iterator[Floats]:
+        """Process ``tokens`` after what is held; logits (vocabulary,) after each of the last ``rows``, each
+        valid until the next one is asked for. Raises ContextFull."""
+        for logits in self.logits_from(tokens, len(tokens) - rows):
+            yield from logits
+
+    def logits_from(self, tokens: Sequence[int], first: int) -> Iterator[Floats]:
+        """As :meth:`process`, for the tokens from ``first`` on, up to HEAD_ROWS (k, vocabulary) at a time."""
+        self.require_room(len(tokens))
+        batch = self._weights.batch
+        for start in range(0, len(tokens), batch):
+            count = self.forward(tokens[start : start + batch])
+            for row in range(max(0, first - start), count, HEAD_ROWS):
+                yield self._weights.logits(slice(row, min(row + HEAD_ROWS, count)))
+
+    def forward(self, tokens: Sequence[int]) -> int:
+        """Run up to a batch of ``tokens`` through the layers; returns their number."""
+        self._weights.forward([(self, tokens)])
+        return len(tokens)
+
+    def rewind(self, position: int) -> None:
+        """Forget everything from ``position`` on."""
+        if not 0 <= position <= self.position:
+            raise ValueError(f"cannot rewind to {position}: the cache holds {self.position} tokens")
+        self.position = position
+
+    def copy_prefix(self, source: "Session", positions: int) -> None:
+        """Hold the first ``positions`` tokens of ``source``, bit for bit, in place of what was held.
+
+        Raises ValueError where ``source`` has fewer or is of other weights, ContextFull where they do not
+        fit, ModelError where the two caches differ in type.
+        """
+        if source._weights is not self._weights or not 0 <= positions <= source.position:
+            raise ValueError(f"the other session has not {positions} tokens of the same weights")
+        if positions > self.context:
+            raise ContextFull(f"{positions} tokens do not fit in a context of {self.context}")
+        if source.kv_type != self.kv_type:
+            raise ModelError(f"a {source.kv_type} cache cannot be copied into one of type {self.kv_type}")
+        if source is not self:
+            self._state.copy_positions(source._state, positions)
+        self.position = positions
+
+    def fork(self, context: int | None = None) -> "Session":
+        """A new session that holds the same tokens, of the same context unless told otherwise. Raises as
+        :meth:`Weights.session` and :meth:`copy_prefix` do."""
+        other = self._weights.session(self.context if context is None else context, self.kv_type)
+        try:
+            other.copy_prefix(self, self.position)
+        except BaseException:
+            other.close()
+            raise
+        return other
+
+    def require_room(self, tokens: int) -> None:
+        """Raise ContextFull unless so many more tokens fit."""
+        if self.position + tokens > self.context:
+            raise ContextFull(
+                f"{tokens} more tokens do not fit: the context holds {self.context} and {self.position} "
+                "are used; ask for a longer context (-c) or start anew"
+            )
+
+    def close(self) -> None:
+        """Give the buffers back. The session cannot be used afterwards; closing it again does nothing."""
+        if self.context:
+            self._weights.forget(self)
+            self._state = State([])
+            self.context = self.position = 0

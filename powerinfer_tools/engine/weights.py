@@ -1,0 +1,257 @@
+"""A model packed once: what all its sessions share, and passes over tokens of several of them."""
+
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_kernels import Pool, Span, read_bandwidth
+from powerinfer_tools.detect import available_ram_bytes
+from powerinfer_tools.engine.caches import Places
+from powerinfer_tools.engine.factor_thresholds import FactorThresholds
+from powerinfer_tools.engine.head import HEAD_ROWS, Head
+from powerinfer_tools.engine.layers import LayerStack
+from powerinfer_tools.engine.memory import require_memory, require_session_memory
+from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.session import Session
+from powerinfer_tools.engine.stack_options import StackOptions
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.loading import Model
+
+Floats = npt.NDArray[np.float32]
+#: Context when none is asked for: what a chat needs, without reserving a long-context model's whole cache.
+DEFAULT_CONTEXT = 4096
+DEFAULT_BATCH = 512
+
+
+class Part(NamedTuple):
+    """What one session wants of a step: ``tokens`` after what it holds, and logits after the last ``rows`` of
+    them."""
+
+    session: Session
+    tokens: Sequence[int]
+    rows: int = 1
+
+
+class Weights:
+    """One packed model, for any number of sessions. Not thread-safe; results do not depend on ``threads``,
+    ``batch`` or ``isa``, nor on what else is in a pass.
+
+    ``context`` is the longest that a session may have (None: the model's, up to :data:`DEFAULT_CONTEXT`), and
+    ``kv_type`` the type of their caches where a session does not say; "q8_0" halves them, at a small cost in
+    precision. ``batch`` is the most tokens of one pass. ``mode`` None takes what the file says (a source
+    model is dense). ``device`` "none" computes everything in the C kernels; "cpu" and "cuda" give the hot
+    part of a split file to torch on that device, and ``vram`` limits it to that many bytes by moving the
+    split point. ``observed`` counters, one of each layer, are added to by every forward pass of a source
+    model. ``check_recall`` computes beside every prediction what it should have found, for the report;
+    results stay the same bits. ``thresholds`` of each layer of a source model leave neurons out, as they say
+    at the time of each pass.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        batch: int = DEFAULT_BATCH,
+        isa: str | None = None,
+        mode: str | None = None,
+        device: str = "none",
+        vram: int | None = None,
+        kv_type: str = "f16",
+        observed: Sequence[LayerCounters] | None = None,
+        check_recall: bool = False,
+        thresholds: Sequence[FactorThresholds] | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        self.model, self.kv_type = model, kv_type
+        self.context = _check_context(model, context)
+        if device != "cuda":  # the layers judge it when they know what the GPU holds
+            require_memory(model, self.context, kv_type, available_ram_bytes())
+        self.batch = max(1, min(batch, self.context))
+        self._sessions: list[Session] = []
+        options = StackOptions(
+            self.batch, self.context, mode, device, vram, kv_type, observed, check_recall, thresholds
+        )
+        self.pool = Pool(threads, isa)
+        try:
+            #: The layers, for stages that look inside.
+            self.stack = LayerStack(model, self.pool, options)
+            try:
+                matrix = self.stack.head_matrix
+                self.head = None if matrix is None else Head(model, self.pool, matrix)
+            except BaseException:
+                self.stack.close()
+                raise
+        except BaseException:
+            self.pool.close()
+            raise
+        self.load_seconds = time.perf_counter() - started
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return self.model.hyper.vocabulary
+
+    @property
+    def notices(self) -> Sequence[str]:
+        """What could not be done as asked, and what is done instead: each once, in words for the user."""
+        return self.stack.notices
+
+    def read_bandwidth(self) -> float:
+        """Measure the machine's read bandwidth with these threads, in bytes per second."""
+        return read_bandwidth(self.pool)
+
+    def session(self, context: int | None = None, kv_type: str | None = None) -> Session:
+        """A new session of up to ``context`` tokens (None: the longest), whose caches are of ``kv_type``.
+
+        Raises ModelError where memory does not suffice, and where the hot device computes attention, which it
+        does for one session at a time.
+        """
+        context, kv_type = self.context if context is None else context, kv_type or self.kv_type
+        if not 1 <= context <= self.context:
+            raise ModelError(
+                f"{self.model.path}: a session of {context} tokens is not from 1 to {self.context}, for "
+                "which the weights were loaded"
+            )
+        if self.stack.serves_one and (self._sessions or kv_type != self.kv_type):
+            raise ModelError(
+                f"{self.model.path}: the {self.stack.device} device computes attention, and holds one cache "
+                f"of type {self.kv_type}: no second session can be open, and none of another type"
+            )
+        untaken = [held.nbytes - held.touched_bytes for held in self._sessions]
+        if untaken:
+            require_session_memory(self.model, context, kv_type, sum(untaken), available_ram_bytes())
+        session = Session(self, self.stack.new_state(context, kv_type), context, kv_type)
+        self._sessions.append(session)
+        return session
+
+    def step(self, parts: Iterable[Part | tuple[Session, Sequence[int]]]) -> Floats:
+        """Process tokens of several sessions, each after what its session holds, in as few passes as
+        ``batch`` allows; logits (rows, vocabulary) after the last token of each part, or the last ``rows`` of
+        them, in the order of the parts.
+
+        Every session gets the bits that it would get alone. Valid until the next call. Raises ContextFull,
+        ModelError for ids outside the vocabulary, and ValueError for a session that comes twice, is closed or
+        of other weights, and for parts without tokens or with more rows than tokens: all with nothing
+        changed.
+        """
+        work = [Part(*part) for part in parts]
+        self._check(work)
+        rows = sum(part.rows for part in work)
+        if self.stack.has_hot_side:
+            return self._one_by_one(work, rows)
+        if rows <= HEAD_ROWS and sum(len(part.tokens) for part in work) <= self.batch:
+            wanted = self._wanted(work)
+            self.forward([(part.session, part.tokens) for part in work])
+            return self.logits(wanted)
+        return self._passes(work, rows)
+
+    def forward(self, parts: Sequence[tuple[Session, Sequence[int]]]) -> None:
+        """One pass over up to ``batch`` tokens; the sessions then hold them. Without any check but that of
+        the ids, for what drives single sessions."""
+        spans = tuple(Span(session.state, session.position, len(tokens)) for session, tokens in parts)
+        tokens = parts[0][1] if len(parts) == 1 else [token for _, some in parts for token in some]
+        self.stack.forward(tokens, Places(spans))
+        for session, some in parts:
+            session.position += len(some)
+
+    def logits(self, rows: slice | list[int]) -> Floats:
+        """Logits (rows, vocabulary) of up to HEAD_ROWS tokens of the last pass; of a hot device's head, a
+        slice. Valid until the next call."""
+        if self.head is None:
+            assert isinstance(rows, slice)
+            return self.stack.hot_logits(rows.start, rows.stop)
+        return self.head.logits(self.stack.x[rows])
+
+    def forget(self, session: Session) -> None:
+        """The session is closed."""
+        self._sessions.remove(session)
+
+    def close(self) -> None:
+        """Close all sessions, release the hot device and stop the threads. Nothing can be used afterwards."""
+        for session in tuple(self._sessions):
+            session.close()
+        self.stack.close()
+        self.pool.close()
+
+    def _check(self, work: Sequence[Part]) -> None:
+        if not work or len({id(part.session) for part in work}) != len(work):
+            raise ValueError("a step takes at least one session, and each session once")
+        for session, tokens, rows in work:
+            if not any(session is held for held in self._sessions):
+                raise ValueError("the session is closed, or of other weights")
+            if not 1 <= rows <= len(tokens):
+                raise ValueError(f"{rows} rows of logits after {len(tokens)} tokens")
+            session.require_room(len(tokens))
+            self.stack.check_tokens(tokens)
+
+    def _wanted(self, work: Sequence[Part]) -> list[int]:
+        """Where the rows whose logits are wanted stand in a single pass."""
+        wanted, end = list[int](), 0
+        for part in work:
+            end += len(part.tokens)
+            wanted += range(end - part.rows, end)
+        return wanted
+
+    def _one_by_one(self, work: Sequence[Part], rows: int) -> Floats:
+        """Each session by itself, as torch's sums may depend on the size of a batch."""
+        out, at = np.empty((rows, self.vocabulary), np.float32), 0
+        for session, tokens, count in work:
+            for row in session.process(tokens, count):
+                out[at] = row
+                at += 1
+        return out
+
+    def _passes(self, work: Sequence[Part], rows: int) -> Floats:
+        """Pass by pass, each with as many tokens as fit, in order."""
+        out, at = np.empty((rows, self.vocabulary), np.float32), 0
+        for parts, wanted in _cut(work, self.batch):
+            self.forward(parts)
+            for first in range(0, len(wanted), HEAD_ROWS):
+                some = wanted[first : first + HEAD_ROWS]
+                out[at : at + len(some)] = self.logits(some)
+                at += len(some)
+        return out
+
+
+def _cut(work: Sequence[Part], batch: int) -> Iterable[tuple[list[tuple[Session, Sequence[int]]], list[int]]]:
+    """Passes of up to ``batch`` tokens: what they take of each session, and the rows whose logits are
+    wanted."""
+    parts, wanted, used = list[tuple[Session, Sequence[int]]](), list[int](), 0
+    for session, tokens, rows in work:
+        done = 0
+        while done < len(tokens):
+            count = min(batch - used, len(tokens) - done)
+            parts.append((session, tokens[done : done + count]))
+            first = max(0, len(tokens) - rows - done)
+            wanted += range(used + first, used + count)
+            done, used = done + count, used + count
+            if used == batch:
+                yield parts, wanted
+                parts, wanted, used = [], [], 0
+    if parts:
+        yield parts, wanted
+
+
+def _check_context(model: Model, context: int | None) -> int:
+    trained = model.hyper.trained_context
+    if context is None:
+        return min(trained, DEFAULT_CONTEXT)
+    if not 1 <= context <= trained:
+        raise ModelError(
+            f"{model.path}: context {context} is not from 1 to {trained}, what the model was trained for"
+        )
+    return context

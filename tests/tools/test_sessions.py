@@ -1,0 +1,327 @@
+"""Several sessions over one packed model: each gets the bits that it gets alone, in any company."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from powerinfer_formats.profile import Profile
+from powerinfer_kernels import KernelError
+from powerinfer_tools.engine import Engine, Part, Session, Weights
+from powerinfer_tools.engine import weights as weights_module
+from powerinfer_tools.engine.memory import MARGIN
+from powerinfer_tools.errors import ContextFull, ModelError
+from powerinfer_tools.measure.synthetic.models import Shape
+from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.threshold import ThresholdOptions, run_threshold
+from predicted_models import TEXT, profiled
+from small_plans import plan_for
+from split_models import GROUP, Prepared
+from tiny_models import CASES, FAMILY_CASES, make_tiny_model
+
+LONGEST = 40
+SPARSE = Shape("llama", 2, 128, 2, 1, 64, 384, 512, 1e4, tied=True)
+
+
+def sparse(folder: Path) -> Path:
+    """A synthetic model that every mode runs, with heads that a q8_0 cache can hold."""
+    path = folder / "sparse.gguf"
+    write_sparse(path, "small", SPARSE, "Q4_0", Sparsity(0.2))
+    return path
+
+
+def source(case: str) -> Callable[[Path], Path]:
+    return lambda folder: make_tiny_model(folder, FAMILY_CASES[case]).path
+
+
+def split(*, attention: tuple[int, ...] = ()) -> Callable[[Path], Path]:
+    return lambda folder: Prepared(folder, "llama-relu").split([GROUP] * 3, "gate-first", attention=attention)
+
+
+def thresholded(folder: Path) -> Path:
+    tiny = make_tiny_model(folder, replace(CASES["llama"], neurons=192, layers=2))
+    profile, plan = profiled(folder, tiny), folder / "plan.json"
+    report = run_threshold(
+        ThresholdOptions(tiny.path, profile, TEXT, folder / "tiny.thresholds.safetensors", 0.05, 64, 4, 1)
+    )
+    plan_for(Profile.load(profile), [GROUP] * 2, group=GROUP, width=tiny.spec.width).save(plan)
+    output = folder / "tiny.powerinfer.gguf"
+    convert(ConvertOptions(tiny.path, profile, plan, output, quant="F32", thresholds=Path(report.output)))
+    return output
+
+
+#: What is run: how its file is made, with which options, and the types of its caches.
+RUNS: dict[str, tuple[Callable[[Path], Path], dict[str, object], tuple[str, ...]]] = {
+    "dense": (sparse, {"mode": "dense"}, ("f16", "q8_0")),
+    "gate-first": (sparse, {"mode": "gate-first"}, ("f16", "q8_0")),
+    "predicted": (sparse, {"mode": "predicted"}, ("f16", "q8_0")),
+    "thresholded": (thresholded, {"mode": "thresholded"}, ("f16",)),
+    "windows": (source("gemma3"), {}, ("f16",)),
+    "learnt positions": (source("opt"), {}, ("f16",)),
+    "parallel blocks": (source("falcon"), {}, ("f16",)),
+    "experts": (source("qwen3moe"), {}, ("f16",)),
+    "split": (split(), {}, ("f16",)),
+    "hot neurons": (split(), {"device": "cpu"}, ("f16",)),
+}
+
+
+@dataclass
+class Talk:
+    """The tokens of one session, how they came, and the logits after each."""
+
+    tokens: list[int]
+    kind: str
+    context: int
+    slices: list[int] = field(default_factory=list)
+    rows: list[np.ndarray] = field(default_factory=list)
+    session: Session | None = None
+
+    @property
+    def done(self) -> int:
+        return sum(self.slices)
+
+    def bits(self) -> np.ndarray:
+        return np.stack(self.rows).view(np.uint32)
+
+
+def talks(vocabulary: int, kinds: tuple[str, ...]) -> list[Talk]:
+    rng = np.random.default_rng(7)
+    lengths = [1, 2, LONGEST, *rng.integers(3, LONGEST, 4).tolist()]
+    return [
+        Talk(
+            rng.integers(0, vocabulary, length).tolist(),
+            kinds[index % len(kinds)],
+            min(LONGEST, length + 5 * (index % 3)),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def all_at_once(weights: Weights, some: list[Talk], seed: int) -> None:
+    """They join and leave at random, in random order, with single tokens and slices of prompts."""
+    rng = np.random.default_rng(seed)
+    waiting, active = list(some), list[Talk]()
+    while waiting or active:
+        while waiting and (not active or rng.random() < 0.6):
+            talk = waiting.pop(int(rng.integers(len(waiting))))
+            talk.session = weights.session(talk.context, talk.kind)
+            active.append(talk)
+        order = rng.permutation(len(active))[: rng.integers(1, len(active) + 1)].tolist()
+        parts = []
+        for talk in (active[index] for index in order):
+            left = len(talk.tokens) - talk.done
+            count = 1 if rng.random() < 0.5 else int(rng.integers(1, left + 1))
+            assert talk.session is not None
+            parts.append(Part(talk.session, talk.tokens[talk.done : talk.done + count], count))
+            talk.slices.append(count)
+        logits, at = weights.step(parts), 0
+        for index, part in zip(order, parts, strict=True):
+            active[index].rows += list(logits[at : at + part.rows].copy())
+            at += part.rows
+        for talk in [talk for talk in active if talk.done == len(talk.tokens)]:
+            assert talk.session is not None
+            talk.session.close()
+            active.remove(talk)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_company_changes_no_bit(name: str, tmp_path: Path) -> None:
+    """A batch of 9 cuts prompts over passes and puts slices beside single tokens. Alone: token by token, or,
+    where torch's sums may depend on the number of rows, in the same slices."""
+    make, options, kinds = RUNS[name]
+    model = load_model(make(tmp_path))
+    alone = talks(model.hyper.vocabulary, kinds)
+    plans = []
+    for threads in (1, 2, 3, 4):
+        together = talks(model.hyper.vocabulary, kinds)
+        with Weights(model, threads=threads, context=LONGEST, batch=9, **options) as weights:  # type: ignore[arg-type]
+            all_at_once(weights, together, threads)
+        plans.append(together)
+    with Weights(model, threads=1, context=LONGEST, batch=9, **options) as weights:  # type: ignore[arg-type]
+        for index, talk in enumerate(alone):
+            for together in plans if "device" in options else plans[:1]:
+                talk.rows.clear()
+                with weights.session(talk.context, talk.kind) as session:
+                    for token in talk.tokens if "device" not in options else ():
+                        talk.rows.append(session.decode(token).copy())
+                    done = 0
+                    for count in together[index].slices if "device" in options else ():
+                        some = talk.tokens[done : done + count]
+                        talk.rows += [row.copy() for row in session.process(some, count)]
+                        done += count
+                np.testing.assert_array_equal(talk.bits(), together[index].bits())
+            if "device" not in options:
+                for together in plans[1:]:
+                    np.testing.assert_array_equal(talk.bits(), together[index].bits())
+    model.close()
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Weights:
+    return Weights(load_model(sparse(tmp_path)), threads=1, context=LONGEST, batch=4, mode="dense")
+
+
+def test_a_step_gives_the_rows_that_were_asked_for(weights: Weights) -> None:
+    """40 rows are more than the head takes at once, 12 tokens more than a pass."""
+    first, second = weights.session(), weights.session(kv_type="q8_0")
+    tokens = list(range(5, 25))
+    expected = [np.concatenate([r.copy() for r in s.logits_from(tokens, 0)]) for s in (first, second)]
+    first.rewind(0)
+    second.rewind(0)
+    got = weights.step([Part(second, tokens, 20), (first, tokens)]).copy()
+    np.testing.assert_array_equal(got, np.concatenate([expected[1], expected[0][-1:]]))
+    got = weights.step([(first, [7])])
+    assert got.shape == (1, weights.vocabulary)
+    assert (first.position, second.position) == (21, 20)
+    weights.close()
+
+
+def test_a_copied_prefix_goes_on_with_the_same_bits(weights: Weights) -> None:
+    tokens = list(range(3, 33))
+    one = weights.session()
+    expected = np.stack([row.copy() for row in one.process(tokens, len(tokens))])
+    for positions in (0, 1, 16, 17, 30):
+        other = weights.session(context=35)
+        other.prefill([9] * 5)
+        other.copy_prefix(one, positions)
+        got = np.array([other.decode(token).copy() for token in tokens[positions:]])
+        np.testing.assert_array_equal(got, expected[positions:].reshape(got.shape))
+        other.close()
+    fork = one.fork()
+    assert fork.position == 30
+    np.testing.assert_array_equal(fork.decode(3).copy(), one.decode(3))
+    one.copy_prefix(one, 4)
+    assert one.position == 4
+    np.testing.assert_array_equal(one.decode(tokens[4]), expected[4])
+    weights.close()
+
+
+def test_sessions_take_memory_for_what_they_hold_and_give_it_back(weights: Weights) -> None:
+    small, large = weights.session(context=10), weights.session()
+    width = SPARSE.kv_heads * SPARSE.head_dim
+    assert large.nbytes >= LONGEST * SPARSE.layers * width * 2 * 2 > small.nbytes
+    large.prefill([1] * 20)
+    assert large.touched_bytes == large.nbytes // 2
+    large.close()
+    large.close()
+    assert large.nbytes == 0
+    with pytest.raises(ContextFull):
+        large.decode(1)
+    weights.close()
+
+
+def test_what_a_step_refuses_changes_nothing(weights: Weights, tmp_path: Path) -> None:
+    one, other = weights.session(context=3), weights.session()
+    with Weights(weights.model, threads=1, context=8, mode="dense") as elsewhere:
+        foreign = elsewhere.session()
+        for parts, fault in (
+            ([], "at least one"),
+            ([(one, [1]), (one, [2])], "each session once"),
+            ([(other, [1]), (one, [])], "1 rows of logits after 0 tokens"),
+            ([(other, [1]), Part(one, [1], 2)], "2 rows of logits"),
+            ([(other, [1]), (foreign, [1])], "of other weights"),
+        ):
+            with pytest.raises(ValueError, match=fault):
+                weights.step(parts)  # type: ignore[arg-type]
+    with pytest.raises(ContextFull, match="4 more tokens"):
+        weights.step([(other, [1]), (one, [1] * 4)])
+    with pytest.raises(ModelError, match="token id 512 is outside"):
+        weights.step([(other, [1]), (one, [512])])
+    assert (one.position, other.position) == (0, 0)
+    one.close()
+    with pytest.raises(ValueError, match="closed"):
+        weights.step([(one, [1])])
+    with pytest.raises(ModelError, match="not from 1 to 40"):
+        weights.session(context=41)
+    with pytest.raises(ValueError, match="has not 1 tokens"):
+        weights.session().copy_prefix(other, 1)
+    other.prefill([1, 2])
+    with pytest.raises(ModelError, match="cannot be copied"):
+        weights.session(kv_type="q8_0").copy_prefix(other, 1)
+    with pytest.raises(ContextFull):
+        weights.session(context=1).copy_prefix(other, 2)
+    weights.close()
+
+
+def test_a_session_for_which_there_is_no_memory(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What open sessions have been promised and not yet taken is not free."""
+    first = weights.session()
+    room = MARGIN + first.nbytes + first.nbytes // 2
+    monkeypatch.setattr(weights_module, "available_ram_bytes", lambda: room)
+    with pytest.raises(ModelError, match="one more session of 40 tokens"):
+        weights.session()
+    first.prefill([1] * 30)
+    weights.session().close()
+    weights.close()
+
+
+def test_attention_on_the_device_serves_one_session(tmp_path: Path) -> None:
+    with Weights(load_model(split(attention=(1,))(tmp_path)), threads=1, device="cpu") as weights:
+        first = weights.session()
+        expected = first.prefill([1, 2, 3]).copy()
+        for options in ({}, {"kv_type": "q8_0"}):
+            with pytest.raises(ModelError, match="no second session can be open"):
+                weights.session(**options)
+        with pytest.raises(ModelError, match="no second session"):
+            first.fork()
+        first.close()
+        np.testing.assert_array_equal(weights.session().prefill([1, 2, 3]), expected)
+
+
+def test_engines_share_weights(weights: Weights) -> None:
+    """Closing one leaves the weights open."""
+    one, other = (Engine(weights.model, weights=weights) for _ in range(2))
+    expected = one.prefill([1, 2]).copy()
+    one.close()
+    np.testing.assert_array_equal(other.prefill([1, 2]), expected)
+    assert other.report().prompt_tokens == 2
+    other.close()
+    weights.session()
+    weights.close()
+
+
+@pytest.mark.parametrize("fault", ["StackWriter", "Head", "Session"])
+def test_what_was_opened_is_closed_when_a_later_step_fails(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads and the hot device are let go of."""
+    path, closed = split()(tmp_path), list[str]()
+    model = load_model(path)
+
+    def broken(*args: object) -> None:
+        raise KernelError("broken")
+
+    from powerinfer_tools.engine import layers
+
+    for module, name in ((weights_module.Pool, "Pool"), (layers.LayerStack, "LayerStack")):
+        close = module.close
+        monkeypatch.setattr(
+            module, "close", lambda self, close=close, name=name: (closed.append(name), close(self))
+        )
+    place = layers if fault == "StackWriter" else weights_module
+    monkeypatch.setattr(place, fault, broken)
+    with pytest.raises(KernelError, match="broken"):
+        Engine(model, threads=1, device="cpu")
+    assert closed == ["LayerStack", "Pool"]
+    monkeypatch.undo()
+    Engine(model, threads=1, device="cpu").close()
+    model.close()
+
+
+def test_an_interrupted_pass_changes_no_position(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = weights.session()
+    session.prefill([1, 2])
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights.stack, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        weights.step([(session, [3])])
+    monkeypatch.undo()
+    assert session.position == 2
+    weights.close()

@@ -9,15 +9,13 @@ control token; only what the template itself writes does.
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from powerinfer_tools.errors import ChatTemplateError
 from powerinfer_tools.text.stand_ins import StandIns
+from powerinfer_tools.text.template_worker import WORKER, WorkerLost
 from powerinfer_tools.text.tokenizer import Tokenizer
 from powerinfer_tools.text.vocabulary import MetadataSource
 
@@ -28,7 +26,6 @@ MAX_SECONDS = 2.0
 _MEMORY_BYTES = 512 << 20
 _OUTPUT_CHARACTERS = 1 << 20  # beyond four times what the messages hold
 _START_SECONDS = 10.0  # for the process to come up on a busy machine
-_CHILD = Path(__file__).with_name("template_child.py")
 _DETAIL = 300
 
 
@@ -216,27 +213,21 @@ def _render_apart(request: Mapping[str, Any], output_characters: int) -> str:
         "memory_bytes": _MEMORY_BYTES + 16 * output_characters,
         "output_characters": output_characters,
     }
+    data = json.dumps({**request, **limits}).encode()
     try:
-        child = subprocess.run(  # noqa: S603  our own script, by its path
-            [sys.executable, "-P", str(_CHILD)],
-            input=json.dumps({**request, **limits}).encode(),
-            capture_output=True,
-            timeout=MAX_SECONDS + _START_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ChatTemplateError(_too_slow()) from None
+        answer = json.loads(WORKER.render(data, MAX_SECONDS + _START_SECONDS))
+    except WorkerLost as lost:
+        raise ChatTemplateError(
+            _too_slow() if lost.slow else "the process that renders chat templates ended"
+        ) from None
     except OSError as error:
         raise ChatTemplateError(f"the process that renders chat templates did not start: {error}") from None
-    if child.returncode == -signal.SIGALRM:
+    if answer.get("ended") == -signal.SIGALRM:
         raise ChatTemplateError(_too_slow())
-    try:
-        answer = json.loads(child.stdout)
-    except ValueError:
+    if "ended" in answer:
         raise ChatTemplateError(
-            f"the process that renders the model's chat template ended with {child.returncode}: "
-            + _one_line(child.stderr.decode(errors="replace")[-_DETAIL:])
-        ) from None
+            f"the process that renders the model's chat template ended with {answer['ended']}"
+        )
     if "text" not in answer:
         raise ChatTemplateError(_describe(answer["fault"], answer["detail"], output_characters))
     return str(answer["text"])

@@ -1,5 +1,5 @@
-"""Renders one chat template in a process of its own: reads a request from standard input, answers on standard
-output.
+"""Renders chat templates, each in a process of its own: requests come on standard input, answers go to
+standard output.
 
 A template is a program that came with a downloaded file. Jinja's sandbox keeps it from Python's internals,
 but not from looping forever or from filling the memory, also within a single C call; only the limits of a
@@ -16,6 +16,7 @@ Answer (JSON): {"text": …, with stand-ins} or {"fault": kind, "detail": …}.
 """
 
 import json
+import os
 import re
 import resource
 import signal
@@ -366,9 +367,8 @@ def limit(seconds: float, memory_bytes: int) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def main() -> None:
-    """Answer the one request."""
-    request = json.load(sys.stdin.buffer)
+def answer_one(request: dict[str, Any]) -> bytes:
+    """The answer to `request`, by a process that renders nothing else."""
     limit(request["seconds"], request["memory_bytes"])
     use_stand_ins(request["stand_ins"], request["letters"])
     controls = "\0".join(request["controls"])
@@ -377,7 +377,37 @@ def main() -> None:
     jinja2.runtime.str_join = joined  # type: ignore[assignment]  # the operator ~
     answer = render(request["template"], variables, request["output_characters"])
     signal.setitimer(signal.ITIMER_REAL, 0)
-    sys.stdout.buffer.write(json.dumps(answer).encode())
+    return json.dumps(answer).encode()
+
+
+def answer_apart(data: bytes) -> bytes:
+    """The same, by a fork of this process. What ends without an answer is a fault of its own: {"ended": the
+    return code, as subprocess counts}."""
+    reading, writing = os.pipe()
+    fork = os.fork()
+    if fork == 0:
+        status = 1
+        try:
+            os.close(reading)
+            with os.fdopen(writing, "wb") as stream:
+                stream.write(answer_one(json.loads(data)))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        answer = stream.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+    return answer if code == 0 else json.dumps({"ended": code}).encode()
+
+
+def main() -> None:
+    """Answer requests, each behind its length (8 bytes, little-endian), until there are no more."""
+    while header := sys.stdin.buffer.read(8):
+        data = sys.stdin.buffer.read(int.from_bytes(header, "little"))
+        answer = answer_apart(data)
+        sys.stdout.buffer.write(len(answer).to_bytes(8, "little") + answer)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

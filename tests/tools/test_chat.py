@@ -21,6 +21,7 @@ from powerinfer_tools.text.chat import (
     PlainTemplate,
     chat_template,
 )
+from powerinfer_tools.text.template_worker import TemplateWorker
 from scripted_engine import ScriptedEngine
 from small_vocabularies import Metadata, byte_level, spm
 
@@ -150,6 +151,7 @@ def test_without_a_template_it_says_so() -> None:
 
 
 def test_a_renderer_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_module, "WORKER", TemplateWorker())
     monkeypatch.setattr("sys.executable", "/nonexistent/python")
     with pytest.raises(ChatTemplateError, match="did not start"):
         render("x")

@@ -1,16 +1,21 @@
 """What goes wrong on a network, and what people try: clear errors, nothing leaked, the service goes on."""
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from powerinfer_tools.serving.service import Settings
+from powerinfer_tools.text.chat import ChatTemplate
+from powerinfer_tools.text.template_worker import WORKER
 from served_models import Served
 from tiny_models import TinySpec, make_tiny_model
 
@@ -147,6 +152,31 @@ def test_schemas_that_are_bombs(server: Served, schema: Any) -> None:
     finally:
         done.set()
         beside.join()
+
+
+def test_the_worker_that_renders_templates_is_killed(server: Served) -> None:
+    server.chat("before", max_tokens=1)
+    for _ in range(3):
+        assert WORKER.pid is not None
+        os.kill(WORKER.pid, signal.SIGKILL)
+        assert server.chat("after", max_tokens=1)["usage"]["prompt_tokens"] > 5
+
+
+def test_a_template_that_loops(server: Served) -> None:
+    """Its requests fail in time; what needs no template goes on, and so does the worker."""
+    model = server.service.model
+    assert model is not None
+    endless = ChatTemplate(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", model.tokenizer
+    )
+    server.service.model = replace(model, template=endless)
+    try:
+        response = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}])
+        assert "took longer than" in response["error"]["message"]
+        assert server.complete("x", max_tokens=1)
+    finally:
+        server.service.model = model
+    assert server.chat("after", max_tokens=1)
 
 
 def test_deep_json(server: Served) -> None:

@@ -151,6 +151,8 @@ int pi_quantize_row(const float *x, int32_t row_type, int64_t columns, uint8_t *
 
 #if defined(PI_ISA_AVX512)
 #define PI_ISA_SUFFIX avx512
+#elif defined(PI_ISA_AVXVNNI) /* with PI_ISA_AVX2, whose code it is */
+#define PI_ISA_SUFFIX avxvnni
 #elif defined(PI_ISA_AVX2)
 #define PI_ISA_SUFFIX avx2
 #elif defined(PI_ISA_NEON)

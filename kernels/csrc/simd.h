@@ -12,8 +12,8 @@
  * Flags of the files:  AVX2    -mavx2 -mfma -mf16c
  *                      AVX512  -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c
  *                      NEON    -march=armv8.2-a+dotprod (without dotprod: widening multiplies)
- * PI_ISA_AVX2 compiled with -mavxvnni in addition uses VNNI on 256-bit registers ("avxvnni": CPUs
- * with AVX-VNNI but no AVX-512). Same functions, same bits; only the dispatcher has to know.
+ * PI_ISA_AVXVNNI stands beside PI_ISA_AVX2, compiled with -mavxvnni in addition: the same code with VNNI on
+ * 256-bit registers (Intel's 12th generation and later, without AVX-512). Same functions, same bits.
  *
  * TYPES (lane i is element i in memory)
  *   v16f   16 floats             v16i   16 int32             v64b   64 bytes

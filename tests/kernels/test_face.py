@@ -1,9 +1,11 @@
 """What the Python face refuses, and what the pool survives."""
 
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,6 +233,22 @@ def test_isa_is_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("POWERINFER_ISA", "mmx")
     with pytest.raises(KernelError, match=r"'mmx' .* available: .*scalar"):
         Pool(1)
+
+
+NEEDED_FLAGS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avxvnni": {"avx2", "fma", "f16c", "avx_vnni"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"},
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+def test_instruction_sets_are_those_that_the_kernel_reports() -> None:
+    """Linux shows the flags of which it saves the registers: our own reading of the CPU has to agree."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split(":")[1].split())
+    expected = [isa for isa, needed in NEEDED_FLAGS.items() if needed <= flags]
+    assert sorted(available_isas()) == sorted([*expected, "scalar"])
 
 
 def test_bandwidth_and_cores() -> None:

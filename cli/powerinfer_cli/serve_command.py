@@ -82,6 +82,15 @@ class Load:
     parallel: Annotated[
         int, _load("--parallel", min=1, max=1024, metavar="N", help="Requests computed at a time.")
     ] = 8
+    kv_memory: Annotated[
+        int | None,
+        opt.size_option(
+            "--kv-memory",
+            "Memory for the caches of requests, and of conversations that may go on. Without it: of twice as "
+            "many as are computed at a time.",
+            "Load",
+        ),
+    ] = None
     queue: Annotated[
         int, _load("--queue", min=1, metavar="N", help="Requests that may wait; more are sent away (503).")
     ] = 256
@@ -146,7 +155,8 @@ def opener(
         from powerinfer_tools.serving.fair_queue import QueueLimits
         from powerinfer_tools.serving.opening import ServeOptions, open_service
 
-        options = ServeOptions(load.alias, load.parallel, QueueLimits(load.queue, load.per_client))
+        limits = QueueLimits(load.queue, load.per_client)
+        options = ServeOptions(load.alias, load.parallel, load.kv_memory, limits)
         with ExitStack() as stack:
             engine = stack.enter_context(opened_engine(path, placement, threads=threads, context=load.ctx))
             stack.callback(open_service(service, engine, options))

@@ -191,7 +191,8 @@ class Batcher:
 
     def _begin(self, ticket: Ticket) -> None:
         job = ticket.sequence.job
-        ticket.place, reused = self.places.take(job.prompt, reuse=job.reuse and not job.score_prompt)
+        reuse = job.reuse and not job.score_prompt and self._slots.fixed_slice is None
+        ticket.place, reused = self.places.take(job.prompt, reuse=reuse)
         ticket.sequence.begin(reused)
         self._active.append(ticket)
         self.figures.began(reused)
@@ -230,6 +231,11 @@ class Batcher:
         writing = [ticket for ticket in self._active if not ticket.sequence.in_prompt]
         reading = [ticket for ticket in self._active if ticket.sequence.in_prompt]
         pieces = [(ticket, _work(ticket, 1)) for ticket in writing]
+        if self._slots.fixed_slice is not None:
+            return pieces + [
+                (ticket, _work(ticket, min(self._slots.fixed_slice, len(ticket.sequence.pending))))
+                for ticket in reading[:1]
+            ]
         room = SLICE_AMONG_OTHERS if writing else SLICE_ALONE
         counts: dict[Ticket, int] = {}
         if reading:  # the one that came first never stands still; else the shortest is done first

@@ -11,7 +11,7 @@ from powerinfer_tools.serving.batcher import Batcher
 from powerinfer_tools.serving.fair_queue import QueueLimits
 from powerinfer_tools.serving.served_model import ServedModel
 from powerinfer_tools.serving.service import Service
-from powerinfer_tools.serving.slots import SingleSlot
+from powerinfer_tools.serving.session_slots import SessionSlots, slot_count
 from powerinfer_tools.text.chat import chat_template
 from powerinfer_tools.text.tokenizer import Tokenizer
 
@@ -19,10 +19,11 @@ from powerinfer_tools.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class ServeOptions:
     """``alias`` is the model's name for clients, else the file's; ``parallel`` requests are computed at a
-    time."""
+    time; ``kv_memory`` bytes hold the caches of these and of conversations that may go on."""
 
     alias: str | None = None
     parallel: int = 8
+    kv_memory: int | None = None
     limits: QueueLimits = field(default_factory=QueueLimits)
 
 
@@ -30,16 +31,27 @@ def open_service(service: Service, engine: Engine, options: ServeOptions) -> Cal
     """Let ``service`` serve the model of ``engine``; returns what ends that, and closes the engine."""
     tokenizer = Tokenizer.from_gguf(engine.model.gguf)
     model = served_model(engine, tokenizer, options.alias)
-    batcher = Batcher(SingleSlot(engine), tokenizer, parallel=options.parallel, limits=options.limits)
+    count = slot_count(engine.session, engine.weights, options.parallel, options.kv_memory)
+    slots = SessionSlots(engine.weights, engine.session, count)
+    batcher = Batcher(slots, tokenizer, parallel=options.parallel, limits=options.limits)
     batcher.start()
     service.model, service.batcher = model, batcher
-    service.report = lambda: engine.report().as_dict()
+    service.report = lambda: _report(engine, slots)
 
     def close() -> None:
         batcher.close()
         engine.close()
 
     return close
+
+
+def _report(engine: Engine, slots: SessionSlots) -> dict[str, Any]:
+    """What the engine reports, with the caches of all slots."""
+    report = engine.report().as_dict()
+    memory = dict(report["memory"])
+    memory["total"] += slots.nbytes - memory["kv_cache"]
+    memory["kv_cache"] = slots.nbytes
+    return report | {"memory": memory}
 
 
 def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> ServedModel:

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-import numpy as np
-
-from powerinfer_tools.generate.generation import TokenEngine
 from powerinfer_tools.serving.jobs import Logits
 
 
@@ -41,6 +38,12 @@ class Slots(Protocol):
         """Tokens that each can hold."""
         ...
 
+    @property
+    def fixed_slice(self) -> int | None:
+        """Where bits depend on how a prompt is cut into passes: the length of every piece but the last,
+        counted from the start. Nothing that another request left can be used then."""
+        ...
+
     def step(self, work: Sequence[Work]) -> list[Logits]:
         """Process the tokens of different slots; for each the logits wanted (0, 1 or k rows, vocabulary),
         valid until the next call. The bits of each do not depend on the others."""
@@ -55,42 +58,3 @@ class Slots(Protocol):
         """Make ``target`` hold the first ``count`` tokens of ``source``, or fewer where it must; returns how
         many."""
         ...
-
-
-class SingleSlot:
-    """The one cache of an engine."""
-
-    count = 1
-
-    def __init__(self, engine: TokenEngine) -> None:
-        self._engine = engine
-
-    @property
-    def context(self) -> int:
-        """Tokens that fit."""
-        return self._engine.context
-
-    def step(self, work: Sequence[Work]) -> list[Logits]:
-        """Process one piece of work."""
-        return [self._rows(piece) for piece in work]
-
-    def _rows(self, work: Work) -> Logits:
-        if work.wanted is Wanted.ALL:
-            return np.stack([self._engine.prefill([token]).copy() for token in work.tokens])
-        row = (
-            self._engine.decode(work.tokens[0])
-            if len(work.tokens) == 1
-            else self._engine.prefill(work.tokens)
-        )
-        return row[None] if work.wanted is Wanted.LAST else row[None][:0]
-
-    def rewind(self, slot: int, position: int) -> int:
-        """Forget the cache from ``position`` on."""
-        del slot
-        self._engine.rewind(position)
-        return position
-
-    def copy(self, source: int, target: int, count: int) -> int:
-        """There is nowhere to copy to."""
-        del source, target, count
-        raise AssertionError("an engine has one cache")

@@ -34,7 +34,7 @@ class Served:
         self.log: list[dict[str, Any]] = []
         self.service = Service(settings or Settings(), self.log.append)
         self._path, self._engine = path, {"threads": 1} | engine
-        self._options = ServeOptions("tiny", parallel, limits or QueueLimits())
+        self._options = ServeOptions("tiny", parallel, limits=limits or QueueLimits())
         self._before_load = before_load
         self._serving = Serving(self.service, Address(port=0, drain_seconds=5), self._load)
         self._thread = threading.Thread(target=self._serving.run, daemon=True)

@@ -22,24 +22,24 @@ static void pack_scales(const uint8_t *row, int32_t type, int64_t columns, int i
     }
 }
 
-/* The 32 codes of block g of line `line` of a product row, which has `blocks` blocks in that line. */
-static void place_product(int32_t type, const uint8_t code[32], int64_t line, int g, int blocks, const pi_planar *at,
-                          uint8_t *out) {
-    if (type == PI_Q8_0) {
-        uint8_t *to = out + at->codes + 128 * line;
-        memcpy(to + 16 * g, code, 16);
-        memcpy(to + 16 * blocks + 16 * g, code + 16, 16);
-        return;
-    }
-    const int planes = pi_planes_of_group(type, 0), shift = 2 * (int)(line % 4);
-    uint8_t *plane = out + at->high + 64 * planes * (line / 4) + 16 * g, *to = out + at->codes + 64 * line + 16 * g;
+/* The 32 codes of block `lane` of group `group` of a product row, which has `blocks` blocks in that group. */
+static void place_product(int32_t type, const uint8_t code[32], int64_t group, int lane, int blocks,
+                          const pi_planar *at, uint8_t *out) {
+    const int planes = pi_plane_lines(type), line = 4 * blocks;
+    uint8_t *plane = out + at->codes + 4 * PI_GROUP_BLOCKS * pi_group_lines(type) * group + 4 * lane;
+    uint8_t *codes = plane + planes * line;
     for (int k = 0; k < 16; k++) {
-        const int low = code[k], high = code[16 + k];
-        to[k] = (uint8_t)((low & 15) | (high & 15) << 4);
-        if (planes == 1) plane[k] = (uint8_t)(plane[k] | (low >> 4 | (high >> 4) << 1) << shift);
+        const int j = k / 4, c = k % 4, low = code[k], high = code[16 + k];
+        if (type == PI_Q8_0) {
+            codes[j * line + c] = (uint8_t)low;
+            codes[(j + 4) * line + c] = (uint8_t)high;
+            continue;
+        }
+        codes[j * line + c] = (uint8_t)((low & 15) | (high & 15) << 4);
+        if (planes == 1) plane[c] = (uint8_t)(plane[c] | (low >> 4) << j | (high >> 4) << (j + 4));
         if (planes == 2) {
-            plane[k] = (uint8_t)(plane[k] | (low >> 4) << shift);
-            plane[64 + k] = (uint8_t)(plane[64 + k] | (high >> 4) << shift);
+            plane[c] = (uint8_t)(plane[c] | (low >> 4) << 2 * j);
+            plane[line + c] = (uint8_t)(plane[line + c] | (high >> 4) << 2 * j);
         }
     }
 }
@@ -51,13 +51,13 @@ static void place_sum(int32_t type, const uint8_t code[32], int64_t block, const
             out[at->codes + column / 64 * 64 + 4 * lane + column % 64 / 16] = code[i];
             continue;
         }
-        const int64_t line = column / 128, n = column % 128 / 16, s = line % pi_lines_of_plane(type, 1);
+        const int64_t line = column / 128, n = column % 128 / 16, s = line % pi_lines_of_plane(type);
         uint8_t *to = out + at->codes + 64 * line + 4 * lane + n / 2;
         *to = (uint8_t)(*to | (code[i] & 15) << (4 * (n % 2)));
         const int width = pi_code_bits(type) - 4;
         if (width == 0) continue;
         const int64_t bit = width * (8 * s + n);
-        to = out + at->high + 64 * (line / pi_lines_of_plane(type, 1)) + 4 * lane + bit / 8;
+        to = out + at->high + 64 * (line / pi_lines_of_plane(type)) + 4 * lane + bit / 8;
         *to = (uint8_t)(*to | (code[i] >> 4) << (bit % 8));
     }
 }
@@ -73,11 +73,12 @@ void pi_pack_planar(const uint8_t *row, int32_t type, int64_t columns, int is_su
     pack_scales(row, type, columns, is_sum, &at, out);
     for (int64_t b = 0; b < blocks; b++) {
         uint8_t code[32];
-        const int64_t line = b / PI_LINE_BLOCKS, left = blocks - line * PI_LINE_BLOCKS;
+        const int64_t group = b / PI_GROUP_BLOCKS, left = blocks - group * PI_GROUP_BLOCKS;
+        const int in_group = left < PI_GROUP_BLOCKS ? (int)left : PI_GROUP_BLOCKS;
         pi_decode_codes(type, row + b / subs * pi_layout_of(type).bytes, (int)(b % subs), code);
         if (is_sum)
             place_sum(type, code, b, &at, out);
         else
-            place_product(type, code, line, (int)(b % PI_LINE_BLOCKS), left < 4 ? (int)left : 4, &at, out);
+            place_product(type, code, group, (int)(b % PI_GROUP_BLOCKS), in_group, &at, out);
     }
 }

@@ -4,13 +4,14 @@
  * Each row is planar: its scales first, then high bits, then the codes, so that a row is read as a few long runs.
  * Float rows stay as they are. Two forms of quantised rows differ in where the codes lie:
  *
- * Product rows (gate, up) are multiplied with activations: a line has the codes of 128 columns.
- *   4-bit codes   16 bytes per block of 32 columns: byte k holds columns k (low nibble) and 16 + k (high nibble)
- *   Q8_0          the first 16 columns of each block of the line, then the last 16 of each
- *   5-bit plane   64 bytes per four lines: bits 2s and 2s + 1 of byte 16g + k belong to columns k and 16 + k of
- *                 block g of line s
- *   6-bit planes  the same with bits 2s and 2s + 1 of plane 0 for column k, of plane 1 for column 16 + k
- * The last line ends with its last block; kernels read further and multiply that by zero.
+ * Product rows (gate, up) are multiplied with activations: eight blocks of 32 columns are a group (the last one may have
+ * fewer, n), whose codes lie as those of a tile (quantize_pack.c), with its blocks in place of rows. A line has a dword of
+ * every block, so 4n bytes. Byte c of dword l belongs to block l of the group:
+ *   4-bit codes   lines 0..3: columns 4j + c (low nibble) and 16 + 4j + c (high nibble) in line j
+ *   Q8_0          lines 0..7: column 4j + c in line j
+ *   5-bit plane   a line before those of the nibbles: bits j and j + 4 belong to columns 4j + c and 16 + 4j + c
+ *   6-bit planes  two such lines: bits 2j and 2j + 1 of the first for column 4j + c, of the second for 16 + 4j + c
+ * Kernels read whole lines of eight blocks, further than the last group goes, and leave out what they read there.
  *
  * Sum rows (down) are added up, two neurons at a time as 16-bit numbers: 16 dwords, one per lane.
  *   4-bit codes   64 bytes per 128 columns: nibble n of dword l is column 16n + l
@@ -28,7 +29,7 @@
 
 #include "rows_decode.h"
 
-enum { PI_LINE_COLUMNS = 128, PI_LINE_BLOCKS = 4 };
+enum { PI_LINE_COLUMNS = 128, PI_LINE_BLOCKS = 4, PI_GROUP_BLOCKS = 8 };
 
 typedef struct {       /* of one row, in bytes from its start */
     int64_t minimum;   /* of the f16 minima (K types: dmin) */
@@ -40,12 +41,12 @@ PI_DECODE int64_t pi_round_up(int64_t count, int64_t unit) { return (count + uni
 PI_DECODE int pi_code_bits(int32_t type) {
     return type == PI_Q8_0 ? 8 : type == PI_Q6_K ? 6 : type == PI_Q5_0 || type == PI_Q5_1 || type == PI_Q5_K ? 5 : 4;
 }
-/* Lines whose high bits share 64 bytes. */
-PI_DECODE int pi_lines_of_plane(int32_t type, int is_sum) { return is_sum && type == PI_Q6_K ? 2 : 4; }
-/* Planes of 64 bytes in such a group. */
-PI_DECODE int pi_planes_of_group(int32_t type, int is_sum) {
-    return pi_code_bits(type) == 5 ? 1 : pi_code_bits(type) == 6 ? (is_sum ? 1 : 2) : 0;
-}
+/* Of sum rows: lines whose high bits share 64 bytes, if there are any. */
+PI_DECODE int pi_lines_of_plane(int32_t type) { return type == PI_Q6_K ? 2 : 4; }
+PI_DECODE int pi_has_plane(int32_t type) { return pi_code_bits(type) == 5 || pi_code_bits(type) == 6; }
+/* Of product rows: lines of a group's high bits, and of its high bits and codes. */
+PI_DECODE int pi_plane_lines(int32_t type) { return pi_code_bits(type) == 8 ? 0 : pi_code_bits(type) - 4; }
+PI_DECODE int pi_group_lines(int32_t type) { return pi_code_bits(type); }
 
 PI_DECODE pi_planar pi_planar_of(int32_t type, int64_t columns, int is_sum) {
     pi_planar at = {0};
@@ -65,11 +66,13 @@ PI_DECODE pi_planar pi_planar_of(int32_t type, int64_t columns, int is_sum) {
         at.minimum = 2 * padded;
         end = (pi_has_minimum(type) ? 4 : 2) * padded;
     }
-    const int64_t group = pi_lines_of_plane(type, is_sum), code_bytes = pi_code_bits(type) == 8 ? 32 : 16;
     const int64_t unit = columns >= 2048 ? 64 : 8; /* long rows: whole cache lines */
-    at.high = pi_round_up(end, unit);
-    at.codes = at.high + 64 * pi_planes_of_group(type, is_sum) * (pi_round_up(lines, group) / group);
-    at.bytes = pi_round_up(at.codes + code_bytes * (is_sum ? padded : blocks), unit);
+    at.high = at.codes = pi_round_up(end, unit);
+    if (is_sum && pi_has_plane(type))
+        at.codes += 64 * (pi_round_up(lines, pi_lines_of_plane(type)) / pi_lines_of_plane(type));
+    const int64_t code_bytes =
+        is_sum ? padded * (pi_code_bits(type) == 8 ? 32 : 16) : blocks * 4 * pi_group_lines(type);
+    at.bytes = pi_round_up(at.codes + code_bytes, unit);
     return at;
 }
 

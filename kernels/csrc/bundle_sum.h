@@ -31,16 +31,16 @@ PI_INLINE v16f scales_at(int type, const uint8_t *row, const pi_planar *p, int64
     if (!pi_is_super(type)) return v16f_load_f16((const uint16_t *)(const void *)row + unit);
     const uint16_t *d = (const uint16_t *)(const void *)row;
     if (type == PI_Q6_K)
-        return v16f_mul(v16f_set1(pi_f16_to_f32(d[unit / 16])),
+        return v16f_mul(v16f_set1_f16(d[unit / 16]),
                         v16f_from_i32(v16i_from_i8((const int8_t *)row + p->scales[0] + unit)));
-    const v16f both = v16f_halves(pi_f16_to_f32(d[unit / 8]), pi_f16_to_f32(d[unit / 8 + 1]));
+    const v16f both = v16f_halves_f16(d[unit / 8], d[unit / 8 + 1]);
     return v16f_mul(both, v16f_from_i32(v16i_from_u8(row + p->scales[0] + unit)));
 }
 
 PI_INLINE v16f minima_at(int type, const uint8_t *row, const pi_planar *p, int64_t unit) {
     const uint16_t *m = (const uint16_t *)(const void *)(row + p->minimum);
     if (!pi_is_super(type)) return v16f_load_f16(m + unit);
-    const v16f both = v16f_halves(-pi_f16_to_f32(m[unit / 8]), -pi_f16_to_f32(m[unit / 8 + 1]));
+    const v16f both = v16f_neg(v16f_halves_f16(m[unit / 8], m[unit / 8 + 1]));
     return v16f_mul(both, v16f_from_i32(v16i_from_u8(row + p->scales[1] + unit)));
 }
 
@@ -78,7 +78,7 @@ PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi
     const v16i codes = PI_WORDS(p->codes + 64 * line, upper);
     PI_UNROLL for (int n = 0; n < 4; n++) out[n] = v16i_and(v16i_srli(codes, 4 * n), v16i_set1(0x000f000f));
     if (width == 0) return;
-    const int group = pi_lines_of_plane(type, 1), s = (int)(line % group);
+    const int group = pi_lines_of_plane(type), s = (int)(line % group);
     const int first = width * (8 * s + 4 * upper); /* bit of vector 0, in the dword */
     const v16i bits = PI_WORDS(p->high + 64 * (line / group), first >= 16);
     PI_UNROLL for (int n = 0; n < 4; n++) {

@@ -53,25 +53,43 @@ PI_INLINE v64b pi_high_bits(v64b plane, int from, int width) {
     return v64b_and(plane, mask);
 }
 
-/* The codes of quads j and j + 4 (columns 4j.. and 16 + 4j..) of the 16 rows. */
-PI_INLINE void pi_tile_quads(int type, const uint8_t *p, int j, v64b *low, v64b *high) {
+/* Byte codes are unsigned where the multipliers take any unsigned byte: w + PI_BYTE_OFFSET. */
+#if PI_DOT_US_WIDE
+enum { PI_BYTE_OFFSET = 128 };
+PI_INLINE v64b pi_byte_code(v64b w) { return v64b_xor(w, v64b_set1(PI_BYTE_OFFSET)); }
+PI_INLINE v16i pi_dot_bytes(v16i acc, v64b code, v64b x) { return v16i_dot_us(acc, code, x); }
+#else
+enum { PI_BYTE_OFFSET = 0 };
+PI_INLINE v64b pi_byte_code(v64b w) { return w; }
+PI_INLINE v16i pi_dot_bytes(v16i acc, v64b code, v64b x) { return v16i_dot_ss(acc, code, x); }
+#endif
+
+/* The codes of quads j and j + 4 (columns 4j.. and 16 + 4j..) of 16 lanes from their lines (4-bit codes: one) and
+ * planes of high bits. */
+PI_INLINE void pi_quads_of(int type, const v64b line[2], const v64b plane[2], int j, v64b *low, v64b *high) {
     if (type == PI_Q8_0) {
-        *low = v64b_load(p + 64 * j);
-        *high = v64b_load(p + 64 * (j + 4));
+        *low = pi_byte_code(line[0]);
+        *high = pi_byte_code(line[1]);
         return;
     }
-    const v64b line = v64b_load(p + 64 * (pi_planes(type) + j));
-    *low = v64b_and(line, v64b_set1(15));
-    *high = v64b_srl4(line);
+    *low = v64b_and(line[0], v64b_set1(15));
+    *high = v64b_srl4(line[0]);
     if (pi_planes(type) == 1) {
-        const v64b plane = v64b_load(p);
-        *low = v64b_or(*low, pi_high_bits(plane, j, 1));
-        *high = v64b_or(*high, pi_high_bits(plane, j + 4, 1));
+        *low = v64b_or(*low, pi_high_bits(plane[0], j, 1));
+        *high = v64b_or(*high, pi_high_bits(plane[0], j + 4, 1));
     }
     if (pi_planes(type) == 2) {
-        *low = v64b_or(*low, pi_high_bits(v64b_load(p), 2 * j, 2));
-        *high = v64b_or(*high, pi_high_bits(v64b_load(p + 64), 2 * j, 2));
+        *low = v64b_or(*low, pi_high_bits(plane[0], 2 * j, 2));
+        *high = v64b_or(*high, pi_high_bits(plane[1], 2 * j, 2));
     }
+}
+
+/* The same of the 16 rows of a tile. */
+PI_INLINE void pi_tile_quads(int type, const uint8_t *p, int j, v64b *low, v64b *high) {
+    const uint8_t *codes = p + 64 * (pi_planes(type) + j);
+    const v64b first = v64b_load(codes), line[2] = {first, type == PI_Q8_0 ? v64b_load(codes + 256) : first};
+    const v64b plane[2] = {pi_planes(type) ? v64b_load(p) : first, pi_planes(type) == 2 ? v64b_load(p + 64) : first};
+    pi_quads_of(type, line, plane, j, low, high);
 }
 
 /* Σ (code - offset)·x of a block as f32, an exact integer, from the sums over its two halves of 16 columns. */
@@ -88,20 +106,10 @@ PI_INLINE v16f pi_finish(int type, v16p low, v16p high, const int8_t *x, float s
     return v16f_fma(v16f_set1(-offset), v16f_set1(s), v16f_from_i32(sum)); /* both terms are exact integers */
 }
 
-#if PI_DOT_US_WIDE
-PI_INLINE v64b pi_byte_code(v64b w) { return v64b_xor(w, v64b_set1(128)); } /* w + 128, unsigned */
-PI_INLINE v16i pi_dot_bytes(v16i acc, v64b code, v64b x) { return v16i_dot_us(acc, code, x); }
 PI_INLINE v16f pi_finish_bytes(v16i sum, float s) {
-    return v16f_fma(v16f_set1(-128.0f), v16f_set1(s), v16f_from_i32(sum));
+    if (PI_BYTE_OFFSET == 0) return v16f_from_i32(sum);
+    return v16f_fma(v16f_set1(-(float)PI_BYTE_OFFSET), v16f_set1(s), v16f_from_i32(sum));
 }
-#else
-PI_INLINE v64b pi_byte_code(v64b w) { return w; }
-PI_INLINE v16i pi_dot_bytes(v16i acc, v64b code, v64b x) { return v16i_dot_ss(acc, code, x); }
-PI_INLINE v16f pi_finish_bytes(v16i sum, float s) {
-    (void)s;
-    return v16f_from_i32(sum);
-}
-#endif
 
 typedef struct { /* sums over the two halves of a block, not yet scaled: Q8_0 uses `bytes`, the others `codes` */
     v16p codes[2];
@@ -115,8 +123,8 @@ PI_INLINE pi_halves pi_dot_tile(int type, const uint8_t *p, const int8_t *x) {
         v64b low, high;
         pi_tile_quads(type, p, j, &low, &high);
         if (type == PI_Q8_0) {
-            sum.bytes[0] = pi_dot_bytes(sum.bytes[0], pi_byte_code(low), v64b_quad(x + 4 * j));
-            sum.bytes[1] = pi_dot_bytes(sum.bytes[1], pi_byte_code(high), v64b_quad(x + 16 + 4 * j));
+            sum.bytes[0] = pi_dot_bytes(sum.bytes[0], low, v64b_quad(x + 4 * j));
+            sum.bytes[1] = pi_dot_bytes(sum.bytes[1], high, v64b_quad(x + 16 + 4 * j));
         } else {
             sum.codes[0] = v16p_dot_us(sum.codes[0], low, v64b_quad(x + 4 * j));
             sum.codes[1] = v16p_dot_us(sum.codes[1], high, v64b_quad(x + 16 + 4 * j));
@@ -135,8 +143,8 @@ PI_INLINE void pi_unpack_tile(int type, const uint8_t *p, uint8_t *codes) {
     PI_UNROLL for (int j = 0; j < 4; j++) {
         v64b low, high;
         pi_tile_quads(type, p, j, &low, &high);
-        v64b_store(codes + 64 * j, type == PI_Q8_0 ? pi_byte_code(low) : low);
-        v64b_store(codes + 64 * (j + 4), type == PI_Q8_0 ? pi_byte_code(high) : high);
+        v64b_store(codes + 64 * j, low);
+        v64b_store(codes + 64 * (j + 4), high);
     }
 }
 

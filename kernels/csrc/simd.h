@@ -59,16 +59,14 @@
  *                                 0 ≤ n ≤ 4
  * Reading several rows at once: `rows` are pointers, `at` an offset in bytes that is added to each
  *   v64b_transpose16(rows, at, line)     16 rows of 16 bytes; line[j] dword r = bytes 4j..4j+3 of row r
- *   v64b_transpose4(rows, at)            16 rows of 4 bytes; dword r = the bytes of row r
- *   v16f_gather_f16(rows, at)            16 rows of one f16; lane r = the value of row r
  *   v16f_rows4_f32/f16/bf16(rows, at)    4 rows of 4 values; lane 4r + c = value c of row r
- *   v16f_halves(x, y)                    x in lanes 0..7, y in lanes 8..15
+ *   v16f_halves(x, y)  v16f_halves_f16(x, y)   x in lanes 0..7, y in lanes 8..15; numbers of half precision
  *   v16f_repeat4(p)                      the 4 floats at p, 4 times
- *   v16f_gather4_f16(rows, at, out)      16 rows of four f16; out[g] lane r = value g of row r
- * Groups of four lanes
- *   v16i_sum4(v)                         lane 4g + r = sum of the lanes 4g..4g+3 of v[r], wraps around
- *   v16i_swap_groups(v)                  in place: lane 4k + r of v[g] = lane 4g + r of what v[k] was
- *   v64b_load_halves(p, low, high)       128 bytes at p: low has bytes 32g..32g+15, high the others, g = 0..3
+ * Two rows in one vector: the first in the lower half
+ *   v64b_rows2(p, q)                     32 bytes of each
+ *   v64b_two(p)  v16f_two(p)             the 32 bytes, or 8 floats, at p, twice
+ *   v16f_two_f16(p, q)  v16i_two_i8(p, q)  v16i_two_u8(p, q)     8 numbers of each, as floats or widened
+ *   v16f_columns8(p, out)                p: 16 rows of 8 floats; out[c] lane r = column c of row r
  * Pairs of 16-bit numbers in a dword
  *   v16i_low_words(a, b)  v16i_high_words(a, b)   the low (high) half of a, below the low (high) half of b
  *   v16i_low_bytes(a)  v16i_high_bytes(a)         the low (high) byte of every 16 bits, as a signed number
@@ -161,9 +159,6 @@ enum { PI_FAR_AHEAD = 16384, PI_NEAR_AHEAD = 3072, PI_ONLY_AHEAD = 8192 };
 PI_INLINE void pi_prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 PI_INLINE void pi_prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 
-#if defined(PI_ISA_AVX2) || defined(PI_ISA_AVX512)
-#include "simd_x86.h"
-#endif
 #if defined(PI_ISA_SCALAR)
 #include "simd_scalar.h"
 #elif defined(PI_ISA_AVX2)
@@ -174,11 +169,6 @@ PI_INLINE void pi_prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 #include "simd_neon.h"
 #endif
 
-PI_INLINE v64b v64b_transpose4(const uint8_t *const rows[16], int64_t at) {
-    uint32_t lane[16];
-    for (int r = 0; r < 16; r++) memcpy(lane + r, rows[r] + at, 4);
-    return v64b_load(lane);
-}
 PI_INLINE v16f v16f_load_f16_n(const uint16_t *p, int n) {
     uint16_t lane[16] = {0};
     memcpy(lane, p, (size_t)n * 2);

@@ -221,20 +221,6 @@ PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
 }
 PI_INLINE v16i v64b_as_i32(v64b x) { return PI_I(x.a, x.b); }
 PI_INLINE v64b v16i_as_bytes(v16i x) { return PI_B(x.a, x.b); }
-PI_INLINE short pi_half_at(const uint8_t *p) {
-    short half;
-    memcpy(&half, p, 2);
-    return half;
-}
-PI_INLINE __m256 pi_gather_8_f16(const uint8_t *const *rows, int64_t at) {
-#define PI_HALF(i) pi_half_at(rows[i] + at)
-    return _mm256_cvtph_ps(
-        _mm_setr_epi16(PI_HALF(0), PI_HALF(1), PI_HALF(2), PI_HALF(3), PI_HALF(4), PI_HALF(5), PI_HALF(6), PI_HALF(7)));
-#undef PI_HALF
-}
-PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
-    return PI_F(pi_gather_8_f16(rows, at), pi_gather_8_f16(rows + 8, at));
-}
 PI_INLINE __m256 pi_two_rows_f32(const uint8_t *a, const uint8_t *b) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)a)), _mm_loadu_ps((const float *)b),
                                 1);
@@ -253,32 +239,6 @@ PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
     return PI_F(pi_widen_bf16(pi_two_rows_16(rows[0] + at, rows[1] + at)),
                 pi_widen_bf16(pi_two_rows_16(rows[2] + at, rows[3] + at)));
 }
-PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f out[4]) {
-    __m256i halves[4];
-    pi_gather_four_halves(rows, at, halves);
-    for (int g = 0; g < 4; g++)
-        out[g] = PI_F(_mm256_cvtph_ps(_mm256_castsi256_si128(halves[g])),
-                      _mm256_cvtph_ps(_mm256_extracti128_si256(halves[g], 1)));
-}
-PI_INLINE v16i v16i_sum4(const v16i v[4]) {
-#define PI_SUM4(h) _mm256_hadd_epi32(_mm256_hadd_epi32(v[0].h, v[1].h), _mm256_hadd_epi32(v[2].h, v[3].h))
-    return PI_I(PI_SUM4(a), PI_SUM4(b));
-#undef PI_SUM4
-}
-PI_INLINE void v16i_swap_groups(v16i v[4]) {
-    const v16i w[4] = {v[0], v[1], v[2], v[3]};
-    v[0] = PI_I(_mm256_permute2x128_si256(w[0].a, w[1].a, 0x20), _mm256_permute2x128_si256(w[2].a, w[3].a, 0x20));
-    v[1] = PI_I(_mm256_permute2x128_si256(w[0].a, w[1].a, 0x31), _mm256_permute2x128_si256(w[2].a, w[3].a, 0x31));
-    v[2] = PI_I(_mm256_permute2x128_si256(w[0].b, w[1].b, 0x20), _mm256_permute2x128_si256(w[2].b, w[3].b, 0x20));
-    v[3] = PI_I(_mm256_permute2x128_si256(w[0].b, w[1].b, 0x31), _mm256_permute2x128_si256(w[2].b, w[3].b, 0x31));
-}
-PI_INLINE void v64b_load_halves(const void *p, v64b *low, v64b *high) {
-    const __m256i *q = (const __m256i *)p;
-    const __m256i a = _mm256_loadu_si256(q), b = _mm256_loadu_si256(q + 1);
-    const __m256i c = _mm256_loadu_si256(q + 2), d = _mm256_loadu_si256(q + 3);
-    *low = PI_B(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(c, d, 0x20));
-    *high = PI_B(_mm256_permute2x128_si256(a, b, 0x31), _mm256_permute2x128_si256(c, d, 0x31));
-}
 PI_INLINE v16i v16i_low_words(v16i x, v16i y) {
     return PI_I(_mm256_blend_epi16(x.a, _mm256_slli_epi32(y.a, 16), 0xaa),
                 _mm256_blend_epi16(x.b, _mm256_slli_epi32(y.b, 16), 0xaa));
@@ -295,7 +255,48 @@ PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
     return PI_I(_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x.a)),
                 _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x.b)));
 }
+PI_INLINE v64b v64b_rows2(const void *p, const void *q) {
+    return PI_B(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)q));
+}
+PI_INLINE v64b v64b_two(const void *p) { return v64b_rows2(p, p); }
+PI_INLINE v16f v16f_two(const float *p) { return PI_F(_mm256_loadu_ps(p), _mm256_loadu_ps(p)); }
+PI_INLINE v16f v16f_two_f16(const uint8_t *p, const uint8_t *q) {
+    return PI_F(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+                _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)q)));
+}
+PI_INLINE v16i v16i_two_i8(const uint8_t *p, const uint8_t *q) {
+    return PI_I(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q)));
+}
+PI_INLINE v16i v16i_two_u8(const uint8_t *p, const uint8_t *q) {
+    return PI_I(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)q)));
+}
+/* Columns 4h..4h+3 of 8 rows of 8: rows i and i + 4 share a register, as in pi_transpose_8_rows. */
+PI_INLINE void pi_columns_of_8_rows(const float *p, __m256 out[4]) {
+#define PI_PAIR(i) \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 8 * (i))), _mm_loadu_ps(p + 8 * (i) + 32), 1)
+    const __m256 r0 = PI_PAIR(0), r1 = PI_PAIR(1), r2 = PI_PAIR(2), r3 = PI_PAIR(3);
+#undef PI_PAIR
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), b = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)), d = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+    out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+}
+PI_INLINE void v16f_columns8(const float *p, v16f out[8]) {
+    for (int h = 0; h < 2; h++) {
+        __m256 low[4], high[4];
+        pi_columns_of_8_rows(p + 4 * h, low);
+        pi_columns_of_8_rows(p + 64 + 4 * h, high);
+        for (int i = 0; i < 4; i++) out[4 * h + i] = PI_F(low[i], high[i]);
+    }
+}
 PI_INLINE v16f v16f_halves(float x, float y) { return PI_F(_mm256_set1_ps(x), _mm256_set1_ps(y)); }
+PI_INLINE v16f v16f_halves_f16(uint16_t x, uint16_t y) {
+    return PI_F(_mm256_cvtph_ps(_mm_set1_epi16((short)x)), _mm256_cvtph_ps(_mm_set1_epi16((short)y)));
+}
 PI_INLINE v16f v16f_repeat4(const float *p) {
     const __m256 v = _mm256_broadcast_ps((const __m128 *)p);
     return PI_F(v, v);

@@ -143,21 +143,6 @@ PI_INLINE v64b v64b_add_ones(v64b acc, v64b a, int n) {
 }
 PI_INLINE v16i v64b_as_i32(v64b a) { return PI_I(a.v); }
 PI_INLINE v64b v16i_as_bytes(v16i a) { return PI_B(a.v); }
-PI_INLINE short pi_half_at(const uint8_t *p) {
-    short half;
-    memcpy(&half, p, 2);
-    return half;
-}
-PI_INLINE __m128i pi_gather_8_halves(const uint8_t *const *rows, int64_t at) {
-#define PI_HALF(i) pi_half_at(rows[i] + at)
-    return _mm_setr_epi16(PI_HALF(0), PI_HALF(1), PI_HALF(2), PI_HALF(3), PI_HALF(4), PI_HALF(5), PI_HALF(6),
-                          PI_HALF(7));
-#undef PI_HALF
-}
-PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
-    const __m256i low = _mm256_castsi128_si256(pi_gather_8_halves(rows, at));
-    return PI_F(_mm512_cvtph_ps(_mm256_inserti128_si256(low, pi_gather_8_halves(rows + 8, at), 1)));
-}
 PI_INLINE v16f v16f_rows4_f32(const uint8_t *const rows[4], int64_t at) {
     __m512 v = _mm512_castps128_ps512(_mm_loadu_ps((const float *)(rows[0] + at)));
     v = _mm512_insertf32x4(v, _mm_loadu_ps((const float *)(rows[1] + at)), 1);
@@ -178,29 +163,6 @@ PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
     const __m512i wide = _mm512_cvtepu16_epi32(pi_four_rows_16(rows, at));
     return PI_F(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
 }
-PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f out[4]) {
-    __m256i halves[4];
-    pi_gather_four_halves(rows, at, halves);
-    for (int g = 0; g < 4; g++) out[g] = PI_F(_mm512_cvtph_ps(halves[g]));
-}
-PI_INLINE v16i v16i_sum4(const v16i v[4]) {
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0].v, v[1].v), _mm512_unpackhi_epi32(v[0].v, v[1].v));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2].v, v[3].v), _mm512_unpackhi_epi32(v[2].v, v[3].v));
-    return PI_I(_mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)));
-}
-PI_INLINE void v16i_swap_groups(v16i v[4]) {
-    const __m512i a = _mm512_shuffle_i32x4(v[0].v, v[1].v, 0x44), b = _mm512_shuffle_i32x4(v[0].v, v[1].v, 0xee);
-    const __m512i c = _mm512_shuffle_i32x4(v[2].v, v[3].v, 0x44), d = _mm512_shuffle_i32x4(v[2].v, v[3].v, 0xee);
-    v[0].v = _mm512_shuffle_i32x4(a, c, 0x88);
-    v[1].v = _mm512_shuffle_i32x4(a, c, 0xdd);
-    v[2].v = _mm512_shuffle_i32x4(b, d, 0x88);
-    v[3].v = _mm512_shuffle_i32x4(b, d, 0xdd);
-}
-PI_INLINE void v64b_load_halves(const void *p, v64b *low, v64b *high) {
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512((const char *)p + 64);
-    low->v = _mm512_shuffle_i32x4(a, b, 0x88);
-    high->v = _mm512_shuffle_i32x4(a, b, 0xdd);
-}
 PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
     return PI_I(_mm512_mask_blend_epi16(0xaaaaaaaau, a.v, _mm512_slli_epi32(b.v, 16)));
 }
@@ -210,8 +172,55 @@ PI_INLINE v16i v16i_high_words(v16i a, v16i b) {
 PI_INLINE v16i v16i_low_bytes(v16i a) { return PI_I(_mm512_srai_epi16(_mm512_slli_epi16(a.v, 8), 8)); }
 PI_INLINE v16i v16i_high_bytes(v16i a) { return PI_I(_mm512_srai_epi16(a.v, 8)); }
 PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) { return PI_I(_mm512_dpwssd_epi32(acc.v, w.v, x.v)); }
+PI_INLINE v64b v64b_rows2(const void *p, const void *q) {
+    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+    return PI_B(_mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i *)q), 1));
+}
+PI_INLINE v64b v64b_two(const void *p) { return PI_B(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)p))); }
+PI_INLINE v16f v16f_two(const float *p) { return PI_F(_mm512_broadcast_f32x8(_mm256_loadu_ps(p))); }
+PI_INLINE v16f v16f_two_f16(const uint8_t *p, const uint8_t *q) {
+    const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    return PI_F(_mm512_cvtph_ps(_mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i *)q), 1)));
+}
+PI_INLINE __m128i pi_two_eights(const uint8_t *p, const uint8_t *q) {
+    return _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p), _mm_loadl_epi64((const __m128i *)q));
+}
+PI_INLINE v16i v16i_two_i8(const uint8_t *p, const uint8_t *q) {
+    return PI_I(_mm512_cvtepi8_epi32(pi_two_eights(p, q)));
+}
+PI_INLINE v16i v16i_two_u8(const uint8_t *p, const uint8_t *q) {
+    return PI_I(_mm512_cvtepu8_epi32(pi_two_eights(p, q)));
+}
+/* Every step doubles the rows that lie beside each other and halves the columns; lane = rows · column + row. */
+PI_INLINE void v16f_columns8(const float *p, v16f out[8]) {
+#define PI_INDEX(...) _mm512_setr_epi32(__VA_ARGS__)
+    const __m512i two0 = PI_INDEX(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+    const __m512i two1 = PI_INDEX(4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31);
+    const __m512i four0 = PI_INDEX(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i four1 = PI_INDEX(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#undef PI_INDEX
+    __m512 four[2][4], eight[4][2]; /* [columns / 4][rows / 4], [columns / 2][rows / 8] */
+    for (int k = 0; k < 4; k++) {
+        const __m512 a = _mm512_loadu_ps(p + 32 * k), b = _mm512_loadu_ps(p + 32 * k + 16);
+        four[0][k] = _mm512_permutex2var_ps(a, two0, b);
+        four[1][k] = _mm512_permutex2var_ps(a, two1, b);
+    }
+    for (int h = 0; h < 2; h++)
+        for (int k = 0; k < 2; k++) {
+            eight[2 * h][k] = _mm512_permutex2var_ps(four[h][2 * k], four0, four[h][2 * k + 1]);
+            eight[2 * h + 1][k] = _mm512_permutex2var_ps(four[h][2 * k], four1, four[h][2 * k + 1]);
+        }
+    for (int h = 0; h < 4; h++) {
+        out[2 * h].v = _mm512_shuffle_f32x4(eight[h][0], eight[h][1], 0x44);
+        out[2 * h + 1].v = _mm512_shuffle_f32x4(eight[h][0], eight[h][1], 0xee);
+    }
+}
 PI_INLINE v16f v16f_halves(float x, float y) {
     return PI_F(_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(x), _mm512_set1_ps(y)));
+}
+PI_INLINE v16f v16f_halves_f16(uint16_t x, uint16_t y) {
+    const __m256i low = _mm256_castsi128_si256(_mm_set1_epi16((short)x));
+    return PI_F(_mm512_cvtph_ps(_mm256_inserti128_si256(low, _mm_set1_epi16((short)y), 1)));
 }
 PI_INLINE v16f v16f_repeat4(const float *p) { return PI_F(_mm512_broadcast_f32x4(_mm_loadu_ps(p))); }
 

@@ -240,11 +240,6 @@ PI_INLINE v64b v16i_as_bytes(v16i a) {
     PI_PARTS r.v[k] = vreinterpretq_u8_s32(a.v[k]);
     return r;
 }
-PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
-    uint16_t lane[16];
-    for (int i = 0; i < 16; i++) memcpy(lane + i, rows[i] + at, 2);
-    return v16f_load_f16(lane);
-}
 PI_INLINE v16f v16f_rows4_f32(const uint8_t *const rows[4], int64_t at) {
     v16f r;
     PI_PARTS r.v[k] = vreinterpretq_f32_u8(vld1q_u8(rows[k] + at));
@@ -259,35 +254,6 @@ PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
     v16f r;
     PI_PARTS r.v[k] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(rows[k] + at)), 16));
     return r;
-}
-PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f out[4]) {
-    PI_PARTS { /* part k: rows 4k..4k+3, transposed */
-        uint16x4_t r[4];
-        for (int i = 0; i < 4; i++) r[i] = vreinterpret_u16_u8(vld1_u8(rows[4 * k + i] + at));
-        const uint32x2_t a = vreinterpret_u32_u16(vzip1_u16(r[0], r[1])),
-                         b = vreinterpret_u32_u16(vzip2_u16(r[0], r[1]));
-        const uint32x2_t c = vreinterpret_u32_u16(vzip1_u16(r[2], r[3])),
-                         d = vreinterpret_u32_u16(vzip2_u16(r[2], r[3]));
-        out[0].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip1_u32(a, c)));
-        out[1].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip2_u32(a, c)));
-        out[2].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip1_u32(b, d)));
-        out[3].v[k] = vcvt_f32_f16(vreinterpret_f16_u32(vzip2_u32(b, d)));
-    }
-}
-PI_INLINE v16i v16i_sum4(const v16i v[4]) {
-    v16i r;
-    PI_PARTS r.v[k] = vpaddq_s32(vpaddq_s32(v[0].v[k], v[1].v[k]), vpaddq_s32(v[2].v[k], v[3].v[k]));
-    return r;
-}
-PI_INLINE void v16i_swap_groups(v16i v[4]) {
-    const v16i w[4] = {v[0], v[1], v[2], v[3]};
-    for (int g = 0; g < 4; g++) PI_PARTS v[g].v[k] = w[k].v[g];
-}
-PI_INLINE void v64b_load_halves(const void *p, v64b *low, v64b *high) {
-    PI_PARTS {
-        low->v[k] = vld1q_u8((const uint8_t *)p + 32 * k);
-        high->v[k] = vld1q_u8((const uint8_t *)p + 32 * k + 16);
-    }
 }
 PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
     PI_PARTS a.v[k] = vsliq_n_s32(a.v[k], b.v[k], 16);
@@ -314,11 +280,54 @@ PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
     }
     return acc;
 }
+PI_INLINE v64b v64b_rows2(const void *p, const void *q) {
+    v64b r;
+    PI_PARTS r.v[k] = vld1q_u8((const uint8_t *)(k < 2 ? p : q) + 16 * (k % 2));
+    return r;
+}
+PI_INLINE v64b v64b_two(const void *p) { return v64b_rows2(p, p); }
+PI_INLINE v16f v16f_two(const float *p) {
+    v16f r;
+    PI_PARTS r.v[k] = vld1q_f32(p + 4 * (k % 2));
+    return r;
+}
+PI_INLINE v16f v16f_two_f16(const uint8_t *p, const uint8_t *q) {
+    v16f r;
+    PI_PARTS r.v[k] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((k < 2 ? p : q) + 8 * (k % 2))));
+    return r;
+}
+PI_INLINE v16i v16i_two_i8(const uint8_t *p, const uint8_t *q) {
+    int8_t lane[16];
+    memcpy(lane, p, 8);
+    memcpy(lane + 8, q, 8);
+    return v16i_from_i8(lane);
+}
+PI_INLINE v16i v16i_two_u8(const uint8_t *p, const uint8_t *q) {
+    uint8_t lane[16];
+    memcpy(lane, p, 8);
+    memcpy(lane + 8, q, 8);
+    return v16i_from_u8(lane);
+}
+PI_INLINE void v16f_columns8(const float *p, v16f out[8]) {
+    PI_PARTS for (int h = 0; h < 2; h++) { /* rows 4k..4k+3, columns 4h..4h+3 */
+        float32x4_t r[4];
+        for (int i = 0; i < 4; i++) r[i] = vld1q_f32(p + 8 * (4 * k + i) + 4 * h);
+        const float64x2_t a = vreinterpretq_f64_f32(vzip1q_f32(r[0], r[1]));
+        const float64x2_t b = vreinterpretq_f64_f32(vzip2q_f32(r[0], r[1]));
+        const float64x2_t c = vreinterpretq_f64_f32(vzip1q_f32(r[2], r[3]));
+        const float64x2_t d = vreinterpretq_f64_f32(vzip2q_f32(r[2], r[3]));
+        out[4 * h].v[k] = vreinterpretq_f32_f64(vzip1q_f64(a, c));
+        out[4 * h + 1].v[k] = vreinterpretq_f32_f64(vzip2q_f64(a, c));
+        out[4 * h + 2].v[k] = vreinterpretq_f32_f64(vzip1q_f64(b, d));
+        out[4 * h + 3].v[k] = vreinterpretq_f32_f64(vzip2q_f64(b, d));
+    }
+}
 PI_INLINE v16f v16f_halves(float x, float y) {
     v16f r;
     PI_PARTS r.v[k] = vdupq_n_f32(k < 2 ? x : y);
     return r;
 }
+PI_INLINE v16f v16f_halves_f16(uint16_t x, uint16_t y) { return v16f_halves(pi_f16_to_f32(x), pi_f16_to_f32(y)); }
 PI_INLINE v16f v16f_repeat4(const float *p) {
     v16f r;
     PI_PARTS r.v[k] = vld1q_f32(p);

@@ -243,11 +243,6 @@ PI_INLINE v64b v16i_as_bytes(v16i a) {
     memcpy(&r, &a, 64);
     return r;
 }
-PI_INLINE v16f v16f_gather_f16(const uint8_t *const rows[16], int64_t at) {
-    uint16_t lane[16];
-    PI_LANES memcpy(lane + i, rows[i] + at, 2);
-    return v16f_load_f16(lane);
-}
 PI_INLINE v16f v16f_rows4_f32(const uint8_t *const rows[4], int64_t at) {
     v16f r;
     for (int i = 0; i < 4; i++) memcpy(r.l + 4 * i, rows[i] + at, 16);
@@ -262,24 +257,6 @@ PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
     uint16_t lane[16];
     for (int i = 0; i < 4; i++) memcpy(lane + 4 * i, rows[i] + at, 8);
     return v16f_load_bf16(lane);
-}
-PI_INLINE void v16f_gather4_f16(const uint8_t *const rows[16], int64_t at, v16f out[4]) {
-    for (int g = 0; g < 4; g++) out[g] = v16f_gather_f16(rows, at + 2 * g);
-}
-PI_INLINE v16i v16i_sum4(const v16i v[4]) {
-    v16i r = {{0}};
-    PI_LANES for (int k = 0; k < 4; k++) r.l[i] = (int32_t)((uint32_t)r.l[i] + (uint32_t)v[i % 4].l[i / 4 * 4 + k]);
-    return r;
-}
-PI_INLINE void v16i_swap_groups(v16i v[4]) {
-    const v16i w[4] = {v[0], v[1], v[2], v[3]};
-    for (int g = 0; g < 4; g++) PI_LANES v[g].l[i] = w[i / 4].l[4 * g + i % 4];
-}
-PI_INLINE void v64b_load_halves(const void *p, v64b *low, v64b *high) {
-    for (int g = 0; g < 4; g++) {
-        memcpy(low->l + 16 * g, (const uint8_t *)p + 32 * g, 16);
-        memcpy(high->l + 16 * g, (const uint8_t *)p + 32 * g + 16, 16);
-    }
 }
 PI_INLINE int32_t pi_pair(uint32_t low, uint32_t high) { return (int32_t)((low & 0xffffu) | high << 16); }
 PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
@@ -302,11 +279,43 @@ PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
     PI_LANES acc.l[i] += (int16_t)w.l[i] * (int16_t)x.l[i] + (int16_t)(w.l[i] >> 16) * (int16_t)(x.l[i] >> 16);
     return acc;
 }
+PI_INLINE v64b v64b_rows2(const void *p, const void *q) {
+    v64b r;
+    memcpy(r.l, p, 32);
+    memcpy(r.l + 32, q, 32);
+    return r;
+}
+PI_INLINE v64b v64b_two(const void *p) { return v64b_rows2(p, p); }
+PI_INLINE v16f v16f_two(const float *p) {
+    v16f r;
+    PI_LANES r.l[i] = p[i % 8];
+    return r;
+}
+PI_INLINE v16f v16f_two_f16(const uint8_t *p, const uint8_t *q) {
+    uint16_t lane[16];
+    memcpy(lane, p, 16);
+    memcpy(lane + 8, q, 16);
+    return v16f_load_f16(lane);
+}
+PI_INLINE v16i v16i_two_i8(const uint8_t *p, const uint8_t *q) {
+    v16i r;
+    PI_LANES r.l[i] = (int8_t)(i < 8 ? p[i] : q[i - 8]);
+    return r;
+}
+PI_INLINE v16i v16i_two_u8(const uint8_t *p, const uint8_t *q) {
+    v16i r;
+    PI_LANES r.l[i] = i < 8 ? p[i] : q[i - 8];
+    return r;
+}
+PI_INLINE void v16f_columns8(const float *p, v16f out[8]) {
+    for (int c = 0; c < 8; c++) PI_LANES out[c].l[i] = p[8 * i + c];
+}
 PI_INLINE v16f v16f_halves(float x, float y) {
     v16f r;
     PI_LANES r.l[i] = i < 8 ? x : y;
     return r;
 }
+PI_INLINE v16f v16f_halves_f16(uint16_t x, uint16_t y) { return v16f_halves(pi_f16_to_f32(x), pi_f16_to_f32(y)); }
 PI_INLINE v16f v16f_repeat4(const float *p) {
     v16f r;
     PI_LANES r.l[i] = p[i % 4];

@@ -22,6 +22,11 @@ void PI_FN(rope)(float *x, const float *cos, const float *sin, int64_t heads, in
 void PI_FN(add)(const float *x, int64_t count, float *out);
 void PI_FN(scale)(float factor, int64_t count, float *x);
 void PI_FN(activate)(int32_t kind, float cut, const float *gate, const float *up, int64_t count, float *out);
+void PI_FN(multiply)(const float *x, int64_t repeat, int64_t first, int64_t count, float *out);
+void PI_FN(add_scaled)(const float *x, float factor, int64_t count, float *out);
+void PI_FN(map)(int32_t kind, const float constants[4], int64_t count, float *x);
+void PI_FN(l2_norm)(const float *x, float eps, int64_t width, float *out);
+void PI_FN(keep_top)(const float *x, float deviations, int64_t width, float *out);
 int64_t PI_FN(list_active)(const float *value, const float *threshold, int64_t count, int32_t *index);
 int64_t PI_FN(list_large)(const float *value, const float *threshold, int64_t count, int32_t *index);
 void PI_FN(keep_large)(const float *value, const float *threshold, int64_t count, float *out);
@@ -31,6 +36,15 @@ void PI_FN(sign_scores)(const uint32_t *signs, const uint32_t *code, int64_t wid
 void PI_FN(store_kv)(const float *k, const float *v, const pi_cache *cache, int64_t position);
 void PI_FN(attend)(const pi_query *queries, int64_t count, const pi_cache *cache, int64_t kv_head, float scale,
                    float softcap, float *scratch);
+void PI_FN(convolve)(const float *x, const float *weight, const float *bias, int64_t length, int64_t width,
+                     int64_t begin, int64_t end, int silu, float *state, float *out);
+void PI_FN(scan_channels)(const float *x, const float *step, const float *decay, const float *in, const float *read,
+                          const float *direct, int64_t size, int64_t width, int64_t begin, int64_t end, float *state,
+                          float *out);
+void PI_FN(scan_head)(const float *x, float step, float decay, const float *in, const float *read, float direct,
+                      int64_t size, int64_t width, float *state, float *out);
+void PI_FN(delta_head)(const float *q, const float *k, const float *v, float decay, float rate, float scale,
+                       int64_t size, int64_t width, float *state, float *out);
 uint64_t PI_FN(read_memory)(const uint8_t *data, int64_t bytes);
 
 #endif

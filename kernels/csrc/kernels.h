@@ -49,6 +49,10 @@ typedef struct { /* weights as interleaved 16-row tiles; rows padded with zeros 
     uint8_t *data;
 } pi_matrix;
 
+static inline int pi_row_is_float(int32_t row_type) {
+    return row_type == PI_F32 || row_type == PI_F16 || row_type == PI_BF16;
+}
+
 typedef struct { /* weights as rows, `stride` bytes apart: plain GGUF rows, or one part of bundles */
     int32_t row_type;
     int64_t rows, columns, stride;
@@ -71,19 +75,43 @@ typedef struct { /* quantised activations: q [T, columns], d and s [T, columns /
 
 typedef struct {  /* one layer's keys and values: f16, or with scales int8 in blocks of PI_BLOCK values of a head */
     void *keys;   /* [kv_heads, ceil(capacity / 16), head_dim, 16]: the lane is the position in the tile */
-    void *values; /* [kv_heads, capacity, head_dim], readable for 32 bytes past the end */
+    void *values; /* [kv_heads, capacity, value_dim], readable for 32 bytes past the end */
     uint16_t *key_scales;   /* f16 [kv_heads, ceil(capacity / 16), head_dim / PI_BLOCK, 16]; NULL: all is f16 */
-    uint16_t *value_scales; /* f16 [kv_heads, capacity, head_dim / PI_BLOCK] */
-    int64_t capacity, kv_heads, head_dim;
+    uint16_t *value_scales; /* f16 [kv_heads, capacity, value_dim / PI_BLOCK] */
+    int64_t capacity, kv_heads, head_dim, value_dim;
 } pi_cache;
 
 typedef struct { /* one query vector of attention and the keys that it sees: positions [first, last) */
     const float *q;
     float *out;
     int64_t first, last;
+    float slope; /* taken from a score for each position that the key stands before the query */
+    float sink;  /* a score of no key, in the sum of the exponentials alone; -infinity: none */
 } pi_query;
 
-enum pi_activation { PI_SILU, PI_GELU_TANH, PI_GELU_ERF, PI_RELU, PI_RELU2, PI_DRELU, PI_FATRELU, PI_ACTIVATIONS };
+enum pi_activation {
+    PI_SILU,
+    PI_GELU_TANH,
+    PI_GELU_ERF,
+    PI_RELU,
+    PI_RELU2,
+    PI_DRELU,
+    PI_FATRELU,
+    PI_SIGMOID,
+    PI_SOFTPLUS,
+    PI_SWIGLU_OAI,
+    PI_ACTIVATIONS,
+    PI_OAI_UP = PI_ACTIVATIONS /* what PI_SWIGLU_OAI does to up */
+};
+
+/* Functions of single values with up to four constants a, b, c, d. */
+enum pi_map {
+    PI_MAP_SCALE,   /* a x */
+    PI_MAP_SOFTCAP, /* a tanh(x / a) */
+    PI_MAP_CLAMP,   /* x within [a, b] */
+    PI_MAP_XIELU,   /* x > 0: a x² + c x; else b (e^min(x, d) - 1 - x) + c x */
+    PI_MAPS
+};
 
 typedef struct pi_kernels {
     const char *isa;
@@ -111,8 +139,15 @@ typedef struct pi_kernels {
     void (*rope)(float *x, const float *cos, const float *sin, int64_t heads, int64_t head_dim, int64_t half, int neox);
     void (*add)(const float *x, int64_t count, float *out);
     void (*scale)(float factor, int64_t count, float *x);
-    /* `cut`: what a gate must be above with PI_FATRELU. */
+    /* `cut`: what a gate must be above with PI_FATRELU; the largest gate and |up| with PI_SWIGLU_OAI. */
     void (*activate)(int32_t kind, float cut, const float *gate, const float *up, int64_t count, float *out);
+    /* out[i] *= x[(first + i) / repeat] */
+    void (*multiply)(const float *x, int64_t repeat, int64_t first, int64_t count, float *out);
+    void (*add_scaled)(const float *x, float factor, int64_t count, float *out);
+    void (*map)(int32_t kind, const float constants[4], int64_t count, float *x);
+    void (*l2_norm)(const float *x, float eps, int64_t width, float *out);
+    /* out = max(x - mean - deviations · standard deviation, 0) */
+    void (*keep_top)(const float *x, float deviations, int64_t width, float *out);
     /* Indexes of values above their thresholds (NULL: above zero), ascending; returns how many. */
     int64_t (*list_active)(const float *value, const float *threshold, int64_t count, int32_t *index);
     /* The same for magnitudes: indexes of values with |value| above their thresholds. */
@@ -128,9 +163,24 @@ typedef struct pi_kernels {
 
     /* Attention (attention.inc). */
     void (*store_kv)(const float *k, const float *v, const pi_cache *cache, int64_t position);
-    /* `scratch`: count × (capacity rounded up to 16) + count × (head_dim rounded up to 16) floats. */
+    /* `scratch`: count × (capacity rounded up to 16) + count × (value_dim rounded up to 16) floats. */
     void (*attend)(const pi_query *queries, int64_t count, const pi_cache *cache, int64_t kv_head, float scale,
                    float softcap, float *scratch);
+
+    /* Recurrent blocks (recurrent.inc), one token each; states are changed in place. */
+    /* Channels [begin, end) of a causal convolution: weight [length, width], state [length - 1, width]. */
+    void (*convolve)(const float *x, const float *weight, const float *bias, int64_t length, int64_t width,
+                     int64_t begin, int64_t end, int silu, float *state, float *out);
+    /* S = e^(step · decay) S + step · x · in, out = read · S + direct · x: per channel, S and decay [size, width]. */
+    void (*scan_channels)(const float *x, const float *step, const float *decay, const float *in, const float *read,
+                          const float *direct, int64_t size, int64_t width, int64_t begin, int64_t end, float *state,
+                          float *out);
+    /* The same for one head, S [size, width]. */
+    void (*scan_head)(const float *x, float step, float decay, const float *in, const float *read, float direct,
+                      int64_t size, int64_t width, float *state, float *out);
+    /* S = e^decay S; S += k (rate (v - Sᵀk))ᵀ; out = scale Sᵀq; S [size, width]. */
+    void (*delta_head)(const float *q, const float *k, const float *v, float decay, float rate, float scale,
+                       int64_t size, int64_t width, float *state, float *out);
 
     /* Reads memory at full width; returns a value that depends on every byte (so nothing is left out). */
     uint64_t (*read_memory)(const uint8_t *data, int64_t bytes);

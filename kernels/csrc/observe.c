@@ -29,10 +29,10 @@ static const float ones[CHUNK] = {
 static void observe_chunk(const pi_observe *o, const pi_kernels *kernels, int64_t token, int64_t first, int64_t count) {
     float act[CHUNK], factor[CHUNK];
     const float *up = o->up ? o->up + token * o->width + first : ones;
-    int gated_up = o->kind == PI_DRELU;
-    kernels->activate(gated_up ? PI_RELU : o->kind, o->cut, o->gate + token * o->width + first, NULL, count, act);
-    if (gated_up) kernels->activate(PI_RELU, 0.0f, up, NULL, count, factor);
-    const float *factors = gated_up ? factor : up;
+    int32_t on_up = o->kind == PI_DRELU ? PI_RELU : o->kind == PI_SWIGLU_OAI && o->up ? PI_OAI_UP : -1;
+    kernels->activate(o->kind, o->cut, o->gate + token * o->width + first, NULL, count, act);
+    if (on_up >= 0) kernels->activate(on_up, o->cut, up, NULL, count, factor);
+    const float *factors = on_up >= 0 ? factor : up;
     for (int64_t i = 0; i < count; i++) {
         int64_t neuron = first + i;
         float contribution = fabsf(act[i] * factors[i]);

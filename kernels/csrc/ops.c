@@ -2,6 +2,7 @@
 #include "bundle.h"
 #include "program.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -32,14 +33,31 @@ int pi_op_is_vector(const pi_op *op) {
     case PI_OP_SUM_ROWS:
     case PI_OP_SPARSE_FFN:
     case PI_OP_SIGN_SCORES:
+    case PI_OP_HEAD_MATMUL:
+    case PI_OP_EXPERT_GATHER:
+    case PI_OP_EXPERT_MATMUL:
+    case PI_OP_EXPERT_ACTIVATE:
+    case PI_OP_EXPERT_SUM:
+    case PI_OP_EXPERT_COUNT:
+    case PI_OP_CONVOLVE:
+    case PI_OP_SCAN_CHANNELS:
+    case PI_OP_SCAN_HEADS:
+    case PI_OP_DELTA_NET:
     case PI_OP_OBSERVE: return 0;
     default: return 1;
     }
 }
 
 int pi_op_needs_tokens(const pi_op *op) {
-    return op->kind != PI_OP_QUANTIZE && op->kind != PI_OP_ACTIVATE && op->kind != PI_OP_ADD &&
-           op->kind != PI_OP_KEEP_LARGE;
+    switch (op->kind) {
+    case PI_OP_QUANTIZE:
+    case PI_OP_ACTIVATE:
+    case PI_OP_ADD:
+    case PI_OP_KEEP_LARGE:
+    case PI_OP_MULTIPLY:
+    case PI_OP_MAP: return 0;
+    default: return 1;
+    }
 }
 
 int64_t pi_op_width(const pi_op *op) {
@@ -48,6 +66,8 @@ int64_t pi_op_width(const pi_op *op) {
     case PI_OP_ACTIVATE: return op->u.activate.width;
     case PI_OP_ADD: return op->u.add.width;
     case PI_OP_KEEP_LARGE: return op->u.keep.width;
+    case PI_OP_MULTIPLY: return op->u.multiply.width;
+    case PI_OP_MAP: return op->u.map.width;
     default: return 0;
     }
 }
@@ -68,6 +88,11 @@ static part part_of(const pi_op *op, const pi_run *run, const pi_worker *worker)
     return (part){{0, run->tokens}, share_in_units(worker, width, COLUMN_UNIT)};
 }
 
+pi_part pi_part_of(const pi_op *op, const pi_run *run, const pi_worker *worker) {
+    part p = part_of(op, run, worker);
+    return (pi_part){p.tokens.begin, p.tokens.end, p.columns.begin, p.columns.end};
+}
+
 static void embed(const pi_op *op, pi_run *run, pi_worker *worker) {
     const pi_embed *e = &op->u.embed;
     range tokens = share_of(worker, run->tokens);
@@ -84,10 +109,16 @@ static void norm(const pi_op *op, pi_run *run, pi_worker *worker) {
     range tokens = share_of(worker, run->tokens);
     int64_t width = n->width / n->groups;
     for (int64_t i = tokens.begin * n->groups; i < tokens.end * n->groups; i++) {
-        if (op->kind == PI_OP_RMS_NORM)
-            run->kernels->rms_norm(n->src + i * width, n->weight, n->eps, width, n->out + i * width);
-        else
-            run->kernels->layer_norm(n->src + i * width, n->weight, n->bias, n->eps, width, n->out + i * width);
+        const float *src = n->src + i * width;
+        int64_t at = i % n->groups * n->weight_step;
+        const float *weight = n->weight ? n->weight + at : NULL, *bias = n->bias ? n->bias + at : NULL;
+        float *out = n->out + i * width;
+        switch (op->kind) {
+        case PI_OP_RMS_NORM: run->kernels->rms_norm(src, weight, n->eps, width, out); break;
+        case PI_OP_LAYER_NORM: run->kernels->layer_norm(src, weight, bias, n->eps, width, out); break;
+        case PI_OP_L2_NORM: run->kernels->l2_norm(src, n->eps, width, out); break;
+        default: run->kernels->keep_top(src, n->eps, width, out); break;
+        }
     }
 }
 
@@ -117,7 +148,11 @@ static void add(const pi_op *op, pi_run *run, pi_worker *worker) {
     part p = part_of(op, run, worker);
     for (int64_t t = p.tokens.begin; t < p.tokens.end; t++) {
         const float *src = a->src + t * a->src_stride + p.columns.begin;
-        run->kernels->add(src, p.columns.end - p.columns.begin, a->out + t * a->width + p.columns.begin);
+        float *out = a->out + t * a->width + p.columns.begin;
+        if (a->factor == 1.0f)
+            run->kernels->add(src, p.columns.end - p.columns.begin, out);
+        else
+            run->kernels->add_scaled(src, a->factor, p.columns.end - p.columns.begin, out);
     }
 }
 
@@ -135,8 +170,8 @@ static void rope(const pi_op *op, pi_run *run, pi_worker *worker) {
     range tokens = share_of(worker, run->tokens);
     for (int64_t t = tokens.begin; t < tokens.end; t++) {
         int64_t angle = run->places[t].position * r->half;
-        run->kernels->rope(r->x + t * r->heads * r->head_dim, r->cos + angle, r->sin + angle, r->heads, r->head_dim,
-                           r->half, r->neox);
+        run->kernels->rope(r->x + t * r->heads * r->head_dim + r->offset, r->cos + angle, r->sin + angle, r->heads,
+                           r->head_dim, r->half, r->neox);
     }
 }
 
@@ -145,7 +180,8 @@ static void store_kv(const pi_op *op, pi_run *run, pi_worker *worker) {
     range tokens = share_of(worker, run->tokens);
     for (int64_t t = tokens.begin; t < tokens.end; t++) {
         const pi_place *place = &run->places[t];
-        run->kernels->store_kv(s->k + t * s->width, s->v + t * s->width, &place->slots[s->slot].cache, place->position);
+        run->kernels->store_kv(s->k + t * s->width, s->v + t * s->value_width, &place->slots[s->slot].cache,
+                               place->position);
     }
 }
 
@@ -163,16 +199,26 @@ uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker) {
     return run->program->scratch + run->program->scratch_bytes * pi_worker_thread(worker);
 }
 
+/* The first position that the query at `position` sees. */
+static int64_t first_seen(const pi_attention *a, int64_t position) {
+    int64_t first = a->window ? max64(0, position + 1 - a->window) : 0;
+    return a->chunk ? max64(first, position / a->chunk * a->chunk) : first;
+}
+
 /* Queries [begin, end) of one key head of a span, counted token by token and within a token head by head. */
 static void attend(const pi_attention *a, const pi_run *run, const pi_worker *worker, const pi_span *span,
                    int64_t kv_head, int64_t begin, int64_t end) {
-    int64_t group = a->heads / a->kv_heads, dim = a->head_dim;
+    int64_t group = a->heads / a->kv_heads;
     pi_query queries[PI_QUERIES];
     for (int64_t i = begin; i < end; i++) {
-        int64_t token = i / group, at = ((span->first + token) * a->heads + kv_head * group + i % group) * dim;
-        int64_t last = span->position + token + 1;
-        queries[i - begin] = (pi_query){
-            .q = a->q + at, .out = a->out + at, .last = last, .first = a->window ? max64(0, last - a->window) : 0};
+        int64_t token = i / group, head = kv_head * group + i % group, at = (span->first + token) * a->heads + head;
+        int64_t position = span->position + token;
+        queries[i - begin] = (pi_query){.q = a->q + at * a->head_dim,
+                                        .out = a->out + at * a->value_dim,
+                                        .first = first_seen(a, position),
+                                        .last = position + 1,
+                                        .slope = a->slopes ? a->slopes[head] : 0.0f,
+                                        .sink = a->sinks ? a->sinks[head] : -INFINITY};
     }
     run->kernels->attend(queries, end - begin, &span->slots[a->slot].cache, kv_head, a->scale, a->softcap,
                          (float *)(void *)pi_scratch_of(run, worker));
@@ -251,6 +297,8 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     switch (op->kind) {
     case PI_OP_EMBED: embed(op, run, worker); break;
     case PI_OP_RMS_NORM:
+    case PI_OP_L2_NORM:
+    case PI_OP_KEEP_TOP:
     case PI_OP_LAYER_NORM: norm(op, run, worker); break;
     case PI_OP_QUANTIZE: quantize(op, run, worker); break;
     case PI_OP_MATMUL: matmul(op, run, worker, slot); break;
@@ -265,7 +313,18 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     case PI_OP_OBSERVE: pi_observe_execute(op, run, worker); break;
     case PI_OP_SIGN_CODE: sign_code(op, run, worker); break;
     case PI_OP_SIGN_SCORES: sign_scores(op, run, worker, slot); break;
-    default: break;
+    case PI_OP_HEAD_MATMUL: pi_head_matmul_execute(op, run, worker, slot); break;
+    case PI_OP_ROUTE: pi_route_execute(op, run, worker); break;
+    case PI_OP_EXPERT_GATHER: pi_expert_gather_execute(op, run, worker); break;
+    case PI_OP_EXPERT_MATMUL: pi_expert_matmul_execute(op, run, worker, slot); break;
+    case PI_OP_EXPERT_ACTIVATE: pi_expert_activate_execute(op, run, worker); break;
+    case PI_OP_EXPERT_SUM: pi_expert_sum_execute(op, run, worker); break;
+    case PI_OP_EXPERT_COUNT: pi_expert_count_execute(op, run, worker); break;
+    case PI_OP_CONVOLVE:
+    case PI_OP_SCAN_CHANNELS:
+    case PI_OP_SCAN_HEADS:
+    case PI_OP_DELTA_NET: pi_recurrent_execute(op, run, worker); break;
+    default: pi_vector_execute(op, run, worker); break;
     }
 }
 
@@ -273,6 +332,10 @@ int pi_op_slot(const pi_op *op, int64_t *slot) {
     switch (op->kind) {
     case PI_OP_STORE_KV: *slot = op->u.store.slot; return 1;
     case PI_OP_ATTENTION: *slot = op->u.attention.slot; return 1;
+    case PI_OP_CONVOLVE: *slot = op->u.convolve.slot; return 1;
+    case PI_OP_SCAN_CHANNELS:
+    case PI_OP_SCAN_HEADS: *slot = op->u.scan.slot; return 1;
+    case PI_OP_DELTA_NET: *slot = op->u.delta_net.slot; return 1;
     default: return 0;
     }
 }
@@ -281,8 +344,14 @@ int64_t pi_op_scratch_bytes(const pi_op *op) {
     if (op->kind == PI_OP_ATTENTION) {
         const pi_attention *a = &op->u.attention;
         int64_t scores = (a->capacity + PI_TILE - 1) / PI_TILE * PI_TILE;
-        return PI_QUERIES * (scores + (a->head_dim + 15) / 16 * 16) * (int64_t)sizeof(float);
+        return PI_QUERIES * (scores + (a->value_dim + 15) / 16 * 16) * (int64_t)sizeof(float);
     }
+    if (op->kind == PI_OP_HEAD_MATMUL) return pi_head_matmul_scratch_bytes(&op->u.head_matmul);
+    if (op->kind == PI_OP_EXPERT_GATHER) return pi_expert_scratch_bytes(&op->u.expert_gather.choice);
+    if (op->kind == PI_OP_EXPERT_MATMUL) return pi_expert_scratch_bytes(&op->u.expert_matmul.choice);
+    if (op->kind == PI_OP_EXPERT_ACTIVATE) return pi_expert_scratch_bytes(&op->u.expert_activate.choice);
+    if (op->kind == PI_OP_EXPERT_SUM) return pi_expert_scratch_bytes(&op->u.expert_sum.choice);
+    if (op->kind == PI_OP_EXPERT_COUNT) return pi_expert_scratch_bytes(&op->u.expert_count.choice);
     if (op->kind == PI_OP_SUM_ROWS) return pi_sum_scratch_bytes(op->u.sum.bundle->columns);
     if (op->kind == PI_OP_SPARSE_FFN) return pi_sparse_ffn_scratch_bytes(&op->u.sparse_ffn);
     return 0;

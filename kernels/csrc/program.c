@@ -29,7 +29,7 @@ int pi_program_prepare(pi_program *program) {
         const pi_op *op = &program->ops[i];
         int64_t bytes = pi_op_scratch_bytes(op);
         if (bytes > program->scratch_bytes) program->scratch_bytes = bytes;
-        if (op->independent && (i + 1 == program->count || program->ops[i + 1].kind != PI_OP_MATMUL))
+        if (op->independent && (i + 1 == program->count || program->ops[i + 1].kind != op->kind))
             program->ops[i].independent = 0;
     }
     program->scratch_bytes = (program->scratch_bytes + 4095) / 4096 * 4096;

@@ -23,6 +23,23 @@ typedef enum {
     PI_OP_KEEP_LARGE,
     PI_OP_SIGN_CODE,
     PI_OP_SIGN_SCORES,
+    PI_OP_MULTIPLY,
+    PI_OP_MAP,
+    PI_OP_L2_NORM,
+    PI_OP_KEEP_TOP,
+    PI_OP_COPY,
+    PI_OP_SCALE_BY_POSITION,
+    PI_OP_HEAD_MATMUL,
+    PI_OP_ROUTE,
+    PI_OP_EXPERT_GATHER,
+    PI_OP_EXPERT_MATMUL,
+    PI_OP_EXPERT_ACTIVATE,
+    PI_OP_EXPERT_SUM,
+    PI_OP_EXPERT_COUNT,
+    PI_OP_CONVOLVE,
+    PI_OP_SCAN_CHANNELS,
+    PI_OP_SCAN_HEADS,
+    PI_OP_DELTA_NET,
     PI_OP_KINDS,
 } pi_op_kind;
 
@@ -34,10 +51,11 @@ typedef struct {
     float scale;
 } pi_embed;
 
-typedef struct { /* layer_norm: groups = 1; rms_norm: bias NULL. A group is width / groups values. */
+typedef struct { /* A group is width / groups values; keep_top: eps is the number of standard deviations. */
     const float *src, *weight, *bias;
     float *out;
     int64_t width, groups;
+    int64_t weight_step; /* of weight and bias, from group to group: 0 where all groups share them */
     float eps;
 } pi_norm;
 
@@ -58,8 +76,8 @@ typedef struct {
 
 typedef struct {
     float *x;
-    const float *cos, *sin; /* [capacity, half] */
-    int64_t heads, head_dim, half;
+    const float *cos, *sin;                /* [capacity, half] */
+    int64_t heads, head_dim, half, offset; /* what is turned begins `offset` values into each head */
     int neox;
 } pi_rope;
 
@@ -69,8 +87,8 @@ typedef enum { PI_SLOT_KV, PI_SLOT_RECURRENT, PI_SLOT_KINDS } pi_slot_kind;
 
 typedef struct {
     pi_slot_kind kind;
-    int64_t capacity, kv_heads, head_dim; /* PI_SLOT_KV: a session's may hold fewer positions */
-    int64_t count;                        /* PI_SLOT_RECURRENT: floats */
+    int64_t capacity, kv_heads, head_dim, value_dim; /* PI_SLOT_KV: a session's may hold fewer positions */
+    int64_t count;                                   /* PI_SLOT_RECURRENT: floats */
 } pi_slot_spec;
 
 typedef struct { /* a slot of one session */
@@ -92,13 +110,15 @@ typedef struct { /* where one token of a run stands */
 
 typedef struct { /* k, v: [max_tokens, kv_heads · head_dim] */
     const float *k, *v;
-    int64_t slot, width;
+    int64_t slot, width, value_width;
 } pi_store;
 
 typedef struct {
     const float *q;
     float *out;
-    int64_t slot, heads, kv_heads, head_dim, capacity, window;
+    const float *sinks, *slopes; /* [heads], or NULL */
+    int64_t slot, heads, kv_heads, head_dim, value_dim, capacity, window;
+    int64_t chunk; /* of positions, whose queries see no keys of other chunks; 0: none */
     float scale, softcap;
 } pi_attention;
 
@@ -115,7 +135,33 @@ typedef struct {
     float *out;
     int64_t width;
     int64_t src_stride; /* of src, from token to token: the width, or 0 for one vector that all get */
+    float factor;
 } pi_add;
+
+typedef struct { /* out *= src, each value of which is that of `repeat` columns */
+    const float *src;
+    float *out;
+    int64_t width, repeat, src_stride;
+} pi_multiply;
+
+typedef struct { /* a function of single values, in place: pi_map */
+    int32_t kind;
+    float constants[4];
+    float *x;
+    int64_t width;
+} pi_map_op;
+
+typedef struct { /* `count` columns of each of `heads`, which lie src_step and out_step columns apart */
+    const float *src;
+    float *out;
+    int64_t src_width, out_width, src_first, out_first, heads, src_step, out_step, count;
+} pi_copy;
+
+typedef struct { /* x *= table[position] */
+    float *x;
+    const float *table;
+    int64_t width;
+} pi_scale_by_position;
 
 typedef struct {
     const float *h;
@@ -171,6 +217,102 @@ typedef struct { /* counters of `width` neurons that each run adds to */
     double *gate_squares, *up_squares; /* [width] */
 } pi_observe;
 
+typedef struct { /* head h: src columns from src_first + h · src_step on, times matrix h, to out_first + h · out_step */
+    const pi_matrix *const *matrices; /* [heads], all of one size and type */
+    const float *src;
+    float *out;
+    int64_t heads, max_tokens, src_width, src_first, src_step, out_width, out_first, out_step;
+} pi_head_matmul;
+
+enum { PI_MAX_EXPERTS = 1024 };
+enum { PI_ROUTE_SOFTMAX, PI_ROUTE_SIGMOID };
+
+typedef struct {
+    const float *scores, *bias; /* [max_tokens, experts]; [experts], what chooses but does not weigh, or NULL */
+    int32_t *chosen;            /* [max_tokens, used], ascending */
+    float *weights;             /* [max_tokens, used] */
+    const float *shared_score;  /* [max_tokens, 1], or NULL */
+    float *shared_weight;       /* its sigmoid */
+    int64_t experts, used, groups, groups_used;
+    int kind, normalized;
+    float scale;
+} pi_route;
+
+typedef struct { /* what a router chose, and the experts that are here: NULL for the others */
+    const int32_t *chosen;
+    const float *weights;
+    const pi_matrix *const *here;
+    int64_t experts, used, max_tokens;
+} pi_expert_choice;
+
+/* Below, buffers of pairs are [max_tokens · used, width] (experts.c). */
+typedef struct {
+    pi_expert_choice choice;
+    const float *src;
+    pi_acts acts; /* of the tokens */
+    float *out;
+    pi_acts out_acts;
+    int64_t width;
+    int weigh, needs_floats;
+} pi_expert_gather;
+
+typedef struct {
+    pi_expert_choice choice;
+    const float *token_src, *src; /* of tokens, which a single token reads where `of_tokens`, and of pairs */
+    pi_acts token_acts, acts;
+    const float *bias; /* [experts, rows], or NULL */
+    float *out;
+    int64_t tiles, chunk;
+    int of_tokens;
+} pi_expert_matmul;
+
+typedef struct {
+    pi_expert_choice choice;
+    int32_t kind;
+    float cut;
+    const float *gate, *up;
+    float *out;
+    pi_acts acts;
+    int64_t width;
+} pi_expert_activate;
+
+typedef struct {
+    pi_expert_choice choice;
+    const float *rows;
+    float *out;
+    int64_t width;
+    int accumulate, weigh;
+} pi_expert_sum;
+
+typedef struct {
+    pi_expert_choice choice;
+    int64_t *totals;  /* runs, and experts that some token of a run took, added up */
+    uint64_t *counts; /* [experts], as are the squares; or NULL */
+    double *gate_squares, *up_squares;
+} pi_expert_count;
+
+/* Recurrent blocks: what they keep from token to token lies in the slot. */
+typedef struct {
+    const float *src, *weight, *bias; /* [max_tokens, src_width]; [length, width]; [width], or NULL */
+    float *out;
+    int64_t slot, src_width, src_first, width, length;
+    int silu;
+} pi_convolve;
+
+typedef struct {                                 /* scan_channels: `heads` channels, one head_dim wide */
+    const float *x, *step, *decay, *in, *direct; /* `in` holds what enters and what is read, at in_first, read_first */
+    float *out;
+    int64_t slot, x_width, heads, head_dim, groups, size, in_width, in_first, read_first;
+} pi_scan;
+
+typedef struct {
+    const float *qk, *v, *decay, *rate; /* qk: queries, then keys, [max_tokens, 2 · key_heads · size] */
+    float *out;
+    int64_t slot, heads, head_dim, key_heads, size, v_width, v_first;
+    int interleaved; /* key head h / repeats, else h mod key_heads */
+    float scale;
+} pi_delta_net;
+
 typedef struct {
     pi_op_kind kind;
     int independent; /* the next operation, a matmul, neither reads nor writes what this one writes */
@@ -189,6 +331,20 @@ typedef struct {
         pi_sparse_ffn sparse_ffn;
         pi_observe observe;
         pi_keep keep;
+        pi_multiply multiply;
+        pi_map_op map;
+        pi_copy copy;
+        pi_scale_by_position scale_by_position;
+        pi_head_matmul head_matmul;
+        pi_route route;
+        pi_expert_gather expert_gather;
+        pi_expert_matmul expert_matmul;
+        pi_expert_activate expert_activate;
+        pi_expert_sum expert_sum;
+        pi_expert_count expert_count;
+        pi_convolve convolve;
+        pi_scan scan;
+        pi_delta_net delta_net;
         pi_sign_code sign_code;
         pi_sign_scores sign_scores;
     } u;
@@ -239,6 +395,27 @@ void pi_clear_columns(float *out, int64_t width, int64_t tokens, int64_t begin, 
 void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot); /* sparse_ffn.c */
 int64_t pi_sparse_ffn_scratch_bytes(const pi_sparse_ffn *op);
 void pi_observe_execute(const pi_op *op, pi_run *run, pi_worker *worker); /* observe.c */
+
+void pi_vector_execute(const pi_op *op, pi_run *run, pi_worker *worker); /* vector_ops.c */
+
+void pi_route_execute(const pi_op *op, const pi_run *run, const pi_worker *worker);         /* route.c */
+void pi_expert_gather_execute(const pi_op *op, const pi_run *run, const pi_worker *worker); /* experts.c */
+void pi_expert_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
+void pi_expert_activate_execute(const pi_op *op, const pi_run *run, const pi_worker *worker);
+void pi_expert_sum_execute(const pi_op *op, const pi_run *run, const pi_worker *worker);
+void pi_expert_count_execute(const pi_op *op, const pi_run *run, const pi_worker *worker);
+void pi_head_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
+void pi_recurrent_execute(const pi_op *op, const pi_run *run, const pi_worker *worker); /* recurrent_ops.c */
+/* What the operation needs in its slot, in floats. */
+int64_t pi_recurrent_count(const pi_op *op);
+int64_t pi_expert_scratch_bytes(const pi_expert_choice *choice);
+int64_t pi_head_matmul_scratch_bytes(const pi_head_matmul *op);
+
+/* What a vector operation gives this thread: tokens [token0, token1) × columns [column0, column1). */
+typedef struct {
+    int64_t token0, token1, column0, column1;
+} pi_part;
+pi_part pi_part_of(const pi_op *op, const pi_run *run, const pi_worker *worker);
 
 /* How a vector operation is split: whole tokens, or the same range of columns of every token. Two in a row with the
  * same split need no barrier between them, as each thread meets only what it has written itself. */

@@ -6,7 +6,7 @@
 
 PyTypeObject *pi_program_type;
 
-enum { MAX_OBJECTS = 11, MAX_INTEGERS = 9, MAX_FLOATS = 2 };
+enum { MAX_OBJECTS = 12, MAX_INTEGERS = 9, MAX_FLOATS = 4 };
 
 typedef struct {
     PyObject_HEAD pi_program program;
@@ -14,7 +14,9 @@ typedef struct {
     int64_t serial;   /* no other program ever has this one */
     Py_buffer *views; /* everything the operations point into, held until the program ends */
     int64_t view_count, views_capacity;
-    PyObject *weights; /* list of the Matrix and Bundle objects */
+    PyObject *weights;        /* list of the Matrix and Bundle objects */
+    const pi_matrix ***lists; /* of matrices, which operations point to */
+    int64_t list_count, lists_capacity;
     int sealed, running;
 } program_object;
 
@@ -24,21 +26,38 @@ static const struct {
     unsigned written;
 } shapes[PI_OP_KINDS] = {
     [PI_OP_EMBED] = {3, 4, 1, 1u << 2},
-    [PI_OP_RMS_NORM] = {3, 2, 1, 1u << 2},
-    [PI_OP_LAYER_NORM] = {4, 1, 1, 1u << 3},
+    [PI_OP_RMS_NORM] = {3, 3, 1, 1u << 2},
+    [PI_OP_LAYER_NORM] = {4, 3, 1, 1u << 3},
     [PI_OP_QUANTIZE] = {4, 1, 0, 1u << 1 | 1u << 2 | 1u << 3},
     [PI_OP_MATMUL] = {7, 2, 0, 1u << 6},
-    [PI_OP_ROPE] = {3, 4, 0, 1u << 0},
-    [PI_OP_STORE_KV] = {2, 2, 0, 0},
-    [PI_OP_ATTENTION] = {2, 3, 2, 1u << 1},
+    [PI_OP_ROPE] = {3, 5, 0, 1u << 0},
+    [PI_OP_STORE_KV] = {2, 3, 0, 0},
+    [PI_OP_ATTENTION] = {4, 4, 2, 1u << 1},
     [PI_OP_ACTIVATE] = {3, 2, 1, 1u << 2},
-    [PI_OP_ADD] = {2, 2, 0, 1u << 1},
+    [PI_OP_ADD] = {2, 2, 1, 1u << 1},
     [PI_OP_SUM_ROWS] = {3, 1, 0, 1u << 2},
     [PI_OP_KEEP_LARGE] = {3, 1, 0, 1u << 2},
     [PI_OP_SPARSE_FFN] = {11, 3, 1, 1u << 7 | 1u << 8 | 1u << 9},
     [PI_OP_OBSERVE] = {6, 2, 1, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
     [PI_OP_SIGN_CODE] = {2, 1, 0, 1u << 1},
     [PI_OP_SIGN_SCORES] = {3, 2, 0, 1u << 2},
+    [PI_OP_MULTIPLY] = {2, 3, 0, 1u << 1},
+    [PI_OP_MAP] = {1, 2, 4, 1u << 0},
+    [PI_OP_L2_NORM] = {2, 2, 1, 1u << 1},
+    [PI_OP_KEEP_TOP] = {2, 2, 1, 1u << 1},
+    [PI_OP_COPY] = {2, 8, 0, 1u << 1},
+    [PI_OP_SCALE_BY_POSITION] = {2, 1, 0, 1u << 0},
+    [PI_OP_HEAD_MATMUL] = {3, 8, 0, 1u << 2},
+    [PI_OP_ROUTE] = {6, 6, 1, 1u << 2 | 1u << 3 | 1u << 5},
+    [PI_OP_EXPERT_GATHER] = {11, 6, 0, 1u << 7 | 1u << 8 | 1u << 9 | 1u << 10},
+    [PI_OP_EXPERT_MATMUL] = {12, 5, 0, 1u << 11},
+    [PI_OP_EXPERT_ACTIVATE] = {8, 5, 1, 1u << 4 | 1u << 5 | 1u << 6 | 1u << 7},
+    [PI_OP_EXPERT_SUM] = {5, 6, 0, 1u << 4},
+    [PI_OP_EXPERT_COUNT] = {6, 3, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
+    [PI_OP_CONVOLVE] = {4, 6, 0, 1u << 3},
+    [PI_OP_SCAN_CHANNELS] = {6, 9, 0, 1u << 5},
+    [PI_OP_SCAN_HEADS] = {6, 9, 0, 1u << 5},
+    [PI_OP_DELTA_NET] = {5, 8, 1, 1u << 4},
 };
 
 typedef struct {
@@ -61,19 +80,37 @@ static int64_t chunk_of(const pi_matrix *m) {
     return tiles > 1 ? tiles : 1;
 }
 
+static pi_expert_choice choice_of(const void *chosen, const void *weights, const void *here, const int64_t *i) {
+    return (pi_expert_choice){chosen, weights, here, i[0], i[1], i[2]};
+}
+
+static pi_op expert_matmul_of(void *const *p, const int64_t *i) {
+    const pi_matrix *const *here = p[1], *first = NULL;
+    for (int64_t e = 0; e < i[0] && !first; e++) first = here[e];
+    pi_op op = {.kind = PI_OP_EXPERT_MATMUL, .independent = (int)i[4]};
+    op.u.expert_matmul = (pi_expert_matmul){.choice = choice_of(p[0], NULL, p[1], i),
+                                            .token_src = p[2],
+                                            .token_acts = acts_of(p + 3, first->columns),
+                                            .src = p[6],
+                                            .acts = acts_of(p + 7, first->columns),
+                                            .bias = p[10],
+                                            .out = p[11],
+                                            .tiles = first->tiles,
+                                            .chunk = chunk_of(first),
+                                            .of_tokens = (int)i[3]};
+    return op;
+}
+
 static pi_op op_of(pi_op_kind kind, const arguments *a) {
     pi_op op = {.kind = kind};
     void *const *p = a->p;
     const int64_t *i = a->i;
     switch (kind) {
     case PI_OP_EMBED: op.u.embed = (pi_embed){p[0], rows_of(p[1], i), p[2], a->f[0]}; break;
-    case PI_OP_RMS_NORM:
-        op.u.norm = (pi_norm){.src = p[0], .weight = p[1], .out = p[2], .width = i[0], .groups = i[1], .eps = a->f[0]};
-        break;
-    case PI_OP_LAYER_NORM:
-        op.u.norm = (pi_norm){
-            .src = p[0], .weight = p[1], .bias = p[2], .out = p[3], .width = i[0], .groups = 1, .eps = a->f[0]};
-        break;
+    case PI_OP_RMS_NORM: op.u.norm = (pi_norm){p[0], p[1], NULL, p[2], i[0], i[1], i[2], a->f[0]}; break;
+    case PI_OP_LAYER_NORM: op.u.norm = (pi_norm){p[0], p[1], p[2], p[3], i[0], i[1], i[2], a->f[0]}; break;
+    case PI_OP_L2_NORM:
+    case PI_OP_KEEP_TOP: op.u.norm = (pi_norm){p[0], NULL, NULL, p[1], i[0], i[1], 0, a->f[0]}; break;
     case PI_OP_QUANTIZE: op.u.quantize = (pi_quantize){p[0], acts_of(p + 1, i[0])}; break;
     case PI_OP_MATMUL: {
         const pi_matrix *m = p[0];
@@ -87,14 +124,22 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
         op.independent = (int)i[1];
         break;
     }
-    case PI_OP_ROPE: op.u.rope = (pi_rope){p[0], p[1], p[2], i[0], i[1], i[2], (int)i[3]}; break;
-    case PI_OP_STORE_KV: op.u.store = (pi_store){p[0], p[1], i[0], i[1]}; break;
+    case PI_OP_ROPE: op.u.rope = (pi_rope){p[0], p[1], p[2], i[0], i[1], i[2], i[3], (int)i[4]}; break;
+    case PI_OP_STORE_KV: op.u.store = (pi_store){p[0], p[1], i[0], i[1], i[2]}; break;
     case PI_OP_ATTENTION:
-        op.u.attention = (pi_attention){
-            .q = p[0], .out = p[1], .slot = i[0], .heads = i[1], .window = i[2], .scale = a->f[0], .softcap = a->f[1]};
+        op.u.attention = (pi_attention){.q = p[0],
+                                        .out = p[1],
+                                        .sinks = p[2],
+                                        .slopes = p[3],
+                                        .slot = i[0],
+                                        .heads = i[1],
+                                        .window = i[2],
+                                        .chunk = i[3],
+                                        .scale = a->f[0],
+                                        .softcap = a->f[1]};
         break;
     case PI_OP_ACTIVATE: op.u.activate = (pi_activate){(int32_t)i[0], a->f[0], p[0], p[1], p[2], i[1]}; break;
-    case PI_OP_ADD: op.u.add = (pi_add){p[0], p[1], i[0], i[1]}; break;
+    case PI_OP_ADD: op.u.add = (pi_add){p[0], p[1], i[0], i[1], a->f[0]}; break;
     case PI_OP_SUM_ROWS: op.u.sum = (pi_sum){p[0], p[1], p[2], (int)i[0]}; break;
     case PI_OP_OBSERVE:
         op.u.observe = (pi_observe){(int32_t)i[0], a->f[0], p[0], p[1], i[1], p[2], p[3], p[4], p[5]};
@@ -102,6 +147,49 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
     case PI_OP_KEEP_LARGE: op.u.keep = (pi_keep){p[0], p[1], p[2], i[0]}; break;
     case PI_OP_SIGN_CODE: op.u.sign_code = (pi_sign_code){p[0], p[1], i[0]}; break;
     case PI_OP_SIGN_SCORES: op.u.sign_scores = (pi_sign_scores){p[0], p[1], p[2], i[0], i[1]}; break;
+    case PI_OP_MULTIPLY: op.u.multiply = (pi_multiply){p[0], p[1], i[0], i[1], i[2]}; break;
+    case PI_OP_MAP: op.u.map = (pi_map_op){(int32_t)i[0], {a->f[0], a->f[1], a->f[2], a->f[3]}, p[0], i[1]}; break;
+    case PI_OP_COPY: op.u.copy = (pi_copy){p[0], p[1], i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7]}; break;
+    case PI_OP_HEAD_MATMUL:
+        op.u.head_matmul = (pi_head_matmul){p[0], p[1], p[2], i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7]};
+        break;
+    case PI_OP_ROUTE:
+        op.u.route =
+            (pi_route){p[0], p[1], p[2], p[3], p[4], p[5], i[0], i[1], i[2], i[3], (int)i[4], (int)i[5], a->f[0]};
+        break;
+    case PI_OP_EXPERT_GATHER:
+        op.u.expert_gather = (pi_expert_gather){.choice = choice_of(p[0], p[1], p[2], i),
+                                                .src = p[3],
+                                                .acts = acts_of(p + 4, i[3]),
+                                                .out = p[7],
+                                                .out_acts = acts_of(p + 8, i[3]),
+                                                .width = i[3],
+                                                .weigh = (int)i[4],
+                                                .needs_floats = (int)i[5]};
+        break;
+    case PI_OP_EXPERT_MATMUL: op = expert_matmul_of(p, i); break;
+    case PI_OP_EXPERT_ACTIVATE:
+        op.u.expert_activate = (pi_expert_activate){
+            choice_of(p[0], NULL, p[1], i), (int32_t)i[3], a->f[0], p[2], p[3], p[4], acts_of(p + 5, i[4]), i[4]};
+        break;
+    case PI_OP_EXPERT_SUM:
+        op.u.expert_sum = (pi_expert_sum){choice_of(p[0], p[1], p[2], i), p[3], p[4], i[3], (int)i[4], (int)i[5]};
+        break;
+    case PI_OP_EXPERT_COUNT:
+        op.u.expert_count = (pi_expert_count){choice_of(p[0], p[1], NULL, i), p[2], p[3], p[4], p[5]};
+        break;
+    case PI_OP_CONVOLVE:
+        op.u.convolve = (pi_convolve){p[0], p[1], p[2], p[3], i[0], i[1], i[2], i[3], i[4], (int)i[5]};
+        break;
+    case PI_OP_SCAN_CHANNELS:
+    case PI_OP_SCAN_HEADS:
+        op.u.scan = (pi_scan){p[0], p[1], p[2], p[3], p[4], p[5], i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], i[8]};
+        break;
+    case PI_OP_DELTA_NET:
+        op.u.delta_net =
+            (pi_delta_net){p[0], p[1], p[2], p[3], p[4], i[0], i[1], i[2], i[3], i[4], i[5], i[6], (int)i[7], a->f[0]};
+        break;
+    case PI_OP_SCALE_BY_POSITION: op.u.scale_by_position = (pi_scale_by_position){p[0], p[1], i[0]}; break;
     default: /* SPARSE_FFN */
         op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0],
                                           .cut = a->f[0],
@@ -135,6 +223,30 @@ static int grow(void **items, int64_t *capacity, int64_t count, int64_t more, si
     return 0;
 }
 
+/* A tuple of Matrix objects or None, as an array of pointers. */
+static int take_matrices(program_object *self, PyObject *tuple, void **pointer) {
+    const Py_ssize_t count = PyTuple_Size(tuple);
+    if (grow((void **)&self->lists, &self->lists_capacity, self->list_count, 1, sizeof *self->lists) < 0) return -1;
+    const pi_matrix **list = PyMem_Calloc((size_t)count + 1, sizeof *list);
+    if (!list) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    self->lists[self->list_count++] = list;
+    *pointer = list;
+    for (Py_ssize_t k = 0; k < count; k++) {
+        PyObject *item = PyTuple_GetItem(tuple, k);
+        if (item == Py_None) continue;
+        if (!PyObject_TypeCheck(item, pi_matrix_type)) {
+            PyErr_SetString(pi_kernel_error, "a list of matrices has an object that is none");
+            return -1;
+        }
+        list[k] = &((matrix_object *)item)->matrix;
+        if (PyList_Append(self->weights, item) < 0) return -1;
+    }
+    return 0;
+}
+
 static int take_object(program_object *self, PyObject *object, int written, void **pointer) {
     *pointer = NULL;
     if (object == Py_None) return 0;
@@ -146,6 +258,7 @@ static int take_object(program_object *self, PyObject *object, int written, void
         *pointer = &((bundle_object *)object)->bundle;
         return PyList_Append(self->weights, object);
     }
+    if (PyTuple_Check(object)) return take_matrices(self, object, pointer);
     if (grow((void **)&self->views, &self->views_capacity, self->view_count, 1, sizeof(Py_buffer)) < 0) return -1;
     Py_buffer *view = &self->views[self->view_count];
     if (PyObject_GetBuffer(object, view, written ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) return -1;
@@ -204,14 +317,15 @@ static int take_slots(pi_program *program, PyObject *slots) {
     program->slot_count = count;
     for (int64_t k = 0; k < count; k++) {
         PyObject *item = PyTuple_GetItem(slots, k);
-        long long a, b = 0, c = 0;
+        long long a, b = 0, c = 0, d = 0;
         int kind;
-        if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "iL|LL", &kind, &a, &b, &c)) return -1;
+        if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "iL|LLL", &kind, &a, &b, &c, &d)) return -1;
         program->slots[k] = (pi_slot_spec){.kind = (pi_slot_kind)kind};
         if (kind == PI_SLOT_KV) {
             program->slots[k].capacity = a;
             program->slots[k].kv_heads = b;
             program->slots[k].head_dim = c;
+            program->slots[k].value_dim = d;
         } else
             program->slots[k].count = a;
     }
@@ -225,11 +339,16 @@ static int join_slots(pi_program *program) {
         pi_op *op = &program->ops[i];
         if (!pi_op_slot(op, &slot)) continue;
         const pi_slot_spec *spec = slot >= 0 && slot < program->slot_count ? &program->slots[slot] : NULL;
-        int fits = spec && spec->kind == PI_SLOT_KV;
-        if (fits && op->kind == PI_OP_STORE_KV) fits = op->u.store.width == spec->kv_heads * spec->head_dim;
+        int recurrent = op->kind != PI_OP_STORE_KV && op->kind != PI_OP_ATTENTION;
+        int fits = spec && spec->kind == (recurrent ? PI_SLOT_RECURRENT : PI_SLOT_KV);
+        if (fits && recurrent) fits = spec->count == pi_recurrent_count(op);
+        if (fits && op->kind == PI_OP_STORE_KV)
+            fits = op->u.store.width == spec->kv_heads * spec->head_dim &&
+                   op->u.store.value_width == spec->kv_heads * spec->value_dim;
         if (fits && op->kind == PI_OP_ATTENTION) {
             op->u.attention.kv_heads = spec->kv_heads;
             op->u.attention.head_dim = spec->head_dim;
+            op->u.attention.value_dim = spec->value_dim;
             op->u.attention.capacity = spec->capacity;
             fits = op->u.attention.heads % spec->kv_heads == 0;
         }
@@ -361,6 +480,8 @@ static void program_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     for (int64_t i = 0; i < self->view_count; i++) PyBuffer_Release(&self->views[i]);
     PyMem_Free(self->views);
+    for (int64_t i = 0; i < self->list_count; i++) PyMem_Free((void *)self->lists[i]);
+    PyMem_Free((void *)self->lists);
     PyMem_Free(self->program.ops);
     self->program.ops = NULL;
     pi_program_free(&self->program);

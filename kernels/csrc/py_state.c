@@ -26,30 +26,34 @@ static void *take_buffer(PyObject *object, int64_t bytes, Py_buffer *view) {
 }
 
 static int take_cache(PyObject *objects, const int64_t *n, Py_buffer *views, pi_slot *slot) {
-    int64_t capacity = n[0], kv_heads = n[1], dim = n[2], tiles = (capacity + PI_TILE - 1) / PI_TILE;
+    int64_t capacity = n[0], kv_heads = n[1], dim = n[2], value_dim = n[3];
+    int64_t tiles = (capacity + PI_TILE - 1) / PI_TILE;
     int quantized = PyTuple_GetItem(objects, 2) != Py_None;
     int64_t element = quantized ? 1 : 2, blocks = dim / PI_BLOCK;
     pi_cache *cache = &slot->cache;
-    *cache = (pi_cache){.capacity = capacity, .kv_heads = kv_heads, .head_dim = dim};
+    *cache = (pi_cache){.capacity = capacity, .kv_heads = kv_heads, .head_dim = dim, .value_dim = value_dim};
     cache->keys = take_buffer(PyTuple_GetItem(objects, 0), kv_heads * tiles * dim * PI_TILE * element, views);
     if (!cache->keys) return -1;
-    cache->values = take_buffer(PyTuple_GetItem(objects, 1), kv_heads * capacity * dim * element, views + 1);
+    cache->values = take_buffer(PyTuple_GetItem(objects, 1), kv_heads * capacity * value_dim * element, views + 1);
     if (!cache->values || !quantized) return cache->values ? 0 : -1;
     cache->key_scales = take_buffer(PyTuple_GetItem(objects, 2), kv_heads * tiles * blocks * PI_TILE * 2, views + 2);
     if (!cache->key_scales) return -1;
-    cache->value_scales = take_buffer(PyTuple_GetItem(objects, 3), kv_heads * capacity * blocks * 2, views + 3);
+    cache->value_scales =
+        take_buffer(PyTuple_GetItem(objects, 3), kv_heads * capacity * (value_dim / PI_BLOCK) * 2, views + 3);
     return cache->value_scales ? 0 : -1;
 }
 
 static int take_slot(PyObject *item, Py_buffer *views, pi_slot *slot) {
     PyObject *objects;
-    long long n[3] = {0};
+    long long n[4] = {0};
     int kind;
-    if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "iO!L|LL", &kind, &PyTuple_Type, &objects, n, n + 1, n + 2))
+    if (!PyTuple_Check(item) ||
+        !PyArg_ParseTuple(item, "iO!L|LLL", &kind, &PyTuple_Type, &objects, n, n + 1, n + 2, n + 3))
         return -1;
-    const int64_t sizes[3] = {n[0], n[1], n[2]};
+    const int64_t sizes[4] = {n[0], n[1], n[2], n[3]};
     Py_ssize_t wanted = kind == PI_SLOT_KV ? 4 : 1;
-    if (kind < 0 || kind >= PI_SLOT_KINDS || PyTuple_Size(objects) != wanted || n[0] < 1 || n[1] < 0 || n[2] < 0) {
+    if (kind < 0 || kind >= PI_SLOT_KINDS || PyTuple_Size(objects) != wanted || n[0] < 1 || n[1] < 0 || n[2] < 0 ||
+        n[3] < 0) {
         PyErr_SetString(pi_kernel_error, "no such slot");
         return -1;
     }
@@ -100,7 +104,8 @@ static int slot_fits(const pi_slot *slot, const pi_slot_spec *spec) {
     if (slot->kind != spec->kind) return 0;
     if (slot->kind == PI_SLOT_RECURRENT) return slot->count == spec->count;
     const pi_cache *cache = &slot->cache;
-    return cache->kv_heads == spec->kv_heads && cache->head_dim == spec->head_dim && cache->capacity <= spec->capacity;
+    return cache->kv_heads == spec->kv_heads && cache->head_dim == spec->head_dim &&
+           cache->value_dim == spec->value_dim && cache->capacity <= spec->capacity;
 }
 
 /* The slots of `state`, when they fit the program and hold `positions`; NULL with KernelError set. */

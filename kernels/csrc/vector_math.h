@@ -44,6 +44,35 @@ PI_INLINE v16f v16f_tanh(v16f x) {
     return v16f_select_gt(v16f_set1(0.625f), size, small, large);
 }
 
+/* 1 / (1 + e^-x) */
+PI_INLINE v16f v16f_sigmoid(v16f x) {
+    v16f one = v16f_set1(1.0f);
+    return v16f_div(one, v16f_add(one, v16f_exp(v16f_neg(x))));
+}
+
+/* e^x - 1 = 2t / (1 - t), t = tanh(x / 2): no cancellation near 0. */
+PI_INLINE v16f v16f_expm1(v16f x) {
+    v16f t = v16f_tanh(v16f_mul(x, v16f_set1(0.5f)));
+    return v16f_div(v16f_add(t, t), v16f_sub(v16f_set1(1.0f), t));
+}
+
+/* log(1 + e^x) = max(x, 0) + log(1 + y), y = e^-|x|; log(1 + y) = 2 atanh(s), s = y / (2 + y) ≤ 1/3, by its Taylor
+ * series up to s^17. */
+PI_INLINE v16f v16f_softplus(v16f x) {
+    v16f y = v16f_exp(v16f_neg(v16f_min(v16f_abs(x), v16f_set1(104.0f)))); /* not NaN: that comes from the max */
+    v16f s = v16f_div(y, v16f_add(y, v16f_set1(2.0f))), z = v16f_mul(s, s);
+    v16f p = v16f_set1(2.0f / 17);
+    p = v16f_fma1(p, z, 2.0f / 15);
+    p = v16f_fma1(p, z, 2.0f / 13);
+    p = v16f_fma1(p, z, 2.0f / 11);
+    p = v16f_fma1(p, z, 2.0f / 9);
+    p = v16f_fma1(p, z, 2.0f / 7);
+    p = v16f_fma1(p, z, 2.0f / 5);
+    p = v16f_fma1(p, z, 2.0f / 3);
+    v16f log = v16f_fma(v16f_mul(z, s), p, v16f_add(s, s));
+    return v16f_add(v16f_max(v16f_zero(), x), log);
+}
+
 /* Q(a) = (1 - erf(a / √2)) / 2 for a ≥ 0: the tail of the normal distribution, relative error below 8 ulp.
  * Q(a) = e^(-a²/2) u p(u), u = 1 / (1 + a / 4); what rounding takes from a² is put back by the second factor. */
 PI_INLINE v16f v16f_normal_tail(v16f a) {

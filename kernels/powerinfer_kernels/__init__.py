@@ -5,21 +5,27 @@ Everything here checks its arguments and raises KernelError; nothing here knows 
 
 from ._kernels import KernelError
 from .buffers import KV_KINDS, Activations, KVCache, RowMatrix, aligned
+from .experts_builder import ROUTER_KINDS, Choice, ExpertBuffers, ExpertWeights
 from .matrix import Bundle, Matrix, dequantize, quantize
 from .pool import Pool, available_isas, read_bandwidth
 from .program import Program
-from .program_builder import ACTIVATION_KINDS, HISTOGRAM_BINS, ProgramBuilder
+from .program_builder import HISTOGRAM_BINS, ProgramBuilder
 from .row_types import RowType, block_shape, row_bytes
 from .signs import Signs, pack_signs, sign_code_words
 from .state import KVSlot, RecurrentSlot, Slot, Span, State
 from .topology import physical_cores
+from .vector_builder import ACTIVATION_KINDS
 
 __all__ = [
     "ACTIVATION_KINDS",
     "HISTOGRAM_BINS",
     "KV_KINDS",
+    "ROUTER_KINDS",
     "Activations",
     "Bundle",
+    "Choice",
+    "ExpertBuffers",
+    "ExpertWeights",
     "KVCache",
     "KVSlot",
     "KernelError",

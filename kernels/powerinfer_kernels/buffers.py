@@ -15,7 +15,7 @@ from .row_types import as_row_type, row_bytes
 _LINE = 64
 _HUGE_PAGE = 2 << 20
 _READ_AHEAD = 16  # values that attention may read past the last row
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 1024
 #: What a KV cache may hold.
 KV_KINDS = ("f16", "q8_0")
 MAX_ELEMENTS = 1 << 46  # keeps every product of sizes within 64 bits
@@ -69,11 +69,12 @@ class Activations:
         self.s: npt.NDArray[np.float32] = aligned((max_tokens, columns // 32), np.float32)
 
 
-def check_cache(capacity: int, kv_heads: int, head_dim: int) -> None:
+def check_cache(capacity: int, kv_heads: int, head_dim: int, value_dim: int) -> None:
     """Raise KernelError for sizes that no KV cache can have."""
-    check_positive(capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
-    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
-        raise KernelError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
+    check_positive(capacity=capacity, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim)
+    for dim in (head_dim, value_dim):
+        if dim % 2 or dim > MAX_HEAD_DIM:
+            raise KernelError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {dim}")
 
 
 class KVCache:
@@ -81,34 +82,39 @@ class KVCache:
     one half-precision scale for each 32 values of a head.
 
     keys [kv_heads, ceil(capacity / 16), head_dim, 16]: the last axis is the position within a tile of 16;
-    values [kv_heads, capacity, head_dim]; scales have head_dim / 32 in place of head_dim and are None for
-    kind "f16". Memory is taken when positions are first written. Raises KernelError unless head_dim is even
-    (q8_0: a multiple of 32) and at most 512.
+    values [kv_heads, capacity, value_dim], as wide as keys unless said otherwise; scales have a 32nd of those
+    dimensions and are None for kind "f16". Memory is taken when positions are first written. Raises
+    KernelError unless both dimensions are even (q8_0: multiples of 32) and at most 1024.
     """
 
-    def __init__(self, capacity: int, kv_heads: int, head_dim: int, kind: str = "f16") -> None:
-        check_cache(capacity, kv_heads, head_dim)
+    def __init__(
+        self, capacity: int, kv_heads: int, head_dim: int, kind: str = "f16", value_dim: int | None = None
+    ) -> None:
+        value_dim = head_dim if value_dim is None else value_dim
+        check_cache(capacity, kv_heads, head_dim, value_dim)
         if kind not in KV_KINDS:
             raise KernelError(f"a KV cache of type {kind!r} is not one of {', '.join(KV_KINDS)}")
-        if kind == "q8_0" and head_dim % 32:
+        if kind == "q8_0" and (head_dim % 32 or value_dim % 32):
+            odd = head_dim if head_dim % 32 else value_dim
             raise KernelError(
-                f"a q8_0 KV cache needs heads of a multiple of 32 values, these have {head_dim}; take f16"
+                f"a q8_0 KV cache needs heads of a multiple of 32 values, these have {odd}; take f16"
             )
         self.capacity = capacity
         self.kv_heads = kv_heads
         self.head_dim = head_dim
+        self.value_dim = value_dim
         self.kind = kind
         tiles = -(-capacity // 16)
         element = np.int8 if kind == "q8_0" else np.uint16
         self.keys: npt.NDArray[np.int8 | np.uint16] = aligned((kv_heads, tiles, head_dim, 16), element)
-        count = kv_heads * capacity * head_dim
+        count = kv_heads * capacity * value_dim
         space: npt.NDArray[np.int8 | np.uint16] = aligned(count + _READ_AHEAD, element)
-        self.values = space[:count].reshape(kv_heads, capacity, head_dim)
+        self.values = space[:count].reshape(kv_heads, capacity, value_dim)
         self.key_scales: npt.NDArray[np.uint16] | None = None
         self.value_scales: npt.NDArray[np.uint16] | None = None
         if kind == "q8_0":
             self.key_scales = aligned((kv_heads, tiles, head_dim // 32, 16), np.uint16)
-            self.value_scales = aligned((kv_heads, capacity, head_dim // 32), np.uint16)
+            self.value_scales = aligned((kv_heads, capacity, value_dim // 32), np.uint16)
 
     @property
     def arrays(self) -> tuple[Any, Any, Any, Any]:
@@ -119,8 +125,8 @@ class KVCache:
         """Take over the first `positions` of `source`, bit for bit. Raises KernelError where the two differ
         in type or shape, or one is shorter."""
         mine, other = (
-            (self.kind, self.kv_heads, self.head_dim),
-            (source.kind, source.kv_heads, source.head_dim),
+            (self.kind, self.kv_heads, self.head_dim, self.value_dim),
+            (source.kind, source.kv_heads, source.head_dim, source.value_dim),
         )
         if mine != other or not 0 <= positions <= min(self.capacity, source.capacity):
             raise KernelError(

@@ -41,6 +41,23 @@ class Op(IntEnum):
     KEEP_LARGE = 13
     SIGN_CODE = 14
     SIGN_SCORES = 15
+    MULTIPLY = 16
+    MAP = 17
+    L2_NORM = 18
+    KEEP_TOP = 19
+    COPY = 20
+    SCALE_BY_POSITION = 21
+    HEAD_MATMUL = 22
+    ROUTE = 23
+    EXPERT_GATHER = 24
+    EXPERT_MATMUL = 25
+    EXPERT_ACTIVATE = 26
+    EXPERT_SUM = 27
+    EXPERT_COUNT = 28
+    CONVOLVE = 29
+    SCAN_CHANNELS = 30
+    SCAN_HEADS = 31
+    DELTA_NET = 32
 
 
 class Program:
@@ -116,10 +133,12 @@ class OperationList:
         """Index of the next operation: a point where a run can begin or end."""
         return len(self._operations)
 
-    def kv_slot(self, capacity: int, kv_heads: int, head_dim: int) -> KVSlot:
-        """A KV cache of up to `capacity` positions in the state of every session."""
-        check_cache(capacity, kv_heads, head_dim)
-        slot = KVSlot(len(self.slots), capacity, kv_heads, head_dim)
+    def kv_slot(self, capacity: int, kv_heads: int, head_dim: int, value_dim: int | None = None) -> KVSlot:
+        """A KV cache of up to `capacity` positions in the state of every session; value heads are as wide as
+        key heads unless said otherwise."""
+        value_dim = head_dim if value_dim is None else value_dim
+        check_cache(capacity, kv_heads, head_dim, value_dim)
+        slot = KVSlot(len(self.slots), capacity, kv_heads, head_dim, value_dim)
         self.slots.append(slot)
         return slot
 

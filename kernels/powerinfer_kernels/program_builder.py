@@ -12,15 +12,12 @@ from ._kernels import KernelError
 from .buffers import Activations, RowMatrix
 from .checks import Floats, check_apart, check_apart_or_same, check_array, check_positive
 from .matrix import Bundle, Matrix
-from .program import Op, OperationList
+from .program import Op
+from .recurrent_builder import RecurrentOperations
 from .signs import Signs, sign_code_words
 from .state import KVSlot
+from .vector_builder import ZERO_KINDS, activation_cut, activation_number, finite
 
-#: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) ·
-#: relu(up); fatrelu: gate · up where the gate is above a cut.
-ACTIVATION_KINDS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2", "drelu", "fatrelu")
-#: Those whose result is exactly zero wherever the gate is not positive.
-ZERO_KINDS = frozenset({"relu", "relu2", "drelu", "fatrelu"})
 ROPE_STYLES = ("norm", "neox")
 #: Bins of a histogram of contributions: four to an octave from 2^-16 to 2^16.
 HISTOGRAM_BINS = 128
@@ -28,7 +25,7 @@ HISTOGRAM_BINS = 128
 FACTORS = ("gate", "up")
 
 
-class ProgramBuilder(OperationList):
+class ProgramBuilder(RecurrentOperations):
     """Appends operations after checking every type, shape and overlap, so that C need not. All methods raise
     KernelError for arrays that do not fit."""
 
@@ -47,29 +44,6 @@ class ProgramBuilder(OperationList):
         self._check("out", out, columns, written=True)
         source = RowMatrix(table, row_type, rows, columns)
         self._append(Op.EMBED, (tokens, source.data, out), _rows_integers(source), (scale,))
-
-    def rms_norm(self, src: Floats, weight: Floats | None, out: Floats, eps: float, groups: int = 1) -> None:
-        """out = src / sqrt(mean(src²) + eps) · weight over each of `groups` equal parts of a row; weight
-        [width / groups]. `out` may be `src`."""
-        width = self._width("src", src)
-        check_positive(groups=groups)
-        if width % groups:
-            raise KernelError(f"{groups} groups do not divide a width of {width}")
-        if weight is not None:
-            check_array("weight", weight, np.float32, (width // groups,))
-        self._check("out", out, width, written=True)
-        check_apart_or_same("out", out, {"src": src})
-        self._append(Op.RMS_NORM, (src, weight, out), (width, groups), (_finite("eps", eps),))
-
-    def layer_norm(self, src: Floats, weight: Floats, bias: Floats | None, out: Floats, eps: float) -> None:
-        """out = (src − mean) / sqrt(variance + eps) · weight + bias. `out` may be `src`."""
-        width = self._width("src", src)
-        check_array("weight", weight, np.float32, (width,))
-        if bias is not None:
-            check_array("bias", bias, np.float32, (width,))
-        self._check("out", out, width, written=True)
-        check_apart_or_same("out", out, {"src": src})
-        self._append(Op.LAYER_NORM, (src, weight, bias, out), (width,), (_finite("eps", eps),))
 
     def quantize(self, src: Floats, activations: Activations) -> None:
         """Round `src` to 8 bits in blocks of 32."""
@@ -101,31 +75,36 @@ class ProgramBuilder(OperationList):
         flags = (int(accumulate), int(independent))
         self._append(Op.MATMUL, (matrix.handle, *inputs, bias, out), flags)
 
-    def rope(self, x: Floats, cos: Any, sin: Floats, heads: int, head_dim: int, style: str) -> None:
+    def rope(
+        self, x: Floats, cos: Any, sin: Floats, heads: int, head_dim: int, style: str, offset: int = 0
+    ) -> None:
         """Rotate pairs of each head in place by the angles of the position; cos and sin [capacity, rotary /
-        2].
+        2], a factor of the magnitude included where a family has one.
 
-        Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rotary / 2).
+        Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rotary / 2), both counted from `offset` on.
         """
         check_positive(heads=heads, head_dim=head_dim)
         self._check("x", x, heads * head_dim, written=True)
-        if not isinstance(cos, np.ndarray) or cos.ndim != 2 or 2 * cos.shape[1] > head_dim or not cos.size:
-            raise KernelError(f"cos must be [capacity, rotary / 2] with rotary up to {head_dim}")
+        if offset < 0 or offset >= head_dim:
+            raise KernelError(f"an offset of {offset} is not within a head of {head_dim}")
+        rest = head_dim - offset
+        if not isinstance(cos, np.ndarray) or cos.ndim != 2 or 2 * cos.shape[1] > rest or not cos.size:
+            raise KernelError(f"cos must be [capacity, rotary / 2] with rotary up to {rest}")
         check_array("cos", cos, np.float32, cos.shape)
         check_array("sin", sin, np.float32, cos.shape)
         if style not in ROPE_STYLES:
             raise KernelError(f"rope style {style!r} is not one of {', '.join(ROPE_STYLES)}")
         self._limit(len(cos))
-        self._append(Op.ROPE, (x, cos, sin), (heads, head_dim, cos.shape[1], int(style == "neox")))
+        self._append(Op.ROPE, (x, cos, sin), (heads, head_dim, cos.shape[1], offset, int(style == "neox")))
 
     def store_kv(self, k: Floats, v: Floats, slot: KVSlot) -> None:
         """Write the keys and values of this run's positions into the caches of their sessions, rounded to
         the caches' type."""
-        width = slot.kv_heads * slot.head_dim
-        self._check("k", k, width)
-        self._check("v", v, width)
+        widths = (slot.kv_heads * slot.head_dim, slot.kv_heads * slot.value_dim)
+        self._check("k", k, widths[0])
+        self._check("v", v, widths[1])
         self._limit(slot.capacity)
-        self._append(Op.STORE_KV, (k, v), (slot.index, width))
+        self._append(Op.STORE_KV, (k, v), (slot.index, *widths))
 
     def attention(
         self,
@@ -136,44 +115,46 @@ class ProgramBuilder(OperationList):
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        *,
+        chunk: int = 0,
+        sinks: Floats | None = None,
+        slopes: Floats | None = None,
     ) -> None:
         """Causal attention of `heads` query heads over the cache of each token's session, which must hold
-        this run's positions already.
+        this run's positions already; out [max_tokens, heads · value_dim].
 
-        scores = scale · q·k, softcapped (c · tanh(s / c)) where softcap > 0; with a window only the last
-        `window` positions, the query's own among them, are seen.
+        scores = scale · q·k, softcapped (c · tanh(s / c)) where softcap > 0, less `slopes` [heads] times the
+        distance of the key (ALiBi); with a window only the last `window` positions, the query's own among
+        them, are seen; with chunks only those of the query's own chunk. `sinks` [heads] are scores of no key
+        that take part in the sum of the exponentials alone.
         """
         check_positive(heads=heads)
         if heads % slot.kv_heads:
             raise KernelError(f"{heads} query heads are no multiple of {slot.kv_heads} key heads")
-        if window < 0 or not softcap >= 0:
-            raise KernelError(f"window {window} and softcap {softcap} must not be negative")
+        if window < 0 or chunk < 0 or not softcap >= 0:
+            raise KernelError(f"window {window}, chunk {chunk} and softcap {softcap} must not be negative")
         self._check("q", q, heads * slot.head_dim)
-        self._check("out", out, heads * slot.head_dim, written=True)
-        check_apart("out", out, {"q": q})
+        self._check("out", out, heads * slot.value_dim, written=True)
+        for name, array in (("sinks", sinks), ("slopes", slopes)):
+            if array is not None:
+                check_array(name, array, np.float32, (heads,))
+        check_apart("out", out, {"q": q, "sinks": sinks, "slopes": slopes})
         self._limit(slot.capacity)
-        floats = (_finite("scale", scale), _finite("softcap", softcap))
-        self._append(Op.ATTENTION, (q, out), (slot.index, heads, window), floats)
+        integers = (slot.index, heads, window, chunk)
+        floats = (finite("scale", scale), finite("softcap", softcap))
+        self._append(Op.ATTENTION, (q, out, sinks, slopes), integers, floats)
 
     def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str, cut: float = 0.0) -> None:
         """out = act(gate) · up, or act(gate) without `up`. `out` may be either input. Here and below, `cut`
-        is what a gate must be above with fatrelu."""
+        is what a gate must be above with fatrelu, and the largest gate and |up| with swiglu_oai."""
         width = self._width("gate", gate)
         if up is not None:
             self._check("up", up, width)
         self._check("out", out, width, written=True)
         check_apart_or_same("out", out, {"gate": gate, "up": up})
-        self._append(Op.ACTIVATE, (gate, up, out), (_kind(kind), width), (_cut(kind, cut),))
-
-    def add(self, src: Floats, out: Floats) -> None:
-        """out += src; a `src` of [width] is added for every token."""
-        shared = getattr(src, "ndim", 0) == 1
-        width = self._width("out", out) if shared else self._width("src", src)
-        if shared:
-            check_array("src", src, np.float32, (width,))
-        self._check("out", out, width, written=True)
-        check_apart("out", out, {"src": src})
-        self._append(Op.ADD, (src, out), (width, 0 if shared else width))
+        self._append(
+            Op.ACTIVATE, (gate, up, out), (activation_number(kind), width), (activation_cut(kind, cut),)
+        )
 
     def sum_rows(self, h: Floats, bundle: Bundle, out: Floats, accumulate: bool = False) -> None:
         """out (+)= Σ_i h_i · down row i, in chunks of 512 neurons in order.
@@ -231,7 +212,12 @@ class ProgramBuilder(OperationList):
         check_apart("out", out, {"select": select, "src": src, "h": h, "gate": gate})
         check_apart("h", h, {"select": select, "src": src})
         objects = (select, threshold, *inputs, bundle.handle, out, h, gate, bias)
-        self._append(Op.SPARSE_FFN, objects, (_kind(kind), int(accumulate), 0), (_cut(kind, cut),))
+        self._append(
+            Op.SPARSE_FFN,
+            objects,
+            (activation_number(kind), int(accumulate), 0),
+            (activation_cut(kind, cut),),
+        )
 
     def thresholded_ffn(
         self,
@@ -266,7 +252,7 @@ class ProgramBuilder(OperationList):
         check_apart("out", out, {"known": known, "src": src, "h": h})
         check_apart("h", h, {"known": known, "src": src, "threshold": threshold})
         objects = (known, threshold, *inputs, bundle.handle, out, h, None, None)
-        self._append(Op.SPARSE_FFN, objects, (_kind(kind), 0, 1 + FACTORS.index(factor)), (0.0,))
+        self._append(Op.SPARSE_FFN, objects, (activation_number(kind), 0, 1 + FACTORS.index(factor)), (0.0,))
 
     def keep_large(self, value: Floats, threshold: Floats, out: Floats) -> None:
         """out = 0 where |value| is not above `threshold` [width]; a NaN counts as above. `out` may be
@@ -303,7 +289,7 @@ class ProgramBuilder(OperationList):
         check_array("gate_squares", gate_squares, np.float64, (width,), written=True)
         check_array("up_squares", up_squares, np.float64, (width,), written=True)
         objects = (gate, up, counts, histogram, gate_squares, up_squares)
-        self._append(Op.OBSERVE, objects, (_kind(kind), width), (_cut(kind, cut),))
+        self._append(Op.OBSERVE, objects, (activation_number(kind), width), (activation_cut(kind, cut),))
 
     def sign_code(self, src: Floats, code: npt.NDArray[np.uint32]) -> None:
         """The input of sign predictors, in sign and magnitude: |q| = |src| / step rounded half to even, at
@@ -322,21 +308,3 @@ class ProgramBuilder(OperationList):
 
 def _rows_integers(rows: RowMatrix) -> tuple[int, int, int, int]:
     return (int(rows.row_type), rows.rows, rows.columns, rows.stride)
-
-
-def _kind(kind: str) -> int:
-    if kind not in ACTIVATION_KINDS:
-        raise KernelError(f"activation {kind!r} is not one of {', '.join(ACTIVATION_KINDS)}")
-    return ACTIVATION_KINDS.index(kind)
-
-
-def _cut(kind: str, cut: float) -> float:
-    if not 0 <= cut < float("inf") or (cut and kind != "fatrelu"):
-        raise KernelError(f"a cut of {cut} does not go with {kind}: fatrelu has one, not negative, alone")
-    return float(cut)
-
-
-def _finite(name: str, value: float) -> float:
-    if not np.isfinite(value):
-        raise KernelError(f"{name} must be finite, got {value}")
-    return float(value)

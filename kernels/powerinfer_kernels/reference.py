@@ -16,19 +16,65 @@ SIGN_LARGEST, SIGN_RANGE = 15, 3
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float, groups: int = 1) -> Array:
-    """x / sqrt(mean(x²) + eps) · weight over each of `groups` equal parts of a row (arXiv 1910.07467)."""
+    """x / sqrt(mean(x²) + eps) · weight over each of `groups` equal parts of a row (arXiv 1910.07467). The
+    weight is [width / groups], or [width] where every part has its own."""
     parts = x.reshape(len(x), groups, -1)
     out = parts / np.sqrt(np.mean(parts * parts, axis=-1, keepdims=True) + eps)
-    scaled: Array = out if weight is None else out * weight
-    return scaled.reshape(x.shape)
+    return _affine(out, weight, None).reshape(x.shape)
 
 
-def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
-    """(x − mean) / sqrt(variance + eps) · weight + bias over each row (arXiv 1607.06450)."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    out = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps) * weight
-    shifted: Array = out if bias is None else out + bias
-    return shifted
+def layer_norm(x: Array, weight: Array | None, bias: Array | None, eps: float, groups: int = 1) -> Array:
+    """(x − mean) / sqrt(variance + eps) · weight + bias over each of `groups` equal parts of a row (arXiv
+    1607.06450); weight and bias as in `rms_norm`."""
+    parts = x.reshape(len(x), groups, -1)
+    centred = parts - parts.mean(axis=-1, keepdims=True)
+    out = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return _affine(out, weight, bias).reshape(x.shape)
+
+
+def _affine(parts: Array, weight: Array | None, bias: Array | None) -> Array:
+    """parts [T, groups, n] · weight + bias, each [n] or [groups · n]."""
+    shape = parts.shape[1:]
+    if weight is not None:
+        parts = parts * (weight if weight.shape == shape[1:] else weight.reshape(shape))
+    if bias is not None:
+        parts = parts + (bias if bias.shape == shape[1:] else bias.reshape(shape))
+    return parts
+
+
+def l2_norm(x: Array, eps: float, groups: int = 1) -> Array:
+    """x / sqrt(Σ x² + eps) over each of `groups` equal parts of a row."""
+    parts = x.reshape(len(x), groups, -1)
+    out: Array = parts / np.sqrt(np.sum(parts * parts, axis=-1, keepdims=True) + eps)
+    return out.reshape(x.shape)
+
+
+def keep_top(x: Array, deviations: float) -> Array:
+    """max(x − mean − deviations · standard deviation, 0) over each row: the gate of Gemma 3n."""
+    cut = x.mean(axis=-1, keepdims=True) + deviations * x.std(axis=-1, keepdims=True)
+    out: Array = np.maximum(x - cut, 0)
+    return out
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """cap · tanh(x / cap)"""
+    return cap * np.tanh(x / cap)
+
+
+def xielu(x: Array, positive: float, negative: float, beta: float, eps: float) -> Array:
+    """positive · x² + beta · x where x > 0, else negative · (e^min(x, eps) − 1 − x) + beta · x (arXiv
+    2411.13010)."""
+    below = negative * (np.expm1(np.minimum(x, eps)) - x)
+    return np.where(x > 0, positive * x * x, below) + beta * x
+
+
+def alibi_slopes(heads: int, max_bias: float) -> Array:
+    """m_h of arXiv 2108.12409: 2^(−max_bias / n)^(h + 1) for the first n heads, n the largest power of two up
+    to `heads`; then every second power of 2^(−max_bias / 2n), beginning with the first. [heads]"""
+    n = 1 << (heads.bit_length() - 1)
+    first = [2.0 ** (-max_bias / n * (h + 1)) for h in range(n)]
+    rest = [2.0 ** (-max_bias / (2 * n) * (2 * h + 1)) for h in range(heads - n)]
+    return np.array(first + rest)
 
 
 def quantize_activations(x: Array) -> tuple[Array, Array]:
@@ -52,14 +98,14 @@ def quantized_cache(x: Array) -> Array:
     return kept.reshape(x.shape)
 
 
-def rope(x: Array, cos: Array, sin: Array, heads: int, position: int, style: str) -> Array:
+def rope(x: Array, cos: Array, sin: Array, heads: int, position: int, style: str, offset: int = 0) -> Array:
     """Rotate pairs of each head by the angles of its position (arXiv 2104.09864 eq. 34); cos, sin
     [capacity, half].
 
-    Style "norm" pairs (2i, 2i + 1), "neox" (i, i + half); values past 2 · half stay.
+    Style "norm" pairs (2i, 2i + 1), "neox" (i, i + half), counted from `offset` on; other values stay.
     """
     half = cos.shape[1]
-    first = np.arange(half) * 2 if style == "norm" else np.arange(half)
+    first = (np.arange(half) * 2 if style == "norm" else np.arange(half)) + offset
     second = first + (1 if style == "norm" else half)
     out = x.reshape(len(x), heads, -1).copy()
     a, b = out[..., first], out[..., second]
@@ -69,31 +115,48 @@ def rope(x: Array, cos: Array, sin: Array, heads: int, position: int, style: str
 
 
 def attention(
-    q: Array, keys: Array, values: Array, scale: float, position: int, window: int = 0, softcap: float = 0.0
+    q: Array,
+    keys: Array,
+    values: Array,
+    scale: float,
+    position: int,
+    window: int = 0,
+    softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: Array | None = None,
+    slopes: Array | None = None,
 ) -> Array:
     """Causal softmax(scale · q kᵀ) v, one key head for several query heads (arXiv 1706.03762, 2305.13245).
 
-    q [T, heads, dim]; keys and values [positions, kv_heads, dim]; token t stands at `position` + t and sees
-    the last `window` positions (0: all) up to its own. softcap c > 0: scores become c · tanh(score / c).
-    [T, heads, dim]
+    q [T, heads, dim]; keys [positions, kv_heads, dim]; values [positions, kv_heads, value_dim]; token t
+    stands at `position` + t and sees the last `window` positions (0: all) up to its own, and with `chunk` > 0
+    none before the last multiple of it. softcap c > 0: scores become c · tanh(score / c). `slopes` [heads]
+    times the distance of a key is taken from its score (ALiBi, arXiv 2108.12409). `sinks` [heads]: scores of
+    no key, in the softmax's denominator alone (arXiv 2309.17453). [T, heads, value_dim]
     """
     group = q.shape[1] // keys.shape[1]
-    out = np.zeros_like(q)
+    out = np.zeros((*q.shape[:2], values.shape[2]))
     for token, head in np.ndindex(q.shape[:2]):
         last = position + token + 1
-        seen = slice(max(0, last - window) if window else 0, last)
+        first = max(last - window if window else 0, (last - 1) // chunk * chunk if chunk else 0, 0)
+        seen = slice(first, last)
         scores = keys[seen, head // group] @ q[token, head] * scale
         if softcap:
             scores = softcap * np.tanh(scores / softcap)
-        weights = np.exp(scores - scores.max())
-        out[token, head] = weights / weights.sum() @ values[seen, head // group]
+        if slopes is not None:
+            scores = scores - slopes[head] * (last - 1 - np.arange(first, last))
+        sink = -np.inf if sinks is None else sinks[head]
+        top = max(scores.max(), sink)
+        weights = np.exp(scores - top)
+        out[token, head] = weights / (weights.sum() + np.exp(sink - top)) @ values[seen, head // group]
     return out
 
 
 def act(gate: Array, kind: str, cut: float = 0.0) -> Array:
     """The activation function alone. silu: x / (1 + e^-x); gelu_tanh: x (1 + tanh(√(2/π) (x + 0.044715
     x³))) / 2; gelu_erf: x (1 + erf(x / √2)) / 2 (arXiv 1606.08415); relu, drelu: max(x, 0); relu2: max(x,
-    0)²; fatrelu: x where it is above `cut`, else 0 (arXiv 2402.13516)."""
+    0)²; fatrelu: x where it is above `cut`, else 0 (arXiv 2402.13516); sigmoid: 1 / (1 + e^-x); softplus:
+    log(1 + e^x); swiglu_oai: g / (1 + e^(-1.702 g)) with g = min(x, cut) (gpt-oss)."""
     positive: Array = np.maximum(gate, 0)
     share: Array
     with np.errstate(over="ignore"):
@@ -110,16 +173,28 @@ def act(gate: Array, kind: str, cut: float = 0.0) -> Array:
                 return positive * positive
             case "fatrelu":
                 return np.where(gate > cut, gate, 0.0)
+            case "sigmoid":
+                return np.asarray(1 / (1 + np.exp(-gate)))
+            case "softplus":
+                return np.logaddexp(0.0, gate)
+            case "swiglu_oai":
+                kept = np.minimum(gate, cut)
+                return np.asarray(kept / (1 + np.exp(-1.702 * kept)))
             case _:
                 raise ValueError(f"no activation is called {kind!r}")
     return gate * share
 
 
 def activate(gate: Array, up: Array | None, kind: str, cut: float = 0.0) -> Array:
-    """act(gate) · up; without `up`, act(gate). drelu: relu(gate) · relu(up) (arXiv 2406.05955)."""
+    """act(gate) · up; without `up`, act(gate). drelu: relu(gate) · relu(up) (arXiv 2406.05955); swiglu_oai:
+    act(gate) · (u + 1), u = up within ± cut."""
     if up is None:
         return act(gate, kind, cut)
-    factor: Array = np.maximum(up, 0) if kind == "drelu" else up
+    factor: Array = up
+    if kind == "drelu":
+        factor = np.maximum(up, 0)
+    if kind == "swiglu_oai":
+        factor = np.clip(up, -cut, cut) + 1
     return act(gate, kind, cut) * factor
 
 

@@ -26,11 +26,12 @@ class KVSlot:
     capacity: int
     kv_heads: int
     head_dim: int
+    value_dim: int
 
     @property
     def spec(self) -> tuple[int, ...]:
         """`pi_slot_spec` of program.h."""
-        return (_KV, self.capacity, self.kv_heads, self.head_dim)
+        return (_KV, self.capacity, self.kv_heads, self.head_dim, self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def _allocated(slot: Slot, capacity: int, kind: str) -> Buffer:
         return aligned((slot.count,), np.float32)
     if capacity > slot.capacity:
         raise KernelError(f"a slot of {slot.capacity} positions cannot hold {capacity}")
-    return KVCache(capacity, slot.kv_heads, slot.head_dim, kind)
+    return KVCache(capacity, slot.kv_heads, slot.head_dim, kind, slot.value_dim)
 
 
 def _packed(buffer: Buffer) -> tuple[Any, ...]:
     if isinstance(buffer, KVCache):
-        return (_KV, buffer.arrays, buffer.capacity, buffer.kv_heads, buffer.head_dim)
+        sizes = (buffer.capacity, buffer.kv_heads, buffer.head_dim, buffer.value_dim)
+        return (_KV, buffer.arrays, *sizes)
     return (_RECURRENT, (buffer,), buffer.size)

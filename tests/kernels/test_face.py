@@ -111,7 +111,9 @@ def test_buffers_refuse() -> None:
     for make in (
         lambda: Activations(1, 33),
         lambda: KVCache(8, 1, 3),
-        lambda: KVCache(8, 1, 514),
+        lambda: KVCache(8, 1, 1026),
+        lambda: KVCache(8, 1, 4, value_dim=3),
+        lambda: KVCache(8, 1, 64, "q8_0", value_dim=48),
         lambda: KVCache(0, 1, 4),
         lambda: KVCache(8, 1, 48, "q8_0"),
         lambda: KVCache(8, 1, 64, "q4_0"),

@@ -111,6 +111,27 @@ def test_rope(style: str, heads: int, head_dim: int, half: int) -> None:
     np.testing.assert_array_equal(got.reshape(shape)[rest], wide.reshape(shape)[rest])
 
 
+def test_rope_on_a_slice_of_each_head() -> None:
+    """The last 6 of 10 values, as with multi-head latent attention; the others keep their bits."""
+    rng = np.random.default_rng(11)
+    start, angles = normal(rng, TOKENS + 1, 30), rng.uniform(0, 6, (TOKENS + 2, 3))
+    cos, sin = filled(np.cos(angles)), filled(np.sin(angles))
+    x = aligned(start.shape, np.float32)
+    for style in ("norm", "neox"):
+        got = on_every_isa(lambda b, s=style: b.rope(x, cos, sin, 3, 10, s, 4), x, start=start)
+        wide = start[:TOKENS].astype(np.float64)
+        want = reference.rope(wide, cos.astype(np.float64), sin.astype(np.float64), 3, 0, style, 4)
+        assert np.abs(got - want).max() <= 3 * EPS * 2 * np.abs(wide).max()
+        heads = got.reshape(TOKENS, 3, 10)
+        np.testing.assert_array_equal(heads[..., :4], wide.reshape(TOKENS, 3, 10)[..., :4])
+        assert (heads[1:, :, 4:] != wide.reshape(TOKENS, 3, 10)[1:, :, 4:]).any()
+
+
+def cut_of(kind: str) -> float:
+    """What swiglu_oai cannot be without."""
+    return 7.0 if kind == "swiglu_oai" else 0.0
+
+
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_activate(kind: str, gated: bool) -> None:
@@ -125,10 +146,12 @@ def test_activate(kind: str, gated: bool) -> None:
     ).astype(np.float32)
     gate, up = filled(gate), normal(rng, TOKENS + 1, width)
     out = aligned(gate.shape, np.float32)
-    got = on_every_isa(lambda b: b.activate(gate, up if gated else None, out, kind), out)
+    got = on_every_isa(lambda b: b.activate(gate, up if gated else None, out, kind, cut_of(kind)), out)
     x, factor = (a[:TOKENS].astype(np.float64) for a in (gate, up))
-    want = reference.activate(x, factor if gated else None, kind)
+    want = reference.activate(x, factor if gated else None, kind, cut_of(kind))
     exponent = 1.6 * np.abs(x) + 0.0714 * np.abs(x) ** 3 if kind == "gelu_tanh" else 0.0
+    if kind in ("sigmoid", "swiglu_oai"):
+        exponent = 1.8 * np.abs(x)
     bound = (16 + 3 * exponent) * EPS * np.abs(want) + 1e-37 + 1e-15 * np.abs(x * (factor if gated else 1.0))
     assert (np.abs(got - want) <= bound).all()
 
@@ -137,11 +160,18 @@ def test_activate(kind: str, gated: bool) -> None:
 def test_activate_at_the_limits(kind: str) -> None:
     gate = filled(np.tile(np.array([np.inf, -np.inf, np.nan, 0.0, 3e38, -3e38], np.float32), (2, 1)))
     out = aligned(gate.shape, np.float32)
-    got = on_every_isa(lambda b: b.activate(gate, None, out, kind), out, tokens=1)[0]
-    assert got[0] == np.inf
-    assert got[1] == got[3] == got[5] == 0
+    got = on_every_isa(lambda b: b.activate(gate, None, out, kind, cut_of(kind)), out, tokens=1)[0]
     assert np.isnan(got[2]) or kind in ("relu", "relu2", "drelu")
-    assert got[4] >= 2.9e38
+    assert got[1] == got[5] == 0
+    if kind == "sigmoid":
+        assert (got[0], got[3], got[4]) == (1, 0.5, 1)
+    elif kind == "swiglu_oai":
+        assert got[0] == got[4] == pytest.approx(7, rel=1e-5)
+        assert got[3] == 0
+    else:
+        assert got[0] == np.inf
+        assert got[3] == (pytest.approx(np.log(2), rel=2 * EPS) if kind == "softplus" else 0)
+        assert got[4] >= 2.9e38
 
 
 def test_add() -> None:
@@ -186,21 +216,23 @@ def attend(
     isa: str,
     threads: int,
     kind: str = "f16",
+    value_dim: int = 0,
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Outputs of `sum(runs)` tokens processed run by run, and what went in. Slots not yet written hold
     NaN."""
     rng = np.random.default_rng(dim)
     total, longest = sum(runs), max(runs)
-    q, k, v = (rng.standard_normal((total, n, dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
-    cache = KVCache(total + 3, kv_heads, dim, kind)
+    shapes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim))
+    q, k, v = (rng.standard_normal((total, *shape)).astype(np.float32) for shape in shapes)
+    cache = KVCache(total + 3, kv_heads, dim, kind, value_dim or dim)
     for array in cache.arrays:
         if array is not None and array.dtype == np.uint16:
             array[:] = 0x7E00
-    ins = [aligned((longest, n * dim), np.float32) for n in (heads, kv_heads, kv_heads)]
-    out = aligned((longest, heads * dim), np.float32)
+    ins = [aligned((longest, n * width), np.float32) for n, width in shapes]
+    out = aligned((longest, heads * (value_dim or dim)), np.float32)
     builder = ProgramBuilder(longest)
-    slot, state = builder.kv_slot(total + 40, kv_heads, dim), State([cache])
+    slot, state = builder.kv_slot(total + 40, kv_heads, dim, value_dim or dim), State([cache])
     builder.store_kv(ins[1], ins[2], slot)
     builder.attention(ins[0], slot, out, heads, 0.3, **options)
     program, position, outs = builder.build(), 0, []
@@ -264,6 +296,55 @@ def test_attention_over_a_q8_0_cache(heads: int, kv_heads: int, dim: int, option
         for runs, threads in (([35], 2), ([1] * 35, 1), ([7, 16, 12], 3), ([34, 1], 2)):
             got, *_ = attend(heads, kv_heads, dim, runs, isa, threads, "q8_0", **options)
             np.testing.assert_array_equal(got.view(np.uint32), base.view(np.uint32))
+
+
+def slopes_of(heads: int) -> np.ndarray:
+    return filled(reference.alibi_slopes(heads, 8.0))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "options"),
+    [
+        (3, 1, 36, {"value_dim": 20}),
+        (6, 2, 72, {"value_dim": 96, "window": 9}),
+        (5, 1, 144, {"value_dim": 128, "kind": "f16"}),
+        (3, 1, 96, {"value_dim": 64, "kind": "q8_0"}),
+        (2, 1, 576, {"value_dim": 512}),
+        (5, 5, 34, {"slopes": slopes_of(5)}),
+        (12, 4, 80, {"slopes": slopes_of(12), "window": 11}),
+        (4, 2, 64, {"sinks": filled(np.array([0.5, -3.0, 4.0, 90.0]))}),
+        (2, 2, 48, {"sinks": filled(np.array([0.0, 1.0])), "window": 8, "softcap": 3.0}),
+        (3, 1, 64, {"chunk": 7}),
+        (2, 1, 36, {"chunk": 16, "window": 5, "kind": "f16"}),
+    ],
+)
+def test_kinds_of_attention(heads: int, kv_heads: int, dim: int, options: dict[str, Any]) -> None:
+    """Values of another width, sinks, ALiBi, chunks; bounds as for plain attention. What ALiBi takes from a
+    score is exact but for two roundings of at most 35 slopes."""
+    options = dict(options)
+    kind, value_dim = options.pop("kind", "f16"), options.get("value_dim", 0)
+    base, q, k, v = attend(heads, kv_heads, dim, [35], available_isas()[0], 1, kind, **options)
+    keep = reference.quantized_cache if kind == "q8_0" else lambda a: a.astype(np.float16).astype(np.float64)
+    kept = [keep(a.astype(np.float64)) for a in (k, v)]
+    exact = {
+        name: value.astype(np.float64) if isinstance(value, np.ndarray) else value
+        for name, value in options.items()
+        if name != "value_dim"
+    }
+    want = reference.attention(q.astype(np.float64), *kept, 0.3, 0, **exact).reshape(35, -1)
+    assert want.shape[1] == heads * (value_dim or dim)
+    score_error = 0.3 * dim * EPS * np.abs(q).max() * np.abs(k).max() * np.sqrt(dim) + 70 * EPS
+    assert np.abs(base - want).max() <= (2 * score_error + 60 * EPS) * np.abs(v).max()
+    for isa in available_isas():
+        for runs, threads in (([35], 2), ([1] * 35, 1), ([7, 16, 12], 3)):
+            got, *_ = attend(heads, kv_heads, dim, runs, isa, threads, kind, **options)
+            np.testing.assert_array_equal(got.view(np.uint32), base.view(np.uint32))
+
+
+def test_slopes_of_alibi() -> None:
+    """The paper's for 8 heads; 12 heads take every second of 16 after the first 8."""
+    np.testing.assert_allclose(reference.alibi_slopes(8, 8.0), 2.0 ** -np.arange(1, 9))
+    np.testing.assert_allclose(reference.alibi_slopes(12, 8.0)[8:], 2.0 ** -np.array([0.5, 1.5, 2.5, 3.5]))
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -476,14 +557,15 @@ def test_gates_up_to_the_cut_of_fatrelu_count_for_nothing(tokens: int) -> None:
 
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
 def test_observe_without_up(kind: str) -> None:
-    """As with an up of ones."""
+    """As with an up that counts as one."""
     rng = np.random.default_rng(8)
-    gate, ones = normal(rng, TOKENS, 131), np.ones((TOKENS, 131), np.float32)
+    one = 0.0 if kind == "swiglu_oai" else 1.0
+    gate, ones = normal(rng, TOKENS, 131), np.full((TOKENS, 131), one, np.float32)
     seen = []
     for up in (None, filled(ones)):
         counted = (np.zeros(131, np.uint64), np.zeros((131, 128), np.uint32), np.zeros(131), np.zeros(131))
         builder = ProgramBuilder(TOKENS)
-        builder.observe(gate, up, kind, *counted)
+        builder.observe(gate, up, kind, *counted, cut=cut_of(kind))
         with Pool(2) as pool:
             builder.build().run(pool, 0, 1, TOKENS, 0)
         seen.append(counted)
@@ -503,9 +585,10 @@ def test_observe(kind: str) -> None:
     counts, histogram = np.zeros(width, np.uint64), np.zeros((width, 128), np.uint32)
     squares = [np.zeros(width), np.zeros(width)]
     builder = ProgramBuilder(TOKENS)
-    builder.activate(gate, None, act, kind)
-    builder.activate(gate, up, product, kind)
-    builder.observe(gate, up, kind, counts, histogram, *squares)
+    cut = cut_of(kind)
+    builder.activate(gate, None, act, kind, cut)
+    builder.activate(gate, up, product, kind, cut)
+    builder.observe(gate, up, kind, counts, histogram, *squares, cut=cut)
     program = builder.build()
     runs = 0
     for isa in available_isas():
@@ -520,5 +603,7 @@ def test_observe(kind: str) -> None:
     np.testing.assert_array_equal(histogram, runs * expected)
     np.testing.assert_array_equal(counts, runs * (product != 0).sum(axis=0))
     factor = np.maximum(up, 0) if kind == "drelu" else up
+    if kind == "swiglu_oai":
+        factor = np.clip(up, -7, 7) + np.float32(1)
     for got, values in zip(squares, (act, factor), strict=True):
         np.testing.assert_allclose(got, runs * (values.astype(np.float64) ** 2).sum(axis=0), rtol=1e-14)

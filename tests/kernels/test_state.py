@@ -202,12 +202,12 @@ def test_two_programs_in_two_threads_do_not_share_a_state() -> None:
 
 def test_operations_name_slots_that_exist() -> None:
     builder, one = ProgramBuilder(1), aligned((1, 8), np.float32)
-    builder.store_kv(one, one, KVSlot(1, 6, 2, 4))
+    builder.store_kv(one, one, KVSlot(1, 6, 2, 4, 4))
     builder.kv_slot(6, 2, 4)
     with pytest.raises(KernelError, match="no slot 1"):
         builder.build()
     builder = ProgramBuilder(1)
     slot = builder.recurrent_slot(8)
-    builder.store_kv(one, one, KVSlot(slot.index, 6, 2, 4))
+    builder.store_kv(one, one, KVSlot(slot.index, 6, 2, 4, 4))
     with pytest.raises(KernelError, match="no slot 0"):
         builder.build()

@@ -1,0 +1,54 @@
+"""Recurrent blocks in float64, token by token: what the kernels are compared with. Arrays are [tokens, width]
+unless said otherwise; each function returns the outputs and the state after the last token."""
+
+import numpy as np
+
+from .reference import Array
+
+
+def convolve(x: Array, weight: Array, bias: Array | None, state: Array) -> tuple[Array, Array]:
+    """out_t = bias + Σ_j weight_j · x_{t − length + 1 + j}, weight [length, width], state [length − 1,
+    width]: the inputs before the first."""
+    rows = np.concatenate([state, x])
+    length = len(weight)
+    out = np.stack([(weight * rows[t : t + length]).sum(axis=0) for t in range(len(x))])
+    return (out if bias is None else out + bias), rows[len(x) :]
+
+
+def scan_channels(
+    x: Array, step: Array, decay: Array, b: Array, c: Array, direct: Array, state: Array
+) -> tuple[Array, Array]:
+    """Selective scan (arXiv 2312.00752): S = e^(step · decay) S + step · x · b, out = c · S + direct · x; x,
+    step [T, width], decay [size, width], b, c [T, size], state S [size, width]."""
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        state = np.exp(step[t] * decay) * state + b[t][:, None] * (step[t] * x[t])
+        out[t] = c[t] @ state + direct * x[t]
+    return out, state
+
+
+def scan_heads(
+    x: Array, step: Array, decay: Array, b: Array, c: Array, direct: Array, state: Array
+) -> tuple[Array, Array]:
+    """Mamba-2 (arXiv 2405.21060): x [T, heads, dim]; step [T, heads]; decay, direct [heads]; b, c [T, groups,
+    size], a group for neighbouring heads; state [heads, size, dim]."""
+    out, state = np.zeros_like(x), state.copy()
+    shared = x.shape[1] // b.shape[1]
+    for t, h in np.ndindex(x.shape[:2]):
+        kept = np.exp(step[t, h] * decay[h]) * state[h]
+        state[h] = kept + np.outer(b[t, h // shared], step[t, h] * x[t, h])
+        out[t, h] = c[t, h // shared] @ state[h] + direct[h] * x[t, h]
+    return out, state
+
+
+def delta_net(
+    q: Array, k: Array, v: Array, decay: Array, rate: Array, scale: float, state: Array
+) -> tuple[Array, Array]:
+    """Gated delta rule (arXiv 2412.06464): S = e^decay S; S += k (rate · (v − Sᵀk))ᵀ; out = scale · Sᵀq; q, k
+    [T, heads, size], v [T, heads, dim], decay, rate [T, heads], state [heads, size, dim]."""
+    out, state = np.zeros_like(v), state.copy()
+    for t, h in np.ndindex(v.shape[:2]):
+        s = np.exp(decay[t, h]) * state[h]
+        state[h] = s + np.outer(k[t, h], rate[t, h] * (v[t, h] - k[t, h] @ s))
+        out[t, h] = scale * (q[t, h] @ state[h])
+    return out, state

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from powerinfer_kernels import Bundle, Matrix, Pool, ProgramBuilder
+from powerinfer_kernels import Bundle, Choice, ExpertBuffers, ExpertWeights, Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
@@ -174,12 +174,28 @@ class BlockWriter:
         ops.observed = ops.thresholds = None
         self._join(blocks.post_normed(ops, out, output.post_norm, self.eps))
 
-    def expert(self, w: DenseColumns, source: Floats, out: str) -> tuple[int, int]:
-        """One FFN over ``source`` into the buffer ``out``, as operations that are run for the tokens of one
-        expert at a time: the first, and the one behind the last."""
-        first = self.mark()
+    def expert(self, w: DenseColumns, source: Floats, out: str) -> None:
+        """One FFN over ``source`` into the buffer ``out``."""
         blocks.ffn(self.ops, self.activation, blocks.FFN(w.gate, w.up, w.down), Value(source), out)
-        return first, self.mark()
+        self.ops.flush()
+
+    def experts(
+        self, weights: ExpertWeights, choice: Choice, pairs: ExpertBuffers, *, accumulate: bool
+    ) -> None:
+        """Σ weight · expert over what was chosen, into ``block_out``, or added to what it holds."""
+        b, how = self.buffers, self.activation
+        self.builder.experts(
+            choice,
+            b.normed,
+            b.normed_acts,
+            weights,
+            pairs,
+            b.block_out,
+            how.kind,
+            cut=how.cut,
+            accumulate=accumulate,
+        )
+        self.ops.changed(b.block_out)
 
     def ffn_rows(
         self, w: NeuronRows, gate: Floats, up: Floats, observed: LayerCounters | None = None

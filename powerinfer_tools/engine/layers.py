@@ -114,7 +114,9 @@ class LayerStack:
     @property
     def scratch_bytes(self) -> int:
         """Size of activations and tables in bytes."""
-        return self._buffers.nbytes + sum(table.nbytes for table in self._written.tables.values())
+        routed = 0 if self._written.routed is None else self._written.routed.nbytes
+        tables = sum(table.nbytes for table in self._written.tables.values())
+        return self._buffers.nbytes + tables + routed
 
     def new_state(self, context: int, kv_type: str) -> State:
         """What a session of ``context`` positions keeps outside the hot device. Raises ModelError."""

@@ -135,8 +135,10 @@ class StackWriter:
             rounds = any(not matrix.row_type.is_float for matrix in (experts.gate, experts.up))
             writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or (bool(hot) and rounds))
             work = partial(self._routing.here, index, ffn)
-        ready = ffn.write(writer, self.buffers, self.routed)
-        self.stops.append(Stop(ready, writer.mark(), work))
+        ffn.write(writer, self.buffers, self.routed)
+        if hot or there:
+            ready = ffn.choosing[0] if there else ffn.working[0]
+            self.stops.append(Stop(ready, writer.mark(), work))
         if not there:
             writer.merge(FFNOutput(None, layer.ffn_post_norm), hot=False, cold=True)
 

@@ -9,19 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.profile import ROUTING, Profile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import LayerCounters, counters
-from powerinfer_tools.engine.routed import route
 from powerinfer_tools.errors import (
     ModelError,
     ProfileError,
     TrainError,
 )
-from powerinfer_tools.model.hyperparameters import Routing
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from powerinfer_tools.stages.relufy import RelufyOptions, run_relufy
@@ -42,38 +39,6 @@ def decoded(path: Path, tokens: list[int], seen: list[LayerCounters] | None = No
         return np.stack([engine.prefill(tokens[:1]).copy(), *(engine.decode(t).copy() for t in tokens[1:])])
     finally:
         engine.close()
-
-
-@pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize(("experts", "used"), [(1, 1), (5, 2), (128, 8)])
-def test_routing_is_softmax_and_the_largest(experts: int, used: int, *, normalized: bool) -> None:
-    rng = np.random.default_rng(experts)
-    for _ in range(50):
-        scores = rng.normal(0, 4, experts)
-        weights = torch.softmax(torch.from_numpy(scores), 0)
-        best = torch.topk(weights, used)
-        values = best.values / best.values.sum() if normalized else best.values
-        want = sorted(zip(best.indices.tolist(), values.tolist(), strict=True))
-        (got,) = route(scores[None], Routing(experts, used, normalized, 0))
-        assert [expert for expert, _ in got] == [expert for expert, _ in want]
-        np.testing.assert_allclose([w for _, w in got], [w for _, w in want], rtol=1e-13)
-
-
-def test_ties_go_to_the_lower_expert_and_what_is_not_finite_shows() -> None:
-    routing = Routing(4, 2, normalized=True, shared_neurons=0)
-    nan, rows = (
-        float("nan"),
-        np.array([[1.0, 2.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0], [900.0, -900.0, 0.0, 899.0]], np.float32),
-    )
-    tied, equal, far = route(rows, routing)
-    assert [expert for expert, _ in tied] == [0, 1]
-    assert equal == [(0, 0.5), (1, 0.5)]
-    assert far[0][1] == pytest.approx(1 / (1 + np.exp(-1)))
-    assert [route(row[None], routing)[0] for row in rows] == [tied, equal, far]
-    for normalized in (True, False):
-        spoilt = replace(routing, normalized=normalized)
-        for row in ([nan, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, nan], [0.0, float("inf"), 1.0, 2.0]):
-            assert any(np.isnan(weight) for _, weight in route(np.array([row]), spoilt)[0])
 
 
 def test_experts_that_no_token_takes_are_not_read(tiny: TinyModel, tmp_path: Path) -> None:

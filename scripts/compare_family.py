@@ -34,7 +34,7 @@ class Row:
     """What came of one model."""
 
     name: str
-    state: str  # agrees, differs or refused
+    state: str  # agrees, differs, opens or refused
     text: str
 
 
@@ -44,6 +44,8 @@ def compare(folder: Path, name: str) -> Row:
         model = load_model(folder / "models" / f"{name}.gguf")
     except (ModelError, FormatError) as error:
         return Row(name, "refused", str(error).split(".gguf: ", 1)[-1])
+    if not (folder / "logits" / f"{name}.f32").exists():
+        return Row(name, "opens", "there are no logits to compare with")
     tokens = [int(part) for part in (folder / "logits" / f"{name}.ids").read_text().replace(",", " ").split()]
     expected = np.fromfile(folder / "logits" / f"{name}.f32", np.float32).reshape(len(tokens), -1)
     parts = {"engine": _engine(model, tokens), "reference": forward(model, tokens)}

@@ -142,7 +142,7 @@ class BlockWriter:
     def attention(self, layer: int, w: AttentionWeights) -> None:
         """One attention block, added to the residual stream."""
         self.label("attention")
-        self._join(blocks.attention(self.ops, self.hyper, layer, w, self._x))
+        self._join(blocks.attention(self.ops, self.spec, self.hyper, layer, w, self._x))
 
     def ffn_input(self, norm: Norm, *, quantized: bool) -> None:
         """Normalise (and quantise) the input of the FFN."""

@@ -104,8 +104,8 @@ def allocate(
     shared = hyper.routing.shared_neurons if hyper.routing else 0
     widest = max(hyper.neurons, shared)
     normed, x, gate = floats("normed", hyper.width), floats("x", hyper.width), floats("gate", widest)
-    attention_input = floats("attention_input", hyper.width) if spec.parallel else normed
-    if not spec.parallel:
+    attention_input = floats("attention_input", hyper.width) if hyper.parallel else normed
+    if not hyper.parallel:
         scratch.add("attention_input", normed)
     attended = floats("attended", hyper.query_width)
     return Buffers(

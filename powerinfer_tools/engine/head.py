@@ -20,11 +20,11 @@ class Head:
 
     def __init__(self, model: Model, pool: Pool, matrix: Matrix) -> None:
         hyper = model.hyper
-        self._pool, self._softcap = pool, hyper.logit_softcap
+        self._pool, self._softcap, self._scale = pool, hyper.logit_softcap, hyper.logit_scale
         self._scratch, builder = Scratch(HEAD_ROWS), ProgramBuilder(HEAD_ROWS)
         self._input = self._scratch.named("head_input", hyper.width)
         ops = ProgramOperations(builder, self._scratch, pool, {}, ())
-        logits = blocks.logits(ops, hyper, model.output_norm, matrix, Value(self._input))
+        logits = blocks.logits(ops, model, matrix, Value(self._input))
         self._length = ops.flush().mark()
         self._program, self._logits = builder.build(), logits.floats
 
@@ -45,6 +45,8 @@ class Head:
         self._input[:rows] = x
         self._program.run(self._pool, 0, self._length, rows, 0)
         logits = self._logits[:rows]
+        if self._scale != 1.0:
+            logits *= np.float32(self._scale)
         if self._softcap:
             np.multiply(np.tanh(logits / np.float32(self._softcap)), np.float32(self._softcap), out=logits)
         return logits

@@ -173,6 +173,10 @@ class ProgramOperations:
         self.changed(x.floats)
         return x
 
+    def scale(self, x: Value, factor: float) -> Value:
+        """Logits are scaled outside the program."""
+        raise NotImplementedError
+
     def softcap(self, x: Value, cap: float) -> Value:
         """Logits are capped outside the program."""
         raise NotImplementedError

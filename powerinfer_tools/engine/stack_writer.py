@@ -147,7 +147,7 @@ class StackWriter:
         beside, too."""
         hot_neurons = self._hot_neurons(index)
         ffn = self._cold_ffn(index, hot_neurons)
-        writer, parallel = self.writer, self._model.spec.parallel
+        writer, parallel = self.writer, self._model.hyper.parallel
         if parallel or not self._attention_there(index):
             self._bring_back()
         if not parallel:

@@ -8,6 +8,7 @@ computes. A block returns what it adds to the residual stream.
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameters import Hyperparameters
 from powerinfer_tools.model.loading import AttentionWeights, Model
@@ -51,22 +52,47 @@ def attention_of(hyper: Hyperparameters, layer: int) -> Attention:
     )
 
 
-def attention(ops: Operations[V, Weight], hyper: Hyperparameters, layer: int, w: AttentionWeights, x: V) -> V:
+def attention(
+    ops: Operations[V, Weight],
+    spec: ArchitectureSpec,
+    hyper: Hyperparameters,
+    layer: int,
+    w: AttentionWeights,
+    x: V,
+) -> V:
     """The attention of ``layer``."""
     how, rope, eps = attention_of(hyper, layer), hyper.facts[layer].rope, hyper.norm_eps
     normed = ops.norm("attention_input", x, w.norm, eps)
     query = ops.linear("query", normed, w.query, w.query_bias)
     key = ops.linear("key", normed, w.key, w.key_bias)
     value = ops.linear("value", normed, w.value, w.value_bias)
-    if w.query_norm is not None and w.key_norm is not None:
-        query = ops.norm_heads(query, how.heads, w.query_norm, eps)
-        key = ops.norm_heads(key, how.kv_heads, w.key_norm, eps)
+    if not spec.qk_norm_late:
+        query, key = qk_normed(ops, spec, how, w, query, key, eps)
     if rope is not None:
         query = ops.rotate(query, how.heads, how.head_dim, rope)
         key = ops.rotate(key, how.kv_heads, how.head_dim, rope)
+    if spec.qk_norm_late:
+        query, key = qk_normed(ops, spec, how, w, query, key, eps)
     attended = ops.attend(query, key, value, how)
     out = ops.linear("block_out", attended, w.output, w.output_bias)
     return post_normed(ops, out, w.post_norm, eps)
+
+
+def qk_normed(
+    ops: Operations[V, Weight],
+    spec: ArchitectureSpec,
+    how: Attention,
+    w: AttentionWeights,
+    query: V,
+    key: V,
+    eps: float,
+) -> tuple[V, V]:
+    """Queries and keys, normalised where the family does that."""
+    if w.query_norm is None or w.key_norm is None:
+        return query, key
+    whole = spec.qk_norm == "row"
+    heads, kv_heads = (1, 1) if whole else (how.heads, how.kv_heads)
+    return ops.norm_heads(query, heads, w.query_norm, eps), ops.norm_heads(key, kv_heads, w.key_norm, eps)
 
 
 def ffn_input(ops: Operations[V, W], norm: Norm, eps: float, x: V) -> V:
@@ -111,12 +137,14 @@ def post_normed(ops: Operations[V, W], out: V, norm: Norm | None, eps: float) ->
     return out if norm is None else ops.norm("block_out", out, norm, eps)
 
 
-def logits(ops: Operations[V, W], hyper: Hyperparameters, norm: Norm, matrix: W, x: V) -> V:
-    """Logits (T, vocabulary), before they are soft-capped."""
-    return ops.linear("logits", ops.norm("head_input", x, norm, hyper.norm_eps), matrix)
+def logits(ops: Operations[V, W], model: Model, matrix: W, x: V) -> V:
+    """Logits (T, vocabulary), before they are scaled and soft-capped; ``matrix`` is the head's."""
+    normed = ops.norm("head_input", x, model.output_norm, model.hyper.norm_eps)
+    return ops.linear("logits", normed, matrix, model.head_bias)
 
 
-def head(ops: Operations[V, W], hyper: Hyperparameters, norm: Norm, matrix: W, x: V) -> V:
+def head(ops: Operations[V, W], model: Model, matrix: W, x: V) -> V:
     """Logits (T, vocabulary)."""
-    out = logits(ops, hyper, norm, matrix, x)
+    out, hyper = logits(ops, model, matrix, x), model.hyper
+    out = ops.scale(out, hyper.logit_scale) if hyper.logit_scale != 1.0 else out
     return ops.softcap(out, hyper.logit_softcap) if hyper.logit_softcap else out

@@ -118,6 +118,13 @@ def _places(split: SplitExperts, index: int) -> ExpertPlaces:
 
 def _dense_ffn(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> DenseFFN:
     gate = f"{prefix}.ffn_gate.weight"
+    if spec.fused_gate:
+        fused = tensors.matrix(f"{prefix}.ffn_up.weight", 2 * hyper.neurons, hyper.width)
+        return DenseFFN(
+            gate=fused.part("gate", 0, hyper.neurons),
+            up=fused.part("up", hyper.neurons, hyper.neurons),
+            down=tensors.matrix(f"{prefix}.ffn_down.weight", hyper.width, hyper.neurons),
+        )
     if not spec.gated:
         tensors.absent(gate, hyper.neurons)
     return DenseFFN(

@@ -15,16 +15,30 @@ from powerinfer_tools.model.original import is_original, original_activation
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071): pairs that turn more than ``fast`` times in ``original`` positions are not
+    scaled, those that turn less than ``slow`` times are, and the others in part."""
+
+    original: int
+    fast: float
+    slow: float
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary positions: the first ``dim`` values of a head are turned by pairs, p · base^(-2i/dim) / scale
-    for position p and pair i. ``style`` says which values make a pair; ``factored``: the model's table of
-    divisors, if there is one, divides the angles, too."""
+    for position p and pair i, or as ``yarn`` says. ``style`` says which values make a pair; ``factored``: a
+    table of divisors that the model may have divides the angles, too. Cosines and sines are times
+    ``magnitude``. ``original`` is the longest context for which the short one of two tables holds."""
 
     style: RopeStyle
     dim: int
     base: float
     scale: float = 1.0
     factored: bool = True
+    yarn: Yarn | None = None
+    magnitude: float = 1.0
+    original: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,8 @@ class Hyperparameters:
     """Sizes and constants of one model; widths are counted in values. ``neurons`` are those of a layer's FFN,
     or of one expert where there is ``routing``.
 
-    ``facts`` has what differs between layers. ``*_softcap`` are 0 when unused. ``activation_cut`` is what a
+    ``facts`` has what differs between layers. ``parallel``: attention and FFN read the same residual stream;
+    what they add is times ``residual_scale``. ``*_softcap`` are 0 when unused. ``activation_cut`` is what a
     gate must be above with fatrelu (0 with others).
     """
 
@@ -73,8 +88,11 @@ class Hyperparameters:
     trained_context: int
     norm_eps: float
     facts: tuple[LayerFacts, ...]
+    parallel: bool
     attention_scale: float
     attention_softcap: float
+    residual_scale: float
+    logit_scale: float
     logit_softcap: float
     embedding_scale: float
     activation: str
@@ -131,15 +149,18 @@ def read_hyperparameters(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        neurons=_neurons(keys, routing),
+        neurons=_neurons(keys, spec, routing),
         vocabulary=vocabulary,
         trained_context=_trained_context(keys, spec, positions),
         norm_eps=_norm_eps(keys, spec),
         facts=_facts(keys, spec, layers, head_dim, routed=routing is not None),
+        parallel=_parallel(keys, spec),
         attention_scale=_attention_scale(keys, spec, layers, width, heads, head_dim),
         attention_softcap=keys.real("attn_logit_softcapping", 0.0),
+        residual_scale=keys.factor("residual_scale") if spec.residual_scale else 1.0,
+        logit_scale=_logit_scale(keys, spec),
         logit_softcap=keys.real("final_logit_softcapping", 0.0),
-        embedding_scale=math.sqrt(width) if spec.scaled_embeddings else 1.0,
+        embedding_scale=_embedding_scale(keys, spec, width),
         activation=(activation := _activation(gguf, spec)),
         activation_cut=_activation_cut(gguf, activation),
         routing=routing,
@@ -148,15 +169,37 @@ def read_hyperparameters(
     return hyper
 
 
+def _parallel(keys: Keys, spec: ArchitectureSpec) -> bool:
+    if spec.parallel == "by key":
+        return keys.flag("use_parallel_residual", default=True)
+    if spec.parallel == "without FFN norm":
+        return f"blk.0.{spec.ffn_norm}.weight" not in keys.gguf.tensors
+    return spec.parallel == "always"
+
+
+def _logit_scale(keys: Keys, spec: ArchitectureSpec) -> float:
+    if spec.logit_scale == "none":
+        return 1.0
+    scale = keys.factor("logit_scale")
+    return scale if spec.logit_scale == "times" else 1.0 / scale
+
+
+def _embedding_scale(keys: Keys, spec: ArchitectureSpec, width: int) -> float:
+    if spec.embedding_key:
+        return keys.factor("embedding_scale")
+    return math.sqrt(width) if spec.scaled_embeddings else 1.0
+
+
 def _facts(
     keys: Keys, spec: ArchitectureSpec, layers: int, head_dim: int, *, routed: bool
 ) -> tuple[LayerFacts, ...]:
     windows = _windows(keys, spec, layers)
     wide, local = _ropes(keys, spec, head_dim, local=any(windows))
+    windowed = spec.rope_in_windows_alone and any(windows)
     return tuple(
         LayerFacts(
             window=window,
-            rope=(local if window else wide) if rotated else None,
+            rope=(local if window else wide) if rotated and (window or not windowed) else None,
             ffn="experts" if routed else "dense",
         )
         for window, rotated in zip(windows, _rotated(keys, spec, layers), strict=True)
@@ -177,23 +220,33 @@ def _ropes(
     keys: Keys, spec: ArchitectureSpec, head_dim: int, *, local: bool
 ) -> tuple[Rope | None, Rope | None]:
     """Rotary positions of layers that attend to everything, and of those with a window."""
+    sections = keys.raw("rope.dimension_sections")
     if spec.rope_style == "none":
+        keys.ignore(
+            "rope.dimension_count", "rope.dimension_count_swa", "rope.freq_base", "rope.freq_base_swa"
+        )
         return None, None
+    style = spec.rope_style
+    if isinstance(sections, np.ndarray) and sections.any() and style == "norm":
+        if not spec.halves_with_sections:
+            raise ModelError(f"{keys.name('rope.dimension_sections')} is not supported for this architecture")
+        style = "neox"
     dim = _rope_dim(keys, "rope.dimension_count", head_dim, head_dim)
     base = keys.real("rope.freq_base", spec.default_rope_base, low=1.0)
-    wide = Rope(spec.rope_style, dim, base, _rope_scale(keys))
+    wide = _scaled(keys, Rope(style, dim, base))
     local_dim = _rope_dim(keys, "rope.dimension_count_swa", head_dim, dim)
     local_base = keys.real("rope.freq_base_swa", spec.local_rope_base or base, low=1.0)
     if not local:
         return wide, wide
     if not spec.local_rope_base:
         return wide, replace(wide, dim=local_dim, base=local_base)
-    return wide, Rope(spec.rope_style, local_dim, local_base, factored=False)
+    return wide, Rope(style, local_dim, local_base, factored=False)
 
 
 def _routing(keys: Keys, spec: ArchitectureSpec) -> Routing | None:
     experts = keys.integer("expert_count", 0, low=0, high=4096)
     if not experts:
+        keys.ignore("router_logit_softcapping")
         return None
     if not spec.routed:
         raise ModelError(
@@ -209,14 +262,14 @@ def _routing(keys: Keys, spec: ArchitectureSpec) -> Routing | None:
     )
 
 
-def _neurons(keys: Keys, routing: Routing | None) -> int:
+def _neurons(keys: Keys, spec: ArchitectureSpec, routing: Routing | None) -> int:
     """Mixtral's files say the size of an expert as that of an FFN."""
     if routing is not None:
         neurons = keys.integer("expert_feed_forward_length", 0, low=0, high=1 << 22)
         if neurons:
             keys.raw("feed_forward_length")  # that of dense layers, of which there are none
             return neurons
-    return keys.integer("feed_forward_length", high=1 << 22)
+    return keys.integer("feed_forward_length", high=1 << 22) // spec.neurons_divisor
 
 
 def _trained_context(keys: Keys, spec: ArchitectureSpec, positions: int) -> int:
@@ -233,7 +286,8 @@ def _trained_context(keys: Keys, spec: ArchitectureSpec, positions: int) -> int:
 
 def _norm_eps(keys: Keys, spec: ArchitectureSpec) -> float:
     if spec.norm == "rms":
-        return keys.real("attention.layer_norm_rms_epsilon", high=1.0)
+        default = () if spec.default_norm_eps is None else (spec.default_norm_eps,)
+        return keys.real("attention.layer_norm_rms_epsilon", *default, high=1.0)
     # PowerInfer's OPT files leave it out; this is torch's default, with which OPT was made.
     return keys.real("attention.layer_norm_epsilon", 1e-5, high=1.0)
 
@@ -262,15 +316,33 @@ def _rope_dim(keys: Keys, key: str, head_dim: int, default: int) -> int:
     return rope_dim
 
 
-def _rope_scale(keys: Keys) -> float:
-    """What positions are divided by. A factor without a type is linear, and one of 0 is none."""
+def _scaled(keys: Keys, rope: Rope) -> Rope:
+    """``rope`` as the file scales it. A factor without a type is linear, and one of 0 is none."""
     kind = keys.text("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise ModelError(
+            f"{keys.file}: rotary scaling {kind!r} is not supported (supported: none, linear, yarn, longrope)"
+        )
+    context = keys.integer("context_length", high=1 << 31)
+    original = keys.integer("rope.scaling.original_context_length", 0, low=0, high=1 << 31) or context
+    rope = replace(rope, magnitude=keys.factor("rope.scaling.attn_factor"), original=original)
     if kind == "none":
-        return 1.0
-    if kind != "linear":
-        raise ModelError(f"{keys.file}: rotary scaling {kind!r} is not supported (supported: none, linear)")
-    factor = keys.real("rope.scaling.factor", 0.0) or keys.real("rope.scale_linear", 0.0)
-    return factor or 1.0
+        keys.ignore("rope.scaling.factor", "rope.scale_linear")
+        return rope
+    factor = keys.real("rope.scaling.factor", 0.0) or keys.real("rope.scale_linear", 0.0) or 1.0
+    rope = replace(rope, scale=factor)
+    return rope if kind != "yarn" else _yarn(keys, rope, original)
+
+
+def _yarn(keys: Keys, rope: Rope, original: int) -> Rope:
+    """Queries and keys both grow by 0.1 · ln(factor) + 1 (arXiv 2309.00071 eq. 15), or by what of it the
+    multiplier of DeepSeek's files leaves."""
+    fast = keys.real("rope.scaling.yarn_beta_fast", 32.0, low=1e-3, high=1e6)
+    slow = keys.real("rope.scaling.yarn_beta_slow", 1.0, low=1e-3, high=1e6)
+    growth = 0.1 * math.log(max(rope.scale, 1.0))
+    rest = growth * keys.real("rope.scaling.yarn_log_multiplier", 0.0) + 1.0
+    magnitude = rope.magnitude * (growth + 1.0) / rest
+    return replace(rope, yarn=Yarn(original, fast, slow), magnitude=magnitude)
 
 
 def _windows(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[int]:
@@ -278,7 +350,7 @@ def _windows(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[int]:
     layers have it by a value for each or by a period, else the family does."""
     pattern = keys.raw("attention.sliding_window_pattern")
     listed = isinstance(pattern, np.ndarray)
-    if not spec.sliding_period and not listed:
+    if not spec.sliding_period and not listed and not spec.sliding_everywhere:
         return (0,) * layers
     window = keys.integer("attention.sliding_window", *(() if listed else (0,)), low=0, high=1 << 31)
     if isinstance(pattern, np.ndarray):
@@ -288,8 +360,11 @@ def _windows(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[int]:
                 "layers"
             )
         return tuple(window if local else 0 for local in pattern.tolist())
+    if spec.sliding_everywhere:
+        return (window,) * layers
     period = keys.integer("attention.sliding_window_pattern", spec.sliding_period, low=0, high=4096)
-    return tuple(window if not period or i % period != period - 1 else 0 for i in range(layers))
+    dense = 0 if spec.dense_first else period - 1
+    return tuple(window if not period or i % period != dense else 0 for i in range(layers))
 
 
 def _attention_scale(

@@ -130,6 +130,10 @@ class Keys:
         self._read.add(key)
         return self.gguf.metadata.get(f"{self.prefix}.{key}")
 
+    def ignore(self, *keys: str) -> None:
+        """Count ``keys`` as read: they say nothing here."""
+        self._read.update(keys)
+
     def name(self, key: str) -> str:
         """How errors begin that are about ``key``."""
         return f"{self.file}: {self.prefix}.{key}"

@@ -20,6 +20,7 @@ from powerinfer_tools.model.architectures import RELU_FAMILY, ArchitectureSpec, 
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN, read_ffn
 from powerinfer_tools.model.hyperparameters import Hyperparameters, read_hyperparameters
 from powerinfer_tools.model.original import is_original, read_original
+from powerinfer_tools.model.rotary import RopeFactors
 from powerinfer_tools.model.sources import open_source
 from powerinfer_tools.model.tensors import MATRIX_TYPES, Norm, Tensors, Vector, Weight
 
@@ -79,9 +80,10 @@ class Model:
     hyper: Hyperparameters
     embedding: Weight
     head: Weight
+    head_bias: Vector | None
     positions: Weight | None
     output_norm: Norm
-    rope_factors: Vector | None
+    rope_factors: RopeFactors
     layers: Sequence[LayerWeights] = field(repr=False)
     split: SplitFile | None = None
     split_experts: SplitExperts | None = None
@@ -183,15 +185,27 @@ def _build(gguf: ModelSource) -> Model:
         hyper=hyper,
         embedding=embedding,
         head=head,
+        head_bias=tensors.optional("output.bias", hyper.vocabulary) if spec.head_bias else None,
         positions=tensors.matrix("position_embd.weight", positions, hyper.width) if learnt else None,
-        output_norm=tensors.norm(spec, "output_norm", hyper.width),
-        rope_factors=tensors.optional("rope_freqs.weight", hyper.rope_dim // 2),
+        output_norm=tensors.norm(spec, spec.output_norm, hyper.width),
+        rope_factors=_rope_factors(tensors, spec, hyper),
         layers=tuple(_layer(tensors, spec, hyper, split, split_experts, i) for i in range(hyper.layers)),
         split=split,
         split_experts=split_experts,
     )
     tensors.refuse_unused()
     return model
+
+
+def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters) -> RopeFactors:
+    if not spec.rope_factors:
+        tensors.leave_out("rope_freqs.weight")
+        return RopeFactors()
+    names = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+    every, long, short = (tensors.optional(name, hyper.rope_dim // 2) for name in names)
+    if (long is None) != (short is None):
+        raise ModelError(f"{tensors.gguf.path}: has one of {names[1]} and {names[2]}, expected both or none")
+    return RopeFactors(every, long, short)
 
 
 def _refuse_shards(gguf: ModelSource) -> None:
@@ -258,7 +272,7 @@ def _layer(
     up_bias = ffn_bias(f"{prefix}.ffn_up.bias", hyper.neurons)
     return LayerWeights(
         attention=_attention(tensors, spec, hyper, prefix),
-        ffn_norm=tensors.norm(spec, f"{prefix}.{spec.ffn_norm}", hyper.width),
+        ffn_norm=_ffn_norm(tensors, spec, hyper, prefix),
         ffn=split.layer(index) if split else read_ffn(tensors, spec, hyper, index, split_experts),
         ffn_bias=split.layer(index).bias if split else up_bias,
         ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
@@ -268,11 +282,19 @@ def _layer(
     )
 
 
+def _ffn_norm(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> Norm:
+    name = spec.ffn_norm
+    if spec.parallel == "without FFN norm" and hyper.parallel:
+        name = spec.attention_norms[0]
+    return tensors.norm(spec, f"{prefix}.{name}", hyper.width)
+
+
 def _attention(
     tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
 ) -> AttentionWeights:
     queries, width = hyper.query_width, hyper.width
-    projections = _fused_projections if spec.fused_qkv else _projections
+    fused = spec.fused_qkv or tensors.has(f"{prefix}.attn_qkv.weight")
+    projections = _fused_projections if fused else _projections
     (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, hyper, prefix)
     norms = [name for name in spec.attention_norms if tensors.has(f"{prefix}.{name}.weight")]
     return AttentionWeights(
@@ -285,10 +307,20 @@ def _attention(
         key_bias=key_bias,
         value_bias=value_bias,
         output_bias=tensors.optional(f"{prefix}.attn_output.bias", width),
-        query_norm=tensors.optional_norm(spec, f"{prefix}.attn_q_norm", hyper.head_dim, wanted=spec.qk_norm),
-        key_norm=tensors.optional_norm(spec, f"{prefix}.attn_k_norm", hyper.head_dim, wanted=spec.qk_norm),
-        post_norm=tensors.optional_norm(spec, f"{prefix}.post_attention_norm", width, wanted=spec.post_norms),
+        query_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_q_norm", queries),
+        key_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_k_norm", hyper.kv_width),
+        post_norm=None
+        if spec.ffn_norm == "post_attention_norm"
+        else tensors.optional_norm(spec, f"{prefix}.post_attention_norm", width, wanted=spec.post_norms),
     )
+
+
+def _head_norm(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, name: str, width: int
+) -> Norm | None:
+    """The norm of queries or keys, of ``width`` values together."""
+    size = width if spec.qk_norm == "row" else hyper.head_dim
+    return tensors.optional_norm(spec, name, size, wanted=spec.qk_norm != "none")
 
 
 #: Matrices and biases of queries, keys and values.

@@ -80,6 +80,9 @@ class Operations(Protocol[V, W]):
     def join(self, x: V, y: V) -> V:
         """The residual stream x + y."""
 
+    def scale(self, x: V, factor: float) -> V:
+        """x · factor."""
+
     def softcap(self, x: V, cap: float) -> V:
         """cap · tanh(x / cap)."""
 

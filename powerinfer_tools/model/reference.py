@@ -16,10 +16,11 @@ from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope, Routing
 from powerinfer_tools.model.loading import AttentionWeights, LayerWeights, Model
 from powerinfer_tools.model.operations import Activation, Attention
-from powerinfer_tools.model.rotary import rotary_angles
+from powerinfer_tools.model.rotary import RopeFactors, rotary_angles
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
 Array = npt.NDArray[np.float64]
+NO_FACTORS = RopeFactors()
 
 
 def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predicted: bool = False) -> Array:
@@ -31,17 +32,17 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predic
     ops = NumpyOperations(tokens, model.rope_factors, half_cache=half_cache)
     x = blocks.embedding(ops, model)
     for index, layer in enumerate(model.layers):
-        before, x = x, ops.join(x, blocks.attention(ops, model.hyper, index, layer.attention, x))
-        read = before if model.spec.parallel else x
+        before, x = x, ops.join(x, blocks.attention(ops, model.spec, model.hyper, index, layer.attention, x))
+        read = before if model.hyper.parallel else x
         x = ops.join(x, ffn_block(model.hyper, layer, read, predicted=predicted))
-    return blocks.head(ops, model.hyper, model.output_norm, model.head, x)
+    return blocks.head(ops, model, model.head, x)
 
 
 class NumpyOperations:
     """The vocabulary in float64. A matrix is the file's, or an array (rows, columns)."""
 
     def __init__(
-        self, tokens: list[int], rope_factors: Vector | None = None, *, half_cache: bool = False
+        self, tokens: list[int], rope_factors: RopeFactors = NO_FACTORS, *, half_cache: bool = False
     ) -> None:
         self._tokens, self._rope_factors, self._half_cache = tokens, rope_factors, half_cache
 
@@ -64,7 +65,8 @@ class NumpyOperations:
 
     def rotate(self, x: Array, heads: int, head_dim: int, rope: Rope) -> Array:
         angles = rotary_angles(rope, len(x), self._rope_factors)
-        return _rotate(_heads(x, heads), angles, interleaved=rope.style == "norm").reshape(x.shape)
+        turned = _rotate(_heads(x, heads), angles, rope.magnitude, interleaved=rope.style == "norm")
+        return turned.reshape(x.shape)
 
     def attend(self, query: Array, key: Array, value: Array, how: Attention) -> Array:
         count = len(query)
@@ -87,6 +89,9 @@ class NumpyOperations:
 
     def join(self, x: Array, y: Array) -> Array:
         return x + y
+
+    def scale(self, x: Array, factor: float) -> Array:
+        return x * factor
 
     def softcap(self, x: Array, cap: float) -> Array:
         out: Array = cap * np.tanh(x / cap)
@@ -129,7 +134,7 @@ def attention_block(
 ) -> Array:
     """What layer ``index``'s attention adds to the residual stream ``x`` (tokens, width)."""
     ops = NumpyOperations([0] * len(x), model.rope_factors, half_cache=half_cache)
-    return blocks.attention(ops, model.hyper, index, w, x)
+    return blocks.attention(ops, model.spec, model.hyper, index, w, x)
 
 
 def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array, *, predicted: bool = False) -> Array:
@@ -209,12 +214,12 @@ def _visible(count: int, window: int) -> npt.NDArray[np.bool_]:
     return (key <= query) & ((query - key < window) if window else True)
 
 
-def _rotate(x: Array, angles: Array, *, interleaved: bool) -> Array:
+def _rotate(x: Array, angles: Array, magnitude: float, *, interleaved: bool) -> Array:
     """Rotate the pairs of each head (tokens, heads, head_dim) by ``angles`` (tokens, rope_dim / 2)."""
     half = angles.shape[1]
     first = np.arange(half) * 2 if interleaved else np.arange(half)
     second = first + (1 if interleaved else half)
-    cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
+    cos, sin = (magnitude * part[:, None, :] for part in (np.cos(angles), np.sin(angles)))
     out = x.copy()
     out[..., first] = x[..., first] * cos - x[..., second] * sin
     out[..., second] = x[..., first] * sin + x[..., second] * cos

@@ -103,6 +103,10 @@ class Tensors:
     def __init__(self, gguf: ModelSource) -> None:
         self.gguf = gguf
 
+    def leave_out(self, name: str) -> None:
+        """Count a tensor among those that are used."""
+        self.gguf.expected.add(name)
+
     def refuse_unused(self) -> None:
         """Raise ModelError for a tensor that nobody expected and that may not be left out."""
         for name, info in self.gguf.tensors.items():
@@ -166,7 +170,10 @@ class Tensors:
         return None
 
     def norm(self, spec: ArchitectureSpec, name: str, size: int) -> Norm:
-        """A norm of the architecture's kind over ``size`` values."""
+        """A norm of the architecture's kind over ``size`` values; of ones, where the family's norms have no
+        weights and the file has none."""
+        if not spec.norm_weights and not self.has(f"{name}.weight"):
+            return Norm(spec.norm, np.ones(size, np.float32))
         bias = self.absent if spec.norm == "rms" else self.optional
         return Norm(spec.norm, self.vector(f"{name}.weight", size), bias(f"{name}.bias", size))
 

@@ -99,7 +99,7 @@ class _Parts:
         stream = None
         if any(self.units.attention):
             stream = HotStream(
-                self.device, self.streamed, self._stream_memory(), parallel=self.model.spec.parallel
+                self.device, self.streamed, self._stream_memory(), parallel=self.model.hyper.parallel
             )
         predictors = [
             None if there else found

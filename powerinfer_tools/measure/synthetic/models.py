@@ -139,7 +139,7 @@ def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iter
     norms = {"attn_norm": width, shape.spec.ffn_norm: width}
     if shape.spec.post_norms:
         norms |= {"post_attention_norm": shape.width, "post_ffw_norm": shape.width}
-    if shape.spec.qk_norm:
+    if shape.spec.qk_norm != "none":
         norms |= {"attn_q_norm": shape.head_dim, "attn_k_norm": shape.head_dim}
     for name, rows, columns, row_type in matrices:
         yield Tensor(f"blk.{layer}.{name}.weight", (rows, columns), fitting_type(row_type, columns))

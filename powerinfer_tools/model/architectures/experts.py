@@ -6,5 +6,5 @@ ROWS = (
     ArchitectureSpec(
         "qwen2moe", rope_style="neox", routed=True, shared_expert=True, expert_weights_norm=False
     ),
-    ArchitectureSpec("qwen3moe", rope_style="neox", qk_norm=True, routed=True),
+    ArchitectureSpec("qwen3moe", rope_style="neox", qk_norm="heads", routed=True),
 )

@@ -15,10 +15,44 @@ ROWS = (
         activation="gelu_erf",
         norm="layer",
         gated=False,
-        parallel=True,
+        parallel="always",
         attention_norms=("attn_norm_2", "attn_norm"),
         ffn_norm="attn_norm",
         fused_qkv=True,
+    ),
+    ArchitectureSpec(
+        "gpt2", rope_style="none", activation="gelu_tanh", norm="layer", gated=False, position_offset=0
+    ),
+    ArchitectureSpec(
+        "starcoder", rope_style="none", activation="gelu_tanh", norm="layer", gated=False, position_offset=0
+    ),
+    # StarCoder 2 (arXiv 2402.19173).
+    ArchitectureSpec("starcoder2", rope_style="neox", activation="gelu_tanh", norm="layer", gated=False),
+    ArchitectureSpec("codeshell", rope_style="neox", activation="gelu_tanh", norm="layer", gated=False),
+    # GPT-NeoX (arXiv 2204.06745), Pythia.
+    ArchitectureSpec(
+        "gptneox", rope_style="neox", activation="gelu_tanh", norm="layer", gated=False, parallel="by key"
+    ),
+    ArchitectureSpec(
+        "phi2",
+        rope_style="neox",
+        activation="gelu_tanh",
+        norm="layer",
+        gated=False,
+        parallel="always",
+        ffn_norm="attn_norm",
+        head_bias=True,
+    ),
+    ArchitectureSpec("jais2", rope_style="neox", activation="relu2", norm="layer", gated=False),
+    ArchitectureSpec("orion", rope_style="neox", norm="layer"),
+    # Command R.
+    ArchitectureSpec(
+        "command-r",
+        rope_style="norm",
+        norm="layer",
+        parallel="always",
+        ffn_norm="attn_norm",
+        logit_scale="times",
     ),
     # Nemotron-4 (arXiv 2402.16819): squared ReLU; GGUF stores LayerNorm1p's weights with the one added.
     ArchitectureSpec("nemotron", rope_style="neox", activation="relu2", norm="layer", gated=False),

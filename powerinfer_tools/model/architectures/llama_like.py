@@ -2,6 +2,10 @@
 
 from powerinfer_tools.model.architectures.spec import ArchitectureSpec
 
+#: Pairs of a head are neighbours, or stand half a head apart.
+_LIKE_LLAMA = ("internlm2", "xverse", "mistral3", "nanbeige")
+_LIKE_LLAMA_IN_HALVES = ("exaone",)
+
 ROWS = (
     # Llama 1 to 3, Mistral, SmolLM, TinyLlama: GGUF stores q and k permuted, so pairs are (2i, 2i+1).
     # Mixtral (arXiv 2401.04088) is this with experts.
@@ -12,7 +16,28 @@ ROWS = (
     ArchitectureSpec("arcee", rope_style="norm", activation="relu2", gated=False),
     # SmolLM3: no rotary positions on every fourth layer (arXiv 2501.18795).
     ArchitectureSpec("smollm3", rope_style="norm", no_rope_period=4),
+    # Layers and norms are llama's.
+    *(ArchitectureSpec(name, rope_style="norm") for name in _LIKE_LLAMA),
+    *(ArchitectureSpec(name, rope_style="neox") for name in _LIKE_LLAMA_IN_HALVES),
+    # One matrix for gate and up (ChatGLM3, arXiv 2406.12793).
+    ArchitectureSpec("chatglm", rope_style="norm", fused_gate=True),
+    ArchitectureSpec("glm4", rope_style="norm", fused_gate=True, post_norms=True, halves_with_sections=True),
+    # Qwen 1: the files count gate and up together.
+    ArchitectureSpec("qwen", rope_style="neox", neurons_divisor=2),
+    # Norms of queries and keys after they are turned.
+    ArchitectureSpec("hunyuan-dense", rope_style="neox", qk_norm="heads", qk_norm_late=True),
+    ArchitectureSpec("maincoder", rope_style="norm", qk_norm="heads", qk_norm_late=True),
+    # The norm before the FFN is called after the block before it.
+    ArchitectureSpec("seed_oss", rope_style="neox", ffn_norm="post_attention_norm"),
+    ArchitectureSpec("pangu-embedded", rope_style="neox", rope_factors=False),
+    # Phi-3 (arXiv 2404.14219): LongRoPE.
+    ArchitectureSpec("phi3", rope_style="neox", fused_gate=True, sliding_everywhere=True),
+    # Attention and FFN read one norm.
+    ArchitectureSpec("plamo", rope_style="neox", parallel="always", ffn_norm="attn_norm"),
+    # Positions of text alone are the same in every section of a head.
+    ArchitectureSpec("qwen2vl", rope_style="neox", default_norm_eps=1e-6),
+    ArchitectureSpec("qwen3vl", rope_style="neox", qk_norm="heads"),
     # Biases on q, k and v are read where the file has them; no row field is needed for them.
     ArchitectureSpec("qwen2", rope_style="neox"),
-    ArchitectureSpec("qwen3", rope_style="neox", qk_norm=True),
+    ArchitectureSpec("qwen3", rope_style="neox", qk_norm="heads"),
 )

@@ -3,12 +3,34 @@
 from powerinfer_tools.model.architectures.spec import ArchitectureSpec
 
 ROWS = (
+    # Gemma (arXiv 2403.08295); Gemma 2 (arXiv 2408.00118): every second layer is local.
+    ArchitectureSpec("gemma", rope_style="neox", activation="gelu_tanh", scaled_embeddings=True),
+    ArchitectureSpec(
+        "gemma2",
+        rope_style="neox",
+        activation="gelu_tanh",
+        post_norms=True,
+        scaled_embeddings=True,
+        sliding_period=2,
+        wide_attention_scale_layers=46,
+    ),
+    # Command R7B: three local layers with rotary positions to a global one without.
+    ArchitectureSpec(
+        "cohere2",
+        rope_style="norm",
+        norm="layer",
+        parallel="always",
+        ffn_norm="attn_norm",
+        logit_scale="times",
+        sliding_period=4,
+        rope_in_windows_alone=True,
+    ),
     # Gemma 3 report (arXiv 2503.19786): 5 local layers to 1 global, rotary base 10k local, 1M global.
     ArchitectureSpec(
         "gemma3",
         rope_style="neox",
         activation="gelu_tanh",
-        qk_norm=True,
+        qk_norm="heads",
         post_norms=True,
         scaled_embeddings=True,
         sliding_period=6,

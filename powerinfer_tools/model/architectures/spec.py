@@ -5,6 +5,9 @@ from typing import Literal
 
 RopeStyle = Literal["norm", "neox", "none"]
 NormKind = Literal["rms", "layer"]
+Parallel = Literal["never", "always", "by key", "without FFN norm"]
+QKNorm = Literal["none", "heads", "row"]
+LogitScale = Literal["none", "times", "divided"]
 
 #: Activations with exact zeros: a neuron adds nothing at all unless its gate (its up, where the FFN has no
 #: gate) is positive.
@@ -16,17 +19,30 @@ ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu_erf"}) | RELU_FAMILY
 class ArchitectureSpec:
     """One model family of pre-norm decoder transformers.
 
-    ``gated``: the FFN is act(gate)·up, else act(up). ``parallel``: attention and FFN read the same residual
-    stream, and both are added to it. ``attention_norms`` are the tensors that may normalise the input of
-    attention, the first that is in the file does; ``ffn_norm`` that of the FFN. ``fused_qkv``: the rows of
-    queries, keys and values are one tensor, in this order. ``position_offset`` o: the residual stream begins
+    ``gated``: the FFN is act(gate)·up, else act(up); ``fused_gate``: the rows of gate and up are one tensor
+    ``ffn_up``, in this order; ``neurons_divisor``: the files say so many times the neurons that there are.
+    ``parallel``: attention and FFN read the same residual stream, and both are added to it: never, always,
+    where the key ``use_parallel_residual`` says it, or where the FFN has no norm of its own; where it has
+    none, it reads what attention reads. ``attention_norms`` are the tensors that may normalise the input of
+    attention, the first that is in the file does; ``ffn_norm`` that of the FFN, ``output_norm`` that of the
+    head. ``norm_weights``: norms have weights (else only the output's may have some). ``qk_norm``: queries
+    and keys are normalised, head by head with one weight for all, or over the whole row; ``qk_norm_late``:
+    after they are turned. ``fused_qkv``: the rows of queries, keys and values are one tensor, in this
+    order, as they may be in files of other families, too. ``position_offset`` o: the residual stream begins
     with row position + o of a learnt table (None: there is none). ``routed``: files may have experts instead
     of one FFN a layer, which a softmax router chooses; ``shared_expert``: and one that every token takes,
     times a sigmoid; ``expert_weights_norm``: the weights of the chosen ones are divided by their sum.
-    ``sliding_period`` p > 0: every p-th layer attends to everything, the others to the last
-    ``attention.sliding_window`` positions (and use the local rotary base). ``no_rope_period`` p > 0: every
-    p-th layer has no rotary positions. ``wide_attention_scale_layers`` names the one size of a family that
-    scales scores by width/heads instead of the head dimension.
+    ``scaled_embeddings``: by the root of the width; ``embedding_key``: by the key ``embedding_scale``;
+    ``residual_scale``: what blocks add is times that key; ``logit_scale``: how logits are scaled by that key.
+    ``sliding_period`` p > 0: every p-th layer attends to everything (with ``dense_first``, the first of each
+    p), the others to the last ``attention.sliding_window`` positions (and use the local rotary base);
+    ``sliding_everywhere``: all have the window, where there is one; ``rope_in_windows_alone``: where some
+    layers have windows, the others have no rotary positions.
+    ``no_rope_period`` p > 0: every p-th layer has no rotary positions. ``halves_with_sections``: where heads
+    have sections for positions of pictures, pairs stand half a head apart. ``rope_factors``: tables of
+    divisors that a file has are used. ``default_norm_eps``: where the file does not say it.
+    ``wide_attention_scale_layers`` names the one size of a family that scales scores by width/heads instead
+    of the head dimension.
     """
 
     name: str
@@ -34,19 +50,34 @@ class ArchitectureSpec:
     activation: str = "silu"
     norm: NormKind = "rms"
     gated: bool = True
-    parallel: bool = False
+    fused_gate: bool = False
+    neurons_divisor: int = 1
+    parallel: Parallel = "never"
     attention_norms: tuple[str, ...] = ("attn_norm",)
     ffn_norm: str = "ffn_norm"
+    output_norm: str = "output_norm"
+    norm_weights: bool = True
     fused_qkv: bool = False
     position_offset: int | None = None
-    qk_norm: bool = False
+    qk_norm: QKNorm = "none"
+    qk_norm_late: bool = False
     post_norms: bool = False
     scaled_embeddings: bool = False
+    embedding_key: bool = False
+    residual_scale: bool = False
+    logit_scale: LogitScale = "none"
     routed: bool = False
     shared_expert: bool = False
     expert_weights_norm: bool = True
     sliding_period: int = 0
+    dense_first: bool = False
+    sliding_everywhere: bool = False
+    rope_in_windows_alone: bool = False
     no_rope_period: int = 0
+    halves_with_sections: bool = False
+    rope_factors: bool = True
+    default_norm_eps: float | None = None
     local_rope_base: float = 0.0
     default_rope_base: float = 10000.0
     wide_attention_scale_layers: int = 0
+    head_bias: bool = False

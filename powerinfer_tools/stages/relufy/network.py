@@ -61,7 +61,7 @@ class Network:
         if model.hyper.logit_softcap or model.hyper.attention_softcap:
             raise ModelError(f"{model.path}: models with soft-capped scores cannot be trained here yet")
         self.hyper, self.device, self.precision = model.hyper, device, precision
-        self.parallel = model.spec.parallel
+        self.parallel = model.hyper.parallel
         self.interleaved = model.spec.rope_style == "norm"
         self.embedding = self._matrix(model.embedding)
         self.head = self.embedding if model.head is model.embedding else self._matrix(model.head)

@@ -16,6 +16,7 @@ from powerinfer_tools.engine.hot.devices import (
 )
 from powerinfer_tools.engine.hot.executor import TorchHotSide
 from powerinfer_tools.engine.hot.fusing import fusing_problem
+from powerinfer_tools.engine.hot.limits import attention_limit, head_limit
 from powerinfer_tools.engine.hot.placement import HotUnits, Workload, experts_of, fit, units_size
 from powerinfer_tools.engine.hot.sizes import MARGIN, overhead
 from powerinfer_tools.errors import HardwareError
@@ -56,7 +57,7 @@ def open_side(
     be said. Raises HardwareError for a budget beyond what is free."""
     planned, limit = planned_units(model, work.predicted), limit_of(device.free_bytes(), vram)
     units = fit(model, planned, limit, work)
-    notices = _left_out(planned, units, limit, asked=vram is not None)
+    notices = [*_limits(model), *_left_out(planned, units, limit, asked=vram is not None)]
     if not units:
         device.close()
         return None, notices
@@ -79,11 +80,24 @@ def open_side(
 def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotUnits:
     """What the split file's plan places on the hot device, predictors in ``predicted`` layers alone."""
     devices = model.devices
-    attention = tuple(device == "gpu" for device in devices.attention)
+    here = attention_limit(model) is None
+    attention = tuple(device == "gpu" and here for device in devices.attention)
     predictors = tuple(device == "gpu" and i in predicted for i, device in enumerate(devices.predictor))
+    head = devices.head == "gpu" and head_limit(model) is None
     neurons = model.split.hot_neurons if model.split is not None else ()
     experts = () if model.split_experts is None else expert_placement.planned(experts_of(model))
-    return HotUnits(neurons, attention, predictors, devices.head == "gpu", experts)
+    return HotUnits(neurons, attention, predictors, head, experts)
+
+
+def _limits(model: Model) -> list[str]:
+    """What of the plan torch does not compute, in words."""
+    wanted = {"attention": "gpu" in model.devices.attention, "head": model.devices.head == "gpu"}
+    limits = {"attention": attention_limit(model), "head": head_limit(model)}
+    return [
+        f"the hot side does not compute {limit}; the {part} is computed on the CPU"
+        for part, limit in limits.items()
+        if limit is not None and wanted[part]
+    ]
 
 
 def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, asked: bool) -> list[str]:

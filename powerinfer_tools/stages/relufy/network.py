@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from powerinfer_kernels import dequantize
+from powerinfer_tools.engine.hot.limits import attention_limit, head_limit
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import AttentionWeights, Model
@@ -60,6 +61,9 @@ class Network:
         model.require_one_ffn(ModelError, "training")
         if model.hyper.logit_softcap or model.hyper.attention_softcap:
             raise ModelError(f"{model.path}: models with soft-capped scores cannot be trained here yet")
+        limit = attention_limit(model) or head_limit(model)
+        if limit is not None:
+            raise ModelError(f"{model.path}: models with {limit} cannot be trained here yet")
         self.hyper, self.device, self.precision = model.hyper, device, precision
         self.parallel = model.hyper.parallel
         self.interleaved = model.spec.rope_style == "norm"

@@ -91,7 +91,6 @@ def test_a_tensor_that_may_be_left_out_changes_nothing(llama: TinyModel, tmp_pat
         ("attention.causal", False),
         ("attention.sliding_window", 128),
         ("rope.scaling.alpha", 2.0),
-        ("rope.scaling.attn_factor", 1.2),
         ("swiglu_clamp_exp", np.array([0.0, 7.0, 0.0], np.float32)),
         ("expert_shared_count", 1),
         ("a.key.of.tomorrow", 0),

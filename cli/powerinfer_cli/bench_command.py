@@ -3,12 +3,13 @@
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from powerinfer_cli import bench_ffn
+from powerinfer_cli import bench_compare, bench_ffn
 from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit, emit_json, plain, progress, say
 from powerinfer_cli.files import find_model
@@ -22,12 +23,15 @@ HELP = """Measure tokens per second: rows ppN (a prompt of N tokens) and tgN (N 
 
 Each row is the mean of the repetitions ± their standard deviation, with the share of this machine's measured
 memory bandwidth that it used; of experts, the bytes count that are taken. The rows compare with
-llama-bench's.
+llama-bench's. Several files (or one file in several modes, FILE@MODE) run in turn, and each one's speed is
+printed as a ratio to the first's.
 
 \b
 Examples:
   powerinfer bench -m model.gguf
   powerinfer bench -m model.gguf -p 0 -n 256 -r 10 --json
+  powerinfer bench model.gguf model.powerinfer.gguf
+  powerinfer bench model.powerinfer.gguf@dense model.powerinfer.gguf@gate-first
   powerinfer bench --shape mistral-7b --density 0.1 -p 64 -n 32
   powerinfer bench --shape qwen3-30b-a3b --layers 12 -p 64 -n 32
   powerinfer bench --ffn 4096x14336 --type q4_0 --density 0.1,0.3,0.5
@@ -39,6 +43,14 @@ _TYPE = "q4_0"
 
 def command(
     *,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE[@MODE]...]",
+            help="Files to measure against the first of them, in turn.",
+            show_default=False,
+        ),
+    ] = None,
     model: opt.Model = None,
     prompt: Annotated[
         int,
@@ -63,7 +75,23 @@ def command(
     """Benchmark a model."""
     if as_csv and common.json:
         raise typer.BadParameter("choose one of --csv and --json", param_hint="--csv")
-    check_choice(model, synthetic, placement.mode)
+    check_choice(files, model, synthetic, placement.mode)
+    if files and len(files) > 1:
+        if as_csv:
+            raise typer.BadParameter("compares nothing; choose --json", param_hint="--csv")
+        bench_compare.run(
+            files,
+            placement,
+            prompt=prompt,
+            generate=generate,
+            rounds=repetitions,
+            threads=common.threads,
+            as_json=common.json,
+        )
+        return
+    if files:
+        model, mode = bench_compare.parse_contender(files[0])
+        placement = placement if mode is None else replace(placement, mode=mode)
     if synthetic.clear_cache:
         clear_cache(synthetic, as_json=common.json)
         return
@@ -99,9 +127,11 @@ def command(
         )
 
 
-def check_choice(model: Path | None, synthetic: opt.Synthetic, mode: opt.Mode) -> None:
+def check_choice(
+    files: list[str] | None, model: Path | None, synthetic: opt.Synthetic, mode: opt.Mode
+) -> None:
     """One thing to measure, and no option that would be ignored."""
-    given = {"--model": model, "--shape": synthetic.shape, "--ffn": synthetic.ffn}
+    given = {"FILE": files or None, "--model": model, "--shape": synthetic.shape, "--ffn": synthetic.ffn}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) > 1:
         raise typer.BadParameter(f"choose one of {' and '.join(chosen)}", param_hint=chosen[-1])

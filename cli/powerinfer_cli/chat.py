@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from powerinfer_cli.boundary import describe, is_expected
 from powerinfer_cli.console import say
-from powerinfer_cli.summary import engine_figures, say_summary
+from powerinfer_cli.summary import engine_figures, say_chat_line, say_summary
 
 if TYPE_CHECKING:
+    from powerinfer_cli.options import Summary
     from powerinfer_tools.engine import Engine
     from powerinfer_tools.generate.generation import Chat, Generation, GenerationOptions
 
@@ -21,7 +22,8 @@ HELP = """\
 /system TEXT   set the system prompt; without TEXT: show it
 /save FILE     write the conversation, as JSON where FILE ends in .json
 /exit          end the chat (so does Ctrl-D)
-A line that ends in \\ goes on in the next. Ctrl-C stops an answer, and at the prompt the program."""
+A pasted text is one message, however many lines it has; a line that ends in \\ goes on in the next.
+Ctrl-C stops an answer, and at the prompt the program."""
 
 Reader = Callable[[str], str]
 
@@ -141,7 +143,14 @@ def stream(generation: "Generation") -> None:
         say(f"[{generation.explanation}]")
 
 
-def chat(engine: "Engine", options: "GenerationOptions", *, system: str | None, first: str | None) -> None:
+def chat(
+    engine: "Engine",
+    options: "GenerationOptions",
+    *,
+    system: str | None,
+    first: str | None,
+    summary: "Summary" = "line",
+) -> None:
     """Chat until the end, then say what it cost."""
     from powerinfer_tools.generate.generation import Chat
     from powerinfer_tools.text import Tokenizer
@@ -157,15 +166,20 @@ def chat(engine: "Engine", options: "GenerationOptions", *, system: str | None, 
     try:
         Loop(conversation, line_reader()).run(first)
     finally:
-        if engine.report().decode_tokens:
+        if engine.report().decode_tokens and summary == "all":
             say_summary(engine_figures(engine))
+        elif engine.report().decode_tokens and summary == "line":
+            say_chat_line(engine)
 
 
 def line_reader() -> Reader:
     """Lines of the terminal, with editing and history; plain lines from a file or a pipe."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with suppress(ImportError):
-            import readline  # noqa: F401  # importing it is what gives input() editing and history
+            import readline  # importing it is what gives input() editing and history
+
+            # Python turns this off; with it, a pasted text of several lines is one question.
+            readline.parse_and_bind("set enable-bracketed-paste on")
         return input
     return piped_line
 

@@ -2,13 +2,15 @@
 
 import sys
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from powerinfer_cli.console import emit_json, progress, say
-from powerinfer_cli.summary import run_figures, say_summary
+from powerinfer_cli.summary import run_figures, say_line, say_summary
 
 if TYPE_CHECKING:
+    from powerinfer_cli.options import Summary
     from powerinfer_cli.run_command import Form, Prompt
     from powerinfer_tools.engine import Engine
     from powerinfer_tools.generate.generation import Generation, GenerationOptions
@@ -19,15 +21,22 @@ if TYPE_CHECKING:
 LONG_PROMPT = 4096
 
 
+@dataclass(frozen=True)
+class Output:
+    """What is printed beside the text, and the file that the trace goes to."""
+
+    summary: "Summary"
+    as_json: bool
+    trace: Path | None = None
+
+
 def complete(
     engine: "Engine",
     text: str,
     options: "GenerationOptions",
     given: "Prompt",
     form: "Form",
-    *,
-    as_json: bool,
-    trace: Path | None = None,
+    output: Output,
 ) -> None:
     """Stream the continuation of ``text`` (or the model's answer to it) and say what it cost."""
     from powerinfer_tools.text import Tokenizer
@@ -36,21 +45,22 @@ def complete(
     for notice in tokenizer.notices:
         say(notice)
     listener = progress() if len(text) > LONG_PROMPT else None
-    if trace is not None:
+    if output.trace is not None:
         engine.trace()
     if form.given:
         generation = begin_formed(engine, tokenizer, text, options, given, form, listener)
     else:
         generation = begin(engine, tokenizer, text, options, given, listener)
-    interrupted = stream(generation, listener, silent=as_json)
-    figures = run_figures(engine, generation)
-    if trace is not None:
-        write_trace(engine, trace)
-    if as_json:
-        emit_json(figures)
-    else:
+    interrupted = stream(generation, listener, silent=output.as_json)
+    if output.trace is not None:
+        write_trace(engine, output.trace)
+    if output.as_json:
+        emit_json(run_figures(engine, generation))
+    elif output.summary == "all":
         say(f"ended: {generation.explanation}")
-        say_summary(figures)
+        say_summary(run_figures(engine, generation))
+    elif output.summary == "line":
+        say_line(engine, generation)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -75,17 +85,25 @@ def begin(
 ) -> "Generation":
     """The generation: of the prompt as it is, or as the first message of a chat."""
     from powerinfer_tools.generate.generation import Chat, generate
-
-    if not given.chat and given.system is None:
-        ids = tokenizer.encode(text, parse_special=given.special)
-        return generate(engine, tokenizer, ids, options, progress=listener)
     from powerinfer_tools.text.chat import chat_template
 
+    if not is_message(engine, given):
+        ids = tokenizer.encode(text, parse_special=given.special)
+        return generate(engine, tokenizer, ids, options, progress=listener)
     template = chat_template(engine.model.gguf, tokenizer)
     if template.notice is not None:
         say(template.notice)
     chat = Chat(engine, tokenizer, template, system=given.system, options=options)
     return chat.ask(text, progress=listener)
+
+
+def is_message(engine: "Engine", given: "Prompt") -> bool:
+    """Whether the prompt goes into the chat template: as asked, else where the model has one."""
+    from powerinfer_tools.text.chat import has_chat_template
+
+    if given.chat is not None:
+        return given.chat
+    return given.system is not None or has_chat_template(engine.model.gguf)
 
 
 def begin_formed(
@@ -110,7 +128,7 @@ def begin_formed(
         assert form.grammar is not None
         grammar = Grammar.of_text(tokenizer, read_text(form.grammar))
     ids, stops = tokenizer.encode(text, parse_special=given.special), tuple[str, ...]()
-    if given.chat or given.system is not None:
+    if is_message(engine, given):
         from powerinfer_tools.text.chat import Message, chat_template
 
         template = chat_template(engine.model.gguf, tokenizer)

@@ -88,6 +88,24 @@ class Common:
     debug: Debug = False
 
 
+Summary = Literal["none", "line", "all"]
+
+
+@dataclass(frozen=True)
+class Verbosity:
+    """How much of a summary follows the text."""
+
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print all figures of the run after the text.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no summary after the text.")] = False
+
+    @property
+    def summary(self) -> Summary:
+        """Which summary that asks for."""
+        return "all" if self.verbose else "none" if self.quiet else "line"
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs, for commands that run one."""

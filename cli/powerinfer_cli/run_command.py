@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 HELP = """Generate text from a prompt, or chat with the model.
 
-The prompt comes from -p, from a file (-f) or from standard input, and is continued as it is; with --chat or a
-system prompt it goes into the model's chat template. -i is a chat: /help lists its commands, Ctrl-C stops an
-answer, and at the prompt the program. Text goes to standard output, the summary to standard error.
+The prompt comes from -p, from a file (-f) or from standard input. A model with a chat template answers it as
+a message; --raw continues the text as it is, which is what a model without a template does anyway. -i is a
+chat: /help lists its commands, Ctrl-C stops an answer, and at the prompt the program. Text goes to standard
+output, one line of summary to standard error (-v: all figures, -q: nothing).
 
 \b
 Examples:
-  powerinfer run -p "The capital of France is" -n 32 --temp 0
+  powerinfer run -p "Why is the sky blue?"
+  powerinfer run --raw -p "The capital of France is" -n 32 --temp 0
   powerinfer run -m model.powerinfer.gguf -i -sys "Answer in one sentence."
-  git diff | powerinfer run --chat -sys "Summarise this change." -f -
+  git diff | powerinfer run -sys "Summarise this change." -f -
 """
 
 _prompt = opt.in_panel("Prompt")
@@ -41,12 +43,20 @@ class Prompt:
         Path | None, _prompt("--file", "-f", metavar="FILE", help="Read the prompt from a file; - is stdin.")
     ] = None
     interactive: Annotated[bool, _prompt("--interactive", "-i", help="Chat.")] = False
-    chat: Annotated[bool, _prompt("--chat", help="Put the prompt into the model's chat template.")] = False
+    chat: Annotated[
+        bool | None,
+        _prompt(
+            "--chat/--raw",
+            help="Put the prompt into the chat template, or continue it as it is. Without either: the "
+            "template, if the model has one.",
+            show_default=False,
+        ),
+    ] = None
     special: Annotated[
         bool, _prompt("--special", help="Read control tokens such as <|im_start|> in the prompt as such.")
     ] = False
     system: Annotated[
-        str | None, _prompt("--system", "-sys", metavar="TEXT", help="System prompt; implies --chat.")
+        str | None, _prompt("--system", "-sys", metavar="TEXT", help="System prompt, for the chat template.")
     ] = None
 
 
@@ -155,9 +165,12 @@ def command(
             "slow, the text stays the same.",
         ),
     ] = False,
+    verbosity: opt.Verbosity,
     common: opt.Common,
 ) -> None:
     """Generate text, or chat."""
+    if verbosity.verbose and verbosity.quiet:
+        raise typer.BadParameter("choose one of -v and -q", param_hint="--quiet")
     if trace is not None and prompt.interactive:
         problem = "a chat has no last token; choose one of -i and --trace"
         raise typer.BadParameter(problem, param_hint="--trace")
@@ -177,12 +190,13 @@ def command(
         if prompt.interactive:
             from powerinfer_cli.chat import chat
 
-            chat(engine, options, system=prompt.system, first=text)
+            chat(engine, options, system=prompt.system, first=text, summary=verbosity.summary)
         else:
-            from powerinfer_cli.completion import complete
+            from powerinfer_cli.completion import Output, complete
 
             assert text is not None
-            complete(engine, text, options, prompt, form, as_json=common.json, trace=trace)
+            output = Output(verbosity.summary, as_json=common.json, trace=trace)
+            complete(engine, text, options, prompt, form, output)
 
 
 def check_form(form: Form, prompt: Prompt, length: Length) -> None:
@@ -228,6 +242,9 @@ def prompt_text(given: Prompt, *, as_json: bool) -> str | None:
     """The prompt; None for a chat that begins empty. Contradictions are usage errors."""
     if given.prompt is not None and given.file is not None:
         raise typer.BadParameter("choose one of -p and -f", param_hint="--file")
+    if given.chat is False and (given.system is not None or given.interactive):
+        other = "-i" if given.interactive else "--system"
+        raise typer.BadParameter(f"has no chat template for {other}; choose one of them", param_hint="--raw")
     if given.interactive and as_json:
         raise typer.BadParameter("a chat has no JSON form; choose one of -i and --json", param_hint="--json")
     if given.prompt is not None:

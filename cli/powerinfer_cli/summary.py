@@ -76,6 +76,35 @@ def run_figures(engine: "Engine", generation: "Generation") -> dict[str, Any]:
     }
 
 
+def say_line(engine: "Engine", generation: "Generation") -> None:
+    """One line on what the only generation of an engine cost; nothing is measured for it."""
+    statistics, tokens = generation.statistics, len(generation.tokens)
+    parts = [
+        f"{tokens:,} tokens at {statistics.decode_tokens_per_second:.1f} tok/s",
+        f"prompt of {statistics.prompt_tokens:,} at {statistics.prompt_tokens_per_second:.1f}",
+        *_mode_parts(engine),
+    ]
+    if generation.outcome != "end":
+        parts.append(f"ended: {generation.explanation}")
+    say(f"[{', '.join(parts)}]")
+
+
+def say_chat_line(engine: "Engine") -> None:
+    """The same for a whole chat."""
+    report = engine.report()
+    parts = [f"{report.decode_tokens:,} tokens at {report.decode_tokens_per_second:.1f} tok/s"]
+    say(f"[{', '.join([*parts, *_mode_parts(engine)])}]")
+
+
+def _mode_parts(engine: "Engine") -> list[str]:
+    """What is not the plain case: sparse modes with the share of neurons computed, and inexact results."""
+    report = engine.report()
+    if report.mode == "dense":
+        return []
+    exact = "" if report.mode == "gate-first" else ", not exact"
+    return [f"{report.mode}: {report.density:.0%} of the neurons computed{exact}"]
+
+
 def say_summary(figures: dict[str, Any]) -> None:
     """The figures in a few lines on standard error."""
     reused = f" ({figures['reused_tokens']} more reused)" if figures["reused_tokens"] else ""

@@ -172,9 +172,14 @@ class PlainTemplate:
         return _with_one_bos(self._tokenizer, self._tokenizer.encode(text, add_bos=False))
 
 
+def has_chat_template(gguf: MetadataSource) -> bool:
+    """Whether the model brings a chat template of its own."""
+    return gguf.metadata.get("tokenizer.chat_template") is not None
+
+
 def chat_template(gguf: MetadataSource, tokenizer: Tokenizer) -> Template:
     """The model's own template, or the plain one, whose `notice` says so, where it has none."""
-    if gguf.metadata.get("tokenizer.chat_template") is None:
+    if not has_chat_template(gguf):
         return PlainTemplate(tokenizer)
     return ChatTemplate.from_gguf(gguf, tokenizer)
 

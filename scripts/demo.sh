@@ -32,8 +32,8 @@ show powerinfer profile -m "$model" --tokens "$profile_tokens" \
     "$corpus/us-declaration-of-independence.txt"
 show powerinfer inspect "$stem.profile.safetensors"
 
-step "3. What goes where, if the accelerator had only 40 MiB?"
-show powerinfer plan -m "$model" --vram 40MiB --ctx 2048
+step "3. What goes where, on a machine whose accelerator has only 40 MiB?"
+show powerinfer plan -m "$model" --hardware pc-low --vram 40MiB --ctx 2048
 
 step "4. Write the split file."
 show powerinfer convert -m "$model"
@@ -42,7 +42,10 @@ step "5. Is it still the same model? Perplexity of a text that the profile has n
 show powerinfer eval -m "$stem.powerinfer.gguf" --against "$model" --text "$held_out" --chunks "$chunks"
 
 step "6. Run it: the source, then the split file."
-show powerinfer run -m "$model" -p "The capital of France is" -n "$answer" --temp 0
-show powerinfer run -m "$stem.powerinfer.gguf" -p "The capital of France is" -n "$answer" --temp 0
+show powerinfer run -v --raw -m "$model" -p "The capital of France is" -n "$answer" --temp 0
+show powerinfer run -v --raw -m "$stem.powerinfer.gguf" -p "The capital of France is" -n "$answer" --temp 0
+
+step "7. Is it worth it here?"
+show powerinfer advise -m "$model"
 
 step "The next step is yours:  .venv/bin/powerinfer run -i"

@@ -40,7 +40,7 @@ step "3. Predictors of which neurons will be active, before the gate is read."
 show powerinfer train -m "$model" --recall 0.95 --chart "$stem.frontier.svg"
 
 step "4. What goes where, if the accelerator had room for 30 % of the FFN (84.6 MB in Q8_0), beside scratch?"
-show powerinfer plan -m "$model" --vram 38MiB --ctx 2048
+show powerinfer plan -m "$model" --hardware pc-low --vram 38MiB --ctx 2048
 
 step "5. Write the split file."
 show powerinfer convert -m "$model"
@@ -51,7 +51,7 @@ show powerinfer eval -m "$stem.powerinfer.gguf" --text "$held_out" --chunks "$ch
 
 step "7. Run it in each mode: dense and gate-first end with the same logits; predicted need not."
 for mode in dense gate-first predicted; do
-    show powerinfer run -m "$stem.powerinfer.gguf" --mode "$mode" -p "The capital of France is" -n "$answer" --temp 0
+    show powerinfer run -v --raw -m "$stem.powerinfer.gguf" --mode "$mode" -p "The capital of France is" -n "$answer" --temp 0
 done
 
 step "The next step is yours:  .venv/bin/powerinfer run -m $stem.powerinfer.gguf -i"

@@ -11,6 +11,7 @@ from powerinfer_cli.help import HelpfulCommand, HelpfulGroup, first_line
 
 # In the order in which they are used; command NAME is in the module NAME_command.
 COMMANDS = (
+    "advise",
     "profile",
     "train",
     "threshold",

@@ -99,6 +99,7 @@ def command(
     predictor_file = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
     threshold_file = optional_input(thresholds, source, THRESHOLDS_SUFFIX, made_by="threshold")
     path = output_file(output, source, SPLIT_SUFFIX)
+    say_verdict(source, plan_file)
     from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 
     chosen = None if quant == "auto" else quant
@@ -115,6 +116,15 @@ def command(
         progress(),
     )
     show(report, as_json=common.json)
+
+
+def say_verdict(source: Path, plan_file: Path) -> None:
+    """What the split file will be on this machine, before it is written."""
+    from powerinfer_formats.plan import Plan
+    from powerinfer_tools.inspect.advice import split_verdict
+
+    if verdict := split_verdict(source, Plan.load(plan_file)):
+        say(f"the split file: {verdict}")
 
 
 def write_original(

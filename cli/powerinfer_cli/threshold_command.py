@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from powerinfer_cli import options as opt
+from powerinfer_cli.boundary import FAILED
 from powerinfer_cli.console import emit_json, progress, say
 from powerinfer_cli.files import PROFILE_SUFFIX, THRESHOLDS_SUFFIX, find_model, output_file, stage_input
 from powerinfer_cli.sizes import parse_share
@@ -59,6 +60,12 @@ def command(
         typer.Option("--windows", min=1, max=1024, metavar="N", help="Windows to choose on, and to measure."),
     ] = 4,
     output: opt.Output = None,
+    allow_over_budget: Annotated[
+        bool,
+        typer.Option(
+            "--allow-over-budget", help="Exit code 0 even if the measured increase is above the budget."
+        ),
+    ] = False,
     common: opt.Common,
 ) -> None:
     """Choose neurons to leave out within a budget."""
@@ -75,6 +82,14 @@ def command(
         progress(),
     )
     show(report, as_json=common.json)
+    cost = report.header.cost
+    increase = cost.perplexity / cost.dense_perplexity - 1
+    if increase > report.header.max_increase and not allow_over_budget:
+        say(
+            f"the measured increase, {increase:.2%}, is above the {report.header.max_increase:.2%} allowed; "
+            "choose on more text (--windows), or pass --allow-over-budget to accept it"
+        )
+        raise typer.Exit(FAILED)
 
 
 def show(report: "ThresholdReport", *, as_json: bool) -> None:

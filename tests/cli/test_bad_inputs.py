@@ -180,7 +180,9 @@ def test_a_text_shorter_than_a_window_is_1(powerinfer: Command, smollm2: Path, t
 def test_options_that_the_model_cannot_meet_are_1(
     powerinfer: Command, smollm2: Path, arguments: str, said: str
 ) -> None:
-    ended = powerinfer("run", "-m", smollm2, "-p", "One two three four five six.", *arguments.split())
+    ended = powerinfer(
+        "run", "--raw", "-m", smollm2, "-p", "One two three four five six.", *arguments.split()
+    )
     assert (ended.code, ended.out.strip()) == (1, "")
     assert said in one_line(ended.err)
 

@@ -62,7 +62,7 @@ def test_profile_plan_convert_inspect_run_eval_bench(place: Path, monkeypatch: p
     assert runs[0]["text"] == runs[2]["text"]
     assert runs[2]["memory"]["vram"] > 0
     assert (runs[0]["density"], runs[0]["experts"]) == (0.5, {"used": 3, "count": 6})
-    assert "3 of 6 experts a token, density 0.500" in ended(*words, split).stderr
+    assert "3 of 6 experts a token, density 0.500" in ended(*words, split, "-v").stderr
     names = {row["name"] for row in json.loads((place / "t.json").read_text())["traceEvents"]}
     assert {"route", "launch", "experts", "wait", "hot"} <= names
     judged = stage(

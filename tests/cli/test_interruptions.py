@@ -134,7 +134,9 @@ def test_ctrl_c_in_run_is_130_with_the_summary(folder: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_traceback(folder: Path) -> None:
-    process = start(folder, "run", "-m", "model.gguf", "-p", "Once upon a time", "-n", "200", "--ignore-eos")
+    process = start(
+        folder, "run", "-m", "model.gguf", "-p", "Once upon a time", "-n", "200", "--ignore-eos", "-v"
+    )
     assert process.stdout is not None
     assert process.stdout.read(1)
     process.stdout.close()

@@ -78,7 +78,7 @@ def answer(powerinfer: Command, folder: Path) -> Callable[..., dict[str, Any]]:
     """Runs a model greedily and gives the JSON object."""
 
     def run(*arguments: str, model: str = "model.gguf", **variables: str) -> dict[str, Any]:
-        words = ["run", "-m", model, "--temp", "0", "-n", "12", "--json", *arguments]
+        words = ["run", "--raw", "-m", model, "--temp", "0", "-n", "12", "--json", *arguments]
         if "-f" not in arguments and "-p" not in arguments:
             words += ["-p", PROMPT]
         ended = powerinfer(*words, cwd=folder, **variables)
@@ -178,7 +178,7 @@ def test_the_split_file_runs_with_its_hot_side_in_torch(
 
 
 def test_a_seed_repeats_a_run(powerinfer: Command, folder: Path) -> None:
-    words = ["run", "-m", "model.gguf", "-p", PROMPT, "-n", "8", "--temp", "1.5", "--json", "--seed"]
+    words = ["run", "--raw", "-m", "model.gguf", "-p", PROMPT, "-n", "8", "--temp", "1.5", "--json", "--seed"]
     texts = [powerinfer(*words, seed, cwd=folder).json["text"] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
 
@@ -189,15 +189,20 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(
     (folder / "prompt.txt").write_text(PROMPT)
     expected = answer()["ids"]
     assert answer("-f", "prompt.txt")["ids"] == expected
-    words = ["run", "-m", "model.gguf", "--temp", "0", "-n", "12", "--json"]
+    words = ["run", "--raw", "-m", "model.gguf", "--temp", "0", "-n", "12", "--json"]
     assert powerinfer(*words, stdin=PROMPT, cwd=folder).json["ids"] == expected
     assert powerinfer(*words, "-f", "-", stdin=PROMPT, cwd=folder).json["ids"] == expected
 
 
 def test_text_streams_to_standard_output_and_the_summary_elsewhere(powerinfer: Command, folder: Path) -> None:
-    ended = powerinfer("run", "-m", "model.gguf", "-p", PROMPT, "-n", "4", "--temp", "0", cwd=folder)
-    assert ended.code == 0
+    words = ("run", "--raw", "-m", "model.gguf", "-p", PROMPT, "-n", "4", "--temp", "0")
+    short, quiet, ended = (powerinfer(*words, *more, cwd=folder) for more in ((), ("-q",), ("-v",)))
+    assert [run.code for run in (short, quiet, ended)] == [0, 0, 0]
+    assert short.out == quiet.out == ended.out
     assert ended.out.startswith(" Paris")
+    assert quiet.err == ""
+    assert len(short.err.splitlines()) == 1
+    assert "4 tokens at" in short.err
     for part in ("prompt: 5 tokens", "decode:", "GB/s measured", "density 1.000", "logits #"):
         assert part in ended.err
 
@@ -304,3 +309,46 @@ def test_inspect_draws_the_curve(powerinfer: Command, folder: Path, profile: dic
     assert ended.code == 0, ended.err
     assert "share of neurons, busiest first" in ended.out
     assert (folder / "curve.svg").read_text().startswith("<?xml")
+
+
+def test_a_prompt_is_a_message_where_the_model_has_a_template(
+    powerinfer: Command, answer: Callable[..., dict[str, Any]], folder: Path
+) -> None:
+    words = ("run", "-m", "model.gguf", "-p", PROMPT, "-n", "12", "--temp", "0", "--json")
+    default, asked, raw = (
+        powerinfer(*words, *more, cwd=folder).json for more in ((), ("--chat",), ("--raw",))
+    )
+    assert default["ids"] == asked["ids"] != raw["ids"]
+    assert default["prompt_tokens"] > raw["prompt_tokens"] == answer()["prompt_tokens"]
+
+
+def test_bench_compares_files_and_modes_in_turn(
+    powerinfer: Command, folder: Path, split: dict[str, Any]
+) -> None:
+    del split
+    files = ("model.gguf", "model.powerinfer.gguf@dense")
+    rows = powerinfer("bench", *files, "-p", "4", "-n", "2", "-r", "3", "--json", cwd=folder).json
+    assert [(row["test"], row["name"]) for row in rows] == [
+        (test, name) for test in ("pp4", "tg2") for name in files
+    ]
+    assert all(row["ratio"] == 1.0 for row in rows[::2])
+    assert all(row["least_ratio"] <= row["ratio"] <= row["largest_ratio"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("bench", "model.gguf@fast", "model.gguf"), "'fast' is no mode"),
+        (("bench", "model.gguf", "model.gguf", "--csv"), "choose --json"),
+        (("bench", "model.gguf", "-m", "model.gguf"), "choose one of FILE and --model"),
+        (("bench", "model.gguf", "nothing.gguf"), "no such file"),
+        (("run", "--raw", "-i", "-m", "model.gguf"), "choose one of them"),
+        (("run", "-v", "-q", "-p", "x", "-m", "model.gguf"), "choose one of -v and -q"),
+    ],
+)
+def test_contradictions_are_said(
+    powerinfer: Command, folder: Path, words: tuple[str, ...], said: str
+) -> None:
+    ended = powerinfer(*words, cwd=folder)
+    assert ended.code in (1, 2)
+    assert said in " ".join(ended.err.split())

@@ -25,6 +25,7 @@ def ran(split: Path, *words: str) -> Result:
         APP,
         [
             "run",
+            "-v",
             "-m",
             str(split),
             "-p",

@@ -63,7 +63,7 @@ def test_the_cost_goes_into_the_split_file_and_is_printed(
     )
     assert told["allowed"] == pytest.approx(0.05)
     assert ended.json["density"] < 1
-    assert "thresholded: perplexity" in powerinfer(*words, "--mode", "thresholded", cwd=folder).err
+    assert "thresholded: perplexity" in powerinfer(*words, "-v", "--mode", "thresholded", cwd=folder).err
 
 
 @pytest.mark.parametrize(

@@ -74,12 +74,14 @@ def test_names_files_and_neither(tmp_path: Path) -> None:
         find_hardware(str(file))
 
 
-def test_without_a_name_the_stored_profile_else_a_stand_in_that_says_so(
+def test_without_a_name_the_stored_profile_else_this_machine_measured_quickly(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found = find_hardware(None)
-    assert found.profile is PC_LOW
-    assert "No hardware profile of this machine is stored, so this is for pc-low" in found.note
+    assert found.profile.machine.source == "measured"
+    assert found.profile.cpu.bandwidth_bytes_per_s > 0
+    assert found.profile.gpu is None
+    assert "This machine was measured for a second" in found.note
     stored = default_profile_path()
     stored.parent.mkdir(parents=True)
     mine = replace(PC_HIGH, machine=replace(PC_HIGH.machine, name="mine"))
@@ -91,17 +93,16 @@ def test_without_a_name_the_stored_profile_else_a_stand_in_that_says_so(
         find_hardware(None)
 
 
-def test_vram_without_a_gpu_assumes_one_and_says_so() -> None:
+def test_vram_without_an_accelerator_is_refused() -> None:
     stored = default_profile_path()
     stored.parent.mkdir(parents=True)
     mine = replace(PC_HIGH, machine=replace(PC_HIGH.machine, name="mine"), gpu=None, link=None)
     mine.save(stored)
     assert find_hardware(None).profile.gpu is None
-    assumed = find_hardware(None, wants_gpu=True)
-    assert assumed.profile.gpu == PC_LOW.gpu
-    assert assumed.profile.cpu == mine.cpu
-    assert "is assumed" in assumed.note
-    assert find_hardware(str(stored), wants_gpu=True).profile.gpu is None
+    for name in (None, str(stored)):
+        with pytest.raises(HardwareError, match=r"mine has no accelerator .* --hardware"):
+            find_hardware(name, wants_gpu=True)
+    assert find_hardware("pc-low", wants_gpu=True).profile is PC_LOW
 
 
 def system(root: Path, **files: str) -> Path:

@@ -1,16 +1,18 @@
 """Where hardware profiles are kept, and which one a plan is for."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_kernels import Pool
+from powerinfer_tools import detect
 from powerinfer_tools.errors import HardwareError
-from powerinfer_tools.measure.hardware.presets import PC_LOW, PRESETS
+from powerinfer_tools.measure.hardware.presets import PRESETS
 
 PATH_VARIABLE = "POWERINFER_HARDWARE"
-#: What to plan for, or whose accelerator to assume, where this machine gives no answer.
-STAND_IN = PC_LOW
+#: Seconds that are spent on measuring a machine of which no profile is stored.
+QUICK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,12 @@ def default_profile_path() -> Path:
 def find_hardware(named: str | None, *, wants_gpu: bool = False) -> FoundHardware:
     """The hardware profile ``named`` (a file, or a preset's name); None: the stored one of this machine.
 
-    Where nothing is stored, the stand-in's profile; where a stored profile has no GPU but the plan
-    ``wants_gpu`` (VRAM was granted), that profile with the stand-in's GPU. The note says either. Raises
-    HardwareError for a name that is neither, FormatError for a file that is no hardware profile.
+    Where nothing is stored, this machine is measured for a second, which the note says. Raises HardwareError
+    for a name that is neither, and where VRAM was granted (``wants_gpu``) to a machine that has no
+    accelerator; FormatError for a file that is no hardware profile.
     """
     if named is not None:
-        return FoundHardware(_named(named))
+        return FoundHardware(_with_gpu(_named(named), wants_gpu=wants_gpu))
     stored = default_profile_path()
     if os.environ.get(PATH_VARIABLE) and not stored.is_file():
         raise HardwareError(
@@ -46,14 +48,11 @@ def find_hardware(named: str | None, *, wants_gpu: bool = False) -> FoundHardwar
         )
     if not stored.is_file():
         return FoundHardware(
-            STAND_IN,
-            f"No hardware profile of this machine is stored, so this is for {STAND_IN.machine.name}; "
-            "powerinfer doctor --measure makes one.",
+            _with_gpu(_measured_quickly(), wants_gpu=wants_gpu),
+            "This machine was measured for a second; powerinfer doctor --measure does it well and keeps it"
+            + (", with its accelerator." if detect.nvidia_driver() else "."),
         )
-    profile = HardwareProfile.load(stored)
-    if profile.gpu is None and wants_gpu:
-        return _with_assumed_gpu(profile)
-    return FoundHardware(profile)
+    return FoundHardware(_with_gpu(HardwareProfile.load(stored), wants_gpu=wants_gpu))
 
 
 def _named(named: str) -> HardwareProfile:
@@ -68,11 +67,18 @@ def _named(named: str) -> HardwareProfile:
     return HardwareProfile.load(path)
 
 
-def _with_assumed_gpu(profile: HardwareProfile) -> FoundHardware:
-    assert STAND_IN.gpu is not None
-    machine = replace(profile.machine, name=f"{profile.machine.name} with {STAND_IN.machine.name}'s GPU")
-    return FoundHardware(
-        replace(profile, machine=machine, gpu=STAND_IN.gpu, link=STAND_IN.link),
-        f"This machine has no GPU; since VRAM was granted, {STAND_IN.machine.name}'s {STAND_IN.gpu.name} is "
-        "assumed (name another machine with --hardware).",
-    )
+def _measured_quickly() -> HardwareProfile:
+    from powerinfer_tools.measure.hardware.measure import measure
+
+    with Pool() as pool:
+        return measure(pool, QUICK_SECONDS, shapes=()).profile
+
+
+def _with_gpu(profile: HardwareProfile, *, wants_gpu: bool) -> HardwareProfile:
+    if profile.gpu is None and wants_gpu:
+        raise HardwareError(
+            f"{profile.machine.name} has no accelerator that VRAM could be granted on; leave --vram out to "
+            f"plan for the CPU, or name another machine with --hardware ({', '.join(sorted(PRESETS))}, or a "
+            "file)"
+        )
+    return profile

@@ -112,6 +112,7 @@ def test_ctrl_c_in_profile_is_130_and_the_same_command_goes_on(folder: Path, pow
 def test_ctrl_c_in_run_is_130_with_the_summary(folder: Path) -> None:
     words = [
         "run",
+        "-v",
         "-m",
         "model.gguf",
         "-p",

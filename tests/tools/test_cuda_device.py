@@ -10,7 +10,13 @@ import torch
 from fake_cuda import FakeCuda
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot import devices, fusing, opening
-from powerinfer_tools.engine.hot.devices import CudaDevice, DeviceLost, OutOfDeviceMemory
+from powerinfer_tools.engine.hot.devices import (
+    CudaDevice,
+    DeviceLost,
+    KernelRefused,
+    MemoryEnded,
+    OutOfDeviceMemory,
+)
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
@@ -119,15 +125,129 @@ def test_memory_that_is_not_there_is_said_in_bytes(cuda: FakeCuda) -> None:
     cuda.fail["kernel", 1] = full
     with pytest.raises(OutOfDeviceMemory, match=r"^CUDA out of memory$"):
         device.recorded([("hot", cuda.kernel)])
-    cuda.fail["kernel", 2] = full
-    with pytest.raises(DeviceLost, match=r"^CUDA out of memory$"):
-        device.submit([("hot", cuda.kernel)])
     cuda.fail["pin", 1] = torch.AcceleratorError("CUDA error: out of memory")
     assert device.staging(2, 3).shape == (2, 3)
     assert device.notices == [
         "no pinned memory (CUDA error: out of memory): copies to and from the GPU are slower"
     ]
     assert device.peak_bytes() == 123
+
+
+def test_memory_that_ends_in_a_run_is_given_back_and_asked_for_once_more(cuda: FakeCuda) -> None:
+    device, full = CudaDevice(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    cuda.log.clear()
+    cuda.fail["kernel", 1] = full
+    (span,) = device.submit([("hot", cuda.kernel)]).wait()
+    assert span.name == "hot"
+    assert [what for what in cuda.log if what in ("kernel", "empty cache")] == [
+        "kernel",
+        "empty cache",
+        "kernel",
+    ]
+    cuda.log.clear()
+    cuda.fail["kernel", 2] = full
+    with pytest.raises(MemoryEnded, match=f"^out of VRAM, {cuda.free} bytes are free$"):
+        device.submit([("hot", cuda.kernel)])
+
+
+class RefusedByTriton(Exception):
+    """As Triton's: no RuntimeError."""
+
+
+def refused() -> None:
+    raise RefusedByTriton("PTXAS error: too many registers\nmore")
+
+
+def test_a_kernel_that_triton_refuses_is_said_as_such(cuda: FakeCuda) -> None:
+    device = CudaDevice()
+    for way in (device.prepare, device.recorded):
+        with pytest.raises(KernelRefused, match=r"^PTXAS error: too many registers$"):
+            way([("hot", refused)])
+    with pytest.raises(DeviceLost, match=r"^PTXAS error: too many registers$"):
+        device.submit([("hot", refused)])
+
+
+def test_a_refused_kernel_ends_in_the_plain_form(
+    llama: Prepared, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that was made with it is let go of before the cache of the allocator is emptied."""
+    held: list[weakref.ref[torch.UntypedStorage]] = []
+    assemble = opening.assemble
+
+    def refusing(*arguments: object, fused: bool) -> object:
+        backend, kinds = assemble(*arguments, fused=False)  # type: ignore[arg-type]
+        if fused:
+            held.append(weakref.ref(backend.layers[1].down.data.untyped_storage()))  # type: ignore[union-attr]
+            backend.prepare = lambda tokens: backend.device.prepare([("hot", refused)])  # type: ignore[method-assign]
+        return backend, kinds
+
+    asked = cuda.asked
+
+    def looking(what: str) -> None:
+        if what == "empty cache":
+            assert held
+            assert held[0]() is None, "a tensor is still held when memory is given back"
+        asked(what)
+
+    monkeypatch.setattr(opening, "fusing_problem", lambda: None)
+    monkeypatch.setattr(opening, "assemble", refusing)
+    monkeypatch.setattr(cuda, "asked", looking)
+    path = llama.split([GROUP, llama.neurons, GROUP])
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
+    assert engine.notices[0].startswith(
+        "no fused GPU kernels: one that is needed could not be built or launched (PTXAS error: too many"
+    )
+    assert engine.report().device == "cuda"
+    engine.close()
+
+
+def test_out_of_memory_at_the_start_gives_all_back(
+    llama: Prepared, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.UntypedStorage]] = []
+    assemble = opening.assemble
+
+    def short(*arguments: object, fused: bool) -> object:
+        backend, _ = assemble(*arguments, fused=fused)  # type: ignore[arg-type]
+        held.append(weakref.ref(backend.layers[1].down.data.untyped_storage()))  # type: ignore[union-attr]
+        raise OutOfDeviceMemory("77 bytes cannot be had")
+
+    monkeypatch.setattr(opening, "assemble", short)
+    path = llama.split([GROUP, llama.neurons, GROUP])
+    engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
+    assert held[0]() is None
+    assert cuda.log[-1] == "empty cache"
+    assert "out of VRAM at the start: 77 bytes cannot be had" in engine.notices[0]
+    engine.close()
+
+
+def test_after_a_failed_recording_stream_and_pool_are_fresh(cuda: FakeCuda) -> None:
+    device = CudaDevice()
+    before = device._stream
+    device.recorded([("hot", lambda: cuda.asked("cudaMalloc"))])
+    assert device._stream is not before
+    device.submit([("hot", cuda.kernel)]).wait()
+
+
+def test_products_are_in_full_precision_whatever_the_program_has_set(cuda: FakeCuda) -> None:
+    matmul = torch.backends.cuda.matmul
+    name, loose, exact = (
+        ("fp32_precision", "tf32", "ieee")
+        if hasattr(matmul, "fp32_precision")
+        else ("allow_tf32", True, False)
+    )
+    before, seen = getattr(matmul, name), []
+    setattr(matmul, name, loose)
+    try:
+        device = CudaDevice()
+        steps = device.recorded([("hot", lambda: seen.append(getattr(matmul, name)))])
+        device.submit([("hot", lambda: seen.append(getattr(matmul, name)))]).wait()
+        assert getattr(matmul, name) == loose
+    finally:
+        setattr(matmul, name, before)
+    assert steps
+    assert seen
+    assert set(seen) == {exact}
 
 
 @pytest.mark.parametrize("attention", [[], [0, 1]], ids=["neurons", "stream"])

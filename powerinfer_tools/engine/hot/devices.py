@@ -7,9 +7,9 @@ stream, or a thread of its own), and the ticket that says when queued work is do
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,14 @@ class OutOfDeviceMemory(HardwareError):
 
 class DeviceLost(HardwareError):
     """The device stopped working."""
+
+
+class KernelRefused(HardwareError):
+    """A fused kernel could not be compiled, loaded or launched: the plain-torch form has to do."""
+
+
+class MemoryEnded(DeviceLost):
+    """The device ran out of memory in the middle of a run; what it holds is whole."""
 
 
 class Ticket(Protocol):
@@ -142,12 +150,15 @@ class CudaDevice:
         self._graphs = os.environ.get(GRAPHS_VARIABLE) != "0"
         self.notices: list[str] = []
         try:
-            self._stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-            self._clock = _Clock(self._stream)
-            # What steps allocate while they work lies in one place for all graphs: they never run at once.
-            self._pool = torch.cuda.graph_pool_handle()
+            self._begin_queue()
         except RuntimeError as error:
             raise DeviceLost(first_line(error)) from None
+
+    def _begin_queue(self) -> None:
+        self._stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._clock = _Clock(self._stream)
+        # What steps allocate while they work lies in one place for all graphs: they never run at once.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def free_bytes(self) -> int | None:
         """What the driver says."""
@@ -177,7 +188,7 @@ class CudaDevice:
     def recorded(self, steps: Steps) -> Steps:
         """One CUDA graph of all steps. Where it cannot be recorded, they stay as they are, which is said. The
         run before it compiles kernels, loads them, and makes room for what libraries keep, none of which may
-        happen while a graph is recorded. Raises OutOfDeviceMemory and DeviceLost."""
+        happen while a graph is recorded. Raises OutOfDeviceMemory, KernelRefused and DeviceLost."""
         self.prepare(steps)
         if not self._graphs:
             return steps
@@ -187,7 +198,10 @@ class CudaDevice:
         except RuntimeError as error:
             self._graphs = False
             self.notices.append(f"no CUDA graphs ({first_line(error)}): each kernel is launched by itself")
+            self._leave_capture()
             return steps
+        except Exception as error:  # noqa: BLE001 - Triton's errors derive from Exception
+            raise KernelRefused(first_line(error)) from None
         names = [name for name, _ in steps]
         return [(next((name for name in _GRAPH_NAMES if name in names), names[0]), graph.replay)]
 
@@ -195,15 +209,29 @@ class CudaDevice:
         """See :class:`Device`."""
         try:
             self._run(steps).wait()
+        except HardwareError:
+            raise
         except RuntimeError as error:
             raise self._failure(error) from None
+        except Exception as error:  # noqa: BLE001 - Triton's errors derive from Exception
+            raise KernelRefused(first_line(error)) from None
 
     def submit(self, steps: Steps) -> Ticket:
-        """Queue them on the stream."""
+        """Queue them on the stream. Without memory for it, what torch holds in reserve goes back to the
+        driver, and the steps are queued once more: they only write what they compute.
+        """
         try:
             return self._run(steps)
-        except RuntimeError as error:
-            raise DeviceLost(str(self._failure(error))) from None
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        except Exception as error:  # noqa: BLE001 - Triton's errors derive from Exception
+            raise DeviceLost(first_line(error)) from None
+        try:
+            return self._run(steps)
+        except torch.OutOfMemoryError:
+            raise MemoryEnded(f"out of VRAM, {self.free_bytes()} bytes are free") from None
+        except Exception as error:  # noqa: BLE001 - as above
+            raise DeviceLost(first_line(error)) from None
 
     def close(self) -> None:
         """Wait for what is queued, and give the memory back to the driver, so far as nothing holds it."""
@@ -212,10 +240,21 @@ class CudaDevice:
             self._stream.synchronize()
             torch.cuda.empty_cache()
 
+    def _leave_capture(self) -> None:
+        """Go on with a fresh stream and pool: torch 2.8 to 2.12 can leave those of a failed recording in the
+        state of recording."""
+        with suppress(RuntimeError):
+            self._stream.synchronize()
+        try:
+            self._begin_queue()
+        except RuntimeError as error:
+            raise DeviceLost(first_line(error)) from None
+
     def _record(self, graph: torch.cuda.CUDAGraph, steps: Steps) -> None:
         # torch.cuda.graph leaves its stream current where recording fails; the outer one puts that right.
         with (
             torch.inference_mode(),
+            full_precision(),
             torch.cuda.stream(self._stream),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
@@ -225,7 +264,7 @@ class CudaDevice:
     def _run(self, steps: Steps) -> "_Marked":
         clock = self._clock
         events = clock.events(len(steps) + 1)
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        with torch.inference_mode(), full_precision(), torch.cuda.stream(self._stream):
             events[0].record(self._stream)
             for event, (_, work) in zip(events[1:], steps, strict=True):
                 work()
@@ -238,6 +277,21 @@ class CudaDevice:
             # The message of torch goes on about its own settings.
             return OutOfDeviceMemory("CUDA out of memory")
         return DeviceLost(first_line(error))
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever the calling program has set: TF32 rounds inputs to 10
+    bits, an error of 5·10⁻⁴. Its setting is put back afterwards."""
+    matmul: Any = torch.backends.cuda.matmul
+    # torch 2.9 has a new name for it, and warns where both are used.
+    name, value = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 #: What a graph of several steps is called in a trace: the first of these that is among them.

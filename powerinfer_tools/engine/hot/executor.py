@@ -16,7 +16,7 @@ import numpy.typing as npt
 from powerinfer_kernels import Activations
 from powerinfer_tools.engine.hot import Span
 from powerinfer_tools.engine.hot.backend import Backend
-from powerinfer_tools.engine.hot.devices import DeviceLost, Ticket
+from powerinfer_tools.engine.hot.devices import DeviceLost, MemoryEnded, Ticket
 from powerinfer_tools.engine.hot.experts import HotExperts
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from powerinfer_tools.engine.hot.prediction import HotPredictor
@@ -275,9 +275,10 @@ class TorchHotSide:
         self.spans += [(layer, span) for span in spans]
 
     def _move(self, error: DeviceLost) -> None:
+        what = "the GPU ran out of memory" if isinstance(error, MemoryEnded) else "the GPU stopped working"
         if self._backend.stream is not None:
             raise DeviceLost(
-                f"the GPU stopped working ({error}), and the KV cache in its memory is lost; begin again, "
+                f"{what} ({error}), and the KV cache in its memory is lost; begin again, "
                 "with --device none if the GPU does not come back"
             )
         if self._spare is None:
@@ -285,7 +286,5 @@ class TorchHotSide:
         # What a lost device has counted is lost with it.
         lost, self._backend, self._spare = self._backend, self._spare(), None
         self._queued, self._before_input = [], 0
-        self.notices.append(
-            f"the GPU stopped working ({error}); torch computes its part on the CPU from here on"
-        )
+        self.notices.append(f"{what} ({error}); torch computes its part on the CPU from here on")
         self._lost = lost  # its tensors cannot be freed without the device

@@ -11,6 +11,7 @@ from powerinfer_tools.engine.hot.devices import (
     CudaDevice,
     Device,
     DeviceLost,
+    KernelRefused,
     OutOfDeviceMemory,
     cuda_problem,
 )
@@ -36,7 +37,11 @@ def open_on(
         return None, [f"--device cuda: {problem}; everything is computed on the CPU"]
     try:
         reason, gpu = fusing_problem(), CudaDevice()
-        side, notices = open_side(model, gpu, vram, work, fused=reason is None)
+        try:
+            side, notices = open_side(model, gpu, vram, work, fused=reason is None)
+        except KernelRefused as error:
+            reason, gpu = f"one that is needed could not be built or launched ({error})", CudaDevice()
+            side, notices = open_side(model, gpu, vram, work, fused=False)
     except DeviceLost as error:
         return None, [f"the GPU stopped working at the start ({error}); everything is computed on the CPU"]
     if side is None:
@@ -61,12 +66,9 @@ def open_side(
     if not units:
         device.close()
         return None, notices
-    try:
-        backend, kinds = assemble(model, units, device, work, fused=fused)
-        backend.prepare(work.tokens)
-    except OutOfDeviceMemory as error:
-        device.close()
-        return None, [*notices, f"out of VRAM at the start: {error}; everything is computed on the CPU"]
+    backend, kinds, problem = _prepared(model, units, device, work, fused=fused)
+    if backend is None:
+        return None, [*notices, f"out of VRAM at the start: {problem}; everything is computed on the CPU"]
     if kinds:
         notices.append(
             f"{', '.join(kinds)} rows have no fused GPU kernel; torch operations unpack them, which is slower"
@@ -75,6 +77,34 @@ def open_side(
     if device.free_bytes() is not None:
         spare = partial(_spare, model, units, work)
     return TorchHotSide(backend, spare, units_size(model, units, work), notices), notices
+
+
+def _prepared(
+    model: Model, units: HotUnits, device: Device, work: Workload, *, fused: bool
+) -> tuple[Backend | None, Sequence[str], str]:
+    """The backend, ready for batches, and the row types without a fused kernel; or None and, last, which
+    memory could not be had. Raises KernelRefused and DeviceLost.
+
+    Without a backend, all that was taken on the device is given back. The device is closed after the
+    exception is gone, since its frames hold tensors, which would keep the allocator from freeing them.
+    """
+    backend, problem = None, ""
+    refused: KernelRefused | None = None
+    try:
+        backend, kinds = assemble(model, units, device, work, fused=fused)
+        backend.prepare(work.tokens)
+        return backend, kinds, ""
+    except OutOfDeviceMemory as error:
+        problem = str(error)
+    except KernelRefused as error:
+        refused = KernelRefused(str(error))
+    if backend is None:
+        device.close()
+    else:
+        backend.close()
+    if refused is not None:
+        raise refused
+    return None, (), problem
 
 
 def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotUnits:

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +118,7 @@ class Answer:
         ]
         return self.envelope("chat.completion", choices) | self.figures()
 
-    async def chunks(self, tickets: list[Ticket]) -> AsyncIterator[bytes]:
+    async def chunks(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
         """One event a token, after one for the role and before one for the end."""
         begun = set[int]()
         options = self.run.request.stream_options

@@ -1,7 +1,7 @@
 """POST /v1/completions."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +104,7 @@ class Answer:
             )
         return self.envelope(choices) | self.figures()
 
-    async def chunks(self, tickets: list[Ticket]) -> AsyncIterator[bytes]:
+    async def chunks(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
         """One event a token."""
         for choice in self.choices:
             if choice.text:

@@ -1,7 +1,7 @@
 """POST /v1/messages: Anthropic's API, as an adapter of chat requests."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import anyio.to_thread
@@ -104,7 +104,7 @@ class Message:
         """The answer in one piece."""
         return self._head() | {"content": [_content(block) for block in self.blocks.all], **self._end()}
 
-    async def events(self, tickets: list[Ticket]) -> AsyncIterator[bytes]:
+    async def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
         """The answer as events."""
         yield sse.named("message_start", {"type": "message_start", "message": self._head()})
         async for step in self.run.steps(tickets):

@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's newer API, as an adapter of chat requests. Nothing is stored."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import anyio.to_thread
@@ -109,7 +109,7 @@ class Answer:
             "usage": None if ended is None else _usage(ended),
         }
 
-    async def events(self, tickets: list[Ticket]) -> AsyncIterator[bytes]:
+    async def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
         """The answer as events."""
         for name in ("created", "in_progress"):
             yield self._event(f"response.{name}", response=self.whole())

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from powerinfer_tools.serving.service import Service
 
 #: Connections that the kernel holds before they are accepted.
 _BACKLOG = 2048
+#: How long a thread of Python may run while the batcher waits for its turn, and the other way round.
+_SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,12 @@ class Serving:
 
     def run(self) -> None:
         """Serve until a signal comes. Raises what kept the model from loading."""
-        self._server.run()
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        try:
+            self._server.run()
+        finally:
+            sys.setswitchinterval(before)
         if self.failure is not None:
             raise self.failure
 

@@ -1,11 +1,13 @@
 """A streamed answer as a response that ends with its client."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.answers import timings, usage
@@ -15,22 +17,23 @@ from powerinfer_tools.serving.jobs import Ended
 
 #: For so long the status of the response waits for the first token, so that a failure can still be one.
 FIRST_SECONDS = 5.0
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 async def stream_response(
     request: Request,
-    chunks: AsyncIterator[bytes],
+    chunks: AsyncGenerator[bytes, None],
     tickets: Sequence[Ticket],
     at_end: Callable[[], None],
     *,
     done: bool = True,
-) -> StreamingResponse:
+) -> Response:
     """``chunks`` with pings; ``done``: after a failure, too, the stream ends with [DONE].
 
     Requests are cancelled when the client leaves or the stream ends early.
     """
     first = asyncio.ensure_future(anext(chunks))
-    gone = asyncio.ensure_future(_left(request))
+    gone = asyncio.ensure_future(_left(request.receive))
     try:
         await asyncio.wait((first, gone), timeout=FIRST_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if gone.done() and not first.done():
@@ -45,32 +48,80 @@ async def stream_response(
     finally:
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
-    body = _guarded(_from(first, chunks), tickets, at_end, done=done)
-    return StreamingResponse(body, headers=_HEADERS, media_type="text/event-stream")
+    return EventStream(_guarded(_from(first, chunks), tickets, at_end, done=done))
 
 
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+class EventStream(Response):
+    """Sends events as they come, and a comment when none has come for long. Sending is one task and pinging
+    another, so that pings cost a token nothing."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers=_HEADERS, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._events = events
+        self._last = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all, or as much as the client stays for."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        tasks = [asyncio.ensure_future(work) for work in (self._send(send), _left(receive), self._ping(send))]
+        sending = tasks[0]
+        try:
+            await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                raise ClientDisconnect
+            sending.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._events.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        async for event in self._events:
+            self._last = now()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+
+    async def _ping(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        self._last = now()
+        while True:
+            await asyncio.sleep(max(0.01, self._last + sse.PING_SECONDS - now()))
+            if now() - self._last >= sse.PING_SECONDS:
+                self._last = now()
+                await send({"type": "http.response.body", "body": sse.PING, "more_body": True})
 
 
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _from(first: "asyncio.Future[bytes]", chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _from(
+    first: "asyncio.Future[bytes]", chunks: AsyncGenerator[bytes, None]
+) -> AsyncGenerator[bytes, None]:
     try:
-        yield await first
-    except StopAsyncIteration:
-        return
-    async for chunk in chunks:
-        yield chunk
+        with contextlib.suppress(StopAsyncIteration):
+            yield await first
+            async for chunk in chunks:
+                yield chunk
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await chunks.aclose()
 
 
 async def _guarded(
-    chunks: AsyncIterator[bytes], tickets: Sequence[Ticket], at_end: Callable[[], None], *, done: bool
-) -> AsyncIterator[bytes]:
+    chunks: AsyncGenerator[bytes, None],
+    tickets: Sequence[Ticket],
+    at_end: Callable[[], None],
+    *,
+    done: bool,
+) -> AsyncGenerator[bytes, None]:
     try:
-        async for chunk in sse.with_pings(chunks):
+        async for chunk in chunks:
             yield chunk
         at_end()
     except Exception as error:  # noqa: BLE001  the status is sent: what went wrong can only be an event
@@ -80,6 +131,7 @@ async def _guarded(
     finally:
         for ticket in tickets:
             ticket.cancel()
+        await chunks.aclose()
 
 
 def note_end(request: Request, ended: Ended | None) -> None:
@@ -90,10 +142,10 @@ def note_end(request: Request, ended: Ended | None) -> None:
 
 def note(request: Request, figures: dict[str, Any]) -> None:
     """For the log entry of this request."""
-    usage, timings = figures.get("usage", {}), figures.get("timings", {})
+    counts, speeds = figures.get("usage", {}), figures.get("timings", {})
     request.scope["notes"].update(
-        prompt_tokens=usage.get("prompt_tokens", 0),
-        cached_tokens=usage.get("prompt_tokens_details", {}).get("cached_tokens", 0),
-        completion_tokens=usage.get("completion_tokens", 0),
-        tokens_per_second=round(timings.get("predicted_per_second", 0.0), 1),
+        prompt_tokens=counts.get("prompt_tokens", 0),
+        cached_tokens=counts.get("prompt_tokens_details", {}).get("cached_tokens", 0),
+        completion_tokens=counts.get("completion_tokens", 0),
+        tokens_per_second=round(speeds.get("predicted_per_second", 0.0), 1),
     )

@@ -14,6 +14,7 @@ from powerinfer_tools.generate.generation import GenerationOptions, generate
 from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.quality.perplexity import log_probabilities
+from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.fair_queue import QueueLimits
 from powerinfer_tools.serving.service import Settings
 from powerinfer_tools.text.tokenizer import Tokenizer
@@ -358,6 +359,24 @@ def test_a_body_that_is_too_long_is_not_read(tiny: TinyModel) -> None:
         chunks = (b"x" * 100 for _ in range(100))
         assert served.http.post(f"{served.url}/v1/completions", content=chunks).status_code == 413
         assert served.complete("x", max_tokens=1)
+
+
+def test_a_silent_stream_is_pinged(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.05)
+    with Served(tiny.path) as served:
+        served.ready()
+        batcher = served.service.batcher
+        assert batcher is not None
+        go, step = threading.Event(), batcher._slots.step
+        body = {"prompt": "x", "max_tokens": 3, "stream": True, "temperature": 0}
+        with served.http.stream(
+            "POST", f"{served.url}/v1/completions", json=body | {"max_tokens": 400}
+        ) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            batcher._slots.step = lambda work: (go.wait(), step(work))[1]  # type: ignore[method-assign]
+            assert any(line == ": ping" for line in lines)
+            go.set()
 
 
 def test_limits_on_waiting(tiny: TinyModel) -> None:

@@ -31,7 +31,8 @@ Examples:
   powerinfer profile -m model.gguf --corpus texts/ more.jsonl --tokens 200000
   powerinfer profile -m model.relu.gguf --corpus texts/ --trace 4096
   powerinfer profile -m relu-llama.gguf --import activation/ --tokens 1000000
-  powerinfer profile merge part1.safetensors part2.safetensors -o model.profile.safetensors
+  powerinfer profile -m model.gguf --corpus texts/ --shard 3/8
+  powerinfer profile merge model.shard-*.profile.safetensors -o model.profile.safetensors
 """
 
 MERGE_HELP = """Merge profiles of the same model into one, as if it had read all the corpora.
@@ -86,6 +87,14 @@ def profile(
             help="Also write NAME.trace.zst: FFN inputs and active neurons of N sampled tokens.",
         ),
     ] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Profile only the I-th of N parts of the corpus, in whole files; profile merge joins them.",
+        ),
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget interrupted work and begin anew.")
     ] = False,
@@ -101,13 +110,15 @@ def profile(
     if ctx.invoked_subcommand is not None:
         return
     if folder is not None:
-        opt.refuse_beside(ctx, "--import", "corpus", "window", "density", "trace", "restart")
+        opt.refuse_beside(ctx, "--import", "corpus", "window", "density", "trace", "shard", "restart")
         take_over(folder, find_model(model), output, tokens, as_json=common.json)
         return
     if not corpus:
         raise typer.BadParameter("name at least one text file, JSONL file or folder", param_hint="--corpus")
-    source = find_model(model)
-    path = output_file(output, source, PROFILE_SUFFIX)
+    source, part = find_model(model), None if shard is None else parse_shard(shard)
+    if part is not None:
+        opt.refuse_beside(ctx, "--shard", "tokens", "trace")
+    path = output_file(output, source, shard_suffix(part))
     traced = trace_beside(path) if trace else None
     from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 
@@ -123,10 +134,27 @@ def profile(
             restart=restart,
             trace=trace,
             trace_output=traced,
+            shard=part,
         ),
         progress(),
     )
     show(result, path, traced, as_json=common.json)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/8" as (2, 8); anything else is a usage error."""
+    first, slash, second = text.partition("/")
+    if not slash or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in (first, second)):
+        raise typer.BadParameter(f"{text!r} is not of the form I/N", param_hint="--shard")
+    shard, count = int(first), int(second)
+    if not 1 <= shard <= count:
+        raise typer.BadParameter(f"shard {shard} is not from 1 to {count}", param_hint="--shard")
+    return shard, count
+
+
+def shard_suffix(shard: tuple[int, int] | None) -> str:
+    """What the profile's name ends in: each shard has a file of its own."""
+    return PROFILE_SUFFIX if shard is None else f".shard-{shard[0]}-of-{shard[1]}{PROFILE_SUFFIX}"
 
 
 def take_over(folder: Path, source: Path, output: Path | None, tokens: int | None, *, as_json: bool) -> None:

@@ -182,3 +182,25 @@ def test_bad_json_line_is_named(model_path: Path, tmp_path: Path) -> None:
 def test_window_beyond_the_model(model_path: Path, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="window"):
         run_profile(options(model_path, corpus, tmp_path / "out.profile.safetensors", window=100_000))
+
+
+def test_shards_of_a_folder_merge_into_the_profile_of_the_whole(
+    model_path: Path, corpus: Path, tmp_path: Path
+) -> None:
+    for number in range(3):
+        (corpus / f"more-{number}.txt").write_text(TEXTS["a.txt"][number * 7 : 60 + 90 * number])
+    whole = run_profile(options(model_path, corpus, tmp_path / "whole.safetensors"))
+    parts = [
+        run_profile(options(model_path, corpus, tmp_path / f"{number}.safetensors", shard=(number, 3)))
+        for number in (3, 1, 2)
+    ]
+    merged = Profile.merge(parts)
+    assert same(whole, merged)
+    assert merged.corpus == whole.corpus
+    merged.save(tmp_path / "merged.safetensors")
+    assert (tmp_path / "merged.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_more_shards_than_files_are_refused(model_path: Path, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="3 shards need at least as many files, and the corpus has 2"):
+        run_profile(options(model_path, corpus, tmp_path / "x.safetensors", shard=(1, 3)))

@@ -43,6 +43,23 @@ def find_files(sources: Sequence[str | Path]) -> list[CorpusFile]:
     return files
 
 
+def shard_of(files: Sequence[CorpusFile], shard: int, count: int) -> list[CorpusFile]:
+    """The files of shard ``shard`` (from 1) of ``count``, in order: whole files, shared out by size, the same
+    on every machine that sees the same corpus. Raises CorpusError where there are fewer files than
+    shards."""
+    if len(files) < count:
+        raise CorpusError(
+            f"{count} shards need at least as many files, and the corpus has {len(files)}: cut files into "
+            "parts (JSON Lines with split -l)"
+        )
+    sizes, owner = [0] * count, dict[str, int]()
+    for file in sorted(files, key=lambda file: (-file.nbytes, file.name)):
+        lightest = min(range(count), key=lambda index: (sizes[index], index))
+        sizes[lightest] += max(1, file.nbytes)
+        owner[file.name] = lightest
+    return [file for file in files if owner[file.name] == shard - 1]
+
+
 def documents(file: CorpusFile, progress: Progress) -> Iterator[str]:
     """The documents of one file: its whole text, or one for each line of a ``.jsonl`` file.
 

@@ -16,7 +16,7 @@ from powerinfer_tools.errors import CorpusError, ProfileError
 from powerinfer_tools.interrupts import deferred_interrupts
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.progress import Progress, Silent
-from powerinfer_tools.stages.profile.corpus import CorpusFile, find_files
+from powerinfer_tools.stages.profile.corpus import CorpusFile, find_files, shard_of
 from powerinfer_tools.stages.profile.tally import Tally
 from powerinfer_tools.stages.profile.tracing import TraceRecorder, unfinished_trace
 from powerinfer_tools.stages.profile.windows import Window, corpus_windows
@@ -33,6 +33,8 @@ class ProfileOptions:
 
     ``trace``: sampled tokens whose FFN inputs and active neurons are written to ``trace_output``, too (0:
     none). ``window`` tokens are read at once, each window anew; None takes 512, or less where the context is.
+    ``shard`` (I, N): only the I-th of N parts of the corpus; the profiles of all parts merge into that of the
+    whole, bit for bit.
     """
 
     model: Path
@@ -45,6 +47,7 @@ class ProfileOptions:
     restart: bool = False
     trace: int = 0
     trace_output: Path | None = None
+    shard: tuple[int, int] | None = None
 
 
 def checkpoint_path(output: Path) -> Path:
@@ -60,6 +63,8 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
     """
     progress = progress or Silent()
     files = find_files(options.corpus)
+    if options.shard is not None:
+        files = shard_of(files, *options.shard)
     model = load_model(options.model)
     try:
         if not model.is_source:

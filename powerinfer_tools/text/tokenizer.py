@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from powerinfer_tools.errors import TokenizerError
+from powerinfer_tools.text.added_tokens import LeftmostPartition, NormalizedText
 from powerinfer_tools.text.byte_pair import BytePairEncoder
 from powerinfer_tools.text.partition import Fragment, SpecialPartition
 from powerinfer_tools.text.pieces import Pieces, StreamDecoder
@@ -24,7 +25,12 @@ class Tokenizer:
         self.tokens = replace(vocabulary, merges=())
         self._encoder = _encoder(vocabulary)
         self._normalize = _normalizer(vocabulary)
-        self._partition = SpecialPartition(self.tokens)
+        added = self.tokens.added
+        self._partition = (
+            SpecialPartition(self.tokens)
+            if added is None
+            else LeftmostPartition(self.tokens, added, self._normalize)
+        )
         self._pieces = Pieces(self.tokens)
 
     @classmethod
@@ -80,6 +86,8 @@ class Tokenizer:
         TokenizerError for text with lone surrogates and for add_bos without such a token.
         """
         _check_encodable(text)
+        if parse_special:
+            self._check_present(text)
         ids: list[int] = []
         if self.tokens.add_bos if add_bos is None else add_bos:
             if self.tokens.bos_id is None:
@@ -88,11 +96,20 @@ class Tokenizer:
         for index, fragment in enumerate(self._fragments(text, parse_special, stand_ins)):
             if isinstance(fragment, int):
                 ids.append(fragment)
+            elif isinstance(fragment, NormalizedText):
+                ids += self._encoder.encode(fragment)
             else:
                 ids += self._encoder.encode(self._prefixed(self._normalize(fragment), first=index == 0))
         if self.tokens.add_eos and add_bos is not False and self.tokens.eos_id is not None:
             ids.append(self.tokens.eos_id)
         return ids
+
+    def _check_present(self, text: str) -> None:
+        for absent in self.tokens.absent:
+            if absent in text:
+                raise TokenizerError(
+                    f"the text needs the token {absent[:40]!r}, for which the model's embedding has no row"
+                )
 
     def _fragments(self, text: str, parse_special: bool, stand_ins: StandIns | None) -> Iterator[Fragment]:
         for fragment in self._partition.split(text, parse_special=parse_special):

@@ -39,11 +39,23 @@ class MetadataSource(Protocol):
 
 
 @dataclass(frozen=True)
+class AddedTokens:
+    """Ids of tokens that are cut out of a text before it is split into words, as ``tokenizers`` does it:
+    those that are looked for in normalised text, and those that have to be words of their own."""
+
+    ids: frozenset[int]
+    normalized: frozenset[int]
+    single_word: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Token `i` has text `texts[i]`, type `types[i]` (a TokenType) and, in an SPM vocabulary, `scores[i]`.
 
     Each character of a byte-level (bpe) text stands for one byte; SPM texts write a space as "▁". An SPM
     vocabulary with merges is merged by their rank, without by scores. ``normalizer`` comes before all else.
+    ``added``: which tokens are cut out of texts by the rules of ``tokenizers``; None: all that are not
+    ordinary, by llama.cpp's. ``absent``: control tokens that the model has no row for.
     """
 
     kind: Kind
@@ -62,6 +74,8 @@ class Vocabulary:
     normalizer: Literal["", "nfc"] = ""
     strips_left: frozenset[int] = field(default=frozenset())
     strips_right: frozenset[int] = field(default=frozenset())
+    added: AddedTokens | None = None
+    absent: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -102,7 +116,8 @@ class _Reader:
             kind=kind, texts=texts, ids=ids, types=types, scores=self.scores(len(texts)),
             merges=self.merges(kind), pre=pre, bos_id=bos_id, eos_id=eos_id,
             end_ids=end_ids, add_bos=add_bos, add_eos=add_eos, space_prefix=self.space_prefix(kind),
-            normalizer=self.normalizer(), strips_left=left, strips_right=right, notices=tuple(self.notices),
+            normalizer=self.normalizer(), strips_left=left, strips_right=right,
+            added=self.added(len(texts)), absent=self.absent(), notices=tuple(self.notices),
         )  # fmt: skip
 
     def value(self, key: str, default: Any = _ABSENT) -> Any:
@@ -214,6 +229,25 @@ class _Reader:
             raise TokenizerError(f"powerinfer.tokenizer.{key} holds what is no token id below {count}")
         return frozenset(tokens.tolist())
 
+    def added(self, count: int) -> AddedTokens | None:
+        if "powerinfer.tokenizer.added_token_ids" not in self.metadata:
+            return None
+        names = ("added_token_ids", "normalized_token_ids", "single_word_token_ids")
+        return AddedTokens(*(self.own_ids(name, count) for name in names))
+
+    def absent(self) -> tuple[str, ...]:
+        values = self.metadata.get("powerinfer.tokenizer.absent_tokens", ())
+        absent = tuple(values) if isinstance(values, Sequence) else (None,)
+        if not all(isinstance(text, str) and text for text in absent):
+            raise TokenizerError("powerinfer.tokenizer.absent_tokens is not an array of strings")
+        if not absent:
+            return ()
+        self.notices.append(
+            f"the tokeniser has {len(absent)} token(s) that the model has no row for, such as "
+            f"{absent[0][:40]!r}: left out"
+        )
+        return absent
+
     def end_ids(self, count: int) -> frozenset[int]:
         return self.own_ids("end_token_ids", count)
 
@@ -244,7 +278,7 @@ class _Reader:
         GGUF does not carry these attributes; llama.cpp knows two families by name, our files name the ids.
         """
         own = [self.own_ids(f"strips_{side}", len(types)) for side in ("left", "right")]
-        if any(own):
+        if any(own) or "powerinfer.tokenizer.added_token_ids" in self.metadata:
             return own[0], own[1]
         name = str(self.metadata.get("general.name", "")).lower()
         if any(part in str(self.value("pre", "")) for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):

@@ -205,7 +205,6 @@ def _set(*path: Any, value: Any) -> Any:
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
             r"pre-tokeniser Split x\+ Isolated \+ ByteLevel False is not supported",
         ),
-        (_set("added_tokens", 0, "single_word", value=True), "'<unk>' with single_word"),
         (_set("added_tokens", 0, "content", value="other"), "token 0 'other', the vocabulary '<unk>'"),
         (_set("model", "vocab", "<s>", value=-1), "no number below"),
         (_set("model", "vocab", "<s>", value=0), "two tokens of id 0"),
@@ -308,3 +307,104 @@ def test_sentencepiece_models_that_are_not_supported(tmp_path: Path, options: An
     )
     with pytest.raises(TokenizerError, match=message):
         opened(tmp_path, 2)
+
+
+# --- added tokens
+# ---------------------------------------------------------------------------------------------
+
+_CONTENTS = [
+    "<x>",
+    "<x>y",
+    "x>y",
+    "the",
+    "th",
+    "he har",
+    " harbour",
+    "a b",
+    "é",
+    "e\u0301",
+    "世",
+    "▁",
+    "1",
+    "<|im_start|>",
+    "\n\n",
+]
+_ADDED = st.fixed_dictionaries(
+    {
+        "content": st.sampled_from(_CONTENTS),
+        **{name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized", "special")},
+    }
+)
+_SPACES = " \t\u00a0\u2003\x1c\x1f\u200b\x85"
+_ADDED_TEXT = st.lists(
+    st.sampled_from([*_CONTENTS, *_SPACES, *"xyabe_'", "Ⓐ", "\u0301", "the harbour", "<s>", "<tool>"]),
+    max_size=14,
+).map("".join)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    kind=st.sampled_from(sorted(TOKENIZERS)),
+    added=st.lists(_ADDED, min_size=1, max_size=5, unique_by=lambda token: token["content"]),
+    where=st.sampled_from(["tokenizer.json", "decoder", "added_tokens.json", "named", "decoder again"]),
+    texts=st.lists(_ADDED_TEXT, min_size=8, max_size=8),
+)
+def test_any_added_tokens(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    added: list[dict[str, Any]],
+    where: str,
+    texts: list[str],
+) -> None:
+    """Ids are those of transformers, whichever of its files has the tokens and whatever their properties."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("added")
+    theirs = make_tokenizer(kind)
+    save_added(folder, theirs, added, where)
+    package = PreTrainedTokenizerFast.from_pretrained(folder)
+    ours = opened(folder, len(package))
+    for text in texts:
+        expected = package.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_bos=False, parse_special=True) == expected, (text, where)
+
+
+def save_added(folder: Path, theirs: Any, added: list[dict[str, Any]], where: str) -> None:
+    """The directory of a tokeniser that gets tokens in one of the places that transformers reads."""
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if where in ("tokenizer.json", "decoder again"):
+        theirs.add_tokens([AddedToken(**token) for token in added])
+    save_tokenizer(folder, theirs)
+    if where == "decoder again":  # the same tokens with other properties
+        config["added_tokens_decoder"] = {
+            str(theirs.token_to_id(token["content"])): {**token, "lstrip": True, "single_word": False}
+            for token in added
+        }
+    if where == "decoder":
+        first = theirs.get_vocab_size()
+        config["added_tokens_decoder"] = {str(first + index): token for index, token in enumerate(added)}
+    if where == "added_tokens.json":
+        first = theirs.get_vocab_size()
+        ids = {token["content"]: first + index for index, token in enumerate(added)}
+        (folder / "added_tokens.json").write_text(json.dumps(ids))
+        config["bos_token"] = added[0]["content"]
+    if where == "named":
+        config["extra_special_tokens"] = [token["content"] for token in added[1:]]
+        config["eos_token"] = {"__type": "AddedToken", **added[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_tokens_beyond_the_embedding_are_left_out(tmp_path: Path) -> None:
+    """As all Gemma 3 text models have one: refused where a text needs it, and not before."""
+    theirs = make_tokenizer(sorted(TOKENIZERS)[0])
+    theirs.add_special_tokens([AddedToken("<image_soft_token>", special=True)])
+    save_tokenizer(tmp_path, theirs)
+    ours = opened(tmp_path, theirs.get_vocab_size() - 1)
+    assert len(ours.tokens) == theirs.get_vocab_size() - 1
+    assert any("'<image_soft_token>': left out" in notice for notice in ours.notices)
+    assert ours.encode("the harbour") == theirs.encode("the harbour").ids
+    assert ours.encode("<image_soft_token>", parse_special=False)
+    with pytest.raises(TokenizerError, match="needs the token '<image_soft_token>'"):
+        ours.encode("a <image_soft_token>", parse_special=True)
+    with pytest.raises(TokenizerError, match="do not belong together"):
+        opened(tmp_path, 10)

@@ -8,6 +8,7 @@ from powerinfer_formats.errors import BadField
 from powerinfer_formats.records import parse_json, read_text
 
 _REQUIRED: Any = object()
+_MAX_TOKENS = 1 << 22
 
 
 class Config:
@@ -74,6 +75,12 @@ class Config:
         if type(value) is not list:
             raise self.fail(name, f"is {_shown(value)}, expected a list")
         return value
+
+    def number(self, name: str) -> int:
+        """The token id that ``name`` itself is."""
+        if not (name.isascii() and name.isdigit() and len(name) <= 7) or int(name) > _MAX_TOKENS:
+            raise self.fail(name[:40], f"is no token id up to {_MAX_TOKENS}")
+        return int(name)
 
     def section(self, name: str) -> "Config":
         """An object inside; empty where there is none."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -69,7 +68,7 @@ def added_tokens(folder: Path, config: Config) -> list[AddedToken]:
         found[number] = AddedToken(number, text, special=True)
     decoder = config.section("added_tokens_decoder")
     for key in decoder.values:
-        token, number = decoder.section(key), _number(decoder, key)
+        token, number = decoder.section(key), decoder.number(key)
         found[number] = AddedToken(
             number,
             token.text("content"),
@@ -78,12 +77,6 @@ def added_tokens(folder: Path, config: Config) -> list[AddedToken]:
             token.flag("rstrip", False),
         )
     return list(found.values())
-
-
-def _number(config: Config, key: Any) -> int:
-    if not (key.isascii() and key.isdigit() and len(key) <= 7) or int(key) > _MAX_TOKENS:
-        raise config.fail(key[:40], f"is no token id up to {_MAX_TOKENS}")
-    return int(key)
 
 
 def optional(file: Path) -> Config:

@@ -1,7 +1,6 @@
 """tokenizer.json of the ``tokenizers`` package: byte-level BPE, and BPE over characters with byte fallback.
 
-Everything that the file asks for is either carried over or refused by name. Added tokens that are marked as
-``normalized`` are matched as written: normalising them would only let some of them never match.
+Everything that the file asks for is either carried over or refused by name.
 """
 
 from collections.abc import Iterator
@@ -13,9 +12,10 @@ from powerinfer_tools.model.huggingface.pretokenizers import byte_level_name
 from powerinfer_tools.model.huggingface.vocabulary_contents import FoundVocabulary
 from powerinfer_tools.text.score_merging import SPACE
 from powerinfer_tools.text.special_tokens import TokenType
-from powerinfer_tools.text.vocabulary import SpacePrefix
+from powerinfer_tools.text.vocabulary import AddedTokens, SpacePrefix
 
 _MAX_TOKENS = 1 << 22
+_PROPERTIES = ("lstrip", "rstrip", "normalized", "single_word")
 _PREPEND = {"always": "unless-space", "first": "first-unless-space", "never": "never"}
 
 
@@ -26,14 +26,15 @@ def read_tokenizer_json(document: Config) -> FoundVocabulary:
     before = list(_steps(document, "normalizer", "normalizers"))
     splits = list(_steps(document, "pre_tokenizer", "pretokenizers"))
     byte_level = any(step.get("type") == "ByteLevel" for step in splits)
-    tokens, left, right = _tokens(document, model, spelt_bytes=not byte_level)
+    tokens, added = _tokens(document, model, spelt_bytes=not byte_level)
     bos, eos = _template(document)
     merges = _merges(model)
     common: dict[str, Any] = {
         "tokens": tokens,
         "merges": merges,
-        "strips_left": left,
-        "strips_right": right,
+        "strips_left": added["lstrip"],
+        "strips_right": added["rstrip"],
+        "added": AddedTokens(added["id"], added["normalized"], added["single_word"]),
         "adds_bos": bos,
         "adds_eos": eos,
     }
@@ -73,7 +74,8 @@ def _steps(document: Config, name: str, inner: str) -> Iterator[Config]:
 
 def _tokens(
     document: Config, model: Config, *, spelt_bytes: bool
-) -> tuple[dict[int, tuple[str, TokenType]], frozenset[int], frozenset[int]]:
+) -> tuple[dict[int, tuple[str, TokenType]], dict[str, frozenset[int]]]:
+    """All tokens, and ids of the added ones by the properties that they have."""
     tokens: dict[int, tuple[str, TokenType]] = {}
     spelt = (
         {f"<0x{value:02X}>" for value in range(256)}
@@ -86,7 +88,7 @@ def _tokens(
             raise document.fail("model.vocab", f"has two tokens of id {token}")
         tokens[token] = (text, TokenType.BYTE if text in spelt else TokenType.NORMAL)
     unknown = model.text("unk_token", "")
-    left, right = set(), set()
+    ids: dict[str, set[int]] = {name: set() for name in ("id", *_PROPERTIES)}
     for item in document.items("added_tokens"):
         added = Config(document.file, item, "added_tokens[].")
         text, token = added.text("content"), added.integer("id", low=0, high=_MAX_TOKENS)
@@ -94,13 +96,14 @@ def _tokens(
             raise document.fail(
                 "added_tokens", f"names token {token} {text!r}, the vocabulary {tokens[token][0]!r}"
             )
-        if added.flag("single_word", False):
-            raise unsupported(document, f"the added token {text!r} with single_word")
-        kind = TokenType.CONTROL if added.flag("special", False) else TokenType.USER_DEFINED
+        special = added.flag("special", False)
+        kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
         tokens[token] = (text, TokenType.UNKNOWN if text == unknown else kind)
-        left |= {token} if added.flag("lstrip", False) else set()
-        right |= {token} if added.flag("rstrip", False) else set()
-    return tokens, frozenset(left), frozenset(right)
+        ids["id"].add(token)
+        for name in _PROPERTIES:
+            if added.flag(name, name == "normalized" and not special):
+                ids[name].add(token)
+    return tokens, {name: frozenset(found) for name, found in ids.items()}
 
 
 def _check_id(document: Config, text: str, token: Any) -> None:

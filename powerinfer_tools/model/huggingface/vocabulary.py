@@ -11,6 +11,7 @@ import numpy as np
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.metadata import Metadata
 from powerinfer_tools.errors import TokenizerError
+from powerinfer_tools.model.huggingface.added_tokens import with_added_tokens
 from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.special import Settings, add_chat_template, add_special_tokens
 from powerinfer_tools.model.huggingface.tokenizer_json import read_tokenizer_json
@@ -59,25 +60,44 @@ def add_vocabulary(metadata: Metadata, folder: Path, config: Config, rows: int) 
     metadata.add("powerinfer.tokenizer.space_prefix", found.space_prefix)
     if found.normalizer:
         metadata.add("powerinfer.tokenizer.normalizer", found.normalizer)
-    for side, tokens in (("left", found.strips_left), ("right", found.strips_right)):
-        if tokens:
-            metadata.add(f"powerinfer.tokenizer.strips_{side}", np.array(sorted(tokens), np.int32))
+    _add_ids(metadata, found, rows)
     ids = {text: token for token, text in enumerate(texts)}
     add_special_tokens(metadata, settings, ids, adds_bos=found.adds_bos, adds_eos=found.adds_eos)
     add_chat_template(metadata, settings, folder)
 
 
+def _add_ids(metadata: Metadata, found: FoundVocabulary, rows: int) -> None:
+    """Which tokens are matched in a special way, and texts of those that the embedding has no row for."""
+    sets = {"strips_left": found.strips_left, "strips_right": found.strips_right}
+    added = found.added
+    if added is not None:
+        sets |= {"normalized_token_ids": added.normalized, "single_word_token_ids": added.single_word}
+        ids = np.array(sorted(token for token in added.ids if token < rows), np.int32)
+        metadata.add("powerinfer.tokenizer.added_token_ids", ids)
+    for name, tokens in sets.items():
+        if kept := sorted(token for token in tokens if token < rows):
+            metadata.add(f"powerinfer.tokenizer.{name}", np.array(kept, np.int32))
+    absent = [text for token, (text, _) in sorted(found.tokens.items()) if token >= rows]
+    if absent:
+        metadata.add("powerinfer.tokenizer.absent_tokens", absent, ValueType.STRING)
+
+
 def _find(folder: Path, settings: Settings) -> FoundVocabulary | None:
     if (folder / JSON_FILE).is_file():
-        return read_tokenizer_json(Config.read(folder / JSON_FILE))
+        document = with_added_tokens(Config.read(folder / JSON_FILE), settings, folder)
+        return read_tokenizer_json(document)
     if (folder / MODEL_FILE).is_file():
         return read_tokenizer_model(folder / MODEL_FILE, settings.tokenizer)
     return read_vocab_and_merges(folder, settings) if has_vocab_and_merges(folder) else None
 
 
 def _lists(found: FoundVocabulary, folder: Path, rows: int) -> tuple[list[str], list[int]]:
-    """Text and type of every row of the embedding: rows without a token get one that is never used."""
-    last = max(found.tokens, default=-1)
+    """Text and type of every row of the embedding: rows without a token get one that is never used.
+
+    Added tokens may lie beyond the rows, as that for images of Gemma 3 does: they are left out.
+    """
+    ordinary = (TokenType.NORMAL, TokenType.BYTE)
+    last = max((token for token, (_, kind) in found.tokens.items() if kind in ordinary), default=-1)
     if last >= rows:
         raise TokenizerError(
             f"{folder}: the tokeniser has a token {last}, the model's embedding {rows} rows: "

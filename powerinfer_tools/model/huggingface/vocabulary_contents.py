@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from powerinfer_tools.text.special_tokens import TokenType
-from powerinfer_tools.text.vocabulary import SpacePrefix
+from powerinfer_tools.text.vocabulary import AddedTokens, SpacePrefix
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class FoundVocabulary:
     scores: dict[int, float] = field(default_factory=dict)
     space_prefix: SpacePrefix = "never"
     normalizer: str = ""
+    added: AddedTokens | None = None
     strips_left: frozenset[int] = frozenset()
     strips_right: frozenset[int] = frozenset()
     adds_bos: bool = False

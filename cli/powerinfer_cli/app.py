@@ -5,7 +5,7 @@ from importlib import import_module
 
 import typer
 
-from powerinfer_cli.boundary import INTERRUPTED, guarded
+from powerinfer_cli.boundary import INTERRUPTED, NoOutput, guarded
 from powerinfer_cli.grouped import flattened
 from powerinfer_cli.help import HelpfulCommand, HelpfulGroup, first_line
 
@@ -87,6 +87,8 @@ def _global_options(
 def main() -> int:
     """Entry point of the ``powerinfer`` command."""
     asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    if sys.stdout is None:
+        sys.stdout = NoOutput()
     try:
         create_app((asked,) if asked in COMMANDS else COMMANDS)(prog_name="powerinfer")
     except KeyboardInterrupt:  # before the command began, or while it ended

@@ -1,13 +1,17 @@
 """The boundary around every command: an error is one clear line and an exit code, never a traceback.
 
-Exit codes: 0 done, 1 the work failed, 2 the command line was wrong (typer's own), 130 interrupted.
+Exit codes: 0 done, 1 the work failed, 2 the command line was wrong (typer's own), 130 interrupted, 141 nobody
+reads standard output.
 """
 
+import errno
 import functools
+import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -17,6 +21,10 @@ from powerinfer_tools.errors import PowerInferError
 
 FAILED = 1
 INTERRUPTED = 130
+#: What a shell reports of a program that SIGPIPE ended: the reader of standard output went away.
+OUTPUT_CLOSED = 128 + 13
+#: Names and texts from files may be of any length; a message of more characters is cut in the middle.
+LONGEST_MESSAGE = 1000
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +46,7 @@ def boundary(*, debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.TyperException, typer.BadParameter):
         raise
     except BrokenPipeError:
-        raise  # the reader went away (`| head`): typer ends quietly
+        raise typer.Exit(_discard_output()) from None  # the reader went away (`| head`): the end, quietly
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from None
@@ -49,8 +57,34 @@ def boundary(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(FAILED) from None
 
 
+class NoOutput(io.TextIOBase):
+    """Standard output of a process that was started without one: as a pipe that nobody reads."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        """Raises BrokenPipeError, but for nothing."""
+        if text:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        return 0
+
+
+def _discard_output() -> int:
+    """Let nothing that is still to be written fail again while Python ends."""
+    sys.stdout = io.StringIO()
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return OUTPUT_CLOSED
+
+
 def describe(error: Exception) -> str:
-    """One line on what went wrong, for a person."""
+    """One line on what went wrong, for a person; not endless, whatever a file's names are."""
+    text = _described(error)
+    half = LONGEST_MESSAGE // 2
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} … {text[-half:]}"
+
+
+def _described(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"

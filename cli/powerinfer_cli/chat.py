@@ -6,7 +6,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from powerinfer_cli.boundary import describe, is_expected
-from powerinfer_cli.console import say
+from powerinfer_cli.console import say, shown
 from powerinfer_cli.summary import engine_figures, say_chat_line, say_summary
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def stream(generation: "Generation") -> None:
     try:
         with closing(generation):
             for piece in generation:
-                sys.stdout.write(piece.text)
+                sys.stdout.write(shown(piece.text))
                 sys.stdout.flush()
     except KeyboardInterrupt:
         pass  # the outcome says so

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from powerinfer_cli.console import emit_json, progress, say
+from powerinfer_cli.console import emit_json, progress, say, shown
 from powerinfer_cli.summary import run_figures, say_line, say_summary
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def stream(generation: "Generation", listener: "Progress | None", *, silent: boo
                     listener.finish()
                     listener = None
                 if not silent:
-                    sys.stdout.write(piece.text)
+                    sys.stdout.write(shown(piece.text))
                     sys.stdout.flush()
     except KeyboardInterrupt:
         return True

@@ -20,6 +20,19 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text).strip()
 
 
+_CONTROLS = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\u2421",
+    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
+}
+
+
+def shown(text: str) -> str:
+    """Generated ``text`` as it may go to standard output: a terminal gets pictures of control characters,
+    which could set its title, clear it or worse; a file or a pipe gets them as they are."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+
+
 def say(text: str) -> None:
     """One line for the person at the terminal, on standard error."""
     print(printable(text), file=sys.stderr, flush=True)  # noqa: T201  # this module is the one that prints

@@ -57,6 +57,8 @@ def engines_of(
         return engine
 
     model = load_model(path)
+    for notice in model.gguf.notices:
+        say(notice)
     try:
         yield model, open_engine
     finally:

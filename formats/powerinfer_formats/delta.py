@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import IO, BinaryIO, Literal, Self
 
 import numpy as np
 import zstandard
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from powerinfer_formats import errors
 from powerinfer_formats.atomic import write_atomic
+from powerinfer_formats.frames import FrameReader, require_one_frame, require_ratio
 from powerinfer_formats.records import RecordReader, dump_json, parse_json
 from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, write_safetensors
 
@@ -26,6 +27,7 @@ FORMAT, VERSION = "powerinfer-delta", 2
 KINDS = ("gate", "up", "down")
 #: Unpacked: a change of every FFN weight of a model of some 4 billion, a byte each.
 MAX_BYTES = 1 << 32
+MAX_HEADER_BYTES = 16 << 20
 #: |exponent| of a column, and the spread of a low-rank product's exponents: 14 bits of a product, at most
 #: 2^12 terms, and this spread stay within the 53 bits of a double.
 MAX_EXPONENT, MAX_SPREAD, MAX_RANK = 63, 27, 1 << 12
@@ -116,7 +118,7 @@ class Delta:
         """Read and check ``path``; raises ``FormatError``."""
         where = Path(path)
         with tempfile.NamedTemporaryFile() as content:
-            content.write(_unpacked(where))
+            _unpack(where, content.file)
             content.flush()
             with open_safetensors(where, content.name) as reader:
                 header = _read_header(reader, where)
@@ -153,22 +155,56 @@ class Delta:
             raise errors.OtherModel(file, f"was made for {self.header.model_name!r}, not for {name!r}")
 
 
-def _unpacked(where: Path) -> bytes:
+def _unpack(where: Path, target: IO[bytes]) -> None:
+    """Write what the frame at ``where`` holds to ``target``, once its head fits what it announces."""
     if where.exists() and not where.is_file():
         raise errors.NotARegularFile(where, "is not a regular file")
     try:
-        packed = where.read_bytes()
+        with where.open("rb") as stream:
+            reader = FrameReader(where, stream, _announced(where, stream))
+            length = reader.take(8)
+            nbytes = int.from_bytes(length, "little")
+            if not 2 <= nbytes <= min(MAX_HEADER_BYTES, reader.left):
+                raise errors.BadFrame(where, f"announces a header of {nbytes} bytes, which cannot be")
+            header = reader.take(nbytes)
+            _check_size(where, header, reader.left)
+            target.write(length + header)
+            reader.copy_to(target)
     except OSError as error:
         raise errors.CannotRead(where, f"cannot be read: {error.strerror or error}") from None
-    if packed[:4] != _MAGIC:
+
+
+def _announced(where: Path, stream: BinaryIO) -> int:
+    packed = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    head = stream.read(32)
+    stream.seek(0)
+    if head[:4] != _MAGIC:
         raise errors.BadMagic(where, "is not a delta: no zstd frame")
     try:
-        size = zstandard.frame_content_size(packed)
-        if not 0 < size <= MAX_BYTES:
-            raise errors.BadFrame(where, f"its frame announces {size} bytes, expected 1 to {MAX_BYTES}")
-        return zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+        size = zstandard.frame_content_size(head)
     except zstandard.ZstdError as error:
         raise errors.BadFrame(where, f"is not one whole zstd frame: {error}") from None
+    if not 8 < size <= MAX_BYTES:
+        raise errors.BadFrame(where, f"its frame announces {size} bytes, expected 9 to {MAX_BYTES}")
+    require_ratio(where, packed, size)
+    require_one_frame(where, stream, head)
+    stream.seek(0)
+    return size
+
+
+def _check_size(where: Path, header: bytes, left: int) -> None:
+    """The tensors that the header of safetensors names fill what is left, to the byte."""
+    try:
+        text = header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise errors.InvalidUTF8(where, f"its header is not UTF-8 at byte {error.start}") from None
+    document = parse_json(text, where)
+    rows = document.items() if isinstance(document, dict) else ()
+    offsets = [row.get("data_offsets") for name, row in rows if name != "__metadata__" and type(row) is dict]
+    ends = [pair[1] for pair in offsets if type(pair) is list and len(pair) == 2 and type(pair[1]) is int]
+    if max(ends, default=0) != left:
+        raise errors.BadFrame(where, f"its header names {max(ends, default=0)} bytes, its frame has {left}")
 
 
 def _read_header(reader: SafetensorsReader, where: Path) -> DeltaHeader:

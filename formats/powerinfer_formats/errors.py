@@ -61,6 +61,10 @@ class TruncatedFile(FormatError):
     """The file ends before what its own counts and lengths announce."""
 
 
+class FileChanged(FormatError):
+    """The file was changed in place while it was in use."""
+
+
 class TrailingBytes(FormatError):
     """The file goes on after its last tensor."""
 

@@ -6,7 +6,6 @@ needs to be checked again.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from powerinfer_formats import gguf_layout as layout
 from powerinfer_formats.errors import TruncatedFile
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_scan import Entry, Header, TensorInfo, Value, scan_header
-from powerinfer_formats.mapped_file import map_file, unmap
+from powerinfer_formats.mapped_file import MappedFile, map_file, unmap
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.string_array import StringArray
 
@@ -29,7 +28,7 @@ __all__ = ["GGUFFile", "StringArray", "TensorInfo", "Value", "ValueType"]
 class GGUFFile(ModelSource):
     """A validated, mapped GGUF file; use ``GGUFFile.open``."""
 
-    def __init__(self, path: Path, header: Header, mapping: mmap.mmap) -> None:
+    def __init__(self, path: Path, header: Header, mapping: MappedFile) -> None:
         super().__init__(path, header.entries, header.tensors)
         self.magic = header.magic
         self.version = header.version
@@ -58,6 +57,10 @@ class GGUFFile(ModelSource):
         """Let go of the mapping; it is unmapped once no view handed out by ``tensor`` is in use."""
         self._bytes = None
         unmap(self._mapping)
+
+    def require_unchanged(self) -> None:
+        """Raises ``FileChanged`` where the file is no longer what it was when it was opened."""
+        self._mapping.require_unchanged()
 
     @property
     def container(self) -> str:

@@ -9,10 +9,31 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from powerinfer_formats.errors import CannotRead, NotARegularFile, TruncatedFile
+from powerinfer_formats.errors import CannotRead, FileChanged, NotARegularFile, TruncatedFile
 
 
-def map_file(path: Path, kind: str) -> mmap.mmap:
+class MappedFile(mmap.mmap):
+    """A mapped file that knows whether it was changed since."""
+
+    path: Path
+    stamp: tuple[int, int, int, int]
+
+    def require_unchanged(self) -> None:
+        """Raise ``FileChanged`` unless the file at ``path`` is as it was when it was mapped."""
+        try:
+            now = _stamp(Path(self.path).stat())
+        except OSError:
+            now = None
+        # A file of another number took its place: what is mapped is still the old one, whole.
+        if now is not None and now[:2] == self.stamp[:2] and now != self.stamp:
+            raise FileChanged(self.path, "was changed while it was read; nothing was made of it")
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def map_file(path: Path, kind: str) -> MappedFile:
     """Map ``path``, which must be a regular, non-empty file; ``kind`` ("a GGUF file") is for the errors.
 
     Raises ``CannotRead``, ``NotARegularFile`` or ``TruncatedFile``.
@@ -29,7 +50,9 @@ def map_file(path: Path, kind: str) -> mmap.mmap:
             raise NotARegularFile(path, f"is not a regular file; {kind} is needed here")
         if status.st_size == 0:
             raise TruncatedFile(path, "is empty")
-        return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+        mapping = MappedFile(descriptor, status.st_size, access=mmap.ACCESS_READ)
+        mapping.path, mapping.stamp = path, _stamp(status)
+        return mapping
     except OSError as error:
         raise CannotRead(path, f"cannot be mapped: {error.strerror}") from None
     finally:

@@ -51,6 +51,8 @@ class ModelSource(ABC):
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         #: Names of the tensors that were asked for with the shape that they must have.
         self.expected: set[str] = set()
+        #: What a user should know about how the file is read.
+        self.notices: tuple[str, ...] = ()
 
     def __enter__(self) -> Self:
         return self
@@ -63,6 +65,11 @@ class ModelSource(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the files; they are unmapped once no view handed out by ``tensor`` is in use."""
+
+    @abstractmethod
+    def require_unchanged(self) -> None:
+        """Raises ``FileChanged`` where a file is no longer what it was when it was opened: what was made of
+        its weights may be of two models."""
 
     @property
     @abstractmethod

@@ -6,7 +6,6 @@ hub's cache) is the owner's business. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from powerinfer_formats import errors
 from powerinfer_formats.gguf_layout import has_control_characters
-from powerinfer_formats.mapped_file import map_file, unmap
+from powerinfer_formats.mapped_file import MappedFile, map_file, unmap
 from powerinfer_formats.records import parse_json, read_text
 from powerinfer_formats.safetensors_header import StoredTensor, scan_safetensors
 
@@ -58,6 +57,11 @@ class SafetensorsFolder:
         for shard in self._shards.values():
             shard.close()
 
+    def require_unchanged(self) -> None:
+        """Raises ``FileChanged`` where a file is no longer what it was when it was opened."""
+        for shard in self._shards.values():
+            shard.require_unchanged()
+
     @property
     def files(self) -> tuple[str, ...]:
         """The names of the weight files."""
@@ -88,7 +92,7 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapping: mmap.mmap = map_file(path, _KIND)
+        self._mapping: MappedFile = map_file(path, _KIND)
         try:
             with memoryview(self._mapping) as buffer:
                 self.tensors, self.data_start = scan_safetensors(buffer, str(path))
@@ -102,6 +106,9 @@ class _Shard:
         if self._bytes is None:
             raise ValueError(f"{self.path} has been closed")
         return self._bytes[start : start + nbytes]
+
+    def require_unchanged(self) -> None:
+        self._mapping.require_unchanged()
 
     def close(self) -> None:
         self._bytes = None

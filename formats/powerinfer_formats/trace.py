@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from powerinfer_formats import errors
 from powerinfer_formats.atomic import write_atomic
+from powerinfer_formats.frames import require_ratio
 from powerinfer_formats.records import dump_header, read_header
 
 FORMAT, VERSION = "powerinfer-trace", 1
@@ -213,6 +214,7 @@ class TraceFile:
         data = self._stream.read(packed)
         try:
             # Without a size of its own, or with another, a frame could grow beyond what was checked.
+            require_ratio(self.path, packed, plain)
             if zstandard.frame_content_size(data) != plain:
                 raise errors.BadFrame(self.path, f"frame {index} has another size than the table says")
             result = zstandard.ZstdDecompressor().decompress(data, max_output_size=plain)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.engine.caches import Places
+from powerinfer_tools.engine.damage import require_finite
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.layers import LayerStack, Watch
 from powerinfer_tools.engine.observation import LayerCounters
@@ -138,7 +139,8 @@ class Engine:
             session.position += self.stack.forward_watched(tokens, places, watch)
             return
         for first in range(0, len(tokens), self.batch):
-            session.forward(tokens[first : first + self.batch])
+            count = session.forward(tokens[first : first + self.batch])
+            require_finite(self.stack.x[:count], self.model)
 
     def rewind(self, position: int) -> None:
         """Forget everything in the cache from ``position`` on."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from powerinfer_kernels import Pool, Span, read_bandwidth
 from powerinfer_tools.detect import available_ram_bytes
 from powerinfer_tools.engine.caches import Places
+from powerinfer_tools.engine.damage import require_finite
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack
@@ -173,8 +174,11 @@ class Weights:
         slice. Valid until the next call."""
         if self.head is None:
             assert isinstance(rows, slice)
-            return self.stack.hot_logits(rows.start, rows.stop)
-        return self.head.logits(self.stack.x[rows])
+            logits = self.stack.hot_logits(rows.start, rows.stop)
+        else:
+            logits = self.head.logits(self.stack.x[rows])
+        require_finite(logits, self.model)
+        return logits
 
     def forget(self, session: Session) -> None:
         """The session is closed."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 
 import pytest
 import typer
@@ -10,6 +11,7 @@ from powerinfer_cli.boundary import boundary
 from powerinfer_formats.errors import FormatError
 from powerinfer_kernels import KernelError
 from powerinfer_tools.errors import PlanError
+from processes import command_line, environment
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,26 @@ def test_a_message_stays_on_one_line_and_harmless(capsys: pytest.CaptureFixture[
     with pytest.raises(typer.Exit), boundary(debug=False):
         raise FormatError("x.gguf", "has tensor 'a\n\x1b[31mb' twice")
     assert capsys.readouterr().err == "powerinfer: x.gguf: has tensor 'a  [31mb' twice\n"
+
+
+def test_a_message_is_not_endless(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), boundary(debug=False):
+        raise FormatError("x.gguf", f"has a tensor {'n' * 900_000!r} twice")
+    line = capsys.readouterr().err
+    assert len(line) < 1100
+    assert line.startswith("powerinfer: x.gguf: has a tensor")
+    assert line.endswith("twice\n")
+
+
+def test_nobody_reads_the_output() -> None:
+    """Whether the reader goes away or there never was one: a quiet end with what a shell says of SIGPIPE."""
+    for shell in ('"$@" >&-', 'set -o pipefail; "$@" | true'):
+        done = subprocess.run(
+            ["/bin/bash", "-c", shell, "bash", *command_line("plan", "--list")],
+            capture_output=True,
+            env=environment(),
+            check=False,
+        )
+        assert (done.returncode, done.stderr) in ((141, b""), (0, b"")), shell
+        if shell.endswith(">&-"):
+            assert done.returncode == 141

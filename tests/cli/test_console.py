@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from powerinfer_cli.console import LineProgress, emit_json, plain, printable, say
+from powerinfer_cli.console import LineProgress, emit_json, plain, printable, say, shown
 from powerinfer_cli.corpus_option import spread
 
 
@@ -71,3 +71,11 @@ def test_progress_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_several_words_after_one_option(given: str, expected: str) -> None:
     assert spread(given.split(), "--corpus") == expected.split()
+
+
+def test_generated_text_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\tb\n\x1b]0;title\x07\x9b2J\x7f\r é 🙂"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert shown(text) == "a\tb\n␛]0;title␇\ufffd2J␡␍ é 🙂"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert shown(text) == text

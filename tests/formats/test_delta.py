@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from powerinfer_formats import errors
+from powerinfer_formats import errors, frames
 from powerinfer_formats.delta import KINDS, Change, Delta, DeltaHeader, DeltaQuality, Scaled
 
 LAYERS, WIDTH, NEURONS = 2, 7, 11
@@ -159,8 +159,8 @@ def test_faults_of_the_frame(tmp_path: Path) -> None:
         (errors.BadMagic, unpacked),
         (errors.BadFrame, whole + b"x"),
         (errors.BadFrame, unsized.getvalue()),
-        (errors.BadSafetensors, zstandard.compress(unpacked[:-1])),
-        (errors.BadSafetensors, zstandard.compress(b"hello")),
+        (errors.BadFrame, zstandard.compress(unpacked[:-1])),
+        (errors.BadFrame, zstandard.compress(b"hello")),
         (errors.BadMagic, b""),
         *((errors.BadFrame, whole[:cut]) for cut in (4, 5, len(whole) // 2, len(whole) - 1)),
     ]
@@ -179,3 +179,26 @@ def test_another_model(tmp_path: Path) -> None:
     made.require_model("ab" * 32, "x", "d")
     with pytest.raises(errors.OtherModel, match=r"'tiny'.*'other'"):
         made.require_model("00" * 32, "other", "d")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0" * (65 << 20), "over 1000 times as many"),
+        (b"\0" * (1 << 20), "a header of 0 bytes"),
+        ((1 << 40).to_bytes(8, "little") + b"{}", "a header of 1099511627776 bytes"),
+        ((2).to_bytes(8, "little") + b"{}" + b"\0" * 900_000, "names 0 bytes, its frame has 900000"),
+    ],
+)
+def test_a_bomb_is_refused_before_it_is_unpacked(
+    tmp_path: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a few kilobytes unpack to is judged by the head of it, without a copy of it on the disk."""
+    path = tmp_path / "bomb.delta.zst"
+    path.write_bytes(zstandard.ZstdCompressor(level=1).compress(content))
+    taken: list[int] = []
+    take = frames.FrameReader.take
+    monkeypatch.setattr(frames.FrameReader, "take", lambda self, n: (taken.append(n), take(self, n))[1])
+    with pytest.raises(errors.BadFrame, match=message):
+        Delta.load(path)
+    assert sum(taken) <= 16

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from powerinfer_formats import errors
 from powerinfer_formats.errors import FormatError
 from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.model.huggingface.config import Config
+from powerinfer_tools.model.huggingface.rope import read_rope
 from powerinfer_tools.model.loading import load_model
 from tiny_folders import FOLDER_CASES, make_folder
 
@@ -91,6 +93,9 @@ def configure(folder: Path, **changes: Any) -> None:
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
         ({"rope_parameters": 7}, "rope_parameters is not an object"),
+        ({"rope_parameters": {"rope_theta": 10**4000}}, "rope_theta is a huge number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is a huge number"),
+        ({"layer_types": [["full_attention"]] * 3}, "layers of type"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2}}, "scaling 'dynamic'"),
         (
             {"rope_parameters": ..., "partial_rotary_factor": 0.5},
@@ -231,3 +236,37 @@ def test_opt_350m_is_refused_by_what_it_has(tmp_path: Path, settings: dict[str, 
     (tmp_path / "config.json").write_text(json.dumps(config | settings))
     with pytest.raises(PowerInferError, match=message):
         load_model(tmp_path)
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 1e6, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_theta": 1e6, "rope_parameters": {}},
+        {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 1e6, "rope_parameters": _LLAMA3},
+        {"rope_theta": 1e6, "rope_scaling": _LLAMA3},
+        {"rope_parameters": _LLAMA3, "original_max_position_embeddings": 64},
+        {"rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 128}},
+    ],
+)
+def test_rotary_settings_mean_what_they_mean_to_transformers(tmp_path: Path, values: dict[str, Any]) -> None:
+    """Frequencies of every mixture of the old and the new spelling."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, max_position_embeddings=512, **json.loads(json.dumps(values))
+    )
+    config = Config(tmp_path / "config.json", {"max_position_embeddings": 512, **values})
+    rope, local = read_rope(config, 10000.0, 1.0, 32)
+    assert local is None
+    frequencies = rope.base ** -(np.arange(0, 32, 2) / 32) / rope.linear
+    if rope.factors is not None:
+        frequencies = frequencies / rope.factors
+    np.testing.assert_allclose(LlamaRotaryEmbedding(theirs).inv_freq.numpy(), frequencies, rtol=1e-6)

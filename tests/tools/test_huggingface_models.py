@@ -221,3 +221,16 @@ def test_errors_name_the_tensor_as_it_is_stored(plain: TinyFolder, tmp_path: Pat
         FormatError, match=r"'model.layers.1.mlp.up_proj.weight' in model.safetensors has .* 7 × 48"
     ):
         load_model(tmp_path)
+
+
+def test_a_head_beside_the_embedding_is_taken_and_said(tmp_path: Path) -> None:
+    """A directory that says "tied" and brings another head: transformers takes the head, and so do we."""
+    folder = tmp_path / "whole"
+    make_folder(folder, FolderCase("Llama", "llama2", {"tie_word_embeddings": True}))
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    for head, taken in ((embedding, False), (embedding[::-1].copy(), True)):
+        save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors")
+        with ModelFolder.open(folder) as source:
+            assert ("output.weight" in source.tensors) == taken
+            assert [("of its own" in notice) for notice in source.notices] == [True] * taken

@@ -1,6 +1,5 @@
 """Checked access to a JSON file of someone else's: each value by name, type and range."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ class Config:
         value = self._value(name, default)
         if type(value) not in (int, float):
             raise self.fail(name, f"is {_shown(value)}, expected a number")
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # NaN is neither
             raise self.fail(name, f"is {_shown(value)}, expected {low:g} to {high:g}")
         return float(value)
 

@@ -83,9 +83,12 @@ class ModelFolder(ModelSource):
         shape = add_hyperparameters(metadata, family, config)
         weights = SafetensorsFolder.open(folder)
         try:
-            plan = _Planner(folder, weights, family, shape).plan()
+            planner = _Planner(folder, weights, family, shape)
+            plan = planner.plan()
             add_vocabulary(metadata, folder, whole, plan["token_embd.weight"][0].shape[0])
-            return cls(folder, weights, metadata, shape.heads, plan)
+            source = cls(folder, weights, metadata, shape.heads, plan)
+            source.notices = tuple(planner.notices)
+            return source
         except BaseException:
             weights.close()
             raise
@@ -94,6 +97,10 @@ class ModelFolder(ModelSource):
         """Let go of the weight files; each is unmapped once no view of it is in use."""
         self._changed.clear()
         self._weights.close()
+
+    def require_unchanged(self) -> None:
+        """Raises FileChanged where a weight file is no longer what it was when it was opened."""
+        self._weights.require_unchanged()
 
     @property
     def container(self) -> str:
@@ -175,10 +182,12 @@ class _Planner:
         self.folder, self.weights, self.family, self.shape = folder, weights, family, shape
         self.found: dict[str, tuple[TensorInfo, _Origin]] = {}
         self.used: set[str] = set()
+        self.notices: list[str] = []
 
     def plan(self) -> dict[str, tuple[TensorInfo, _Origin]]:
         """Every tensor by its name in GGUF. Raises FormatError."""
-        for rule in (*self.family.rules, *(() if self.shape.tied else (_OUTPUT,))):
+        own_head = not self.shape.tied or self._differing_head()
+        for rule in (*self.family.rules, *((_OUTPUT,) if own_head else ())):
             for index in range(self.shape.layers) if "{i}" in rule.name else (0,):
                 self._place(rule, index)
         factors = self.shape.rope.factors
@@ -187,6 +196,25 @@ class _Planner:
             self.found[_FACTORS] = (info, _Origin(values=factors))
         self._refuse_others()
         return self.found
+
+    def _differing_head(self) -> bool:
+        """Whether a model that says that its head is the embedding has another one, which then is taken, as
+        transformers does."""
+        head, embedding = (
+            next((name for name in self._spellings(wanted) if name in self.weights.tensors), None)
+            for wanted in (_OUTPUT.stored, "model.embed_tokens.weight")
+        )
+        if head is None or embedding is None:
+            return False
+        places = [self.weights.tensors[name] for name in (head, embedding)]
+        same = (places[0].dtype, places[0].shape) == (places[1].dtype, places[1].shape)
+        if same and np.array_equal(self.weights.data(head), self.weights.data(embedding)):
+            return False
+        self.notices.append(
+            f"config.json says that the head is the embedding (tie_word_embeddings), but there is a {head!r} "
+            "of its own: that one is used"
+        )
+        return True
 
     def _place(self, rule: Rule, index: int) -> None:
         name, wanted = rule.name.replace("{i}", str(index)), rule.stored.replace("{i}", str(index))

@@ -151,7 +151,7 @@ def _limited_layers(family: Family, config: Config, layers: int) -> list[bool]:
     if len(kinds) != layers:
         raise config.fail("layer_types", f"has {len(kinds)} entries for {layers} layers")
     for kind in kinds:
-        if kind not in _LAYER_KINDS:
+        if type(kind) is not str or kind not in _LAYER_KINDS:
             raise ModelError(f"{config.file}: layers of type {str(kind)[:80]!r} are not supported")
     return [_LAYER_KINDS[kind] for kind in kinds]
 

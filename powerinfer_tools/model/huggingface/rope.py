@@ -34,18 +34,19 @@ def read_rope(config: Config, default_base: float, share: float, head_dim: int) 
     ``share``: the part of a head that is rotated, where the file does not say.
 
     The old spelling is ``rope_theta`` and ``rope_scaling`` (with ``rope_local_base_freq`` for sliding
-    layers), the new one ``rope_parameters``, for each kind of layer where there are two. Raises ModelError
-    for a kind of scaling that is not supported.
+    layers), the new one ``rope_parameters``, for each kind of layer where there are two. Where a file mixes
+    them, ``rope_scaling`` goes before ``rope_parameters``, and what these lack is taken from beside them, as
+    transformers does. Raises ModelError for a kind of scaling that is not supported.
     """
-    new = config.section("rope_parameters")
+    new = config.section("rope_scaling")
+    new = new if new.values else config.section("rope_parameters")
     dim = _rotated(config, new, share, head_dim)
-    if new.has("full_attention") or new.has("sliding_attention"):
-        sliding = _rope(new.section("sliding_attention"), 10000.0, dim)
-        return _rope(new.section("full_attention"), default_base, dim), sliding
-    if config.has("rope_parameters"):
-        return _rope(new, default_base, dim), None
     base = config.real("rope_theta", default_base, low=1.0, high=1e12)
-    wide = _rope(config.section("rope_scaling"), base, dim)
+    if new.has("full_attention") or new.has("sliding_attention"):
+        local = config.real("rope_local_base_freq", 10000.0, low=1.0, high=1e12)
+        sliding = _rope(config, new.section("sliding_attention"), local, dim)
+        return _rope(config, new.section("full_attention"), base, dim), sliding
+    wide = _rope(config, new, base, dim)
     if not config.has("rope_local_base_freq"):
         return wide, None
     return wide, Rope(config.real("rope_local_base_freq", low=1.0, high=1e12), dim)
@@ -61,7 +62,7 @@ def _rotated(config: Config, new: Config, share: float, head_dim: int) -> int:
     return dim
 
 
-def _rope(section: Config, base: float, dim: int) -> Rope:
+def _rope(config: Config, section: Config, base: float, dim: int) -> Rope:
     base = section.real("rope_theta", base, low=1.0, high=1e12)
     kind = section.text("rope_type", section.text("type", "default"))
     if kind == "default":
@@ -69,14 +70,23 @@ def _rope(section: Config, base: float, dim: int) -> Rope:
     if kind == "linear":
         return Rope(base, dim, linear=section.real("factor", low=1e-6, high=1e6))
     if kind == "llama3":
-        return Rope(base, dim, factors=_llama3_factors(section, base, dim))
+        return Rope(base, dim, factors=_llama3_factors(config, section, base, dim))
     raise ModelError(
         f"{section.file}: rotary scaling {kind!r} ({section.path}rope_type) is not supported "
         f"(supported: {SUPPORTED})"
     )
 
 
-def _llama3_factors(section: Config, base: float, dim: int) -> npt.NDArray[np.float32]:
+def _original_context(config: Config, section: Config) -> int:
+    """The context before scaling: as config.json says at its top, else in the section, else the whole one."""
+    name = "original_max_position_embeddings"
+    for place, key in ((config, name), (section, name), (config, "max_position_embeddings")):
+        if place.has(key):
+            return place.integer(key, high=1 << 31)
+    raise section.fail(name, "is missing")
+
+
+def _llama3_factors(config: Config, section: Config, base: float, dim: int) -> npt.NDArray[np.float32]:
     """What each frequency is divided by: 1 for short waves, ``factor`` for long ones, smooth in between.
 
     Source: the reference code of Llama 3.1 (``apply_scaling``). With w the wavelength, c the original context
@@ -85,7 +95,7 @@ def _llama3_factors(section: Config, base: float, dim: int) -> npt.NDArray[np.fl
     factor = section.real("factor", low=1e-6, high=1e6)
     low = section.real("low_freq_factor", low=1e-6, high=1e6)
     high = section.real("high_freq_factor", low=1e-6, high=1e6)
-    context = section.integer("original_max_position_embeddings", high=1 << 31)
+    context = _original_context(config, section)
     if high <= low:
         raise section.fail("high_freq_factor", f"is {high:g}, expected more than low_freq_factor {low:g}")
     frequencies = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)

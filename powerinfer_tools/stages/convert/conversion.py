@@ -166,6 +166,7 @@ class _Conversion:
             header.write(writer)
             self._declare(writer)
             self._write(writer)
+            self.model.gguf.require_unchanged()
         return ConvertReport(
             output=str(self.options.output),
             nbytes=self.options.output.stat().st_size,

@@ -100,6 +100,7 @@ def write_experts(
             info = model.gguf.info(name)
             writer.declare(name, info.row_type, info.shape)
         _write(writer, model, profile, progress)
+        model.gguf.require_unchanged()
     return ConvertedExperts(routing.experts, hot, shared)
 
 

@@ -144,6 +144,7 @@ class _Export:
             writer.add(layout.KEY_THRESHOLD, self.predictors.threshold, ValueType.FLOAT32)
             self._declare(writer)
             self._write(writer)
+            self.model.gguf.require_unchanged()
         return ExportReport(
             output=str(self.options.output),
             nbytes=self.options.output.stat().st_size,

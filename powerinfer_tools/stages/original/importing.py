@@ -15,7 +15,7 @@ from powerinfer_formats.predictors import (
     ResidualRelu,
     RowTypeName,
 )
-from powerinfer_formats.profile import Corpus, LayerSums, Profile
+from powerinfer_formats.profile import MAX_TOKENS, Corpus, LayerSums, Profile
 from powerinfer_formats.records import parse_json, read_text
 from powerinfer_kernels import RowType, block_shape
 from powerinfer_tools import __version__
@@ -191,6 +191,8 @@ def _tokens(options: ImportCounts, busiest: int) -> int:
             f"{options.folder}: a neuron was active for {busiest:,} tokens, more than the {options.tokens:,} "
             "of --tokens"
         )
+    if options.tokens > MAX_TOKENS:
+        raise ImportFailed(f"--tokens {options.tokens:,} is more than a profile can count ({MAX_TOKENS:,})")
     return options.tokens
 
 

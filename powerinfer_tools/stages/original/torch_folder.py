@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.profile import MAX_TOKENS
 from powerinfer_tools.errors import ImportFailed, how_to_install
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def load_counts(path: Path, neurons: int) -> npt.NDArray[np.uint64]:
     counts = tensor.double().numpy()
     if not np.isfinite(counts).all() or (counts < 0).any() or (counts != np.rint(counts)).any():
         raise ImportFailed(f"{path} has values that are no counts (whole numbers from 0 on)")
+    if (counts > MAX_TOKENS).any():
+        raise ImportFailed(f"{path} has counts beyond {MAX_TOKENS:,}, which is all that a profile can count")
     return counts.astype(np.uint64)
 
 

@@ -81,6 +81,7 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
             )
         window = _window(options.window, model)
         profile = _Run(options, model, window, files, progress).complete()
+        model.gguf.require_unchanged()
         profile.save(options.output)
         checkpoint_path(options.output).unlink(missing_ok=True)
         if options.trace_output is not None:

@@ -88,6 +88,7 @@ class _Quantization:
                 for piece in self._pieces(info) if name in changed else self.source.pieces(name):
                     writer.write(name, piece)
                 self.progress.advance(1)
+            self.source.require_unchanged()
         self.progress.finish()
         errors = {kind: _relative(squares) for kind, squares in self.squares.items()}
         kept = tuple(n for n in self.types if n not in changed and len(self.source.info(n).shape) > 1)

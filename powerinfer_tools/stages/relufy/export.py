@@ -72,6 +72,7 @@ def export(
                 writer.write(name, quantize(np.ascontiguousarray(values, np.float32), row_type))
             else:
                 writer.write(name, model.gguf.tensor(name))
+        model.gguf.require_unchanged()
 
 
 def rescaled(base: Floats, kind: str, scales: Floats | None) -> npt.NDArray[np.float64]:

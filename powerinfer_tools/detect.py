@@ -14,8 +14,7 @@ from powerinfer_kernels import available_isas, physical_cores
 
 ISA_VARIABLE = "POWERINFER_ISA"
 _DRIVER_FILE = "proc/driver/nvidia/version"
-#: cgroup v2, then v1: the memory limit of this process's group as containers show it.
-_LIMIT_FILES = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUPS = "sys/fs/cgroup"
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,19 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 
 def ram_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process may use: the machine's, or its container's limit. 0 where the system won't
-    say."""
+    """Memory that this process may use: the machine's, or the least limit of the cgroups that it is in. 0
+    where the system won't say."""
     total = _meminfo(root, "MemTotal")
-    limits = [int(text) for name in _LIMIT_FILES if (text := _text(root / name).strip()).isdigit()]
+    limits = [limit for limit, _ in _memory_limits(root)]
     return min([value for value in (total, *limits) if value > 0], default=0)
 
 
 def available_ram_bytes(root: Path = Path("/")) -> int:
-    """Memory that can be had without swapping, in the machine as a whole. 0 where the system won't say."""
-    return _meminfo(root, "MemAvailable")
+    """Memory that can be had without swapping: in the machine as a whole, and within each cgroup that this
+    process is in. 0 where the system won't say; at least 1 where it does."""
+    available = _meminfo(root, "MemAvailable")
+    left = [max(1, limit - used) for limit, used in _memory_limits(root)]
+    return min([value for value in (available, *left) if value > 0], default=0)
 
 
 def chosen_isa() -> str:
@@ -90,6 +92,38 @@ def cuda_device() -> CudaDevice | str:
         return CudaDevice(torch.cuda.get_device_name(0), f"{major}.{minor}", int(total), int(free))
     except RuntimeError as error:
         return f"the CUDA device cannot be used ({str(error).splitlines()[0]})"
+
+
+def _memory_limits(root: Path) -> list[tuple[int, int]]:
+    """Limit and use, in bytes, of each cgroup on the way from this process's own to the root, version 1 or 2.
+    Pages of files do not count as used: they are dropped where memory is short."""
+    limits = []
+    for folder in _memory_groups(root):
+        for limit_name, used_name, files in (
+            ("memory.max", "memory.current", ("inactive_file", "active_file")),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+        ):
+            text, used = _text(folder / limit_name).strip(), _text(folder / used_name).strip()
+            if text.isdigit():
+                stat = dict(re.findall(r"^(\w+) (\d+)$", _text(folder / "memory.stat"), re.MULTILINE))
+                dropped = sum(int(stat.get(name, 0)) for name in files)
+                limits.append((int(text), max(0, (int(used) if used.isdigit() else 0) - dropped)))
+    return limits
+
+
+def _memory_groups(root: Path) -> list[Path]:
+    """Folders of the cgroups that limit this process's memory; a container sees its own as the top one."""
+    top = root / _CGROUPS
+    folders = [top, top / "memory"]
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        parts = [part for part in path.split("/") if part]
+        base = top / "memory" if controllers else top
+        if ".." not in parts:
+            folders += [base.joinpath(*parts[: end + 1]) for end in range(len(parts))]
+    return list(dict.fromkeys(folders))
 
 
 def _meminfo(root: Path, key: str) -> int:

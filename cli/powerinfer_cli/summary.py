@@ -19,7 +19,7 @@ def engine_figures(engine: "Engine") -> dict[str, Any]:
         "reused_tokens": 0,
         **report.as_dict(),
         "bandwidth_bytes_per_second": bandwidth,
-        "bandwidth_share": report.bytes_per_second / bandwidth,
+        "bandwidth_share": report.bytes_per_second / bandwidth if bandwidth else 0.0,
         "predicted_density": engine.stack.predicted_density(),
         "recall_by_layer": engine.stack.recall_by_layer(),
         "prediction_cost": prediction_cost(engine),
@@ -54,7 +54,7 @@ def threshold_cost(engine: "Engine") -> dict[str, float] | None:
 def run_figures(engine: "Engine", generation: "Generation") -> dict[str, Any]:
     """Everything known about the only generation of an engine, as plain JSON values."""
     statistics, figures = generation.statistics, engine_figures(engine)
-    speed = statistics.decode_tokens_per_second
+    speed, bandwidth = statistics.decode_tokens_per_second, figures["bandwidth_bytes_per_second"]
     return figures | {
         "text": generation.text,
         "tokens": len(generation.tokens),
@@ -64,7 +64,7 @@ def run_figures(engine: "Engine", generation: "Generation") -> dict[str, Any]:
         "prompt_tokens_per_second": statistics.prompt_tokens_per_second,
         "decode_tokens_per_second": speed,
         "first_token_seconds": statistics.first_token_seconds,
-        "bandwidth_share": figures["bytes_per_token"] * speed / figures["bandwidth_bytes_per_second"],
+        "bandwidth_share": figures["bytes_per_token"] * speed / bandwidth if bandwidth else 0.0,
         "logits_hash": generation.logits_hash,
         "seed": generation.sampler.seed,
         "timings": {
@@ -119,7 +119,12 @@ def say_summary(figures: dict[str, Any]) -> None:
     say(f"decode: {figures['decode_tokens']} tokens, {speed}")
     share, rate = figures["bandwidth_share"], figures["bandwidth_bytes_per_second"]
     size = format_size(round(figures["bytes_per_token"]))
-    say(f"traffic: {size} a token, {share:.0%} of the {rate / 1e9:.1f} GB/s measured")
+    of = (
+        f"{share:.0%} of the {rate / 1e9:.1f} GB/s measured"
+        if rate
+        else "bandwidth not measured: too little memory"
+    )
+    say(f"traffic: {size} a token, {of}")
     experts = figures["experts"]
     computed = f"{experts['used']} of {experts['count']} experts a token, " if experts else ""
     say(

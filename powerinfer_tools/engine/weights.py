@@ -15,7 +15,7 @@ from powerinfer_tools.engine.damage import require_finite
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack
-from powerinfer_tools.engine.memory import require_memory, require_session_memory
+from powerinfer_tools.engine.memory import MARGIN, require_memory, require_session_memory
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.session import Session
 from powerinfer_tools.engine.stack_options import StackOptions
@@ -26,6 +26,9 @@ Floats = npt.NDArray[np.float32]
 #: Context when none is asked for: what a chat needs, without reserving a long-context model's whole cache.
 DEFAULT_CONTEXT = 4096
 DEFAULT_BATCH = 512
+
+#: What is read to measure the bandwidth: well beyond any cache.
+BANDWIDTH_BYTES = 256 << 20
 
 
 class Part(NamedTuple):
@@ -112,8 +115,12 @@ class Weights:
         return self.stack.notices
 
     def read_bandwidth(self) -> float:
-        """Measure the machine's read bandwidth with these threads, in bytes per second."""
-        return read_bandwidth(self.pool)
+        """Measure the machine's read bandwidth with these threads, in bytes per second; 0 where memory is too
+        short for it: a measurement must not end what it measures."""
+        available = available_ram_bytes()
+        if available and available < BANDWIDTH_BYTES + MARGIN:
+            return 0.0
+        return read_bandwidth(self.pool, BANDWIDTH_BYTES)
 
     def session(self, context: int | None = None, kv_type: str | None = None) -> Session:
         """A new session of up to ``context`` tokens (None: the longest), whose caches are of ``kv_type``.

@@ -19,8 +19,8 @@ _Scores = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
 
 _RANGES: dict[str, tuple[float, float, str]] = {
-    "temperature": (0.0, math.inf, "0 (greedy) or more"),
-    "top_k": (0, math.inf, "0 (off) or more"),
+    "temperature": (-math.inf, math.inf, "a number (0 or less is greedy)"),
+    "top_k": (-math.inf, math.inf, "a whole number (0 or less is off)"),
     "typical_p": (0.0, 1.0, "between 0 and 1 (off)"),
     "top_p": (0.0, 1.0, "between 0 and 1 (off)"),
     "min_p": (0.0, 1.0, "between 0 (off) and 1"),
@@ -28,7 +28,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "repeat_last_n": (-1, math.inf, "-1 (all tokens), 0 (off) or more"),
     "frequency_penalty": (-1e3, 1e3, "between -1000 and 1000 (0 is off)"),
     "presence_penalty": (-1e3, 1e3, "between -1000 and 1000 (0 is off)"),
-    "seed": (0, 2**64 - 1, "between 0 and 2^64 - 1"),
+    "seed": (-1, 2**64 - 1, "-1 (a fresh one), or between 0 and 2^64 - 1"),
 }
 
 
@@ -36,8 +36,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 class SamplingOptions:
     """How to choose a token. Raises SamplingError, naming the option, for a value out of range.
 
-    temperature 0 is greedy: the highest logit after penalties, the lowest id among equals. seed None draws a
-    fresh one, which `Sampler.seed` tells.
+    temperature 0 or less is greedy: the highest logit after penalties, the lowest id among equals. seed None
+    or -1 draws a fresh one, which `Sampler.seed` tells.
     """
 
     temperature: float = 0.8
@@ -62,7 +62,7 @@ class SamplingOptions:
                 raise SamplingError(
                     f"{field.name} is {value!r}, expected a {'whole ' if whole else ''}number"
                 )
-            if not (low <= value <= high) or value == math.inf:
+            if not (low <= value <= high) or math.isinf(value):
                 raise SamplingError(f"{field.name} is {value}, expected {meaning}")
 
     @property
@@ -83,7 +83,9 @@ class Sampler:
     def __init__(self, options: SamplingOptions, *, banned: Collection[int] = ()) -> None:
         self.options = options
         self.seed = (
-            options.seed if options.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+            options.seed
+            if options.seed not in (None, -1)
+            else int(np.random.SeedSequence().generate_state(1)[0])
         )
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._recent: deque[int] = deque(maxlen=options.repeat_last_n if options.repeat_last_n >= 0 else None)
@@ -102,9 +104,9 @@ class Sampler:
         best = int(np.argmax(logits))  # a NaN counts as the highest
         if not math.isfinite(logits[best]):
             raise SamplingError(_describe_fault(logits))
-        if self.options.temperature == 0:
+        if self.options.temperature <= 0:
             return best
-        ids = highest(logits, self.options.top_k)
+        ids = highest(logits, max(0, self.options.top_k))
         return self._draw(ids, logits[ids].astype(np.float64))
 
     def _adjusted(self, logits: Logits) -> Logits:
@@ -124,7 +126,9 @@ class Sampler:
         keep = keep[typical(scores[keep], options.typical_p)]
         keep = keep[nucleus(scores[keep], options.top_p)]
         keep = keep[above_share_of_best(scores[keep], options.min_p)]
-        cumulative = np.cumsum(softmax(scores[keep] / options.temperature))
+        # Differences to the best: a tiny temperature makes the others impossible, and nothing infinite.
+        with np.errstate(over="ignore"):
+            cumulative = np.cumsum(softmax((scores[keep] - scores[keep].max()) / options.temperature))
         # The first token whose cumulated probability exceeds the draw; one of probability 0 never does.
         place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return int(ids[keep[min(place, len(keep) - 1)]])

@@ -238,11 +238,9 @@ def test_everything_ruled_out() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", "hot"),
-        ("top_k", -1),
         ("top_k", 2.5),
         ("top_k", True),
         ("typical_p", 1.1),
@@ -252,7 +250,7 @@ def test_everything_ruled_out() -> None:
         ("repeat_last_n", -2),
         ("frequency_penalty", math.nan),
         ("presence_penalty", 1e9),
-        ("seed", -1),
+        ("seed", -2),
         ("seed", 2**64),
     ],
 )
@@ -266,3 +264,19 @@ def test_defaults_are_llama_cpps() -> None:
     assert (options.top_k, options.typical_p, options.top_p, options.min_p) == (40, 1.0, 0.95, 0.05)
     assert (options.temperature, options.repeat_penalty, options.repeat_last_n) == (0.8, 1.0, 64)
     assert not options.penalises
+
+
+def test_values_below_zero_mean_what_they_mean_to_llama_cpp() -> None:
+    """A temperature of 0 or less is greedy, top-k of 0 or less is off, and -1 asks for a fresh seed."""
+    logits = np.array([0.0, 3.0, 2.9, -1.0], np.float32)
+    assert Sampler(SamplingOptions(temperature=-1.0, seed=1)).sample(logits) == 1
+    off, zero = (Sampler(SamplingOptions(top_k=k, temperature=9.0, seed=5)) for k in (-1, 0))
+    assert [off.sample(logits) for _ in range(40)] == [zero.sample(logits) for _ in range(40)]
+    assert Sampler(SamplingOptions(seed=-1)).seed != Sampler(SamplingOptions(seed=-1)).seed
+
+
+def test_tiny_temperatures_are_greedy() -> None:
+    logits = np.array([0.0, 3.0, 2.9999, -1.0], np.float32)
+    for temperature in (5e-324, 1e-300, 1e-30):
+        sampler = Sampler(SamplingOptions(temperature=temperature, min_p=0.0, top_p=1.0, seed=1))
+        assert {sampler.sample(logits) for _ in range(20)} == {1}

@@ -3,8 +3,8 @@
 ``compare_family.py DIR [NAME …]`` opens every DIR/models/NAME.gguf, computes the logits of the token ids in
 DIR/logits/NAME.ids and compares them with DIR/logits/NAME.f32, float32 (tokens, vocabulary). For each model
 it prints the largest difference over the standard deviation of the logits, of the C engine and of the float64
-reference, or why the model is refused. A family agrees where both are below 0.001. Exit status 1 where a
-model opens and differs, or NAME is given and refused.
+reference, or why the model is refused. A family agrees where they are below 0.002 and 0.001. Exit status 1
+where a model opens and differs, or NAME is given and refused.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from powerinfer_tools.errors import ModelError  # noqa: E402
 from powerinfer_tools.model.loading import Model, load_model  # noqa: E402
 from powerinfer_tools.model.reference import forward  # noqa: E402
 
-#: Largest difference, over the deviation of the logits, of a family that agrees: caches hold half precision.
-BOUND = 1e-3
+#: Largest difference, over the deviation of the logits, of a family that agrees: the engine's cache holds
+#: half precision.
+BOUNDS = {"engine": 2e-3, "reference": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def compare(folder: Path, name: str) -> Row:
     parts = {"engine": _engine(model, tokens), "reference": forward(model, tokens)}
     deviation = float(expected.std())
     errors = {key: float(np.abs(got - expected).max()) / deviation for key, got in parts.items()}
-    agrees = all(error < BOUND for error in errors.values())  # a NaN is no agreement
+    agrees = all(error < BOUNDS[key] for key, error in errors.items())  # a NaN is no agreement
     text = ", ".join(f"{key} {error:.6f}" for key, error in errors.items())
     return Row(name, "agrees" if agrees else "differs", text)
 

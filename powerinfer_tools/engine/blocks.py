@@ -144,7 +144,7 @@ class BlockWriter:
         self.label("attention")
         self._join(blocks.attention(self.ops, self.spec, self.hyper, layer, w, self._x))
 
-    def ffn_input(self, norm: Norm, *, quantized: bool) -> None:
+    def ffn_input(self, norm: Norm | None, *, quantized: bool) -> None:
         """Normalise (and quantise) the input of the FFN."""
         self.label("ffn")
         normed = blocks.ffn_input(self.ops, norm, self.eps, self._x)
@@ -276,7 +276,7 @@ class BlockWriter:
             builder.add(output.bias, out)
         if output.post_norm is not None:
             out = self.ops.norm("block_out", Value(out), output.post_norm, self.eps).floats
-        builder.add(out, b.x)
+        builder.add(out, b.x, self.hyper.residual_scale)
 
     def _gate_and_up(
         self, gate: Matrix, bias: Floats | None, up: Matrix | None, gate_out: Floats, up_out: Floats
@@ -294,5 +294,5 @@ class BlockWriter:
         return Value(self.buffers.x)
 
     def _join(self, out: Value) -> None:
-        self.ops.join(self._x, out)
+        self.ops.join(self._x, out, self.hyper.residual_scale)
         self.ops.flush()

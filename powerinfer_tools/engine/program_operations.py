@@ -8,7 +8,10 @@ quantised once, and a product that joins the residual stream is added to it as i
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from powerinfer_kernels import KVSlot, Matrix, Pool, ProgramBuilder
+from powerinfer_kernels.reference import alibi_slopes
 from powerinfer_tools.engine.buffers import Floats, Integers, Scratch, place
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
@@ -141,7 +144,15 @@ class ProgramOperations:
         out = self._scratch.named("attended", query.floats.shape[1])
         builder.store_kv(key.floats, value.floats, slot)
         builder.attention(
-            query.floats, slot, out, how.heads, how.scale, window=how.window, softcap=how.softcap
+            query.floats,
+            slot,
+            out,
+            how.heads,
+            how.scale,
+            window=how.window,
+            softcap=how.softcap,
+            sinks=how.sinks,
+            slopes=alibi_slopes(how.heads, how.alibi).astype(np.float32) if how.alibi else None,
         )
         self.changed(out)
         return Value(out)
@@ -160,26 +171,43 @@ class ProgramOperations:
         self.changed(gate.floats)
         return gate
 
-    def join(self, x: Value, y: Value) -> Value:
+    def clamp(self, x: Value, limit: float) -> Value:
+        """In place."""
+        self.flush().clamp(x.floats, -limit, limit)
+        self.changed(x.floats)
+        return x
+
+    def copy(self, name: str, x: Value) -> Value:
+        """Into the buffer of that name."""
+        out = self._scratch.named(name, x.floats.shape[1])
+        self.flush().copy(x.floats, out, x.floats.shape[1])
+        self.changed(out)
+        return Value(out)
+
+    def join(self, x: Value, y: Value, factor: float = 1.0) -> Value:
         """In place of ``x``; a product that waits is added as it is computed."""
         last = self._waiting[-1] if self._waiting else None
-        if last is not None and last.out is y:
+        if last is not None and last.out is y and factor == 1.0:
             del self._waiting[-1]
             self.flush()
             self._round(last)
             self._multiply(last, x.floats, accumulate=True)
         else:
-            self.flush().add(y.floats, x.floats)
+            self.flush().add(y.floats, x.floats, factor)
         self.changed(x.floats)
         return x
 
     def scale(self, x: Value, factor: float) -> Value:
-        """Logits are scaled outside the program."""
-        raise NotImplementedError
+        """In place."""
+        self.flush().scale(x.floats, factor)
+        self.changed(x.floats)
+        return x
 
     def softcap(self, x: Value, cap: float) -> Value:
-        """Logits are capped outside the program."""
-        raise NotImplementedError
+        """In place."""
+        self.flush().softcap(x.floats, cap)
+        self.changed(x.floats)
+        return x
 
     def experts(
         self, scores: Value, x: Value, routing: Routing, expert: Callable[[int, Value], Value]

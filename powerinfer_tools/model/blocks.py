@@ -39,7 +39,7 @@ def embedding(ops: Operations[V, Weight], model: Model) -> V:
     return ops.embed_positions(x, model.positions, model.spec.position_offset or 0)
 
 
-def attention_of(hyper: Hyperparameters, layer: int) -> Attention:
+def attention_of(hyper: Hyperparameters, layer: int, sinks: Vector | None = None) -> Attention:
     """How ``layer`` attends."""
     return Attention(
         layer=layer,
@@ -49,6 +49,8 @@ def attention_of(hyper: Hyperparameters, layer: int) -> Attention:
         scale=hyper.attention_scale,
         window=hyper.facts[layer].window,
         softcap=hyper.attention_softcap,
+        alibi=hyper.alibi,
+        sinks=sinks,
     )
 
 
@@ -61,11 +63,13 @@ def attention(
     x: V,
 ) -> V:
     """The attention of ``layer``."""
-    how, rope, eps = attention_of(hyper, layer), hyper.facts[layer].rope, hyper.norm_eps
-    normed = ops.norm("attention_input", x, w.norm, eps)
+    how, rope, eps = attention_of(hyper, layer, w.sinks), hyper.facts[layer].rope, hyper.norm_eps
+    normed = x if w.norm is None else ops.norm("attention_input", x, w.norm, eps)
     query = ops.linear("query", normed, w.query, w.query_bias)
     key = ops.linear("key", normed, w.key, w.key_bias)
     value = ops.linear("value", normed, w.value, w.value_bias)
+    if hyper.qkv_limit:
+        query, key, value = (ops.clamp(part, hyper.qkv_limit) for part in (query, key, value))
     if not spec.qk_norm_late:
         query, key = qk_normed(ops, spec, how, w, query, key, eps)
     if rope is not None:
@@ -95,9 +99,9 @@ def qk_normed(
     return ops.norm_heads(query, heads, w.query_norm, eps), ops.norm_heads(key, kv_heads, w.key_norm, eps)
 
 
-def ffn_input(ops: Operations[V, W], norm: Norm, eps: float, x: V) -> V:
+def ffn_input(ops: Operations[V, W], norm: Norm | None, eps: float, x: V) -> V:
     """What the matrices of an FFN read."""
-    return ops.norm("normed", x, norm, eps)
+    return ops.copy("normed", x) if norm is None else ops.norm("normed", x, norm, eps)
 
 
 def ffn(ops: Operations[V, W], how: Activation, w: FFN[W], normed: V, out: str = "block_out") -> V:

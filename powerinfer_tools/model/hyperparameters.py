@@ -74,7 +74,8 @@ class Hyperparameters:
     or of one expert where there is ``routing``.
 
     ``facts`` has what differs between layers. ``parallel``: attention and FFN read the same residual stream;
-    what they add is times ``residual_scale``. ``*_softcap`` are 0 when unused. ``activation_cut`` is what a
+    what they add is times ``residual_scale``. ``qkv_limit`` clamps queries, keys and values, ``alibi`` is the
+    largest bias of scores (0: none). ``*_softcap`` are 0 when unused. ``activation_cut`` is what a
     gate must be above with fatrelu (0 with others).
     """
 
@@ -91,6 +92,8 @@ class Hyperparameters:
     parallel: bool
     attention_scale: float
     attention_softcap: float
+    qkv_limit: float
+    alibi: float
     residual_scale: float
     logit_scale: float
     logit_softcap: float
@@ -157,6 +160,8 @@ def read_hyperparameters(
         parallel=_parallel(keys, spec),
         attention_scale=_attention_scale(keys, spec, layers, width, heads, head_dim),
         attention_softcap=keys.real("attn_logit_softcapping", 0.0),
+        qkv_limit=keys.real("attention.clamp_kqv", 0.0) if spec.clamped_qkv else 0.0,
+        alibi=_alibi(keys, spec, layers),
         residual_scale=keys.factor("residual_scale") if spec.residual_scale else 1.0,
         logit_scale=_logit_scale(keys, spec),
         logit_softcap=keys.real("final_logit_softcapping", 0.0),
@@ -175,6 +180,12 @@ def _parallel(keys: Keys, spec: ArchitectureSpec) -> bool:
     if spec.parallel == "without FFN norm":
         return f"blk.0.{spec.ffn_norm}.weight" not in keys.gguf.tensors
     return spec.parallel == "always"
+
+
+def _alibi(keys: Keys, spec: ArchitectureSpec, layers: int) -> float:
+    if not spec.alibi or layers in spec.rotary_depths:
+        return 0.0
+    return keys.real("attention.max_alibi_bias", 0.0 if spec.rotary_depths else 8.0, high=1e3)
 
 
 def _logit_scale(keys: Keys, spec: ArchitectureSpec) -> float:
@@ -208,6 +219,8 @@ def _facts(
 
 def _rotated(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[bool]:
     """Which layers have rotary positions: where the file has no value for each, the family says it."""
+    if spec.rotary_depths and layers not in spec.rotary_depths:
+        return (False,) * layers
     if isinstance(keys.raw("attention.rope_pattern"), np.ndarray):
         return [bool(value) for value in keys.integers("attention.rope_pattern", layers, low=0, high=1)]
     if keys.integer("attention.rope_pattern", 1, low=0, high=1) == 0:
@@ -350,6 +363,9 @@ def _windows(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[int]:
     layers have it by a value for each or by a period, else the family does."""
     pattern = keys.raw("attention.sliding_window_pattern")
     listed = isinstance(pattern, np.ndarray)
+    if spec.windowed_depths and layers not in spec.windowed_depths:
+        keys.ignore("attention.sliding_window")
+        return (0,) * layers
     if not spec.sliding_period and not listed and not spec.sliding_everywhere:
         return (0,) * layers
     window = keys.integer("attention.sliding_window", *(() if listed else (0,)), low=0, high=1 << 31)

@@ -29,7 +29,7 @@ from powerinfer_tools.model.tensors import MATRIX_TYPES, Norm, Tensors, Vector, 
 class AttentionWeights:
     """Attention of one layer; norms and biases that the family does not have are None."""
 
-    norm: Norm
+    norm: Norm | None
     query: Weight
     key: Weight
     value: Weight
@@ -41,6 +41,7 @@ class AttentionWeights:
     query_norm: Norm | None
     key_norm: Norm | None
     post_norm: Norm | None
+    sinks: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class LayerWeights:
     """
 
     attention: AttentionWeights
-    ffn_norm: Norm
+    ffn_norm: Norm | None
     ffn: DenseFFN | ExpertsFFN | SplitLayer
     ffn_bias: Vector | None
     ffn_down_bias: Vector | None
@@ -198,7 +199,7 @@ def _build(gguf: ModelSource) -> Model:
 
 
 def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters) -> RopeFactors:
-    if not spec.rope_factors:
+    if not spec.rope_factors or not hyper.rope_dim:
         tensors.leave_out("rope_freqs.weight")
         return RopeFactors()
     names = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -282,8 +283,10 @@ def _layer(
     )
 
 
-def _ffn_norm(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> Norm:
+def _ffn_norm(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> Norm | None:
     name = spec.ffn_norm
+    if not name:
+        return None
     if spec.parallel == "without FFN norm" and hyper.parallel:
         name = spec.attention_norms[0]
     return tensors.norm(spec, f"{prefix}.{name}", hyper.width)
@@ -298,7 +301,9 @@ def _attention(
     (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, hyper, prefix)
     norms = [name for name in spec.attention_norms if tensors.has(f"{prefix}.{name}.weight")]
     return AttentionWeights(
-        norm=tensors.norm(spec, f"{prefix}.{(*norms, 'attn_norm')[0]}", width),
+        norm=tensors.norm(spec, f"{prefix}.{(*norms, 'attn_norm')[0]}", width)
+        if spec.attention_norms
+        else None,
         query=query,
         key=key,
         value=value,
@@ -309,6 +314,7 @@ def _attention(
         output_bias=tensors.optional(f"{prefix}.attn_output.bias", width),
         query_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_q_norm", queries),
         key_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_k_norm", hyper.kv_width),
+        sinks=tensors.optional(f"{prefix}.attn_sinks.weight", hyper.heads) if spec.sinks else None,
         post_norm=None
         if spec.ffn_norm == "post_attention_norm"
         else tensors.optional_norm(spec, f"{prefix}.post_attention_norm", width, wanted=spec.post_norms),

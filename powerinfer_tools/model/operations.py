@@ -23,7 +23,7 @@ W = TypeVar("W", contravariant=True)
 @dataclass(frozen=True)
 class Attention:
     """How one layer attends: ``heads`` query heads over ``kv_heads`` of keys and values, each of ``head_dim``
-    values; ``window`` 0: over all positions; ``softcap`` 0: none."""
+    values; ``window`` 0: over all positions; ``softcap`` and ``alibi`` 0: none; ``sinks`` (heads)."""
 
     layer: int
     heads: int
@@ -32,6 +32,8 @@ class Attention:
     scale: float
     window: int
     softcap: float
+    alibi: float = 0.0
+    sinks: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,22 @@ class Operations(Protocol[V, W]):
     def attend(self, query: V, key: V, value: V, how: Attention) -> V:
         """Σ_s softmax_s(score) · value_s over the positions s up to the token's own (with a window: the last
         ``how.window`` of them), where score = how.scale · query·key_s, soft-capped (arXiv 2408.00118: c ·
-        tanh(score / c)) where there is a cap. Query head h reads the key head h · kv_heads / heads. Keys and
-        values (T, kv_heads · head_dim) are kept for later tokens."""
+        tanh(score / c)) where there is a cap. With ``how.alibi``, the slope of the head for that largest bias
+        times the distance of s is taken from the score (arXiv 2108.12409); ``how.sinks`` are scores of no
+        position, which take part in the softmax's sum alone (arXiv 2309.17453). Query head h reads the key
+        head h · kv_heads / heads. Keys and values (T, kv_heads · head_dim) are kept for later tokens."""
 
     def activate(self, gate: V, up: V | None, how: Activation) -> V:
         """act(gate) · up, or act(gate); of drelu, relu(gate) · relu(up)."""
 
-    def join(self, x: V, y: V) -> V:
-        """The residual stream x + y."""
+    def clamp(self, x: V, limit: float) -> V:
+        """x between −limit and limit."""
+
+    def join(self, x: V, y: V, factor: float = 1.0) -> V:
+        """The residual stream x + factor · y."""
+
+    def copy(self, name: str, x: V) -> V:
+        """x, which stays as it is."""
 
     def scale(self, x: V, factor: float) -> V:
         """x · factor."""

@@ -32,9 +32,13 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predic
     ops = NumpyOperations(tokens, model.rope_factors, half_cache=half_cache)
     x = blocks.embedding(ops, model)
     for index, layer in enumerate(model.layers):
-        before, x = x, ops.join(x, blocks.attention(ops, model.spec, model.hyper, index, layer.attention, x))
+        factor, attention = model.hyper.residual_scale, layer.attention
+        before, x = (
+            x,
+            ops.join(x, blocks.attention(ops, model.spec, model.hyper, index, attention, x), factor),
+        )
         read = before if model.hyper.parallel else x
-        x = ops.join(x, ffn_block(model.hyper, layer, read, predicted=predicted))
+        x = ops.join(x, ffn_block(model.hyper, layer, read, predicted=predicted), factor)
     return blocks.head(ops, model, model.head, x)
 
 
@@ -78,17 +82,28 @@ class NumpyOperations:
         scores = np.einsum("qhd,khd->hqk", query, key) * how.scale
         if how.softcap:
             scores = self.softcap(scores, how.softcap)
+        if how.alibi:
+            distance = np.arange(count)[:, None] - np.arange(count)[None, :]
+            scores = scores - reference.alibi_slopes(how.heads, how.alibi)[:, None, None] * distance
         scores = np.where(_visible(count, how.window), scores, -np.inf)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
+        sinks = np.full(how.heads, -np.inf) if how.sinks is None else how.sinks.astype(np.float64)
+        top = np.maximum(scores.max(axis=-1), sinks[:, None])[..., None]
+        weights = np.exp(scores - top)
+        weights /= weights.sum(axis=-1, keepdims=True) + np.exp(sinks[:, None, None] - top)
         out: Array = np.einsum("hqk,khd->qhd", weights, value).reshape(count, -1)
         return out
 
     def activate(self, gate: Array, up: Array | None, how: Activation) -> Array:
         return reference.activate(gate, up, how.kind, how.cut)
 
-    def join(self, x: Array, y: Array) -> Array:
-        return x + y
+    def clamp(self, x: Array, limit: float) -> Array:
+        return np.clip(x, -limit, limit)
+
+    def join(self, x: Array, y: Array, factor: float = 1.0) -> Array:
+        return x + factor * y
+
+    def copy(self, name: str, x: Array) -> Array:
+        return x
 
     def scale(self, x: Array, factor: float) -> Array:
         return x * factor

@@ -47,6 +47,14 @@ def _write_keys(writer: GGUFWriter, spec: ArchitectureSpec) -> None:
         writer.add_rope_dimension_count(HEAD_DIM - 6)
     if spec.sliding_period or spec.sliding_everywhere:
         writer.add_sliding_window(7)
+    if spec.residual_scale:
+        writer.add_residual_scale(0.3)
+    if spec.embedding_key:
+        writer.add_embedding_scale(3.0)
+    if spec.clamped_qkv:
+        writer.add_clamp_kqv(0.9)
+    if spec.alibi:
+        writer.add_max_alibi_bias(8.0)
     if spec.logit_scale != "none":
         writer.add_logit_scale(0.25)
     if _experts(spec):
@@ -83,7 +91,9 @@ def _layer(spec: ArchitectureSpec) -> dict[str, tuple[int, ...]]:
     tensors: dict[str, tuple[int, ...]] = {f"{name}.weight": (count, WIDTH) for name, count in rows.items()}
     tensors |= {f"{name}.bias": (count,) for name, count in rows.items()}
     tensors |= {"attn_output.weight": (WIDTH, queries), "attn_output.bias": (WIDTH,)}
-    for name in {*spec.attention_norms, spec.ffn_norm}:
+    if spec.sinks:
+        tensors["attn_sinks.weight"] = (HEADS,)
+    for name in {*spec.attention_norms, spec.ffn_norm} - {""}:
         tensors |= _norm(spec, name, WIDTH)
     if spec.qk_norm != "none":
         widths = (queries, keys) if spec.qk_norm == "row" else (HEAD_DIM, HEAD_DIM)

@@ -299,6 +299,7 @@ class _Parts:
 
     def _hot_layer(self, index: int) -> HotLayer:
         weights, eps, form, ffn = self.model.layers[index], self.hyper.norm_eps, self.form, self.ffns[index]
+        assert weights.ffn_norm is not None, "limits.py leaves such layers to the CPU"
         bias, reads = weights.ffn_down_bias, False
         if self.experts is not None:
             cold = self.experts.cold(index)
@@ -321,6 +322,7 @@ class _Parts:
     def _attention(self, index: int, w: AttentionWeights) -> HotAttention:
         hyper, form, eps = self.hyper, self.form, self.hyper.norm_eps
         window = hyper.window if hyper.local_layers[index] else 0
+        assert w.norm is not None, "limits.py leaves such layers to the CPU"
         return HotAttention(
             norm=form.norm(w.norm, eps),
             query=form.product(w.query, w.query_bias),

@@ -22,6 +22,39 @@ ROWS = (
     # One matrix for gate and up (ChatGLM3, arXiv 2406.12793).
     ArchitectureSpec("chatglm", rope_style="norm", fused_gate=True),
     ArchitectureSpec("glm4", rope_style="norm", fused_gate=True, post_norms=True, halves_with_sections=True),
+    # Granite 3: blocks, embeddings and logits are scaled; MiniCPM (arXiv 2404.06395) alike.
+    ArchitectureSpec(
+        "granite", rope_style="norm", embedding_key=True, residual_scale=True, logit_scale="divided"
+    ),
+    ArchitectureSpec(
+        "minicpm", rope_style="norm", embedding_key=True, residual_scale=True, logit_scale="times"
+    ),
+    # Norms after the blocks instead of before them (OLMo 2, arXiv 2501.00656; EXAONE 4, arXiv 2507.11407).
+    ArchitectureSpec(
+        "olmo2",
+        rope_style="neox",
+        attention_norms=(),
+        ffn_norm="",
+        qk_norm="row",
+        post_norms=True,
+        sliding_period=4,
+    ),
+    ArchitectureSpec(
+        "exaone4",
+        rope_style="neox",
+        attention_norms=(),
+        ffn_norm="",
+        qk_norm="heads",
+        post_norms=True,
+        sliding_period=4,
+        windowed_depths=(64,),
+        rope_in_windows_alone=True,
+    ),
+    # Norms without weights (OLMo, arXiv 2402.00838).
+    ArchitectureSpec("olmo", rope_style="norm", norm="layer", norm_weights=False, clamped_qkv=True),
+    # Biases by distance instead of rotary positions; of Baichuan, in models that are not 32 layers deep.
+    ArchitectureSpec("refact", rope_style="none", alibi=True),
+    ArchitectureSpec("baichuan", rope_style="norm", alibi=True, rotary_depths=(32,)),
     # Qwen 1: the files count gate and up together.
     ArchitectureSpec("qwen", rope_style="neox", neurons_divisor=2),
     # Norms of queries and keys after they are turned.

@@ -3,6 +3,15 @@
 from powerinfer_tools.model.architectures.spec import ArchitectureSpec
 
 ROWS = (
+    ArchitectureSpec(
+        "granite_swa",
+        rope_style="norm",
+        embedding_key=True,
+        residual_scale=True,
+        logit_scale="divided",
+        sliding_period=4,
+        sinks=True,
+    ),
     # Gemma (arXiv 2403.08295); Gemma 2 (arXiv 2408.00118): every second layer is local.
     ArchitectureSpec("gemma", rope_style="neox", activation="gelu_tanh", scaled_embeddings=True),
     ArchitectureSpec(

@@ -36,13 +36,16 @@ class ArchitectureSpec:
     ``residual_scale``: what blocks add is times that key; ``logit_scale``: how logits are scaled by that key.
     ``sliding_period`` p > 0: every p-th layer attends to everything (with ``dense_first``, the first of each
     p), the others to the last ``attention.sliding_window`` positions (and use the local rotary base);
-    ``sliding_everywhere``: all have the window, where there is one; ``rope_in_windows_alone``: where some
+    ``sliding_everywhere``: all have the window, where there is one; ``windowed_depths``: only models of so
+    many layers have one; ``rope_in_windows_alone``: where some
     layers have windows, the others have no rotary positions.
     ``no_rope_period`` p > 0: every p-th layer has no rotary positions. ``halves_with_sections``: where heads
     have sections for positions of pictures, pairs stand half a head apart. ``rope_factors``: tables of
     divisors that a file has are used. ``default_norm_eps``: where the file does not say it.
-    ``wide_attention_scale_layers`` names the one size of a family that scales scores by width/heads instead
-    of the head dimension.
+    ``clamped_qkv``: by the key ``attention.clamp_kqv``; ``alibi``: scores are biased by distance;
+    ``rotary_depths``: models of so many layers have rotary positions instead; ``sinks``: layers may have
+    them. ``wide_attention_scale_layers`` names the one size of a family that scales scores by width/heads
+    instead of the head dimension.
     """
 
     name: str
@@ -72,6 +75,7 @@ class ArchitectureSpec:
     sliding_period: int = 0
     dense_first: bool = False
     sliding_everywhere: bool = False
+    windowed_depths: tuple[int, ...] = ()
     rope_in_windows_alone: bool = False
     no_rope_period: int = 0
     halves_with_sections: bool = False
@@ -81,3 +85,7 @@ class ArchitectureSpec:
     default_rope_base: float = 10000.0
     wide_attention_scale_layers: int = 0
     head_bias: bool = False
+    clamped_qkv: bool = False
+    alibi: bool = False
+    rotary_depths: tuple[int, ...] = ()
+    sinks: bool = False

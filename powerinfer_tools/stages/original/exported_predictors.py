@@ -140,6 +140,7 @@ class _Refitted:
 
     def matrices(self, layer: int) -> tuple[Floats, Floats]:
         source, norm = self.layers[layer], self.model.layers[layer].ffn_norm
+        assert norm is not None, "every family of the original has norms before its FFNs"
         learn, _ = self.trace.read(layer, self.learn)
         made = refit.refit(source, norm, learn.astype(np.float32))
         made = refit.OriginalPredictor(*(as_stored(rows, self.row_type) for rows in vars(made).values()))

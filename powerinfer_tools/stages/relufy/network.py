@@ -32,6 +32,8 @@ class Network:
         model.require_one_ffn(ModelError, "training")
         if model.hyper.logit_softcap or model.hyper.attention_softcap:
             raise ModelError(f"{model.path}: models with soft-capped scores cannot be trained here yet")
+        if model.hyper.alibi or any(layer.attention.sinks is not None for layer in model.layers):
+            raise ModelError(f"{model.path}: models with ALiBi or attention sinks cannot be trained here yet")
         if model.head_bias is not None or model.hyper.logit_scale != 1.0:
             raise ModelError(
                 f"{model.path}: models with a scale or bias of logits cannot be trained here yet"
@@ -51,7 +53,8 @@ class Network:
     def attend(self, index: int, x: Tensor) -> Tensor:
         """The residual stream after layer ``index``'s attention."""
         weights = self.model.layers[index].attention
-        return self.ops.join(x, blocks.attention(self.ops, self.model.spec, self.hyper, index, weights, x))
+        out = blocks.attention(self.ops, self.model.spec, self.hyper, index, weights, x)
+        return self.ops.join(x, out, self.hyper.residual_scale)
 
     def ffn_input(self, index: int, x: Tensor) -> Tensor:
         """The normalised input of layer ``index``'s FFN, in the training precision."""
@@ -60,7 +63,7 @@ class Network:
     def add_ffn(self, index: int, x: Tensor, out: Tensor) -> Tensor:
         """The residual stream after the FFN gave ``out``."""
         normed = blocks.post_normed(self.ops, out, self.post_norms[index], self.hyper.norm_eps)
-        return self.ops.join(x, normed)
+        return self.ops.join(x, normed, self.hyper.residual_scale)
 
     def through_attention(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """What layer ``index``'s FFN reads, and the residual stream after its attention."""

@@ -84,6 +84,7 @@ class TorchOperations:
     def linear(self, name: str, x: Tensor, weight: Weight | Tensor, bias: Vector | None = None) -> Tensor:
         """In the precision of products."""
         rows = self.matrix(weight) if isinstance(weight, Weight) else weight
+        x = x.to(self.precision)
         return functional.linear(x, rows, None if bias is None else self._vector(bias).to(x.dtype))
 
     def rotate(self, x: Tensor, heads: int, head_dim: int, rope: Rope) -> Tensor:
@@ -93,12 +94,17 @@ class TorchOperations:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: Attention) -> Tensor:
         """Over the window of tokens alone; scores are not soft-capped here."""
-        assert not how.softcap, "soft-capped scores are refused before"
-        sizes = (how.heads, how.kv_heads, how.kv_heads)
-        parts = (_heads(x, size).transpose(1, 2) for x, size in zip((query, key, value), sizes, strict=True))
-        mask = self._mask(query.shape[1], how.window)
+        assert how.sinks is None, "refused before"
+        assert not how.softcap + how.alibi, "refused before"
+        query, key, value = (
+            _heads(x, heads).transpose(1, 2)
+            for x, heads in ((query, how.heads), (key, how.kv_heads), (value, how.kv_heads))
+        )
+        mask = self._mask(query.shape[2], how.window)
         attended = functional.scaled_dot_product_attention(
-            *parts,
+            query,
+            key,
+            value,
             attn_mask=mask,
             is_causal=mask is None,
             scale=how.scale,
@@ -110,9 +116,17 @@ class TorchOperations:
         """See :func:`activate`."""
         return activate(how.kind, gate, up, how.cut)
 
-    def join(self, x: Tensor, y: Tensor) -> Tensor:
+    def clamp(self, x: Tensor, limit: float) -> Tensor:
+        """x between −limit and limit."""
+        return x.clamp(-limit, limit)
+
+    def join(self, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
         """In float32."""
-        return x + y.float()
+        return x + (y.float() if factor == 1.0 else factor * y.float())
+
+    def copy(self, name: str, x: Tensor) -> Tensor:
+        """x in the precision of products."""
+        return x.to(self.precision)
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
         """x · factor."""
@@ -157,7 +171,7 @@ class TorchOperations:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1))
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:

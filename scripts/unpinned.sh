@@ -24,7 +24,7 @@ stage() {
 export POWERINFER_HARDWARE=$PWD/hardware.toml
 stage doctor --measure
 stage profile -m model.gguf --corpus text.txt --tokens 2048
-stage plan -m model.gguf --vram 40MiB --ctx 512
+stage plan -m model.gguf --hardware pc-low --vram 40MiB --ctx 512
 stage convert -m model.gguf
 stage run -m model.powerinfer.gguf -p "The capital of France is" -n 8 --temp 0
 stage eval -m model.powerinfer.gguf --text text.txt --chunks 1

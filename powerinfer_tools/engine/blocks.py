@@ -14,10 +14,11 @@ from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.predictor_programs import Predictor
-from powerinfer_tools.engine.program_operations import ProgramOperations, Value
+from powerinfer_tools.engine.program_operations import ProgramOperations
 from powerinfer_tools.engine.recall import GateAndUp
+from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model import blocks
-from powerinfer_tools.model.loading import AttentionWeights, Model
+from powerinfer_tools.model.loading import LayerWeights, Model
 from powerinfer_tools.model.tensors import Norm, Weight
 
 
@@ -33,6 +34,7 @@ class DenseColumns:
     up: Matrix | None
     down: Matrix
     bias: Floats | None = None
+    up_bias: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,11 @@ class BlockWriter:
         self.label("embedding")
         blocks.embedding(self.ops, model)
 
-    def attention(self, layer: int, w: AttentionWeights) -> None:
-        """One attention block, added to the residual stream."""
-        self.label("attention")
-        self._join(blocks.attention(self.ops, self.spec, self.hyper, layer, w, self._x))
+    def mix(self, layer: int, w: LayerWeights) -> None:
+        """What mixes the tokens of a layer, added to the residual stream."""
+        self.label("recurrent" if w.attends is None else "attention")
+        blocks.mix(self.ops, self.spec, self.hyper, layer, w, self._x)
+        self.ops.flush()
 
     def ffn_input(self, norm: Norm | None, *, quantized: bool) -> None:
         """Normalise (and quantise) the input of the FFN."""
@@ -168,7 +171,7 @@ class BlockWriter:
         """The FFN of a source model, added to the residual stream; counted where it is ``observed``. With
         ``thresholds`` (of a gated FFN), neurons below contribute nothing."""
         self.label("ffn")
-        ops, weights = self.ops, blocks.FFN(w.gate, w.up, w.down, w.bias, output.bias)
+        ops, weights = self.ops, blocks.FFN(w.gate, w.up, w.down, w.bias, output.bias, w.up_bias)
         ops.observed, ops.thresholds = observed, thresholds
         out = blocks.ffn(ops, self.activation, weights, Value(self.buffers.normed))
         ops.observed = ops.thresholds = None
@@ -180,7 +183,13 @@ class BlockWriter:
         self.ops.flush()
 
     def experts(
-        self, weights: ExpertWeights, choice: Choice, pairs: ExpertBuffers, *, accumulate: bool
+        self,
+        weights: ExpertWeights,
+        choice: Choice,
+        pairs: ExpertBuffers,
+        *,
+        accumulate: bool,
+        weigh_input: bool,
     ) -> None:
         """Σ weight · expert over what was chosen, into ``block_out``, or added to what it holds."""
         b, how = self.buffers, self.activation
@@ -194,6 +203,7 @@ class BlockWriter:
             how.kind,
             cut=how.cut,
             accumulate=accumulate,
+            weigh_input=weigh_input,
         )
         self.ops.changed(b.block_out)
 

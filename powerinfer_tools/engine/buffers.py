@@ -102,12 +102,12 @@ def allocate(
         return scratch.named(name, width)
 
     shared = hyper.routing.shared_neurons if hyper.routing else 0
-    widest = max(hyper.neurons, shared)
+    widest = max(hyper.neurons, shared, hyper.dense_neurons)
     normed, x, gate = floats("normed", hyper.width), floats("x", hyper.width), floats("gate", widest)
     attention_input = floats("attention_input", hyper.width) if hyper.parallel else normed
     if not hyper.parallel:
         scratch.add("attention_input", normed)
-    attended = floats("attended", hyper.query_width)
+    attended = floats("attended", hyper.heads * hyper.value_dim)
     return Buffers(
         tokens=aligned((tokens,), np.int32),
         positions=None if spec.position_offset is None else aligned((tokens,), np.int32),
@@ -119,7 +119,7 @@ def allocate(
         attention_acts=scratch.copy(attention_input),
         query=floats("query", hyper.query_width),
         key=floats("key", hyper.kv_width),
-        value=floats("value", hyper.kv_width),
+        value=floats("value", hyper.value_width),
         attended=attended,
         attended_acts=scratch.copy(attended),
         gate=gate,

@@ -29,7 +29,7 @@ class Places:
 
 def require_kv_type(model: Model, kind: str) -> None:
     """Raise ModelError where the heads of ``model`` cannot be kept as ``kind``."""
-    if kind == "q8_0" and model.hyper.head_dim % 32:
+    if kind == "q8_0" and (model.hyper.head_dim % 32 or model.hyper.value_dim % 32):
         raise ModelError(
             f"{model.path}: a q8_0 KV cache needs heads of a multiple of 32 values, these have "
             f"{model.hyper.head_dim}; take f16"
@@ -43,7 +43,8 @@ def kv_slots(
     hyper = model.hyper
     try:
         return [
-            builder.kv_slot(context, hyper.kv_heads, hyper.head_dim) if wanted else None for wanted in here
+            builder.kv_slot(context, hyper.kv_heads, hyper.head_dim, hyper.value_dim) if wanted else None
+            for wanted in here
         ]
     except KernelError as error:
         raise ModelError(f"{model.path}: {error}") from None

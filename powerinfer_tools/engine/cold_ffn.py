@@ -77,8 +77,9 @@ def load_cold_ffn(
     ffn = model.layers[index].ffn
     if isinstance(ffn, DenseFFN):
         up = None if ffn.factor is None else pack(pool, ffn.factor)
-        bias = model.layers[index].ffn_bias
-        return _ColumnsFFN(DenseColumns(pack(pool, ffn.first), up, pack(pool, ffn.down), bias))
+        layer = model.layers[index]
+        biases = (layer.ffn_bias, layer.ffn_factor_bias)
+        return _ColumnsFFN(DenseColumns(pack(pool, ffn.first), up, pack(pool, ffn.down), *biases))
     assert isinstance(ffn, SplitLayer), "experts are laid out in routed.py"
     if hot_neurons == ffn.neurons:
         return _NoneFFN()

@@ -142,9 +142,9 @@ class Engine:
             count = session.forward(tokens[first : first + self.batch])
             require_finite(self.stack.x[:count], self.model)
 
-    def rewind(self, position: int) -> None:
-        """Forget everything in the cache from ``position`` on."""
-        self.session.rewind(position)
+    def rewind(self, position: int) -> int:
+        """:meth:`Session.rewind`."""
+        return self.session.rewind(position)
 
     def report(self) -> EngineReport:
         """Counters since the engine was made."""

@@ -6,7 +6,8 @@ import numpy.typing as npt
 
 from powerinfer_kernels import Matrix, Pool, ProgramBuilder
 from powerinfer_tools.engine.buffers import Scratch
-from powerinfer_tools.engine.program_operations import ProgramOperations, Value
+from powerinfer_tools.engine.program_operations import ProgramOperations
+from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.loading import Model
 

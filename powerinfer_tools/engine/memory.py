@@ -11,7 +11,7 @@ MARGIN = 256 << 20
 def kv_bytes_per_position(hyper: Hyperparameters, kind: str) -> float:
     """Bytes of the keys and values of one position in one layer: half precision, or with "q8_0" a byte a
     value and half precision for each 32."""
-    return 2 * hyper.kv_width * (1 + 2 / 32 if kind == "q8_0" else 2)
+    return (hyper.kv_width + hyper.value_width) * (1 + 2 / 32 if kind == "q8_0" else 2)
 
 
 def require_session_memory(model: Model, context: int, kv_type: str, promised: int, available: int) -> None:

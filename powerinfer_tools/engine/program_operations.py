@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from powerinfer_kernels import KVSlot, Matrix, Pool, ProgramBuilder
+from powerinfer_kernels import Activations, KVSlot, Matrix, Pool, ProgramBuilder
 from powerinfer_kernels.reference import alibi_slopes
 from powerinfer_tools.engine.buffers import Floats, Integers, Scratch, place
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.recurrent_operations import RecurrentOperations
+from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model.hyperparameters import Rope, Routing
 from powerinfer_tools.model.operations import Activation, Attention
 from powerinfer_tools.model.rotary import RotaryTables
@@ -30,13 +32,6 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Value:
-    """A buffer (tokens, width) of the program."""
-
-    floats: Floats
-
-
-@dataclass(frozen=True, eq=False)
 class _Product:
     """A product that is not written yet."""
 
@@ -46,7 +41,7 @@ class _Product:
     out: Value
 
 
-class ProgramOperations:
+class ProgramOperations(RecurrentOperations):
     """Appends operations to ``builder``. Matrices of the model are packed as they come; those that are packed
     already are taken as they are."""
 
@@ -89,6 +84,10 @@ class ProgramOperations:
             self.flush().quantize(floats, acts)
             self._rounded.add(place(floats))
 
+    def rounded(self, floats: Floats) -> Activations | None:
+        """Where :meth:`round` leaves what it makes."""
+        return self._scratch.copy(floats)
+
     def embed(self, table: Weight, scale: float) -> Value:
         """The residual stream."""
         assert self._inputs is not None
@@ -130,10 +129,10 @@ class ProgramOperations:
         self._waiting.append(_Product(matrix, x.floats, bias, out))
         return out
 
-    def rotate(self, x: Value, heads: int, head_dim: int, rope: Rope) -> Value:
+    def rotate(self, x: Value, heads: int, head_dim: int, rope: Rope, first: int = 0) -> Value:
         """In place."""
         tables = self._tables[rope]
-        self.flush().rope(x.floats, tables.cos, tables.sin, heads, head_dim, rope.style)
+        self.flush().rope(x.floats, tables.cos, tables.sin, heads, head_dim, rope.style, first)
         self.changed(x.floats)
         return x
 
@@ -141,7 +140,7 @@ class ProgramOperations:
         """Over the cache of the layer."""
         builder, slot = self.flush(), self._slots[how.layer]
         assert slot is not None, "the attention of this layer is on the hot device"
-        out = self._scratch.named("attended", query.floats.shape[1])
+        out = self._scratch.named("attended", how.heads * how.value_dim)
         builder.store_kv(key.floats, value.floats, slot)
         builder.attention(
             query.floats,
@@ -210,14 +209,38 @@ class ProgramOperations:
         return x
 
     def experts(
-        self, scores: Value, x: Value, routing: Routing, expert: Callable[[int, Value], Value]
+        self,
+        scores: Value,
+        x: Value,
+        routing: Routing,
+        expert: Callable[[int, Value], Value],
+        choice_bias: Vector | None,
     ) -> Value:
-        """:mod:`powerinfer_tools.engine.routed` runs them one by one."""
+        """:mod:`powerinfer_tools.engine.routed` writes them."""
         raise NotImplementedError
 
     def weigh(self, x: Value, score: Value) -> Value:
         """See :meth:`experts`."""
         raise NotImplementedError
+
+    def per_head(self, name: str, x: Value, matrices: Sequence[Weight | Matrix], rest: int) -> Value:
+        """Inputs of quantised matrices are rounded head by head."""
+        packed = [one if isinstance(one, Matrix) else self._packed(one) for one in matrices]
+        builder, rows, columns, heads = self.flush(), packed[0].rows, packed[0].columns, len(packed)
+        out = self._scratch.named(name, heads * (rows + rest))
+        steps = {"src_step": columns + rest, "out_step": rows + rest}
+        builder.head_matmul(packed, x.floats, out, **steps)
+        if rest:
+            places = {"src_first": columns, "out_first": rows, "heads": heads, **steps}
+            builder.copy(x.floats, out, rest, **places)
+        self.changed(out)
+        return Value(out)
+
+    def replace_first(self, x: Value, y: Value) -> Value:
+        """In place of ``x``."""
+        self.flush().copy(y.floats, x.floats, y.floats.shape[1])
+        self.changed(x.floats)
+        return x
 
     def _waits(self, x: Value) -> bool:
         return any(place(product.out.floats) == place(x.floats) for product in self._waiting)

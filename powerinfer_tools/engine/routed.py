@@ -33,8 +33,9 @@ class RoutedBuffers:
         return self.pairs.nbytes + self.choice.chosen.nbytes + self.choice.weights.nbytes
 
 
-def routed_buffers(hyper: Hyperparameters, buffers: Buffers) -> RoutedBuffers | None:
-    """Buffers for as many tokens as ``buffers`` have; None for a model without experts."""
+def routed_buffers(hyper: Hyperparameters, buffers: Buffers, *, gated: bool) -> RoutedBuffers | None:
+    """Buffers for as many tokens as ``buffers`` have; None for a model without experts. ``gated``: they have
+    up beside the rows that the activation reads."""
     routing, tokens = hyper.routing, buffers.scratch.tokens
     if routing is None:
         return None
@@ -43,7 +44,7 @@ def routed_buffers(hyper: Hyperparameters, buffers: Buffers) -> RoutedBuffers | 
         shared_score=buffers.scratch.named("shared_score", 1),
         shared_weight=buffers.scratch.named("shared_weight", 1),
         choice=Choice.new(tokens, routing.experts, routing.used),
-        pairs=ExpertBuffers.new(tokens * routing.used, hyper.width, hyper.neurons, gated=True),
+        pairs=ExpertBuffers.new(tokens * routing.used, hyper.width, hyper.neurons, gated=gated),
     )
 
 
@@ -66,7 +67,7 @@ class RoutedFFN:
         *,
         scored_there: bool = False,
     ) -> None:
-        self._routing, self._observed, self.hot = routing, observed, hot
+        self._routing, self._observed, self.hot, self._ffn = routing, observed, hot, ffn
         self._scored_there = scored_there
         self._router = None if scored_there else pack(pool, ffn.router)
         self._experts = {
@@ -112,12 +113,20 @@ class RoutedFFN:
         """Whether nothing that the kernels compute adds to the layer's sum."""
         return self._shared is None and not self._experts
 
+    def write_router(self, writer: BlockWriter, source: Floats, routed: RoutedBuffers) -> None:
+        """Append the router alone, where it is here, over ``source``."""
+        writer.label("router")
+        if self._router is None:
+            return
+        if not self._router.row_type.is_float:
+            writer.ops.round(source)
+        acts, bias = writer.ops.rounded(source), self._ffn.router_bias
+        writer.builder.matmul(self._router, source, acts, routed.scores, bias=bias)
+
     def write(self, writer: BlockWriter, buffers: Buffers, routed: RoutedBuffers) -> None:
-        """Append the operations."""
+        """Append what comes after the router."""
         self._scratch, builder = routed, writer.builder
         writer.label("router")
-        if self._router is not None:
-            builder.matmul(self._router, buffers.normed, buffers.normed_acts, routed.scores)
         if self._shared_gate is not None:
             builder.matmul(self._shared_gate, buffers.normed, buffers.normed_acts, routed.shared_score)
         first = writer.mark()
@@ -130,25 +139,45 @@ class RoutedFFN:
                 writer.ops.round(buffers.normed)
         if self._shared is not None:
             writer.expert(self._shared, buffers.normed, "block_out")
-            writer.builder.multiply(routed.shared_weight, buffers.block_out, buffers.block_out.shape[1])
+            if self._ffn.shared_gate is not None:
+                width = buffers.block_out.shape[1]
+                writer.builder.multiply(routed.shared_weight, buffers.block_out, width)
         if self._experts:
             accumulate = self._shared is not None
-            writer.experts(self._weights(), routed.choice, routed.pairs, accumulate=accumulate)
+            weigh_input = self._routing.weigh_input
+            writer.experts(
+                self._weights(), routed.choice, routed.pairs, accumulate=accumulate, weigh_input=weigh_input
+            )
         self.working = (begin, writer.mark())
 
     def _choose(self, writer: BlockWriter, routed: RoutedBuffers) -> None:
         routing, seen = self._routing, self._observed
-        shared = (routed.shared_score, routed.shared_weight) if routing.shared_neurons else None
-        writer.builder.route(routed.scores, routed.choice, normalized=routing.normalized, shared=shared)
+        gated = self._ffn.shared_gate is not None
+        writer.builder.route(
+            routed.scores,
+            routed.choice,
+            kind=routing.kind,
+            bias=self._ffn.choice_bias,
+            groups=routing.groups,
+            groups_used=routing.groups_used,
+            normalized=routing.normalized,
+            scale=routing.scale,
+            shared=(routed.shared_score, routed.shared_weight) if gated else None,
+        )
         counted = () if seen is None else (seen.counts, seen.gate_squares, seen.up_squares)
         writer.builder.count_experts(routed.choice, self._totals, *counted)
 
     def _weights(self) -> ExpertWeights:
         experts = [self._experts.get(index) for index in range(self._routing.experts)]
+        gate, up, down = self._ffn.biases
+        first, factor = (up, None) if self._ffn.gate is None else (gate, up)
         return ExpertWeights(
             [None if one is None else one.gate for one in experts],
-            [None if one is None else one.up for one in experts],
+            None if self._ffn.gate is None else [None if one is None else one.up for one in experts],
             [None if one is None else one.down for one in experts],
+            first,
+            factor,
+            down,
         )
 
     def hot_routes(self, count: int) -> list[Route]:

@@ -143,14 +143,21 @@ class Session:
         self._weights.forward([(self, tokens)])
         return len(tokens)
 
-    def rewind(self, position: int) -> None:
-        """Forget everything from ``position`` on."""
+    def rewind(self, position: int) -> int:
+        """Forget everything from ``position`` on, and all that is held where a recurrence, which cannot go
+        back, holds more; returns how many tokens are held then."""
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind to {position}: the cache holds {self.position} tokens")
+        if position != self.position and self._state.recurrent:
+            position = 0
+            for values in self._state.recurrent:
+                values[:] = 0
         self.position = position
+        return position
 
-    def copy_prefix(self, source: "Session", positions: int) -> None:
-        """Hold the first ``positions`` tokens of ``source``, bit for bit, in place of what was held.
+    def copy_prefix(self, source: "Session", positions: int) -> int:
+        """Hold the first ``positions`` tokens of ``source``, bit for bit, in place of what was held, or none
+        where a recurrence of ``source`` holds more; returns how many.
 
         Raises ValueError where ``source`` has fewer or is of other weights, ContextFull where they do not
         fit, ModelError where the two caches differ in type.
@@ -161,9 +168,12 @@ class Session:
             raise ContextFull(f"{positions} tokens do not fit in a context of {self.context}")
         if source.kv_type != self.kv_type:
             raise ModelError(f"a {source.kv_type} cache cannot be copied into one of type {self.kv_type}")
+        if positions != source.position and source._state.recurrent:
+            return self.rewind(0)
         if source is not self:
             self._state.copy_positions(source._state, positions)
         self.position = positions
+        return positions
 
     def fork(self, context: int | None = None) -> "Session":
         """A new session that holds the same tokens, of the same context unless told otherwise. Raises as

@@ -71,7 +71,10 @@ class StackWriter:
             scores="predicted" in modes or options.thresholds is not None,
         )
         self.builder = ProgramBuilder(options.batch)
-        here = [not self._attention_there(index) for index in range(model.hyper.layers)]
+        here = [
+            layer.attends is not None and not self._attention_there(index)
+            for index, layer in enumerate(model.layers)
+        ]
         self._slots = kv_slots(self.builder, model, options.context, here)
         self.tables = rope_tables(model.hyper, options.context, model.rope_factors)
         self.ops = ProgramOperations(
@@ -86,7 +89,7 @@ class StackWriter:
         self.stops: list[Stop] = []
         #: Whether, at the operation being written, the residual stream is on the device.
         self.away = False
-        self.routed = routed_buffers(model.hyper, self.buffers)
+        self.routed = routed_buffers(model.hyper, self.buffers, gated=model.spec.gated)
         self.ffn_ends: list[int] = []
         #: The FFN of each layer: a ColdFFN, or a RoutedFFN.
         self.laid: list[Laid] = []
@@ -101,8 +104,10 @@ class StackWriter:
         self.writer.embed(self._model)
         for index, layer in enumerate(self._model.layers):
             self.writer.layer = index
-            if isinstance(layer.ffn, ExpertsFFN):
-                self._write_routed(index, layer, layer.ffn)
+            if layer.feeds is None:
+                self._write_attention(index, layer)
+            elif isinstance(layer.feeds, ExpertsFFN):
+                self._write_routed(index, layer, layer.feeds)
             elif self.beside and self._attention_there(index) and self._hot_neurons(index):
                 self._write_there(index, self.beside)
             else:
@@ -131,9 +136,14 @@ class StackWriter:
             work = partial(self._routing.there, index, ffn, arrives)
         else:
             self._bring_back()
+            early = self._model.spec.early_router
+            if early:
+                ffn.write_router(writer, self.buffers.x, self.routed)
             self._write_attention(index, layer)
-            rounds = any(not matrix.row_type.is_float for matrix in (experts.gate, experts.up))
+            rounds = any(not matrix.row_type.is_float for matrix in experts.stacks[:-1])
             writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or (bool(hot) and rounds))
+            if not early:
+                ffn.write_router(writer, self.buffers.normed, self.routed)
             work = partial(self._routing.here, index, ffn)
         ffn.write(writer, self.buffers, self.routed)
         if hot or there:
@@ -207,13 +217,13 @@ class StackWriter:
         return self._options.observed[index] if self._options.observed else None
 
     def _write_attention(self, index: int, layer: LayerWeights) -> None:
-        if self._slots[index] is None:
+        if self._attention_there(index):
             assert self.beside is not None
             here, arrives = self.writer.mark(), not self.away
             self.stops.append(Stop(here, here, partial(self.beside.attention, index, arrives)))
             self.away = False
             return
-        self.writer.attention(index, layer.attention)
+        self.writer.mix(index, layer)
 
     def _bring_back(self) -> None:
         """From here on, the residual stream is needed outside the hot device."""

@@ -48,8 +48,9 @@ class TokenEngine(Protocol):
         """Logits after one more token, valid until the next call."""
         ...
 
-    def rewind(self, position: int) -> None:
-        """Forget the KV cache from `position` on."""
+    def rewind(self, position: int) -> int:
+        """Forget the KV cache from `position` on, or from an earlier one; returns how many tokens are
+        held."""
         ...
 
 
@@ -379,8 +380,7 @@ class Chat:
         pairs = zip(self._cached, ids[:-1], strict=False)  # the last token is needed anew for its logits
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         common = min(common, self._engine.position)
-        self._engine.rewind(common)
-        self._cached = self._cached[:common]
+        self._cached = self._cached[: self._engine.rewind(common)]
 
     def _ended(self, question: Message, generation: Generation) -> None:
         self._cached += generation.fed

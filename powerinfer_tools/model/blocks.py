@@ -11,8 +11,10 @@ from typing import Generic, TypeVar
 from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameters import Hyperparameters
-from powerinfer_tools.model.loading import AttentionWeights, Model
+from powerinfer_tools.model.latent import LatentWeights, latent_attention
+from powerinfer_tools.model.loading import AttentionWeights, LayerWeights, Model
 from powerinfer_tools.model.operations import Activation, Attention, Operations
+from powerinfer_tools.model.recurrent_blocks import recurrent
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
 V = TypeVar("V")
@@ -29,6 +31,7 @@ class FFN(Generic[W]):
     down: W
     bias: Vector | None = None
     down_bias: Vector | None = None
+    factor_bias: Vector | None = None
 
 
 def embedding(ops: Operations[V, Weight], model: Model) -> V:
@@ -51,6 +54,7 @@ def attention_of(hyper: Hyperparameters, layer: int, sinks: Vector | None = None
         softcap=hyper.attention_softcap,
         alibi=hyper.alibi,
         sinks=sinks,
+        value_dim=hyper.value_dim,
     )
 
 
@@ -70,6 +74,7 @@ def attention(
     value = ops.linear("value", normed, w.value, w.value_bias)
     if hyper.qkv_limit:
         query, key, value = (ops.clamp(part, hyper.qkv_limit) for part in (query, key, value))
+    gate = None if w.gate is None else ops.linear("attention_gate", normed, w.gate, w.gate_bias)
     if not spec.qk_norm_late:
         query, key = qk_normed(ops, spec, how, w, query, key, eps)
     if rope is not None:
@@ -78,8 +83,35 @@ def attention(
     if spec.qk_norm_late:
         query, key = qk_normed(ops, spec, how, w, query, key, eps)
     attended = ops.attend(query, key, value, how)
+    if gate is not None:
+        attended = ops.activate(gate, attended, Activation("sigmoid"))
     out = ops.linear("block_out", attended, w.output, w.output_bias)
     return post_normed(ops, out, w.post_norm, eps)
+
+
+def mix(
+    ops: Operations[V, Weight],
+    spec: ArchitectureSpec,
+    hyper: Hyperparameters,
+    layer: int,
+    w: LayerWeights,
+    x: V,
+) -> V:
+    """The residual stream after what mixes the tokens of ``layer``: attention, a recurrent block, both
+    beside each other, or nothing."""
+    eps, rope, out, beside = hyper.norm_eps, hyper.facts[layer].rope, None, None
+    if isinstance(w.attends, LatentWeights):
+        assert rope is not None
+        out = latent_attention(ops, attention_of(hyper, layer), rope, eps, w.attends, x)
+    elif w.attends is not None:
+        out = attention(ops, spec, hyper, layer, w.attends, x)
+    if w.recurs is not None:
+        normed = ops.norm("attention_input", x, w.recurs.norm, eps)
+        beside = recurrent(ops, w.recurs.mixer, normed, eps)
+    for part in (out, beside):
+        if part is not None:
+            x = ops.join(x, part, hyper.residual_scale)
+    return x
 
 
 def qk_normed(
@@ -107,23 +139,31 @@ def ffn_input(ops: Operations[V, W], norm: Norm | None, eps: float, x: V) -> V:
 def ffn(ops: Operations[V, W], how: Activation, w: FFN[W], normed: V, out: str = "block_out") -> V:
     """A dense FFN, or an expert: down · (act(first · x + bias) · (factor · x)) + down_bias."""
     gate = ops.linear("gate", normed, w.first, w.bias)
-    up = None if w.factor is None else ops.linear("up", normed, w.factor)
+    up = None if w.factor is None else ops.linear("up", normed, w.factor, w.factor_bias)
     return ops.linear(out, ops.activate(gate, up, how), w.down, w.down_bias)
 
 
-def experts(ops: Operations[V, Weight], hyper: Hyperparameters, w: ExpertsFFN, normed: V) -> V:
-    """The router, the experts that it chooses, and the one that every token takes, times a sigmoid."""
+def experts(ops: Operations[V, Weight], hyper: Hyperparameters, w: ExpertsFFN, normed: V, routed_by: V) -> V:
+    """The router, which reads ``routed_by``, the experts that it chooses, and the one that every token takes,
+    times a sigmoid where it has a gate."""
     routing, how = hyper.routing, activation_of(hyper)
     assert routing is not None
 
     def expert(index: int, x: V) -> V:
-        return ffn(ops, how, dense_of(w.expert(index)), x, "expert_out")
+        biases = [None if one is None else one[index] for one in w.biases]
+        first, factor = (biases[1], None) if w.gate is None else (biases[0], biases[1])
+        part = w.expert(index)
+        weights = FFN(part.first, part.factor, part.down, first, biases[2], factor)
+        return ffn(ops, how, weights, x, "expert_out")
 
-    out = ops.experts(ops.linear("scores", normed, w.router), normed, routing, expert)
-    if w.shared is None or w.shared_gate is None:
+    scores = ops.linear("scores", routed_by, w.router, w.router_bias)
+    out = ops.experts(scores, normed, routing, expert, w.choice_bias)
+    if w.shared is None:
         return out
     shared = ffn(ops, how, dense_of(w.shared), normed, "shared_out")
-    return ops.join(out, ops.weigh(shared, ops.linear("shared_score", normed, w.shared_gate)))
+    if w.shared_gate is not None:
+        shared = ops.weigh(shared, ops.linear("shared_score", normed, w.shared_gate))
+    return ops.join(out, shared)
 
 
 def dense_of(w: DenseFFN, bias: Vector | None = None, down_bias: Vector | None = None) -> FFN[Weight]:

@@ -6,7 +6,7 @@ from functools import cached_property
 from powerinfer_formats.split_experts import SplitExperts, experts_name, source_name
 from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.hyperparameters import Hyperparameters
-from powerinfer_tools.model.tensors import Stack, Tensors, Weight
+from powerinfer_tools.model.tensors import Stack, Table, Tensors, Vector, Weight
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,33 @@ class ExpertPlaces:
 class ExpertsFFN:
     """The experts of one layer: ``router`` (experts, width), by the experts' numbers; the rows of all experts
     one after the other, in the order of ``places`` where there are some, in ``gate`` and ``up``
-    (experts · neurons, width) and ``down`` (experts · width, neurons). ``shared`` is the expert that every
-    token takes, times the sigmoid of ``shared_gate`` (1, width)."""
+    (experts · neurons, width; no gate: act(up)) and ``down`` (experts · width, neurons). ``shared`` is the
+    expert that every token takes, times the sigmoid of ``shared_gate`` (1, width), where there is one.
+    ``router_bias`` (experts,) is added to scores, ``choice_bias`` to what experts are chosen by, and not to
+    their weights; ``biases`` of gate, up and down (experts, rows) to each expert's products."""
 
     router: Weight
-    gate: Stack
+    gate: Stack | None
     up: Stack
     down: Stack
     shared: DenseFFN | None
     shared_gate: Weight | None
     places: ExpertPlaces | None = None
+    router_bias: Vector | None = None
+    choice_bias: Vector | None = None
+    biases: tuple[Table | None, Table | None, Table | None] = (None, None, None)
 
     @property
-    def stacks(self) -> tuple[Stack, Stack, Stack]:
-        """Gate, up and down of all experts."""
-        return self.gate, self.up, self.down
+    def stacks(self) -> tuple[Stack, ...]:
+        """Gate, where there is one, up and down of all experts."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
     def expert(self, index: int) -> DenseFFN:
         """The expert of that number, as views."""
         count = self.router.rows
         position = index if self.places is None else self.places.positions[index]
-        gate, up, down = (stack.matrix(f"expert {index}", position, count) for stack in self.stacks)
-        return DenseFFN(gate, up, down)
+        *gate, up, down = (stack.matrix(f"expert {index}", position, count) for stack in self.stacks)
+        return DenseFFN(gate[0] if gate else None, up, down)
 
 
 def read_ffn(
@@ -87,25 +92,60 @@ def read_ffn(
     Raises FormatError for tensors that are missing or of another shape or type, ModelError for those of
     another family.
     """
-    if hyper.routing is None:
+    if hyper.facts[index].ffn == "dense":
         return _dense_ffn(tensors, spec, hyper, f"blk.{index}")
+    assert hyper.routing is not None
     prefix, routing, width = f"blk.{index}", hyper.routing, hyper.width
     experts, neurons, shared = routing.experts, hyper.neurons, routing.shared_neurons
     name = source_name if split is None else experts_name
+    names = (name(index, "gate"), name(index, "up"))
+    gate, up = _gate_and_up(tensors, spec, names, (experts, neurons, width))
+    optional = tensors.optional if spec.gated_biases else tensors.absent
     return ExpertsFFN(
         router=tensors.matrix(f"{prefix}.ffn_gate_inp.weight", experts, width),
-        gate=tensors.stack(name(index, "gate"), experts, neurons, width),
-        up=tensors.stack(name(index, "up"), experts, neurons, width),
+        gate=gate,
+        up=up,
         down=tensors.stack(name(index, "down"), experts, width, neurons),
-        shared=_shared_expert(tensors, prefix, shared, width) if shared else None,
-        shared_gate=tensors.row(f"{prefix}.ffn_gate_inp_shexp.weight", width) if shared else None,
+        shared=_shared_expert(tensors, spec, prefix, shared, width) if shared else None,
+        shared_gate=tensors.row(f"{prefix}.ffn_gate_inp_shexp.weight", width)
+        if shared and tensors.has(f"{prefix}.ffn_gate_inp_shexp.weight")
+        else None,
         places=None if split is None else _places(split, index),
+        router_bias=optional(f"{prefix}.ffn_gate_inp.bias", experts),
+        choice_bias=tensors.optional(f"{prefix}.exp_probs_b.bias", experts),
+        biases=_expert_biases(tensors, spec, prefix, experts, (neurons, neurons, width)),
     )
 
 
-def _shared_expert(tensors: Tensors, prefix: str, neurons: int, width: int) -> DenseFFN:
+def _expert_biases(
+    tensors: Tensors, spec: ArchitectureSpec, prefix: str, experts: int, rows: tuple[int, int, int]
+) -> tuple[Table | None, Table | None, Table | None]:
+    names = [f"{prefix}.ffn_{kind}_exps.bias" for kind in ("gate", "up", "down")]
+    gate, up, down = (
+        tensors.table(name, (experts, size)) if spec.gated_biases and tensors.has(name) else None
+        for name, size in zip(names, rows, strict=True)
+    )
+    return gate, up, down
+
+
+def _gate_and_up(
+    tensors: Tensors, spec: ArchitectureSpec, names: tuple[str, str], sizes: tuple[int, int, int]
+) -> tuple[Stack | None, Stack]:
+    """Of all experts; some files have the rows of both in one tensor, those of gate first."""
+    experts, neurons, width = sizes
+    together = names[1].replace("up", "gate_up")
+    if tensors.has(together):
+        both = tensors.stack(together, experts, 2 * neurons, width)
+        return both.halves(experts)
+    gate = tensors.stack(names[0], experts, neurons, width) if spec.gated else None
+    return gate, tensors.stack(names[1], experts, neurons, width)
+
+
+def _shared_expert(
+    tensors: Tensors, spec: ArchitectureSpec, prefix: str, neurons: int, width: int
+) -> DenseFFN:
     return DenseFFN(
-        tensors.matrix(f"{prefix}.ffn_gate_shexp.weight", neurons, width),
+        tensors.matrix(f"{prefix}.ffn_gate_shexp.weight", neurons, width) if spec.gated else None,
         tensors.matrix(f"{prefix}.ffn_up_shexp.weight", neurons, width),
         tensors.matrix(f"{prefix}.ffn_down_shexp.weight", width, neurons),
     )
@@ -117,18 +157,19 @@ def _places(split: SplitExperts, index: int) -> ExpertPlaces:
 
 
 def _dense_ffn(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> DenseFFN:
+    neurons = hyper.dense_neurons or hyper.neurons
     gate = f"{prefix}.ffn_gate.weight"
     if spec.fused_gate:
-        fused = tensors.matrix(f"{prefix}.ffn_up.weight", 2 * hyper.neurons, hyper.width)
+        fused = tensors.matrix(f"{prefix}.ffn_up.weight", 2 * neurons, hyper.width)
         return DenseFFN(
-            gate=fused.part("gate", 0, hyper.neurons),
-            up=fused.part("up", hyper.neurons, hyper.neurons),
-            down=tensors.matrix(f"{prefix}.ffn_down.weight", hyper.width, hyper.neurons),
+            gate=fused.part("gate", 0, neurons),
+            up=fused.part("up", neurons, neurons),
+            down=tensors.matrix(f"{prefix}.ffn_down.weight", hyper.width, neurons),
         )
     if not spec.gated:
-        tensors.absent(gate, hyper.neurons)
+        tensors.absent(gate, neurons)
     return DenseFFN(
-        gate=tensors.matrix(gate, hyper.neurons, hyper.width) if spec.gated else None,
-        up=tensors.matrix(f"{prefix}.ffn_up.weight", hyper.neurons, hyper.width),
-        down=tensors.matrix(f"{prefix}.ffn_down.weight", hyper.width, hyper.neurons),
+        gate=tensors.matrix(gate, neurons, hyper.width) if spec.gated else None,
+        up=tensors.matrix(f"{prefix}.ffn_up.weight", neurons, hyper.width),
+        down=tensors.matrix(f"{prefix}.ffn_down.weight", hyper.width, neurons),
     )

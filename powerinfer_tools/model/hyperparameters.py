@@ -41,6 +41,35 @@ class Rope:
     original: int = 0
 
 
+#: What mixes the tokens of a layer: "both" beside each other, or nothing.
+Mixer = Literal["attention", "recurrent", "both", "none"]
+
+
+@dataclass(frozen=True)
+class RecurrentSizes:
+    """Sizes of recurrent layers: ``length`` of the convolution, ``inner`` width, values of ``state`` per
+    channel, ``heads`` (of a selective scan: the rank of its steps), ``groups`` that share what enters."""
+
+    length: int
+    inner: int
+    state: int
+    heads: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class LatentSizes:
+    """Multi-head latent attention (arXiv 2405.04434): ``rank`` of keys and values together, ``query_rank``
+    (0: queries have full rank), ``plain`` values of a head without and ``rotary`` with positions, and
+    ``value`` values of a head's result."""
+
+    rank: int
+    query_rank: int
+    plain: int
+    rotary: int
+    value: int
+
+
 @dataclass(frozen=True)
 class LayerFacts:
     """In what a layer differs from others: ``window`` is how many positions attention looks back (0: all of
@@ -48,19 +77,34 @@ class LayerFacts:
 
     window: int
     rope: Rope | None
-    mixer: Literal["attention"] = "attention"
-    ffn: Literal["dense", "experts"] = "dense"
+    mixer: Mixer = "attention"
+    ffn: Literal["dense", "experts", "none"] = "dense"
 
 
 @dataclass(frozen=True)
 class Routing:
     """Experts of a layer: how many there are and how many a token takes; ``normalized``: the weights of those
-    are divided by their sum. ``shared_neurons``: of the expert that every token takes (0: there is none)."""
+    are divided by their sum. ``shared_neurons``: of the expert that every token takes (0: there is none).
+
+    ``kind``: weights are the softmax or the sigmoids of scores; times ``scale``. Experts are chosen among
+    those of the ``groups_used`` best of ``groups``. ``weigh_input``: each expert reads weight · x, and its
+    output counts as it is.
+    """
 
     experts: int
     used: int
     normalized: bool
     shared_neurons: int
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    scale: float = 1.0
+    groups: int = 1
+    groups_used: int = 1
+    weigh_input: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the router is of the kind that all stages know: a softmax, and nothing else."""
+        return self == Routing(self.experts, self.used, self.normalized, self.shared_neurons)
 
     @property
     def share(self) -> float:
@@ -75,8 +119,9 @@ class Hyperparameters:
 
     ``facts`` has what differs between layers. ``parallel``: attention and FFN read the same residual stream;
     what they add is times ``residual_scale``. ``qkv_limit`` clamps queries, keys and values, ``alibi`` is the
-    largest bias of scores (0: none). ``*_softcap`` are 0 when unused. ``activation_cut`` is what a
-    gate must be above with fatrelu (0 with others).
+    largest bias of scores (0: none). ``*_softcap`` are 0 when unused. ``activation_cut`` is what a gate must
+    be above with fatrelu, and the largest gate with swiglu_oai (0 with others). ``dense_neurons`` are those
+    of FFNs in layers without experts, where others have some.
     """
 
     layers: int
@@ -101,6 +146,10 @@ class Hyperparameters:
     activation: str
     activation_cut: float
     routing: Routing | None
+    recurrent: RecurrentSizes | None
+    dense_neurons: int
+    value_dim: int
+    latent: LatentSizes | None
 
     @property
     def query_width(self) -> int:
@@ -111,6 +160,11 @@ class Hyperparameters:
     def kv_width(self) -> int:
         """Width of all key (or value) heads together."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Width of all value heads together."""
+        return self.kv_heads * self.value_dim
 
     @property
     def rope_dim(self) -> int:
@@ -141,24 +195,29 @@ def read_hyperparameters(
     routing = _routing(keys, spec)
     layers = keys.integer("block_count", high=4096)
     width = keys.integer("embedding_length", high=1 << 20)
-    heads = keys.integer("attention.head_count", high=4096)
-    kv_heads = keys.integer("attention.head_count_kv", heads, high=4096)
+    mixers = _mixers(keys, spec, layers)
+    heads, kv_heads = _heads(keys, spec, layers)
     if heads % kv_heads:
         raise ModelError(f"{keys.file}: {heads} attention heads are not a multiple of {kv_heads} key heads")
-    head_dim = _head_dim(keys, width, heads)
+    head_dim = _head_dim(keys, spec, width, heads)
+    latent = _latent_sizes(keys) if spec.latent else None
+    if latent is not None:
+        kv_heads, head_dim = 1, latent.rank + latent.rotary
     hyper = Hyperparameters(
         layers=layers,
         width=width,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        neurons=_neurons(keys, spec, routing),
+        neurons=_neurons(keys, spec, routing, layers),
         vocabulary=vocabulary,
         trained_context=_trained_context(keys, spec, positions),
         norm_eps=_norm_eps(keys, spec),
-        facts=_facts(keys, spec, layers, head_dim, routed=routing is not None),
+        facts=_facts(keys, spec, mixers, head_dim, routed=routing is not None),
         parallel=_parallel(keys, spec),
-        attention_scale=_attention_scale(keys, spec, layers, width, heads, head_dim),
+        attention_scale=_attention_scale(keys, spec, layers, width, heads, head_dim)
+        if latent is None
+        else _latent_scale(keys, latent),
         attention_softcap=keys.real("attn_logit_softcapping", 0.0),
         qkv_limit=keys.real("attention.clamp_kqv", 0.0) if spec.clamped_qkv else 0.0,
         alibi=_alibi(keys, spec, layers),
@@ -169,6 +228,10 @@ def read_hyperparameters(
         activation=(activation := _activation(gguf, spec)),
         activation_cut=_activation_cut(gguf, activation),
         routing=routing,
+        recurrent=_recurrent_sizes(keys, spec, width),
+        value_dim=head_dim if latent is None else latent.rank,
+        latent=latent,
+        dense_neurons=keys.positive("feed_forward_length", layers, 1) if routing is not None else 0,
     )
     keys.refuse_unread()
     return hyper
@@ -201,9 +264,88 @@ def _embedding_scale(keys: Keys, spec: ArchitectureSpec, width: int) -> float:
     return math.sqrt(width) if spec.scaled_embeddings else 1.0
 
 
+def _mixers(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[Mixer, ...]:
+    """What mixes tokens in each layer: the file lists recurrent layers, gives them no key heads, or leaves
+    attention to every p-th layer."""
+    only: Mixer = "attention"
+    if spec.recurrent == "none":
+        return (only,) * layers
+    listed = keys.raw("attention.recurrent_layers")
+    if spec.recurrent_layers != "listed":
+        only = "recurrent" if spec.recurrent_layers == "all" else "both"
+        return (only,) * layers
+    key_heads = keys.raw("attention.head_count_kv")
+    period = keys.integer("full_attention_interval", 4, low=1, high=4096)
+    if isinstance(listed, np.ndarray):
+        recurs = [bool(one) for one in keys.integers("attention.recurrent_layers", layers, low=0, high=1)]
+    elif isinstance(key_heads, np.ndarray):
+        recurs = [one == 0 for one in keys.integers("attention.head_count_kv", layers, low=0, high=4096)]
+    else:
+        recurs = [(index + 1) % period != 0 for index in range(layers)]
+    feeds, mixers = _feeds(keys, spec, layers), list[Mixer]()
+    for recurrent, feed in zip(recurs, feeds, strict=True):
+        if spec.single_blocks and feed:
+            mixers.append("none")
+        else:
+            mixers.append("recurrent" if recurrent else "attention")
+    return tuple(mixers)
+
+
+def _feeds(keys: Keys, spec: ArchitectureSpec, layers: int) -> list[bool]:
+    """Which layers have an FFN; of single blocks, those alone that are nothing else."""
+    if not spec.single_blocks:
+        return [True] * layers
+    if spec.recurrent_layers == "all":
+        return [False] * layers
+    return [size > 0 for size in keys.integers("feed_forward_length", layers, low=0, high=1 << 22)]
+
+
+def _heads(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[int, int]:
+    """Heads of queries and of keys, in the layers with attention. A family without any has one of two
+    values, which nothing is computed with."""
+    if spec.recurrent == "none":
+        heads = keys.integer("attention.head_count", high=4096)
+        return heads, keys.integer("attention.head_count_kv", heads, high=4096)
+    if spec.recurrent_layers == "all":
+        keys.ignore("attention.head_count", "attention.head_count_kv")
+        return 1, 1
+    heads = keys.positive("attention.head_count", layers)
+    return heads, keys.positive("attention.head_count_kv", layers, heads)
+
+
+def _recurrent_sizes(keys: Keys, spec: ArchitectureSpec, width: int) -> RecurrentSizes | None:
+    kind = spec.recurrent
+    if kind == "none":
+        return None
+    if kind == "short convolution":
+        return RecurrentSizes(keys.integer("shortconv.l_cache", low=2, high=64), width, 0, 1, 1)
+    inner = keys.integer("ssm.inner_size", high=1 << 20)
+    sizes = RecurrentSizes(
+        length=keys.integer("ssm.conv_kernel", low=2, high=64),
+        inner=inner,
+        state=keys.integer("ssm.state_size", high=1 << 12),
+        heads=keys.integer("ssm.time_step_rank", high=inner),
+        groups=1 if kind == "selective scan" else keys.integer("ssm.group_count", 1, high=inner),
+    )
+    if kind == "selective scan":
+        keys.ignore("ssm.group_count")
+    elif inner % sizes.heads or sizes.heads % sizes.groups:
+        raise ModelError(
+            f"{keys.file}: {sizes.heads} recurrent heads in {sizes.groups} groups do not divide {inner} "
+            "values"
+        )
+    return sizes
+
+
 def _facts(
-    keys: Keys, spec: ArchitectureSpec, layers: int, head_dim: int, *, routed: bool
+    keys: Keys, spec: ArchitectureSpec, mixers: Sequence[Mixer], head_dim: int, *, routed: bool
 ) -> tuple[LayerFacts, ...]:
+    layers = len(mixers)
+    feeds = _feeds(keys, spec, layers)
+    first = keys.integer("leading_dense_block_count", 0, low=0, high=layers) if routed else 0
+    step = keys.integer("interleave_moe_layer_step", 1, low=0, high=layers) or 1
+    if "blk.0.ffn_gate_inp.weight" in keys.gguf.tensors:
+        first = 0  # as files of some families have experts in layers that they count as dense
     windows = _windows(keys, spec, layers)
     wide, local = _ropes(keys, spec, head_dim, local=any(windows))
     windowed = spec.rope_in_windows_alone and any(windows)
@@ -211,9 +353,14 @@ def _facts(
         LayerFacts(
             window=window,
             rope=(local if window else wide) if rotated and (window or not windowed) else None,
-            ffn="experts" if routed else "dense",
+            mixer=mixer,
+            ffn=("experts" if routed and index >= first and (index + 1) % step == 0 else "dense")
+            if feed
+            else "none",
         )
-        for window, rotated in zip(windows, _rotated(keys, spec, layers), strict=True)
+        for index, (window, rotated, mixer, feed) in enumerate(
+            zip(windows, _rotated(keys, spec, layers), mixers, feeds, strict=True)
+        )
     )
 
 
@@ -223,7 +370,8 @@ def _rotated(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[bool]:
         return (False,) * layers
     if isinstance(keys.raw("attention.rope_pattern"), np.ndarray):
         return [bool(value) for value in keys.integers("attention.rope_pattern", layers, low=0, high=1)]
-    if keys.integer("attention.rope_pattern", 1, low=0, high=1) == 0:
+    switched = spec.rope_switch and not keys.flag("rope.scaling.finetuned", default=True)
+    if switched or keys.integer("attention.rope_pattern", 1, low=0, high=1) == 0:
         return (False,) * layers
     period = spec.no_rope_period
     return [not period or index % period != period - 1 for index in range(layers)]
@@ -240,13 +388,15 @@ def _ropes(
         )
         return None, None
     style = spec.rope_style
-    if isinstance(sections, np.ndarray) and sections.any() and style == "norm":
+    if isinstance(sections, np.ndarray) and sections.any() and style == "norm" and not spec.plain_sections:
         if not spec.halves_with_sections:
             raise ModelError(f"{keys.name('rope.dimension_sections')} is not supported for this architecture")
         style = "neox"
     dim = _rope_dim(keys, "rope.dimension_count", head_dim, head_dim)
     base = keys.real("rope.freq_base", spec.default_rope_base, low=1.0)
     wide = _scaled(keys, Rope(style, dim, base))
+    if spec.latent:
+        wide = replace(wide, magnitude=1.0)
     local_dim = _rope_dim(keys, "rope.dimension_count_swa", head_dim, dim)
     local_base = keys.real("rope.freq_base_swa", spec.local_rope_base or base, low=1.0)
     if not local:
@@ -259,24 +409,57 @@ def _ropes(
 def _routing(keys: Keys, spec: ArchitectureSpec) -> Routing | None:
     experts = keys.integer("expert_count", 0, low=0, high=4096)
     if not experts:
-        keys.ignore("router_logit_softcapping")
+        keys.ignore("router_logit_softcapping", "leading_dense_block_count")
         return None
     if not spec.routed:
         raise ModelError(
             f"{keys.file}: mixtures of experts of the architecture {spec.name} are not supported"
         )
+    groups = keys.integer("expert_group_count", 1, low=0, high=experts) or 1
+    groups_used = keys.integer("expert_group_used_count", groups, low=0, high=groups) or groups
+    used = keys.integer("expert_used_count", high=experts)
+    if experts % groups or experts // groups * groups_used < used:
+        raise ModelError(
+            f"{keys.file}: {used} experts cannot be chosen in {groups_used} of {groups} groups of {experts}"
+        )
     return Routing(
         experts=experts,
-        used=keys.integer("expert_used_count", high=experts),
+        used=used,
         normalized=keys.flag("expert_weights_norm", default=spec.expert_weights_norm),
-        shared_neurons=keys.integer("expert_shared_feed_forward_length", high=1 << 22)
-        if spec.shared_expert
-        else 0,
+        shared_neurons=_shared_neurons(keys) if spec.shared_expert else 0,
+        kind=_router_kind(keys, spec),
+        scale=keys.factor("expert_weights_scale"),
+        groups=groups,
+        groups_used=groups_used,
+        weigh_input=spec.weigh_input,
     )
 
 
-def _neurons(keys: Keys, spec: ArchitectureSpec, routing: Routing | None) -> int:
+def _shared_neurons(keys: Keys) -> int:
+    """Of the expert that every token takes: files say it, or how many routed ones it is as large as."""
+    count = keys.integer("expert_shared_count", 0, low=0, high=1 << 10)
+    given = keys.integer("expert_shared_feed_forward_length", 0, low=0, high=1 << 22)
+    return given or count * keys.integer("expert_feed_forward_length", high=1 << 22)
+
+
+def _router_kind(keys: Keys, spec: ArchitectureSpec) -> Literal["softmax", "sigmoid"]:
+    """llama.cpp's numbers; 0 and a missing one mean softmax, and 3 the softmax over the chosen experts."""
+    if spec.router != "file":
+        keys.ignore("expert_gating_func")
+        return spec.router
+    number = keys.integer("expert_gating_func", 0, low=0, high=4)
+    if number > 2:
+        raise ModelError(f"{keys.name('expert_gating_func')} is {number}, which is not supported")
+    return "sigmoid" if number == 2 else "softmax"
+
+
+def _neurons(keys: Keys, spec: ArchitectureSpec, routing: Routing | None, layers: int) -> int:
     """Mixtral's files say the size of an expert as that of an FFN."""
+    if spec.recurrent_layers == "all":
+        keys.ignore("feed_forward_length")
+        return 1  # of no FFN at all
+    if spec.single_blocks and routing is None:
+        return keys.positive("feed_forward_length", layers)
     if routing is not None:
         neurons = keys.integer("expert_feed_forward_length", 0, low=0, high=1 << 22)
         if neurons:
@@ -299,13 +482,43 @@ def _trained_context(keys: Keys, spec: ArchitectureSpec, positions: int) -> int:
 
 def _norm_eps(keys: Keys, spec: ArchitectureSpec) -> float:
     if spec.norm == "rms":
+        keys.ignore("attention.layer_norm_epsilon")  # of norms that the family has not
         default = () if spec.default_norm_eps is None else (spec.default_norm_eps,)
         return keys.real("attention.layer_norm_rms_epsilon", *default, high=1.0)
     # PowerInfer's OPT files leave it out; this is torch's default, with which OPT was made.
     return keys.real("attention.layer_norm_epsilon", 1e-5, high=1.0)
 
 
-def _head_dim(keys: Keys, width: int, heads: int) -> int:
+def _latent_sizes(keys: Keys) -> LatentSizes:
+    """Files from before keys and values were one tensor of low rank a head lack the sizes."""
+    rotary = keys.integer("rope.dimension_count", high=1 << 10)
+    key = keys.integer("attention.key_length_mla", 0, low=0, high=1 << 12)
+    if key <= rotary or rotary % 2:
+        keys.refuse("files without attention.key_length_mla are not supported; convert the model anew")
+    return LatentSizes(
+        rank=keys.integer("attention.kv_lora_rank", high=1 << 12),
+        query_rank=keys.integer("attention.q_lora_rank", 0, low=0, high=1 << 14),
+        plain=key - rotary,
+        rotary=rotary,
+        value=keys.integer("attention.value_length_mla", high=1 << 12),
+    )
+
+
+def _latent_scale(keys: Keys, latent: LatentSizes) -> float:
+    """1 / √(a head's keys), and with YaRN times the square of what it does to the magnitude of positions,
+    which these families leave to the scores."""
+    factor = keys.real("rope.scaling.factor", 0.0) or 1.0
+    magnitude = 1.0 + keys.real("rope.scaling.yarn_log_multiplier", 0.0) * math.log(max(factor, 1.0))
+    return magnitude * magnitude / math.sqrt(latent.plain + latent.rotary)
+
+
+def _head_dim(keys: Keys, spec: ArchitectureSpec, width: int, heads: int) -> int:
+    if spec.latent:
+        keys.ignore(*(f"attention.{kind}_length{end}" for kind in ("key", "value") for end in ("", "_swa")))
+        return 1024  # what heads of low rank are wide is known by other keys
+    if spec.recurrent_layers == "all":
+        keys.ignore(*(f"attention.{kind}_length{end}" for kind in ("key", "value") for end in ("", "_swa")))
+        return 2
     head_dim = keys.integer("attention.key_length", 0, low=0, high=1 << 14)
     if not head_dim:
         if width % heads:
@@ -404,6 +617,8 @@ def _activation(gguf: ModelSource, spec: ArchitectureSpec) -> str:
 
 
 def _activation_cut(gguf: ModelSource, activation: str) -> float:
+    if activation == "swiglu_oai":
+        return 7.0
     if activation != "fatrelu":
         return 0.0
     cut = gguf.get("powerinfer.activation_threshold", float)

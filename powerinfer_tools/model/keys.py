@@ -125,10 +125,21 @@ class Keys:
                 raise ModelError(f"{self.name(key)} holds {one}; it must be from {low} to {high}")
         return [int(one) for one in value]
 
+    def positive(self, key: str, layers: int, default: Any = _MISSING) -> int:
+        """The one integer that all of ``layers`` layers have that do not have 0."""
+        values = set(self.integers(key, layers, default, low=0, high=1 << 22)) - {0}
+        if len(values) != 1:
+            self.refuse(f"{self.prefix}.{key} has {len(values)} different values above 0, not one")
+        return values.pop()
+
     def raw(self, key: str) -> object:
         """The value as it is, None where it is missing."""
         self._read.add(key)
         return self.gguf.metadata.get(f"{self.prefix}.{key}")
+
+    def refuse(self, why: str) -> None:
+        """Raise ModelError."""
+        raise ModelError(f"{self.file}: {why}")
 
     def ignore(self, *keys: str) -> None:
         """Count ``keys`` as read: they say nothing here."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.split import SplitFile, SplitLayer, is_split
@@ -19,7 +21,9 @@ from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.architectures import RELU_FAMILY, ArchitectureSpec, architecture
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN, read_ffn
 from powerinfer_tools.model.hyperparameters import Hyperparameters, read_hyperparameters
+from powerinfer_tools.model.latent import LatentWeights, read_latent
 from powerinfer_tools.model.original import is_original, read_original
+from powerinfer_tools.model.recurrent import Recurrent, read_recurrent
 from powerinfer_tools.model.rotary import RopeFactors
 from powerinfer_tools.model.sources import open_source
 from powerinfer_tools.model.tensors import MATRIX_TYPES, Norm, Tensors, Vector, Weight
@@ -41,24 +45,49 @@ class AttentionWeights:
     query_norm: Norm | None
     key_norm: Norm | None
     post_norm: Norm | None
+    gate: Weight | None = None
+    gate_bias: Vector | None = None
     sinks: Vector | None = None
+
+
+@dataclass(frozen=True)
+class RecurrentWeights:
+    """What mixes tokens in one layer without attention, or beside it."""
+
+    norm: Norm
+    mixer: Recurrent
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """All weights of one layer. ``ffn`` is a :class:`DenseFFN` or :class:`ExpertsFFN`, or a layer of a split
-    file.
+    file. A layer without attention has no ``attends``, one without FFN no ``feeds``; whoever knows that it
+    has one asks for ``attention`` or ``ffn``.
 
-    ``ffn_bias`` is added to what the activation reads, one value per neuron in the order of ``ffn``;
-    ``ffn_down_bias`` to the output.
+    ``ffn_bias`` is added to what the activation reads, one value per neuron in the order of ``ffn``,
+    ``ffn_factor_bias`` to the products with up of a gated FFN, ``ffn_down_bias`` to the output.
     """
 
-    attention: AttentionWeights
+    attends: AttentionWeights | LatentWeights | None
     ffn_norm: Norm | None
-    ffn: DenseFFN | ExpertsFFN | SplitLayer
+    feeds: DenseFFN | ExpertsFFN | SplitLayer | None
     ffn_bias: Vector | None
     ffn_down_bias: Vector | None
     ffn_post_norm: Norm | None
+    recurs: RecurrentWeights | None = None
+    ffn_factor_bias: Vector | None = None
+
+    @property
+    def attention(self) -> AttentionWeights:
+        """The attention, of a layer that has one."""
+        assert isinstance(self.attends, AttentionWeights)
+        return self.attends
+
+    @property
+    def ffn(self) -> DenseFFN | ExpertsFFN | SplitLayer:
+        """The FFN, of a layer that has one."""
+        assert self.feeds is not None
+        return self.feeds
 
     @property
     def source_ffn(self) -> DenseFFN:
@@ -135,8 +164,31 @@ class Model:
         """Whether the activation makes exact zeros, so that skipping neurons changes nothing."""
         return self.hyper.activation in RELU_FAMILY
 
+    def require_plain(self, error: type[Exception], stage: str) -> None:
+        """Raise ``error`` for a model with something that ``stage`` does not know, and name it."""
+        hyper, routing = self.hyper, self.hyper.routing
+        what = {
+            "recurrent layers": hyper.recurrent is not None,
+            "latent attention": hyper.latent is not None,
+            "attention sinks": self.spec.sinks,
+            "routers that read a layer's input": self.spec.early_router,
+            "gates of attention": self.spec.gated_attention,
+            "scaled residuals": hyper.residual_scale != 1.0,
+            "this kind of router": routing is not None and not routing.plain,
+            "dense layers beside experts": routing is not None and self._mixed,
+            "biases of gated FFNs": self.spec.gated_biases,
+        }
+        for name, there in what.items():
+            if there:
+                raise error(f"{self.path}: {stage} does not take models with {name}; run, eval and bench do")
+
+    @property
+    def _mixed(self) -> bool:
+        return any(facts.ffn != "experts" for facts in self.hyper.facts)
+
     def require_one_ffn(self, error: type[Exception], stage: str) -> None:
-        """Raise ``error`` for a model with experts, which ``stage`` does not take."""
+        """Raise ``error`` for a model with experts, or with what :meth:`require_plain` names."""
+        self.require_plain(error, stage)
         if self.hyper.routing is not None:
             raise error(
                 f"{self.path}: {stage} does not take mixtures of experts, of which a token computes "
@@ -269,27 +321,56 @@ def _layer(
     index: int,
 ) -> LayerWeights:
     prefix = f"blk.{index}"
-    ffn_bias = tensors.absent if spec.gated else tensors.optional
+    ffn_bias = tensors.absent if spec.gated and not spec.gated_biases else tensors.optional
     up_bias = ffn_bias(f"{prefix}.ffn_up.bias", hyper.neurons)
+    first_bias, factor_bias = up_bias, None
+    if spec.gated:
+        first_bias, factor_bias = ffn_bias(f"{prefix}.ffn_gate.bias", hyper.neurons), up_bias
+    facts, feeds = hyper.facts[index], None
+    if facts.ffn != "none":
+        feeds = split.layer(index) if split else read_ffn(tensors, spec, hyper, index, split_experts)
     return LayerWeights(
-        attention=_attention(tensors, spec, hyper, prefix),
-        ffn_norm=_ffn_norm(tensors, spec, hyper, prefix),
-        ffn=split.layer(index) if split else read_ffn(tensors, spec, hyper, index, split_experts),
-        ffn_bias=split.layer(index).bias if split else up_bias,
+        attends=_attends(tensors, spec, hyper, prefix) if facts.mixer in ("attention", "both") else None,
+        ffn_norm=_ffn_norm(tensors, spec, hyper, prefix, alone=feeds is None),
+        feeds=feeds,
+        ffn_bias=split.layer(index).bias if split else first_bias,
+        ffn_factor_bias=factor_bias,
         ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
         ffn_post_norm=tensors.optional_norm(
             spec, f"{prefix}.post_ffw_norm", hyper.width, wanted=spec.post_norms
         ),
+        recurs=_recurrent(tensors, spec, hyper, prefix) if facts.mixer in ("recurrent", "both") else None,
     )
 
 
-def _ffn_norm(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> Norm | None:
+def _recurrent(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+) -> RecurrentWeights:
+    assert hyper.recurrent is not None
+    mixer = read_recurrent(tensors, spec.recurrent, hyper.recurrent, prefix, hyper.width)
+    return RecurrentWeights(tensors.norm(spec, f"{prefix}.{spec.attention_norms[0]}", hyper.width), mixer)
+
+
+def _ffn_norm(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str, *, alone: bool
+) -> Norm | None:
+    """``alone``: the layer has no FFN, and one norm."""
     name = spec.ffn_norm
     if not name:
         return None
-    if spec.parallel == "without FFN norm" and hyper.parallel:
+    if alone or (spec.parallel == "without FFN norm" and hyper.parallel):
         name = spec.attention_norms[0]
+    if tensors.has(f"{prefix}.{name}"):  # one converter leaves out the end of the name
+        return Norm(spec.norm, tensors.vector(f"{prefix}.{name}", hyper.width))
     return tensors.norm(spec, f"{prefix}.{name}", hyper.width)
+
+
+def _attends(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+) -> AttentionWeights | LatentWeights:
+    if hyper.latent is not None:
+        return read_latent(tensors, hyper.latent, hyper.heads, hyper.width, prefix)
+    return _attention(tensors, spec, hyper, prefix)
 
 
 def _attention(
@@ -298,7 +379,10 @@ def _attention(
     queries, width = hyper.query_width, hyper.width
     fused = spec.fused_qkv or tensors.has(f"{prefix}.attn_qkv.weight")
     projections = _fused_projections if fused else _projections
-    (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, hyper, prefix)
+    (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, spec, hyper, prefix)
+    gate, gate_bias = None, None
+    if spec.gated_attention:
+        (query, gate), (query_bias, gate_bias) = _gated(hyper, query, query_bias)
     norms = [name for name in spec.attention_norms if tensors.has(f"{prefix}.{name}.weight")]
     return AttentionWeights(
         norm=tensors.norm(spec, f"{prefix}.{(*norms, 'attn_norm')[0]}", width)
@@ -311,14 +395,23 @@ def _attention(
         query_bias=query_bias,
         key_bias=key_bias,
         value_bias=value_bias,
-        output_bias=tensors.optional(f"{prefix}.attn_output.bias", width),
+        output_bias=_output_bias(tensors, spec, f"{prefix}.attn_output.bias", width),
         query_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_q_norm", queries),
         key_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_k_norm", hyper.kv_width),
+        gate=gate,
+        gate_bias=gate_bias,
         sinks=tensors.optional(f"{prefix}.attn_sinks.weight", hyper.heads) if spec.sinks else None,
         post_norm=None
         if spec.ffn_norm == "post_attention_norm"
         else tensors.optional_norm(spec, f"{prefix}.post_attention_norm", width, wanted=spec.post_norms),
     )
+
+
+def _output_bias(tensors: Tensors, spec: ArchitectureSpec, name: str, width: int) -> Vector | None:
+    if spec.output_bias:
+        return tensors.optional(name, width)
+    tensors.leave_out(name)
+    return None
 
 
 def _head_norm(
@@ -333,8 +426,20 @@ def _head_norm(
 _Projections = tuple[tuple[Weight, Weight, Weight], tuple[Vector | None, Vector | None, Vector | None]]
 
 
-def _projections(tensors: Tensors, hyper: Hyperparameters, prefix: str) -> _Projections:
-    queries, keys, width = hyper.query_width, hyper.kv_width, hyper.width
+def _gated(
+    hyper: Hyperparameters, both: Weight, bias: Vector | None
+) -> tuple[tuple[Weight, Weight], tuple[Vector | None, Vector | None]]:
+    """Rows of queries and of gates, which lie head by head: those of a head, then those of its gate."""
+    places = np.arange(both.rows).reshape(hyper.heads, 2, hyper.head_dim)
+    query, gate = (places[:, part].ravel() for part in (0, 1))
+    biases = (None, None) if bias is None else (bias[query], bias[gate])
+    return (both.rows_at(query), both.rows_at(gate)), biases
+
+
+def _projections(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+) -> _Projections:
+    queries, keys, width = hyper.query_width * (2 if spec.gated_attention else 1), hyper.kv_width, hyper.width
     weights = (
         tensors.matrix(f"{prefix}.attn_q.weight", queries, width),
         tensors.matrix(f"{prefix}.attn_k.weight", keys, width),
@@ -348,7 +453,9 @@ def _projections(tensors: Tensors, hyper: Hyperparameters, prefix: str) -> _Proj
     return weights, biases
 
 
-def _fused_projections(tensors: Tensors, hyper: Hyperparameters, prefix: str) -> _Projections:
+def _fused_projections(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+) -> _Projections:
     """The same as views of one tensor."""
     queries, keys = hyper.query_width, hyper.kv_width
     rows = queries + 2 * keys

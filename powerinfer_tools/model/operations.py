@@ -9,21 +9,22 @@ A method that changes a value may do it in place: what it was given is used up, 
 the values that :meth:`Operations.norm` and :meth:`Operations.linear` read, and weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from powerinfer_tools.model.hyperparameters import Rope, Routing
-from powerinfer_tools.model.tensors import Norm, Vector, Weight
+from powerinfer_tools.model.hyperparameters import RecurrentSizes, Rope, Routing
+from powerinfer_tools.model.tensors import Norm, Table, Vector, Weight
 
 V = TypeVar("V")
 W = TypeVar("W", contravariant=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention:
-    """How one layer attends: ``heads`` query heads over ``kv_heads`` of keys and values, each of ``head_dim``
-    values; ``window`` 0: over all positions; ``softcap`` and ``alibi`` 0: none; ``sinks`` (heads)."""
+    """How one layer attends: ``heads`` query heads over ``kv_heads`` of keys of ``head_dim`` values, and of
+    values of ``value_dim``; ``window`` 0: over all positions; ``softcap`` and ``alibi`` 0: none; ``sinks``
+    (heads,): scores of no key, in the sum of the softmax alone (arXiv 2309.17453)."""
 
     layer: int
     heads: int
@@ -32,6 +33,7 @@ class Attention:
     scale: float
     window: int
     softcap: float
+    value_dim: int
     alibi: float = 0.0
     sinks: Vector | None = None
 
@@ -60,15 +62,16 @@ class Operations(Protocol[V, W]):
         (arXiv 1607.06450)."""
 
     def norm_heads(self, x: V, heads: int, norm: Norm, eps: float) -> V:
-        """:meth:`norm` of each of ``heads`` equal parts of x by itself, with the same weight."""
+        """:meth:`norm` of each of ``heads`` equal parts of x by itself, with the same weight, or, where the
+        weight is as wide as x, with its own part of it."""
 
     def linear(self, name: str, x: V, weight: W, bias: Vector | None = None) -> V:
         """x · weightᵀ + bias, for ``weight`` (rows, width of x)."""
 
-    def rotate(self, x: V, heads: int, head_dim: int, rope: Rope) -> V:
+    def rotate(self, x: V, heads: int, head_dim: int, rope: Rope, first: int = 0) -> V:
         """Turn the pairs (a, b) of each head by the angle φ of the token's position and of the pair:
         (a cos φ − b sin φ, a sin φ + b cos φ) (arXiv 2104.09864). Style "norm" pairs (2i, 2i + 1), "neox"
-        (i, i + dim / 2); values of a head from ``rope.dim`` on stay."""
+        (i, i + dim / 2), counted from ``first`` on; other values of a head stay."""
 
     def attend(self, query: V, key: V, value: V, how: Attention) -> V:
         """Σ_s softmax_s(score) · value_s over the positions s up to the token's own (with a window: the last
@@ -96,10 +99,60 @@ class Operations(Protocol[V, W]):
     def softcap(self, x: V, cap: float) -> V:
         """cap · tanh(x / cap)."""
 
-    def experts(self, scores: V, x: V, routing: Routing, expert: Callable[[int, V], V]) -> V:
+    def experts(
+        self,
+        scores: V,
+        x: V,
+        routing: Routing,
+        expert: Callable[[int, V], V],
+        choice_bias: Vector | None,
+    ) -> V:
         """Σ weight_e · expert(e, x) over the ``routing.used`` experts with the largest scores (T, experts),
         lower ones first where scores tie; weights are the softmax of the scores (arXiv 2401.04088), divided
-        by their sum over the chosen ones where ``routing.normalized``."""
+        by their sum over the chosen ones where ``routing.normalized``; other kinds of routers, and what
+        ``choice_bias`` does: :func:`powerinfer_kernels.reference_experts.route`. With
+        ``routing.weigh_input``, Σ expert(e, weight_e · x)."""
 
     def weigh(self, x: V, score: V) -> V:
         """sigmoid(score) · x, for ``score`` (T, 1)."""
+
+    def part(self, name: str, x: V, first: int, count: int) -> V:
+        """``count`` columns of x from ``first`` on."""
+
+    def times(self, x: V, y: V | Vector) -> V:
+        """x · y, value by value; a vector (width of x) is the same for all tokens."""
+
+    def plus(self, x: V, vector: Vector) -> V:
+        """x + ``vector`` (width of x)."""
+
+    def unit_heads(self, x: V, heads: int, eps: float) -> V:
+        """Each of ``heads`` equal parts of x over the root of eps + its sum of squares."""
+
+    def convolve(self, name: str, x: V, weight: Table, bias: Vector | None, first: int, *, silu: bool) -> V:
+        """bias + Σ_j weight_j · x_{t − length + 1 + j}, channel by channel, over the columns of x from
+        ``first`` on, for ``weight`` (length, width); zeros before the first token; silu of that, where asked
+        for."""
+
+    def scan_channels(self, name: str, x: V, steps: V, vectors: V, decay: Table, direct: Vector) -> V:
+        """S_ic = e^(step_c · decay_ic) S_ic + step_c · b_i · x_c from token to token, and Σ_i c_i S_ic +
+        direct_c · x_c (arXiv 2312.00752); ``vectors`` (T, 2 · size) are b and c, ``decay`` (size, width)."""
+
+    def scan_heads(
+        self, name: str, x: V, steps: V, decay: Vector, direct: Vector, sizes: RecurrentSizes
+    ) -> V:
+        """As :meth:`scan_channels`, with one step, decay and direct factor for each head (arXiv 2405.21060);
+        x (T, inner + 2 · groups · state) holds x, and b and c of each group."""
+
+    def delta_net(
+        self, name: str, both: V, x: V, decay: V, rate: V, sizes: RecurrentSizes, *, interleaved: bool
+    ) -> V:
+        """S = e^decay S; S += k (rate · (v − Sᵀk))ᵀ; Sᵀq / √state, head by head (arXiv 2412.06464). ``both``
+        (T, 2 · groups · state) are queries and keys; values are the last ``inner`` columns of x; which key
+        head a head takes: :class:`~powerinfer_tools.model.recurrent.DeltaNet`."""
+
+    def per_head(self, name: str, x: V, matrices: Sequence[W], rest: int) -> V:
+        """For each head of x, the first values times its matrix, then its last ``rest`` values as they are;
+        ``matrices`` are one for each head."""
+
+    def replace_first(self, x: V, y: V) -> V:
+        """x with y in place of its first columns."""

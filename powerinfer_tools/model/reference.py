@@ -3,19 +3,21 @@
 Weights are dequantised exactly; activations are never rounded. Slow, and meant for small models in tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.split import SplitLayer, SplitPredictor
 from powerinfer_formats.split_predictors import SplitSigns
-from powerinfer_kernels import RowType, dequantize, reference
+from powerinfer_kernels import RowType, dequantize, reference, reference_experts
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope, Routing
 from powerinfer_tools.model.loading import AttentionWeights, LayerWeights, Model
 from powerinfer_tools.model.operations import Activation, Attention
+from powerinfer_tools.model.reference_recurrent import RecurrentArrays
 from powerinfer_tools.model.rotary import RopeFactors, rotary_angles
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
@@ -32,17 +34,16 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predic
     ops = NumpyOperations(tokens, model.rope_factors, half_cache=half_cache)
     x = blocks.embedding(ops, model)
     for index, layer in enumerate(model.layers):
-        factor, attention = model.hyper.residual_scale, layer.attention
-        before, x = (
-            x,
-            ops.join(x, blocks.attention(ops, model.spec, model.hyper, index, attention, x), factor),
-        )
-        read = before if model.hyper.parallel else x
-        x = ops.join(x, ffn_block(model.hyper, layer, read, predicted=predicted), factor)
+        before, x = x, blocks.mix(ops, model.spec, model.hyper, index, layer, x)
+        if layer.feeds is not None:
+            read = before if model.hyper.parallel else x
+            routed_by = before if model.spec.early_router else None
+            added = ffn_block(model.hyper, layer, read, predicted=predicted, routed_by=routed_by)
+            x = ops.join(x, added, model.hyper.residual_scale)
     return blocks.head(ops, model, model.head, x)
 
 
-class NumpyOperations:
+class NumpyOperations(RecurrentArrays):
     """The vocabulary in float64. A matrix is the file's, or an array (rows, columns)."""
 
     def __init__(
@@ -61,16 +62,30 @@ class NumpyOperations:
         return normalize(x, norm, eps)
 
     def norm_heads(self, x: Array, heads: int, norm: Norm, eps: float) -> Array:
+        if norm.weight.size == x.shape[1] and heads > 1:
+            norm = replace(norm, weight=norm.weight.reshape(heads, -1))
         return normalize(_heads(x, heads), norm, eps).reshape(x.shape)
 
     def linear(self, name: str, x: Array, weight: Weight | Array, bias: Vector | None = None) -> Array:
         rows = matrix(weight) if isinstance(weight, Weight) else weight
         return _plus(x @ rows.T, bias)
 
-    def rotate(self, x: Array, heads: int, head_dim: int, rope: Rope) -> Array:
+    def rotate(self, x: Array, heads: int, head_dim: int, rope: Rope, first: int = 0) -> Array:
         angles = rotary_angles(rope, len(x), self._rope_factors)
-        turned = _rotate(_heads(x, heads), angles, rope.magnitude, interleaved=rope.style == "norm")
-        return turned.reshape(x.shape)
+        out = _heads(x, heads).copy()
+        out[..., first:] = _rotate(out[..., first:], angles, rope.magnitude, interleaved=rope.style == "norm")
+        return out.reshape(x.shape)
+
+    def per_head(self, name: str, x: Array, matrices: Sequence[Weight | Array], rest: int) -> Array:
+        heads, parts = _heads(x, len(matrices)), []
+        for head, one in enumerate(matrices):
+            rows = matrix(one) if isinstance(one, Weight) else one
+            parts += [heads[:, head, : rows.shape[1]] @ rows.T, heads[:, head, rows.shape[1] :]]
+            assert parts[-1].shape[1] == rest
+        return np.concatenate(parts, axis=1)
+
+    def replace_first(self, x: Array, y: Array) -> Array:
+        return np.concatenate([y, x[:, y.shape[1] :]], axis=1)
 
     def attend(self, query: Array, key: Array, value: Array, how: Attention) -> Array:
         count = len(query)
@@ -113,16 +128,30 @@ class NumpyOperations:
         return out
 
     def experts(
-        self, scores: Array, x: Array, routing: Routing, expert: Callable[[int, Array], Array]
+        self,
+        scores: Array,
+        x: Array,
+        routing: Routing,
+        expert: Callable[[int, Array], Array],
+        choice_bias: Vector | None,
     ) -> Array:
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
+        chosen, weights = reference_experts.route(
+            scores,
+            routing.used,
+            kind=routing.kind,
+            bias=None if choice_bias is None else choice_bias.astype(np.float64),
+            groups=routing.groups,
+            groups_used=routing.groups_used,
+            normalized=routing.normalized,
+            scale=routing.scale,
+        )
         out = np.zeros_like(x)
-        for token, row in enumerate(weights):
-            chosen = np.argsort(-row, kind="stable")[: routing.used]
-            total = row[chosen].sum() if routing.normalized else 1.0
-            for index in chosen:
-                out[token] += row[index] / total * expert(int(index), x[token])
+        for token, k in np.ndindex(chosen.shape):
+            row, weight = x[token : token + 1], weights[token, k]
+            if routing.weigh_input:
+                out[token] += expert(int(chosen[token, k]), row * weight)[0]
+            else:
+                out[token] += weight * expert(int(chosen[token, k]), row)[0]
         return out
 
     def weigh(self, x: Array, score: Array) -> Array:
@@ -152,18 +181,26 @@ def attention_block(
     return blocks.attention(ops, model.spec, model.hyper, index, w, x)
 
 
-def ffn_block(hyper: Hyperparameters, layer: LayerWeights, x: Array, *, predicted: bool = False) -> Array:
+def ffn_block(
+    hyper: Hyperparameters,
+    layer: LayerWeights,
+    x: Array,
+    *,
+    predicted: bool = False,
+    routed_by: Array | None = None,
+) -> Array:
     """What one layer's FFN adds to the residual stream ``x`` (tokens, width); with ``predicted``, of the
-    neurons that the layer's predictor names alone: the weights of the others may be anything."""
+    neurons that the layer's predictor names alone: the weights of the others may be anything. A router reads
+    ``routed_by``, where it is not what the experts read."""
     ops, eps = NumpyOperations([0] * len(x)), hyper.norm_eps
     normed = blocks.ffn_input(ops, layer.ffn_norm, eps, x)
     if isinstance(layer.ffn, ExpertsFFN):
-        out = blocks.experts(ops, hyper, layer.ffn, normed)
+        out = blocks.experts(ops, hyper, layer.ffn, normed, normed if routed_by is None else routed_by)
     else:
         first, factor, down = ffn_matrices(layer)
         how = blocks.activation_of(hyper)
         if not predicted:
-            w = blocks.FFN(first, factor, down.T, layer.ffn_bias, layer.ffn_down_bias)
+            w = blocks.FFN(first, factor, down.T, layer.ffn_bias, layer.ffn_down_bias, layer.ffn_factor_bias)
             out = blocks.ffn(ops, how, w, normed)
         else:
             gate = ops.linear("gate", normed, first, layer.ffn_bias)

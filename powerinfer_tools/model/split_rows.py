@@ -84,7 +84,7 @@ def split_in_memory(model: Model, predictors: Sequence[LayerPredictor], row_type
             tuple(layer.predictor.kind if layer.predictor else "none" for layer in layers), (), ()
         ),
     )
-    weights = tuple(replace(source, ffn=layer) for source, layer in zip(model.layers, layers, strict=True))
+    weights = tuple(replace(source, feeds=layer) for source, layer in zip(model.layers, layers, strict=True))
     return replace(model, layers=weights, split=SplitFile(model.gguf, header, layers))
 
 

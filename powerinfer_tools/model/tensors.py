@@ -16,6 +16,7 @@ from powerinfer_tools.model.architectures import ArchitectureSpec, NormKind
 from powerinfer_tools.model.original import is_original
 
 Vector = npt.NDArray[np.float32]
+Table = npt.NDArray[np.float32]
 #: Row types of matrices that the kernels compute with.
 MATRIX_TYPES = frozenset(int(row_type) for row_type in RowType)
 
@@ -34,6 +35,11 @@ class Weight:
     def nbytes(self) -> int:
         """Size of the rows in the file, in bytes."""
         return self.data.nbytes
+
+    def rows_at(self, places: npt.NDArray[np.int64]) -> "Weight":
+        """A copy of the rows at ``places``."""
+        data = self.data.reshape(self.rows, -1)[places]
+        return Weight(self.name, self.row_type, len(places), self.columns, data.reshape(-1))
 
     def part(self, what: str, first: int, rows: int) -> "Weight":
         """A view of ``rows`` rows from ``first`` on; ``what`` is added to the name for people."""
@@ -68,6 +74,14 @@ class Stack:
             Weight(f"{self.name} (expert {index})", self.row_type, rows, self.columns, piece)
             for index, piece in enumerate(self.pieces)
         )
+
+    def halves(self, count: int) -> tuple["Stack", "Stack"]:
+        """Of each of ``count`` matrices, the first half of the rows, and the second."""
+        matrices = [self.matrix(f"matrix {index}", index, count) for index in range(count)]
+        rows = self.rows // count // 2
+        first, second = (tuple(m.part("half", part * rows, rows).data for m in matrices) for part in (0, 1))
+        sizes = (self.row_type, self.rows // 2, self.columns)
+        return Stack(self.name, *sizes, first), Stack(self.name, *sizes, second)
 
     def matrix(self, what: str, index: int, count: int) -> Weight:
         """A view of the matrix ``index`` of ``count``; ``what`` is added to the name for people."""
@@ -145,14 +159,25 @@ class Tensors:
         views = tuple(np.frombuffer(piece, dtype=np.uint8) for piece in pieces)
         return Stack(name, row_type, count * rows, columns, views)
 
+    def heads(self, name: str, count: int, rows: int, columns: int) -> tuple[Weight, ...]:
+        """A matrix for each of ``count`` heads; of one head, the file may have left out the first number."""
+        if count == 1 and self.has(name) and len(self.shape(name)) == 2:
+            return (self.matrix(name, rows, columns),)
+        stack = self.stack(name, count, rows, columns)
+        return tuple(stack.matrix(f"head {index}", index, count) for index in range(count))
+
     def row(self, name: str, columns: int) -> Weight:
         """A vector as a matrix of one row."""
         return Weight(name, RowType.F32, 1, columns, self.vector(name, columns).view(np.uint8))
 
     def vector(self, name: str, size: int) -> Vector:
         """``size`` values, float32. Raises ModelError where one is not finite."""
-        data = self.gguf.tensor(name, shape=(size,), types=frozenset({int(RowType.F32)}))
-        values = np.frombuffer(data, dtype=np.float32)
+        return self.table(name, (size,))
+
+    def table(self, name: str, shape: tuple[int, ...]) -> Table:
+        """Values of that shape, float32. Raises ModelError where one is not finite."""
+        data = self.gguf.tensor(name, shape=shape, types=frozenset({int(RowType.F32)}))
+        values = np.frombuffer(data, dtype=np.float32).reshape(shape)
         if not np.isfinite(values).all():
             raise ModelError(f"{self.gguf.path}: tensor {name} holds values that are not finite")
         return values

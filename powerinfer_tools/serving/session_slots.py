@@ -50,13 +50,11 @@ class SessionSlots:
 
     def rewind(self, slot: int, position: int) -> int:
         """Forget what the slot holds from ``position`` on."""
-        self.sessions[slot].rewind(position)
-        return position
+        return self.sessions[slot].rewind(position)
 
     def copy(self, source: int, target: int, count: int) -> int:
         """Copy the first ``count`` tokens."""
-        self.sessions[target].copy_prefix(self.sessions[source], count)
-        return count
+        return self.sessions[target].copy_prefix(self.sessions[source], count)
 
     @property
     def nbytes(self) -> int:

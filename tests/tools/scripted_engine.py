@@ -40,9 +40,10 @@ class ScriptedEngine:
             raise KeyboardInterrupt
         return self._forward()
 
-    def rewind(self, position: int) -> None:
+    def rewind(self, position: int) -> int:
         assert 0 <= position <= len(self.cache)
         del self.cache[position:]
+        return position
 
     def _forward(self) -> npt.NDArray[np.float32]:
         """The same array each time, as an engine may do: whoever keeps old logits sees them change."""

@@ -62,7 +62,7 @@ def router_size(layer: ExpertsFFN) -> int:
 def products_of(layer: ExpertsFFN) -> list[Weight | Stack]:
     """The matrices that the layer's input is multiplied with: gates and ups."""
     shared = [] if layer.shared is None else [*layer.shared.matrices[:-1]]
-    return [layer.gate, layer.up, *shared]
+    return [*layer.stacks[:-1], *shared]
 
 
 def longest_row(widths: ExpertWidths) -> int:

@@ -6,12 +6,13 @@ by name.
 """
 
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model.architectures import experts, layer_norm, llama_like, sliding
+from powerinfer_tools.model.architectures import experts, layer_norm, llama_like, recurrent, sliding
 from powerinfer_tools.model.architectures.spec import (
     ACTIVATIONS,
     RELU_FAMILY,
     ArchitectureSpec,
     NormKind,
+    RecurrentKind,
     RopeStyle,
 )
 
@@ -21,12 +22,15 @@ __all__ = [
     "RELU_FAMILY",
     "ArchitectureSpec",
     "NormKind",
+    "RecurrentKind",
     "RopeStyle",
     "architecture",
 ]
 
 ARCHITECTURES: dict[str, ArchitectureSpec] = {
-    spec.name: spec for module in (llama_like, layer_norm, sliding, experts) for spec in module.ROWS
+    spec.name: spec
+    for module in (llama_like, layer_norm, sliding, experts, recurrent)
+    for spec in module.ROWS
 }
 
 

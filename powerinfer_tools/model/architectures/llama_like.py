@@ -3,10 +3,11 @@
 from powerinfer_tools.model.architectures.spec import ArchitectureSpec
 
 #: Pairs of a head are neighbours, or stand half a head apart.
-_LIKE_LLAMA = ("internlm2", "xverse", "mistral3", "nanbeige")
+_LIKE_LLAMA = ("internlm2", "xverse", "nanbeige")
 _LIKE_LLAMA_IN_HALVES = ("exaone",)
 
 ROWS = (
+    ArchitectureSpec("ernie4_5", rope_style="norm", plain_sections=True),
     # Llama 1 to 3, Mistral, SmolLM, TinyLlama: GGUF stores q and k permuted, so pairs are (2i, 2i+1).
     # Mixtral (arXiv 2401.04088) is this with experts.
     ArchitectureSpec("llama", rope_style="norm", routed=True),
@@ -22,10 +23,7 @@ ROWS = (
     # One matrix for gate and up (ChatGLM3, arXiv 2406.12793).
     ArchitectureSpec("chatglm", rope_style="norm", fused_gate=True),
     ArchitectureSpec("glm4", rope_style="norm", fused_gate=True, post_norms=True, halves_with_sections=True),
-    # Granite 3: blocks, embeddings and logits are scaled; MiniCPM (arXiv 2404.06395) alike.
-    ArchitectureSpec(
-        "granite", rope_style="norm", embedding_key=True, residual_scale=True, logit_scale="divided"
-    ),
+    # MiniCPM (arXiv 2404.06395): blocks, embeddings and logits are scaled.
     ArchitectureSpec(
         "minicpm", rope_style="norm", embedding_key=True, residual_scale=True, logit_scale="times"
     ),

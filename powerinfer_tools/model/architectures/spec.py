@@ -8,11 +8,17 @@ NormKind = Literal["rms", "layer"]
 Parallel = Literal["never", "always", "by key", "without FFN norm"]
 QKNorm = Literal["none", "heads", "row"]
 LogitScale = Literal["none", "times", "divided"]
+#: What mixes the tokens of a family's recurrent layers, and which layers those are: those that the file
+#: lists, all (there is no attention), or all, each beside attention.
+RecurrentKind = Literal["none", "short convolution", "selective scan", "state space", "delta net"]
+#: How a router's scores become weights; "file": the key ``expert_gating_func`` says it.
+RouterKind = Literal["softmax", "sigmoid", "file"]
+RecurrentLayers = Literal["listed", "all", "beside attention"]
 
 #: Activations with exact zeros: a neuron adds nothing at all unless its gate (its up, where the FFN has no
 #: gate) is positive.
 RELU_FAMILY = frozenset({"relu", "relu2", "drelu", "fatrelu"})
-ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu_erf"}) | RELU_FAMILY
+ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu_erf", "swiglu_oai"}) | RELU_FAMILY
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,15 @@ class ArchitectureSpec:
     ``clamped_qkv``: by the key ``attention.clamp_kqv``; ``alibi``: scores are biased by distance;
     ``rotary_depths``: models of so many layers have rotary positions instead; ``sinks``: layers may have
     them. ``wide_attention_scale_layers`` names the one size of a family that scales scores by width/heads
-    instead of the head dimension.
+    instead of the head dimension. ``recurrent``: what mixes tokens in ``recurrent_layers``;
+    ``single_blocks``: each layer is one block, attention, recurrent or FFN. ``gated_attention``: the rows of
+    queries are those of each head, then those of a gate, whose sigmoid multiplies what was attended.
+    ``gated_biases``: FFNs and experts with gates may have biases. ``router``: how scores become weights;
+    ``weigh_input``: which are those of the experts' inputs. ``latent``: keys and values are one vector of low
+    rank (arXiv 2405.04434). ``early_router``: the router reads the layer's input. ``plain_sections``:
+    sections of a head for positions of pictures leave its pairs as they are. ``output_bias``: a bias of
+    attention's output counts, where a file has one. ``rope_switch``: the key ``rope.scaling.finetuned`` says
+    whether there are rotary positions.
     """
 
     name: str
@@ -89,3 +103,15 @@ class ArchitectureSpec:
     alibi: bool = False
     rotary_depths: tuple[int, ...] = ()
     sinks: bool = False
+    recurrent: RecurrentKind = "none"
+    recurrent_layers: RecurrentLayers = "listed"
+    single_blocks: bool = False
+    gated_attention: bool = False
+    gated_biases: bool = False
+    rope_switch: bool = False
+    output_bias: bool = True
+    router: RouterKind = "softmax"
+    weigh_input: bool = False
+    latent: bool = False
+    plain_sections: bool = False
+    early_router: bool = False

@@ -111,6 +111,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             raise ConvertError(
                 f"{options.model} is a split file already; convert starts from the source model"
             )
+        model.require_plain(ConvertError, "convert")
         profile, plan = Profile.load(options.profile), Plan.load(options.plan)
         _check_belongs(model, options, profile, plan)
         if model.hyper.routing is not None:

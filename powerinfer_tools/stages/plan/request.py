@@ -147,6 +147,7 @@ def _shape(request: PlanRequest) -> ModelShape:
     assert request.model is not None
     model = load_model(request.model)
     try:
+        model.require_plain(PlanError, "plan")
         return shape_of_model(model)
     finally:
         model.close()

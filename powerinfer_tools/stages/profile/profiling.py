@@ -71,6 +71,7 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
             raise ProfileError(
                 f"{options.model} is a split file; profile the source model that it was made from"
             )
+        model.require_plain(ProfileError, "profile")
         if options.trace:
             model.require_one_ffn(ProfileError, "profile --trace")
         if options.trace and not model.exact_zeros:

@@ -15,6 +15,7 @@ from powerinfer_tools.model.hyperparameters import Rope, Routing
 from powerinfer_tools.model.operations import Activation, Attention
 from powerinfer_tools.model.rotary import RotaryTables
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
+from powerinfer_tools.stages.relufy.refused_operations import RefusedOperations
 
 Tensor = torch.Tensor
 #: The names of what goes to the residual stream, which stays in float32.
@@ -38,7 +39,7 @@ def activate(kind: str, gate: Tensor, up: Tensor | None, cut: float = 0.0) -> Te
     return act * (functional.relu(up) if kind == "drelu" else up)
 
 
-class TorchOperations:
+class TorchOperations(RefusedOperations):
     """Weights are dequantised when they are first used, and kept; ``tokens`` (windows, positions) is what
     :meth:`embed` reads next."""
 
@@ -87,10 +88,12 @@ class TorchOperations:
         x = x.to(self.precision)
         return functional.linear(x, rows, None if bias is None else self._vector(bias).to(x.dtype))
 
-    def rotate(self, x: Tensor, heads: int, head_dim: int, rope: Rope) -> Tensor:
+    def rotate(self, x: Tensor, heads: int, head_dim: int, rope: Rope, first: int = 0) -> Tensor:
         """In float32, rounded as before."""
         cos, sin = self._rotations[rope]
-        return _rotate(_heads(x, heads), cos, sin, interleaved=rope.style == "norm").flatten(-2)
+        parts = _heads(x, heads)
+        turned = _rotate(parts[..., first:], cos, sin, interleaved=rope.style == "norm")
+        return torch.cat((parts[..., :first], turned), dim=-1).flatten(-2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: Attention) -> Tensor:
         """Over the window of tokens alone; scores are not soft-capped here."""
@@ -137,9 +140,16 @@ class TorchOperations:
         return cap * torch.tanh(x / cap)
 
     def experts(
-        self, scores: Tensor, x: Tensor, routing: Routing, expert: Callable[[int, Tensor], Tensor]
+        self,
+        scores: Tensor,
+        x: Tensor,
+        routing: Routing,
+        expert: Callable[[int, Tensor], Tensor],
+        choice_bias: Vector | None,
     ) -> Tensor:
         """Every expert computes every token; those that it does not take count nothing."""
+        assert routing.plain, "models with other routers are refused"
+        assert choice_bias is None, "models with other routers are refused"
         weights = scores.float().softmax(-1)
         best, chosen = weights.topk(routing.used, -1)
         if routing.normalized:

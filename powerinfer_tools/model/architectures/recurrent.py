@@ -1,0 +1,106 @@
+"""Families some of whose layers mix tokens without attention."""
+
+from powerinfer_tools.model.architectures.spec import ArchitectureSpec
+
+ROWS = (
+    # Mamba (arXiv 2312.00752) and Mamba-2 (arXiv 2405.21060): nothing but recurrent blocks.
+    ArchitectureSpec(
+        "mamba",
+        rope_style="none",
+        recurrent="selective scan",
+        recurrent_layers="all",
+        single_blocks=True,
+    ),
+    ArchitectureSpec(
+        "mamba2", rope_style="none", recurrent="state space", recurrent_layers="all", single_blocks=True
+    ),
+    # Jamba (arXiv 2403.19887), the sizes without experts: its attention has no positions.
+    ArchitectureSpec("jamba", rope_style="none", recurrent="selective scan"),
+    # LFM2: convolutions over three tokens; GGUF calls the norm of the head after the embedding.
+    ArchitectureSpec(
+        "lfm2",
+        rope_style="neox",
+        qk_norm="heads",
+        output_norm="token_embd_norm",
+        recurrent="short convolution",
+        sliding_everywhere=True,
+    ),
+    # Nemotron-H (arXiv 2504.03624): one block a layer, squared ReLU without gate, no positions; Nemotron 3
+    # has experts of that kind, which a sigmoid router chooses.
+    ArchitectureSpec(
+        "nemotron_h",
+        rope_style="none",
+        activation="relu2",
+        gated=False,
+        ffn_norm="attn_norm",
+        recurrent="state space",
+        single_blocks=True,
+    ),
+    ArchitectureSpec(
+        "nemotron_h_moe",
+        rope_style="none",
+        activation="relu2",
+        gated=False,
+        ffn_norm="attn_norm",
+        recurrent="state space",
+        single_blocks=True,
+        routed=True,
+        shared_expert=True,
+        router="sigmoid",
+    ),
+    ArchitectureSpec(
+        "granitehybrid",
+        rope_style="norm",
+        embedding_key=True,
+        residual_scale=True,
+        logit_scale="divided",
+        recurrent="state space",
+        gated_biases=True,
+        rope_switch=True,
+    ),
+    # Falcon-H1 (arXiv 2507.22448): attention and a state space side by side. No published model has a bias
+    # of attention's output, and llama.cpp, whose files these are, leaves one out.
+    ArchitectureSpec(
+        "falcon-h1",
+        rope_style="neox",
+        recurrent="state space",
+        recurrent_layers="beside attention",
+        gated_biases=True,
+        rope_factors=False,
+        output_bias=False,
+    ),
+    # Qwen3.5: three delta nets to one attention, which has gates.
+    ArchitectureSpec(
+        "qwen35",
+        rope_style="neox",
+        qk_norm="heads",
+        ffn_norm="post_attention_norm",
+        recurrent="delta net",
+        gated_attention=True,
+    ),
+    # Qwen3-Next and the Qwen3.5 mixtures: the same with experts.
+    *(
+        ArchitectureSpec(
+            name,
+            rope_style="neox",
+            qk_norm="heads",
+            ffn_norm="post_attention_norm",
+            recurrent="delta net",
+            gated_attention=True,
+            routed=True,
+            shared_expert=True,
+        )
+        for name in ("qwen3next", "qwen35moe")
+    ),
+    # LFM2 with experts; the first layers have none.
+    ArchitectureSpec(
+        "lfm2moe",
+        rope_style="neox",
+        qk_norm="heads",
+        output_norm="token_embd_norm",
+        recurrent="short convolution",
+        sliding_everywhere=True,
+        routed=True,
+        router="file",
+    ),
+)

@@ -1,0 +1,178 @@
+"""What mixes tokens without attention: short convolutions, state space models and delta nets, as weights.
+
+What such a layer keeps from token to token is of one size, however long the text is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from powerinfer_tools.model.architectures import RecurrentKind
+from powerinfer_tools.model.hyperparameters import RecurrentSizes
+from powerinfer_tools.model.tensors import Norm, Table, Tensors, Vector, Weight
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """LFM2: ``inward`` (3 · width, width) makes b, c and x; ``outward`` reads c · convolution(b · x)."""
+
+    inward: Weight
+    kernel: Table  # (length, width)
+    outward: Weight
+
+
+@dataclass(frozen=True)
+class SelectiveScan:
+    """Mamba (arXiv 2312.00752): ``inward`` makes x and z, (2 · inner, width); ``mix`` the low rank of the
+    steps, B and C, (rank + 2 · state, inner); ``step`` (inner, rank)."""
+
+    inward: Weight
+    kernel: Table  # (length, inner)
+    kernel_bias: Vector | None
+    mix: Weight
+    step: Weight
+    step_bias: Vector
+    decay: Table  # (state, inner)
+    direct: Vector  # (inner,)
+    outward: Weight
+    step_norm: Norm | None  # (rank,), as Jamba has it
+    vector_norm: Norm | None  # of B and C, (2 · state,)
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """Mamba-2 (arXiv 2405.21060): ``inward`` makes z, x, B, C and the steps, (2 · inner + 2 · groups · state
+    + heads, width); ``norm`` is over each group."""
+
+    inward: Weight
+    kernel: Table  # (length, inner + 2 · groups · state)
+    kernel_bias: Vector | None
+    step_bias: Vector  # (heads,)
+    decay: Vector
+    direct: Vector
+    norm: Norm | None  # (inner,)
+    outward: Weight
+    sizes: RecurrentSizes
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta net (arXiv 2412.06464): ``mixed`` makes queries, keys and values, (2 · groups · state +
+    inner, width); ``groups`` of the sizes are key heads, each of ``state`` values. ``interleaved``: a key
+    head serves neighbouring heads, else head h takes key head h mod groups."""
+
+    mixed: Weight
+    gate: Weight  # (inner, width)
+    rate: Weight  # (heads, width)
+    step: Weight  # (heads, width)
+    kernel: Table
+    step_bias: Vector
+    decay: Vector
+    norm: Norm  # (inner / heads,)
+    outward: Weight
+    sizes: RecurrentSizes
+    interleaved: bool
+
+
+Recurrent = ShortConvolution | SelectiveScan | StateSpace | DeltaNet
+
+
+def read_recurrent(
+    tensors: Tensors, kind: RecurrentKind, sizes: RecurrentSizes, prefix: str, width: int
+) -> Recurrent:
+    """The weights of a recurrent layer. Raises FormatError and ModelError."""
+    match kind:
+        case "short convolution":
+            return ShortConvolution(
+                tensors.matrix(f"{prefix}.shortconv.in_proj.weight", 3 * width, width),
+                _kernel(tensors, f"{prefix}.shortconv.conv.weight", width, sizes.length),
+                tensors.matrix(f"{prefix}.shortconv.out_proj.weight", width, width),
+            )
+        case "selective scan":
+            return _selective_scan(tensors, sizes, prefix, width)
+        case "state space":
+            return _state_space(tensors, sizes, prefix, width)
+        case _:
+            return _delta_net(tensors, sizes, prefix, width)
+
+
+def _kernel(tensors: Tensors, name: str, channels: int, length: int) -> Table:
+    return np.ascontiguousarray(tensors.table(name, (channels, length)).T)
+
+
+def _selective_scan(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int) -> SelectiveScan:
+    step_norm = tensors.optional(f"{prefix}.ssm_dt_norm.weight", s.heads)
+    vectors = [tensors.optional(f"{prefix}.ssm_{kind}_norm.weight", s.state) for kind in "bc"]
+    known = [vector for vector in vectors if vector is not None]
+    return SelectiveScan(
+        inward=tensors.matrix(f"{prefix}.ssm_in.weight", 2 * s.inner, width),
+        kernel=_kernel(tensors, f"{prefix}.ssm_conv1d.weight", s.inner, s.length),
+        kernel_bias=tensors.optional(f"{prefix}.ssm_conv1d.bias", s.inner),
+        mix=tensors.matrix(f"{prefix}.ssm_x.weight", s.heads + 2 * s.state, s.inner),
+        step=tensors.matrix(f"{prefix}.ssm_dt.weight", s.inner, s.heads),
+        step_bias=tensors.vector(f"{prefix}.ssm_dt.bias", s.inner),
+        decay=np.ascontiguousarray(tensors.table(f"{prefix}.ssm_a", (s.inner, s.state)).T),
+        direct=tensors.vector(f"{prefix}.ssm_d", s.inner),
+        outward=tensors.matrix(f"{prefix}.ssm_out.weight", width, s.inner),
+        step_norm=None if step_norm is None else Norm("rms", step_norm),
+        vector_norm=Norm("rms", np.concatenate(known)) if len(known) == 2 else None,
+    )
+
+
+def _state_space(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int) -> StateSpace:
+    channels = s.inner + 2 * s.groups * s.state
+    norm = f"{prefix}.ssm_norm.weight"
+    weight = tensors.table(norm, (s.groups, s.inner // s.groups)).ravel() if tensors.has(norm) else None
+    return StateSpace(
+        inward=tensors.matrix(f"{prefix}.ssm_in.weight", s.inner + channels + s.heads, width),
+        kernel=_kernel(tensors, f"{prefix}.ssm_conv1d.weight", channels, s.length),
+        kernel_bias=tensors.optional(f"{prefix}.ssm_conv1d.bias", channels),
+        step_bias=tensors.vector(f"{prefix}.ssm_dt.bias", s.heads),
+        decay=tensors.table(f"{prefix}.ssm_a", (s.heads, 1)).ravel(),
+        direct=tensors.table(f"{prefix}.ssm_d", (s.heads, 1)).ravel(),
+        norm=None if weight is None else Norm("rms", weight),
+        outward=tensors.matrix(f"{prefix}.ssm_out.weight", width, s.inner),
+        sizes=s,
+    )
+
+
+def _delta_net(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int) -> DeltaNet:
+    channels = s.inner + 2 * s.groups * s.state
+    together = f"{prefix}.ssm_ba.weight"
+    if interleaved := tensors.has(together):
+        both = tensors.matrix(together, 2 * s.heads, width)
+        places = np.arange(2 * s.heads).reshape(s.groups, 2, -1)
+        rate, step = (both.rows_at(places[:, part].ravel()) for part in (0, 1))
+    else:
+        rate = tensors.matrix(f"{prefix}.ssm_beta.weight", s.heads, width)
+        step = tensors.matrix(f"{prefix}.ssm_alpha.weight", s.heads, width)
+    mixed, gate = _mixed_and_gate(tensors, s, prefix, channels, width)
+    return DeltaNet(
+        mixed=mixed,
+        gate=gate,
+        rate=rate,
+        step=step,
+        kernel=_kernel(tensors, f"{prefix}.ssm_conv1d.weight", channels, s.length),
+        step_bias=tensors.vector(f"{prefix}.ssm_dt.bias", s.heads),
+        decay=tensors.vector(f"{prefix}.ssm_a", s.heads),
+        norm=Norm("rms", tensors.vector(f"{prefix}.ssm_norm.weight", s.inner // s.heads)),
+        outward=tensors.matrix(f"{prefix}.ssm_out.weight", width, s.inner),
+        sizes=s,
+        interleaved=interleaved,
+    )
+
+
+def _mixed_and_gate(
+    tensors: Tensors, s: RecurrentSizes, prefix: str, channels: int, width: int
+) -> tuple[Weight, Weight]:
+    """In older files the rows of both are one tensor, key head by key head: its query, key, values, gates."""
+    together = f"{prefix}.ssm_in.weight"
+    if tensors.has(f"{prefix}.attn_qkv.weight"):
+        tensors.leave_out(together)
+        mixed = tensors.matrix(f"{prefix}.attn_qkv.weight", channels, width)
+        return mixed, tensors.matrix(f"{prefix}.attn_gate.weight", s.inner, width)
+    both = tensors.matrix(together, channels + s.inner, width)
+    ends = np.cumsum([s.state, s.state, s.inner // s.groups])
+    places = np.split(np.arange(both.rows).reshape(s.groups, -1), ends, axis=1)
+    query, key, value, gate = (part.ravel() for part in places)
+    return both.rows_at(np.concatenate([query, key, value])), both.rows_at(gate)

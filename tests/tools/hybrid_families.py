@@ -1,0 +1,381 @@
+"""Small random files of families that mix tokens without attention, or route in ways of their own: no tokens,
+F32 rows, and sizes that divide by nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+
+WIDTH, HEADS, KV_HEADS, DIM, NEURONS, VOCABULARY = 36, 3, 1, 20, 44, 50
+EXPERTS, USED, EXPERT_NEURONS, SHARED = 5, 2, 28, 24
+INNER, STATE, RECURRENT_HEADS, GROUPS, LENGTH = 48, 10, 4, 2, 4
+RANK, QUERY_RANK, PLAIN, ROTARY, VALUE = 18, 22, 14, 6, 10
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class RandomFamily:
+    """What a file of it holds: metadata below the family's prefix, and tensors, a layer after the other."""
+
+    name: str
+    metadata: Mapping[str, Any]
+    layers: tuple[Shapes, ...]
+    output_norm: str = "output_norm"
+    more: Shapes = field(default_factory=dict)
+
+
+def _attention(
+    *, gated: bool = False, norms: bool = False, biases: bool = False, sinks: bool = False
+) -> Shapes:
+    queries, keys = HEADS * DIM * (2 if gated else 1), KV_HEADS * DIM
+    shapes: Shapes = {
+        "attn_norm.weight": (WIDTH,),
+        "attn_q.weight": (queries, WIDTH),
+        "attn_k.weight": (keys, WIDTH),
+        "attn_v.weight": (keys, WIDTH),
+        "attn_output.weight": (WIDTH, HEADS * DIM),
+    }
+    if norms:
+        shapes |= {"attn_q_norm.weight": (DIM,), "attn_k_norm.weight": (DIM,)}
+    if biases:
+        shapes |= {"attn_q.bias": (queries,), "attn_output.bias": (WIDTH,)}
+    if sinks:
+        shapes |= {"attn_sinks.weight": (HEADS,)}
+    return shapes
+
+
+def _ffn(norm: str = "ffn_norm", *, gated: bool = True, biases: bool = False) -> Shapes:
+    shapes: Shapes = {
+        f"{norm}.weight": (WIDTH,),
+        "ffn_up.weight": (NEURONS, WIDTH),
+        "ffn_down.weight": (WIDTH, NEURONS),
+    }
+    if gated:
+        shapes["ffn_gate.weight"] = (NEURONS, WIDTH)
+    if biases:
+        kinds = ("gate", "up", "down") if gated else ("up", "down")
+        shapes |= {f"ffn_{kind}.bias": (WIDTH if kind == "down" else NEURONS,) for kind in kinds}
+    return shapes
+
+
+def _experts(
+    norm: str = "ffn_norm",
+    *,
+    gated: bool = True,
+    biases: bool = False,
+    chosen: bool = False,
+    together: bool = False,
+) -> Shapes:
+    rows = {"gate": EXPERT_NEURONS, "up": EXPERT_NEURONS, "down": WIDTH}
+    shapes: Shapes = {
+        f"{norm}.weight": (WIDTH,),
+        "ffn_gate_inp.weight": (EXPERTS, WIDTH),
+        "ffn_down_exps.weight": (EXPERTS, WIDTH, EXPERT_NEURONS),
+    }
+    if together:
+        shapes["ffn_gate_up_exps.weight"] = (EXPERTS, 2 * EXPERT_NEURONS, WIDTH)
+    else:
+        kinds = ("gate", "up") if gated else ("up",)
+        shapes |= {f"ffn_{kind}_exps.weight": (EXPERTS, EXPERT_NEURONS, WIDTH) for kind in kinds}
+    if biases:
+        shapes |= {f"ffn_{kind}_exps.bias": (EXPERTS, size) for kind, size in rows.items()}
+        shapes["ffn_gate_inp.bias"] = (EXPERTS,)
+    if chosen:
+        shapes["exp_probs_b.bias"] = (EXPERTS,)
+    return shapes
+
+
+def _shared(*, gated: bool) -> Shapes:
+    shapes: Shapes = {f"ffn_{kind}_shexp.weight": (SHARED, WIDTH) for kind in ("gate", "up")}
+    shapes["ffn_down_shexp.weight"] = (WIDTH, SHARED)
+    return shapes | ({"ffn_gate_inp_shexp.weight": (WIDTH,)} if gated else {})
+
+
+def _ungated(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if "_gate_" not in name}
+
+
+def _convolution() -> Shapes:
+    return {
+        "attn_norm.weight": (WIDTH,),
+        "shortconv.in_proj.weight": (3 * WIDTH, WIDTH),
+        "shortconv.conv.weight": (WIDTH, 3),
+        "shortconv.out_proj.weight": (WIDTH, WIDTH),
+    }
+
+
+def _state_space(*, norm: bool = True) -> Shapes:
+    channels = INNER + 2 * GROUPS * STATE
+    shapes: Shapes = {
+        "attn_norm.weight": (WIDTH,),
+        "ssm_in.weight": (INNER + channels + RECURRENT_HEADS, WIDTH),
+        "ssm_conv1d.weight": (channels, LENGTH),
+        "ssm_conv1d.bias": (channels,),
+        "ssm_dt.bias": (RECURRENT_HEADS,),
+        "ssm_a": (RECURRENT_HEADS, 1),
+        "ssm_d": (RECURRENT_HEADS, 1),
+        "ssm_out.weight": (WIDTH, INNER),
+    }
+    return shapes | ({"ssm_norm.weight": (GROUPS, INNER // GROUPS)} if norm else {})
+
+
+def _selective_scan(*, norms: bool) -> Shapes:
+    shapes: Shapes = {
+        "attn_norm.weight": (WIDTH,),
+        "ssm_in.weight": (2 * INNER, WIDTH),
+        "ssm_conv1d.weight": (INNER, LENGTH),
+        "ssm_conv1d.bias": (INNER,),
+        "ssm_x.weight": (RECURRENT_HEADS + 2 * STATE, INNER),
+        "ssm_dt.weight": (INNER, RECURRENT_HEADS),
+        "ssm_dt.bias": (INNER,),
+        "ssm_a": (INNER, STATE),
+        "ssm_d": (INNER,),
+        "ssm_out.weight": (WIDTH, INNER),
+    }
+    if norms:
+        shapes |= {"ssm_dt_norm.weight": (RECURRENT_HEADS,)}
+        shapes |= {f"ssm_{kind}_norm.weight": (STATE,) for kind in "bc"}
+    return shapes
+
+
+def _delta_net(*, interleaved: bool, older: bool = False) -> Shapes:
+    channels = INNER + 2 * GROUPS * STATE
+    shapes: Shapes = {
+        "attn_norm.weight": (WIDTH,),
+        "ssm_conv1d.weight": (channels, LENGTH),
+        "ssm_dt.bias": (RECURRENT_HEADS,),
+        "ssm_a": (RECURRENT_HEADS,),
+        "ssm_norm.weight": (INNER // RECURRENT_HEADS,),
+        "ssm_out.weight": (WIDTH, INNER),
+    }
+    if older:
+        shapes["ssm_in.weight"] = (channels + INNER, WIDTH)
+    else:
+        shapes |= {"attn_qkv.weight": (channels, WIDTH), "attn_gate.weight": (INNER, WIDTH)}
+    if interleaved:
+        return shapes | {"ssm_ba.weight": (2 * RECURRENT_HEADS, WIDTH)}
+    return shapes | {f"ssm_{kind}.weight": (RECURRENT_HEADS, WIDTH) for kind in ("alpha", "beta")}
+
+
+def _latent(*, low: bool) -> Shapes:
+    queries = {"attn_q_a.weight": (QUERY_RANK, WIDTH), "attn_q_a_norm.weight": (QUERY_RANK,)} if low else {}
+    name, columns = ("attn_q_b", QUERY_RANK) if low else ("attn_q", WIDTH)
+    return {
+        "attn_norm.weight": (WIDTH,),
+        **queries,
+        f"{name}.weight": (HEADS * (PLAIN + ROTARY), columns),
+        "attn_kv_a_mqa.weight": (RANK + ROTARY, WIDTH),
+        "attn_kv_a_norm.weight": (RANK,),
+        "attn_k_b.weight": (HEADS, RANK, PLAIN),
+        "attn_v_b.weight": (HEADS, VALUE, RANK),
+        "attn_output.weight": (WIDTH, HEADS * VALUE),
+    }
+
+
+_HEADS: dict[str, Any] = {
+    "attention.head_count": HEADS,
+    "attention.head_count_kv": KV_HEADS,
+    "attention.key_length": DIM,
+    "attention.value_length": DIM,
+}
+_EXPERTS: dict[str, Any] = {
+    "expert_count": EXPERTS,
+    "expert_used_count": USED,
+    "expert_feed_forward_length": EXPERT_NEURONS,
+}
+_SSM: dict[str, Any] = {
+    "ssm.inner_size": INNER,
+    "ssm.state_size": STATE,
+    "ssm.time_step_rank": RECURRENT_HEADS,
+    "ssm.conv_kernel": LENGTH,
+}
+_GROUPED = _SSM | {"ssm.group_count": GROUPS}
+_LATENT: dict[str, Any] = {
+    "attention.head_count": HEADS,
+    "attention.head_count_kv": 1,
+    "attention.key_length": RANK + ROTARY,
+    "attention.value_length": RANK,
+    "attention.kv_lora_rank": RANK,
+    "attention.key_length_mla": PLAIN + ROTARY,
+    "attention.value_length_mla": VALUE,
+    "rope.dimension_count": ROTARY,
+    "leading_dense_block_count": 1,
+    "expert_shared_count": 2,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 2.5,
+}
+_MIXED = _HEADS | {"attention.head_count_kv": [KV_HEADS, 0]}
+_BLOCKS = {"attention.head_count_kv": [KV_HEADS, 0, 0], "feed_forward_length": [0, 0, NEURONS]}
+_NEXT = _HEADS | _GROUPED | {"attention.recurrent_layers": [1, 0]}
+_POST = "post_attention_norm"
+
+FAMILIES = {
+    "mamba": RandomFamily("mamba", _SSM, (_selective_scan(norms=False),) * 2),
+    "mamba2": RandomFamily("mamba2", _GROUPED, (_state_space(), _state_space(norm=False))),
+    "jamba": RandomFamily(
+        "jamba", _MIXED | _SSM, (_attention() | _ffn(), _selective_scan(norms=True) | _ffn())
+    ),
+    "lfm2": RandomFamily(
+        "lfm2",
+        _MIXED | {"shortconv.l_cache": 3},
+        (_attention(norms=True) | _ffn(), _convolution() | _ffn()),
+        output_norm="token_embd_norm",
+    ),
+    "lfm2moe": RandomFamily(
+        "lfm2moe",
+        _MIXED | _EXPERTS | {"shortconv.l_cache": 3, "leading_dense_block_count": 1, "expert_gating_func": 2},
+        (_attention(norms=True) | _ffn(), _convolution() | _experts(chosen=True)),
+        output_norm="token_embd_norm",
+    ),
+    "nemotron_h": RandomFamily(
+        "nemotron_h",
+        _HEADS | _GROUPED | _BLOCKS,
+        (_attention(), _state_space(), _ffn("attn_norm", gated=False, biases=True)),
+    ),
+    "nemotron_h_moe": RandomFamily(
+        "nemotron_h_moe",
+        _HEADS
+        | _GROUPED
+        | _BLOCKS
+        | _EXPERTS
+        | {"expert_shared_feed_forward_length": SHARED, "expert_weights_scale": 2.5},
+        (
+            _attention(),
+            _state_space(),
+            _experts("attn_norm", gated=False, chosen=True) | _ungated(_shared(gated=False)),
+        ),
+    ),
+    "granitehybrid": RandomFamily(
+        "granitehybrid",
+        _MIXED
+        | _GROUPED
+        | {"residual_scale": 0.3, "logit_scale": 4.0, "embedding_scale": 3.0, "attention.scale": 0.1},
+        (_attention() | _ffn(), _state_space() | _ffn(biases=True)),
+    ),
+    "falcon-h1": RandomFamily("falcon-h1", _HEADS | _GROUPED, (_attention() | _state_space() | _ffn(),) * 2),
+    "qwen35": RandomFamily(
+        "qwen35",
+        _NEXT,
+        (
+            _delta_net(interleaved=False) | _ffn(_POST),
+            _attention(gated=True, norms=True, biases=True) | _ffn(_POST),
+        ),
+    ),
+    "qwen35moe": RandomFamily(
+        "qwen35moe",
+        _NEXT | _EXPERTS | {"expert_shared_feed_forward_length": SHARED},
+        (
+            _delta_net(interleaved=False) | _experts(_POST) | _shared(gated=True),
+            _attention(gated=True, norms=True) | _experts(_POST, together=True) | _shared(gated=True),
+        ),
+    ),
+    "qwen3next": RandomFamily(
+        "qwen3next",
+        _NEXT | _EXPERTS | {"expert_shared_feed_forward_length": SHARED},
+        (
+            _delta_net(interleaved=True) | _experts(_POST) | _shared(gated=True),
+            _attention(gated=True, norms=True) | _experts(_POST) | _shared(gated=True),
+        ),
+    ),
+    "qwen3next-older": RandomFamily(
+        "qwen3next",
+        _HEADS
+        | _GROUPED
+        | _EXPERTS
+        | {"full_attention_interval": 2, "expert_shared_feed_forward_length": SHARED},
+        (
+            _delta_net(interleaved=True, older=True) | _experts(_POST) | _shared(gated=True),
+            _attention(gated=True, norms=True) | _experts(_POST) | _shared(gated=True),
+        ),
+    ),
+    "gpt-oss": RandomFamily(
+        "gpt-oss",
+        _HEADS | _EXPERTS | {"attention.sliding_window": 5},
+        (_attention(biases=True, sinks=True) | _experts(_POST, biases=True),) * 2,
+    ),
+    "dots1": RandomFamily(
+        "dots1",
+        _HEADS
+        | _EXPERTS
+        | {
+            "leading_dense_block_count": 1,
+            "expert_gating_func": 2,
+            "expert_shared_feed_forward_length": SHARED,
+        },
+        (
+            _attention(norms=True) | _ffn(),
+            _attention(norms=True) | _experts(chosen=True) | _shared(gated=False),
+        ),
+    ),
+    "deepseek2": RandomFamily(
+        "deepseek2",
+        _LATENT
+        | _EXPERTS
+        | {
+            "attention.q_lora_rank": QUERY_RANK,
+            "expert_gating_func": 2,
+            "expert_shared_feed_forward_length": SHARED,
+        },
+        (_latent(low=True) | _ffn(), _latent(low=True) | _experts(chosen=True) | _shared(gated=False)),
+    ),
+    "mistral4": RandomFamily(
+        "mistral4",
+        _LATENT
+        | _EXPERTS
+        | {"attention.q_lora_rank": QUERY_RANK, "expert_shared_feed_forward_length": SHARED},
+        (
+            _latent(low=True) | _ffn(),
+            _latent(low=True) | _experts(together=True) | _shared(gated=False),
+        ),
+    ),
+    "deepseek2-lite": RandomFamily(
+        "deepseek2",
+        _LATENT | _EXPERTS | {"expert_shared_feed_forward_length": SHARED},
+        (_latent(low=False) | _ffn(), _latent(low=False) | _experts() | _shared(gated=False)),
+    ),
+}
+
+
+def write_random_family(path: Path, family: RandomFamily, seed: int = 1) -> Path:
+    """A file of ``family`` with weights of a scale that keeps values near one."""
+    rng, writer = np.random.default_rng(seed), GGUFWriter(path, family.name)
+    common = {
+        "block_count": len(family.layers),
+        "embedding_length": WIDTH,
+        "feed_forward_length": NEURONS,
+        "context_length": 128,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    for key, value in (common | dict(family.metadata)).items():
+        full = f"{family.name}.{key}"
+        match value:
+            case bool():
+                writer.add_bool(full, value)
+            case int():
+                writer.add_uint32(full, value)
+            case float():
+                writer.add_float32(full, value)
+            case _:
+                writer.add_array(full, value)
+    shapes: Shapes = {"token_embd.weight": (VOCABULARY, WIDTH), f"{family.output_norm}.weight": (WIDTH,)}
+    for index, layer in enumerate(family.layers):
+        shapes |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}
+    for name, shape in (shapes | family.more).items():
+        writer.add_tensor(name, _values(rng, name, shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name.endswith("ssm_a"):
+        return rng.uniform(-2, -0.1, shape).astype(np.float32)
+    if "norm" in name:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    scale = 0.5 if len(shape) == 1 or "conv" in name or name.startswith("token") else 1.5 / np.sqrt(shape[-1])
+    return (rng.standard_normal(shape) * scale).astype(np.float32)

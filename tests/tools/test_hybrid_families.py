@@ -1,0 +1,88 @@
+"""Families with recurrent layers, latent attention and routers of their own: the C engine against the float64
+reference, with the same bits for any batch and any number of threads, and what other stages say to them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid_families import FAMILIES, VOCABULARY, write_random_family
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import ModelError, ProfileError
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+
+TOKENS = [3, 41, 7, 7, 12, 0, 49, 25, 30, 2, 18, 5, 44, 9, 33, 21, 6, 1, 28]
+
+
+def logits(path: Path, threads: int, batch: int, first: int) -> np.ndarray:
+    """The first tokens as a prompt, the others one by one."""
+    engine = Engine(load_model(path), threads=threads, batch=batch, context=len(TOKENS))
+    try:
+        rows = [row.copy() for part in engine.score(TOKENS[:first]) for row in part] if first else []
+        return np.stack([*rows, *(engine.decode(token).copy() for token in TOKENS[first:])])
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("case", sorted(FAMILIES))
+def test_engine_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
+    """Keys and values are kept in half precision, which the reference does, too; what is left is float32."""
+    path = write_random_family(tmp_path / "model.gguf", FAMILIES[case])
+    want = forward(load_model(path), TOKENS, half_cache=True)
+    assert want.shape == (len(TOKENS), VOCABULARY)
+    got = logits(path, 1, 8, 11)
+    assert np.abs(got - want).max() <= 2e-4 * want.std()
+    assert np.abs(want[1:] - want[:-1]).max() > 0.1 * want.std()
+    for threads, batch, first in ((3, 16, 16), (2, 5, 7), (1, 4, 0)):
+        again = logits(path, threads, batch, first)
+        np.testing.assert_array_equal(again.view(np.uint32), got.view(np.uint32))
+
+
+@pytest.mark.parametrize("case", ["lfm2", "mamba2", "qwen35"])
+def test_a_recurrent_model_remembers_what_a_window_would_forget(case: str, tmp_path: Path) -> None:
+    """The first token changes the last logits."""
+    path = write_random_family(tmp_path / "model.gguf", FAMILIES[case])
+    model = load_model(path)
+    other = forward(model, [TOKENS[0] + 1, *TOKENS[1:]])
+    assert np.abs(other[-1] - forward(model, TOKENS)[-1]).max() > 0
+
+
+def test_sessions_of_recurrent_models_go_back_to_the_start_alone(tmp_path: Path) -> None:
+    """What they held before is forgotten then, and a fork goes on with the same bits."""
+    path = write_random_family(tmp_path / "model.gguf", FAMILIES["falcon-h1"])
+    engine = Engine(load_model(path), threads=2, context=len(TOKENS))
+    try:
+        first = engine.prefill(TOKENS[:6]).copy()
+        assert engine.rewind(6) == 6
+        fork = engine.session.fork()
+        assert fork.copy_prefix(engine.session, 4) == 0
+        assert fork.copy_prefix(engine.session, 6) == 6
+        np.testing.assert_array_equal(fork.decode(9).copy(), engine.decode(9))
+        assert engine.rewind(3) == 0
+        np.testing.assert_array_equal(engine.prefill(TOKENS[:6]), first)
+        fork.close()
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        ("mamba2", "recurrent layers"),
+        ("deepseek2", "latent attention"),
+        ("gpt-oss", "attention sinks"),
+        ("dots1", "this kind of router"),
+    ],
+)
+def test_stages_say_what_they_do_not_do(case: str, what: str, tmp_path: Path) -> None:
+    path = write_random_family(tmp_path / "model.gguf", FAMILIES[case])
+    model = load_model(path)
+    with pytest.raises(ModelError, match=f"profile does not take models with {what}; run, eval and bench do"):
+        model.require_plain(ModelError, "profile")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("some text")
+    options = ProfileOptions(model=path, corpus=(corpus,), output=tmp_path / "out")
+    with pytest.raises(ProfileError, match=f"does not take models with {what}"):
+        run_profile(options)

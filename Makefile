@@ -16,6 +16,8 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 # WERROR=ON makes warnings of the C compiler errors. A user's compiler may know more warnings than ours: off by default.
 WERROR ?= OFF
+# Tests run in so many processes, file by file. Each takes a core and some 2 GB.
+WORKERS ?= 2
 WHEELS := build/wheel
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CODE := cli powerinfer_tools formats kernels
@@ -33,7 +35,8 @@ model: $(STAMPS)/run-requirements  ## the demo model, in models/
 	@$(BIN)/python scripts/fetch_model.py $(MODEL)
 
 test: setup-dev model  ## all tests, on the installed package
-	POWERINFER_MODEL= POWERINFER_WHEEL="$$(echo $(CURDIR)/$(WHEELS)/powerinfer-*.whl)" $(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" $(PYTEST_ARGS)
+	POWERINFER_MODEL= POWERINFER_WHEEL="$$(echo $(CURDIR)/$(WHEELS)/powerinfer-*.whl)" OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" -n $(WORKERS) --dist loadfile --durations=25 $(PYTEST_ARGS)
 
 demo: setup model  ## profile, plan, convert and run on the demo model (DEMO_SHORT=1: a small piece of it)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(MODEL)

@@ -1,8 +1,10 @@
 """What each Triton kernel takes of a GPU: compiled ahead of time, which needs no GPU.
 
-``python -m powerinfer_kernels.triton_resources [CAPABILITY …]`` prints the table as JSON.
+``python -m powerinfer_kernels.triton_resources [CAPABILITY …]`` prints the table as JSON, with a digest of
+what it depends on.
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -133,6 +135,13 @@ def _elementwise_cases(one: tuple[int, ...]) -> Iterator[Case]:
     yield Case("rotate", "F32", elementwise.rotate_kernel, turn, one, {}, exactly())
 
 
+def digest() -> str:
+    """SHA-256 of what the binaries follow from: Triton's version, and the sources of kernels and cases."""
+    sources = sorted([*Path(__file__).parent.glob("triton_*.py"), Path(__file__).parent / "row_types.py"])
+    parts = [triton.__version__.encode(), *(path.read_bytes() for path in sources)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
 def measure(capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
     """Compile all, and read what the binaries say."""
     work = [(case, c) for case in cases(capabilities) for c in case.capabilities]
@@ -175,7 +184,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table for the capabilities named, or for all."""
     rows = [asdict(row) for row in measure([int(word) for word in arguments] or CAPABILITIES)]
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    sys.stdout.write(f"[\n{lines}\n]\n")
+    sys.stdout.write(f'{{"digest": "{digest()}", "kernels": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

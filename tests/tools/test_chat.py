@@ -14,7 +14,6 @@ from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text import chat as chat_module
 from powerinfer_tools.text.chat import (
-    MAX_SECONDS,
     MAX_TEMPLATE_CHARACTERS,
     ChatTemplate,
     Message,
@@ -106,10 +105,8 @@ def test_a_template_can_refuse() -> None:
     ],
 )
 def test_hostile_templates_are_stopped_with_one_line(source: str, message: str) -> None:
-    started = time.monotonic()
     with pytest.raises(ChatTemplateError, match=message) as caught:
         render(source)
-    assert time.monotonic() - started < MAX_SECONDS + chat_module._START_SECONDS + 5
     assert len(str(caught.value).splitlines()) == 1
     assert str(caught.value).isprintable()
 

@@ -1,13 +1,13 @@
 """Attention with its KV cache, and the head, on the hot device: torch's CPU device, which overlaps as a GPU
 does and needs none."""
 
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
+from meetings import Meeting
 from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine, layers, memory
 from powerinfer_tools.engine import weights as weights_module
@@ -253,28 +253,28 @@ def test_both_sides_work_at_once_while_the_stream_is_on_the_device(
     llama: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hot part goes on while the host computes the cold one; attention comes before both."""
-    pause, compute = 0.15, HotFFN.compute
-    monkeypatch.setattr(HotFFN, "compute", lambda *a: (time.sleep(pause), compute(*a))[1])
+    meeting, compute = Meeting(), HotFFN.compute
+    monkeypatch.setattr(HotFFN, "compute", lambda *a: (meeting(), compute(*a))[1])
     path = llama.split([GROUP] * 3, attention=range(3), head=True)
     engine = Engine(load_model(path), threads=1, device="cpu")
     stack, run = engine.stack, engine.stack.run
     engine.prefill(llama.tiny.tokens(2))
     cold = {(stop.ready, stop.needed) for stop in stack._stops}
 
-    def slow_run(first: int, last: int, *rest: int) -> None:
-        time.sleep(pause if (first, last) in cold else 0)
+    def meeting_run(first: int, last: int, *rest: int) -> None:
+        if (first, last) in cold:
+            meeting()
         run(first, last, *rest)
 
-    monkeypatch.setattr(stack, "run", slow_run)
+    monkeypatch.setattr(stack, "run", meeting_run)
     timeline = engine.trace()
-    started = time.perf_counter()
+    meeting.open = True
     engine.decode(3)
-    taken = time.perf_counter() - started
     engine.close()
-    assert 3 * pause <= taken < 0.8 * 3 * 2 * pause
+    assert meeting.count == 3
     for layer in range(3):
         here, there = (
             next(e for e in reversed(timeline.events) if (e.track, e.name, e.layer) == (track, name, layer))
             for track, name in (("CPU", "cold"), ("hot side", "hot"))
         )
-        assert min(here.end, there.end) - max(here.start, there.start) > 0.5 * pause
+        assert min(here.end, there.end) > max(here.start, there.start)

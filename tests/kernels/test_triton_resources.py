@@ -1,0 +1,60 @@
+"""What the Triton kernels take of a GPU, compiled without one, beside what was recorded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from powerinfer_kernels.triton_resources import CAPABILITIES, digest
+
+RECORD = Path(__file__).resolve().parents[1] / "data" / "triton_resources.json"
+REMEDY = f"record anew: python -m powerinfer_kernels.triton_resources > {RECORD.name}"
+#: Compiled where neither the kernels nor Triton has changed since the record: compilers are deterministic.
+SAMPLE = 90
+
+
+def compiled(folder: Path, capabilities: tuple[int, ...]) -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, "-W", "ignore", "-m", "powerinfer_kernels.triton_resources"]
+    shown = subprocess.run(
+        [*command, *map(str, capabilities)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    result: dict[str, Any] = json.loads(shown.stdout)
+    return result
+
+
+def by_kernel(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    return {(row["kernel"], row["rows"], row["capability"]): row for row in rows}
+
+
+def test_compiled_kernels_take_no_more_of_a_gpu_than_recorded(tmp_path: Path) -> None:
+    """Binaries for five generations of GPUs, or for one where nothing changed since the record. Slack: an
+    eighth more registers (and 4), since compilers differ; none for local memory, where spills would
+    show, and for shared memory."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    capabilities = (SAMPLE,) if record["digest"] == digest() else CAPABILITIES
+    recorded = {k: row for k, row in by_kernel(record["kernels"]).items() if k[2] in capabilities}
+    measured = by_kernel(compiled(tmp_path, capabilities)["kernels"])
+    assert measured.keys() == recorded.keys(), REMEDY
+    worse = [
+        f"{row} instead of {was}"
+        for name, row in measured.items()
+        for was in [recorded[name]]
+        if row["registers"] > was["registers"] * 9 // 8 + 4
+        or row["local"] > was["local"]
+        or row["shared"] > was["shared"]
+    ]
+    assert not worse, worse
+
+
+def test_the_digest_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "triton_ffn.py"))
+    assert digest() != before

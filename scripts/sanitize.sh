@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the thread pool under ThreadSanitizer.
-# Needs GCC (its sanitizers are loaded before Python). SANITIZE_TESTS chooses the tests.
+# Needs GCC (its sanitizers are loaded before Python). SANITIZE_TESTS chooses the tests, SANITIZE_ISAS the instruction
+# sets ("scalar;avx2").
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +17,8 @@ TSAN_OPTIONS=halt_on_error=1 "$build/pool_threads"
 
 echo "-- kernels, AddressSanitizer and UndefinedBehaviorSanitizer"
 PATH="$PWD/.venv/bin:$PATH" cmake -S kernels -B "$build/cmake" -G Ninja -DCMAKE_BUILD_TYPE=None \
-    -DCMAKE_C_COMPILER="$CC" -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DPOWERINFER_SANITIZE=ON >/dev/null
+    -DCMAKE_C_COMPILER="$CC" -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DPOWERINFER_SANITIZE=ON \
+    -DPOWERINFER_ISAS="${SANITIZE_ISAS:-}" >/dev/null
 PATH="$PWD/.venv/bin:$PATH" ninja -C "$build/cmake"
 
 # The Python face from the sources beside the extension just built; the installed package stays as it is.

@@ -104,7 +104,11 @@ def test_a_template_can_refuse() -> None:
         ("{{ 1 / 0 }}", "failed: ZeroDivisionError"),
     ],
 )
-def test_hostile_templates_are_stopped_with_one_line(source: str, message: str) -> None:
+def test_hostile_templates_are_stopped_with_one_line(
+    source: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "took longer" not in message:  # on a busy machine, too, another limit is what stops these
+        monkeypatch.setattr(chat_module, "MAX_SECONDS", 60.0)
     with pytest.raises(ChatTemplateError, match=message) as caught:
         render(source)
     assert len(str(caught.value).splitlines()) == 1

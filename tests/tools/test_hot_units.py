@@ -208,7 +208,7 @@ def test_what_a_gpu_holds_need_not_fit_in_ram(llama: Prepared, monkeypatch: pyte
 def test_fused_kernels_in_blocks_and_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter: single tokens go through the fused kernels, prompts through unpacked rows."""
     model = Prepared(tmp_path, "llama-Q4_1")
-    path, tokens = model.split([GROUP, 0, 0], attention=[0, 2], head=True), model.tiny.tokens(4)
+    path, tokens = model.split([GROUP, 0, 0], attention=[0, 2], head=True), model.tiny.tokens(3)
 
     def run(device: str) -> np.ndarray:
         engine = Engine(load_model(path), threads=1, device=device, batch=2, context=8)

@@ -30,6 +30,15 @@ __all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "SplitPredi
 
 
 @dataclass(frozen=True, eq=False)
+class DownColumns:
+    """The source's own down projection: uint8 [width, row bytes], neurons in the source's order; a read-only
+    view."""
+
+    row_type: TensorType
+    rows: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
 class SplitLayer:
     """The FFN of one layer. Positions count from the hottest neuron; views are read-only.
 
@@ -37,7 +46,7 @@ class SplitLayer:
     None where the file has none for this layer. ``hot`` holds the rows of the hot neurons, uint8 [hot, row
     bytes] for each of ``kinds``; ``cold`` the records of the others, uint8 [cold, record_bytes], see
     ``layout``. ``bias`` float32 [neurons] is added to the up rows' products of an FFN without gate; None
-    where there is none.
+    where there is none. ``columns``: the source's down projection, where the file has it in addition.
     """
 
     index: int
@@ -52,6 +61,7 @@ class SplitLayer:
     predictor: SplitPredictor | None = None
     bias: NDArray[np.float32] | None = None
     threshold: SplitThreshold | None = None
+    columns: DownColumns | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -176,10 +186,11 @@ class _Checker(KeyReader):
         version = gguf.get(names.KEY_VERSION, int)
         if version == EXPERTS_VERSION:
             self.fail(names.KEY_VERSION, f"is {version}, that of models with experts, which this one has not")
-        if version != names.VERSION:
+        if version not in (names.VERSION, names.COLUMNS_VERSION):
             raise errors.UnsupportedVersion(
                 gguf.path,
-                f"is a split file of version {version}, this program reads {names.VERSION}; convert again",
+                f"is a split file of version {version}, this program reads {names.VERSION} and "
+                f"{names.COLUMNS_VERSION}; convert again",
             )
         group = gguf.get(names.KEY_GROUP, int)
         if not 1 <= group <= self.neurons:
@@ -206,6 +217,7 @@ class _Checker(KeyReader):
             prediction=self._prediction(),
             thresholding=read_thresholding(gguf, self.layers),
             devices=read_devices(gguf, self.layers),
+            columns=version == names.COLUMNS_VERSION,
         )
 
     def layer(self, index: int, header: SplitHeader) -> SplitLayer:
@@ -239,7 +251,21 @@ class _Checker(KeyReader):
             predictor=self._predictor(index, header),
             bias=self._bias(index, gated=gate_type is not None),
             threshold=self._threshold(index, header, gated=gate_type is not None),
+            columns=self._columns(index, header),
         )
+
+    def _columns(self, index: int, header: SplitHeader) -> DownColumns | None:
+        """The source's down projection, which only dense layers of files of its version may have."""
+        name = names.columns_name(index)
+        if not header.columns:
+            self.absent(name, f"the file is of version {names.VERSION}")
+        if name not in self.gguf.tensors:
+            return None
+        if header.modes[index] != "dense":
+            self.absent(name, f"the layer's mode is {header.modes[index]}")
+        rows = self.gguf.tensor(name, shape=(self.width, self.neurons), types=set(BLOCK_SHAPES))
+        row_type = TensorType(self.gguf.info(name).row_type)
+        return DownColumns(row_type, rows.reshape(self.width, -1))
 
     def _bias(self, index: int, *, gated: bool) -> NDArray[np.float32] | None:
         name = names.bias_name(index)

@@ -18,6 +18,8 @@ from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_thresholds import SplitThresholding
 
 VERSION = 1
+#: Of a file whose dense layers have the source's own down projection in addition.
+COLUMNS_VERSION = 3
 ALIGNMENT = 64  # of the file and of each row in a bundle: a cache line
 #: Rows of a neuron; those of an FFN without gate are the last two.
 KINDS = ("gate", "up", "down")
@@ -63,6 +65,12 @@ def hot_name(layer: int, kind: str) -> str:
 def bundle_name(layer: int) -> str:
     """I8 [cold, record_bytes]: one record per cold neuron."""
     return f"blk.{layer}.ffn_cold.bundle"
+
+
+def columns_name(layer: int) -> str:
+    """The source's own down projection, [width, neurons] in the source's order of neurons; only in files of
+    ``COLUMNS_VERSION``, in layers of mode dense."""
+    return f"blk.{layer}.ffn_down_columns.weight"
 
 
 def bias_name(layer: int) -> str:
@@ -165,7 +173,8 @@ class SplitHeader:
     ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection.
     ``corpus_hashes`` and ``corpus_tokens`` name the profile's corpora; none without a profile.
     ``prediction`` is None in a file without predictors, ``thresholding`` in one without thresholds;
-    ``devices`` None: all but neurons is on the CPU.
+    ``devices`` None: all but neurons is on the CPU. ``columns``: layers may have the source's own down
+    projection, see :func:`columns_name`.
     """
 
     source_fingerprint: str
@@ -181,10 +190,11 @@ class SplitHeader:
     prediction: SplitPrediction | None = None
     thresholding: SplitThresholding | None = None
     devices: SplitDevices | None = None
+    columns: bool = False
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the ``powerinfer.*`` keys."""
-        writer.add(KEY_VERSION, VERSION, ValueType.UINT32)
+        writer.add(KEY_VERSION, COLUMNS_VERSION if self.columns else VERSION, ValueType.UINT32)
         writer.add(KEY_SOURCE, self.source_fingerprint)
         writer.add(KEY_GROUP, self.group, ValueType.UINT32)
         writer.add(KEY_HOT_NEURONS, self.hot_neurons, ValueType.UINT32)
@@ -204,11 +214,19 @@ class SplitHeader:
 
 
 def declare_split_layer(
-    writer: GGUFWriter, layer: int, layout: BundleLayout, *, neurons: int, hot: int, bias: bool = False
+    writer: GGUFWriter,
+    layer: int,
+    layout: BundleLayout,
+    *,
+    neurons: int,
+    hot: int,
+    bias: bool = False,
+    columns: TensorType | None = None,
 ) -> None:
     """Declare the tensors of one layer, in the order in which their data has to be written.
 
-    Order, bias if there is one, hot gate, hot up, hot down, bundle; tensors of zero neurons are left out.
+    Order, bias if there is one, hot gate, hot up, hot down, bundle, down projection of the source with its
+    type ``columns`` if it is kept; tensors of zero neurons are left out.
     """
     writer.declare(order_name(layer), TensorType.I32, (neurons,))
     if bias:
@@ -218,3 +236,5 @@ def declare_split_layer(
             writer.declare(hot_name(layer, kind), row_type, (hot, layout.width))
     if neurons > hot:
         writer.declare(bundle_name(layer), TensorType.I8, (neurons - hot, layout.record_bytes))
+    if columns is not None:
+        writer.declare(columns_name(layer), columns, (layout.width, neurons))

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from powerinfer_formats.split import SplitLayer
+from powerinfer_formats.split import DownColumns, SplitLayer
 from powerinfer_kernels import Bundle, Matrix, Pool
 from powerinfer_tools.engine.blocks import (
     BlockWriter,
@@ -70,10 +70,19 @@ class ColdFFN(Protocol):
 
 
 def load_cold_ffn(
-    model: Model, index: int, pool: Pool, mode: str, hot_neurons: int, tokens: int, *, named: bool = False
+    model: Model,
+    index: int,
+    pool: Pool,
+    mode: str,
+    hot_neurons: int,
+    tokens: int,
+    *,
+    named: bool = False,
+    alone: bool = False,
 ) -> ColdFFN:
     """Lay out layer ``index`` without its first ``hot_neurons`` neurons, which the hot device computes, for
-    up to ``tokens`` tokens at a time; ``named``: in mode predicted, it predicts, too."""
+    up to ``tokens`` tokens at a time; ``named``: in mode predicted, it predicts, too. ``alone``: no hot
+    device takes part in the layer, so that its result may go into the residual stream at once."""
     ffn = model.layers[index].ffn
     if isinstance(ffn, DenseFFN):
         up = None if ffn.factor is None else pack(pool, ffn.factor)
@@ -87,6 +96,8 @@ def load_cold_ffn(
         return _load_predicted(ffn, pool, hot_neurons, tokens, named=named)
     if mode == "thresholded":
         return _load_thresholded(ffn, pool, hot_neurons)
+    if mode == "dense" and alone and ffn.columns is not None:
+        return _load_columns(ffn, ffn.columns, pool)
     return _load_rows(ffn, pool, mode, hot_neurons)
 
 
@@ -267,6 +278,24 @@ def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
     bundle = _bundle(layer, pool, first, layer.kinds[len(dense) :])
     up = matrices[1] if len(matrices) == 2 else None
     return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first)))
+
+
+def _load_columns(layer: SplitLayer, down: DownColumns, pool: Pool) -> ColdFFN:
+    """All neurons in the source's order, with its own down projection: the source's form, speed and bits."""
+    position = np.argsort(layer.order)
+    gate, *up = (
+        Matrix.pack(
+            pool,
+            layer.rows(kind, 0, layer.neurons)[position].reshape(-1),
+            layer.type_of(kind),
+            layer.neurons,
+            layer.width,
+        )
+        for kind in layer.kinds[:-1]
+    )
+    columns = Matrix.pack(pool, down.rows.reshape(-1), down.row_type, layer.width, layer.neurons)
+    bias = None if layer.bias is None else layer.bias[position].astype(np.float32)
+    return _ColumnsFFN(DenseColumns(gate, up[0] if up else None, columns, bias))
 
 
 def _load_thresholded(layer: SplitLayer, pool: Pool, first: int) -> ColdFFN:

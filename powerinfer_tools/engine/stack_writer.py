@@ -156,7 +156,7 @@ class StackWriter:
         """In a parallel layer the FFN's input is ready before attention, which the hot device then works
         beside, too."""
         hot_neurons = self._hot_neurons(index)
-        ffn = self._cold_ffn(index, hot_neurons)
+        ffn = self._cold_ffn(index, hot_neurons, alone=hot_neurons == 0)
         writer, parallel = self.writer, self._model.hyper.parallel
         if parallel or not self._attention_there(index):
             self._bring_back()
@@ -192,11 +192,13 @@ class StackWriter:
         self.stops.append(Stop(ready, needed, there))
         self.away = True
 
-    def _cold_ffn(self, index: int, hot_neurons: int) -> ColdFFN:
-        """The FFN of layer ``index`` without its hot neurons."""
+    def _cold_ffn(self, index: int, hot_neurons: int, *, alone: bool = False) -> ColdFFN:
+        """The FFN of layer ``index`` without its hot neurons; ``alone``: the hot device has no part in it."""
         tokens, thresholds = self._options.batch, self._options.thresholds
         mode, named = self._modes[index], self._hot is not None and self._hot.has_predictor(index)
-        ffn = load_cold_ffn(self._model, index, self._pool, mode, hot_neurons, tokens, named=named)
+        ffn = load_cold_ffn(
+            self._model, index, self._pool, mode, hot_neurons, tokens, named=named, alone=alone
+        )
         if thresholds is not None:
             ffn = with_thresholds(ffn, thresholds[index])
         self.laid.append(ffn)

@@ -303,6 +303,11 @@ def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) ->
                     f"{gguf.path}: FFN rows of layer {index} are of type {row_type.name}, not computable"
                 )
     for layer in split.layers if split else ():
+        if layer.columns is not None and int(layer.columns.row_type) not in MATRIX_TYPES:
+            raise ModelError(
+                f"{gguf.path}: the down projection of layer {layer.index} is of type "
+                f"{layer.columns.row_type.name}, not computable"
+            )
         for row_type in layer.predictor.types if layer.predictor else ():
             if int(row_type) not in MATRIX_TYPES:
                 raise ModelError(

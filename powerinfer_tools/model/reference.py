@@ -239,12 +239,15 @@ def _predictor(layer: LayerWeights) -> SplitPredictor:
 
 def ffn_matrices(layer: LayerWeights) -> tuple[Array, Array | None, Array]:
     """Gate, up and transposed down of one layer without experts, each (neurons, width); without gate, up,
-    None and down."""
+    None and down. A dense layer of a split file that has the source's down projection computes with that."""
     ffn = layer.ffn
     assert not isinstance(ffn, ExpertsFFN)
     if isinstance(ffn, DenseFFN):
         return matrix(ffn.first), None if ffn.factor is None else matrix(ffn.factor), matrix(ffn.down).T
     rows = [_split_rows(ffn.rows(kind, 0, ffn.neurons), ffn.type_of(kind), ffn.width) for kind in ffn.kinds]
+    if ffn.columns is not None:
+        own = _split_rows(ffn.columns.rows, ffn.columns.row_type, ffn.neurons)
+        rows[-1] = own.T[ffn.order]
     return rows[0], rows[1] if len(rows) == 3 else None, rows[-1]
 
 

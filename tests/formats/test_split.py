@@ -157,6 +157,16 @@ def _tensor(name: str) -> Change:
     return lambda parts: parts.extra_tensors.append((name, TensorType.F32, (4,)))
 
 
+def _columns(layer: int, neurons: int = NEURONS, *, columns: bool = False) -> Change:
+    """The down projection of the source in float32; ``columns``: the header announces such."""
+
+    def change(parts: Parts) -> None:
+        parts.header = replace(parts.header, columns=columns)
+        parts.extra_tensors.append((names.columns_name(layer), TensorType.F32, (WIDTH, neurons)))
+
+    return change
+
+
 def _order(layer: int, values: list[int]) -> Change:
     return lambda parts: parts.orders.update({layer: values})
 
@@ -202,11 +212,14 @@ _Q4 = TensorType.Q4_1
 
 FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
     (
-        "version 3",
-        _retyped(names.KEY_VERSION, 3, _U32),
+        "version 4",
+        _retyped(names.KEY_VERSION, 4, _U32),
         errors.UnsupportedVersion,
-        "version 3.*convert again",
+        "version 4.*reads 1 and 3.*convert again",
     ),
+    ("columns in version 1", _columns(0), errors.UnexpectedTensor, "version 1"),
+    ("columns not dense", _columns(1, columns=True), errors.UnexpectedTensor, "gate-first"),
+    ("columns of another shape", _columns(0, NEURONS + 1, columns=True), errors.WrongShape, "columns"),
     ("no source", _without(names.KEY_SOURCE), errors.MissingKey, "source_fingerprint"),
     ("no group", _without(names.KEY_GROUP), errors.MissingKey, "group"),
     ("no hot", _without(names.KEY_HOT_NEURONS), errors.MissingKey, "hot_neurons"),
@@ -368,6 +381,15 @@ def test_a_predictor_comes_back(tmp_path: Path) -> None:
     assert predictor.inward.shape == (8, 4 * WIDTH)
     assert predictor.outward.shape == (NEURONS, 4 * 8)
     np.testing.assert_array_equal(predictor.threshold, np.full(NEURONS, 0.5, np.float32))
+
+
+def test_the_down_projection_of_a_dense_layer_comes_back(tmp_path: Path) -> None:
+    split = SplitFile.open(write_split(tmp_path / "m.powerinfer.gguf", _columns(2, columns=True)))
+    columns = split.layer(2).columns
+    assert columns is not None
+    assert (columns.row_type, columns.rows.shape) == (TensorType.F32, (WIDTH, 4 * NEURONS))
+    assert split.layer(0).columns is None
+    assert split.header == replace(HEADER, columns=True)
 
 
 def test_a_predictor_of_the_original_kind_comes_back(tmp_path: Path) -> None:

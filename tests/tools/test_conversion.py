@@ -56,12 +56,27 @@ def hot_counts(prepared: Prepared) -> list[int]:
 
 def test_same_bits_for_any_split_point_threads_and_isa(prepared: Prepared) -> None:
     tokens = prepared.tiny.tokens(TOKENS)
-    expected = logits(prepared.split([0] * prepared.layers), tokens)
+    expected = logits(prepared.split([GROUP] * prepared.layers), tokens)
     path = prepared.split(hot_counts(prepared))
     for threads in (1, 2, 3):
         assert np.array_equal(logits(path, tokens, threads=threads), expected)
     for isa in available_isas():
         assert np.array_equal(logits(path, tokens, isa=isa), expected)
+
+
+def test_dense_layers_have_the_bits_of_the_source(prepared: Prepared) -> None:
+    """Where no neuron is hot and the down projection had to be quantised again, the file has the source's
+    own, too; with exact zeros it has not, as gate-first has to give the same bits."""
+    path = prepared.split([0] * prepared.layers)
+    assert not SplitFile.open(prepared.split(hot_counts(prepared))).header.columns
+    source, split = load_model(prepared.tiny.path), SplitFile.open(path)
+    floats = prepared.tiny.spec.row_type == "F32"
+    assert split.header.columns == (not floats and not source.exact_zeros)
+    for layer in split.layers:
+        assert (layer.columns is not None) == split.header.columns
+    if split.header.columns:
+        tokens = prepared.tiny.tokens(TOKENS)
+        assert np.array_equal(logits(path, tokens), logits(prepared.tiny.path, tokens))
 
 
 def test_gate_first_has_the_bits_of_dense(prepared: Prepared) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
@@ -24,6 +25,7 @@ from powerinfer_formats.split_layout import (
     SplitPrediction,
     bias_name,
     bundle_name,
+    columns_name,
     declare_split_layer,
     hot_name,
     order_name,
@@ -46,6 +48,7 @@ from powerinfer_tools.model.split_rows import (
     stored_down,
     transposed_down,
 )
+from powerinfer_tools.model.tensors import Weight
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.stages.convert.expert_conversion import ConvertedExperts, check_placement, write_experts
 from powerinfer_tools.stages.convert.selection import Selection
@@ -203,7 +206,16 @@ class _Conversion:
             prediction=self.selection.prediction(),
             thresholding=self.selection.thresholding(),
             devices=planned_devices(self.plan),
+            columns=any(self._columns(i) is not None for i in range(self.model.hyper.layers)),
         )
+
+    def _columns(self, index: int) -> Weight | None:
+        """The down projection as it is, to be kept beside the transposed one that was quantised again: of
+        layers that are computed dense where the plan has no hot neurons at all, and no exact zeros, as
+        gate-first has to give the bits of dense."""
+        ffn = self._ffn(index)
+        dense = self.plan.layers[index].mode == "dense" and not self.model.exact_zeros and not any(self.hot)
+        return None if ffn.transposed or ffn.down.row_type.is_float or not dense else ffn.down
 
     def _measure(self) -> tuple[float, ...]:
         """Check that all weights are finite, and measure what requantising adds to each layer."""
@@ -226,6 +238,7 @@ class _Conversion:
     def _declare(self, writer: GGUFWriter) -> None:
         neurons = self.model.hyper.neurons
         for index in range(self.model.hyper.layers):
+            columns = self._columns(index)
             declare_split_layer(
                 writer,
                 index,
@@ -233,6 +246,7 @@ class _Conversion:
                 neurons=neurons,
                 hot=self.hot[index],
                 bias=self.model.layers[index].ffn_bias is not None,
+                columns=None if columns is None else TensorType(columns.row_type),
             )
             predictor = self.selection.predictor(index, self.profile.order(index))
             if predictor is not None:
@@ -281,6 +295,9 @@ class _Conversion:
             cold = order[hot:]
             records = layout.pack(*(rows[cold] for rows in sources))
             writer.write(bundle_name(index), records)
+        columns = self._columns(index)
+        if columns is not None:
+            writer.write(columns_name(index), columns.data)
         predictor = self.selection.predictor(index, self.profile.order(index))
         if predictor is not None:
             predictor.write(writer, index)

@@ -123,9 +123,9 @@ typedef struct pi_kernels {
     /* out[k] = row index[k] of product rows · activations, k in [begin, end); rows up to `count` are asked for ahead. */
     void (*product_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t begin, int64_t end,
                          const float *x, const pi_acts *a, int64_t token, float *out);
-    /* out[t, row] for all rows of tiles of 16 and tokens [0, tokens). */
-    void (*product_all_rows)(const pi_rows *w, int64_t tile0, int64_t tile1, const float *x, const pi_acts *a,
-                             int64_t tokens, float *out);
+    /* out[t · stride + k] of rows index[k] (NULL: row k) for tokens [0, tokens), k of tiles of 16 below `count`. */
+    void (*product_many_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t tile0, int64_t tile1,
+                              const float *x, const pi_acts *a, int64_t tokens, float *out, int64_t stride);
     /* y[column0, column1) += Σ_k h[k] row index[k] of sum rows (`index` NULL: row k); scratch: pi_sum_scratch_bytes. */
     void (*sum_rows)(const pi_rows *r, const int32_t *index, const float *h, int64_t count, int64_t column0,
                      int64_t column1, void *scratch, float *y);

@@ -10,7 +10,7 @@
 
 enum {
     NEURONS_AT_ONCE = PI_TILE,
-    MANY_TOKENS = 4, /* from here on nearly every neuron is active for some token: all rows are read, once */
+    FEW_TOKENS = 8, /* up to here rows that some token selects are read, once; beyond, nearly all are */
 };
 
 /* What a neuron contributes; the same products as `activate` makes. */
@@ -23,12 +23,12 @@ static inline float contribution(int32_t kind, float gate, float up) {
 }
 
 /* The same where neurons are picked by the size of a factor, `select`: [begin, end) of at most 16 neurons. */
-static void thresholded(const pi_sparse_ffn *op, const pi_run *run, int64_t token, const int32_t *index, int64_t count,
-                        int64_t begin, int64_t end) {
-    const float *select = op->select + token * op->bundle->rows;
-    float *h = op->h + token * op->bundle->rows, known[NEURONS_AT_ONCE];
+static void thresholded(const pi_sparse_ffn *op, const pi_run *run, const int32_t *index, int64_t count, int64_t begin,
+                        int64_t end) {
+    const float *select = op->select;
+    float *h = op->h, known[NEURONS_AT_ONCE];
     const pi_rows *rest = &op->bundle->part[op->rule == PI_BY_GATE_SIZE ? PI_UP : PI_GATE];
-    run->kernels->product_rows(rest, index, count, begin, end, op->src, &op->acts, token, h);
+    run->kernels->product_rows(rest, index, count, begin, end, op->src, &op->acts, 0, h);
     for (int64_t k = begin; k < end; k++) known[k - begin] = select[index[k]];
     if (op->rule == PI_BY_UP_SIZE)
         run->kernels->activate(op->kind, op->cut, h + begin, known, end - begin, h + begin);
@@ -37,13 +37,13 @@ static void thresholded(const pi_sparse_ffn *op, const pi_run *run, int64_t toke
 }
 
 /* Neurons [begin, end) of the list, whose gates are positive: h[k] = contribution of index[k]. */
-static void contributions(const pi_sparse_ffn *op, const pi_run *run, int64_t token, const int32_t *index,
-                          const float *gate, int64_t count, int64_t begin, int64_t end) {
+static void contributions(const pi_sparse_ffn *op, const pi_run *run, const int32_t *index, const float *gate,
+                          int64_t count, int64_t begin, int64_t end) {
     const pi_rows *up = &op->bundle->part[PI_UP];
-    const float *select = op->select + token * op->bundle->rows;
-    float *h = op->h + token * op->bundle->rows;
+    const float *select = op->select;
+    float *h = op->h;
     const int gated = up->data != NULL;
-    if (gated) run->kernels->product_rows(up, index, count, begin, end, op->src, &op->acts, token, h);
+    if (gated) run->kernels->product_rows(up, index, count, begin, end, op->src, &op->acts, 0, h);
     for (int64_t k = begin; k < end; k++) {
         const float g = gate ? gate[k] : select[index[k]];
         /* Gates in scratch are above the cut. No second look at them: it would hide a row that was read in vain. */
@@ -85,15 +85,15 @@ static list_scratch scratch_of(const pi_sparse_ffn *op, const pi_run *run, const
 
 /* Of `count` named neurons, those whose gates turn out to be positive, with those gates in scratch: rows of the others
  * need not be read any further. As many as they are. */
-static int64_t list_confirmed(const pi_sparse_ffn *op, const pi_run *run, pi_worker *worker, int slot, int64_t token,
-                              int64_t count, const list_scratch *at) {
-    float *gate = op->gate + token * op->bundle->rows;
+static int64_t list_confirmed(const pi_sparse_ffn *op, const pi_run *run, pi_worker *worker, int slot, int64_t count,
+                              const list_scratch *at) {
+    float *gate = op->gate;
     int64_t chunk, kept = 0;
     pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
     while ((chunk = pi_share_next(&share)) >= 0) {
         int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
         run->kernels->product_rows(&op->bundle->part[PI_GATE], at->index, count, begin, end < count ? end : count,
-                                   op->src, &op->acts, token, gate);
+                                   op->src, &op->acts, 0, gate);
     }
     pi_barrier(worker);
     for (int64_t k = 0; k < count; k++) {
@@ -106,36 +106,32 @@ static int64_t list_confirmed(const pi_sparse_ffn *op, const pi_run *run, pi_wor
     return kept;
 }
 
-/* Every thread makes the whole list for itself: that costs less than a barrier for handing it around. */
+/* One token. Every thread makes the whole list for itself: that costs less than a barrier for handing it around. */
 static void execute_listed(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
     const list_scratch at = scratch_of(op, run, worker);
     const columns_part columns = columns_of(op, worker);
-    int64_t neurons = op->bundle->rows, width = op->bundle->columns;
     int64_t (*list)(const float *, const float *, int64_t, int32_t *) =
         op->rule == PI_BY_VALUE ? run->kernels->list_active : run->kernels->list_large;
-    for (int64_t t = 0; t < run->tokens; t++) {
-        int64_t named = list(op->select + t * neurons, op->threshold, neurons, at.index), chunk;
-        int64_t count = op->gate ? list_confirmed(op, run, worker, slot, t, named, &at) : named;
-        pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
-        while ((chunk = pi_share_next(&share)) >= 0) {
-            int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
-            if (end > count) end = count;
-            if (op->rule == PI_BY_VALUE)
-                contributions(op, run, t, at.index, op->gate ? at.gate : NULL, count, begin, end);
-            else
-                thresholded(op, run, t, at.index, count, begin, end);
-        }
-        pi_barrier(worker);
-        if (columns.begin < columns.end) {
-            float *out = op->out + t * width;
-            if (!op->accumulate) pi_clear_columns(out, width, 1, columns.begin, columns.end);
-            run->kernels->sum_rows(&op->bundle->part[PI_DOWN], at.index, op->h + t * neurons, count, columns.begin,
-                                   columns.end, at.sums, out);
-        }
-        if (pi_worker_thread(worker) == 0) {
-            run->program->active += named;
-            run->program->confirmed += count;
-        }
+    int64_t named = list(op->select, op->threshold, op->bundle->rows, at.index), chunk;
+    int64_t count = op->gate ? list_confirmed(op, run, worker, slot, named, &at) : named;
+    pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
+    while ((chunk = pi_share_next(&share)) >= 0) {
+        int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
+        if (end > count) end = count;
+        if (op->rule == PI_BY_VALUE)
+            contributions(op, run, at.index, op->gate ? at.gate : NULL, count, begin, end);
+        else
+            thresholded(op, run, at.index, count, begin, end);
+    }
+    pi_barrier(worker);
+    if (columns.begin < columns.end) {
+        if (!op->accumulate) pi_clear_columns(op->out, op->bundle->columns, 1, columns.begin, columns.end);
+        run->kernels->sum_rows(&op->bundle->part[PI_DOWN], at.index, op->h, count, columns.begin, columns.end, at.sums,
+                               op->out);
+    }
+    if (pi_worker_thread(worker) == 0) {
+        run->program->active += named;
+        run->program->confirmed += count;
     }
 }
 
@@ -149,7 +145,8 @@ static selection threshold_tile(const pi_sparse_ffn *op, const pi_run *run, int6
     const pi_rows *rest = &op->bundle->part[op->rule == PI_BY_GATE_SIZE ? PI_UP : PI_GATE];
     int64_t neurons = op->bundle->rows, first = tile * PI_TILE, active = 0;
     int64_t count = first + PI_TILE < neurons ? PI_TILE : neurons - first;
-    run->kernels->product_all_rows(rest, tile, tile + 1, op->src, &op->acts, run->tokens, op->h);
+    run->kernels->product_many_rows(rest, NULL, neurons, tile, tile + 1, op->src, &op->acts, run->tokens, op->h,
+                                    neurons);
     for (int64_t t = 0; t < run->tokens; t++) {
         const float *known = op->select + t * neurons + first, *threshold = op->threshold + first;
         float *h = op->h + t * neurons + first;
@@ -170,9 +167,12 @@ static selection contribute_tile(const pi_sparse_ffn *op, const pi_run *run, int
     selection found = {0, 0};
     int64_t last = first + PI_TILE < neurons ? first + PI_TILE : neurons;
     if (op->gate)
-        run->kernels->product_all_rows(&part[PI_GATE], tile, tile + 1, op->src, &op->acts, run->tokens, op->gate);
+        run->kernels->product_many_rows(&part[PI_GATE], NULL, neurons, tile, tile + 1, op->src, &op->acts, run->tokens,
+                                        op->gate, neurons);
     const int gated = part[PI_UP].data != NULL;
-    if (gated) run->kernels->product_all_rows(&part[PI_UP], tile, tile + 1, op->src, &op->acts, run->tokens, op->h);
+    if (gated)
+        run->kernels->product_many_rows(&part[PI_UP], NULL, neurons, tile, tile + 1, op->src, &op->acts, run->tokens,
+                                        op->h, neurons);
     for (int64_t t = 0; t < run->tokens; t++)
         for (int64_t i = first; i < last; i++) {
             float select = op->select[t * neurons + i], gate = op->gate ? op->gate[t * neurons + i] : select;
@@ -205,12 +205,123 @@ static void execute_all(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker,
     run->kernels->sum_all_rows(&op->bundle->part[PI_DOWN], op->h, run->tokens, columns.begin, columns.end, op->out);
 }
 
+/* ---- a few tokens: the rows that any of them selects ---- */
+
+typedef struct {
+    int64_t neurons, named, confirmed; /* of the union, and of all tokens together */
+} selected_union;
+
+static inline int is_selected(const pi_sparse_ffn *op, int64_t token, int32_t neuron) {
+    const float value = op->select[token * op->bundle->rows + neuron];
+    const float threshold = op->threshold ? op->threshold[neuron] : 0.0f;
+    return !((op->rule == PI_BY_VALUE ? value : fabsf(value)) <= threshold);
+}
+
+/* Lists the neurons that any token selects in at->index; at->gate is used up. */
+static selected_union list_union(const pi_sparse_ffn *op, const pi_run *run, const list_scratch *at) {
+    selected_union u = {0};
+    const int64_t neurons = op->bundle->rows;
+    uint8_t *mark = (uint8_t *)at->gate;
+    int64_t (*list)(const float *, const float *, int64_t, int32_t *) =
+        op->rule == PI_BY_VALUE ? run->kernels->list_active : run->kernels->list_large;
+    memset(mark, 0, (size_t)neurons);
+    for (int64_t t = 0; t < run->tokens; t++) {
+        const int64_t count = list(op->select + t * neurons, op->threshold, neurons, at->index);
+        for (int64_t k = 0; k < count; k++) mark[at->index[k]] = 1;
+        u.named += count;
+    }
+    for (int64_t i = 0; i < neurons; i++) {
+        at->index[u.neurons] = (int32_t)i;
+        u.neurons += mark[i];
+    }
+    u.confirmed = u.named;
+    return u;
+}
+
+/* Gates of the union; keeps the neurons that one of the tokens that named them confirms, with their former positions,
+ * where their gates lie, in at->gate. */
+static void confirm_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot, const list_scratch *at,
+                          selected_union *u) {
+    const int64_t neurons = op->bundle->rows;
+    int32_t *position = (int32_t *)at->gate;
+    int64_t tile, kept = 0;
+    pi_share share = pi_share_open(worker, slot, (u->neurons + PI_TILE - 1) / PI_TILE);
+    while ((tile = pi_share_next(&share)) >= 0)
+        run->kernels->product_many_rows(&op->bundle->part[PI_GATE], at->index, u->neurons, tile, tile + 1, op->src,
+                                        &op->acts, run->tokens, op->gate, neurons);
+    pi_barrier(worker);
+    u->confirmed = 0;
+    for (int64_t k = 0; k < u->neurons; k++) {
+        const int32_t neuron = at->index[k];
+        int any = 0;
+        for (int64_t t = 0; t < run->tokens; t++) {
+            const float gate = op->gate[t * neurons + k] + (op->bias ? op->bias[neuron] : 0.0f);
+            any += is_selected(op, t, neuron) && !(gate <= op->cut);
+        }
+        at->index[kept] = neuron;
+        position[kept] = (int32_t)k;
+        kept += any > 0;
+        u->confirmed += any;
+    }
+    u->neurons = kept;
+}
+
+/* h[t, k] = contribution of neuron index[k] to token t, zero where that does not select it; k of one tile. */
+static void contribute_union(const pi_sparse_ffn *op, const pi_run *run, int64_t tile, const list_scratch *at,
+                             int64_t count) {
+    const int64_t neurons = op->bundle->rows, first = tile * PI_TILE;
+    const int64_t n = count - first < PI_TILE ? count - first : PI_TILE;
+    const pi_rows *rest = &op->bundle->part[op->rule == PI_BY_UP_SIZE ? PI_GATE : PI_UP];
+    const int32_t *index = at->index + first, *position = (const int32_t *)at->gate + first;
+    if (rest->data)
+        run->kernels->product_many_rows(rest, at->index, count, tile, tile + 1, op->src, &op->acts, run->tokens, op->h,
+                                        neurons);
+    for (int64_t t = 0; t < run->tokens; t++) {
+        float *h = op->h + t * neurons + first, known[PI_TILE];
+        for (int64_t k = 0; k < n; k++) known[k] = op->select[t * neurons + index[k]];
+        if (op->rule == PI_BY_UP_SIZE) run->kernels->activate(op->kind, op->cut, h, known, n, h);
+        for (int64_t k = 0; k < n; k++) {
+            float gate = known[k];
+            if (op->gate) gate = op->gate[t * neurons + position[k]] + (op->bias ? op->bias[index[k]] : 0.0f);
+            const int zero = op->rule == PI_BY_VALUE && gate <= op->cut;
+            if (op->rule == PI_BY_GATE_SIZE) h[k] = gate * h[k];
+            if (op->rule == PI_BY_VALUE) h[k] = contribution(op->kind, gate, rest->data ? h[k] : 1.0f);
+            if (zero || !is_selected(op, t, index[k])) h[k] = 0.0f;
+        }
+    }
+}
+
+/* 1 when the union is so large that it is better to read all rows: then nothing has been computed. */
+static int execute_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
+    const list_scratch at = scratch_of(op, run, worker);
+    const columns_part columns = columns_of(op, worker);
+    const int64_t neurons = op->bundle->rows, width = op->bundle->columns;
+    selected_union u = list_union(op, run, &at);
+    int64_t tile;
+    if (u.neurons * 4 > neurons * 3) return 1;
+    if (op->gate) confirm_union(op, run, worker, slot, &at, &u);
+    pi_share share = pi_share_open(worker, slot, (u.neurons + PI_TILE - 1) / PI_TILE);
+    while ((tile = pi_share_next(&share)) >= 0) contribute_union(op, run, tile, &at, u.neurons);
+    pi_barrier(worker);
+    if (columns.begin < columns.end) {
+        if (!op->accumulate) pi_clear_columns(op->out, width, run->tokens, columns.begin, columns.end);
+        for (int64_t t = 0; t < run->tokens; t++)
+            run->kernels->sum_rows(&op->bundle->part[PI_DOWN], at.index, op->h + t * neurons, u.neurons, columns.begin,
+                                   columns.end, at.sums, op->out + t * width);
+    }
+    if (pi_worker_thread(worker) == 0) {
+        run->program->active += u.named;
+        run->program->confirmed += u.confirmed;
+    }
+    return 0;
+}
+
 void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     const pi_sparse_ffn *s = &op->u.sparse_ffn;
     if (pi_worker_thread(worker) == 0)
         __atomic_fetch_add(&run->program->total, run->tokens * s->bundle->rows, __ATOMIC_RELAXED);
-    if (run->tokens >= MANY_TOKENS)
-        execute_all(s, run, worker, slot);
-    else
+    if (run->tokens == 1)
         execute_listed(s, run, worker, slot);
+    else if (run->tokens > FEW_TOKENS || execute_union(s, run, worker, slot))
+        execute_all(s, run, worker, slot);
 }

@@ -123,9 +123,12 @@ def command(
     from powerinfer_tools.serving.service import Service
 
     service = Service(settings, logger(as_json=common.json))
-    serving = Serving(service, address, opener(service, path, load, placement, common.threads))
-    say(f"listening on {address.url}, loading {path}")
-    serving.run()
+    load_model = opener(service, path, load, placement, common.threads)
+
+    def listening(port: int) -> None:
+        say(f"listening on {address.url(port)}, loading {path}")
+
+    Serving(service, address, load_model, listening).run()
 
 
 def require_packages() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -31,15 +32,24 @@ class Address:
     key: Path | None = None
     drain_seconds: float = 30.0
 
-    @property
-    def url(self) -> str:
-        """The address for people."""
+    def url(self, port: int) -> str:
+        """The address for people, with the port that was taken."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'http' if self.certificate is None else 'https'}://{host}:{self.port}"
+        return f"{'http' if self.certificate is None else 'https'}://{host}:{port}"
 
 
 class _Server(uvicorn.Server):
     """SIGTERM and SIGINT end it in order; a second one at once. The process then ends as any other."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        if self.started:
+            self._listening(int(self.servers[0].sockets[0].getsockname()[1]))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -60,9 +70,15 @@ class _Server(uvicorn.Server):
 
 class Serving:
     """A server. ``load`` makes ``service`` ready, in a thread while /health says so, and returns what ends
-    it."""
+    it; ``listening`` is told the port."""
 
-    def __init__(self, service: Service, address: Address, load: Callable[[], Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        address: Address,
+        load: Callable[[], Callable[[], None]],
+        listening: Callable[[int], None] = lambda port: None,
+    ) -> None:
         self._service, self._load = service, load
         self._close: Callable[[], None] | None = None
         self.failure: BaseException | None = None
@@ -80,16 +96,16 @@ class Serving:
                 server_header=False,
                 backlog=_BACKLOG,
                 timeout_graceful_shutdown=max(1, round(address.drain_seconds)),
-            )
+            ),
+            self._listens,
         )
+        self._told = listening
+        #: The port that it listens on, once it does.
+        self.port: int | None = None
 
-    @property
-    def port(self) -> int | None:
-        """The port that it listens on, once it does."""
-        for server in getattr(self._server, "servers", ()):
-            for socket in server.sockets:
-                return int(socket.getsockname()[1])
-        return None
+    def _listens(self, port: int) -> None:
+        self.port = port
+        self._told(port)
 
     def run(self) -> None:
         """Serve until a signal comes. Raises what kept the model from loading."""

@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model test demo relu-demo lint types bench docs site wheel unpinned sanitize clean distclean FORCE
+.PHONY: help setup setup-dev model test demo relu-demo lint types bench docs site wheel unpinned sanitize fuzz clean distclean FORCE
 
 # The first Python that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell \
@@ -71,6 +71,11 @@ sanitize: setup-dev  ## the kernels' tests under ASan and UBSan, the thread pool
 
 unpinned: model  ## a short pipeline with the newest packages that pyproject.toml allows, in an environment of its own
 	PYTHON="$(PYTHON)" bash scripts/unpinned.sh $(MODEL)
+
+SECONDS ?= 60
+
+fuzz: setup  ## damaged files for every reader, for SECONDS=60 (inputs depend on SEED=1 alone)
+	$(BIN)/python scripts/fuzz.py --seconds $(SECONDS) --seed $(or $(SEED),1)
 
 clean:  ## remove what was built
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

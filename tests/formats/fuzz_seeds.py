@@ -1,0 +1,58 @@
+"""Small valid files of every kind, as bytes: what scripts/fuzz.py damages."""
+
+import json
+import struct
+import tempfile
+from pathlib import Path
+
+from gguf_bytes import VALID
+from powerinfer_formats.records import dump_json
+from powerinfer_formats.trace import encode_frame, write_trace
+from profiles import make_profile
+from sentencepiece_bytes import sentencepiece_bytes
+from test_delta import make as make_delta
+from test_hardware import TEXT
+from test_plan import PLAN
+from test_predictors import make as make_predictors
+from test_trace import header, records
+
+_TOKENIZER = {
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "unk_token": None},
+    "added_tokens": [{"id": 3, "content": "<x>", "special": True, "lstrip": True, "normalized": False}],
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>"}}]},
+}
+_ROPE = {
+    "rope_theta": 1e6,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4},
+}
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """By the names of the readers."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_delta().save(folder / "delta")
+        make_delta(activation="fatrelu").save(folder / "delta2")
+        make_profile().save(folder / "profile")
+        make_predictors().save(folder / "predictors")
+        PLAN.save(folder / "plan")
+        write_trace(folder / "trace", header(), [encode_frame(*record) for record in records()])
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    row = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    head = json.dumps({"__metadata__": {"a": "b"}, "x": row}).encode()
+    return {
+        "gguf": [VALID],
+        "safetensors": [struct.pack("<Q", len(head)) + head + bytes(16)],
+        "sentencepiece": [sentencepiece_bytes([("<unk>", 0.0, 2), ("a", -1.0, 1), ("ab", -2.0, 1)])],
+        "tokenizer": [dump_json(_TOKENIZER).encode()],
+        "rope": [dump_json(_ROPE).encode(), b'{"rope_scaling": {"type": "linear", "factor": 2}}'],
+        "delta": [files["delta"], files["delta2"]],
+        "trace": [files["trace"]],
+        "profile": [files["profile"]],
+        "plan": [files["plan"]],
+        "hardware": [TEXT.encode()],
+        "predictors": [files["predictors"]],
+        "kernels": [bytes(range(256)) * 8, b"\xff" * 300, b"\x00\x7c" * 600],
+    }

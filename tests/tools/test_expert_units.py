@@ -157,7 +157,7 @@ def test_a_trace_shows_both_sides_and_no_sum_where_there_is_none(shared: Prepare
     assert sorted(name for name, layer in here if layer == 1) == [
         "experts", "launch", "launch", "route", "wait",
     ]  # fmt: skip
-    assert {name for name, layer in here if layer == 2} >= {"attention", "route", "experts"}
+    assert {name for name, layer in here if layer == 2} >= {"attention", "router", "ffn"}
     assert report.overlap is not None
 
 

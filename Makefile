@@ -20,7 +20,7 @@ WERROR ?= OFF
 WORKERS ?= 2
 WHEELS := build/wheel
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
-CODE := cli powerinfer_tools formats kernels
+CODE := cli powerinfer powerinfer_tools formats kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Where tests find helpers of their own folder; the package itself is imported from where it is installed.
 TEST_FOLDERS := tests/formats tests/kernels tests/tools tests/cli

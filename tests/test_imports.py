@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
+    "powerinfer": ROOT / "powerinfer",
     "powerinfer_cli": ROOT / "cli/powerinfer_cli",
     "powerinfer_tools": ROOT / "powerinfer_tools",
     "powerinfer_formats": ROOT / "formats/powerinfer_formats",
@@ -22,7 +23,8 @@ MAY_IMPORT = {
     "powerinfer_formats": set[str](),
     "powerinfer_kernels": set[str](),
     "powerinfer_tools": {"powerinfer_formats", "powerinfer_kernels"},
-    "powerinfer_cli": {"powerinfer_tools", "powerinfer_formats"},
+    "powerinfer": {"powerinfer_tools", "powerinfer_formats"},
+    "powerinfer_cli": {"powerinfer", "powerinfer_tools", "powerinfer_formats"},
 }
 # Heavy package → the files (by prefix) that are about it and may import it when they are imported.
 HEAVY = {

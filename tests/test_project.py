@@ -13,7 +13,13 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORT_NAMES = {"powerinfer_cli", "powerinfer_tools", "powerinfer_formats", "powerinfer_kernels"}
+IMPORT_NAMES = {
+    "powerinfer",
+    "powerinfer_cli",
+    "powerinfer_tools",
+    "powerinfer_formats",
+    "powerinfer_kernels",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 

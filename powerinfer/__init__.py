@@ -1,0 +1,42 @@
+"""Run a language model from Python.
+
+    import powerinfer
+
+    with powerinfer.load("model.gguf") as model:
+        print(model.generate("The capital of France is", max_tokens=16).text)
+
+What stands in ``__all__`` is the public interface; everything else of this project may change.
+"""
+
+from powerinfer.errors import (
+    ChatTemplateError,
+    ContextFull,
+    FormatError,
+    HardwareError,
+    ModelError,
+    PowerInferError,
+    SamplingError,
+    TokenizerError,
+)
+from powerinfer.model import Model, load
+from powerinfer.options import GenerateOptions, Message
+from powerinfer.session import Session
+from powerinfer.text_stream import Generated, TextStream
+
+__all__ = [
+    "ChatTemplateError",
+    "ContextFull",
+    "FormatError",
+    "GenerateOptions",
+    "Generated",
+    "HardwareError",
+    "Message",
+    "Model",
+    "ModelError",
+    "PowerInferError",
+    "SamplingError",
+    "Session",
+    "TextStream",
+    "TokenizerError",
+    "load",
+]

@@ -1,0 +1,63 @@
+"""How text is generated, and what a conversation consists of."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Literal, TypedDict
+
+from powerinfer_tools.errors import SamplingError
+from powerinfer_tools.generate.generation import GenerationOptions
+from powerinfer_tools.generate.sampling import SamplingOptions
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as the OpenAI API has it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keywords of everything that generates.
+
+    ``max_tokens`` (-1: until the model ends its text), ``stop`` strings that end it, and ``ignore_eos`` to go
+    on after end-of-text tokens. ``temperature`` 0 takes the likeliest token; ``seed`` None draws a fresh one.
+    Order and defaults of the filters are llama.cpp's.
+    """
+
+    max_tokens: int
+    stop: Sequence[str]
+    ignore_eos: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int | None
+
+
+_SAMPLING = frozenset(field.name for field in fields(SamplingOptions))
+
+
+def generation_options(options: GenerateOptions, stops: Sequence[str] = ()) -> GenerationOptions:
+    """The engine's form of ``options``, with ``stops`` beside their own.
+
+    Raises SamplingError for a value out of range, PowerInferError for an empty stop string, TypeError for a
+    keyword that does not exist.
+    """
+    unknown = options.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    stop = options.get("stop", ())
+    if isinstance(stop, str):
+        raise SamplingError(f"stop is {stop!r}, expected a sequence of strings")
+    sampling = {name: value for name, value in options.items() if name in _SAMPLING}
+    return GenerationOptions(
+        sampling=SamplingOptions(**sampling),  # type: ignore[arg-type]
+        max_tokens=options.get("max_tokens", -1),
+        stop=(*stop, *stops),
+        ignore_eos=options.get("ignore_eos", False),
+    )

@@ -1,0 +1,128 @@
+"""One conversation, or one text, of a model."""
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer.options import GenerateOptions, generation_options
+from powerinfer.text_stream import Generated, TextStream
+from powerinfer_tools.engine import Session as EngineSession
+from powerinfer_tools.generate.generation import Generation, GenerationOptions
+from powerinfer_tools.text import Tokenizer
+from powerinfer_tools.text.chat import Template
+
+Floats = npt.NDArray[np.float32]
+
+
+class Session:
+    """Tokens that a model has processed, and what it keeps of them. Made by :meth:`Model.session`; sessions
+    of one model share its weights. Not for two threads at once, and neither are two sessions of one model."""
+
+    def __init__(self, session: EngineSession, tokenizer: Tokenizer, template: Template) -> None:
+        self._session, self._tokenizer, self._template = session, tokenizer, template
+        self._held: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids of all tokens that are held."""
+        return tuple(self._held)
+
+    @property
+    def context(self) -> int:
+        """How many tokens fit."""
+        return self._session.context
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the KV cache when the context is full, in bytes."""
+        return self._session.nbytes
+
+    def prefill(self, tokens: Sequence[int]) -> Floats:
+        """Process ``tokens`` after what is held; logits float32 (vocabulary,) after the last of them.
+
+        Raises ContextFull where they do not fit, ModelError for an id outside the vocabulary.
+        """
+        logits = self._session.prefill(list(tokens)).copy()
+        self._held += tokens
+        return logits
+
+    def decode(self, token: int) -> Floats:
+        """Logits (vocabulary,) after one more token. Raises as :meth:`prefill` does."""
+        logits = self._session.decode(token).copy()
+        self._held.append(token)
+        return logits
+
+    def logits(self, tokens: Sequence[int]) -> Floats:
+        """Process ``tokens`` after what is held; logits (tokens, vocabulary) after each of them. Raises as
+        :meth:`prefill` does."""
+        rows = [rows.copy() for rows in self._session.logits_from(list(tokens), 0)]
+        self._held += tokens
+        return np.concatenate(rows) if rows else np.empty((0, self._tokenizer.vocabulary), np.float32)
+
+    def rewind(self, position: int) -> None:
+        """Forget every token from ``position`` on. Raises ValueError where fewer are held."""
+        self._session.rewind(position)
+        del self._held[position:]
+
+    def fork(self) -> "Session":
+        """Another session that holds the same tokens, and goes on with the same bits. Raises ModelError where
+        memory does not suffice."""
+        other = Session(self._session.fork(), self._tokenizer, self._template)
+        other._held = list(self._held)
+        return other
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> TextStream:
+        """Continue what is held with ``prompt``, text or ids; text begins with the model's first token where
+        nothing is held. Control tokens written in text are text.
+
+        Raises ContextFull, SamplingError, TokenizerError and ModelError.
+        """
+        first = None if not self._held else False
+        ids = self._tokenizer.encode(prompt, add_bos=first) if isinstance(prompt, str) else list(prompt)
+        return self._stream(ids, generation_options(options))
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generated:
+        """:meth:`stream`, to its end."""
+        return self.stream(prompt, **options).finish()
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]
+    ) -> TextStream:
+        """The answer to a conversation, by the model's template. Of what is held, the part that the
+        conversation begins with is reused, and the rest forgotten.
+
+        Raises ChatTemplateError, and as :meth:`stream` does.
+        """
+        made = generation_options(options, self._template.stops)
+        ids = self._template.ids(list(messages))
+        pairs = zip(self._held, ids[:-1], strict=False)  # the last token is needed anew for its logits
+        self.rewind(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        return self._stream(ids[len(self._held) :], made)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Generated:
+        """:meth:`stream_chat`, to its end."""
+        return self.stream_chat(messages, **options).finish()
+
+    def close(self) -> None:
+        """Give the memory back. The session cannot be used afterwards."""
+        self._session.close()
+        self._held.clear()
+
+    def _stream(self, ids: Sequence[int], options: GenerationOptions) -> TextStream:
+        def ended(generation: Generation) -> None:
+            self._held += generation.fed
+
+        generation = Generation(self._session, self._tokenizer, ids, options, on_end=ended)
+        return TextStream(generation)

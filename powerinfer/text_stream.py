@@ -1,0 +1,79 @@
+"""Text as it comes, and what came in the end."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from powerinfer_tools.generate.generation import Generation
+
+Ended = Literal["end", "stop", "limit", "context", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A text that was generated.
+
+    ``tokens`` are its ids, without an end token. ``ended`` says why: the model's "end", a "stop" string, the
+    "limit" of tokens, a full "context", or "interrupted". ``prompt_tokens`` were processed and
+    ``reused_tokens`` held already. ``seed`` repeats the text; ``logits_hash`` is that of the last logits: the
+    same on every machine, for any number of threads.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ended: Ended
+    prompt_tokens: int
+    reused_tokens: int
+    seed: int
+    logits_hash: str | None
+
+
+class TextStream(Iterator[str]):
+    """Iterate for pieces of text; :meth:`close`, or leaving the ``with`` block, stops early. ``result`` is
+    what came so far."""
+
+    def __init__(self, generation: Generation, on_end: Callable[[], None] | None = None) -> None:
+        self._generation, self._on_end = generation, on_end
+
+    def __next__(self) -> str:
+        try:
+            return next(self._generation).text
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def result(self) -> Generated:
+        """The text and what is known of it; ``ended`` is "interrupted" until it has."""
+        done = self._generation
+        return Generated(
+            text=done.text,
+            tokens=tuple(done.tokens),
+            ended=done.outcome.value if done.outcome is not None else "interrupted",
+            prompt_tokens=done.statistics.prompt_tokens,
+            reused_tokens=done.statistics.reused_tokens,
+            seed=done.sampler.seed,
+            logits_hash=done.logits_hash,
+        )
+
+    def finish(self) -> Generated:
+        """Everything that is left, and the result."""
+        for _ in self:
+            pass
+        return self.result
+
+    def close(self) -> None:
+        """Stop here. What has been generated stays in ``result``."""
+        self._generation.close()
+        if self._on_end is not None:
+            on_end, self._on_end = self._on_end, None
+            on_end()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from powerinfer_cli import options as opt
+from powerinfer_cli.drafts import Drafts, check_drafts, drafting
 from powerinfer_cli.files import find_model
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Examples:
   powerinfer run -p "Why is the sky blue?"
   powerinfer run --raw -p "The capital of France is" -n 32 --temp 0
   powerinfer run -m model.powerinfer.gguf -i -sys "Answer in one sentence."
+  powerinfer run -f source.py --draft ngram --temp 0 -n 400
   git diff | powerinfer run -sys "Summarise this change." -f -
 """
 
@@ -156,6 +158,7 @@ def command(
     length: Length,
     form: Form,
     sampling: Sampling,
+    drafts: Drafts,
     placement: opt.Placement,
     check_recall: Annotated[
         bool,
@@ -175,6 +178,7 @@ def command(
         problem = "a chat has no last token; choose one of -i and --trace"
         raise typer.BadParameter(problem, param_hint="--trace")
     check_form(form, prompt, length)
+    check_drafts(drafts, traced=trace is not None)
     text = prompt_text(prompt, as_json=common.json)
     path = find_model(model)
     if trace is not None:
@@ -184,9 +188,12 @@ def command(
     from powerinfer_cli.engines import opened_engine
 
     options = generation_options(length, sampling)
-    with opened_engine(
-        path, placement, threads=common.threads, context=length.ctx, check_recall=check_recall
-    ) as engine:
+    with (
+        opened_engine(
+            path, placement, threads=common.threads, context=length.ctx, check_recall=check_recall
+        ) as engine,
+        drafting(engine, drafts),
+    ):
         if prompt.interactive:
             from powerinfer_cli.chat import chat
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from powerinfer_cli.console import say
+from powerinfer_cli.drafts import draft_figures, drafts_line
 from powerinfer_cli.engines import measured_bandwidth
 from powerinfer_cli.sizes import format_size
 
@@ -26,6 +27,7 @@ def engine_figures(engine: "Engine") -> dict[str, Any]:
         "model": engine.model.name,
         "path": str(engine.model.path),
         "threshold_cost": threshold_cost(engine),
+        "drafts": draft_figures(engine),
     }
 
 
@@ -117,6 +119,8 @@ def say_summary(figures: dict[str, Any]) -> None:
     say(f"prompt: {figures['prompt_tokens']} tokens{reused}, {speed}")
     speed = f"{figures['decode_tokens_per_second']:.1f} tok/s"
     say(f"decode: {figures['decode_tokens']} tokens, {speed}")
+    if figures["drafts"] is not None:
+        say(drafts_line(figures["drafts"]))
     share, rate = figures["bandwidth_share"], figures["bandwidth_bytes_per_second"]
     size = format_size(round(figures["bytes_per_token"]))
     of = (

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from powerinfer_tools.engine.caches import Places
 from powerinfer_tools.engine.damage import require_finite
+from powerinfer_tools.engine.drafting import Drafter, Proposer
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.layers import LayerStack, Watch
 from powerinfer_tools.engine.observation import LayerCounters
@@ -45,8 +46,10 @@ class Engine:
         self, model: Model, *, weights: Weights | None = None, **options: Unpack[WeightsOptions]
     ) -> None:
         self._owns = weights is None
+        #: What verifies drafts, where that was asked for.
+        self.drafter: Drafter | None = None
         self.weights = Weights(model, **options) if weights is None else weights
-        self.model = model
+        self._model = model
         try:
             self.session = self.weights.session()
         except BaseException:
@@ -63,6 +66,11 @@ class Engine:
         self.close()
 
     @property
+    def model(self) -> Model:
+        """The model."""
+        return self._model
+
+    @property
     def context(self) -> int:
         """How many tokens fit."""
         return self.session.context
@@ -70,7 +78,17 @@ class Engine:
     @property
     def position(self) -> int:
         """Tokens in the KV cache."""
-        return self.session.position
+        return self.session.position if self.drafter is None else self.drafter.position
+
+    def draft_with(self, proposer: Proposer) -> None:
+        """Verify the drafts of ``proposer`` from now on, which is closed with the engine: the same text, in
+        fewer passes. Raises ModelError where that cannot be, having closed it."""
+        self.session.rewind(0)
+        try:
+            self.drafter = Drafter(self.session, proposer)
+        except BaseException:
+            proposer.close()
+            raise
 
     @property
     def vocabulary(self) -> int:
@@ -110,11 +128,11 @@ class Engine:
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> Floats:
         """:meth:`Session.prefill`."""
-        return self.session.prefill(tokens, progress)
+        return (self.drafter or self.session).prefill(tokens, progress)
 
     def decode(self, token: int) -> Floats:
         """:meth:`Session.decode`."""
-        return self.session.decode(token)
+        return (self.drafter or self.session).decode(token)
 
     def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[Floats]:
         """Logits (k, vocabulary) of successive positions from ``first`` on, for a fresh window of ``tokens``.
@@ -144,12 +162,14 @@ class Engine:
 
     def rewind(self, position: int) -> int:
         """:meth:`Session.rewind`."""
-        return self.session.rewind(position)
+        return (self.drafter or self.session).rewind(position)
 
     def report(self) -> EngineReport:
         """Counters since the engine was made."""
         stack, counters, head = self.stack, self.session.counters, self.weights.head
-        cache_bytes = counters.cache_bytes / counters.decode_tokens if counters.decode_tokens else 0.0
+        decoded = counters.decode_tokens
+        cache_bytes = counters.cache_bytes / decoded if decoded else 0.0
+        passes = counters.decode_passes / decoded if decoded else 1.0
         timings = stack.seconds() | ({"head": head.seconds} if head else {})
         routing = self.model.hyper.routing
         return EngineReport(
@@ -161,7 +181,7 @@ class Engine:
             prompt_seconds=counters.prompt_seconds,
             decode_tokens=counters.decode_tokens,
             decode_seconds=counters.decode_seconds,
-            bytes_per_token=stack.weight_bytes_per_token() + cache_bytes,
+            bytes_per_token=stack.weight_bytes_per_token() * passes + cache_bytes,
             density=stack.density(),
             experts=(routing.used, routing.experts) if routing else None,
             recall=stack.recall(),
@@ -179,6 +199,8 @@ class Engine:
 
     def close(self) -> None:
         """Give everything back that the engine has made. It cannot be used afterwards."""
+        if self.drafter is not None:
+            self.drafter.close()
         if self._owns:
             self.weights.close()
         else:

@@ -48,6 +48,8 @@ class SessionCounters:
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_tokens: int = 0
+    #: Passes over the layers that those tokens took: fewer, where drafts were verified.
+    decode_passes: int = 0
     decode_seconds: float = 0.0
     #: Bytes of KV cache that decoded tokens read.
     cache_bytes: int = 0
@@ -119,7 +121,37 @@ class Session:
             name = "head" if weights.head else "wait"
             timeline.add("CPU", name, None, forwarded, time.perf_counter())
         counters.decode_tokens += 1
+        counters.decode_passes += 1
         counters.cache_bytes += cache_bytes_read(weights.model.hyper, self.kv_type, self.position)
+        counters.decode_seconds += time.perf_counter() - started
+        return logits
+
+    @property
+    def no_drafts(self) -> str | None:
+        """Why guesses cannot be verified for this session, in words for the user; None where they can."""
+        stack = self._weights.stack
+        if stack.has_hot_side:
+            return f"sums of the {stack.device} device may depend on how many tokens it computes at a time"
+        if self._state.recurrent:
+            return "what this family keeps of its text cannot be rewound, and checkpoints are not made yet"
+        return None
+
+    @property
+    def most_verified(self) -> int:
+        """Most tokens of :meth:`verify`."""
+        return min(HEAD_ROWS, self._weights.batch)
+
+    def verify(self, tokens: Sequence[int]) -> Floats:
+        """Logits (tokens, vocabulary) after one more token and after each guess behind it, in one pass; valid
+        until the next call. Counts as one decoded token. Raises ContextFull."""
+        self.require_room(len(tokens))
+        assert len(tokens) <= self.most_verified
+        started, counters = time.perf_counter(), self.counters
+        count = self.forward(tokens)
+        logits = self._weights.logits(slice(0, count))
+        counters.decode_tokens += 1
+        counters.decode_passes += 1
+        counters.cache_bytes += cache_bytes_read(self._weights.model.hyper, self.kv_type, self.position)
         counters.decode_seconds += time.perf_counter() - started
         return logits
 

@@ -99,12 +99,13 @@ def say_chat_line(engine: "Engine") -> None:
 
 
 def _mode_parts(engine: "Engine") -> list[str]:
-    """What is not the plain case: sparse modes with the share of neurons computed, and inexact results."""
-    report = engine.report()
+    """What is not the plain case: drafts, sparse modes with the share of neurons, inexact results."""
+    report, drafts = engine.report(), draft_figures(engine)
+    parts = [] if drafts is None else [drafts_line(drafts)]
     if report.mode == "dense":
-        return []
+        return parts
     exact = "" if report.mode == "gate-first" else ", not exact"
-    return [f"{report.mode}: {report.density:.0%} of the neurons computed{exact}"]
+    return [*parts, f"{report.mode}: {report.density:.0%} of the neurons computed{exact}"]
 
 
 def say_summary(figures: dict[str, Any]) -> None:

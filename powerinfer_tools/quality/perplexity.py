@@ -3,14 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import CorpusError, ModelError
-from powerinfer_tools.model.loading import Model
 from powerinfer_tools.progress import Progress, Silent
 
 Floats = npt.NDArray[np.float32]
@@ -79,21 +78,6 @@ def windows(tokens: Sequence[int], context: int, chunks: int | None, bos: int | 
     return [[bos, *piece[1:]] for piece in pieces] if bos is not None else pieces
 
 
-class Scoring(Protocol):
-    """What gives the logits of a text: an engine, or one way to use it."""
-
-    @property
-    def model(self) -> Model:
-        """Whose they are."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of logits."""
-
-    def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[Floats]:
-        """See :meth:`Engine.score`."""
-
-
 def perplexity(engine: Engine, pieces: Sequence[list[int]], progress: Progress | None = None) -> Perplexity:
     """Perplexity over ``pieces`` (from :func:`windows`): the second half of each is scored.
 
@@ -117,10 +101,9 @@ def perplexity(engine: Engine, pieces: Sequence[list[int]], progress: Progress |
 
 
 def divergence(
-    engine: Scoring, base: Scoring, pieces: Sequence[list[int]], progress: Progress | None = None
+    engine: Engine, base: Engine, pieces: Sequence[list[int]], progress: Progress | None = None
 ) -> Divergence:
-    """Divergence of ``engine`` from ``base`` over the scored positions of ``pieces``, of which they are asked
-    in turns."""
+    """Divergence of ``engine`` from ``base``, another engine, over the scored positions of ``pieces``."""
     if engine.vocabulary != base.vocabulary:
         raise ModelError(
             f"{engine.model.path} has {engine.vocabulary} tokens and {base.model.path} {base.vocabulary}: "
@@ -179,7 +162,7 @@ def log_probabilities(engine: Engine, tokens: Sequence[int], first: int) -> tupl
     return np.concatenate(logs), np.concatenate(likeliest)
 
 
-def _scored(engine: Scoring, piece: list[int]) -> Iterator[tuple[Floats, npt.NDArray[np.int64]]]:
+def _scored(engine: Engine, piece: list[int]) -> Iterator[tuple[Floats, npt.NDArray[np.int64]]]:
     """Logits of the scored positions with the token that follows each: positions len/2 … len-2."""
     first = len(piece) // 2
     position = first

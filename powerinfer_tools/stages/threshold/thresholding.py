@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,11 @@ def run_threshold(options: ThresholdOptions, progress: Progress | None = None) -
         profile = Profile.load(options.profile)
         _check(options, model, profile)
         thresholds = no_thresholds(model.hyper.layers, model.hyper.neurons)
-        with (
-            Engine(model, threads=options.threads, context=options.context, thresholds=thresholds) as engine,
-            Engine(model, weights=engine.weights) as dense,  # now, so that memory is known to suffice
-        ):
-            choice = _Choice(options, model, profile, engine, dense, thresholds, progress or Silent())
-            return choice.complete()
+        engine = Engine(model, threads=options.threads, context=options.context, thresholds=thresholds)
+        try:
+            return _Choice(options, model, profile, engine, thresholds, progress or Silent()).complete()
+        finally:
+            engine.close()
     finally:
         model.close()
 
@@ -113,27 +112,6 @@ def _check(options: ThresholdOptions, model: Model, profile: Profile) -> None:
         )
 
 
-class _Scoring:
-    """``engine`` with these ``values`` in the ``live`` thresholds of the weights, which others set, too."""
-
-    def __init__(
-        self, engine: Engine, live: Sequence[FactorThresholds], values: Sequence[FactorThresholds]
-    ) -> None:
-        self.model, self.vocabulary = engine.model, engine.vocabulary
-        self._engine, self._live, self._values = engine, live, values
-
-    def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[Floats]:
-        """See :meth:`Engine.score`; copies, as others use the same head."""
-        rows = self._engine.score(tokens, first)
-        while True:
-            for held, value in zip(self._live, self._values, strict=True):
-                held.gate[:], held.up[:] = value.gate, value.up
-            logits = next(rows, None)
-            if logits is None:
-                return
-            yield logits.copy()
-
-
 class _Choice:
     """One run of threshold."""
 
@@ -143,12 +121,11 @@ class _Choice:
         model: Model,
         profile: Profile,
         engine: Engine,
-        dense: Engine,
         thresholds: Sequence[FactorThresholds],
         progress: Progress,
     ) -> None:
         self.options, self.model, self.profile, self.progress = options, model, profile, progress
-        self.engine, self.dense, self.thresholds = engine, dense, thresholds
+        self.engine, self.thresholds = engine, thresholds
         self.chosen_on, self.measured_on = self._windows()
         self.samples = self._sample()
         self.candidates = [best_candidate(sample) for sample in self.samples]
@@ -273,11 +250,11 @@ class _Choice:
 
     def _cost(self) -> ThresholdCost:
         """Measured on the windows that nothing was chosen on."""
-        none = no_thresholds(self.model.hyper.layers, self.model.hyper.neurons)
-        chosen = [FactorThresholds(one.gate.copy(), one.up.copy()) for one in self.thresholds]
-        base = _Scoring(self.dense, self.thresholds, none)
-        own = _Scoring(self.engine, self.thresholds, chosen)
-        found = divergence(own, base, self.measured_on, self.progress)
+        base = Engine(self.model, threads=self.options.threads, context=self.options.context)
+        try:
+            found = divergence(self.engine, base, self.measured_on, self.progress)
+        finally:
+            base.close()
         return ThresholdCost(
             dense_perplexity=found.base_perplexity,
             perplexity=found.perplexity,

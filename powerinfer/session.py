@@ -71,10 +71,12 @@ class Session:
         self._held += tokens
         return np.concatenate(rows) if rows else np.empty((0, self._tokenizer.vocabulary), np.float32)
 
-    def rewind(self, position: int) -> None:
-        """Forget every token from ``position`` on. Raises ValueError where fewer are held."""
-        self._session.rewind(position)
-        del self._held[position:]
+    def rewind(self, position: int) -> int:
+        """Forget every token from ``position`` on, or all of a family that cannot go back; returns how many
+        are held then. Raises ValueError where fewer than ``position`` are held."""
+        held = self._session.rewind(position)
+        del self._held[held:]
+        return held
 
     def fork(self) -> "Session":
         """Another session that holds the same tokens, and goes on with the same bits. Raises ModelError where

@@ -85,8 +85,8 @@ def test_what_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(powerinfer.ModelError, match="context"):
         powerinfer.load(tiny.path, context=1 << 40)
     with powerinfer.load(tiny.path, threads=1) as model:
-        with pytest.raises(powerinfer.SamplingError, match="temperature"):
-            model.generate("x", temperature=-1)
+        with pytest.raises(powerinfer.SamplingError, match="top_p"):
+            model.generate("x", top_p=2.0)
         with pytest.raises(powerinfer.SamplingError, match="sequence"):
             model.generate("x", stop="abc")
         with pytest.raises(TypeError, match="no such option: temprature"):
@@ -110,7 +110,7 @@ def test_sessions_are_closed_when_a_stream_ends_or_fails(
         with pytest.raises(powerinfer.ContextFull):
             model.generate([1] * (model.context + 1))
         with pytest.raises(powerinfer.SamplingError):
-            model.generate("x", temperature=-1)
+            model.generate("x", top_p=2.0)
         assert model._weights._sessions == []
 
         def broken(*args: object) -> None:

@@ -25,12 +25,18 @@ Examples:
   powerinfer inspect model.gguf --tensors
   powerinfer inspect model.profile.safetensors --chart curve.svg
   powerinfer inspect model.gguf --tokenize "Hello" --json
+  powerinfer inspect --families
 """
 
 
 def command(
     *,
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="File or model directory to look into.")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="File or model directory to look into.")
+    ] = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="List the model families that run, and end.")
+    ] = False,
     tokenize: Annotated[
         str | None,
         typer.Option("--tokenize", metavar="TEXT|-", help="Print the model's token ids of this text."),
@@ -56,6 +62,11 @@ def command(
     common: opt.Common,
 ) -> None:
     """Inspect a file."""
+    if families:
+        show_families(as_json=common.json)
+        return
+    if path is None:
+        raise typer.BadParameter("name a file, or ask for --families", param_hint="FILE")
     if tokenize is not None:
         show_tokens(path, tokenize, with_bos=bos, parse_special=special, as_json=common.json)
         return
@@ -80,6 +91,20 @@ def command(
     show(description, path, with_tensors=tensors)
     if curves is not None:
         show_curve(curves, layer)
+
+
+def show_families(*, as_json: bool) -> None:
+    """A row for each family that runs: what it is called in a file's ``general.architecture``."""
+    from powerinfer_tools.inspect.families import supported_families
+
+    rows = supported_families()
+    if as_json:
+        emit_json(rows)
+        return
+    print_table(
+        ("family", "activation", "true zeros", "FFN", "mixes tokens by"),
+        [(row.name, row.activation, "yes" if row.true_zeros else "", row.ffn, row.mixer) for row in rows],
+    )
 
 
 def profile_curves(description: "Description") -> "Curves":

@@ -20,6 +20,8 @@ from powerinfer_tools.inspect import (
     terminal_chart,
 )
 from powerinfer_tools.inspect.curve import Curve
+from powerinfer_tools.inspect.families import supported_families
+from powerinfer_tools.model.architectures import ARCHITECTURES
 
 
 def profile_of(*layers: list[int], tokens: int = 10) -> Profile:
@@ -179,3 +181,12 @@ def test_a_delta_is_recognised(tmp_path: Path) -> None:
     described = describe(tmp_path / "a")
     assert described.kind == "delta"
     assert described.facts["result_sha256"] == "cd" * 32
+
+
+def test_families_are_those_of_the_table() -> None:
+    rows = {row.name: row for row in supported_families()}
+    assert set(rows) == set(ARCHITECTURES)
+    assert rows["arcee"].true_zeros
+    assert not rows["llama"].true_zeros
+    assert rows["deepseek2"].mixer == "latent attention"
+    assert rows["mamba"].mixer == "selective scan"

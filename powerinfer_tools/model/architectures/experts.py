@@ -18,6 +18,15 @@ ROWS = (
         sliding_period=2,
         sinks=True,
     ),
+    # DBRX: LayerNorm without biases.
+    ArchitectureSpec(
+        "dbrx",
+        rope_style="neox",
+        norm="layer",
+        ffn_norm="attn_output_norm",
+        clamped_qkv=True,
+        routed=True,
+    ),
     # OLMoE (arXiv 2409.02060).
     ArchitectureSpec("olmoe", rope_style="neox", qk_norm="row", routed=True, expert_weights_norm=False),
     # Sigmoid routers with a bias that chooses and does not weigh, shared experts, dense layers first

@@ -54,6 +54,18 @@ ROWS = (
         ffn_norm="attn_norm",
         logit_scale="times",
     ),
+    # MPT: positions are in the scores alone, by distance (arXiv 2108.12409).
+    ArchitectureSpec(
+        "mpt",
+        rope_style="none",
+        activation="gelu_tanh",
+        norm="layer",
+        gated=False,
+        clamped_qkv=True,
+        alibi=True,
+    ),
+    # StableLM 2: the 12B model has no FFN norm, and its blocks read the same input.
+    ArchitectureSpec("stablelm", rope_style="neox", norm="layer", parallel="without FFN norm"),
     # Nemotron-4 (arXiv 2402.16819): squared ReLU; GGUF stores LayerNorm1p's weights with the one added.
     ArchitectureSpec("nemotron", rope_style="neox", activation="relu2", norm="layer", gated=False),
 )

@@ -43,8 +43,8 @@ def make_split(run: Run, source: Path, folder: Path) -> Path | None:
         folder / name for name in ("profile.safetensors", "plan.json", "split.powerinfer.gguf")
     )
     model = ["-m", str(source)]
-    # Of the GPU that was measured, all that is free; without one, of the one that plan assumes.
-    vram = [] if run.kind == "cuda" else ["--vram", "8GiB"]
+    # Of the GPU that was measured, all that is free; without one, of pc-low's.
+    vram = [] if run.kind == "cuda" else ["--hardware", "pc-low", "--vram", "8GiB"]
     stages = {
         "doctor --measure": (["doctor", "--measure"], 90.0),
         "profile": (

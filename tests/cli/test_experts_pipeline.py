@@ -52,7 +52,7 @@ def test_profile_plan_convert_inspect_run_eval_bench(place: Path, monkeypatch: p
     assert f"hot experts         {sum(hot)} of 18" in ended("convert", "-m", model).stdout
     facts = stage("inspect", split)
     assert [layer["hot_experts"] for layer in facts["layers"]] == hot
-    words = ("run", "-p", "the cat", "-n", "6", "--temp", "0", "-c", "64", "-m")
+    words = ("run", "--raw", "-p", "the cat", "-n", "6", "--temp", "0", "-c", "64", "-m")
     runs = [
         stage(*words, model),
         stage(*words, split),
@@ -64,7 +64,7 @@ def test_profile_plan_convert_inspect_run_eval_bench(place: Path, monkeypatch: p
     assert (runs[0]["density"], runs[0]["experts"]) == (0.5, {"used": 3, "count": 6})
     assert "3 of 6 experts a token, density 0.500" in ended(*words, split, "-v").stderr
     names = {row["name"] for row in json.loads((place / "t.json").read_text())["traceEvents"]}
-    assert {"route", "launch", "experts", "wait", "hot"} <= names
+    assert {"router", "launch", "experts", "wait", "hot"} <= names
     judged = stage(
         "eval", "-m", split, "--text", "text.txt", "--ctx", "32", "--chunks", "1", "--against", model,
         "--device", "cpu",

@@ -53,7 +53,7 @@ def test_profile_train_plan_convert_run(
     source, split = load_model(where / "tiny"), load_model(where / "tiny.powerinfer.gguf")
     assert source.fingerprint == split.fingerprint
     assert np.abs(forward(split, tokens) - forward(source, tokens)).max() < 1e-9
-    words = ("run", "-p", "The old road to", "-n", "9", "--temp", "0", "-c", "64", "-m")
+    words = ("run", "--raw", "-p", "The old road to", "-n", "9", "--temp", "0", "-c", "64", "-m")
     texts = [stage(where, monkeypatch, *words, name)["text"] for name in ("tiny", "tiny.powerinfer.gguf")]
     assert texts[0] == texts[1]
     prompt = made.tokenizer.encode("The old road to").ids
@@ -78,7 +78,7 @@ def test_a_mixture_of_experts_takes_the_same_way(
     assert any(layer["hot_neurons"] for layer in plan["layers"])
     report = run("convert", "-m", "tiny")
     assert report["experts"]["count"] == plan["model"]["experts"]["count"]
-    words = ("run", "-p", "The old road to", "-n", "9", "--temp", "0", "-c", "64", "-m")
+    words = ("run", "--raw", "-p", "The old road to", "-n", "9", "--temp", "0", "-c", "64", "-m")
     source, split = (run(*words, name) for name in ("tiny", "tiny.powerinfer.gguf"))
     assert source["logits_hash"] == split["logits_hash"]
     assert run(*words, "tiny.powerinfer.gguf", "--device", "cpu")["text"] == source["text"]
@@ -145,7 +145,7 @@ def test_a_directory_without_a_name_is_the_one_here(
         ({"config.json": "{"}, "is not valid JSON"),
         (
             {"config.json": '{"model_type": "mamba"}'},
-            "model type 'mamba' is not supported (supported: bamboo, falcon, gemma3",
+            "model type 'mamba' is not supported (supported: arcee, bamboo, falcon, gemma3",
         ),
         (
             {"config.json": '{"model_type": "llama", "architectures": ["MyForCausalLM"], "auto_map": {}}'},

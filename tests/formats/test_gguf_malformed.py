@@ -293,6 +293,7 @@ def test_every_error_class_of_the_container_has_a_row() -> None:
         "CannotRead",
         "CannotWrite",
         "BeingWritten",
+        "FileChanged",
         "NotARegularFile",
         "MissingKey",
         "WrongKeyType",

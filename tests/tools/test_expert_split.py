@@ -23,9 +23,9 @@ from powerinfer_formats.profile import Profile
 from powerinfer_formats.split_experts import SplitExperts, experts_name
 from powerinfer_kernels import available_isas, triton_launch
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine import engine as engine_face
 from powerinfer_tools.engine import layers as layer_stack
 from powerinfer_tools.engine import memory as memory_limits
+from powerinfer_tools.engine import weights as weights_module
 from powerinfer_tools.engine.hot import expert_placement, opening
 from powerinfer_tools.engine.hot.experts import HotExperts
 from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
@@ -243,7 +243,7 @@ def test_both_sides_work_at_once_and_the_timeline_says_so(
     timeline.write(tmp_path / "trace.json")
     rows = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {row["name"] for row in rows if row["ph"] == "X"}
-    assert names >= {"route", "launch", "experts", "wait", "copy in", "hot", "copy out"}
+    assert names >= {"router", "launch", "experts", "wait", "copy in", "hot", "copy out"}
 
 
 def test_memory_is_allocated_up_front_within_the_budget(
@@ -299,7 +299,7 @@ def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
 def test_what_is_on_a_gpu_needs_no_ram(shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     path = everything_hot(shared)
     weights = sum(info.nbytes for info in load_model(path).gguf.tensors.values())
-    for module in (engine_face, layer_stack):
+    for module in (weights_module, layer_stack):
         monkeypatch.setattr(module, "available_ram_bytes", lambda: memory_limits.MARGIN + weights)
     for device in ("none", "cpu"):
         with pytest.raises(ModelError, match="KV cache for a context of 16 do not fit"):

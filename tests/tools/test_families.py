@@ -156,8 +156,13 @@ def test_rows_of_inactive_neurons_are_not_read(pipeline: Pipeline, tmp_path: Pat
     expected = logits(pipeline.cold, tokens, mode="gate-first")
     assert np.array_equal(logits(poisoned, tokens, mode="gate-first"), expected)
     more = pipeline.tiny.tokens(24)
-    spoilt = logits(poisoned, more, mode="gate-first")
-    assert not np.array_equal(spoilt, logits(pipeline.cold, more, mode="gate-first"))
+    right = logits(pipeline.cold, more, mode="gate-first")
+    try:
+        spoilt = logits(poisoned, more, mode="gate-first")
+    except ModelError as error:  # numbers that are not finite are refused
+        assert "results are not finite" in str(error)  # noqa: PT017
+    else:
+        assert not np.array_equal(spoilt, right)
 
 
 def test_counts_are_those_of_the_reference(tmp_path: Path) -> None:

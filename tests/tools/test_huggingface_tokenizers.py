@@ -234,9 +234,9 @@ def test_a_merge_of_no_tokens_is_named(tmp_path: Path) -> None:
 def test_a_tokeniser_of_another_model_is_refused(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("gpt2")
     save_tokenizer(tmp_path, tokenizer)
-    last = tokenizer.get_vocab_size() - 1
-    with pytest.raises(TokenizerError, match=rf"has a token {last}, the model's embedding {last} rows"):
-        opened(tmp_path, last)
+    rows = tokenizer.get_vocab_size() // 2
+    with pytest.raises(TokenizerError, match=rf"has a token \d+, the model's embedding {rows} rows"):
+        opened(tmp_path, rows)
 
 
 def test_beginning_and_end_as_the_files_say(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def test_experts_that_no_token_takes_are_not_read(tiny: TinyModel, tmp_path: Pat
     poisoned = tmp_path / "poisoned.gguf"
     poisoned.write_bytes(data.tobytes())
     assert np.array_equal(decoded(poisoned, tokens), expected)
-    assert not np.array_equal(decoded(poisoned, tiny.tokens(30)), decoded(tiny.path, tiny.tokens(30)))
+    with pytest.raises(ModelError, match="results are not finite: its weights are damaged"):
+        decoded(poisoned, tiny.tokens(30))
 
 
 def test_bytes_of_a_token_are_those_of_the_experts_taken(tiny: TinyModel) -> None:

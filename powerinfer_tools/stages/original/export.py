@@ -117,8 +117,8 @@ def _check(model: Model) -> None:
             f"{where}: the original PowerInfer expects a table of {layout.POSITIONS} positions, this one has "
             f"{model.positions.rows}"
         )
-    if model.rope_factors is not None:
-        raise ConvertError(f"{where}: the original PowerInfer does not know rope_freqs.weight")
+    if any(factors is not None for factors in vars(model.rope_factors).values()):
+        raise ConvertError(f"{where}: the original PowerInfer does not know divisors of rotary frequencies")
 
 
 class _Export:

@@ -67,14 +67,19 @@ def widest_neurons(layer: LayerShape) -> int:
 
 
 def routing_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """RAM that routing needs beside a model without experts: scores, the input and the output of one expert,
-    and quantised copies of inputs and hidden values; 0 without experts."""
-    experts = shape.layers[0].experts
+    """RAM that routing needs beside a model without experts: scores, and what each token takes with what
+    weight; of each pair of a token and an expert that it takes, input, products and output, with quantised
+    copies of input and hidden values; and the quantised hidden values of the shared expert. 0 without any.
+    """
+    layer = shape.layers[0]
+    experts = layer.experts
     if experts is None:
         return 0
-    floats = experts.count + 1 + 2 * shape.width
-    columns = [shape.width, shape.layers[0].up.rows, experts.shared_neurons]
-    return batch * (_F32 * floats + sum(_quantised_bytes(size) for size in columns))
+    products = (1 if layer.gate is None else 2) * layer.up.rows
+    pair = _F32 * (2 * shape.width + products) + 2 * _F32
+    pair += _quantised_bytes(shape.width) + _quantised_bytes(layer.up.rows)
+    token = _F32 * (experts.count + 2) + _quantised_bytes(experts.shared_neurons)
+    return batch * (token + experts.used * pair)
 
 
 def hot_scratch_bytes(shape: ModelShape, batch: int) -> int:

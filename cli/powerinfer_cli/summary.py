@@ -82,20 +82,20 @@ def say_line(engine: "Engine", generation: "Generation") -> None:
     """One line on what the only generation of an engine cost; nothing is measured for it."""
     statistics, tokens = generation.statistics, len(generation.tokens)
     parts = [
-        f"{tokens:,} tokens at {statistics.decode_tokens_per_second:.1f} tok/s",
-        f"prompt of {statistics.prompt_tokens:,} at {statistics.prompt_tokens_per_second:.1f}",
+        f"prompt: {statistics.prompt_tokens} tokens at {statistics.prompt_tokens_per_second:.1f} tok/s",
+        f"decode: {tokens} tokens at {statistics.decode_tokens_per_second:.1f} tok/s",
         *_mode_parts(engine),
     ]
     if generation.outcome != "end":
         parts.append(f"ended: {generation.explanation}")
-    say(f"[{', '.join(parts)}]")
+    say(", ".join(parts))
 
 
 def say_chat_line(engine: "Engine") -> None:
     """The same for a whole chat."""
     report = engine.report()
-    parts = [f"{report.decode_tokens:,} tokens at {report.decode_tokens_per_second:.1f} tok/s"]
-    say(f"[{', '.join([*parts, *_mode_parts(engine)])}]")
+    parts = [f"decode: {report.decode_tokens} tokens at {report.decode_tokens_per_second:.1f} tok/s"]
+    say(", ".join([*parts, *_mode_parts(engine)]))
 
 
 def _mode_parts(engine: "Engine") -> list[str]:

@@ -202,7 +202,7 @@ def test_text_streams_to_standard_output_and_the_summary_elsewhere(powerinfer: C
     assert ended.out.startswith(" Paris")
     assert quiet.err == ""
     assert len(short.err.splitlines()) == 1
-    assert "4 tokens at" in short.err
+    assert "decode: 4 tokens at" in short.err
     for part in ("prompt: 5 tokens", "decode:", "GB/s measured", "density 1.000", "logits #"):
         assert part in ended.err
 

@@ -98,12 +98,15 @@ def begin(
 
 
 def is_message(engine: "Engine", given: "Prompt") -> bool:
-    """Whether the prompt goes into the chat template: as asked, else where the model has one."""
+    """Whether the prompt goes into the chat template: as asked, else where the model has one. A prompt with
+    control tokens of its own (``--special``) is continued as it is."""
     from powerinfer_tools.text.chat import has_chat_template
 
     if given.chat is not None:
         return given.chat
-    return given.system is not None or has_chat_template(engine.model.gguf)
+    if given.system is not None:
+        return True
+    return not given.special and has_chat_template(engine.model.gguf)
 
 
 def begin_formed(

@@ -55,7 +55,11 @@ class Prompt:
         ),
     ] = None
     special: Annotated[
-        bool, _prompt("--special", help="Read control tokens such as <|im_start|> in the prompt as such.")
+        bool,
+        _prompt(
+            "--special",
+            help="Read control tokens such as <|im_start|> in the prompt as such, and continue it as it is.",
+        ),
     ] = False
     system: Annotated[
         str | None, _prompt("--system", "-sys", metavar="TEXT", help="System prompt, for the chat template.")

@@ -319,6 +319,8 @@ def test_a_prompt_is_a_message_where_the_model_has_a_template(
         powerinfer(*words, *more, cwd=folder).json for more in ((), ("--chat",), ("--raw",))
     )
     assert default["ids"] == asked["ids"] != raw["ids"]
+    # A prompt with control tokens of its own is no message: here there are none, so it is the raw one.
+    assert powerinfer(*words, "--special", cwd=folder).json["ids"] == raw["ids"]
     assert default["prompt_tokens"] > raw["prompt_tokens"] == answer()["prompt_tokens"]
 
 

@@ -1,24 +1,36 @@
 /* Plain GGUF rows into planar ones (bundle.h). */
 #include "bundle.h"
 
-static void pack_scales(const uint8_t *row, int32_t type, int64_t columns, int is_sum, const pi_planar *at,
-                        uint8_t *out) {
-    const pi_layout from = pi_layout_of(type);
-    const int64_t stored = columns / from.columns;
-    for (int64_t b = 0; b < stored; b++) {
-        const uint8_t *p = row + b * from.bytes;
-        memcpy(out + 2 * b, p + from.scales, 2);
-        if (pi_has_minimum(type)) memcpy(out + at->minimum + 2 * b, p + 2, 2);
-        for (int sub = 0; sub < 8 && pi_is_super(type); sub++) {
-            const int64_t block = 8 * b + sub;
-            uint8_t *first = out + at->scales[0], *second = out + at->scales[1];
-            if (type != PI_Q6_K)
-                pi_sub_scale(p + 4, sub, first + block, second + block);
-            else if (is_sum)
-                memcpy(first + 2 * block, p + 192 + 2 * sub, 2);
-            else
-                first[block] = p[192 + 2 * sub], second[block] = p[193 + 2 * sub];
-        }
+/* Scales of a byte of block `block`, two where the halves have their own. */
+static void place_byte_scales(const uint8_t *scale, int32_t type, int64_t block, int is_sum, const pi_planar *at,
+                              uint8_t *out) {
+    uint8_t *first = out + at->scales[0], *second = out + at->scales[1];
+    if (!pi_has_halves(type))
+        first[block] = scale[0];
+    else if (is_sum)
+        memcpy(first + 2 * block, scale, 2);
+    else
+        first[block] = scale[0], second[block] = scale[1];
+}
+
+/* The scales of stored block b of a form, which lies at p. */
+static void pack_form_scales(const uint8_t *p, int32_t type, int64_t b, int is_sum, const pi_planar *at, uint8_t *out) {
+    const int subs = pi_subs(type), per_block = pi_has_halves(type) ? 2 : 1;
+    if (pi_has_f32(type)) memcpy(out + 4 * b, p, 4);
+    if (type == PI_MINIMUM_16) memcpy(out + at->minimum + 4 * b, p + 4, 4);
+    for (int sub = 0; sub < subs; sub++)
+        place_byte_scales(p + pi_layout_of(type).scales + per_block * sub, type, subs * b + sub, is_sum, at, out);
+}
+
+static void pack_scales(const uint8_t *p, int32_t type, int64_t b, int is_sum, const pi_planar *at, uint8_t *out) {
+    memcpy(out + 2 * b, p + pi_layout_of(type).scales, 2);
+    if (pi_has_minimum(type)) memcpy(out + at->minimum + 2 * b, p + 2, 2);
+    for (int sub = 0; sub < 8 && pi_is_super(type); sub++) {
+        const int64_t block = 8 * b + sub;
+        if (type == PI_Q6_K)
+            place_byte_scales(p + 192 + 2 * sub, type, block, is_sum, at, out);
+        else
+            pi_sub_scale(p + 4, sub, out + at->scales[0] + block, out + at->scales[1] + block);
     }
 }
 
@@ -62,23 +74,41 @@ static void place_sum(int32_t type, const uint8_t code[32], int64_t block, const
     }
 }
 
+/* Stored block b of a row in its form. */
+static void pack_block(const uint8_t *p, int32_t type, int64_t b, int64_t blocks, int is_sum, const pi_planar *at,
+                       uint8_t *out) {
+    const int subs = pi_subs(type);
+    if (pi_has_f32(type) || type == PI_MXFP4 || type == PI_FLOAT8_16)
+        pack_form_scales(p, type, b, is_sum, at, out);
+    else
+        pack_scales(p, type, b, is_sum, at, out);
+    for (int sub = 0; sub < subs; sub++) {
+        uint8_t code[32];
+        const int64_t block = b * subs + sub, group = block / PI_GROUP_BLOCKS;
+        const int64_t left = blocks - group * PI_GROUP_BLOCKS;
+        const int in_group = left < PI_GROUP_BLOCKS ? (int)left : PI_GROUP_BLOCKS;
+        pi_decode_codes(type, p, sub, code);
+        if (is_sum)
+            place_sum(type, code, block, at, out);
+        else
+            place_product(type, code, group, (int)(block % PI_GROUP_BLOCKS), in_group, at, out);
+    }
+}
+
 void pi_pack_planar(const uint8_t *row, int32_t type, int64_t columns, int is_sum, uint8_t *out) {
-    const pi_planar at = pi_planar_of(type, columns, is_sum);
+    const int32_t form = pi_form_of(type);
+    const pi_planar at = pi_planar_of(form, columns, is_sum);
+    const pi_layout from = pi_layout_of(type), to = pi_layout_of(form);
     if (pi_is_float(type)) {
-        memcpy(out, row, (size_t)(columns * pi_layout_of(type).bytes));
+        memcpy(out, row, (size_t)(columns * from.bytes));
         return;
     }
-    const int64_t blocks = columns / PI_BLOCK;
-    const int subs = pi_subs(type);
-    pack_scales(row, type, columns, is_sum, &at, out);
-    for (int64_t b = 0; b < blocks; b++) {
-        uint8_t code[32];
-        const int64_t group = b / PI_GROUP_BLOCKS, left = blocks - group * PI_GROUP_BLOCKS;
-        const int in_group = left < PI_GROUP_BLOCKS ? (int)left : PI_GROUP_BLOCKS;
-        pi_decode_codes(type, row + b / subs * pi_layout_of(type).bytes, (int)(b % subs), code);
-        if (is_sum)
-            place_sum(type, code, b, &at, out);
-        else
-            place_product(type, code, group, (int)(b % PI_GROUP_BLOCKS), in_group, &at, out);
+    const int64_t stored = columns / from.columns, blocks = columns / PI_BLOCK;
+    const int pieces = from.columns / to.columns;
+    for (int64_t b = 0; b < stored; b++, row += from.bytes) {
+        uint8_t transcoded[PI_FORM_BYTES];
+        if (form != type) pi_transcode_block(type, row, transcoded);
+        for (int i = 0; i < pieces; i++)
+            pack_block(form == type ? row : transcoded + i * to.bytes, form, b * pieces + i, blocks, is_sum, &at, out);
     }
 }

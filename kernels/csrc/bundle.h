@@ -22,12 +22,13 @@
  *
  * Scales: f16 d per block, then m per block. Q4_K and Q5_K: d and dmin per super-block, then 8-bit scales, then
  * minima, per block. Q6_K: d per super-block, then 8-bit scales per 16 columns (product rows: those of all first
- * halves of blocks, then those of the second halves).
+ * halves of blocks, then those of the second halves). Forms (transcode.h): d, and dmin, as f32 per 256 columns, then the
+ * scales of a byte as of Q6_K, TABLE_32 one per block. MXFP4 and FLOAT8_16: scales of a byte alone.
  */
 #ifndef PI_BUNDLE_H
 #define PI_BUNDLE_H
 
-#include "rows_decode.h"
+#include "transcode.h"
 
 enum { PI_LINE_COLUMNS = 128, PI_LINE_BLOCKS = 4, PI_GROUP_BLOCKS = 8 };
 
@@ -57,7 +58,12 @@ PI_DECODE pi_planar pi_planar_of(int32_t type, int64_t columns, int is_sum) {
     const int64_t lines = pi_round_up(columns, PI_LINE_COLUMNS) / PI_LINE_COLUMNS;
     const int64_t blocks = columns / PI_BLOCK, padded = lines * PI_LINE_BLOCKS, supers = columns / 256;
     int64_t end;
-    if (pi_is_super(type)) {
+    if (type == PI_MXFP4 || type == PI_FLOAT8_16 || pi_has_f32(type)) {
+        at.minimum = 4 * supers;
+        at.scales[0] = pi_has_f32(type) ? (type == PI_MINIMUM_16 ? 8 : 4) * supers : 0;
+        at.scales[1] = at.scales[0] + padded;
+        end = at.scales[0] + (pi_has_halves(type) ? 2 : 1) * padded;
+    } else if (pi_is_super(type)) {
         at.minimum = 2 * supers;
         at.scales[0] = type == PI_Q6_K ? 2 * supers : 4 * supers;
         at.scales[1] = at.scales[0] + padded;

@@ -12,7 +12,7 @@
 #define PI_BUNDLE_SUM_H
 
 #include "bundle.h"
-#include "simd.h"
+#include "matmul_blocks.h"
 
 enum {
     PAIRS = PI_CHUNK / 2, /* neurons are summed two at a time */
@@ -22,12 +22,24 @@ enum {
 };
 
 /* Columns that share a coefficient. */
-PI_INLINE int unit_columns(int type) { return type == PI_Q6_K ? 16 : PI_BLOCK; }
+PI_INLINE int unit_columns(int type) { return pi_has_halves(type) ? 16 : PI_BLOCK; }
 
 #define PI_TINY_SCALE 1e-30f /* below it, coefficients become zero: nothing divides by zero */
 
 /* Scales of units [unit, unit + 16), unit a multiple of 16; what lies past the row's last unit is any number. */
 PI_INLINE v16f scales_at(int type, const uint8_t *row, const pi_planar *p, int64_t unit) {
+    const uint8_t *bytes = row + p->scales[0] + unit;
+    if (type == PI_MXFP4) return pi_half_e8m0s(v16i_from_u8(bytes));
+    if (type == PI_FLOAT8_16) return pi_half_e4m3s(v16i_from_u8(bytes));
+    if (type == PI_TABLE_32) {
+        const v16f both = v16f_halves(pi_read_f32(row + unit / 2), pi_read_f32(row + unit / 2 + 4));
+        return v16f_mul(both, v16f_from_i32(v16i_from_i8((const int8_t *)bytes)));
+    }
+    if (pi_has_f32(type)) {
+        const v16i scale =
+            type == PI_MINIMUM_16 ? v16i_and(v16i_from_u8(bytes), v16i_set1(15)) : v16i_from_i8((const int8_t *)bytes);
+        return v16f_mul(v16f_set1(pi_read_f32(row + unit / 4)), v16f_from_i32(scale));
+    }
     if (!pi_is_super(type)) return v16f_load_f16((const uint16_t *)(const void *)row + unit);
     const uint16_t *d = (const uint16_t *)(const void *)row;
     if (type == PI_Q6_K)
@@ -38,6 +50,10 @@ PI_INLINE v16f scales_at(int type, const uint8_t *row, const pi_planar *p, int64
 }
 
 PI_INLINE v16f minima_at(int type, const uint8_t *row, const pi_planar *p, int64_t unit) {
+    if (type == PI_MINIMUM_16) {
+        const v16i minimum = v16i_srli(v16i_from_u8(row + p->scales[0] + unit), 4);
+        return v16f_mul(v16f_set1(-pi_read_f32(row + p->minimum + unit / 4)), v16f_from_i32(minimum));
+    }
     const uint16_t *m = (const uint16_t *)(const void *)(row + p->minimum);
     if (!pi_is_super(type)) return v16f_load_f16(m + unit);
     const v16f both = v16f_neg(v16f_halves_f16(m[unit / 8], m[unit / 8 + 1]));
@@ -57,9 +73,14 @@ PI_INLINE rounding rounding_of(v16f largest, int finite) {
 
 PI_INLINE v16i round_to(v16f v, const rounding *r) { return v16i_from_f32_rne(v16f_mul(v, r->inverse)); }
 
+/* What pair_codes takes: signed bytes. */
+PI_INLINE v64b sum_table(int type, const pi_rows *r) {
+    return pi_has_table(type) ? v64b_repeat16(r->table) : v64b_set1(0);
+}
+
 /* Four vectors of 16 columns of one half of a line of two rows: the codes of a in the low words, of b in the high. */
-PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi_planar *p, int64_t line, int upper,
-                          v16i out[4]) {
+PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi_planar *p, v64b table, int64_t line,
+                          int upper, v16i out[4]) {
 #define PI_WORDS(at, upper)                                                        \
     (upper ? v16i_high_words(v16i_load((const int32_t *)(const void *)(a + (at))), \
                              v16i_load((const int32_t *)(const void *)(b + (at)))) \
@@ -76,6 +97,16 @@ PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi
     }
     const int width = pi_code_bits(type) - 4;
     const v16i codes = PI_WORDS(p->codes + 64 * line, upper);
+    if (pi_has_table(type)) { /* nibbles 0 and 2 of a word are its bytes' low ones */
+        const v64b nibbles = v16i_as_bytes(codes);
+        const v16i low = v64b_as_i32(v64b_lookup(table, v64b_and(nibbles, v64b_set1(15))));
+        const v16i high = v64b_as_i32(v64b_lookup(table, v64b_srl4(nibbles)));
+        out[0] = v16i_low_bytes(low);
+        out[1] = v16i_low_bytes(high);
+        out[2] = v16i_high_bytes(low);
+        out[3] = v16i_high_bytes(high);
+        return;
+    }
     PI_UNROLL for (int n = 0; n < 4; n++) out[n] = v16i_and(v16i_srli(codes, 4 * n), v16i_set1(0x000f000f));
     if (width == 0) return;
     const int group = pi_lines_of_plane(type), s = (int)(line % group);

@@ -20,10 +20,32 @@ enum pi_row_type {
     PI_Q5_0 = 6,
     PI_Q5_1 = 7,
     PI_Q8_0 = 8,
+    PI_Q2_K = 10,
+    PI_Q3_K = 11,
     PI_Q4_K = 12,
     PI_Q5_K = 13,
     PI_Q6_K = 14,
+    PI_IQ2_XXS = 16,
+    PI_IQ2_XS = 17,
+    PI_IQ3_XXS = 18,
+    PI_IQ1_S = 19,
+    PI_IQ4_NL = 20,
+    PI_IQ3_S = 21,
+    PI_IQ2_S = 22,
+    PI_IQ4_XS = 23,
+    PI_IQ1_M = 29,
     PI_BF16 = 30,
+    PI_TQ1_0 = 34,
+    PI_TQ2_0 = 35,
+    PI_MXFP4 = 39,
+    PI_NVFP4 = 40,
+    PI_TYPES = 64,
+    /* Forms that have no number in files (transcode.h). */
+    PI_SIGNED_16 = 64,
+    PI_MINIMUM_16 = 65,
+    PI_TABLE_32 = 66,
+    PI_TABLE_16 = 67,
+    PI_FLOAT8_16 = 68,
 };
 
 enum {
@@ -43,8 +65,9 @@ static inline int64_t pi_sign_code_words(int64_t width) {
     return PI_SIGN_HEADER + (PI_SIGN_PLANES + 1) * ((width + 31) / 32);
 }
 
-typedef struct { /* weights as interleaved 16-row tiles; rows padded with zeros to a whole tile */
-    int32_t row_type;
+typedef struct {         /* weights as interleaved 16-row tiles; rows padded with zeros to a whole tile */
+    int32_t row_type;    /* a form (transcode.h) */
+    const int8_t *table; /* what its codes stand for; NULL for most */
     int64_t rows, columns, tiles, tile_bytes;
     uint8_t *data;
 } pi_matrix;
@@ -53,8 +76,9 @@ static inline int pi_row_is_float(int32_t row_type) {
     return row_type == PI_F32 || row_type == PI_F16 || row_type == PI_BF16;
 }
 
-typedef struct { /* weights as rows, `stride` bytes apart: plain GGUF rows, or one part of bundles */
-    int32_t row_type;
+typedef struct {         /* weights as rows, `stride` bytes apart: plain GGUF rows, or one part of bundles */
+    int32_t row_type;    /* of bundles: a form */
+    const int8_t *table; /* of bundles, as in pi_matrix */
     int64_t rows, columns, stride;
     const uint8_t *data;
 } pi_rows;

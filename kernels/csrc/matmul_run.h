@@ -2,6 +2,7 @@
  *
  * Per (row, token) there is one f32 accumulator, and it sees the blocks in column order:
  *   acc = fma(scale·dx, Σ(code - offset)·x, acc),  with a minimum then  acc = fma(minimum, dx·Σx, acc)
+ * With a scale for each half of a block, both sums are what reference_quants.py says.
  * Everything that multiplies quantised rows with activations keeps this order, and so has the same bits.
  */
 #ifndef PI_MATMUL_RUN_H
@@ -35,9 +36,10 @@ PI_INLINE void store_rows(const job *w, int64_t tile, int64_t token, v16f acc) {
     v16f_store_n(out, acc, n);
 }
 
-PI_INLINE v16f add_block(int type, const pi_scales *at, v16f sum, float d, float s, v16f acc) {
+PI_INLINE v16f add_block(int type, const pi_scales *at, v16f sum, const int8_t *x, float d, float s, v16f acc) {
     acc = v16f_fma(v16f_mul(at->scale, v16f_set1(d)), sum, acc);
-    return pi_has_minimum(type) ? v16f_fma(at->minimum, v16f_set1(d * s), acc) : acc;
+    if (!pi_has_minima(type)) return acc;
+    return v16f_fma(at->minimum, v16f_mul(v16f_set1(d), pi_minimum_sum(type, at, x, s)), acc);
 }
 
 typedef struct { /* a run of blocks of one tile, unpacked */
@@ -54,7 +56,8 @@ PI_INLINE void step_tokens(int type, int count, const job *w, const run *r, int6
         v16f sum[TOKEN_STEP];
         pi_dot_codes(type, count, r->codes[i], q + i * PI_BLOCK, w->columns, s + i, w->blocks, r->at[i].sub, sum);
         PI_UNROLL for (int t = 0; t < count; t++) acc[t] =
-            add_block(type, &r->at[i], sum[t], d[t * w->blocks + i], s[t * w->blocks + i], acc[t]);
+            add_block(type, &r->at[i], sum[t], q + t * w->columns + i * PI_BLOCK, d[t * w->blocks + i],
+                      s[t * w->blocks + i], acc[t]);
     }
 }
 

@@ -2,6 +2,7 @@
 #include "module.h"
 
 #include "bandwidth.h"
+#include "transcode.h"
 
 PyObject *pi_kernel_error;
 
@@ -25,6 +26,52 @@ static PyObject *row_bytes(PyObject *module, PyObject *args) {
     (void)module;
     if (!PyArg_ParseTuple(args, "iL", &row_type, &columns)) return NULL;
     return PyLong_FromLongLong(pi_row_bytes(row_type, columns));
+}
+
+static PyObject *packed_row_bytes(PyObject *module, PyObject *args) {
+    int row_type;
+    long long columns;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iL", &row_type, &columns)) return NULL;
+    return PyLong_FromLongLong(pi_row_bytes(pi_form_of(row_type), columns));
+}
+
+static PyObject *repack(PyObject *module, PyObject *args) {
+    Py_buffer source, out;
+    int row_type;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*w*i", &source, &out, &row_type)) return NULL;
+    const int64_t from = pi_layout_of(row_type).bytes, blocks = source.len / from, to = blocks ? out.len / blocks : 0;
+    const uint8_t *p = source.buf;
+    uint8_t *made = out.buf;
+    Py_BEGIN_ALLOW_THREADS if (pi_form_of(row_type) == row_type) memcpy(made, p, (size_t)source.len);
+    else for (int64_t b = 0; b < blocks; b++) pi_transcode_block(row_type, p + b * from, made + b * to);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&source);
+    PyBuffer_Release(&out);
+    Py_RETURN_NONE;
+}
+
+static PyObject *grid_bytes(PyObject *module, PyObject *args) {
+    int row_type;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "i", &row_type)) return NULL;
+    return PyLong_FromLongLong(pi_has_grid(row_type) ? 0 : pi_grid_bytes(row_type));
+}
+
+static PyObject *set_grid(PyObject *module, PyObject *args) {
+    int row_type, failed;
+    Py_buffer codes;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iy*", &row_type, &codes)) return NULL;
+    const int wrong = codes.len != pi_grid_bytes(row_type);
+    failed = wrong ? 0 : pi_set_grid(row_type, codes.buf);
+    PyBuffer_Release(&codes);
+    if (failed) return PyErr_NoMemory();
+    if (wrong) {
+        PyErr_Format(pi_kernel_error, "a grid of type %d has another size", row_type);
+        return NULL;
+    }
+    Py_RETURN_NONE;
 }
 
 static PyObject *dequantize(PyObject *module, PyObject *args) {
@@ -90,6 +137,11 @@ static PyObject *read_bandwidth(PyObject *module, PyObject *args) {
 static PyMethodDef functions[] = {
     {"available_isas", available_isas, METH_NOARGS, PyDoc_STR("Names of the instruction sets, best first.")},
     {"row_bytes", row_bytes, METH_VARARGS, PyDoc_STR("row_bytes(row_type, columns): 0 when there is no such row")},
+    {"packed_row_bytes", packed_row_bytes, METH_VARARGS, PyDoc_STR("packed_row_bytes(row_type, columns): in its form")},
+    {"repack", repack, METH_VARARGS, PyDoc_STR("repack(source, out, row_type)")},
+    {"grid_bytes", grid_bytes, METH_VARARGS,
+     PyDoc_STR("grid_bytes(row_type): of a grid that is still to be set, or 0")},
+    {"set_grid", set_grid, METH_VARARGS, PyDoc_STR("set_grid(row_type, numbers): what set_grid of grids.py makes")},
     {"dequantize", dequantize, METH_VARARGS, PyDoc_STR("dequantize(isa, source, out, row_type, rows, columns)")},
     {"quantize", quantize, METH_VARARGS, PyDoc_STR("quantize(values, out, row_type, rows, columns)")},
     {"read_bandwidth", read_bandwidth, METH_VARARGS, PyDoc_STR("read_bandwidth(pool, nbytes, seconds, huge)")},

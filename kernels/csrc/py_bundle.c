@@ -7,6 +7,7 @@ PyTypeObject *pi_bundle_type;
 
 typedef struct {
     const uint8_t *source[PI_PARTS];
+    const int *types; /* of the sources */
     pi_bundle *bundle;
 } pack_job;
 
@@ -16,8 +17,8 @@ static void pack_row(const pack_job *job, int64_t row) {
     for (int k = 0; k < PI_PARTS; k++) {
         const pi_rows *part = &job->bundle->part[k];
         if (!part->data) continue;
-        pi_pack_planar(job->source[k] + row * pi_row_bytes(part->row_type, part->columns), part->row_type,
-                       part->columns, k == PI_DOWN, (uint8_t *)part->data + row * part->stride);
+        pi_pack_planar(job->source[k] + row * pi_row_bytes(job->types[k], part->columns), job->types[k], part->columns,
+                       k == PI_DOWN, (uint8_t *)part->data + row * part->stride);
     }
 }
 
@@ -36,8 +37,9 @@ static int64_t lay_out(pi_bundle *b, const Py_buffer *views, const int *types, i
     for (int k = 0; k < PI_PARTS; k++) {
         offsets[k] = record;
         if (!views[k].obj) continue;
-        b->part[k] = (pi_rows){.row_type = types[k], .rows = b->rows, .columns = b->columns};
-        record += pi_planar_of(types[k], b->columns, k == PI_DOWN).bytes;
+        b->part[k] = (pi_rows){
+            .row_type = pi_form_of(types[k]), .table = pi_table_of(types[k]), .rows = b->rows, .columns = b->columns};
+        record += pi_planar_of(b->part[k].row_type, b->columns, k == PI_DOWN).bytes;
     }
     return pi_round_up(record, 64);
 }
@@ -49,7 +51,7 @@ static int fill(bundle_object *object, pool_object *pool, const Py_buffer *views
         PyErr_NoMemory();
         return -1;
     }
-    pack_job job = {.bundle = b};
+    pack_job job = {.types = types, .bundle = b};
     for (int k = 0; k < PI_PARTS; k++) {
         if (!views[k].obj) continue;
         b->part[k].data = (const uint8_t *)object->memory.data + offsets[k];

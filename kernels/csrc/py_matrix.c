@@ -1,10 +1,12 @@
 /* _kernels.Matrix(pool, source, row_type, rows, columns): weights interleaved into tiles, in memory of its own. */
 #include "module.h"
+#include "transcode.h"
 
 PyTypeObject *pi_matrix_type;
 
 typedef struct {
     const uint8_t *source;
+    int row_type; /* of the source */
     pi_matrix *matrix;
 } pack_job;
 
@@ -17,7 +19,8 @@ static void pack_on_thread(void *argument, pi_worker *worker) {
     int64_t chunk;
     while ((chunk = pi_share_next(&share)) >= 0) {
         int64_t first = chunk * TILES_AT_ONCE, last = first + TILES_AT_ONCE;
-        pi_pack_tiles(job->source, m->row_type, m->rows, m->columns, first, last < m->tiles ? last : m->tiles, m->data);
+        pi_pack_tiles(job->source, job->row_type, m->rows, m->columns, first, last < m->tiles ? last : m->tiles,
+                      m->data);
     }
 }
 
@@ -33,7 +36,8 @@ static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
         PyErr_SetString(pi_kernel_error, "the matrix exists already");
         return -1;
     }
-    *m = (pi_matrix){.row_type = row_type,
+    *m = (pi_matrix){.row_type = pi_form_of(row_type),
+                     .table = pi_table_of(row_type),
                      .rows = rows,
                      .columns = columns,
                      .tiles = (rows + PI_TILE - 1) / PI_TILE,
@@ -45,7 +49,7 @@ static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
         PyErr_NoMemory();
     } else {
         m->data = object->memory.data;
-        pack_job job = {.source = view.buf, .matrix = m};
+        pack_job job = {.source = view.buf, .row_type = row_type, .matrix = m};
         failed = pi_pool_object_run((pool_object *)pool, pack_on_thread, &job);
     }
     PyBuffer_Release(&view);

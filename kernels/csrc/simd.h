@@ -51,6 +51,8 @@
  * v64b
  *   v64b_load(p)  v64b_store(p, a)  v64b_set1(byte)
  *   v64b_quad(p)                  the 4 bytes at p, 16 times
+ *   v64b_repeat16(p)              the 16 bytes at p, 4 times
+ *   v64b_lookup(table, a)         byte i: table[a[i]] with a table of 16 bytes, 4 times; a[i] < 16
  *   v64b_and/or/xor(a, b)
  *   v64b_srl4(a)                  every byte shifted right by 4 (high nibble, zero-extended)
  *   v64b_sll16(a, n) v64b_srl16(a, n)    shifts of 16-bit lanes: the caller masks what crosses bytes

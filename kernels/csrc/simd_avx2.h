@@ -180,6 +180,13 @@ PI_INLINE v64b v64b_quad(const int8_t *p) {
     const __m256i v = _mm256_set1_epi32(four);
     return PI_B(v, v);
 }
+PI_INLINE v64b v64b_repeat16(const void *p) {
+    const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    return PI_B(v, v);
+}
+PI_INLINE v64b v64b_lookup(v64b table, v64b x) {
+    return PI_B(_mm256_shuffle_epi8(table.a, x.a), _mm256_shuffle_epi8(table.b, x.b));
+}
 PI_INLINE v64b v64b_and(v64b x, v64b y) { return PI_B(_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)); }
 PI_INLINE v64b v64b_or(v64b x, v64b y) { return PI_B(_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)); }
 PI_INLINE v64b v64b_xor(v64b x, v64b y) { return PI_B(_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)); }

@@ -108,6 +108,10 @@ PI_INLINE v64b v64b_quad(const int8_t *p) {
     memcpy(&four, p, 4);
     return PI_B(_mm512_set1_epi32(four));
 }
+PI_INLINE v64b v64b_repeat16(const void *p) {
+    return PI_B(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)));
+}
+PI_INLINE v64b v64b_lookup(v64b table, v64b a) { return PI_B(_mm512_shuffle_epi8(table.v, a.v)); }
 PI_INLINE v64b v64b_and(v64b a, v64b b) { return PI_B(_mm512_and_si512(a.v, b.v)); }
 PI_INLINE v64b v64b_or(v64b a, v64b b) { return PI_B(_mm512_or_si512(a.v, b.v)); }
 PI_INLINE v64b v64b_xor(v64b a, v64b b) { return PI_B(_mm512_xor_si512(a.v, b.v)); }

@@ -201,6 +201,13 @@ PI_INLINE v64b v64b_quad(const int8_t *p) {
     PI_PARTS r.v[k] = vreinterpretq_u8_u32(vdupq_n_u32(four));
     return r;
 }
+PI_INLINE v64b v64b_repeat16(const void *p) {
+    const uint8x16_t v = vld1q_u8((const uint8_t *)p);
+    v64b r;
+    PI_PARTS r.v[k] = v;
+    return r;
+}
+PI_BINARY(v64b, v64b_lookup, vqtbl1q_u8(a.v[k], b.v[k]))
 PI_BINARY(v64b, v64b_and, vandq_u8(a.v[k], b.v[k]))
 PI_BINARY(v64b, v64b_or, vorrq_u8(a.v[k], b.v[k]))
 PI_BINARY(v64b, v64b_xor, veorq_u8(a.v[k], b.v[k]))

@@ -195,6 +195,15 @@ PI_INLINE v64b v64b_quad(const int8_t *p) {
     PI_LANES memcpy(r.l + 4 * i, p, 4);
     return r;
 }
+PI_INLINE v64b v64b_repeat16(const void *p) {
+    v64b r;
+    for (int i = 0; i < 4; i++) memcpy(r.l + 16 * i, p, 16);
+    return r;
+}
+PI_INLINE v64b v64b_lookup(v64b table, v64b a) {
+    PI_BYTES a.l[i] = table.l[a.l[i]];
+    return a;
+}
 PI_INLINE v64b v64b_and(v64b a, v64b b) {
     PI_BYTES a.l[i] &= b.l[i];
     return a;

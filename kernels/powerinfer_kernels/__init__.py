@@ -6,11 +6,11 @@ Everything here checks its arguments and raises KernelError; nothing here knows 
 from ._kernels import KernelError
 from .buffers import KV_KINDS, Activations, KVCache, RowMatrix, aligned
 from .experts_builder import ROUTER_KINDS, Choice, ExpertBuffers, ExpertWeights
-from .matrix import Bundle, Matrix, dequantize, quantize
+from .matrix import Bundle, Matrix, dequantize, quantize, repack
 from .pool import Pool, available_isas, read_bandwidth
 from .program import Program
 from .program_builder import HISTOGRAM_BINS, ProgramBuilder
-from .row_types import RowType, block_shape, row_bytes
+from .row_types import RowType, block_shape, packed_row_bytes, row_bytes
 from .signs import Signs, pack_signs, sign_code_words
 from .state import KVSlot, RecurrentSlot, Slot, Span, State
 from .topology import physical_cores
@@ -45,9 +45,11 @@ __all__ = [
     "block_shape",
     "dequantize",
     "pack_signs",
+    "packed_row_bytes",
     "physical_cores",
     "quantize",
     "read_bandwidth",
+    "repack",
     "row_bytes",
     "sign_code_words",
 ]

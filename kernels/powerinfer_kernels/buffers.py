@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ._kernels import KernelError
 from .checks import Array, as_bytes, check_positive
-from .row_types import as_row_type, row_bytes
+from .row_types import RowType, computable, row_bytes
 
 _LINE = 64
 _HUGE_PAGE = 2 << 20
@@ -153,7 +153,7 @@ class RowMatrix:
 
     def __init__(self, data: Any, row_type: int, rows: int, columns: int, stride: int | None = None) -> None:
         check_positive(rows=rows, columns=columns)
-        self.row_type = as_row_type(row_type)
+        self.row_type = computable(row_type)
         self.rows = rows
         self.columns = columns
         width = row_bytes(row_type, columns)
@@ -164,9 +164,8 @@ class RowMatrix:
         needed = (rows - 1) * self.stride + width
         if self.data.nbytes < needed:
             raise KernelError(f"{rows} rows need {needed} bytes, the buffer has {self.data.nbytes}")
-        alignment = {0: 4}.get(
-            int(self.row_type), 2
-        )  # what a row's numbers need: float32, else half precision
+        # What a row's numbers need: float32, else half precision; scales of MXFP4 are bytes.
+        alignment = {RowType.F32: 4, RowType.MXFP4: 1}.get(self.row_type, 2)
         if self.data.ctypes.data % alignment or self.stride % alignment:
             raise KernelError(f"rows of {self.row_type.name} must start at multiples of {alignment} bytes")
 

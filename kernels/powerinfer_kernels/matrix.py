@@ -8,7 +8,7 @@ from . import _kernels
 from ._kernels import KernelError
 from .checks import Bytes, Floats, as_bytes, check_array, check_positive
 from .pool import Pool, choose_isa
-from .row_types import RowType, as_row_type, row_bytes
+from .row_types import RowType, as_row_type, computable, packed_row_bytes, row_bytes
 
 
 def _rows_of(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
@@ -16,8 +16,8 @@ def _rows_of(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
     check_positive(rows=rows, columns=columns)
     data = as_bytes("source", source)
     needed = rows * row_bytes(row_type, columns)
+    name = computable(row_type).name
     if data.nbytes != needed:
-        name = as_row_type(row_type).name
         raise KernelError(
             f"{rows} {name} rows of {columns} values are {needed} bytes, the source has {data.nbytes}"
         )
@@ -39,7 +39,7 @@ class Matrix:
     @classmethod
     def pack(cls, pool: Pool, source: Any, row_type: int, rows: int, columns: int) -> "Matrix":
         """Packs plain rows (any buffer of exactly rows × row_bytes bytes) with the threads of `pool`. The
-        packed size is the source's, with rows rounded up to 16. Raises KernelError for wrong sizes or an
+        packed size is `packed_row_bytes` of rows rounded up to 16. Raises KernelError for wrong sizes or an
         unknown type."""
         data = _rows_of(source, row_type, rows, columns)
         handle = _kernels.Matrix(pool.handle, data, row_type, rows, columns)
@@ -83,8 +83,8 @@ class Bundle:
         down: tuple[Any, int] | None = None,
     ) -> "Bundle":
         """Packs plain rows (buffer, row type), each of exactly rows × row_bytes bytes, with the threads of
-        `pool`. The size is the sources' with every record rounded up to 64 bytes. Raises KernelError for
-        wrong sizes, an unknown type, or no rows at all."""
+        `pool`. The size is about `packed_row_bytes` of the rows, every record rounded up to 64 bytes. Raises
+        KernelError for wrong sizes, an unknown type, or no rows at all."""
         parts = (gate, up, down)
         if not any(parts):
             raise KernelError("a bundle of no rows at all")
@@ -115,6 +115,16 @@ def dequantize(source: Any, row_type: int, rows: int, columns: int) -> Floats:
     data = _rows_of(source, row_type, rows, columns)
     out: Floats = np.empty((rows, columns), np.float32)
     _kernels.dequantize(choose_isa(), data, out, row_type, rows, columns)
+    return out
+
+
+def repack(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
+    """uint8 [rows, packed_row_bytes] of plain rows: a copy, for most types. Types that are packed for size
+    come in the form in which they are computed, 4-bit codes with one scale for 16 or 32 columns
+    (transcode.h). Raises KernelError for wrong sizes or an unknown type."""
+    data = _rows_of(source, row_type, rows, columns)
+    out: Bytes = np.empty((rows, packed_row_bytes(row_type, columns)), np.uint8)
+    _kernels.repack(data, out, row_type)
     return out
 
 

@@ -9,16 +9,18 @@ A block of 32 columns holds unsigned codes c, and a weight is worth
     Q6_K         (d · a) · (c − 32)         d f16 of 8 blocks; a int8 of 16 columns
 
 (GGUF's block formats, as ggml's reference dequantisation reads them.) `Blocks` holds the integers after the
-offset.
+offset. The densely packed types are taken apart in `reference_packed`.
 
 Products with activations that are quantised to x = dx · q per block go block after block through one float32
 accumulator per row:
 
     acc = fma(scale · dx, Σ c·q, acc);   with a minimum, then   acc = fma(minimum, dx · Σ q, acc)
 
-where scale = d (Q4_K, Q5_K: d · a), minimum = m or −(dmin · b), and for Q6_K the sum is a₀ Σ c·q + a₁ Σ c·q
-over the two halves of the block, an exact integer. F32, F16 and BF16 rows take float32 activations: four
-accumulators by column mod 4, result (a₀ + a₁) + (a₂ + a₃).
+where scale = d (Q4_K, Q5_K and types with scales of 32 columns: d · a), minimum = m or −(dmin · b). Where
+halves of 16 columns have scales of their own, the sum is a₀ Σ c·q + a₁ Σ c·q over the two halves of the
+block, an exact integer (NVFP4, whose a are no integers: fma(a₁, Σ c·q, a₀ Σ c·q) in float32, the inner
+product exact), and where they have minima, minimum = −dmin and b₀ Σ q + b₁ Σ q stands for Σ q. F32, F16 and
+BF16 rows take float32 activations: four accumulators by column mod 4, result (a₀ + a₁) + (a₂ + a₃).
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .reference_packed import PACKED
 from .row_types import RowType, block_shape
 
 F32 = npt.NDArray[np.float32]
@@ -43,7 +46,8 @@ class Blocks:
     codes: I64  # [rows, B, 2, 16], offset subtracted
     scale: F32  # [rows, B]
     minimum: F32 | None  # [rows, B]
-    sub: I64 | None  # [rows, B, 2], the scales of the halves of Q6_K
+    sub: I64 | F32 | None = None  # [rows, B, 2], the scales of the halves (float32 only for NVFP4)
+    sub_minimum: I64 | None = None  # [rows, B, 2], what `minimum` is multiplied with
 
 
 def _f16(data: U8, at: int) -> F32:
@@ -94,6 +98,8 @@ def decode(data: U8, row_type: int) -> Blocks:
     known = RowType(row_type)
     rows = len(data)
     stored = data.reshape(rows, -1, block_shape(known)[1])
+    if known in PACKED:
+        return _packed(stored, known)
     codes = _codes(stored, known).reshape(rows, -1, 2, 16) - _OFFSET.get(known, 0)
     minimum: F32 | None = None
     sub: I64 | None = None
@@ -111,6 +117,26 @@ def decode(data: U8, row_type: int) -> Blocks:
     return Blocks(codes, scale, minimum, sub)
 
 
+def _packed(stored: U8, row_type: RowType) -> Blocks:
+    rows = len(stored)
+    packed = PACKED[row_type](stored)
+    blocks = block_shape(row_type)[0] // 32
+    sub, scale = packed.sub, packed.scale
+    if sub is not None and sub.shape[-1] == blocks:
+        scale, sub = scale * sub.astype(np.float32), None
+
+    def by_block(values: F32) -> F32:
+        return np.broadcast_to(values, (*stored.shape[:2], blocks)).reshape(rows, -1)
+
+    return Blocks(
+        packed.codes.reshape(rows, -1, 2, 16),
+        by_block(scale),
+        None if packed.minimum is None else by_block(packed.minimum),
+        None if sub is None else sub.reshape(rows, -1, 2),
+        None if packed.sub_minimum is None else packed.sub_minimum.reshape(rows, -1, 2),
+    )
+
+
 def dequantize(data: U8, row_type: int) -> F32:
     """float32 [rows, columns] of rows uint8 [rows, row bytes], rounded as the format's reference does it."""
     known = RowType(row_type)
@@ -122,8 +148,15 @@ def dequantize(data: U8, row_type: int) -> F32:
         scale = scale * blocks.sub.astype(np.float32)
     values = scale[..., None] * blocks.codes.astype(np.float32)
     if blocks.minimum is not None:
-        values = values + blocks.minimum[..., None, None]
+        values = values + _minima(blocks)[..., None]
     return np.asarray(values.reshape(len(data), -1), np.float32)
+
+
+def _minima(blocks: Blocks) -> F32:
+    """[rows, B, 1], or [rows, B, 2] where halves have their own."""
+    assert blocks.minimum is not None
+    minimum = blocks.minimum[..., None]
+    return minimum if blocks.sub_minimum is None else minimum * blocks.sub_minimum.astype(np.float32)
 
 
 def _float_values(data: U8, row_type: RowType) -> F32:
@@ -173,13 +206,26 @@ def products(data: U8, row_type: int, q: npt.NDArray[np.int8], d: F32, s: F32) -
     acc = np.zeros((len(q), len(data)), np.float32)
     for b in range(blocks.codes.shape[1]):
         halves = np.einsum("rhc,thc->trh", blocks.codes[:, b], activations[:, b])
-        if blocks.sub is not None:
-            halves = halves * blocks.sub[:, b]
+        sub = None if blocks.sub is None else blocks.sub[:, b]
         scale = blocks.scale[:, b] * d[:, b, None]
-        acc = fma(scale, halves.sum(axis=-1).astype(np.float32), acc)
+        acc = fma(scale, _sum_of_halves(halves, sub), acc)
         if blocks.minimum is not None:
-            acc = fma(blocks.minimum[:, b], (d[:, b] * s[:, b])[:, None], acc)
+            times = s[:, b, None]
+            if blocks.sub_minimum is not None:
+                times = (activations[:, b].sum(axis=-1) @ blocks.sub_minimum[:, b].T).astype(np.float32)
+            acc = fma(blocks.minimum[:, b], d[:, b, None] * times, acc)
     return acc
+
+
+def _sum_of_halves(halves: I64, sub: I64 | F32 | None) -> F32:
+    """float32 [T, rows] of the halves' sums [T, rows, 2] and their scales [rows, 2]."""
+    if sub is None:
+        return np.asarray(halves.sum(axis=-1), np.float32)
+    if sub.dtype == np.float32:
+        scale = np.asarray(sub, np.float32)
+        first, second = np.moveaxis(halves.astype(np.float32), -1, 0)
+        return fma(scale[:, 1], second, scale[:, 0] * first)
+    return np.asarray((halves * sub).sum(axis=-1), np.float32)
 
 
 def float_products(data: U8, row_type: int, x: F32) -> F32:
@@ -237,6 +283,6 @@ def _add_chunk(blocks: Blocks, rows: I64, h: F32, y: F32) -> F32:
     total = np.einsum("rbh,rbhc->bhc", q, blocks.codes[rows])
     out = fma(step[:, :, None], total.astype(np.float32), y.reshape(total.shape))
     if blocks.minimum is not None:
-        q, step = _rounded(h[:, None] * blocks.minimum[rows])
-        out = out + (step * q.sum(axis=0).astype(np.float32))[:, None, None]
+        q, step = _rounded(h[:, None, None] * _minima(blocks)[rows])
+        out = out + (step * q.sum(axis=0).astype(np.float32))[..., None]
     return out.reshape(-1)

@@ -2,7 +2,8 @@
 
 from enum import IntEnum
 
-from ._kernels import KernelError
+from ._kernels import KernelError, grid_bytes, set_grid
+from ._kernels import packed_row_bytes as _packed_row_bytes
 from ._kernels import row_bytes as _row_bytes
 
 
@@ -16,10 +17,25 @@ class RowType(IntEnum):
     Q5_0 = 6
     Q5_1 = 7
     Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ1_S = 19
+    IQ4_NL = 20
+    IQ3_S = 21
+    IQ2_S = 22
+    IQ4_XS = 23
+    IQ1_M = 29
     BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
+    NVFP4 = 40
 
     @property
     def is_float(self) -> bool:
@@ -36,9 +52,24 @@ _BLOCKS: dict[RowType, tuple[int, int]] = {
     RowType.Q5_0: (32, 22),
     RowType.Q5_1: (32, 24),
     RowType.Q8_0: (32, 34),
+    RowType.Q2_K: (256, 84),
+    RowType.Q3_K: (256, 110),
     RowType.Q4_K: (256, 144),
     RowType.Q5_K: (256, 176),
     RowType.Q6_K: (256, 210),
+    RowType.IQ4_NL: (32, 18),
+    RowType.IQ4_XS: (256, 136),
+    RowType.MXFP4: (32, 17),
+    RowType.NVFP4: (64, 36),
+    RowType.IQ3_XXS: (256, 98),
+    RowType.IQ3_S: (256, 110),
+    RowType.IQ2_XXS: (256, 66),
+    RowType.IQ2_XS: (256, 74),
+    RowType.IQ2_S: (256, 82),
+    RowType.IQ1_S: (256, 50),
+    RowType.IQ1_M: (256, 56),
+    RowType.TQ1_0: (256, 54),
+    RowType.TQ2_0: (256, 66),
 }
 
 
@@ -64,3 +95,22 @@ def row_bytes(row_type: int, columns: int) -> int:
     if columns <= 0 or columns % values:
         raise KernelError(f"{known.name} rows hold a positive multiple of {values} values, got {columns}")
     return _row_bytes(known, columns)
+
+
+def packed_row_bytes(row_type: int, columns: int) -> int:
+    """Bytes of such a row in memory, but for the padding and wider scales of tiles and bundles (3 % at most):
+    those of the file, or more for types that are computed in another form (`repack`). Raises KernelError as
+    `row_bytes` does."""
+    row_bytes(row_type, columns)
+    return _packed_row_bytes(row_type, columns)
+
+
+def computable(row_type: int) -> RowType:
+    """The RowType of a number, ready to be read: the grid of IQ types has been handed to the kernels. Raises
+    KernelError as `as_row_type` does, and where the gguf package, which has the grids, is not installed."""
+    known = as_row_type(row_type)
+    if grid_bytes(known):
+        from .grids import grid_numbers
+
+        set_grid(known, grid_numbers(known))
+    return known

@@ -1,8 +1,11 @@
 """Whether a model fits in memory, judged before anything is allocated."""
 
+from powerinfer_formats.model_source import ModelSource
+from powerinfer_kernels import packed_row_bytes, row_bytes
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.hyperparameters import Hyperparameters
 from powerinfer_tools.model.loading import Model
+from powerinfer_tools.model.tensors import MATRIX_TYPES
 
 #: Left to the rest of the system.
 MARGIN = 256 << 20
@@ -33,11 +36,11 @@ def require_memory(model: Model, context: int, kv_type: str, available: int, els
     """Raise ModelError when packed weights and KV cache exceed ``available`` bytes (0: unknown), but for
     those that are ``elsewhere``, in the memory of a GPU.
 
-    Packed weights take about what they take in the file, as rows are padded to whole tiles; the file itself
-    stays mapped, and its pages can be dropped.
+    Packed weights take what `packed_nbytes` says, as rows are padded to whole tiles; the file itself stays
+    mapped, and its pages can be dropped.
     """
     hyper = model.hyper
-    weights = sum(info.nbytes for info in model.gguf.tensors.values())
+    weights = packed_nbytes(model.gguf)
     cache = round(context * kv_bytes_per_position(hyper, kv_type) * hyper.layers)
     if not available or weights + cache - elsewhere + MARGIN <= available:
         return
@@ -47,4 +50,17 @@ def require_memory(model: Model, context: int, kv_type: str, available: int, els
         f"{model.path}: {weights // mib} MiB of weights and {cache // mib} MiB of KV cache for a context of "
         f"{context}{there} do not fit in the {available // mib} MiB of memory that are free; ask for a "
         "shorter context (-c) or a smaller cache (--kv-type q8_0), or take a smaller model"
+    )
+
+
+def packed_nbytes(source: ModelSource) -> int:
+    """Bytes of all tensors of a file in memory: as in the file, but for types that are computed in another
+    form."""
+    return sum(
+        info.nbytes
+        if int(info.row_type) not in MATRIX_TYPES
+        else info.nbytes
+        // row_bytes(info.row_type, info.shape[-1])
+        * packed_row_bytes(info.row_type, info.shape[-1])
+        for info in source.tensors.values()
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from powerinfer_formats.hardware import GpuInfo, KernelRate, LinkInfo, Spread
-from powerinfer_kernels import RowType, block_shape, row_bytes
+from powerinfer_kernels import RowType, block_shape, packed_row_bytes, repack
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, to_planar
 from powerinfer_tools.engine.hot.devices import Device, Steps
 from powerinfer_tools.engine.hot.hot_ffn import FileRows
@@ -113,14 +113,16 @@ class _Bench:
     def kernel(self, row_type: RowType, index: int, *, fused: bool) -> KernelRate:
         """Products and sums over one matrix of rows of this type."""
         width = self.sizes.width - self.sizes.width % block_shape(row_type)[0]
-        neurons = max(CHUNK_ROWS, self.sizes.nbytes // row_bytes(row_type, width) // CHUNK_ROWS * CHUNK_ROWS)
+        neurons = max(
+            CHUNK_ROWS, self.sizes.nbytes // packed_row_bytes(row_type, width) // CHUNK_ROWS * CHUNK_ROWS
+        )
         pattern = random_rows(np.random.default_rng(_SEED), row_type.name, _PATTERN_ROWS, width)
         pattern = pattern.view(np.uint8).reshape(_PATTERN_ROWS, -1)
         raw = np.resize(pattern, (neurons, pattern.shape[1]))
         products, sums = (self._fused if fused else self._plain)(raw, row_type, width)
-        path = f"kernel[{index}]"
+        path, nbytes = f"kernel[{index}]", neurons * packed_row_bytes(row_type, width)
         rates = [
-            self._figure(f"{path}.{name}_bytes_per_s", [raw.nbytes / s for s in self._device_seconds(work)])
+            self._figure(f"{path}.{name}_bytes_per_s", [nbytes / s for s in self._device_seconds(work)])
             for name, work in (("products", products), ("sums", sums))
         ]
         return KernelRate(row_type.name, fused, rates[0], rates[1])
@@ -143,7 +145,7 @@ class _Bench:
     def _plain(self, raw: np.ndarray, row_type: RowType, width: int) -> tuple[Work, Work]:
         """By torch operations, over rows unpacked chunk by chunk."""
         where = self.device.torch_device
-        rows = FileRows(row_type, torch.from_numpy(raw).to(where))
+        rows = FileRows(row_type, torch.from_numpy(repack(raw, row_type, len(raw), width)).to(where))
         x, space = self._input(width), torch.empty(CHUNK_ROWS, width, device=where)
         hidden, out = torch.ones(1, CHUNK_ROWS, device=where), torch.empty(1, width, device=where)
         chunks = range(0, len(raw), CHUNK_ROWS)

@@ -19,7 +19,7 @@ from powerinfer_kernels import (
     aligned,
     block_shape,
     dequantize,
-    row_bytes,
+    packed_row_bytes,
 )
 from powerinfer_tools import detect
 from powerinfer_tools.errors import HardwareError
@@ -78,7 +78,7 @@ class FFNLayers:
     ) -> None:
         self._pool, self._shape = pool, shape
         self._size = (shape.neurons, shape.width)
-        self._row_bytes = [row_bytes(kind, shape.width) for kind in shape.types]
+        self._row_bytes = [packed_row_bytes(kind, shape.width) for kind in shape.types]
         layer_bytes = shape.neurons * sum(self._row_bytes)
         self._count = max(2, -(-_DEFEAT_CACHES // layer_bytes)) if layers is None else layers
         _require_memory(self._count * layer_bytes * 8 // 3)

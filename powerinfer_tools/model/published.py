@@ -9,6 +9,7 @@ say that they are assumed. No figure here or in the cost model is fitted to a pu
 from dataclasses import dataclass
 
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
+from powerinfer_kernels import RowType
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.predictor_shapes import Predictors, low_rank
 from powerinfer_tools.model.shapes import (
@@ -202,22 +203,7 @@ PUBLISHED: dict[str, PublishedModel] = {
 }
 
 #: What --dtype may say for a named shape: the row types that the kernels compute with.
-DTYPES: dict[str, TensorType] = {
-    row_type.name.lower(): row_type
-    for row_type in (
-        TensorType.F32,
-        TensorType.F16,
-        TensorType.BF16,
-        TensorType.Q8_0,
-        TensorType.Q4_0,
-        TensorType.Q4_1,
-        TensorType.Q5_0,
-        TensorType.Q5_1,
-        TensorType.Q4_K,
-        TensorType.Q5_K,
-        TensorType.Q6_K,
-    )
-}
+DTYPES: dict[str, TensorType] = {row_type.name.lower(): TensorType(row_type) for row_type in RowType}
 
 
 def published_shape(name: str, dtype: str = "q4_0") -> ModelShape:

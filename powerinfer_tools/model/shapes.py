@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType, row_bytes
+from powerinfer_kernels import packed_row_bytes
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.architectures import RELU_FAMILY
 
@@ -36,14 +37,20 @@ class MatrixShape:
     columns: int
 
     @property
-    def nbytes(self) -> int:
+    def file_nbytes(self) -> int:
         """Size in the file, bytes."""
         return self.rows * row_bytes(self.row_type, self.columns)
 
     @property
+    def nbytes(self) -> int:
+        """Size of the rows in memory, bytes: more than in the file for types that are computed in another
+        form."""
+        return self.rows * packed_row_bytes(self.row_type, self.columns)
+
+    @property
     def packed_nbytes(self) -> int:
         """Size as interleaved tiles in memory, bytes: rows are padded to whole tiles."""
-        return round_up(self.rows, TILE_ROWS) * row_bytes(self.row_type, self.columns)
+        return round_up(self.rows, TILE_ROWS) * packed_row_bytes(self.row_type, self.columns)
 
 
 @dataclass(frozen=True)
@@ -208,8 +215,8 @@ def stored_down_type(
 
 
 def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> NeuronBytes:
-    """Bytes of one neuron of ``layer``: its gate, up and (transposed) down rows. The padding of cold records
-    in the split file does not count: the engine drops it when it loads them.
+    """Bytes in memory of one neuron of ``layer``: its gate, up and (transposed) down rows. The padding of
+    cold records in the split file does not count: the engine drops it when it loads them.
 
     With experts, which keep the source's matrices, an equal part of an expert's bytes. Raises PlanError when
     the width does not hold whole blocks of the down projection's row type.
@@ -226,7 +233,7 @@ def neuron_bytes(layer: LayerShape, down_type: TensorType | None = None) -> Neur
             f"multiple of {block}; choose another --quant"
         )
     types = [*(matrix.row_type for matrix in (layer.gate, layer.up) if matrix is not None), down]
-    sizes = [row_bytes(row_type, layer.width) for row_type in types]
+    sizes = [packed_row_bytes(row_type, layer.width) for row_type in types]
     return NeuronBytes(sum(sizes), sizes[0], sizes[-1], tuple(row_type.name for row_type in types))
 
 

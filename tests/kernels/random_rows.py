@@ -20,12 +20,42 @@ SCALES: dict[RowType, tuple[int, ...]] = {
     RowType.Q4_K: (0, 2),
     RowType.Q5_K: (0, 2),
     RowType.Q6_K: (208,),
+    RowType.Q2_K: (80, 82),
+    RowType.Q3_K: (108,),
+    RowType.IQ4_NL: (0,),
+    RowType.IQ4_XS: (0,),
+    RowType.IQ3_XXS: (0,),
+    RowType.IQ3_S: (0,),
+    RowType.IQ2_XXS: (0,),
+    RowType.IQ2_XS: (0,),
+    RowType.IQ2_S: (0,),
+    RowType.IQ1_S: (0,),
+    RowType.TQ1_0: (52,),
+    RowType.TQ2_0: (64,),
 }
 
 
+def _set_byte_scales(stored: U8, row_type: RowType, values: npt.NDArray[np.float16]) -> None:
+    """Powers of two (MXFP4), E4M3 numbers (NVFP4) near the magnitudes, and the scattered f16 of IQ1_M."""
+    _, exponent = np.frexp(np.abs(values.astype(np.float32)))
+    if row_type == RowType.MXFP4:
+        stored[..., 0] = np.where(values == 0, 0, exponent + 125)
+    elif row_type == RowType.NVFP4:
+        stored[..., :4] = np.clip((exponent[..., None] + 6) * 8 + np.arange(4), 0, 126)
+    else:
+        words = stored[..., 48:].view(np.uint16)
+        words[...] = words & 0xFFF
+        shifts = np.arange(0, 16, 4, dtype=np.uint16)
+        words |= (np.ascontiguousarray(values).view(np.uint16)[..., None] >> shifts & 15) << 12
+
+
 def set_scales(data: U8, row_type: RowType, values: npt.NDArray[np.float16]) -> None:
-    """Writes f16 scales [rows, stored blocks] into quantised rows."""
+    """Writes f16 scales [rows, stored blocks] into quantised rows; what is near to them where the type has
+    others."""
     stored = data.reshape(len(data), -1, block_shape(row_type)[1])
+    if row_type not in SCALES:
+        _set_byte_scales(stored, row_type, values)
+        return
     for at in SCALES[row_type]:
         stored[:, :, at : at + 2] = np.ascontiguousarray(values)[..., None].view(np.uint8)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from powerinfer_kernels import RowType, block_shape, dequantize, row_bytes
+from powerinfer_kernels import RowType, block_shape, dequantize, repack, row_bytes
 from powerinfer_tools.engine.hot.dequantize import dequantize as torch_dequantize
 
 
@@ -15,7 +15,8 @@ def test_equals_the_kernels(row_type: RowType) -> None:
     rng = np.random.default_rng(int(row_type))
     rows = rng.integers(0, 256, (7, row_bytes(row_type, columns)), dtype=np.uint8)
     expected = dequantize(rows, row_type, 7, columns)
-    got = torch_dequantize(torch.from_numpy(rows), row_type, columns).numpy()
+    packed = repack(rows, row_type, 7, columns)
+    got = torch_dequantize(torch.from_numpy(packed), row_type, columns).numpy()
     # Random bytes make NaN scales too: compare those as a class, everything else by its bits.
     assert np.array_equal(np.isnan(expected), np.isnan(got))
     usable = ~np.isnan(expected)

@@ -8,7 +8,7 @@ import torch
 
 from expert_models import PreparedExperts
 from fake_gpus import on
-from powerinfer_kernels import RowType, block_shape, row_bytes
+from powerinfer_kernels import RowType, block_shape, repack, row_bytes
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot.dequantize import dequantize
 from powerinfer_tools.model.loading import load_model
@@ -116,6 +116,7 @@ def test_every_row_type_is_unpacked_without_the_host(row_type: RowType, fused: b
     values, _ = block_shape(row_type)
     device, columns = StrictDevice(), values * 2 if values > 1 else 7
     rows = np.random.default_rng(1).integers(0, 256, (3, row_bytes(row_type, columns)), dtype=np.uint8)
+    rows = repack(rows, row_type, 3, columns)
     expected = dequantize(torch.from_numpy(rows), row_type, columns)
     with rules(device):
         there = device.allocate(rows.size).view(3, -1)

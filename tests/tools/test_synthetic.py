@@ -154,7 +154,7 @@ def test_the_cache_keeps_and_clears(tmp_path: Path) -> None:
     ("make", "said"),
     [
         (lambda _: Request("gpt-5"), "mistral-7b"),
-        (lambda _: Request("mistral-7b", "Q3_K"), "Q4_0"),
+        (lambda _: Request("mistral-7b", "Q1_0"), "Q4_0"),
         (lambda _: Request("mistral-7b", layers=33), "32 layers"),
         (lambda path: write_sparse(path, "x", SMALL, "Q4_K", Sparsity(0.1)), "Q4_K"),
         (lambda path: write_sparse(path, "x", SMALL, "Q4_0", Sparsity(1.0)), "density"),

@@ -53,7 +53,7 @@ class UnpackedRows:
 
 @dataclass(frozen=True)
 class FileRows:
-    """uint8 (neurons, row_bytes) as in the file, unpacked by torch operations."""
+    """uint8 (neurons, packed_row_bytes), unpacked by torch operations."""
 
     row_type: RowType
     data: Tensor

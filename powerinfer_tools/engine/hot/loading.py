@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from powerinfer_formats.split import SplitLayer
-from powerinfer_kernels import RowType, row_bytes
+from powerinfer_kernels import RowType, packed_row_bytes, repack
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, to_planar
 from powerinfer_tools.engine.hot.dequantize import dequantize
 from powerinfer_tools.engine.hot.elementwise import HotNorm
@@ -99,9 +99,13 @@ class Form:
         """Rows of a matrix, uint8 (rows, row bytes), on the device."""
         counting = self.memory.counting
         if self.unpack:
-            there = torch.empty(0) if counting else dequantize(_tensor(source), row_type, columns)
+            there = (
+                torch.empty(0)
+                if counting
+                else dequantize(_packed(source, row_type, columns), row_type, columns)
+            )
             return UnpackedRows(row_type, there)
-        there = self.memory.take(len(source) * row_bytes(row_type, columns))
+        there = self.memory.take(len(source) * packed_row_bytes(row_type, columns))
         if self.fused and row_type in PLANAR_TYPES:
             from powerinfer_kernels.triton_launch import PlanarRows
 
@@ -111,11 +115,16 @@ class Form:
         if self.fused and row_type is not RowType.F32:  # those are read as they are
             self.not_fused.add(row_type.name)
         if not counting:
-            there.copy_(_tensor(np.ascontiguousarray(source).reshape(-1)))
+            there.copy_(_packed(source, row_type, columns).reshape(-1))
         return FileRows(row_type, there.view(len(source), -1))
 
     def _neuron_rows(self, layer: SplitLayer, kind: str, count: int) -> Rows:
         return self.rows(layer.rows(kind, 0, count), RowType(layer.type_of(kind)), layer.width)
+
+
+def _packed(source: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> torch.Tensor:
+    """The rows in the form in which they are computed."""
+    return torch.from_numpy(repack(np.ascontiguousarray(source), row_type, len(source), columns))
 
 
 def unpacked_values(layers: Sequence[SplitLayer], hot: Sequence[int], matrices: Sequence[Weight]) -> int:

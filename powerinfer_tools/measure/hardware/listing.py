@@ -1,7 +1,8 @@
 """A hardware profile for people: each figure with how far its passes lay apart."""
 
-from powerinfer_formats.block_types import TensorType, row_bytes
+from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.hardware import FFNCurve, HardwareProfile, KernelRate, Spread
+from powerinfer_kernels import packed_row_bytes
 
 Lines = list[tuple[str, str]]
 _Spreads = dict[str, Spread]
@@ -32,7 +33,7 @@ def _curve_lines(curve: FFNCurve, path: str, spreads: _Spreads) -> Lines:
     """Dense speed, and that of the sparse modes as a multiple of it."""
     dense = _rate(curve.dense_bytes_per_s, spreads.get(f"{path}.dense_bytes_per_s"))
     lines = [(f"FFN {curve.width}x{curve.neurons}", f"{'/'.join(curve.types)}: dense {dense}")]
-    always, *others = (row_bytes(TensorType[name], curve.width) for name in curve.types)
+    always, *others = (packed_row_bytes(TensorType[name], curve.width) for name in curve.types)
     skippable = sum(others)
     points = zip(curve.densities, curve.gate_first_bytes_per_s, curve.predicted_bytes_per_s, strict=True)
     for index, (density, first, predicted) in enumerate(points):

@@ -7,9 +7,12 @@ need care.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from powerinfer_kernels import RowType, dequantize
 
 Bytes = NDArray[np.uint8]
 Maker = Callable[[np.random.Generator, int, float], Bytes]
@@ -52,7 +55,23 @@ def fitting_type(row_type: str, columns: int) -> str:
 
 
 #: For rows that no super-block of 256 fits: the plain type with the next number of bits.
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "NVFP4": "MXFP4"} | dict.fromkeys(
+    (
+        "Q2_K",
+        "Q3_K",
+        "IQ4_XS",
+        "IQ3_XXS",
+        "IQ3_S",
+        "IQ2_XXS",
+        "IQ2_XS",
+        "IQ2_S",
+        "IQ1_S",
+        "IQ1_M",
+        "TQ1_0",
+        "TQ2_0",
+    ),
+    "IQ4_NL",
+)
 
 
 def _scales(rng: np.random.Generator, blocks: int, middle: float) -> NDArray[np.float16]:
@@ -119,6 +138,74 @@ def _q6_k(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
     return _join(_bits(rng, blocks, 192), scales, d)
 
 
+def _packed(row_type: str, at: int, minimum_at: int | None = None) -> Maker:
+    """Types that are packed for size: bits that are all free but for a half-precision d at byte ``at``, and
+    one for the minimum of Q2_K, which 3/2 d centres."""
+
+    def make(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+        made = _bits(rng, blocks, BLOCKS[row_type].nbytes).copy()
+        if row_type == "TQ2_0":
+            _without_code_3(made)
+        scales = _scales(rng, blocks, deviation / _unit_deviation(row_type))
+        made[:, at : at + 2] = scales.view(np.uint8)
+        if minimum_at is not None:
+            made[:, minimum_at : minimum_at + 2] = (scales * np.float16(1.5)).view(np.uint8)
+        return made
+
+    return make
+
+
+def _without_code_3(blocks: Bytes) -> None:
+    """The code that no quantiser writes becomes 1."""
+    blocks ^= (blocks & blocks >> 1 & 0x55) << 1
+
+
+@cache
+def _unit_deviation(row_type: str) -> float:
+    """Root mean square of what random bits stand for under scales of one: 8 columns in 256 blocks."""
+    block, kind = BLOCKS[row_type], RowType[row_type]
+    made = np.random.default_rng(0).integers(0, 256, (256, block.nbytes), dtype=np.uint8)
+    one = np.float16(1).tobytes()
+    if row_type == "TQ2_0":
+        _without_code_3(made)
+    if row_type == "Q2_K":
+        made[:, 80:84] = np.frombuffer(one + np.float16(1.5).tobytes(), np.uint8)
+    elif row_type == "IQ1_M":
+        _scatter(made, np.full((256, 1), 1, np.float16))
+    elif row_type == "MXFP4":
+        made[:, 0] = 128
+    else:
+        at = {"Q3_K": 108, "TQ1_0": 52, "TQ2_0": 64}.get(row_type, 0)
+        made[:, at : at + 2] = np.frombuffer(one, np.uint8)
+    return float(np.sqrt(np.square(dequantize(made.reshape(-1), kind, 256, block.values)).mean()))
+
+
+def _scatter(blocks: Bytes, scales: NDArray[np.float16]) -> None:
+    """Writes the d of IQ1_M, which lies in the upper nibbles of the last four words."""
+    words = blocks[:, 48:].view(np.uint16)
+    words &= 0xFFF
+    words |= (scales.view(np.uint16) >> np.arange(0, 16, 4, dtype=np.uint16) & 15) << 12
+
+
+def _iq1_m(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+    made = np.ascontiguousarray(_bits(rng, blocks, 56)).copy()
+    _scatter(made, _scales(rng, blocks, deviation / _unit_deviation("IQ1_M")))
+    return made
+
+
+def _mxfp4(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+    """Scales are powers of two: the next one, or the one below (together 2^-0.34 of the next one)."""
+    exponent = 128 + int(np.round(np.log2(deviation / _unit_deviation("MXFP4")) + 0.34))
+    scales = rng.integers(exponent - 1, exponent + 1, (blocks, 1), dtype=np.uint8)
+    return _join(scales, _bits(rng, blocks, 16))
+
+
+def _nvfp4(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
+    """Scales of E4M3 within a factor of two; values are E2M1 of standard deviation 2.2."""
+    lowest = int(np.clip((np.log2(deviation / 2.2) + 6.5) * 8, 0, 112))
+    return _join(rng.integers(lowest, lowest + 8, (blocks, 4), dtype=np.uint8), _bits(rng, blocks, 32))
+
+
 def _f32(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
     values = rng.standard_normal((blocks, 1), dtype=np.float32) * np.float32(deviation)
     return values.view(np.uint8)
@@ -144,4 +231,19 @@ BLOCKS: dict[str, Block] = {
     "Q4_K": Block(12, 256, 144, _super_with_minimum(16, 128)),
     "Q5_K": Block(13, 256, 176, _super_with_minimum(32, 160)),
     "Q6_K": Block(14, 256, 210, _q6_k),
+    "Q2_K": Block(10, 256, 84, _packed("Q2_K", 80, 82)),
+    "Q3_K": Block(11, 256, 110, _packed("Q3_K", 108)),
+    "IQ4_NL": Block(20, 32, 18, _packed("IQ4_NL", 0)),
+    "IQ4_XS": Block(23, 256, 136, _packed("IQ4_XS", 0)),
+    "MXFP4": Block(39, 32, 17, _mxfp4),
+    "NVFP4": Block(40, 64, 36, _nvfp4),
+    "IQ3_XXS": Block(18, 256, 98, _packed("IQ3_XXS", 0)),
+    "IQ3_S": Block(21, 256, 110, _packed("IQ3_S", 0)),
+    "IQ2_XXS": Block(16, 256, 66, _packed("IQ2_XXS", 0)),
+    "IQ2_XS": Block(17, 256, 74, _packed("IQ2_XS", 0)),
+    "IQ2_S": Block(22, 256, 82, _packed("IQ2_S", 0)),
+    "IQ1_S": Block(19, 256, 50, _packed("IQ1_S", 0)),
+    "IQ1_M": Block(29, 256, 56, _iq1_m),
+    "TQ1_0": Block(34, 256, 54, _packed("TQ1_0", 52)),
+    "TQ2_0": Block(35, 256, 66, _packed("TQ2_0", 64)),
 }

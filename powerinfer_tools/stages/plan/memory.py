@@ -54,7 +54,7 @@ def attention_bytes(layer: LayerShape) -> int:
 
 def embedding_bytes(shape: ModelShape) -> int:
     """Bytes of the token embedding, and of learned positions where the model has them."""
-    return shape.embedding.nbytes + shape.position_bytes
+    return shape.embedding.file_nbytes + shape.position_bytes
 
 
 def output_norm_bytes(shape: ModelShape) -> int:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from powerinfer_formats.block_types import TensorType, row_bytes
+from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.thresholds import Thresholds as ThresholdsFile
+from powerinfer_kernels import packed_row_bytes
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.shapes import ModelShape, NeuronBytes
 
@@ -20,7 +21,7 @@ class ThresholdShape:
 
     def always_bytes(self, sizes: NeuronBytes, width: int) -> int:
         """Bytes of a neuron that are read for every token."""
-        return row_bytes(TensorType[sizes.types[self.known]], width)
+        return packed_row_bytes(TensorType[sizes.types[self.known]], width)
 
 
 Thresholds = tuple[ThresholdShape | None, ...]

@@ -27,7 +27,7 @@ class Case:
     def __init__(self, row_type: RowType) -> None:
         rng = np.random.default_rng(int(row_type))
         self.row_type = row_type
-        self.columns = 83 if row_type.is_float else 256 if block_shape(row_type)[0] == 256 else 288
+        self.columns = 83 if row_type.is_float else {32: 288, 64: 320, 256: 256}[block_shape(row_type)[0]]
         self.rows = {k: random_rows(rng, row_type, NEURONS, self.columns) for k in ("gate", "up", "down")}
         self.x = rng.standard_normal((MOST, self.columns)).astype(np.float32)
         self.named = (np.arange(NEURONS) - np.arange(MOST)[:, None]) % 29 == 0

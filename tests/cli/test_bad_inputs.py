@@ -37,7 +37,7 @@ WRONG_USE = [
     ("bench --ffn 4096", "is not WIDTHxNEURONS"),
     ("bench --ffn 64x0", "is not WIDTHxNEURONS"),
     ("bench --ffn 64x64 --density 0.1,2", "--density"),
-    ("bench --ffn 64x64 --type q3_k", "'q3_k' is not one of"),
+    ("bench --ffn 64x64 --type q9_k", "'q9_k' is not one of"),
     ("bench --shape mistral-7b --density 0.1,0.5", "one share"),
     ("bench --density 0.1", "is for --shape and --ffn"),
     ("bench --keep x.gguf", "is for --shape"),

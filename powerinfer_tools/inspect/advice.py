@@ -107,7 +107,7 @@ def split_verdict(path: Path, plan: Plan) -> str:
     if hot and detect.nvidia_driver() is None:
         parts.append(
             f"{hot:,} of its neurons are planned for {plan.hardware.gpu or 'an accelerator'}, which this "
-            "machine has not: here all of them are computed on the CPU"
+            "machine does not have: here all of them are computed on the CPU"
         )
     sparse = {layer.mode for layer in plan.layers} - {"dense"}
     if not sparse and (not hot or detect.nvidia_driver() is None):

@@ -97,5 +97,5 @@ def test_a_split_file_says_what_it_will_be_here(silu: Prepared, tmp_path: Path) 
     silu.save_plan(tmp_path / "plan.json", hot)
     verdict = split_verdict(silu.tiny.path, Plan.load(tmp_path / "plan.json"))
     assert "× the bytes of the source's" in verdict
-    assert "which this machine has not" in verdict
+    assert "which this machine does not have" in verdict
     assert "no neuron is skipped" in verdict

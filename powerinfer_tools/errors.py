@@ -61,6 +61,10 @@ class ConvertError(PowerInferError):
     """The model cannot be converted."""
 
 
+class OtherProfile(ConvertError):
+    """The plan was made from another profile."""
+
+
 class EvaluationError(PowerInferError):
     """What was asked for cannot be evaluated: no such task, or one that does not fit the model."""
 

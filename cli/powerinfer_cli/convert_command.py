@@ -21,6 +21,7 @@ from powerinfer_cli.files import (
 )
 from powerinfer_cli.sizes import format_size
 from powerinfer_cli.tables import print_facts
+from powerinfer_formats.block_types import WrittenType
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +63,17 @@ def command(
     profile: opt.Profile = None,
     predictors: opt.Predictors = None,
     thresholds: opt.Thresholds = None,
+    other_profile: Annotated[
+        bool,
+        typer.Option(
+            "--other-profile",
+            help="Convert although the plan was made from another profile: its hot counts, the order of this "
+            "profile.",
+        ),
+    ] = False,
     output: opt.Output = None,
     quant: Annotated[
-        Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q4_0"],
+        Literal["auto", WrittenType],
         typer.Option(
             "--quant",
             help="Type of the transposed down projection; auto: Q8_0 where the source is quantised. "
@@ -88,7 +97,7 @@ def command(
     """Convert a model."""
     source = find_model(model)
     if form == "powerinfer":
-        opt.refuse_beside(ctx, "--format powerinfer", "plan", "profile")
+        opt.refuse_beside(ctx, "--format powerinfer", "plan", "profile", "other_profile")
         if all_active:
             opt.refuse_beside(ctx, "--all-active", "predictors", "trace")
         write_original(source, output, quant, predictors, trace, all_active=all_active, as_json=common.json)
@@ -112,6 +121,7 @@ def command(
             thresholds=threshold_file,
             output=path,
             quant=chosen,
+            other_profile=other_profile,
         ),
         progress(),
     )

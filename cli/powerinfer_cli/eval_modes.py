@@ -7,6 +7,7 @@ import typer
 
 from powerinfer_cli.console import emit_json, say
 from powerinfer_cli.tables import print_table
+from powerinfer_formats.modes import MODES
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
@@ -14,17 +15,16 @@ if TYPE_CHECKING:
     from powerinfer_tools.progress import Progress
     from powerinfer_tools.quality.comparison import Comparison, Fidelity
 
-EVERY_MODE = "dense,gate-first,predicted,thresholded"
+EVERY_MODE = ",".join(MODES)
 
 
 def modes_of(text: str) -> tuple[str, ...]:
     """The modes that ``--compare`` names, each once, in the order given; an unknown one is a usage error."""
-    known = EVERY_MODE.split(",")
     modes = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
     for mode in modes:
-        if mode not in known:
+        if mode not in MODES:
             raise typer.BadParameter(
-                f"{mode!r} is no mode; known are {', '.join(known)}", param_hint="--compare"
+                f"{mode!r} is no mode; known are {', '.join(MODES)}", param_hint="--compare"
             )
     return modes
 

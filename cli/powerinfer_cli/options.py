@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from powerinfer_cli.sizes import parse_size
+from powerinfer_formats import modes
 
 
 def size_value(text: str) -> int:
@@ -24,7 +25,7 @@ def size_option(name: str, text: str, panel: str | None = None) -> Any:
 
 
 Device = Literal["none", "cpu", "cuda"]
-Mode = Literal["auto", "dense", "gate-first", "predicted", "thresholded"]
+Mode = Literal["auto", modes.Mode]
 KVType = Literal["f16", "q8_0"]
 
 Model = Annotated[

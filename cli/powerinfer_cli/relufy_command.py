@@ -10,6 +10,7 @@ from powerinfer_cli.console import emit_json, progress, say
 from powerinfer_cli.corpus_option import CorpusCommand
 from powerinfer_cli.files import find_model, output_file
 from powerinfer_cli.tables import print_facts
+from powerinfer_formats.block_types import WrittenType
 
 if TYPE_CHECKING:
     from powerinfer_tools.stages.relufy import DeltaReport, RelufyReport
@@ -121,7 +122,7 @@ def command(
     seed: Annotated[int, _training("--seed", min=0, metavar="N", help="Order of the text.")] = 0,
     device: Annotated[Literal["cpu", "cuda"], _training("--device", help="Where torch trains.")] = "cpu",
     quant: Annotated[
-        Literal["Q8_0", "Q4_0", "F16", "BF16", "F32"],
+        WrittenType,
         typer.Option("--quant", help="Type of the new FFN weights; the others keep their bits."),
     ] = "Q8_0",
     restart: Annotated[

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
+from typing import Literal
 
 
 class TensorType(IntEnum):
@@ -49,6 +50,10 @@ class TensorType(IntEnum):
     MXFP4 = 39
     NVFP4 = 40
     Q1_0 = 41
+
+
+#: The types that stages write rows of.
+WrittenType = Literal["Q8_0", "Q4_0", "F16", "BF16", "F32"]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from powerinfer_formats import errors
 from powerinfer_formats.atomic import write_atomic
+from powerinfer_formats.block_types import WrittenType
 from powerinfer_formats.frames import FrameReader, require_one_frame, require_ratio
 from powerinfer_formats.records import RecordReader, dump_json, parse_json
 from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, write_safetensors
@@ -62,7 +63,7 @@ class DeltaHeader:
     model_name: str
     activation: Literal["relu", "drelu", "fatrelu"]
     cut: float
-    row_type: Literal["Q8_0", "Q4_0", "F16", "BF16", "F32"]
+    row_type: WrittenType
     layers: int
     width: int
     neurons: int

@@ -14,12 +14,12 @@ from typing import Any, Literal, Self
 from powerinfer_formats import plan_experts
 from powerinfer_formats.atomic import write_atomic
 from powerinfer_formats.errors import BadDocument, BadField, OtherModel, UnsupportedVersion
+from powerinfer_formats.modes import Mode
 from powerinfer_formats.plan_experts import PlanExperts, check_experts, without_experts
 from powerinfer_formats.records import RecordReader, dump_json, parse_json, read_text, to_plain
 
 VERSION = 1
 FORMAT = "powerinfer-plan"
-Mode = Literal["dense", "gate-first", "predicted", "thresholded"]
 Device = Literal["gpu", "cpu"]
 
 
@@ -136,7 +136,9 @@ class PlanPrediction:
 
 @dataclass(frozen=True)
 class PlanProvenance:
-    """The profile behind the plan; ``source`` says so in words where there was none. ``predictors`` says
+    """The profile behind the plan: hashes of its corpora, tokens, and what was counted
+    (:attr:`~powerinfer_formats.profile.Profile.counting`, empty in plans of earlier versions); ``source``
+    says so in words where there was none. ``predictors`` says
     which predictors the plan may use, or why none, ``thresholds`` the same of a thresholds file (empty: there
     was none); ``engine`` whose abilities it counts on."""
 
@@ -146,6 +148,7 @@ class PlanProvenance:
     predictors: str = ""
     engine: str = ""
     thresholds: str = ""
+    counting: str = ""
 
 
 @dataclass(frozen=True)

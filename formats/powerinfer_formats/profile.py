@@ -116,6 +116,17 @@ class Profile:
         """Root mean square of up·x: float64 [neurons]."""
         return np.sqrt(self.sums[layer].up_squares / max(self.tokens, 1))
 
+    @property
+    def counting(self) -> str:
+        """What was counted, and over how much at once: plans made of profiles that say the same of the same
+        corpora agree."""
+        what = f"neurons active at a density of {self.target_density:g}"
+        if self.activation == ROUTING:
+            what = "experts"
+        elif self.exact_zeros:
+            what = "neurons that are not exactly zero"
+        return f"{what}, in windows of {self.window} tokens"
+
     # --- files ---------------------------------------------------------------------------------------
 
     @classmethod

@@ -14,6 +14,7 @@ from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.model_source import ModelSource
+from powerinfer_formats.modes import MODES
 from powerinfer_formats.split_devices import SplitDevices, all_on_cpu, read_devices
 from powerinfer_formats.split_experts import VERSION as EXPERTS_VERSION
 from powerinfer_formats.split_keys import KeyReader
@@ -197,10 +198,8 @@ class _Checker(KeyReader):
             self.fail(names.KEY_GROUP, f"is {group}, expected 1 to {self.neurons}")
         modes = self.strings(names.KEY_MODE)
         for layer, mode in enumerate(self.per_layer(names.KEY_MODE, modes)):
-            if mode not in names.MODES:
-                self.fail(
-                    names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(names.MODES)}"
-                )
+            if mode not in MODES:
+                self.fail(names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(MODES)}")
         return SplitHeader(
             source_fingerprint=self.digest(names.KEY_SOURCE, gguf.get(names.KEY_SOURCE, str)),
             activation=gguf.get(names.KEY_ACTIVATION, str),

@@ -23,7 +23,6 @@ COLUMNS_VERSION = 3
 ALIGNMENT = 64  # of the file and of each row in a bundle: a cache line
 #: Rows of a neuron; those of an FFN without gate are the last two.
 KINDS = ("gate", "up", "down")
-MODES = ("dense", "gate-first", "predicted", "thresholded")
 
 KEY_VERSION = "powerinfer.version"
 KEY_SOURCE = "powerinfer.source_fingerprint"

@@ -10,7 +10,7 @@ from .matrix import Bundle, Matrix, dequantize, quantize, repack
 from .pool import Pool, available_isas, read_bandwidth
 from .program import Program
 from .program_builder import HISTOGRAM_BINS, ProgramBuilder
-from .row_types import RowType, block_shape, packed_row_bytes, row_bytes
+from .row_types import WRITTEN_TYPES, RowType, block_shape, packed_row_bytes, row_bytes
 from .signs import Signs, pack_signs, sign_code_words
 from .state import KVSlot, RecurrentSlot, Slot, Span, State
 from .topology import physical_cores
@@ -21,6 +21,7 @@ __all__ = [
     "HISTOGRAM_BINS",
     "KV_KINDS",
     "ROUTER_KINDS",
+    "WRITTEN_TYPES",
     "Activations",
     "Bundle",
     "Choice",

@@ -130,7 +130,7 @@ def repack(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
 
 def quantize(values: Any, row_type: int) -> Bytes:
     """uint8 [rows, row_bytes] of float32 [rows, columns], rounded as the format's reference does. Types
-    F32, F16, BF16, Q8_0 and Q4_0; KernelError for others, and for columns that are not whole blocks."""
+    WRITTEN_TYPES; KernelError for others, and for columns that are not whole blocks."""
     rows, columns = values.shape if isinstance(values, np.ndarray) and values.ndim == 2 else (0, 0)
     check_array("values", values, np.float32, (rows, columns))
     check_positive(rows=rows, columns=columns)

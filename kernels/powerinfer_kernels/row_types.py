@@ -43,34 +43,17 @@ class RowType(IntEnum):
         return self in (RowType.F32, RowType.F16, RowType.BF16)
 
 
-_BLOCKS: dict[RowType, tuple[int, int]] = {
-    RowType.F32: (1, 4),
-    RowType.F16: (1, 2),
-    RowType.BF16: (1, 2),
-    RowType.Q4_0: (32, 18),
-    RowType.Q4_1: (32, 20),
-    RowType.Q5_0: (32, 22),
-    RowType.Q5_1: (32, 24),
-    RowType.Q8_0: (32, 34),
-    RowType.Q2_K: (256, 84),
-    RowType.Q3_K: (256, 110),
-    RowType.Q4_K: (256, 144),
-    RowType.Q5_K: (256, 176),
-    RowType.Q6_K: (256, 210),
-    RowType.IQ4_NL: (32, 18),
-    RowType.IQ4_XS: (256, 136),
-    RowType.MXFP4: (32, 17),
-    RowType.NVFP4: (64, 36),
-    RowType.IQ3_XXS: (256, 98),
-    RowType.IQ3_S: (256, 110),
-    RowType.IQ2_XXS: (256, 66),
-    RowType.IQ2_XS: (256, 74),
-    RowType.IQ2_S: (256, 82),
-    RowType.IQ1_S: (256, 50),
-    RowType.IQ1_M: (256, 56),
-    RowType.TQ1_0: (256, 54),
-    RowType.TQ2_0: (256, 66),
-}
+#: What `quantize` writes.
+WRITTEN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
+
+
+def _block(row_type: RowType) -> tuple[int, int]:
+    """(values, bytes) of one block, from the kernels' own table: the shortest row that there is."""
+    values = next(count for count in (1, 32, 64, 256) if _row_bytes(row_type, count))
+    return values, _row_bytes(row_type, values)
+
+
+_BLOCKS = {row_type: _block(row_type) for row_type in RowType}
 
 
 def as_row_type(row_type: int) -> RowType:

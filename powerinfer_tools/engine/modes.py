@@ -1,12 +1,9 @@
-"""How FFN layers can be computed, and which of it a model allows."""
+"""Which modes a model allows: gate-first and predicted, which skip neurons, need an activation with exact
+zeros; thresholded is for the others."""
 
+from powerinfer_formats.modes import MODES
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import Model
-
-#: Modes that this engine can run. Dense and gate-first are exact; predicted leaves out what its predictors
-#: miss. Both that skip need an activation with exact zeros. Thresholded is for the others: it leaves out
-#: neurons with a small factor.
-MODES = ("dense", "gate-first", "predicted", "thresholded")
 
 
 def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:

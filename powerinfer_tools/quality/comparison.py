@@ -12,8 +12,6 @@ from powerinfer_tools.progress import Progress
 from powerinfer_tools.quality.perplexity import divergence, perplexity
 
 BASELINE = "dense"
-#: All modes, exact ones first.
-ALL_MODES = ("dense", "gate-first", "predicted", "thresholded")
 _NO_RECALL = {
     "dense": "every neuron is computed",
     "gate-first": "the gate itself says which neurons are active",

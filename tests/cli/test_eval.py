@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from powerinfer_cli.eval_modes import EVERY_MODE
-from powerinfer_tools.quality.comparison import ALL_MODES
+from powerinfer_formats.modes import MODES
 from predicted_models import TEXT, predicted_split
 from processes import Command
 from task_files import write_tasks
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_knows_the_modes_of_the_stage() -> None:
-    assert tuple(EVERY_MODE.split(",")) == ALL_MODES
+    assert tuple(EVERY_MODE.split(",")) == MODES
 
 
 def test_a_row_for_each_mode(powerinfer: Command, folder: Path) -> None:

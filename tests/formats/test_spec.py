@@ -10,8 +10,10 @@ from powerinfer_formats import split_devices, split_experts, split_layout, split
 from powerinfer_formats.block_types import BLOCK_SHAPES, type_name
 from powerinfer_formats.delta import DeltaHeader, DeltaQuality
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, GpuInfo, KernelRate, LinkInfo, MachineInfo, Spread
-from powerinfer_formats.plan import LayerPlan, Plan
+from powerinfer_formats.modes import MODES
+from powerinfer_formats.plan import LayerPlan, Plan, PlanProvenance
 from powerinfer_formats.plan_experts import PlanExperts
+from powerinfer_formats.profile import Profile
 from powerinfer_formats.profile_document import ProfileDocument
 from powerinfer_formats.thresholds import ThresholdCost, ThresholdsHeader
 
@@ -35,12 +37,32 @@ def test_every_key_of_a_split_file(spec: str) -> None:
     assert set(re.findall(r"^\| `(powerinfer\.\w+)` ", spec, re.MULTILINE)) == keys
 
 
+def test_the_modes(spec: str) -> None:
+    (row,) = re.findall(r"^\| `powerinfer\.mode` \| [^|]* \| (.*) \|$", spec, re.MULTILINE)
+    assert re.findall(r"`([\w-]+)`", row) == list(MODES)
+
+
+@pytest.mark.parametrize(
+    ("activation", "exact_zeros", "says"),
+    [
+        ("routing", True, "experts"),
+        ("relu", True, "neurons that are not exactly zero"),
+        ("silu", False, "neurons active at a density of D"),
+    ],
+)
+def test_what_a_profile_counts(spec: str, activation: str, exact_zeros: bool, says: str) -> None:
+    made = Profile("", "", "", activation, exact_zeros, 9, 8, 0.2, (), "", ())
+    assert made.counting == f"{says.replace('D', '0.2')}, in windows of 8 tokens"
+    assert f"`{says}`" in " ".join(spec.split())
+
+
 @pytest.mark.parametrize(
     "record",
     [
         Plan,
         LayerPlan,
         PlanExperts,
+        PlanProvenance,
         ProfileDocument,
         MachineInfo,
         CpuInfo,

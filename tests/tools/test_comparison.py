@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from powerinfer_formats.modes import MODES
 from powerinfer_formats.predictors import Predictors
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import Model, load_model
-from powerinfer_tools.quality.comparison import ALL_MODES, Comparison, Fidelity, compare_modes
+from powerinfer_tools.quality.comparison import Comparison, Fidelity, compare_modes
 from powerinfer_tools.quality.perplexity import perplexity
 from predicted_models import predicted_split
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
@@ -58,8 +59,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_one_row_for_each_mode_in_order(opened: Opened) -> None:
     tiny, model, _ = opened
-    comparison = compared(model, tiny, ALL_MODES)
-    assert tuple(row.mode for row in comparison.rows) == ALL_MODES
+    comparison = compared(model, tiny, MODES)
+    assert tuple(row.mode for row in comparison.rows) == MODES
     assert comparison.positions == PIECES * (40 - 1 - 20)
     missing = row_of(comparison, "thresholded")
     assert not missing.available
@@ -163,7 +164,7 @@ def test_perplexity_is_that_of_eval_alone(opened: Opened) -> None:
 def test_a_source_model_is_dense_alone(tmp_path: Path) -> None:
     tiny = make_tiny_model(tmp_path, FAMILY_CASES["llama-relu"])
     model = load_model(tiny.path)
-    comparison = compared(model, tiny, ALL_MODES)
+    comparison = compared(model, tiny, MODES)
     assert [row.available for row in comparison.rows] == [True, False, False, False]
     with pytest.raises(ModelError, match="powerinfer convert"):
         compared(model, tiny, ("gate-first",))

@@ -9,11 +9,12 @@ import pytest
 from engine_logits import logits
 from powerinfer_formats.errors import CannotWrite, FormatError
 from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_formats.plan import PlanProvenance
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_kernels import available_isas
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import ConvertError, HardwareError, ModelError
+from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, OtherProfile
 from powerinfer_tools.model.architectures import RELU_FAMILY
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
@@ -179,6 +180,37 @@ def test_files_of_another_model_are_refused(plain: Prepared, tmp_path: Path) -> 
     with pytest.raises(ConvertError, match=r"'tiny', not for 'other'"):
         convert(ConvertOptions(other.path, plain.profile, plan, output))
     assert not output.exists()
+
+
+def test_a_plan_of_another_profile_is_refused_with_what_differs(plain: Prepared, tmp_path: Path) -> None:
+    """Corpora as a set, tokens and what was counted; a plan that names no corpus takes any profile."""
+    profile = Profile.load(plain.profile)
+    hashes = tuple(entry.sha256 for entry in profile.corpus)
+    plan = plan_for(profile, [GROUP] * plain.layers, group=GROUP, width=plain.tiny.spec.width)
+    own = PlanProvenance("a profile", hashes, profile.tokens, counting=profile.counting)
+    file, output = tmp_path / "plan.json", tmp_path / "out.powerinfer.gguf"
+
+    def attempt(provenance: PlanProvenance, *, other_profile: bool = False) -> None:
+        replace(plan, provenance=provenance).save(file)
+        convert(ConvertOptions(plain.tiny.path, plain.profile, file, output, other_profile=other_profile))
+
+    others = [
+        (replace(own, corpus_hashes=("ab" * 32,)), f"the plan's corpus is ababababab.*{hashes[0][:12]}"),
+        (replace(own, corpus_hashes=(*hashes, *[f"{i:064x}" for i in range(5)])), "3 more, the profile's"),
+        (replace(own, corpus_tokens=7), f"7 tokens were counted, here {profile.tokens}"),
+        (replace(own, counting="experts, in windows of 8 tokens"), "counts experts, .* this one neurons act"),
+    ]
+    for provenance, says in others:
+        with pytest.raises(OtherProfile, match=says) as caught:
+            attempt(provenance)
+        assert str(caught.value).startswith(f"{file} was made from another profile than {plain.profile}: ")
+        assert not output.exists()
+        attempt(provenance, other_profile=True)
+        assert np.array_equal(SplitFile.open(output).layers[0].order, profile.order(0))
+        output.unlink()
+    for provenance in (own, replace(own, counting=""), PlanProvenance("none")):
+        attempt(provenance)
+        output.unlink()
 
 
 def test_split_file_cannot_be_split_again(plain: Prepared, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from plan_cases import NEURONS_ONLY, granted, machine, shape, skewed_frequencies
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.errors import OtherModel
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
+from powerinfer_formats.modes import MODES
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.predictors import PredictionCost, Predictors
 from powerinfer_tools.engine import Engine
@@ -26,7 +27,6 @@ from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from powerinfer_tools.stages.plan import PlanRequest, make_plan
 from powerinfer_tools.stages.plan.capabilities import ALL_PLACED, Capabilities
 from powerinfer_tools.stages.plan.costs import Machine
-from powerinfer_tools.stages.plan.ffn_levels import MODES
 from powerinfer_tools.stages.plan.frequencies import Frequencies
 from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
 from powerinfer_tools.stages.plan.memory import (

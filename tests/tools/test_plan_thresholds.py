@@ -9,6 +9,7 @@ import pytest
 from plan_cases import machine, shape, skewed_frequencies
 from powerinfer_formats.errors import OtherModel
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
+from powerinfer_formats.modes import MODES
 from powerinfer_formats.thresholds import ThresholdCost, Thresholds, ThresholdsHeader
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, PlanError
@@ -16,7 +17,7 @@ from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.shapes import neuron_bytes
 from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from powerinfer_tools.stages.plan import PlanRequest, costs, make_plan
-from powerinfer_tools.stages.plan.ffn_levels import FFN, MODES, mode_seconds
+from powerinfer_tools.stages.plan.ffn_levels import FFN, mode_seconds
 from powerinfer_tools.stages.plan.frequencies import Frequencies
 from powerinfer_tools.stages.plan.milp import SolverOptions
 from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome

@@ -1,13 +1,15 @@
 """quantize: what is written is the model, with exactly the error that is said; the rest is untouched."""
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType, WrittenType
 from powerinfer_formats.gguf_reader import GGUFFile
-from powerinfer_kernels import RowType, dequantize
+from powerinfer_kernels import WRITTEN_TYPES, RowType, block_shape, dequantize
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model.huggingface import ModelFolder
 from powerinfer_tools.model.loading import load_model
@@ -88,3 +90,11 @@ def test_what_is_refused(folder: TinyFolder, tmp_path: Path) -> None:
     ):
         quantize_model(broken, tmp_path / "out.gguf", "Q8_0")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_types_of_rows_are_those_of_the_format() -> None:
+    """The kernels have numbers and sizes from C, the file formats from their own table."""
+    for kind in RowType:
+        shape = BLOCK_SHAPES[TensorType[kind.name]]
+        assert (TensorType[kind.name], block_shape(kind)) == (kind, (shape.values, shape.nbytes))
+    assert {kind.name for kind in WRITTEN_TYPES} == set(get_args(WrittenType))

@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from powerinfer_formats.block_types import BLOCK_SHAPES, BlockShape, TensorType
 from powerinfer_kernels import RowType, dequantize
 
 Bytes = NDArray[np.uint8]
@@ -20,12 +21,21 @@ Maker = Callable[[np.random.Generator, int, float], Bytes]
 
 @dataclass(frozen=True)
 class Block:
-    """One row type: its number in the format, values and bytes of a block, and what draws ``n`` blocks."""
+    """One row type: its number in the format, the size of a block, and what draws ``n`` blocks."""
 
-    code: int
-    values: int
-    nbytes: int
+    code: TensorType
+    shape: BlockShape
     make: Maker
+
+    @property
+    def values(self) -> int:
+        """Values of a block."""
+        return self.shape.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a block."""
+        return self.shape.nbytes
 
 
 def random_rows(
@@ -219,31 +229,35 @@ def _bf16(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
     return np.ascontiguousarray(_f32(rng, blocks, deviation)[:, 2:])
 
 
-BLOCKS: dict[str, Block] = {
-    "F32": Block(0, 1, 4, _f32),
-    "F16": Block(1, 1, 2, _f16),
-    "BF16": Block(30, 1, 2, _bf16),
-    "Q4_0": Block(2, 32, 18, _symmetric(16, 16)),
-    "Q4_1": Block(3, 32, 20, _with_minimum(16, 16)),
-    "Q5_0": Block(6, 32, 22, _symmetric(32, 20)),
-    "Q5_1": Block(7, 32, 24, _with_minimum(32, 20)),
-    "Q8_0": Block(8, 32, 34, _symmetric(256, 32)),
-    "Q4_K": Block(12, 256, 144, _super_with_minimum(16, 128)),
-    "Q5_K": Block(13, 256, 176, _super_with_minimum(32, 160)),
-    "Q6_K": Block(14, 256, 210, _q6_k),
-    "Q2_K": Block(10, 256, 84, _packed("Q2_K", 80, 82)),
-    "Q3_K": Block(11, 256, 110, _packed("Q3_K", 108)),
-    "IQ4_NL": Block(20, 32, 18, _packed("IQ4_NL", 0)),
-    "IQ4_XS": Block(23, 256, 136, _packed("IQ4_XS", 0)),
-    "MXFP4": Block(39, 32, 17, _mxfp4),
-    "NVFP4": Block(40, 64, 36, _nvfp4),
-    "IQ3_XXS": Block(18, 256, 98, _packed("IQ3_XXS", 0)),
-    "IQ3_S": Block(21, 256, 110, _packed("IQ3_S", 0)),
-    "IQ2_XXS": Block(16, 256, 66, _packed("IQ2_XXS", 0)),
-    "IQ2_XS": Block(17, 256, 74, _packed("IQ2_XS", 0)),
-    "IQ2_S": Block(22, 256, 82, _packed("IQ2_S", 0)),
-    "IQ1_S": Block(19, 256, 50, _packed("IQ1_S", 0)),
-    "IQ1_M": Block(29, 256, 56, _iq1_m),
-    "TQ1_0": Block(34, 256, 54, _packed("TQ1_0", 52)),
-    "TQ2_0": Block(35, 256, 66, _packed("TQ2_0", 64)),
+_MAKERS: dict[str, Maker] = {
+    "F32": _f32,
+    "F16": _f16,
+    "BF16": _bf16,
+    "Q4_0": _symmetric(16, 16),
+    "Q4_1": _with_minimum(16, 16),
+    "Q5_0": _symmetric(32, 20),
+    "Q5_1": _with_minimum(32, 20),
+    "Q8_0": _symmetric(256, 32),
+    "Q4_K": _super_with_minimum(16, 128),
+    "Q5_K": _super_with_minimum(32, 160),
+    "Q6_K": _q6_k,
+    "Q2_K": _packed("Q2_K", 80, 82),
+    "Q3_K": _packed("Q3_K", 108),
+    "IQ4_NL": _packed("IQ4_NL", 0),
+    "IQ4_XS": _packed("IQ4_XS", 0),
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
+    "IQ3_XXS": _packed("IQ3_XXS", 0),
+    "IQ3_S": _packed("IQ3_S", 0),
+    "IQ2_XXS": _packed("IQ2_XXS", 0),
+    "IQ2_XS": _packed("IQ2_XS", 0),
+    "IQ2_S": _packed("IQ2_S", 0),
+    "IQ1_S": _packed("IQ1_S", 0),
+    "IQ1_M": _iq1_m,
+    "TQ1_0": _packed("TQ1_0", 52),
+    "TQ2_0": _packed("TQ2_0", 64),
+}
+#: By the name of the type; sizes as the format has them.
+BLOCKS = {
+    name: Block(TensorType[name], BLOCK_SHAPES[TensorType[name]], make) for name, make in _MAKERS.items()
 }

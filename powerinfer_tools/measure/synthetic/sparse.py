@@ -32,7 +32,7 @@ from powerinfer_formats.split_layout import (
     predictor_names,
 )
 from powerinfer_formats.split_predictors import declare_low_rank
-from powerinfer_kernels import RowType, dequantize, quantize
+from powerinfer_kernels import WRITTEN_TYPES, RowType, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.measure.synthetic.models import Shape, Tensor, add_metadata, tensors_of
@@ -41,7 +41,7 @@ from powerinfer_tools.measure.synthetic.random_blocks import BLOCKS, balance
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 #: Row types whose first block can be set: those that this program quantises to.
-SPARSE_TYPES = ("Q4_0", "Q8_0", "F16", "BF16", "F32")
+SPARSE_TYPES = tuple(row_type.name for row_type in WRITTEN_TYPES)
 #: Columns of the constant block.
 _BLOCK = 32
 #: Deviation of what one block of attention or FFN adds to a residual stream of deviation 1.

@@ -33,7 +33,7 @@ from powerinfer_formats.split_layout import (
     source_names,
 )
 from powerinfer_formats.split_thresholds import SplitThresholding, threshold_name
-from powerinfer_kernels import RowType, block_shape
+from powerinfer_kernels import WRITTEN_TYPES, RowType, block_shape
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model import original_layout as original
@@ -50,17 +50,15 @@ from powerinfer_tools.model.split_rows import (
 )
 from powerinfer_tools.model.tensors import Weight
 from powerinfer_tools.progress import Progress, Silent
+from powerinfer_tools.stages.convert.belonging import require_same_model, require_same_profile
 from powerinfer_tools.stages.convert.expert_conversion import ConvertedExperts, check_placement, write_experts
 from powerinfer_tools.stages.convert.selection import Selection
-
-#: What the transposed down projection can be written as.
-DOWN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """What to convert. ``quant`` names the down projection's row type; None chooses (see
-    :func:`down_type`)."""
+    :func:`down_type`). ``other_profile``: the plan may have been made from another profile."""
 
     model: Path
     profile: Path
@@ -69,6 +67,7 @@ class ConvertOptions:
     quant: str | None = None
     predictors: Path | None = None
     thresholds: Path | None = None
+    other_profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
     """Write the split file. Nothing stands under ``output`` until it is complete.
 
     Raises ConvertError for a profile or plan of another model and for weights that are not finite,
+    OtherProfile for a plan that was made from another profile,
     FormatError for files that are not well-formed or cannot be written.
     """
     model = load_model(options.model)
@@ -116,7 +116,10 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
             )
         model.require_plain(ConvertError, "convert")
         profile, plan = Profile.load(options.profile), Plan.load(options.plan)
-        _check_belongs(model, options, profile, plan)
+        files = (profile, options.profile, plan, options.plan)
+        require_same_model(model, *files)
+        if not options.other_profile:
+            require_same_profile(*files)
         if model.hyper.routing is not None:
             return _convert_experts(model, profile, plan, options, progress or Silent())
         selection = Selection.open(model, options.predictors, options.thresholds)
@@ -135,8 +138,8 @@ def down_type(ffn: DenseFFN, quant: str | None, width: int) -> RowType:
         chosen = RowType[quant.upper()]
     except KeyError:
         chosen = None
-    if chosen not in DOWN_TYPES:
-        names = ", ".join(row_type.name for row_type in DOWN_TYPES)
+    if chosen not in WRITTEN_TYPES:
+        names = ", ".join(row_type.name for row_type in WRITTEN_TYPES)
         raise ConvertError(f"--quant {quant}: the down projection can be written as {names}")
     if width % block_shape(chosen)[0]:
         raise ConvertError(f"--quant {quant}: rows of {width} values are not whole blocks")
@@ -338,12 +341,3 @@ def _convert_experts(
         experts=made,
         devices=planned_devices(plan),
     )
-
-
-def _check_belongs(model: Model, options: ConvertOptions, profile: Profile, plan: Plan) -> None:
-    if profile.fingerprint != model.fingerprint:
-        raise ConvertError(
-            f"{options.profile} was made for {profile.model_name!r}, not for {model.name!r} "
-            f"({options.model}); make its own with powerinfer profile"
-        )
-    plan.require_model(model.fingerprint, model.name, options.plan)

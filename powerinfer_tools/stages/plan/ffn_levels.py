@@ -7,11 +7,11 @@ thresholds, the CPU leaves out what is small of the cold neurons; hot ones are c
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.modes import MODES
 from powerinfer_tools.model.predictor_shapes import PredictorShape, predicted_frequencies
 from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
 from powerinfer_tools.stages.plan import costs
@@ -20,12 +20,6 @@ from powerinfer_tools.stages.plan.thresholded_shapes import ThresholdShape
 
 Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-MODES: tuple[Literal["dense", "gate-first", "predicted", "thresholded"], ...] = (
-    "dense",
-    "gate-first",
-    "predicted",
-    "thresholded",
-)
 _PREDICTED, _THRESHOLDED = MODES.index("predicted"), MODES.index("thresholded")
 
 

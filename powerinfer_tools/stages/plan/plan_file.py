@@ -4,12 +4,12 @@ from typing import Literal
 
 from powerinfer_formats import plan as file
 from powerinfer_formats.hardware import HardwareProfile
+from powerinfer_formats.modes import MODES
 from powerinfer_formats.plan_experts import PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import __version__
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
 from powerinfer_tools.stages.plan.experts import ffn_bytes, routed_share
-from powerinfer_tools.stages.plan.ffn_levels import MODES
 from powerinfer_tools.stages.plan.planner import Outcome
 from powerinfer_tools.stages.plan.verdict import limited_by, time_parts, verdict
 
@@ -126,4 +126,5 @@ def _provenance(outcome: Outcome, profile: Profile | None) -> file.PlanProvenanc
         corpus_hashes=() if profile is None else tuple(corpus.sha256 for corpus in profile.corpus),
         corpus_tokens=0 if profile is None else profile.tokens,
         engine="this version" if outcome.options.engine == THIS_VERSION else "every unit placed",
+        counting="" if profile is None else profile.counting,
     )

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from powerinfer_formats.modes import MODES
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
 from powerinfer_tools.stages.plan.expert_memory import experts_of
-from powerinfer_tools.stages.plan.ffn_levels import MODES
 from powerinfer_tools.stages.plan.greedy import fastest_alike, nothing_hot
 from powerinfer_tools.stages.plan.levels import LevelTable
 from powerinfer_tools.stages.plan.planner import Outcome

@@ -9,14 +9,12 @@ import numpy.typing as npt
 from powerinfer_formats.gguf_layout import DEFAULT_ALIGNMENT, ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.split_layout import source_names
-from powerinfer_kernels import RowType, block_shape, dequantize, quantize
+from powerinfer_kernels import WRITTEN_TYPES, RowType, block_shape, dequantize, quantize
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.tensors import Weight
 
-#: What the trained FFN weights can be written as.
-FFN_TYPES = (RowType.Q8_0, RowType.Q4_0, RowType.F16, RowType.BF16, RowType.F32)
 #: Metadata that say something else of the result than of the source.
 REPLACED_KEYS = (
     "general.name",
@@ -38,8 +36,8 @@ def ffn_type(quant: str | None, *widths: int) -> RowType:
         chosen = RowType[(quant or "Q8_0").upper()]
     except KeyError:
         chosen = None
-    if chosen not in FFN_TYPES:
-        names = ", ".join(row_type.name for row_type in FFN_TYPES)
+    if chosen not in WRITTEN_TYPES:
+        names = ", ".join(row_type.name for row_type in WRITTEN_TYPES)
         raise ConvertError(f"--quant {quant}: the FFN can be written as {names}")
     if any(width % block_shape(chosen)[0] for width in widths):
         raise ConvertError(f"--quant {chosen.name}: rows of {widths} values are not whole blocks; take F16")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from powerinfer_cli.console import say
+from powerinfer_formats.shard_names import model_name, shard_files
 from powerinfer_tools.errors import ModelError, PowerInferError
 
 DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,10 +54,11 @@ def _existing_model(path: Path, origin: str) -> Path:
 def beside(model: Path, suffix: str) -> Path:
     """The stage's file of ``model``: NAME + suffix, where NAME is the model's file name without ``.gguf``.
 
-    A split file's stages are those of its source: ``NAME.powerinfer.gguf`` has NAME, too. The files of a
-    directory stand beside it, not in it: NAME is the directory's.
+    A split file's stages are those of its source: ``NAME.powerinfer.gguf`` has NAME, too; so has any shard
+    (``NAME-00001-of-00003.gguf``). The files of a directory stand beside it, not in it: NAME is the
+    directory's.
     """
-    name = model.name
+    name = model_name(model.name)
     for ending in (SPLIT_SUFFIX, ".gguf"):
         if name.lower().endswith(ending) and len(name) > len(ending):
             name = name[: -len(ending)]
@@ -89,6 +91,6 @@ def output_file(named: Path | None, model: Path, suffix: str) -> Path:
     path = named or beside(model, suffix)
     if not path.parent.is_dir():
         raise InputMissing(f"{path.parent}: no such folder to write {path.name} to")
-    if path.exists() and path.samefile(model):
+    if path.exists() and any(file.exists() and path.samefile(file) for file in shard_files(model)):
         raise PowerInferError(f"{path} is the model itself; choose another file to write (-o)")
     return path

@@ -45,6 +45,14 @@ class MissingFile(FormatError):
     """A directory without a file that it needs."""
 
 
+class MissingShard(FormatError):
+    """A file of a model in shards, some of whose other files are not beside it."""
+
+
+class BadShard(FormatError):
+    """Files of a model in shards that contradict each other, their names or their own counts."""
+
+
 class BadMagic(FormatError):
     """The first bytes are not those of this format."""
 

@@ -216,7 +216,6 @@ def load_model(path: str | Path) -> Model:
 
 
 def _build(gguf: ModelSource) -> Model:
-    _refuse_shards(gguf)
     spec = architecture(gguf.get("general.architecture", str), str(gguf.path))
     tensors = Tensors(gguf)
     embedding_shape = tensors.shape("token_embd.weight")
@@ -259,15 +258,6 @@ def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparamete
     if (long is None) != (short is None):
         raise ModelError(f"{tensors.gguf.path}: has one of {names[1]} and {names[2]}, expected both or none")
     return RopeFactors(every, long, short)
-
-
-def _refuse_shards(gguf: ModelSource) -> None:
-    count = gguf.get("split.count", int, 1)
-    if count > 1:
-        raise ModelError(
-            f"{gguf.path}: this is one of {count} shards of a model, which are not read singly; "
-            "join them first (llama-gguf-split --merge)"
-        )
 
 
 def _split_experts(gguf: ModelSource, hyper: Hyperparameters) -> SplitExperts | None:

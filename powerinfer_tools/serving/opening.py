@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from powerinfer_formats.shard_names import model_name
 from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.serving.batcher import Batcher
@@ -73,7 +74,7 @@ def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> Ser
 
 
 def _short_name(path: Path) -> str:
-    return path.name.removesuffix(".gguf").removesuffix(".powerinfer")
+    return model_name(path.name).removesuffix(".gguf").removesuffix(".powerinfer")
 
 
 def _layers(engine: Engine) -> list[dict[str, Any]]:

@@ -154,6 +154,18 @@ class BlockWriter:
         if quantized:
             self.ops.round(normed.floats)
 
+    def expert_input(self, norm: Norm) -> Floats:
+        """Where the normalised input of a layer is, for experts that read that."""
+        self.label("ffn")
+        normed = self.ops.norm("expert_input", self._x, norm, self.eps)
+        self.ops.round(normed.floats)
+        return normed.floats
+
+    def scale_block(self, factor: float) -> None:
+        """``block_out`` times ``factor``."""
+        if factor != 1.0:
+            self.ops.scale(Value(self.buffers.block_out), factor)
+
     def cold_input(self, *, quantized: bool) -> None:
         """Quantise the input of the FFN, which the hot side has normalised."""
         self.label("ffn")
@@ -175,7 +187,7 @@ class BlockWriter:
         ops.observed, ops.thresholds = observed, thresholds
         out = blocks.ffn(ops, self.activation, weights, Value(self.buffers.normed))
         ops.observed = ops.thresholds = None
-        self._join(blocks.post_normed(ops, out, output.post_norm, self.eps))
+        self._join(blocks.post_normed(ops, out, output.post_norm, self.hyper.post_norm_eps))
 
     def expert(self, w: DenseColumns, source: Floats, out: str) -> None:
         """One FFN over ``source`` into the buffer ``out``."""
@@ -187,16 +199,18 @@ class BlockWriter:
         weights: ExpertWeights,
         choice: Choice,
         pairs: ExpertBuffers,
+        source: Floats,
         *,
         accumulate: bool,
         weigh_input: bool,
     ) -> None:
-        """Σ weight · expert over what was chosen, into ``block_out``, or added to what it holds."""
+        """Σ weight · expert(``source``) over what was chosen, into ``block_out``, or added to what it
+        holds."""
         b, how = self.buffers, self.activation
         self.builder.experts(
             choice,
-            b.normed,
-            b.normed_acts,
+            source,
+            self.ops.rounded(source),
             weights,
             pairs,
             b.block_out,
@@ -285,7 +299,7 @@ class BlockWriter:
         if output.bias is not None:
             builder.add(output.bias, out)
         if output.post_norm is not None:
-            out = self.ops.norm("block_out", Value(out), output.post_norm, self.eps).floats
+            out = self.ops.norm("block_out", Value(out), output.post_norm, self.hyper.post_norm_eps).floats
         builder.add(out, b.x, self.hyper.residual_scale)
 
     def _gate_and_up(

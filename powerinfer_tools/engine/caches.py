@@ -43,8 +43,8 @@ def kv_slots(
     hyper = model.hyper
     try:
         return [
-            builder.kv_slot(context, hyper.kv_heads, hyper.head_dim, hyper.value_dim) if wanted else None
-            for wanted in here
+            builder.kv_slot(context, facts.kv_heads, hyper.head_dim, hyper.value_dim) if wanted else None
+            for wanted, facts in zip(here, hyper.facts, strict=True)
         ]
     except KernelError as error:
         raise ModelError(f"{model.path}: {error}") from None

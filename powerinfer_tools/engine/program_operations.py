@@ -17,7 +17,7 @@ from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recurrent_operations import RecurrentOperations
 from powerinfer_tools.engine.values import Value
-from powerinfer_tools.model.hyperparameters import Rope, Routing
+from powerinfer_tools.model.hyperparameters import PositionScale, Rope, Routing
 from powerinfer_tools.model.operations import Activation, Attention
 from powerinfer_tools.model.rotary import RotaryTables
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
@@ -53,9 +53,10 @@ class ProgramOperations(RecurrentOperations):
         tables: Mapping[Rope, RotaryTables],
         slots: Sequence[KVSlot | None],
         inputs: Inputs | None = None,
+        growths: Mapping[PositionScale, Floats] | None = None,
     ) -> None:
         self._builder, self._scratch, self._pool, self._inputs = builder, scratch, pool, inputs
-        self._tables, self._slots = tables, slots
+        self._tables, self._slots, self._growths = tables, slots, growths or {}
         self._waiting: list[_Product] = []
         self._rounded: set[int] = set()
         #: Bytes of the matrices that were packed here.
@@ -108,6 +109,8 @@ class ProgramOperations(RecurrentOperations):
         builder, out = self.flush(), self._scratch.named(name, x.floats.shape[1])
         if norm.kind == "rms":
             builder.rms_norm(x.floats, norm.weight, out, eps)
+            if norm.bias is not None:
+                builder.add(norm.bias, out)
         else:
             builder.layer_norm(x.floats, norm.weight, norm.bias, out, eps)
         self.changed(out)
@@ -115,8 +118,12 @@ class ProgramOperations(RecurrentOperations):
 
     def norm_heads(self, x: Value, heads: int, norm: Norm, eps: float) -> Value:
         """In place."""
-        assert norm.kind == "rms", "layer norms of single heads are in no family"
-        self.flush().rms_norm(x.floats, norm.weight, x.floats, eps, groups=heads)
+        builder = self.flush()
+        if norm.kind == "rms":
+            assert norm.bias is None, "in no family"
+            builder.rms_norm(x.floats, norm.weight, x.floats, eps, groups=heads)
+        else:
+            builder.layer_norm(x.floats, norm.weight, norm.bias, x.floats, eps, groups=heads)
         self.changed(x.floats)
         return x
 
@@ -149,6 +156,7 @@ class ProgramOperations(RecurrentOperations):
             how.heads,
             how.scale,
             window=how.window,
+            chunk=how.chunk,
             softcap=how.softcap,
             sinks=how.sinks,
             slopes=alibi_slopes(how.heads, how.alibi).astype(np.float32) if how.alibi else None,
@@ -193,6 +201,13 @@ class ProgramOperations(RecurrentOperations):
             self._multiply(last, x.floats, accumulate=True)
         else:
             self.flush().add(y.floats, x.floats, factor)
+        self.changed(x.floats)
+        return x
+
+    def scale_by_position(self, x: Value, how: PositionScale) -> Value:
+        """In place."""
+        builder = self.flush()
+        builder.scale_by_position(x.floats, self._growths[how])
         self.changed(x.floats)
         return x
 

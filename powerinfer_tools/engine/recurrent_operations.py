@@ -29,9 +29,9 @@ class RecurrentOperations:
         builder.copy(x.floats, out.floats, count, src_first=first)
         return out
 
-    def times(self, x: Value, y: Value | Vector) -> Value:
+    def times(self, x: Value, y: Value | Vector, repeat: int = 1) -> Value:
         """In place of ``x``."""
-        self.flush().multiply(y.floats if isinstance(y, Value) else y, x.floats)
+        self.flush().multiply(y.floats if isinstance(y, Value) else y, x.floats, repeat)
         self.changed(x.floats)
         return x
 

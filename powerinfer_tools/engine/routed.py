@@ -123,8 +123,8 @@ class RoutedFFN:
         acts, bias = writer.ops.rounded(source), self._ffn.router_bias
         writer.builder.matmul(self._router, source, acts, routed.scores, bias=bias)
 
-    def write(self, writer: BlockWriter, buffers: Buffers, routed: RoutedBuffers) -> None:
-        """Append what comes after the router."""
+    def write(self, writer: BlockWriter, buffers: Buffers, routed: RoutedBuffers, source: Floats) -> None:
+        """Append what comes after the router; experts that a router chooses read ``source``."""
         self._scratch, builder = routed, writer.builder
         writer.label("router")
         if self._shared_gate is not None:
@@ -146,7 +146,12 @@ class RoutedFFN:
             accumulate = self._shared is not None
             weigh_input = self._routing.weigh_input
             writer.experts(
-                self._weights(), routed.choice, routed.pairs, accumulate=accumulate, weigh_input=weigh_input
+                self._weights(),
+                routed.choice,
+                routed.pairs,
+                source,
+                accumulate=accumulate,
+                weigh_input=weigh_input,
             )
         self.working = (begin, writer.mark())
 

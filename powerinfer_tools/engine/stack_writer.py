@@ -26,7 +26,7 @@ from powerinfer_tools.engine.routed_steps import RoutedSteps
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import LayerWeights, Model
-from powerinfer_tools.model.rotary import rope_tables
+from powerinfer_tools.model.rotary import growth_tables, rope_tables
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class StackWriter:
             self.tables,
             self._slots,
             Inputs(self.buffers.tokens, self.buffers.positions),
+            growth_tables(model.hyper, options.context),
         )
         self.writer = BlockWriter(model, self.ops, self.buffers)
         self.stops: list[Stop] = []
@@ -129,6 +130,7 @@ class StackWriter:
         assert self.routed is not None
         assert self._routing is not None
         hot = self._hot.hot_experts(index) if self._hot else frozenset[int]()
+        source = self.buffers.normed
         ffn = RoutedFFN(experts, routing, self._pool, self._observed(index), hot, scored_there=there)
         self.laid.append(ffn)
         if there:
@@ -139,13 +141,20 @@ class StackWriter:
             early = self._model.spec.early_router
             if early:
                 ffn.write_router(writer, self.buffers.x, self.routed)
-            self._write_attention(index, layer)
+            if experts.beside_norm is not None:
+                source = writer.expert_input(experts.beside_norm)
+            parallel = self._model.hyper.parallel
+            if not parallel:
+                self._write_attention(index, layer)
             rounds = any(not matrix.row_type.is_float for matrix in experts.stacks[:-1])
             writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or (bool(hot) and rounds))
+            if parallel:
+                self._write_attention(index, layer)
             if not early:
-                ffn.write_router(writer, self.buffers.normed, self.routed)
+                ffn.write_router(writer, source, self.routed)
             work = partial(self._routing.here, index, ffn)
-        ffn.write(writer, self.buffers, self.routed)
+        ffn.write(writer, self.buffers, self.routed, source)
+        writer.scale_block(self._model.spec.shared_factor if experts.shared is not None else 1.0)
         if hot or there:
             ready = ffn.choosing[0] if there else ffn.working[0]
             self.stops.append(Stop(ready, writer.mark(), work))

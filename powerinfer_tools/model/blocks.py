@@ -37,20 +37,22 @@ class FFN(Generic[W]):
 def embedding(ops: Operations[V, Weight], model: Model) -> V:
     """The residual stream before the first layer."""
     x = ops.embed(model.embedding, model.hyper.embedding_scale)
-    if model.positions is None:
-        return x
-    return ops.embed_positions(x, model.positions, model.spec.position_offset or 0)
+    if model.positions is not None:
+        x = ops.embed_positions(x, model.positions, model.spec.position_offset or 0)
+    return x if model.embedding_norm is None else ops.norm("x", x, model.embedding_norm, model.hyper.norm_eps)
 
 
 def attention_of(hyper: Hyperparameters, layer: int, sinks: Vector | None = None) -> Attention:
     """How ``layer`` attends."""
+    facts = hyper.facts[layer]
     return Attention(
         layer=layer,
-        heads=hyper.heads,
-        kv_heads=hyper.kv_heads,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
         head_dim=hyper.head_dim,
         scale=hyper.attention_scale,
-        window=hyper.facts[layer].window,
+        window=0 if hyper.chunked else facts.window,
+        chunk=facts.window if hyper.chunked else 0,
         softcap=hyper.attention_softcap,
         alibi=hyper.alibi,
         sinks=sinks,
@@ -82,11 +84,21 @@ def attention(
         key = ops.rotate(key, how.kv_heads, how.head_dim, rope)
     if spec.qk_norm_late:
         query, key = qk_normed(ops, spec, how, w, query, key, eps)
+    if (growth := hyper.facts[layer].position_scale) is not None:
+        query = ops.scale_by_position(query, growth)
     attended = ops.attend(query, key, value, how)
     if gate is not None:
-        attended = ops.activate(gate, attended, Activation("sigmoid"))
+        attended = gated(ops, Activation(spec.gate_activation), w, gate, attended)
     out = ops.linear("block_out", attended, w.output, w.output_bias)
-    return post_normed(ops, out, w.post_norm, eps)
+    return post_normed(ops, out, w.post_norm, hyper.post_norm_eps)
+
+
+def gated(ops: Operations[V, Weight], how: Activation, w: AttentionWeights, gate: V, attended: V) -> V:
+    """What was attended times act(gate), which has a value for each of its values or for each head."""
+    assert w.gate is not None
+    if w.gate.rows == w.output.columns:
+        return ops.activate(gate, attended, how)
+    return ops.times(attended, ops.activate(gate, None, how), w.output.columns // w.gate.rows)
 
 
 def mix(
@@ -99,10 +111,9 @@ def mix(
 ) -> V:
     """The residual stream after what mixes the tokens of ``layer``: attention, a recurrent block, both
     beside each other, or nothing."""
-    eps, rope, out, beside = hyper.norm_eps, hyper.facts[layer].rope, None, None
+    eps, out, beside = hyper.norm_eps, None, None
     if isinstance(w.attends, LatentWeights):
-        assert rope is not None
-        out = latent_attention(ops, attention_of(hyper, layer), rope, eps, w.attends, x)
+        out = latent_attention(ops, attention_of(hyper, layer), hyper.facts[layer], eps, w.attends, x)
     elif w.attends is not None:
         out = attention(ops, spec, hyper, layer, w.attends, x)
     if w.recurs is not None:
@@ -143,9 +154,17 @@ def ffn(ops: Operations[V, W], how: Activation, w: FFN[W], normed: V, out: str =
     return ops.linear(out, ops.activate(gate, up, how), w.down, w.down_bias)
 
 
-def experts(ops: Operations[V, Weight], hyper: Hyperparameters, w: ExpertsFFN, normed: V, routed_by: V) -> V:
-    """The router, which reads ``routed_by``, the experts that it chooses, and the one that every token takes,
-    times a sigmoid where it has a gate."""
+def experts(
+    ops: Operations[V, Weight],
+    spec: ArchitectureSpec,
+    hyper: Hyperparameters,
+    w: ExpertsFFN,
+    normed: V,
+    routed_by: V,
+    read: V,
+) -> V:
+    """The router, which reads ``routed_by``, the experts that it chooses, which read ``read``, and the one
+    that every token takes, which reads ``normed``, times a sigmoid where it has a gate."""
     routing, how = hyper.routing, activation_of(hyper)
     assert routing is not None
 
@@ -157,13 +176,18 @@ def experts(ops: Operations[V, Weight], hyper: Hyperparameters, w: ExpertsFFN, n
         return ffn(ops, how, weights, x, "expert_out")
 
     scores = ops.linear("scores", routed_by, w.router, w.router_bias)
-    out = ops.experts(scores, normed, routing, expert, w.choice_bias)
+    out = ops.experts(scores, read, routing, expert, w.choice_bias)
     if w.shared is None:
         return out
     shared = ffn(ops, how, dense_of(w.shared), normed, "shared_out")
     if w.shared_gate is not None:
         shared = ops.weigh(shared, ops.linear("shared_score", normed, w.shared_gate))
-    return ops.join(out, shared)
+    return scaled(ops, ops.join(out, shared), spec.shared_factor)
+
+
+def scaled(ops: Operations[V, W], x: V, factor: float) -> V:
+    """factor · x."""
+    return x if factor == 1.0 else ops.scale(x, factor)
 
 
 def dense_of(w: DenseFFN, bias: Vector | None = None, down_bias: Vector | None = None) -> FFN[Weight]:
@@ -189,6 +213,6 @@ def logits(ops: Operations[V, W], model: Model, matrix: W, x: V) -> V:
 
 def head(ops: Operations[V, W], model: Model, matrix: W, x: V) -> V:
     """Logits (T, vocabulary)."""
-    out, hyper = logits(ops, model, matrix, x), model.hyper
-    out = ops.scale(out, hyper.logit_scale) if hyper.logit_scale != 1.0 else out
+    hyper = model.hyper
+    out = scaled(ops, logits(ops, model, matrix, x), hyper.logit_scale)
     return ops.softcap(out, hyper.logit_softcap) if hyper.logit_softcap else out

@@ -6,7 +6,7 @@ from functools import cached_property
 from powerinfer_formats.split_experts import SplitExperts, experts_name, source_name
 from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.hyperparameters import Hyperparameters
-from powerinfer_tools.model.tensors import Stack, Table, Tensors, Vector, Weight
+from powerinfer_tools.model.tensors import Norm, Stack, Table, Tensors, Vector, Weight
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class ExpertsFFN:
     (experts · neurons, width; no gate: act(up)) and ``down`` (experts · width, neurons). ``shared`` is the
     expert that every token takes, times the sigmoid of ``shared_gate`` (1, width), where there is one.
     ``router_bias`` (experts,) is added to scores, ``choice_bias`` to what experts are chosen by, and not to
-    their weights; ``biases`` of gate, up and down (experts, rows) to each expert's products."""
+    their weights; ``biases`` of gate, up and down (experts, rows) to each expert's products. ``beside_norm``
+    normalises a layer's input for experts that read that."""
 
     router: Weight
     gate: Stack | None
@@ -69,6 +70,7 @@ class ExpertsFFN:
     places: ExpertPlaces | None = None
     router_bias: Vector | None = None
     choice_bias: Vector | None = None
+    beside_norm: Norm | None = None
     biases: tuple[Table | None, Table | None, Table | None] = (None, None, None)
 
     @property
@@ -93,7 +95,7 @@ def read_ffn(
     another family.
     """
     if hyper.facts[index].ffn == "dense":
-        return _dense_ffn(tensors, spec, hyper, f"blk.{index}")
+        return _dense_ffn(tensors, spec, hyper, f"blk.{index}", hyper.facts[index].neurons)
     assert hyper.routing is not None
     prefix, routing, width = f"blk.{index}", hyper.routing, hyper.width
     experts, neurons, shared = routing.experts, hyper.neurons, routing.shared_neurons
@@ -101,6 +103,9 @@ def read_ffn(
     names = (name(index, "gate"), name(index, "up"))
     gate, up = _gate_and_up(tensors, spec, names, (experts, neurons, width))
     optional = tensors.optional if spec.gated_biases else tensors.absent
+    if spec.spare_dense:
+        for kind in ("gate", "up", "down"):
+            tensors.leave_out(f"{prefix}.ffn_{kind}.weight")
     return ExpertsFFN(
         router=tensors.matrix(f"{prefix}.ffn_gate_inp.weight", experts, width),
         gate=gate,
@@ -112,9 +117,16 @@ def read_ffn(
         else None,
         places=None if split is None else _places(split, index),
         router_bias=optional(f"{prefix}.ffn_gate_inp.bias", experts),
-        choice_bias=tensors.optional(f"{prefix}.exp_probs_b.bias", experts),
+        choice_bias=_choice_bias(tensors, prefix, experts),
+        beside_norm=tensors.norm(spec, f"{prefix}.{spec.beside_norm}", width) if spec.beside_norm else None,
         biases=_expert_biases(tensors, spec, prefix, experts, (neurons, neurons, width)),
     )
+
+
+def _choice_bias(tensors: Tensors, prefix: str, experts: int) -> Vector | None:
+    """One converter leaves out the end of the name."""
+    name = f"{prefix}.exp_probs_b"
+    return tensors.optional(name if tensors.has(name) else f"{name}.bias", experts)
 
 
 def _expert_biases(
@@ -144,10 +156,11 @@ def _gate_and_up(
 def _shared_expert(
     tensors: Tensors, spec: ArchitectureSpec, prefix: str, neurons: int, width: int
 ) -> DenseFFN:
+    end = "_shexp" if spec.dense_beside == "none" else ""
     return DenseFFN(
-        tensors.matrix(f"{prefix}.ffn_gate_shexp.weight", neurons, width) if spec.gated else None,
-        tensors.matrix(f"{prefix}.ffn_up_shexp.weight", neurons, width),
-        tensors.matrix(f"{prefix}.ffn_down_shexp.weight", width, neurons),
+        tensors.matrix(f"{prefix}.ffn_gate{end}.weight", neurons, width) if spec.gated else None,
+        tensors.matrix(f"{prefix}.ffn_up{end}.weight", neurons, width),
+        tensors.matrix(f"{prefix}.ffn_down{end}.weight", width, neurons),
     )
 
 
@@ -156,8 +169,9 @@ def _places(split: SplitExperts, index: int) -> ExpertPlaces:
     return ExpertPlaces(order, split.header.hot[index], split.is_hot_shared(index))
 
 
-def _dense_ffn(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str) -> DenseFFN:
-    neurons = hyper.dense_neurons or hyper.neurons
+def _dense_ffn(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str, neurons: int
+) -> DenseFFN:
     gate = f"{prefix}.ffn_gate.weight"
     if spec.fused_gate:
         fused = tensors.matrix(f"{prefix}.ffn_up.weight", 2 * neurons, hyper.width)

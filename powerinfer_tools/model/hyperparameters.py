@@ -3,15 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.architectures import ACTIVATIONS, ArchitectureSpec, RopeStyle
-from powerinfer_tools.model.keys import Keys
+from powerinfer_tools.model.keys import MISSING, Keys
 from powerinfer_tools.model.original import is_original, original_activation
+
+#: Of Grok 1, whose files may lack it.
+_GROK_SCALE = 128**-0.5
+#: Positions of a chunk of Llama 4, and of a step of its queries' scale.
+_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,15 @@ class Rope:
     yarn: Yarn | None = None
     magnitude: float = 1.0
     original: int = 0
+
+
+@dataclass(frozen=True)
+class PositionScale:
+    """Queries are times 1 + scale · ln(⌊(position + offset) / length⌋ + 1)."""
+
+    scale: float
+    length: int
+    offset: int
 
 
 #: What mixes the tokens of a layer: "both" beside each other, or nothing.
@@ -73,12 +87,17 @@ class LatentSizes:
 @dataclass(frozen=True)
 class LayerFacts:
     """In what a layer differs from others: ``window`` is how many positions attention looks back (0: all of
-    them), ``rope`` None without rotary positions; what mixes tokens; what its FFN is."""
+    them), ``rope`` None without rotary positions; what mixes tokens; what its FFN is; heads of queries and of
+    keys, and neurons of a dense FFN; how queries grow with their position."""
 
     window: int
     rope: Rope | None
     mixer: Mixer = "attention"
     ffn: Literal["dense", "experts", "none"] = "dense"
+    heads: int = 0
+    kv_heads: int = 0
+    neurons: int = 0
+    position_scale: PositionScale | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +140,9 @@ class Hyperparameters:
     what they add is times ``residual_scale``. ``qkv_limit`` clamps queries, keys and values, ``alibi`` is the
     largest bias of scores (0: none). ``*_softcap`` are 0 when unused. ``activation_cut`` is what a gate must
     be above with fatrelu, and the largest gate with swiglu_oai (0 with others). ``dense_neurons`` are those
-    of FFNs in layers without experts, where others have some.
-    """
+    of FFNs in layers without experts, where others have some. ``chunked``: windows are chunks of positions.
+    ``further_layers`` of the file predict further tokens, and are left out. Where heads and neurons differ
+    between layers, those here are the most, and ``uneven`` names what differs."""
 
     layers: int
     width: int
@@ -150,6 +170,18 @@ class Hyperparameters:
     dense_neurons: int
     value_dim: int
     latent: LatentSizes | None
+    chunked: bool
+    post_norm_eps: float
+    further_layers: int
+
+    @property
+    def uneven(self) -> str | None:
+        """What differs between layers and is usually the same in all."""
+        attending = [facts for facts in self.facts if facts.mixer in ("attention", "both")]
+        if len({(facts.heads, facts.kv_heads) for facts in attending}) > 1:
+            return "attention heads that differ between layers"
+        dense = {facts.neurons for facts in self.facts if facts.ffn == "dense"}
+        return "FFNs of sizes that differ between layers" if len(dense) > 1 else None
 
     @property
     def query_width(self) -> int:
@@ -192,13 +224,11 @@ def read_hyperparameters(
     and FormatError (from the reader) for missing keys or keys of the wrong type.
     """
     keys = Keys(gguf, spec.name)
-    routing = _routing(keys, spec)
-    layers = keys.integer("block_count", high=4096)
-    width = keys.integer("embedding_length", high=1 << 20)
+    layers, width = _layers(keys), keys.integer("embedding_length", high=1 << 20)
+    routing = _routing(keys, spec, width)
     mixers = _mixers(keys, spec, layers)
-    heads, kv_heads = _heads(keys, spec, layers)
-    if heads % kv_heads:
-        raise ModelError(f"{keys.file}: {heads} attention heads are not a multiple of {kv_heads} key heads")
+    heads_of = _heads(keys, spec, mixers)
+    heads, kv_heads = (max(pair[part] for pair in heads_of) for part in (0, 1))
     head_dim = _head_dim(keys, spec, width, heads)
     latent = _latent_sizes(keys) if spec.latent else None
     if latent is not None:
@@ -213,7 +243,7 @@ def read_hyperparameters(
         vocabulary=vocabulary,
         trained_context=_trained_context(keys, spec, positions),
         norm_eps=_norm_eps(keys, spec),
-        facts=_facts(keys, spec, mixers, head_dim, routed=routing is not None),
+        facts=_facts(keys, spec, mixers, head_dim, heads_of, routed=routing is not None),
         parallel=_parallel(keys, spec),
         attention_scale=_attention_scale(keys, spec, layers, width, heads, head_dim)
         if latent is None
@@ -221,8 +251,8 @@ def read_hyperparameters(
         attention_softcap=keys.real("attn_logit_softcapping", 0.0),
         qkv_limit=keys.real("attention.clamp_kqv", 0.0) if spec.clamped_qkv else 0.0,
         alibi=_alibi(keys, spec, layers),
-        residual_scale=keys.factor("residual_scale") if spec.residual_scale else 1.0,
-        logit_scale=_logit_scale(keys, spec),
+        residual_scale=_residual_scale(keys, spec, layers),
+        logit_scale=_logit_scale(keys, spec, width),
         logit_softcap=keys.real("final_logit_softcapping", 0.0),
         embedding_scale=_embedding_scale(keys, spec, width),
         activation=(activation := _activation(gguf, spec)),
@@ -231,7 +261,10 @@ def read_hyperparameters(
         recurrent=_recurrent_sizes(keys, spec, width),
         value_dim=head_dim if latent is None else latent.rank,
         latent=latent,
-        dense_neurons=keys.positive("feed_forward_length", layers, 1) if routing is not None else 0,
+        dense_neurons=max(_dense_neurons(keys, layers, 1)) if routing is not None else 0,
+        chunked=spec.chunked,
+        further_layers=keys.blocks - layers,
+        post_norm_eps=spec.post_norm_eps or _norm_eps(keys, spec),
     )
     keys.refuse_unread()
     return hyper
@@ -251,17 +284,35 @@ def _alibi(keys: Keys, spec: ArchitectureSpec, layers: int) -> float:
     return keys.real("attention.max_alibi_bias", 0.0 if spec.rotary_depths else 8.0, high=1e3)
 
 
-def _logit_scale(keys: Keys, spec: ArchitectureSpec) -> float:
+def _residual_scale(keys: Keys, spec: ArchitectureSpec, layers: int) -> float:
+    if not spec.residual_scale:
+        return 1.0
+    if spec.default_scales is not None and keys.raw("residual_scale") is None:
+        return spec.default_scales[1] / math.sqrt(layers)
+    return keys.factor("residual_scale")
+
+
+def _logit_scale(keys: Keys, spec: ArchitectureSpec, width: int) -> float:
     if spec.logit_scale == "none":
         return 1.0
+    if spec.default_scales is not None and keys.raw("logit_scale") is None:
+        return spec.default_scales[2] / width
     scale = keys.factor("logit_scale")
     return scale if spec.logit_scale == "times" else 1.0 / scale
 
 
 def _embedding_scale(keys: Keys, spec: ArchitectureSpec, width: int) -> float:
+    if spec.default_scales is not None and keys.raw("embedding_scale") is None:
+        return spec.default_scales[0]
     if spec.embedding_key:
         return keys.factor("embedding_scale")
     return math.sqrt(width) if spec.scaled_embeddings else 1.0
+
+
+def _layers(keys: Keys) -> int:
+    """Those that compute the next token: files count layers for further ones, which come last, among them."""
+    keys.blocks = keys.integer("block_count", high=4096)
+    return keys.blocks - keys.integer("nextn_predict_layers", 0, low=0, high=keys.blocks - 1)
 
 
 def _mixers(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[Mixer, ...]:
@@ -269,7 +320,7 @@ def _mixers(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[Mixer, ...
     attention to every p-th layer."""
     only: Mixer = "attention"
     if spec.recurrent == "none":
-        return (only,) * layers
+        return _attending(keys, layers)
     listed = keys.raw("attention.recurrent_layers")
     if spec.recurrent_layers != "listed":
         only = "recurrent" if spec.recurrent_layers == "all" else "both"
@@ -291,26 +342,45 @@ def _mixers(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[Mixer, ...
     return tuple(mixers)
 
 
+def _attending(keys: Keys, layers: int) -> tuple[Mixer, ...]:
+    """Of families without recurrent blocks: a layer may have no heads, and no attention."""
+    if not isinstance(keys.raw("attention.head_count"), np.ndarray):
+        return ("attention",) * layers
+    heads = keys.integers("attention.head_count", layers, low=0, high=4096)
+    mixers: list[Mixer] = ["attention" if count else "none" for count in heads]
+    return tuple(mixers)
+
+
 def _feeds(keys: Keys, spec: ArchitectureSpec, layers: int) -> list[bool]:
-    """Which layers have an FFN; of single blocks, those alone that are nothing else."""
-    if not spec.single_blocks:
-        return [True] * layers
+    """Which layers have an FFN: those whose size is not 0."""
     if spec.recurrent_layers == "all":
         return [False] * layers
-    return [size > 0 for size in keys.integers("feed_forward_length", layers, low=0, high=1 << 22)]
+    return [size > 0 for size in _dense_neurons(keys, layers, 1)]
 
 
-def _heads(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[int, int]:
-    """Heads of queries and of keys, in the layers with attention. A family without any has one of two
-    values, which nothing is computed with."""
-    if spec.recurrent == "none":
-        heads = keys.integer("attention.head_count", high=4096)
-        return heads, keys.integer("attention.head_count_kv", heads, high=4096)
+def _dense_neurons(keys: Keys, layers: int, default: Any = MISSING) -> list[int]:
+    return keys.integers("feed_forward_length", layers, default, low=0, high=1 << 22)
+
+
+def _heads(keys: Keys, spec: ArchitectureSpec, mixers: Sequence[Mixer]) -> list[tuple[int, int]]:
+    """Heads of queries and of keys, layer by layer: those of layers without attention are the most of other
+    layers. A family without any has one of two values, which nothing is computed with."""
+    layers = len(mixers)
     if spec.recurrent_layers == "all":
         keys.ignore("attention.head_count", "attention.head_count_kv")
-        return 1, 1
-    heads = keys.positive("attention.head_count", layers)
-    return heads, keys.positive("attention.head_count_kv", layers, heads)
+        return [(1, 1)] * layers
+    heads = keys.integers("attention.head_count", layers, low=0, high=4096)
+    same = heads if isinstance(keys.raw("attention.head_count"), np.ndarray) else heads[0]
+    shared = keys.integers("attention.head_count_kv", layers, same, low=0, high=4096)
+    attends = [index for index, mixer in enumerate(mixers) if mixer in ("attention", "both")]
+    for index in attends:
+        if not heads[index] or not shared[index] or heads[index] % shared[index]:
+            keys.refuse(
+                f"{heads[index]} attention heads are not a multiple of {shared[index]} key heads (layer "
+                f"{index})"
+            )
+    most = max((heads[index] for index in attends), default=1), max((shared[i] for i in attends), default=1)
+    return [(heads[index], shared[index]) if index in attends else most for index in range(layers)]
 
 
 def _recurrent_sizes(keys: Keys, spec: ArchitectureSpec, width: int) -> RecurrentSizes | None:
@@ -338,30 +408,57 @@ def _recurrent_sizes(keys: Keys, spec: ArchitectureSpec, width: int) -> Recurren
 
 
 def _facts(
-    keys: Keys, spec: ArchitectureSpec, mixers: Sequence[Mixer], head_dim: int, *, routed: bool
+    keys: Keys,
+    spec: ArchitectureSpec,
+    mixers: Sequence[Mixer],
+    head_dim: int,
+    heads: Sequence[tuple[int, int]],
+    *,
+    routed: bool,
 ) -> tuple[LayerFacts, ...]:
     layers = len(mixers)
-    feeds = _feeds(keys, spec, layers)
-    first = keys.integer("leading_dense_block_count", 0, low=0, high=layers) if routed else 0
-    step = keys.integer("interleave_moe_layer_step", 1, low=0, high=layers) or 1
-    if "blk.0.ffn_gate_inp.weight" in keys.gguf.tensors:
-        first = 0  # as files of some families have experts in layers that they count as dense
+    feeds, neurons = _feeds(keys, spec, layers), _dense_neurons(keys, layers, 1)
+    keys.ignore("interleave_moe_layer_step")
+    first = keys.integer("leading_dense_block_count", 0, low=0, high=layers)
     windows = _windows(keys, spec, layers)
     wide, local = _ropes(keys, spec, head_dim, local=any(windows))
     windowed = spec.rope_in_windows_alone and any(windows)
-    return tuple(
-        LayerFacts(
-            window=window,
-            rope=(local if window else wide) if rotated and (window or not windowed) else None,
-            mixer=mixer,
-            ffn=("experts" if routed and index >= first and (index + 1) % step == 0 else "dense")
-            if feed
-            else "none",
+    scale = _position_scale(keys, spec, windowed=any(windows))
+    facts = []
+    for index, (window, rotated) in enumerate(zip(windows, _rotated(keys, spec, layers), strict=True)):
+        turned = rotated and (window or not windowed or (spec.rope_in_dense and index < first))
+        rope = (local if window else wide) if turned else None
+        # A layer has experts where it has a router: keys that say it are not read alike by all families.
+        experts = routed and f"blk.{index}.ffn_gate_inp.weight" in keys.gguf.tensors
+        facts.append(
+            LayerFacts(
+                window=window,
+                rope=rope,
+                mixer=mixers[index],
+                ffn="experts" if experts else "dense" if feeds[index] else "none",
+                heads=heads[index][0],
+                kv_heads=heads[index][1],
+                neurons=neurons[index] // spec.neurons_divisor,
+                position_scale=None if spec.temperature == "without positions" and rope else scale,
+            )
         )
-        for index, (window, rotated, mixer, feed) in enumerate(
-            zip(windows, _rotated(keys, spec, layers), mixers, feeds, strict=True)
-        )
-    )
+    return tuple(facts)
+
+
+def _position_scale(keys: Keys, spec: ArchitectureSpec, *, windowed: bool) -> PositionScale | None:
+    """Llama 4's scale, length and offset are the same in all its models; those of others are in their
+    files."""
+    if spec.temperature == "none":
+        return None
+    if spec.temperature == "without positions":
+        scale = keys.real("attention.temperature_scale", 0.1)
+        return PositionScale(scale, _CHUNK, 1) if windowed else None
+    scale = keys.real("attention.temperature_scale", 0.0)
+    original = keys.integer("rope.scaling.original_context_length", 0, low=0, high=1 << 31)
+    length = keys.integer("attention.temperature_length", 0, low=0, high=1 << 31) or original
+    if scale and not length:
+        keys.refuse("attention.temperature_scale has no length that it belongs to")
+    return PositionScale(scale, length, 0) if scale else None
 
 
 def _rotated(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[bool]:
@@ -373,7 +470,7 @@ def _rotated(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[bool]:
     switched = spec.rope_switch and not keys.flag("rope.scaling.finetuned", default=True)
     if switched or keys.integer("attention.rope_pattern", 1, low=0, high=1) == 0:
         return (False,) * layers
-    period = spec.no_rope_period
+    period = spec.no_rope_period if not spec.chunked or any(_windows(keys, spec, layers)) else 0
     return [not period or index % period != period - 1 for index in range(layers)]
 
 
@@ -394,11 +491,15 @@ def _ropes(
         style = "neox"
     dim = _rope_dim(keys, "rope.dimension_count", head_dim, head_dim)
     base = keys.real("rope.freq_base", spec.default_rope_base, low=1.0)
+    if alpha := keys.real("rope.scaling.alpha", 0.0, high=1e6) if spec.rope_alpha else 0.0:
+        base *= alpha ** (head_dim / (head_dim - 2))  # NTK-aware scaling
     wide = _scaled(keys, Rope(style, dim, base))
     if spec.latent:
         wide = replace(wide, magnitude=1.0)
     local_dim = _rope_dim(keys, "rope.dimension_count_swa", head_dim, dim)
     local_base = keys.real("rope.freq_base_swa", spec.local_rope_base or base, low=1.0)
+    if spec.plain_local_rope:
+        return wide, Rope(style, local_dim, local_base, factored=False)
     if not local:
         return wide, wide
     if not spec.local_rope_base:
@@ -406,8 +507,11 @@ def _ropes(
     return wide, Rope(style, local_dim, local_base, factored=False)
 
 
-def _routing(keys: Keys, spec: ArchitectureSpec) -> Routing | None:
+def _routing(keys: Keys, spec: ArchitectureSpec, width: int) -> Routing | None:
     experts = keys.integer("expert_count", 0, low=0, high=4096)
+    if experts and not any(name.endswith(".ffn_gate_inp.weight") for name in keys.gguf.tensors):
+        experts = 0  # one writer counts experts in files that have no router
+        keys.ignore("expert_used_count")
     if not experts:
         keys.ignore("router_logit_softcapping", "leading_dense_block_count")
         return None
@@ -426,7 +530,7 @@ def _routing(keys: Keys, spec: ArchitectureSpec) -> Routing | None:
         experts=experts,
         used=used,
         normalized=keys.flag("expert_weights_norm", default=spec.expert_weights_norm),
-        shared_neurons=_shared_neurons(keys) if spec.shared_expert else 0,
+        shared_neurons=_shared_neurons(keys, spec, width),
         kind=_router_kind(keys, spec),
         scale=keys.factor("expert_weights_scale"),
         groups=groups,
@@ -435,22 +539,30 @@ def _routing(keys: Keys, spec: ArchitectureSpec) -> Routing | None:
     )
 
 
-def _shared_neurons(keys: Keys) -> int:
-    """Of the expert that every token takes: files say it, or how many routed ones it is as large as."""
-    count = keys.integer("expert_shared_count", 0, low=0, high=1 << 10)
+def _shared_neurons(keys: Keys, spec: ArchitectureSpec, width: int) -> int:
+    """Of the expert that every token takes: files say it, or how many routed ones it is as large as, or it is
+    a dense FFN beside them."""
+    if spec.dense_beside == "square":
+        return width
+    if spec.dense_beside == "optional":
+        there = "blk.0.ffn_up.weight" in keys.gguf.tensors
+        return keys.integer("feed_forward_length", high=1 << 22) if there else 0
+    if not spec.shared_expert:
+        return 0
+    count = keys.integer("expert_shared_count", spec.default_shared_count, low=0, high=1 << 10)
     given = keys.integer("expert_shared_feed_forward_length", 0, low=0, high=1 << 22)
     return given or count * keys.integer("expert_feed_forward_length", high=1 << 22)
 
 
 def _router_kind(keys: Keys, spec: ArchitectureSpec) -> Literal["softmax", "sigmoid"]:
     """llama.cpp's numbers; 0 and a missing one mean softmax, and 3 the softmax over the chosen experts."""
-    if spec.router != "file":
+    if spec.router == "softmax" or spec.router == "sigmoid":
         keys.ignore("expert_gating_func")
         return spec.router
     number = keys.integer("expert_gating_func", 0, low=0, high=4)
     if number > 2:
         raise ModelError(f"{keys.name('expert_gating_func')} is {number}, which is not supported")
-    return "sigmoid" if number == 2 else "softmax"
+    return "sigmoid" if number == 2 or (number == 0 and spec.router != "file") else "softmax"
 
 
 def _neurons(keys: Keys, spec: ArchitectureSpec, routing: Routing | None, layers: int) -> int:
@@ -458,14 +570,13 @@ def _neurons(keys: Keys, spec: ArchitectureSpec, routing: Routing | None, layers
     if spec.recurrent_layers == "all":
         keys.ignore("feed_forward_length")
         return 1  # of no FFN at all
-    if spec.single_blocks and routing is None:
-        return keys.positive("feed_forward_length", layers)
     if routing is not None:
         neurons = keys.integer("expert_feed_forward_length", 0, low=0, high=1 << 22)
         if neurons:
             keys.raw("feed_forward_length")  # that of dense layers, of which there are none
             return neurons
-    return keys.integer("feed_forward_length", high=1 << 22) // spec.neurons_divisor
+    neurons = max(_dense_neurons(keys, layers)) // spec.neurons_divisor
+    return neurons or keys.refuse("feed_forward_length is 0")
 
 
 def _trained_context(keys: Keys, spec: ArchitectureSpec, positions: int) -> int:
@@ -581,14 +692,11 @@ def _windows(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[int]:
         return (0,) * layers
     if not spec.sliding_period and not listed and not spec.sliding_everywhere:
         return (0,) * layers
-    window = keys.integer("attention.sliding_window", *(() if listed else (0,)), low=0, high=1 << 31)
-    if isinstance(pattern, np.ndarray):
-        if len(pattern) != layers or pattern.dtype.kind not in "iub":
-            raise ModelError(
-                f"{keys.name('attention.sliding_window_pattern')} has {len(pattern)} values for {layers} "
-                "layers"
-            )
-        return tuple(window if local else 0 for local in pattern.tolist())
+    default = (_CHUNK,) if spec.chunked else () if listed else (0,)
+    window = keys.integer("attention.sliding_window", *default, low=0, high=1 << 31)
+    if listed:
+        local = keys.integers("attention.sliding_window_pattern", layers, low=0, high=1)
+        return tuple(window if one else 0 for one in local)
     if spec.sliding_everywhere:
         return (window,) * layers
     period = keys.integer("attention.sliding_window_pattern", spec.sliding_period, low=0, high=4096)
@@ -599,11 +707,16 @@ def _windows(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[int]:
 def _attention_scale(
     keys: Keys, spec: ArchitectureSpec, layers: int, width: int, heads: int, head_dim: int
 ) -> float:
+    if spec.output_scale:
+        keys.ignore(
+            "router_logit_softcapping", "attention.temperature_length"
+        )  # no reader of files uses them
+        return keys.real("attention.output_scale", _GROK_SCALE)
     given = keys.real("attention.scale", 0.0)
     if given:
         return given
     per_head = width // heads if layers == spec.wide_attention_scale_layers else head_dim
-    return 1.0 / math.sqrt(per_head)
+    return 1.0 / (per_head if spec.head_scale else math.sqrt(per_head))
 
 
 def _activation(gguf: ModelSource, spec: ArchitectureSpec) -> str:

@@ -6,7 +6,7 @@ model that opens means what its makers meant.
 
 import fnmatch
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.string_array import StringArray
 from powerinfer_tools.errors import ModelError
 
-_MISSING = object()
+#: A key without default.
+MISSING = object()
 
 #: Keys below a family's prefix that change nothing in text generation as it is done here.
 CHANGES_NOTHING = (
@@ -83,16 +84,18 @@ class Keys:
 
     def __init__(self, gguf: ModelSource, prefix: str) -> None:
         self.gguf, self.prefix, self.file = gguf, prefix, str(gguf.path)
+        #: Layers that the file counts, those for further tokens among them; 0 before that is read.
+        self.blocks = 0
         self._read: set[str] = set()
 
-    def integer(self, key: str, default: Any = _MISSING, *, low: int = 1, high: int = 1 << 24) -> int:
+    def integer(self, key: str, default: Any = MISSING, *, low: int = 1, high: int = 1 << 24) -> int:
         """An integer from ``low`` to ``high``; an array of equal ones, one for each layer, is that one."""
         value = self._one(key, self.raw(key), default, int)
         if not low <= value <= high:
             raise ModelError(f"{self.name(key)} is {value}; it must be from {low} to {high}")
         return int(value)
 
-    def real(self, key: str, default: Any = _MISSING, *, low: float = 0.0, high: float = 1e12) -> float:
+    def real(self, key: str, default: Any = MISSING, *, low: float = 0.0, high: float = 1e12) -> float:
         """A finite number from ``low`` to ``high``."""
         value = float(self._one(key, self.raw(key), default, float))
         if not (math.isfinite(value) and low <= value <= high):
@@ -113,19 +116,22 @@ class Keys:
         self._read.add(key)
         return str(self.gguf.get(f"{self.prefix}.{key}", str, default))
 
-    def integers(self, key: str, layers: int, default: Any = _MISSING, *, low: int, high: int) -> list[int]:
+    def integers(self, key: str, layers: int, default: Any = MISSING, *, low: int, high: int) -> list[int]:
         """An integer for each of ``layers`` layers, which may be given once for all."""
         value = self.raw(key)
         if not isinstance(value, np.ndarray):
             return [self.integer(key, default, low=low, high=high)] * layers
-        if value.dtype.kind not in "iub" or len(value) != layers:
-            raise ModelError(f"{self.name(key)} has not an integer for each of {layers} layers")
+        if value.dtype.kind not in "iub" or len(value) not in (layers, self.blocks or layers):
+            raise ModelError(
+                f"{self.name(key)} has {len(value)} values, not an integer for each of {layers} layers"
+            )
+        value = value[:layers]
         for one in value.tolist():
             if not low <= one <= high:
                 raise ModelError(f"{self.name(key)} holds {one}; it must be from {low} to {high}")
         return [int(one) for one in value]
 
-    def positive(self, key: str, layers: int, default: Any = _MISSING) -> int:
+    def positive(self, key: str, layers: int, default: Any = MISSING) -> int:
         """The one integer that all of ``layers`` layers have that do not have 0."""
         values = set(self.integers(key, layers, default, low=0, high=1 << 22)) - {0}
         if len(values) != 1:
@@ -137,7 +143,7 @@ class Keys:
         self._read.add(key)
         return self.gguf.metadata.get(f"{self.prefix}.{key}")
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, why: str) -> NoReturn:
         """Raise ModelError."""
         raise ModelError(f"{self.file}: {why}")
 
@@ -170,7 +176,7 @@ class Keys:
                 )
             return value[0].item()
         name = f"{self.prefix}.{key}"
-        return self.gguf.get(name, type_) if default is _MISSING else self.gguf.get(name, type_, default)
+        return self.gguf.get(name, type_) if default is MISSING else self.gguf.get(name, type_, default)
 
 
 def _changes_nothing(key: str, value: object) -> bool:

@@ -7,7 +7,7 @@ would make its keys is applied to its query, and that of its values to what was 
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from powerinfer_tools.model.hyperparameters import LatentSizes, Rope
+from powerinfer_tools.model.hyperparameters import LatentSizes, LayerFacts
 from powerinfer_tools.model.operations import Attention, Operations
 from powerinfer_tools.model.tensors import Norm, Tensors, Weight
 
@@ -51,9 +51,11 @@ def read_latent(tensors: Tensors, sizes: LatentSizes, heads: int, width: int, pr
 
 
 def latent_attention(
-    ops: Operations[V, Weight], how: Attention, rope: Rope, eps: float, w: LatentWeights, x: V
+    ops: Operations[V, Weight], how: Attention, facts: LayerFacts, eps: float, w: LatentWeights, x: V
 ) -> V:
     """The attention of a layer."""
+    rope, growth = facts.rope, facts.position_scale
+    assert rope is not None
     s = w.sizes
     normed = low = ops.norm("attention_input", x, w.norm, eps)
     latent = ops.linear("latent", normed, w.latent)
@@ -66,6 +68,8 @@ def latent_attention(
     latent = ops.rotate(latent, 1, s.rank + s.rotary, rope, s.rank)
     value = ops.norm("value", ops.part("value", latent, 0, s.rank), w.latent_norm, eps)
     key = ops.replace_first(latent, value)
+    if growth is not None:
+        query = ops.scale_by_position(query, growth)
     attended = ops.attend(query, key, value, replace(how, value_dim=s.rank))
     result = ops.per_head("attended_heads", attended, w.values, 0)
     return ops.linear("block_out", result, w.output)

@@ -5,7 +5,7 @@ weight is copied: views point into the mapped file. This module does not know ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -109,6 +109,7 @@ class Model:
     spec: ArchitectureSpec
     hyper: Hyperparameters
     embedding: Weight
+    embedding_norm: Norm | None
     head: Weight
     head_bias: Vector | None
     positions: Weight | None
@@ -164,23 +165,39 @@ class Model:
         """Whether the activation makes exact zeros, so that skipping neurons changes nothing."""
         return self.hyper.activation in RELU_FAMILY
 
-    def require_plain(self, error: type[Exception], stage: str) -> None:
-        """Raise ``error`` for a model with something that ``stage`` does not know, and name it."""
+    @cached_property
+    def unusual(self) -> str | None:
+        """What the model has that not every stage knows: the first that there is, by name."""
         hyper, routing = self.hyper, self.hyper.routing
         what = {
             "recurrent layers": hyper.recurrent is not None,
             "latent attention": hyper.latent is not None,
             "attention sinks": self.spec.sinks,
             "routers that read a layer's input": self.spec.early_router,
-            "gates of attention": self.spec.gated_attention,
+            "gates of attention": self.spec.attention_gate != "none",
+            "norms of embeddings": self.embedding_norm is not None,
+            "norms with biases by root mean square": self.spec.rms_biases,
+            "queries that grow with their position": any(f.position_scale for f in hyper.facts),
+            "attention in chunks": hyper.chunked,
+            "norms after blocks that have an epsilon of their own": self.spec.post_norm_eps > 0,
+            "norms of each head's own": self.spec.qk_norm in ("own heads", "plain")
+            and any(layer.attention.query_norm is not None for layer in self.layers),
+            "layers without attention": any(layer.attends is None for layer in self.layers),
+            "layers without FFN": any(layer.feeds is None for layer in self.layers),
+            "dense FFNs beside experts": self.spec.dense_beside != "none" and routing is not None,
+            "a scale of what experts add": self.spec.shared_factor != 1.0 and routing is not None,
+            str(hyper.uneven): hyper.uneven is not None,
             "scaled residuals": hyper.residual_scale != 1.0,
             "this kind of router": routing is not None and not routing.plain,
             "dense layers beside experts": routing is not None and self._mixed,
             "biases of gated FFNs": self.spec.gated_biases,
         }
-        for name, there in what.items():
-            if there:
-                raise error(f"{self.path}: {stage} does not take models with {name}; run, eval and bench do")
+        return next((name for name, there in what.items() if there), None)
+
+    def require_plain(self, error: type[Exception], stage: str) -> None:
+        """Raise ``error`` for a model with something that ``stage`` does not know, and name it."""
+        if (what := self.unusual) is not None:
+            raise error(f"{self.path}: {stage} does not take models with {what}; run, eval and bench do")
 
     @property
     def _mixed(self) -> bool:
@@ -216,7 +233,7 @@ def load_model(path: str | Path) -> Model:
 
 
 def _build(gguf: ModelSource) -> Model:
-    spec = architecture(gguf.get("general.architecture", str), str(gguf.path))
+    spec = _resolved(architecture(gguf.get("general.architecture", str), str(gguf.path)), gguf)
     tensors = Tensors(gguf)
     embedding_shape = tensors.shape("token_embd.weight")
     if len(embedding_shape) != 2:
@@ -236,6 +253,7 @@ def _build(gguf: ModelSource) -> Model:
         spec=spec,
         hyper=hyper,
         embedding=embedding,
+        embedding_norm=_embedding_norm(tensors, spec, hyper),
         head=head,
         head_bias=tensors.optional("output.bias", hyper.vocabulary) if spec.head_bias else None,
         positions=tensors.matrix("position_embd.weight", positions, hyper.width) if learnt else None,
@@ -245,8 +263,25 @@ def _build(gguf: ModelSource) -> Model:
         split=split,
         split_experts=split_experts,
     )
+    for index in range(hyper.layers, hyper.layers + hyper.further_layers):
+        tensors.leave_out_layer(index)
     tensors.refuse_unused()
     return model
+
+
+def _resolved(spec: ArchitectureSpec, gguf: ModelSource) -> ArchitectureSpec:
+    """The row, with what it leaves to the file."""
+    if spec.norm_by_key and gguf.get(f"{spec.name}.attention.layer_norm_rms_epsilon", float, 0.0):
+        return replace(spec, norm="rms")
+    return spec
+
+
+def _embedding_norm(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters) -> Norm | None:
+    if spec.embedding_norm == "plain":
+        return Norm(spec.norm, np.ones(hyper.width, np.float32))
+    if spec.embedding_norm == "weights":
+        return tensors.norm(spec, "token_embd_norm", hyper.width)
+    return None
 
 
 def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters) -> RopeFactors:
@@ -316,24 +351,23 @@ def _layer(
     index: int,
 ) -> LayerWeights:
     prefix = f"blk.{index}"
+    facts, feeds = hyper.facts[index], None
+    neurons = facts.neurons if facts.ffn == "dense" else hyper.neurons
     ffn_bias = tensors.absent if spec.gated and not spec.gated_biases else tensors.optional
-    up_bias = ffn_bias(f"{prefix}.ffn_up.bias", hyper.neurons)
+    up_bias = ffn_bias(f"{prefix}.ffn_up.bias", neurons)
     first_bias, factor_bias = up_bias, None
     if spec.gated:
-        first_bias, factor_bias = ffn_bias(f"{prefix}.ffn_gate.bias", hyper.neurons), up_bias
-    facts, feeds = hyper.facts[index], None
+        first_bias, factor_bias = ffn_bias(f"{prefix}.ffn_gate.bias", neurons), up_bias
     if facts.ffn != "none":
         feeds = split.layer(index) if split else read_ffn(tensors, spec, hyper, index, split_experts)
     return LayerWeights(
-        attends=_attends(tensors, spec, hyper, prefix) if facts.mixer in ("attention", "both") else None,
+        attends=_attends(tensors, spec, hyper, index) if facts.mixer in ("attention", "both") else None,
         ffn_norm=_ffn_norm(tensors, spec, hyper, prefix, alone=feeds is None),
         feeds=feeds,
         ffn_bias=split.layer(index).bias if split else first_bias,
         ffn_factor_bias=factor_bias,
         ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
-        ffn_post_norm=tensors.optional_norm(
-            spec, f"{prefix}.post_ffw_norm", hyper.width, wanted=spec.post_norms
-        ),
+        ffn_post_norm=_post_norm(tensors, spec, hyper, prefix, 1),
         recurs=_recurrent(tensors, spec, hyper, prefix) if facts.mixer in ("recurrent", "both") else None,
     )
 
@@ -360,24 +394,45 @@ def _ffn_norm(
     return tensors.norm(spec, f"{prefix}.{name}", hyper.width)
 
 
+def _post_norm(
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str, block: int
+) -> Norm | None:
+    """The norm after attention (0) or the FFN (1); one converter leaves out the end of the name."""
+    names = spec.post_norm_names[block]
+    if not spec.post_norms:
+        if names[0] != spec.ffn_norm:
+            tensors.absent(f"{prefix}.{names[0]}.weight", hyper.width)
+        return None
+    for name in names:
+        if tensors.has(f"{prefix}.{name}"):
+            return Norm(spec.norm, tensors.vector(f"{prefix}.{name}", hyper.width))
+    there = [name for name in names if tensors.has(f"{prefix}.{name}.weight")]
+    return tensors.norm(spec, f"{prefix}.{(*there, names[0])[0]}", hyper.width)
+
+
 def _attends(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int
 ) -> AttentionWeights | LatentWeights:
     if hyper.latent is not None:
-        return read_latent(tensors, hyper.latent, hyper.heads, hyper.width, prefix)
-    return _attention(tensors, spec, hyper, prefix)
+        return read_latent(tensors, hyper.latent, hyper.heads, hyper.width, f"blk.{index}")
+    return _attention(tensors, spec, hyper, index)
 
 
 def _attention(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int
 ) -> AttentionWeights:
-    queries, width = hyper.query_width, hyper.width
+    prefix, facts, width = f"blk.{index}", hyper.facts[index], hyper.width
+    attended = facts.heads * hyper.value_dim
     fused = spec.fused_qkv or tensors.has(f"{prefix}.attn_qkv.weight")
     projections = _fused_projections if fused else _projections
-    (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, spec, hyper, prefix)
+    (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, spec, hyper, index)
     gate, gate_bias = None, None
-    if spec.gated_attention:
+    if spec.attention_gate == "queries":
         (query, gate), (query_bias, gate_bias) = _gated(hyper, query, query_bias)
+    elif spec.attention_gate == "matrix":
+        name = f"{prefix}.attn_gate.weight"
+        rows = facts.heads if tensors.has(name) and tensors.shape(name)[0] == facts.heads else attended
+        gate = tensors.matrix(name, rows, width)
     norms = [name for name in spec.attention_norms if tensors.has(f"{prefix}.{name}.weight")]
     return AttentionWeights(
         norm=tensors.norm(spec, f"{prefix}.{(*norms, 'attn_norm')[0]}", width)
@@ -386,19 +441,17 @@ def _attention(
         query=query,
         key=key,
         value=value,
-        output=tensors.matrix(f"{prefix}.attn_output.weight", width, queries),
+        output=tensors.matrix(f"{prefix}.attn_output.weight", width, attended),
         query_bias=query_bias,
         key_bias=key_bias,
         value_bias=value_bias,
         output_bias=_output_bias(tensors, spec, f"{prefix}.attn_output.bias", width),
-        query_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_q_norm", queries),
-        key_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_k_norm", hyper.kv_width),
+        query_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_q_norm", (index, facts.heads)),
+        key_norm=_head_norm(tensors, spec, hyper, f"{prefix}.attn_k_norm", (index, facts.kv_heads)),
         gate=gate,
         gate_bias=gate_bias,
-        sinks=tensors.optional(f"{prefix}.attn_sinks.weight", hyper.heads) if spec.sinks else None,
-        post_norm=None
-        if spec.ffn_norm == "post_attention_norm"
-        else tensors.optional_norm(spec, f"{prefix}.post_attention_norm", width, wanted=spec.post_norms),
+        sinks=tensors.optional(f"{prefix}.attn_sinks.weight", facts.heads) if spec.sinks else None,
+        post_norm=_post_norm(tensors, spec, hyper, prefix, 0),
     )
 
 
@@ -410,11 +463,19 @@ def _output_bias(tensors: Tensors, spec: ArchitectureSpec, name: str, width: int
 
 
 def _head_norm(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, name: str, width: int
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, name: str, place: tuple[int, int]
 ) -> Norm | None:
-    """The norm of queries or keys, of ``width`` values together."""
-    size = width if spec.qk_norm == "row" else hyper.head_dim
-    return tensors.optional_norm(spec, name, size, wanted=spec.qk_norm != "none")
+    """The norm of queries or keys of a layer that has so many heads of them."""
+    (index, heads), dim = place, hyper.head_dim
+    if spec.qk_norm == "own heads" and tensors.has(f"{name}.weight"):
+        return Norm(spec.norm, tensors.table(f"{name}.weight", (heads, dim)).reshape(-1))
+    if spec.qk_norm == "plain":
+        there = hyper.facts[index].rope is not None and (
+            hyper.routing is None or hyper.routing.experts != spec.unnormed_experts
+        )
+        return Norm(spec.norm, np.ones(dim, np.float32)) if there else None
+    wanted = spec.qk_norm in ("heads", "row")
+    return tensors.optional_norm(spec, name, heads * dim if spec.qk_norm == "row" else dim, wanted=wanted)
 
 
 #: Matrices and biases of queries, keys and values.
@@ -432,34 +493,38 @@ def _gated(
 
 
 def _projections(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int
 ) -> _Projections:
-    queries, keys, width = hyper.query_width * (2 if spec.gated_attention else 1), hyper.kv_width, hyper.width
+    prefix, facts, width = f"blk.{index}", hyper.facts[index], hyper.width
+    queries = facts.heads * hyper.head_dim * (2 if spec.attention_gate == "queries" else 1)
+    keys, values = facts.kv_heads * hyper.head_dim, facts.kv_heads * hyper.value_dim
     weights = (
         tensors.matrix(f"{prefix}.attn_q.weight", queries, width),
         tensors.matrix(f"{prefix}.attn_k.weight", keys, width),
-        tensors.matrix(f"{prefix}.attn_v.weight", keys, width),
+        tensors.matrix(f"{prefix}.attn_v.weight", values, width),
     )
     biases = (
         tensors.optional(f"{prefix}.attn_q.bias", queries),
         tensors.optional(f"{prefix}.attn_k.bias", keys),
-        tensors.optional(f"{prefix}.attn_v.bias", keys),
+        tensors.optional(f"{prefix}.attn_v.bias", values),
     )
     return weights, biases
 
 
 def _fused_projections(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int
 ) -> _Projections:
     """The same as views of one tensor."""
-    queries, keys = hyper.query_width, hyper.kv_width
-    rows = queries + 2 * keys
+    prefix, facts = f"blk.{index}", hyper.facts[index]
+    queries, keys = facts.heads * hyper.head_dim, facts.kv_heads * hyper.head_dim
+    values = facts.kv_heads * hyper.value_dim
+    rows = queries + keys + values
     fused = tensors.matrix(f"{prefix}.attn_qkv.weight", rows, hyper.width)
     bias = tensors.optional(f"{prefix}.attn_qkv.bias", rows)
     weights = (
         fused.part("queries", 0, queries),
         fused.part("keys", queries, keys),
-        fused.part("values", queries + keys, keys),
+        fused.part("values", queries + keys, values),
     )
     if bias is None:
         return weights, (None, None, None)

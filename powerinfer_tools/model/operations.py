@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from powerinfer_tools.model.hyperparameters import RecurrentSizes, Rope, Routing
+from powerinfer_tools.model.hyperparameters import PositionScale, RecurrentSizes, Rope, Routing
 from powerinfer_tools.model.tensors import Norm, Table, Vector, Weight
 
 V = TypeVar("V")
@@ -24,7 +24,8 @@ W = TypeVar("W", contravariant=True)
 class Attention:
     """How one layer attends: ``heads`` query heads over ``kv_heads`` of keys of ``head_dim`` values, and of
     values of ``value_dim``; ``window`` 0: over all positions; ``softcap`` and ``alibi`` 0: none; ``sinks``
-    (heads,): scores of no key, in the sum of the softmax alone (arXiv 2309.17453)."""
+    (heads,): scores of no key, in the sum of the softmax alone (arXiv 2309.17453); ``chunk`` > 0: over the
+    positions of the token's own chunk of so many."""
 
     layer: int
     heads: int
@@ -36,6 +37,7 @@ class Attention:
     value_dim: int
     alibi: float = 0.0
     sinks: Vector | None = None
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,12 @@ class Operations(Protocol[V, W]):
 
     def attend(self, query: V, key: V, value: V, how: Attention) -> V:
         """Σ_s softmax_s(score) · value_s over the positions s up to the token's own (with a window: the last
-        ``how.window`` of them), where score = how.scale · query·key_s, soft-capped (arXiv 2408.00118: c ·
-        tanh(score / c)) where there is a cap. With ``how.alibi``, the slope of the head for that largest bias
-        times the distance of s is taken from the score (arXiv 2108.12409); ``how.sinks`` are scores of no
-        position, which take part in the softmax's sum alone (arXiv 2309.17453). Query head h reads the key
-        head h · kv_heads / heads. Keys and values (T, kv_heads · head_dim) are kept for later tokens."""
+        ``how.window`` of them, with chunks: from the last multiple of ``how.chunk`` on), where score =
+        how.scale · query·key_s, soft-capped (arXiv 2408.00118: c · tanh(score / c)) where there is a cap.
+        With ``how.alibi``, the slope of the head for that largest bias times the distance of s is taken from
+        the score (arXiv 2108.12409); ``how.sinks`` are scores of no position, which take part in the
+        softmax's sum alone (arXiv 2309.17453). Query head h reads the key head h · kv_heads / heads. Keys and
+        values (T, kv_heads · head_dim) are kept for later tokens."""
 
     def activate(self, gate: V, up: V | None, how: Activation) -> V:
         """act(gate) · up, or act(gate); of drelu, relu(gate) · relu(up)."""
@@ -119,8 +122,12 @@ class Operations(Protocol[V, W]):
     def part(self, name: str, x: V, first: int, count: int) -> V:
         """``count`` columns of x from ``first`` on."""
 
-    def times(self, x: V, y: V | Vector) -> V:
-        """x · y, value by value; a vector (width of x) is the same for all tokens."""
+    def scale_by_position(self, x: V, how: PositionScale) -> V:
+        """x_t · (1 + how.scale · ln(⌊(position(t) + how.offset) / how.length⌋ + 1))."""
+
+    def times(self, x: V, y: V | Vector, repeat: int = 1) -> V:
+        """x · y, where each value of y counts for ``repeat`` neighbouring columns of x; a vector is the same
+        for all tokens."""
 
     def plus(self, x: V, vector: Vector) -> V:
         """x + ``vector`` (width of x)."""

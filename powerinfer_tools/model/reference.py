@@ -14,11 +14,11 @@ from powerinfer_formats.split_predictors import SplitSigns
 from powerinfer_kernels import RowType, dequantize, reference, reference_experts
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
-from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope, Routing
+from powerinfer_tools.model.hyperparameters import PositionScale, Rope, Routing
 from powerinfer_tools.model.loading import AttentionWeights, LayerWeights, Model
 from powerinfer_tools.model.operations import Activation, Attention
 from powerinfer_tools.model.reference_recurrent import RecurrentArrays
-from powerinfer_tools.model.rotary import RopeFactors, rotary_angles
+from powerinfer_tools.model.rotary import RopeFactors, position_factors, rotary_angles
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
 Array = npt.NDArray[np.float64]
@@ -37,8 +37,7 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predic
         before, x = x, blocks.mix(ops, model.spec, model.hyper, index, layer, x)
         if layer.feeds is not None:
             read = before if model.hyper.parallel else x
-            routed_by = before if model.spec.early_router else None
-            added = ffn_block(model.hyper, layer, read, predicted=predicted, routed_by=routed_by)
+            added = ffn_block(model, layer, read, predicted=predicted, before=before)
             x = ops.join(x, added, model.hyper.residual_scale)
     return blocks.head(ops, model, model.head, x)
 
@@ -63,6 +62,7 @@ class NumpyOperations(RecurrentArrays):
 
     def norm_heads(self, x: Array, heads: int, norm: Norm, eps: float) -> Array:
         if norm.weight.size == x.shape[1] and heads > 1:
+            assert norm.bias is None
             norm = replace(norm, weight=norm.weight.reshape(heads, -1))
         return normalize(_heads(x, heads), norm, eps).reshape(x.shape)
 
@@ -100,7 +100,7 @@ class NumpyOperations(RecurrentArrays):
         if how.alibi:
             distance = np.arange(count)[:, None] - np.arange(count)[None, :]
             scores = scores - reference.alibi_slopes(how.heads, how.alibi)[:, None, None] * distance
-        scores = np.where(_visible(count, how.window), scores, -np.inf)
+        scores = np.where(_visible(count, how.window, how.chunk), scores, -np.inf)
         sinks = np.full(how.heads, -np.inf) if how.sinks is None else how.sinks.astype(np.float64)
         top = np.maximum(scores.max(axis=-1), sinks[:, None])[..., None]
         weights = np.exp(scores - top)
@@ -119,6 +119,10 @@ class NumpyOperations(RecurrentArrays):
 
     def copy(self, name: str, x: Array) -> Array:
         return x
+
+    def scale_by_position(self, x: Array, how: PositionScale) -> Array:
+        out: Array = x * position_factors(how, len(x))[:, None]
+        return out
 
     def scale(self, x: Array, factor: float) -> Array:
         return x * factor
@@ -182,20 +186,26 @@ def attention_block(
 
 
 def ffn_block(
-    hyper: Hyperparameters,
+    model: Model,
     layer: LayerWeights,
     x: Array,
     *,
     predicted: bool = False,
-    routed_by: Array | None = None,
+    before: Array | None = None,
 ) -> Array:
     """What one layer's FFN adds to the residual stream ``x`` (tokens, width); with ``predicted``, of the
-    neurons that the layer's predictor names alone: the weights of the others may be anything. A router reads
-    ``routed_by``, where it is not what the experts read."""
+    neurons that the layer's predictor names alone: the weights of the others may be anything. ``before`` is
+    the layer's input, which some families' routers or experts read."""
+    hyper = model.hyper
     ops, eps = NumpyOperations([0] * len(x)), hyper.norm_eps
     normed = blocks.ffn_input(ops, layer.ffn_norm, eps, x)
     if isinstance(layer.ffn, ExpertsFFN):
-        out = blocks.experts(ops, hyper, layer.ffn, normed, normed if routed_by is None else routed_by)
+        read = normed
+        if layer.ffn.beside_norm is not None:
+            assert before is not None
+            read = normalize(before, layer.ffn.beside_norm, eps)
+        routed_by = read if before is None or not model.spec.early_router else before
+        out = blocks.experts(ops, model.spec, hyper, layer.ffn, normed, routed_by, read)
     else:
         first, factor, down = ffn_matrices(layer)
         how = blocks.activation_of(hyper)
@@ -208,7 +218,7 @@ def ffn_block(
             named = predicted_neurons(layer, x, normed)
             sums = [row[some] @ down[some] for row, some in zip(hidden, named, strict=True)]
             out = _plus(np.stack(sums), layer.ffn_down_bias)
-    return blocks.post_normed(ops, out, layer.ffn_post_norm, eps)
+    return blocks.post_normed(ops, out, layer.ffn_post_norm, hyper.post_norm_eps)
 
 
 def predicted_neurons(layer: LayerWeights, x: Array, normed: Array) -> npt.NDArray[np.bool_]:
@@ -264,9 +274,10 @@ def _heads(x: Array, heads: int) -> Array:
     return x.reshape(len(x), heads, -1)
 
 
-def _visible(count: int, window: int) -> npt.NDArray[np.bool_]:
+def _visible(count: int, window: int, chunk: int) -> npt.NDArray[np.bool_]:
     query, key = np.arange(count)[:, None], np.arange(count)[None, :]
-    return (key <= query) & ((query - key < window) if window else True)
+    seen = (key <= query) & ((query - key < window) if window else True)
+    return seen & ((query // chunk == key // chunk) if chunk else True)
 
 
 def _rotate(x: Array, angles: Array, magnitude: float, *, interleaved: bool) -> Array:

@@ -18,8 +18,8 @@ class RecurrentArrays:
     def part(self, name: str, x: Array, first: int, count: int) -> Array:
         return x[:, first : first + count]
 
-    def times(self, x: Array, y: Array | Vector) -> Array:
-        return x * y.astype(np.float64)
+    def times(self, x: Array, y: Array | Vector, repeat: int = 1) -> Array:
+        return x * np.repeat(y.astype(np.float64), repeat, axis=-1)
 
     def plus(self, x: Array, vector: Vector) -> Array:
         return x + vector.astype(np.float64)

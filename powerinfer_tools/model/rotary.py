@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope, Yarn
+from powerinfer_tools.model.hyperparameters import Hyperparameters, PositionScale, Rope, Yarn
 
 Table = npt.NDArray[np.float32]
 
@@ -38,6 +38,13 @@ class RopeFactors:
         if not rope.factored or self.every is not None:
             return self.every if rope.factored else None
         return self.long if capacity > rope.original else self.short
+
+
+def position_factors(how: PositionScale, capacity: int) -> npt.NDArray[np.float64]:
+    """How queries of positions 0 … capacity-1 grow, [capacity]."""
+    steps = (np.arange(capacity) + how.offset) // how.length
+    factors: npt.NDArray[np.float64] = 1.0 + how.scale * np.log(steps + 1.0)
+    return factors
 
 
 def rotary_angles(rope: Rope, capacity: int, factors: RopeFactors) -> npt.NDArray[np.float64]:
@@ -73,6 +80,12 @@ def rotary_tables(rope: Rope, capacity: int, factors: RopeFactors) -> RotaryTabl
         np.ascontiguousarray(rope.magnitude * np.cos(angles), dtype=np.float32),
         np.ascontiguousarray(rope.magnitude * np.sin(angles), dtype=np.float32),
     )
+
+
+def growth_tables(hyper: Hyperparameters, capacity: int) -> dict[PositionScale, Table]:
+    """How queries grow with their position, in each way that a layer has, float32 [capacity]."""
+    ways = {facts.position_scale: None for facts in hyper.facts if facts.position_scale is not None}
+    return {how: position_factors(how, capacity).astype(np.float32) for how in ways}
 
 
 def rope_tables(hyper: Hyperparameters, capacity: int, factors: RopeFactors) -> dict[Rope, RotaryTables]:

@@ -108,7 +108,7 @@ class Norm:
 
 #: Tensors that may be left out: vision and audio towers and their projectors, layers that predict further
 #: tokens, and what tools leave in a file.
-LEFT_OUT = ("v.*", "a.*", "mm.*", "*.nextn.*")
+LEFT_OUT = ("v.*", "a.*", "mm.*", "*.nextn.*", "*.vis_*")
 
 
 class Tensors:
@@ -120,6 +120,10 @@ class Tensors:
     def leave_out(self, name: str) -> None:
         """Count a tensor among those that are used."""
         self.gguf.expected.add(name)
+
+    def leave_out_layer(self, index: int) -> None:
+        """Count all tensors of a layer among those that are used."""
+        self.gguf.expected.update(name for name in self.gguf.tensors if name.startswith(f"blk.{index}."))
 
     def refuse_unused(self) -> None:
         """Raise ModelError for a tensor that nobody expected and that may not be left out."""
@@ -199,7 +203,7 @@ class Tensors:
         weights and the file has none."""
         if not spec.norm_weights and not self.has(f"{name}.weight"):
             return Norm(spec.norm, np.ones(size, np.float32))
-        bias = self.absent if spec.norm == "rms" else self.optional
+        bias = self.absent if spec.norm == "rms" and not spec.rms_biases else self.optional
         return Norm(spec.norm, self.vector(f"{name}.weight", size), bias(f"{name}.bias", size))
 
     def optional_norm(self, spec: ArchitectureSpec, name: str, size: int, *, wanted: bool) -> Norm | None:

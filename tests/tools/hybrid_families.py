@@ -28,15 +28,21 @@ class RandomFamily:
 
 
 def _attention(
-    *, gated: bool = False, norms: bool = False, biases: bool = False, sinks: bool = False
+    *,
+    gated: bool = False,
+    norms: bool = False,
+    biases: bool = False,
+    sinks: bool = False,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
 ) -> Shapes:
-    queries, keys = HEADS * DIM * (2 if gated else 1), KV_HEADS * DIM
+    queries, keys = heads * DIM * (2 if gated else 1), kv_heads * DIM
     shapes: Shapes = {
         "attn_norm.weight": (WIDTH,),
         "attn_q.weight": (queries, WIDTH),
         "attn_k.weight": (keys, WIDTH),
         "attn_v.weight": (keys, WIDTH),
-        "attn_output.weight": (WIDTH, HEADS * DIM),
+        "attn_output.weight": (WIDTH, heads * DIM),
     }
     if norms:
         shapes |= {"attn_q_norm.weight": (DIM,), "attn_k_norm.weight": (DIM,)}
@@ -47,17 +53,19 @@ def _attention(
     return shapes
 
 
-def _ffn(norm: str = "ffn_norm", *, gated: bool = True, biases: bool = False) -> Shapes:
+def _ffn(
+    norm: str = "ffn_norm", *, gated: bool = True, biases: bool = False, neurons: int = NEURONS
+) -> Shapes:
     shapes: Shapes = {
         f"{norm}.weight": (WIDTH,),
-        "ffn_up.weight": (NEURONS, WIDTH),
-        "ffn_down.weight": (WIDTH, NEURONS),
+        "ffn_up.weight": (neurons, WIDTH),
+        "ffn_down.weight": (WIDTH, neurons),
     }
     if gated:
-        shapes["ffn_gate.weight"] = (NEURONS, WIDTH)
+        shapes["ffn_gate.weight"] = (neurons, WIDTH)
     if biases:
         kinds = ("gate", "up", "down") if gated else ("up", "down")
-        shapes |= {f"ffn_{kind}.bias": (WIDTH if kind == "down" else NEURONS,) for kind in kinds}
+        shapes |= {f"ffn_{kind}.bias": (WIDTH if kind == "down" else neurons,) for kind in kinds}
     return shapes
 
 
@@ -92,6 +100,20 @@ def _shared(*, gated: bool) -> Shapes:
     shapes: Shapes = {f"ffn_{kind}_shexp.weight": (SHARED, WIDTH) for kind in ("gate", "up")}
     shapes["ffn_down_shexp.weight"] = (WIDTH, SHARED)
     return shapes | ({"ffn_gate_inp_shexp.weight": (WIDTH,)} if gated else {})
+
+
+def _llama4_shared() -> Shapes:
+    """As large as an expert."""
+    rows = {"gate": (EXPERT_NEURONS, WIDTH), "up": (EXPERT_NEURONS, WIDTH), "down": (WIDTH, EXPERT_NEURONS)}
+    return {f"ffn_{kind}_shexp.weight": shape for kind, shape in rows.items()}
+
+
+def _fused(shapes: Shapes) -> Shapes:
+    """Queries, keys and values as one tensor."""
+    names = [f"attn_{kind}.weight" for kind in "qkv"]
+    rows = sum(shapes[name][0] for name in names)
+    others = {name: shape for name, shape in shapes.items() if name not in names}
+    return others | {"attn_qkv.weight": (rows, WIDTH)}
 
 
 def _ungated(shapes: Shapes) -> Shapes:
@@ -295,6 +317,58 @@ FAMILIES = {
         "gpt-oss",
         _HEADS | _EXPERTS | {"attention.sliding_window": 5},
         (_attention(biases=True, sinks=True) | _experts(_POST, biases=True),) * 2,
+    ),
+    # Heads and neurons differ from layer to layer, the last is for further tokens.
+    "openelm": RandomFamily(
+        "openelm",
+        _HEADS
+        | {
+            "attention.head_count": [2, 3, 4, 4],
+            "attention.head_count_kv": [1, 3, 2, 2],
+            "feed_forward_length": [31, 48, 20, 20],
+            "nextn_predict_layers": 1,
+        },
+        tuple(
+            _fused(_attention(norms=True, heads=heads, kv_heads=kv_heads)) | _ffn(neurons=neurons)
+            for heads, kv_heads, neurons in ((2, 1, 31), (3, 3, 48), (4, 2, 20), (4, 2, 20))
+        ),
+    ),
+    # A layer without attention, and one without FFN.
+    "deci": RandomFamily(
+        "deci",
+        _HEADS
+        | {
+            "attention.head_count": [4, 0, 2],
+            "attention.head_count_kv": [2, 0, 1],
+            "feed_forward_length": [NEURONS, 40, 0],
+        },
+        (
+            _attention(heads=4, kv_heads=2) | _ffn(),
+            _ffn(neurons=40),
+            _attention(heads=2, kv_heads=1),
+        ),
+    ),
+    "llama4": RandomFamily(
+        "llama4",
+        _HEADS | _EXPERTS | {"attention.sliding_window": 5, "interleave_moe_layer_step": 2},
+        (_attention() | _ffn(), _attention() | _experts() | _llama4_shared()) * 2,
+    ),
+    # Rotary positions in the dense layer, though it attends to everything; norms by root mean square.
+    "cohere2moe": RandomFamily(
+        "cohere2moe",
+        _HEADS
+        | _EXPERTS
+        | {
+            "attention.sliding_window": 5,
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": SHARED,
+            "logit_scale": 0.5,
+        },
+        (
+            _attention() | _ffn("attn_norm"),
+            _attention() | _experts("attn_norm", together=True) | _shared(gated=False),
+        ),
     ),
     "dots1": RandomFamily(
         "dots1",

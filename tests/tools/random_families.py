@@ -55,6 +55,9 @@ def _write_keys(writer: GGUFWriter, spec: ArchitectureSpec) -> None:
         writer.add_clamp_kqv(0.9)
     if spec.alibi:
         writer.add_max_alibi_bias(8.0)
+    if spec.temperature == "by key":
+        writer.add_float32(f"{spec.name}.attention.temperature_scale", 0.3)
+        writer.add_uint32(f"{spec.name}.attention.temperature_length", 5)
     if spec.logit_scale != "none":
         writer.add_logit_scale(0.25)
     if _experts(spec):
@@ -76,32 +79,40 @@ def _tensors(spec: ArchitectureSpec) -> dict[str, tuple[int, ...]]:
     }
     if spec.position_offset is not None:
         tensors["position_embd.weight"] = (CONTEXT + spec.position_offset, WIDTH)
+    if spec.embedding_norm == "weights":
+        tensors |= _norm(spec, "token_embd_norm", WIDTH)
     if spec.head_bias:
         tensors["output.bias"] = (VOCABULARY,)
     tensors |= _norm(spec, spec.output_norm, WIDTH)
     for layer in range(LAYERS):
-        tensors |= {f"blk.{layer}.{name}": shape for name, shape in _layer(spec).items()}
+        tensors |= {f"blk.{layer}.{name}": shape for name, shape in _layer(spec, layer).items()}
     return tensors
 
 
-def _layer(spec: ArchitectureSpec) -> dict[str, tuple[int, ...]]:
+def _layer(spec: ArchitectureSpec, index: int) -> dict[str, tuple[int, ...]]:
     queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     parts = {"attn_q": queries, "attn_k": keys, "attn_v": keys}
     rows = {"attn_qkv": queries + 2 * keys} if spec.fused_qkv else parts
     tensors: dict[str, tuple[int, ...]] = {f"{name}.weight": (count, WIDTH) for name, count in rows.items()}
     tensors |= {f"{name}.bias": (count,) for name, count in rows.items()}
     tensors |= {"attn_output.weight": (WIDTH, queries), "attn_output.bias": (WIDTH,)}
+    if spec.attention_gate == "matrix":  # of values, or of heads
+        tensors["attn_gate.weight"] = (queries if index % 2 else HEADS, WIDTH)
     if spec.sinks:
         tensors["attn_sinks.weight"] = (HEADS,)
-    for name in {*spec.attention_norms, spec.ffn_norm} - {""}:
+    for name in {*spec.attention_norms, spec.ffn_norm, spec.beside_norm} - {""}:
         tensors |= _norm(spec, name, WIDTH)
-    if spec.qk_norm != "none":
+    if spec.qk_norm == "own heads":
+        tensors |= {"attn_q_norm.weight": (HEADS, HEAD_DIM), "attn_k_norm.weight": (KV_HEADS, HEAD_DIM)}
+    if spec.qk_norm in ("heads", "row"):
         widths = (queries, keys) if spec.qk_norm == "row" else (HEAD_DIM, HEAD_DIM)
         tensors |= {"attn_q_norm.weight": (widths[0],), "attn_k_norm.weight": (widths[1],)}
     if spec.post_norms:
-        tensors |= {"post_attention_norm.weight": (WIDTH,), "post_ffw_norm.weight": (WIDTH,)}
+        tensors |= {f"{names[0]}.weight": (WIDTH,) for names in spec.post_norm_names}
     if _experts(spec):
         return tensors | _expert_tensors(spec)
+    if spec.gated and spec.gated_biases:
+        tensors |= {"ffn_gate.bias": (NEURONS,), "ffn_up.bias": (NEURONS,), "ffn_down.bias": (WIDTH,)}
     tensors |= {"ffn_up.weight": (NEURONS * (2 if spec.fused_gate else 1), WIDTH)}
     tensors |= {"ffn_down.weight": (WIDTH, NEURONS)}
     if spec.gated:
@@ -113,6 +124,10 @@ def _expert_tensors(spec: ArchitectureSpec) -> dict[str, tuple[int, ...]]:
     tensors: dict[str, tuple[int, ...]] = {"ffn_gate_inp.weight": (EXPERTS, WIDTH)}
     for kind, shape in {"gate": (NEURONS, WIDTH), "up": (NEURONS, WIDTH), "down": (WIDTH, NEURONS)}.items():
         tensors[f"ffn_{kind}_exps.weight"] = (EXPERTS, *shape)
+    if spec.dense_beside != "none":
+        neurons = WIDTH if spec.dense_beside == "square" else NEURONS
+        tensors |= {"ffn_gate.weight": (neurons, WIDTH), "ffn_up.weight": (neurons, WIDTH)}
+        tensors["ffn_down.weight"] = (WIDTH, neurons)
     if spec.shared_expert:
         tensors["ffn_gate_inp_shexp.weight"] = (WIDTH,)
         for kind, shape in {"gate": (SHARED, WIDTH), "up": (SHARED, WIDTH), "down": (WIDTH, SHARED)}.items():
@@ -121,5 +136,5 @@ def _expert_tensors(spec: ArchitectureSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _norm(spec: ArchitectureSpec, name: str, size: int) -> dict[str, tuple[int, ...]]:
-    bias = {} if spec.norm == "rms" else {f"{name}.bias": (size,)}
+    bias = {} if spec.norm == "rms" and not spec.rms_biases else {f"{name}.bias": (size,)}
     return {f"{name}.weight": (size,)} | bias

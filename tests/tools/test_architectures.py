@@ -10,7 +10,7 @@ from hybrid_families import FAMILIES
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model.architectures import ARCHITECTURES
+from powerinfer_tools.model.architectures import ARCHITECTURES, REFUSED, architecture
 from powerinfer_tools.model.hyperparameters import Rope, Yarn
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
@@ -48,6 +48,29 @@ def test_each_row_needs_its_tensors(name: str, tmp_path: Path) -> None:
             writer.write(tensor, gguf.tensor(tensor))
     with pytest.raises(Exception, match=spec.output_norm):
         load_model(tmp_path / "less.gguf")
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_families_that_do_not_run_say_why(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"^m: models of the architecture '{name}' do not run: \w+"):
+        architecture(name, "m")
+
+
+def test_minicpm_without_its_scales_has_those_of_its_first_models(tmp_path: Path) -> None:
+    """12, 1.4 / √layers and 256 / width (arXiv 2404.06395)."""
+    gguf = GGUFFile.open(write_random(tmp_path / "random.gguf", ARCHITECTURES["minicpm"]))
+    with GGUFWriter(tmp_path / "less.gguf") as writer:
+        writer.copy_metadata(
+            gguf, without=[f"minicpm.{kind}_scale" for kind in ("embedding", "residual", "logit")]
+        )
+        for tensor in gguf.tensors:
+            writer.declare(tensor, gguf.info(tensor).row_type, gguf.info(tensor).shape)
+        for tensor in gguf.tensors:
+            writer.write(tensor, gguf.tensor(tensor))
+    hyper = load_model(tmp_path / "less.gguf").hyper
+    assert hyper.embedding_scale == 12
+    assert hyper.residual_scale == pytest.approx(1.4 / hyper.layers**0.5)
+    assert hyper.logit_scale == pytest.approx(256 / hyper.width)
 
 
 def test_yarn_keeps_fast_pairs_and_scales_slow_ones() -> None:

@@ -221,7 +221,7 @@ def named_share(path: Path, tokens: list[int]) -> float:
         x = x + attention_block(model, layer.attention, index, x, half_cache=True)
         normed = normalize(x, layer.ffn_norm, model.hyper.norm_eps)
         shares.append(predicted_neurons(layer, x, normed).mean())
-        x = x + ffn_block(model.hyper, layer, x, predicted=True)
+        x = x + ffn_block(model, layer, x, predicted=True)
     return float(np.mean(shares))
 
 

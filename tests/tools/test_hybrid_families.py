@@ -74,6 +74,9 @@ def test_sessions_of_recurrent_models_go_back_to_the_start_alone(tmp_path: Path)
         ("deepseek2", "latent attention"),
         ("gpt-oss", "attention sinks"),
         ("dots1", "this kind of router"),
+        ("openelm", "attention heads that differ between layers"),
+        ("deci", "layers without attention"),
+        ("llama4", "queries that grow with their position"),
     ],
 )
 def test_stages_say_what_they_do_not_do(case: str, what: str, tmp_path: Path) -> None:

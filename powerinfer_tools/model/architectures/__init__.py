@@ -7,6 +7,7 @@ by name.
 
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.architectures import experts, layer_norm, llama_like, recurrent, sliding
+from powerinfer_tools.model.architectures.refused import REFUSED
 from powerinfer_tools.model.architectures.spec import (
     ACTIVATIONS,
     RELU_FAMILY,
@@ -19,6 +20,7 @@ from powerinfer_tools.model.architectures.spec import (
 __all__ = [
     "ACTIVATIONS",
     "ARCHITECTURES",
+    "REFUSED",
     "RELU_FAMILY",
     "ArchitectureSpec",
     "NormKind",
@@ -35,9 +37,11 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
 
 
 def architecture(name: str, file: str) -> ArchitectureSpec:
-    """The row of ``name``. Raises ModelError naming ``file`` and the families that are known."""
-    try:
+    """The row of ``name``. Raises ModelError naming ``file``, and why the family does not run, or which
+    do."""
+    if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    except KeyError:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ModelError(f"{file}: architecture {name!r} is not supported (supported: {known})") from None
+    if name in REFUSED:
+        raise ModelError(f"{file}: models of the architecture {name!r} do not run: {REFUSED[name]}")
+    known = ", ".join(sorted(ARCHITECTURES))
+    raise ModelError(f"{file}: architecture {name!r} is not supported (supported: {known})")

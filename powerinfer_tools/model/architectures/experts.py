@@ -50,6 +50,7 @@ ROWS = (
             router="file",
             expert_weights_norm=False,
             latent=True,
+            temperature="by key",
         )
         for name in ("deepseek2", "mistral4")
     ),
@@ -115,7 +116,108 @@ ROWS = (
         router="file",
         expert_weights_norm=False,
     ),
-    ArchitectureSpec("mistral3", rope_style="norm", routed=True),
+    # Ministral 3: queries grow with their position.
+    ArchitectureSpec("mistral3", rope_style="norm", routed=True, temperature="by key"),
+    # Llama 4: three layers of chunks with rotary positions to one without; experts read what their sigmoid
+    # weighs.
+    ArchitectureSpec(
+        "llama4",
+        rope_style="norm",
+        qk_norm="plain",
+        qk_norm_late=True,
+        unnormed_experts=128,
+        sliding_period=4,
+        no_rope_period=4,
+        chunked=True,
+        temperature="without positions",
+        routed=True,
+        shared_expert=True,
+        default_shared_count=1,
+        expert_weights_norm=False,
+        router="sigmoid",
+        weigh_input=True,
+    ),
+    # Command A's mixtures: experts and the shared one count half each.
+    ArchitectureSpec(
+        "cohere2moe",
+        rope_style="norm",
+        norm="layer",
+        norm_by_key=True,
+        parallel="always",
+        ffn_norm="attn_norm",
+        logit_scale="times",
+        sliding_period=4,
+        dense_first=True,
+        rope_in_windows_alone=True,
+        rope_in_dense=True,
+        routed=True,
+        shared_expert=True,
+        shared_factor=0.5,
+        expert_weights_norm=False,
+        router="file or sigmoid",
+    ),
+    # Phi-3.5 MoE, as GGUF files of it are computed: by root mean square, and with a plain softmax.
+    ArchitectureSpec("phimoe", rope_style="neox", rms_biases=True, head_bias=True, routed=True),
+    # Trinity.
+    ArchitectureSpec(
+        "afmoe",
+        rope_style="neox",
+        qk_norm="heads",
+        post_norms=True,
+        scaled_embeddings=True,
+        sliding_period=4,
+        no_rope_period=4,
+        attention_gate="matrix",
+        routed=True,
+        shared_expert=True,
+        expert_weights_norm=False,
+        router="file or sigmoid",
+    ),
+    # Laguna: gates of heads, or of single values; windows have rotary positions of their own.
+    ArchitectureSpec(
+        "laguna",
+        rope_style="neox",
+        qk_norm="heads",
+        sliding_period=4,
+        dense_first=True,
+        plain_local_rope=True,
+        attention_gate="matrix",
+        gate_activation="softplus",
+        routed=True,
+        shared_expert=True,
+        default_shared_count=1,
+        expert_weights_norm=False,
+        router="file or sigmoid",
+    ),
+    # Hunyuan 3: files may have dense FFNs beside the experts, which are not used.
+    ArchitectureSpec(
+        "hy_v3",
+        rope_style="neox",
+        qk_norm="heads",
+        routed=True,
+        shared_expert=True,
+        spare_dense=True,
+        expert_weights_norm=False,
+        router="file or sigmoid",
+    ),
+    # Grok 1 and 2: a dense FFN beside the experts.
+    ArchitectureSpec(
+        "grok",
+        rope_style="neox",
+        activation="gelu_tanh",
+        embedding_key=True,
+        logit_scale="times",
+        post_norms=True,
+        post_norm_names=(("attn_output_norm",), ("layer_output_norm", "post_ffw_norm")),
+        output_scale=True,
+        routed=True,
+        dense_beside="optional",
+        shared_factor=0.5**0.5,
+    ),
+    # Snowflake Arctic: experts read the layer's input, and the FFN beside them what attention left.
+    ArchitectureSpec(
+        "arctic", rope_style="norm", routed=True, dense_beside="square", beside_norm="ffn_norm_exps"
+    ),
     # SmallThinker (arXiv 2507.20984): ReLU experts, whose router reads the layer's input; three local layers
     # with rotary positions to a global one without, which comes first.
     ArchitectureSpec(

@@ -64,8 +64,22 @@ ROWS = (
         clamped_qkv=True,
         alibi=True,
     ),
+    # BLOOM (arXiv 2211.05100).
+    ArchitectureSpec(
+        "bloom",
+        rope_style="none",
+        activation="gelu_tanh",
+        norm="layer",
+        gated=False,
+        alibi=True,
+        embedding_norm="weights",
+    ),
+    # Jais (arXiv 2308.16149).
+    ArchitectureSpec("jais", rope_style="none", norm="layer", alibi=True, gated_biases=True, head_scale=True),
     # StableLM 2: the 12B model has no FFN norm, and its blocks read the same input.
-    ArchitectureSpec("stablelm", rope_style="neox", norm="layer", parallel="without FFN norm"),
+    ArchitectureSpec(
+        "stablelm", rope_style="neox", norm="layer", parallel="without FFN norm", qk_norm="own heads"
+    ),
     # Nemotron-4 (arXiv 2402.16819): squared ReLU; GGUF stores LayerNorm1p's weights with the one added.
     ArchitectureSpec("nemotron", rope_style="neox", activation="relu2", norm="layer", gated=False),
 )

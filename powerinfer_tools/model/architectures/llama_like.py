@@ -25,7 +25,13 @@ ROWS = (
     ArchitectureSpec("glm4", rope_style="norm", fused_gate=True, post_norms=True, halves_with_sections=True),
     # MiniCPM (arXiv 2404.06395): blocks, embeddings and logits are scaled.
     ArchitectureSpec(
-        "minicpm", rope_style="norm", embedding_key=True, residual_scale=True, logit_scale="times"
+        "minicpm",
+        rope_style="norm",
+        embedding_key=True,
+        residual_scale=True,
+        logit_scale="times",
+        default_scales=(12.0, 1.4, 256.0),
+        routed=True,
     ),
     # Norms after the blocks instead of before them (OLMo 2, arXiv 2501.00656; EXAONE 4, arXiv 2507.11407).
     ArchitectureSpec(
@@ -65,6 +71,15 @@ ROWS = (
     ArchitectureSpec("phi3", rope_style="neox", fused_gate=True, sliding_everywhere=True),
     # Attention and FFN read one norm.
     ArchitectureSpec("plamo", rope_style="neox", parallel="always", ffn_norm="attn_norm"),
+    ArchitectureSpec("hunyuan_vl", rope_style="neox", qk_norm="heads", qk_norm_late=True, rope_alpha=True),
+    # ERNIE 4.5's text model; pairs stand half a head apart in it.
+    ArchitectureSpec("paddleocr", rope_style="neox"),
+    # OpenELM (arXiv 2404.14619): heads and neurons differ from layer to layer.
+    ArchitectureSpec("openelm", rope_style="neox", qk_norm="heads", fused_qkv=True),
+    # Llama-Nemotron (arXiv 2411.19146): so they do, and some layers have no attention or no FFN.
+    ArchitectureSpec("deci", rope_style="norm"),
+    # CogVLM's text model (arXiv 2311.03079): matrices for pictures are left out.
+    ArchitectureSpec("cogvlm", rope_style="neox", rope_factors=False),
     # Positions of text alone are the same in every section of a head.
     ArchitectureSpec("qwen2vl", rope_style="neox", default_norm_eps=1e-6),
     ArchitectureSpec("qwen3vl", rope_style="neox", qk_norm="heads"),

@@ -76,7 +76,7 @@ ROWS = (
         qk_norm="heads",
         ffn_norm="post_attention_norm",
         recurrent="delta net",
-        gated_attention=True,
+        attention_gate="queries",
     ),
     # Qwen3-Next and the Qwen3.5 mixtures: the same with experts.
     *(
@@ -86,7 +86,7 @@ ROWS = (
             qk_norm="heads",
             ffn_norm="post_attention_norm",
             recurrent="delta net",
-            gated_attention=True,
+            attention_gate="queries",
             routed=True,
             shared_expert=True,
         )

@@ -34,6 +34,30 @@ ROWS = (
         sliding_period=4,
         rope_in_windows_alone=True,
     ),
+    # PLaMo 3.
+    ArchitectureSpec(
+        "plamo3", rope_style="neox", fused_gate=True, qk_norm="heads", post_norms=True, sliding_period=8
+    ),
+    # Spark 2.5: what each head attended has a gate of its own.
+    ArchitectureSpec(
+        "spark2_5",
+        rope_style="neox",
+        activation="gelu_tanh",
+        attention_gate="matrix",
+        sliding_everywhere=True,
+    ),
+    ArchitectureSpec(
+        "muse-glimmer",
+        rope_style="norm",
+        qk_norm="heads",
+        post_norms=True,
+        post_norm_eps=1e-8,
+        sliding_period=4,
+        rope_in_windows_alone=True,
+        attention_gate="matrix",
+        embedding_norm="plain",
+        logit_scale="times",
+    ),
     # Gemma 3 report (arXiv 2503.19786): 5 local layers to 1 global, rotary base 10k local, 1M global.
     ArchitectureSpec(
         "gemma3",

@@ -62,7 +62,7 @@ class Network:
 
     def add_ffn(self, index: int, x: Tensor, out: Tensor) -> Tensor:
         """The residual stream after the FFN gave ``out``."""
-        normed = blocks.post_normed(self.ops, out, self.post_norms[index], self.hyper.norm_eps)
+        normed = blocks.post_normed(self.ops, out, self.post_norms[index], self.hyper.post_norm_eps)
         return self.ops.join(x, normed, self.hyper.residual_scale)
 
     def through_attention(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:

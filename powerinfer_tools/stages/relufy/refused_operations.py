@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from powerinfer_tools.model.hyperparameters import RecurrentSizes
+from powerinfer_tools.model.hyperparameters import PositionScale, RecurrentSizes
 from powerinfer_tools.model.tensors import Table, Vector, Weight
 
 Tensor = torch.Tensor
@@ -18,7 +18,11 @@ class RefusedOperations:
         """Not reached."""
         raise NotImplementedError
 
-    def times(self, x: Tensor, y: Tensor | Vector) -> Tensor:
+    def times(self, x: Tensor, y: Tensor | Vector, repeat: int = 1) -> Tensor:
+        """Not reached."""
+        raise NotImplementedError
+
+    def scale_by_position(self, x: Tensor, how: PositionScale) -> Tensor:
         """Not reached."""
         raise NotImplementedError
 

@@ -98,7 +98,7 @@ class TorchOperations(RefusedOperations):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: Attention) -> Tensor:
         """Over the window of tokens alone; scores are not soft-capped here."""
         assert how.sinks is None, "refused before"
-        assert not how.softcap + how.alibi, "refused before"
+        assert not how.softcap + how.alibi + how.chunk, "refused before"
         query, key, value = (
             _heads(x, heads).transpose(1, 2)
             for x, heads in ((query, how.heads), (key, how.kv_heads), (value, how.kv_heads))

@@ -8,6 +8,7 @@
 What stands in ``__all__`` is the public interface; everything else of this project may change.
 """
 
+from powerinfer.conversation import Conversation
 from powerinfer.errors import (
     ChatTemplateError,
     ContextFull,
@@ -22,10 +23,12 @@ from powerinfer.model import Model, load
 from powerinfer.options import GenerateOptions, Message
 from powerinfer.session import Session
 from powerinfer.text_stream import Generated, TextStream
+from powerinfer_tools.engine import EngineReport as Report
 
 __all__ = [
     "ChatTemplateError",
     "ContextFull",
+    "Conversation",
     "FormatError",
     "GenerateOptions",
     "Generated",
@@ -34,6 +37,7 @@ __all__ = [
     "Model",
     "ModelError",
     "PowerInferError",
+    "Report",
     "SamplingError",
     "Session",
     "TextStream",

@@ -1,6 +1,7 @@
 """A model that is loaded, and ready to generate."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any, Literal, Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer.drafts import Draft, Drafts
 from powerinfer.options import GenerateOptions
 from powerinfer.session import Session
 from powerinfer.text_stream import Generated, TextStream
-from powerinfer_tools.engine import Weights
+from powerinfer_tools.engine import Engine, Weights
 from powerinfer_tools.model.loading import Model as LoadedModel
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.text import Tokenizer
-from powerinfer_tools.text.chat import Template, chat_template
+from powerinfer_tools.text.chat import Template, chat_template, has_chat_template
 
 Floats = npt.NDArray[np.float32]
 Mode = Literal["dense", "gate-first", "predicted", "thresholded"]
@@ -32,33 +34,47 @@ def load(
     device: Literal["none", "cpu", "cuda"] = "none",
     vram: int | None = None,
     kv_type: Literal["f16", "q8_0"] = "f16",
+    check_recall: bool = False,
+    draft: Draft | None = None,
+    draft_model: str | PathLike[str] | None = None,
 ) -> "Model":
     """Load a model: a GGUF file, a split file, or a Hugging Face folder.
 
     ``threads`` None takes the machine's cores. ``context`` is the most tokens of a session (None: the model's
     own, up to 4096). ``mode`` None takes what the file says. ``device`` gives the hot part of a split file to
     torch, limited to ``vram`` bytes. ``kv_type`` "q8_0" halves the KV cache at a small cost in precision.
-    Nothing but ``mode``, ``device``, ``vram`` and ``kv_type`` changes a result.
+    ``draft`` "ngram" guesses the next tokens from the text so far, ``draft_model`` with a smaller model of
+    the same vocabulary: faster where the guesses come true, and the same text. ``check_recall`` also computes
+    what predictors should have found, for :meth:`Session.report`. Nothing but ``mode``, ``device``, ``vram``
+    and ``kv_type`` changes a result.
 
     Raises FormatError for a file that cannot be read, ModelError for one that cannot be run or does not fit
     in memory, HardwareError for a device that is not there.
     """
     loaded = load_model(Path(path))
-    try:
+    with ExitStack() as opened:
+        opened.callback(loaded.close)
         weights = Weights(
-            loaded, threads=threads, context=context, mode=mode, device=device, vram=vram, kv_type=kv_type
+            loaded,
+            threads=threads,
+            context=context,
+            mode=mode,
+            device=device,
+            vram=vram,
+            kv_type=kv_type,
+            check_recall=check_recall,
         )
-    except BaseException:
-        loaded.close()
-        raise
-    return Model(loaded, weights)
+        opened.callback(weights.close)
+        drafts = Drafts(loaded, weights, draft, None if draft_model is None else Path(draft_model))
+        opened.callback(drafts.close)
+        return Model(loaded, weights, drafts, opened.pop_all())
 
 
 class Model:
     """One loaded model, made by :func:`load`: a context manager. Not for two threads at once."""
 
-    def __init__(self, loaded: LoadedModel, weights: Weights) -> None:
-        self._loaded, self._weights = loaded, weights
+    def __init__(self, loaded: LoadedModel, weights: Weights, drafts: Drafts, opened: ExitStack) -> None:
+        self._loaded, self._weights, self._drafts, self._opened = loaded, weights, drafts, opened
 
     def __enter__(self) -> Self:
         return self
@@ -89,14 +105,30 @@ class Model:
         return self._weights.stack.mode
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the file brings a chat template. :meth:`chat` writes plain turns where it does not."""
+        return has_chat_template(self._loaded.gguf)
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What could not be done as asked, and what is done instead."""
-        return tuple(self._weights.notices)
+        return (*self._loaded.gguf.notices, *self._weights.notices)
+
+    def text_notices(self, *, chat: bool) -> tuple[str, ...]:
+        """The same about the tokeniser, and for a ``chat`` about the template. Raises TokenizerError."""
+        notice = self._template.notice if chat else None
+        return (*self._tokenizer.notices, *([] if notice is None else [notice]))
 
     def session(self, context: int | None = None) -> Session:
         """A session of up to ``context`` tokens (None: the model's). Raises ModelError where memory does not
         suffice, and for a second one where the device computes attention; TokenizerError."""
-        return Session(self._weights.session(context), self._tokenizer, self._template)
+        engine = Engine(self._loaded, weights=self._weights, session=self._weights.session(context))
+        try:
+            self._drafts.attach(engine)
+            return Session(engine, self._tokenizer, self._template)
+        except BaseException:
+            engine.close()
+            raise
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generated:
         """Continue ``prompt``, text or ids. Raises as :meth:`Session.stream` does."""
@@ -135,10 +167,14 @@ class Model:
         """Text of ids; ``special`` shows control tokens."""
         return self._tokenizer.decode(tokens, show_special=special)
 
+    def read_bandwidth(self) -> float:
+        """Measure how fast the model's threads read memory now, in bytes per second; 0 where memory does not
+        suffice to measure it."""
+        return self._weights.read_bandwidth()
+
     def close(self) -> None:
         """Close all sessions, stop the threads and give the memory back."""
-        self._weights.close()
-        self._loaded.close()
+        self._opened.close()
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

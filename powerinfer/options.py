@@ -1,12 +1,17 @@
 """How text is generated, and what a conversation consists of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from powerinfer_tools.errors import SamplingError
 from powerinfer_tools.generate.generation import GenerationOptions
 from powerinfer_tools.generate.sampling import SamplingOptions
+from powerinfer_tools.progress import Progress
+from powerinfer_tools.text import Tokenizer
+
+if TYPE_CHECKING:
+    from powerinfer_tools.generate.constraints import Grammar
 
 
 class Message(TypedDict):
@@ -21,7 +26,8 @@ class GenerateOptions(TypedDict, total=False):
 
     ``max_tokens`` (-1: until the model ends its text), ``stop`` strings that end it, and ``ignore_eos`` to go
     on after end-of-text tokens. ``temperature`` 0 takes the likeliest token; ``seed`` None draws a fresh one.
-    Order and defaults of the filters are llama.cpp's.
+    Order and defaults of the filters are llama.cpp's. Text keeps to a ``json_schema`` (an object, or its
+    text) or a ``grammar`` (GBNF or Lark), where one is given. ``progress`` hears how far the prompt is.
     """
 
     max_tokens: int
@@ -37,6 +43,9 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float
     presence_penalty: float
     seed: int | None
+    json_schema: str | Mapping[str, Any]
+    grammar: str
+    progress: Progress | None
 
 
 _SAMPLING = frozenset(field.name for field in fields(SamplingOptions))
@@ -61,3 +70,18 @@ def generation_options(options: GenerateOptions, stops: Sequence[str] = ()) -> G
         stop=(*stop, *stops),
         ignore_eos=options.get("ignore_eos", False),
     )
+
+
+def form_of(options: GenerateOptions, tokenizer: Tokenizer) -> "Grammar | None":
+    """What the text must keep to, if anything. Raises SamplingError."""
+    if "json_schema" not in options and "grammar" not in options:
+        return None
+    from powerinfer_tools.generate.constraints import Grammar
+
+    if "json_schema" in options and "grammar" in options:
+        raise SamplingError("text keeps to a json_schema or to a grammar, not to both")
+    if options.get("ignore_eos"):
+        raise SamplingError("a json_schema or grammar says where the text ends: leave out ignore_eos")
+    if "json_schema" in options:
+        return Grammar.of_schema(tokenizer, options["json_schema"])
+    return Grammar.of_text(tokenizer, options["grammar"])

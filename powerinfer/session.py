@@ -1,19 +1,26 @@
 """One conversation, or one text, of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer.options import GenerateOptions, generation_options
+from powerinfer.options import GenerateOptions, form_of, generation_options
 from powerinfer.text_stream import Generated, TextStream
-from powerinfer_tools.engine import Session as EngineSession
-from powerinfer_tools.generate.generation import Generation, GenerationOptions
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine import EngineReport as Report
+from powerinfer_tools.engine.timeline import Timeline
+from powerinfer_tools.errors import ContextFull
+from powerinfer_tools.generate.generation import Generation
+from powerinfer_tools.generate.sampling import Sampler
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text.chat import Template
+
+if TYPE_CHECKING:
+    from powerinfer.conversation import Conversation
 
 Floats = npt.NDArray[np.float32]
 
@@ -22,8 +29,8 @@ class Session:
     """Tokens that a model has processed, and what it keeps of them. Made by :meth:`Model.session`; sessions
     of one model share its weights. Not for two threads at once, and neither are two sessions of one model."""
 
-    def __init__(self, session: EngineSession, tokenizer: Tokenizer, template: Template) -> None:
-        self._session, self._tokenizer, self._template = session, tokenizer, template
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: Template) -> None:
+        self._engine, self._tokenizer, self._template = engine, tokenizer, template
         self._held: list[int] = []
 
     def __enter__(self) -> Self:
@@ -42,46 +49,46 @@ class Session:
     @property
     def context(self) -> int:
         """How many tokens fit."""
-        return self._session.context
+        return self._engine.context
 
     @property
     def nbytes(self) -> int:
         """Size of the KV cache when the context is full, in bytes."""
-        return self._session.nbytes
+        return self._engine.session.nbytes
 
     def prefill(self, tokens: Sequence[int]) -> Floats:
         """Process ``tokens`` after what is held; logits float32 (vocabulary,) after the last of them.
 
         Raises ContextFull where they do not fit, ModelError for an id outside the vocabulary.
         """
-        logits = self._session.prefill(list(tokens)).copy()
+        logits = self._engine.prefill(list(tokens)).copy()
         self._held += tokens
         return logits
 
     def decode(self, token: int) -> Floats:
         """Logits (vocabulary,) after one more token. Raises as :meth:`prefill` does."""
-        logits = self._session.decode(token).copy()
+        logits = self._engine.decode(token).copy()
         self._held.append(token)
         return logits
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Process ``tokens`` after what is held; logits (tokens, vocabulary) after each of them. Raises as
         :meth:`prefill` does."""
-        rows = [rows.copy() for rows in self._session.logits_from(list(tokens), 0)]
+        rows = [rows.copy() for rows in self._engine.logits(list(tokens))]
         self._held += tokens
         return np.concatenate(rows) if rows else np.empty((0, self._tokenizer.vocabulary), np.float32)
 
     def rewind(self, position: int) -> int:
         """Forget every token from ``position`` on, or all of a family that cannot go back; returns how many
         are held then. Raises ValueError where fewer than ``position`` are held."""
-        held = self._session.rewind(position)
+        held = self._engine.rewind(position)
         del self._held[held:]
         return held
 
     def fork(self) -> "Session":
-        """Another session that holds the same tokens, and goes on with the same bits. Raises ModelError where
-        memory does not suffice."""
-        other = Session(self._session.fork(), self._tokenizer, self._template)
+        """Another session that holds the same tokens, and goes on with the same bits, without drafts. Raises
+        ModelError where memory does not suffice."""
+        other = Session(self._engine.fork(), self._tokenizer, self._template)
         other._held = list(self._held)
         return other
 
@@ -93,7 +100,7 @@ class Session:
         """
         first = None if not self._held else False
         ids = self._tokenizer.encode(prompt, add_bos=first) if isinstance(prompt, str) else list(prompt)
-        return self._stream(ids, generation_options(options))
+        return self._stream(ids, options)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generated:
         """:meth:`stream`, to its end."""
@@ -107,24 +114,71 @@ class Session:
 
         Raises ChatTemplateError, and as :meth:`stream` does.
         """
-        made = generation_options(options, self._template.stops)
-        ids = self._template.ids(list(messages))
-        pairs = zip(self._held, ids[:-1], strict=False)  # the last token is needed anew for its logits
-        self.rewind(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return self._stream(ids[len(self._held) :], made)
+        return self._stream_turn(messages, options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Generated:
         """:meth:`stream_chat`, to its end."""
         return self.stream_chat(messages, **options).finish()
 
+    def conversation(self, system: str | None = None, **options: Unpack[GenerateOptions]) -> "Conversation":
+        """A conversation in this session that keeps its own history. Raises SamplingError."""
+        from powerinfer.conversation import Conversation
+
+        return Conversation(self, system, options)
+
+    def report(self) -> Report:
+        """Counters of this session's work and of the model's memory."""
+        return self._engine.report()
+
+    def trace(self) -> Timeline:
+        """Keep a timeline of each token that is decoded from now on: when each part was at work."""
+        return self._engine.trace()
+
     def close(self) -> None:
         """Give the memory back. The session cannot be used afterwards."""
-        self._session.close()
+        self._engine.close()
         self._held.clear()
 
-    def _stream(self, ids: Sequence[int], options: GenerationOptions) -> TextStream:
+    def _stream_turn(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: GenerateOptions,
+        *,
+        sampler: Sampler | None = None,
+        on_end: Callable[[Generation], None] | None = None,
+    ) -> TextStream:
+        """:meth:`stream_chat`, with the draws of a ``sampler`` that goes on from turn to turn; ``on_end`` is
+        called with the generation when it has ended."""
+        ids = self._template.ids(list(messages))
+        if len(ids) >= self.context:
+            raise ContextFull(
+                f"the conversation has {len(ids)} tokens and the context {self.context}: "
+                "undo the last exchange, start anew, or ask for a larger context (-c)"
+            )
+        pairs = zip(self._held, ids[:-1], strict=False)  # the last token is needed anew for its logits
+        self.rewind(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        stops = self._template.stops
+        return self._stream(ids[len(self._held) :], options, stops, sampler=sampler, on_end=on_end)
+
+    def _stream(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions,
+        stops: Sequence[str] = (),
+        *,
+        sampler: Sampler | None = None,
+        on_end: Callable[[Generation], None] | None = None,
+    ) -> TextStream:
         def ended(generation: Generation) -> None:
             self._held += generation.fed
+            if on_end is not None:
+                on_end(generation)
 
-        generation = Generation(self._session, self._tokenizer, ids, options, on_end=ended)
+        made, form = generation_options(options, stops), form_of(options, self._tokenizer)
+        if form is not None:
+            sampler = form.sampler(made.sampling)
+        progress = options.get("progress")
+        generation = Generation(
+            self._engine, self._tokenizer, ids, made, sampler=sampler, progress=progress, on_end=ended
+        )
         return TextStream(generation)

@@ -1,11 +1,11 @@
 """Text as it comes, and what came in the end."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Self
 
-from powerinfer_tools.generate.generation import Generation
+from powerinfer_tools.generate.generation import Generation, Statistics
 
 Ended = Literal["end", "stop", "limit", "context", "interrupted"]
 
@@ -17,7 +17,8 @@ class Generated:
     ``tokens`` are its ids, without an end token. ``ended`` says why: the model's "end", a "stop" string, the
     "limit" of tokens, a full "context", or "interrupted". ``prompt_tokens`` were processed and
     ``reused_tokens`` held already. ``seed`` repeats the text; ``logits_hash`` is that of the last logits: the
-    same on every machine, for any number of threads.
+    same on every machine, for any number of threads. ``explanation`` says in words why it ended;
+    ``statistics`` what it cost.
     """
 
     text: str
@@ -27,6 +28,8 @@ class Generated:
     reused_tokens: int
     seed: int
     logits_hash: str | None
+    explanation: str
+    statistics: Statistics
 
 
 class TextStream(Iterator[str]):
@@ -63,6 +66,8 @@ class TextStream(Iterator[str]):
             reused_tokens=done.statistics.reused_tokens,
             seed=done.sampler.seed,
             logits_hash=done.logits_hash,
+            explanation=done.explanation,
+            statistics=replace(done.statistics),
         )
 
     def finish(self) -> Generated:

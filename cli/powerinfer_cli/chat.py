@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from powerinfer_cli.boundary import describe, is_expected
@@ -10,9 +10,8 @@ from powerinfer_cli.console import say, shown
 from powerinfer_cli.summary import engine_figures, say_chat_line, say_summary
 
 if TYPE_CHECKING:
+    from powerinfer import Conversation, Model, Session, TextStream
     from powerinfer_cli.options import Summary
-    from powerinfer_tools.engine import Engine
-    from powerinfer_tools.generate.generation import Chat, Generation, GenerationOptions
 
 HELP = """\
 /help          this list
@@ -31,7 +30,7 @@ Reader = Callable[[str], str]
 class Loop:
     """The loop between a person and a conversation; ``read`` gives a line, and raises EOFError at the end."""
 
-    def __init__(self, conversation: "Chat", read: Reader) -> None:
+    def __init__(self, conversation: "Conversation", read: Reader) -> None:
         self.conversation = conversation
         self.read = read
 
@@ -84,7 +83,7 @@ class Loop:
 
     def ask(self, text: str) -> None:
         """Answer a question."""
-        stream(self.conversation.ask(text))
+        stream(self.conversation.stream(text))
 
     def help(self, _: str) -> None:
         """List the commands."""
@@ -93,11 +92,11 @@ class Loop:
 
     def regenerate(self, _: str) -> None:
         """Answer the last question anew."""
-        generation = self.conversation.regenerate()
-        if generation is None:
+        answer = self.conversation.regenerate()
+        if answer is None:
             say("nothing has been asked yet")
         else:
-            stream(generation)
+            stream(answer)
 
     def undo(self, _: str) -> None:
         """Take back the last exchange."""
@@ -112,7 +111,7 @@ class Loop:
     def system(self, text: str) -> None:
         """Show the system prompt, or set it."""
         if text:
-            self.conversation.set_system(text)
+            self.conversation.system = text
         say(f"system prompt: {self.conversation.system or 'none (the template may have its own)'}")
 
     def save(self, name: str) -> None:
@@ -120,7 +119,7 @@ class Loop:
         if not name:
             say("name a file: /save chat.json")
             return
-        self.conversation.save_transcript(name)
+        self.conversation.save(name)
         say(f"wrote {name}")
 
     def unknown(self, _: str) -> None:
@@ -128,48 +127,40 @@ class Loop:
         say("no such command; /help lists them")
 
 
-def stream(generation: "Generation") -> None:
+def stream(answer: "TextStream") -> None:
     """Print an answer as it comes; Ctrl-C stops it. Why it stopped is said unless the model ended it."""
     try:
-        with closing(generation):
-            for piece in generation:
-                sys.stdout.write(shown(piece.text))
+        with answer:
+            for piece in answer:
+                sys.stdout.write(shown(piece))
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        pass  # the outcome says so
+        pass  # the result says so
     sys.stdout.write("\n")
     sys.stdout.flush()
-    if generation.outcome != "end":
-        say(f"[{generation.explanation}]")
+    if answer.result.ended != "end":
+        say(f"[{answer.result.explanation}]")
 
 
 def chat(
-    engine: "Engine",
-    options: "GenerationOptions",
+    model: "Model",
+    session: "Session",
+    conversation: "Conversation",
     *,
-    system: str | None,
     first: str | None,
     summary: "Summary" = "line",
 ) -> None:
     """Chat until the end, then say what it cost."""
-    from powerinfer_tools.generate.generation import Chat
-    from powerinfer_tools.text import Tokenizer
-    from powerinfer_tools.text.chat import chat_template
-
-    tokenizer = Tokenizer.from_gguf(engine.model.gguf)
-    template = chat_template(engine.model.gguf, tokenizer)
-    for notice in (*tokenizer.notices, template.notice):
-        if notice is not None:
-            say(notice)
-    say(f"{engine.model.name}: /help lists commands")
-    conversation = Chat(engine, tokenizer, template, system=system, options=options)
+    for notice in model.text_notices(chat=True):
+        say(notice)
+    say(f"{model.name}: /help lists commands")
     try:
         Loop(conversation, line_reader()).run(first)
     finally:
-        if engine.report().decode_tokens and summary == "all":
-            say_summary(engine_figures(engine))
-        elif engine.report().decode_tokens and summary == "line":
-            say_chat_line(engine)
+        if session.report().decode_tokens and summary == "all":
+            say_summary(engine_figures(model, session))
+        elif session.report().decode_tokens and summary == "line":
+            say_chat_line(session)
 
 
 def line_reader() -> Reader:

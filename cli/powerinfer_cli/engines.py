@@ -1,6 +1,6 @@
 """Opening a model for the commands that run one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,23 +14,36 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def said(notices: Callable[[], Sequence[str]]) -> Iterator[None]:
+    """Say the notices there are now, and at the end those that came since."""
+    count = 0
+    try:
+        for notice in notices():
+            say(notice)
+            count += 1
+        yield
+    finally:
+        for notice in notices()[count:]:
+            say(notice)
+
+
+@contextmanager
 def opened_engine(
     path: Path,
     placement: Placement,
     *,
     threads: int | None,
     context: int | None,
-    check_recall: bool = False,
 ) -> Iterator["Engine"]:
     """An engine on the model at ``path``, closed at the end."""
     with engines_of(path, placement, threads=threads, context=context) as (_, open_engine):
-        engine = open_engine(mode=placement.engine_mode, check_recall=check_recall)
-        said = len(engine.notices)
+        engine = open_engine(mode=placement.engine_mode)
+        count = len(engine.notices)
         try:
             yield engine
         finally:
             engine.close()
-            for notice in engine.notices[said:]:
+            for notice in engine.notices[count:]:
                 say(notice)
 
 

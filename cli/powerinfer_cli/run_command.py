@@ -3,16 +3,18 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from powerinfer_cli import options as opt
-from powerinfer_cli.drafts import Drafts, check_drafts, drafting
+from powerinfer_cli.drafts import Drafts, check_drafts
 from powerinfer_cli.files import find_model
 
 if TYPE_CHECKING:
-    from powerinfer_tools.generate.generation import GenerationOptions
+    from powerinfer import GenerateOptions
+    from powerinfer.drafts import Draft
+    from powerinfer.model import Mode
 
 HELP = """Generate text from a prompt, or chat with the model.
 
@@ -189,25 +191,35 @@ def command(
         from powerinfer_formats.atomic import require_writable
 
         require_writable(trace)
-    from powerinfer_cli.engines import opened_engine
+    import powerinfer
 
-    options = generation_options(length, sampling)
-    with (
-        opened_engine(
-            path, placement, threads=common.threads, context=length.ctx, check_recall=check_recall
-        ) as engine,
-        drafting(engine, drafts),
-    ):
-        if prompt.interactive:
-            from powerinfer_cli.chat import chat
+    options = generate_options(length, sampling, form)
+    with powerinfer.load(
+        path,
+        threads=common.threads,
+        context=length.ctx,
+        mode=cast("Mode | None", placement.engine_mode),
+        device=placement.device,
+        vram=placement.vram,
+        kv_type=placement.kv_type,
+        check_recall=check_recall,
+        draft=cast("Draft | None", drafts.draft),
+        draft_model=drafts.draft_model,
+    ) as loaded:
+        from powerinfer_cli.engines import said
 
-            chat(engine, options, system=prompt.system, first=text, summary=verbosity.summary)
-        else:
-            from powerinfer_cli.completion import Output, complete
+        with said(lambda: loaded.notices), loaded.session() as session:
+            if prompt.interactive:
+                from powerinfer_cli.chat import chat
 
-            assert text is not None
-            output = Output(verbosity.summary, as_json=common.json, trace=trace)
-            complete(engine, text, options, prompt, form, output)
+                conversation = session.conversation(prompt.system, **options)
+                chat(loaded, session, conversation, first=text, summary=verbosity.summary)
+            else:
+                from powerinfer_cli.completion import Output, complete
+
+                assert text is not None
+                output = Output(verbosity.summary, as_json=common.json, trace=trace)
+                complete(loaded, session, text, options, prompt, output)
 
 
 def check_form(form: Form, prompt: Prompt, length: Length) -> None:
@@ -225,28 +237,30 @@ def check_form(form: Form, prompt: Prompt, length: Length) -> None:
         )
 
 
-def generation_options(length: Length, sampling: Sampling) -> "GenerationOptions":
-    """The stage's options. Raises SamplingError for a value out of range."""
-    from powerinfer_tools.generate.generation import GenerationOptions
-    from powerinfer_tools.generate.sampling import SamplingOptions
+def generate_options(length: Length, sampling: Sampling, form: Form) -> "GenerateOptions":
+    """The options of the Python API."""
+    from powerinfer_cli.engines import read_text
 
-    return GenerationOptions(
-        sampling=SamplingOptions(
-            temperature=sampling.temp,
-            top_k=sampling.top_k,
-            typical_p=sampling.typical,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repeat_penalty=sampling.repeat_penalty,
-            repeat_last_n=sampling.repeat_last_n,
-            frequency_penalty=sampling.frequency_penalty,
-            presence_penalty=sampling.presence_penalty,
-            seed=sampling.seed,
-        ),
-        max_tokens=length.predict,
-        stop=tuple(length.stop or ()),
-        ignore_eos=length.ignore_eos,
-    )
+    options: GenerateOptions = {
+        "max_tokens": length.predict,
+        "stop": tuple(length.stop or ()),
+        "ignore_eos": length.ignore_eos,
+        "temperature": sampling.temp,
+        "top_k": sampling.top_k,
+        "typical_p": sampling.typical,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repeat_penalty": sampling.repeat_penalty,
+        "repeat_last_n": sampling.repeat_last_n,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "seed": sampling.seed,
+    }
+    if form.json_schema is not None:
+        options["json_schema"] = read_text(form.json_schema)
+    if form.grammar is not None:
+        options["grammar"] = read_text(form.grammar)
+    return options
 
 
 def prompt_text(given: Prompt, *, as_json: bool) -> str | None:

@@ -3,72 +3,41 @@
 from typing import TYPE_CHECKING, Any
 
 from powerinfer_cli.console import say
-from powerinfer_cli.drafts import draft_figures, drafts_line
-from powerinfer_cli.engines import measured_bandwidth
+from powerinfer_cli.drafts import drafts_line
 from powerinfer_cli.sizes import format_size
 
 if TYPE_CHECKING:
-    from powerinfer_tools.engine import Engine
-    from powerinfer_tools.generate.generation import Generation
+    from powerinfer import Generated, Model, Session
 
 
-def engine_figures(engine: "Engine") -> dict[str, Any]:
-    """What the engine tells about all of its work so far, and the share of the bandwidth that it used."""
-    report = engine.report()
-    bandwidth = measured_bandwidth(engine)
+def engine_figures(model: "Model", session: "Session") -> dict[str, Any]:
+    """What a session tells about all of its work so far, and the share of the bandwidth that it used."""
+    report = session.report()
+    bandwidth = model.read_bandwidth()
     return {
         "reused_tokens": 0,
         **report.as_dict(),
         "bandwidth_bytes_per_second": bandwidth,
         "bandwidth_share": report.bytes_per_second / bandwidth if bandwidth else 0.0,
-        "predicted_density": engine.stack.predicted_density(),
-        "recall_by_layer": engine.stack.recall_by_layer(),
-        "prediction_cost": prediction_cost(engine),
-        "model": engine.model.name,
-        "path": str(engine.model.path),
-        "threshold_cost": threshold_cost(engine),
-        "drafts": draft_figures(engine),
     }
 
 
-def prediction_cost(engine: "Engine") -> dict[str, float] | None:
-    """What predicting costs in quality, as measured when the predictors were made; None for exact modes and
-    where it was not measured."""
-    split = engine.model.split
-    prediction = split.header.prediction if split is not None else None
-    if prediction is None or prediction.cost is None or "predicted" not in engine.stack.modes:
-        return None
-    names = ("perplexity", "predicted_perplexity", "divergence", "max_increase")
-    return dict(zip(names, prediction.cost, strict=True))
-
-
-def threshold_cost(engine: "Engine") -> dict[str, float] | None:
-    """What leaving neurons out costs, as it was measured when the thresholds were chosen; None where none
-    are used."""
-    split = engine.model.split
-    if split is None or split.header.thresholding is None or "thresholded" not in engine.stack.modes:
-        return None
-    thresholding = split.header.thresholding
-    _, _, error, kl, allowed = thresholding.cost
-    return {"perplexity_increase": thresholding.increase, "error": error, "kl": kl, "allowed": allowed}
-
-
-def run_figures(engine: "Engine", generation: "Generation") -> dict[str, Any]:
-    """Everything known about the only generation of an engine, as plain JSON values."""
-    statistics, figures = generation.statistics, engine_figures(engine)
+def run_figures(model: "Model", session: "Session", done: "Generated") -> dict[str, Any]:
+    """Everything known about the only text of a session, as plain JSON values."""
+    statistics, figures = done.statistics, engine_figures(model, session)
     speed, bandwidth = statistics.decode_tokens_per_second, figures["bandwidth_bytes_per_second"]
     return figures | {
-        "text": generation.text,
-        "tokens": len(generation.tokens),
-        "ids": generation.tokens,
-        "outcome": str(generation.outcome),
+        "text": done.text,
+        "tokens": len(done.tokens),
+        "ids": list(done.tokens),
+        "outcome": done.ended,
         "prompt_tokens": statistics.prompt_tokens,
         "prompt_tokens_per_second": statistics.prompt_tokens_per_second,
         "decode_tokens_per_second": speed,
         "first_token_seconds": statistics.first_token_seconds,
         "bandwidth_share": figures["bytes_per_token"] * speed / bandwidth if bandwidth else 0.0,
-        "logits_hash": generation.logits_hash,
-        "seed": generation.sampler.seed,
+        "logits_hash": done.logits_hash,
+        "seed": done.seed,
         "timings": {
             "prompt": statistics.prompt_seconds,
             "decode": statistics.decode_seconds,
@@ -78,30 +47,30 @@ def run_figures(engine: "Engine", generation: "Generation") -> dict[str, Any]:
     }
 
 
-def say_line(engine: "Engine", generation: "Generation") -> None:
-    """One line on what the only generation of an engine cost; nothing is measured for it."""
-    statistics, tokens = generation.statistics, len(generation.tokens)
+def say_line(session: "Session", done: "Generated") -> None:
+    """One line on what the only text of a session cost; nothing is measured for it."""
+    statistics, tokens = done.statistics, len(done.tokens)
     parts = [
         f"prompt: {statistics.prompt_tokens} tokens at {statistics.prompt_tokens_per_second:.1f} tok/s",
         f"decode: {tokens} tokens at {statistics.decode_tokens_per_second:.1f} tok/s",
-        *_mode_parts(engine),
+        *_mode_parts(session),
     ]
-    if generation.outcome != "end":
-        parts.append(f"ended: {generation.explanation}")
+    if done.ended != "end":
+        parts.append(f"ended: {done.explanation}")
     say(", ".join(parts))
 
 
-def say_chat_line(engine: "Engine") -> None:
+def say_chat_line(session: "Session") -> None:
     """The same for a whole chat."""
-    report = engine.report()
+    report = session.report()
     parts = [f"decode: {report.decode_tokens} tokens at {report.decode_tokens_per_second:.1f} tok/s"]
-    say(", ".join([*parts, *_mode_parts(engine)]))
+    say(", ".join([*parts, *_mode_parts(session)]))
 
 
-def _mode_parts(engine: "Engine") -> list[str]:
+def _mode_parts(session: "Session") -> list[str]:
     """What is not the plain case: drafts, sparse modes with the share of neurons, inexact results."""
-    report, drafts = engine.report(), draft_figures(engine)
-    parts = [] if drafts is None else [drafts_line(drafts)]
+    report = session.report()
+    parts = [] if report.drafts is None else [drafts_line(vars(report.drafts))]
     if report.mode == "dense":
         return parts
     exact = "" if report.mode == "gate-first" else ", not exact"

@@ -6,7 +6,7 @@ what else is in a pass, the text is the same with and without drafts, greedy or 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -148,7 +148,7 @@ class Drafter:
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> Floats:
         """:meth:`Session.prefill`."""
-        self._settle()
+        self.settle()
         logits = self._session.prefill(tokens, progress)
         self._tokens += tokens
         return logits
@@ -163,18 +163,24 @@ class Drafter:
             self._session.counters.decode_tokens += 1
             row: Floats = self._rows[len(self._rows) - 1 - len(self._ahead)]
             return row
-        self._settle()
+        self.settle()
         self._session.require_room(1)
         return self._pass_over(token)
 
     def rewind(self, position: int) -> int:
         """:meth:`Session.rewind`."""
-        self._settle()
+        self.settle()
         held = self._session.rewind(position)
         if held < len(self._tokens):
             del self._tokens[held:]
             self._proposer.forget()
         return held
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[Floats]:
+        """:meth:`Session.logits_from` the first of ``tokens``."""
+        self.settle()
+        yield from self._session.logits_from(tokens, 0)
+        self._tokens += tokens
 
     def close(self) -> None:
         """Close what proposes."""
@@ -201,7 +207,7 @@ class Drafter:
         first: Floats = rows[0]
         return first
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Forget the guesses that did not come true, and learn from the last pass."""
         if self._pass is not None:
             drafted, seconds, drafting = self._pass

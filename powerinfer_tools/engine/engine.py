@@ -13,7 +13,8 @@ from powerinfer_tools.engine.drafting import Drafter, Proposer
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.layers import LayerStack, Watch
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.engine.report import EngineReport, Memory
+from powerinfer_tools.engine.report import DraftReport, EngineReport, Memory, costs_of
+from powerinfer_tools.engine.session import Session
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.engine.weights import Weights
 from powerinfer_tools.model.loading import Model
@@ -40,10 +41,16 @@ class WeightsOptions(TypedDict, total=False):
 
 class Engine:
     """Runs one model for one session: :class:`Weights` made with ``options``, and the session of their
-    longest context. Given ``weights``, it shares them, and leaves them open."""
+    longest context. Given ``weights``, it shares them, and leaves them open; ``session`` is then one of
+    theirs (None: a new one)."""
 
     def __init__(
-        self, model: Model, *, weights: Weights | None = None, **options: Unpack[WeightsOptions]
+        self,
+        model: Model,
+        *,
+        weights: Weights | None = None,
+        session: Session | None = None,
+        **options: Unpack[WeightsOptions],
     ) -> None:
         self._owns = weights is None
         #: What verifies drafts, where that was asked for.
@@ -51,7 +58,7 @@ class Engine:
         self.weights = Weights(model, **options) if weights is None else weights
         self._model = model
         try:
-            self.session = self.weights.session()
+            self.session = self.weights.session() if session is None else session
         except BaseException:
             if self._owns:
                 self.weights.close()
@@ -134,6 +141,20 @@ class Engine:
         """:meth:`Session.decode`."""
         return (self.drafter or self.session).decode(token)
 
+    def logits(self, tokens: Sequence[int]) -> Iterator[Floats]:
+        """Process ``tokens`` after what is held; logits (k, vocabulary) after each of them, some at a time,
+        each array valid until the next is asked for. Raises as :meth:`prefill` does."""
+        if self.drafter is not None:
+            return self.drafter.logits(tokens)
+        return self.session.logits_from(tokens, 0)
+
+    def fork(self) -> "Engine":
+        """Another engine on these weights whose session holds the same tokens; it makes no drafts. Raises
+        ModelError where memory does not suffice."""
+        if self.drafter is not None:
+            self.drafter.settle()
+        return Engine(self._model, weights=self.weights, session=self.session.fork())
+
     def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[Floats]:
         """Logits (k, vocabulary) of successive positions from ``first`` on, for a fresh window of ``tokens``.
 
@@ -172,7 +193,10 @@ class Engine:
         passes = counters.decode_passes / decoded if decoded else 1.0
         timings = stack.seconds() | ({"head": head.seconds} if head else {})
         routing = self.model.hyper.routing
+        prediction_cost, threshold_cost = costs_of(self.model, stack.modes)
         return EngineReport(
+            model=self.model.name,
+            path=str(self.model.path),
             mode=stack.mode,
             device=stack.device,
             threads=self.threads,
@@ -185,6 +209,11 @@ class Engine:
             density=stack.density(),
             experts=(routing.used, routing.experts) if routing else None,
             recall=stack.recall(),
+            recall_by_layer=stack.recall_by_layer(),
+            predicted_density=stack.predicted_density(),
+            prediction_cost=prediction_cost,
+            threshold_cost=threshold_cost,
+            drafts=DraftReport.of(self.drafter) if self.drafter is not None else None,
             timings=timings,
             kv_type=self.session.kv_type,
             load_seconds=self.weights.load_seconds,

@@ -1,7 +1,11 @@
 """What an engine tells about its own work."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+from powerinfer_tools.engine.drafting import Drafter
+from powerinfer_tools.model.loading import Model
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,46 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class DraftReport:
+    """What drafts did: how many tokens were guessed, and how many of them ``accepted``; ``passes`` over the
+    layers and the tokens of a pass; ``speed_up`` against token by token. None: nothing was decoded so."""
+
+    drafted: int
+    accepted: int
+    accepted_share: float | None
+    passes: int
+    tokens_per_pass: float | None
+    speed_up: float | None
+
+    @classmethod
+    def of(cls, drafter: Drafter) -> Self:
+        """The counters of ``drafter``."""
+        counters = drafter.counters
+        return cls(
+            drafted=counters.drafted,
+            accepted=counters.accepted,
+            accepted_share=counters.accepted / counters.drafted if counters.drafted else None,
+            passes=counters.passes,
+            tokens_per_pass=counters.tokens / counters.passes if counters.passes else None,
+            speed_up=drafter.speed_up,
+        )
+
+
+@dataclass(frozen=True)
 class EngineReport:
-    """Counters of an engine since it was made.
+    """The counters of one session, and of the weights that it uses, since they were made.
 
     ``bytes_per_token`` is the mean number of bytes of weights and KV cache that one decoded token had to
     touch; ``density`` the mean share of FFN neurons computed, or of routed experts that a token takes;
     ``experts`` how many those are, and of how many, None without experts; ``recall`` the share of active
-    neurons that predictors found, None where it was not checked; ``timings`` seconds by part ("attention",
+    neurons that predictors found, by naming ``predicted_density`` of all, None where it was not checked;
+    ``prediction_cost`` and ``threshold_cost`` what leaving neurons out costs in quality, as measured when the
+    file was made, None for exact modes; ``timings`` seconds by part ("attention",
     "ffn", …); ``load_seconds`` the time to lay the weights out for the kernels and allocate.
     """
 
+    model: str
+    path: str
     mode: str
     device: str
     threads: int
@@ -44,6 +78,11 @@ class EngineReport:
     density: float
     experts: tuple[int, int] | None
     recall: float | None
+    recall_by_layer: list[float | None] | None
+    predicted_density: float | None
+    prediction_cost: dict[str, float] | None
+    threshold_cost: dict[str, float] | None
+    drafts: DraftReport | None
     timings: dict[str, float]
     memory: Memory
     kv_type: str
@@ -73,6 +112,8 @@ class EngineReport:
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return {
+            "model": self.model,
+            "path": self.path,
             "mode": self.mode,
             "device": self.device,
             "threads": self.threads,
@@ -85,9 +126,30 @@ class EngineReport:
             "density": self.density,
             "experts": dict(zip(("used", "count"), self.experts, strict=True)) if self.experts else None,
             "recall": self.recall,
+            "recall_by_layer": self.recall_by_layer,
+            "predicted_density": self.predicted_density,
+            "prediction_cost": self.prediction_cost,
+            "threshold_cost": self.threshold_cost,
+            "drafts": vars(self.drafts) if self.drafts is not None else None,
             "kv_type": self.kv_type,
             "load_seconds": self.load_seconds,
             "timings": self.timings,
             "overlap": self.overlap,
             "memory": vars(self.memory) | {"total": self.memory.total},
         }
+
+
+def costs_of(model: Model, modes: Collection[str]) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """What predicting and thresholds cost in quality, as measured when they were made; None for each that
+    ``modes`` do not use or that was not measured."""
+    header = model.split.header if model.split is not None else None
+    predicted = thresholded = None
+    if header is not None and header.prediction is not None and "predicted" in modes:
+        names = ("perplexity", "predicted_perplexity", "divergence", "max_increase")
+        cost = header.prediction.cost
+        predicted = None if cost is None else dict(zip(names, cost, strict=True))
+    if header is not None and header.thresholding is not None and "thresholded" in modes:
+        _, _, error, kl, allowed = header.thresholding.cost
+        increase = header.thresholding.increase
+        thresholded = {"perplexity_increase": increase, "error": error, "kl": kl, "allowed": allowed}
+    return predicted, thresholded

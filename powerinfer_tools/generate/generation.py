@@ -3,24 +3,19 @@
 Works with anything that has the engine's few methods, and knows nothing of models or kernels.
 """
 
-import json
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import takewhile
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.atomic import write_atomic
-from powerinfer_tools.errors import ContextFull, PowerInferError
+from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.generate.sampling import Sampler, SamplingOptions
 from powerinfer_tools.progress import Progress
-from powerinfer_tools.text.chat import Message, Template
 from powerinfer_tools.text.stop_strings import StopStrings
 from powerinfer_tools.text.tokenizer import Tokenizer
 
@@ -274,115 +269,3 @@ def generate(
     A context that fills up while generating is an outcome, not an error.
     """
     return Generation(engine, tokenizer, prompt_ids, options or GenerationOptions(), progress=progress)
-
-
-class Chat:
-    """A conversation with one model: history, system prompt, and reuse of the KV cache between turns.
-
-    An exchange enters the history when its answer has ended, also when it was stopped half-way; an answer
-    without any text leaves no trace. Only the ids that differ from what the cache holds are processed again.
-    """
-
-    def __init__(
-        self,
-        engine: TokenEngine,
-        tokenizer: Tokenizer,
-        template: Template,
-        *,
-        system: str | None = None,
-        options: GenerationOptions | None = None,
-    ) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._template = template
-        self._system = system
-        self._exchanges: list[tuple[Message, Message]] = []
-        self._cached: list[int] = []  # what the engine's cache holds, as far as is certain
-        self.set_options(options or GenerationOptions())
-
-    def set_options(self, options: GenerationOptions) -> None:
-        """Generate by these from now on; draws begin anew from their seed."""
-        self._options = replace(options, stop=options.stop + self._template.stops)
-        self._sampler = new_sampler(self._tokenizer, self._options)
-
-    @property
-    def system(self) -> str | None:
-        """The system prompt; None leaves it to the template."""
-        return self._system
-
-    @property
-    def messages(self) -> list[Message]:
-        """System prompt and all exchanges so far."""
-        first = [Message("system", self._system)] if self._system is not None else []
-        return first + [message for exchange in self._exchanges for message in exchange]
-
-    @property
-    def context_used(self) -> int:
-        """Tokens of the conversation that are in the engine's cache."""
-        return len(self._cached)
-
-    def ask(self, text: str, *, progress: Progress | None = None) -> Generation:
-        """The answer to `text`, to be iterated. Raises ChatTemplateError, or ContextFull with nothing
-        changed."""
-        question = Message("user", text)
-        ids = self._template.ids([*self.messages, question])
-        if len(ids) >= self._engine.context:
-            raise ContextFull(
-                f"the conversation has {len(ids)} tokens and the context {self._engine.context}: "
-                "undo the last exchange, start anew, or ask for a larger context (-c)"
-            )
-        self._rewind_to_common_start(ids)
-        return Generation(
-            self._engine,
-            self._tokenizer,
-            ids[len(self._cached) :],
-            self._options,
-            sampler=self._sampler,
-            progress=progress,
-            on_end=lambda generation: self._ended(question, generation),
-        )
-
-    def undo(self) -> str | None:
-        """Take back the last exchange; its question, or None where there is none."""
-        return self._exchanges.pop()[0].content if self._exchanges else None
-
-    def regenerate(self, *, progress: Progress | None = None) -> Generation | None:
-        """Another answer to the last question in place of the first, or None where there is none."""
-        if not self._exchanges:
-            return None
-        last = self._exchanges.pop()
-        try:
-            return self.ask(last[0].content, progress=progress)
-        except PowerInferError:
-            self._exchanges.append(last)
-            raise
-
-    def reset(self) -> None:
-        """Forget all exchanges; the system prompt stays."""
-        self._exchanges.clear()
-
-    def set_system(self, text: str | None) -> None:
-        """Use another system prompt from now on, for what has been said too."""
-        self._system = text
-
-    def save_transcript(self, path: str | Path) -> None:
-        """Write the conversation to `path`: as JSON (a list of role and content) where it ends so, else as
-        text."""
-        if Path(path).suffix == ".json":
-            turns = [{"role": message.role, "content": message.content} for message in self.messages]
-            content = json.dumps(turns, ensure_ascii=False, indent=2) + "\n"
-        else:
-            content = "\n".join(f"{message.role}:\n{message.content}\n" for message in self.messages)
-        with write_atomic(path) as stream:
-            stream.write(content.encode())
-
-    def _rewind_to_common_start(self, ids: Sequence[int]) -> None:
-        pairs = zip(self._cached, ids[:-1], strict=False)  # the last token is needed anew for its logits
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        common = min(common, self._engine.position)
-        self._cached = self._cached[: self._engine.rewind(common)]
-
-    def _ended(self, question: Message, generation: Generation) -> None:
-        self._cached += generation.fed
-        if generation.text or generation.outcome is Outcome.END:
-            self._exchanges.append((question, Message("assistant", generation.text)))

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from powerinfer import Session
 from powerinfer_cli.chat import Loop
-from powerinfer_tools.generate.generation import Chat, GenerationOptions
-from powerinfer_tools.generate.sampling import SamplingOptions
+from powerinfer_tools.engine import Engine
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text.chat import PlainTemplate
 from scripted_engine import ScriptedEngine
@@ -25,8 +26,8 @@ class Conversation:
         self.answers = [[*TOKENIZER.encode(answer, add_bos=False), END] for answer in answers]
         self.pending: list[int] = []
         self.engine = ScriptedEngine(self.next_token, TOKENIZER.vocabulary, context)
-        options = GenerationOptions(SamplingOptions(temperature=0))
-        self.chat = Chat(self.engine, TOKENIZER, PlainTemplate(TOKENIZER), system=system, options=options)
+        session = Session(cast(Engine, self.engine), TOKENIZER, PlainTemplate(TOKENIZER))
+        self.chat = session.conversation(system, temperature=0)
 
     def next_token(self, _: list[int]) -> int:
         if not self.pending:
@@ -35,7 +36,7 @@ class Conversation:
 
     @property
     def said(self) -> list[tuple[str, str]]:
-        return [(message.role, message.content) for message in self.chat.messages]
+        return [(message["role"], message["content"]) for message in self.chat.messages]
 
 
 def typed(lines: Iterable[str]) -> Callable[[str], str]:

@@ -2,15 +2,15 @@
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from powerinfer import Conversation, GenerateOptions, Session, TextStream
 from powerinfer_formats.gguf_reader import GGUFFile
+from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ChatTemplateError, ContextFull
-from powerinfer_tools.generate.generation import Chat, Generation, GenerationOptions, Outcome
-from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text import chat as chat_module
 from powerinfer_tools.text.chat import (
@@ -18,6 +18,7 @@ from powerinfer_tools.text.chat import (
     ChatTemplate,
     Message,
     PlainTemplate,
+    Template,
     chat_template,
 )
 from powerinfer_tools.text.template_worker import TemplateWorker
@@ -162,7 +163,7 @@ def test_a_renderer_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -
 # ---------------------------------------------------------------------------------------------
 
 END = BPE.tokens.ids["<|im_end|>"]
-OPTIONS = GenerationOptions(SamplingOptions(temperature=0))
+GREEDY: GenerateOptions = {"temperature": 0}
 
 
 def answering(cache: list[int]) -> int:
@@ -170,112 +171,118 @@ def answering(cache: list[int]) -> int:
     return BPE.tokens.ids["he"] if cache[-2:] != [BPE.tokens.ids["he"]] * 2 else END
 
 
-def conversation(context: int = 500, **options: object) -> tuple[Chat, ScriptedEngine]:
+def conversation(context: int = 500) -> tuple[Conversation, ScriptedEngine]:
     engine = ScriptedEngine(answering, BPE.vocabulary, context)
-    return Chat(engine, BPE, ChatTemplate(SIMPLE, BPE), options=replace(OPTIONS, **options)), engine  # type: ignore[arg-type]
+    return session(engine, BPE, ChatTemplate(SIMPLE, BPE)).conversation(**GREEDY), engine
 
 
-def read(generation: Generation | None) -> str:
-    assert generation is not None
-    return "".join(piece.text for piece in generation)
+def session(engine: ScriptedEngine, tokenizer: Tokenizer, template: Template) -> Session:
+    return Session(cast(Engine, engine), tokenizer, template)
+
+
+def read(stream: TextStream | None) -> str:
+    assert stream is not None
+    return "".join(stream)
 
 
 def test_history_grows_and_the_cache_is_reused() -> None:
     chat, engine = conversation()
-    assert read(chat.ask("hello")) == "hehe"
-    assert [message.content for message in chat.messages] == ["hello", "hehe"]
+    assert read(chat.stream("hello")) == "hehe"
+    assert [message["content"] for message in chat.messages] == ["hello", "hehe"]
     first = list(engine.cache)
-    assert read(chat.ask("12")) == "hehe"
+    assert read(chat.stream("12")) == "hehe"
     # Only what came after the cached start was processed: the end token, the question, the answer's
     # beginning.
     assert engine.prefilled[1] == BPE.encode(
         "<|im_end|><|im_start|>12<|im_end|><|im_start|>", parse_special=True
     )
     assert engine.cache[: len(first)] == first
-    assert chat.context_used == len(engine.cache)
 
 
 def test_the_same_as_without_reuse() -> None:
     chat, engine = conversation()
     for question in ("hello", "12", "he he"):
-        read(chat.ask(question))
+        read(chat.stream(question))
     fresh = ChatTemplate(SIMPLE, BPE).ids(chat.messages[:-1])
     assert engine.cache[: len(fresh)] == fresh
 
 
 def test_undo_reset_and_system() -> None:
     chat, engine = conversation()
-    read(chat.ask("hello"))
-    read(chat.ask("12"))
+    read(chat.stream("hello"))
+    read(chat.stream("12"))
     assert chat.undo() == "12"
-    assert [message.content for message in chat.messages] == ["hello", "hehe"]
-    chat.set_system("be kind")
+    assert [message["content"] for message in chat.messages] == ["hello", "hehe"]
+    chat.system = "be kind"
     assert chat.system == "be kind"
-    assert chat.messages[0] == Message("system", "be kind")
+    assert chat.messages[0] == {"role": "system", "content": "be kind"}
     chat.reset()
-    assert chat.messages == [Message("system", "be kind")]
+    assert chat.messages == [{"role": "system", "content": "be kind"}]
     assert chat.undo() is None
     assert chat.regenerate() is None
-    chat.set_system(None)
-    read(chat.ask("hello"))
+    chat.system = None
+    read(chat.stream("hello"))
     assert engine.cache[: engine.position - 2] == ChatTemplate(SIMPLE, BPE).ids(HELLO)
 
 
 def test_regenerate_draws_anew() -> None:
     engine = ScriptedEngine(lambda cache: 5, BPE.vocabulary)
-    sampling = SamplingOptions(temperature=100, top_k=0, top_p=1, min_p=0, seed=1)
-    chat = Chat(
-        engine,
-        BPE,
-        ChatTemplate(SIMPLE, BPE),
-        options=GenerationOptions(sampling, max_tokens=12, ignore_eos=True),
-    )
-    first = read(chat.ask("hello"))
+    options: GenerateOptions = {
+        "temperature": 100,
+        "top_k": 0,
+        "top_p": 1,
+        "min_p": 0,
+        "seed": 1,
+        "max_tokens": 12,
+        "ignore_eos": True,
+    }
+    chat = session(engine, BPE, ChatTemplate(SIMPLE, BPE)).conversation(**options)
+    first = read(chat.stream("hello"))
     second = read(chat.regenerate())
     assert len(chat.messages) == 2
     assert first != second
     chat.reset()
-    chat.set_options(GenerationOptions(sampling, max_tokens=12, ignore_eos=True))
-    assert read(chat.ask("hello")) == first
+    chat.set_options(**options)
+    assert read(chat.stream("hello")) == first
 
 
 def test_a_stopped_answer_stays_as_far_as_it_came() -> None:
     chat, engine = conversation()
-    answer = chat.ask("hello")
+    answer = chat.stream("hello")
     next(answer)
     answer.close()
-    assert answer.outcome is Outcome.INTERRUPTED
-    assert [message.content for message in chat.messages] == ["hello", "he"]
-    assert read(chat.ask("12")) == "hehe"
+    assert answer.result.ended == "interrupted"
+    assert [message["content"] for message in chat.messages] == ["hello", "he"]
+    assert read(chat.stream("12")) == "hehe"
     assert engine.cache[-2:] == [BPE.tokens.ids["he"]] * 2
 
 
 def test_an_answer_that_never_began_leaves_no_trace() -> None:
     chat, _ = conversation()
-    chat.ask("hello").close()
+    chat.stream("hello").close()
     assert chat.messages == []
-    assert read(chat.ask("hello")) == "hehe"
+    assert read(chat.stream("hello")) == "hehe"
 
 
 def test_an_interrupt_inside_the_engine_does_not_spoil_the_cache() -> None:
     chat, engine = conversation()
     engine.interrupt_at = len(ChatTemplate(SIMPLE, BPE).ids(HELLO)) + 1
     with pytest.raises(KeyboardInterrupt):
-        read(chat.ask("hello"))
+        read(chat.stream("hello"))
     engine.interrupt_at = None
-    read(chat.ask("12"))
+    read(chat.stream("12"))
     expected = ChatTemplate(SIMPLE, BPE).ids(chat.messages[:-1])
     assert engine.cache[: len(expected)] == expected
 
 
 def test_a_full_context_is_told_and_changes_nothing() -> None:
     chat, engine = conversation(context=14)
-    read(chat.ask("hello"))
+    read(chat.stream("hello"))
     before, cache = chat.messages, list(engine.cache)
     with pytest.raises(ContextFull, match=r"context 14.*undo.*start anew.*-c"):
-        chat.ask("1234567890")
+        chat.stream("1234567890")
     assert (chat.messages, engine.cache) == (before, cache)
-    chat.set_system("1234567890")
+    chat.system = "1234567890"
     with pytest.raises(ContextFull):
         chat.regenerate()
     assert chat.messages[1:] == before
@@ -283,12 +290,12 @@ def test_a_full_context_is_told_and_changes_nothing() -> None:
 
 def test_transcripts(tmp_path: Path) -> None:
     chat, _ = conversation()
-    chat.set_system("be kind")
-    read(chat.ask("héllo"))
-    chat.save_transcript(tmp_path / "talk.json")
+    chat.system = "be kind"
+    read(chat.stream("héllo"))
+    chat.save(tmp_path / "talk.json")
     turns = json.loads((tmp_path / "talk.json").read_text())
     assert turns[1] == {"role": "user", "content": "héllo"}
-    chat.save_transcript(tmp_path / "talk.txt")
+    chat.save(tmp_path / "talk.txt")
     assert (tmp_path / "talk.txt").read_text() == "system:\nbe kind\n\nuser:\nhéllo\n\nassistant:\nhehe\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.json", "talk.txt"]
 
@@ -303,6 +310,6 @@ def test_the_plain_template_stops_before_the_model_plays_the_user() -> None:
         return script[min(len(cache) - start[0], len(script) - 1)]
 
     engine = ScriptedEngine(follow, tokenizer.vocabulary)
-    chat = Chat(engine, tokenizer, PlainTemplate(tokenizer), options=OPTIONS)
-    assert read(chat.ask("he")) == " hello"
-    assert chat.messages[-1].content == " hello"
+    chat = session(engine, tokenizer, PlainTemplate(tokenizer)).conversation(**GREEDY)
+    assert read(chat.stream("he")) == " hello"
+    assert chat.messages[-1]["content"] == " hello"

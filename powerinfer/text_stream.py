@@ -1,7 +1,7 @@
 """Text as it comes, and what came in the end."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal, Self
 
@@ -29,7 +29,7 @@ class Generated:
     seed: int
     logits_hash: str | None
     explanation: str
-    statistics: Statistics
+    statistics: Statistics = field(compare=False)  # time is not part of what was generated
 
 
 class TextStream(Iterator[str]):

@@ -133,3 +133,40 @@ def test_a_file_that_cannot_be_run_is_closed(tiny: TinyModel, monkeypatch: pytes
     with pytest.raises(powerinfer.ModelError, match="broken"):
         powerinfer.load(tiny.path)
     assert len(closed) == 1
+
+
+def test_drafts_change_no_bit_and_are_reported(tiny: TinyModel, tmp_path: Path) -> None:
+    options: powerinfer.GenerateOptions = {"max_tokens": 40, "temperature": 0, "seed": 1, "ignore_eos": True}
+    with powerinfer.load(tiny.path, threads=1) as model:
+        plain = model.generate("the cat the cat the", **options)
+    drafts: list[dict[str, object]] = [{"draft": "ngram"}, {"draft_model": tiny.path}]
+    for given in drafts:
+        with (
+            powerinfer.load(tiny.path, threads=1, **given) as model,  # type: ignore[arg-type]
+            model.session() as session,
+        ):
+            assert session.generate("the cat the cat the", **options) == plain
+            report = session.report().drafts
+            assert report is not None
+            assert report.passes <= 39
+            other = session.fork()
+            expected = session.decode(plain.tokens[-1])
+            assert (other.decode(plain.tokens[-1]) == expected).all()
+            rows = session.logits([1, 2, 3])
+            session.rewind(len(session.tokens) - 3)
+            assert (session.logits([1, 2, 3]) == rows).all()
+    with pytest.raises(ValueError, match="not from both"):
+        powerinfer.load(tiny.path, draft="ngram", draft_model=tiny.path)
+
+
+def test_a_schema_and_a_grammar_are_kept_to(tiny: TinyModel) -> None:
+    pytest.importorskip("llguidance")
+    with powerinfer.load(tiny.path, threads=1) as model:
+        text = model.generate("a", grammar='root ::= "cat"', temperature=0, max_tokens=20).text
+        assert text == "cat"
+        with pytest.raises(powerinfer.SamplingError, match="not to both"):
+            model.generate("a", grammar='root ::= "cat"', json_schema={})
+        with pytest.raises(powerinfer.SamplingError, match="leave out ignore_eos"):
+            model.generate("a", json_schema={}, ignore_eos=True)
+        with pytest.raises(powerinfer.SamplingError, match="not valid"):
+            model.generate("a", json_schema="{")

@@ -1,5 +1,5 @@
 /* The extension module: types, and the functions that need no program. Arguments come checked from the Python face. */
-#include "module.h"
+#include "boundary.h"
 
 #include "bandwidth.h"
 #include "transcode.h"
@@ -18,6 +18,16 @@ static PyObject *available_isas(PyObject *module, PyObject *unused) {
     PyObject *result = names ? PyList_AsTuple(names) : NULL;
     Py_XDECREF(names);
     return result;
+}
+
+static PyObject *operations(PyObject *module, PyObject *unused) {
+    PyObject *names = PyTuple_New(PI_OP_KINDS);
+    (void)module, (void)unused;
+    for (int kind = 0; names && kind < PI_OP_KINDS; kind++) {
+        PyObject *name = PyUnicode_FromString(pi_op_shapes[kind].name);
+        if (!name || PyTuple_SetItem(names, kind, name) < 0) Py_CLEAR(names);
+    }
+    return names;
 }
 
 static PyObject *row_bytes(PyObject *module, PyObject *args) {
@@ -136,6 +146,7 @@ static PyObject *read_bandwidth(PyObject *module, PyObject *args) {
 
 static PyMethodDef functions[] = {
     {"available_isas", available_isas, METH_NOARGS, PyDoc_STR("Names of the instruction sets, best first.")},
+    {"operations", operations, METH_NOARGS, PyDoc_STR("Names of the operations of programs, by number.")},
     {"row_bytes", row_bytes, METH_VARARGS, PyDoc_STR("row_bytes(row_type, columns): 0 when there is no such row")},
     {"packed_row_bytes", packed_row_bytes, METH_VARARGS, PyDoc_STR("packed_row_bytes(row_type, columns): in its form")},
     {"repack", repack, METH_VARARGS, PyDoc_STR("repack(source, out, row_type)")},

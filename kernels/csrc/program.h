@@ -4,44 +4,11 @@
 #define PI_PROGRAM_H
 
 #include "kernels.h"
+#include "operations.h"
 #include "pool.h"
 
-typedef enum {
-    PI_OP_EMBED,
-    PI_OP_RMS_NORM,
-    PI_OP_LAYER_NORM,
-    PI_OP_QUANTIZE,
-    PI_OP_MATMUL,
-    PI_OP_ROPE,
-    PI_OP_STORE_KV,
-    PI_OP_ATTENTION,
-    PI_OP_ACTIVATE,
-    PI_OP_ADD,
-    PI_OP_SUM_ROWS,
-    PI_OP_SPARSE_FFN,
-    PI_OP_OBSERVE,
-    PI_OP_KEEP_LARGE,
-    PI_OP_SIGN_CODE,
-    PI_OP_SIGN_SCORES,
-    PI_OP_MULTIPLY,
-    PI_OP_MAP,
-    PI_OP_L2_NORM,
-    PI_OP_KEEP_TOP,
-    PI_OP_COPY,
-    PI_OP_SCALE_BY_POSITION,
-    PI_OP_HEAD_MATMUL,
-    PI_OP_ROUTE,
-    PI_OP_EXPERT_GATHER,
-    PI_OP_EXPERT_MATMUL,
-    PI_OP_EXPERT_ACTIVATE,
-    PI_OP_EXPERT_SUM,
-    PI_OP_EXPERT_COUNT,
-    PI_OP_CONVOLVE,
-    PI_OP_SCAN_CHANNELS,
-    PI_OP_SCAN_HEADS,
-    PI_OP_DELTA_NET,
-    PI_OP_KINDS,
-} pi_op_kind;
+#define PI_OPERATION_NUMBER(NAME, objects, integers, floats, condition) PI_OP_##NAME,
+typedef enum { PI_OPERATIONS(PI_OPERATION_NUMBER) PI_OP_KINDS } pi_op_kind;
 
 /* Vectors are [max_tokens, width] with the named width; token t starts at t · width. */
 typedef struct {
@@ -120,6 +87,7 @@ typedef struct {
     int64_t slot, heads, kv_heads, head_dim, value_dim, capacity, window;
     int64_t chunk; /* of positions, whose queries see no keys of other chunks; 0: none */
     float scale, softcap;
+    int64_t q_values, out_values; /* of the buffers, judged when the slot is known */
 } pi_attention;
 
 typedef struct {

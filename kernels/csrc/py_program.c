@@ -1,12 +1,10 @@
-/* _kernels.Program(max_tokens, capacity): operations appended by the Python face, which has checked them. */
-#include "module.h"
+/* _kernels.Program(max_tokens, capacity): operations appended by the Python face, and judged by boundary.c. */
+#include "boundary.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 PyTypeObject *pi_program_type;
-
-enum { MAX_OBJECTS = 12, MAX_INTEGERS = 9, MAX_FLOATS = 4 };
 
 typedef struct {
     PyObject_HEAD pi_program program;
@@ -19,52 +17,6 @@ typedef struct {
     int64_t list_count, lists_capacity;
     int sealed, running;
 } program_object;
-
-/* What `append` takes for each kind; bit i of `written`: object i is written to. */
-static const struct {
-    int objects, integers, floats;
-    unsigned written;
-} shapes[PI_OP_KINDS] = {
-    [PI_OP_EMBED] = {3, 4, 1, 1u << 2},
-    [PI_OP_RMS_NORM] = {3, 3, 1, 1u << 2},
-    [PI_OP_LAYER_NORM] = {4, 3, 1, 1u << 3},
-    [PI_OP_QUANTIZE] = {4, 1, 0, 1u << 1 | 1u << 2 | 1u << 3},
-    [PI_OP_MATMUL] = {7, 2, 0, 1u << 6},
-    [PI_OP_ROPE] = {3, 5, 0, 1u << 0},
-    [PI_OP_STORE_KV] = {2, 3, 0, 0},
-    [PI_OP_ATTENTION] = {4, 4, 2, 1u << 1},
-    [PI_OP_ACTIVATE] = {3, 2, 1, 1u << 2},
-    [PI_OP_ADD] = {2, 2, 1, 1u << 1},
-    [PI_OP_SUM_ROWS] = {3, 1, 0, 1u << 2},
-    [PI_OP_KEEP_LARGE] = {3, 1, 0, 1u << 2},
-    [PI_OP_SPARSE_FFN] = {11, 3, 1, 1u << 7 | 1u << 8 | 1u << 9},
-    [PI_OP_OBSERVE] = {6, 2, 1, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
-    [PI_OP_SIGN_CODE] = {2, 1, 0, 1u << 1},
-    [PI_OP_SIGN_SCORES] = {3, 2, 0, 1u << 2},
-    [PI_OP_MULTIPLY] = {2, 3, 0, 1u << 1},
-    [PI_OP_MAP] = {1, 2, 4, 1u << 0},
-    [PI_OP_L2_NORM] = {2, 2, 1, 1u << 1},
-    [PI_OP_KEEP_TOP] = {2, 2, 1, 1u << 1},
-    [PI_OP_COPY] = {2, 8, 0, 1u << 1},
-    [PI_OP_SCALE_BY_POSITION] = {2, 1, 0, 1u << 0},
-    [PI_OP_HEAD_MATMUL] = {3, 8, 0, 1u << 2},
-    [PI_OP_ROUTE] = {6, 6, 1, 1u << 2 | 1u << 3 | 1u << 5},
-    [PI_OP_EXPERT_GATHER] = {11, 6, 0, 1u << 7 | 1u << 8 | 1u << 9 | 1u << 10},
-    [PI_OP_EXPERT_MATMUL] = {12, 5, 0, 1u << 11},
-    [PI_OP_EXPERT_ACTIVATE] = {8, 5, 1, 1u << 4 | 1u << 5 | 1u << 6 | 1u << 7},
-    [PI_OP_EXPERT_SUM] = {5, 6, 0, 1u << 4},
-    [PI_OP_EXPERT_COUNT] = {6, 3, 0, 1u << 2 | 1u << 3 | 1u << 4 | 1u << 5},
-    [PI_OP_CONVOLVE] = {4, 6, 0, 1u << 3},
-    [PI_OP_SCAN_CHANNELS] = {6, 9, 0, 1u << 5},
-    [PI_OP_SCAN_HEADS] = {6, 9, 0, 1u << 5},
-    [PI_OP_DELTA_NET] = {5, 8, 1, 1u << 4},
-};
-
-typedef struct {
-    void *p[MAX_OBJECTS];
-    int64_t i[MAX_INTEGERS];
-    float f[MAX_FLOATS];
-} arguments;
 
 static pi_rows rows_of(void *data, const int64_t *i) {
     return (pi_rows){.row_type = (int32_t)i[0], .rows = i[1], .columns = i[2], .stride = i[3], .data = data};
@@ -101,7 +53,7 @@ static pi_op expert_matmul_of(void *const *p, const int64_t *i) {
     return op;
 }
 
-static pi_op op_of(pi_op_kind kind, const arguments *a) {
+static pi_op op_of(pi_op_kind kind, const pi_given *a) {
     pi_op op = {.kind = kind};
     void *const *p = a->p;
     const int64_t *i = a->i;
@@ -129,6 +81,8 @@ static pi_op op_of(pi_op_kind kind, const arguments *a) {
     case PI_OP_ATTENTION:
         op.u.attention = (pi_attention){.q = p[0],
                                         .out = p[1],
+                                        .q_values = a->values[0],
+                                        .out_values = a->values[1],
                                         .sinks = p[2],
                                         .slopes = p[3],
                                         .slot = i[0],
@@ -237,61 +191,68 @@ static int take_matrices(program_object *self, PyObject *tuple, void **pointer) 
     for (Py_ssize_t k = 0; k < count; k++) {
         PyObject *item = PyTuple_GetItem(tuple, k);
         if (item == Py_None) continue;
-        if (!PyObject_TypeCheck(item, pi_matrix_type)) {
-            PyErr_SetString(pi_kernel_error, "a list of matrices has an object that is none");
-            return -1;
-        }
         list[k] = &((matrix_object *)item)->matrix;
         if (PyList_Append(self->weights, item) < 0) return -1;
     }
     return 0;
 }
 
-static int take_object(program_object *self, PyObject *object, int written, void **pointer) {
-    *pointer = NULL;
-    if (object == Py_None) return 0;
-    if (PyObject_TypeCheck(object, pi_matrix_type)) {
-        *pointer = &((matrix_object *)object)->matrix;
-        return PyList_Append(self->weights, object);
-    }
-    if (PyObject_TypeCheck(object, pi_bundle_type)) {
-        *pointer = &((bundle_object *)object)->bundle;
-        return PyList_Append(self->weights, object);
-    }
-    if (PyTuple_Check(object)) return take_matrices(self, object, pointer);
+/* Keeps object k, which `pi_judge_object` has allowed, and points to it. */
+static int take_object(program_object *self, const pi_op_shape *shape, int k, PyObject *object, pi_given *m) {
     if (grow((void **)&self->views, &self->views_capacity, self->view_count, 1, sizeof(Py_buffer)) < 0) return -1;
     Py_buffer *view = &self->views[self->view_count];
-    if (PyObject_GetBuffer(object, view, written ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) return -1;
-    self->view_count++;
-    *pointer = view->buf;
+    int buffer = pi_judge_object(m, shape, k, object, view);
+    if (buffer < 0 || object == Py_None) return buffer;
+    if (buffer) {
+        self->view_count++;
+        m->p[k] = view->buf;
+        return 0;
+    }
+    if (PyTuple_Check(object)) return take_matrices(self, object, &m->p[k]);
+    if (PyObject_TypeCheck(object, pi_matrix_type))
+        m->p[k] = &((matrix_object *)object)->matrix;
+    else
+        m->p[k] = &((bundle_object *)object)->bundle;
+    return PyList_Append(self->weights, object);
+}
+
+static int take_numbers(const pi_op_shape *shape, PyObject *integers, PyObject *floats, pi_given *m) {
+    for (int k = 0; k < shape->integers; k++) {
+        m->i[k] = PyLong_AsLongLong(PyTuple_GetItem(integers, k));
+        if (m->i[k] == -1 && PyErr_Occurred()) return -1;
+        if (m->i[k] > -PI_LARGEST && m->i[k] < PI_LARGEST) continue;
+        PyErr_Format(pi_kernel_error, "%s: integer %d is too large", shape->name, k);
+        return -1;
+    }
+    for (int k = 0; k < shape->floats; k++) {
+        double value = PyFloat_AsDouble(PyTuple_GetItem(floats, k));
+        if (value == -1.0 && PyErr_Occurred()) return -1;
+        m->f[k] = (float)value;
+    }
     return 0;
 }
 
 static int take_arguments(program_object *self, int kind, PyObject *objects, PyObject *integers, PyObject *floats,
-                          arguments *a) {
-    if (PyTuple_Size(objects) != shapes[kind].objects || PyTuple_Size(integers) != shapes[kind].integers ||
-        PyTuple_Size(floats) != shapes[kind].floats) {
-        PyErr_Format(pi_kernel_error, "operation %d has the wrong number of arguments", kind);
+                          pi_given *m) {
+    const pi_op_shape *shape = &pi_op_shapes[kind];
+    int count = pi_object_count(shape);
+    if (PyTuple_Size(objects) != count || PyTuple_Size(integers) != shape->integers ||
+        PyTuple_Size(floats) != shape->floats) {
+        PyErr_Format(pi_kernel_error, "%s has the wrong number of arguments", shape->name);
         return -1;
     }
-    for (int k = 0; k < shapes[kind].integers; k++) {
-        a->i[k] = PyLong_AsLongLong(PyTuple_GetItem(integers, k));
-        if (a->i[k] == -1 && PyErr_Occurred()) return -1;
-    }
-    for (int k = 0; k < shapes[kind].floats; k++) {
-        double value = PyFloat_AsDouble(PyTuple_GetItem(floats, k));
-        if (value == -1.0 && PyErr_Occurred()) return -1;
-        a->f[k] = (float)value;
-    }
-    for (int k = 0; k < shapes[kind].objects; k++)
-        if (take_object(self, PyTuple_GetItem(objects, k), shapes[kind].written >> k & 1, &a->p[k]) < 0) return -1;
-    return 0;
+    if (take_numbers(shape, integers, floats, m) < 0) return -1;
+    for (int k = 0; k < count; k++)
+        if (pi_note_weights(m, PyTuple_GetItem(objects, k)) < 0) return -1;
+    for (int k = 0; k < count; k++)
+        if (take_object(self, shape, k, PyTuple_GetItem(objects, k), m) < 0) return -1;
+    return pi_judge_condition(m, (pi_op_kind)kind);
 }
 
 static PyObject *program_append(PyObject *object, PyObject *args) {
     program_object *self = (program_object *)object;
     PyObject *objects, *integers, *floats;
-    arguments a = {0};
+    pi_given a = {.tokens = self->program.max_tokens, .capacity = self->capacity};
     int kind;
     if (!PyArg_ParseTuple(args, "iO!O!O!", &kind, &PyTuple_Type, &objects, &PyTuple_Type, &integers, &PyTuple_Type,
                           &floats))
@@ -350,7 +311,10 @@ static int join_slots(pi_program *program) {
             op->u.attention.head_dim = spec->head_dim;
             op->u.attention.value_dim = spec->value_dim;
             op->u.attention.capacity = spec->capacity;
-            fits = op->u.attention.heads % spec->kv_heads == 0;
+            const pi_attention *at = &op->u.attention;
+            fits = at->heads > 0 && at->heads % spec->kv_heads == 0 &&
+                   at->q_values == program->max_tokens * at->heads * spec->head_dim &&
+                   at->out_values == program->max_tokens * at->heads * spec->value_dim;
         }
         if (fits) continue;
         PyErr_Format(pi_kernel_error, "operation %lld has no slot %lld of its kind", (long long)i, (long long)slot);

@@ -1,0 +1,253 @@
+"""The C boundary judges what it gets: every object of every operation, handed over wrong, is an error."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from powerinfer_kernels import (
+    Activations,
+    Bundle,
+    KernelError,
+    Matrix,
+    Pool,
+    ProgramBuilder,
+    RowType,
+    _kernels,
+    aligned,
+    pack_signs,
+    sign_code_words,
+)
+from powerinfer_kernels.experts_builder import Choice, ExpertBuffers, ExpertWeights
+from powerinfer_kernels.program import Op
+from random_rows import random_rows
+
+TOKENS, WIDTH, NEURONS, CAPACITY = 3, 64, 96, 8
+Step = tuple[Op, tuple[Any, ...], tuple[int, ...], tuple[float, ...]]
+
+
+def floats(*shape: int) -> Any:
+    return aligned(shape, np.float32)
+
+
+def rows(row_type: RowType, count: int, columns: int) -> Any:
+    return random_rows(np.random.default_rng(1), row_type, count, columns)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool(1) as opened:
+        yield opened
+
+
+def vectors(b: ProgramBuilder) -> None:
+    x, y = floats(TOKENS, WIDTH), floats(TOKENS, WIDTH)
+    b.embed(np.zeros(TOKENS, np.int32), rows(RowType.Q8_0, 10, WIDTH), RowType.Q8_0, 10, WIDTH, x)
+    b.rms_norm(x, floats(WIDTH), y, 1e-5)
+    b.layer_norm(x, floats(WIDTH), floats(WIDTH), y, 1e-5)
+    b.l2_norm(x, y, 1e-5, groups=2)
+    b.keep_top(x, y, 1.0)
+    b.add(x, y)
+    b.multiply(floats(TOKENS, WIDTH // 2), y, repeat=2)
+    b.scale(x, 2.0)
+    b.scale_by_position(x, floats(CAPACITY))
+    b.copy(x, y, 8, src_first=8, out_first=16, heads=2, src_step=8, out_step=8)
+    b.activate(x, y, y, "silu")
+    b.keep_large(x, floats(WIDTH), y)
+    squares = aligned((WIDTH,), np.float64), aligned((WIDTH,), np.float64)
+    b.observe(x, y, "relu", aligned((WIDTH,), np.uint64), aligned((WIDTH, 128), np.uint32), *squares)
+    code = aligned((TOKENS, sign_code_words(WIDTH)), np.uint32)
+    b.sign_code(x, code)
+    signs = pack_signs(np.random.default_rng(2).standard_normal((NEURONS, WIDTH)).astype(np.float32))
+    b.sign_scores(signs, code, floats(TOKENS, NEURONS))
+
+
+def attention(b: ProgramBuilder) -> None:
+    q, k = floats(TOKENS, 64), floats(TOKENS, 32)
+    slot = b.kv_slot(CAPACITY, 2, 16)
+    b.rope(q, floats(CAPACITY, 8), floats(CAPACITY, 8), 4, 16, "neox")
+    b.store_kv(k, floats(TOKENS, 32), slot)
+    b.attention(q, slot, floats(TOKENS, 64), 4, 0.25, sinks=floats(4), slopes=floats(4))
+
+
+def matrices(b: ProgramBuilder, pool: Pool) -> None:
+    x, acts, out = floats(TOKENS, WIDTH), Activations(TOKENS, WIDTH), floats(TOKENS, NEURONS)
+    up = rows(RowType.Q8_0, NEURONS, WIDTH)
+    b.quantize(x, acts)
+    b.matmul(Matrix.pack(pool, up, RowType.Q8_0, NEURONS, WIDTH), x, acts, out, bias=floats(NEURONS))
+    part = (up, RowType.Q8_0)
+    bundle = Bundle.pack(pool, NEURONS, WIDTH, gate=part, up=part, down=part)
+    select, threshold = floats(TOKENS, NEURONS), floats(NEURONS)
+    scratch = {"h": floats(TOKENS, NEURONS), "gate": floats(TOKENS, NEURONS), "bias": floats(NEURONS)}
+    y = floats(TOKENS, WIDTH)
+    b.sparse_ffn(select, x, acts, bundle, y, kind="relu", threshold=threshold, **scratch)
+    b.sum_rows(out, Bundle.pack(pool, NEURONS, WIDTH, down=part), y)
+    heads = [Matrix.pack(pool, rows(RowType.Q8_0, 16, 32), RowType.Q8_0, 16, 32) for _ in range(2)]
+    b.head_matmul(heads, x, floats(TOKENS, 32))
+
+
+def experts(b: ProgramBuilder, pool: Pool) -> None:
+    def made(count: int, columns: int) -> list[Matrix]:
+        return [
+            Matrix.pack(pool, rows(RowType.Q8_0, count, columns), RowType.Q8_0, count, columns)
+            for _ in range(4)
+        ]
+
+    choice = Choice.new(TOKENS, 4, 2)
+    one = floats(TOKENS, 1), floats(TOKENS, 1)
+    b.route(floats(TOKENS, 4), choice, bias=floats(4), shared=one)
+    biases = floats(4, NEURONS), floats(4, NEURONS), floats(4, WIDTH)
+    weights = ExpertWeights(made(NEURONS, WIDTH), made(NEURONS, WIDTH), made(WIDTH, NEURONS), *biases)
+    buffers = ExpertBuffers.new(TOKENS * 2, WIDTH, NEURONS, gated=True)
+    acts = Activations(TOKENS, WIDTH)
+    b.experts(choice, floats(TOKENS, WIDTH), acts, weights, buffers, floats(TOKENS, WIDTH), "silu")
+    squares = aligned((4,), np.float64), aligned((4,), np.float64)
+    b.count_experts(choice, aligned((2,), np.int64), aligned((4,), np.uint64), *squares)
+
+
+def recurrent(b: ProgramBuilder) -> None:
+    x, y = floats(TOKENS, WIDTH), floats(TOKENS, WIDTH)
+    b.convolve(x, floats(4, WIDTH), floats(WIDTH), y, b.recurrent_slot(3 * WIDTH))
+    inputs = (floats(TOKENS, 32), 0, 16)
+    direct, step = floats(WIDTH), floats(TOKENS, WIDTH)
+    b.scan_channels(x, step, floats(16, WIDTH), inputs, direct, y, b.recurrent_slot(16 * WIDTH))
+    heads = floats(TOKENS, 4), floats(4)
+    b.scan_heads(x, *heads, inputs, floats(4), y, b.recurrent_slot(16 * WIDTH), size=16)
+    qk, rate = floats(TOKENS, 2 * 2 * 16), floats(TOKENS, 4)
+    slot = b.recurrent_slot(4 * 16 * 16)
+    b.delta_net(qk, x, floats(TOKENS, 4), rate, y, slot, key_heads=2, scale=0.25)
+
+
+@pytest.fixture(scope="module")
+def builder(pool: Pool) -> ProgramBuilder:
+    made = ProgramBuilder(TOKENS)
+    vectors(made)
+    attention(made)
+    matrices(made, pool)
+    experts(made, pool)
+    recurrent(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def steps(builder: ProgramBuilder) -> dict[Op, Step]:
+    """One right call of every operation, as the Python face hands it over."""
+    return {step[0]: step for step in reversed(builder._operations)}
+
+
+def append(
+    step: Step, objects: tuple[Any, ...] | None = None, integers: tuple[int, ...] | None = None
+) -> None:
+    kind, right, numbers, values = step
+    program = _kernels.Program(TOKENS, CAPACITY)
+    program.append(int(kind), right if objects is None else objects, integers or numbers, values)
+
+
+def refusal(step: Step, objects: tuple[Any, ...]) -> str | None:
+    """The error that the extension raises, or None where it takes the operation."""
+    try:
+        append(step, objects)
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def replaced(items: tuple[Any, ...], k: int, item: Any) -> tuple[Any, ...]:
+    return (*items[:k], item, *items[k + 1 :])
+
+
+def wrong_arrays(array: Any) -> Iterator[tuple[str, Any]]:
+    """Arrays that differ from the right one in one thing."""
+    flat = array.reshape(-1)
+    other = np.int16 if array.dtype.itemsize != 2 else np.float64
+    yield "another type", np.zeros(array.shape, other)
+    if array.dtype.itemsize > 1:
+        yield "bytes of the right length", flat.view(np.uint8).copy()
+        raw = np.zeros(array.nbytes + 1, np.uint8)
+        yield "not aligned", raw[1:].view(array.dtype).reshape(array.shape)
+    yield "too short", flat[:-1].copy()
+    yield "not contiguous", np.zeros(2 * flat.size, array.dtype)[::2]
+    yield "no buffer", [0.0] * flat.size
+
+
+OPERATIONS = _kernels.operations()
+
+
+def test_the_numbers_of_both_sides_are_one_list() -> None:
+    assert tuple(op.name for op in sorted(Op)) == OPERATIONS
+    assert [int(op) for op in sorted(Op)] == list(range(len(OPERATIONS)))
+
+
+def test_every_operation_has_a_right_call(builder: ProgramBuilder, steps: dict[Op, Step]) -> None:
+    assert {op.name for op in steps} == set(OPERATIONS)
+    for step in builder._operations:
+        append(step)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_wrong_objects_are_errors(name: str, steps: dict[Op, Step], pool: Pool) -> None:
+    step = steps[Op[name]]
+    matrix = _kernels.Matrix(pool.handle, rows(RowType.F32, 16, 32), RowType.F32, 16, 32)
+    others = (np.zeros(1 << 12, np.float32), None, (), (None,), 3)
+    taken = []
+    for k, right in enumerate(step[1]):
+        if isinstance(right, np.ndarray):
+            wrong = [*wrong_arrays(right), ("a matrix", matrix), ("a tuple", (matrix,))]
+        else:
+            wrong = [] if right is None else [(repr(other)[:20], other) for other in others]
+        taken += [(k, what) for what, item in wrong if refusal(step, replaced(step[1], k, item)) is None]
+    assert not taken
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_is_written_must_be_writable(name: str, steps: dict[Op, Step]) -> None:
+    step = steps[Op[name]]
+    messages = []
+    for k, right in enumerate(step[1]):
+        if isinstance(right, np.ndarray):
+            frozen = right.copy()
+            frozen.flags.writeable = False
+            messages.append(refusal(step, replaced(step[1], k, frozen)))
+    refused = [message for message in messages if message]
+    assert all("cannot be written" in message for message in refused)
+    assert refused or name == "STORE_KV"  # which writes into the session's state alone
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_size_that_is_said_wrong_is_an_error(name: str, steps: dict[Op, Step]) -> None:
+    """Every integer, huge or negative where it has to be positive; no size is taken at its word."""
+    step = steps[Op[name]]
+    for k in range(len(step[2])):
+        for wrong in (1 << 40, -(1 << 40)):
+            with pytest.raises(KernelError, match=f"{name}: integer {k} is too large"):
+                append(step, integers=replaced(step[2], k, wrong))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_number_of_arguments_is_fixed(name: str, steps: dict[Op, Step]) -> None:
+    step = steps[Op[name]]
+    with pytest.raises(KernelError, match="wrong number of arguments"):
+        append(step, step[1][:-1])
+    with pytest.raises(KernelError, match="wrong number of arguments"):
+        append(step, (*step[1], None))
+
+
+@pytest.mark.parametrize("buffer", ["q", "out"])
+def test_attention_is_judged_when_its_slot_is_known(buffer: str) -> None:
+    q, out = (floats(TOKENS, 48 if name == buffer else 64) for name in ("q", "out"))
+    program = _kernels.Program(TOKENS, CAPACITY)
+    program.append(int(Op.ATTENTION), (q, out, None, None), (0, 4, 0, 0), (0.25, 0.0))
+    slot = ProgramBuilder(TOKENS).kv_slot(CAPACITY, 2, 16)
+    with pytest.raises(KernelError, match="has no slot 0 of its kind"):
+        program.seal((slot.spec,))
+
+
+def test_copies_stay_within_their_columns() -> None:
+    x, y = floats(TOKENS, WIDTH), floats(TOKENS, WIDTH)
+    right = (WIDTH, WIDTH, 8, 16, 2, 8, 8, 8)
+    step: Step = (Op.COPY, (x, y), right, ())
+    append(step)
+    for k, wrong in ((2, 60), (3, 60), (4, 100), (5, 60), (6, 60), (7, 60), (2, -1), (4, 0), (7, 0)):
+        with pytest.raises(KernelError, match="COPY: its sizes or its parts do not go together"):
+            append(step, integers=replaced(right, k, wrong))

@@ -17,7 +17,7 @@ TSAN_OPTIONS=halt_on_error=1 "$build/pool_threads"
 
 echo "-- kernels, AddressSanitizer and UndefinedBehaviorSanitizer"
 PATH="$PWD/.venv/bin:$PATH" cmake -S kernels -B "$build/cmake" -G Ninja -DCMAKE_BUILD_TYPE=None \
-    -DCMAKE_C_COMPILER="$CC" -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DPOWERINFER_SANITIZE=ON \
+    -DCMAKE_C_COMPILER="$CC" -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DPOWERINFER_SANITIZE=ON -DPOWERINFER_WERROR=ON \
     -DPOWERINFER_ISAS="${SANITIZE_ISAS:-}" >/dev/null
 PATH="$PWD/.venv/bin:$PATH" ninja -C "$build/cmake"
 

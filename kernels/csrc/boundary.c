@@ -1,6 +1,34 @@
 #include "boundary.h"
 
+#include "transcode.h"
+
 #include <string.h>
+
+/* ---- sizes of weights and slots ---- */
+
+int pi_rows_readable(int32_t row_type, int64_t columns) {
+    return row_type >= 0 && row_type < PI_TYPES && columns < PI_LARGEST && pi_row_bytes(row_type, columns) > 0 &&
+           pi_has_grid(row_type);
+}
+
+int64_t pi_rows_bytes(int32_t row_type, int64_t rows, int64_t columns) {
+    int64_t bytes;
+    if (rows > 0 && rows < (1LL << 46) && pi_rows_readable(row_type, columns) &&
+        !__builtin_mul_overflow(rows, pi_row_bytes(row_type, columns), &bytes) && bytes < (1LL << 60))
+        return bytes;
+    PyErr_Format(pi_kernel_error, "there are no %lld rows of %lld values of type %d", (long long)rows,
+                 (long long)columns, (int)row_type);
+    return -1;
+}
+
+int pi_slot_possible(int kind, const int64_t sizes[4]) {
+    if (kind == PI_SLOT_RECURRENT) return sizes[0] > 0 && sizes[0] < PI_LARGEST;
+    if (kind != PI_SLOT_KV || sizes[0] < 1 || sizes[0] >= 4LL * PI_LARGEST || sizes[1] < 1 || sizes[1] > (1 << 16))
+        return 0;
+    for (int k = 2; k < 4; k++)
+        if (sizes[k] < 2 || sizes[k] > PI_MAX_HEAD_DIM || sizes[k] % 2) return 0;
+    return 1;
+}
 
 /* ---- conditions ---- */
 
@@ -20,6 +48,17 @@ static int has_input(const pi_given *m, int32_t row_type, int k) {
 }
 
 static int has_part(const pi_given *m, int part) { return m->bundle && m->bundle->part[part].data != NULL; }
+
+/* Three objects that go together: activations. */
+static int together(const pi_given *m, int k) {
+    return given(m, k) == given(m, k + 1) && given(m, k) == given(m, k + 2);
+}
+
+/* Rows of float types are read as such where they lie. */
+static int rows_aligned(const pi_given *m, int k, int64_t row_type, int64_t stride) {
+    const uint64_t part = row_type == PI_F32 ? 4 : row_type == PI_MXFP4 ? 1 : 2;
+    return (uint64_t)(uintptr_t)m->p[k] % part == 0 && (uint64_t)stride % part == 0;
+}
 
 static int experts_fit(const int64_t *i, const pi_given *m) {
     return i[0] <= PI_MAX_EXPERTS && i[1] <= i[0] && i[2] == m->tokens;
@@ -151,6 +190,10 @@ static int fault(const pi_op_shape *shape, int k, const char *what) {
 }
 
 static int note_matrix(pi_given *m, const pi_matrix *matrix) {
+    if (!matrix->data) {
+        PyErr_SetString(pi_kernel_error, "a matrix was not initialised");
+        return -1;
+    }
     if (m->rows && (m->rows != matrix->rows || m->columns != matrix->columns || m->row_type != matrix->row_type)) {
         PyErr_SetString(pi_kernel_error, "matrices of one operation differ in size or type");
         return -1;
@@ -225,8 +268,8 @@ int pi_judge_object(pi_given *m, const pi_op_shape *shape, int k, PyObject *obje
     m->given |= 1u << k;
     int or_more;
     switch (*word) {
-    case 'M': return PyObject_TypeCheck(object, pi_matrix_type) ? 0 : fault(shape, k, "is no Matrix");
-    case 'B': return PyObject_TypeCheck(object, pi_bundle_type) ? 0 : fault(shape, k, "is no Bundle");
+    case 'M': return m->rows && PyObject_TypeCheck(object, pi_matrix_type) ? 0 : fault(shape, k, "is no Matrix");
+    case 'B': return m->rows && PyObject_TypeCheck(object, pi_bundle_type) ? 0 : fault(shape, k, "is no Bundle");
     case 'L':
         if (!PyTuple_Check(object)) return fault(shape, k, "is no tuple of Matrix objects");
         return PyTuple_Size(object) == wanted(m, word, &or_more) ? 0

@@ -32,6 +32,13 @@ typedef struct { /* what an operation was given */
 
 extern const pi_op_shape pi_op_shapes[PI_OP_KINDS];
 
+/* Whether there are rows of that type and width that can be read now: its grid is set. */
+int pi_rows_readable(int32_t row_type, int64_t columns);
+/* The bytes of rows × row of that type, or -1 with KernelError set. */
+int64_t pi_rows_bytes(int32_t row_type, int64_t rows, int64_t columns);
+/* Whether a slot of a session can have these sizes (capacity, kv_heads, head_dim, value_dim; or count). */
+int pi_slot_possible(int kind, const int64_t sizes[4]);
+
 int pi_object_count(const pi_op_shape *shape);
 /* The word of object k in `shape`. */
 const char *pi_object_word(const pi_op_shape *shape, int k);
@@ -44,5 +51,7 @@ int pi_note_weights(pi_given *m, PyObject *object);
 int pi_judge_object(pi_given *m, const pi_op_shape *shape, int k, PyObject *object, Py_buffer *view);
 /* 0, or -1 with KernelError set where the condition of the operation does not hold. */
 int pi_judge_condition(const pi_given *m, pi_op_kind kind);
+/* The operation that `m` makes (py_operation.c). */
+pi_op pi_op_of(pi_op_kind kind, const pi_given *m);
 
 #endif

@@ -19,12 +19,24 @@ static int64_t order_words(const pi_expert_choice *c, int64_t tokens) {
     return 3 * (c->experts + 1) + tokens * c->used;
 }
 
+/* The expert of choice `i`; -1 where it names none, which fails the run. */
+static int32_t choice_at(const pi_expert_choice *c, const pi_run *run, int64_t i) {
+    const int32_t expert = c->chosen[i];
+    if (expert >= 0 && expert < c->experts) return expert;
+    run->program->no_expert = 1;
+    return -1;
+}
+
 static pi_order order_of(const pi_expert_choice *c, const pi_run *run, const pi_worker *worker) {
     int32_t *scratch = (int32_t *)(void *)pi_scratch_of(run, worker), *next = scratch + 2 * (c->experts + 1);
     pi_order o = {.expert = scratch, .first = scratch + c->experts + 1, .pair = next + c->experts + 1};
     const int64_t choices = run->tokens * c->used;
     memset(next, 0, sizeof(int32_t) * (size_t)c->experts);
-    for (int64_t i = 0; i < choices; i++) next[c->chosen[i]]++;
+    /* Copied and checked: nothing below trusts the buffer, which another thread may be changing. */
+    for (int64_t i = 0; i < choices; i++) {
+        o.pair[i] = choice_at(c, run, i);
+        if (o.pair[i] >= 0) next[o.pair[i]]++;
+    }
     for (int64_t e = 0; e < c->experts; e++) {
         const int32_t count = next[e];
         next[e] = c->here[e] ? (int32_t)o.pairs : -1;
@@ -35,8 +47,8 @@ static pi_order order_of(const pi_expert_choice *c, const pi_run *run, const pi_
     }
     o.first[o.active] = (int32_t)o.pairs;
     for (int64_t i = 0; i < choices; i++) {
-        const int32_t e = c->chosen[i];
-        o.pair[i] = next[e] < 0 ? -1 : next[e]++;
+        const int32_t e = o.pair[i];
+        o.pair[i] = e < 0 || next[e] < 0 ? -1 : next[e]++;
     }
     return o;
 }
@@ -138,7 +150,8 @@ void pi_expert_count_execute(const pi_op *op, const pi_run *run, const pi_worker
     int32_t *seen = (int32_t *)(void *)pi_scratch_of(run, worker);
     memset(seen, 0, sizeof(int32_t) * (size_t)c->choice.experts);
     for (int64_t i = 0; i < choices; i++) {
-        const int32_t expert = c->choice.chosen[i];
+        const int32_t expert = choice_at(&c->choice, run, i);
+        if (expert < 0) continue;
         c->totals[1] += !seen[expert];
         seen[expert] = 1;
         if (!c->counts) continue;

@@ -3,7 +3,7 @@
  * A body `op.inc` is compiled once per instruction set (CMake generates the two-line files); it defines its
  * entry points as PI_FN(name), which carries the set's name, so that the linker can never mix two copies.
  * `table.inc` gathers the entry points of one set into its `pi_kernels` table, and the pool holds the table
- * that was chosen. Arguments are validated in the Python face: nothing below checks sizes again.
+ * that was chosen. boundary.c judges what comes from Python: nothing below checks sizes again.
  */
 #ifndef PI_KERNELS_H
 #define PI_KERNELS_H
@@ -49,10 +49,12 @@ enum pi_row_type {
 };
 
 enum {
-    PI_TILE = 16,    /* rows of an interleaved weight tile, key positions of a cache tile, lanes of v16f */
-    PI_BLOCK = 32,   /* activations that share one scale */
-    PI_QUERIES = 16, /* most queries of one call of `attend` */
-    PI_CHUNK = 512,  /* neurons whose down rows are summed into one partial sum */
+    PI_TILE = 16,  /* rows of an interleaved weight tile, key positions of a cache tile, lanes of v16f */
+    PI_BLOCK = 32, /* activations that share one scale */
+    PI_MAX_HEAD_DIM = 1024,
+    PI_CACHE_READ_AHEAD = 32, /* bytes that attention may read past the last value of a cache */
+    PI_QUERIES = 16,          /* most queries of one call of `attend` */
+    PI_CHUNK = 512,           /* neurons whose down rows are summed into one partial sum */
     /* The input of sign predictors as a code of words: Σ|q|, the step as a float, unused words up to the header's end,
      * then a plane of signs and one of each bit of |q|, a word for 32 columns; bits beyond the last column are 0. */
     PI_SIGN_HEADER = 16,

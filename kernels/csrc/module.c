@@ -1,4 +1,4 @@
-/* The extension module: types, and the functions that need no program. Arguments come checked from the Python face. */
+/* The extension module: types, and the functions that need no program. */
 #include "boundary.h"
 
 #include "bandwidth.h"
@@ -51,7 +51,17 @@ static PyObject *repack(PyObject *module, PyObject *args) {
     int row_type;
     (void)module;
     if (!PyArg_ParseTuple(args, "y*w*i", &source, &out, &row_type)) return NULL;
-    const int64_t from = pi_layout_of(row_type).bytes, blocks = source.len / from, to = blocks ? out.len / blocks : 0;
+    const int64_t from = pi_layout_of(row_type).bytes, blocks = from ? source.len / from : 0;
+    const pi_layout form = pi_layout_of(pi_form_of(row_type));
+    const int64_t to = from ? pi_layout_of(row_type).columns / form.columns * form.bytes : 0;
+    if (!pi_rows_readable(row_type, pi_layout_of(row_type).columns) || source.len != blocks * from ||
+        out.len != blocks * to) {
+        PyErr_Format(pi_kernel_error, "%lld bytes are no rows of type %d for %lld", (long long)source.len, row_type,
+                     (long long)out.len);
+        PyBuffer_Release(&source);
+        PyBuffer_Release(&out);
+        return NULL;
+    }
     const uint8_t *p = source.buf;
     uint8_t *made = out.buf;
     Py_BEGIN_ALLOW_THREADS if (pi_form_of(row_type) == row_type) memcpy(made, p, (size_t)source.len);
@@ -84,6 +94,17 @@ static PyObject *set_grid(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* `packed` are rows, and `values` as many floats; 0, or -1 with KernelError set. */
+static int judge_rows(const Py_buffer *packed, int row_type, const Py_buffer *values, int64_t rows, int64_t columns) {
+    const int64_t bytes = pi_rows_bytes(row_type, rows, columns), part = row_type == PI_F32 ? 4 : 2;
+    if (bytes < 0) return -1;
+    if (packed->len == bytes && values->len == rows * columns * 4 && (uintptr_t)values->buf % 4 == 0 &&
+        (row_type == PI_MXFP4 || (uintptr_t)packed->buf % (uintptr_t)part == 0))
+        return 0;
+    PyErr_SetString(pi_kernel_error, "buffers of rows have another size, or are not aligned to their values");
+    return -1;
+}
+
 static PyObject *dequantize(PyObject *module, PyObject *args) {
     const char *isa;
     Py_buffer source, out;
@@ -92,6 +113,7 @@ static PyObject *dequantize(PyObject *module, PyObject *args) {
     (void)module;
     if (!PyArg_ParseTuple(args, "sy*w*iLL", &isa, &source, &out, &row_type, &rows, &columns)) return NULL;
     const pi_kernels *kernels = pi_kernels_named(isa);
+    if (kernels && judge_rows(&source, row_type, &out, rows, columns) < 0) kernels = NULL;
     if (kernels) {
         int64_t stride = pi_row_bytes(row_type, columns);
         const uint8_t *from = source.buf;
@@ -112,6 +134,11 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
     long long rows, columns;
     (void)module;
     if (!PyArg_ParseTuple(args, "y*w*iLL", &values, &out, &row_type, &rows, &columns)) return NULL;
+    if (judge_rows(&out, row_type, &values, rows, columns) < 0) {
+        PyBuffer_Release(&values);
+        PyBuffer_Release(&out);
+        return NULL;
+    }
     int64_t stride = pi_row_bytes(row_type, columns);
     const float *from = values.buf;
     uint8_t *to = out.buf;
@@ -134,6 +161,10 @@ static PyObject *read_bandwidth(PyObject *module, PyObject *args) {
     (void)module;
     if (!PyArg_ParseTuple(args, "O!Ldp", pi_pool_type, &object, &bytes, &seconds, &huge)) return NULL;
     pool_object *pool = (pool_object *)object;
+    if (bytes < 1 || bytes > 1LL << 46 || !(seconds >= 0 && seconds < 1e6)) {
+        PyErr_SetString(pi_kernel_error, "a bandwidth is measured over a positive number of bytes and seconds");
+        return NULL;
+    }
     if (pi_pool_object_enter(pool) < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS rate = pi_read_bandwidth(pool->pool, pool->kernels, bytes, seconds, huge, &error);
     Py_END_ALLOW_THREADS pi_pool_object_leave(pool);

@@ -17,6 +17,7 @@ typedef struct {
     PyObject_HEAD pi_pool *pool; /* NULL: closed */
     const pi_kernels *kernels;
     int threads, users; /* users: calls in progress; changed with the GIL held only */
+    unsigned mark;      /* pi_run_mark when they came */
 } pool_object;
 
 typedef struct {

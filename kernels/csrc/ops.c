@@ -98,8 +98,8 @@ static void embed(const pi_op *op, pi_run *run, pi_worker *worker) {
     range tokens = share_of(worker, run->tokens);
     for (int64_t t = tokens.begin; t < tokens.end; t++) {
         float *out = e->out + t * e->table.columns;
-        run->kernels->dequantize_row(e->table.data + e->tokens[t] * e->table.stride, e->table.row_type,
-                                     e->table.columns, out);
+        run->kernels->dequantize_row(e->table.data + e->ids[t] * e->table.stride, e->table.row_type, e->table.columns,
+                                     out);
         if (e->scale != 1.0f) run->kernels->scale(e->scale, e->table.columns, out);
     }
 }

@@ -56,6 +56,8 @@ static void after_fork_in_child(void) {
 
 static void install_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
 
+unsigned pi_run_mark(void) { return atomic_load(&process_generation) + 1; }
+
 static inline void spin_pause(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();

@@ -21,6 +21,10 @@ int pi_pool_threads(const pi_pool *pool);
  * start (then nothing has run). */
 int pi_pool_run(pi_pool *pool, pi_task task, void *argument);
 
+/* Never 0, and another number in a child after a fork: what a thread that is not there left marked with the parent's
+ * number is free. */
+unsigned pi_run_mark(void);
+
 int pi_worker_thread(const pi_worker *worker);
 int pi_worker_threads(const pi_worker *worker);
 /* Returns when all threads have come here. */

@@ -23,6 +23,20 @@ static void join_vector_operations(pi_program *program) {
     }
 }
 
+/* Room for the ids of every embedding. */
+static int give_ids(pi_program *program) {
+    int64_t embeddings = 0;
+    for (int64_t i = 0; i < program->count; i++) embeddings += program->ops[i].kind == PI_OP_EMBED;
+    program->ids = calloc((size_t)(embeddings * program->max_tokens) + 1, sizeof(int32_t));
+    int32_t *ids = program->ids;
+    for (int64_t i = 0; ids && i < program->count; i++) {
+        if (program->ops[i].kind != PI_OP_EMBED) continue;
+        program->ops[i].u.embed.ids = ids;
+        ids += program->max_tokens;
+    }
+    return ids ? 0 : -1;
+}
+
 int pi_program_prepare(pi_program *program) {
     join_vector_operations(program);
     for (int64_t i = 0; i < program->count; i++) {
@@ -36,11 +50,12 @@ int pi_program_prepare(pi_program *program) {
     program->nanoseconds = calloc((size_t)program->count + 1, sizeof(int64_t));
     program->spans = calloc((size_t)program->max_tokens, sizeof(pi_span));
     program->places = calloc((size_t)program->max_tokens, sizeof(pi_place));
-    return program->nanoseconds && program->spans && program->places ? 0 : -1;
+    return program->nanoseconds && program->spans && program->places && give_ids(program) == 0 ? 0 : -1;
 }
 
 void pi_program_free(pi_program *program) {
     free(program->ops);
+    free(program->ids);
     free(program->nanoseconds);
     free(program->spans);
     free(program->places);
@@ -110,5 +125,7 @@ int pi_program_run(pi_program *program, pi_pool *pool, const pi_kernels *kernels
                   .spans = program->spans,
                   .span_count = span_count,
                   .places = program->places};
-    return pi_pool_run(pool, run_on_thread, &run);
+    program->no_expert = 0;
+    error = pi_pool_run(pool, run_on_thread, &run);
+    return error || !program->no_expert ? error : PI_NO_EXPERT;
 }

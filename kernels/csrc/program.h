@@ -1,5 +1,5 @@
 /* A program: operations that all threads of a pool execute one after another. Operations know widths and buffers,
- * never architectures. The Python face has checked every size before an operation gets here. */
+ * never architectures. boundary.c has judged every buffer and size before an operation gets here. */
 #ifndef PI_PROGRAM_H
 #define PI_PROGRAM_H
 
@@ -13,6 +13,7 @@ typedef enum { PI_OPERATIONS(PI_OPERATION_NUMBER) PI_OP_KINDS } pi_op_kind;
 /* Vectors are [max_tokens, width] with the named width; token t starts at t · width. */
 typedef struct {
     const int32_t *tokens;
+    int32_t *ids; /* [max_tokens]: the ids of this run, copied and checked; of the program */
     pi_rows table;
     float *out;
     float scale;
@@ -322,6 +323,7 @@ typedef struct {
     pi_op *ops;
     int64_t count;
     int64_t *nanoseconds;  /* [count], wall time added up */
+    _Atomic int no_expert; /* an operation of this run met a choice that names none */
     int64_t active, total; /* neurons of sparse operations, added up */
     int64_t confirmed;     /* the active ones whose rows were all read: a named neuron's gate may turn out to be zero */
     int64_t scratch_bytes; /* what one thread needs at most */
@@ -332,6 +334,7 @@ typedef struct {
     int64_t max_tokens;
     pi_span *spans;   /* [max_tokens]: of the present run */
     pi_place *places; /* [max_tokens] */
+    int32_t *ids;     /* [embeddings, max_tokens] */
 } pi_program;
 
 typedef struct { /* one run, shared by its threads */
@@ -346,8 +349,10 @@ typedef struct { /* one run, shared by its threads */
 /* Fixes how the operations are shared out, and what scratch they need; max_tokens and slots are set. 0, or -1 when
  * memory is short. */
 int pi_program_prepare(pi_program *program);
-/* Runs operations [first, last) over the tokens of program->spans, of which there are `span_count`. 0, or an errno. Not
- * for two threads at once. */
+enum { PI_NO_EXPERT = -1 /* a token's choice names an expert that does not exist; it counted for nothing */ };
+
+/* Runs operations [first, last) over the tokens of program->spans, of which there are `span_count`. 0, an errno, or
+ * PI_NO_EXPERT. Not for two threads at once. */
 int pi_program_run(pi_program *program, pi_pool *pool, const pi_kernels *kernels, int64_t first, int64_t last,
                    int64_t span_count);
 void pi_program_free(pi_program *program);

@@ -1,7 +1,8 @@
 /* _kernels.Bundle(pool, sources, row_types, rows, columns): the rows of neurons, neuron by neuron (bundle.h), in memory
  * of its own. Sources: plain rows of gate, up and down, or None. */
 #include "bundle.h"
-#include "module.h"
+
+#include "boundary.h"
 
 PyTypeObject *pi_bundle_type;
 
@@ -61,6 +62,16 @@ static int fill(bundle_object *object, pool_object *pool, const Py_buffer *views
     return pi_pool_object_run(pool, pack_on_thread, &job);
 }
 
+/* The source of one part in `view`; 0, or -1 with an error set. */
+static int take_source(PyObject *source, int row_type, int64_t rows, int64_t columns, Py_buffer *view) {
+    const int64_t bytes = pi_rows_bytes(row_type, rows, columns);
+    if (bytes < 0 || PyObject_GetBuffer(source, view, PyBUF_SIMPLE) < 0) return -1;
+    if (view->len == bytes) return 0;
+    PyErr_Format(pi_kernel_error, "the rows are %lld bytes, the source has %lld", (long long)bytes,
+                 (long long)view->len);
+    return -1;
+}
+
 static int bundle_init(PyObject *self, PyObject *args, PyObject *keywords) {
     bundle_object *object = (bundle_object *)self;
     PyObject *pool, *source[PI_PARTS];
@@ -75,9 +86,17 @@ static int bundle_init(PyObject *self, PyObject *args, PyObject *keywords) {
         PyErr_SetString(pi_kernel_error, "the bundle exists already");
         return -1;
     }
-    object->bundle = (pi_bundle){.rows = rows, .columns = columns};
-    for (int k = 0; k < PI_PARTS && !failed; k++)
-        if (source[k] != Py_None) failed = PyObject_GetBuffer(source[k], &views[k], PyBUF_SIMPLE);
+    int sources = 0;
+    for (int k = 0; k < PI_PARTS && !failed; k++) {
+        if (source[k] == Py_None) continue;
+        sources++;
+        failed = take_source(source[k], types[k], rows, columns, &views[k]);
+    }
+    if (!failed && !sources) {
+        PyErr_SetString(pi_kernel_error, "a bundle of no rows at all");
+        failed = -1;
+    }
+    if (!failed) object->bundle = (pi_bundle){.rows = rows, .columns = columns};
     if (!failed) failed = fill(object, (pool_object *)pool, views, types);
     for (int k = 0; k < PI_PARTS; k++)
         if (views[k].obj) PyBuffer_Release(&views[k]);

@@ -1,5 +1,5 @@
 /* _kernels.Matrix(pool, source, row_type, rows, columns): weights interleaved into tiles, in memory of its own. */
-#include "module.h"
+#include "boundary.h"
 #include "transcode.h"
 
 PyTypeObject *pi_matrix_type;
@@ -36,14 +36,21 @@ static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
         PyErr_SetString(pi_kernel_error, "the matrix exists already");
         return -1;
     }
+    int64_t bytes = pi_rows_bytes(row_type, rows, columns);
+    Py_buffer view;
+    if (bytes < 0 || PyObject_GetBuffer(source, &view, PyBUF_SIMPLE) < 0) return -1;
+    if (view.len != bytes) {
+        PyErr_Format(pi_kernel_error, "the rows are %lld bytes, the source has %lld", (long long)bytes,
+                     (long long)view.len);
+        PyBuffer_Release(&view);
+        return -1;
+    }
     *m = (pi_matrix){.row_type = pi_form_of(row_type),
                      .table = pi_table_of(row_type),
                      .rows = rows,
                      .columns = columns,
                      .tiles = (rows + PI_TILE - 1) / PI_TILE,
                      .tile_bytes = pi_tile_bytes(row_type, columns)};
-    Py_buffer view;
-    if (PyObject_GetBuffer(source, &view, PyBUF_SIMPLE) < 0) return -1;
     int failed = -1;
     if (pi_memory_map(&object->memory, (size_t)(m->tiles * m->tile_bytes) + PI_READ_AHEAD) < 0) {
         PyErr_NoMemory();

@@ -22,6 +22,8 @@ int pi_pool_object_enter(pool_object *pool) {
         PyErr_SetString(pi_kernel_error, "the thread pool is closed");
         return -1;
     }
+    if (pool->mark != pi_run_mark()) pool->users = 0; /* those were threads of the process that forked */
+    pool->mark = pi_run_mark();
     pool->users++;
     return 0;
 }
@@ -70,7 +72,7 @@ static void pool_dealloc(PyObject *self) {
 static PyObject *pool_close(PyObject *self, PyObject *unused) {
     pool_object *pool = (pool_object *)self;
     (void)unused;
-    if (pool->users) {
+    if (pool->users && pool->mark == pi_run_mark()) {
         PyErr_SetString(pi_kernel_error, "the thread pool is in use by another thread and cannot be closed");
         return NULL;
     }

@@ -15,153 +15,9 @@ typedef struct {
     PyObject *weights;        /* list of the Matrix and Bundle objects */
     const pi_matrix ***lists; /* of matrices, which operations point to */
     int64_t list_count, lists_capacity;
-    int sealed, running;
+    int sealed, complete;
+    unsigned running; /* pi_run_mark of the process that runs it, or 0 */
 } program_object;
-
-static pi_rows rows_of(void *data, const int64_t *i) {
-    return (pi_rows){.row_type = (int32_t)i[0], .rows = i[1], .columns = i[2], .stride = i[3], .data = data};
-}
-
-static pi_acts acts_of(void *const *p, int64_t columns) {
-    return (pi_acts){.q = p[0], .d = p[1], .s = p[2], .columns = columns};
-}
-
-/* Tiles that a thread takes at once: some 16 KiB, so that taking costs nothing and threads end together. */
-static int64_t chunk_of(const pi_matrix *m) {
-    int64_t tiles = (16 << 10) / m->tile_bytes;
-    return tiles > 1 ? tiles : 1;
-}
-
-static pi_expert_choice choice_of(const void *chosen, const void *weights, const void *here, const int64_t *i) {
-    return (pi_expert_choice){chosen, weights, here, i[0], i[1], i[2]};
-}
-
-static pi_op expert_matmul_of(void *const *p, const int64_t *i) {
-    const pi_matrix *const *here = p[1], *first = NULL;
-    for (int64_t e = 0; e < i[0] && !first; e++) first = here[e];
-    pi_op op = {.kind = PI_OP_EXPERT_MATMUL, .independent = (int)i[4]};
-    op.u.expert_matmul = (pi_expert_matmul){.choice = choice_of(p[0], NULL, p[1], i),
-                                            .token_src = p[2],
-                                            .token_acts = acts_of(p + 3, first->columns),
-                                            .src = p[6],
-                                            .acts = acts_of(p + 7, first->columns),
-                                            .bias = p[10],
-                                            .out = p[11],
-                                            .tiles = first->tiles,
-                                            .chunk = chunk_of(first),
-                                            .of_tokens = (int)i[3]};
-    return op;
-}
-
-static pi_op op_of(pi_op_kind kind, const pi_given *a) {
-    pi_op op = {.kind = kind};
-    void *const *p = a->p;
-    const int64_t *i = a->i;
-    switch (kind) {
-    case PI_OP_EMBED: op.u.embed = (pi_embed){p[0], rows_of(p[1], i), p[2], a->f[0]}; break;
-    case PI_OP_RMS_NORM: op.u.norm = (pi_norm){p[0], p[1], NULL, p[2], i[0], i[1], i[2], a->f[0]}; break;
-    case PI_OP_LAYER_NORM: op.u.norm = (pi_norm){p[0], p[1], p[2], p[3], i[0], i[1], i[2], a->f[0]}; break;
-    case PI_OP_L2_NORM:
-    case PI_OP_KEEP_TOP: op.u.norm = (pi_norm){p[0], NULL, NULL, p[1], i[0], i[1], 0, a->f[0]}; break;
-    case PI_OP_QUANTIZE: op.u.quantize = (pi_quantize){p[0], acts_of(p + 1, i[0])}; break;
-    case PI_OP_MATMUL: {
-        const pi_matrix *m = p[0];
-        op.u.matmul = (pi_matmul){.matrix = m,
-                                  .src = p[1],
-                                  .acts = acts_of(p + 2, m->columns),
-                                  .bias = p[5],
-                                  .out = p[6],
-                                  .accumulate = (int)i[0],
-                                  .chunk = chunk_of(m)};
-        op.independent = (int)i[1];
-        break;
-    }
-    case PI_OP_ROPE: op.u.rope = (pi_rope){p[0], p[1], p[2], i[0], i[1], i[2], i[3], (int)i[4]}; break;
-    case PI_OP_STORE_KV: op.u.store = (pi_store){p[0], p[1], i[0], i[1], i[2]}; break;
-    case PI_OP_ATTENTION:
-        op.u.attention = (pi_attention){.q = p[0],
-                                        .out = p[1],
-                                        .q_values = a->values[0],
-                                        .out_values = a->values[1],
-                                        .sinks = p[2],
-                                        .slopes = p[3],
-                                        .slot = i[0],
-                                        .heads = i[1],
-                                        .window = i[2],
-                                        .chunk = i[3],
-                                        .scale = a->f[0],
-                                        .softcap = a->f[1]};
-        break;
-    case PI_OP_ACTIVATE: op.u.activate = (pi_activate){(int32_t)i[0], a->f[0], p[0], p[1], p[2], i[1]}; break;
-    case PI_OP_ADD: op.u.add = (pi_add){p[0], p[1], i[0], i[1], a->f[0]}; break;
-    case PI_OP_SUM_ROWS: op.u.sum = (pi_sum){p[0], p[1], p[2], (int)i[0]}; break;
-    case PI_OP_OBSERVE:
-        op.u.observe = (pi_observe){(int32_t)i[0], a->f[0], p[0], p[1], i[1], p[2], p[3], p[4], p[5]};
-        break;
-    case PI_OP_KEEP_LARGE: op.u.keep = (pi_keep){p[0], p[1], p[2], i[0]}; break;
-    case PI_OP_SIGN_CODE: op.u.sign_code = (pi_sign_code){p[0], p[1], i[0]}; break;
-    case PI_OP_SIGN_SCORES: op.u.sign_scores = (pi_sign_scores){p[0], p[1], p[2], i[0], i[1]}; break;
-    case PI_OP_MULTIPLY: op.u.multiply = (pi_multiply){p[0], p[1], i[0], i[1], i[2]}; break;
-    case PI_OP_MAP: op.u.map = (pi_map_op){(int32_t)i[0], {a->f[0], a->f[1], a->f[2], a->f[3]}, p[0], i[1]}; break;
-    case PI_OP_COPY: op.u.copy = (pi_copy){p[0], p[1], i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7]}; break;
-    case PI_OP_HEAD_MATMUL:
-        op.u.head_matmul = (pi_head_matmul){p[0], p[1], p[2], i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7]};
-        break;
-    case PI_OP_ROUTE:
-        op.u.route =
-            (pi_route){p[0], p[1], p[2], p[3], p[4], p[5], i[0], i[1], i[2], i[3], (int)i[4], (int)i[5], a->f[0]};
-        break;
-    case PI_OP_EXPERT_GATHER:
-        op.u.expert_gather = (pi_expert_gather){.choice = choice_of(p[0], p[1], p[2], i),
-                                                .src = p[3],
-                                                .acts = acts_of(p + 4, i[3]),
-                                                .out = p[7],
-                                                .out_acts = acts_of(p + 8, i[3]),
-                                                .width = i[3],
-                                                .weigh = (int)i[4],
-                                                .needs_floats = (int)i[5]};
-        break;
-    case PI_OP_EXPERT_MATMUL: op = expert_matmul_of(p, i); break;
-    case PI_OP_EXPERT_ACTIVATE:
-        op.u.expert_activate = (pi_expert_activate){
-            choice_of(p[0], NULL, p[1], i), (int32_t)i[3], a->f[0], p[2], p[3], p[4], acts_of(p + 5, i[4]), i[4]};
-        break;
-    case PI_OP_EXPERT_SUM:
-        op.u.expert_sum = (pi_expert_sum){choice_of(p[0], p[1], p[2], i), p[3], p[4], i[3], (int)i[4], (int)i[5]};
-        break;
-    case PI_OP_EXPERT_COUNT:
-        op.u.expert_count = (pi_expert_count){choice_of(p[0], p[1], NULL, i), p[2], p[3], p[4], p[5]};
-        break;
-    case PI_OP_CONVOLVE:
-        op.u.convolve = (pi_convolve){p[0], p[1], p[2], p[3], i[0], i[1], i[2], i[3], i[4], (int)i[5]};
-        break;
-    case PI_OP_SCAN_CHANNELS:
-    case PI_OP_SCAN_HEADS:
-        op.u.scan = (pi_scan){p[0], p[1], p[2], p[3], p[4], p[5], i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], i[8]};
-        break;
-    case PI_OP_DELTA_NET:
-        op.u.delta_net =
-            (pi_delta_net){p[0], p[1], p[2], p[3], p[4], i[0], i[1], i[2], i[3], i[4], i[5], i[6], (int)i[7], a->f[0]};
-        break;
-    case PI_OP_SCALE_BY_POSITION: op.u.scale_by_position = (pi_scale_by_position){p[0], p[1], i[0]}; break;
-    default: /* SPARSE_FFN */
-        op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0],
-                                          .cut = a->f[0],
-                                          .select = p[0],
-                                          .threshold = p[1],
-                                          .src = p[2],
-                                          .acts = acts_of(p + 3, ((const pi_bundle *)p[6])->columns),
-                                          .bundle = p[6],
-                                          .out = p[7],
-                                          .h = p[8],
-                                          .gate = p[9],
-                                          .bias = p[10],
-                                          .accumulate = (int)i[1],
-                                          .rule = (int32_t)i[2]};
-        break;
-    }
-    return op;
-}
 
 /* Room for `more` elements behind `count`; -1 with MemoryError set. */
 static int grow(void **items, int64_t *capacity, int64_t count, int64_t more, size_t size) {
@@ -257,14 +113,16 @@ static PyObject *program_append(PyObject *object, PyObject *args) {
     if (!PyArg_ParseTuple(args, "iO!O!O!", &kind, &PyTuple_Type, &objects, &PyTuple_Type, &integers, &PyTuple_Type,
                           &floats))
         return NULL;
-    if (self->sealed || kind < 0 || kind >= PI_OP_KINDS) {
-        PyErr_SetString(pi_kernel_error, self->sealed ? "the program is complete" : "unknown operation");
+    if (!self->weights || self->sealed || kind < 0 || kind >= PI_OP_KINDS) {
+        PyErr_SetString(pi_kernel_error, self->sealed    ? "the program is complete"
+                                         : self->weights ? "unknown operation"
+                                                         : "the program was not initialised");
         return NULL;
     }
     if (take_arguments(self, kind, objects, integers, floats, &a) < 0) return NULL;
     pi_program *program = &self->program;
     if (grow((void **)&program->ops, &self->ops_capacity, program->count, 1, sizeof(pi_op)) < 0) return NULL;
-    program->ops[program->count++] = op_of(kind, &a);
+    program->ops[program->count++] = pi_op_of((pi_op_kind)kind, &a);
     Py_RETURN_NONE;
 }
 
@@ -281,6 +139,11 @@ static int take_slots(pi_program *program, PyObject *slots) {
         long long a, b = 0, c = 0, d = 0;
         int kind;
         if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "iL|LLL", &kind, &a, &b, &c, &d)) return -1;
+        const int64_t sizes[4] = {a, b, c, d};
+        if (!pi_slot_possible(kind, sizes)) {
+            PyErr_Format(pi_kernel_error, "slot %lld has impossible sizes", (long long)k);
+            return -1;
+        }
         program->slots[k] = (pi_slot_spec){.kind = (pi_slot_kind)kind};
         if (kind == PI_SLOT_KV) {
             program->slots[k].capacity = a;
@@ -327,20 +190,23 @@ static PyObject *program_seal(PyObject *object, PyObject *args) {
     program_object *self = (program_object *)object;
     PyObject *slots;
     if (!PyArg_ParseTuple(args, "O!", &PyTuple_Type, &slots)) return NULL;
-    if (self->sealed) {
-        PyErr_SetString(pi_kernel_error, "the program is complete");
+    if (self->sealed || !self->weights) {
+        PyErr_SetString(pi_kernel_error, self->sealed ? "the program is complete" : "the program was not initialised");
         return NULL;
     }
+    self->sealed = 1; /* once only, whether it works or not */
     if (take_slots(&self->program, slots) < 0 || join_slots(&self->program) < 0) return NULL;
     if (pi_program_prepare(&self->program) < 0) return PyErr_NoMemory();
-    self->sealed = 1;
+    self->complete = 1;
     Py_RETURN_NONE;
 }
 
+/* Copies the ids first: another thread may change the buffer at any time. */
 static int check_embedded(const pi_embed *e, int64_t tokens) {
+    memcpy(e->ids, e->tokens, sizeof *e->ids * (size_t)tokens);
     for (int64_t t = 0; t < tokens; t++) {
-        if (e->tokens[t] >= 0 && e->tokens[t] < e->table.rows) continue;
-        PyErr_Format(pi_kernel_error, "token id %d at index %lld is outside the vocabulary of %lld", (int)e->tokens[t],
+        if (e->ids[t] >= 0 && e->ids[t] < e->table.rows) continue;
+        PyErr_Format(pi_kernel_error, "token id %d at index %lld is outside the vocabulary of %lld", (int)e->ids[t],
                      (long long)t, (long long)e->table.rows);
         return -1;
     }
@@ -364,9 +230,9 @@ static int check_operations(const pi_program *program, int64_t first, int64_t la
 }
 
 static int check_range(const program_object *self, int64_t first, int64_t last) {
-    if (!self->sealed || self->running)
+    if (!self->complete || self->running == pi_run_mark())
         PyErr_SetString(pi_kernel_error,
-                        self->sealed ? "the program is running in another thread" : "the program is not complete");
+                        self->complete ? "the program is running in another thread" : "the program is not complete");
     else if (first < 0 || first > last || last > self->program.count)
         PyErr_Format(pi_kernel_error, "operations [%lld, %lld) are not within the program's %lld", (long long)first,
                      (long long)last, (long long)self->program.count);
@@ -375,30 +241,37 @@ static int check_range(const program_object *self, int64_t first, int64_t last) 
     return -1;
 }
 
+/* 0, or -1 with an error set. */
+static int run_marked(program_object *self, pool_object *pool, int64_t first, int64_t last, PyObject *spans) {
+    pi_program *program = &self->program;
+    const int64_t count = PyTuple_Size(spans);
+    if (pi_spans_enter(spans, program, self->serial, self->capacity) < 0) return -1;
+    int error = 0, failed = check_operations(program, first, last, count) < 0 || pi_pool_object_enter(pool) < 0;
+    if (!failed) {
+        Py_BEGIN_ALLOW_THREADS error = pi_program_run(program, pool->pool, pool->kernels, first, last, count);
+        Py_END_ALLOW_THREADS pi_pool_object_leave(pool);
+    }
+    pi_spans_leave(spans, count);
+    if (failed) return -1;
+    if (error == PI_NO_EXPERT)
+        PyErr_SetString(pi_kernel_error, "a token's choice names an expert that does not exist");
+    else if (error)
+        pi_raise_thread_error(error);
+    return error ? -1 : 0;
+}
+
 static PyObject *program_run(PyObject *object, PyObject *const *args, Py_ssize_t count) {
     program_object *self = (program_object *)object;
     if (count != 4 || !PyObject_TypeCheck(args[0], pi_pool_type) || !PyTuple_Check(args[3])) {
         PyErr_SetString(PyExc_TypeError, "run takes a Pool, two integers and a tuple of spans");
         return NULL;
     }
-    int64_t first = PyLong_AsLongLong(args[1]), last = PyLong_AsLongLong(args[2]), spans = PyTuple_Size(args[3]);
+    int64_t first = PyLong_AsLongLong(args[1]), last = PyLong_AsLongLong(args[2]);
     if (PyErr_Occurred() || check_range(self, first, last) < 0) return NULL;
-    if (pi_spans_enter(args[3], &self->program, self->serial, self->capacity) < 0) return NULL;
-    pool_object *pool = (pool_object *)args[0];
-    if (check_operations(&self->program, first, last, spans) < 0 || pi_pool_object_enter(pool) < 0) {
-        pi_spans_leave(args[3], spans);
-        return NULL;
-    }
-    int error;
-    self->running = 1;
-    Py_BEGIN_ALLOW_THREADS error = pi_program_run(&self->program, pool->pool, pool->kernels, first, last, spans);
-    Py_END_ALLOW_THREADS self->running = 0;
-    pi_pool_object_leave(pool);
-    pi_spans_leave(args[3], spans);
-    if (error) {
-        pi_raise_thread_error(error);
-        return NULL;
-    }
+    self->running = pi_run_mark(); /* from here on: reading the spans may call Python code */
+    int failed = run_marked(self, (pool_object *)args[0], first, last, args[3]);
+    self->running = 0;
+    if (failed) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -430,6 +303,10 @@ static int program_init(PyObject *object, PyObject *args, PyObject *keywords) {
     if (!PyArg_ParseTuple(args, "LL", &max_tokens, &capacity)) return -1;
     if (self->weights) {
         PyErr_SetString(pi_kernel_error, "the program exists already");
+        return -1;
+    }
+    if (max_tokens < 1 || max_tokens >= PI_LARGEST || capacity < 1 || capacity >= 4LL * PI_LARGEST) {
+        PyErr_SetString(pi_kernel_error, "a program takes a positive number of tokens and positions");
         return -1;
     }
     static int64_t serials; /* changed with the GIL held only */

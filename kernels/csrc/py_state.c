@@ -1,6 +1,6 @@
 /* _kernels.State(slots): the buffers that one session keeps from token to token, and the spans of tokens that a run
  * takes from sessions. */
-#include "module.h"
+#include "boundary.h"
 
 #include <string.h>
 
@@ -12,13 +12,13 @@ typedef struct {
     PyObject_HEAD pi_slot *slots;
     int64_t slot_count;
     Py_buffer *views; /* [slot_count, MAX_VIEWS]; obj NULL where there is none */
-    int running;      /* in a run, which has it once and alone; changed with the GIL held only */
+    unsigned running; /* pi_run_mark of the run that has it, once and alone, or 0; changed with the GIL held only */
     int64_t fits;     /* serial number of the last program whose slots it was seen to fit; 0: none */
 } state_object;
 
 /* The buffer `object` in `view`, of `bytes` bytes or more; NULL with an error set. */
 static void *take_buffer(PyObject *object, int64_t bytes, Py_buffer *view) {
-    if (PyObject_GetBuffer(object, view, PyBUF_WRITABLE) < 0) return NULL;
+    if (bytes < 0 || PyObject_GetBuffer(object, view, PyBUF_WRITABLE) < 0) return NULL;
     if (view->len >= bytes && (uintptr_t)view->buf % 64 == 0) return view->buf;
     PyErr_Format(pi_kernel_error, "a slot needs %lld aligned bytes, the buffer has %lld", (long long)bytes,
                  (long long)view->len);
@@ -34,7 +34,12 @@ static int take_cache(PyObject *objects, const int64_t *n, Py_buffer *views, pi_
     *cache = (pi_cache){.capacity = capacity, .kv_heads = kv_heads, .head_dim = dim, .value_dim = value_dim};
     cache->keys = take_buffer(PyTuple_GetItem(objects, 0), kv_heads * tiles * dim * PI_TILE * element, views);
     if (!cache->keys) return -1;
-    cache->values = take_buffer(PyTuple_GetItem(objects, 1), kv_heads * capacity * value_dim * element, views + 1);
+    if (quantized && (dim % PI_BLOCK || value_dim % PI_BLOCK)) {
+        PyErr_SetString(pi_kernel_error, "heads of a quantised cache are not whole blocks");
+        return -1;
+    }
+    cache->values = take_buffer(PyTuple_GetItem(objects, 1),
+                                kv_heads * capacity * value_dim * element + PI_CACHE_READ_AHEAD, views + 1);
     if (!cache->values || !quantized) return cache->values ? 0 : -1;
     cache->key_scales = take_buffer(PyTuple_GetItem(objects, 2), kv_heads * tiles * blocks * PI_TILE * 2, views + 2);
     if (!cache->key_scales) return -1;
@@ -52,8 +57,7 @@ static int take_slot(PyObject *item, Py_buffer *views, pi_slot *slot) {
         return -1;
     const int64_t sizes[4] = {n[0], n[1], n[2], n[3]};
     Py_ssize_t wanted = kind == PI_SLOT_KV ? 4 : 1;
-    if (kind < 0 || kind >= PI_SLOT_KINDS || PyTuple_Size(objects) != wanted || n[0] < 1 || n[1] < 0 || n[2] < 0 ||
-        n[3] < 0) {
+    if (kind < 0 || kind >= PI_SLOT_KINDS || PyTuple_Size(objects) != wanted || !pi_slot_possible(kind, sizes)) {
         PyErr_SetString(pi_kernel_error, "no such slot");
         return -1;
     }
@@ -111,7 +115,7 @@ static int slot_fits(const pi_slot *slot, const pi_slot_spec *spec) {
 /* The slots of `state`, when they fit the program and hold `positions`; NULL with KernelError set. */
 static pi_slot *slots_of(state_object *state, const pi_program *program, int64_t serial, int64_t positions) {
     if (state->fits != serial) {
-        int fits = state->slot_count == program->slot_count;
+        int fits = state->slots && state->slot_count == program->slot_count;
         for (int64_t k = 0; fits && k < program->slot_count; k++)
             fits = slot_fits(&state->slots[k], &program->slots[k]);
         if (!fits) {
@@ -142,7 +146,7 @@ static int take_span(PyObject *item, const pi_program *program, int64_t serial, 
                      (long long)capacity);
     else if (object != Py_None && !PyObject_TypeCheck(object, pi_state_type))
         PyErr_SetString(PyExc_TypeError, "a span is (State or None, position, count)");
-    else if (object != Py_None && ((state_object *)object)->running)
+    else if (object != Py_None && ((state_object *)object)->running == pi_run_mark())
         PyErr_SetString(pi_kernel_error, "the state is in a run already");
     else {
         span->position = position;
@@ -151,7 +155,7 @@ static int take_span(PyObject *item, const pi_program *program, int64_t serial, 
         if (object == Py_None) return 0;
         span->slots = slots_of((state_object *)object, program, serial, position + count);
         if (!span->slots) return -1;
-        ((state_object *)object)->running = 1;
+        ((state_object *)object)->running = pi_run_mark();
         return 0;
     }
     return -1;

@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 static double sigmoid(double x) {
     const double bounded = x < -80.0 ? -80.0 : x > 80.0 ? 80.0 : x;
@@ -107,7 +108,8 @@ static void normalize(double *weight, int64_t count) {
 
 static int ascending(const void *a, const void *b) { return *(const int32_t *)a - *(const int32_t *)b; }
 
-static void route_token(const pi_route *r, const float *scores, int32_t *chosen, float *out) {
+static void route_token(const pi_route *r, const float *scores, int32_t *result, float *out) {
+    int32_t chosen[PI_MAX_EXPERTS]; /* not in the buffer: another thread may change that */
     double key[PI_MAX_EXPERTS], p[PI_MAX_EXPERTS], weight[PI_MAX_EXPERTS] = {0};
     uint8_t taken[PI_MAX_EXPERTS] = {0};
     const int plain = r->kind == PI_ROUTE_SOFTMAX && !r->bias && r->groups < 2;
@@ -131,6 +133,7 @@ static void route_token(const pi_route *r, const float *scores, int32_t *chosen,
         if (r->normalized) normalize(weight, r->used);
     }
     for (int64_t k = 0; k < r->used; k++) out[k] = (float)(weight[k] * (double)r->scale);
+    memcpy(result, chosen, sizeof *chosen * (size_t)r->used);
 }
 
 void pi_route_execute(const pi_op *op, const pi_run *run, const pi_worker *worker) {

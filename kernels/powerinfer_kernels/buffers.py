@@ -14,7 +14,7 @@ from .row_types import RowType, computable, row_bytes
 
 _LINE = 64
 _HUGE_PAGE = 2 << 20
-_READ_AHEAD = 16  # values that attention may read past the last row
+_READ_AHEAD = 32  # bytes that attention may read past the last value: PI_CACHE_READ_AHEAD of kernels.h
 MAX_HEAD_DIM = 1024
 #: What a KV cache may hold.
 KV_KINDS = ("f16", "q8_0")
@@ -108,8 +108,9 @@ class KVCache:
         element = np.int8 if kind == "q8_0" else np.uint16
         self.keys: npt.NDArray[np.int8 | np.uint16] = aligned((kv_heads, tiles, head_dim, 16), element)
         count = kv_heads * capacity * value_dim
-        space: npt.NDArray[np.int8 | np.uint16] = aligned(count + _READ_AHEAD, element)
-        self.values = space[:count].reshape(kv_heads, capacity, value_dim)
+        ahead = _READ_AHEAD // np.dtype(element).itemsize
+        self._value_space: npt.NDArray[np.int8 | np.uint16] = aligned(count + ahead, element)
+        self.values = self._value_space[:count].reshape(kv_heads, capacity, value_dim)
         self.key_scales: npt.NDArray[np.uint16] | None = None
         self.value_scales: npt.NDArray[np.uint16] | None = None
         if kind == "q8_0":
@@ -120,6 +121,11 @@ class KVCache:
     def arrays(self) -> tuple[Any, Any, Any, Any]:
         """Keys, values, and the scales of both (None for f16)."""
         return (self.keys, self.values, self.key_scales, self.value_scales)
+
+    @property
+    def buffers(self) -> tuple[Any, Any, Any, Any]:
+        """`arrays` as the C extension takes them: values with what may be read past their end."""
+        return (self.keys, self._value_space, self.key_scales, self.value_scales)
 
     def copy_positions(self, source: "KVCache", positions: int) -> None:
         """Take over the first `positions` of `source`, bit for bit. Raises KernelError where the two differ

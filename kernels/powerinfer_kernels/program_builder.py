@@ -140,7 +140,8 @@ class ProgramBuilder(RecurrentOperations):
                 check_array(name, array, np.float32, (heads,))
         check_apart("out", out, {"q": q, "sinks": sinks, "slopes": slopes})
         self._limit(slot.capacity)
-        integers = (slot.index, heads, window, chunk)
+        # Beyond the capacity both are without effect.
+        integers = (slot.index, heads, min(window, slot.capacity), min(chunk, slot.capacity))
         floats = (finite("scale", scale), finite("softcap", softcap))
         self._append(Op.ATTENTION, (q, out, sinks, slopes), integers, floats)
 

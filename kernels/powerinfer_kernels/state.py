@@ -122,5 +122,5 @@ def _allocated(slot: Slot, capacity: int, kind: str) -> Buffer:
 def _packed(buffer: Buffer) -> tuple[Any, ...]:
     if isinstance(buffer, KVCache):
         sizes = (buffer.capacity, buffer.kv_heads, buffer.head_dim, buffer.value_dim)
-        return (_KV, buffer.arrays, *sizes)
+        return (_KV, buffer.buffers, *sizes)
     return (_RECURRENT, (buffer,), buffer.size)

@@ -5,7 +5,7 @@ needs the program: so products that wait for the same input follow each other wi
 quantised once, and a product that joins the residual stream is added to it as it is computed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,9 @@ from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recurrent_operations import RecurrentOperations
 from powerinfer_tools.engine.values import Value
-from powerinfer_tools.model.hyperparameters import PositionScale, Rope, Routing
+from powerinfer_tools.model.hyperparameters import PositionScale, Rope
 from powerinfer_tools.model.operations import Activation, Attention
+from powerinfer_tools.model.refused_operations import WithoutExperts
 from powerinfer_tools.model.rotary import RotaryTables
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
@@ -41,9 +42,12 @@ class _Product:
     out: Value
 
 
-class ProgramOperations(RecurrentOperations):
+class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
     """Appends operations to ``builder``. Matrices of the model are packed as they come; those that are packed
-    already are taken as they are."""
+    already are taken as they are. :mod:`powerinfer_tools.engine.routed` writes experts, which are one
+    operation of the kernels over all that tokens choose."""
+
+    place = "a program of single blocks"
 
     def __init__(
         self,
@@ -222,21 +226,6 @@ class ProgramOperations(RecurrentOperations):
         self.flush().softcap(x.floats, cap)
         self.changed(x.floats)
         return x
-
-    def experts(
-        self,
-        scores: Value,
-        x: Value,
-        routing: Routing,
-        expert: Callable[[int, Value], Value],
-        choice_bias: Vector | None,
-    ) -> Value:
-        """:mod:`powerinfer_tools.engine.routed` writes them."""
-        raise NotImplementedError
-
-    def weigh(self, x: Value, score: Value) -> Value:
-        """See :meth:`experts`."""
-        raise NotImplementedError
 
     def per_head(self, name: str, x: Value, matrices: Sequence[Weight | Matrix], rest: int) -> Value:
         """Inputs of quantised matrices are rounded head by head."""

@@ -2,6 +2,7 @@
 in slots of the session's state."""
 
 import math
+from abc import ABC, abstractmethod
 
 from powerinfer_kernels import ProgramBuilder
 from powerinfer_tools.engine.buffers import Floats, Scratch
@@ -10,18 +11,18 @@ from powerinfer_tools.model.hyperparameters import RecurrentSizes
 from powerinfer_tools.model.tensors import Table, Vector
 
 
-class RecurrentOperations:
+class RecurrentOperations(ABC):
     """Needs the buffers and the builder of :class:`.program_operations.ProgramOperations`."""
 
     _scratch: Scratch
 
+    @abstractmethod
     def flush(self) -> ProgramBuilder:
         """The program, with everything written that waited."""
-        raise NotImplementedError
 
+    @abstractmethod
     def changed(self, floats: Floats) -> None:
         """``floats`` hold something else from here on."""
-        raise NotImplementedError
 
     def part(self, name: str, x: Value, first: int, count: int) -> Value:
         """A copy."""

@@ -1,7 +1,7 @@
 """Everything that is placed on a device, put together from a split file."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -10,23 +10,21 @@ from powerinfer_formats.split_predictors import SplitLowRank
 from powerinfer_kernels import RowType
 from powerinfer_kernels.triton_layout import SPLIT_ROWS
 from powerinfer_tools.engine.hot import sizes
-from powerinfer_tools.engine.hot.attention import AttentionScratch, HotAttention, Rotary
 from powerinfer_tools.engine.hot.backend import Backend, Exchange, FFNsApart
-from powerinfer_tools.engine.hot.cache import Attending, HeldVectors, HotCache
 from powerinfer_tools.engine.hot.devices import Device
-from powerinfer_tools.engine.hot.elementwise import BLOCK
 from powerinfer_tools.engine.hot.expert_parts import ExpertParts, chosen, chunk_floats, routers_of
 from powerinfer_tools.engine.hot.experts import HotExperts
 from powerinfer_tools.engine.hot.head import HotHead
+from powerinfer_tools.engine.hot.hot_blocks import HotBlocks, head
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
 from powerinfer_tools.engine.hot.loading import Arena, Form, unpacked_values
+from powerinfer_tools.engine.hot.placed import Named, Placed
 from powerinfer_tools.engine.hot.placement import HotUnits, Workload, experts_of
 from powerinfer_tools.engine.hot.prediction import HotPredictor
 from powerinfer_tools.engine.hot.predictor_units import PredictorParts, reads_floats, reads_stream
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.engine.hot.stream import HotLayer, HotStream, Landing, StreamMemory
 from powerinfer_tools.model.loading import AttentionWeights, Model
-from powerinfer_tools.model.rotary import RotaryTables, rope_tables
 from powerinfer_tools.model.tensors import Weight
 
 Tensor = torch.Tensor
@@ -87,10 +85,19 @@ class _Parts:
         self.predictor_parts.take_shared()
         if self.experts is not None:
             self.experts.take_all()
-        if any(self.units.attention):
-            _ = self.streamed, self.attention_scratch, self.stream_floats
+        for layer in self.streamed if any(self.units.attention) else ():
+            if layer is not None:
+                self._take_layer(layer)
         if self.units.head:
-            _ = self.head
+            self.head.write(self.head.rows)
+
+    def _take_layer(self, layer: HotLayer) -> None:
+        """What its blocks ask for when they are written."""
+        x, hot, cold = self.stream_floats[1]
+        layer.blocks.mix(x)
+        if layer.ffn is not None:
+            layer.blocks.ffn_input(x)
+            layer.blocks.merge(x, [hot, cold])
 
     def backend(self) -> Backend:
         """The whole."""
@@ -196,72 +203,34 @@ class _Parts:
         return [self._hot_layer(i) if there else None for i, there in enumerate(self.units.attention)]
 
     @cached_property
-    def tables(self) -> list[Rotary | None]:
-        """Rotary angles of each layer whose attention is here."""
-        layers = zip(self.hyper.facts, self.units.attention, strict=True)
-        ropes = [facts.rope if there else None for facts, there in layers]
-        tables = rope_tables(self.hyper, self.work.context, self.model.rope_factors)
-        held = {
-            rope: Rotary(*self._angles(table), rope.style) for rope, table in tables.items() if rope in ropes
-        }
-        return [None if rope is None else held[rope] for rope in ropes]
+    def placed(self) -> Placed:
+        """Weights and caches of all blocks."""
+        return Placed(self.model, self.form, self.work, self.chunk)
 
     @cached_property
-    def attention_scratch(self) -> AttentionScratch:
-        """What all attention blocks share."""
-        hyper, tokens = self.hyper, self.work.tokens
-        weights = [w for w, there in zip(self.model.layers, self.units.attention, strict=True) if there]
-        rounded = any(
-            not matrix.row_type.is_float for w in weights for matrix in _attention_matrices(w.attention)
-        )
-        positions = self.memory.typed(torch.int64, tokens)
-        if not self.memory.counting:
-            positions.copy_(torch.zeros(tokens, dtype=torch.int64))
-        queries = min(sizes.QUERIES_AT_ONCE, tokens)
-        return AttentionScratch(
-            input=self._inputs(tokens, hyper.width, rounded=rounded),
-            attended=self._inputs(tokens, hyper.query_width, rounded=rounded),
-            query=self.memory.floats(tokens, hyper.query_width),
-            key=self.memory.floats(tokens, hyper.kv_width),
-            value=self.memory.floats(tokens, hyper.kv_width),
-            out=self.memory.floats(tokens, hyper.width),
-            positions=positions,
-            scores=self.memory.floats(max(queries * hyper.heads * self.work.context, self._partial_floats())),
-            chunk=self.chunk,
-        )
-
-    def _partial_floats(self) -> int:
-        """What the fused kernels keep for one token in place of scores."""
-        if not self.form.fused:
-            return 0
-        from powerinfer_kernels.triton_launch import partial_floats
-
-        return partial_floats(self.hyper.heads, self.hyper.head_dim, self.work.context)
+    def named(self) -> Named:
+        """Buffers of the layers' blocks."""
+        return Named(self.memory, self.work.tokens)
 
     @cached_property
     def stream_floats(self) -> tuple[Inputs, list[Tensor]]:
         """The FFN's input; the stream, and the sums of both sides."""
-        tokens, width = self.work.tokens, self.hyper.width
-        rounded = False in self._float_rows(there=True)
-        return self._inputs(tokens, width, rounded=rounded), [
-            self.memory.floats(tokens, width) for _ in range(3)
-        ]
+        width, rounded = self.hyper.width, False in self._float_rows(there=True)
+        inputs = self.named.inputs("normed", width, rounded=rounded)
+        return inputs, [self.named.floats(name, width) for name in ("x", "hot", "cold")]
 
     @cached_property
     def head(self) -> HotHead:
         """The output norm and the head."""
         hyper, model = self.hyper, self.model
-        rows = min(sizes.HEAD_ROWS, self.work.tokens)
-        staged = 0 if self.memory.counting else rows
+        named = Named(self.memory, min(sizes.HEAD_ROWS, self.work.tokens))
+        staged = 0 if self.memory.counting else named.rows
         return HotHead(
-            norm=self.form.norm(model.output_norm, hyper.norm_eps),
-            matrix=self.form.product(model.head),
-            softcap=hyper.logit_softcap,
-            rows=self._inputs(rows, hyper.width, rounded=not model.head.row_type.is_float),
-            logits=self.memory.floats(rows, hyper.vocabulary),
+            write=partial(head, model, self.placed, named),
+            rows=named.floats("head_input", hyper.width),
+            logits=named.floats("logits", hyper.vocabulary),
             landing=self.device.staging(staged, hyper.width),
             host=self.device.staging(staged, hyper.vocabulary),
-            chunk=self.chunk,
         )
 
     def _float_rows(self, *, there: bool) -> set[bool]:
@@ -279,15 +248,6 @@ class _Parts:
         units = zip(self.layers, self.units.neurons, self.units.attention, strict=False)
         return [layer for layer, count, moved in units if count and moved == there]
 
-    def _inputs(self, rows: int, columns: int, *, rounded: bool) -> Inputs:
-        exact = self.memory.floats(rows, columns)
-        # Rows of a quantised matrix are whole blocks, so there is something to round.
-        return Inputs(exact, self.memory.floats(rows, columns) if rounded and columns % BLOCK == 0 else exact)
-
-    def _angles(self, table: RotaryTables) -> tuple[Tensor, Tensor]:
-        cos, sin = (self.form.vector(part.reshape(-1)).view(part.shape) for part in (table.cos, table.sin))
-        return cos, sin
-
     def _exchange(self) -> tuple[Exchange, bool]:
         out, *inputs = self.exchanged
         tokens = len(out)
@@ -298,9 +258,7 @@ class _Parts:
         return exchange, rounded
 
     def _hot_layer(self, index: int) -> HotLayer:
-        weights, eps, form, ffn = self.model.layers[index], self.hyper.norm_eps, self.form, self.ffns[index]
-        assert weights.ffn_norm is not None, "limits.py leaves such layers to the CPU"
-        bias, reads = weights.ffn_down_bias, False
+        ffn, reads, rounds = self.ffns[index], False, self.stream_floats[0].apart
         if self.experts is not None:
             cold = self.experts.cold(index)
         else:
@@ -308,43 +266,13 @@ class _Parts:
             cold = not isinstance(ffn, HotFFN) or ffn.neurons < layer.neurons
             reads = reads_stream(layer.predictor) and not self.units.names(index)
         return HotLayer(
-            attention=self._attention(index, weights.attention),
+            blocks=HotBlocks(self.model, index, self.placed, self.named, rounds),
             ffn=ffn,
             predictor=self.predictors[index],
             router=self.experts.routers[index] if self.experts else None,
-            ffn_norm=form.norm(weights.ffn_norm, eps),
-            down_bias=None if bias is None else form.vector(bias),
-            post_norm=form.optional_norm(weights.ffn_post_norm, eps),
             cold=cold,
             shows_stream=reads,
         )
-
-    def _attention(self, index: int, w: AttentionWeights) -> HotAttention:
-        hyper, form, eps = self.hyper, self.form, self.hyper.norm_eps
-        window = hyper.window if hyper.local_layers[index] else 0
-        assert w.norm is not None, "limits.py leaves such layers to the CPU"
-        return HotAttention(
-            norm=form.norm(w.norm, eps),
-            query=form.product(w.query, w.query_bias),
-            key=form.product(w.key, w.key_bias),
-            value=form.product(w.value, w.value_bias),
-            output=form.product(w.output, w.output_bias),
-            query_norm=form.optional_norm(w.query_norm, eps),
-            key_norm=form.optional_norm(w.key_norm, eps),
-            post_norm=form.optional_norm(w.post_norm, eps),
-            rotary=self.tables[index],
-            cache=HotCache(self._held(), self._held()),
-            attending=Attending(hyper.heads, hyper.attention_scale, window, hyper.attention_softcap),
-            kv_heads=hyper.kv_heads,
-            fused=form.fused,
-        )
-
-    def _held(self) -> HeldVectors:
-        shape = (self.hyper.kv_heads, self.work.context, self.hyper.head_dim)
-        if self.work.kv_type == "f16":
-            return HeldVectors(self.memory.typed(torch.float16, *shape), None)
-        scales = self.memory.typed(torch.float16, *shape[:2], shape[2] // BLOCK)
-        return HeldVectors(self.memory.typed(torch.int8, *shape), scales)
 
     def _stream_memory(self) -> StreamMemory:
         normed, (x, hot, cold) = self.stream_floats
@@ -354,7 +282,7 @@ class _Parts:
             normed,
             hot,
             cold,
-            self.attention_scratch,
+            self.placed.positions,
             self.scratch,
             Landing(*ends),
             self.predictor_parts.naming,

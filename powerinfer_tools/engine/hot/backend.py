@@ -157,10 +157,9 @@ class Backend:
             assert self.stream is not None
             rows = self.stream.rows(first, last)
         else:
-            rows = self.head.rows.exact[:count]
+            rows = self.head.rows[:count]
             steps = (("copy in", partial(_copy, self.head.landing[:count], rows)),)
-        head = ("head", partial(self.head.compute, rows))
-        return (*steps, head, ("copy out", partial(self.head.copy_out, count)))
+        return (*steps, ("head", self.head.write(rows)), ("copy out", partial(self.head.copy_out, count)))
 
     def _reads_stream(self, layer: int) -> bool:
         predictor = self.predictors[layer]

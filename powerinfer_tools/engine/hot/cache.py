@@ -61,12 +61,21 @@ class HotCache:
 @dataclass(frozen=True)
 class Attending:
     """How queries look at a cache: ``scale`` of the scores, ``window`` positions back (0: all), ``softcap``
-    (0: none)."""
+    (0: none); of each head, float32 (heads,), how much scores fall with distance, and the score of no
+    position (None: none); ``chunk`` > 0: only within the query's own chunk of so many positions."""
 
     heads: int
     scale: float
     window: int
     softcap: float
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    chunk: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the fused kernels look so, too."""
+        return self.slopes is None and self.sinks is None and not self.chunk
 
     def attend(self, query: Tensor, cache: HotCache, position: int, space: Tensor, out: Tensor) -> None:
         """out (T, heads · head_dim) = softmax(scale · q kᵀ) v for queries that stand at ``position`` and
@@ -80,6 +89,7 @@ class Attending:
         tokens, kv_heads = len(query), cache.keys.data.shape[0]
         group, end = self.heads // kv_heads, position + tokens
         begin = max(0, position + 1 - self.window) if self.window else 0
+        begin = position // self.chunk * self.chunk if self.chunk else begin
         # (kv_heads, group · T, head_dim): the queries that share keys, beside each other
         shared = query.view(tokens, kv_heads, group, -1).permute(1, 2, 0, 3)
         shared = shared.reshape(kv_heads, group * tokens, -1)
@@ -91,22 +101,47 @@ class Attending:
         scores *= self.scale
         if self.softcap:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        apart = scores.view(kv_heads, group, tokens, -1)
+        if self.slopes is not None:
+            stands, keys = _places(apart, position, begin)
+            slopes = self.slopes.view(kv_heads, group, 1, 1)
+            apart.addcmul_(slopes, (stands - keys).to(torch.float32), value=-1.0)
         if tokens > 1:
-            self._hide(scores.view(kv_heads, group, tokens, -1), position, begin)
-        scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-        total = scores.sum(dim=-1, keepdim=True)
-        sums = torch.zeros_like(shared)
+            self._hide(apart, position, begin)
+        total = self._weights(scores, apart)
+        value_dim = cache.values.data.shape[2]
+        alike = value_dim == shared.shape[2]
+        sums = torch.zeros_like(shared) if alike else scores.new_zeros(*shared.shape[:2], value_dim)
         for a, b in pieces:
             sums += torch.bmm(scores[..., a - begin : b - begin], cache.values.between(a, b))
         sums /= total
         return sums.view(kv_heads, group, tokens, -1).permute(2, 0, 1, 3).reshape(tokens, -1)
 
+    def _weights(self, scores: Tensor, apart: Tensor) -> Tensor:
+        """Make exp(score - largest) of ``scores``, which are ``apart`` by head in (kv_heads, group, T, …);
+        their sums (kv_heads, group · T, 1), with what no position takes."""
+        largest = scores.amax(dim=-1, keepdim=True)
+        if self.sinks is None:
+            scores.sub_(largest).exp_()
+            return scores.sum(dim=-1, keepdim=True)
+        sinks = self.sinks.view(*apart.shape[:2], 1, 1)
+        largest = torch.maximum(largest.view(*apart.shape[:3], 1), sinks)
+        apart.sub_(largest).exp_()
+        return (apart.sum(dim=-1, keepdim=True) + (sinks - largest).exp()).view(len(scores), -1, 1)
+
     def _hide(self, scores: Tensor, position: int, begin: int) -> None:
         """Leave to the t-th query what it sees; ``scores`` (…, T, positions from ``begin`` on)."""
-        tokens, count = scores.shape[-2:]
-        stands = torch.arange(position, position + tokens, device=scores.device)[:, None]
-        keys = torch.arange(begin, begin + count, device=scores.device)[None, :]
+        stands, keys = _places(scores, position, begin)
         hidden = keys > stands
         if self.window:
             hidden |= stands - keys >= self.window
+        if self.chunk:
+            hidden |= stands // self.chunk > keys // self.chunk
         scores.masked_fill_(hidden, -torch.inf)
+
+
+def _places(scores: Tensor, position: int, begin: int) -> tuple[Tensor, Tensor]:
+    """Where the queries (T, 1) and the keys (1, positions) of ``scores`` (…, T, positions) stand."""
+    tokens, count = scores.shape[-2:]
+    stands = torch.arange(position, position + tokens, device=scores.device)[:, None]
+    return stands, torch.arange(begin, begin + count, device=scores.device)[None, :]

@@ -77,13 +77,14 @@ def block_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return (blocks * scale.reciprocal()).round().masked_fill(~usable, 0.0), scale
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, style: str) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, style: str, begin: int = 0) -> None:
     """Rotate the pairs of each head of x (T, heads · head_dim) by their angles (T, rope_dim / 2), in place.
 
-    Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rope_dim / 2); other values stay.
+    Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rope_dim / 2), counted from ``begin`` on; other values
+    stay.
     """
     half = cos.shape[1]
-    rows = x.view(len(x), heads, -1)
+    rows = x.view(len(x), heads, -1)[..., begin:]
     if style == "norm":
         first, second = rows[..., 0 : 2 * half : 2], rows[..., 1 : 2 * half : 2]
     else:

@@ -257,6 +257,10 @@ def activate(gate: Tensor, up: Tensor | None, kind: str, cut: float) -> Tensor:
             act = functional.relu_(gate).square_()
         case "fatrelu":
             act = functional.threshold(gate, cut, 0.0, inplace=True)
+        case "sigmoid":
+            act = gate.sigmoid_()
+        case "softplus":
+            act = functional.softplus(gate)
         case _:
             raise AssertionError(f"activation {kind!r} has no torch form")
     if up is None:

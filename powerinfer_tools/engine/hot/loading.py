@@ -91,10 +91,6 @@ class Form:
         bias = None if norm.bias is None else self.vector(norm.bias)
         return HotNorm(norm.kind, self.vector(norm.weight), bias, eps, self.fused)
 
-    def optional_norm(self, norm: Norm | None, eps: float) -> HotNorm | None:
-        """A norm that a family may not have."""
-        return None if norm is None else self.norm(norm, eps)
-
     def rows(self, source: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> Rows:
         """Rows of a matrix, uint8 (rows, row bytes), on the device."""
         counting = self.memory.counting

@@ -17,7 +17,7 @@ from powerinfer_tools.engine.hot.devices import (
 )
 from powerinfer_tools.engine.hot.executor import TorchHotSide
 from powerinfer_tools.engine.hot.fusing import fusing_problem
-from powerinfer_tools.engine.hot.limits import attention_limit, head_limit
+from powerinfer_tools.engine.hot.limits import attention_limit
 from powerinfer_tools.engine.hot.placement import HotUnits, Workload, experts_of, fit, units_size
 from powerinfer_tools.engine.hot.sizes import MARGIN, overhead
 from powerinfer_tools.errors import HardwareError
@@ -113,7 +113,7 @@ def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotU
     here = attention_limit(model) is None
     attention = tuple(device == "gpu" and here for device in devices.attention)
     predictors = tuple(device == "gpu" and i in predicted for i, device in enumerate(devices.predictor))
-    head = devices.head == "gpu" and head_limit(model) is None
+    head = devices.head == "gpu"
     neurons = model.split.hot_neurons if model.split is not None else ()
     experts = () if model.split_experts is None else expert_placement.planned(experts_of(model))
     return HotUnits(neurons, attention, predictors, head, experts)
@@ -121,13 +121,10 @@ def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotU
 
 def _limits(model: Model) -> list[str]:
     """What of the plan torch does not compute, in words."""
-    wanted = {"attention": "gpu" in model.devices.attention, "head": model.devices.head == "gpu"}
-    limits = {"attention": attention_limit(model), "head": head_limit(model)}
-    return [
-        f"the hot side does not compute {limit}; the {part} is computed on the CPU"
-        for part, limit in limits.items()
-        if limit is not None and wanted[part]
-    ]
+    limit = attention_limit(model)
+    if limit is None or "gpu" not in model.devices.attention:
+        return []
+    return [f"the hot side does not compute {limit}; the attention is computed on the CPU"]
 
 
 def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, asked: bool) -> list[str]:

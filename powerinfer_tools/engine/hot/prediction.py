@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from powerinfer_tools.engine.hot.attention import round_where_needed
 from powerinfer_tools.engine.hot.devices import Steps
 from powerinfer_tools.engine.hot.elementwise import round_activations
 from powerinfer_tools.engine.hot.hot_ffn import Inputs
-from powerinfer_tools.engine.hot.products import Product
+from powerinfer_tools.engine.hot.products import Product, round_where_needed
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS, TOKENS_AT_ONCE
 
 Tensor = torch.Tensor

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from powerinfer_tools.engine.hot.elementwise import round_activations
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, Rows, UnpackedRows
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 
@@ -44,3 +45,15 @@ class Product:
         for first in range(0, self.count, CHUNK_ROWS):
             last = min(first + CHUNK_ROWS, self.count)
             out[:, first:last] = torch.mm(source, self.rows.chunk(first, last, space).T)
+
+
+def round_where_needed(inputs: Inputs, *consumers: Product) -> None:
+    """Fill in the rounded form, where some consumer takes it."""
+    if not any(product.rounds for product in consumers):
+        return
+    if len(inputs.exact) == 1 and isinstance(consumers[0].rows, FusedRows):
+        from powerinfer_kernels.triton_launch import round_values
+
+        round_values(inputs.exact, inputs.rounded)
+    else:
+        round_activations(inputs.exact, inputs.rounded)

@@ -6,7 +6,7 @@ leaves. Of a layer with experts, the host waits for what the router says, too, a
 tokens take; where they take no others, nothing comes back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from powerinfer_tools.engine.hot.attention import AttentionScratch, HotAttention
-from powerinfer_tools.engine.hot.devices import Device, Steps, Ticket, Work
-from powerinfer_tools.engine.hot.elementwise import HotNorm
+from powerinfer_tools.engine.hot.devices import Device, Steps, Ticket
 from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts, HotRouter
+from powerinfer_tools.engine.hot.hot_blocks import HotBlocks
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
 from powerinfer_tools.engine.hot.prediction import HotPredictor, Naming
 from powerinfer_tools.engine.hot.routes import Route
@@ -38,13 +37,14 @@ class Landing:
 @dataclass(frozen=True)
 class StreamMemory:
     """On the device, float32 (T, width): the residual stream, the FFN's input (exact and as the integer
-    kernels round it), the sums of the hot and of the cold side; scratch; and the host's ends of copies."""
+    kernels round it), the sums of the hot and of the cold side; ``positions`` int64 (T,) of the tokens;
+    scratch; and the host's ends of copies."""
 
     x: Tensor
     normed: Inputs
     hot: Tensor
     cold: Tensor
-    attention: AttentionScratch
+    positions: Tensor
     ffn: Scratch
     host: Landing
     naming: Naming
@@ -53,18 +53,16 @@ class StreamMemory:
 
 @dataclass(frozen=True)
 class HotLayer:
-    """A layer whose attention is on the device. ``ffn``: its hot neurons; None where the whole FFN is the
-    host's, whose norm and merge are then the host's, too. ``predictor``: names the neurons of both sides.
-    ``cold``: the host computes other neurons; ``shows_stream``: and reads the stream, besides its norm. With
-    experts, ``ffn`` are the hot ones, if only none, and ``router`` speaks of all of them."""
+    """A layer whose attention is on the device, with its ``blocks``. ``ffn``: its hot neurons; None where
+    the whole FFN is the host's, whose norm and merge are then the host's, too. ``predictor``: names the
+    neurons of both sides. ``cold``: the host computes other neurons; ``shows_stream``: and reads the stream,
+    besides its norm. With experts, ``ffn`` are the hot ones, if only none, and ``router`` speaks of all of
+    them."""
 
-    attention: HotAttention
+    blocks: HotBlocks
     ffn: HotFFN | HotExperts | None
     predictor: HotPredictor | None
     router: HotRouter | None
-    ffn_norm: HotNorm
-    down_bias: Tensor | None
-    post_norm: HotNorm | None
     cold: bool
     shows_stream: bool
 
@@ -96,8 +94,7 @@ class HotStream:
         if decode is not None and decode.pieces:
             return [self._device.submit(steps) for steps in decode.pieces]
         parts = decode.parts if decode is not None else self._parts(layer, tokens)
-        attend = partial(layer.attention.attend, self._memory.attention, tokens, position)
-        return [self._device.submit(steps) for steps in parts.pieces(attend, parallel=self._parallel)]
+        return [self._device.submit(steps) for steps in parts.pieces(position, parallel=self._parallel)]
 
     def input(self, tokens: int) -> tuple[Floats, Floats]:
         """The FFN's input that was waited for, and the stream where the layer shows it: views."""
@@ -110,8 +107,7 @@ class HotStream:
         for layer in self.layers:
             if layer is not None:
                 parts = self._parts(layer, tokens)
-                attend = partial(layer.attention.attend, self._memory.attention, tokens, 0)
-                work = [*parts.pieces(attend, parallel=self._parallel), *parts.merges]
+                work = [*parts.pieces(0, parallel=self._parallel), *parts.merges]
                 if isinstance(layer.ffn, HotExperts) and layer.ffn.experts:
                     work.append(self._expert_steps(layer.ffn, layer.ffn.busiest(tokens), tokens))
                 for steps in work:
@@ -160,18 +156,17 @@ class HotStream:
         """All that one token takes. Where attention knows on the device how far to look, nothing of it has to
         be queued step by step."""
         parts = self._parts(layer, 1)
-        if not layer.attention.fused:
-            recorded = _Parts(**{name: self._record(steps) for name, steps in vars(parts).items()})
-            return _Decode(recorded, (), self._experts_once(layer))
-        attend = partial(layer.attention.attend_one, self._memory.attention)
-        pieces = parts.pieces(attend, parallel=self._parallel)
+        if parts.attend is not None:
+            each = {name: self._record(steps) for name, steps in parts.steps.items()}
+            return _Decode(_Parts(attend=parts.attend, **each), (), self._experts_once(layer))
+        pieces = parts.pieces(0, parallel=self._parallel)
         if not layer.cold and layer.router is None:
             # Nothing comes from the host in between.
             whole: Steps = tuple(step for steps in (*pieces, parts.merge_hot) for step in steps)
             pieces, parts = [whole], replace(parts, merge_hot=())
-        merges = {name: self._record(steps) for name, steps in vars(parts).items() if "merge" in name}
+        merges = {name: self._record(steps) for name, steps in parts.steps.items() if "merge" in name}
         whole_pieces = [self._record(steps) for steps in pieces]
-        return _Decode(replace(parts, **merges), whole_pieces, self._experts_once(layer))
+        return _Decode(_Parts(attend=None, **parts.steps | merges), whole_pieces, self._experts_once(layer))
 
     def _experts_once(self, layer: HotLayer) -> Steps:
         """What is the same for the hot experts of every single token; nothing where it is not."""
@@ -185,15 +180,16 @@ class HotStream:
 
     def _parts(self, layer: HotLayer, tokens: int) -> "_Parts":
         m = self._memory
-        x, attention = m.x[:tokens], layer.attention
-        project: Steps = (("attention", partial(attention.project, m.attention, x)),)
-        add: Steps = (("attention", partial(attention.add, m.attention, x)),)
+        mixed = layer.blocks.mix(m.x[:tokens])
+        before: Steps = (("attention", mixed.before),)
+        after: Steps = (("attention", mixed.after),) if mixed.attend else ()
         if layer.ffn is None:
-            return _Parts(project, add, (), (), (), (), ())
+            return _Parts(before, mixed.attend, after, (), (), (), (), ())
         normed = m.normed.first(tokens)
         return _Parts(
-            project=project,
-            add=add,
+            before=before,
+            attend=mixed.attend,
+            after=after,
             input=self._input_steps(layer, tokens, normed),
             hot=self._hot_steps(layer, tokens, normed),
             merge_both=self._merge_steps(layer, tokens, hot=True, cold=True),
@@ -209,7 +205,7 @@ class HotStream:
     def _input_steps(self, layer: HotLayer, tokens: int, normed: Inputs) -> Steps:
         """The FFN's input, and what is made of it before any neuron or expert can be computed."""
         m = self._memory
-        steps: Steps = (("hot", partial(_normalize, layer, m.x[:tokens], normed)),)
+        steps: Steps = (("hot", layer.blocks.ffn_input(m.x[:tokens])),)
         if layer.predictor is not None:
             named = m.naming.steps(layer.predictor, normed, m.x[:tokens], cold=layer.cold)
             steps = (*steps, *named)
@@ -244,12 +240,14 @@ class HotStream:
         if not possible:
             return ()
         back: Steps = (("copy in", partial(self._copy_cold_in, tokens)),) if cold else ()
-        return (*back, ("merge", partial(self._join, layer, tokens, hot=hot, cold=cold)))
+        m = self._memory
+        sums = [part[:tokens] for part, there in ((m.hot, hot), (m.cold, cold)) if there]
+        return (*back, ("merge", layer.blocks.merge(m.x[:tokens], sums)))
 
     def _copy_in(self, tokens: int, position: int) -> None:
         m = self._memory
         m.x[:tokens].copy_(m.host.stream[:tokens], non_blocking=True)
-        torch.arange(position, position + tokens, out=m.attention.positions[:tokens])
+        torch.arange(position, position + tokens, out=m.positions[:tokens])
 
     def _copy_input_out(self, layer: HotLayer, tokens: int) -> None:
         m = self._memory
@@ -265,31 +263,26 @@ class HotStream:
         m = self._memory
         m.cold[:tokens].copy_(m.host.cold[:tokens], non_blocking=True)
 
-    def _join(self, layer: HotLayer, tokens: int, *, hot: bool, cold: bool) -> None:
-        """As the host merges: cold part + hot part + bias, its norm, then to the stream."""
-        m = self._memory
-        total = m.hot[:tokens] if hot else m.cold[:tokens]
-        if hot and cold:
-            total += m.cold[:tokens]
-        if layer.down_bias is not None:
-            total += layer.down_bias
-        if layer.post_norm is not None:
-            layer.post_norm.apply(total, total)
-        m.x[:tokens] += total
-
 
 @dataclass(frozen=True)
 class _Parts:
-    """The steps of one layer: what comes before and after attention proper, the FFN's input, its hot part,
-    and the merge of both sides, or of one."""
+    """The steps of one layer: what comes before and after attention proper, which the host tells where the
+    first token stands (None: it is among what comes before), the FFN's input, its hot part, and the merge of
+    both sides, or of one."""
 
-    project: Steps
-    add: Steps
+    before: Steps
+    attend: Callable[[int], None] | None
+    after: Steps
     input: Steps
     hot: Steps
     merge_both: Steps
     merge_hot: Steps
     merge_cold: Steps
+
+    @property
+    def steps(self) -> dict[str, Steps]:
+        """All of them by name, empty ones too."""
+        return {name: steps for name, steps in vars(self).items() if name != "attend"}
 
     @property
     def merges(self) -> list[Steps]:
@@ -302,9 +295,12 @@ class _Parts:
             return self.merge_both
         return self.merge_hot if hot else self.merge_cold
 
-    def pieces(self, attend: Work, *, parallel: bool) -> list[Steps]:
-        """What begins the layer, the FFN's input at the end of the first piece, if the FFN is here."""
-        attention: Steps = (*self.project, ("attention", attend), *self.add)
+    def pieces(self, position: int, *, parallel: bool) -> list[Steps]:
+        """What begins the layer, the FFN's input at the end of the first piece, if the FFN is here; the first
+        token stands at ``position``."""
+        attention = self.before
+        if self.attend is not None:
+            attention = (*attention, ("attention", partial(self.attend, position)), *self.after)
         if parallel and self.input:
             return [self.input, (*attention, *self.hot)]
         return [(*attention, *self.input), *([self.hot] if self.hot else [])]
@@ -318,7 +314,3 @@ class _Decode:
     parts: _Parts
     pieces: Sequence[Steps]
     experts: Steps
-
-
-def _normalize(layer: HotLayer, x: Tensor, normed: Inputs) -> None:
-    layer.ffn_norm.into(x, normed.exact, normed.rounded if normed.apart else None)

@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional
 
 from powerinfer_kernels import dequantize
-from powerinfer_tools.model.hyperparameters import Rope, Routing
+from powerinfer_tools.model.hyperparameters import PositionScale, Rope, Routing
 from powerinfer_tools.model.operations import Activation, Attention
-from powerinfer_tools.model.rotary import RotaryTables
+from powerinfer_tools.model.refused_operations import WithoutRecurrence
+from powerinfer_tools.model.rotary import RotaryTables, position_factors
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
-from powerinfer_tools.stages.relufy.refused_operations import RefusedOperations
 
 Tensor = torch.Tensor
 #: The names of what goes to the residual stream, which stays in float32.
@@ -39,9 +39,11 @@ def activate(kind: str, gate: Tensor, up: Tensor | None, cut: float = 0.0) -> Te
     return act * (functional.relu(up) if kind == "drelu" else up)
 
 
-class TorchOperations(RefusedOperations):
+class TorchOperations(WithoutRecurrence[Tensor, Weight | Tensor]):
     """Weights are dequantised when they are first used, and kept; ``tokens`` (windows, positions) is what
     :meth:`embed` reads next."""
+
+    place = "training"
 
     def __init__(self, device: str, precision: torch.dtype, tables: Mapping[Rope, RotaryTables]) -> None:
         self.device, self.precision = device, precision
@@ -134,6 +136,20 @@ class TorchOperations(RefusedOperations):
     def scale(self, x: Tensor, factor: float) -> Tensor:
         """x · factor."""
         return x * factor
+
+    def scale_by_position(self, x: Tensor, how: PositionScale) -> Tensor:
+        """In float32, rounded as before."""
+        factors = torch.from_numpy(position_factors(how, x.shape[-2])).to(self.device, torch.float32)
+        return (x.float() * factors[:, None]).to(x.dtype)
+
+    def times(self, x: Tensor, y: Tensor | Vector, repeat: int = 1) -> Tensor:
+        """x · y, each value of y for ``repeat`` columns."""
+        factors = y if isinstance(y, Tensor) else self._vector(y)
+        return (x.unflatten(-1, (-1, repeat)) * factors[..., None]).flatten(-2)
+
+    def plus(self, x: Tensor, vector: Vector) -> Tensor:
+        """x + ``vector``."""
+        return x + self._vector(vector)
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         """cap · tanh(x / cap)."""

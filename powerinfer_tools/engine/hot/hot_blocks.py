@@ -1,0 +1,63 @@
+"""The blocks of :mod:`powerinfer_tools.model.blocks` on a device: what one layer, and the head, launch."""
+
+from dataclasses import dataclass
+
+import torch
+
+from powerinfer_tools.engine.hot.devices import Work
+from powerinfer_tools.engine.hot.hot_operations import HotOperations, HotValue, Written
+from powerinfer_tools.engine.hot.placed import Named, Placed
+from powerinfer_tools.model import blocks
+from powerinfer_tools.model.loading import Model
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class HotBlocks:
+    """Layer ``index`` of ``model``; ``rounds``: something reads the FFN's input as the integer kernels round
+    it."""
+
+    model: Model
+    index: int
+    placed: Placed
+    named: Named
+    rounds: bool
+
+    def mix(self, x: Tensor) -> Written:
+        """What mixes tokens joins the residual stream ``x`` (T, width)."""
+        ops, model = self._writer(x), self.model
+        layer = model.layers[self.index]
+        blocks.mix(ops, model.spec, model.hyper, self.index, layer, HotValue("x", x))
+        return ops.written()
+
+    def ffn_input(self, x: Tensor) -> Work:
+        """The buffers "normed", of the stream ``x`` (T, width)."""
+        ops, layer = self._writer(x), self.model.layers[self.index]
+        normed = blocks.ffn_input(ops, layer.ffn_norm, self.model.hyper.norm_eps, HotValue("x", x))
+        if self.rounds:
+            ops.round(normed)
+        return ops.written().before
+
+    def merge(self, x: Tensor, sums: list[Tensor]) -> Work:
+        """As the host merges: cold part + hot part + bias, its norm, then to the stream ``x`` (T, width);
+        ``sums`` of one side or of both, the first of which may be overwritten."""
+        ops, layer, hyper = self._writer(x), self.model.layers[self.index], self.model.hyper
+        total, *others = (HotValue("sum", part) for part in sums)
+        for other in others:
+            total = ops.join(total, other)
+        if layer.ffn_down_bias is not None:
+            total = ops.plus(total, layer.ffn_down_bias)
+        total = blocks.post_normed(ops, total, layer.ffn_post_norm, hyper.post_norm_eps)
+        ops.join(HotValue("x", x), total, hyper.residual_scale)
+        return ops.written().before
+
+    def _writer(self, x: Tensor) -> HotOperations:
+        return HotOperations(self.placed, self.named, len(x))
+
+
+def head(model: Model, placed: Placed, named: Named, x: Tensor) -> Work:
+    """Logits of the rows ``x`` (rows, width) of the residual stream, in the buffer "logits"."""
+    ops = HotOperations(placed, named, len(x))
+    blocks.head(ops, model, model.head, HotValue("head_input", x))
+    return ops.written().before

@@ -1,0 +1,315 @@
+"""The vocabulary of :mod:`powerinfer_tools.model.operations` as work of a device, in torch operations and
+Triton kernels.
+
+A block is written once for each size of a batch, and run as often as it is needed. Values are named buffers.
+What follows decides the form of a launch: a norm also writes its output as the integer kernels round it where
+a matrix reads that, and queries and keys are rotated together.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from powerinfer_tools.engine.hot.devices import Work
+from powerinfer_tools.engine.hot.elementwise import HotNorm, rotate, round_activations
+from powerinfer_tools.engine.hot.hot_ffn import Inputs, activate
+from powerinfer_tools.engine.hot.placed import Named, Placed, Rotary
+from powerinfer_tools.engine.hot.products import Product, round_where_needed
+from powerinfer_tools.model.hyperparameters import PositionScale, Rope
+from powerinfer_tools.model.operations import Activation, Attention
+from powerinfer_tools.model.refused_operations import WithoutEmbedding, WithoutExperts, WithoutRecurrence
+from powerinfer_tools.model.tensors import Norm, Vector, Weight
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HotValue:
+    """float32 (T, width) in a buffer of the device, by the ``name`` of that buffer; ``made``: the norm that
+    it comes from, where nothing has changed it since."""
+
+    name: str
+    floats: Tensor
+    made: "_Norm | None" = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a block launches: all of it in ``before``, where that is the same work for every position; else
+    up to ``attend``, which the host tells where the first token stands, and ``after`` it."""
+
+    before: Work
+    attend: Callable[[int], None] | None
+    after: Work
+
+
+class HotOperations(
+    WithoutEmbedding[HotValue], WithoutExperts[HotValue], WithoutRecurrence[HotValue, Weight]
+):
+    """Writes work for batches of ``tokens`` over what is ``placed``, with values in ``named`` buffers."""
+
+    place = "the hot side"
+
+    def __init__(self, placed: Placed, named: Named, tokens: int) -> None:
+        self._placed, self._named, self._tokens = placed, named, tokens
+        self._launches: list[Work] = []
+        self._rounded: set[HotValue] = set()
+
+    def written(self) -> Written:
+        """All that was written."""
+        launches = _paired(self._launches)
+        places = [i for i, launch in enumerate(launches) if isinstance(launch, _Attend)]
+        if not places:
+            return Written(partial(_run, launches), None, _nothing)
+        (at,) = places
+        attend = launches[at]
+        assert isinstance(attend, _Attend)
+        return Written(partial(_run, launches[:at]), attend.at, partial(_run, launches[at + 1 :]))
+
+    def round(self, x: HotValue, reader: Product | None = None) -> Inputs:
+        """x in both forms, for ``reader`` or what reads it outside of the vocabulary."""
+        inputs = Inputs(x.floats, self._named.rounded(x.name, x.floats.shape[1])[: self._tokens])
+        if x not in self._rounded:
+            self._rounded.add(x)
+            if x.made is not None:
+                x.made.rounded = inputs.rounded
+            elif reader is not None:
+                self._launches.append(partial(round_where_needed, inputs, reader))
+            else:
+                self._launches.append(partial(round_activations, inputs.exact, inputs.rounded))
+        return inputs
+
+    def norm(self, name: str, x: HotValue, norm: Norm, eps: float) -> HotValue:
+        """In place where the name is that of ``x``."""
+        out = self._buffer(name, x.floats.shape[1])
+        made = _Norm(self._placed.norm(norm, eps), x.floats, out)
+        self._launches.append(made)
+        return HotValue(name, out, made)
+
+    def norm_heads(self, x: HotValue, heads: int, norm: Norm, eps: float) -> HotValue:
+        """In place."""
+        own = heads > 1 and norm.weight.size == x.floats.shape[1]
+        placed = self._placed.norm(norm, eps, heads if own else 1)
+        self._launches.append(partial(placed.apply, x.floats, x.floats, heads))
+        return HotValue(x.name, x.floats)
+
+    def linear(self, name: str, x: HotValue, weight: Weight, bias: Vector | None = None) -> HotValue:
+        """Inputs of quantised matrices are rounded as the integer kernels round them."""
+        product = self._placed.product(weight, bias)
+        inputs = self.round(x, product) if product.rounds else Inputs(x.floats, x.floats)
+        out = self._buffer(name, product.count)
+        self._launches.append(partial(product.times, inputs, self._placed.chunk, out))
+        return HotValue(name, out)
+
+    def rotate(self, x: HotValue, heads: int, head_dim: int, rope: Rope, first: int = 0) -> HotValue:
+        """In place, queries and keys together."""
+        positions, rotary = self._placed.positions[: self._tokens], self._placed.rotary(rope)
+        whole = heads * head_dim == x.floats.shape[1] and first == 0
+        fused = self._placed.fused and self._tokens == 1 and whole
+        self._launches.append(_Rotation([(x.floats, heads)], rotary, positions, head_dim, first, fused))
+        return HotValue(x.name, x.floats)
+
+    def attend(self, query: HotValue, key: HotValue, value: HotValue, how: Attention) -> HotValue:
+        """Over the cache of the layer. Fused kernels read on the device where a single token stands."""
+        p = self._placed
+        cache, positions, looks = p.cache(how), p.positions[: self._tokens], p.attending(how)
+        out, scores = self._buffer("attended", how.heads * how.value_dim), p.scores(how)
+        stores = p.fused and self._tokens == 1 and how.head_dim == how.value_dim
+        if stores:
+            from powerinfer_kernels.triton_launch import store
+
+            self._launches.append(
+                partial(store, key.floats, value.floats, cache.keys, cache.values, positions)
+            )
+        else:
+            self._launches.append(partial(cache.store, positions, key.floats, value.floats))
+        if stores and looks.plain:
+            from powerinfer_kernels.triton_launch import attend
+
+            self._launches.append(
+                partial(
+                    attend, query.floats, cache.keys, cache.values, positions, scores, out,
+                    scale=how.scale, window=how.window, softcap=how.softcap,
+                )
+            )  # fmt: skip
+        else:
+            self._launches.append(_Attend(partial(looks.attend, query.floats, cache), scores, out))
+        return HotValue("attended", out)
+
+    def activate(self, gate: HotValue, up: HotValue | None, how: Activation) -> HotValue:
+        """In place of ``gate``."""
+        factor = None if up is None else up.floats
+        self._launches.append(partial(_activate, gate.floats, factor, how))
+        return HotValue(gate.name, gate.floats)
+
+    def clamp(self, x: HotValue, limit: float) -> HotValue:
+        """In place."""
+        self._launches.append(partial(_clamp, x.floats, limit))
+        return HotValue(x.name, x.floats)
+
+    def join(self, x: HotValue, y: HotValue, factor: float = 1.0) -> HotValue:
+        """In place of ``x``."""
+        self._launches.append(partial(_add, x.floats, y.floats, factor))
+        return HotValue(x.name, x.floats)
+
+    def times(self, x: HotValue, y: HotValue | Vector, repeat: int = 1) -> HotValue:
+        """In place of ``x``."""
+        factors = y.floats if isinstance(y, HotValue) else self._placed.vector(y).view(1, -1)
+        self._launches.append(partial(_multiply, x.floats.view(*x.floats.shape[:1], -1, repeat), factors))
+        return HotValue(x.name, x.floats)
+
+    def scale_by_position(self, x: HotValue, how: PositionScale) -> HotValue:
+        """In place."""
+        positions = self._placed.positions[: self._tokens]
+        self._launches.append(partial(_grow, x.floats, self._placed.growth(how), positions))
+        return HotValue(x.name, x.floats)
+
+    def plus(self, x: HotValue, vector: Vector) -> HotValue:
+        """In place."""
+        self._launches.append(partial(_add, x.floats, self._placed.vector(vector), 1.0))
+        return HotValue(x.name, x.floats)
+
+    def copy(self, name: str, x: HotValue) -> HotValue:
+        """Into the buffer of that name."""
+        out = self._buffer(name, x.floats.shape[1])
+        self._launches.append(partial(_copy, out, x.floats))
+        return HotValue(name, out)
+
+    def scale(self, x: HotValue, factor: float) -> HotValue:
+        """In place."""
+        self._launches.append(partial(_scale, x.floats, factor))
+        return HotValue(x.name, x.floats)
+
+    def softcap(self, x: HotValue, cap: float) -> HotValue:
+        """In place."""
+        self._launches.append(partial(_softcap, x.floats, cap))
+        return HotValue(x.name, x.floats)
+
+    def _buffer(self, name: str, width: int) -> Tensor:
+        return self._named.floats(name, width)[: self._tokens]
+
+
+@dataclass(eq=False)
+class _Norm:
+    """out = norm(x); ``rounded``: also as the integer kernels take it."""
+
+    norm: HotNorm
+    x: Tensor
+    out: Tensor
+    rounded: Tensor | None = None
+
+    def __call__(self) -> None:
+        self.norm.into(self.x, self.out, self.rounded)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rotation:
+    """Rotate ``parts``, each with its number of heads, in place; ``first``: the first value of a head that is
+    turned; ``fused``: of whole heads of one token, for which there is a kernel that takes two parts."""
+
+    parts: Sequence[tuple[Tensor, int]]
+    rotary: Rotary
+    positions: Tensor
+    head_dim: int
+    first: int
+    fused: bool
+
+    def with_keys(self, other: object) -> "_Rotation | None":
+        """Both at once, where ``other`` turns by the same angles."""
+        if not isinstance(other, _Rotation) or len(self.parts) > 1:
+            return None
+        if (other.rotary, other.first, other.head_dim) != (self.rotary, self.first, self.head_dim):
+            return None
+        parts, fused = [*self.parts, *other.parts], self.fused and other.fused
+        return _Rotation(parts, self.rotary, self.positions, self.head_dim, self.first, fused)
+
+    def __call__(self) -> None:
+        table, style = self.rotary, self.rotary.style
+        if self.fused and len(self.parts) == 2:
+            from powerinfer_kernels import triton_launch
+
+            (query, _), (key, _) = self.parts
+            triton_launch.rotate(
+                query, key, table.cos, table.sin, self.positions, self.head_dim, neox=style != "norm"
+            )
+            return
+        cos, sin = (part.index_select(0, self.positions) for part in (table.cos, table.sin))
+        for x, heads in self.parts:
+            rotate(x, cos, sin, heads, style, self.first)
+
+
+@dataclass(frozen=True, eq=False)
+class _Attend:
+    """Attention of queries whose first stands where the host says."""
+
+    looks: Callable[[int, Tensor, Tensor], None]
+    scores: Tensor
+    out: Tensor
+
+    def at(self, position: int) -> None:
+        """The first query stands at ``position``."""
+        self.looks(position, self.scores, self.out)
+
+    def __call__(self) -> None:
+        raise AssertionError("the position is missing")
+
+
+def _paired(launches: Sequence[Work]) -> list[Work]:
+    """Rotations of queries and keys, which follow each other, made one."""
+    paired: list[Work] = []
+    for launch in launches:
+        last = paired[-1] if paired else None
+        both = last.with_keys(launch) if isinstance(last, _Rotation) else None
+        if both is None:
+            paired.append(launch)
+        else:
+            paired[-1] = both
+    return paired
+
+
+def _run(launches: Sequence[Work]) -> None:
+    for launch in launches:
+        launch()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _activate(gate: Tensor, up: Tensor | None, how: Activation) -> None:
+    out = activate(gate, up, how.kind, how.cut)
+    if out is not gate:
+        gate.copy_(out)
+
+
+def _add(x: Tensor, y: Tensor, factor: float) -> None:
+    if factor == 1.0:
+        x += y
+    else:
+        x.add_(y, alpha=factor)
+
+
+def _multiply(x: Tensor, y: Tensor) -> None:
+    x.mul_(y[..., None])
+
+
+def _grow(x: Tensor, factors: Tensor, positions: Tensor) -> None:
+    x.mul_(factors.index_select(0, positions))
+
+
+def _clamp(x: Tensor, limit: float) -> None:
+    x.clamp_(-limit, limit)
+
+
+def _copy(out: Tensor, x: Tensor) -> None:
+    out.copy_(x)
+
+
+def _scale(x: Tensor, factor: float) -> None:
+    x.mul_(factor)
+
+
+def _softcap(x: Tensor, cap: float) -> None:
+    x.div_(cap).tanh_().mul_(cap)

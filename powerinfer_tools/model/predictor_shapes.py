@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.block_types import TensorType, row_bytes
-from powerinfer_tools.model.shapes import FLOAT_TYPES, TILE_ROWS, round_up
+from powerinfer_tools.model.matrices import FLOAT_TYPES, TILE_ROWS, round_up
 
 Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_kernels import RowType
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model.matrices import TILE_ROWS, MatrixShape
 from powerinfer_tools.model.predictor_shapes import Predictors, low_rank
-from powerinfer_tools.model.shapes import (
-    TILE_ROWS,
-    ExpertsShape,
-    LayerShape,
-    MatrixShape,
-    ModelShape,
-    PublishedSparsity,
-)
+from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, ModelShape, PublishedSparsity
 
 #: Looked up in the papers on 2026-11-25. Densities are 1 − the sparsity that is given; where a range is
 #: given, its middle. Hot shares are of the whole model's neurons; what differs from layer to layer is not

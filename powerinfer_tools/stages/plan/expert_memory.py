@@ -6,13 +6,8 @@ VRAM. The numbers are the engine's own; tests compare them.
 
 from dataclasses import dataclass
 
-from powerinfer_tools.model.shapes import (
-    FLOAT_TYPES,
-    ExpertsShape,
-    LayerShape,
-    MatrixShape,
-    ModelShape,
-)
+from powerinfer_tools.model.matrices import FLOAT_TYPES, MatrixShape
+from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, ModelShape
 
 _F32 = 4
 _BLOCK = 32

@@ -31,7 +31,8 @@ from powerinfer_tools.errors import PlanError
 from powerinfer_tools.measure.random_ffns import FEW_LAYERS, FFNLayers, FFNShape
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import Model
-from powerinfer_tools.model.shapes import MatrixShape, shape_of_model
+from powerinfer_tools.model.matrices import MatrixShape
+from powerinfer_tools.model.shapes import shape_of_model
 from powerinfer_tools.progress import Progress
 from powerinfer_tools.stages.plan.costs import Gpu, Machine
 from powerinfer_tools.stages.plan.expert_memory import experts_of

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.model.shapes import LayerShape, MatrixShape, NeuronBytes
+from powerinfer_tools.model.matrices import MatrixShape
+from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
 from powerinfer_tools.stages.plan import costs, memory
 from powerinfer_tools.stages.plan.costs import BlockSeconds, Machine
 from powerinfer_tools.stages.plan.expert_memory import (

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerinfer_tools.engine.hot import sizes
-from powerinfer_tools.model.shapes import TILE_ROWS, LayerShape, ModelShape, round_up
+from powerinfer_tools.model.matrices import TILE_ROWS, round_up
+from powerinfer_tools.model.shapes import LayerShape, ModelShape
 from powerinfer_tools.stages.plan.expert_memory import (
     hot_scratch_bytes,
     routing_scratch_bytes,

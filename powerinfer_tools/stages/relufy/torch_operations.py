@@ -145,7 +145,7 @@ class TorchOperations(WithoutRecurrence[Tensor, Weight | Tensor]):
     def times(self, x: Tensor, y: Tensor | Vector, repeat: int = 1) -> Tensor:
         """x · y, each value of y for ``repeat`` columns."""
         factors = y if isinstance(y, Tensor) else self._vector(y)
-        return (x.unflatten(-1, (-1, repeat)) * factors[..., None]).flatten(-2)
+        return (x.reshape(*x.shape[:-1], -1, repeat) * factors[..., None]).flatten(-2)
 
     def plus(self, x: Tensor, vector: Vector) -> Tensor:
         """x + ``vector``."""

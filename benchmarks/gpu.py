@@ -5,9 +5,10 @@
     python benchmarks/gpu.py -m MODEL.powerinfer.gguf --peer MODEL.gguf
     python benchmarks/gpu.py --device cpu                      # without a GPU: what can be measured there
 
-Kernels are compared with float64 and timed beside a copy of memory. The whole engine is checked against the
-CPU alone and timed beside it, with all of the plan in the GPU's memory and with half; and llama.cpp with as
-many layers in as much memory, where ``llama-cpp-python`` and the dense model (--source or --peer) are there.
+Kernels are compared with float64 and timed beside a plain read of memory. The whole engine is checked against
+the CPU alone and timed beside it, with all of the plan in the GPU's memory and with half; and llama.cpp with
+as many layers in as much memory, where ``llama-cpp-python`` and the dense model (--source or --peer) are
+there.
 A check that fails is a line at the end, and so is what was not measured; the run goes on.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 from gpu_engines import Speeds, make_split, measure_engines, measure_host, measure_peer
-from gpu_kernels import Sizes, measure_attention, measure_copy, measure_exchange, measure_row_types
+from gpu_kernels import Sizes, measure_attention, measure_exchange, measure_read, measure_row_types
 from gpu_run import Run
 
 from powerinfer_tools import detect
@@ -38,9 +39,9 @@ def open_device(name: str) -> tuple[Device, str | None]:
 
 
 def measure_kernels(run: Run, sizes: Sizes, problem: str | None) -> float | None:
-    """All kernels; the speed of a copy, None where there is none."""
+    """All kernels; the speed of a plain read, None where there is none."""
     found: list[float] = []
-    run.attempt("a copy in the device's memory", 5, lambda: found.append(measure_copy(run, sizes.nbytes)))
+    run.attempt("a read of the device's memory", 5, lambda: found.append(measure_read(run, sizes.nbytes)))
     run.attempt("handing over", 5, lambda: measure_exchange(run, sizes.width))
     if problem is not None:
         run.missing.append(f"fused kernels: {problem}; plain torch operations were timed in their place")
@@ -51,7 +52,7 @@ def measure_kernels(run: Run, sizes: Sizes, problem: str | None) -> float | None
     return found[0]
 
 
-def measure_models(run: Run, options: argparse.Namespace, copy: float, folder: Path) -> None:
+def measure_models(run: Run, options: argparse.Namespace, limit: float, folder: Path) -> None:
     """The whole engine, and llama.cpp."""
     split, peer = options.model, options.peer or options.source
     if split is None and options.source is not None:
@@ -64,7 +65,7 @@ def measure_models(run: Run, options: argparse.Namespace, copy: float, folder: P
         return
     taken: list[int] = []
     budgets = [options.vram, (options.vram or split.stat().st_size) // 2]
-    speeds = Speeds(copy, hosts[0])
+    speeds = Speeds(limit, hosts[0])
     run.attempt(
         f"{split.name}",
         60,
@@ -84,7 +85,8 @@ def print_table(run: Run, machine: list[str]) -> None:
             f"{row.name:{width}}  {row.speed:8.4g} {row.unit:6}  {parts[0]:>9} {parts[1]:>9}   {parts[2]:>9}"
         )
     print(
-        "\nof limit: kernels, of a copy in the device's memory; engines, of what both memories allow; medians"
+        "\nof limit: kernels, of a plain read of the device's memory; engines, of what both memories allow; "
+        "medians"
     )
     for text in run.wrong:
         print(f"WRONG: {text}")
@@ -122,10 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
     device, unfused = open_device(options.device)
     run = Run(device, options.device, LIMIT_SECONDS)
     sizes = Sizes(options.megabytes << 20, options.width, options.positions)
-    copy = measure_kernels(run, sizes, unfused)
-    if copy is not None:
+    limit = measure_kernels(run, sizes, unfused)
+    if limit is not None:
         with tempfile.TemporaryDirectory() as folder:
-            measure_models(run, options, copy, Path(folder))
+            measure_models(run, options, limit, Path(folder))
     run.missing += getattr(device, "notices", [])
     print_table(run, machine_lines(options.device))
     if options.json:

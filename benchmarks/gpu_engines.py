@@ -30,7 +30,7 @@ REPETITIONS = 4
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes per second: of the device's memory (as a copy reads and writes it), and of the machine's."""
+    """Bytes per second: of the device's memory (as a plain read has it), and of the machine's."""
 
     device: float
     host: float

@@ -17,7 +17,7 @@ WARM = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what, its speed in ``unit``, its share of the limit (the speed of a copy in the
+    """One line of the table: what, its speed in ``unit``, its share of the limit (the speed of a read of the
     device's memory, or what memory allows a whole engine), its multiple of the CPU alone (engines), and the
     largest error over its bound (at most 1 is right)."""
 
@@ -74,23 +74,25 @@ class Run:
             torch.cuda.synchronize(self.where)
 
     def timed(self, work: Work, repetitions: int = 9, times: int = 1) -> float:
-        """Median seconds that the device itself takes for ``work``, which must only queue; ``times`` in a row
-        are timed as one."""
+        """Median seconds that the device itself takes for ``work``, which must only queue, replayed from a
+        recording as the engine does; ``times`` in a row are timed as one."""
         self.settled()
 
         def step() -> None:
             for _ in range(times):
                 work()
 
-        spans = [self.device.submit((("work", step),)).wait()[0] for _ in range(WARM + repetitions)]
+        steps = self.device.recorded((("work", step),))
+        spans = [self.device.submit(steps).wait()[0] for _ in range(WARM + repetitions)]
         return median(max(span.end - span.start, 1e-9) for span in spans[WARM:]) / times
 
     def waited(self, work: Work, repetitions: int = 50) -> float:
         """Median seconds of the host from queueing ``work`` to having waited for it."""
         self.settled()
+        steps = self.device.recorded((("work", lambda: (work(), None)[1]),))
         times = []
         for _ in range(WARM + repetitions):
             started = time.perf_counter()
-            self.device.submit((("work", lambda: (work(), None)[1]),)).wait()
+            self.device.submit(steps).wait()
             times.append(time.perf_counter() - started)
         return median(times[WARM:])

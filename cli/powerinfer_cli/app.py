@@ -5,7 +5,7 @@ from importlib import import_module
 
 import typer
 
-from powerinfer_cli.boundary import INTERRUPTED, NoOutput, guarded
+from powerinfer_cli.boundary import INTERRUPTED, NoOutput, end_after_loss, guarded
 from powerinfer_cli.grouped import flattened
 from powerinfer_cli.help import HelpfulCommand, HelpfulGroup, first_line
 
@@ -93,4 +93,7 @@ def main() -> int:
         create_app((asked,) if asked in COMMANDS else COMMANDS)(prog_name="powerinfer")
     except KeyboardInterrupt:  # before the command began, or while it ended
         return INTERRUPTED
+    except SystemExit as ended:
+        end_after_loss(ended.code)
+        raise
     return 0

@@ -57,6 +57,18 @@ def boundary(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(FAILED) from None
 
 
+def end_after_loss(code: object) -> None:
+    """End the process here with ``code`` where it lost a device: the driver refuses destructors, and an
+    exception in one would abort."""
+    loss = sys.modules.get("powerinfer_tools.engine.hot.loss")
+    if loss is None or not loss.was_lost():
+        return
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else FAILED if code else 0)
+
+
 class NoOutput(io.TextIOBase):
     """Standard output of a process that was started without one: as a pipe that nobody reads."""
 

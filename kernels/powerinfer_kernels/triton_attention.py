@@ -64,7 +64,7 @@ def attend_kernel(query, keys, key_scales, values, value_scales, position, parti
             k = load_vectors(keys, key_scales, head // GROUP, at, live, context, DIM, WIDE)
             score = tl.sum(k * q[None, :], axis=1) * scale
             if CAPPED:
-                score = softcap * tanh(score / softcap)
+                score = softcap * tanh(tl.div_rn(score, softcap))
             score = tl.where(live, score, float("-inf"))
             now = tl.maximum(largest, tl.max(score, axis=0))
             weight, kept = tl.exp(score - now), tl.exp(largest - now)
@@ -93,5 +93,5 @@ def combine_kernel(partial, position, out, splits, DIM: tl.constexpr, WIDE: tl.c
     total = tl.sum(weight * tl.load(base + DIM, mask=live, other=0.0), axis=0)
     mask = live[:, None] & (column < DIM)[None, :]
     sums = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
-    mean = tl.sum(weight[:, None] * sums, axis=0) / total
+    mean = tl.div_rn(tl.sum(weight[:, None] * sums, axis=0), total)
     tl.store(out + head * DIM + column, mean, mask=column < DIM)

@@ -15,6 +15,9 @@ from .triton_decode import columns_of, lanes, load_codes, tile_words, tiles, wei
 #: Kinds of activation, as numbers that kernels are compiled for; the first four skip where the gate is not
 #: above the cut (0 but for fatrelu), since what they give there is zero.
 ACTIVATIONS = {"relu": 0, "relu2": 1, "drelu": 2, "fatrelu": 3, "silu": 4, "gelu_tanh": 5, "gelu_erf": 6}
+#: Tiles that are read ahead of the one that is computed, and this one: a GPU's memory answers after some
+#: hundreds of cycles, in which one tile for each program leaves most of it idle.
+STAGES = tl.constexpr(3)
 RELU = tl.constexpr(0)
 RELU2 = tl.constexpr(1)
 DRELU = tl.constexpr(2)
@@ -27,7 +30,7 @@ GELU_TANH = tl.constexpr(5)
 def dot(x, base, rows, row, live, COLUMNS: tl.constexpr, TYPE: tl.constexpr):
     """Σ_c x_c · w_rc for each of ``row`` [BLOCK], 0 where not ``live`` [BLOCK]."""
     acc = tl.zeros((row.shape[0], tile_words(TYPE)), tl.float32)
-    for tile in range(tiles(COLUMNS, TYPE)):
+    for tile in tl.range(tiles(COLUMNS, TYPE), num_stages=STAGES):
         codes, high = load_codes(base, rows, row, tile, live[:, None], COLUMNS, TYPE)
         for lane in tl.static_range(lanes(TYPE)):
             columns = columns_of(tile, lane, COLUMNS, TYPE)
@@ -42,14 +45,14 @@ def dot(x, base, rows, row, live, COLUMNS: tl.constexpr, TYPE: tl.constexpr):
 def tanh(x):
     """(1 − e^−2|x|) / (1 + e^−2|x|), with the sign of x: never overflows."""
     e = tl.exp(-2.0 * tl.abs(x))
-    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -1.0, 1.0) * tl.div_rn(1.0 - e, 1.0 + e)
 
 
 @triton.jit
 def activate(gate, cut, ACT: tl.constexpr):
     """The activation function; see :func:`powerinfer_kernels.reference.act`."""
     if ACT == SILU:
-        out = gate / (1.0 + tl.exp(-gate))
+        out = tl.div_rn(gate, 1.0 + tl.exp(-gate))
     elif ACT == GELU_TANH:
         out = 0.5 * gate * (1.0 + tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
     elif ACT == RELU or ACT == DRELU:  # noqa: SIM109 - Triton has no `in`
@@ -117,7 +120,7 @@ def partial_sums_kernel(hidden, base, out, rows, splits, COLUMNS: tl.constexpr, 
     sums = ()
     for _ in tl.static_range(lanes(TYPE)):
         sums = sums + (zero,)
-    for first in range(0, tl.minimum(ROWS, rows - split * ROWS), BLOCK):
+    for first in tl.range(0, tl.minimum(ROWS, rows - split * ROWS), BLOCK, num_stages=STAGES):
         row = split * ROWS + first + tl.arange(0, BLOCK)
         h = tl.load(hidden + token.to(tl.int64) * rows + row, mask=row < rows, other=0.0)[:, None]
         live = h != 0

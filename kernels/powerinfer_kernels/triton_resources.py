@@ -52,6 +52,9 @@ _TYPES |= dict.fromkeys(("key_scales", "value_scales"), "*fp16")
 #: Values of a head, and queries that share one of keys.
 _HEAD, _GROUP = 128, 4
 _BYTES = ("base", "gate", "up", "active")
+#: Instructions of PTX.
+_AHEAD = re.compile(r"\bcp\.async\.c[ag]\b")
+_APPROXIMATE = re.compile(r"\b(?:div\.(?:full|approx)|(?:rsqrt|sqrt|rcp)\.approx)\b")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Case:
 @dataclass(frozen=True)
 class Resources:
     """What one compiled kernel takes: registers and local memory (spills) of a thread, shared memory of a
-    block, in bytes but for registers."""
+    block, in bytes but for registers. ``ahead``: loads of later tiles in its code, which do not wait for what
+    they load; ``approximate``: divisions and roots that are not rounded correctly."""
 
     kernel: str
     rows: str
@@ -79,6 +83,8 @@ class Resources:
     registers: int
     local: int
     shared: int
+    ahead: int
+    approximate: int
 
 
 def cases(capabilities: Sequence[int]) -> Iterator[Case]:
@@ -157,10 +163,11 @@ def _compile(case: Case, capability: int) -> Resources:
     constants = {(places[name],): value for name, value in case.constants.items()}
     source = ASTSource(function, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(case.options))
-    used = _usage(compiled.asm["cubin"])
+    used, code = _usage(compiled.asm["cubin"]), compiled.asm["ptx"]
     shared = int(compiled.metadata.shared)
     local = used["STACK"] + used["LOCAL"]
-    return Resources(case.kernel, case.rows, capability, used["REG"], local, shared)
+    ahead, approximate = len(_AHEAD.findall(code)), len(_APPROXIMATE.findall(code))
+    return Resources(case.kernel, case.rows, capability, used["REG"], local, shared, ahead, approximate)
 
 
 def _type(name: str) -> str:

@@ -11,7 +11,7 @@ from powerinfer_tools.model.loading import Model
 @dataclass(frozen=True)
 class Memory:
     """Bytes that the engine holds, by purpose; ``vram`` is what was planned for the hot device and allocated,
-    ``vram_peak`` the most that its allocator held (None where it does not count)."""
+    ``vram_peak`` the most that its allocator held, or that was gone of its memory (None: not counted)."""
 
     weights: int
     kv_cache: int

@@ -1,8 +1,9 @@
 """Measure a device of the hot side: its memory, the way to it, what queueing and waiting cost, and what its
 kernels reach on rows of every type.
 
-The work is queued as the engine queues it, on a CUDA device as on torch's CPU device. Every figure is the
-median of its passes; a :class:`~powerinfer_formats.hardware.Spread` goes with each.
+The work is queued as the engine queues it, on a CUDA device as on torch's CPU device: recorded once, and
+replayed. Launched one by one from Python, kernels wait for Python. Every figure is the median of its passes;
+a :class:`~powerinfer_formats.hardware.Spread` goes with each.
 """
 
 import time
@@ -34,10 +35,10 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured with: bytes of copies and of each matrix, columns of its rows, and the seconds
-    after which no further row type is begun."""
+    """How much is measured with: bytes that are read, copied, and of each matrix, more than any GPU's cache
+    holds; columns of its rows; and the seconds after which no further row type is begun."""
 
-    nbytes: int = 128 << 20
+    nbytes: int = 256 << 20
     width: int = 4096
     seconds: float = 45.0
 
@@ -83,12 +84,11 @@ class _Bench:
         return self._deadline - time.perf_counter()
 
     def memory_and_link(self, name: str, total_bytes: int) -> tuple[GpuInfo, LinkInfo]:
-        """Copies, empty pieces of work, and small ones."""
+        """A read, copies, empty pieces of work, and small ones."""
         device, nbytes = self.device, self.sizes.nbytes
-        source, target = device.allocate(nbytes), device.allocate(nbytes)
-        source.zero_()
+        there = device.allocate(nbytes).zero_().view(torch.float32)
         host, small = device.staging(nbytes // 4), device.staging(_SMALL // 4)
-        there, small_there = target.view(torch.float32), source[:_SMALL].view(torch.float32)
+        small_there, total = there[: _SMALL // 4], torch.empty((), device=device.torch_device)
 
         def launches() -> None:
             for _ in range(_LAUNCHES):
@@ -97,12 +97,12 @@ class _Bench:
         def short_copy() -> None:
             small_there.copy_(small, non_blocking=True)
 
-        # A copy within the device reads and writes every byte.
-        copies = self._device_seconds(lambda: target.copy_(source))
-        bandwidth = self._figure("gpu.bandwidth_bytes_per_s", [2 * nbytes / s for s in copies])
+        # What decoding does to weights is read them.
+        reads = self._device_seconds(lambda: torch.sum(there, dim=0, out=total))
+        bandwidth = self._figure("gpu.bandwidth_bytes_per_s", [nbytes / s for s in reads])
         waits = self._seconds(())
         sync = self._figure("gpu.sync_seconds", waits)
-        queued = self._seconds((("launches", launches),))
+        queued = self._seconds(device.recorded((("launches", launches),)))
         launch = self._figure("gpu.launch_seconds", [max(0.0, s - sync) / _LAUNCHES for s in queued])
         moved = self._device_seconds(lambda: there.copy_(host, non_blocking=True))
         link = self._figure("link.bandwidth_bytes_per_s", [nbytes / s for s in moved])
@@ -180,7 +180,8 @@ class _Bench:
         def step() -> None:
             work()
 
-        spans = [self.device.submit((("work", step),)).wait()[0] for _ in range(_WARM + _PASSES)]
+        steps = self.device.recorded((("work", step),))
+        spans = [self.device.submit(steps).wait()[0] for _ in range(_WARM + _PASSES)]
         return [max(span.end - span.start, 1e-9) for span in spans[_WARM:]]
 
     def _figure(self, figure: str, values: Sequence[float]) -> float:

@@ -15,6 +15,8 @@ RECORD = Path(__file__).resolve().parents[1] / "data" / "triton_resources.json"
 REMEDY = f"record anew: python -m powerinfer_kernels.triton_resources > {RECORD.name}"
 #: Compiled where neither the kernels nor Triton has changed since the record: compilers are deterministic.
 SAMPLE = 90
+#: Kernels that read weights tile by tile.
+READING = ("hidden", "matvec", "partial_sums", "expert_hidden", "expert_sums")
 
 
 def compiled(folder: Path, capabilities: tuple[int, ...]) -> dict[str, Any]:
@@ -41,6 +43,11 @@ def test_compiled_kernels_take_no_more_of_a_gpu_than_recorded(tmp_path: Path) ->
     capabilities = (SAMPLE,) if record["digest"] == digest() else CAPABILITIES
     recorded = {k: row for k, row in by_kernel(record["kernels"]).items() if k[2] in capabilities}
     measured = by_kernel(compiled(tmp_path, capabilities)["kernels"])
+    assert [name for name, row in measured.items() if row["approximate"]] == []
+    # GPUs before Ampere have no loads that nothing waits for.
+    reading = {name: row for name, row in measured.items() if name[0] in READING and name[2] >= 80}
+    assert reading
+    assert [name for name, row in reading.items() if row["ahead"] < 2] == []
     assert measured.keys() == recorded.keys(), REMEDY
     worse = [
         f"{row} instead of {was}"

@@ -3,6 +3,7 @@ refused as CUDA and torch refuse it. Tensors are the host's. A graph keeps the o
 it was recorded, and does the same ones to the same memory again.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -138,7 +139,8 @@ class _Recording:
 
 class FakeCuda:
     """``log``: what was asked, in order; ``fail``: an error to raise at the n-th time that something is
-    asked; ``ms``: how long a mark takes."""
+    asked; ``ms``: how long a mark takes. ``libraries``: bytes that they take once memory was asked for; None:
+    how much is free does not change."""
 
     def __init__(self, free: int = 1 << 30) -> None:
         self.free, self.log, self.ms = free, list[str](), 0.25
@@ -147,6 +149,8 @@ class FakeCuda:
         self.current, self.recording = self.first, None
         self._now = 0.0
         self.pinned = 0
+        self.libraries: int | None = None
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
 
     def asked(self, what: str) -> None:
         """Note it, or raise what is to be raised."""
@@ -156,6 +160,14 @@ class FakeCuda:
             raise error
         if self.recording is not None and what not in ("end", "kernel"):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
+
+    def free_now(self) -> int:
+        """Bytes, by what of the memory is held."""
+        if self.libraries is None:
+            return self.free
+        storages = [storage for ref in self._storages if (storage := ref()) is not None]
+        used = self.libraries if "allocate" in self.log else 0
+        return self.free - used - sum(storage.nbytes() for storage in storages)
 
     def tick(self) -> float:
         """Milliseconds since the beginning."""
@@ -178,6 +190,9 @@ class FakeCuda:
                 self.pinned += 1
             elif options.get("device") == torch.device("cpu"):
                 self.asked("allocate")
+                tensor = empty(*shape, **options)
+                self._storages.append(weakref.ref(tensor.untyped_storage()))
+                return tensor
             return empty(*shape, **options)
 
         monkeypatch.setattr(CudaDevice, "torch_device", torch.device("cpu"))
@@ -190,7 +205,7 @@ class FakeCuda:
             "graph": lambda *a, **k: _Recording(self, *a, **k),
             "stream": lambda stream: _Current(self, stream),
             "graph_pool_handle": lambda: "pool",
-            "mem_get_info": lambda _: (self.free, self.free),
+            "mem_get_info": lambda _: (self.free_now(), self.free),
             "max_memory_reserved": lambda _: 123,
             "empty_cache": lambda: self.asked("empty cache"),
             "is_available": lambda: True,

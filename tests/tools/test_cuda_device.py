@@ -1,5 +1,9 @@
 """The CUDA device on a ``torch.cuda`` that notes what is asked of it: see ``fake_cuda``."""
 
+import os
+import signal
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import torch
 
 from fake_cuda import FakeCuda
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.hot import devices, fusing, opening
+from powerinfer_tools.engine.hot import devices, fusing, loss, opening
 from powerinfer_tools.engine.hot.devices import (
     CudaDevice,
     DeviceLost,
@@ -18,6 +22,7 @@ from powerinfer_tools.engine.hot.devices import (
     OutOfDeviceMemory,
 )
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
+from powerinfer_tools.engine.hot.sizes import budget_for
 from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
 from test_hot_predictors import Predicted
@@ -219,6 +224,59 @@ def test_out_of_memory_at_the_start_gives_all_back(
     assert cuda.log[-1] == "empty cache"
     assert "out of VRAM at the start: 77 bytes cannot be had" in engine.notices[0]
     engine.close()
+
+
+def test_a_budget_holds_what_libraries_take_too(llama: Prepared, cuda: FakeCuda) -> None:
+    """What is gone of the memory is measured, and less is placed on the GPU until the budget holds."""
+    path = llama.split([llama.neurons] * 3)
+    with Engine(load_model(path), threads=1, device="cuda", batch=5) as engine:
+        everything = engine.report().memory.vram
+    budget = budget_for(everything)
+    cuda.libraries = budget // 3
+    cuda.log.clear()
+    with Engine(load_model(path), threads=1, device="cuda", batch=5, vram=budget) as engine:
+        memory = engine.report().memory
+        assert 0 < memory.vram < everything
+        assert memory.vram_peak is not None
+        assert cuda.libraries < memory.vram_peak <= budget
+    cuda.libraries = budget
+    cuda.log.clear()
+    with Engine(load_model(path), threads=1, device="cuda", batch=5, vram=budget) as engine:
+        assert engine.report().device == "none"
+        assert engine.notices
+    assert cuda.free_now() == cuda.free - cuda.libraries
+
+
+def test_a_lost_device_is_never_destroyed(
+    llama: Prepared, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_lost", False)
+    monkeypatch.setattr(loss, "_kept", kept := list[object]())
+    path, tokens = llama.split([GROUP] * 3), llama.tiny.tokens(9)
+    with Engine(load_model(path), threads=1, device="cuda", batch=5) as engine:
+        cuda.fail = {("record", cuda.log.count("record") + 2): RuntimeError("CUDA error: device lost")}
+        engine.prefill(tokens)
+        assert any("stopped working" in notice for notice in engine.notices)
+    assert loss.was_lost()
+    assert len(kept) == 1
+
+
+def test_a_process_that_lost_a_device_ends_with_its_own_code() -> None:
+    """Without destructors: an exception in one of them would abort."""
+    program = (
+        "import os, sys\n"
+        "from powerinfer_cli.boundary import end_after_loss\n"
+        "from powerinfer_tools.engine.hot import loss\n"
+        "class Graph:\n    def __del__(self): os.abort()\n"
+        "graph = Graph()\n"
+        "if len(sys.argv) > 1: loss.keep(graph); print('lost'); end_after_loss(1)\n"
+        "end_after_loss(1)\n"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    for arguments, code in (["lost"], 1), ([], -signal.SIGABRT):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, check=False, capture_output=True, env={"PYTHONPATH": paths})
+        assert done.returncode == code, done.stderr
 
 
 def test_after_a_failed_recording_stream_and_pool_are_fresh(cuda: FakeCuda) -> None:

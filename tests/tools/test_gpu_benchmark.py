@@ -140,7 +140,7 @@ def test_when_the_time_is_up_the_rest_is_named(
 ) -> None:
     monkeypatch.setattr(gpu, "LIMIT_SECONDS", 0.0)
     assert gpu.main(["--device", "cpu", *SIZES]) == 0
-    assert "a copy in the device's memory: the time was up" in capsys.readouterr().out
+    assert "a read of the device's memory: the time was up" in capsys.readouterr().out
 
 
 def test_a_split_file_is_made_by_the_stages(gpu: ModuleType, quantised: Prepared, tmp_path: Path) -> None:

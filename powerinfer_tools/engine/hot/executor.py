@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Activations
-from powerinfer_tools.engine.hot import Span
+from powerinfer_tools.engine.hot import Span, loss
 from powerinfer_tools.engine.hot.backend import Backend
 from powerinfer_tools.engine.hot.devices import DeviceLost, MemoryEnded, Ticket
 from powerinfer_tools.engine.hot.experts import HotExperts
@@ -42,9 +42,16 @@ class TorchHotSide:
     nothing can."""
 
     def __init__(
-        self, backend: Backend, spare: Callable[[], Backend] | None, size: HotSize, notices: Sequence[str]
+        self,
+        backend: Backend,
+        spare: Callable[[], Backend] | None,
+        size: HotSize,
+        notices: Sequence[str],
+        taken: int = 0,
     ) -> None:
-        self._backend, self._spare, self._size = backend, spare, size
+        """``taken``: bytes of the device's memory that are gone since before the first of them was asked for;
+        0 where that is not known."""
+        self._backend, self._spare, self._size, self._taken = backend, spare, size, taken
         self._running: _Launched | None = None
         self._queued: list[tuple[int | None, Ticket]] = []
         self._before_input = 0  # how many of them come up to the input of the begun layer's FFN
@@ -79,7 +86,8 @@ class TorchHotSide:
     @property
     def peak_bytes(self) -> int | None:
         """See :class:`powerinfer_tools.engine.hot.HotSide`."""
-        return self._backend.device.peak_bytes()
+        counted = self._backend.device.peak_bytes()
+        return None if counted is None else max(counted, self._taken)
 
     @property
     def has_head(self) -> bool:
@@ -275,7 +283,10 @@ class TorchHotSide:
         self.spans += [(layer, span) for span in spans]
 
     def _move(self, error: DeviceLost) -> None:
-        what = "the GPU ran out of memory" if isinstance(error, MemoryEnded) else "the GPU stopped working"
+        whole = isinstance(error, MemoryEnded)
+        what = "the GPU ran out of memory" if whole else "the GPU stopped working"
+        if not whole:
+            loss.keep(self._backend)
         if self._backend.stream is not None:
             raise DeviceLost(
                 f"{what} ({error}), and the KV cache in its memory is lost; begin again, "

@@ -24,6 +24,8 @@ from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.model.loading import Model
 
 _MIB = 1 << 20
+#: Times that units are fitted into a budget, by what the time before took.
+_FITS = 5
 
 
 def open_on(
@@ -59,16 +61,28 @@ def open_side(
 ) -> tuple[TorchHotSide | None, list[str]]:
     """The hot side on ``device``, with the Triton kernels where ``fused`` and a row type has them; None where
     nothing is to be computed there, or its memory cannot be had in spite of all counting. Second, what must
-    be said. Raises HardwareError for a budget beyond what is free."""
-    planned, limit = planned_units(model, work.predicted), limit_of(device.free_bytes(), vram)
-    units = fit(model, planned, limit, work)
-    notices = [*_limits(model), *_left_out(planned, units, limit, asked=vram is not None)]
-    if not units:
-        device.close()
-        return None, notices
-    backend, kinds, problem = _prepared(model, units, device, work, fused=fused)
-    if backend is None:
-        return None, [*notices, f"out of VRAM at the start: {problem}; everything is computed on the CPU"]
+    be said. What was taken of the device's memory is measured; beyond ``vram``, less is placed there. Raises
+    HardwareError for a budget beyond what is free."""
+    planned, free = planned_units(model, work.predicted), device.free_bytes()
+    limit = limit_of(free, vram)
+    for _ in range(_FITS):
+        units = fit(model, planned, limit, work)
+        notices = [*_limits(model), *_left_out(planned, units, limit, asked=vram is not None)]
+        if not units:
+            device.close()
+            return None, notices
+        backend, kinds, problem = _prepared(model, units, device, work, fused=fused)
+        if backend is None:
+            said = f"out of VRAM at the start: {problem}; everything is computed on the CPU"
+            return None, [*notices, said]
+        taken = _taken(device, free)
+        if vram is None or limit is None or taken <= vram:
+            break
+        # Libraries, modules of kernels and graphs took more than was allowed for.
+        backend.close()
+        limit -= taken - vram
+    else:
+        return None, ["--vram is less than the GPU's libraries take; everything is computed on the CPU"]
     if kinds:
         notices.append(
             f"{', '.join(kinds)} rows have no fused GPU kernel; torch operations unpack them, which is slower"
@@ -76,7 +90,13 @@ def open_side(
     spare = None
     if device.free_bytes() is not None:
         spare = partial(_spare, model, units, work)
-    return TorchHotSide(backend, spare, units_size(model, units, work), notices), notices
+    return TorchHotSide(backend, spare, units_size(model, units, work), notices, taken), notices
+
+
+def _taken(device: Device, free: int | None) -> int:
+    """Bytes that the device has less than the ``free`` ones at first, whoever took them; 0: not known."""
+    now = device.free_bytes()
+    return 0 if free is None or now is None else max(0, free - now)
 
 
 def _prepared(

@@ -70,6 +70,9 @@ def open_side(
         notices = [*_limits(model), *_left_out(planned, units, limit, asked=vram is not None)]
         if not units:
             device.close()
+            if planned and vram is not None:
+                size = f"{vram / _MIB:.3g} MiB"
+                notices = [f"--vram {size}: nothing of the plan fits; everything is computed on the CPU"]
             return None, notices
         backend, kinds, problem = _prepared(model, units, device, work, fused=fused)
         if backend is None:

@@ -5,7 +5,8 @@
     python benchmarks/gpu.py -m MODEL.powerinfer.gguf --peer MODEL.gguf
     python benchmarks/gpu.py --device cpu                      # without a GPU: what can be measured there
 
-Kernels are compared with float64 and timed beside a plain read of memory. The whole engine is checked against
+First comes what must hold: one token under memcheck, the VRAM that was promised, no bit changed by TF32. Then
+kernels are compared with float64 and timed beside a plain read of memory. The whole engine is checked against
 the CPU alone and timed beside it, with all of the plan in the GPU's memory and with half; and llama.cpp with
 as many layers in as much memory, where ``llama-cpp-python`` and the dense model (--source or --peer) are
 there.
@@ -23,6 +24,7 @@ import torch
 from gpu_engines import Speeds, make_split, measure_engines, measure_host, measure_peer
 from gpu_kernels import Sizes, measure_attention, measure_exchange, measure_read, measure_row_types
 from gpu_run import Run
+from gpu_safety import check_safety
 
 from powerinfer_tools import detect
 from powerinfer_tools.engine.hot.devices import CpuDevice, CudaDevice, Device, cuda_problem
@@ -52,14 +54,19 @@ def measure_kernels(run: Run, sizes: Sizes, problem: str | None) -> float | None
     return found[0]
 
 
-def measure_models(run: Run, options: argparse.Namespace, limit: float, folder: Path) -> None:
-    """The whole engine, and llama.cpp."""
-    split, peer = options.model, options.peer or options.source
+def prepared_split(run: Run, options: argparse.Namespace, folder: Path) -> Path | None:
+    """The split file that was named, or one of the source, in ``folder``; None without either."""
+    split: Path | None = options.model
     if split is None and options.source is not None:
         split = make_split(run, options.source, folder)
     if split is None:
         run.missing.append("the whole engine: no model was named (--source, or -m), or none could be split")
-        return
+    return split
+
+
+def measure_models(run: Run, options: argparse.Namespace, split: Path, limit: float) -> None:
+    """The whole engine, and llama.cpp."""
+    peer = options.peer or options.source
     hosts: list[float] = []
     if not run.attempt("the CPU's memory", 5, lambda: hosts.append(measure_host(run))):
         return
@@ -124,10 +131,13 @@ def main(arguments: list[str] | None = None) -> int:
     device, unfused = open_device(options.device)
     run = Run(device, options.device, LIMIT_SECONDS)
     sizes = Sizes(options.megabytes << 20, options.width, options.positions)
-    limit = measure_kernels(run, sizes, unfused)
-    if limit is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            measure_models(run, options, limit, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        split = prepared_split(run, options, Path(folder))
+        if split is not None:
+            check_safety(run, split, options.vram)
+        limit = measure_kernels(run, sizes, unfused)
+        if limit is not None and split is not None:
+            measure_models(run, options, split, limit)
     run.missing += getattr(device, "notices", [])
     print_table(run, machine_lines(options.device))
     if options.json:

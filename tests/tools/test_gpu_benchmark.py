@@ -127,11 +127,11 @@ def test_what_fails_is_one_line_and_the_rest_goes_on(
     said = capsys.readouterr().out
     wrong = [line for line in said.splitlines() if line.startswith("WRONG: ")]
     assert [line.split(":")[1].strip() for line in wrong] == [
-        "Q8_0 rows, plain", "Q4_0 plain", "Q6_K plain", path.name,
+        "logits with TF32 on and off", "Q8_0 rows, plain", "Q4_0 plain", "Q6_K plain", path.name,
     ]  # fmt: skip
-    assert wrong[0] == "WRONG: Q8_0 rows, plain: OSError: no compiler"
-    assert "times the error that rounding explains" in wrong[1]
-    assert "DeviceLost: CUDA error: unspecified launch failure" in wrong[3]
+    assert wrong[1] == "WRONG: Q8_0 rows, plain: OSError: no compiler"
+    assert "times the error that rounding explains" in wrong[2]
+    assert "DeviceLost: CUDA error: unspecified launch failure" in wrong[4]
     assert "Q4_K plain: FFN with relu" in said
 
 

@@ -345,7 +345,8 @@ def _mixers(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[Mixer, ...
 def _attending(keys: Keys, layers: int) -> tuple[Mixer, ...]:
     """Of families without recurrent blocks: a layer may have no heads, and no attention."""
     if not isinstance(keys.raw("attention.head_count"), np.ndarray):
-        return ("attention",) * layers
+        every: Mixer = "attention"
+        return (every,) * layers
     heads = keys.integers("attention.head_count", layers, low=0, high=4096)
     mixers: list[Mixer] = ["attention" if count else "none" for count in heads]
     return tuple(mixers)

@@ -56,21 +56,26 @@ static void place_product(int32_t type, const uint8_t code[32], int64_t group, i
     }
 }
 
+/* Bytes of a line of sum rows before word `lane` of a half. */
+static int64_t sum_word(int64_t half, int64_t lane) { return 2 * (lane / 4 * 8 + 4 * half + lane % 4); }
+
 static void place_sum(int32_t type, const uint8_t code[32], int64_t block, const pi_planar *at, uint8_t *out) {
+    const int64_t half = block / 2, in_plane = half % (2 * pi_lines_of_plane(type));
+    const int units = pi_has_halves(type) ? 4 : 2, in_vector = 16 / units, width = pi_code_bits(type) - 4;
     for (int i = 0; i < 32; i++) {
-        const int64_t column = block * 32 + i, lane = column % 16;
+        const int64_t column = block % 2 * 32 + i, unit = column / (64 / units), p = column % (64 / units);
+        const int64_t n = p / in_vector, lane = p % in_vector * units + unit;
         if (type == PI_Q8_0) {
-            out[at->codes + column / 64 * 64 + 4 * lane + column % 64 / 16] = code[i];
+            out[at->codes + 64 * half + sum_word(n / 2, lane) + n % 2] = code[i] ^ (n % 2 ? 0 : 128);
             continue;
         }
-        const int64_t line = column / 128, n = column % 128 / 16, s = line % pi_lines_of_plane(type);
-        uint8_t *to = out + at->codes + 64 * line + 4 * lane + n / 2;
-        *to = (uint8_t)(*to | (code[i] & 15) << (4 * (n % 2)));
-        const int width = pi_code_bits(type) - 4;
-        if (width == 0) continue;
-        const int64_t bit = width * (8 * s + n);
-        to = out + at->high + 64 * (line / pi_lines_of_plane(type)) + 4 * lane + bit / 8;
-        *to = (uint8_t)(*to | (code[i] >> 4) << (bit % 8));
+        const int by_byte = pi_sum_step(type) == 8, flip = !by_byte && n == 3 ? 8 : 0;
+        uint8_t *to = out + at->codes + 32 * (half - half % 2) + sum_word(half % 2, lane) + (by_byte ? n % 2 : n / 2);
+        *to = (uint8_t)(*to | ((code[i] & 15) ^ flip) << 4 * (by_byte ? n / 2 : n % 2));
+        if (!pi_has_plane(type)) continue;
+        const int64_t in_word = pi_lines_of_plane(type), bit = width * (in_plane % in_word * 2 + n / 2);
+        to = out + at->high + 32 * (half - in_plane) / in_word + sum_word(in_plane / in_word, lane) + n % 2;
+        *to = (uint8_t)(*to | (code[i] >> 4) << bit);
     }
 }
 

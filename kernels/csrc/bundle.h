@@ -13,11 +13,19 @@
  *   6-bit planes  two such lines: bits 2j and 2j + 1 of the first for column 4j + c, of the second for 16 + 4j + c
  * Kernels read whole lines of eight blocks, further than the last group goes, and leave out what they read there.
  *
- * Sum rows (down) are added up, two neurons at a time as 16-bit numbers: 16 dwords, one per lane.
- *   4-bit codes   64 bytes per 128 columns: nibble n of dword l is column 16n + l
- *   Q8_0          64 bytes per 64 columns: byte n of dword l is column 16n + l
- *   5-bit plane   64 bytes per 512 columns: bit 8s + n of dword l belongs to column 16n + l of the s-th 128
- *   6-bit plane   64 bytes per 256 columns: the same with bits 2(8s + n) and the next
+ * Sum rows (down) are added up two neurons at a time, as 16-bit words. Zipping the lines of two rows (v16i_zip_low and
+ * _high) gives 16 dwords twice, one per lane, with a word of each row. "Word l of half h" is the one that gets into lane
+ * l of the h-th: word 8 (l / 4) + 4h + l mod 4 of the line. 64 columns are four vectors: lanes take turns in the units
+ * that have a scale, so that the codes of a word have the same. Of 2 units (4 where 16 columns have a scale), lane l of
+ * vector n is column 8n + l / 2 (4n + l / 4) of unit l mod 2 (l mod 4).
+ *   4-bit codes   64 bytes per 128 columns: vector n of the h-th 64 is nibble n of the words of half h
+ *   Q8_0          64 bytes per 64 columns: vectors 2h and 2h + 1 are the bytes of the words of half h
+ * Codes of 5 or 6 bits, and those that stand for numbers of a table, become bytes in a kernel: vectors 0 and 1 from the
+ * low nibbles of each word's bytes, 2 and 3 from the high ones. Their high bits (w = 1 or 2 of them) lie likewise:
+ *   high bits     64 bytes per 512 / w columns: words of half h have those of the h-th half of these columns, the j-th
+ *                 64 of them in bits 2wj.. (vectors 0 and 1) and 2wj + w.. (2 and 3) of each byte
+ * Kernels do not take the codes of a word apart (bundle_sum.h): words are signed, so 8 is subtracted from the topmost
+ * code of 4 bits, and a byte of Q8_0 that is not the topmost gets 128 added.
  * Columns are filled up with zeros to whole lines.
  *
  * Scales: f16 d per block, then m per block. Q4_K and Q5_K: d and dmin per super-block, then 8-bit scales, then
@@ -48,6 +56,9 @@ PI_DECODE int pi_has_plane(int32_t type) { return pi_code_bits(type) == 5 || pi_
 /* Of product rows: lines of a group's high bits, and of its high bits and codes. */
 PI_DECODE int pi_plane_lines(int32_t type) { return pi_code_bits(type) == 8 ? 0 : pi_code_bits(type) - 4; }
 PI_DECODE int pi_group_lines(int32_t type) { return pi_code_bits(type); }
+
+/* Of sum rows: how far the codes of a word lie apart where they are multiplied. */
+PI_DECODE int pi_sum_step(int32_t type) { return pi_code_bits(type) == 4 && !pi_has_table(type) ? 4 : 8; }
 
 PI_DECODE pi_planar pi_planar_of(int32_t type, int64_t columns, int is_sum) {
     pi_planar at = {0};

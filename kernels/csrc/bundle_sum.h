@@ -6,6 +6,10 @@
  * coefficients of a constant column and are rounded in the same way. The rounding of a coefficient is at most S / 2,
  * 1.5e-5 of the chunk's largest; that of activations, for comparison, 4e-3.
  *
+ * A word of 16 bits holds the codes of several columns, w = Σ code_n 2^(step n). They need not be taken apart: with
+ * T_n = Σ q·(w >> step n), where a shift keeps the sign, Σ q·code_n is T_n - 2^step T_(n+1), and the last one T_n. All
+ * of that may wrap around in 32 bits, since the sum of a column's codes fits: at most 512 · 32767 · 127.
+ *
  * Float rows: fused multiply-adds in ascending order of neurons, one partial sum per chunk, added up in order.
  */
 #ifndef PI_BUNDLE_SUM_H
@@ -78,45 +82,77 @@ PI_INLINE v64b sum_table(int type, const pi_rows *r) {
     return pi_has_table(type) ? v64b_repeat16(r->table) : v64b_set1(0);
 }
 
-/* Four vectors of 16 columns of one half of a line of two rows: the codes of a in the low words, of b in the high. */
-PI_INLINE void pair_codes(int type, const uint8_t *a, const uint8_t *b, const pi_planar *p, v64b table, int64_t line,
+/* The j-th high bits of a plane's words, in bits 4.. of their bytes; k: of vectors 2k and 2k + 1. */
+PI_INLINE v16i high_bits(int width, v16i bits, int j, int k) {
+    const int left = 4 - width * (2 * j + k);
+    const v16i moved = left < 0 ? v16i_srli(bits, -left) : v16i_slli(bits, left);
+    return v16i_and(moved, v16i_set1(((1 << width) - 1) * 0x10101010));
+}
+
+/* The four vectors of one half of a line of two rows: words of a in the low halves of lanes, of b in the high ones.
+ * Above the code of its vector, a word has those of following ones. */
+PI_INLINE void pair_words(int type, const uint8_t *a, const uint8_t *b, const pi_planar *p, v64b table, int64_t line,
                           int upper, v16i out[4]) {
-#define PI_WORDS(at, upper)                                                        \
-    (upper ? v16i_high_words(v16i_load((const int32_t *)(const void *)(a + (at))), \
-                             v16i_load((const int32_t *)(const void *)(b + (at)))) \
-           : v16i_low_words(v16i_load((const int32_t *)(const void *)(a + (at))),  \
-                            v16i_load((const int32_t *)(const void *)(b + (at)))))
+#define PI_WORDS(at, upper)                                                      \
+    (upper ? v16i_zip_high(v16i_load((const int32_t *)(const void *)(a + (at))), \
+                           v16i_load((const int32_t *)(const void *)(b + (at)))) \
+           : v16i_zip_low(v16i_load((const int32_t *)(const void *)(a + (at))),  \
+                          v16i_load((const int32_t *)(const void *)(b + (at)))))
     if (type == PI_Q8_0) {
-        const int64_t at = p->codes + 128 * line + 64 * upper;
-        const v16i low = PI_WORDS(at, 0), high = PI_WORDS(at, 1);
-        out[0] = v16i_low_bytes(low);
-        out[1] = v16i_high_bytes(low);
-        out[2] = v16i_low_bytes(high);
-        out[3] = v16i_high_bytes(high);
+        out[0] = PI_WORDS(p->codes + 128 * line + 64 * upper, 0);
+        out[2] = PI_WORDS(p->codes + 128 * line + 64 * upper, 1);
+    } else {
+        out[0] = PI_WORDS(p->codes + 64 * line, upper);
+    }
+    if (pi_sum_step(type) == 4) {
+        PI_UNROLL for (int n = 1; n < 4; n++) out[n] = v16i_sra16(out[0], 4 * n);
         return;
     }
-    const int width = pi_code_bits(type) - 4;
-    const v16i codes = PI_WORDS(p->codes + 64 * line, upper);
-    if (pi_has_table(type)) { /* nibbles 0 and 2 of a word are its bytes' low ones */
-        const v64b nibbles = v16i_as_bytes(codes);
-        const v16i low = v64b_as_i32(v64b_lookup(table, v64b_and(nibbles, v64b_set1(15))));
-        const v16i high = v64b_as_i32(v64b_lookup(table, v64b_srl4(nibbles)));
-        out[0] = v16i_low_bytes(low);
-        out[1] = v16i_low_bytes(high);
-        out[2] = v16i_high_bytes(low);
-        out[3] = v16i_high_bytes(high);
-        return;
+    if (type != PI_Q8_0) {
+        const v64b nibbles = v16i_as_bytes(out[0]);
+        out[0] = v64b_as_i32(v64b_and(nibbles, v64b_set1(15)));
+        out[2] = v64b_as_i32(v64b_srl4(nibbles));
     }
-    PI_UNROLL for (int n = 0; n < 4; n++) out[n] = v16i_and(v16i_srli(codes, 4 * n), v16i_set1(0x000f000f));
-    if (width == 0) return;
-    const int group = pi_lines_of_plane(type), s = (int)(line % group);
-    const int first = width * (8 * s + 4 * upper); /* bit of vector 0, in the dword */
-    const v16i bits = PI_WORDS(p->high + 64 * (line / group), first >= 16);
-    PI_UNROLL for (int n = 0; n < 4; n++) {
-        const v16i high = v16i_and(v16i_srli(bits, first % 16 + width * n), v16i_set1(((1 << width) - 1) * 0x10001));
-        out[n] = v16i_or(out[n], v16i_slli(high, 4));
+    if (pi_has_plane(type)) {
+        const int lines = pi_lines_of_plane(type), half = 2 * (int)(line % lines) + upper;
+        const v16i bits = PI_WORDS(p->high + 64 * (line / lines), half >= lines);
+        PI_UNROLL for (int k = 0; k < 2; k++) out[2 * k] =
+            v16i_or(out[2 * k], high_bits(pi_code_bits(type) - 4, bits, half % lines, k));
     }
+    if (pi_has_table(type))
+        PI_UNROLL for (int k = 0; k < 2; k++) out[2 * k] =
+            v16i_xor(v64b_as_i32(v64b_lookup(table, v16i_as_bytes(out[2 * k]))), v16i_set1(0x00800080));
+    out[1] = v16i_sra16(out[0], 8);
+    out[3] = v16i_sra16(out[2], 8);
 #undef PI_WORDS
+}
+
+/* The numbers of the units of a half-line, in the lanes of their columns. */
+PI_INLINE v16i in_lanes(int type, const int32_t *of_units) {
+    return unit_columns(type) == 16 ? v64b_as_i32(v64b_repeat16(of_units)) : v16i_repeat2(of_units);
+}
+
+/* What is subtracted from the codes of vector n. */
+PI_INLINE int sum_offset(int type, int n) {
+    if (type == PI_Q8_0 || pi_has_table(type)) return n % 2 == 0 ? 128 : 0;
+    return pi_layout_of(type).offset - (pi_sum_step(type) == 4 && n == 3 ? 8 : 0);
+}
+
+/* From the T of a half-line's vectors, Σ q·(code - offset) of its 64 columns in their order. `total`: Σ q of units. */
+PI_INLINE void finish_half(int type, const int32_t *total, v16i sum[4]) {
+    const int step = pi_sum_step(type), apart = unit_columns(type) == 16;
+    const v16i totals = in_lanes(type, total);
+    PI_UNROLL for (int n = 0; n < 4; n++) {
+        const int is_last = step == 8 ? n % 2 == 1 : n == 3, offset = sum_offset(type, n);
+        if (!is_last) sum[n] = v16i_sub(sum[n], v16i_slli(sum[n + 1], step));
+        if (offset) sum[n] = v16i_sub(sum[n], v16i_mul(totals, v16i_set1(offset)));
+    }
+    const v16i evens[2] = {v16i_evens(sum[0], sum[1]), v16i_evens(sum[2], sum[3])};
+    const v16i odds[2] = {v16i_odds(sum[0], sum[1]), v16i_odds(sum[2], sum[3])};
+    sum[0] = apart ? v16i_evens(evens[0], evens[1]) : evens[0];
+    sum[1] = apart ? v16i_evens(odds[0], odds[1]) : evens[1];
+    sum[2] = apart ? v16i_odds(evens[0], evens[1]) : odds[0];
+    sum[3] = apart ? v16i_odds(odds[0], odds[1]) : odds[1];
 }
 
 PI_INLINE v16f weights_at(int type, const uint8_t *row, int64_t column) {

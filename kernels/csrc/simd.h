@@ -46,6 +46,8 @@
  *   v16i_store_i8(p, a)           16 lanes narrowed to int8 with saturation
  *   v16i_store_i16(p, a)          16 lanes narrowed to int16 with saturation
  *   v16i_as_f32(a)  v16f_as_i32(a)       the same bits, other type
+ *   v16i_repeat2(p)               the 2 dwords at p, 8 times
+ *   v16i_evens(a, b)  v16i_odds(a, b)    lanes 0, 2, … 14 (1, 3, … 15) of a, then those of b
  *   v16i_hmax(a)                  int32, maximum of the lanes
  *   v16i_sum(a)                   int32, sum of the lanes, wraps around
  * v64b
@@ -70,9 +72,10 @@
  *   v16f_two_f16(p, q)  v16i_two_i8(p, q)  v16i_two_u8(p, q)     8 numbers of each, as floats or widened
  *   v16f_columns8(p, out)                p: 16 rows of 8 floats; out[c] lane r = column c of row r
  * Pairs of 16-bit numbers in a dword
- *   v16i_low_words(a, b)  v16i_high_words(a, b)   the low (high) half of a, below the low (high) half of b
- *   v16i_low_bytes(a)  v16i_high_bytes(a)         the low (high) byte of every 16 bits, as a signed number
- *   v16i_dot_words(acc, w, x)            acc + w.low·x.low + w.high·x.high, signed; exact unless all are -32768
+ *   v16i_low_words(a, b)                 the low half of a, below the low half of b
+ *   v16i_zip_low(a, b)  v16i_zip_high(a, b)       dword 4k + i: word 8k + i (high: 8k + 4 + i) of a, below that of b
+ *   v16i_sra16(a, n)                     every word shifted right by n < 16, with its sign
+ *   v16i_dot_words(acc, w, x)            acc + w.low·x.low + w.high·x.high, signed, wraps around
  * Dot products: 4 bytes per lane, lane r gets Σ_c w[4r+c]·x[4r+c]
  *   v16i_dot_us(acc, w, x)        w unsigned ≤ 127, x signed; exact in int32
  *   v16i_dot_ss(acc, w, x)        both signed, any w (-128 too), x ≥ -127; exact in int32

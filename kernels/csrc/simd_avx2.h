@@ -250,18 +250,39 @@ PI_INLINE v16i v16i_low_words(v16i x, v16i y) {
     return PI_I(_mm256_blend_epi16(x.a, _mm256_slli_epi32(y.a, 16), 0xaa),
                 _mm256_blend_epi16(x.b, _mm256_slli_epi32(y.b, 16), 0xaa));
 }
-PI_INLINE v16i v16i_high_words(v16i x, v16i y) {
-    return PI_I(_mm256_blend_epi16(_mm256_srli_epi32(x.a, 16), y.a, 0xaa),
-                _mm256_blend_epi16(_mm256_srli_epi32(x.b, 16), y.b, 0xaa));
+PI_INLINE v16i v16i_zip_low(v16i x, v16i y) {
+    return PI_I(_mm256_unpacklo_epi16(x.a, y.a), _mm256_unpacklo_epi16(x.b, y.b));
 }
-PI_INLINE v16i v16i_low_bytes(v16i x) {
-    return PI_I(_mm256_srai_epi16(_mm256_slli_epi16(x.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x.b, 8), 8));
+PI_INLINE v16i v16i_zip_high(v16i x, v16i y) {
+    return PI_I(_mm256_unpackhi_epi16(x.a, y.a), _mm256_unpackhi_epi16(x.b, y.b));
 }
-PI_INLINE v16i v16i_high_bytes(v16i x) { return PI_I(_mm256_srai_epi16(x.a, 8), _mm256_srai_epi16(x.b, 8)); }
+PI_INLINE v16i v16i_sra16(v16i x, int n) { return PI_I(_mm256_srai_epi16(x.a, n), _mm256_srai_epi16(x.b, n)); }
+PI_INLINE v16i v16i_repeat2(const int32_t *p) {
+    int64_t two;
+    memcpy(&two, p, 8);
+    const __m256i v = _mm256_set1_epi64x(two);
+    return PI_I(v, v);
+}
+/* Lanes of pairs of a and b in their order: what shuffles within 128 bits leave as 0 1 4 5 2 3 6 7. */
+PI_INLINE __m256i pi_pick_lanes(__m256i a, __m256i b, int odd) {
+    const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+    const __m256 lanes = odd ? _mm256_shuffle_ps(x, y, 0xdd) : _mm256_shuffle_ps(x, y, 0x88);
+    return _mm256_permute4x64_epi64(_mm256_castps_si256(lanes), 0xd8);
+}
+PI_INLINE v16i v16i_evens(v16i x, v16i y) { return PI_I(pi_pick_lanes(x.a, x.b, 0), pi_pick_lanes(y.a, y.b, 0)); }
+PI_INLINE v16i v16i_odds(v16i x, v16i y) { return PI_I(pi_pick_lanes(x.a, x.b, 1), pi_pick_lanes(y.a, y.b, 1)); }
+#ifdef __AVXVNNI__
 PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
+    return PI_I(_mm256_dpwssd_avx_epi32(acc.a, w.a, x.a), _mm256_dpwssd_avx_epi32(acc.b, w.b, x.b));
+}
+#else
+/* The empty asm keeps the compiler from turning the chain of additions into a tree that spills registers. */
+PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
+    __asm__("" : "+x"(acc.a), "+x"(acc.b));
     return PI_I(_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x.a)),
                 _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x.b)));
 }
+#endif
 PI_INLINE v64b v64b_rows2(const void *p, const void *q) {
     return PI_B(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)q));
 }
@@ -342,7 +363,7 @@ PI_INLINE v16i v16i_dot_ss(v16i acc, v64b w, v64b x) {
                 _mm256_add_epi32(acc.b, pi_sum_pairs(pi_dot_ss_pairs(w.b, x.b))));
 }
 PI_INLINE v16p v16p_zero(void) { return PI_P(_mm256_setzero_si256(), _mm256_setzero_si256()); }
-/* The empty asm keeps the compiler from turning the chain of additions into a tree that spills registers. */
+/* The empty asm: as in v16i_dot_words. */
 PI_INLINE v16p v16p_dot_us(v16p acc, v64b w, v64b x) {
     __asm__("" : "+x"(acc.a), "+x"(acc.b));
     return PI_P(_mm256_add_epi16(acc.a, pi_dot_us_pairs(w.a, x.a)), _mm256_add_epi16(acc.b, pi_dot_us_pairs(w.b, x.b)));

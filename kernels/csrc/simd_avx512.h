@@ -170,11 +170,22 @@ PI_INLINE v16f v16f_rows4_bf16(const uint8_t *const rows[4], int64_t at) {
 PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
     return PI_I(_mm512_mask_blend_epi16(0xaaaaaaaau, a.v, _mm512_slli_epi32(b.v, 16)));
 }
-PI_INLINE v16i v16i_high_words(v16i a, v16i b) {
-    return PI_I(_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a.v, 16), b.v));
+PI_INLINE v16i v16i_zip_low(v16i a, v16i b) { return PI_I(_mm512_unpacklo_epi16(a.v, b.v)); }
+PI_INLINE v16i v16i_zip_high(v16i a, v16i b) { return PI_I(_mm512_unpackhi_epi16(a.v, b.v)); }
+PI_INLINE v16i v16i_sra16(v16i a, int n) { return PI_I(_mm512_srai_epi16(a.v, (unsigned)n)); }
+PI_INLINE v16i v16i_repeat2(const int32_t *p) {
+    int64_t two;
+    memcpy(&two, p, 8);
+    return PI_I(_mm512_set1_epi64(two));
 }
-PI_INLINE v16i v16i_low_bytes(v16i a) { return PI_I(_mm512_srai_epi16(_mm512_slli_epi16(a.v, 8), 8)); }
-PI_INLINE v16i v16i_high_bytes(v16i a) { return PI_I(_mm512_srai_epi16(a.v, 8)); }
+PI_INLINE v16i v16i_evens(v16i a, v16i b) {
+    const __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return PI_I(_mm512_permutex2var_epi32(a.v, lanes, b.v));
+}
+PI_INLINE v16i v16i_odds(v16i a, v16i b) {
+    const __m512i lanes = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return PI_I(_mm512_permutex2var_epi32(a.v, lanes, b.v));
+}
 PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) { return PI_I(_mm512_dpwssd_epi32(acc.v, w.v, x.v)); }
 PI_INLINE v64b v64b_rows2(const void *p, const void *q) {
     const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));

@@ -266,18 +266,31 @@ PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
     PI_PARTS a.v[k] = vsliq_n_s32(a.v[k], b.v[k], 16);
     return a;
 }
-PI_INLINE v16i v16i_high_words(v16i a, v16i b) {
-    PI_PARTS a.v[k] =
-        vreinterpretq_s32_u32(vsriq_n_u32(vreinterpretq_u32_s32(b.v[k]), vreinterpretq_u32_s32(a.v[k]), 16));
+PI_INLINE v16i v16i_zip_low(v16i a, v16i b) {
+    PI_PARTS a.v[k] = vreinterpretq_s32_s16(vzip1q_s16(vreinterpretq_s16_s32(a.v[k]), vreinterpretq_s16_s32(b.v[k])));
     return a;
 }
-PI_INLINE v16i v16i_low_bytes(v16i a) {
-    PI_PARTS a.v[k] = vreinterpretq_s32_s16(vshrq_n_s16(vshlq_n_s16(vreinterpretq_s16_s32(a.v[k]), 8), 8));
+PI_INLINE v16i v16i_zip_high(v16i a, v16i b) {
+    PI_PARTS a.v[k] = vreinterpretq_s32_s16(vzip2q_s16(vreinterpretq_s16_s32(a.v[k]), vreinterpretq_s16_s32(b.v[k])));
     return a;
 }
-PI_INLINE v16i v16i_high_bytes(v16i a) {
-    PI_PARTS a.v[k] = vreinterpretq_s32_s16(vshrq_n_s16(vreinterpretq_s16_s32(a.v[k]), 8));
+PI_INLINE v16i v16i_sra16(v16i a, int n) {
+    PI_PARTS a.v[k] = vreinterpretq_s32_s16(vshlq_s16(vreinterpretq_s16_s32(a.v[k]), vdupq_n_s16((int16_t)-n)));
     return a;
+}
+PI_INLINE v16i v16i_repeat2(const int32_t *p) {
+    const int32x2_t two = vld1_s32(p);
+    v16i r;
+    PI_PARTS r.v[k] = vcombine_s32(two, two);
+    return r;
+}
+PI_INLINE v16i v16i_evens(v16i a, v16i b) {
+    return (v16i){{vuzp1q_s32(a.v[0], a.v[1]), vuzp1q_s32(a.v[2], a.v[3]), vuzp1q_s32(b.v[0], b.v[1]),
+                   vuzp1q_s32(b.v[2], b.v[3])}};
+}
+PI_INLINE v16i v16i_odds(v16i a, v16i b) {
+    return (v16i){{vuzp2q_s32(a.v[0], a.v[1]), vuzp2q_s32(a.v[2], a.v[3]), vuzp2q_s32(b.v[0], b.v[1]),
+                   vuzp2q_s32(b.v[2], b.v[3])}};
 }
 PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
     PI_PARTS {

@@ -272,20 +272,41 @@ PI_INLINE v16i v16i_low_words(v16i a, v16i b) {
     PI_LANES a.l[i] = pi_pair((uint32_t)a.l[i], (uint32_t)b.l[i]);
     return a;
 }
-PI_INLINE v16i v16i_high_words(v16i a, v16i b) {
-    PI_LANES a.l[i] = pi_pair((uint32_t)a.l[i] >> 16, (uint32_t)b.l[i] >> 16);
+PI_INLINE uint32_t pi_word(v16i a, int w) { return (uint32_t)a.l[w / 2] >> 16 * (w % 2); }
+PI_INLINE v16i v16i_zip_low(v16i a, v16i b) {
+    v16i r;
+    PI_LANES r.l[i] = pi_pair(pi_word(a, i / 4 * 8 + i % 4), pi_word(b, i / 4 * 8 + i % 4));
+    return r;
+}
+PI_INLINE v16i v16i_zip_high(v16i a, v16i b) {
+    v16i r;
+    PI_LANES r.l[i] = pi_pair(pi_word(a, i / 4 * 8 + 4 + i % 4), pi_word(b, i / 4 * 8 + 4 + i % 4));
+    return r;
+}
+PI_INLINE v16i v16i_sra16(v16i a, int n) {
+    PI_LANES a.l[i] = pi_pair((uint32_t)((int16_t)a.l[i] >> n), (uint32_t)((int16_t)(a.l[i] >> 16) >> n));
     return a;
 }
-PI_INLINE v16i v16i_low_bytes(v16i a) {
-    PI_LANES a.l[i] = pi_pair((uint32_t)(int8_t)a.l[i], (uint32_t)(int8_t)(a.l[i] >> 16));
-    return a;
+PI_INLINE v16i v16i_repeat2(const int32_t *p) {
+    v16i r;
+    PI_LANES r.l[i] = p[i % 2];
+    return r;
 }
-PI_INLINE v16i v16i_high_bytes(v16i a) {
-    PI_LANES a.l[i] = pi_pair((uint32_t)(int8_t)(a.l[i] >> 8), (uint32_t)(int8_t)(a.l[i] >> 24));
-    return a;
+PI_INLINE v16i v16i_evens(v16i a, v16i b) {
+    v16i r;
+    PI_LANES r.l[i] = i < 8 ? a.l[2 * i] : b.l[2 * i - 16];
+    return r;
+}
+PI_INLINE v16i v16i_odds(v16i a, v16i b) {
+    v16i r;
+    PI_LANES r.l[i] = i < 8 ? a.l[2 * i + 1] : b.l[2 * i - 15];
+    return r;
 }
 PI_INLINE v16i v16i_dot_words(v16i acc, v16i w, v16i x) {
-    PI_LANES acc.l[i] += (int16_t)w.l[i] * (int16_t)x.l[i] + (int16_t)(w.l[i] >> 16) * (int16_t)(x.l[i] >> 16);
+    PI_LANES {
+        const int32_t low = (int16_t)w.l[i] * (int16_t)x.l[i], high = (w.l[i] >> 16) * (x.l[i] >> 16);
+        acc.l[i] = (int32_t)((uint32_t)acc.l[i] + (uint32_t)low + (uint32_t)high);
+    }
     return acc;
 }
 PI_INLINE v64b v64b_rows2(const void *p, const void *q) {

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from powerinfer_formats.predictors import Quality
-    from powerinfer_tools.stages.convert.conversion import ConvertReport
-    from powerinfer_tools.stages.convert.expert_conversion import ConvertedExperts
+    from powerinfer_tools.stages.convert.conversion import ConvertedExperts, ConvertReport
     from powerinfer_tools.stages.original.export import ExportReport
 
 HELP = """Write the split file: neurons, or experts, sorted hottest first, as the plan says.

@@ -11,16 +11,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from powerinfer_formats import plan_experts
 from powerinfer_formats.atomic import write_atomic
 from powerinfer_formats.errors import BadDocument, BadField, OtherModel, UnsupportedVersion
 from powerinfer_formats.modes import Mode
-from powerinfer_formats.plan_experts import PlanExperts, check_experts, without_experts
+from powerinfer_formats.plan_checks import check_plan
 from powerinfer_formats.records import RecordReader, dump_json, parse_json, read_text, to_plain
 
 VERSION = 1
+#: Of plans for models with experts.
+EXPERTS_VERSION = 2
 FORMAT = "powerinfer-plan"
 Device = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True)
+class PlanExperts:
+    """The experts of each layer: ``count``, of which a token takes ``used``, and the neurons of the expert
+    that every token takes (0: there is none)."""
+
+    count: int
+    used: int
+    shared_neurons: int
 
 
 @dataclass(frozen=True)
@@ -187,16 +198,16 @@ class Plan:
         if type(document) is not dict or document.pop("format", None) != FORMAT:
             raise BadDocument(file, f'is not a plan: "format": "{FORMAT}" is missing')
         version = document.pop("version", None)
-        if version not in (VERSION, plan_experts.VERSION) or type(version) is not int:
+        if version not in (VERSION, EXPERTS_VERSION) or type(version) is not int:
             raise UnsupportedVersion(
                 file,
-                f"is a plan of version {version!r}, {VERSION} and {plan_experts.VERSION} (with experts) are "
+                f"is a plan of version {version!r}, {VERSION} and {EXPERTS_VERSION} (with experts) are "
                 "read; plan again",
             )
         plan = RecordReader(file).read(cls, document)
         if version != plan.version:
-            raise BadField(file, f"version is {version}, and plans with experts have {plan_experts.VERSION}")
-        _check(plan, file)
+            raise BadField(file, f"version is {version}, and plans with experts have {EXPERTS_VERSION}")
+        check_plan(plan, file)
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -210,13 +221,13 @@ class Plan:
         """The file's content as plain dicts and lists."""
         fields: dict[str, Any] = to_plain(self)
         if self.model.experts is None:
-            fields = without_experts(fields)
+            fields = _without_experts(fields)
         return {"format": FORMAT, "version": self.version, **fields}
 
     @property
     def version(self) -> int:
         """The version of the file."""
-        return VERSION if self.model.experts is None else plan_experts.VERSION
+        return VERSION if self.model.experts is None else EXPERTS_VERSION
 
     def require_model(self, fingerprint: str, name: str, file: str | os.PathLike[str]) -> None:
         """Raise ``OtherModel``, with both names, unless the plan was made for this very model."""
@@ -232,73 +243,11 @@ class Plan:
             )
 
 
-def _check(plan: Plan, file: str | os.PathLike[str]) -> None:
-    """What types cannot say. Raises ``BadField``."""
-
-    def require(condition: bool, path: str, problem: str) -> None:
-        if not condition:
-            raise BadField(file, f"{path} {problem}")
-
-    model, memory = plan.model, plan.memory
-    if model.fingerprint is not None:
-        digits = len(model.fingerprint) == 64 and set(model.fingerprint) <= set("0123456789abcdef")
-        require(digits, "model.fingerprint", "is not 64 hexadecimal digits")
-    for name in ("layers", "neurons", "width"):
-        require(getattr(model, name) > 0, f"model.{name}", "is not positive")
-    require(1 <= plan.group <= model.neurons, "group", f"is {plan.group}, expected 1 to {model.neurons}")
-    for table, record in (("budgets", plan.budgets), ("memory", memory)):
-        for name, value in vars(record).items():
-            if name != "kv_type":
-                require(value >= 0, f"{table}.{name}", f"is {value}, expected 0 or more")
-    require(memory.vram_used <= memory.vram_capacity, "memory.vram_used", "is more than the capacity")
-    require(memory.ram_used <= memory.ram_capacity, "memory.ram_used", "is more than the capacity")
-    require(
-        len(plan.layers) == model.layers, "layers", f"has {len(plan.layers)} items, expected {model.layers}"
-    )
-    _check_sums(plan, require)
-    for index, layer in enumerate(plan.layers):
-        _check_layer(plan, index, layer, require)
-    check_experts(plan, require)
-    for index, unit in enumerate(plan.units):
-        require(unit.bytes >= 0, f"units[{index}].bytes", f"is {unit.bytes}, expected 0 or more")
-    require(plan.solver.nodes >= 0, "solver.nodes", f"is {plan.solver.nodes}, expected 0 or more")
-    require(plan.predicted.tokens_per_second > 0, "predicted.tokens_per_second", "is not positive")
-    for name, prediction in plan.predictions.items():
-        path = f"predictions.{name}.tokens_per_second"
-        require(prediction.tokens_per_second > 0, path, "is not positive")
-    for name, speed in plan.sensitivity.items():
-        require(speed > 0, f"sensitivity.{name}", "is not positive")
-    require(plan.provenance.corpus_tokens >= 0, "provenance.corpus_tokens", "is negative")
-
-
-def _check_sums(plan: Plan, require: Any) -> None:
-    """The memory that is used is that of the layers and of the units on that side, to the byte."""
-    placed = {"gpu": 0, "cpu": 0}
-    for unit in plan.units:
-        placed[unit.device] += unit.bytes
-    vram = placed["gpu"] + sum(layer.vram_bytes for layer in plan.layers)
-    ram = placed["cpu"] + sum(layer.ram_bytes for layer in plan.layers)
-    memory = plan.memory
-    require(
-        memory.vram_used == vram, "memory.vram_used", f"is {memory.vram_used}, layers and units make {vram}"
-    )
-    require(memory.ram_used == ram, "memory.ram_used", f"is {memory.ram_used}, layers and units make {ram}")
-
-
-def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Any) -> None:
-    path = f"layers[{index}]"
-    require(layer.index == index, f"{path}.index", f"is {layer.index}, expected {index}")
-    hot, neurons = layer.hot_neurons, plan.model.neurons
-    fits = 0 <= hot <= neurons and (hot % plan.group == 0 or hot == neurons)
-    require(
-        fits, f"{path}.hot_neurons", f"is {hot}, expected a multiple of {plan.group} up to {neurons}, or all"
-    )
-    has_none = layer.predictor is None or layer.mode == "predicted"
-    require(has_none, f"{path}.predictor", f"is {layer.predictor!r} in a layer of mode {layer.mode}")
-    share = layer.hot_activation_share
-    require(0 <= share <= 1, f"{path}.hot_activation_share", f"is {share}, expected 0 to 1")
-    for name in ("vram_bytes", "ram_bytes"):
-        value = getattr(layer, name)
-        require(value >= 0, f"{path}.{name}", f"is {value}, expected 0 or more")
-    for name, seconds in vars(layer.seconds).items():
-        require(seconds >= 0, f"{path}.seconds.{name}", f"is {seconds}, expected 0 or more")
+def _without_experts(document: dict[str, Any]) -> dict[str, Any]:
+    """A plan's fields as version 1 has them."""
+    model = {name: value for name, value in document["model"].items() if name != "experts"}
+    layers = [
+        {name: value for name, value in layer.items() if name != "shared_expert"}
+        for layer in document["layers"]
+    ]
+    return document | {"model": model, "layers": layers}

@@ -1,9 +1,16 @@
-"""A validated view of a split file: neurons sorted hottest first, hot rows plain, cold rows in bundles."""
+"""A validated view of a split file: units sorted hottest first.
+
+Of neurons, hot rows stand plain and cold rows in bundles. Experts are whole matrices of the source, bit for
+bit, in one tensor of each kind: the model's own reader takes them. Either way a smaller budget moves the
+split point of a layer, and no rows.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -14,20 +21,22 @@ from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.model_source import ModelSource
-from powerinfer_formats.modes import MODES
-from powerinfer_formats.split_devices import SplitDevices, all_on_cpu, read_devices
-from powerinfer_formats.split_experts import VERSION as EXPERTS_VERSION
-from powerinfer_formats.split_keys import KeyReader
-from powerinfer_formats.split_layout import BundleLayout, SplitHeader, SplitPrediction, bundle_layout
+from powerinfer_formats.split_devices import SplitDevices, all_on_cpu
+from powerinfer_formats.split_header import HeaderReader, read_sizes
+from powerinfer_formats.split_layout import BundleLayout, SplitHeader, SplitSizes, bundle_layout
 from powerinfer_formats.split_predictors import SplitPredictor, read_predictor
-from powerinfer_formats.split_thresholds import (
-    KEY_FACTORS,
-    SplitThreshold,
-    read_threshold,
-    read_thresholding,
-)
+from powerinfer_formats.split_thresholds import KEY_FACTORS, SplitThreshold, read_threshold
 
-__all__ = ["BundleLayout", "SplitFile", "SplitHeader", "SplitLayer", "SplitPredictor", "bundle_layout"]
+__all__ = [
+    "BundleLayout",
+    "SplitFile",
+    "SplitHeader",
+    "SplitLayer",
+    "SplitPredictor",
+    "SplitSizes",
+    "SplitUnits",
+    "bundle_layout",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,25 +104,49 @@ class SplitLayer:
 
 
 @dataclass(frozen=True, eq=False)
+class SplitUnits:
+    """The placement units of one layer, hottest first: neurons, ``group`` of which are placed together, or
+    experts, which are placed one by one.
+
+    ``order`` int32 has the source's neuron, or expert, at each position. By the plan the first ``hot`` are on
+    the hot device, and with ``shared_hot`` the expert that every token takes.
+    """
+
+    order: NDArray[np.int32]
+    hot: int
+    group: int = 1
+    shared_hot: bool = False
+
+    @cached_property
+    def positions(self) -> dict[int, int]:
+        """Where each neuron, or expert, of the source is."""
+        return {number: position for position, number in enumerate(self.order.tolist())}
+
+
+@dataclass(frozen=True, eq=False)
 class SplitFile:
-    """A split file whose every rule has been checked; ``gguf`` holds the other tensors and the metadata."""
+    """A split file whose every rule has been checked; ``gguf`` holds the other tensors and the metadata.
+
+    ``orders`` of each layer are those of neurons or of experts, see :attr:`units`; ``layers`` have the rows
+    of neurons, and there are none in a file of experts.
+    """
 
     gguf: ModelSource
     header: SplitHeader
-    layers: tuple[SplitLayer, ...]
+    orders: tuple[NDArray[np.int32], ...]
+    layers: tuple[SplitLayer, ...] = ()
+
+    @classmethod
+    def of_layers(cls, gguf: ModelSource, header: SplitHeader, layers: Sequence[SplitLayer]) -> Self:
+        """One of neurons."""
+        return cls(gguf, header, tuple(layer.order for layer in layers), tuple(layers))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open ``path``; the model's sizes are taken from its own metadata. Raises ``FormatError``."""
         gguf = GGUFFile.open(path)
         try:
-            architecture = gguf.get("general.architecture", str)
-            split = cls.read(
-                gguf,
-                layers=gguf.get(f"{architecture}.block_count", int),
-                neurons=gguf.get(f"{architecture}.feed_forward_length", int),
-                width=gguf.get(f"{architecture}.embedding_length", int),
-            )
+            split = cls.read(gguf, read_sizes(gguf))
             if split is None:
                 raise errors.NotASplitFile(gguf.path, "is not a split file; powerinfer convert makes one")
         except BaseException:
@@ -122,13 +155,25 @@ class SplitFile:
         return split
 
     @classmethod
-    def read(cls, gguf: ModelSource, *, layers: int, neurons: int, width: int) -> Self | None:
-        """The split view of an open file, or None where it is a source model."""
+    def read(cls, gguf: ModelSource, sizes: SplitSizes) -> Self | None:
+        """The split view of an open file, or None where it is a source model. Raises ``FormatError``."""
         if not is_split(gguf):
             return None
-        checker = _Checker(gguf, layers, neurons, width)
+        checker, layers = _Checker(gguf, sizes), range(sizes.layers)
         header = checker.header()
-        return cls(gguf, header, tuple(checker.layer(index, header) for index in range(layers)))
+        if sizes.experts:
+            return cls(gguf, header, tuple(checker.experts(index) for index in layers))
+        return cls.of_layers(gguf, header, [checker.layer(index, header) for index in layers])
+
+    @cached_property
+    def units(self) -> tuple[SplitUnits, ...]:
+        """What is placed of each layer, whichever kind it is of."""
+        size = self.group if self.header.experts else 1
+        shared = self.header.hot_shared or (False,) * len(self.orders)
+        return tuple(
+            SplitUnits(order, hot // size, self.group // size, shared_hot)
+            for order, hot, shared_hot in zip(self.orders, self.hot_neurons, shared, strict=True)
+        )
 
     @property
     def source_fingerprint(self) -> str:
@@ -158,7 +203,7 @@ class SplitFile:
     @property
     def devices(self) -> SplitDevices:
         """Where all else is, as planned."""
-        return self.header.devices or all_on_cpu(len(self.layers))
+        return self.header.devices or all_on_cpu(len(self.orders))
 
     def layer(self, index: int) -> SplitLayer:
         """The FFN of layer ``index``."""
@@ -174,50 +219,20 @@ def is_split(gguf: ModelSource) -> bool:
     return names.KEY_VERSION in gguf.metadata
 
 
-class _Checker(KeyReader):
+class _Checker(HeaderReader):
     """Judges one file against the sizes that its model has."""
 
-    def __init__(self, gguf: ModelSource, layers: int, neurons: int, width: int) -> None:
-        super().__init__(gguf, layers)
-        self.neurons = neurons
-        self.width = width
+    def __init__(self, gguf: ModelSource, sizes: SplitSizes) -> None:
+        super().__init__(gguf, sizes)
+        self.neurons, self.width = sizes.neurons, sizes.width
 
-    def header(self) -> SplitHeader:
-        gguf = self.gguf
-        version = gguf.get(names.KEY_VERSION, int)
-        if version == EXPERTS_VERSION:
-            self.fail(names.KEY_VERSION, f"is {version}, that of models with experts, which this one has not")
-        if version not in (names.VERSION, names.COLUMNS_VERSION):
-            raise errors.UnsupportedVersion(
-                gguf.path,
-                f"is a split file of version {version}, this program reads {names.VERSION} and "
-                f"{names.COLUMNS_VERSION}; convert again",
-            )
-        group = gguf.get(names.KEY_GROUP, int)
-        if not 1 <= group <= self.neurons:
-            self.fail(names.KEY_GROUP, f"is {group}, expected 1 to {self.neurons}")
-        modes = self.strings(names.KEY_MODE)
-        for layer, mode in enumerate(self.per_layer(names.KEY_MODE, modes)):
-            if mode not in MODES:
-                self.fail(names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(MODES)}")
-        return SplitHeader(
-            source_fingerprint=self.digest(names.KEY_SOURCE, gguf.get(names.KEY_SOURCE, str)),
-            activation=gguf.get(names.KEY_ACTIVATION, str),
-            group=group,
-            hot_neurons=self._hot_neurons(group),
-            modes=tuple(modes),
-            types=self._types(),
-            requantization_error=self._errors(),
-            tool_version=gguf.get(names.KEY_TOOL_VERSION, str),
-            corpus_hashes=tuple(
-                self.digest(names.KEY_CORPUS_HASHES, text) for text in self.strings(names.KEY_CORPUS_HASHES)
-            ),
-            corpus_tokens=gguf.get(names.KEY_CORPUS_TOKENS, int),
-            prediction=self._prediction(),
-            thresholding=read_thresholding(gguf, self.layers),
-            devices=read_devices(gguf, self.layers),
-            columns=version == names.COLUMNS_VERSION,
-        )
+    def experts(self, index: int) -> NDArray[np.int32]:
+        """The order of the experts of one layer, whose matrices must be there, too."""
+        for kind in names.KINDS:
+            self.absent(names.source_experts_name(index, kind), "experts are in the order of the plan")
+            shape = self.sizes.matrices(kind)
+            self.gguf.tensor(names.experts_name(index, kind), shape=shape, types=frozenset(BLOCK_SHAPES))
+        return self.permutation(names.expert_order_name(index), self.sizes.experts, "experts")
 
     def layer(self, index: int, header: SplitHeader) -> SplitLayer:
         hot, cold = header.hot_neurons[index], self.neurons - header.hot_neurons[index]
@@ -295,32 +310,6 @@ class _Checker(KeyReader):
             self.fail(names.KEY_MODE, f"is predicted for layer {index}, which has no predictor")
         return read_predictor(self.gguf, index, kind, neurons=self.neurons, width=self.width)
 
-    def _prediction(self) -> SplitPrediction | None:
-        """What the file says of its predictors; without the first key, nothing may be said."""
-        keys = (names.KEY_PREDICTOR_RECALL, names.KEY_PREDICTOR_DENSITY)
-        if names.KEY_PREDICTORS not in self.gguf.metadata:
-            for key in (*keys, names.KEY_PREDICTION_COST):
-                if key in self.gguf.metadata:
-                    self.fail(key, "is there, but no predictor is")
-            return None
-        kinds = self.per_layer(names.KEY_PREDICTORS, self.strings(names.KEY_PREDICTORS))
-        for layer, kind in enumerate(kinds):
-            if kind not in names.PREDICTOR_TENSORS:
-                known = ", ".join(names.PREDICTOR_TENSORS)
-                self.fail(names.KEY_PREDICTORS, f"has {kind!r} for layer {layer}, known are {known}")
-        recall, density = (self.floats(key) for key in keys)
-        for key, values in zip(keys, (recall, density), strict=True):
-            if values and max(self.per_layer(key, values)) > 1:
-                self.fail(key, "has a share above 1")
-        if len(recall) != len(density):
-            self.fail(keys[0], "and the predicted density are not of the same layers")
-        cost = None
-        if names.KEY_PREDICTION_COST in self.gguf.metadata:
-            cost = self.floats(names.KEY_PREDICTION_COST)
-            if len(cost) != 4:
-                self.fail(names.KEY_PREDICTION_COST, f"has {len(cost)} values, expected 4")
-        return SplitPrediction(tuple(kinds), recall, density, cost)  # type: ignore[arg-type]
-
     def _rows(self, name: str, rows: int, columns: int, row_type: TensorType, size: int) -> NDArray[np.uint8]:
         if rows == 0:
             self.absent(name, "the layer has no neurons there")
@@ -328,33 +317,3 @@ class _Checker(KeyReader):
             empty.flags.writeable = False
             return empty
         return self.gguf.tensor(name, shape=(rows, columns), types={row_type}).reshape(rows, size)
-
-    def _hot_neurons(self, group: int) -> tuple[int, ...]:
-        hot = self.integers(names.KEY_HOT_NEURONS)
-        for layer, count in enumerate(self.per_layer(names.KEY_HOT_NEURONS, hot)):
-            if count > self.neurons or (count % group and count != self.neurons):
-                self.fail(
-                    names.KEY_HOT_NEURONS,
-                    f"has {count} for layer {layer}, "
-                    f"expected a multiple of {group} up to {self.neurons}, or all",
-                )
-        return tuple(hot)
-
-    def _types(self) -> tuple[tuple[TensorType, ...], ...]:
-        """Three of each layer, or two of each where the FFNs have no gate."""
-        numbers = self.integers(names.KEY_FFN_TYPES)
-        count = next((some for some in (3, 2) if len(numbers) == some * self.layers), 0)
-        if not count:
-            self.fail(
-                names.KEY_FFN_TYPES,
-                f"has {len(numbers)} values, expected 3 (without gate: 2) for each of {self.layers} layers",
-            )
-        for number in numbers:
-            if number not in BLOCK_SHAPES:
-                self.fail(names.KEY_FFN_TYPES, f"has the type {number}, which ggml does not define")
-        kinds = [TensorType(number) for number in numbers]
-        return tuple(tuple(kinds[i : i + count]) for i in range(0, len(kinds), count))
-
-    def _errors(self) -> tuple[float, ...]:
-        key = names.KEY_REQUANTIZATION_ERROR
-        return tuple(self.per_layer(key, self.floats(key)))

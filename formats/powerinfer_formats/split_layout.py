@@ -1,12 +1,15 @@
 """The layout of a split file: its keys, its tensor names, and where the rows of a neuron lie in a bundle.
 
-Shared by what writes split files and what reads them, so that the two cannot disagree.
+Shared by what writes split files and what reads them, so that the two cannot disagree. The units of a layer
+are groups of its neurons, or its experts: a file has one kind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,8 @@ from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_thresholds import SplitThresholding
 
 VERSION = 1
+#: Of a file whose units are experts.
+EXPERTS_VERSION = 2
 #: Of a file whose dense layers have the source's own down projection in addition.
 COLUMNS_VERSION = 3
 ALIGNMENT = 64  # of the file and of each row in a bundle: a cache line
@@ -35,6 +40,9 @@ KEY_TOOL_VERSION = "powerinfer.tool_version"
 KEY_REQUANTIZATION_ERROR = "powerinfer.requantization_error"
 KEY_CORPUS_HASHES = "powerinfer.corpus_sha256"
 KEY_CORPUS_TOKENS = "powerinfer.corpus_tokens"
+# Only in files of experts.
+KEY_HOT_EXPERTS = "powerinfer.hot_experts"
+KEY_HOT_SHARED = "powerinfer.hot_shared_experts"
 # Only in files with predictors.
 KEY_PREDICTORS = "powerinfer.predictors"
 KEY_PREDICTOR_RECALL = "powerinfer.predictor_recall"
@@ -91,6 +99,44 @@ def source_names(layer: int) -> tuple[str, ...]:
 def source_bias_name(layer: int) -> str:
     """The source's own bias of the up rows, which a split file does not contain, either."""
     return f"blk.{layer}.ffn_up.bias"
+
+
+def expert_order_name(layer: int) -> str:
+    """I32 [experts]: the source's expert at each position, hottest first."""
+    return f"blk.{layer}.expert_order"
+
+
+def experts_name(layer: int, kind: str) -> str:
+    """The matrices of all experts, hottest first, of the shape that :meth:`SplitSizes.matrices` says."""
+    return f"blk.{layer}.ffn_{kind}_experts.weight"
+
+
+def source_experts_name(layer: int, kind: str) -> str:
+    """The same in a source model, in its own order."""
+    return f"blk.{layer}.ffn_{kind}_exps.weight"
+
+
+@dataclass(frozen=True)
+class SplitSizes:
+    """What a split file must fit: layers; the neurons of the FFN of each, or of each of its ``experts`` (0:
+    the model has none); the model's width; whether every token takes a shared expert besides."""
+
+    layers: int
+    neurons: int
+    width: int
+    experts: int = 0
+    shared: bool = False
+
+    @property
+    def total_neurons(self) -> int:
+        """Neurons of a layer that are placed: those of all experts but the shared one."""
+        return self.neurons * (self.experts or 1)
+
+    def matrices(self, kind: str) -> tuple[int, int, int]:
+        """Shape of the matrices of all experts of a layer: [experts, neurons, width], or [experts, width,
+        neurons] for ``kind`` down."""
+        rows, columns = (self.width, self.neurons) if kind == "down" else (self.neurons, self.width)
+        return self.experts, rows, columns
 
 
 @dataclass(frozen=True)
@@ -166,14 +212,18 @@ class SplitPrediction:
 
 @dataclass(frozen=True)
 class SplitHeader:
-    """What a split file says about itself: one item per layer in every tuple but the last two.
+    """What a split file says about itself: one item per layer in every tuple but ``corpus_hashes``.
+
+    ``hot_neurons`` are multiples of ``group``, the neurons that are placed together, or all; of ``experts``
+    (how many a layer has, 0: the units are groups of neurons) the neurons of one. ``hot_shared``: whether the
+    expert that every token takes is hot, empty where there is none. ``corpus_hashes`` and ``corpus_tokens``
+    name the profile's corpora; none without a profile. ``devices`` None: all but units is on the CPU.
 
     ``types`` are (gate, up, down), without gate (up, down), the same for both parts of a layer.
-    ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection.
-    ``corpus_hashes`` and ``corpus_tokens`` name the profile's corpora; none without a profile.
-    ``prediction`` is None in a file without predictors, ``thresholding`` in one without thresholds;
-    ``devices`` None: all but neurons is on the CPU. ``columns``: layers may have the source's own down
-    projection, see :func:`columns_name`.
+    ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection. Both are empty,
+    like ``activation``, in a file of experts, which has the source's matrices. ``prediction`` is None in a
+    file without predictors, ``thresholding`` in one without thresholds. ``columns``: layers may have the
+    source's own down projection, see :func:`columns_name`.
     """
 
     source_fingerprint: str
@@ -190,26 +240,40 @@ class SplitHeader:
     thresholding: SplitThresholding | None = None
     devices: SplitDevices | None = None
     columns: bool = False
+    experts: int = 0
+    hot_shared: tuple[bool, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """The version of the file."""
+        return EXPERTS_VERSION if self.experts else COLUMNS_VERSION if self.columns else VERSION
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add the ``powerinfer.*`` keys."""
-        writer.add(KEY_VERSION, COLUMNS_VERSION if self.columns else VERSION, ValueType.UINT32)
-        writer.add(KEY_SOURCE, self.source_fingerprint)
-        writer.add(KEY_GROUP, self.group, ValueType.UINT32)
-        writer.add(KEY_HOT_NEURONS, self.hot_neurons, ValueType.UINT32)
-        writer.add(KEY_MODE, self.modes, ValueType.STRING)
-        writer.add(KEY_ACTIVATION, self.activation)
-        writer.add(KEY_FFN_TYPES, [int(kind) for types in self.types for kind in types], ValueType.UINT32)
-        writer.add(KEY_TOOL_VERSION, self.tool_version)
-        writer.add(KEY_REQUANTIZATION_ERROR, self.requantization_error, ValueType.FLOAT32)
-        writer.add(KEY_CORPUS_HASHES, self.corpus_hashes, ValueType.STRING)
-        writer.add(KEY_CORPUS_TOKENS, self.corpus_tokens, ValueType.UINT64)
-        if self.prediction is not None:
-            self.prediction.write(writer)
-        if self.thresholding is not None:
-            self.thresholding.write(writer)
-        if self.devices is not None:
-            self.devices.write(writer)
+        """Add the ``powerinfer.*`` keys, in their order: those of all files, and those of one kind."""
+        neurons, experts = not self.experts, bool(self.experts)
+        types = [int(kind) for types in self.types for kind in types]
+        hot_experts = [count // self.group for count in self.hot_neurons] if experts else []
+        entries: tuple[tuple[bool, str, Any, ValueType | None], ...] = (
+            (True, KEY_VERSION, self.version, ValueType.UINT32),
+            (True, KEY_SOURCE, self.source_fingerprint, None),
+            (neurons, KEY_GROUP, self.group, ValueType.UINT32),
+            (neurons, KEY_HOT_NEURONS, self.hot_neurons, ValueType.UINT32),
+            (neurons, KEY_MODE, self.modes, ValueType.STRING),
+            (neurons, KEY_ACTIVATION, self.activation, None),
+            (neurons, KEY_FFN_TYPES, types, ValueType.UINT32),
+            (experts, KEY_HOT_EXPERTS, hot_experts, ValueType.UINT32),
+            (bool(self.hot_shared), KEY_HOT_SHARED, [int(hot) for hot in self.hot_shared], ValueType.UINT32),
+            (True, KEY_TOOL_VERSION, self.tool_version, None),
+            (neurons, KEY_REQUANTIZATION_ERROR, self.requantization_error, ValueType.FLOAT32),
+            (True, KEY_CORPUS_HASHES, self.corpus_hashes, ValueType.STRING),
+            (True, KEY_CORPUS_TOKENS, self.corpus_tokens, ValueType.UINT64),
+        )
+        for wanted, key, value, kind in entries:
+            if wanted:
+                writer.add(key, value, kind)
+        for part in (self.prediction, self.thresholding, self.devices):
+            if part is not None:
+                part.write(writer)
 
 
 def declare_split_layer(
@@ -237,3 +301,11 @@ def declare_split_layer(
         writer.declare(bundle_name(layer), TensorType.I8, (neurons - hot, layout.record_bytes))
     if columns is not None:
         writer.declare(columns_name(layer), columns, (layout.width, neurons))
+
+
+def declare_experts(writer: GGUFWriter, layer: int, sizes: SplitSizes, types: Sequence[TensorType]) -> None:
+    """Declare the tensors of one layer of experts, in the order in which their data has to be written: the
+    order of experts, then gate, up and down of ``types``."""
+    writer.declare(expert_order_name(layer), TensorType.I32, (sizes.experts,))
+    for kind, row_type in zip(KINDS, types, strict=True):
+        writer.declare(experts_name(layer, kind), row_type, sizes.matrices(kind))

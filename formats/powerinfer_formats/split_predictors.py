@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,16 +44,14 @@ class SplitLowRank:
         return self.inward.nbytes + self.outward.nbytes + self.threshold.nbytes
 
     def declare(self, writer: GGUFWriter, layer: int, width: int) -> None:
-        """Declare its tensors, in the order of :meth:`write`."""
+        """Declare its tensors, in the order of :meth:`pieces`."""
         types = (int(self.types[0]), int(self.types[1]))
         declare_low_rank(writer, layer, types, width=width, neurons=len(self.outward), rank=self.rank)
 
-    def write(self, writer: GGUFWriter, layer: int) -> None:
-        """Write its tensors."""
-        inward, outward, threshold = predictor_names(layer, self.kind)
-        writer.write(inward, self.inward)
-        writer.write(outward, self.outward)
-        writer.write(threshold, self.threshold)
+    def pieces(self, layer: int) -> Iterator[tuple[str, NDArray[np.generic]]]:
+        """Its tensors, each with its name."""
+        parts = (self.inward, self.outward, self.threshold)
+        yield from zip(predictor_names(layer, self.kind), parts, strict=True)
 
 
 class SplitResidualRelu(SplitLowRank):
@@ -82,16 +80,14 @@ class SplitSigns:
         return self.signs.nbytes + self.threshold.nbytes
 
     def declare(self, writer: GGUFWriter, layer: int, width: int) -> None:
-        """Declare its tensors, in the order of :meth:`write`."""
+        """Declare its tensors, in the order of :meth:`pieces`."""
         signs, threshold = predictor_names(layer, self.kind)
         writer.declare(signs, TensorType.I8, (len(self.signs), -(-width // 8)))
         writer.declare(threshold, TensorType.F32, (len(self.signs),))
 
-    def write(self, writer: GGUFWriter, layer: int) -> None:
-        """Write its tensors."""
-        signs, threshold = predictor_names(layer, self.kind)
-        writer.write(signs, self.signs)
-        writer.write(threshold, self.threshold)
+    def pieces(self, layer: int) -> Iterator[tuple[str, NDArray[np.generic]]]:
+        """Its tensors, each with its name."""
+        yield from zip(predictor_names(layer, self.kind), (self.signs, self.threshold), strict=True)
 
 
 #: A predictor of any kind.

@@ -20,8 +20,7 @@ from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import parse_json, to_plain
 from powerinfer_formats.safetensors_file import open_safetensors
-from powerinfer_formats.split import SplitFile, is_split
-from powerinfer_formats.split_experts import SplitExperts, has_experts
+from powerinfer_formats.split import SplitFile, SplitLayer, is_split
 from powerinfer_formats.trace import TraceFile, is_seekable
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspect.curve import summarize_profile
@@ -91,8 +90,7 @@ def _describe_model(path: Path) -> Description:
         if is_original(gguf):
             return Description("model of the original PowerInfer", facts, tensors)
         if is_split(gguf):
-            told = _experts_facts if has_experts(gguf) else _split_facts
-            return Description("split file", facts | told(path), tensors)
+            return Description("split file", facts | _split_facts(path), tensors)
         return Description("model", facts, tensors)
 
 
@@ -126,65 +124,52 @@ def _split_facts(path: Path) -> dict[str, Any]:
     split = SplitFile.open(path)
     try:
         header = split.header
-        layers = [
-            {
-                "index": layer.index,
-                "neurons": layer.neurons,
-                "hot_neurons": layer.hot_neurons,
-                "mode": layer.mode,
-                "threshold_factor": layer.threshold.factor if layer.threshold else "none",
-                "predictor": layer.predictor.kind if layer.predictor else "none",
-                "predictor_bytes": layer.predictor.nbytes if layer.predictor else 0,
-                "predictor_device": split.devices.predictor[layer.index],
-                "attention_device": split.devices.attention[layer.index],
-                "types": [row_type.name for row_type in layer.layout.types],
-            }
-            for layer in split.layers
-        ]
-        return {
+        facts = {
             "source_fingerprint": header.source_fingerprint,
+            "hot_share": sum(units.hot for units in split.units)
+            / max(sum(len(units.order) for units in split.units), 1),
+            "corpus_tokens": header.corpus_tokens,
+            "tool_version": header.tool_version,
+            "head_device": split.devices.head,
+        }
+        if header.experts:
+            return facts | {"layers": [_expert_units(split, index) for index in range(len(split.units))]}
+        return facts | {
             "activation": header.activation,
             "group": header.group,
-            "hot_share": sum(header.hot_neurons) / max(sum(layer.neurons for layer in split.layers), 1),
-            "corpus_tokens": header.corpus_tokens,
-            "tool_version": header.tool_version,
             "requantization_error": list(header.requantization_error),
             "prediction": to_plain(header.prediction),
-            "head_device": split.devices.head,
-            "layers": layers,
+            "layers": [_neuron_units(split, layer) for layer in split.layers],
         }
     finally:
         split.close()
 
 
-def _experts_facts(path: Path) -> dict[str, Any]:
-    """Of a split file of experts."""
-    split = SplitExperts.open(path)
-    try:
-        header, sizes = split.header, split.sizes
-        layers = [
-            {
-                "index": index,
-                "experts": sizes.experts,
-                "hot_experts": hot,
-                "shared_expert": ("hot" if split.is_hot_shared(index) else "cold")
-                if sizes.shared
-                else "none",
-                "attention_device": split.devices.attention[index],
-                "hottest": split.orders[index][:SHOWN_ITEMS].tolist(),
-            }
-            for index, hot in enumerate(header.hot)
-        ]
-        return {
-            "source_fingerprint": header.source_fingerprint,
-            "hot_share": sum(header.hot) / max(sizes.experts * sizes.layers, 1),
-            "corpus_tokens": header.corpus_tokens,
-            "tool_version": header.tool_version,
-            "head_device": split.devices.head,
-            "layers": layers,
-        }
-    finally:
-        split.close()
+def _neuron_units(split: SplitFile, layer: SplitLayer) -> dict[str, Any]:
+    return {
+        "index": layer.index,
+        "neurons": layer.neurons,
+        "hot_neurons": layer.hot_neurons,
+        "mode": layer.mode,
+        "threshold_factor": layer.threshold.factor if layer.threshold else "none",
+        "predictor": layer.predictor.kind if layer.predictor else "none",
+        "predictor_bytes": layer.predictor.nbytes if layer.predictor else 0,
+        "predictor_device": split.devices.predictor[layer.index],
+        "attention_device": split.devices.attention[layer.index],
+        "types": [row_type.name for row_type in layer.layout.types],
+    }
+
+
+def _expert_units(split: SplitFile, index: int) -> dict[str, Any]:
+    units, has_shared = split.units[index], bool(split.header.hot_shared)
+    return {
+        "index": index,
+        "experts": len(units.order),
+        "hot_experts": units.hot,
+        "shared_expert": ("hot" if units.shared_hot else "cold") if has_shared else "none",
+        "attention_device": split.devices.attention[index],
+        "hottest": units.order[:SHOWN_ITEMS].tolist(),
+    }
 
 
 def _describe_safetensors(path: Path) -> Description:

@@ -1,9 +1,9 @@
 """The FFNs of source models, and experts of both kinds of file: matrices, as views of the file."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from powerinfer_formats.split_experts import SplitExperts, experts_name, source_name
+from powerinfer_formats.split import SplitFile, SplitUnits
+from powerinfer_formats.split_layout import experts_name, source_experts_name
 from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.hyperparameters import Hyperparameters
 from powerinfer_tools.model.tensors import Norm, Stack, Table, Tensors, Vector, Weight
@@ -36,25 +36,9 @@ class DenseFFN:
 
 
 @dataclass(frozen=True)
-class ExpertPlaces:
-    """Experts of a layer of a split file: ``order`` has the expert at each position, hottest first; by the
-    plan, the first ``hot`` of them are on the hot device, and with ``shared_hot`` the one that every token
-    takes."""
-
-    order: tuple[int, ...]
-    hot: int
-    shared_hot: bool
-
-    @cached_property
-    def positions(self) -> dict[int, int]:
-        """Where each expert is."""
-        return {expert: position for position, expert in enumerate(self.order)}
-
-
-@dataclass(frozen=True)
 class ExpertsFFN:
     """The experts of one layer: ``router`` (experts, width), by the experts' numbers; the rows of all experts
-    one after the other, in the order of ``places`` where there are some, in ``gate`` and ``up``
+    one after the other, in the order of ``units`` where there are some, in ``gate`` and ``up``
     (experts · neurons, width; no gate: act(up)) and ``down`` (experts · width, neurons). ``shared`` is the
     expert that every token takes, times the sigmoid of ``shared_gate`` (1, width), where there is one.
     ``router_bias`` (experts,) is added to scores, ``choice_bias`` to what experts are chosen by, and not to
@@ -67,7 +51,7 @@ class ExpertsFFN:
     down: Stack
     shared: DenseFFN | None
     shared_gate: Weight | None
-    places: ExpertPlaces | None = None
+    units: SplitUnits | None = None
     router_bias: Vector | None = None
     choice_bias: Vector | None = None
     beside_norm: Norm | None = None
@@ -81,13 +65,13 @@ class ExpertsFFN:
     def expert(self, index: int) -> DenseFFN:
         """The expert of that number, as views."""
         count = self.router.rows
-        position = index if self.places is None else self.places.positions[index]
+        position = index if self.units is None else self.units.positions[index]
         *gate, up, down = (stack.matrix(f"expert {index}", position, count) for stack in self.stacks)
         return DenseFFN(gate[0] if gate else None, up, down)
 
 
 def read_ffn(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int, split: SplitExperts | None
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int, split: SplitFile | None
 ) -> DenseFFN | ExpertsFFN:
     """The FFN of layer ``index`` of a source model, or its experts, which may be those of a split file.
 
@@ -99,7 +83,7 @@ def read_ffn(
     assert hyper.routing is not None
     prefix, routing, width = f"blk.{index}", hyper.routing, hyper.width
     experts, neurons, shared = routing.experts, hyper.neurons, routing.shared_neurons
-    name = source_name if split is None else experts_name
+    name = source_experts_name if split is None else experts_name
     names = (name(index, "gate"), name(index, "up"))
     gate, up = _gate_and_up(tensors, spec, names, (experts, neurons, width))
     optional = tensors.optional if spec.gated_biases else tensors.absent
@@ -115,7 +99,7 @@ def read_ffn(
         shared_gate=tensors.row(f"{prefix}.ffn_gate_inp_shexp.weight", width)
         if shared and tensors.has(f"{prefix}.ffn_gate_inp_shexp.weight")
         else None,
-        places=None if split is None else _places(split, index),
+        units=None if split is None else split.units[index],
         router_bias=optional(f"{prefix}.ffn_gate_inp.bias", experts),
         choice_bias=_choice_bias(tensors, prefix, experts),
         beside_norm=tensors.norm(spec, f"{prefix}.{spec.beside_norm}", width) if spec.beside_norm else None,
@@ -162,11 +146,6 @@ def _shared_expert(
         tensors.matrix(f"{prefix}.ffn_up{end}.weight", neurons, width),
         tensors.matrix(f"{prefix}.ffn_down{end}.weight", width, neurons),
     )
-
-
-def _places(split: SplitExperts, index: int) -> ExpertPlaces:
-    order = tuple(split.orders[index].tolist())
-    return ExpertPlaces(order, split.header.hot[index], split.is_hot_shared(index))
 
 
 def _dense_ffn(

@@ -13,9 +13,8 @@ import numpy as np
 
 from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.model_source import ModelSource
-from powerinfer_formats.split import SplitFile, SplitLayer, is_split
+from powerinfer_formats.split import SplitFile, SplitLayer, SplitSizes
 from powerinfer_formats.split_devices import SplitDevices, all_on_cpu
-from powerinfer_formats.split_experts import ExpertSizes, SplitExperts
 from powerinfer_kernels import RowType
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.architectures import RELU_FAMILY, ArchitectureSpec, architecture
@@ -103,7 +102,7 @@ class LayerWeights:
 @dataclass(frozen=True)
 class Model:
     """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions;
-    ``split`` is there for a split file, or ``split_experts`` where it is one of experts."""
+    ``split`` is there for a split file, of neurons or of experts."""
 
     gguf: ModelSource
     spec: ArchitectureSpec
@@ -117,7 +116,6 @@ class Model:
     rope_factors: RopeFactors
     layers: Sequence[LayerWeights] = field(repr=False)
     split: SplitFile | None = None
-    split_experts: SplitExperts | None = None
 
     @property
     def path(self) -> Path:
@@ -132,8 +130,6 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the weights: of the source model, also for a split file."""
-        if self.split_experts is not None:
-            return self.split_experts.header.source_fingerprint
         return self.split.source_fingerprint if self.split else model_fingerprint(self.gguf)
 
     @property
@@ -144,16 +140,12 @@ class Model:
     @property
     def is_split(self) -> bool:
         """Whether neurons or experts are sorted already: by convert, or by the original PowerInfer."""
-        return self.split is not None or self.split_experts is not None
+        return self.split is not None
 
     @property
     def devices(self) -> SplitDevices:
         """Where the plan of a split file has what is no neuron and no expert."""
-        if self.split is not None:
-            return self.split.devices
-        if self.split_experts is not None:
-            return self.split_experts.devices
-        return all_on_cpu(self.hyper.layers)
+        return all_on_cpu(self.hyper.layers) if self.split is None else self.split.devices
 
     @property
     def is_source(self) -> bool:
@@ -247,7 +239,7 @@ def _build(gguf: ModelSource) -> Model:
     head = embedding
     if tensors.has("output.weight"):
         head = tensors.matrix("output.weight", hyper.vocabulary, hyper.width)
-    split, split_experts = _split(gguf, spec, hyper), _split_experts(gguf, hyper)
+    split = _split(gguf, spec, hyper)
     model = Model(
         gguf=gguf,
         spec=spec,
@@ -259,9 +251,8 @@ def _build(gguf: ModelSource) -> Model:
         positions=tensors.matrix("position_embd.weight", positions, hyper.width) if learnt else None,
         output_norm=tensors.norm(spec, spec.output_norm, hyper.width),
         rope_factors=_rope_factors(tensors, spec, hyper),
-        layers=tuple(_layer(tensors, spec, hyper, split, split_experts, i) for i in range(hyper.layers)),
+        layers=tuple(_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),
         split=split,
-        split_experts=split_experts,
     )
     for index in range(hyper.layers, hyper.layers + hyper.further_layers):
         tensors.leave_out_layer(index)
@@ -295,23 +286,13 @@ def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparamete
     return RopeFactors(every, long, short)
 
 
-def _split_experts(gguf: ModelSource, hyper: Hyperparameters) -> SplitExperts | None:
-    routing = hyper.routing
-    if routing is None or not is_split(gguf):
-        return None
-    sizes = ExpertSizes(
-        hyper.layers, routing.experts, hyper.neurons, hyper.width, shared=routing.shared_neurons > 0
-    )
-    return SplitExperts.read(gguf, sizes)
-
-
 def _split_view(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
-    sizes = {"layers": hyper.layers, "neurons": hyper.neurons, "width": hyper.width}
-    if hyper.routing is not None:
-        return None
+    routing = hyper.routing
+    experts, shared = (0, False) if routing is None else (routing.experts, routing.shared_neurons > 0)
+    sizes = SplitSizes(hyper.layers, hyper.neurons, hyper.width, experts, shared)
     if is_original(gguf):
-        return read_original(gguf, **sizes, activation=hyper.activation, gated=spec.gated)
-    return SplitFile.read(gguf, **sizes)
+        return read_original(gguf, sizes, activation=hyper.activation, gated=spec.gated)
+    return SplitFile.read(gguf, sizes)
 
 
 def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
@@ -347,7 +328,6 @@ def _layer(
     spec: ArchitectureSpec,
     hyper: Hyperparameters,
     split: SplitFile | None,
-    split_experts: SplitExperts | None,
     index: int,
 ) -> LayerWeights:
     prefix = f"blk.{index}"
@@ -359,12 +339,13 @@ def _layer(
     if spec.gated:
         first_bias, factor_bias = ffn_bias(f"{prefix}.ffn_gate.bias", neurons), up_bias
     if facts.ffn != "none":
-        feeds = split.layer(index) if split else read_ffn(tensors, spec, hyper, index, split_experts)
+        rows = split.layers if split else ()
+        feeds = rows[index] if rows else read_ffn(tensors, spec, hyper, index, split)
     return LayerWeights(
         attends=_attends(tensors, spec, hyper, index) if facts.mixer in ("attention", "both") else None,
         ffn_norm=_ffn_norm(tensors, spec, hyper, prefix, alone=feeds is None),
         feeds=feeds,
-        ffn_bias=split.layer(index).bias if split else first_bias,
+        ffn_bias=feeds.bias if isinstance(feeds, SplitLayer) else first_bias,
         ffn_factor_bias=factor_bias,
         ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
         ffn_post_norm=_post_norm(tensors, spec, hyper, prefix, 1),

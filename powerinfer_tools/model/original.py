@@ -13,7 +13,7 @@ from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.errors import BadValue, WrongShape
 from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.gguf_reader import GGUFFile
-from powerinfer_formats.split import SplitFile, SplitHeader, SplitLayer, bundle_layout
+from powerinfer_formats.split import SplitFile, SplitHeader, SplitLayer, SplitSizes, bundle_layout
 from powerinfer_formats.split_layout import SplitPrediction
 from powerinfer_formats.split_predictors import SplitResidualRelu
 from powerinfer_tools.errors import ModelError
@@ -44,15 +44,15 @@ def above(threshold: float) -> float:
     return float(np.nextafter(np.float32(threshold), np.float32(-np.inf)))
 
 
-def read_original(
-    gguf: GGUFFile, *, layers: int, neurons: int, width: int, activation: str, gated: bool
-) -> SplitFile:
+def read_original(gguf: GGUFFile, sizes: SplitSizes, *, activation: str, gated: bool) -> SplitFile:
     """The split view of an open file. It runs gate-first, which is exact. Raises ``FormatError``."""
     threshold = np.float32(gguf.get(layout.KEY_THRESHOLD, float, 0.0))
     bound = above(float(threshold))
     if not np.isfinite(threshold) or not np.isfinite(bound):
         raise BadValue(gguf.path, f"metadata {layout.KEY_THRESHOLD!r} is {threshold}, expected a number")
-    checker = _Layers(gguf, neurons, width, ("gate", "up", "down") if gated else ("up", "down"), bound)
+    layers, neurons = sizes.layers, sizes.neurons
+    kinds = ("gate", "up", "down") if gated else ("up", "down")
+    checker = _Layers(gguf, neurons, sizes.width, kinds, bound)
     made = tuple(checker.layer(index) for index in range(layers))
     header = SplitHeader(
         source_fingerprint=model_fingerprint(gguf),
@@ -65,7 +65,7 @@ def read_original(
         tool_version="",
         prediction=SplitPrediction((SplitResidualRelu.kind,) * layers, (), ()),
     )
-    return SplitFile(gguf, header, made)
+    return SplitFile.of_layers(gguf, header, made)
 
 
 class _Layers:

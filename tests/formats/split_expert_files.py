@@ -10,20 +10,27 @@ import numpy as np
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_writer import GGUFWriter, ValueType
 from powerinfer_formats.split_devices import SplitDevices
-from powerinfer_formats.split_experts import (
-    ExpertsHeader,
-    ExpertSizes,
+from powerinfer_formats.split_layout import (
+    ALIGNMENT,
+    KINDS,
+    SplitHeader,
+    SplitSizes,
     declare_experts,
+    expert_order_name,
     experts_name,
-    order_name,
 )
-from powerinfer_formats.split_layout import ALIGNMENT, KINDS
 
-SIZES = ExpertSizes(layers=2, experts=5, neurons=32, width=64, shared=True)
+SIZES = SplitSizes(layers=2, experts=5, neurons=32, width=64, shared=True)
 TYPES = (TensorType.Q4_0, TensorType.Q4_0, TensorType.Q8_0)
-HEADER = ExpertsHeader(
+HEADER = SplitHeader(
     source_fingerprint="ab" * 32,
-    hot=(2, 5),
+    activation="",
+    group=32,
+    hot_neurons=(2 * 32, 5 * 32),
+    modes=("dense", "dense"),
+    types=(),
+    requantization_error=(),
+    experts=5,
     hot_shared=(True, False),
     tool_version="0.1.0",
     corpus_hashes=("cd" * 32,),
@@ -37,8 +44,8 @@ ORDERS = ([3, 0, 4, 1, 2], [4, 3, 2, 1, 0])
 class ExpertParts:
     """What is written; a test changes one thing."""
 
-    header: ExpertsHeader = HEADER
-    sizes: ExpertSizes = SIZES
+    header: SplitHeader = HEADER
+    sizes: SplitSizes = SIZES
     orders: list[list[int]] = field(default_factory=lambda: [list(order) for order in ORDERS])
     types: tuple[TensorType, ...] = TYPES
     without_keys: set[str] = field(default_factory=set)
@@ -80,7 +87,7 @@ def write_split_experts(path: Path, change: Callable[[ExpertParts], None] | None
         made = [(name, writer.declare(name, kind, shape)) for name, kind, shape in parts.extra_tensors]
         for layer in range(SIZES.layers):
             order = np.array(parts.orders[layer], "<i4")
-            writer.write(order_name(layer), order.tobytes())
+            writer.write(expert_order_name(layer), order.tobytes())
             for kind in KINDS:
                 writer.write(experts_name(layer, kind), matrices(parts, layer, kind).tobytes())
         for name, info in made:
@@ -90,7 +97,7 @@ def write_split_experts(path: Path, change: Callable[[ExpertParts], None] | None
 
 def matrices(parts: ExpertParts, layer: int, kind: str) -> np.ndarray:
     """Random bytes, uint8 [experts, bytes of a matrix]."""
-    _, rows, columns = parts.sizes.shape(kind)
+    _, rows, columns = parts.sizes.matrices(kind)
     row_type = parts.types[KINDS.index(kind)]
     nbytes = rows * columns // 32 * (34 if row_type == TensorType.Q8_0 else 18)
     return np.random.default_rng(layer).integers(0, 256, (parts.sizes.experts, nbytes), np.uint8)

@@ -13,6 +13,7 @@ from powerinfer_formats.plan import (
     LayerPlan,
     LayerSeconds,
     Plan,
+    PlanExperts,
     PlanHardware,
     PlanMemory,
     PlanModel,
@@ -21,7 +22,6 @@ from powerinfer_formats.plan import (
     PlanSolver,
     PlanUnit,
 )
-from powerinfer_formats.plan_experts import PlanExperts
 
 PLAN = Plan(
     tool_version="0.1.0",

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from powerinfer_formats import split_devices, split_experts, split_layout, split_thresholds
+from powerinfer_formats import split_devices, split_layout, split_thresholds
 from powerinfer_formats.block_types import BLOCK_SHAPES, type_name
 from powerinfer_formats.delta import DeltaHeader, DeltaQuality
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, GpuInfo, KernelRate, LinkInfo, MachineInfo, Spread
 from powerinfer_formats.modes import MODES
-from powerinfer_formats.plan import LayerPlan, Plan, PlanProvenance
-from powerinfer_formats.plan_experts import PlanExperts
+from powerinfer_formats.plan import LayerPlan, Plan, PlanExperts, PlanProvenance
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.profile_document import ProfileDocument
 from powerinfer_formats.thresholds import ThresholdCost, ThresholdsHeader
@@ -32,7 +31,7 @@ def test_the_table_of_tensor_types(spec: str) -> None:
 
 
 def test_every_key_of_a_split_file(spec: str) -> None:
-    modules = (split_layout, split_thresholds, split_devices, split_experts)
+    modules = (split_layout, split_thresholds, split_devices)
     keys = {value for module in modules for name, value in vars(module).items() if name.startswith("KEY_")}
     assert set(re.findall(r"^\| `(powerinfer\.\w+)` ", spec, re.MULTILINE)) == keys
 

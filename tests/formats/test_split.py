@@ -19,7 +19,7 @@ from powerinfer_formats.split_devices import (
     SplitDevices,
     all_on_cpu,
 )
-from powerinfer_formats.split_layout import SplitPrediction
+from powerinfer_formats.split_layout import SplitPrediction, SplitSizes
 from powerinfer_formats.split_predictors import SplitLowRank, SplitResidualRelu, SplitSigns
 from split_files import (
     HEADER,
@@ -132,7 +132,7 @@ def test_rows_are_aligned_in_the_file(split: SplitFile) -> None:
 
 def test_a_source_model_is_not_a_split_file(tmp_path: Path, smollm2: Path) -> None:
     with GGUFFile.open(smollm2) as source:
-        assert SplitFile.read(source, layers=30, neurons=1536, width=576) is None
+        assert SplitFile.read(source, SplitSizes(layers=30, neurons=1536, width=576)) is None
     with pytest.raises(errors.NotASplitFile, match="powerinfer convert"):
         SplitFile.open(smollm2)
     plain = tmp_path / "plain.gguf"
@@ -403,8 +403,8 @@ def test_a_predictor_of_the_original_kind_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("layers", "neurons", "width"), [(2, 12, 64), (4, 12, 64), (3, 16, 64), (3, 12, 32)])
 def test_the_split_must_suit_the_model(split: SplitFile, layers: int, neurons: int, width: int) -> None:
     with pytest.raises(errors.FormatError):
-        SplitFile.read(split.gguf, layers=layers, neurons=neurons, width=width)
-    assert SplitFile.read(split.gguf, layers=LAYERS, neurons=NEURONS, width=WIDTH) is not None
+        SplitFile.read(split.gguf, SplitSizes(layers=layers, neurons=neurons, width=width))
+    assert SplitFile.read(split.gguf, SplitSizes(layers=LAYERS, neurons=NEURONS, width=WIDTH)) is not None
 
 
 def test_signs_come_back(tmp_path: Path) -> None:

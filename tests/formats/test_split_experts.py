@@ -10,18 +10,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from powerinfer_formats import errors, split_devices
-from powerinfer_formats import split_experts as experts
 from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import ValueType
 from powerinfer_formats.split import SplitFile
 from powerinfer_formats.split_devices import SplitDevices
-from powerinfer_formats.split_experts import SplitExperts, has_experts
+from powerinfer_formats.split_layout import SplitSizes
 from split_expert_files import HEADER, ORDERS, SIZES, ExpertParts, write_split_experts
 from split_files import write_split
 
 Change = Callable[[ExpertParts], None]
+
+
+def hot(*experts: int) -> Change:
+    return header(hot_neurons=tuple(count * SIZES.neurons for count in experts))
 
 
 def header(**changes: Any) -> Change:
@@ -61,13 +64,16 @@ def tensor(name: str) -> Change:
 
 def test_what_was_written_comes_back(tmp_path: Path) -> None:
     path = write_split_experts(tmp_path / "m.powerinfer.gguf")
-    split = SplitExperts.open(path)
-    assert (split.header, split.sizes) == (HEADER, SIZES)
-    assert [found.tolist() for found in split.orders] == [list(made) for made in ORDERS]
-    assert [split.is_hot_shared(layer) for layer in range(2)] == [True, False]
+    split = SplitFile.open(path)
+    assert split.header == HEADER
+    assert [found.order.tolist() for found in split.units] == [list(made) for made in ORDERS]
+    assert [(found.hot, found.group, found.shared_hot) for found in split.units] == [
+        (2, 1, True),
+        (5, 1, False),
+    ]
+    assert split.layers == ()
     assert split.gguf.metadata[names.KEY_VERSION] == 2
-    assert has_experts(split.gguf)
-    for name in (experts.order_name(0), experts.experts_name(1, "down")):
+    for name in (names.expert_order_name(0), names.experts_name(1, "down")):
         assert split.gguf.info(name).offset % 64 == 0
     split.close()
 
@@ -77,13 +83,13 @@ def test_a_model_without_a_shared_expert_says_nothing_of_it(tmp_path: Path) -> N
         parts.header = replace(parts.header, hot_shared=())
         parts.without_keys.add("qwen2moe.expert_shared_feed_forward_length")
 
-    split = SplitExperts.open(write_split_experts(tmp_path / "m.gguf", change))
-    assert experts.KEY_HOT_SHARED not in split.gguf.metadata
-    assert not split.is_hot_shared(0)
+    split = SplitFile.open(write_split_experts(tmp_path / "m.gguf", change))
+    assert names.KEY_HOT_SHARED not in split.gguf.metadata
+    assert not split.units[0].shared_hot
 
 
 def test_a_file_that_says_nothing_of_devices_has_all_but_experts_on_the_cpu(tmp_path: Path) -> None:
-    split = SplitExperts.open(write_split_experts(tmp_path / "m.gguf", header(devices=None)))
+    split = SplitFile.open(write_split_experts(tmp_path / "m.gguf", header(devices=None)))
     assert split_devices.KEY_ATTENTION not in split.gguf.metadata
     assert split.devices == split_devices.all_on_cpu(2)
     assert split.devices.all_cpu
@@ -91,7 +97,7 @@ def test_a_file_that_says_nothing_of_devices_has_all_but_experts_on_the_cpu(tmp_
 
 KEY = "powerinfer."
 FAULTS: list[tuple[Change, type[errors.FormatError], str]] = [
-    (without(names.KEY_VERSION), errors.MissingKey, "powerinfer.version"),
+    (without(names.KEY_VERSION), errors.NotASplitFile, "is not a split file"),
     (
         retyped(names.KEY_VERSION, 1, ValueType.UINT32),
         errors.BadValue,
@@ -101,14 +107,22 @@ FAULTS: list[tuple[Change, type[errors.FormatError], str]] = [
     (retyped(names.KEY_VERSION, "2"), errors.WrongKeyType, "powerinfer.version"),
     (without(names.KEY_SOURCE), errors.MissingKey, "source_fingerprint"),
     (header(source_fingerprint="ab"), errors.BadValue, "expected 64 hexadecimal digits"),
-    (without(experts.KEY_HOT), errors.MissingKey, "hot_experts"),
-    (header(hot=(2,)), errors.BadValue, "hot_experts' has 1 values, expected one for each of 2 layers"),
-    (header(hot=(2, 6)), errors.BadValue, "hot_experts' has 6 for layer 1, expected 0 to 5"),
-    (retyped(experts.KEY_HOT, [2.0, 3.0], ValueType.FLOAT32), errors.WrongKeyType, "expected UINT32"),
-    (retyped(experts.KEY_HOT, 2, ValueType.UINT32), errors.WrongKeyType, "hot_experts"),
+    (without(names.KEY_HOT_EXPERTS), errors.MissingKey, "hot_experts"),
+    (
+        hot(2),
+        errors.BadValue,
+        "hot_experts' has 1 values, expected one for each of 2 layers",
+    ),
+    (
+        hot(2, 6),
+        errors.BadValue,
+        "hot_experts' has 6 for layer 1, expected 0 to 5",
+    ),
+    (retyped(names.KEY_HOT_EXPERTS, [2.0, 3.0], ValueType.FLOAT32), errors.WrongKeyType, "expected UINT32"),
+    (retyped(names.KEY_HOT_EXPERTS, 2, ValueType.UINT32), errors.WrongKeyType, "hot_experts"),
     (header(hot_shared=()), errors.MissingKey, "hot_shared_experts"),
     (header(hot_shared=(True,)), errors.BadValue, "hot_shared_experts' has 1 values"),
-    (retyped(experts.KEY_HOT_SHARED, [1, 2], ValueType.UINT32), errors.BadValue, "has 2 for layer 1"),
+    (retyped(names.KEY_HOT_SHARED, [1, 2], ValueType.UINT32), errors.BadValue, "has 2 for layer 1"),
     (
         without("qwen2moe.expert_shared_feed_forward_length"),
         errors.BadValue,
@@ -155,7 +169,7 @@ FAULTS: list[tuple[Change, type[errors.FormatError], str]] = [
 def test_faults_are_named(change: Change, kind: type[errors.FormatError], says: str, tmp_path: Path) -> None:
     path = write_split_experts(tmp_path / "m.gguf", change)
     with pytest.raises(errors.FormatError, match=says) as caught:
-        SplitExperts.open(path)
+        SplitFile.open(path)
     assert type(caught.value) is kind
     assert str(path) in str(caught.value)
 
@@ -164,12 +178,12 @@ def test_tensors_that_are_missing_are_named(tmp_path: Path) -> None:
     """A file of three layers whose third has no tensors."""
 
     def change(parts: ExpertParts) -> None:
-        hot, shared = (2, 5, 1), (True, False, True)
-        parts.header = replace(parts.header, hot=hot, hot_shared=shared, devices=None)
+        hot(2, 5, 1)(parts)
+        parts.header = replace(parts.header, hot_shared=(True, False, True), devices=None)
         retyped("qwen2moe.block_count", 3, ValueType.UINT32)(parts)
 
     with pytest.raises(errors.MissingTensor, match=r"blk\.2\.ffn_gate_experts"):
-        SplitExperts.open(write_split_experts(tmp_path / "m.gguf", change))
+        SplitFile.open(write_split_experts(tmp_path / "m.gguf", change))
 
 
 def test_each_kind_of_split_file_is_refused_where_the_other_is_needed(tmp_path: Path) -> None:
@@ -177,11 +191,12 @@ def test_each_kind_of_split_file_is_refused_where_the_other_is_needed(tmp_path: 
         GGUFFile.open(write_split_experts(tmp_path / "m.gguf")) as gguf,
         pytest.raises(errors.BadValue, match="is 2, that of models with experts, which this one has not"),
     ):
-        SplitFile.read(gguf, layers=2, neurons=32, width=64)
-    with GGUFFile.open(write_split(tmp_path / "n.gguf")) as gguf:
-        assert not has_experts(gguf)
-        with pytest.raises(errors.BadValue, match="is 1, that of models without experts"):
-            SplitExperts.read(gguf, SIZES)
+        SplitFile.read(gguf, SplitSizes(layers=2, neurons=32, width=64))
+    with (
+        GGUFFile.open(write_split(tmp_path / "n.gguf")) as gguf,
+        pytest.raises(errors.BadValue, match="is 1, that of models without experts"),
+    ):
+        SplitFile.read(gguf, SIZES)
 
 
 @settings(
@@ -200,10 +215,10 @@ def test_damaged_files_are_consistent_or_refused(tmp_path: Path, changes: list[t
         changed[int(share * len(changed))] = value
     (tmp_path / "m.gguf").write_bytes(changed)
     try:
-        split = SplitExperts.open(tmp_path / "m.gguf")
+        split = SplitFile.open(tmp_path / "m.gguf")
     except errors.FormatError:
         return
     for found in split.orders:
-        assert sorted(found.tolist()) == list(range(split.sizes.experts))
-    assert all(0 <= hot <= split.sizes.experts for hot in split.header.hot)
+        assert sorted(found.tolist()) == list(range(split.header.experts))
+    assert all(0 <= units.hot <= split.header.experts for units in split.units)
     split.close()

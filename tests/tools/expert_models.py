@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from powerinfer_formats.plan import Plan
-from powerinfer_formats.plan_experts import PlanExperts
+from powerinfer_formats.plan import Plan, PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.stages.convert.conversion import ConvertOptions, ConvertReport, convert

@@ -20,7 +20,8 @@ from powerinfer_cli.convert_command import show
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
-from powerinfer_formats.split_experts import SplitExperts, experts_name
+from powerinfer_formats.split import SplitFile
+from powerinfer_formats.split_layout import experts_name
 from powerinfer_kernels import available_isas, triton_launch
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine import layers as layer_stack
@@ -154,7 +155,7 @@ def poisoned(prepared: PreparedExperts, path: Path, output: Path, tokens: list[i
 
     seen = [counters(prepared.routing.experts, histogram=False) for _ in range(prepared.layers)]
     decoded(prepared.tiny.path, tokens, seen)
-    data, split, idle = np.frombuffer(path.read_bytes(), np.uint8).copy(), SplitExperts.open(path), 0
+    data, split, idle = np.frombuffer(path.read_bytes(), np.uint8).copy(), SplitFile.open(path), 0
     for layer, counted in enumerate(seen):
         for position, expert in enumerate(split.orders[layer].tolist()):
             if counted.counts[expert]:
@@ -355,7 +356,7 @@ def test_bytes_of_a_token_count_experts_of_both_sides_once(quantised: PreparedEx
 
 def test_convert_sorts_experts_by_count_and_keeps_every_bit(shared: PreparedExperts) -> None:
     report = shared.convert([2, 6, 0], [True, False, True])
-    split, profile = SplitExperts.open(report.output), Profile.load(shared.profile)
+    split, profile = SplitFile.open(report.output), Profile.load(shared.profile)
     source = GGUFFile.open(shared.tiny.path)
     assert report.experts is not None
     assert (report.experts.count, report.experts.hot, report.experts.hot_shared) == (
@@ -423,15 +424,18 @@ def test_what_convert_refuses(shared: PreparedExperts, quantised: PreparedExpert
 
 
 def test_weights_that_are_not_finite_are_named(shared: PreparedExperts, tmp_path: Path) -> None:
-    from powerinfer_tools.progress import Silent
-    from powerinfer_tools.stages.convert.expert_conversion import _check_weights
-
     data = bytearray(shared.tiny.path.read_bytes())
     info = GGUFFile.open(shared.tiny.path).info("blk.1.ffn_down_exps.weight")
     data[info.offset + 8 : info.offset + 12] = b"\xff\xff\xff\xff"
-    (tmp_path / "m.gguf").write_bytes(data)
+    damaged, plan = tmp_path / "m.gguf", shared.plan([1, 2, 3])
+    damaged.write_bytes(data)
+    fingerprint = load_model(damaged).fingerprint
+    replace(Profile.load(shared.profile), fingerprint=fingerprint).save(tmp_path / "p")
+    replace(plan, model=replace(plan.model, fingerprint=fingerprint)).save(tmp_path / "plan")
+    options = ConvertOptions(damaged, tmp_path / "p", tmp_path / "plan", tmp_path / "out.gguf")
     with pytest.raises(ConvertError, match=r"blk\.1\.ffn_down_exps\.weight has a value that is not finite"):
-        _check_weights(load_model(tmp_path / "m.gguf"), Silent())
+        convert(options)
+    assert not options.output.exists()
 
 
 def test_stages_that_start_from_a_source_refuse_a_split_file(shared: PreparedExperts, tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from plan_cases import (
     skewed_frequencies,
 )
 from powerinfer_formats.hardware import FFNCurve
-from powerinfer_formats.plan import Plan
-from powerinfer_formats.plan_experts import PlanExperts
+from powerinfer_formats.plan import Plan, PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot.sizes import budget_for

@@ -159,8 +159,8 @@ class ExpertParts:
 
 def chosen(layer: ExpertsFFN, counts: HotCounts) -> dict[int, DenseFFN]:
     """What is hot of a layer, by number."""
-    assert layer.places is not None
-    experts = {expert: layer.expert(expert) for expert in layer.places.order[: counts.experts]}
+    assert layer.units is not None
+    experts = {expert: layer.expert(expert) for expert in layer.units.order[: counts.experts].tolist()}
     if counts.shared:
         assert layer.shared is not None
         experts[SHARED] = layer.shared

@@ -36,8 +36,8 @@ def planned(layers: Sequence[ExpertsFFN]) -> tuple[HotCounts, ...]:
     """What the split file says."""
     counts = []
     for layer in layers:
-        assert layer.places is not None
-        counts.append(HotCounts(layer.places.hot, layer.places.shared_hot))
+        assert layer.units is not None
+        counts.append(HotCounts(layer.units.hot, layer.units.shared_hot))
     return tuple(counts)
 
 

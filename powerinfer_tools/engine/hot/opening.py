@@ -137,8 +137,10 @@ def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotU
     attention = tuple(device == "gpu" and here for device in devices.attention)
     predictors = tuple(device == "gpu" and i in predicted for i, device in enumerate(devices.predictor))
     head = devices.head == "gpu"
-    neurons = model.split.hot_neurons if model.split is not None else ()
-    experts = () if model.split_experts is None else expert_placement.planned(experts_of(model))
+    assert model.split is not None
+    routed = model.hyper.routing is not None
+    neurons = () if routed else model.split.hot_neurons
+    experts = expert_placement.planned(experts_of(model)) if routed else ()
     return HotUnits(neurons, attention, predictors, head, experts)
 
 

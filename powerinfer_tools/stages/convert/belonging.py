@@ -1,10 +1,11 @@
 """Whether model, profile and plan belong together: a plan's hot counts mean the order that its own profile
 gives."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from powerinfer_formats.plan import Plan, PlanProvenance
-from powerinfer_formats.profile import Profile
+from powerinfer_formats.profile import ROUTING, Profile
 from powerinfer_tools.errors import ConvertError, OtherProfile
 from powerinfer_tools.model.loading import Model
 
@@ -12,27 +13,68 @@ from powerinfer_tools.model.loading import Model
 _DIGITS, _SHOWN = 12, 3
 
 
-def require_same_model(
-    model: Model, profile: Profile, profile_file: Path, plan: Plan, plan_file: Path
-) -> None:
-    """Raise ConvertError for a profile of another model than ``model``, FormatError for such a plan."""
-    if profile.fingerprint != model.fingerprint:
-        raise ConvertError(
-            f"{profile_file} was made for {profile.model_name!r}, not for {model.name!r} ({model.path}); "
-            "make its own with powerinfer profile"
-        )
-    plan.require_model(model.fingerprint, model.name, plan_file)
+@dataclass(frozen=True)
+class Inputs:
+    """What convert starts from."""
+
+    model: Model
+    profile: Profile
+    plan: Plan
+
+    def require_together(self, profile_file: Path, plan_file: Path, *, other_profile: bool) -> None:
+        """Raise ConvertError for a profile of another model or of other units, or a plan of others;
+        FormatError for a plan of another model; and unless ``other_profile`` is allowed, OtherProfile, with
+        what differs, for a plan that was made from another one. A plan that was made without takes any."""
+        model, profile, plan = self.model, self.profile, self.plan
+        if profile.fingerprint != model.fingerprint:
+            raise ConvertError(
+                f"{profile_file} was made for {profile.model_name!r}, not for {model.name!r} ({model.path}); "
+                "make its own with powerinfer profile"
+            )
+        plan.require_model(model.fingerprint, model.name, plan_file)
+        differences = [] if other_profile else _differences(plan.provenance, profile)
+        if differences:
+            raise OtherProfile(
+                f"{plan_file} was made from another profile than {profile_file}: {'; '.join(differences)}. "
+                "Plan again with this profile, give the plan's own (--profile FILE), or, to have the hot "
+                "counts of the plan in the order of this profile, --other-profile"
+            )
+        self._require_counted_units()
+        self._require_planned_units()
+
+    def _require_counted_units(self) -> None:
+        hyper, routing, profile = self.model.hyper, self.model.hyper.routing, self.profile
+        units, count = ("neurons", hyper.neurons) if routing is None else ("experts", routing.experts)
+        if (profile.activation == ROUTING) != (routing is not None) or profile.layers != hyper.layers:
+            raise ConvertError(
+                f"the profile counts {profile.activation} in {profile.layers} layers, not the {units} of "
+                f"{hyper.layers}; make one with powerinfer profile"
+            )
+        for layer in range(profile.layers):
+            if profile.neurons(layer) != count:
+                raise ConvertError(
+                    f"the profile counts {profile.neurons(layer)} {units} in layer {layer}, "
+                    f"{self.model.name} has {count}; make one with powerinfer profile"
+                )
+
+    def _require_planned_units(self) -> None:
+        """A dense FFN is one expert, whose neurons are placed in groups."""
+        hyper, routing, plan = self.model.hyper, self.model.hyper.routing, self.plan
+        experts, shared = (1, 0) if routing is None else (routing.experts, routing.shared_neurons)
+        sizes = (hyper.layers, routing is not None, experts, hyper.neurons, shared)
+        found = plan.model.experts
+        count, planned_shared = (1, 0) if found is None else (found.count, found.shared_neurons)
+        neurons = plan.model.neurons // count
+        if (plan.model.layers, found is not None, count, neurons, planned_shared) != sizes:
+            raise ConvertError(
+                f"the plan has {_sizes(found is not None, count, neurons)} in {plan.model.layers} layers, "
+                f"{self.model.name} has {_sizes(routing is not None, experts, hyper.neurons)} in "
+                f"{hyper.layers}; plan again"
+            )
 
 
-def require_same_profile(profile: Profile, profile_file: Path, plan: Plan, plan_file: Path) -> None:
-    """Raise OtherProfile, with what differs, where ``plan`` was made from another profile. A plan that was
-    made without one takes any."""
-    if differences := _differences(plan.provenance, profile):
-        raise OtherProfile(
-            f"{plan_file} was made from another profile than {profile_file}: {'; '.join(differences)}. Plan "
-            "again with this profile, give the plan's own (--profile FILE), or, to have the hot counts of "
-            "the plan in the order of this profile, --other-profile"
-        )
+def _sizes(routed: bool, count: int, neurons: int) -> str:
+    return f"{count} experts of {neurons} neurons" if routed else f"{neurons} neurons"
 
 
 def _differences(planned: PlanProvenance, profile: Profile) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Literal
 from powerinfer_formats import plan as file
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.modes import MODES
-from powerinfer_formats.plan_experts import PlanExperts
+from powerinfer_formats.plan import PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import __version__
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION

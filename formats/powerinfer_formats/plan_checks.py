@@ -1,0 +1,118 @@
+"""What must be true of a plan beyond the types of its fields."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from powerinfer_formats.errors import BadField
+
+if TYPE_CHECKING:
+    from powerinfer_formats.plan import LayerPlan, Plan, PlanExperts
+
+#: Says what must hold at a place of the file, and what it is otherwise.
+Require = Callable[[bool, str, str], None]
+
+
+def check_plan(plan: Plan, file: str | os.PathLike[str]) -> None:
+    """Raise ``BadField`` for what types cannot say."""
+
+    def require(condition: bool, path: str, problem: str) -> None:
+        if not condition:
+            raise BadField(file, f"{path} {problem}")
+
+    model, memory = plan.model, plan.memory
+    if model.fingerprint is not None:
+        digits = len(model.fingerprint) == 64 and set(model.fingerprint) <= set("0123456789abcdef")
+        require(digits, "model.fingerprint", "is not 64 hexadecimal digits")
+    for name in ("layers", "neurons", "width"):
+        require(getattr(model, name) > 0, f"model.{name}", "is not positive")
+    require(1 <= plan.group <= model.neurons, "group", f"is {plan.group}, expected 1 to {model.neurons}")
+    for table, record in (("budgets", plan.budgets), ("memory", memory)):
+        for name, value in vars(record).items():
+            if name != "kv_type":
+                require(value >= 0, f"{table}.{name}", f"is {value}, expected 0 or more")
+    require(memory.vram_used <= memory.vram_capacity, "memory.vram_used", "is more than the capacity")
+    require(memory.ram_used <= memory.ram_capacity, "memory.ram_used", "is more than the capacity")
+    require(
+        len(plan.layers) == model.layers, "layers", f"has {len(plan.layers)} items, expected {model.layers}"
+    )
+    _check_sums(plan, require)
+    for index, layer in enumerate(plan.layers):
+        _check_layer(plan, index, layer, require)
+    _check_experts(plan, require)
+    for index, unit in enumerate(plan.units):
+        require(unit.bytes >= 0, f"units[{index}].bytes", f"is {unit.bytes}, expected 0 or more")
+    require(plan.solver.nodes >= 0, "solver.nodes", f"is {plan.solver.nodes}, expected 0 or more")
+    require(plan.predicted.tokens_per_second > 0, "predicted.tokens_per_second", "is not positive")
+    for name, prediction in plan.predictions.items():
+        path = f"predictions.{name}.tokens_per_second"
+        require(prediction.tokens_per_second > 0, path, "is not positive")
+    for name, speed in plan.sensitivity.items():
+        require(speed > 0, f"sensitivity.{name}", "is not positive")
+    require(plan.provenance.corpus_tokens >= 0, "provenance.corpus_tokens", "is negative")
+
+
+def _check_sums(plan: Plan, require: Require) -> None:
+    """The memory that is used is that of the layers and of the units on that side, to the byte."""
+    placed = {"gpu": 0, "cpu": 0}
+    for unit in plan.units:
+        placed[unit.device] += unit.bytes
+    vram = placed["gpu"] + sum(layer.vram_bytes for layer in plan.layers)
+    ram = placed["cpu"] + sum(layer.ram_bytes for layer in plan.layers)
+    memory = plan.memory
+    require(
+        memory.vram_used == vram, "memory.vram_used", f"is {memory.vram_used}, layers and units make {vram}"
+    )
+    require(memory.ram_used == ram, "memory.ram_used", f"is {memory.ram_used}, layers and units make {ram}")
+
+
+def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Require) -> None:
+    path = f"layers[{index}]"
+    require(layer.index == index, f"{path}.index", f"is {layer.index}, expected {index}")
+    hot, neurons = layer.hot_neurons, plan.model.neurons
+    fits = 0 <= hot <= neurons and (hot % plan.group == 0 or hot == neurons)
+    require(
+        fits, f"{path}.hot_neurons", f"is {hot}, expected a multiple of {plan.group} up to {neurons}, or all"
+    )
+    has_none = layer.predictor is None or layer.mode == "predicted"
+    require(has_none, f"{path}.predictor", f"is {layer.predictor!r} in a layer of mode {layer.mode}")
+    share = layer.hot_activation_share
+    require(0 <= share <= 1, f"{path}.hot_activation_share", f"is {share}, expected 0 to 1")
+    for name in ("vram_bytes", "ram_bytes"):
+        value = getattr(layer, name)
+        require(value >= 0, f"{path}.{name}", f"is {value}, expected 0 or more")
+    for name, seconds in vars(layer.seconds).items():
+        require(seconds >= 0, f"{path}.seconds.{name}", f"is {seconds}, expected 0 or more")
+
+
+def _check_experts(plan: Plan, require: Require) -> None:
+    """Experts are whole groups of neurons, in the one mode that they have; and are said where there are
+    some."""
+    experts = plan.model.experts
+    if experts is not None:
+        _check_expert_sizes(plan, experts, require)
+    for index, layer in enumerate(plan.layers):
+        wanted = experts is not None and experts.shared_neurons > 0
+        problem = "is missing" if wanted else "is there, but no shared expert is"
+        require(wanted == (layer.shared_expert is not None), f"layers[{index}].shared_expert", problem)
+        suits = experts is None or layer.mode == "dense"
+        require(suits, f"layers[{index}].mode", f"is {layer.mode!r}, experts are computed dense")
+
+
+def _check_expert_sizes(plan: Plan, experts: PlanExperts, require: Require) -> None:
+    neurons, group = plan.model.neurons, plan.group
+    require(experts.count > 0, "model.experts.count", f"is {experts.count}, expected 1 or more")
+    require(
+        1 <= experts.used <= experts.count,
+        "model.experts.used",
+        f"is {experts.used}, expected 1 to {experts.count}",
+    )
+    require(
+        experts.shared_neurons >= 0,
+        "model.experts.shared_neurons",
+        f"is {experts.shared_neurons}, expected 0 or more",
+    )
+    whole = group * experts.count == neurons
+    require(whole, "group", f"is {group}, expected the neurons of one of {experts.count} experts")

@@ -19,6 +19,7 @@ from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.loading import LayerWeights, Model
+from powerinfer_tools.model.operations import Activation
 from powerinfer_tools.model.tensors import Norm, Weight
 
 
@@ -35,6 +36,7 @@ class DenseColumns:
     down: Matrix
     bias: Floats | None = None
     up_bias: Floats | None = None
+    inner_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,14 @@ class BlockWriter:
     def __init__(self, model: Model, ops: ProgramOperations, buffers: Buffers) -> None:
         self.spec, self.hyper, self.eps = model.spec, model.hyper, model.hyper.norm_eps
         self.ops, self.buffers = ops, buffers
-        self.activation = blocks.activation_of(model.hyper)
         self.labels = Labels()
         #: The layer that is being written, None before the first.
         self.layer: int | None = None
+
+    @property
+    def activation(self) -> Activation:
+        """That of the layer's FFN."""
+        return blocks.activation_of(self.hyper, self.layer or 0)
 
     @property
     def builder(self) -> ProgramBuilder:
@@ -183,7 +189,8 @@ class BlockWriter:
         """The FFN of a source model, added to the residual stream; counted where it is ``observed``. With
         ``thresholds`` (of a gated FFN), neurons below contribute nothing."""
         self.label("ffn")
-        ops, weights = self.ops, blocks.FFN(w.gate, w.up, w.down, w.bias, output.bias, w.up_bias)
+        ops, biases = self.ops, (w.bias, output.bias, w.up_bias)
+        weights = blocks.FFN(w.gate, w.up, w.down, *biases, w.inner_norm, self.eps)
         ops.observed, ops.thresholds = observed, thresholds
         out = blocks.ffn(ops, self.activation, weights, Value(self.buffers.normed))
         ops.observed = ops.thresholds = None

@@ -18,7 +18,7 @@ from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.recurrent_operations import RecurrentOperations
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model.hyperparameters import PositionScale, Rope
-from powerinfer_tools.model.operations import Activation, Attention
+from powerinfer_tools.model.operations import Activation, Attention, HeadPart
 from powerinfer_tools.model.refused_operations import WithoutExperts
 from powerinfer_tools.model.rotary import RotaryTables
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
@@ -178,7 +178,11 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
             builder.activate(gate.floats, None, scores, how.kind)
             builder.keep_large(scores, self.thresholds.gate, factor)
             builder.keep_large(factor, self.thresholds.up, factor)
-        builder.activate(gate.floats, factor, gate.floats, how.kind, how.cut)
+        if how.kind == "xielu":
+            assert factor is None, "in no family"
+            builder.xielu(gate.floats, *how.constants)
+        else:
+            builder.activate(gate.floats, factor, gate.floats, how.kind, how.cut)
         self.changed(gate.floats)
         return gate
 
@@ -237,6 +241,17 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         if rest:
             places = {"src_first": columns, "out_first": rows, "heads": heads, **steps}
             builder.copy(x.floats, out, rest, **places)
+        self.changed(out)
+        return Value(out)
+
+    def gather_heads(self, name: str, heads: int, parts: Sequence[HeadPart[Value]]) -> Value:
+        """Copies."""
+        builder, width, first = self.flush(), sum(part.count for part in parts), 0
+        out = self._scratch.named(name, heads * width)
+        for part in parts:
+            places = {"src_first": part.first, "src_step": part.step, "out_first": first, "out_step": width}
+            builder.copy(part.value.floats, out, part.count, heads=heads, **places)
+            first += part.count
         self.changed(out)
         return Value(out)
 

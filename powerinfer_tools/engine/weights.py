@@ -262,7 +262,8 @@ def _check_context(model: Model, context: int | None) -> int:
     if context is None:
         return min(trained, DEFAULT_CONTEXT)
     if not 1 <= context <= trained:
-        raise ModelError(
-            f"{model.path}: context {context} is not from 1 to {trained}, what the model was trained for"
-        )
+        why = "what the model was trained for"
+        if model.spec.indexed:
+            why = "where its attention reads everything; choosing what it reads is not computed"
+        raise ModelError(f"{model.path}: context {context} is not from 1 to {trained}, {why}")
     return context

@@ -24,7 +24,8 @@ W = TypeVar("W")
 @dataclass(frozen=True)
 class FFN(Generic[W]):
     """The matrices of an FFN: the rows that the activation reads (``first``), those that its result is
-    multiplied with (None without a gate), and down (width, neurons)."""
+    multiplied with (None without a gate), and down (width, neurons), which may read what is normalised
+    again."""
 
     first: W
     factor: W | None
@@ -32,6 +33,8 @@ class FFN(Generic[W]):
     bias: Vector | None = None
     down_bias: Vector | None = None
     factor_bias: Vector | None = None
+    inner_norm: Norm | None = None
+    eps: float = 0.0
 
 
 def embedding(ops: Operations[V, Weight], model: Model) -> V:
@@ -87,6 +90,9 @@ def attention(
     if (growth := hyper.facts[layer].position_scale) is not None:
         query = ops.scale_by_position(query, growth)
     attended = ops.attend(query, key, value, how)
+    attended = scaled(ops, attended, hyper.value_scale)
+    if w.inner_norm is not None:
+        attended = ops.norm("attended", attended, w.inner_norm, eps)
     if gate is not None:
         attended = gated(ops, Activation(spec.gate_activation), w, gate, attended)
     out = ops.linear("block_out", attended, w.output, w.output_bias)
@@ -151,7 +157,10 @@ def ffn(ops: Operations[V, W], how: Activation, w: FFN[W], normed: V, out: str =
     """A dense FFN, or an expert: down · (act(first · x + bias) · (factor · x)) + down_bias."""
     gate = ops.linear("gate", normed, w.first, w.bias)
     up = None if w.factor is None else ops.linear("up", normed, w.factor, w.factor_bias)
-    return ops.linear(out, ops.activate(gate, up, how), w.down, w.down_bias)
+    hidden = ops.activate(gate, up, how)
+    if w.inner_norm is not None:
+        hidden = ops.norm("gate", hidden, w.inner_norm, w.eps)
+    return ops.linear(out, hidden, w.down, w.down_bias)
 
 
 def experts(
@@ -195,8 +204,10 @@ def dense_of(w: DenseFFN, bias: Vector | None = None, down_bias: Vector | None =
     return FFN(w.first, w.factor, w.down, bias, down_bias)
 
 
-def activation_of(hyper: Hyperparameters) -> Activation:
-    """The activation of a model's FFNs."""
+def activation_of(hyper: Hyperparameters, layer: int = 0) -> Activation:
+    """The activation of the FFN of ``layer``."""
+    if hyper.xielu:
+        return Activation(hyper.activation, constants=hyper.xielu[layer])
     return Activation(hyper.activation, hyper.activation_cut)
 
 

@@ -15,6 +15,8 @@ from powerinfer_tools.model.original import is_original, original_activation
 
 #: Of Grok 1, whose files may lack it.
 _GROK_SCALE = 128**-0.5
+#: Keys of a part that is not computed, as long as it would choose everything.
+_INDEXER_SIZES = ("head_count", "key_length", "types", "local_blocks")
 #: Positions of a chunk of Llama 4, and of a step of its queries' scale.
 _CHUNK = 8192
 
@@ -75,13 +77,15 @@ class RecurrentSizes:
 class LatentSizes:
     """Multi-head latent attention (arXiv 2405.04434): ``rank`` of keys and values together, ``query_rank``
     (0: queries have full rank), ``plain`` values of a head without and ``rotary`` with positions, and
-    ``value`` values of a head's result."""
+    ``value`` values of a head's result. ``absorbed``: the vector of low rank is kept, not each head's
+    keys and values."""
 
     rank: int
     query_rank: int
     plain: int
     rotary: int
     value: int
+    absorbed: bool = True
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ class Hyperparameters:
     embedding_scale: float
     activation: str
     activation_cut: float
+    xielu: tuple[tuple[float, float, float, float], ...]
+    value_scale: float
     routing: Routing | None
     recurrent: RecurrentSizes | None
     dense_neurons: int
@@ -231,8 +237,12 @@ def read_hyperparameters(
     heads, kv_heads = (max(pair[part] for pair in heads_of) for part in (0, 1))
     head_dim = _head_dim(keys, spec, width, heads)
     latent = _latent_sizes(keys) if spec.latent else None
-    if latent is not None:
-        kv_heads, head_dim = 1, latent.rank + latent.rotary
+    value_dim = _value_dim(keys, spec, head_dim)
+    if latent is not None and latent.absorbed:
+        kv_heads, head_dim, value_dim = 1, latent.rank + latent.rotary, latent.rank
+    elif latent is not None:
+        kv_heads, head_dim, value_dim = heads, latent.plain + latent.rotary, latent.value
+    heads_of = [(count, kv_heads if latent else shared) for count, shared in heads_of]
     hyper = Hyperparameters(
         layers=layers,
         width=width,
@@ -257,9 +267,11 @@ def read_hyperparameters(
         embedding_scale=_embedding_scale(keys, spec, width),
         activation=(activation := _activation(gguf, spec)),
         activation_cut=_activation_cut(gguf, activation),
+        xielu=_xielu(keys, layers) if activation == "xielu" else (),
+        value_scale=keys.factor("attention.value_scale"),
         routing=routing,
         recurrent=_recurrent_sizes(keys, spec, width),
-        value_dim=head_dim if latent is None else latent.rank,
+        value_dim=value_dim,
         latent=latent,
         dense_neurons=max(_dense_neurons(keys, layers, 1)) if routing is not None else 0,
         chunked=spec.chunked,
@@ -344,9 +356,9 @@ def _mixers(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[Mixer, ...
 
 def _attending(keys: Keys, layers: int) -> tuple[Mixer, ...]:
     """Of families without recurrent blocks: a layer may have no heads, and no attention."""
+    only: Mixer = "attention"
     if not isinstance(keys.raw("attention.head_count"), np.ndarray):
-        every: Mixer = "attention"
-        return (every,) * layers
+        return (only,) * layers
     heads = keys.integers("attention.head_count", layers, low=0, high=4096)
     mixers: list[Mixer] = ["attention" if count else "none" for count in heads]
     return tuple(mixers)
@@ -495,8 +507,8 @@ def _ropes(
     if alpha := keys.real("rope.scaling.alpha", 0.0, high=1e6) if spec.rope_alpha else 0.0:
         base *= alpha ** (head_dim / (head_dim - 2))  # NTK-aware scaling
     wide = _scaled(keys, Rope(style, dim, base))
-    if spec.latent:
-        wide = replace(wide, magnitude=1.0)
+    if spec.latent and wide.yarn is not None:
+        wide = replace(wide, magnitude=1.0)  # that of the scores is
     local_dim = _rope_dim(keys, "rope.dimension_count_swa", head_dim, dim)
     local_base = keys.real("rope.freq_base_swa", spec.local_rope_base or base, low=1.0)
     if spec.plain_local_rope:
@@ -582,6 +594,10 @@ def _neurons(keys: Keys, spec: ArchitectureSpec, routing: Routing | None, layers
 
 def _trained_context(keys: Keys, spec: ArchitectureSpec, positions: int) -> int:
     context = keys.integer("context_length", high=1 << 31)
+    if spec.indexed:  # up to here, attention reads everything
+        chosen = keys.integer("attention.indexer.top_k", high=1 << 31)
+        context = min(context, chosen * keys.integer("attention.indexer.block_size", 1, high=1 << 20))
+        keys.ignore(*(f"attention.indexer.{name}" for name in _INDEXER_SIZES))
     if spec.position_offset is None:
         return context
     if positions <= spec.position_offset:
@@ -602,17 +618,20 @@ def _norm_eps(keys: Keys, spec: ArchitectureSpec) -> float:
 
 
 def _latent_sizes(keys: Keys) -> LatentSizes:
-    """Files from before keys and values were one tensor of low rank a head lack the sizes."""
+    """Files with one matrix for keys and values of each head give the sizes of those."""
     rotary = keys.integer("rope.dimension_count", high=1 << 10)
-    key = keys.integer("attention.key_length_mla", 0, low=0, high=1 << 12)
-    if key <= rotary or rotary % 2:
-        keys.refuse("files without attention.key_length_mla are not supported; convert the model anew")
+    absorbed = bool(keys.integer("attention.key_length_mla", 0, low=0, high=1 << 12))
+    end = "_mla" if absorbed else ""
+    key = keys.integer(f"attention.key_length{end}", high=1 << 12)
+    if key < rotary + absorbed or rotary % 2:
+        keys.refuse(f"{rotary} rotary dimensions do not fit keys of {key}")
     return LatentSizes(
         rank=keys.integer("attention.kv_lora_rank", high=1 << 12),
         query_rank=keys.integer("attention.q_lora_rank", 0, low=0, high=1 << 14),
         plain=key - rotary,
         rotary=rotary,
-        value=keys.integer("attention.value_length_mla", high=1 << 12),
+        value=keys.integer(f"attention.value_length{end}", high=1 << 12),
+        absorbed=absorbed,
     )
 
 
@@ -636,15 +655,20 @@ def _head_dim(keys: Keys, spec: ArchitectureSpec, width: int, heads: int) -> int
         if width % heads:
             raise ModelError(f"{keys.file}: width {width} is not a multiple of {heads} attention heads")
         head_dim = width // heads
-    value_dim = keys.integer("attention.value_length", head_dim, high=1 << 14)
-    for key in ("attention.key_length_swa", "attention.value_length_swa"):
-        if keys.integer(key, head_dim, high=1 << 14) != head_dim:
-            raise ModelError(f"{keys.name(key)} is not {head_dim}, as heads of other layers are wide")
-    if value_dim != head_dim:
-        raise ModelError(f"{keys.file}: key heads of {head_dim} and value heads of {value_dim} values differ")
+    if keys.integer("attention.key_length_swa", head_dim, high=1 << 14) != head_dim:
+        keys.refuse(f"attention.key_length_swa is not {head_dim}, as heads of other layers are wide")
     if head_dim % 2 or head_dim > 512:
         raise ModelError(f"{keys.file}: head dimension {head_dim} is not an even number up to 512")
     return head_dim
+
+
+def _value_dim(keys: Keys, spec: ArchitectureSpec, head_dim: int) -> int:
+    if spec.latent or spec.recurrent_layers == "all":
+        return head_dim
+    value_dim = keys.integer("attention.value_length", head_dim, high=512)
+    if keys.integer("attention.value_length_swa", value_dim, high=1 << 14) != value_dim:
+        keys.refuse(f"attention.value_length_swa is not {value_dim}, as heads of other layers are wide")
+    return value_dim
 
 
 def _rope_dim(keys: Keys, key: str, head_dim: int, default: int) -> int:
@@ -724,10 +748,23 @@ def _activation(gguf: ModelSource, spec: ArchitectureSpec) -> str:
     if is_original(gguf):
         return original_activation(spec.name, gguf.path)
     activation = str(gguf.get("powerinfer.activation", str, spec.activation))
-    if activation not in ACTIVATIONS:
+    if activation not in ACTIVATIONS or (activation == "xielu" and spec.activation != "xielu"):
         known = ", ".join(sorted(ACTIVATIONS))
         raise ModelError(f"{gguf.path}: powerinfer.activation {activation!r} is unknown (known: {known})")
     return activation
+
+
+def _xielu(keys: Keys, layers: int) -> tuple[tuple[float, float, float, float], ...]:
+    """The constants of each layer: files have what a softplus makes positive."""
+    positive, negative, beta, eps = (
+        keys.reals(f"xielu.{name}", layers) for name in ("alpha_p", "alpha_n", "beta", "eps")
+    )
+    rows = zip(positive, negative, beta, eps, strict=True)
+    return tuple((_softplus(p), b + _softplus(n), b, e) for p, n, b, e in rows)
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def _activation_cut(gguf: ModelSource, activation: str) -> float:

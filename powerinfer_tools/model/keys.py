@@ -131,12 +131,18 @@ class Keys:
                 raise ModelError(f"{self.name(key)} holds {one}; it must be from {low} to {high}")
         return [int(one) for one in value]
 
-    def positive(self, key: str, layers: int, default: Any = MISSING) -> int:
-        """The one integer that all of ``layers`` layers have that do not have 0."""
-        values = set(self.integers(key, layers, default, low=0, high=1 << 22)) - {0}
-        if len(values) != 1:
-            self.refuse(f"{self.prefix}.{key} has {len(values)} different values above 0, not one")
-        return values.pop()
+    def reals(self, key: str, layers: int) -> list[float]:
+        """A finite number for each of ``layers`` layers, which may be given once for all."""
+        value = self.raw(key)
+        if not isinstance(value, np.ndarray):
+            return [self.real(key, low=-1e6, high=1e6)] * layers
+        if value.dtype.kind != "f" or len(value) not in (layers, self.blocks or layers):
+            raise ModelError(
+                f"{self.name(key)} has {len(value)} values, not a number for each of {layers} layers"
+            )
+        if not np.isfinite(value).all():
+            raise ModelError(f"{self.name(key)} holds values that are not finite")
+        return [float(one) for one in value[:layers]]
 
     def raw(self, key: str) -> object:
         """The value as it is, None where it is missing."""

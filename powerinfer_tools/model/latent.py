@@ -1,14 +1,15 @@
 """Multi-head latent attention (arXiv 2405.04434): its weights, and its block.
 
 Keys and values are one vector of low rank for all heads, which is kept; each head's part of the matrix that
-would make its keys is applied to its query, and that of its values to what was attended.
+would make its keys is applied to its query, and that of its values to what was attended. Files that have both
+parts as one matrix make keys and values of each head, and keep those.
 """
 
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from powerinfer_tools.model.hyperparameters import LatentSizes, LayerFacts
-from powerinfer_tools.model.operations import Attention, Operations
+from powerinfer_tools.model.operations import Attention, HeadPart, Operations
 from powerinfer_tools.model.tensors import Norm, Tensors, Weight
 
 V = TypeVar("V")
@@ -24,8 +25,9 @@ class LatentWeights:
     query: Weight  # (heads · (plain + rotary), query_rank or width)
     latent: Weight  # (rank + rotary, width)
     latent_norm: Norm
-    keys: tuple[Weight, ...]  # of each head, (rank, plain)
+    keys: tuple[Weight, ...]  # of each head, (rank, plain); none where they are not absorbed
     values: tuple[Weight, ...]  # of each head, (value, rank)
+    both: Weight | None  # keys and values head by head, (heads · (plain + value), rank)
     output: Weight
     sizes: LatentSizes
 
@@ -34,8 +36,14 @@ def read_latent(tensors: Tensors, sizes: LatentSizes, heads: int, width: int, pr
     """The weights of a layer. Raises FormatError and ModelError."""
     s, low = sizes, sizes.query_rank
     name = "attn_q_b" if low else "attn_q"
-    keys = tensors.heads(f"{prefix}.attn_k_b.weight", heads, s.rank, s.plain)
-    values = tensors.heads(f"{prefix}.attn_v_b.weight", heads, s.value, s.rank)
+    keys: tuple[Weight, ...] = ()
+    values: tuple[Weight, ...] = ()
+    both = None
+    if s.absorbed:
+        keys = tensors.heads(f"{prefix}.attn_k_b.weight", heads, s.rank, s.plain)
+        values = tensors.heads(f"{prefix}.attn_v_b.weight", heads, s.value, s.rank)
+    else:
+        both = tensors.matrix(f"{prefix}.attn_kv_b.weight", heads * (s.plain + s.value), s.rank)
     return LatentWeights(
         norm=Norm("rms", tensors.vector(f"{prefix}.attn_norm.weight", width)),
         query_low=tensors.matrix(f"{prefix}.attn_q_a.weight", low, width) if low else None,
@@ -45,6 +53,7 @@ def read_latent(tensors: Tensors, sizes: LatentSizes, heads: int, width: int, pr
         latent_norm=Norm("rms", tensors.vector(f"{prefix}.attn_kv_a_norm.weight", s.rank)),
         keys=keys,
         values=values,
+        both=both,
         output=tensors.matrix(f"{prefix}.attn_output.weight", width, heads * s.value),
         sizes=s,
     )
@@ -55,7 +64,6 @@ def latent_attention(
 ) -> V:
     """The attention of a layer."""
     rope, growth = facts.rope, facts.position_scale
-    assert rope is not None
     s = w.sizes
     normed = low = ops.norm("attention_input", x, w.norm, eps)
     latent = ops.linear("latent", normed, w.latent)
@@ -63,13 +71,25 @@ def latent_attention(
         low = ops.linear("query_low", normed, w.query_low)
         low = ops.norm("query_low", low, w.query_norm, eps)
     query = ops.linear("query_heads", low, w.query)
-    query = ops.rotate(query, how.heads, s.plain + s.rotary, rope, s.plain)
-    query = ops.per_head("query", query, w.keys, s.rotary)
-    latent = ops.rotate(latent, 1, s.rank + s.rotary, rope, s.rank)
+    if rope is not None:
+        query = ops.rotate(query, how.heads, s.plain + s.rotary, rope, s.plain)
+        latent = ops.rotate(latent, 1, s.rank + s.rotary, rope, s.rank)
     value = ops.norm("value", ops.part("value", latent, 0, s.rank), w.latent_norm, eps)
-    key = ops.replace_first(latent, value)
     if growth is not None:
         query = ops.scale_by_position(query, growth)
+    if w.both is not None:
+        key, value = _expanded(ops, how.heads, s, ops.linear("expanded", value, w.both), latent)
+        return ops.linear("block_out", ops.attend(query, key, value, how), w.output)
+    query = ops.per_head("query", query, w.keys, s.rotary)
+    key = ops.replace_first(latent, value)
     attended = ops.attend(query, key, value, replace(how, value_dim=s.rank))
     result = ops.per_head("attended_heads", attended, w.values, 0)
     return ops.linear("block_out", result, w.output)
+
+
+def _expanded(ops: Operations[V, Weight], heads: int, s: LatentSizes, both: V, latent: V) -> tuple[V, V]:
+    """Keys, to each of which the same rotary part belongs, and values."""
+    step = s.plain + s.value
+    plain = (HeadPart(both, 0, step, s.plain),) if s.plain else ()
+    key = ops.gather_heads("key", heads, (*plain, HeadPart(latent, s.rank, 0, s.rotary)))
+    return key, ops.gather_heads("value", heads, (HeadPart(both, s.plain, step, s.value),))

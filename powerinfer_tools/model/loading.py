@@ -47,6 +47,7 @@ class AttentionWeights:
     gate: Weight | None = None
     gate_bias: Vector | None = None
     sinks: Vector | None = None
+    inner_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class LayerWeights:
     ffn_post_norm: Norm | None
     recurs: RecurrentWeights | None = None
     ffn_factor_bias: Vector | None = None
+    ffn_inner_norm: Norm | None = None
 
     @property
     def attention(self) -> AttentionWeights:
@@ -171,6 +173,10 @@ class Model:
             "norms with biases by root mean square": self.spec.rms_biases,
             "queries that grow with their position": any(f.position_scale for f in hyper.facts),
             "attention in chunks": hyper.chunked,
+            "value heads of another width": hyper.value_dim != hyper.head_dim,
+            "scaled values": hyper.value_scale != 1.0,
+            "norms inside blocks": self.spec.inner_norms,
+            "xIELU activations": bool(hyper.xielu),
             "norms after blocks that have an epsilon of their own": self.spec.post_norm_eps > 0,
             "norms of each head's own": self.spec.qk_norm in ("own heads", "plain")
             and any(layer.attention.query_norm is not None for layer in self.layers),
@@ -254,6 +260,8 @@ def _build(gguf: ModelSource) -> Model:
         layers=tuple(_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),
         split=split,
     )
+    if spec.indexed:
+        tensors.leave_out_matching("blk.*.indexer.*")
     for index in range(hyper.layers, hyper.layers + hyper.further_layers):
         tensors.leave_out_layer(index)
     tensors.refuse_unused()
@@ -349,6 +357,9 @@ def _layer(
         ffn_factor_bias=factor_bias,
         ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
         ffn_post_norm=_post_norm(tensors, spec, hyper, prefix, 1),
+        ffn_inner_norm=tensors.optional_norm(
+            spec, f"{prefix}.ffn_sub_norm", neurons, wanted=spec.inner_norms
+        ),
         recurs=_recurrent(tensors, spec, hyper, prefix) if facts.mixer in ("recurrent", "both") else None,
     )
 
@@ -433,6 +444,7 @@ def _attention(
         gate_bias=gate_bias,
         sinks=tensors.optional(f"{prefix}.attn_sinks.weight", facts.heads) if spec.sinks else None,
         post_norm=_post_norm(tensors, spec, hyper, prefix, 0),
+        inner_norm=tensors.optional_norm(spec, f"{prefix}.attn_sub_norm", attended, wanted=spec.inner_norms),
     )
 
 

@@ -11,7 +11,7 @@ the values that :meth:`Operations.norm` and :meth:`Operations.linear` read, and 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from powerinfer_tools.model.hyperparameters import PositionScale, RecurrentSizes, Rope, Routing
 from powerinfer_tools.model.tensors import Norm, Table, Vector, Weight
@@ -43,10 +43,22 @@ class Attention:
 @dataclass(frozen=True)
 class Activation:
     """One of :data:`~powerinfer_tools.model.architectures.ACTIVATIONS`; ``cut`` is what a gate must be above
-    with fatrelu."""
+    with fatrelu; ``constants`` are those of xielu (arXiv 2411.13010): of positive and of negative values,
+    beta and epsilon."""
 
     kind: str
     cut: float = 0.0
+    constants: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class HeadPart(Generic[V]):
+    """``count`` columns of ``value`` for each head, those of head h from ``first`` + h · ``step`` on."""
+
+    value: V
+    first: int
+    step: int
+    count: int
 
 
 class Operations(Protocol[V, W]):
@@ -160,6 +172,9 @@ class Operations(Protocol[V, W]):
     def per_head(self, name: str, x: V, matrices: Sequence[W], rest: int) -> V:
         """For each head of x, the first values times its matrix, then its last ``rest`` values as they are;
         ``matrices`` are one for each head."""
+
+    def gather_heads(self, name: str, heads: int, parts: Sequence[HeadPart[V]]) -> V:
+        """For each head its columns of each part, side by side."""
 
     def replace_first(self, x: V, y: V) -> V:
         """x with y in place of its first columns."""

@@ -16,7 +16,7 @@ from powerinfer_tools.model import blocks
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameters import PositionScale, Rope, Routing
 from powerinfer_tools.model.loading import AttentionWeights, LayerWeights, Model
-from powerinfer_tools.model.operations import Activation, Attention
+from powerinfer_tools.model.operations import Activation, Attention, HeadPart
 from powerinfer_tools.model.reference_recurrent import RecurrentArrays
 from powerinfer_tools.model.rotary import RopeFactors, position_factors, rotary_angles
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
@@ -37,7 +37,7 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predic
         before, x = x, blocks.mix(ops, model.spec, model.hyper, index, layer, x)
         if layer.feeds is not None:
             read = before if model.hyper.parallel else x
-            added = ffn_block(model, layer, read, predicted=predicted, before=before)
+            added = ffn_block(model, layer, read, index=index, predicted=predicted, before=before)
             x = ops.join(x, added, model.hyper.residual_scale)
     return blocks.head(ops, model, model.head, x)
 
@@ -84,6 +84,14 @@ class NumpyOperations(RecurrentArrays):
             assert parts[-1].shape[1] == rest
         return np.concatenate(parts, axis=1)
 
+    def gather_heads(self, name: str, heads: int, parts: Sequence[HeadPart[Array]]) -> Array:
+        slices = [
+            p.value[:, p.first + head * p.step : p.first + head * p.step + p.count]
+            for head in range(heads)
+            for p in parts
+        ]
+        return np.concatenate(slices, axis=1)
+
     def replace_first(self, x: Array, y: Array) -> Array:
         return np.concatenate([y, x[:, y.shape[1] :]], axis=1)
 
@@ -109,6 +117,8 @@ class NumpyOperations(RecurrentArrays):
         return out
 
     def activate(self, gate: Array, up: Array | None, how: Activation) -> Array:
+        if how.kind == "xielu":
+            return reference.xielu(gate, *how.constants)
         return reference.activate(gate, up, how.kind, how.cut)
 
     def clamp(self, x: Array, limit: float) -> Array:
@@ -190,6 +200,7 @@ def ffn_block(
     layer: LayerWeights,
     x: Array,
     *,
+    index: int = 0,
     predicted: bool = False,
     before: Array | None = None,
 ) -> Array:
@@ -208,9 +219,10 @@ def ffn_block(
         out = blocks.experts(ops, model.spec, hyper, layer.ffn, normed, routed_by, read)
     else:
         first, factor, down = ffn_matrices(layer)
-        how = blocks.activation_of(hyper)
+        how = blocks.activation_of(hyper, index)
         if not predicted:
-            w = blocks.FFN(first, factor, down.T, layer.ffn_bias, layer.ffn_down_bias, layer.ffn_factor_bias)
+            biases = (layer.ffn_bias, layer.ffn_down_bias, layer.ffn_factor_bias)
+            w = blocks.FFN(first, factor, down.T, *biases, layer.ffn_inner_norm, eps)
             out = blocks.ffn(ops, how, w, normed)
         else:
             gate = ops.linear("gate", normed, first, layer.ffn_bias)

@@ -10,6 +10,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.hyperparameters import RecurrentSizes, Routing
+from powerinfer_tools.model.operations import HeadPart
 from powerinfer_tools.model.tensors import Table, Vector, Weight
 
 V = TypeVar("V")
@@ -87,6 +88,10 @@ class WithoutRecurrence(_Refusing, Generic[V, W]):
         self._refuse("recurrent layers")
 
     def per_head(self, name: str, x: V, matrices: Sequence[W], rest: int) -> V:
+        """Refused."""
+        self._refuse("latent attention")
+
+    def gather_heads(self, name: str, heads: int, parts: Sequence[HeadPart[V]]) -> V:
         """Refused."""
         self._refuse("latent attention")
 

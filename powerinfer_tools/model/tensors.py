@@ -121,6 +121,10 @@ class Tensors:
         """Count a tensor among those that are used."""
         self.gguf.expected.add(name)
 
+    def leave_out_matching(self, pattern: str) -> None:
+        """Count all tensors of such names among those that are used."""
+        self.gguf.expected.update(fnmatch.filter(self.gguf.tensors, pattern))
+
     def leave_out_layer(self, index: int) -> None:
         """Count all tensors of a layer among those that are used."""
         self.gguf.expected.update(name for name in self.gguf.tensors if name.startswith(f"blk.{index}."))

@@ -197,6 +197,19 @@ def _latent(*, low: bool) -> Shapes:
     }
 
 
+def _expanded(*, low: bool) -> Shapes:
+    """One matrix for keys and values of all heads."""
+    shapes = _latent(low=low)
+    del shapes["attn_k_b.weight"], shapes["attn_v_b.weight"]
+    return shapes | {"attn_kv_b.weight": (HEADS * (PLAIN + VALUE), RANK)}
+
+
+def _narrow(shapes: Shapes, *, kv_heads: int = KV_HEADS) -> Shapes:
+    """Value heads of their own width."""
+    rows = {"attn_v.weight": (kv_heads * VALUE, WIDTH), "attn_output.weight": (WIDTH, HEADS * VALUE)}
+    return shapes | rows
+
+
 _HEADS: dict[str, Any] = {
     "attention.head_count": HEADS,
     "attention.head_count_kv": KV_HEADS,
@@ -228,6 +241,14 @@ _LATENT: dict[str, Any] = {
     "expert_shared_count": 2,
     "expert_weights_norm": True,
     "expert_weights_scale": 2.5,
+}
+_EXPANDED: dict[str, Any] = {
+    "attention.head_count": HEADS,
+    "attention.head_count_kv": HEADS,
+    "attention.key_length": PLAIN + ROTARY,
+    "attention.value_length": VALUE,
+    "attention.kv_lora_rank": RANK,
+    "rope.dimension_count": ROTARY,
 }
 _MIXED = _HEADS | {"attention.head_count_kv": [KV_HEADS, 0]}
 _BLOCKS = {"attention.head_count_kv": [KV_HEADS, 0, 0], "feed_forward_length": [0, 0, NEURONS]}
@@ -347,6 +368,57 @@ FAMILIES = {
             _ffn(neurons=40),
             _attention(heads=2, kv_heads=1),
         ),
+    ),
+    # Values of another width than keys, heads that differ between layers, dense FFNs that are not used.
+    "mimo2": RandomFamily(
+        "mimo2",
+        _HEADS
+        | _EXPERTS
+        | {
+            "attention.head_count_kv": [1, 3],
+            "attention.value_length": VALUE,
+            "attention.value_scale": 0.7,
+            "attention.sliding_window": 5,
+            "attention.sliding_window_pattern": [0, 1],
+        },
+        (
+            _narrow(_attention(sinks=True)) | _experts(chosen=True) | _ffn(),
+            _narrow(_attention(kv_heads=3), kv_heads=3) | _ffn(),
+        ),
+    ),
+    # Keys and values of each head are made of those of low rank.
+    "minicpm3": RandomFamily(
+        "minicpm3",
+        _EXPANDED | {"attention.q_lora_rank": QUERY_RANK},
+        (_expanded(low=True) | _ffn(),) * 2,
+    ),
+    "plm": RandomFamily("plm", _EXPANDED, (_expanded(low=False) | _ffn(gated=False),) * 2),
+    "deepseek32": RandomFamily(
+        "deepseek32",
+        _LATENT
+        | _EXPERTS
+        | {
+            "attention.q_lora_rank": QUERY_RANK,
+            "attention.indexer.top_k": 40,
+            "attention.indexer.head_count": 2,
+            "attention.indexer.key_length": 8,
+            "expert_shared_feed_forward_length": SHARED,
+        },
+        (
+            _latent(low=True) | _ffn() | {"indexer.proj.weight": (2, WIDTH)},
+            _latent(low=True) | _experts(chosen=True) | _shared(gated=False),
+        ),
+    ),
+    "glm-dsa": RandomFamily(
+        "glm-dsa",
+        _LATENT
+        | _EXPERTS
+        | {
+            "attention.q_lora_rank": QUERY_RANK,
+            "attention.indexer.top_k": 40,
+            "expert_shared_feed_forward_length": SHARED,
+        },
+        (_latent(low=True) | _ffn(), _latent(low=True) | _experts() | _shared(gated=False)),
     ),
     "llama4": RandomFamily(
         "llama4",

@@ -55,6 +55,12 @@ def _write_keys(writer: GGUFWriter, spec: ArchitectureSpec) -> None:
         writer.add_clamp_kqv(0.9)
     if spec.alibi:
         writer.add_max_alibi_bias(8.0)
+    if spec.indexed:
+        writer.add_uint32(f"{spec.name}.attention.indexer.top_k", CONTEXT)
+    if spec.activation == "xielu":
+        for index, name in enumerate(("alpha_p", "alpha_n", "beta", "eps")):
+            values = [(0.8, -0.4, 0.5, -1e-6)[index] * (1 + layer / 8) for layer in range(LAYERS)]
+            writer.add_array(f"{spec.name}.xielu.{name}", values)
     if spec.temperature == "by key":
         writer.add_float32(f"{spec.name}.attention.temperature_scale", 0.3)
         writer.add_uint32(f"{spec.name}.attention.temperature_length", 5)
@@ -98,6 +104,8 @@ def _layer(spec: ArchitectureSpec, index: int) -> dict[str, tuple[int, ...]]:
     tensors |= {"attn_output.weight": (WIDTH, queries), "attn_output.bias": (WIDTH,)}
     if spec.attention_gate == "matrix":  # of values, or of heads
         tensors["attn_gate.weight"] = (queries if index % 2 else HEADS, WIDTH)
+    if spec.inner_norms:
+        tensors |= {"attn_sub_norm.weight": (queries,), "ffn_sub_norm.weight": (NEURONS,)}
     if spec.sinks:
         tensors["attn_sinks.weight"] = (HEADS,)
     for name in {*spec.attention_norms, spec.ffn_norm, spec.beside_norm} - {""}:

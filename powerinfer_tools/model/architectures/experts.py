@@ -118,6 +118,42 @@ ROWS = (
     ),
     # Ministral 3: queries grow with their position.
     ArchitectureSpec("mistral3", rope_style="norm", routed=True, temperature="by key"),
+    # DeepSeek V3.2, GLM 5: attention reads everything up to as much as their indexers would choose.
+    *(
+        ArchitectureSpec(
+            name,
+            rope_style="norm",
+            plain_sections=True,
+            routed=True,
+            shared_expert=True,
+            router="file or sigmoid",
+            expert_weights_norm=False,
+            latent=True,
+            indexed=True,
+        )
+        for name in ("deepseek32", "glm-dsa")
+    ),
+    # MiniMax M3: so does its attention.
+    ArchitectureSpec(
+        "minimax-m3",
+        rope_style="neox",
+        activation="swiglu_oai",
+        qk_norm="heads",
+        routed=True,
+        shared_expert=True,
+        router="file or sigmoid",
+        expert_weights_norm=False,
+        indexed=True,
+    ),
+    # MiMo V2: sinks, values of another width.
+    ArchitectureSpec(
+        "mimo2",
+        rope_style="neox",
+        sinks=True,
+        routed=True,
+        router="sigmoid",
+        spare_dense=True,
+    ),
     # Llama 4: three layers of chunks with rotary positions to one without; experts read what their sigmoid
     # weighs.
     ArchitectureSpec(

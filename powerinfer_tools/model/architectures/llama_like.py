@@ -33,6 +33,22 @@ ROWS = (
         default_scales=(12.0, 1.4, 256.0),
         routed=True,
     ),
+    # MiniCPM 3: latent attention.
+    ArchitectureSpec(
+        "minicpm3",
+        rope_style="neox",
+        embedding_key=True,
+        residual_scale=True,
+        logit_scale="times",
+        default_scales=(12.0, 1.4, 256.0),
+        latent=True,
+    ),
+    # PLM (arXiv 2503.12167): latent attention, and squared ReLU without gate.
+    ArchitectureSpec("plm", rope_style="norm", activation="relu2", gated=False, latent=True),
+    # Apertus (arXiv 2509.14233): xIELU without gate.
+    ArchitectureSpec("apertus", rope_style="neox", activation="xielu", gated=False, qk_norm="heads"),
+    # BitNet b1.58: norms before the last matrix of each block.
+    ArchitectureSpec("bitnet", rope_style="neox", inner_norms=True),
     # Norms after the blocks instead of before them (OLMo 2, arXiv 2501.00656; EXAONE 4, arXiv 2507.11407).
     ArchitectureSpec(
         "olmo2",

@@ -23,7 +23,7 @@ RecurrentLayers = Literal["listed", "all", "beside attention"]
 #: Activations with exact zeros: a neuron adds nothing at all unless its gate (its up, where the FFN has no
 #: gate) is positive.
 RELU_FAMILY = frozenset({"relu", "relu2", "drelu", "fatrelu"})
-ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu_erf", "swiglu_oai"}) | RELU_FAMILY
+ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu_erf", "swiglu_oai", "xielu"}) | RELU_FAMILY
 
 
 @dataclass(frozen=True)
@@ -159,5 +159,9 @@ class ArchitectureSpec:
     chunked: bool = False
     #: Queries grow with their position, as keys say, or in layers without rotary positions.
     temperature: Temperature = "none"
+    #: Files have an indexer, by which attention chooses what it reads where there is much of it.
+    indexed: bool = False
+    #: What was attended is normalised before the output, and what an FFN's activation leaves before down.
+    inner_norms: bool = False
     #: Models of so many experts have no norms of queries and keys.
     unnormed_experts: int = 0

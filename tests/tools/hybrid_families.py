@@ -485,6 +485,10 @@ FAMILIES = {
 }
 
 
+#: A router in a file of a family without experts.
+ROUTED_QWEN3 = RandomFamily("qwen3", _HEADS | _EXPERTS, (_attention(norms=True) | _experts(),))
+
+
 def write_random_family(path: Path, family: RandomFamily, seed: int = 1) -> Path:
     """A file of ``family`` with weights of a scale that keeps values near one."""
     rng, writer = np.random.default_rng(seed), GGUFWriter(path, family.name)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine_logits import near
-from hybrid_families import FAMILIES, VOCABULARY, write_random_family
+from hybrid_families import FAMILIES, ROUTED_QWEN3, VOCABULARY, write_random_family
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ModelError, ProfileError
 from powerinfer_tools.model.loading import load_model
@@ -40,6 +40,12 @@ def test_engine_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
     for threads, batch, first in ((3, 16, 16), (2, 5, 7), (1, 4, 0)):
         again = logits(path, threads, batch, first)
         np.testing.assert_array_equal(again.view(np.uint32), got.view(np.uint32))
+
+
+def test_routers_of_families_that_have_none_are_refused(tmp_path: Path) -> None:
+    path = write_random_family(tmp_path / "model.gguf", ROUTED_QWEN3)
+    with pytest.raises(ModelError, match="mixtures of experts of the architecture qwen3 are not supported"):
+        load_model(path)
 
 
 def test_attention_with_an_indexer_ends_where_it_would_choose(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model test demo relu-demo lint types bench docs site wheel unpinned sanitize fuzz clean distclean FORCE
+.PHONY: help setup setup-dev model test demo relu-demo lint types bench docs site wheel unpinned sanitize fuzz kill-test clean distclean FORCE
 
 # The first Python that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell \
@@ -73,6 +73,11 @@ unpinned: model  ## a short pipeline with the newest packages that pyproject.tom
 	PYTHON="$(PYTHON)" bash scripts/unpinned.sh $(MODEL)
 
 SECONDS ?= 60
+
+KILLS ?= 100
+
+kill-test: setup-dev  ## kills every stage at random moments, KILLS=100 times (moments depend on SEED=1)
+	$(BIN)/python scripts/kill_test.py --kills $(KILLS) --seed $(or $(SEED),1)
 
 fuzz: setup  ## damaged files for every reader, for SECONDS=60 (inputs depend on SEED=1 alone)
 	$(BIN)/python scripts/fuzz.py --seconds $(SECONDS) --seed $(or $(SEED),1)

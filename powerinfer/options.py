@@ -27,7 +27,8 @@ class GenerateOptions(TypedDict, total=False):
     ``max_tokens`` (-1: until the model ends its text), ``stop`` strings that end it, and ``ignore_eos`` to go
     on after end-of-text tokens. ``temperature`` 0 takes the likeliest token; ``seed`` None draws a fresh one.
     Order and defaults of the filters are llama.cpp's. Text keeps to a ``json_schema`` (an object, or its
-    text) or a ``grammar`` (GBNF or Lark), where one is given. ``progress`` hears how far the prompt is.
+    text) or a ``grammar`` (GBNF or Lark), where one is given. ``logit_bias`` is added to the logits of token
+    ids before everything else; -inf rules one out. ``progress`` hears how far the prompt is.
     """
 
     max_tokens: int
@@ -43,6 +44,7 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float
     presence_penalty: float
     seed: int | None
+    logit_bias: Mapping[int, float]
     json_schema: str | Mapping[str, Any]
     grammar: str
     progress: Progress | None
@@ -64,6 +66,8 @@ def generation_options(options: GenerateOptions, stops: Sequence[str] = ()) -> G
     if isinstance(stop, str):
         raise SamplingError(f"stop is {stop!r}, expected a sequence of strings")
     sampling = {name: value for name, value in options.items() if name in _SAMPLING}
+    if "logit_bias" in options:
+        sampling["logit_bias"] = tuple(options["logit_bias"].items())
     return GenerationOptions(
         sampling=SamplingOptions(**sampling),  # type: ignore[arg-type]
         max_tokens=options.get("max_tokens", -1),

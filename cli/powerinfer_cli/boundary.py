@@ -1,7 +1,7 @@
 """The boundary around every command: an error is one clear line and an exit code, never a traceback.
 
 Exit codes: 0 done, 1 the work failed, 2 the command line was wrong (typer's own), 130 interrupted, 141 nobody
-reads standard output.
+reads standard output. A mapped file that another program shortens is 1, too, with a line that names it.
 """
 
 import errno
@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from powerinfer_cli.console import say
+from powerinfer_formats.mapped_file import before_mapping
 from powerinfer_tools.errors import PowerInferError
 
 FAILED = 1
@@ -32,10 +33,19 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def call(**values: Any) -> Any:
+        if _guard_mapped_files not in before_mapping:
+            before_mapping.append(_guard_mapped_files)
         with boundary(debug=bool(values.get("debug"))):
             return command(**values)
 
     return call
+
+
+def _guard_mapped_files() -> None:
+    """Let a mapped file that becomes shorter end the process with a line that names it."""
+    from powerinfer_tools.interrupts import guard_mapped_files
+
+    guard_mapped_files(FAILED)
 
 
 @contextmanager

@@ -112,9 +112,12 @@ class Sampling:
     """How the next token is chosen; order and defaults are llama.cpp's."""
 
     temp: Annotated[
-        float, _sampling("--temp", min=0.0, metavar="T", help="Temperature; 0 takes the likeliest token.")
+        float,
+        _sampling("--temp", metavar="T", help="Temperature; 0 or less takes the likeliest token."),
     ] = 0.8
-    top_k: Annotated[int, _sampling("--top-k", min=0, metavar="K", help="Keep the K likeliest; 0: all.")] = 40
+    top_k: Annotated[int, _sampling("--top-k", metavar="K", help="Keep the K likeliest; 0 or less: all.")] = (
+        40
+    )
     top_p: Annotated[
         float,
         _sampling("--top-p", min=0.0, max=1.0, metavar="P", help="Keep the likeliest that make P; 1: all."),
@@ -142,7 +145,18 @@ class Sampling:
         float, _sampling("--presence-penalty", metavar="X", help="Penalise tokens that came at all; 0: off.")
     ] = 0.0
     seed: Annotated[
-        int | None, _sampling("--seed", "-s", min=0, metavar="N", help="Repeats a run. Without it: random.")
+        int | None,
+        _sampling("--seed", "-s", min=-1, metavar="N", help="Repeats a run. Without it, or -1: random."),
+    ] = None
+    logit_bias: Annotated[
+        list[str] | None,
+        _sampling(
+            "--logit-bias",
+            "-l",
+            metavar="ID±X",
+            help="Add X to the logit of token ID before anything else (15043+1, 15043-inf); may be repeated. "
+            "inspect --tokenize shows ids.",
+        ),
     ] = None
 
 
@@ -237,6 +251,21 @@ def check_form(form: Form, prompt: Prompt, length: Length) -> None:
         )
 
 
+def parsed_bias(text: str) -> tuple[int, float]:
+    """ID+X or ID-X, as llama.cpp has it."""
+    digits = len(text) - len(text.lstrip("0123456789"))
+    try:
+        if text[digits : digits + 1] not in ("+", "-"):
+            raise ValueError
+        bias = float(text[digits + 1 :]) * (1 if text[digits] == "+" else -1)
+        return int(text[:digits]), bias
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no token id with what is added, such as 15043+1 or 15043-inf",
+            param_hint="--logit-bias",
+        ) from None
+
+
 def generate_options(length: Length, sampling: Sampling, form: Form) -> "GenerateOptions":
     """The options of the Python API."""
     from powerinfer_cli.engines import read_text
@@ -255,6 +284,7 @@ def generate_options(length: Length, sampling: Sampling, form: Form) -> "Generat
         "frequency_penalty": sampling.frequency_penalty,
         "presence_penalty": sampling.presence_penalty,
         "seed": sampling.seed,
+        "logit_bias": dict(map(parsed_bias, sampling.logit_bias or ())),
     }
     if form.json_schema is not None:
         options["json_schema"] = read_text(form.json_schema)

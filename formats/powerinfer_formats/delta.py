@@ -22,7 +22,7 @@ from powerinfer_formats.atomic import write_atomic
 from powerinfer_formats.block_types import WrittenType
 from powerinfer_formats.frames import FrameReader, require_one_frame, require_ratio
 from powerinfer_formats.records import RecordReader, dump_json, parse_json
-from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, write_safetensors
+from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, safetensors_parts
 
 FORMAT, VERSION = "powerinfer-delta", 2
 KINDS = ("gate", "up", "down")
@@ -118,10 +118,10 @@ class Delta:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read and check ``path``; raises ``FormatError``."""
         where = Path(path)
-        with tempfile.NamedTemporaryFile() as content:
-            _unpack(where, content.file)
+        with tempfile.TemporaryFile() as content:  # without a name: nothing of it outlives the process
+            _unpack(where, content)
             content.flush()
-            with open_safetensors(where, content.name) as reader:
+            with open_safetensors(where, f"/proc/self/fd/{content.fileno()}") as reader:
                 header = _read_header(reader, where)
                 changes = tuple(
                     {kind: _take_change(reader, header, layer, kind) for kind in KINDS}
@@ -143,12 +143,9 @@ class Delta:
                         tensors[_name(layer, kind, part)] = np.ascontiguousarray(scaled.codes)
                         tensors[_name(layer, kind, part + "_exponent")] = scaled.exponents
         document = dump_json({"format": FORMAT, "version": VERSION, **vars(self.header)}, indent=None)
-        with tempfile.TemporaryDirectory() as folder:
-            content = Path(folder) / "content"
-            write_safetensors(content, document, tensors)
-            packed = zstandard.ZstdCompressor(level=_LEVEL).compress(content.read_bytes())
+        content = b"".join(safetensors_parts(document, tensors))
         with write_atomic(path) as stream:
-            stream.write(packed)
+            stream.write(zstandard.ZstdCompressor(level=_LEVEL).compress(content))
 
     def require_model(self, fingerprint: str, name: str, file: str | os.PathLike[str]) -> None:
         """Raise ``OtherModel``, with both names, unless this was made for that very model."""

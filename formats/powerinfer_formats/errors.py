@@ -124,10 +124,6 @@ class NestedArray(FormatError):
     """An array of arrays."""
 
 
-class BadBool(FormatError):
-    """A truth value other than 0 and 1."""
-
-
 class BadAlignment(FormatError):
     """``general.alignment`` is of the wrong type, not a power of two, too small or too large."""
 

@@ -30,6 +30,7 @@ class GGUFFile(ModelSource):
 
     def __init__(self, path: Path, header: Header, mapping: MappedFile) -> None:
         super().__init__(path, header.entries, header.tensors)
+        self.notices = header.notices
         self.magic = header.magic
         self.version = header.version
         self.alignment = header.alignment

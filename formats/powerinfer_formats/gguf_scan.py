@@ -1,5 +1,8 @@
 """Judges the header and the tensor directory of a GGUF file. Knows nothing of models.
 
+Faults in what nothing is computed from are no errors but notices: bytes behind the last tensor, truth values
+above 1, and strings that are not UTF-8 where no tokenizer reads them.
+
 Works on any buffer, so that tests need no files. Everything is checked before it is used: counts against
 the bytes that are left, lengths against caps and the end, sizes in whole numbers of any length.
 """
@@ -18,7 +21,7 @@ from powerinfer_formats import errors
 from powerinfer_formats import gguf_layout as layout
 from powerinfer_formats.block_types import BLOCK_SHAPES, REMOVED_TYPES, type_name
 from powerinfer_formats.gguf_layout import NUMBER_CODES, ValueType, aligned
-from powerinfer_formats.string_array import StringArray, scan_strings
+from powerinfer_formats.string_array import LossyText, StringArray, scan_strings
 
 Number = int | float | bool
 Value = Number | str | NDArray[np.generic] | StringArray
@@ -64,7 +67,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """All that precedes the tensor data; ``directory_end`` is the length of header and directory."""
+    """All that precedes the tensor data; ``directory_end`` is the length of header and directory.
+    ``notices``: what is wrong with the file and was read nevertheless."""
 
     magic: bytes
     version: int
@@ -72,6 +76,7 @@ class Header:
     entries: dict[str, Entry]
     tensors: dict[str, TensorInfo]
     directory_end: int
+    notices: tuple[str, ...] = ()
 
 
 def scan_header(buffer: bytes | memoryview, file: str, magics: Collection[bytes] = (layout.MAGIC,)) -> Header:
@@ -97,8 +102,8 @@ def scan_header(buffer: bytes | memoryview, file: str, magics: Collection[bytes]
         entries[entry.key] = entry
     alignment = _alignment(entries, file)
     rows = _read_directory(cursor, tensor_count)
-    tensors = _place_tensors(rows, cursor.position, cursor.end, alignment, file)
-    return Header(magic, version, alignment, entries, tensors, cursor.position)
+    tensors = _place_tensors(rows, cursor, alignment)
+    return Header(magic, version, alignment, entries, tensors, cursor.position, tuple(cursor.notices))
 
 
 class _Cursor:
@@ -109,6 +114,7 @@ class _Cursor:
         self.file = file
         self.position = 0
         self.end = len(buffer)
+        self.notices: list[str] = []
 
     def need(self, nbytes: int, what: str) -> int:
         """Advance over ``nbytes`` that must be there; return where they start."""
@@ -135,7 +141,8 @@ class _Cursor:
             raise error(self.file, f"{value} {what} announced, the rest of the file has room for {room}")
         return value
 
-    def text(self, cap: int, what: str, too_long: type[errors.FormatError]) -> str:
+    def text(self, cap: int, what: str, too_long: type[errors.FormatError], *, checked: bool = True) -> str:
+        """A string. Not ``checked``: one that is not UTF-8 is a ``LossyText``, and a notice."""
         length = self.number("<Q", f"length of {what}")
         if length > cap:
             raise too_long(self.file, f"{what} has {length} bytes, at most {cap} are read")
@@ -143,7 +150,10 @@ class _Cursor:
         try:
             return str(self.buffer[start : start + length], "utf-8")
         except UnicodeDecodeError as error:
-            raise errors.InvalidUTF8(self.file, f"{what} is not UTF-8 ({error.reason})") from None
+            if checked:
+                raise errors.InvalidUTF8(self.file, f"{what} is not UTF-8 ({error.reason})") from None
+        self.notices.append(f"{what} is not UTF-8")
+        return LossyText(bytes(self.buffer[start : start + length]), "utf-8", "replace")
 
 
 def _check_magic(cursor: _Cursor, magics: Collection[bytes]) -> bytes:
@@ -189,13 +199,19 @@ def _read_entry(cursor: _Cursor) -> Entry:
     what = f"metadata {key!r}"
     value_type = _value_type(cursor, what)
     if value_type is not ValueType.ARRAY:
-        value = _read_scalar(cursor, value_type, what)
+        value = _read_scalar(cursor, value_type, what, checked=_is_read_as_text(key))
         return Entry(key, value_type, None, value, start, cursor.position)
     element_type = _value_type(cursor, f"{what}, array elements")
     if element_type is ValueType.ARRAY:
         raise errors.NestedArray(cursor.file, f"{what} is an array of arrays, which is not read")
-    array = _read_array(cursor, element_type, what)
+    array = _read_array(cursor, element_type, what, checked=_is_read_as_text(key))
     return Entry(key, value_type, element_type, array, start, cursor.position)
+
+
+def _is_read_as_text(key: str) -> bool:
+    """Whether strings of ``key`` must be UTF-8 for the file to mean anything; ``ModelSource.get`` judges the
+    others where one is needed."""
+    return key.startswith("tokenizer.") or key == "general.architecture"
 
 
 def _value_type(cursor: _Cursor, what: str) -> ValueType:
@@ -207,18 +223,18 @@ def _value_type(cursor: _Cursor, what: str) -> ValueType:
         raise errors.UnknownValueType(cursor.file, reason) from None
 
 
-def _read_scalar(cursor: _Cursor, value_type: ValueType, what: str) -> Number | str:
+def _read_scalar(cursor: _Cursor, value_type: ValueType, what: str, *, checked: bool) -> Number | str:
     if value_type is ValueType.STRING:
-        return cursor.text(layout.MAX_STRING_BYTES, what, errors.StringTooLong)
+        return cursor.text(layout.MAX_STRING_BYTES, what, errors.StringTooLong, checked=checked)
     value = cursor.number(NUMBER_CODES[value_type], what)
     if value_type is ValueType.BOOL:
         if value > 1:
-            raise errors.BadBool(cursor.file, f"{what} is a truth value of {value}, only 0 and 1 are")
+            cursor.notices.append(f"{what} is a truth value of {value}: read as true")
         return bool(value)
     return value
 
 
-def _read_array(cursor: _Cursor, element_type: ValueType, what: str) -> Value:
+def _read_array(cursor: _Cursor, element_type: ValueType, what: str, *, checked: bool) -> Value:
     count = cursor.number("<Q", f"length of {what}")
     if count > layout.MAX_ARRAY_VALUES:
         raise errors.ArrayTooLong(
@@ -228,16 +244,16 @@ def _read_array(cursor: _Cursor, element_type: ValueType, what: str) -> Value:
     start = cursor.need(count * least, f"{what}, {count} values")
     if element_type is ValueType.STRING:
         strings, cursor.position = scan_strings(
-            cursor.buffer, start, count, cursor.end, file=cursor.file, what=what
+            cursor.buffer, start, count, cursor.end, file=cursor.file, what=what, checked=checked
         )
+        if strings.lossy:
+            cursor.notices.append(f"{what} has strings that are not UTF-8")
         return strings
     # A copy, so that metadata outlives the mapping; read-only, so that nobody edits what was validated.
     values = np.frombuffer(cursor.buffer, NUMBER_CODES[element_type], count, start).copy()
     if element_type is ValueType.BOOL:
         if count and int(values.max()) > 1:
-            raise errors.BadBool(
-                cursor.file, f"{what} has a truth value of {int(values.max())}, only 0 and 1 are"
-            )
+            cursor.notices.append(f"{what} has a truth value of {int(values.max())}: read as true")
         values = values.astype(np.bool_)
     values.flags.writeable = False
     return values
@@ -334,10 +350,10 @@ def tensor_bytes(name: str, row_type: int, shape: tuple[int, ...], file: str) ->
     return nbytes
 
 
-def _place_tensors(
-    rows: list[_Row], directory_end: int, end: int, alignment: int, file: str
-) -> dict[str, TensorInfo]:
-    """Check that the tensors follow each other, aligned, without a gap, up to the end of the file."""
+def _place_tensors(rows: list[_Row], cursor: _Cursor, alignment: int) -> dict[str, TensorInfo]:
+    """Check that the tensors follow each other, aligned and without a gap, within the file. Bytes behind them
+    are a notice."""
+    directory_end, end, file = cursor.position, cursor.end, cursor.file
     base = aligned(directory_end, alignment)
     tensors: dict[str, TensorInfo] = {}
     expected = previous = 0
@@ -354,11 +370,7 @@ def _place_tensors(
         tensors[row.name] = TensorInfo(row.name, row.row_type, row.shape, base + row.relative, row.nbytes)
         previous, expected = row.relative, aligned(row.relative + row.nbytes, alignment)
     if end > aligned(last_end, alignment):
-        raise errors.TrailingBytes(
-            file,
-            f"the last tensor ends at byte {last_end}, the file only at {end}: "
-            f"{end - last_end} bytes too many",
-        )
+        cursor.notices.append(f"the {end - last_end} bytes behind the last tensor are not used")
     return tensors
 
 

@@ -45,6 +45,7 @@ class ShardedGGUF(ModelSource):
         tensors = {name: info for file in files for name, info in file.tensors.items()}
         super().__init__(files[0].path, _entries(files), tensors)
         self.files = files
+        self.notices = tuple(f"{file.path.name}: {said}" for file in files for said in file.notices)
         self._file_of = {name: file for file in files for name in file.tensors}
 
     @classmethod

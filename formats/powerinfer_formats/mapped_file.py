@@ -1,15 +1,20 @@
-"""A file mapped for reading. The size is checked when it is opened: one that another program shortens later,
-while it is mapped, is beyond what a reader can guard against."""
+"""A file mapped for reading. The size is checked when it is opened. One that another program shortens later
+ends the process at the next read behind its end; what a program does about that it says in
+``before_mapping``."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from powerinfer_formats.errors import CannotRead, FileChanged, NotARegularFile, TruncatedFile
+
+#: Called before each file is mapped.
+before_mapping: list[Callable[[], None]] = []
 
 
 class MappedFile(mmap.mmap):
@@ -38,6 +43,8 @@ def map_file(path: Path, kind: str) -> MappedFile:
 
     Raises ``CannotRead``, ``NotARegularFile`` or ``TruncatedFile``.
     """
+    for prepare in before_mapping:
+        prepare()
     try:
         # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

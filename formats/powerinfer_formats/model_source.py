@@ -15,9 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from powerinfer_formats.block_types import type_name
-from powerinfer_formats.errors import MissingKey, MissingTensor, WrongKeyType, WrongShape, WrongType
+from powerinfer_formats.errors import (
+    InvalidUTF8,
+    MissingKey,
+    MissingTensor,
+    WrongKeyType,
+    WrongShape,
+    WrongType,
+)
 from powerinfer_formats.gguf_scan import Entry, TensorInfo, Value
-from powerinfer_formats.string_array import StringArray
+from powerinfer_formats.string_array import LossyText, StringArray
 
 _EXPECTED_NAMES: Mapping[type[Any], str] = MappingProxyType(
     {
@@ -109,7 +116,8 @@ class ModelSource(ABC):
         """The value of ``key``, which must be of ``type_``: int, float, bool, str, np.ndarray, StringArray.
 
         ``list`` asks for an array of any kind as a plain Python list. Integers are not truth values and
-        not floats. Raises ``WrongKeyType``; without a ``default``, ``MissingKey``.
+        not floats. Raises ``WrongKeyType``; ``InvalidUTF8`` for strings that are not, unless the key is below
+        ``general.``, which is for people; without a ``default``, ``MissingKey``.
         """
         entry = self.entries.get(key)
         if entry is None:
@@ -117,6 +125,9 @@ class ModelSource(ABC):
                 raise MissingKey(self.path, f"has no metadata {key!r}, which is needed here")
             return default
         value = entry.value
+        lossy = isinstance(value, LossyText) or (isinstance(value, StringArray) and value.lossy)
+        if lossy and not key.startswith("general."):
+            raise InvalidUTF8(self.path, f"metadata {key!r} is not UTF-8, and is needed here")
         if type_ is list and isinstance(value, StringArray | np.ndarray):
             return value.tolist() if isinstance(value, np.ndarray) else list(value)
         if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):

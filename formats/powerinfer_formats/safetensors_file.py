@@ -39,10 +39,9 @@ _DTYPES: Mapping[str, str] = {
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 
 
-def write_safetensors(
-    path: str | os.PathLike[str], document: str, tensors: Mapping[str, NDArray[Any]]
-) -> None:
-    """Write ``tensors`` (C-contiguous, of the types in this module) and ``document`` to ``path``, atomically.
+def safetensors_parts(document: str, tensors: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
+    """The bytes of a file with ``tensors`` (C-contiguous, of the types in this module) and ``document``, in
+    parts.
 
     Tensors of 8-byte values come first, so that every tensor is aligned to its values; else the given
     order is kept.
@@ -60,13 +59,19 @@ def write_safetensors(
         position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    require_space(path, 8 + len(text) + position)
+    data = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for _, array in ordered if array.size]
+    return [len(text).to_bytes(8, "little"), text, *data]
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], document: str, tensors: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write :func:`safetensors_parts` to ``path``, atomically."""
+    parts = safetensors_parts(document, tensors)
+    require_space(path, sum(len(part) for part in parts))
     with write_atomic(path) as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        for _, array in ordered:
-            if array.size:
-                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for part in parts:
+            stream.write(part)
 
 
 class SafetensorsReader:

@@ -21,12 +21,20 @@ _LENGTH = struct.Struct("<Q")
 _CHECKED_AT_ONCE = 1 << 20
 
 
+class LossyText(str):
+    """A string whose bytes were not UTF-8: what could not be decoded is U+FFFD. Only for people to read."""
+
+    __slots__ = ()
+
+
 class StringArray(Sequence[str]):
     """An immutable sequence of ``str``; ``bytes_at(i)`` gives a string's bytes without decoding."""
 
-    __slots__ = ("_data", "_starts")
+    __slots__ = ("_data", "_starts", "lossy")
 
-    def __init__(self, data: bytes, starts: NDArray[np.int64]) -> None:
+    def __init__(self, data: bytes, starts: NDArray[np.int64], *, lossy: bool = False) -> None:
+        #: Whether bytes were not UTF-8, so that some of these strings are not what the file has.
+        self.lossy = lossy
         # starts[i] is where string i begins in data; 8 bytes (its length field) lie between two strings,
         # and starts[n] is the end of the last one plus 8, so that every end is starts[i + 1] - 8.
         self._data = data
@@ -69,14 +77,29 @@ class StringArray(Sequence[str]):
         return self._data[int(self._starts[index]) : int(self._starts[index + 1]) - 8]
 
 
+def lossy_strings(strings: StringArray) -> StringArray:
+    """``strings`` with U+FFFD for what is not UTF-8."""
+    texts = [strings.bytes_at(index).decode("utf-8", "replace").encode() for index in range(len(strings))]
+    starts = np.cumsum([8, *(len(text) + 8 for text in texts)], dtype=np.int64)
+    return StringArray(b"".join(bytes(8) + text for text in texts), starts, lossy=True)
+
+
 def scan_strings(
-    buffer: bytes | memoryview, position: int, count: int, end: int, *, file: str, what: str
+    buffer: bytes | memoryview,
+    position: int,
+    count: int,
+    end: int,
+    *,
+    file: str,
+    what: str,
+    checked: bool = True,
 ) -> tuple[StringArray, int]:
     """Read ``count`` length-prefixed strings that start at ``position``; return them and where they end.
 
     The caller has checked that ``count * 8`` bytes are there. Raises ``TruncatedFile``, ``StringTooLong``
     or ``InvalidUTF8``, naming ``what`` and the string's index. Copies the strings once and nothing before
-    all lengths have been found good.
+    all lengths have been found good. Not ``checked``: strings that are not UTF-8 come with U+FFFD, and the
+    array says so.
     """
     starts = _find_starts(buffer, position, count, end, file, what)
     starts -= position
@@ -87,8 +110,14 @@ def scan_strings(
     for offset in range(8):
         region[starts[:-1] - 8 + offset] = 0
     data = region.tobytes()
-    _check_utf8(data, starts, file, what)
-    return StringArray(data, starts), position + used
+    strings = StringArray(data, starts)
+    try:
+        _check_utf8(data, starts, file, what)
+    except InvalidUTF8:
+        if checked:
+            raise
+        strings = lossy_strings(strings)
+    return strings, position + used
 
 
 def _find_starts(

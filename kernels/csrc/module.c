@@ -2,7 +2,10 @@
 #include "boundary.h"
 
 #include "bandwidth.h"
+#include "bus_error.h"
 #include "transcode.h"
+
+#include <errno.h>
 
 PyObject *pi_kernel_error;
 
@@ -175,6 +178,17 @@ static PyObject *read_bandwidth(PyObject *module, PyObject *args) {
     return PyFloat_FromDouble(rate);
 }
 
+static PyObject *guard_mapped_files(PyObject *module, PyObject *args) {
+    int code, error;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "i", &code)) return NULL;
+    if ((error = pi_guard_mapped_files(code))) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"available_isas", available_isas, METH_NOARGS, PyDoc_STR("Names of the instruction sets, best first.")},
     {"operations", operations, METH_NOARGS, PyDoc_STR("Names of the operations of programs, by number.")},
@@ -186,6 +200,8 @@ static PyMethodDef functions[] = {
     {"set_grid", set_grid, METH_VARARGS, PyDoc_STR("set_grid(row_type, numbers): what set_grid of grids.py makes")},
     {"dequantize", dequantize, METH_VARARGS, PyDoc_STR("dequantize(isa, source, out, row_type, rows, columns)")},
     {"quantize", quantize, METH_VARARGS, PyDoc_STR("quantize(values, out, row_type, rows, columns)")},
+    {"guard_mapped_files", guard_mapped_files, METH_VARARGS,
+     PyDoc_STR("guard_mapped_files(code): SIGBUS ends the process with this exit code and a line")},
     {"read_bandwidth", read_bandwidth, METH_VARARGS, PyDoc_STR("read_bandwidth(pool, nbytes, seconds, huge)")},
     {NULL, NULL, 0, NULL},
 };

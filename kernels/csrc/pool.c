@@ -172,10 +172,15 @@ static void stop_threads(pi_pool *pool) {
     reset(pool);
 }
 
-/* 0 or an errno. The threads block every signal: those belong to the program's own threads. */
+/* 0 or an errno. The threads block every signal, which belong to the program's own threads, but those of their own
+ * faults: one that is blocked then ends the process without a word. */
 static int start_threads(pi_pool *pool) {
     sigset_t all, before;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);
+    sigdelset(&all, SIGSEGV);
+    sigdelset(&all, SIGILL);
+    sigdelset(&all, SIGFPE);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = 0;
     for (int i = 1; i < pool->threads && !error; i++) {

@@ -3,7 +3,7 @@
 Everything here checks its arguments and raises KernelError; nothing here knows files or architectures.
 """
 
-from ._kernels import KernelError
+from ._kernels import KernelError, guard_mapped_files
 from .buffers import KV_KINDS, Activations, KVCache, RowMatrix, aligned
 from .experts_builder import ROUTER_KINDS, Choice, ExpertBuffers, ExpertWeights
 from .matrix import Bundle, Matrix, dequantize, quantize, repack
@@ -45,6 +45,7 @@ __all__ = [
     "available_isas",
     "block_shape",
     "dequantize",
+    "guard_mapped_files",
     "pack_signs",
     "packed_row_bytes",
     "physical_cores",

@@ -1,13 +1,14 @@
 """Choosing the next token from logits, in llama.cpp's order and with its defaults.
 
-Order: repeat, frequency and presence penalty → top-k → typical-p → top-p → min-p → temperature → draw. Each
-filter sees the probabilities of what the one before it left. Numpy only; knows nothing of engines or text.
+Order: logit bias → repeat, frequency and presence penalty → top-k → typical-p → top-p → min-p → temperature
+→ draw. Each filter sees the probabilities of what the one before it left. Numpy only; knows nothing of
+engines or text.
 """
 
 import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +37,10 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 class SamplingOptions:
     """How to choose a token. Raises SamplingError, naming the option, for a value out of range.
 
-    temperature 0 or less is greedy: the highest logit after penalties, the lowest id among equals. seed None
-    or -1 draws a fresh one, which `Sampler.seed` tells.
+    temperature 0 or less is greedy: the highest logit that penalties and filters leave (typical_p alone may
+    take out the highest), the lowest id among equals. seed None or -1 draws a fresh one, which `Sampler.seed`
+    tells. logit_bias: pairs of a token id and what is added to its logit before everything else; -inf rules
+    it out.
     """
 
     temperature: float = 0.8
@@ -50,20 +53,21 @@ class SamplingOptions:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name == "seed":
+        for name, (low, high, meaning) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name == "seed":
                 continue
-            low, high, meaning = _RANGES[field.name]
-            whole = field.name in ("top_k", "repeat_last_n", "seed")
+            whole = name in ("top_k", "repeat_last_n", "seed")
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                raise SamplingError(
-                    f"{field.name} is {value!r}, expected a {'whole ' if whole else ''}number"
-                )
+                raise SamplingError(f"{name} is {value!r}, expected a {'whole ' if whole else ''}number")
             if not (low <= value <= high) or math.isinf(value):
-                raise SamplingError(f"{field.name} is {value}, expected {meaning}")
+                raise SamplingError(f"{name} is {value}, expected {meaning}")
+        for token, bias in self.logit_bias:
+            if not 0 <= token < 1 << 31 or math.isnan(bias) or bias == math.inf:
+                raise SamplingError(f"logit_bias of token {token} is {bias}: expected an id and a number")
 
     @property
     def penalises(self) -> bool:
@@ -104,34 +108,48 @@ class Sampler:
         best = int(np.argmax(logits))  # a NaN counts as the highest
         if not math.isfinite(logits[best]):
             raise SamplingError(_describe_fault(logits))
+        if self.options.temperature <= 0 and self.options.typical_p >= 1:
+            return best  # no other filter takes out the likeliest
+        ids, p = self._filtered(logits)
         if self.options.temperature <= 0:
-            return best
-        ids = highest(logits, max(0, self.options.top_k))
-        return self._draw(ids, logits[ids].astype(np.float64))
+            return int(ids[0])
+        cumulative = np.cumsum(p)
+        # The first token whose cumulated probability exceeds the draw; one of probability 0 never does.
+        place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        return int(ids[min(place, len(ids) - 1)])
+
+    def probabilities(self, logits: Logits) -> tuple[_Ids, _Scores]:
+        """The tokens that `sample` may give, best first, and how probable each is; nothing is drawn."""
+        return self._filtered(self._adjusted(logits))
 
     def _adjusted(self, logits: Logits) -> Logits:
         penalises = self.options.penalises and len(self._recent) > 0
-        if not penalises and not len(self._banned):
+        if not penalises and not len(self._banned) and not self.options.logit_bias:
             return logits
         logits = logits.copy()
+        for token, bias in self.options.logit_bias:
+            if token >= len(logits):
+                raise SamplingError(f"logit_bias names token {token}, the model has {len(logits)}")
+            logits[token] += np.float32(bias)
         if penalises:
             penalise(logits, self._recent, self.options)
         logits[self._banned] = -np.inf
         return logits
 
-    def _draw(self, ids: _Ids, scores: _Scores) -> int:
-        """`ids` with their logits `scores`, best first, filtered and drawn from."""
+    def _filtered(self, logits: Logits) -> tuple[_Ids, _Scores]:
+        """What the filters leave, best first, and its probabilities at the temperature."""
         options = self.options
+        ids = highest(logits, max(0, options.top_k))
+        scores = logits[ids].astype(np.float64)
         keep = np.arange(len(scores))
         keep = keep[typical(scores[keep], options.typical_p)]
         keep = keep[nucleus(scores[keep], options.top_p)]
         keep = keep[above_share_of_best(scores[keep], options.min_p)]
+        if options.temperature <= 0:
+            return ids[keep[:1]], np.ones(1)
         # Differences to the best: a tiny temperature makes the others impossible, and nothing infinite.
         with np.errstate(over="ignore"):
-            cumulative = np.cumsum(softmax((scores[keep] - scores[keep].max()) / options.temperature))
-        # The first token whose cumulated probability exceeds the draw; one of probability 0 never does.
-        place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        return int(ids[keep[min(place, len(keep) - 1)]])
+            return ids[keep], softmax((scores[keep] - scores[keep].max()) / options.temperature)
 
 
 def penalise(logits: Logits, recent: Collection[int], options: SamplingOptions) -> None:

@@ -201,7 +201,33 @@ def test_utf8_is_checked_in_every_stretch(tmp_path: Path) -> None:
     strings = [b"x" * 700_000, b"\xc3\xa9" * 600_000, b"ok", b"y" * 300_000, b"bad\xff", b"z"]
     data = b"".join(map(text, strings))
     with pytest.raises(errors.InvalidUTF8, match="string 4"):
-        open_bytes(tmp_path, with_entries(text(b"key") + u32(9) + u32(8) + u64(6) + data))
+        open_bytes(tmp_path, with_entries(text(b"tokenizer.key") + u32(9) + u32(8) + u64(6) + data))
+
+
+def test_what_nothing_is_computed_from_is_a_notice(tmp_path: Path) -> None:
+    """llama.cpp reads such files, too: see gguf.cpp."""
+    strings = u64(3) + text(b"a") + text(b"caf\xe9") + text(b"b")
+    entries = (
+        text(b"general.name") + u32(8) + text(b"caf\xe9"),
+        text(b"general.tags") + u32(9) + u32(8) + strings,
+        text(b"x.note") + u32(8) + text(b"\xff"),
+        text(b"x.notes") + u32(9) + u32(8) + strings,
+        text(b"x.flag") + u32(7) + b"\x02",
+        text(b"x.flags") + u32(9) + u32(7) + u64(3) + b"\x00\x01\xff",
+    )
+    opened = open_bytes(tmp_path, with_entries(*entries) + bytes(64))
+    assert opened.get("general.name", str) == "caf\ufffd"
+    assert list(opened.get("general.tags", StringArray)) == ["a", "caf\ufffd", "b"]
+    assert opened.get("x.flag", bool) is True
+    assert opened.get("x.flags", list) == [False, True, True]
+    for key, kind in (("x.note", str), ("x.notes", StringArray)):
+        with pytest.raises(errors.InvalidUTF8, match=f"'{key}' is not UTF-8, and is needed here"):
+            opened.get(key, kind)
+    said = "\n".join(opened.notices)
+    for key in ("general.name", "general.tags", "x.note", "x.notes", "x.flag", "x.flags"):
+        assert f"metadata '{key}'" in said
+    assert "bytes behind the last tensor are not used" in said
+    assert len(opened.notices) == 7
 
 
 # --- types we cannot compute with --------------------------------------------------------------------

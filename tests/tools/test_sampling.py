@@ -1,7 +1,10 @@
 """Every sampler against a plain, readable version of itself, and the edges."""
 
+import json
 import math
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -280,3 +283,40 @@ def test_tiny_temperatures_are_greedy() -> None:
     for temperature in (5e-324, 1e-300, 1e-30):
         sampler = Sampler(SamplingOptions(temperature=temperature, min_p=0.0, top_p=1.0, seed=1))
         assert {sampler.sample(logits) for _ in range(20)} == {1}
+
+
+def llama_cpp_cases() -> list[dict[str, Any]]:
+    path = Path(__file__).resolve().parents[1] / "data" / "sampling" / "llama_cpp.json"
+    cases: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return cases
+
+
+@pytest.mark.parametrize("number", range(len(llama_cpp_cases())))
+def test_what_llama_cpp_leaves(number: int) -> None:
+    """Which tokens are left, and how probable they are: figures of llama.cpp's own default chain with logit
+    biases, made by scripts/llama_cpp_sampling.py. It rounds logits of up to 130 to float32, and divides them
+    by a temperature of 0.1 at the least: 2 · 130 · 2⁻²⁴ / 0.1."""
+    case = llama_cpp_cases()[number]
+    left, logits, recent = case.pop("left"), logits_of(case.pop("logits")), case.pop("recent")
+    case["logit_bias"] = tuple((token, float(bias)) for token, bias in case["logit_bias"])
+    sampler = Sampler(SamplingOptions(seed=1, **case))
+    sampler.accept(recent)
+    ids, p = sampler.probabilities(logits)
+    expected = {token: share for token, share in left if share > 1e-30}
+    ours = {int(token): float(share) for token, share in zip(ids, p, strict=True) if share > 1e-30}
+    assert ours == pytest.approx(expected, rel=2 * 130 * 2**-24 / 0.1)
+    assert sampler.sample(logits) in expected
+
+
+def test_a_bias_comes_before_penalties_and_decides() -> None:
+    logits = logits_of([1.0, 2.0, 3.0])
+    assert Sampler(SamplingOptions(temperature=0, logit_bias=((0, 2.5),))).sample(logits) == 0
+    assert Sampler(SamplingOptions(temperature=0, logit_bias=((2, -math.inf),))).sample(logits) == 1
+    both = Sampler(SamplingOptions(temperature=0, repeat_penalty=2.0, logit_bias=((1, 3.0),)))
+    both.accept([1])
+    assert both.sample(logits) == 2  # (2 + 3) / 2 is below 3
+    with pytest.raises(SamplingError, match="names token 3, the model has 3"):
+        Sampler(SamplingOptions(temperature=0, logit_bias=((3, 1.0),))).sample(logits)
+    for token, bias in ((-1, 1.0), (1, math.nan), (1, math.inf)):
+        with pytest.raises(SamplingError, match="logit_bias of token"):
+            SamplingOptions(logit_bias=((token, bias),))

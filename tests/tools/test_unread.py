@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf.constants import TENSOR_NAMES
 
 from engine_logits import logits
 from powerinfer_formats.errors import WrongShape
@@ -72,6 +73,26 @@ def test_a_tensor_that_nothing_reads_is_refused(
     path = changed(llama.path, tmp_path / "more.gguf", tensors={name: np.ones(shape, np.float32)})
     with pytest.raises(ModelError, match=f"unexpected tensor {name}".replace(".", r"\.")):
         load_model(path)
+
+
+def test_every_tensor_name_of_the_format_is_used_or_refused(llama: TinyModel, tmp_path: Path) -> None:
+    """Each that the gguf package knows, where the file does not have it yet, alone and as a scale of what it
+    has: nothing is skipped but what belongs to images, sounds and further tokens."""
+    own = set(GGUFFile.open(llama.path).tensors)
+    names = {f"{name.format(bid=1)}.weight" for name in TENSOR_NAMES.values()} | {
+        f"{name.removesuffix('.weight')}.{end}" for name in own for end in ("scale", "input_scale", "bias")
+    }
+    taken, said = [], list[tuple[str, str]]()
+    for name in sorted(names - own):
+        path = changed(llama.path, tmp_path / "more.gguf", tensors={name: np.ones(4, np.float32)})
+        try:
+            load_model(path).close()
+            taken.append(name)
+        except (ModelError, WrongShape) as error:
+            said.append((name, str(error)))
+    assert all(name in message for name, message in said)
+    ends = (".nextn.", ".vis_")
+    assert [n for n in taken if not n.startswith(("v.", "a.", "mm.")) and not any(e in n for e in ends)] == []
 
 
 @pytest.mark.parametrize("name", ["v.blk.0.attn_q.weight", "mm.0.weight", "blk.3.nextn.eh_proj.weight"])

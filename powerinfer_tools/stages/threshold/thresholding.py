@@ -147,6 +147,7 @@ class _Choice:
         kept = tuple(
             None if factor == "none" else getattr(thresholds, factor).copy() for factor, thresholds in factors
         )
+        self.model.gguf.require_unchanged()
         Thresholds(header, kept).save(self.options.output)
         return ThresholdReport(str(self.options.output), header, self._ffn_share(header.densities))
 

@@ -234,6 +234,7 @@ class _Run:
                 infos.append(PredictorInfo(layer.kind, candidate.what, int(candidate.price), judged))
             layers.append(layer)
         header = self._header(tuple(infos), len(test.active), cost)
+        self.model.gguf.require_unchanged()
         Predictors(header, tuple(layers)).save(self.options.output)
         reached = Frontier(tuple(frontier_of(made, self._layer(i)) for i, made in enumerate(fits)))
         return TrainReport(str(self.options.output), header, self.model.gguf.nbytes, reached)

@@ -34,7 +34,7 @@ class WeightsOptions(TypedDict, total=False):
     device: str
     vram: int | None
     kv_type: str
-    observed: Sequence[LayerCounters] | None
+    observed: Sequence[LayerCounters | None] | None
     check_recall: bool
     thresholds: Sequence[FactorThresholds] | None
 

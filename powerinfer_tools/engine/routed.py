@@ -201,7 +201,9 @@ class RoutedFFN:
                     weights.append(factor)
         routes = [Route(expert, *taken[expert]) for expert in sorted(taken)]
         if SHARED in self.hot:
-            weights = self._scratch.shared_weight[:count].ravel().tolist()
+            weights = [1.0] * count
+            if self._ffn.shared_gate is not None:
+                weights = self._scratch.shared_weight[:count].ravel().tolist()
             routes.insert(0, Route(SHARED, range(count), weights))
         return routes
 

@@ -23,6 +23,6 @@ class StackOptions:
     device: str
     vram: int | None
     kv_type: str = "f16"
-    observed: Sequence[LayerCounters] | None = None
+    observed: Sequence[LayerCounters | None] | None = None
     check_recall: bool = False
     thresholds: Sequence[FactorThresholds] | None = None

@@ -67,7 +67,7 @@ class Weights:
         device: str = "none",
         vram: int | None = None,
         kv_type: str = "f16",
-        observed: Sequence[LayerCounters] | None = None,
+        observed: Sequence[LayerCounters | None] | None = None,
         check_recall: bool = False,
         thresholds: Sequence[FactorThresholds] | None = None,
     ) -> None:

@@ -4,7 +4,7 @@ Everything a file can get wrong is found here or in the reader; after :func:`loa
 weight is copied: views point into the mapped file. This module does not know how weights are computed with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -101,6 +101,23 @@ class LayerWeights:
         return DenseFFN(rows.get("gate"), rows["up"], rows["down"], transposed=True)
 
 
+def mixing_weights(layer: LayerWeights) -> Iterator[Weight]:
+    """All matrices of what mixes the tokens of a layer: attention, a recurrent block, or both."""
+    for block in (layer.attends, None if layer.recurs is None else layer.recurs.mixer):
+        for part in () if block is None else vars(block).values():
+            yield from (
+                one for one in (part if isinstance(part, tuple) else (part,)) if isinstance(one, Weight)
+            )
+
+
+def mixing_vectors(layer: LayerWeights) -> Iterator[Norm | Vector]:
+    """All that is no matrix there."""
+    for block in (layer.attends, layer.recurs, None if layer.recurs is None else layer.recurs.mixer):
+        for part in () if block is None else vars(block).values():
+            if isinstance(part, (Norm, np.ndarray)):
+                yield part
+
+
 @dataclass(frozen=True)
 class Model:
     """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions;
@@ -158,6 +175,60 @@ class Model:
     def exact_zeros(self) -> bool:
         """Whether the activation makes exact zeros, so that skipping neurons changes nothing."""
         return self.hyper.activation in RELU_FAMILY
+
+    def require_countable(self, error: type[Exception], stage: str) -> None:
+        """Raise ``error`` for a model whose activations ``stage`` does not count, and name them."""
+        self._refuse_first({"xIELU activations": bool(self.hyper.xielu)}, error, stage)
+
+    def require_placeable(self, error: type[Exception], stage: str) -> None:
+        """Raise ``error`` for a model whose FFNs or experts are not sorted by ``stage``, and name what they
+        are. What mixes tokens does not matter."""
+        hyper, routing = self.hyper, self.hyper.routing
+        what = {
+            "layers without FFN": any(layer.feeds is None for layer in self.layers),
+            "FFNs of sizes that differ between layers": len(
+                {facts.neurons for facts in hyper.facts if facts.ffn == "dense"}
+            )
+            > 1,
+            "xIELU activations": bool(hyper.xielu),
+            "norms inside blocks": self.spec.inner_norms,
+            "biases of gated FFNs or experts": any(self._biased(layer) for layer in self.layers),
+            "dense layers beside experts": routing is not None and self._mixed,
+            "dense FFNs beside experts": self.spec.dense_beside != "none" and routing is not None,
+            "a scale of what experts add": self.spec.shared_factor != 1.0 and routing is not None,
+            "experts that read what is weighed": routing is not None and routing.weigh_input,
+        }
+        self._refuse_first(what, error, stage)
+
+    def _biased(self, layer: LayerWeights) -> bool:
+        """Whether a layer has biases that only FFNs of two matrices have elsewhere."""
+        ffn = layer.feeds
+        if isinstance(ffn, ExpertsFFN):
+            return any(bias is not None for bias in (ffn.router_bias, *ffn.biases))
+        biases = (layer.ffn_bias, layer.ffn_factor_bias, layer.ffn_down_bias)
+        return self.spec.gated and any(bias is not None for bias in biases)
+
+    @property
+    def attention_limit(self) -> str | None:
+        """Why no attention of the model is computed on a hot device; None where it can be."""
+        if self.spec.early_router and self.hyper.routing is not None:
+            return "routers that read a layer's input"
+        if self.hyper.uneven is not None:
+            return self.hyper.uneven
+        if any(layer.recurs is not None for layer in self.layers):
+            return "recurrent layers"
+        if any(layer.attends is None for layer in self.layers):
+            return "layers without attention"
+        if not all(isinstance(layer.attends, AttentionWeights) for layer in self.layers):
+            return "latent attention"
+        if self.hyper.value_dim != self.hyper.head_dim:
+            return "value heads of another width"
+        return None
+
+    def _refuse_first(self, what: dict[str, bool], error: type[Exception], stage: str) -> None:
+        for name, there in what.items():
+            if there:
+                raise error(f"{self.path}: {stage} does not take models with {name}; run, eval and bench do")
 
     @cached_property
     def unusual(self) -> str | None:

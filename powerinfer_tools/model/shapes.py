@@ -97,7 +97,7 @@ class PublishedSparsity:
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of one model; ``rope_dim`` is 0 without rotary positions; ``fingerprint`` is None when no file is
-    at hand; ``tied``: the head is the embedding."""
+    at hand; ``tied``: the head is the embedding; ``attention_limit``: why attention stays on the CPU."""
 
     name: str
     architecture: str
@@ -114,6 +114,7 @@ class ModelShape:
     fingerprint: str | None = None
     sparsity: PublishedSparsity | None = None
     tied: bool = False
+    attention_limit: str | None = None
 
     @property
     def width(self) -> int:
@@ -229,30 +230,24 @@ def shape_of_model(model: "Model") -> ModelShape:
         position_bytes=0 if model.positions is None else model.positions.nbytes,
         fingerprint=model.fingerprint,
         tied=model.head is model.embedding,
+        attention_limit=model.attention_limit,
     )
 
 
 def _layer_of_model(model: "Model", index: int) -> LayerShape:
+    from powerinfer_tools.model.loading import mixing_vectors, mixing_weights
+
     weights = model.layers[index]
-    attention, ffn, experts = weights.attention, *_ffn_of_model(model, index)
+    ffn, experts = _ffn_of_model(model, index)
     vectors = [
-        attention.norm,
-        attention.query_bias,
-        attention.key_bias,
-        attention.value_bias,
-        attention.output_bias,
-        attention.query_norm,
-        attention.key_norm,
-        attention.post_norm,
+        *mixing_vectors(weights),
         weights.ffn_norm,
         weights.ffn_bias,
         weights.ffn_down_bias,
         weights.ffn_post_norm,
     ]
     return LayerShape(
-        attention=tuple(
-            _matrix(m) for m in (attention.query, attention.key, attention.value, attention.output)
-        ),
+        attention=tuple(_matrix(m) for m in mixing_weights(weights)),
         gate=None if ffn.gate is None else _matrix(ffn.gate),
         up=_matrix(ffn.up),
         down=_matrix(ffn.down),

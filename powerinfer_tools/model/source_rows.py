@@ -8,7 +8,7 @@ import numpy.typing as npt
 from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
-from powerinfer_tools.model.loading import Model
+from powerinfer_tools.model.loading import Model, mixing_weights
 from powerinfer_tools.model.split_rows import plain_rows
 from powerinfer_tools.model.tensors import Weight
 
@@ -29,8 +29,7 @@ def shared_weights(model: Model) -> Iterator[Weight]:
 def layer_weights(model: Model, index: int) -> Iterator[Weight]:
     """All matrices of one layer of a source model."""
     layer = model.layers[index]
-    attention = layer.attention
-    yield from (attention.query, attention.key, attention.value, attention.output)
+    yield from mixing_weights(layer)
     if not isinstance(layer.ffn, ExpertsFFN):
         yield from layer.source_ffn.matrices
         return
@@ -38,8 +37,10 @@ def layer_weights(model: Model, index: int) -> Iterator[Weight]:
     yield experts.router
     for stack in experts.stacks:
         yield from stack.weights
-    if experts.shared is not None and experts.shared_gate is not None:
-        yield from (*experts.shared.matrices, experts.shared_gate)
+    if experts.shared is not None:
+        yield from experts.shared.matrices
+    if experts.shared_gate is not None:
+        yield experts.shared_gate
 
 
 def check_finite(model: Model, weight: Weight) -> None:

@@ -9,10 +9,9 @@ import pytest
 from engine_logits import near
 from hybrid_families import FAMILIES, ROUTED_QWEN3, VOCABULARY, write_random_family
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import ModelError, ProfileError
+from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
-from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 
 TOKENS = [3, 41, 7, 7, 12, 0, 49, 25, 30, 2, 18, 5, 44, 9, 33, 21, 6, 1, 28]
 
@@ -99,10 +98,6 @@ def test_sessions_of_recurrent_models_go_back_to_the_start_alone(tmp_path: Path)
 def test_stages_say_what_they_do_not_do(case: str, what: str, tmp_path: Path) -> None:
     path = write_random_family(tmp_path / "model.gguf", FAMILIES[case])
     model = load_model(path)
-    with pytest.raises(ModelError, match=f"profile does not take models with {what}; run, eval and bench do"):
-        model.require_plain(ModelError, "profile")
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("some text")
-    options = ProfileOptions(model=path, corpus=(corpus,), output=tmp_path / "out")
-    with pytest.raises(ProfileError, match=f"does not take models with {what}"):
-        run_profile(options)
+    for require in (model.require_plain, model.require_one_ffn):
+        with pytest.raises(ModelError, match=f"train does not take models with {what}; run, eval and bench"):
+            require(ModelError, "train")

@@ -125,7 +125,8 @@ class _Experts:
         return self._ffn(0).down.row_type.name
 
     def replaced(self) -> set[str]:
-        return {source_experts_name(i, kind) for i in range(self.model.hyper.layers) for kind in KINDS}
+        kinds = (*KINDS, "gate_up")  # as files may have the rows of both in one tensor
+        return {source_experts_name(i, kind) for i in range(self.model.hyper.layers) for kind in kinds}
 
     def error(self, index: int) -> float:
         return 0.0

@@ -11,7 +11,7 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.published import PREDICTOR_SHARE, PREDICTOR_TYPE, published_shape
 from powerinfer_tools.model.shapes import ModelShape, shape_of_model
-from powerinfer_tools.stages.plan.capabilities import ALL_PLACED, THIS_VERSION
+from powerinfer_tools.stages.plan.capabilities import ALL_PLACED, THIS_VERSION, Capabilities
 from powerinfer_tools.stages.plan.frequencies import Frequencies, model_frequencies
 from powerinfer_tools.stages.plan.machine import machine_of
 from powerinfer_tools.stages.plan.offer import Offer, offer
@@ -103,12 +103,12 @@ def make_plan(
         known = replace(known, predictors=offered.layers)
     if thresholds is not None:
         known = replace(known, thresholds=thresholds.layers)
-    options = replace(options, engine=ALL_PLACED if shape.fingerprint is None else THIS_VERSION)
+    options = replace(options, engine=_engine_for(shape))
     machine = machine_of(hardware)
     outcome = plan_outcome(shape, known, machine, budgets, options)
     plan = plan_of(outcome, hardware, profile)
     beside = predictions(outcome)
-    if options.engine != THIS_VERSION:
+    if shape.fingerprint is None and options.engine != THIS_VERSION:
         today = plan_outcome(shape, known, machine, budgets, replace(options, engine=THIS_VERSION))
         beside["powerinfer-this-version"] = predictions(today)["powerinfer"]
     return replace(
@@ -121,6 +121,15 @@ def make_plan(
             thresholds=thresholds.note if thresholds else "",
         ),
     )
+
+
+def _engine_for(shape: ModelShape) -> Capabilities:
+    """What may be placed of a shape: a model's attention, only where the engine has it on a device."""
+    if shape.fingerprint is None:
+        return ALL_PLACED
+    if shape.attention_limit is None:
+        return THIS_VERSION
+    return replace(THIS_VERSION, placeable=THIS_VERSION.placeable - {"attention", "head"})
 
 
 def _offered(request: PlanRequest, shape: ModelShape) -> Offer | None:
@@ -147,7 +156,7 @@ def _shape(request: PlanRequest) -> ModelShape:
     assert request.model is not None
     model = load_model(request.model)
     try:
-        model.require_plain(PlanError, "plan")
+        model.require_placeable(PlanError, "plan")
         return shape_of_model(model)
     finally:
         model.close()

@@ -71,7 +71,7 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
             raise ProfileError(
                 f"{options.model} is a split file; profile the source model that it was made from"
             )
-        model.require_plain(ProfileError, "profile")
+        model.require_countable(ProfileError, "profile")
         if options.trace:
             model.require_one_ffn(ProfileError, "profile --trace")
         if options.trace and not model.exact_zeros:
@@ -140,7 +140,7 @@ class _Run:
             context=self.window,
             batch=self.window,
             mode="dense",
-            observed=self.tally.counters,
+            observed=self.tally.observed,
         )
         try:
             self._count(engine, pending)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from powerinfer_formats.profile import LayerSums, Profile, round_squares
 from powerinfer_formats.profile_sums import add_sums
 from powerinfer_tools.engine.observation import LayerCounters, counters
+from powerinfer_tools.model.hyperparameters import Hyperparameters, LayerFacts
 from powerinfer_tools.model.loading import Model
 
 Squares = npt.NDArray[np.float64]
@@ -21,16 +22,21 @@ class Tally:
     """
 
     def __init__(self, model: Model, files: int) -> None:
-        hyper, routing = model.hyper, model.hyper.routing
-        # With experts, the tokens that take each: an expert that is not taken adds exactly nothing.
-        units = hyper.neurons if routing is None else routing.experts
+        routing = model.hyper.routing
+        units = [_units(model.hyper, facts) for facts in model.hyper.facts]
         histogram = routing is None and not model.exact_zeros
         self.counters: Sequence[LayerCounters] = tuple(
-            counters(units, histogram=histogram) for _ in range(hyper.layers)
+            counters(count, histogram=histogram) for count in units
         )
-        self._squares: list[tuple[Squares, Squares]] = [
-            (np.zeros(units), np.zeros(units)) for _ in range(hyper.layers)
-        ]
+        self._squares: list[tuple[Squares, Squares]] = [(np.zeros(count), np.zeros(count)) for count in units]
+        #: What the kernels fill: nothing of a dense layer in a model with experts, or of a layer without FFN.
+        self.observed: Sequence[LayerCounters | None] = tuple(
+            counted if facts.ffn == ("experts" if routing else "dense") else None
+            for counted, facts in zip(self.counters, model.hyper.facts, strict=True)
+        )
+        kinds = [facts.ffn for facts in model.hyper.facts]
+        self._whole = [index for index, kind in enumerate(kinds) if routing and kind == "dense"]
+        self._none = [index for index, kind in enumerate(kinds) if kind == "none"]
         self.file_tokens = [0] * files
 
     @property
@@ -40,6 +46,13 @@ class Tally:
 
     def close_window(self, file: int, tokens: int) -> None:
         """Take a window of ``tokens`` tokens of ``file`` into the sums."""
+        for layer in self._none:
+            if (histogram := self.counters[layer].histogram) is not None:
+                histogram[:, 0] += np.uint32(tokens)
+        for layer in self._whole:
+            counted = self.counters[layer]
+            counted.counts[:] += np.uint64(tokens)
+            counted.gate_squares[:] = counted.up_squares[:] = tokens
         for layer, counted in enumerate(self.counters):
             gate, up = self._squares[layer]
             gate += round_squares(counted.gate_squares)
@@ -71,6 +84,16 @@ class Tally:
             squares[1][:] = sums.up_squares
         for entry in profile.corpus:
             self.file_tokens[names.index(entry.name)] = entry.tokens
+
+
+def _units(hyper: Hyperparameters, facts: LayerFacts) -> int:
+    """How many units a layer counts: experts, by the tokens that take each, as one that is not taken adds
+    exactly nothing; or neurons. A dense FFN in a model with experts is one that every token takes; a layer
+    without FFN has one unit, which is never active."""
+    if facts.ffn == "experts":
+        assert hyper.routing is not None
+        return hyper.routing.experts
+    return facts.neurons if facts.ffn == "dense" and hyper.routing is None else 1
 
 
 def _saturated(squares: Squares) -> Squares:

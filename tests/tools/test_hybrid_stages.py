@@ -1,0 +1,155 @@
+"""Families with recurrent layers, latent attention and routers of their own on their way from a profile to a
+split file: what mixes the tokens of a layer does not matter to its neurons and experts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine_logits import logits
+from hybrid_families import FAMILIES, write_random_family
+from plan_cases import granted
+from powerinfer_formats.profile import ROUTING, Corpus, Profile
+from powerinfer_formats.split import SplitFile
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import ConvertError, ProfileError
+from powerinfer_tools.measure.hardware.presets import PC_LOW
+from powerinfer_tools.model.loading import Model, load_model
+from powerinfer_tools.model.reference import ffn_matrices
+from powerinfer_tools.model.shapes import shape_of_model
+from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
+from powerinfer_tools.stages.plan.planner import PlanOptions
+from powerinfer_tools.stages.plan.request import make_plan
+from powerinfer_tools.stages.profile.tally import Tally
+from small_plans import plan_for
+
+TOKENS = [3, 41, 7, 7, 12, 0, 49, 25, 30, 2, 18, 5, 44, 9, 33, 21, 6, 1, 28]
+#: Of neurons, and of experts.
+NEURONS = ("jamba", "lfm2", "falcon-h1", "qwen35", "minicpm3", "plm")
+EXPERTS = ("qwen35moe", "qwen3next")
+
+
+def profile_of(model: Model) -> Profile:
+    """A profile of one window."""
+    tally = Tally(model, 1)
+    engine = Engine(model, threads=1, context=len(TOKENS), batch=len(TOKENS), observed=tally.observed)
+    engine.absorb(TOKENS)
+    engine.close()
+    tally.close_window(0, len(TOKENS))
+    routed = model.hyper.routing is not None
+    return Profile(
+        fingerprint=model.fingerprint,
+        model_name=model.name,
+        architecture=model.spec.name,
+        activation=ROUTING if routed else model.hyper.activation,
+        exact_zeros=routed or model.exact_zeros,
+        tokens=len(TOKENS),
+        window=len(TOKENS),
+        target_density=0.2,
+        corpus=(Corpus("text.txt", "0" * 64, len(TOKENS), 100),),
+        tool_version="test",
+        sums=tally.sums(),
+    )
+
+
+def made(folder: Path, case: str) -> tuple[Path, Path, Profile]:
+    """A model, and its profile, whose file is read back."""
+    path, saved = write_random_family(folder / "model.gguf", FAMILIES[case]), folder / "profile.safetensors"
+    model = load_model(path)
+    profile_of(model).save(saved)
+    return path, saved, Profile.load(saved)
+
+
+@pytest.mark.parametrize("case", ["plm", "nemotron_h"])
+def test_zeros_of_every_layer_are_counted(case: str, tmp_path: Path) -> None:
+    """With squared ReLU, a neuron is active where its product is positive; a layer without FFN has one unit,
+    which never is."""
+    path, _, profile = made(tmp_path, case)
+    model, inputs = load_model(path), list[np.ndarray]()
+    engine = Engine(model, threads=1, context=len(TOKENS), batch=len(TOKENS))
+    engine.absorb(TOKENS, lambda layer, normed, hidden: inputs.append(hidden.copy()))
+    engine.close()
+    fed = [index for index, layer in enumerate(model.layers) if layer.feeds is not None]
+    for index in range(model.hyper.layers):
+        if index not in fed:
+            assert profile.counts(index).tolist() == [0]
+            continue
+        hidden = inputs[fed.index(index)]
+        assert hidden.shape[1] == len(ffn_matrices(model.layers[index])[0])
+        np.testing.assert_array_equal(profile.counts(index), (hidden > 0).sum(axis=0))
+        assert 0.2 < profile.density(index) < 0.8
+
+
+@pytest.mark.parametrize("case", ["dots1", "lfm2moe", "nemotron_h_moe", "gpt-oss", "cohere2moe"])
+def test_a_dense_layer_beside_experts_is_one_that_every_token_takes(case: str, tmp_path: Path) -> None:
+    path, _, profile = made(tmp_path, case)
+    facts = load_model(path).hyper.facts
+    expected = {"dense": [len(TOKENS)], "none": [0]}
+    for index, kind in enumerate(facts.ffn for facts in facts):
+        if kind == "experts":
+            assert int(profile.counts(index).sum()) == 2 * len(TOKENS)
+        else:
+            assert profile.counts(index).tolist() == expected[kind]
+
+
+@pytest.mark.parametrize("case", [*NEURONS, *EXPERTS])
+def test_a_split_file_has_the_bits_of_its_source(case: str, tmp_path: Path) -> None:
+    """Planned, converted, and run on the CPU alone and with a hot side."""
+    path, saved, profile = made(tmp_path, case)
+    shape = shape_of_model(load_model(path))
+    options = PlanOptions(objective="frequency", context=len(TOKENS), group=4, batch=16)
+    plan = make_plan(shape, profile, PC_LOW, granted(40_000), options)
+    assert all(layer.attention == "cpu" for layer in plan.layers)
+    plan.save(tmp_path / "plan.json")
+    output = tmp_path / "planned.powerinfer.gguf"
+    convert(ConvertOptions(path, saved, tmp_path / "plan.json", output))
+    got = logits(output, TOKENS, mode="dense")
+    if case in EXPERTS:
+        np.testing.assert_array_equal(got, logits(path, TOKENS))
+    else:  # another order of neurons, of which the sums are made
+        bound = 500 * np.finfo(np.float32).eps
+        assert np.abs(got - logits(path, TOKENS)).max() <= bound * np.abs(got).max()
+    hot = SplitFile.open(output).header.hot_neurons if case not in EXPERTS else ()
+    again = logits(output, TOKENS, mode="dense", device="cpu")
+    assert np.abs(again - got).max() <= 2000 * np.finfo(np.float32).eps * np.abs(got).max()
+    assert case in EXPERTS or any(hot)
+
+
+def test_what_is_zero_is_skipped_with_the_same_bits(tmp_path: Path) -> None:
+    """Squared ReLU behind latent attention: rows of inactive neurons are not read."""
+    path, saved, profile = made(tmp_path, "plm")
+    model = load_model(path)
+    plan = plan_for(profile, [0, 0], mode="gate-first", group=4, width=model.hyper.width)
+    plan.save(tmp_path / "plan.json")
+    output = tmp_path / "cold.powerinfer.gguf"
+    convert(ConvertOptions(path, saved, tmp_path / "plan.json", output))
+    expected = logits(output, TOKENS, mode="dense")
+    for threads in (1, 3):
+        got = logits(output, TOKENS, mode="gate-first", threads=threads)
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        ("nemotron_h", "layers without FFN"),
+        ("openelm", "FFNs of sizes that differ between layers"),
+        ("dots1", "dense layers beside experts"),
+        ("granitehybrid", "biases of gated FFNs or experts"),
+        ("gpt-oss", "biases of gated FFNs or experts"),
+    ],
+)
+def test_convert_says_what_it_does_not_sort(case: str, what: str, tmp_path: Path) -> None:
+    path = write_random_family(tmp_path / "model.gguf", FAMILIES[case])
+    options = ConvertOptions(path, tmp_path / "no.safetensors", tmp_path / "no.json", tmp_path / "out.gguf")
+    with pytest.raises(ConvertError, match=f"convert does not take models with {what}; run, eval and bench"):
+        convert(options)
+
+
+def test_profile_says_what_it_does_not_count(tmp_path: Path) -> None:
+    path = write_random_family(tmp_path / "model.gguf", FAMILIES["jamba"])
+    model = load_model(path)
+    changed = replace(model, hyper=replace(model.hyper, xielu=((0.0, 0.0, 0.0, 0.0),)))
+    with pytest.raises(ProfileError, match="profile does not take models with xIELU activations"):
+        changed.require_countable(ProfileError, "profile")

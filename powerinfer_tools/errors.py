@@ -75,3 +75,7 @@ class CorpusError(PowerInferError):
 
 class ImportFailed(PowerInferError):
     """A file of another program cannot be taken over."""
+
+
+class HubError(PowerInferError):
+    """A model of the hub cannot be had, found in its cache, or removed from it."""

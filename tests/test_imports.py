@@ -40,6 +40,7 @@ HEAVY = {
     "matplotlib": (),
     "lm_eval": ("powerinfer_tools/quality/harness/adapter.py",),
     "gguf": (),
+    "huggingface_hub": (),
     "starlette": ("powerinfer_tools/serving/",),
     "uvicorn": ("powerinfer_tools/serving/",),
     "pydantic": ("powerinfer_tools/serving/",),
@@ -50,6 +51,7 @@ HEAVY = {
 # The floors of powerinfer_tools, ground first. A room imports what stands before it, and nothing behind it.
 FLOORS = (
     ("errors", "progress", "interrupts", "pictures", "detect"),
+    ("hub",),
     ("text",),
     ("model",),
     ("engine",),

@@ -28,7 +28,7 @@ Examples:
 
 def command(
     *,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     profile: opt.Profile = None,
     hardware: Annotated[
         str | None,

@@ -11,6 +11,9 @@ from powerinfer_cli.help import HelpfulCommand, HelpfulGroup, first_line
 
 # In the order in which they are used; command NAME is in the module NAME_command.
 COMMANDS = (
+    "pull",
+    "list",
+    "rm",
     "advise",
     "profile",
     "train",

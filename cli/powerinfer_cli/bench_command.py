@@ -51,7 +51,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     prompt: Annotated[
         int,
         typer.Option(
@@ -90,7 +90,8 @@ def command(
         )
         return
     if files:
-        model, mode = bench_compare.parse_contender(files[0])
+        path, mode = bench_compare.parse_contender(files[0])
+        model = opt.ModelChoice(path)
         placement = placement if mode is None else replace(placement, mode=mode)
     if synthetic.clear_cache:
         clear_cache(synthetic, as_json=common.json)
@@ -128,10 +129,15 @@ def command(
 
 
 def check_choice(
-    files: list[str] | None, model: Path | None, synthetic: opt.Synthetic, mode: opt.Mode
+    files: list[str] | None, model: opt.ModelChoice, synthetic: opt.Synthetic, mode: opt.Mode
 ) -> None:
     """One thing to measure, and no option that would be ignored."""
-    given = {"FILE": files or None, "--model": model, "--shape": synthetic.shape, "--ffn": synthetic.ffn}
+    given = {
+        "FILE": files or None,
+        "--model": model.given,
+        "--shape": synthetic.shape,
+        "--ffn": synthetic.ffn,
+    }
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) > 1:
         raise typer.BadParameter(f"choose one of {' and '.join(chosen)}", param_hint=chosen[-1])

@@ -54,7 +54,7 @@ _exporting = opt.in_panel("Export (--format powerinfer)")
 def command(
     *,
     ctx: typer.Context,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     plan: Annotated[
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Plan. Without it: the one beside the model."),

@@ -54,7 +54,7 @@ CLASS = EvalCommand
 
 def command(
     *,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     text: Annotated[
         Path | None,
         typer.Option("--text", "-f", metavar="FILE", help="Text to score; - reads it from stdin."),

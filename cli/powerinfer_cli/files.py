@@ -4,7 +4,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from powerinfer_cli.console import say
+import typer
+
+from powerinfer_cli.console import progress, say
+from powerinfer_cli.options import ModelChoice
 from powerinfer_formats.shard_names import model_name, shard_files
 from powerinfer_tools.errors import ModelError, PowerInferError
 
@@ -28,8 +31,16 @@ def demo_model_places(environment: Mapping[str, str]) -> list[Path]:
     return [Path("models") / DEMO_MODEL, Path(data) / "powerinfer" / DEMO_MODEL]
 
 
-def find_model(named: Path | None) -> Path:
-    """The model to use: the one named, else ``$POWERINFER_MODEL``, else the demo model. Raises ModelError."""
+def find_model(choice: Path | ModelChoice | None) -> Path:
+    """The model to use: the one named, here or in the hub, else ``$POWERINFER_MODEL``, else the demo model.
+
+    Raises ModelError, and HubError for a model of the hub, which is fetched where it is not in the cache.
+    """
+    if isinstance(choice, ModelChoice) and choice.hf is not None:
+        if choice.model is not None:
+            raise typer.BadParameter("-m and -hf name two models", param_hint="-hf")
+        return _hub_model(choice.hf)
+    named = choice.model if isinstance(choice, ModelChoice) else choice
     if named is not None:
         return _existing_model(named, "")
     variable = os.environ.get(MODEL_VARIABLE)
@@ -43,6 +54,20 @@ def find_model(named: Path | None) -> Path:
         f"no model: name one with -m FILE or ${MODEL_VARIABLE}; "
         f"the demo model is not in {' or '.join(str(place.parent) for place in places)} either"
     )
+
+
+def _hub_model(text: str) -> Path:
+    from powerinfer_tools.hub.cached import find_cached
+    from powerinfer_tools.hub.reference import Reference
+
+    reference = Reference.parse(text)
+    path = find_cached(reference)
+    if path is None:
+        from powerinfer_tools.hub.pulling import pull
+
+        path = pull(reference, progress()).path
+    say(f"using {path}")
+    return path
 
 
 def _existing_model(path: Path, origin: str) -> Path:

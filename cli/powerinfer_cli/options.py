@@ -81,6 +81,28 @@ Window = Annotated[
 
 
 @dataclass(frozen=True)
+class ModelChoice:
+    """Which model: a file or directory here, or one of the hub."""
+
+    model: Model = None
+    hf: Annotated[
+        str | None,
+        typer.Option(
+            "-hf",
+            "--hf-repo",
+            metavar="OWNER/NAME[:QUANT]",
+            help="Model of the Hugging Face hub, instead of -m: from its cache, else fetched into it.",
+            show_default=False,
+        ),
+    ] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether one is named."""
+        return self.model is not None or self.hf is not None
+
+
+@dataclass(frozen=True)
 class Common:
     """What every command takes."""
 

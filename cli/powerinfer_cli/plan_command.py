@@ -44,7 +44,7 @@ Examples:
 
 def command(
     *,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     shape: Annotated[
         str | None,
         typer.Option("--shape", metavar="NAME", help="Plan for a model's shape alone, instead of a file."),
@@ -123,7 +123,7 @@ def command(
     if list_names:
         show_names(as_json=common.json)
         return
-    if shape is not None and model is not None:
+    if shape is not None and model.given:
         raise typer.BadParameter("choose one of --model and --shape", param_hint="--shape")
     source = None if shape is not None else find_model(model)
     path = output if source is None else output_file(output, source, PLAN_SUFFIX)

@@ -46,7 +46,7 @@ Example:
 def profile(
     *,
     ctx: typer.Context,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     corpus: Annotated[
         list[Path] | None,
         typer.Option("--corpus", metavar="FILE...", help="Text files, JSONL files or folders of them."),

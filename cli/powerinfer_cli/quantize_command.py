@@ -29,7 +29,7 @@ Examples:
 
 def command(
     *,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     row_type: Annotated[
         Literal["Q8_0", "Q4_0", "F16", "BF16"],
         typer.Option("--type", help="Type of the matrices."),

@@ -40,7 +40,7 @@ _training = opt.in_panel("Training")
 
 def command(
     *,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     corpus: Annotated[
         list[Path] | None,
         typer.Option("--corpus", metavar="FILE...", help="Text files, JSONL files or folders of them."),

@@ -172,7 +172,7 @@ Trace = Annotated[
 
 def command(
     *,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     trace: Trace = None,
     prompt: Prompt,
     length: Length,

@@ -108,7 +108,7 @@ class Load:
 
 def command(
     *,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     network: Network,
     load: Load,
     placement: opt.Placement,

@@ -40,7 +40,7 @@ def share_value(text: str) -> float:
 
 def command(
     *,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     text: Annotated[
         Path, typer.Option("--text", "-f", metavar="FILE", help="Text to choose and measure on; - is stdin.")
     ],

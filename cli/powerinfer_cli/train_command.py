@@ -157,7 +157,7 @@ class Import:
 def command(
     *,
     ctx: typer.Context,
-    model: opt.Model = None,
+    model: opt.ModelChoice,
     trace: Annotated[
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Trace. Without it: the one beside the model."),

@@ -46,6 +46,7 @@ HEAVY = {
     "pydantic": ("powerinfer_tools/serving/",),
     "prometheus_client": ("powerinfer_tools/serving/",),
     "llguidance": (),
+    "ray": (),
 }
 
 # The floors of powerinfer_tools, ground first. A room imports what stands before it, and nothing behind it.

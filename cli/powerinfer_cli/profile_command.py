@@ -32,6 +32,7 @@ Examples:
   powerinfer profile -m model.relu.gguf --corpus texts/ --trace 4096
   powerinfer profile -m relu-llama.gguf --import activation/ --tokens 1000000
   powerinfer profile -m model.gguf --corpus texts/ --shard 3/8
+  powerinfer profile -m model.gguf --corpus texts/ --ray auto
   powerinfer profile merge model.shard-*.profile.safetensors -o model.profile.safetensors
 """
 
@@ -95,6 +96,15 @@ def profile(
             help="Profile only the I-th of N parts of the corpus, in whole files; profile merge joins them.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Share the corpus out, in whole files, over the machines of the Ray cluster at ADDRESS "
+            "(auto: the one this machine belongs to; local: this machine alone).",
+        ),
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget interrupted work and begin anew.")
     ] = False,
@@ -110,34 +120,39 @@ def profile(
     if ctx.invoked_subcommand is not None:
         return
     if folder is not None:
-        opt.refuse_beside(ctx, "--import", "corpus", "window", "density", "trace", "shard", "restart")
+        opt.refuse_beside(ctx, "--import", "corpus", "window", "density", "trace", "shard", "ray", "restart")
         take_over(folder, find_model(model), output, tokens, as_json=common.json)
         return
     if not corpus:
         raise typer.BadParameter("name at least one text file, JSONL file or folder", param_hint="--corpus")
     source, part = find_model(model), None if shard is None else parse_shard(shard)
     if part is not None:
-        opt.refuse_beside(ctx, "--shard", "tokens", "trace")
+        opt.refuse_beside(ctx, "--shard", "tokens", "trace", "ray")
+    if ray is not None:
+        opt.refuse_beside(ctx, "--ray", "tokens", "trace")
     path = output_file(output, source, shard_suffix(part))
     traced = trace_beside(path) if trace else None
     from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 
-    result = run_profile(
-        ProfileOptions(
-            model=source,
-            corpus=tuple(corpus),
-            output=path,
-            window=window,
-            max_tokens=tokens,
-            target_density=density,
-            threads=common.threads,
-            restart=restart,
-            trace=trace,
-            trace_output=traced,
-            shard=part,
-        ),
-        progress(),
+    options = ProfileOptions(
+        model=source,
+        corpus=tuple(corpus),
+        output=path,
+        window=window,
+        max_tokens=tokens,
+        target_density=density,
+        threads=common.threads,
+        restart=restart,
+        trace=trace,
+        trace_output=traced,
+        shard=part,
     )
+    if ray is None:
+        result = run_profile(options, progress())
+    else:
+        from powerinfer_tools.stages.profile.on_ray import run_profile_on_ray
+
+        result = run_profile_on_ray(options, ray, progress())
     show(result, path, traced, as_json=common.json)
 
 

@@ -58,10 +58,10 @@ def unavailable(message: str, retry_after: int = 1) -> RequestFault:
 
 
 def too_long(prompt: int, context: int) -> RequestFault:
-    """A prompt that does not fit, with room for one token."""
+    """A prompt that does not fit, with room for one token. Clients know this fault by llama.cpp's words."""
     return RequestFault(
-        f"the prompt has {prompt} tokens and the context {context}: shorten it, or serve with a larger "
-        "context (-c)",
+        f"the prompt has {prompt} tokens, which exceeds the available context size of {context}: shorten it, "
+        "or serve with a larger context (-c)",
         code="context_length_exceeded",
     )
 

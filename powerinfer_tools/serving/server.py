@@ -19,7 +19,7 @@ from powerinfer_tools.serving.service import Service
 #: Connections that the kernel holds before they are accepted.
 _BACKLOG = 2048
 #: How long a thread of Python may run while the batcher waits for its turn, and the other way round.
-_SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Serving:
     def run(self) -> None:
         """Serve until a signal comes. Raises what kept the model from loading."""
         before = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_SECONDS)
+        sys.setswitchinterval(SWITCH_SECONDS)
         try:
             self._server.run()
         finally:

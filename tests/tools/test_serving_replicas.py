@@ -1,0 +1,172 @@
+"""Replicas behind one address: which conversation a request belongs to, the web application asked directly,
+and Ray Serve with two replicas of which one is killed.
+
+Ray is optional; without it the last of these are skipped, and say so.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from powerinfer_tools.serving.app import create_app
+from powerinfer_tools.serving.replicas.calls import Call, Start, answered
+from powerinfer_tools.serving.replicas.conversations import conversation_key
+from served_models import Served
+from tiny_models import TinySpec, make_tiny_model
+
+SYSTEM = {"role": "system", "content": "be brief"}
+USER = {"role": "user", "content": "was there a boat?"}
+MORE = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "where?"}]
+
+
+def key(body: Any, **headers: str) -> str:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return conversation_key({name.replace("_", "-"): value for name, value in headers.items()}, data)
+
+
+def test_turns_of_a_conversation_have_one_key() -> None:
+    first = key({"messages": [SYSTEM, USER]})
+    assert first
+    assert key({"messages": [SYSTEM, USER, *MORE], "max_tokens": 5}) == first
+    assert key({"messages": [USER]}) != first
+    assert key({"messages": [USER], "system": "be brief"}) != key({"messages": [USER]})
+    assert key({"input": [USER], "instructions": "x"}) == key({"input": [USER, *MORE], "instructions": "x"})
+    assert key({"prompt": "a" * 2000}) == key({"prompt": "a" * 2000 + " and on"}) != key({"prompt": "b"})
+    assert key({"prompt": [1, 2, 3]}) != key({"prompt": [3, 2, 1]})
+    assert key({"messages": [USER]}, x_session_id="s") == key(b"", x_session_id="s")
+
+
+@pytest.mark.parametrize("body", [b"", b"[", b"[" * 100_000, b"7", b"{}", b'{"messages": 7}', b"\xff"])
+def test_what_is_no_conversation_has_none(body: bytes) -> None:
+    assert key(body) == ""
+
+
+def post(path: str, body: Any) -> Call:
+    return Call("POST", path, b"", (), ("127.0.0.1", 1), json.dumps(body).encode())
+
+
+def test_the_application_is_asked_without_a_socket(tmp_path: Path) -> None:
+    tiny = make_tiny_model(tmp_path, TinySpec(context=1024))
+    with Served(tiny.path) as served:
+        served.ready()
+        app, asked = create_app(served.service), {"prompt": "the road", "max_tokens": 4, "temperature": 0}
+
+        async def whole() -> list[Start | bytes]:
+            return [piece async for piece in answered(app, post("/v1/completions", asked))]
+
+        start, *body = asyncio.run(whole())
+        assert isinstance(start, Start)
+        assert start.status == 200
+        text = json.loads(b"".join(piece for piece in body if isinstance(piece, bytes)))["choices"][0]["text"]
+        assert text == served.complete(**asked)["choices"][0]["text"]
+
+        async def left() -> None:
+            long = asked | {"max_tokens": 900, "ignore_eos": True, "stream": True}
+            pieces = answered(app, post("/v1/completions", long))
+            await anext(pieces)
+            await anext(pieces)
+            await pieces.aclose()
+
+        asyncio.run(left())
+        batcher = served.service.batcher
+        assert batcher is not None
+        while batcher.processing:
+            time.sleep(0.005)
+        assert batcher.figures.interrupted == 1
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Two replicas on a local Ray."""
+    ray = pytest.importorskip("ray", reason="replicas need Ray (pip install '.[ray]')")
+    from ray import serve
+
+    from powerinfer.serving.ray import AppOptions, app
+
+    tiny = make_tiny_model(tmp_path_factory.mktemp("tiny"), TinySpec(context=2048))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": 18999})
+    serve.run(app(AppOptions(model=tiny.path, replicas=2, alias="tiny", parallel=4)))
+    yield "http://127.0.0.1:18999"
+    serve.shutdown()
+    ray.shutdown()
+
+
+def replicas() -> list[int]:
+    """Processes of replicas of the model."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [
+        int(line.split()[0]) for line in listed.splitlines() if "ray::ServeReplica:default:replicas" in line
+    ]
+
+
+def test_a_conversation_stays_with_its_replica(url: str) -> None:
+    """The second turn finds the start of its prompt in the cache; others go elsewhere, too."""
+    seen = set()
+    for number in range(8):
+        question = {"role": "user", "content": f"question {number}"}
+        first = httpx.post(f"{url}/v1/chat/completions", json={"messages": [question], "max_tokens": 2})
+        assert first.status_code == 200, first.text
+        messages = [question, first.json()["choices"][0]["message"], MORE[1]]
+        second = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, "max_tokens": 2})
+        assert second.headers["x-replica"] == first.headers["x-replica"]
+        assert second.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        seen.add(first.headers["x-replica"])
+    assert len(seen) == 2
+
+
+def test_faults_and_streams_pass_through(url: str) -> None:
+    fault = httpx.post(f"{url}/v1/completions", json={"prompt": 7})
+    assert (fault.status_code, fault.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 3, "stream": True}
+    ) as stream:
+        lines = [line for line in stream.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_a_replica_is_killed_under_load(url: str) -> None:
+    """Whole answers are all given; a stream ends with an error at worst; then there are two again."""
+    faults, answers, streams = list[str](), list[str](), list[str]()
+    asked = {"max_tokens": 120, "ignore_eos": True, "temperature": 0}
+
+    def whole(number: int) -> None:
+        body = asked | {"prompt": f"question {number % 6}"}
+        response = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+        (answers if response.status_code == 200 else faults).append(response.text)
+
+    def streamed(number: int) -> None:
+        body = asked | {"prompt": f"stream {number}", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+            streams.append([line for line in response.iter_lines() if line][-1])
+
+    threads = [
+        threading.Thread(target=work, args=(number,)) for number in range(12) for work in (whole, streamed)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    before = replicas()
+    assert len(before) == 2
+    os.kill(before[0], signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    texts = {json.loads(answer)["choices"][0]["text"] for answer in answers}
+    assert (len(answers), len(texts)) == (12, 6)
+    assert streams == ["data: [DONE]"] * 12
+    deadline = time.monotonic() + 60
+    while len(replicas()) < 2:
+        assert time.monotonic() < deadline, "the replica was not replaced"
+        time.sleep(0.2)

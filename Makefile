@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model test clients demo relu-demo lint types bench docs site wheel unpinned sanitize fuzz kill-test clean distclean FORCE
+.PHONY: help setup setup-dev model test clients ray demo relu-demo lint types bench docs site wheel unpinned sanitize fuzz kill-test clean distclean FORCE
 
 # The first Python that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell \
@@ -42,6 +42,11 @@ clients: setup-dev  ## programs that speak to the server, in an environment of t
 	python3 -m venv build/clients && build/clients/bin/pip install -q -r requirements/clients.txt
 	POWERINFER_CLIENTS=build/clients OMP_NUM_THREADS=1 \
 		$(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" tests/tools/test_serving_programs.py
+
+ray: setup-dev  ## profile --ray and replicas on a local Ray, which is installed into .venv for it
+	$(PIP) install -q -r requirements/ray.txt
+	OMP_NUM_THREADS=1 $(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" tests/tools/test_profiling_on_ray.py \
+		tests/tools/test_serving_replicas.py
 
 demo: setup model  ## profile, plan, convert and run on the demo model (DEMO_SHORT=1: a small piece of it)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(MODEL)

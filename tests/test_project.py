@@ -76,7 +76,7 @@ def test_users_install_nothing_that_only_developers_need() -> None:
 
 def test_extras_are_pinned_for_development() -> None:
     extras = [line for lines in PROJECT["project"]["optional-dependencies"].values() for line in lines]
-    assert not names_of(extras) - set(pins("run.txt", "dev.txt"))
+    assert not names_of(extras) - set(pins("run.txt", "dev.txt", "ray.txt"))
 
 
 def test_nobody_is_told_to_install_us_from_an_index() -> None:

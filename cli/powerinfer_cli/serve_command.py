@@ -91,6 +91,14 @@ class Load:
             "Load",
         ),
     ] = None
+    cache_dir: Annotated[
+        Path | None,
+        _load("--cache-dir", metavar="DIR", help="Keep the starts of texts in this folder, too, for the next "
+              "start of the server."),
+    ] = None  # fmt: skip
+    cache_size: Annotated[
+        int | None, opt.size_option("--cache-size", "Size of that folder. Without it: 8 GiB.", "Load")
+    ] = None
     queue: Annotated[
         int, _load("--queue", min=1, metavar="N", help="Requests that may wait; more are sent away (503).")
     ] = 256
@@ -156,13 +164,14 @@ def opener(
 
         from powerinfer_cli.engines import opened_engine
         from powerinfer_tools.serving.fair_queue import QueueLimits
-        from powerinfer_tools.serving.opening import ServeOptions, open_service
+        from powerinfer_tools.serving.opening import DEFAULT_CACHE_BYTES, ServeOptions, open_service
 
         limits = QueueLimits(load.queue, load.per_client)
-        options = ServeOptions(load.alias, load.parallel, load.kv_memory, limits)
+        size = DEFAULT_CACHE_BYTES if load.cache_size is None else load.cache_size
+        options = ServeOptions(load.alias, load.parallel, load.kv_memory, limits, load.cache_dir, size)
         with ExitStack() as stack:
             engine = stack.enter_context(opened_engine(path, placement, threads=threads, context=load.ctx))
-            stack.callback(open_service(service, engine, options))
+            stack.callback(open_service(service, engine, options, say))
             served = service.model
             assert served is not None
             for notice in (*served.tokenizer.notices, served.template.notice):

@@ -12,12 +12,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+import numpy as np
+
 from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.serving.disk_cache import DiskCache
 from powerinfer_tools.serving.fair_queue import FairQueue, QueueLimits
 from powerinfer_tools.serving.faults import too_long, unavailable
 from powerinfer_tools.serving.figures import Figures
 from powerinfer_tools.serving.jobs import Ended, Event, Failed, Job, Logits, Token
 from powerinfer_tools.serving.places import Place, Places
+from powerinfer_tools.serving.prefix_store import BLOCK
 from powerinfer_tools.serving.sequence import Sequence
 from powerinfer_tools.serving.slots import Slots, Wanted, Work
 from powerinfer_tools.text.tokenizer import Tokenizer
@@ -25,6 +29,8 @@ from powerinfer_tools.text.tokenizer import Tokenizer
 #: Prompt tokens in a pass that also writes, and in one that does not.
 SLICE_AMONG_OTHERS = 64
 SLICE_ALONE = 256
+#: Tokens more than memory has that make it worth while to ask the disk.
+_WORTH_LOADING = 64
 
 
 class Ticket:
@@ -36,6 +42,8 @@ class Ticket:
         self.place: Place | None = None
         self.cancelled = False
         self.finished = False
+        #: Its place is being filled from the disk.
+        self.loading = False
         self.loop = asyncio.get_running_loop()
         self._batcher = batcher
         self._early: list[Event] = []
@@ -78,12 +86,13 @@ class Batcher:
         parallel: int,
         limits: QueueLimits | None = None,
         figures: Figures | None = None,
+        disk: DiskCache | None = None,
     ) -> None:
         self.figures = figures or Figures()
         self.context = slots.context
         self.parallel = min(parallel, slots.count)
         self.places = Places(slots)
-        self._slots, self._tokenizer = slots, tokenizer
+        self._slots, self._tokenizer, self._disk = slots, tokenizer, disk
         self._waiting: FairQueue[Ticket] = FairQueue(limits or QueueLimits())
         self._active: list[Ticket] = []
         self._changed = threading.Condition()
@@ -184,7 +193,7 @@ class Batcher:
                     if ticket is None:
                         break
                     self._begin(ticket)
-                if self._active:
+                if any(not ticket.loading for ticket in self._active):
                     return True
                 self._changed.wait()
         return False
@@ -193,12 +202,36 @@ class Batcher:
         job = ticket.sequence.job
         reuse = job.reuse and not job.score_prompt and self._slots.fixed_slice is None
         ticket.place, reused = self.places.take(job.prompt, reuse=reuse)
-        ticket.sequence.begin(reused)
         self._active.append(ticket)
+        if reuse and self._disk is not None and self._disk.stored(job.prompt) >= reused + _WORTH_LOADING:
+            ticket.loading = True
+            self._disk.restore(ticket.place, job.prompt, lambda held: self._restored(ticket, held))
+        else:
+            self._filled(ticket, reused)
+
+    def _filled(self, ticket: Ticket, reused: int) -> None:
+        ticket.sequence.begin(reused)
         self.figures.began(reused)
 
+    def _restored(self, ticket: Ticket, held: int) -> None:
+        """The disk has given what it has; called by its thread."""
+        with self._changed:
+            assert ticket.place is not None
+            if held > ticket.place.length:
+                self.figures.restored_tokens += held - ticket.place.length
+                ticket.place.become(np.asarray(ticket.sequence.job.prompt[:held], np.int32))
+            ticket.loading = False
+            self._filled(ticket, ticket.place.length)
+            self._changed.notify()
+
+    def _saved(self, place: Place) -> None:
+        """The disk has what a place holds; called by its thread."""
+        with self._changed:
+            place.saving = False
+            self._changed.notify()
+
     def _drop_cancelled(self) -> None:
-        for ticket in [ticket for ticket in self._active if ticket.cancelled]:
+        for ticket in [ticket for ticket in self._active if ticket.cancelled and not ticket.loading]:
             ended = ticket.sequence.interrupt()
             self._leave(ticket, ended)
 
@@ -206,9 +239,15 @@ class Batcher:
         self._active.remove(ticket)
         ticket.finished = True
         if ticket.place is not None:
-            self.places.release(ticket.place)
+            self._release(ticket.place)
         if ended is not None:
             self.figures.ended(ended)
+
+    def _release(self, place: Place) -> None:
+        if self._disk is not None and place.length >= BLOCK and self._disk.lacks(place):
+            place.saving = True
+            self._disk.save(place, lambda: self._saved(place))
+        self.places.release(place)
 
     def _step(self) -> None:
         pieces = self._plan()
@@ -228,8 +267,9 @@ class Batcher:
 
     def _plan(self) -> list[tuple[Ticket, Work]]:
         """What the next pass computes: a token of each text, and slices of prompts."""
-        writing = [ticket for ticket in self._active if not ticket.sequence.in_prompt]
-        reading = [ticket for ticket in self._active if ticket.sequence.in_prompt]
+        active = [ticket for ticket in self._active if not ticket.loading]
+        writing = [ticket for ticket in active if not ticket.sequence.in_prompt]
+        reading = [ticket for ticket in active if ticket.sequence.in_prompt]
         pieces = [(ticket, _work(ticket, 1)) for ticket in writing]
         if self._slots.fixed_slice is not None:
             return pieces + [

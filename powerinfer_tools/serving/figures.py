@@ -17,6 +17,7 @@ class Figures:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    restored_tokens: int = 0
     prompt_seconds: float = 0.0
     tokens: int = 0
     token_seconds: float = 0.0

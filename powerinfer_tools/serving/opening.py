@@ -1,5 +1,6 @@
 """From an engine to what is served."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,42 +9,73 @@ from typing import Any
 from powerinfer_formats.shard_names import model_name
 from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import ModelError
 from powerinfer_tools.serving.batcher import Batcher
+from powerinfer_tools.serving.disk_cache import DiskCache
 from powerinfer_tools.serving.fair_queue import QueueLimits
+from powerinfer_tools.serving.prefix_store import PrefixStore
 from powerinfer_tools.serving.served_model import ServedModel
 from powerinfer_tools.serving.service import Service
 from powerinfer_tools.serving.session_slots import SessionSlots, slot_count
 from powerinfer_tools.text.chat import chat_template
 from powerinfer_tools.text.tokenizer import Tokenizer
 
+#: Size of the prefix cache on disk when nothing else is said.
+DEFAULT_CACHE_BYTES = 8 << 30
+
 
 @dataclass(frozen=True)
 class ServeOptions:
     """``alias`` is the model's name for clients, else the file's; ``parallel`` requests are computed at a
-    time; ``kv_memory`` bytes hold the caches of these and of conversations that may go on."""
+    time; ``kv_memory`` bytes hold the caches of these and of conversations that may go on; the folder
+    ``cache_dir`` keeps the starts of texts, up to ``cache_bytes``, for when the server is started again."""
 
     alias: str | None = None
     parallel: int = 8
     kv_memory: int | None = None
     limits: QueueLimits = field(default_factory=QueueLimits)
+    cache_dir: Path | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES
 
 
-def open_service(service: Service, engine: Engine, options: ServeOptions) -> Callable[[], None]:
-    """Let ``service`` serve the model of ``engine``; returns what ends that, and closes the engine."""
+def open_service(
+    service: Service, engine: Engine, options: ServeOptions, say: Callable[[str], None] = lambda text: None
+) -> Callable[[], None]:
+    """Let ``service`` serve the model of ``engine``; returns what ends that, and closes the engine. ``say``
+    is told what the user should know. Raises ModelError and PrefixStoreError."""
     tokenizer = Tokenizer.from_gguf(engine.model.gguf)
     model = served_model(engine, tokenizer, options.alias)
     count = slot_count(engine.session, engine.weights, options.parallel, options.kv_memory)
     slots = SessionSlots(engine.weights, engine.session, count)
-    batcher = Batcher(slots, tokenizer, parallel=options.parallel, limits=options.limits)
+    disk = None if options.cache_dir is None else _disk_cache(model, slots, options, say)
+    batcher = Batcher(slots, tokenizer, parallel=options.parallel, limits=options.limits, disk=disk)
     batcher.start()
     service.model, service.batcher = model, batcher
     service.report = lambda: _report(engine, slots)
 
     def close() -> None:
         batcher.close()
+        if disk is not None:
+            disk.close()
         engine.close()
 
     return close
+
+
+def _disk_cache(
+    model: ServedModel, slots: SessionSlots, options: ServeOptions, say: Callable[[str], None]
+) -> DiskCache:
+    """The prefix cache on disk. Raises ModelError for models of which no part can be kept."""
+    assert options.cache_dir is not None
+    if slots.layout is None:
+        raise ModelError("--cache-dir: this family has recurrent layers, whose state is not kept by tokens")
+    if slots.fixed_slice is not None:
+        raise ModelError(
+            "--cache-dir: with --device, what a prompt leaves in the cache depends on how it is cut"
+        )
+    identity = json.dumps([model.system_fingerprint, model.identity, model.context, slots.layout])
+    store = PrefixStore(options.cache_dir, options.cache_bytes)
+    return DiskCache(slots, store, identity.encode(), say)
 
 
 def _report(engine: Engine, slots: SessionSlots) -> dict[str, Any]:

@@ -17,11 +17,11 @@ _WORTH_COPYING = 16
 
 
 class Place:
-    """One slot: the tokens it holds, and whether a request is using it."""
+    """One slot: the tokens it holds, and whether a request is using it, or it is being saved."""
 
     def __init__(self, slot: int, context: int) -> None:
         self.slot = slot
-        self.busy = False
+        self.busy = self.saving = False
         self.last_use = 0
         self.length = 0
         self._tokens = np.zeros(context, np.int32)
@@ -59,7 +59,7 @@ class Places:
     @property
     def idle(self) -> list[Place]:
         """Those that nobody uses."""
-        return [place for place in self.all if not place.busy]
+        return [place for place in self.all if not place.busy and not place.saving]
 
     def take(self, prompt: Sequence[int], *, reuse: bool) -> tuple[Place, int]:
         """A slot for ``prompt``, and how many of its tokens are in it. There must be an idle one."""
@@ -86,11 +86,11 @@ class Places:
         place.busy = False
 
     def _prefilled(self, idle: list[Place], tokens: npt.NDArray[np.int32]) -> tuple[Place, int]:
-        donor = max(self.all, key=lambda place: (place.common(tokens), not place.busy, place.last_use))
+        donor = max(self.all, key=lambda place: (place.common(tokens), place in idle, place.last_use))
         common = donor.common(tokens)
         others = [place for place in idle if place is not donor]
         continues = common == donor.length or not others
-        if not donor.busy and common > 0 and continues:
+        if donor in idle and common > 0 and continues:
             return donor, self._cut(donor, common)
         target = others[0] if others else idle[0]
         if target is donor or common < _WORTH_COPYING:

@@ -1,7 +1,10 @@
 """Slots that are sessions of shared weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
 
 from powerinfer_tools.engine.session import Session
 from powerinfer_tools.engine.weights import Part, Weights
@@ -55,6 +58,38 @@ class SessionSlots:
     def copy(self, source: int, target: int, count: int) -> int:
         """Copy the first ``count`` tokens."""
         return self.sessions[target].copy_prefix(self.sessions[source], count)
+
+    @property
+    def layout(self) -> list[tuple[Any, ...]] | None:
+        """What decides where the bytes of a block belong; None where a recurrence keeps more than tokens."""
+        state = self.sessions[0].state
+        if state.recurrent:
+            return None
+        return [(cache.kind, cache.kv_heads, cache.head_dim, cache.value_dim) for cache in state.caches]
+
+    def block_bytes(self, count: int) -> int:
+        """Bytes of ``count`` tokens."""
+        return sum(piece.nbytes for piece in self._pieces(0, 0, count))
+
+    def block(self, slot: int, first: int, count: int) -> bytes:
+        """What the slot holds of ``count`` tokens from ``first`` on, layer by layer."""
+        return b"".join(piece.tobytes() for piece in self._pieces(slot, first, count))
+
+    def restore(self, slot: int, first: int, count: int, data: bytes) -> None:
+        """Make the slot hold these, and all tokens before them."""
+        at = 0
+        for piece in self._pieces(slot, first, count):
+            values = np.frombuffer(data, piece.dtype, piece.size, at)
+            piece[:] = values.reshape(piece.shape)
+            at += piece.nbytes
+        self.sessions[slot].position = first + count
+
+    def _pieces(self, slot: int, first: int, count: int) -> Iterator[Any]:
+        """The parts of all arrays of a slot that belong to some tokens: keys by tiles of 16, values."""
+        for cache in self.sessions[slot].state.caches:
+            for array, width in zip(cache.arrays, (16, 1, 16, 1), strict=True):
+                if array is not None:
+                    yield array[:, first // width : (first + count) // width]
 
     @property
     def nbytes(self) -> int:

@@ -58,3 +58,20 @@ class Slots(Protocol):
         """Make ``target`` hold the first ``count`` tokens of ``source``, or fewer where it must; returns how
         many."""
         ...
+
+
+class BlockSlots(Protocol):
+    """Slots whose contents can be taken out and put back, in blocks of tokens. Other slots may be computed
+    meanwhile."""
+
+    def block_bytes(self, count: int) -> int:
+        """Bytes of ``count`` tokens, a multiple of 16."""
+        ...
+
+    def block(self, slot: int, first: int, count: int) -> bytes:
+        """What the slot holds of ``count`` tokens from ``first`` on."""
+        ...
+
+    def restore(self, slot: int, first: int, count: int, data: bytes) -> None:
+        """Make the slot hold these, and all tokens before them."""
+        ...

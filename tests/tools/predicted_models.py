@@ -85,9 +85,12 @@ def predicted_split(
     activation: str = "relu",
     rank: int = 16,
     seed: int = 1,
+    context: int = 256,
 ) -> tuple[TinyModel, Path, Predictors]:
     """A model, its split file with 16 hot neurons in every layer, and its predictors, made by hand."""
-    spec = replace(FAMILY_CASES["llama-relu"], layers=layers, seed=seed, activation=activation)
+    spec = replace(
+        FAMILY_CASES["llama-relu"], layers=layers, seed=seed, activation=activation, context=context
+    )
     tiny = make_tiny_model(folder, spec)
     profile = profiled(folder, tiny)
     made = hand_made(tiny, profile, kind, rank=rank)

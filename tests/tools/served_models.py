@@ -29,12 +29,14 @@ class Served:
         parallel: int = 4,
         limits: QueueLimits | None = None,
         before_load: Callable[[], None] = lambda: None,
+        cache_dir: Path | None = None,
         **engine: Any,
     ) -> None:
         self.log: list[dict[str, Any]] = []
         self.service = Service(settings or Settings(), self.log.append)
         self._path, self._engine = path, {"threads": 1} | engine
-        self._options = ServeOptions("tiny", parallel, limits=limits or QueueLimits())
+        self._options = ServeOptions("tiny", parallel, limits=limits or QueueLimits(), cache_dir=cache_dir)
+        self.said: list[str] = []
         self._before_load = before_load
         self._serving = Serving(self.service, Address(port=0, drain_seconds=5), self._load)
         self._thread = threading.Thread(target=self._serving.run, daemon=True)
@@ -42,7 +44,8 @@ class Served:
 
     def _load(self) -> Callable[[], None]:
         self._before_load()
-        return open_service(self.service, Engine(load_model(self._path), **self._engine), self._options)
+        engine = Engine(load_model(self._path), **self._engine)
+        return open_service(self.service, engine, self._options, self.said.append)
 
     def __enter__(self) -> Self:
         self._thread.start()

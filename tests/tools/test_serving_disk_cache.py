@@ -1,0 +1,178 @@
+"""--cache-dir: what a server computed is there for the next one, exact; what is damaged or foreign is not."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid_families import FAMILIES, write_random_family
+from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.serving.prefix_store import BLOCK, PrefixStore, PrefixStoreError, keys
+from powerinfer_tools.serving.session_slots import SessionSlots
+from predicted_models import predicted_split
+from served_models import Served
+from tiny_models import TinyModel, TinySpec, make_tiny_model
+
+PROMPT = [3 + number * 7 % 40 for number in range(2 * BLOCK + 90)]
+ASKED: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "logits_hash": True}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), TinySpec(context=1024))
+
+
+def ask(path: Path, folder: Path, prompt: list[int] = PROMPT, **more: Any) -> tuple[int, str, str]:
+    """Tokens from the cache, text and hash of a server that is started for this, and ended."""
+    with Served(path, cache_dir=folder, **more) as served:
+        answer = served.ready().complete(prompt, **ASKED)
+    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return cached, answer["choices"][0]["text"], answer["logits_hash"][0]
+
+
+@pytest.fixture
+def filled(tiny: TinyModel, tmp_path: Path) -> tuple[Path, tuple[int, str, str]]:
+    """A folder with the blocks of the prompt, and the answer."""
+    folder = tmp_path / "cache"
+    first = ask(tiny.path, folder)
+    assert first[0] == 0
+    return folder, first
+
+
+def test_the_next_server_has_what_this_one_computed(
+    tiny: TinyModel, filled: tuple[Path, tuple[int, str, str]]
+) -> None:
+    folder, first = filled
+    assert len(list(folder.iterdir())) == 2
+    assert ask(tiny.path, folder) == (2 * BLOCK, *first[1:])
+    shorter = ask(tiny.path, folder, PROMPT[: BLOCK + 1])
+    assert shorter[0] == BLOCK
+    other = [*PROMPT[:BLOCK], 5, *PROMPT[BLOCK:]]
+    assert ask(tiny.path, folder, other)[0] == BLOCK
+    assert ask(tiny.path, folder, [9, *PROMPT])[0] == 0
+
+
+@pytest.mark.parametrize("name", ["q8_0", "predicted"])
+def test_other_caches_and_modes(tmp_path: Path, name: str) -> None:
+    if name == "predicted":
+        _, path, _ = predicted_split(tmp_path, context=1024)
+        more: dict[str, Any] = {"mode": "predicted"}
+    else:
+        path = make_tiny_model(tmp_path, TinySpec(context=1024, head_dim=32)).path
+        more = {"kv_type": "q8_0"}
+    first = ask(path, tmp_path / "cache", **more)
+    assert ask(path, tmp_path / "cache", **more) == (2 * BLOCK, *first[1:])
+    assert ask(path, tmp_path / "cache", **(more | {"kv_type": "f16"}))[0] == (2 * BLOCK) * (name != "q8_0")
+
+
+def damage(path: Path, folder: Path, kind: str) -> None:
+    data = bytearray(path.read_bytes())
+    match kind:
+        case "shorter":
+            path.write_bytes(data[:-1])
+        case "longer":
+            path.write_bytes(data + b"x")
+        case "flipped":
+            data[-1] ^= 1
+            path.write_bytes(data)
+        case "head":
+            data[20] ^= 1
+            path.write_bytes(data)
+        case "tokens":  # with a hash that fits: not the text of its key
+            ids = bytes(data[88 : 88 + 4 * BLOCK][::-1])
+            block = data[88 + 4 * BLOCK :]
+            path.write_bytes(bytes(data[:56]) + hashlib.sha256(ids + block).digest() + ids + bytes(block))
+        case "renamed":
+            (other,) = [each for each in folder.iterdir() if each != path]
+            path.write_bytes(other.read_bytes())
+        case "link":
+            path.rename(folder.parent / "elsewhere")
+            path.symlink_to(folder.parent / "elsewhere")
+        case "pipe":
+            path.unlink()
+            os.mkfifo(path)
+        case "folder":
+            path.unlink()
+            path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "kind", ["shorter", "longer", "flipped", "head", "tokens", "renamed", "link", "pipe", "folder"]
+)
+def test_what_is_damaged_is_not_used(
+    tiny: TinyModel, filled: tuple[Path, tuple[int, str, str]], kind: str
+) -> None:
+    folder, first = filled
+    identity_free = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    damage(identity_free[0], folder, kind)
+    cached, *answer = ask(tiny.path, folder)
+    assert (cached, tuple(answer)) == (0, first[1:])
+
+
+def test_another_model_or_context_has_blocks_of_its_own(
+    tiny: TinyModel, filled: tuple[Path, tuple[int, str, str]], tmp_path: Path
+) -> None:
+    folder, _ = filled
+    (tmp_path / "other").mkdir()
+    other = make_tiny_model(tmp_path / "other", TinySpec(context=1024, seed=5)).path
+    assert ask(other, folder)[0] == 0
+    assert ask(tiny.path, folder, context=900)[0] == 0
+
+
+def test_the_folder_has_a_size(tmp_path: Path) -> None:
+    store = PrefixStore(tmp_path / "cache", 3 * 2000)
+    tokens = list(range(BLOCK))
+    made = [next(keys(bytes([number]), tokens)) for number in range(4)]
+    for key in made[:3]:
+        store.put(key, tokens, b"x" * 800)
+    assert store.get(made[0], tokens, 800) == b"x" * 800
+    store.put(made[3], tokens, b"x" * 800)
+    assert [key in store for key in made] == [True, False, True, True]
+    assert store.nbytes == sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 6000
+    assert [key in PrefixStore(tmp_path / "cache", 2 * 2000) for key in made] == [True, False, False, True]
+    store.put(made[1], tokens, b"x" * 10_000)
+    assert made[1] not in store
+
+
+def test_folders_that_cannot_be_used(tiny: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PrefixStoreError, match="file"):
+        PrefixStore(tmp_path / "file", 1 << 20)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(PrefixStoreError, match="others may write there"):
+        PrefixStore(tmp_path / "open", 1 << 20)
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left/.x.prefix.partial").touch()
+    PrefixStore(tmp_path / "left", 1 << 20)
+    assert list((tmp_path / "left").iterdir()) == []
+
+
+def test_a_full_disk_is_said_once_and_the_server_goes_on(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PrefixStore, "put", refuse)
+    with Served(tiny.path, cache_dir=tmp_path / "cache") as served:
+        served.ready()
+        for first in (5, 6):
+            assert served.complete([first, *PROMPT], **ASKED)["usage"]["completion_tokens"] == 6
+    (said,) = served.said
+    assert "takes no more blocks: [Errno 28] No space left" in said
+
+
+def test_recurrent_families_are_refused(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(write_random_family(tmp_path / "model.gguf", FAMILIES["falcon-h1"]))
+    with Engine(model, threads=1) as engine:
+        assert SessionSlots(engine.weights, engine.session, 1).layout is None
+    monkeypatch.setattr(SessionSlots, "layout", None)
+    with pytest.raises(ModelError, match="--cache-dir: this family has recurrent layers"):
+        Served(tiny.path, cache_dir=tmp_path / "cache")._load()

@@ -36,7 +36,7 @@ def pins(*files: str) -> dict[str, str]:
             if not stated or stated.startswith("-r "):
                 continue
             assert stated.count("==") == 1, f"{file}: {stated!r} pins no exact version"
-            name, version = stated.split("==")
+            name, version = re.sub(r"\[.*\]", "", stated).split("==")
             assert normalised(name) not in pinned, f"{file}: {name} is pinned twice"
             pinned[normalised(name)] = version
     return pinned

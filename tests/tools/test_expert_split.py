@@ -27,12 +27,12 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine import layers as layer_stack
 from powerinfer_tools.engine import memory as memory_limits
 from powerinfer_tools.engine import weights as weights_module
-from powerinfer_tools.engine.hot import expert_placement, opening
+from powerinfer_tools.engine.hot import expert_sizes, opening
 from powerinfer_tools.engine.hot.experts import HotExperts
+from powerinfer_tools.engine.hot.placement import Workload, experts_of, units_size
 from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, PlanError, ProfileError
 from powerinfer_tools.inspect.describe import describe
-from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
 from powerinfer_tools.model.shapes import shape_of_model
@@ -251,12 +251,10 @@ def test_memory_is_allocated_up_front_within_the_budget(
     quantised: PreparedExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(everything_hot(quantised))
-    layers = [layer.ffn for layer in model.layers if isinstance(layer.ffn, ExpertsFFN)]
-    widths = expert_placement.widths_of(layers, quantised.routing.used)
-    whole = expert_placement.hot_size(layers, expert_placement.planned(layers), widths, 4)
+    whole = units_size(model, opening.planned_units(model), Workload(4, 16))
     shape = shape_of_model(load_model(quantised.tiny.path))
     assert whole.scratch == memory.gpu_scratch_bytes(shape, 4)
-    one = expert_placement.expert_size(layers[0])
+    one = expert_sizes.expert_size(experts_of(model)[0])
     assert whole.weights == one * quantised.routing.experts * quantised.layers
     gpu = FakeGpu(free=1 << 30)
     on(monkeypatch, gpu)
@@ -281,10 +279,9 @@ def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
     with pytest.raises(HardwareError, match="--vram 201 MiB: the GPU has 200 MiB free"):
         Engine(load_model(path), threads=1, device="cuda", vram=201 * MIB)
     assert not gpu.asked
-    layers = [layer.ffn for layer in load_model(path).layers if isinstance(layer.ffn, ExpertsFFN)]
-    widths = expert_placement.widths_of(layers, shared.routing.used)
-    scratch = expert_placement.hot_size(layers, expert_placement.planned(layers), widths, 4).scratch
-    room = 2 * expert_placement.shared_size(layers[0])
+    model = load_model(path)
+    scratch = units_size(model, opening.planned_units(model), Workload(4, 16)).scratch
+    room = 2 * expert_sizes.shared_size(experts_of(model)[0])
     on(monkeypatch, FakeGpu(free=MARGIN + budget_for(scratch + room)))
     engine = Engine(load_model(path), threads=1, device="cuda", batch=4, context=16)
     # Shared experts, which every token takes, go last.

@@ -17,7 +17,7 @@ from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot.devices import DeviceLost
-from powerinfer_tools.engine.hot.expert_placement import expert_size, shared_size
+from powerinfer_tools.engine.hot.expert_sizes import expert_size, shared_size
 from powerinfer_tools.engine.hot.opening import planned_units
 from powerinfer_tools.engine.hot.placement import Workload, attention_bytes, experts_of, units_size
 from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for

@@ -15,7 +15,7 @@ from powerinfer_tools.stages.plan import PlanRequest, expert_verification, make_
 from powerinfer_tools.stages.plan.costs import Machine
 from powerinfer_tools.stages.plan.expert_verification import ExpertGrid, Text
 from powerinfer_tools.stages.plan.verification import verify
-from powerinfer_tools.stages.plan.verification_rows import BATCH, PROMPT
+from powerinfer_tools.stages.plan.verification_rows import BATCH, PROMPT, vram_of
 from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from tiny_models import CASES, make_tiny_model
 
@@ -132,7 +132,7 @@ def test_budgets_place_the_experts_that_a_row_says(case: str, tmp_path: Path) ->
     split = prepared.split([count] * prepared.layers, [False] * prepared.layers if shared else None)
     for hot in (1, 2, count - 1):
         model = load_model(split)
-        budget = expert_verification._vram(model, hot)
+        budget = vram_of(model, hot)
         engine = Engine(model, threads=1, context=64, batch=BATCH, device="cpu", vram=budget)
         try:
             side = engine.stack._hot

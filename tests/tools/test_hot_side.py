@@ -18,7 +18,7 @@ from meetings import Meeting
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot import devices, opening
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, HotFFN
-from powerinfer_tools.engine.hot.placement import hot_size
+from powerinfer_tools.engine.hot.placement import Workload, units_size
 from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import HardwareError
@@ -137,9 +137,8 @@ def test_memory_is_allocated_up_front_within_the_budget(
 ) -> None:
     path = quantised.split([quantised.neurons] * quantised.layers)
     model = load_model(path)
-    assert model.split is not None
-    layers = [model.split.layer(index) for index in range(quantised.layers)]
-    budget = budget_for(hot_size(layers, [quantised.neurons] * quantised.layers, 4).total * 2 // 3)
+    whole = units_size(model, opening.planned_units(model), Workload(4, 16)).total
+    budget = budget_for(whole * 2 // 3)
     gpu = FakeGpu(free=1 << 30)
     on(monkeypatch, gpu)
     engine = Engine(model, threads=1, device="cuda", vram=budget, batch=4, context=16)

@@ -3,6 +3,8 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,10 +104,13 @@ def test_memory_agrees_with_the_engines_own_counts() -> None:
 
     assert memory.HEAD_ROWS == sizes.HEAD_ROWS == HEAD_ROWS
 
-    class Layer:
-        neuron_bytes, width, neurons = NEURON, 256, 512
-
-    size = placement.hot_size([Layer()] * 4, [512] * 4, 512)  # type: ignore[list-item]
+    layer = SimpleNamespace(neuron_bytes=NEURON, predictor=None)
+    model: Any = SimpleNamespace(
+        hyper=SimpleNamespace(routing=None, width=256, neurons=512, layers=4),
+        split=SimpleNamespace(layers=[layer] * 4),
+    )
+    size = placement.FFNSizes.of(model, 512).size([512] * 4, [False] * 4, [False] * 4)
+    assert size.weights == 4 * 512 * NEURON
     assert size.scratch == memory.gpu_scratch_bytes(shape(), 512) == GPU_SCRATCH
 
 

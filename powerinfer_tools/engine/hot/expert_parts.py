@@ -6,9 +6,8 @@ from functools import cached_property
 import torch
 
 from powerinfer_kernels.triton_layout import PLANAR_TYPES
-from powerinfer_tools.engine.hot import expert_placement
+from powerinfer_tools.engine.hot import expert_sizes
 from powerinfer_tools.engine.hot.devices import Device
-from powerinfer_tools.engine.hot.expert_placement import HotCounts
 from powerinfer_tools.engine.hot.experts import (
     Dispatch,
     ExpertScratch,
@@ -20,7 +19,7 @@ from powerinfer_tools.engine.hot.experts import (
 )
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, PartRows
 from powerinfer_tools.engine.hot.loading import Form
-from powerinfer_tools.engine.hot.placement import HotUnits
+from powerinfer_tools.engine.hot.placement import HotCounts, HotUnits
 from powerinfer_tools.engine.hot.products import Product
 from powerinfer_tools.engine.hot.routes import SHARED
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
@@ -48,7 +47,7 @@ class ExpertParts:
         self._layers, self._hyper, self._units, self._tokens = layers, hyper, units, tokens
         self._form, self._device, self._chunk, self._memory = form, device, chunk, form.memory
         self._routing = hyper.routing
-        self._widths = expert_placement.widths_of(layers, hyper.routing.used)
+        self._widths = expert_sizes.widths_of(layers, hyper.routing.used)
 
     def take_all(self) -> None:
         """Take the memory of everything, in a fixed order."""
@@ -114,7 +113,7 @@ class ExpertParts:
             self._layers, self._units.experts, self._units.attention, strict=True
         ):
             if moved == there and (counts or moved):
-                found |= {weight.row_type.is_float for weight in expert_placement.products_of(layer)}
+                found |= {weight.row_type.is_float for weight in expert_sizes.products_of(layer)}
             if moved and there:
                 found |= {weight.row_type.is_float for weight in routers_of(layer)}
         return found
@@ -180,5 +179,5 @@ def routers_of(layer: ExpertsFFN) -> list[Weight]:
 
 def chunk_floats(layers: Sequence[ExpertsFFN], used: int) -> int:
     """Flat space that unpacked rows of experts need."""
-    widths = expert_placement.widths_of(layers, used)
-    return expert_placement.scratch_floats(widths, 1)["chunk"]
+    widths = expert_sizes.widths_of(layers, used)
+    return expert_sizes.scratch_floats(widths, 1)["chunk"]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from powerinfer_tools.engine.hot import HotSide, expert_placement
+from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot.assembly import assemble
 from powerinfer_tools.engine.hot.backend import Backend
 from powerinfer_tools.engine.hot.devices import (
@@ -18,7 +18,7 @@ from powerinfer_tools.engine.hot.devices import (
 from powerinfer_tools.engine.hot.executor import TorchHotSide
 from powerinfer_tools.engine.hot.fusing import fusing_problem
 from powerinfer_tools.engine.hot.limits import attention_limit
-from powerinfer_tools.engine.hot.placement import HotUnits, Workload, experts_of, fit, units_size
+from powerinfer_tools.engine.hot.placement import HotUnits, Workload, fit, units_size
 from powerinfer_tools.engine.hot.sizes import MARGIN, overhead
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.model.loading import Model
@@ -136,12 +136,15 @@ def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotU
     here = attention_limit(model) is None
     attention = tuple(device == "gpu" and here for device in devices.attention)
     predictors = tuple(device == "gpu" and i in predicted for i, device in enumerate(devices.predictor))
-    head = devices.head == "gpu"
     assert model.split is not None
-    routed = model.hyper.routing is not None
-    neurons = () if routed else model.split.hot_neurons
-    experts = expert_placement.planned(experts_of(model)) if routed else ()
-    return HotUnits(neurons, attention, predictors, head, experts)
+    return HotUnits(
+        hot=tuple(units.hot for units in model.split.units),
+        attention=attention,
+        predictors=predictors,
+        head=devices.head == "gpu",
+        routed=model.hyper.routing is not None,
+        shared=tuple(units.shared_hot for units in model.split.units),
+    )
 
 
 def _limits(model: Model) -> list[str]:
@@ -158,12 +161,8 @@ def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, asked: b
     only_ffns = (units.attention, units.head) == (planned.attention, planned.head)
     if units == planned or limit is None or (asked and only_ffns):
         return []
-    parts = [f"{sum(units.neurons)} of the plan's {sum(planned.neurons)} hot neurons"]
-    if planned.experts:
-        found, wanted = (
-            sum(counts.experts + counts.shared for counts in some.experts) for some in (units, planned)
-        )
-        parts = [f"{found} of the plan's {wanted} hot experts"]
+    fit_there, wanted = (sum(some.hot) + sum(some.shared) for some in (units, planned))
+    parts = [f"{fit_there} of the plan's {wanted} hot {'experts' if units.routed else 'neurons'}"]
     if units.attention != planned.attention:
         parts.append(f"{sum(units.attention)} of its {sum(planned.attention)} attention blocks")
     if units.head != planned.head:

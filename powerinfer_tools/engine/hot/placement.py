@@ -1,11 +1,11 @@
 """What of a model is on the hot device: what the plan says, or less where memory is short."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import mul
+from typing import Self
 
-from powerinfer_formats.split import SplitLayer
-from powerinfer_tools.engine.hot import expert_placement, sizes
-from powerinfer_tools.engine.hot.expert_placement import HotCounts
+from powerinfer_tools.engine.hot import expert_sizes, sizes
 from powerinfer_tools.engine.hot.sizes import HotSize, Widths
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.hyperparameters import Hyperparameters
@@ -29,38 +29,108 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class HotUnits:
-    """What is on the hot device: the first ``neurons`` of each layer, the attention blocks of some, the
-    ``predictors`` of some that have neurons there, and the output norm with the head or not. Of a mixture of
-    experts, ``experts`` of each layer instead of neurons; attention takes the router along."""
+class HotCounts:
+    """Of one layer: how many of its hottest experts are hot, and whether the shared one is."""
 
-    neurons: tuple[int, ...]
+    experts: int
+    shared: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.experts) or self.shared
+
+
+@dataclass(frozen=True)
+class HotUnits:
+    """What is on the hot device: the first ``hot`` neurons of each layer, or of its experts where ``routed``,
+    and ``shared``, the expert that every token takes, of some; the attention blocks of some, which take the
+    router along; the ``predictors`` of some that have neurons there; and the output norm with the head or
+    not."""
+
+    hot: tuple[int, ...]
     attention: tuple[bool, ...]
     predictors: tuple[bool, ...]
     head: bool = False
-    experts: tuple[HotCounts, ...] = ()
+    routed: bool = False
+    shared: tuple[bool, ...] = ()
+
+    @classmethod
+    def only(cls, hot: Sequence[int], *, routed: bool) -> Self:
+        """So many neurons, or experts, of each layer, and nothing else."""
+        none = (False,) * len(hot)
+        return cls(tuple(hot), none, none, routed=routed, shared=none)
+
+    @property
+    def neurons(self) -> tuple[int, ...]:
+        """Hot neurons of each layer; none of a mixture of experts."""
+        return () if self.routed else self.hot
+
+    @property
+    def experts(self) -> tuple[HotCounts, ...]:
+        """Hot experts of each layer of a mixture."""
+        return tuple(map(HotCounts, self.hot, self.shared)) if self.routed else ()
 
     def names(self, layer: int) -> bool:
         """Whether the predictor of ``layer`` is there. It speaks for hot neurons first: without any, the host
         predicts for itself."""
-        return self.predictors[layer] and self.neurons[layer] > 0
-
-    def __bool__(self) -> bool:
-        return any(self.neurons) or any(self.experts) or any(self.attention) or self.head
+        return self.predictors[layer] and self.hot[layer] > 0
 
     @property
-    def without_ffns(self) -> "HotUnits":
+    def without_ffns(self) -> Self:
         """The same with all neurons, or experts, on the CPU."""
-        none = (HotCounts(0, shared=False),) * len(self.experts)
-        return replace(self, neurons=(0,) * len(self.neurons), experts=none)
+        return replace(self, hot=(0,) * len(self.hot), shared=(False,) * len(self.shared))
+
+    def __bool__(self) -> bool:
+        return any(self.hot) or any(self.shared) or any(self.attention) or self.head
 
 
-def hot_size(layers: Sequence[SplitLayer], hot: Sequence[int], tokens: int) -> HotSize:
-    """Bytes for the first ``hot[i]`` neurons of every layer and batches of up to ``tokens`` tokens."""
-    weights = sum(layer.neuron_bytes * count for layer, count in zip(layers, hot, strict=True))
-    if not weights:
-        return HotSize(0, 0)
-    return HotSize(weights, sizes.neuron_scratch_bytes(layers[0].width, max(hot), tokens))
+@dataclass(frozen=True)
+class FFNSizes:
+    """Bytes of the FFNs of a split file on the hot device, by layer: of ``each`` neuron, or expert, of the
+    expert that every token takes and of the predictor; ``scratch`` of a layer with so many hot neurons, or
+    experts, and of predictors."""
+
+    each: tuple[int, ...]
+    shared: tuple[int, ...]
+    predictors: tuple[int, ...]
+    scratch: Callable[[int], int]
+    predictor_scratch: int
+    routed: bool
+
+    @classmethod
+    def of(cls, model: Model, tokens: int) -> Self:
+        """For batches of up to ``tokens`` tokens."""
+        hyper, split, none = model.hyper, model.split, (0,) * model.hyper.layers
+        assert split is not None
+        if hyper.routing is None:
+            return cls(
+                each=tuple(layer.neuron_bytes for layer in split.layers),
+                shared=none,
+                predictors=tuple(layer.predictor.nbytes if layer.predictor else 0 for layer in split.layers),
+                scratch=lambda most: sizes.neuron_scratch_bytes(hyper.width, most, tokens),
+                predictor_scratch=sizes.predictor_scratch_bytes(hyper.width, hyper.neurons, tokens),
+                routed=False,
+            )
+        experts = experts_of(model)
+        scratch = expert_sizes.scratch_bytes(expert_sizes.widths_of(experts, hyper.routing.used), tokens)
+        return cls(
+            each=tuple(map(expert_sizes.expert_size, experts)),
+            shared=tuple(map(expert_sizes.shared_size, experts)),
+            predictors=none,
+            scratch=lambda most: scratch,
+            predictor_scratch=0,
+            routed=True,
+        )
+
+    def size(self, hot: Sequence[int], shared: Sequence[bool], predictors: Sequence[bool]) -> HotSize:
+        """Of the first ``hot`` of each layer and of the experts in ``shared``; with the ``predictors`` of
+        layers that have some."""
+        weights = sum(map(mul, self.each, hot)) + sum(map(mul, self.shared, shared))
+        if not weights:
+            return HotSize(0, 0)
+        named = [count > 0 and there for count, there in zip(hot, predictors, strict=True)]
+        scratch = self.scratch(max(hot)) + (self.predictor_scratch if any(named) else 0)
+        more = sum(map(mul, self.predictors, named))
+        return HotSize(weights + more, scratch, experts=weights if self.routed else 0)
 
 
 def experts_of(model: Model) -> list[ExpertsFFN]:
@@ -71,7 +141,7 @@ def experts_of(model: Model) -> list[ExpertsFFN]:
 def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
     """Bytes for ``units`` of a split file."""
     hyper, widths = model.hyper, widths_of(model.hyper)
-    size = _ffn_size(model, units, work)
+    size = FFNSizes.of(model, work.tokens).size(units.hot, units.shared, units.predictors)
     weights, scratch, cache = size.weights, size.scratch, 0
     moved = [layer for layer, there in zip(model.layers, units.attention, strict=True) if there]
     if moved:
@@ -87,23 +157,6 @@ def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
     return HotSize(weights, scratch, cache, size.experts)
 
 
-def _ffn_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
-    """Bytes for neurons with their predictors, or for experts."""
-    hyper = model.hyper
-    if hyper.routing is not None:
-        layers = experts_of(model)
-        widths = expert_placement.widths_of(layers, hyper.routing.used)
-        return expert_placement.hot_size(layers, units.experts, widths, work.tokens)
-    assert model.split is not None
-    size = hot_size(model.split.layers, units.neurons, work.tokens)
-    predictors = [layer.predictor for layer in model.split.layers if units.names(layer.index)]
-    if not predictors:
-        return size
-    weights = sum(predictor.nbytes for predictor in predictors if predictor is not None)
-    scratch = sizes.predictor_scratch_bytes(hyper.width, hyper.neurons, work.tokens)
-    return HotSize(size.weights + weights, size.scratch + scratch)
-
-
 def widths_of(hyper: Hyperparameters) -> Widths:
     """What scratch memory depends on."""
     return Widths(hyper.width, hyper.query_width, hyper.kv_width, hyper.heads, hyper.vocabulary)
@@ -116,7 +169,7 @@ def attention_bytes(layer: LayerWeights) -> int:
     matrices = (w.query, w.key, w.value, w.output)
     vectors = (w.norm, w.query_bias, w.key_bias, w.value_bias, w.output_bias, w.query_norm, w.key_norm)
     others = (w.post_norm, layer.ffn_norm, layer.ffn_down_bias, layer.ffn_post_norm)
-    router = expert_placement.router_size(layer.ffn) if isinstance(layer.ffn, ExpertsFFN) else 0
+    router = expert_sizes.router_size(layer.ffn) if isinstance(layer.ffn, ExpertsFFN) else 0
     return router + sum(part.nbytes for part in (*matrices, *vectors, *others) if part is not None)
 
 
@@ -129,10 +182,11 @@ def rotary_bytes(hyper: Hyperparameters, attention: Sequence[bool], context: int
 def fit(model: Model, planned: HotUnits, limit: int | None, work: Workload) -> HotUnits:
     """What of ``planned`` fits in ``limit`` bytes (None: all of it).
 
-    Neurons give way first: groups are taken off the layer with the largest hot share, again and again, so
-    that all layers keep similar shares; within a layer the coldest go first, since neurons are sorted. So do
-    experts. Where the rest does not fit without any, the head goes, then attention blocks from the last layer
-    on, until it does; what room is left then is for neurons (or experts) again.
+    Neurons, or experts, give way first: groups of neurons, or single experts, are taken off the layer with
+    the largest hot share, again and again, so that all layers keep similar shares; within a layer the coldest
+    go first, since they are sorted. Then shared experts do, from the last layer on, which every token takes.
+    Where the rest does not fit without any, the head goes, then attention blocks from the last layer on,
+    until it does; what room is left then is for neurons (or experts) again.
     """
     if limit is None:
         return planned
@@ -140,12 +194,7 @@ def fit(model: Model, planned: HotUnits, limit: int | None, work: Workload) -> H
         rest = units_size(model, units.without_ffns, work).total
         if rest <= limit:
             break
-    if model.hyper.routing is None:
-        return replace(units, neurons=_fitting_neurons(model, units, limit, work))
-    layers = experts_of(model)
-    widths = expert_placement.widths_of(layers, model.hyper.routing.used)
-    room = limit - rest
-    return replace(units, experts=expert_placement.fitting(layers, units.experts, room, widths, work.tokens))
+    return _fitting_ffns(model, units, limit - rest, work)
 
 
 def _giving_way(planned: HotUnits) -> Iterator[HotUnits]:
@@ -158,13 +207,17 @@ def _giving_way(planned: HotUnits) -> Iterator[HotUnits]:
         yield units
 
 
-def _fitting_neurons(model: Model, planned: HotUnits, limit: int, work: Workload) -> tuple[int, ...]:
-    """Hot neurons per layer beside all other units."""
+def _fitting_ffns(model: Model, planned: HotUnits, room: int, work: Workload) -> HotUnits:
+    """``planned`` with so many neurons, or experts, that they fit in ``room`` bytes."""
     assert model.split is not None
-    layers, group = model.split.layers, model.split.group
-    hot = list(planned.neurons)
-    while any(hot) and units_size(model, replace(planned, neurons=tuple(hot)), work).total > limit:
-        shares = [count / layer.neurons for count, layer in zip(hot, layers, strict=True)]
+    placed, size = model.split.units, FFNSizes.of(model, work.tokens).size
+    hot, shared = list(planned.hot), list(planned.shared)
+    while (any(hot) or any(shared)) and size(hot, shared, planned.predictors).total > room:
+        shares = [count / len(units.order) for count, units in zip(hot, placed, strict=True)]
         largest = max(range(len(hot)), key=lambda i: (shares[i], i))
-        hot[largest] = max(0, (hot[largest] - 1) // group * group)
-    return tuple(hot)
+        if hot[largest]:
+            group = placed[largest].group
+            hot[largest] = (hot[largest] - 1) // group * group
+        else:
+            shared[max(i for i, there in enumerate(shared) if there)] = False
+    return replace(planned, hot=tuple(hot), shared=tuple(shared))

@@ -25,11 +25,9 @@ from powerinfer_formats.profile import Profile
 from powerinfer_kernels import Pool, RowType, read_bandwidth
 from powerinfer_tools.detect import torch_version
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.hot.expert_placement import HotCounts, hot_size, widths_of
 from powerinfer_tools.engine.observation import counters
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.measure.random_ffns import FEW_LAYERS, FFNLayers, FFNShape
-from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import shape_of_model
@@ -39,13 +37,13 @@ from powerinfer_tools.stages.plan.expert_memory import experts_of
 from powerinfer_tools.stages.plan.experts import mean_seconds
 from powerinfer_tools.stages.plan.frequencies import model_frequencies
 from powerinfer_tools.stages.plan.verification_rows import (
-    BATCH,
     DECODED,
     PROMPT,
     QUANTILE,
     Decoding,
     Verification,
     VerifyRow,
+    vram_of,
 )
 
 _ROUNDS = 4
@@ -137,7 +135,7 @@ class ExpertGrid:
             for _ in range(_ROUNDS):
                 for hot in samples:
                     bench.sample()
-                    vram, device = partial(_vram, hot=hot), "cpu" if hot else "none"
+                    vram, device = partial(vram_of, hot=hot), "cpu" if hot else "none"
                     taken, besides = Decoding(split, "dense", device, vram, self.text.tokens).run(threads)
                     samples[hot] += taken
                     shared += besides
@@ -276,11 +274,3 @@ def _text(model: Model, profile: Profile) -> Text:
         taken = (layer.counts - before[index])[profile.order(index)]
         shares[index, 1:] = np.cumsum(taken) / taken.sum()
     return Text(tuple(tokens[:-1]), shares)
-
-
-def _vram(model: Model, hot: int) -> int:
-    """The budget with which the engine places exactly ``hot`` experts of every layer."""
-    layers = [layer.ffn for layer in model.layers if isinstance(layer.ffn, ExpertsFFN)]
-    assert model.hyper.routing is not None
-    widths = widths_of(layers, model.hyper.routing.used)
-    return hot_size(layers, [HotCounts(hot, shared=False)] * len(layers), widths, BATCH).total

@@ -22,7 +22,6 @@ from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_kernels import Pool, RowType, read_bandwidth
 from powerinfer_tools.detect import torch_version
-from powerinfer_tools.engine.hot.placement import hot_size
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.measure.ffn_speedup import CurveBench
 from powerinfer_tools.measure.random_ffns import FFNShape
@@ -36,11 +35,11 @@ from powerinfer_tools.stages.plan.ffn_levels import FFN, mode_seconds
 from powerinfer_tools.stages.plan.frequencies import model_frequencies
 from powerinfer_tools.stages.plan.offer import predictor_shapes
 from powerinfer_tools.stages.plan.verification_rows import (
-    BATCH,
     QUANTILE,
     Decoding,
     Verification,
     VerifyRow,
+    vram_of,
 )
 
 #: Hot shares of the rows, and of the two splits that the torch CPU device is measured with.
@@ -200,7 +199,4 @@ def _hot_neurons(neurons: int, share: float) -> int:
 
 def _vram(model: Model, share: float) -> int:
     """The budget with which the engine places exactly the hot neurons of ``share`` in every layer."""
-    assert model.split is not None
-    layers = [model.split.layer(index) for index in range(model.hyper.layers)]
-    hot = [_hot_neurons(layer.neurons, share) for layer in layers]
-    return hot_size(layers, hot, BATCH).total
+    return vram_of(model, _hot_neurons(model.hyper.neurons, share))

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.hot.placement import HotUnits, Workload, units_size
 from powerinfer_tools.model.loading import Model, load_model
 
 #: Of a figure's samples, the share that kept within the time that counts.
@@ -112,6 +113,14 @@ class Decoding:
             model.close()
             del engine, model
             gc.collect()  # parts of an engine refer to each other, and the next one needs as much memory
+
+
+def vram_of(model: Model, hot: int) -> int:
+    """The budget with which the engine places exactly ``hot`` neurons, or experts, of every layer of a split
+    file, and nothing else."""
+    routed = model.hyper.routing is not None
+    units = HotUnits.only([hot] * model.hyper.layers, routed=routed)
+    return units_size(model, units, Workload(BATCH, _CONTEXT)).total
 
 
 def _ffn_seconds(engine: Engine) -> float:

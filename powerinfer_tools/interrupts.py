@@ -45,8 +45,9 @@ def deferred_interrupts() -> Iterator[Interrupts]:
 
 
 def guard_mapped_files(code: int) -> None:
-    """From now on, a mapped file that another program shortens ends the process when it is read, with exit code
-    ``code`` and a line that names it. What was being written is incomplete and never gets its final name."""
+    """From now on, a mapped file that another program shortens ends the process when it is read, with exit
+    code ``code`` and a line that names it. What was being written is incomplete and never gets its final
+    name."""
     from powerinfer_kernels import guard_mapped_files as guard
 
     guard(code)

@@ -23,6 +23,16 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Real:
+    """A number of config.json: GGUF ``key`` (below the architecture's prefix) ← ``name``, or ``default``;
+    where that is 0, the key is left out."""
+
+    key: str
+    name: str
+    default: float
+
+
+@dataclass(frozen=True)
 class Rule:
     """GGUF tensor ``name`` ← tensor ``stored``; "{i}" is the layer in both. Where ``stored`` has "{e}", there
     is one for each expert, and ``name`` is their stack. ``single``: kept in float32, whatever it is stored
@@ -45,7 +55,9 @@ class Family:
     key, name and what it is without being named. ``fixed``: settings of which one
     value is supported (null and absent count as it); ``same``: settings that must equal another; ``reasons``:
     what other values of those would mean. ``ignored``: beginnings of tensor names that no text
-    model needs. ``rotary_share``: the part of a head that is rotated; ``rotary_layers``: the
+    model needs. ``rotary_share``: the part of a head that is rotated, where ``rotary_name`` does not say;
+    ``natively_paired``: values that are rotated together are stored as GGUF has them; ``head_names``: what
+    the head may be called beside ``lm_head.weight``; ``rotary_layers``: the
     list that has a 1 for each layer with rotary positions. ``activations``: names that mean
     something else in this family.
     """
@@ -71,6 +83,10 @@ class Family:
     fixed: tuple[tuple[str, object], ...] = ()
     same: tuple[tuple[str, str], ...] = ()
     reasons: tuple[tuple[str, str], ...] = ()
+    reals: tuple[Real, ...] = ()
+    rotary_name: str = "partial_rotary_factor"
+    natively_paired: bool = False
+    head_names: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -187,7 +187,9 @@ class _Planner:
     def plan(self) -> dict[str, tuple[TensorInfo, _Origin]]:
         """Every tensor by its name in GGUF. Raises FormatError."""
         own_head = not self.shape.tied or self._differing_head()
-        for rule in (*self.family.rules, *((_OUTPUT,) if own_head else ())):
+        names = [name for name in self.family.head_names if name in self.weights.tensors]
+        head = replace(_OUTPUT, stored=names[0]) if names else _OUTPUT
+        for rule in (*self.family.rules, *((head,) if own_head else ())):
             for index in range(self.shape.layers) if "{i}" in rule.name else (0,):
                 self._place(rule, index)
         factors = self.shape.rope.factors

@@ -41,10 +41,15 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
             metadata.add(f"{prefix}.{setting.key}", sizes[setting.key], ValueType.UINT32)
     for key, name, default in family.flags:
         metadata.add(f"{prefix}.{key}", config.flag(name, default))
+    for real in family.reals:
+        value = config.real(real.name, real.default, low=-1e6, high=1e6)
+        if value:
+            metadata.add(f"{prefix}.{real.key}", value, ValueType.FLOAT32)
     heads = _heads(config, sizes)
     _add_norm_eps(metadata, family, config)
-    rope, local = read_rope(config, family.rope_base, family.rotary_share, heads.head_dim)
-    _add_rope(metadata, prefix, rope, heads)
+    share = config.real(family.rotary_name, family.rotary_share, low=0.0, high=1.0)
+    rope, local = read_rope(config, family.rope_base, share, heads.head_dim)
+    _add_rope(metadata, family, rope, heads)
     _add_rotary_layers(metadata, family, config, sizes["block_count"])
     _add_window(metadata, family, config, sizes["block_count"], rope, local)
     _add_scores(metadata, prefix, config, heads)
@@ -98,12 +103,14 @@ def _add_norm_eps(metadata: Metadata, family: Family, config: Config) -> None:
     metadata.add(f"{family.architecture}.attention.{kind}", value, ValueType.FLOAT32)
 
 
-def _add_rope(metadata: Metadata, prefix: str, rope: Rope, heads: HeadShape) -> None:
+def _add_rope(metadata: Metadata, family: Family, rope: Rope, heads: HeadShape) -> None:
+    prefix = family.architecture
     if ARCHITECTURES[prefix].rope_style == "none":
         return
     metadata.add(f"{prefix}.rope.freq_base", rope.base, ValueType.FLOAT32)
     metadata.add(f"{prefix}.rope.dimension_count", rope.dim, ValueType.UINT32)
-    if rope.dim != heads.head_dim and ARCHITECTURES[prefix].rope_style != "neox":
+    whole = rope.dim == heads.head_dim or family.natively_paired
+    if not whole and ARCHITECTURES[prefix].rope_style != "neox":
         raise ModelError(
             f"{metadata.file}: partly rotated heads (partial_rotary_factor) are not supported here"
         )
@@ -130,6 +137,11 @@ def _add_window(
     limited = _limited_layers(family, config, layers)
     if not any(limited):
         return
+    depths = ARCHITECTURES[family.architecture].windowed_depths
+    if depths and layers not in depths:
+        raise ModelError(
+            f"{config.file}: sliding windows in models of {layers} layers are not supported here"
+        )
     window = config.integer("sliding_window", family.window, high=1 << 31)
     base = local if local is not None else rope
     if base.scaled:
@@ -170,7 +182,9 @@ def _add_scores(metadata: Metadata, prefix: str, config: Config, heads: HeadShap
 
 
 def _add_activation(metadata: Metadata, family: Family, config: Config) -> None:
-    name = config.text(family.activation_name, config.text("hidden_act", family.activation))
+    name = config.text("hidden_act", family.activation)
+    if family.activation_name:
+        name = config.text(family.activation_name, name)
     known = {**ACTIVATIONS, **dict(family.activations)}
     if name not in known:
         raise ModelError(

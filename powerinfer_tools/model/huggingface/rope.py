@@ -9,7 +9,7 @@ import numpy.typing as npt
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.huggingface.config import Config
 
-SUPPORTED = "default, linear, llama3"
+SUPPORTED = "default, linear, dynamic, llama3"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def _rotated(config: Config, new: Config, share: float, head_dim: int) -> int:
 def _rope(config: Config, section: Config, base: float, dim: int) -> Rope:
     base = section.real("rope_theta", base, low=1.0, high=1e12)
     kind = section.text("rope_type", section.text("type", "default"))
-    if kind == "default":
+    if kind in ("default", "dynamic"):
+        # Dynamic scaling begins beyond max_position_embeddings, where contexts end here.
         return Rope(base, dim)
     if kind == "linear":
         return Rope(base, dim, linear=section.real("factor", low=1e-6, high=1e6))

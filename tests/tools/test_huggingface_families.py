@@ -1,0 +1,60 @@
+"""Directories of more families, as ``transformers`` writes them for tiny random models: the float64 reference
+over the directory against ``transformers``' own logits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from tiny_folders import FolderCase, make_folder
+
+_HEADS = {"head_dim": 12}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+_WINDOW = {"sliding_window": 7}
+#: Class of ``transformers`` → what its configuration has beside the common sizes.
+CASES: dict[str, dict[str, Any]] = {
+    "Granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "Olmo": {"clip_qkv": 0.9},
+    "Olmo2": {},
+    "Olmo3": _WINDOW,
+    "Exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    "Gemma": _HEADS,
+    "Gemma2": _HEADS | _WINDOW | {"query_pre_attn_scalar": 20},
+    "Phi3": {"pad_token_id": 0},
+    "Starcoder2": {"rope_parameters": _DYNAMIC},
+    "StableLm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    "Cohere": {"logit_scale": 0.3},
+    "Cohere2": _WINDOW | {"logit_scale": 0.3, "num_hidden_layers": 4},
+    "GPTNeoX": {"rotary_pct": 0.5, "use_parallel_residual": True},
+    "Phi": {"partial_rotary_factor": 0.5},
+    "Bloom": {"n_layer": 3, "n_head": 3},
+    "Glm": _HEADS | {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": 0},
+    "Glm4": _HEADS | {"partial_rotary_factor": 0.5, "pad_token_id": 0},
+    "SeedOss": _HEADS,
+    "Ernie4_5": _HEADS,
+    "HunYuanDenseV1": _HEADS,
+    "Jais2": {"hidden_act": "relu2"},
+    "Ministral": _WINDOW | _HEADS,
+}
+#: A few hundred roundings of float32 of the largest logit.
+BOUND = 300 * float(np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("kind", sorted(CASES))
+def test_the_reference_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    folder = make_folder(tmp_path / "model", FolderCase(kind, "gpt2", CASES[kind]))
+    tokens = folder.tokens(24)
+    expected = folder.logits(tokens)
+    got = forward(load_model(folder.path), tokens)
+    assert np.ptp(expected) > 1
+    assert np.abs(got - expected).max() <= BOUND * np.abs(expected).max()

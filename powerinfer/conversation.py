@@ -23,9 +23,9 @@ class Conversation:
     def set_options(self, **options: Unpack[GenerateOptions]) -> None:
         """Generate by these from now on; draws begin anew from their seed. Raises as :meth:`Session.stream`
         does."""
-        made = generation_options(options)
+        checked = generation_options(options)
         self._options = options
-        self._sampler = None if self._is_formed else new_sampler(self._session._tokenizer, made)
+        self._sampler = None if self._is_formed else new_sampler(self._session._tokenizer, checked)
 
     @property
     def system(self) -> str | None:

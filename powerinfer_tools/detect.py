@@ -48,15 +48,15 @@ def available_ram_bytes(root: Path = Path("/")) -> int:
     """Memory that can be had without swapping: in the machine as a whole, and within each cgroup that this
     process is in. 0 where the system won't say; at least 1 where it does."""
     available = _meminfo(root, "MemAvailable")
-    left = [max(1, limit - used) for limit, used in _memory_limits(root)]
-    return min([value for value in (available, *left) if value > 0], default=0)
+    remaining = [max(1, limit - used) for limit, used in _memory_limits(root)]
+    return min([value for value in (available, *remaining) if value > 0], default=0)
 
 
 def chosen_isa() -> str:
     """The instruction set that the kernels will use."""
     available = available_isas()
-    wanted = os.environ.get(ISA_VARIABLE) or available[0]
-    return wanted if wanted in available else f"{wanted} (not available)"
+    isa = os.environ.get(ISA_VARIABLE) or available[0]
+    return isa if isa in available else f"{isa} (not available)"
 
 
 def cores() -> int:

@@ -89,11 +89,11 @@ def _global_options(
 
 def main() -> int:
     """Entry point of the ``powerinfer`` command."""
-    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
     if sys.stdout is None:
         sys.stdout = NoOutput()
     try:
-        create_app((asked,) if asked in COMMANDS else COMMANDS)(prog_name="powerinfer")
+        create_app((name,) if name in COMMANDS else COMMANDS)(prog_name="powerinfer")
     except KeyboardInterrupt:  # before the command began, or while it ended
         return INTERRUPTED
     except SystemExit as ended:

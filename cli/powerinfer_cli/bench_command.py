@@ -132,13 +132,13 @@ def check_choice(
     files: list[str] | None, model: opt.ModelChoice, synthetic: opt.Synthetic, mode: opt.Mode
 ) -> None:
     """One thing to measure, and no option that would be ignored."""
-    given = {
+    options = {
         "FILE": files or None,
         "--model": model.given,
         "--shape": synthetic.shape,
         "--ffn": synthetic.ffn,
     }
-    chosen = [name for name, value in given.items() if value is not None]
+    chosen = [name for name, value in options.items() if value is not None]
     if len(chosen) > 1:
         raise typer.BadParameter(f"choose one of {' and '.join(chosen)}", param_hint=chosen[-1])
     for name, value in {"--density": synthetic.density, "--type": synthetic.row_type}.items():

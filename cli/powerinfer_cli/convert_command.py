@@ -149,13 +149,15 @@ def write_original(
     """Export a model, and say what came of it."""
     if quant not in ("auto", "F16", "Q4_0"):
         raise typer.BadParameter("with --format powerinfer: F16 or Q4_0", param_hint="--quant")
-    made = None if all_active else stage_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
+    predictors_path = (
+        None if all_active else stage_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
+    )
     records = None if all_active else optional_input(trace, source, TRACE_SUFFIX, made_by="profile")
     path = output_file(output, source, ORIGINAL_SUFFIX)
     from powerinfer_tools.stages.original.export import ExportOptions, export
 
     chosen = None if quant == "auto" else quant
-    report = export(ExportOptions(source, path, made, records, chosen), progress())
+    report = export(ExportOptions(source, path, predictors_path, records, chosen), progress())
     show_export(report, as_json=as_json)
 
 

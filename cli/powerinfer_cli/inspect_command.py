@@ -121,9 +121,9 @@ def show_tokens(model: Path, text: str, *, with_bos: bool, parse_special: bool, 
     from powerinfer_tools.model.sources import open_source
     from powerinfer_tools.text import Tokenizer
 
-    given = read_text(Path("-")) if text == "-" else text
+    content = read_text(Path("-")) if text == "-" else text
     tokenizer = Tokenizer.from_gguf(open_source(find_model(model)))
-    ids = tokenizer.encode(given, add_bos=None if with_bos else False, parse_special=parse_special)
+    ids = tokenizer.encode(content, add_bos=None if with_bos else False, parse_special=parse_special)
     if as_json:
         emit_json({"ids": ids})
     else:

@@ -161,10 +161,10 @@ def command(
     if verify and source is not None and measured is not None:
         from powerinfer_tools.stages.plan.verification import verify as compare
 
-        found = compare(
+        comparison = compare(
             source, measured, plan, predictors=predictors, threads=common.threads, progress=progress()
         )
-        show_verification(found, as_json=common.json)
+        show_verification(comparison, as_json=common.json)
         return
     if path is not None:
         plan.save(path)

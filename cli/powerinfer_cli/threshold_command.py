@@ -70,14 +70,21 @@ def command(
 ) -> None:
     """Choose neurons to leave out within a budget."""
     source = find_model(model)
-    found = stage_input(profile, source, PROFILE_SUFFIX, made_by="profile")
+    profile_path = stage_input(profile, source, PROFILE_SUFFIX, made_by="profile")
     path = output_file(output, source, THRESHOLDS_SUFFIX)
     from powerinfer_cli.engines import read_text
     from powerinfer_tools.stages.threshold import ThresholdOptions, run_threshold
 
     report = run_threshold(
         ThresholdOptions(
-            source, found, read_text(text), path, max_ppl_increase, ctx, windows, threads=common.threads
+            source,
+            profile_path,
+            read_text(text),
+            path,
+            max_ppl_increase,
+            ctx,
+            windows,
+            threads=common.threads,
         ),
         progress(),
     )

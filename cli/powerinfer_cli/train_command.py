@@ -283,11 +283,11 @@ def show(report: "TrainReport", *, as_json: bool) -> None:
 
 def cost_facts(cost: "PredictionCost") -> list[tuple[str, str]]:
     """What predicting costs in quality, and whether that is within what was allowed."""
-    told = f"{cost.increase:+.2%} ({cost.predicted_perplexity:.4f} for {cost.perplexity:.4f})"
+    change = f"{cost.increase:+.2%} ({cost.predicted_perplexity:.4f} for {cost.perplexity:.4f})"
     if cost.max_increase is not None:
         within = cost.increase <= cost.max_increase
-        told += f", {'within' if within else 'above'} the {cost.max_increase:.2%} allowed"
+        change += f", {'within' if within else 'above'} the {cost.max_increase:.2%} allowed"
     return [
-        ("perplexity", f"{told}, over {cost.tokens:,} tokens"),
+        ("perplexity", f"{change}, over {cost.tokens:,} tokens"),
         ("divergence", f"{cost.divergence:.2e} nats a token"),
     ]

@@ -94,17 +94,17 @@ def _encode_elements(
         return _encode_strings(values, what, file)
     if kind is ValueType.ARRAY:
         raise errors.WrongKeyType(file, f"{what}: ARRAY is not the type of a single value")
-    given = np.asarray(values)
-    _check_kind(given, kind, what, file)
-    if given.size == 0:
+    array = np.asarray(values)
+    _check_kind(array, kind, what, file)
+    if array.size == 0:
         return b""
     target = np.dtype(NUMBER_CODES[kind])
     if target.kind == "f":
-        return given.astype(target).tobytes()
+        return array.astype(target).tobytes()
     least, most = (0, 1) if kind is ValueType.BOOL else (int(np.iinfo(target).min), int(np.iinfo(target).max))
-    if int(given.min()) < least or int(given.max()) > most:
+    if int(array.min()) < least or int(array.max()) > most:
         raise errors.BadValue(file, f"{what} holds a value outside {kind.name} ({least} to {most})")
-    return given.astype(target).tobytes()
+    return array.astype(target).tobytes()
 
 
 def _encode_strings(values: Sequence[object] | NDArray[np.generic], what: str, file: str) -> bytes:

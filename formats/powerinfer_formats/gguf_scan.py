@@ -160,8 +160,8 @@ def _check_magic(cursor: _Cursor, magics: Collection[bytes]) -> bytes:
     start = cursor.need(4, "magic bytes")
     magic = bytes(cursor.buffer[start : start + 4])
     if magic not in magics:
-        known = _KNOWN_MAGICS.get(magic)
-        hint = f", which is {known}" if known else ""
+        kind = _KNOWN_MAGICS.get(magic)
+        hint = f", which is {kind}" if kind else ""
         raise errors.BadMagic(cursor.file, f"is not a GGUF file: it starts with {magic!r}{hint}, not b'GGUF'")
     return magic
 

@@ -122,10 +122,10 @@ class GGUFWriter:
             data = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
         else:
             data = memoryview(piece).cast("B")
-        left = pending[0].nbytes - self._written
-        if data.nbytes > left:
+        missing_bytes = pending[0].nbytes - self._written
+        if data.nbytes > missing_bytes:
             raise errors.WriteOrder(
-                self.path, f"tensor {name!r}: {data.nbytes} bytes handed over, {left} are still due"
+                self.path, f"tensor {name!r}: {data.nbytes} bytes handed over, {missing_bytes} are still due"
             )
         stream.write(data)
         self._written += data.nbytes

@@ -152,10 +152,10 @@ class HardwareProfile:
         if document.pop("format", None) != "powerinfer-hardware":
             raise BadDocument(file, 'is not a hardware profile: format = "powerinfer-hardware" is missing')
         if version not in _READ or type(version) is not int:
-            known = " and ".join(map(str, _READ))
+            versions = " and ".join(map(str, _READ))
             raise UnsupportedVersion(
                 file,
-                f"is a hardware profile of version {version!r}, {known} are read; measure again with "
+                f"is a hardware profile of version {version!r}, {versions} are read; measure again with "
                 "powerinfer doctor --measure",
             )
         profile = RecordReader(file).read(cls, document)
@@ -231,15 +231,15 @@ def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
         not_negative(curve, path, "overhead_seconds")
         for name in ("gate_type", "up_type", "down_type"):
             kind = getattr(curve, name)
-            known = kind in TensorType.__members__ or (name == "gate_type" and kind == NO_GATE)
-            require(known, f"{path}.{name}", f"is {kind!r}, not a known row type")
+            valid = kind in TensorType.__members__ or (name == "gate_type" and kind == NO_GATE)
+            require(valid, f"{path}.{name}", f"is {kind!r}, not a known row type")
         _check_densities(f"{path}.densities", curve.densities, file)
         for name in ("gate_first_bytes_per_s", "predicted_bytes_per_s"):
             _check_rates(f"{path}.{name}", getattr(curve, name), curve.densities, file)
     for index, rate in enumerate(profile.kernel):
         path = f"kernel[{index}]"
-        known = rate.row_type in TensorType.__members__
-        require(known, f"{path}.row_type", f"is {rate.row_type!r}, not a known row type")
+        valid = rate.row_type in TensorType.__members__
+        require(valid, f"{path}.row_type", f"is {rate.row_type!r}, not a known row type")
         positive(rate, path, "products_bytes_per_s", "sums_bytes_per_s")
     for index, spread in enumerate(profile.spread):
         path = f"spread[{index}]"

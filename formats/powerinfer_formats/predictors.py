@@ -204,13 +204,13 @@ def _take(reader: SafetensorsReader, header: PredictorsHeader, index: int) -> La
     info = header.layers[index]
     if info.kind == "none":
         return None
-    made = _KINDS[info.kind]
+    cls = _KINDS[info.kind]
     arrays = [
-        reader.take(_name(index, name), *tensor) for name, tensor in made.tensors(header, info.rank).items()
+        reader.take(_name(index, name), *tensor) for name, tensor in cls.tensors(header, info.rank).items()
     ]
     if not all(np.isfinite(array).all() for array in arrays):
         raise errors.BadValue(reader.path, f"the predictor of layer {index} has values that are not finite")
-    return made(*arrays)
+    return cls(*arrays)
 
 
 def _name(layer: int, kind: str) -> str:

@@ -79,16 +79,16 @@ def _load(path: Path) -> tuple[dict[str, Any], CorpusPosition | None]:
     with open_safetensors(path) as reader:
         document = _parse(reader.document(), path)
         _check_document(document, path)
-        found = [_take_layer(reader, layer, document) for layer in range(len(document.neurons))]
+        layers = [_take_layer(reader, layer, document) for layer in range(len(document.neurons))]
         thresholds = reader.take("thresholds", "F32", (len(document.neurons),))
         reader.finish()
-    for layer, (sums, counts) in enumerate(found):
+    for layer, (sums, counts) in enumerate(layers):
         _check_sums(document, layer, sums, path)
         _check_derived(document, layer, sums, counts, float(thresholds[layer]), path)
     fields = {
         name: getattr(document, name) for name in vars(document) if name not in ("neurons", "checkpoint")
     }
-    return {**fields, "sums": tuple(sums for sums, _ in found)}, document.checkpoint
+    return {**fields, "sums": tuple(sums for sums, _ in layers)}, document.checkpoint
 
 
 def _parse(text: str, path: Path) -> ProfileDocument:

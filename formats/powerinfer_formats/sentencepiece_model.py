@@ -119,14 +119,14 @@ def _text(data: bytes, index: int, file: str | os.PathLike[str]) -> str:
 
 
 def _model_type(data: bytes, file: str | os.PathLike[str]) -> ModelType:
-    found = 1
+    kind = 1
     for number, value in _fields(data, file):
         if number == _TRAINER_MODEL_TYPE and isinstance(value, int):
-            found = value
+            kind = value
     try:
-        return ModelType(found)
+        return ModelType(kind)
     except ValueError:
-        raise errors.BadValue(file, f"is of model type {found}, known are 1 to 4") from None
+        raise errors.BadValue(file, f"is of model type {kind}, known are 1 to 4") from None
 
 
 def _normalizer(data: bytes, file: str | os.PathLike[str]) -> dict[str, bool]:

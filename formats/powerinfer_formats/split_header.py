@@ -63,9 +63,9 @@ class HeaderReader(KeyReader):
             self.fail(names.KEY_VERSION, f"is {version}, that of models with experts, which this one has not")
         if version == names.VERSION and experts:
             self.fail(names.KEY_VERSION, f"is {version}, that of models without experts; convert again")
-        known = (names.EXPERTS_VERSION,) if experts else (names.VERSION, names.COLUMNS_VERSION)
-        if version not in known:
-            readable = " and ".join(map(str, known)) + (" for models with experts" if experts else "")
+        versions = (names.EXPERTS_VERSION,) if experts else (names.VERSION, names.COLUMNS_VERSION)
+        if version not in versions:
+            readable = " and ".join(map(str, versions)) + (" for models with experts" if experts else "")
             raise errors.UnsupportedVersion(
                 self.gguf.path,
                 f"is a split file of version {version}, this program reads {readable}; convert again",

@@ -70,10 +70,10 @@ class KeyReader:
     def permutation(self, name: str, count: int, what: str) -> NDArray[np.int32]:
         """An order of ``count`` things, ``what`` in words."""
         order = self.gguf.tensor(name, shape=(count,), types={TensorType.I32}).view("<i4")
-        seen = np.zeros(count, np.bool_)
-        seen[order[(order >= 0) & (order < count)]] = True
-        if not seen.all():
-            missing = int(np.flatnonzero(~seen)[0])
+        counted = np.zeros(count, np.bool_)
+        counted[order[(order >= 0) & (order < count)]] = True
+        if not counted.all():
+            missing = int(np.flatnonzero(~counted)[0])
             raise errors.NotAPermutation(
                 self.gguf.path,
                 f"tensor {name!r} is not a permutation of {count} {what}: {missing} is missing",

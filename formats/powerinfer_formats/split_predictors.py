@@ -113,14 +113,14 @@ def read_predictor(
     Raises ``MissingTensor``, ``UnexpectedTensor`` (of another kind), ``WrongShape``, ``WrongType`` or
     ``BadValue``.
     """
-    wanted = predictor_names(layer, kind)
+    names = predictor_names(layer, kind)
     for other in PREDICTOR_TENSORS:
         for name in predictor_names(layer, other):
-            if name in gguf.tensors and name not in wanted:
+            if name in gguf.tensors and name not in names:
                 raise errors.UnexpectedTensor(
                     gguf.path, f"has a tensor {name!r}, but the predictor of layer {layer} is {kind!r}"
                 )
-    for name in wanted:
+    for name in names:
         if name not in gguf.tensors:
             raise errors.MissingTensor(
                 gguf.path, f"has no tensor {name!r}, which the predictor of layer {layer} needs"

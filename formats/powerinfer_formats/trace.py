@@ -143,11 +143,11 @@ class TraceFile:
         Raises ``BadFrame`` for records that are damaged.
         """
         header = self.header
-        wanted = range(len(header.chunks)) if chunks is None else chunks
-        inputs = np.empty((sum(header.chunks[chunk] for chunk in wanted), header.width), np.float16)
+        chosen = range(len(header.chunks)) if chunks is None else chunks
+        inputs = np.empty((sum(header.chunks[chunk] for chunk in chosen), header.width), np.float16)
         active = np.empty((len(inputs), header.neurons), np.bool_)
         row = 0
-        for chunk in wanted:
+        for chunk in chosen:
             count = header.chunks[chunk]
             data = self._frame(1 + chunk * header.layers + layer)
             half = 2 * header.width * count

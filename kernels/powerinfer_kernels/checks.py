@@ -18,10 +18,10 @@ def check_array(
 ) -> None:
     """Raises KernelError unless `array` has exactly this type and shape, is C-contiguous and aligned, and,
     where it is `written` to, writable."""
-    wanted = np.dtype(dtype)
-    if not isinstance(array, np.ndarray) or array.dtype != wanted or array.shape != shape:
+    expected = np.dtype(dtype)
+    if not isinstance(array, np.ndarray) or array.dtype != expected or array.shape != shape:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise KernelError(f"{name} must be a {wanted} array of shape {shape}, got {got}")
+        raise KernelError(f"{name} must be a {expected} array of shape {shape}, got {got}")
     if not array.flags.c_contiguous or not array.flags.aligned:
         raise KernelError(f"{name} must be C-contiguous and aligned")
     if written and not array.flags.writeable:

@@ -19,12 +19,12 @@ def choose_isa(isa: str | None = None) -> str:
     """`isa`, else the environment variable POWERINFER_ISA, else the best available one. Raises KernelError,
     with the names that are available, when the wanted one is not."""
     available = available_isas()
-    wanted = isa if isa is not None else os.environ.get(ISA_VARIABLE) or available[0]
-    if wanted not in available:
+    name = isa if isa is not None else os.environ.get(ISA_VARIABLE) or available[0]
+    if name not in available:
         source = "" if isa is not None else f" (from {ISA_VARIABLE})"
         names = ", ".join(available)
-        raise KernelError(f"instruction set {wanted!r}{source} is not available here; available: {names}")
-    return wanted
+        raise KernelError(f"instruction set {name!r}{source} is not available here; available: {names}")
+    return name
 
 
 class Pool:

@@ -183,8 +183,8 @@ class OperationList:
             )
 
     def _check_parts(self, bundle: Bundle, gate: bool = False, up: bool = False, down: bool = False) -> None:
-        wanted = (gate, up, down)
-        for name, kind, needed in zip(("gate", "up", "down"), bundle.types, wanted, strict=True):
+        matrices = (gate, up, down)
+        for name, kind, needed in zip(("gate", "up", "down"), bundle.types, matrices, strict=True):
             if (kind is not None) != needed and (needed or name == "gate"):
                 raise KernelError(f"the bundle {'has no' if needed else 'must not have'} {name} rows")
 

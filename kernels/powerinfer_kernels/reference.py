@@ -139,8 +139,8 @@ def attention(
     for token, head in np.ndindex(q.shape[:2]):
         last = position + token + 1
         first = max(last - window if window else 0, (last - 1) // chunk * chunk if chunk else 0, 0)
-        seen = slice(first, last)
-        scores = keys[seen, head // group] @ q[token, head] * scale
+        visible = slice(first, last)
+        scores = keys[visible, head // group] @ q[token, head] * scale
         if softcap:
             scores = softcap * np.tanh(scores / softcap)
         if slopes is not None:
@@ -148,7 +148,7 @@ def attention(
         sink = -np.inf if sinks is None else sinks[head]
         top = max(scores.max(), sink)
         weights = np.exp(scores - top)
-        out[token, head] = weights / (weights.sum() + np.exp(sink - top)) @ values[seen, head // group]
+        out[token, head] = weights / (weights.sum() + np.exp(sink - top)) @ values[visible, head // group]
     return out
 
 
@@ -178,8 +178,8 @@ def act(gate: Array, kind: str, cut: float = 0.0) -> Array:
             case "softplus":
                 return np.logaddexp(0.0, gate)
             case "swiglu_oai":
-                kept = np.minimum(gate, cut)
-                return np.asarray(kept / (1 + np.exp(-1.702 * kept)))
+                clamped = np.minimum(gate, cut)
+                return np.asarray(clamped / (1 + np.exp(-1.702 * clamped)))
             case _:
                 raise ValueError(f"no activation is called {kind!r}")
     return gate * share

@@ -38,9 +38,9 @@ def route(
     if groups > 1:
         parts = key.reshape(len(key), groups, -1)
         sums = np.sort(parts, axis=2)[:, :, -2:].sum(axis=2)
-        kept = np.argsort(-sums, axis=1, kind="stable")[:, :groups_used]
+        best_groups = np.argsort(-sums, axis=1, kind="stable")[:, :groups_used]
         allowed = np.zeros(sums.shape, bool)
-        np.put_along_axis(allowed, kept, True, axis=1)
+        np.put_along_axis(allowed, best_groups, True, axis=1)
         key = np.where(allowed[:, :, None], parts, -np.inf).reshape(key.shape)
     chosen = np.sort(np.argsort(-key, axis=1, kind="stable")[:, :used], axis=1)
     weights = np.take_along_axis(p, chosen, axis=1)

@@ -95,24 +95,24 @@ def _codes(data: U8, row_type: RowType) -> I64:
 
 def decode(data: U8, row_type: int) -> Blocks:
     """Takes quantised rows, uint8 [rows, row bytes], apart."""
-    known = RowType(row_type)
+    kind = RowType(row_type)
     rows = len(data)
-    stored = data.reshape(rows, -1, block_shape(known)[1])
-    if known in PACKED:
-        return _packed(stored, known)
-    codes = _codes(stored, known).reshape(rows, -1, 2, 16) - _OFFSET.get(known, 0)
+    stored = data.reshape(rows, -1, block_shape(kind)[1])
+    if kind in PACKED:
+        return _packed(stored, kind)
+    codes = _codes(stored, kind).reshape(rows, -1, 2, 16) - _OFFSET.get(kind, 0)
     minimum: F32 | None = None
     sub: I64 | None = None
-    if known in (RowType.Q4_K, RowType.Q5_K):
+    if kind in (RowType.Q4_K, RowType.Q5_K):
         a, b = _six_bit_scales(stored[..., 4:16])
         scale = (_f16(stored, 0)[..., None] * a.astype(np.float32)).reshape(rows, -1)
         minimum = -(_f16(stored, 2)[..., None] * b.astype(np.float32)).reshape(rows, -1)
-    elif known == RowType.Q6_K:
+    elif kind == RowType.Q6_K:
         scale = np.repeat(_f16(stored, 208), 8, axis=1)
         sub = stored[..., 192:208].view(np.int8).astype(np.int64).reshape(rows, -1, 2)
     else:
         scale = _f16(stored, 0)
-        if known in (RowType.Q4_1, RowType.Q5_1):
+        if kind in (RowType.Q4_1, RowType.Q5_1):
             minimum = _f16(stored, 2)
     return Blocks(codes, scale, minimum, sub)
 
@@ -139,10 +139,10 @@ def _packed(stored: U8, row_type: RowType) -> Blocks:
 
 def dequantize(data: U8, row_type: int) -> F32:
     """float32 [rows, columns] of rows uint8 [rows, row bytes], rounded as the format's reference does it."""
-    known = RowType(row_type)
-    if known.is_float:
-        return _float_values(data, known)
-    blocks = decode(data, known)
+    kind = RowType(row_type)
+    if kind.is_float:
+        return _float_values(data, kind)
+    blocks = decode(data, kind)
     scale = blocks.scale[..., None]
     if blocks.sub is not None:
         scale = scale * blocks.sub.astype(np.float32)
@@ -243,10 +243,10 @@ def accumulated(data: U8, row_type: int, h: F32) -> F32:
 
     Float rows: p = fma(h, value, p) in order within a chunk, then y = y + p. Others: see `_add_chunk`.
     """
-    known = RowType(row_type)
-    values = _float_values(data, known) if known.is_float else None
-    blocks = None if known.is_float else decode(data, known)
-    columns = values.shape[1] if values is not None else _columns(data, known)
+    kind = RowType(row_type)
+    values = _float_values(data, kind) if kind.is_float else None
+    blocks = None if kind.is_float else decode(data, kind)
+    columns = values.shape[1] if values is not None else _columns(data, kind)
     y = np.zeros(columns, np.float32)
     for first in range(0, len(h), CHUNK):
         rows = first + np.flatnonzero(h[first : first + CHUNK])

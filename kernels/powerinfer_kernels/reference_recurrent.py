@@ -35,8 +35,8 @@ def scan_heads(
     out, state = np.zeros_like(x), state.copy()
     shared = x.shape[1] // b.shape[1]
     for t, h in np.ndindex(x.shape[:2]):
-        kept = np.exp(step[t, h] * decay[h]) * state[h]
-        state[h] = kept + np.outer(b[t, h // shared], step[t, h] * x[t, h])
+        decayed = np.exp(step[t, h] * decay[h]) * state[h]
+        state[h] = decayed + np.outer(b[t, h // shared], step[t, h] * x[t, h])
         out[t, h] = c[t, h // shared] @ state[h] + direct[h] * x[t, h]
     return out, state
 

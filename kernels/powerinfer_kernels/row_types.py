@@ -73,11 +73,11 @@ def block_shape(row_type: int) -> tuple[int, int]:
 def row_bytes(row_type: int, columns: int) -> int:
     """Bytes of a row of `columns` values. Raises KernelError for an unknown type, or where `columns` is not a
     positive multiple of the type's block."""
-    known = as_row_type(row_type)
-    values, _ = _BLOCKS[known]
+    kind = as_row_type(row_type)
+    values, _ = _BLOCKS[kind]
     if columns <= 0 or columns % values:
-        raise KernelError(f"{known.name} rows hold a positive multiple of {values} values, got {columns}")
-    return _row_bytes(known, columns)
+        raise KernelError(f"{kind.name} rows hold a positive multiple of {values} values, got {columns}")
+    return _row_bytes(kind, columns)
 
 
 def packed_row_bytes(row_type: int, columns: int) -> int:
@@ -91,9 +91,9 @@ def packed_row_bytes(row_type: int, columns: int) -> int:
 def computable(row_type: int) -> RowType:
     """The RowType of a number, ready to be read: the grid of IQ types has been handed to the kernels. Raises
     KernelError as `as_row_type` does, and where the gguf package, which has the grids, is not installed."""
-    known = as_row_type(row_type)
-    if grid_bytes(known):
+    kind = as_row_type(row_type)
+    if grid_bytes(kind):
         from .grids import grid_numbers
 
-        set_grid(known, grid_numbers(known))
-    return known
+        set_grid(kind, grid_numbers(kind))
+    return kind

@@ -105,9 +105,9 @@ def cases(capabilities: Sequence[int]) -> Iterator[Case]:
         sums = shape | {"ROWS": SPLIT_ROWS, "BLOCK": SUM_BLOCK}
         yield Case("partial_sums", name, kernels.partial_sums_kernel, sums, every)
         yield Case("matvec", name, kernels.matvec_kernel, shape | {"bias": None, "BLOCK": DOT_BLOCK}, one)
-        taken = {key: value for key, value in ffn.items() if key not in ("bias", "active")}
-        taken["ACT"] = kernels.ACTIVATIONS["silu"]
-        yield Case("expert_hidden", name, experts.expert_hidden_kernel, taken, one)
+        expert = {key: value for key, value in ffn.items() if key not in ("bias", "active")}
+        expert["ACT"] = kernels.ACTIVATIONS["silu"]
+        yield Case("expert_hidden", name, experts.expert_hidden_kernel, expert, one)
         summed = shape | {"BLOCK": DOT_BLOCK}
         yield Case("expert_sums", name, experts.expert_sums_kernel, summed, one)
         yield Case("unpack", name, kernels.unpack_kernel, shape | {"BLOCK": UNPACK_BLOCK}, one)
@@ -183,8 +183,8 @@ def _usage(cubin: bytes) -> dict[str, int]:
         shown = subprocess.run(  # noqa: S603 - the tool lies inside the installed package
             [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
-    return {key: found[key] for key in ("REG", "STACK", "LOCAL")}
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
+    return {key: usage[key] for key in ("REG", "STACK", "LOCAL")}
 
 
 def main(arguments: Sequence[str]) -> None:

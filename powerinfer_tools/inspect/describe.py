@@ -76,8 +76,8 @@ def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
         return _describe_plan
     if start.lstrip()[:6] == b"format":
         return _describe_hardware
-    known = "GGUF file, profile, trace, predictors, thresholds, delta, plan or hardware profile"
-    raise UnknownFile(f"{path} is no {known}")
+    kinds = "GGUF file, profile, trace, predictors, thresholds, delta, plan or hardware profile"
+    raise UnknownFile(f"{path} is no {kinds}")
 
 
 def _describe_model(path: Path) -> Description:

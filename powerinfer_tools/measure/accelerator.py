@@ -86,9 +86,9 @@ class _Bench:
     def memory_and_link(self, name: str, total_bytes: int) -> tuple[GpuInfo, LinkInfo]:
         """A read, copies, empty pieces of work, and small ones."""
         device, nbytes = self.device, self.sizes.nbytes
-        there = device.allocate(nbytes).zero_().view(torch.float32)
+        memory = device.allocate(nbytes).zero_().view(torch.float32)
         host, small = device.staging(nbytes // 4), device.staging(_SMALL // 4)
-        small_there, total = there[: _SMALL // 4], torch.empty((), device=device.torch_device)
+        small_there, total = memory[: _SMALL // 4], torch.empty((), device=device.torch_device)
 
         def launches() -> None:
             for _ in range(_LAUNCHES):
@@ -98,13 +98,13 @@ class _Bench:
             small_there.copy_(small, non_blocking=True)
 
         # What decoding does to weights is read them.
-        reads = self._device_seconds(lambda: torch.sum(there, dim=0, out=total))
+        reads = self._device_seconds(lambda: torch.sum(memory, dim=0, out=total))
         bandwidth = self._figure("gpu.bandwidth_bytes_per_s", [nbytes / s for s in reads])
         waits = self._seconds(())
         sync = self._figure("gpu.sync_seconds", waits)
         queued = self._seconds(device.recorded((("launches", launches),)))
         launch = self._figure("gpu.launch_seconds", [max(0.0, s - sync) / _LAUNCHES for s in queued])
-        moved = self._device_seconds(lambda: there.copy_(host, non_blocking=True))
+        moved = self._device_seconds(lambda: memory.copy_(host, non_blocking=True))
         link = self._figure("link.bandwidth_bytes_per_s", [nbytes / s for s in moved])
         short = self._seconds((("copy", short_copy),))
         latency = self._figure("link.latency_seconds", [max(0.0, s - sync - _SMALL / link) for s in short])

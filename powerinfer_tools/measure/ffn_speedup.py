@@ -50,8 +50,8 @@ class FFNRow:
 def row_type_named(name: str) -> RowType:
     """The row type called ``name``, in any case; ValueError names the known ones."""
     if name.upper() not in RowType.__members__:
-        known = ", ".join(kind.name.lower() for kind in RowType)
-        raise ValueError(f"{name!r} is not one of {known}")
+        names = ", ".join(kind.name.lower() for kind in RowType)
+        raise ValueError(f"{name!r} is not one of {names}")
     return RowType[name.upper()]
 
 
@@ -144,14 +144,14 @@ class CurveBench:
 
     def spreads(self, path: str) -> tuple[Spread, ...]:
         """How far apart the passes of each figure of :meth:`curve` lay; ``path`` is the curve's."""
-        overhead, found = self._overhead(0.5), []
+        overhead, results = self._overhead(0.5), []
         for case, times in self._times.items():
             high, middle, low = (
                 self._rate(case, float(np.quantile(times, share)), overhead) for share in (0.0, 0.5, 1.0)
             )
-            found.append(Spread(f"{path}.{_field(*case)}", low, middle, high, len(times)))
+            results.append(Spread(f"{path}.{_field(*case)}", low, middle, high, len(times)))
         low, middle, high = (float(np.quantile(self._overheads, share)) for share in (0.0, 0.5, 1.0))
-        return (*found, Spread(f"{path}.overhead_seconds", low, middle, high, len(self._overheads)))
+        return (*results, Spread(f"{path}.overhead_seconds", low, middle, high, len(self._overheads)))
 
     def _overhead(self, share: float) -> float:
         """An overhead that rivals a pass is noise: rates must stay positive."""

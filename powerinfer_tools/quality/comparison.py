@@ -101,13 +101,13 @@ def compare_modes(
 
 def _baseline(base: Engine, pieces: Sequence[list[int]], progress: Progress | None) -> Fidelity:
     """The row of dense: by definition it does not differ from itself."""
-    found = perplexity(base, pieces, progress)
+    result = perplexity(base, pieces, progress)
     return Fidelity(
         mode=BASELINE,
         available=True,
         note=_NO_RECALL[BASELINE],
-        perplexity=found.perplexity,
-        perplexity_error=found.standard_error,
+        perplexity=result.perplexity,
+        perplexity_error=result.standard_error,
         perplexity_ratio=1.0,
         perplexity_ratio_error=0.0,
         kl=0.0,
@@ -130,24 +130,24 @@ def _against(
     """The row of a mode other than dense."""
     engine = open_engine(mode=mode, check_recall=mode == "predicted")
     try:
-        found = divergence(engine, base, pieces, progress)
+        result = divergence(engine, base, pieces, progress)
         report = engine.report()
     finally:
         engine.close()
     return Fidelity(
         mode=mode,
         available=True,
-        perplexity=found.perplexity,
-        perplexity_error=found.perplexity_error,
-        perplexity_ratio=found.ratio,
-        perplexity_ratio_error=found.ratio_error,
-        kl=found.mean_kl,
-        kl_error=found.kl_error,
-        max_kl=found.max_kl,
-        top1_agreement=found.same_top,
-        top1_error=found.same_top_error,
+        perplexity=result.perplexity,
+        perplexity_error=result.perplexity_error,
+        perplexity_ratio=result.ratio,
+        perplexity_ratio_error=result.ratio_error,
+        kl=result.mean_kl,
+        kl_error=result.kl_error,
+        max_kl=result.max_kl,
+        top1_agreement=result.same_top,
+        top1_error=result.same_top_error,
         density=report.density,
         recall=report.recall,
         note=_NO_RECALL.get(mode),
-        identical=found.identical,
+        identical=result.identical,
     )

@@ -150,8 +150,8 @@ def _as_marked(name: str) -> Callable[..., Any]:
     method = getattr(str, name)
 
     def call(self: str, *arguments: Any) -> Any:
-        made = method(self, *arguments)
-        return made if made is NotImplemented else UserText(made)
+        result = method(self, *arguments)
+        return result if result is NotImplemented else UserText(result)
 
     return call
 
@@ -161,10 +161,10 @@ def _as_cased(name: str) -> Callable[..., Any]:
     method = getattr(str, name)
 
     def call(self: str) -> str:
-        made = method(true(self))
-        if len(made) != len(self):
-            return UserText(made.translate(_TO_STAND_IN_ALL))
-        pairs = zip(made, str.__iter__(self), strict=True)
+        result = method(true(self))
+        if len(result) != len(self):
+            return UserText(result.translate(_TO_STAND_IN_ALL))
+        pairs = zip(result, str.__iter__(self), strict=True)
         return UserText(
             "".join(new.translate(_TO_STAND_IN_ALL) if ord(old) in _TO_TRUE else new for new, old in pairs)
         )

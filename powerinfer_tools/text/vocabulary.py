@@ -181,8 +181,8 @@ class _Reader:
             return [TokenType.NORMAL] * count
         if types.dtype.kind == "f":
             raise TokenizerError("tokenizer.ggml.token_type is not an array of integers")
-        known = (types >= min(TokenType)) & (types <= max(TokenType))
-        result: list[int] = np.where(known, types, TokenType.UNDEFINED).tolist()
+        valid = (types >= min(TokenType)) & (types <= max(TokenType))
+        result: list[int] = np.where(valid, types, TokenType.UNDEFINED).tolist()
         return result
 
     def scores(self, count: int) -> npt.NDArray[np.float32] | None:
@@ -252,8 +252,8 @@ class _Reader:
         return self.own_ids("end_token_ids", count)
 
     def space_prefix(self, kind: Kind) -> SpacePrefix:
-        wanted = self.flag("add_space_prefix", kind == "spm") and kind == "spm"
-        prefix = self.own("space_prefix", str, "always" if wanted else "never")
+        adds_space = self.flag("add_space_prefix", kind == "spm") and kind == "spm"
+        prefix = self.own("space_prefix", str, "always" if adds_space else "never")
         if prefix not in get_args(SpacePrefix):
             raise TokenizerError(f"powerinfer.tokenizer.space_prefix {prefix!r} is unknown")
         return cast(SpacePrefix, prefix)

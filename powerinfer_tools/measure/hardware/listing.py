@@ -67,11 +67,11 @@ def _gpu_lines(profile: HardwareProfile, spreads: _Spreads) -> Lines:
 
 
 def _kernel_line(kernel: KernelRate, path: str, spreads: _Spreads) -> tuple[str, str]:
-    told = [
+    lines = [
         f"{name} {_rate(rate, spreads.get(f'{path}.{name}_bytes_per_s'))}"
         for name, rate in (("products", kernel.products_bytes_per_s), ("sums", kernel.sums_bytes_per_s))
     ]
-    return f"GPU {kernel.row_type} rows", "; ".join(told) + ("" if kernel.fused else "; plain torch")
+    return f"GPU {kernel.row_type} rows", "; ".join(lines) + ("" if kernel.fused else "; plain torch")
 
 
 def _rate(rate: float, spread: Spread | None) -> str:

@@ -205,9 +205,9 @@ def _spread(figure: str, values: Sequence[float]) -> Spread:
 
 
 def _measure_cuda(progress: Progress) -> _Accelerator:
-    found = detect.cuda_device()
-    if isinstance(found, str):
-        raise HardwareError(f"the GPU cannot be measured: {found}")
+    gpu = detect.cuda_device()
+    if isinstance(gpu, str):
+        raise HardwareError(f"the GPU cannot be measured: {gpu}")
     from powerinfer_tools.engine.hot.devices import CudaDevice
     from powerinfer_tools.engine.hot.fusing import fusing_problem
     from powerinfer_tools.measure.accelerator import Sizes, measure_device
@@ -215,8 +215,8 @@ def _measure_cuda(progress: Progress) -> _Accelerator:
     problem = fusing_problem()
     device = CudaDevice()
     try:
-        sizes = Sizes(nbytes=min(Sizes().nbytes, found.free_bytes // 8))
-        figures = measure_device(device, found.name, found.total_bytes, fused=problem is None, sizes=sizes)
+        sizes = Sizes(nbytes=min(Sizes().nbytes, gpu.free_bytes // 8))
+        figures = measure_device(device, gpu.name, gpu.total_bytes, fused=problem is None, sizes=sizes)
     finally:
         device.close()
     progress.advance(1)

@@ -212,10 +212,10 @@ def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[
     rows, deviation = math.prod(counts), _deviation(shape, tensor)
     step = max(1, PIECE_VALUES // columns)
     for first in range(0, rows, step):
-        made = random_rows(rng, tensor.row_type, min(step, rows - first), columns, deviation)
+        values = random_rows(rng, tensor.row_type, min(step, rows - first), columns, deviation)
         if shape.experts and tensor.row_type == "Q4_0":
-            balance(made)
-        yield made
+            balance(values)
+        yield values
 
 
 def _deviation(shape: Shape, tensor: Tensor) -> float:

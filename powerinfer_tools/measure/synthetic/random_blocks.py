@@ -153,14 +153,14 @@ def _packed(row_type: str, at: int, minimum_at: int | None = None) -> Maker:
     one for the minimum of Q2_K, which 3/2 d centres."""
 
     def make(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
-        made = _bits(rng, blocks, BLOCKS[row_type].nbytes).copy()
+        stored = _bits(rng, blocks, BLOCKS[row_type].nbytes).copy()
         if row_type == "TQ2_0":
-            _without_code_3(made)
+            _without_code_3(stored)
         scales = _scales(rng, blocks, deviation / _unit_deviation(row_type))
-        made[:, at : at + 2] = scales.view(np.uint8)
+        stored[:, at : at + 2] = scales.view(np.uint8)
         if minimum_at is not None:
-            made[:, minimum_at : minimum_at + 2] = (scales * np.float16(1.5)).view(np.uint8)
-        return made
+            stored[:, minimum_at : minimum_at + 2] = (scales * np.float16(1.5)).view(np.uint8)
+        return stored
 
     return make
 
@@ -174,20 +174,20 @@ def _without_code_3(blocks: Bytes) -> None:
 def _unit_deviation(row_type: str) -> float:
     """Root mean square of what random bits stand for under scales of one: 8 columns in 256 blocks."""
     block, kind = BLOCKS[row_type], RowType[row_type]
-    made = np.random.default_rng(0).integers(0, 256, (256, block.nbytes), dtype=np.uint8)
+    samples = np.random.default_rng(0).integers(0, 256, (256, block.nbytes), dtype=np.uint8)
     one = np.float16(1).tobytes()
     if row_type == "TQ2_0":
-        _without_code_3(made)
+        _without_code_3(samples)
     if row_type == "Q2_K":
-        made[:, 80:84] = np.frombuffer(one + np.float16(1.5).tobytes(), np.uint8)
+        samples[:, 80:84] = np.frombuffer(one + np.float16(1.5).tobytes(), np.uint8)
     elif row_type == "IQ1_M":
-        _scatter(made, np.full((256, 1), 1, np.float16))
+        _scatter(samples, np.full((256, 1), 1, np.float16))
     elif row_type == "MXFP4":
-        made[:, 0] = 128
+        samples[:, 0] = 128
     else:
         at = {"Q3_K": 108, "TQ1_0": 52, "TQ2_0": 64}.get(row_type, 0)
-        made[:, at : at + 2] = np.frombuffer(one, np.uint8)
-    return float(np.sqrt(np.square(dequantize(made.reshape(-1), kind, 256, block.values)).mean()))
+        samples[:, at : at + 2] = np.frombuffer(one, np.uint8)
+    return float(np.sqrt(np.square(dequantize(samples.reshape(-1), kind, 256, block.values)).mean()))
 
 
 def _scatter(blocks: Bytes, scales: NDArray[np.float16]) -> None:
@@ -198,9 +198,9 @@ def _scatter(blocks: Bytes, scales: NDArray[np.float16]) -> None:
 
 
 def _iq1_m(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:
-    made = np.ascontiguousarray(_bits(rng, blocks, 56)).copy()
-    _scatter(made, _scales(rng, blocks, deviation / _unit_deviation("IQ1_M")))
-    return made
+    rows = np.ascontiguousarray(_bits(rng, blocks, 56)).copy()
+    _scatter(rows, _scales(rng, blocks, deviation / _unit_deviation("IQ1_M")))
+    return rows
 
 
 def _mxfp4(rng: np.random.Generator, blocks: int, deviation: float) -> Bytes:

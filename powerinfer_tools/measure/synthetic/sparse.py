@@ -146,9 +146,9 @@ class _Factors:
         which the predictor sees."""
         (rank, width), rows = self.inward_values.shape, slice(first, first + count)
         outward = dequantize(self.outward[rows], self.row_type, count, rank)
-        seen = (outward / self.deviations[rows, None].astype(np.float32)) @ self.inward_values
+        projected = (outward / self.deviations[rows, None].astype(np.float32)) @ self.inward_values
         unseen = rng.standard_normal((count, width), dtype=np.float32) * np.float32(width**-0.5)
-        return np.asarray((seen + _UNSEEN * unseen) / (1 + _UNSEEN**2) ** 0.5, np.float32)
+        return np.asarray((projected + _UNSEEN * unseen) / (1 + _UNSEEN**2) ** 0.5, np.float32)
 
 
 def _write_layer(
@@ -204,9 +204,9 @@ def _random(rng: np.random.Generator, row_type: str, rows: int, columns: int, de
     block = BLOCKS[row_type]
     if row_type != "Q4_0":
         return block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
-    made = block.make(rng, rows * (columns // block.values), deviation / _BALANCED).reshape(rows, -1)
-    balance(made)
-    return made
+    blocks = block.make(rng, rows * (columns // block.values), deviation / _BALANCED).reshape(rows, -1)
+    balance(blocks)
+    return blocks
 
 
 def _set_first_block(rows: Bytes, row_type: str, values: Floats) -> None:

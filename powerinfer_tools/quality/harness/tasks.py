@@ -63,7 +63,7 @@ def run_tasks(
         manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
         _check_names(names, manager.all_tasks, folder)
         try:
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model=PowerInferLM(engine, tokenizer, progress or Silent()),
                 tasks=list(names),
                 task_manager=manager,
@@ -74,7 +74,7 @@ def run_tasks(
             )
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise EvaluationError(f"lm-eval cannot run {', '.join(names)}: {error}") from error
-    return tuple(_scores(found))
+    return tuple(_scores(results))
 
 
 def _check_names(names: Sequence[str], known: Sequence[str], folder: Path | None) -> None:
@@ -95,9 +95,9 @@ def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
             if not filtered or metric.endswith("_stderr") or not isinstance(value, float | int):
                 continue
             error = values.get(f"{metric}_stderr,{filtered}")
-            known = isinstance(error, float | int) and math.isfinite(error)
+            is_finite = isinstance(error, float | int) and math.isfinite(error)
             name = metric if filtered == "none" else f"{metric} ({filtered})"
-            yield TaskScore(task, name, float(value), float(error) if known else None, samples)
+            yield TaskScore(task, name, float(value), float(error) if is_finite else None, samples)
 
 
 @contextlib.contextmanager

@@ -144,12 +144,18 @@ def check_choice(
     for name, value in {"--density": synthetic.density, "--type": synthetic.row_type}.items():
         if value is not None and not (synthetic.shape or synthetic.ffn):
             raise typer.BadParameter("is for --shape and --ffn", param_hint=name)
-    of_shape = {"--keep": synthetic.keep, "--layers": synthetic.layers, "--skew": synthetic.skew}
+    of_shape = {
+        "--keep": synthetic.keep,
+        "--layers": synthetic.layers,
+        "--skew": synthetic.skew,
+        "--locality": synthetic.locality,
+    }
     for name, given_value in of_shape.items():
         if given_value is not None and not synthetic.shape:
             raise typer.BadParameter("is for --shape", param_hint=name)
-    if synthetic.skew is not None and synthetic.density is None:
-        raise typer.BadParameter("needs --density, the mean share that fires", param_hint="--skew")
+    if synthetic.skew is not None and synthetic.density is None and synthetic.locality is None:
+        problem = "needs --density, the mean share that fires, or --locality, of experts"
+        raise typer.BadParameter(problem, param_hint="--skew")
     if synthetic.shape and synthetic.density is None and mode in ("gate-first", "predicted"):
         raise typer.BadParameter(
             f"{mode} skips neurons: say with --density how many fire, such as 0.1", param_hint="--mode"
@@ -172,6 +178,7 @@ def made_up_model(synthetic: opt.Synthetic) -> Path:
     """The file of the synthetic model that was asked for; written first where it is not there."""
     from powerinfer_tools.measure.synthetic.cache import Request, cached, default_cache
     from powerinfer_tools.measure.synthetic.sparse import Sparsity
+    from powerinfer_tools.measure.synthetic.topics import Topics
 
     sparsity = None
     if synthetic.density is not None:
@@ -179,8 +186,12 @@ def made_up_model(synthetic: opt.Synthetic) -> Path:
         if len(densities) > 1:
             raise typer.BadParameter("one share, with --shape", param_hint="--density")
         sparsity = Sparsity(densities[0], synthetic.skew or 0.0)
+    topics = None
+    if synthetic.locality is not None:
+        topics = Topics(synthetic.locality, 0.5 if synthetic.skew is None else synthetic.skew)
     assert synthetic.shape is not None
-    request = Request(synthetic.shape, (synthetic.row_type or _TYPE).upper(), synthetic.layers, sparsity)
+    row_type = (synthetic.row_type or _TYPE).upper()
+    request = Request(synthetic.shape, row_type, synthetic.layers, sparsity, topics)
     if synthetic.keep is not None:
         say(f"writing {request.name}, random weights, to {synthetic.keep}")
         request.write(synthetic.keep)

@@ -53,6 +53,7 @@ def engines_of(
 ) -> Iterator[tuple["Model", Callable[..., "Engine"]]]:
     """The model at ``path``, closed at the end, and what makes an engine on it in a ``mode``."""
     from powerinfer_tools.engine import Engine
+    from powerinfer_tools.engine.from_disk import RamOptions
     from powerinfer_tools.model.loading import load_model
 
     def open_engine(**options: Any) -> "Engine":
@@ -63,6 +64,7 @@ def engines_of(
             device=placement.device,
             vram=placement.vram,
             kv_type=placement.kv_type,
+            ram=RamOptions(placement.ram, placement.placing),
             **options,
         )
         for notice in engine.notices:

@@ -26,6 +26,7 @@ def size_option(name: str, text: str, panel: str | None = None) -> Any:
 
 Device = Literal["none", "cpu", "cuda"]
 Mode = Literal["auto", modes.Mode]
+Placing = Literal["static", "adaptive"]
 KVType = Literal["f16", "q8_0"]
 
 Model = Annotated[
@@ -164,6 +165,25 @@ class Placement:
         ),
     ] = "f16"
 
+    ram: Annotated[
+        int | None,
+        size_option(
+            "--ram",
+            "Memory that the process may take; experts beyond it are read from disk as they are needed. "
+            "Without it: what is free.",
+            "Placement",
+        ),
+    ] = None
+    placing: Annotated[
+        Placing,
+        typer.Option(
+            "--placement",
+            help="Which experts stay in memory where not all fit: adaptive follows what tokens take, static "
+            "keeps those that the profile counted most.",
+            rich_help_panel="Placement",
+        ),
+    ] = "adaptive"
+
     @property
     def engine_mode(self) -> str | None:
         """The mode as the engine takes it: None for what the file says."""
@@ -216,7 +236,19 @@ class Synthetic:
             "--skew",
             min=0.0,
             metavar="S",
-            help="How much neurons differ in how often they fire. Without it: 0, not at all.",
+            help="How much neurons differ in how often they fire, or experts in how often they are chosen. "
+            "Without it: 0, or 0.5 with --locality.",
+            rich_help_panel="Synthetic models",
+        ),
+    ] = None
+    locality: Annotated[
+        float | None,
+        typer.Option(
+            "--locality",
+            min=1.0,
+            metavar="N",
+            help="Tokens for which a text stays with a topic, whose experts it prefers, such as 64. Without "
+            "it: experts are chosen equally often, whatever came before.",
             rich_help_panel="Synthetic models",
         ),
     ] = None

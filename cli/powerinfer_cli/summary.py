@@ -71,6 +71,9 @@ def _mode_parts(session: "Session") -> list[str]:
     """What is not the plain case: drafts, sparse modes with the share of neurons, inexact results."""
     report = session.report()
     parts = [] if report.drafts is None else [drafts_line(vars(report.drafts))]
+    if report.disk is not None:
+        size = format_size(report.disk.read_bytes)
+        parts.append(f"experts: {report.disk.hit_share:.0%} in memory when taken, {size} read from disk")
     if report.mode == "dense":
         return parts
     exact = "" if report.mode == "gate-first" else ", not exact"
@@ -105,6 +108,17 @@ def say_summary(figures: dict[str, Any]) -> None:
         f"mode: {figures['mode']}, {computed}density {figures['density']:.3f}, device {figures['device']}, "
         f"{figures['threads']} threads, {figures['isa']}"
     )
+    disk = figures["disk"]
+    if disk is not None:
+        say(
+            f"experts: {disk['hits']:,} of {disk['taken']:,} in memory when taken ({disk['hit_share']:.1%}), "
+            f"{disk['late']:,} on their way; {format_size(disk['memory_bytes'])} from memory, "
+            f"{format_size(disk['read_bytes'])} from disk, {disk['moved']:,} made room for others"
+        )
+        say(
+            f"read ahead: {disk['ahead_used']:,} of {disk['ahead']:,} experts that were expected were taken; "
+            f"waited for the disk {disk['wait_seconds']:.2f} s"
+        )
     if figures["recall"] is not None:
         say(
             f"recall: predictors found {figures['recall']:.2%} of the active neurons by naming "

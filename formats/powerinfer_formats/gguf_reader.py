@@ -73,6 +73,11 @@ class GGUFFile(ModelSource):
         """Size of the whole file."""
         return len(self._view())
 
+    @property
+    def mappings(self) -> tuple[MappedFile, ...]:
+        """The file."""
+        return (self._mapping,)
+
     def raw(self, start: int, nbytes: int) -> NDArray[np.uint8]:
         """A read-only view of ``nbytes`` of the file from byte ``start``."""
         view = self._view()

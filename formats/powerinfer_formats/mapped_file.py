@@ -4,12 +4,16 @@ ends the process at the next read behind its end; what a program does about that
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from powerinfer_formats.errors import CannotRead, FileChanged, NotARegularFile, TruncatedFile
 
@@ -22,6 +26,39 @@ class MappedFile(mmap.mmap):
 
     path: Path
     stamp: tuple[int, int, int, int]
+    address: int
+
+    def offset_of(self, data: NDArray[np.uint8]) -> int | None:
+        """Where in the file the bytes of a contiguous view are; None for an array that is none of its."""
+        start = int(data.__array_interface__["data"][0]) - self.address
+        inside = 0 <= start <= start + data.nbytes <= len(self)
+        return start if inside and data.flags.c_contiguous else None
+
+    def open_for_reading(self) -> tuple[int, bool]:
+        """A descriptor of the file as it was mapped, to be closed by the caller, and whether it reads past
+        the page cache. Raises ``CannotRead``, and ``FileChanged`` where another file took its place."""
+        flags, direct = os.O_RDONLY | os.O_CLOEXEC, getattr(os, "O_DIRECT", 0)
+        try:
+            try:
+                descriptor = os.open(self.path, flags | direct)
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                direct = 0  # a file system without direct reads
+                descriptor = os.open(self.path, flags)
+        except OSError as error:
+            raise CannotRead(self.path, f"cannot be opened: {error.strerror}") from None
+        if _stamp(os.fstat(descriptor)) != self.stamp:
+            os.close(descriptor)
+            raise FileChanged(self.path, "was changed or replaced since it was opened")
+        return descriptor, bool(direct)
+
+    def drop_pages(self, descriptor: int) -> None:
+        """Give back the memory of pages that were read through the mapping; ``descriptor`` is one of
+        :meth:`open_for_reading`. They are read again when they are needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def require_unchanged(self) -> None:
         """Raise ``FileChanged`` unless the file at ``path`` is as it was when it was mapped."""
@@ -59,6 +96,7 @@ def map_file(path: Path, kind: str) -> MappedFile:
             raise TruncatedFile(path, "is empty")
         mapping = MappedFile(descriptor, status.st_size, access=mmap.ACCESS_READ)
         mapping.path, mapping.stamp = path, _stamp(status)
+        mapping.address = int(np.frombuffer(mapping, np.uint8).__array_interface__["data"][0])
         return mapping
     except OSError as error:
         raise CannotRead(path, f"cannot be mapped: {error.strerror}") from None

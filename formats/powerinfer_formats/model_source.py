@@ -24,6 +24,7 @@ from powerinfer_formats.errors import (
     WrongType,
 )
 from powerinfer_formats.gguf_scan import Entry, TensorInfo, Value
+from powerinfer_formats.mapped_file import MappedFile
 from powerinfer_formats.string_array import LossyText, StringArray
 
 _EXPECTED_NAMES: Mapping[type[Any], str] = MappingProxyType(
@@ -87,6 +88,20 @@ class ModelSource(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Size of everything that holds weights, in bytes."""
+
+    @property
+    @abstractmethod
+    def mappings(self) -> tuple[MappedFile, ...]:
+        """The files that hold weights."""
+
+    def place_of(self, data: NDArray[np.uint8]) -> tuple[int, int] | None:
+        """Which of ``mappings`` the bytes of a view are in, and from which byte on; None for an array that
+        is not a part of one as it is."""
+        for index, mapping in enumerate(self.mappings):
+            offset = mapping.offset_of(data)
+            if offset is not None:
+                return index, offset
+        return None
 
     @abstractmethod
     def metadata_bytes(self) -> Iterator[tuple[Entry, bytes]]:

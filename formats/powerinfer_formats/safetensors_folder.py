@@ -72,6 +72,11 @@ class SafetensorsFolder:
         """Size of all weight files together."""
         return sum(shard.nbytes for shard in self._shards.values())
 
+    @property
+    def mappings(self) -> tuple[MappedFile, ...]:
+        """The weight files."""
+        return tuple(shard.mapping for shard in self._shards.values())
+
     def headers(self) -> Iterator[memoryview]:
         """The header of each file, its length field included."""
         for shard in self._shards.values():
@@ -92,15 +97,15 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapping: MappedFile = map_file(path, _KIND)
+        self.mapping: MappedFile = map_file(path, _KIND)
         try:
-            with memoryview(self._mapping) as buffer:
+            with memoryview(self.mapping) as buffer:
                 self.tensors, self.data_start = scan_safetensors(buffer, str(path))
         except BaseException:
-            unmap(self._mapping)
+            unmap(self.mapping)
             raise
-        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._mapping, np.uint8)
-        self.nbytes = len(self._mapping)
+        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self.mapping, np.uint8)
+        self.nbytes = len(self.mapping)
 
     def view(self, start: int, nbytes: int) -> NDArray[np.uint8]:
         if self._bytes is None:
@@ -108,11 +113,11 @@ class _Shard:
         return self._bytes[start : start + nbytes]
 
     def require_unchanged(self) -> None:
-        self._mapping.require_unchanged()
+        self.mapping.require_unchanged()
 
     def close(self) -> None:
         self._bytes = None
-        unmap(self._mapping)
+        unmap(self.mapping)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

@@ -64,6 +64,11 @@ static int experts_fit(const int64_t *i, const pi_given *m) {
     return i[0] <= PI_MAX_EXPERTS && i[1] <= i[0] && i[2] == m->tokens;
 }
 
+/* A group of units, i[0] … i[0] + i[1], of which a token takes i[2]. */
+static int units_fit(const pi_given *m, const int64_t *i) {
+    return i[0] >= 0 && i[1] >= i[2] && i[2] > 0 && i[0] + i[1] <= m->units;
+}
+
 static int sparse_fits(const int64_t *i, const pi_given *m) {
     int by_value = i[2] == PI_BY_VALUE, by_up = i[2] == PI_BY_UP_SIZE;
     if (!has_part(m, PI_DOWN) || has_part(m, PI_GATE) != (by_value ? given(m, 9) : by_up)) return 0;
@@ -190,7 +195,7 @@ static int fault(const pi_op_shape *shape, int k, const char *what) {
 }
 
 static int note_matrix(pi_given *m, const pi_matrix *matrix) {
-    if (!matrix->data) {
+    if (!matrix->tiles) {
         PyErr_SetString(pi_kernel_error, "a matrix was not initialised");
         return -1;
     }
@@ -211,6 +216,10 @@ int pi_note_weights(pi_given *m, PyObject *object) {
         m->rows = m->bundle->rows;
         m->columns = m->bundle->columns;
         return 0;
+    }
+    if (PyObject_TypeCheck(object, pi_units_type)) {
+        const units_object *units = (units_object *)object;
+        m->units = units->units ? pi_units_count(units->units) : 0;
     }
     if (!PyTuple_Check(object)) return 0;
     m->all_there = 1;
@@ -269,6 +278,7 @@ int pi_judge_object(pi_given *m, const pi_op_shape *shape, int k, PyObject *obje
     int or_more;
     switch (*word) {
     case 'M': return m->rows && PyObject_TypeCheck(object, pi_matrix_type) ? 0 : fault(shape, k, "is no Matrix");
+    case 'U': return m->units && PyObject_TypeCheck(object, pi_units_type) ? 0 : fault(shape, k, "is no open Units");
     case 'B': return m->rows && PyObject_TypeCheck(object, pi_bundle_type) ? 0 : fault(shape, k, "is no Bundle");
     case 'L':
         if (!PyTuple_Check(object)) return fault(shape, k, "is no tuple of Matrix objects");

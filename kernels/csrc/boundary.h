@@ -27,6 +27,7 @@ typedef struct { /* what an operation was given */
     int64_t rows, columns;          /* of its weights; 0 until they are seen */
     int32_t row_type;
     const pi_bundle *bundle;
+    int64_t units; /* how many there are */
     int all_there; /* no None in a tuple of matrices */
 } pi_given;
 

@@ -94,6 +94,10 @@ void pi_expert_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, i
         const int64_t at = task / chunks, tile = task % chunks * m->chunk, expert = o.expert[at];
         const int64_t first = o.first[at], count = o.first[at + 1] - first;
         const pi_matrix *w = m->choice.here[expert];
+        if (!w->data) {
+            atomic_store_explicit(&run->missing, 1, memory_order_relaxed);
+            continue;
+        }
         const float *bias = m->bias ? m->bias + expert * w->rows : NULL;
         const int is_float = pi_row_is_float(w->row_type);
         const float *src = same ? m->token_src : m->src;
@@ -178,6 +182,10 @@ void pi_head_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, int
     int64_t head;
     while ((head = pi_take_next(worker, slot, h->heads)) >= 0) {
         const pi_matrix *m = h->matrices[head];
+        if (!m->data) {
+            atomic_store_explicit(&run->missing, 1, memory_order_relaxed);
+            continue;
+        }
         for (int64_t t = 0; t < run->tokens; t++) {
             const float *src = h->src + t * h->src_width + h->src_first + head * h->src_step;
             memcpy(x + t * columns, src, sizeof(float) * (size_t)columns);

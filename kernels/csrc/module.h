@@ -8,10 +8,12 @@
 #include "memory.h"
 #include "pool.h"
 #include "program.h"
+#include "units.h"
 
 extern PyObject *pi_kernel_error; /* powerinfer_kernels.KernelError */
-extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type, *pi_state_type;
-extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec, pi_state_spec;
+extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type, *pi_state_type,
+    *pi_units_type;
+extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec, pi_state_spec, pi_units_spec;
 
 typedef struct {
     PyObject_HEAD pi_pool *pool; /* NULL: closed */
@@ -29,6 +31,12 @@ typedef struct {
     PyObject_HEAD pi_bundle bundle;
     pi_memory memory;
 } bundle_object;
+
+typedef struct {
+    PyObject_HEAD pi_units *units; /* NULL: not open */
+    PyObject *matrices;            /* what was opened, which keeps the matrices alive */
+    int users;                     /* runs and loads in progress; changed with the GIL held only */
+} units_object;
 
 enum { PI_READ_AHEAD = 64 << 10 /* kernels may prefetch past the end of weights, and read within a line of it */ };
 

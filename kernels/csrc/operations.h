@@ -4,7 +4,7 @@
  *
  * `integers` and `floats` are how many it takes. `objects` has a word for each object, a letter and what follows:
  *   f float32   d float64   i int32   l int64   w uint32   q uint64   b int8   u bytes of rows
- *   M Matrix    B Bundle    L tuple of Matrix objects of one size and type, or None
+ *   M Matrix    B Bundle    U Units    L tuple of Matrix objects of one size and type, or None
  *   !  the operation writes it      ?  it may be None
  *   =  how many elements it has: a product of
  *        T  most tokens of a run     C  positions of the context     iK  integer K, above zero     a number
@@ -70,6 +70,8 @@
       divides(i[4], i[2]) && within(0, i[2], i[3], i[3], i[1]) && within(i[7], i[4], i[5], i[5], i[6]) &&              \
           within(i[8], i[4], i[5], i[5], i[6]))                                                                        \
     X(DELTA_NET, "f=T*2*i3*i4 f=T*i5 f=T*i1 f=T*i1 f!=T*i1*i2", 8, 1,                                                  \
-      divides(i[3], i[1]) && within(i[6], i[1], i[2], i[2], i[5]))
+      divides(i[3], i[1]) && within(i[6], i[1], i[2], i[2], i[5]))                                                     \
+    X(FETCH, "U i=T*i2 i?=T*i5", 6, 0,                                                                                 \
+      units_fit(m, i) && (given(m, 2) ? units_fit(m, i + 3) : !i[3] && !i[4] && !i[5]))
 
 #endif

@@ -34,6 +34,7 @@ int pi_op_is_vector(const pi_op *op) {
     case PI_OP_SPARSE_FFN:
     case PI_OP_SIGN_SCORES:
     case PI_OP_HEAD_MATMUL:
+    case PI_OP_FETCH:
     case PI_OP_EXPERT_GATHER:
     case PI_OP_EXPERT_MATMUL:
     case PI_OP_EXPERT_ACTIVATE:
@@ -189,10 +190,18 @@ static void matmul(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     const pi_matmul *m = &op->u.matmul;
     int64_t chunks = (m->matrix->tiles + m->chunk - 1) / m->chunk, chunk;
     pi_share share = pi_share_open(worker, slot, chunks);
-    while ((chunk = pi_share_next(&share)) >= 0)
+    if (!m->matrix->data) atomic_store_explicit(&run->missing, 1, memory_order_relaxed);
+    while (m->matrix->data && (chunk = pi_share_next(&share)) >= 0)
         run->kernels->matmul(m->matrix, m->src, m->src ? NULL : &m->acts, 0, run->tokens, chunk * m->chunk,
                              min64(m->matrix->tiles, (chunk + 1) * m->chunk), m->bias, m->accumulate, m->out,
                              m->matrix->rows);
+}
+
+/* The first thread waits; the barrier that follows makes the others wait for it. */
+static void fetch(const pi_op *op, pi_run *run, const pi_worker *worker) {
+    const pi_fetch *f = &op->u.fetch;
+    if (pi_worker_thread(worker) != 0) return;
+    run->unfetched = !*f->units || pi_units_fetch(*f->units, &f->now, &f->next, run->tokens) < 0;
 }
 
 uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker) {
@@ -314,6 +323,7 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     case PI_OP_SIGN_CODE: sign_code(op, run, worker); break;
     case PI_OP_SIGN_SCORES: sign_scores(op, run, worker, slot); break;
     case PI_OP_HEAD_MATMUL: pi_head_matmul_execute(op, run, worker, slot); break;
+    case PI_OP_FETCH: fetch(op, run, worker); break;
     case PI_OP_ROUTE: pi_route_execute(op, run, worker); break;
     case PI_OP_EXPERT_GATHER: pi_expert_gather_execute(op, run, worker); break;
     case PI_OP_EXPERT_MATMUL: pi_expert_matmul_execute(op, run, worker, slot); break;

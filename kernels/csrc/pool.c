@@ -2,6 +2,8 @@
  * spin, then give their time slice away, then sleep, so that a busy machine slows a run but never stalls it. */
 #include "pool.h"
 
+#include "arithmetic.h"
+
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
@@ -91,27 +93,6 @@ static void wait_for_change(_Atomic uint32_t *word, uint32_t value, _Atomic int3
     while (atomic_load_explicit(word, memory_order_acquire) == value) sleep_on(word, value, sleepers);
 }
 
-/* Arithmetic must not depend on what the embedding program set for its own threads (flush-to-zero, rounding). */
-#if defined(__x86_64__)
-static unsigned enter_arithmetic(void) {
-    unsigned before = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(0x1f80); /* round to nearest, denormals kept, exceptions masked */
-    return before;
-}
-static void leave_arithmetic(unsigned before) { __builtin_ia32_ldmxcsr(before); }
-#elif defined(__aarch64__)
-static unsigned enter_arithmetic(void) {
-    uint64_t before;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
-    __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)0));
-    return (unsigned)before;
-}
-static void leave_arithmetic(unsigned before) { __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)before)); }
-#else
-static unsigned enter_arithmetic(void) { return 0; }
-static void leave_arithmetic(unsigned before) { (void)before; }
-#endif
-
 /* Counts this thread in; true for the last one, which has opened the barrier. `phase` advances here: the counters of
  * the next phase were last used two phases ago, and everybody has left that one, since all came to the barrier that
  * ended it. */
@@ -136,7 +117,7 @@ void pi_barrier(pi_worker *w) {
 static void *thread_main(void *argument) {
     pi_worker *w = argument;
     pi_pool *pool = w->pool;
-    enter_arithmetic();
+    pi_enter_arithmetic();
     for (;;) {
         wait_for_change(&pool->run, w->last_run, &pool->run_sleepers, 0);
         w->last_run = atomic_load_explicit(&pool->run, memory_order_acquire);
@@ -239,13 +220,13 @@ int pi_pool_run(pi_pool *pool, pi_task task, void *argument) {
     pthread_mutex_lock(&pool->lock);
     int error = pool->started < pool->threads - 1 ? start_threads(pool) : 0;
     if (!error) {
-        unsigned arithmetic = enter_arithmetic();
+        unsigned arithmetic = pi_enter_arithmetic();
         pool->task = task;
         pool->argument = argument;
         change_and_wake(&pool->run, atomic_load(&pool->run) + 1, &pool->run_sleepers);
         task(argument, &pool->workers[0]);
         pi_barrier(&pool->workers[0]);
-        leave_arithmetic(arithmetic);
+        pi_leave_arithmetic(arithmetic);
     }
     pthread_mutex_unlock(&pool->lock);
     return error;

@@ -93,6 +93,8 @@ static void run_on_thread(void *argument, pi_worker *worker) {
         if (i + 1 < run->last && (slot == PI_SLOTS || barrier_between(op, op + 1, run->tokens, threads))) {
             pi_barrier(worker);
             slot = 0;
+            /* Nobody changes it before the barrier that follows: all threads see the same. */
+            if (op->kind == PI_OP_FETCH && run->unfetched) break;
         }
         if (clock) {
             int64_t after = now();
@@ -127,5 +129,6 @@ int pi_program_run(pi_program *program, pi_pool *pool, const pi_kernels *kernels
                   .places = program->places};
     program->no_expert = 0;
     error = pi_pool_run(pool, run_on_thread, &run);
+    if (!error && (run.unfetched || run.missing)) error = PI_NO_WEIGHTS;
     return error || !program->no_expert ? error : PI_NO_EXPERT;
 }

@@ -6,6 +6,9 @@
 #include "kernels.h"
 #include "operations.h"
 #include "pool.h"
+#include "units.h"
+
+#include <stdatomic.h>
 
 #define PI_OPERATION_NUMBER(NAME, objects, integers, floats, condition) PI_OP_##NAME,
 typedef enum { PI_OPERATIONS(PI_OPERATION_NUMBER) PI_OP_KINDS } pi_op_kind;
@@ -282,6 +285,11 @@ typedef struct {
     float scale;
 } pi_delta_net;
 
+typedef struct {          /* units that the next operations read, and those of a later layer */
+    pi_units *const *units; /* NULL: closed meanwhile */
+    pi_unit_demand now, next;
+} pi_fetch;
+
 typedef struct {
     pi_op_kind kind;
     int independent; /* the next operation, a matmul, neither reads nor writes what this one writes */
@@ -316,6 +324,7 @@ typedef struct {
         pi_delta_net delta_net;
         pi_sign_code sign_code;
         pi_sign_scores sign_scores;
+        pi_fetch fetch;
     } u;
 } pi_op;
 
@@ -344,15 +353,20 @@ typedef struct { /* one run, shared by its threads */
     const pi_span *spans; /* [span_count]: every token is in one of them, in order */
     int64_t span_count;
     const pi_place *places; /* [tokens] */
+    int unfetched;          /* set by a fetch that failed: the run ends after it */
+    _Atomic int missing;    /* an operation met weights that are not in memory */
 } pi_run;
 
 /* Fixes how the operations are shared out, and what scratch they need; max_tokens and slots are set. 0, or -1 when
  * memory is short. */
 int pi_program_prepare(pi_program *program);
-enum { PI_NO_EXPERT = -1 /* a token's choice names an expert that does not exist; it counted for nothing */ };
+enum {
+    PI_NO_EXPERT = -1,  /* a token's choice names an expert that does not exist; it counted for nothing */
+    PI_NO_WEIGHTS = -2, /* weights could not be fetched */
+};
 
 /* Runs operations [first, last) over the tokens of program->spans, of which there are `span_count`. 0, an errno, or
- * PI_NO_EXPERT. Not for two threads at once. */
+ * PI_NO_EXPERT or PI_NO_WEIGHTS. Not for two threads at once. */
 int pi_program_run(pi_program *program, pi_pool *pool, const pi_kernels *kernels, int64_t first, int64_t last,
                    int64_t span_count);
 void pi_program_free(pi_program *program);

@@ -1,4 +1,5 @@
-/* _kernels.Matrix(pool, source, row_type, rows, columns): weights interleaved into tiles, in memory of its own. */
+/* _kernels.Matrix(pool, source, row_type, rows, columns): weights interleaved into tiles, in memory of its own; without
+ * a source, those of a unit, which are sometimes in memory. */
 #include "boundary.h"
 #include "transcode.h"
 
@@ -32,11 +33,21 @@ static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
     int row_type;
     (void)keywords;
     if (!PyArg_ParseTuple(args, "O!OiLL", pi_pool_type, &pool, &source, &row_type, &rows, &columns)) return -1;
-    if (m->data) {
+    if (m->tiles) {
         PyErr_SetString(pi_kernel_error, "the matrix exists already");
         return -1;
     }
     int64_t bytes = pi_rows_bytes(row_type, rows, columns);
+    const pi_matrix is = {.row_type = pi_form_of(row_type),
+                          .table = pi_table_of(row_type),
+                          .rows = rows,
+                          .columns = columns,
+                          .tiles = (rows + PI_TILE - 1) / PI_TILE,
+                          .tile_bytes = bytes < 0 ? 0 : pi_tile_bytes(row_type, columns)};
+    if (bytes >= 0 && source == Py_None) { /* units.h gives it a place */
+        *m = is;
+        return 0;
+    }
     Py_buffer view;
     if (bytes < 0 || PyObject_GetBuffer(source, &view, PyBUF_SIMPLE) < 0) return -1;
     if (view.len != bytes) {
@@ -45,12 +56,7 @@ static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
         PyBuffer_Release(&view);
         return -1;
     }
-    *m = (pi_matrix){.row_type = pi_form_of(row_type),
-                     .table = pi_table_of(row_type),
-                     .rows = rows,
-                     .columns = columns,
-                     .tiles = (rows + PI_TILE - 1) / PI_TILE,
-                     .tile_bytes = pi_tile_bytes(row_type, columns)};
+    *m = is;
     int failed = -1;
     if (pi_memory_map(&object->memory, (size_t)(m->tiles * m->tile_bytes) + PI_READ_AHEAD) < 0) {
         PyErr_NoMemory();

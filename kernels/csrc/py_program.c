@@ -12,7 +12,8 @@ typedef struct {
     int64_t serial;   /* no other program ever has this one */
     Py_buffer *views; /* everything the operations point into, held until the program ends */
     int64_t view_count, views_capacity;
-    PyObject *weights;        /* list of the Matrix and Bundle objects */
+    PyObject *weights;        /* list of the Matrix, Bundle and Units objects */
+    units_object *units;      /* the one that is fetched from, or NULL */
     const pi_matrix ***lists; /* of matrices, which operations point to */
     int64_t list_count, lists_capacity;
     int sealed, complete;
@@ -65,7 +66,14 @@ static int take_object(program_object *self, const pi_op_shape *shape, int k, Py
         return 0;
     }
     if (PyTuple_Check(object)) return take_matrices(self, object, &m->p[k]);
-    if (PyObject_TypeCheck(object, pi_matrix_type))
+    if (PyObject_TypeCheck(object, pi_units_type)) {
+        if (self->units && self->units != (units_object *)object) {
+            PyErr_SetString(pi_kernel_error, "a program fetches from one object alone");
+            return -1;
+        }
+        self->units = (units_object *)object;
+        m->p[k] = &self->units->units;
+    } else if (PyObject_TypeCheck(object, pi_matrix_type))
         m->p[k] = &((matrix_object *)object)->matrix;
     else
         m->p[k] = &((bundle_object *)object)->bundle;
@@ -248,13 +256,17 @@ static int run_marked(program_object *self, pool_object *pool, int64_t first, in
     if (pi_spans_enter(spans, program, self->serial, self->capacity) < 0) return -1;
     int error = 0, failed = check_operations(program, first, last, count) < 0 || pi_pool_object_enter(pool) < 0;
     if (!failed) {
+        if (self->units) self->units->users++;
         Py_BEGIN_ALLOW_THREADS error = pi_program_run(program, pool->pool, pool->kernels, first, last, count);
         Py_END_ALLOW_THREADS pi_pool_object_leave(pool);
+        if (self->units) self->units->users--;
     }
     pi_spans_leave(spans, count);
     if (failed) return -1;
     if (error == PI_NO_EXPERT)
         PyErr_SetString(pi_kernel_error, "a token's choice names an expert that does not exist");
+    else if (error == PI_NO_WEIGHTS)
+        PyErr_SetString(pi_kernel_error, "weights on disk could not be brought into memory");
     else if (error)
         pi_raise_thread_error(error);
     return error ? -1 : 0;

@@ -14,6 +14,7 @@ from .row_types import WRITTEN_TYPES, RowType, block_shape, packed_row_bytes, ro
 from .signs import Signs, pack_signs, sign_code_words
 from .state import KVSlot, RecurrentSlot, Slot, Span, State
 from .topology import physical_cores
+from .units import Part, UnitCounters, Units, UnitsFault, UnitsFile
 from .vector_builder import ACTIVATION_KINDS
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "KVSlot",
     "KernelError",
     "Matrix",
+    "Part",
     "Pool",
     "Program",
     "ProgramBuilder",
@@ -41,6 +43,10 @@ __all__ = [
     "Slot",
     "Span",
     "State",
+    "UnitCounters",
+    "Units",
+    "UnitsFault",
+    "UnitsFile",
     "aligned",
     "available_isas",
     "block_shape",

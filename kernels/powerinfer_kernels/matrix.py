@@ -45,6 +45,15 @@ class Matrix:
         handle = _kernels.Matrix(pool.handle, data, row_type, rows, columns)
         return cls(handle, as_row_type(row_type), rows, columns)
 
+    @classmethod
+    def absent(cls, pool: Pool, row_type: int, rows: int, columns: int) -> "Matrix":
+        """A matrix without memory, which is in a unit's while that is there (`Units`). Raises KernelError as
+        :meth:`pack` does."""
+        check_positive(rows=rows, columns=columns)
+        row_bytes(row_type, columns)
+        known = computable(row_type)
+        return cls(_kernels.Matrix(pool.handle, None, known, rows, columns), known, rows, columns)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights: what one product reads."""

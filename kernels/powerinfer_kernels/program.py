@@ -58,6 +58,7 @@ class Op(IntEnum):
     SCAN_CHANNELS = 30
     SCAN_HEADS = 31
     DELTA_NET = 32
+    FETCH = 33
 
 
 class Program:

@@ -11,6 +11,7 @@ from powerinfer_tools.engine.caches import Places
 from powerinfer_tools.engine.damage import require_finite
 from powerinfer_tools.engine.drafting import Drafter, Proposer
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
+from powerinfer_tools.engine.from_disk import RamOptions
 from powerinfer_tools.engine.layers import LayerStack, Watch
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.report import DraftReport, EngineReport, Memory, costs_of
@@ -37,6 +38,7 @@ class WeightsOptions(TypedDict, total=False):
     observed: Sequence[LayerCounters | None] | None
     check_recall: bool
     thresholds: Sequence[FactorThresholds] | None
+    ram: RamOptions | None
 
 
 class Engine:
@@ -217,6 +219,7 @@ class Engine:
             timings=timings,
             kv_type=self.session.kv_type,
             load_seconds=self.weights.load_seconds,
+            disk=stack.residency.report() if stack.residency else None,
             memory=Memory(
                 weights=stack.weight_bytes,
                 kv_cache=self.session.nbytes,

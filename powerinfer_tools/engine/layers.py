@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import Matrix, Pool, State
+from powerinfer_kernels import KernelError, Matrix, Pool, State
 from powerinfer_tools.detect import available_ram_bytes
 from powerinfer_tools.engine.blocks import pack
 from powerinfer_tools.engine.caches import Places, allocate_state, require_kv_type
@@ -24,6 +24,8 @@ from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
+#: Tokens after which pages of a mapped table of embeddings are given back, where memory is short.
+DROP_TOKENS = 512
 #: What looks on: layer, normalised FFN input, act(gate)·up.
 Watch = Callable[[int, Floats, Floats], None]
 
@@ -33,6 +35,8 @@ class LayerStack:
 
     def __init__(self, model: Model, pool: Pool, options: StackOptions) -> None:
         self.model, self._pool = model, pool
+        #: The experts that are read from disk; None where all are in memory.
+        self.residency = options.residency
         require_kv_type(model, options.kv_type)
         self._modes = layer_modes(model, options.mode)
         predicted = frozenset(i for i, mode in enumerate(self._modes) if mode == "predicted")
@@ -55,9 +59,12 @@ class LayerStack:
         self._checks, self._check_recall = made.checks, options.check_recall
         self._tokens = 0
         self._length = made.writer.mark()
-        self._program = made.builder.build()
         #: The head's rows; None where the hot device has them.
         self.head_matrix: Matrix | None = None if self.has_hot_head else pack(pool, model.head)
+        if self.residency is not None:
+            assert options.budget is not None
+            self.residency.open(options.budget)
+        self._program = made.builder.build()
 
     @property
     def x(self) -> Floats:
@@ -78,7 +85,10 @@ class LayerStack:
     def weight_bytes(self) -> int:
         """Size of all weights as laid out for the kernels, in bytes."""
         return (
-            self._written.ops.weight_bytes + sum(ffn.nbytes for ffn in self._written.laid) + self._head_bytes
+            self._written.ops.weight_bytes
+            + sum(ffn.nbytes for ffn in self._written.laid)
+            + self._head_bytes
+            + (self.residency.nbytes if self.residency else 0)
         )
 
     @property
@@ -88,7 +98,10 @@ class LayerStack:
 
     @property
     def serves_one(self) -> bool:
-        """Whether the hot device computes attention: it has the cache of one session."""
+        """Whether there is room for one session alone: the hot device computes attention and has one cache,
+        or experts are read from disk and have the memory that others would take."""
+        if self.residency is not None:
+            return True
         return self._hot is not None and any(map(self._hot.has_attention, range(self.model.hyper.layers)))
 
     @property
@@ -133,6 +146,8 @@ class LayerStack:
             stop.work(count, places)
             first = stop.needed
         self._run_parts(first, self._length, count, places)
+        if self.residency and (self._tokens + count) // DROP_TOKENS > self._tokens // DROP_TOKENS:
+            self.residency.drop_pages()
         self._tokens += count
         if self._written.beside:
             self._written.beside.keep_spans()
@@ -248,9 +263,11 @@ class LayerStack:
         return times
 
     def close(self) -> None:
-        """Release the hot device."""
+        """Release the hot device, and the experts on disk."""
         if self._hot:
             self._hot.close()
+        if self.residency:
+            self.residency.close()
 
     @property
     def _head_bytes(self) -> int:
@@ -289,10 +306,16 @@ class LayerStack:
             self._run(first, last, count, places)
 
     def _run(self, first: int, last: int, count: int, places: Places | None) -> None:
-        if places is None:
-            self._program.run(self._pool, first, last, count)
-        else:
-            self._program.run_spans(self._pool, first, last, places.spans)
+        try:
+            if places is None:
+                self._program.run(self._pool, first, last, count)
+            else:
+                self._program.run_spans(self._pool, first, last, places.spans)
+        except KernelError:
+            problem = self.residency.problem() if self.residency else None
+            if problem is None:
+                raise
+            raise ModelError(problem) from None
 
 
 def _open_hot(model: Model, options: StackOptions, work: Workload) -> tuple[HotSide | None, Sequence[str]]:

@@ -1,5 +1,7 @@
 """Whether a model fits in memory, judged before anything is allocated."""
 
+from collections.abc import Collection
+
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_kernels import packed_row_bytes, row_bytes
 from powerinfer_tools.errors import ModelError
@@ -53,14 +55,15 @@ def require_memory(model: Model, context: int, kv_type: str, available: int, els
     )
 
 
-def packed_nbytes(source: ModelSource) -> int:
-    """Bytes of all tensors of a file in memory: as in the file, but for types that are computed in another
-    form."""
+def packed_nbytes(source: ModelSource, without: Collection[str] = ()) -> int:
+    """Bytes of all tensors of a file in memory, but for those of the names ``without``: as in
+    the file, but for types that are computed in another form."""
     return sum(
         info.nbytes
         if int(info.row_type) not in MATRIX_TYPES
         else info.nbytes
         // row_bytes(info.row_type, info.shape[-1])
         * packed_row_bytes(info.row_type, info.shape[-1])
-        for info in source.tensors.values()
+        for name, info in source.tensors.items()
+        if name not in without
     )

@@ -52,6 +52,33 @@ class DraftReport:
 
 
 @dataclass(frozen=True)
+class DiskReport:
+    """What happened to experts that are read from disk: ``taken`` by passes, of which ``hits`` were in memory
+    and ``late`` on their way; ``ahead`` were read before their router had chosen, of which ``ahead_used``
+    were then taken; ``read_bytes`` came from disk, ``memory_bytes`` from memory; ``moved`` made room for
+    others. The program waited for ``wait_seconds``."""
+
+    taken: int
+    hits: int
+    late: int
+    ahead: int
+    ahead_used: int
+    read_bytes: int
+    memory_bytes: int
+    moved: int
+    wait_seconds: float
+
+    @property
+    def hit_share(self) -> float:
+        """Share of experts that were in memory when they were taken."""
+        return self.hits / self.taken if self.taken else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return vars(self) | {"hit_share": self.hit_share}
+
+
+@dataclass(frozen=True)
 class EngineReport:
     """The counters of one session, and of the weights that it uses, since they were made.
 
@@ -61,7 +88,8 @@ class EngineReport:
     neurons that predictors found, by naming ``predicted_density`` of all, None where it was not checked;
     ``prediction_cost`` and ``threshold_cost`` what leaving neurons out costs in quality, as measured when the
     file was made, None for exact modes; ``timings`` seconds by part ("attention",
-    "ffn", …); ``load_seconds`` the time to lay the weights out for the kernels and allocate.
+    "ffn", …); ``disk``: None where all experts are in memory;
+    ``load_seconds`` the time to lay the weights out for the kernels and allocate.
     """
 
     model: str
@@ -87,6 +115,7 @@ class EngineReport:
     memory: Memory
     kv_type: str
     load_seconds: float
+    disk: DiskReport | None = None
 
     @property
     def overlap(self) -> float | None:
@@ -134,6 +163,7 @@ class EngineReport:
             "kv_type": self.kv_type,
             "load_seconds": self.load_seconds,
             "timings": self.timings,
+            "disk": self.disk.as_dict() if self.disk else None,
             "overlap": self.overlap,
             "memory": vars(self.memory) | {"total": self.memory.total},
         }

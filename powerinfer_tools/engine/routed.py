@@ -13,6 +13,7 @@ from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.cold_ffn import Computed
 from powerinfer_tools.engine.hot.routes import SHARED, Route
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.residency import Residency, write_choice, write_scores
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameters import Hyperparameters, Routing
 
@@ -50,7 +51,8 @@ def routed_buffers(hyper: Hyperparameters, buffers: Buffers, *, gated: bool) -> 
 
 class RoutedFFN:
     """The experts of one layer, those that the kernels compute laid out for them; others (``hot``, by number)
-    are a hot side's, and with ``scored_there`` the router is.
+    are a hot side's, and with ``scored_there`` the router is. With ``disk``, they are read from there as that
+    layer's.
 
     :meth:`write` appends operations that leave the router's scores (where it is here), those that choose
     (``choosing``), and those of the experts that are here (``working``), which leave their sum in
@@ -66,13 +68,22 @@ class RoutedFFN:
         hot: frozenset[int] = frozenset(),
         *,
         scored_there: bool = False,
+        disk: tuple[Residency, int] | None = None,
     ) -> None:
         self._routing, self._observed, self.hot, self._ffn = routing, observed, hot, ffn
+        self._disk = disk
         self._scored_there = scored_there
-        self._router = None if scored_there else pack(pool, ffn.router)
-        self._experts = {
-            index: _columns(pool, ffn.expert(index)) for index in range(routing.experts) if index not in hot
-        }
+        self._router: Matrix | None = None
+        if disk is not None:
+            residency, layer = disk
+            self._router, self._experts = residency.router(layer), residency.experts(layer)
+        else:
+            self._router = None if scored_there else pack(pool, ffn.router)
+            self._experts = {
+                index: _columns(pool, ffn.expert(index))
+                for index in range(routing.experts)
+                if index not in hot
+            }
         here = ffn.shared is not None and SHARED not in hot
         self._shared = _columns(pool, ffn.shared) if ffn.shared is not None and here else None
         gate = None if scored_there else ffn.shared_gate
@@ -82,7 +93,9 @@ class RoutedFFN:
 
     @property
     def nbytes(self) -> int:
-        """Size of the weights as laid out here, in bytes."""
+        """Size of the weights as laid out here, in bytes, but for experts that are read from disk."""
+        if self._disk is not None:
+            return self._always
         return self._always + sum(_nbytes(expert) for expert in self._experts.values())
 
     def bytes_per_token(self, computed: Computed) -> float:
@@ -116,12 +129,8 @@ class RoutedFFN:
     def write_router(self, writer: BlockWriter, source: Floats, routed: RoutedBuffers) -> None:
         """Append the router alone, where it is here, over ``source``."""
         writer.label("router")
-        if self._router is None:
-            return
-        if not self._router.row_type.is_float:
-            writer.ops.round(source)
-        acts, bias = writer.ops.rounded(source), self._ffn.router_bias
-        writer.builder.matmul(self._router, source, acts, routed.scores, bias=bias)
+        if self._router is not None:
+            write_scores(writer, self._router, self._ffn, source, routed.scores)
 
     def write(self, writer: BlockWriter, buffers: Buffers, routed: RoutedBuffers, source: Floats) -> None:
         """Append what comes after the router; experts that a router chooses read ``source``."""
@@ -131,6 +140,9 @@ class RoutedFFN:
             builder.matmul(self._shared_gate, buffers.normed, buffers.normed_acts, routed.shared_score)
         first = writer.mark()
         self._choose(writer, routed)
+        if self._disk is not None:
+            residency, layer = self._disk
+            residency.write_fetch(writer, layer, routed.choice)
         begin = writer.label("ffn")
         self.choosing = (first, begin)
         if self._scored_there:
@@ -156,19 +168,9 @@ class RoutedFFN:
         self.working = (begin, writer.mark())
 
     def _choose(self, writer: BlockWriter, routed: RoutedBuffers) -> None:
-        routing, seen = self._routing, self._observed
-        gated = self._ffn.shared_gate is not None
-        writer.builder.route(
-            routed.scores,
-            routed.choice,
-            kind=routing.kind,
-            bias=self._ffn.choice_bias,
-            groups=routing.groups,
-            groups_used=routing.groups_used,
-            normalized=routing.normalized,
-            scale=routing.scale,
-            shared=(routed.shared_score, routed.shared_weight) if gated else None,
-        )
+        seen, gated = self._observed, self._ffn.shared_gate is not None
+        shared = (routed.shared_score, routed.shared_weight) if gated else None
+        write_choice(writer, self._ffn, self._routing, routed.scores, routed.choice, shared)
         counted = () if seen is None else (seen.counts, seen.gate_squares, seen.up_squares)
         writer.builder.count_experts(routed.choice, self._totals, *counted)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.residency import Budget, Residency
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class StackOptions:
 
     ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
     compute beside every prediction what it should have found. ``thresholds``: of each layer of a
-    source model.
+    source model. ``residency``: where experts are that are read from disk,
+    and what memory they get (``budget``).
     """
 
     batch: int
@@ -26,3 +28,5 @@ class StackOptions:
     observed: Sequence[LayerCounters | None] | None = None
     check_recall: bool = False
     thresholds: Sequence[FactorThresholds] | None = None
+    residency: Residency | None = None
+    budget: Budget | None = None

@@ -113,6 +113,8 @@ class StackWriter:
                 self._write_there(index, self.beside)
             else:
                 self._write_layer(index, layer)
+            if self._options.residency is not None:
+                self._options.residency.drop_pages()
         if not (self._hot and self._hot.has_head):
             self._bring_back()
 
@@ -130,8 +132,10 @@ class StackWriter:
         assert self.routed is not None
         assert self._routing is not None
         hot = self._hot.hot_experts(index) if self._hot else frozenset[int]()
-        source = self.buffers.normed
-        ffn = RoutedFFN(experts, routing, self._pool, self._observed(index), hot, scored_there=there)
+        source, residency = self.buffers.normed, self._options.residency
+        disk = None if residency is None else (residency, index)
+        observed = self._observed(index)
+        ffn = RoutedFFN(experts, routing, self._pool, observed, hot, scored_there=there, disk=disk)
         self.laid.append(ffn)
         if there:
             arrives, self.away = not self.away, True

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -13,9 +14,10 @@ from powerinfer_tools.detect import available_ram_bytes
 from powerinfer_tools.engine.caches import Places
 from powerinfer_tools.engine.damage import require_finite
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
+from powerinfer_tools.engine.from_disk import RamOptions, open_from_disk
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack
-from powerinfer_tools.engine.memory import MARGIN, require_memory, require_session_memory
+from powerinfer_tools.engine.memory import MARGIN, require_session_memory
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.session import Session
 from powerinfer_tools.engine.stack_options import StackOptions
@@ -52,7 +54,8 @@ class Weights:
     split point. ``observed`` counters, one of each layer, are added to by every forward pass of a source
     model. ``check_recall`` computes beside every prediction what it should have found, for the report;
     results stay the same bits. ``thresholds`` of each layer of a source model leave neurons out, as they say
-    at the time of each pass.
+    at the time of each pass. ``ram``: the memory that the process may take; experts that do not fit are read
+    from disk, see :mod:`powerinfer_tools.engine.residency`.
     """
 
     def __init__(
@@ -70,19 +73,31 @@ class Weights:
         observed: Sequence[LayerCounters | None] | None = None,
         check_recall: bool = False,
         thresholds: Sequence[FactorThresholds] | None = None,
+        ram: RamOptions | None = None,
     ) -> None:
         started = time.perf_counter()
         self.model, self.kv_type = model, kv_type
         self.context = _check_context(model, context)
-        if device != "cuda":  # the layers judge it when they know what the GPU holds
-            require_memory(model, self.context, kv_type, available_ram_bytes())
         self.batch = max(1, min(batch, self.context))
         self._sessions: list[Session] = []
-        options = StackOptions(
-            self.batch, self.context, mode, device, vram, kv_type, observed, check_recall, thresholds
-        )
         self.pool = Pool(threads, isa)
         try:
+            disk = open_from_disk(
+                model,
+                self.pool,
+                ram or RamOptions(),
+                context=self.context,
+                kv_type=kv_type,
+                batch=self.batch,
+                device=device,
+            )
+            options = StackOptions(
+                self.batch, self.context, mode, device, vram, kv_type, observed, check_recall, thresholds
+            )
+            self._notices = () if disk is None else (disk.notice,)
+            if disk is not None:
+                self.batch = disk.budget.batch
+                options = replace(options, batch=self.batch, residency=disk.residency, budget=disk.budget)
             #: The layers, for stages that look inside.
             self.stack = LayerStack(model, self.pool, options)
             try:
@@ -112,7 +127,7 @@ class Weights:
     @property
     def notices(self) -> Sequence[str]:
         """What could not be done as asked, and what is done instead: each once, in words for the user."""
-        return self.stack.notices
+        return (*self._notices, *self.stack.notices)
 
     def read_bandwidth(self) -> float:
         """Measure the machine's read bandwidth with these threads, in bytes per second; 0 where memory is too
@@ -125,8 +140,8 @@ class Weights:
     def session(self, context: int | None = None, kv_type: str | None = None) -> Session:
         """A new session of up to ``context`` tokens (None: the longest), whose caches are of ``kv_type``.
 
-        Raises ModelError where memory does not suffice, and where the hot device computes attention, which it
-        does for one session at a time.
+        Raises ModelError where memory does not suffice, and for a second session where the hot device
+        computes attention, which it does for one at a time, or where experts are read from disk.
         """
         context, kv_type = self.context if context is None else context, kv_type or self.kv_type
         if not 1 <= context <= self.context:
@@ -135,6 +150,11 @@ class Weights:
                 "which the weights were loaded"
             )
         if self.stack.serves_one and (self._sessions or kv_type != self.kv_type):
+            if self.stack.residency is not None:
+                raise ModelError(
+                    f"{self.model.path}: experts that are read from disk have the memory that a second "
+                    f"session, or a cache of a type other than {self.kv_type}, would take"
+                )
             raise ModelError(
                 f"{self.model.path}: the {self.stack.device} device computes attention, and holds one cache "
                 f"of type {self.kv_type}: no second session can be open, and none of another type"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.measure.synthetic.topics import locality_of, text
 from powerinfer_tools.progress import Progress, Silent
 
 
@@ -56,7 +57,11 @@ def bench(
     """
     progress = progress or Silent()
     rng = np.random.default_rng(0)
-    tokens = [int(token) for token in rng.integers(0, engine.vocabulary, size=max(prompt, generate, 1))]
+    locality, count = locality_of(engine.model.gguf), max(prompt, generate, 1)
+    if locality is None:
+        tokens = [int(token) for token in rng.integers(0, engine.vocabulary, size=count)]
+    else:
+        tokens = text(rng, count, engine.vocabulary, locality)
     tests: list[tuple[str, int, Callable[[], None]]] = []
     if prompt:
         tests.append((f"pp{prompt}", prompt, lambda: _prompt(engine, tokens[:prompt])))

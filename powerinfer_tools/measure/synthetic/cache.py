@@ -10,6 +10,7 @@ from powerinfer_tools.engine.memory import MARGIN
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, Shape, tensors_of, write_synthetic
 from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
+from powerinfer_tools.measure.synthetic.topics import Topics
 
 #: Changes when the same request would give another file.
 _VERSION = 7
@@ -18,12 +19,14 @@ _VERSION = 7
 @dataclass(frozen=True)
 class Request:
     """One synthetic model. ``sparsity`` None: the dense form, a GGUF file that other programs load; else a
-    split file of a ReLU model. ``layers`` None: as many as the shape has."""
+    split file of a ReLU model. ``layers`` None: as many as the shape has. ``topics``: how routers choose;
+    None: all experts equally often."""
 
     shape: str
     row_type: str = "Q4_0"
     layers: int | None = None
     sparsity: Sparsity | None = None
+    topics: Topics | None = None
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -33,6 +36,8 @@ class Request:
         most = SHAPES[self.shape].layers
         if self.layers is not None and not 1 <= self.layers <= most:
             raise ModelError(f"{self.shape} has {most} layers, {self.layers} cannot be made")
+        if self.topics and not SHAPES[self.shape].experts:
+            raise ModelError(f"{self.shape} has no experts, and so no routers that topics could be made for")
         if self.sparsity and SHAPES[self.shape].experts:
             raise ModelError(
                 f"{self.shape} has experts, of which a token takes {SHAPES[self.shape].used} of "
@@ -45,7 +50,8 @@ class Request:
         """What the model is called: everything that it depends on."""
         cut = f"-{self.layers}layers" if self.layers else ""
         sparse = f"-density{self.sparsity.density:g}-skew{self.sparsity.skew:g}" if self.sparsity else ""
-        return f"{self.shape}{cut}-{self.row_type}{sparse}"
+        topics = f"-locality{self.topics.locality:g}-skew{self.topics.skew:g}" if self.topics else ""
+        return f"{self.shape}{cut}-{self.row_type}{sparse}{topics}"
 
     @property
     def file_name(self) -> str:
@@ -67,10 +73,11 @@ class Request:
         """
         shape = self.sizes
         self._require_room(shape, "the disk", shutil.disk_usage(path.parent).free)
-        self._require_room(shape, "memory", detect.available_ram_bytes())
+        if not shape.experts:  # those are read from disk
+            self._require_room(shape, "memory", detect.available_ram_bytes())
         if self.sparsity:
             return write_sparse(path, self.name, shape, self.row_type, self.sparsity)
-        return write_synthetic(path, self.name, shape, self.row_type)
+        return write_synthetic(path, self.name, shape, self.row_type, topics=self.topics)
 
     def _require_room(self, shape: Shape, where: str, free: int) -> None:
         """``free`` is 0 where that is not known."""

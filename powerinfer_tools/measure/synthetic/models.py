@@ -6,12 +6,13 @@ that activations stay finite and every arithmetic path runs at its normal speed.
 
 With experts, embeddings have a deviation of 1, and what attention and FFNs add a hundredth of that: random
 layers add much the same for every token, so that in deep layers all tokens would take the same experts.
-Like this, the routers, which are random rows, choose all experts about equally often, whatever came before.
+Like this, the routers, which are random rows, choose all experts about equally often, whatever came before,
+unless :mod:`.topics` says otherwise.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from powerinfer_formats.file_types import file_type_number
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
+from powerinfer_kernels import RowType, quantize
 from powerinfer_tools.measure.synthetic.random_blocks import BLOCKS, balance, fitting_type, random_rows
+from powerinfer_tools.measure.synthetic.topics import Topics, embeddings, router_rows
 from powerinfer_tools.model.architectures import ARCHITECTURES, ArchitectureSpec
 
 #: Values drawn at a time: bounds the memory of the writer.
@@ -30,6 +33,8 @@ PIECE_VALUES = 1 << 24
 #: matrices that it depends on.
 _ADDED = 0.01
 _ADDING = (".attn_output.", ".ffn_down")
+#: Types that the kernels round to.
+_ROUNDED = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
 @dataclass(frozen=True)
@@ -186,20 +191,47 @@ def _gets_more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def write_synthetic(path: Path, name: str, shape: Shape, mixture: str, seed: int = 0) -> int:
-    """Write the model and return its size in bytes. Raises FormatError or OSError where that fails."""
-    tensors = list(tensors_of(shape, mixture))
+def write_synthetic(
+    path: Path, name: str, shape: Shape, mixture: str, seed: int = 0, topics: Topics | None = None
+) -> int:
+    """Write the model and return its size in bytes; ``topics``: how its routers choose, instead of equally
+    often. Raises FormatError or OSError where that fails."""
+    tensors = [_typed(tensor, topics) for tensor in tensors_of(shape, mixture)]
     rng = np.random.Generator(np.random.SFC64(seed))
     with GGUFWriter(path) as writer:
         add_metadata(writer, name, shape, mixture)
         if shape.activation is not None:
             writer.add("powerinfer.activation", shape.activation)
+        if topics is not None:
+            topics.write(writer)
         for tensor in tensors:
             writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
         for tensor in tensors:
-            for piece in _pieces(rng, shape, tensor):
+            for piece in _with_topics(rng, shape, tensor, topics):
                 writer.write(tensor.name, piece)
     return path.stat().st_size
+
+
+def _typed(tensor: Tensor, topics: Topics | None) -> Tensor:
+    """Of values that are not drawn but rounded, the type must be one that the kernels write."""
+    if topics is None or tensor.name != "token_embd.weight" or tensor.row_type in _ROUNDED:
+        return tensor
+    return replace(tensor, row_type="Q8_0")
+
+
+def _with_topics(
+    rng: np.random.Generator, shape: Shape, tensor: Tensor, topics: Topics | None
+) -> Iterator[NDArray[np.generic]]:
+    """The values of a tensor, where embeddings and routers know topics."""
+    if topics is not None and tensor.name.endswith("ffn_gate_inp.weight"):
+        yield router_rows(rng, shape.experts, shape.width, topics)
+    elif topics is not None and tensor.name == "token_embd.weight":
+        step = max(1, PIECE_VALUES // shape.width)
+        for first in range(0, shape.vocabulary, step):
+            values = embeddings(rng, first, min(step, shape.vocabulary - first), shape.width)
+            yield quantize(values, RowType[tensor.row_type])
+    else:
+        yield from _pieces(rng, shape, tensor)
 
 
 def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[NDArray[np.generic]]:

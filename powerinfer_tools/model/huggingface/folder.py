@@ -20,6 +20,7 @@ import numpy.typing as npt
 from powerinfer_formats import errors
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.gguf_scan import Entry, TensorInfo
+from powerinfer_formats.mapped_file import MappedFile
 from powerinfer_formats.metadata import Metadata
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.safetensors_folder import SafetensorsFolder
@@ -111,6 +112,11 @@ class ModelFolder(ModelSource):
     def nbytes(self) -> int:
         """Size of the weight files."""
         return self._weights.nbytes
+
+    @property
+    def mappings(self) -> tuple[MappedFile, ...]:
+        """The weight files."""
+        return self._weights.mappings
 
     def metadata_bytes(self) -> Iterator[tuple[Entry, bytes]]:
         """Every entry with its bytes in a GGUF file."""

@@ -1,0 +1,153 @@
+"""Whether a model runs from disk, and what its experts then get of the memory that it may take."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_kernels import Pool
+from powerinfer_tools.detect import available_ram_bytes, resident_bytes
+from powerinfer_tools.engine.buffers import allocate
+from powerinfer_tools.engine.head import HEAD_ROWS
+from powerinfer_tools.engine.memory import MARGIN, kv_bytes_per_position, packed_nbytes, require_memory
+from powerinfer_tools.engine.residency import Budget, Residency, too_little
+from powerinfer_tools.engine.routed import routed_buffers
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.loading import Model
+
+#: How experts get their places in memory: by the profile alone, or by what tokens take.
+Placing = Literal["static", "adaptive"]
+#: What a process takes beside what is counted: sampling, logits, text, what the allocator keeps.
+_SLACK = 24 << 20
+#: The share of the memory that buffers of a pass may take, before passes get shorter.
+_SCRATCH_SHARE = 1 / 12
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class RamOptions:
+    """The memory that the process may take (None: what is free), and how experts get their places in it;
+    ``use``: tokens that took each expert (layers, experts), from a profile."""
+
+    ram: int | None = None
+    placing: Placing = "adaptive"
+    use: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class FromDisk:
+    """A model whose experts are read from disk."""
+
+    residency: Residency
+    budget: Budget
+    notice: str
+
+
+def open_from_disk(
+    model: Model, pool: Pool, options: RamOptions, *, context: int, kv_type: str, batch: int, device: str
+) -> FromDisk | None:
+    """How ``model`` runs from disk; None where all of it fits in the memory that it may take.
+
+    Raises ModelError where it does not fit and cannot be read from disk, or where the memory does not do for
+    that either.
+    """
+    ram, size = options.ram, _Size(model, context, kv_type)
+    if ram is None:
+        available = available_ram_bytes()
+        if not available or size.weights + size.cache + MARGIN <= available or not _can(model, device):
+            if device != "cuda":  # the layers judge it when they know what the GPU holds
+                require_memory(model, context, kv_type, available)
+            return None
+        ram = resident_bytes() + available - MARGIN
+    elif resident_bytes() + size.weights + size.cache + size.scratch(batch) + _SLACK <= ram:
+        return None
+    elif not _can(model, device):
+        raise ModelError(_refusal(model, size, ram, device))
+    residency = Residency(model, pool)
+    try:
+        return _fit(model, residency, options, size, ram, batch)
+    except BaseException:
+        residency.close()
+        raise
+
+
+class _Size:
+    """What a model takes in memory, in bytes."""
+
+    def __init__(self, model: Model, context: int, kv_type: str) -> None:
+        self._model, hyper = model, model.hyper
+        self.weights = packed_nbytes(model.gguf)
+        self.cache = round(context * kv_bytes_per_position(hyper, kv_type) * hyper.layers)
+        experts = {
+            stack.name
+            for layer in model.layers
+            if isinstance(layer.feeds, ExpertsFFN)
+            for stack in layer.feeds.stacks
+        }
+        self.always = packed_nbytes(model.gguf, without=experts)
+
+    def scratch(self, batch: int) -> int:
+        """Buffers of passes of ``batch`` tokens."""
+        model, hyper = self._model, self._model.hyper
+        buffers = allocate(model.spec, hyper, batch, hot=False, scores=False)
+        routed = routed_buffers(hyper, buffers, gated=model.spec.gated)
+        head = HEAD_ROWS * (hyper.vocabulary + 2 * hyper.width) * 4
+        ahead = batch * (5 * hyper.width + 4 * (hyper.routing.experts if hyper.routing else 0))
+        return buffers.nbytes + (0 if routed is None else routed.nbytes) + head + ahead
+
+
+def _can(model: Model, device: str) -> bool:
+    return device == "none" and any(isinstance(layer.feeds, ExpertsFFN) for layer in model.layers)
+
+
+def _refusal(model: Model, size: _Size, ram: int, device: str) -> str:
+    why = "only experts are read from disk, and it has none"
+    if device != "none":
+        why = f"with --device {device} nothing is read from disk"
+    return (
+        f"{model.path}: {(size.weights + size.cache) // _MIB} MiB of weights and KV cache do not fit in "
+        f"--ram {ram // _MIB} MiB, and {why}"
+    )
+
+
+def _fit(
+    model: Model, residency: Residency, options: RamOptions, size: _Size, ram: int, batch: int
+) -> FromDisk:
+    """The longest passes whose experts all have a slot and whose buffers leave memory to them."""
+    held = resident_bytes() + size.always + size.always // 32 + size.cache + _SLACK
+
+    def budget_of(tokens: int) -> Budget:
+        nbytes = ram - held - size.scratch(tokens)
+        return Budget(nbytes, tokens, options.use, options.placing == "static")
+
+    def does(tokens: int) -> bool:
+        left = budget_of(tokens).nbytes - residency.readers_bytes
+        return left > 0 and min(residency.slots(left)) >= residency.least(tokens) + residency.least(1)
+
+    def small(tokens: int) -> bool:
+        return size.scratch(tokens) <= ram * _SCRATCH_SHARE
+
+    tokens = _longest(batch, lambda count: does(count) and small(count)) or _longest(batch, does)
+    if tokens is None:
+        raise ModelError(too_little(model, residency, budget_of(1)))
+    budget = budget_of(tokens)
+    slots = residency.slots(budget.nbytes - residency.readers_bytes)
+    units = residency.units.count
+    notice = (
+        f"{size.weights // _MIB} MiB of weights do not fit in {ram // _MIB} MiB: {sum(slots)} of {units} "
+        f"experts ({sum(slots) / units:.0%}) are in memory at a time, the others are read from disk as they "
+        "are needed"
+    )
+    return FromDisk(residency, budget, notice)
+
+
+def _longest(batch: int, does: Callable[[int], bool]) -> int | None:
+    tokens = batch
+    while tokens >= 1:
+        if does(tokens):
+            return tokens
+        tokens //= 2
+    return None

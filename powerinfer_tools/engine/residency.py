@@ -1,0 +1,276 @@
+"""Experts of a model larger than memory: all of them stay on disk, some are in memory as well, and the others
+are read when a token takes them, or a layer earlier, where the next router is likely to choose them.
+
+What is in memory follows use. A wrong guess costs bandwidth; the sums are those of the model in memory, bit
+for bit, because the program is the same and waits for what its routers chose.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from powerinfer_formats.mapped_file import MappedFile
+from powerinfer_kernels import Choice, Matrix, Part, Pool, Units, UnitsFile
+from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
+from powerinfer_tools.engine.buffers import Floats
+from powerinfer_tools.engine.report import DiskReport
+from powerinfer_tools.engine.values import Value
+from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.hyperparameters import Routing
+from powerinfer_tools.model.loading import Model
+from powerinfer_tools.model.tensors import Weight
+
+#: Threads that read: enough to keep a disk's queue filled with reads of a quarter of a MiB.
+READERS = 8
+#: Tokens after which a use counts half.
+HALF_LIFE = 16.0
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What experts may take: ``nbytes`` of memory for slots and readers, passes of up to ``batch`` tokens;
+    ``use``: how many tokens took each expert (layers, experts), as far as that is known. With ``static``
+    those used most stay, and only a small rest of the slots changes hands."""
+
+    nbytes: int
+    batch: int
+    use: npt.NDArray[np.float64] | None = None
+    static: bool = False
+
+
+class Residency:
+    """The experts of all layers of ``model`` as units on disk; :meth:`open` gives them memory. Raises
+    ModelError where an expert is not in a file as it is computed with."""
+
+    def __init__(self, model: Model, pool: Pool) -> None:
+        self.model, self._pool = model, pool
+        self.units = Units()
+        self._columns: dict[int, dict[int, DenseColumns]] = {}
+        self._first: dict[int, int] = {}
+        self._routers: dict[int, Matrix] = {}
+        self._ahead: tuple[Floats, Choice] | None = None
+        for index, layer in enumerate(model.layers):
+            if isinstance(layer.feeds, ExpertsFFN):
+                self._add(index, layer.feeds)
+        self._files: list[UnitsFile] = []
+        self._is_open = False
+        try:
+            for mapping in model.gguf.mappings:
+                self._files.append(UnitsFile(*mapping.open_for_reading()))
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, index: int, ffn: ExpertsFFN) -> None:
+        self._first[index], self._columns[index] = self.units.count, {}
+        for number in range(ffn.router.rows):
+            expert = ffn.expert(number)
+            gate, up, down = (self._absent(weight) for weight in (expert.first, expert.factor, expert.down))
+            assert gate is not None
+            assert down is not None
+            self.units.add([part for part in (gate, up, down) if part is not None])
+            columns = DenseColumns(gate.matrix, None if up is None else up.matrix, down.matrix)
+            self._columns[index][number] = columns
+
+    def _absent(self, weight: Weight | None) -> Part | None:
+        if weight is None:
+            return None
+        place = self.model.gguf.place_of(weight.data)
+        if place is None:
+            raise ModelError(
+                f"{self.model.path}: {weight.name} is not in the file as it is computed with, so it cannot "
+                "be read from disk while the model runs; give the model more memory, or convert it to GGUF"
+            )
+        matrix = Matrix.absent(self._pool, weight.row_type, weight.rows, weight.columns)
+        return Part(matrix, weight.row_type, *place)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that slots and readers take."""
+        return self.units.nbytes if self._is_open else 0
+
+    @property
+    def whole_bytes(self) -> int:
+        """Memory that all units would take."""
+        return sum(count * size for count, size in self.units.kinds)
+
+    @property
+    def readers_bytes(self) -> int:
+        """Memory that the readers take."""
+        return READERS * self.units.staging_bytes
+
+    def slots(self, nbytes: int) -> tuple[int, ...]:
+        """How many units of each kind ``nbytes`` of slots hold: the same share of every kind."""
+        share = min(1.0, nbytes / self.whole_bytes)
+        return tuple(int(count * share) for count, _ in self.units.kinds)
+
+    def least(self, batch: int) -> int:
+        """Slots of each kind that a pass of ``batch`` tokens needs."""
+        routing = _routing(self.model)
+        return min(routing.experts, batch * routing.used)
+
+    def experts(self, layer: int) -> dict[int, DenseColumns]:
+        """The matrices of the experts of ``layer``, which hold something after a fetch."""
+        return self._columns[layer]
+
+    def router(self, layer: int) -> Matrix:
+        """The router of ``layer``, which is always in memory."""
+        if layer not in self._routers:
+            feeds = self.model.layers[layer].feeds
+            assert isinstance(feeds, ExpertsFFN)
+            self._routers[layer] = pack(self._pool, feeds.router)
+        return self._routers[layer]
+
+    def write_fetch(self, writer: BlockWriter, layer: int, choice: Choice) -> None:
+        """Append what brings the experts that ``choice`` names into memory, and asks for those that the next
+        layer is likely to take: what its router says of the residual stream as it is now."""
+        later = min((index for index in self._first if index > layer), default=None)
+        ahead = None if later is None else (self._first[later], self._write_guess(writer, later, choice))
+        writer.label("disk")
+        writer.builder.fetch(self.units, self._first[layer], choice, ahead)
+
+    def _write_guess(self, writer: BlockWriter, layer: int, like: Choice) -> Choice:
+        """Append the router of ``layer`` over the residual stream, and its choice."""
+        weights, routing = self.model.layers[layer], _routing(self.model)
+        ffn = weights.feeds
+        assert isinstance(ffn, ExpertsFFN)
+        if self._ahead is None:
+            scores = writer.buffers.scratch.named("scores_ahead", routing.experts)
+            self._ahead = scores, Choice.new(len(like.chosen), like.experts, like.used)
+        scores, choice = self._ahead
+        writer.label("router")
+        source, norm = Value(writer.buffers.x), weights.ffn_norm
+        if norm is not None and not writer.spec.early_router:
+            source = writer.ops.norm("normed_ahead", source, norm, writer.eps)
+        write_scores(writer, self.router(layer), ffn, source.floats, scores)
+        write_choice(writer, ffn, routing, scores, choice)
+        return choice
+
+    def open(self, budget: Budget) -> None:
+        """Make room, and read the experts that were used most. Raises ModelError where the memory is not
+        there, or too little, and where a file cannot be read."""
+        slots, least = self.slots(budget.nbytes - self.readers_bytes), self.least(budget.batch)
+        if min(slots) < min(least, min(count for count, _ in self.units.kinds)):
+            raise ModelError(too_little(self.model, self, budget))
+        self.units.open(self._files, slots, READERS, HALF_LIFE)
+        self._is_open = True
+        self.drop_pages()
+        if budget.use is not None:
+            self._load(budget, slots, least)
+
+    def _load(self, budget: Budget, slots: Sequence[int], least: int) -> None:
+        """Read the most used experts into the slots; of a static placement, all but those that change hands
+        are to stay."""
+        assert budget.use is not None
+        use = np.zeros(self.units.count)
+        for layer, first in self._first.items():
+            use[first : first + len(budget.use[layer])] = budget.use[layer]
+        self.units.set_use(use)
+        order = np.argsort(-use, kind="stable")
+        kinds = np.array([self.units.kind_of(unit) for unit in range(self.units.count)])
+        for kind, count in enumerate(slots):
+            mine = order[kinds[order] == kind][:count].astype(np.int32)
+            stays = max(0, count - 2 * least) if budget.static else 0
+            self.units.load(mine[:stays], fixed=True)
+            self.units.load(mine[stays:])
+
+    def drop_pages(self) -> None:
+        """Give back the pages of the file that were read through its mapping."""
+        mappings: Sequence[MappedFile] = self.model.gguf.mappings
+        for mapping, file in zip(mappings, self._files, strict=True):
+            mapping.drop_pages(file.descriptor)
+
+    def report(self) -> DiskReport:
+        """What was read so far, and what was there."""
+        c = self.units.counters()
+        return DiskReport(
+            taken=c.taken,
+            hits=c.hits,
+            late=c.late,
+            ahead=c.ahead,
+            ahead_used=c.ahead_used,
+            read_bytes=c.read_bytes,
+            memory_bytes=c.hit_bytes,
+            moved=c.moved,
+            wait_seconds=c.wait_nanoseconds / 1e9,
+        )
+
+    def taken(self) -> npt.NDArray[np.int64]:
+        """Tokens that took each expert so far, (layers, experts); zeros for layers without."""
+        taken, experts = self.units.taken(), _routing(self.model).experts
+        counts = np.zeros((len(self.model.layers), experts), np.int64)
+        for layer, first in self._first.items():
+            counts[layer] = taken[first : first + experts]
+        return counts
+
+    def problem(self) -> str | None:
+        """Why experts cannot be read, in words for the user; None while nothing failed."""
+        fault = self.units.fault() if self._is_open else None
+        if fault is None:
+            return None
+        path = self.model.gguf.mappings[fault.file].path
+        return (
+            f"{path}: {fault.nbytes} bytes at {fault.offset} could not be read while the model ran: "
+            f"{fault.reason}"
+        )
+
+    def close(self) -> None:
+        """End the readers, and give the memory back."""
+        files, self._files = self._files, []
+        if self._is_open:
+            self._is_open = False
+            self.units.close()
+            return
+        for descriptor, _ in files:
+            os.close(descriptor)
+
+
+def write_scores(
+    writer: BlockWriter, router: Matrix, ffn: ExpertsFFN, source: Floats, scores: Floats
+) -> None:
+    """Append the product of a router with ``source``."""
+    if not router.row_type.is_float:
+        writer.ops.round(source)
+    writer.builder.matmul(router, source, writer.ops.rounded(source), scores, bias=ffn.router_bias)
+
+
+def write_choice(
+    writer: BlockWriter,
+    ffn: ExpertsFFN,
+    routing: Routing,
+    scores: Floats,
+    choice: Choice,
+    shared: tuple[Floats, Floats] | None = None,
+) -> None:
+    """Append the choice by ``scores``; ``shared``: the score of the shared expert, and its weight."""
+    writer.builder.route(
+        scores,
+        choice,
+        kind=routing.kind,
+        bias=ffn.choice_bias,
+        groups=routing.groups,
+        groups_used=routing.groups_used,
+        normalized=routing.normalized,
+        scale=routing.scale,
+        shared=shared,
+    )
+
+
+def too_little(model: Model, residency: Residency, budget: Budget) -> str:
+    """Why the memory for experts does not do."""
+    least = residency.least(budget.batch)
+    needed = least * sum(size for _, size in residency.units.kinds) + residency.readers_bytes
+    return (
+        f"{model.path}: {max(0, budget.nbytes) // _MIB} MiB are left for experts beside what every token "
+        f"needs; reading them from disk takes {needed // _MIB + 1} MiB at least"
+    )
+
+
+def _routing(model: Model) -> Routing:
+    assert model.hyper.routing is not None
+    return model.hyper.routing

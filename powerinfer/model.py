@@ -16,6 +16,7 @@ from powerinfer.options import GenerateOptions
 from powerinfer.session import Session
 from powerinfer.text_stream import Generated, TextStream
 from powerinfer_tools.engine import Engine, Weights
+from powerinfer_tools.engine.from_disk import RamOptions
 from powerinfer_tools.model.loading import Model as LoadedModel
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.text import Tokenizer
@@ -34,6 +35,8 @@ def load(
     device: Literal["none", "cpu", "cuda"] = "none",
     vram: int | None = None,
     kv_type: Literal["f16", "q8_0"] = "f16",
+    ram: int | None = None,
+    placement: Literal["adaptive", "static"] = "adaptive",
     check_recall: bool = False,
     draft: Draft | None = None,
     draft_model: str | PathLike[str] | None = None,
@@ -42,7 +45,9 @@ def load(
 
     ``threads`` None takes the machine's cores. ``context`` is the most tokens of a session (None: the model's
     own, up to 4096). ``mode`` None takes what the file says. ``device`` gives the hot part of a split file to
-    torch, limited to ``vram`` bytes. ``kv_type`` "q8_0" halves the KV cache at a small cost in precision.
+    torch, limited to ``vram`` bytes. ``ram`` is the memory that the process may take (None: what is free):
+    experts beyond it are read from disk as they are needed, and ``placement`` says whether those that stay
+    follow use, or the profile. ``kv_type`` "q8_0" halves the KV cache at a small cost in precision.
     ``draft`` "ngram" guesses the next tokens from the text so far, ``draft_model`` with a smaller model of
     the same vocabulary: faster where the guesses come true, and the same text. ``check_recall`` also computes
     what predictors should have found, for :meth:`Session.report`. Nothing but ``mode``, ``device``, ``vram``
@@ -62,6 +67,7 @@ def load(
             device=device,
             vram=vram,
             kv_type=kv_type,
+            ram=RamOptions(ram, placement),
             check_recall=check_recall,
         )
         opened.callback(weights.close)

@@ -216,6 +216,8 @@ def command(
         device=placement.device,
         vram=placement.vram,
         kv_type=placement.kv_type,
+        ram=placement.ram,
+        placement=placement.placing,
         check_recall=check_recall,
         draft=cast("Draft | None", drafts.draft),
         draft_model=drafts.draft_model,

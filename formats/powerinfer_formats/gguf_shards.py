@@ -19,6 +19,7 @@ from powerinfer_formats import gguf_layout as layout
 from powerinfer_formats.errors import BadShard, DuplicateTensor, MissingShard
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_scan import Entry, TensorInfo
+from powerinfer_formats.mapped_file import MappedFile
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.shard_names import MAX_SHARDS, shard_files
 
@@ -83,6 +84,11 @@ class ShardedGGUF(ModelSource):
     def nbytes(self) -> int:
         """Size of all files together."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def mappings(self) -> tuple[MappedFile, ...]:
+        """The files of the set."""
+        return tuple(mapping for file in self.files for mapping in file.mappings)
 
     def metadata_bytes(self) -> Iterator[tuple[Entry, bytes]]:
         """Every entry of the model, without those about shards, with its exact bytes."""

@@ -166,7 +166,7 @@ static int read_piece(const source *file, const piece *p, uint8_t *staging, cons
 static int bring(pi_units *s, const piece *p, uint8_t *staging) {
     const pi_unit_part *part = &s->parts[p->part];
     const pi_matrix *m = part->matrix;
-    const uint8_t *rows;
+    const uint8_t *rows = NULL;
     const int failed = read_piece(&s->files[part->file], p, staging, &rows);
     if (failed) return failed;
     const int64_t left = m->rows - p->tile * PI_TILE, all = p->tiles * PI_TILE;

@@ -122,7 +122,9 @@ class Units:
             raise KernelError(f"{len(self._sizes)} kinds of slots and a half-life of 0 or more are needed")
         kinds = tuple(zip(slots, self._sizes, strict=True))
         units = tuple((kind, *_placed(parts)) for kind, parts in self._units)
-        self.handle.open(tuple(tuple(file) for file in files), kinds, units, threads, half_life)
+        self.handle.open(
+            tuple((file.descriptor, file.direct) for file in files), kinds, units, threads, half_life
+        )
 
     def load(self, units: npt.NDArray[np.int32], *, fixed: bool = False) -> int:
         """Read units into free slots, in that order, as many as fit, and wait; returns how many are there.

@@ -16,7 +16,7 @@ from powerinfer_formats.mapped_file import MappedFile
 from powerinfer_kernels import Choice, Matrix, Part, Pool, Units, UnitsFile
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Floats
-from powerinfer_tools.engine.report import DiskReport
+from powerinfer_tools.engine.disk_report import DiskReport
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN

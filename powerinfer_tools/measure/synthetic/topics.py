@@ -54,7 +54,8 @@ def embeddings(rng: np.random.Generator, first: int, count: int, width: int) -> 
     """Rows ``first`` to ``first + count`` of the table: of length √(3 · width), a third of it noise."""
     along, root = directions(width), np.float32(width**0.5)
     topics = np.arange(first, first + count) % TOPICS
-    return root * (along[0] + along[1 + topics]) + rng.standard_normal((count, width), dtype=np.float32)
+    noise = rng.standard_normal((count, width), dtype=np.float32)
+    return np.asarray(root * (along[0] + along[1 + topics]) + noise, np.float32)
 
 
 def router_rows(rng: np.random.Generator, experts: int, width: int, topics: Topics) -> Floats:
@@ -62,7 +63,8 @@ def router_rows(rng: np.random.Generator, experts: int, width: int, topics: Topi
     along, root = directions(width), np.float32(width**0.5)
     affinity = rng.standard_normal((experts, 1 + TOPICS), dtype=np.float32)
     affinity *= np.array([topics.skew] + [_TOPIC] * TOPICS, np.float32)
-    return (affinity @ along + rng.standard_normal((experts, width), dtype=np.float32)) / root
+    noise = rng.standard_normal((experts, width), dtype=np.float32)
+    return np.asarray((affinity @ along + noise) / root, np.float32)
 
 
 def locality_of(source: ModelSource) -> float | None:

@@ -11,11 +11,13 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from powerinfer_formats.errors import CannotRead, FileChanged, NotARegularFile, TruncatedFile
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Called before each file is mapped.
 before_mapping: list[Callable[[], None]] = []
@@ -96,12 +98,19 @@ def map_file(path: Path, kind: str) -> MappedFile:
             raise TruncatedFile(path, "is empty")
         mapping = MappedFile(descriptor, status.st_size, access=mmap.ACCESS_READ)
         mapping.path, mapping.stamp = path, _stamp(status)
-        mapping.address = int(np.frombuffer(mapping, np.uint8).__array_interface__["data"][0])
+        mapping.address = _address(mapping)
         return mapping
     except OSError as error:
         raise CannotRead(path, f"cannot be mapped: {error.strerror}") from None
     finally:
         os.close(descriptor)
+
+
+def _address(mapping: mmap.mmap) -> int:
+    """Where the first byte is in memory."""
+    import numpy as np
+
+    return int(np.frombuffer(mapping, np.uint8).__array_interface__["data"][0])
 
 
 def unmap(mapping: mmap.mmap) -> None:

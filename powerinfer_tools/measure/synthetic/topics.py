@@ -46,8 +46,9 @@ class Topics:
 def directions(width: int) -> Floats:
     """Unit vectors: of what all tokens share, then of each topic; (1 + TOPICS, width)."""
     made = np.random.default_rng(width).standard_normal((1 + TOPICS, width))
-    orthogonal = np.linalg.qr(made.T)[0].T if width > TOPICS else made
-    return (orthogonal / np.linalg.norm(orthogonal, axis=1, keepdims=True)).astype(np.float32)
+    orthogonal = np.asarray(np.linalg.qr(made.T)[0].T if width > TOPICS else made)
+    made = orthogonal / np.linalg.norm(orthogonal, axis=1, keepdims=True)
+    return np.asarray(made, np.float32)
 
 
 def embeddings(rng: np.random.Generator, first: int, count: int, width: int) -> Floats:

@@ -1,6 +1,7 @@
 """Directories of more families, as ``transformers`` writes them for tiny random models: the float64 reference
 over the directory against ``transformers``' own logits."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,30 @@ def test_the_reference_agrees_with_transformers(kind: str, tmp_path: Path) -> No
     got = forward(load_model(folder.path), tokens)
     assert np.ptp(expected) > 1
     assert np.abs(got - expected).max() <= BOUND * np.abs(expected).max()
+
+
+def test_sparselm_computes_relu_whatever_its_configuration_says(tmp_path: Path) -> None:
+    """SakanaAI's SparseLM: the model type says it, ``hidden_act`` does not."""
+    folder = make_folder(tmp_path / "model", FolderCase("Llama", "gpt2", {"hidden_act": "relu"}))
+    changed = {
+        "model_type": "llama_sparse_relu",
+        "architectures": ["SparseLlamaForCausalLM"],
+        "hidden_act": "silu",
+        "sparsity_gated_mlp": True,
+    }
+    config = folder.path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    tokens, model = folder.tokens(24), load_model(folder.path)
+    expected = folder.logits(tokens)
+    assert model.hyper.activation == "relu"
+    assert np.abs(forward(model, tokens) - expected).max() <= BOUND * np.abs(expected).max()
+
+
+def test_turbosparse_mixtral_is_known_by_its_class(tmp_path: Path) -> None:
+    """The model type is Mixtral's; the class applies ReLU to gate and up of its experts."""
+    case = FolderCase("Mixtral", "llama2", {"num_local_experts": 5, "intermediate_size": 22})
+    folder = make_folder(tmp_path / "model", case)
+    config = folder.path / "config.json"
+    changed = {"architectures": ["SuperSparseMixtralForCausalLM"], "hidden_act": "relu"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    assert load_model(folder.path).hyper.activation == "drelu"

@@ -83,6 +83,17 @@ SHAPES: dict[str, Shape] = {
     "opt-6.7b": Shape("opt", 32, 4096, 32, 32, 128, 16384, 50272, 1e4, 2048, tied=True, biases="all"),
     "falcon-7b": Shape("falcon", 32, 4544, 71, 1, 64, 18176, 65024, 1e4, 2048, tied=True),
     "gemma-3-1b": Shape("gemma3", 26, 1152, 4, 1, 256, 6912, 262144, 1e6, tied=True, window=512),
+    # With true zeros: squared ReLU without gate, ReGLU, ReLU and dReLU inside experts.
+    "nemotron-3-8b": Shape("nemotron", 32, 6144, 48, 48, 128, 24576, 256000, 1e4),
+    "jais-2-8b": Shape("jais2", 32, 3328, 26, 26, 128, 26624, 150272, 5e5, 8192, biases="all"),
+    "bamboo-7b": Shape("bamboo", 32, 4096, 32, 8, 128, 14336, 32000, 1e4),
+    "turbosparse-mixtral-47b": Shape(
+        "llama", 32, 4096, 32, 8, 128, 14336, 32000, 1e6, activation="drelu", experts=8, used=2
+    ),
+    "smallthinker-4b-a0.6b": Shape(
+        "smallthinker", 32, 1536, 12, 2, 128, 768, 151936, 1.5e6, experts=32, used=4
+    ),
+    "sparselm-2b": Shape("llama", 38, 2048, 32, 32, 64, 5632, 49152, 1e5, 2048, tied=True, activation="relu"),
     "mixtral-8x7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 32000, 1e6, experts=8, used=2),
     "qwen1.5-moe-a2.7b": Shape(
         "qwen2moe", 24, 2048, 16, 16, 128, 1408, 151936, 1e6, biases="qkv", experts=60, used=4, shared=5632

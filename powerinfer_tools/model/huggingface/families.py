@@ -210,6 +210,11 @@ FAMILIES: Mapping[str, Family] = {
         # ProSparse: Llama 2 with a class of its own for its activation.
         Family("sparsellama", ("SparseLlamaForCausalLM",), "llama", sizes(), _LLAMA,
                activation="fatrelu"),
+        # SparseLM: its configuration says silu, its code computes ReLU.
+        Family("llama_sparse_relu", ("SparseLlamaForCausalLM",), "llama", sizes(), _LLAMA,
+               activation="relu", activations=(("silu", "relu"),),
+               fixed=(("mlp_bias", False), ("sparsity_gated_mlp", True), ("sparsity_baseline_run", False),
+                      ("rope_interleaved", False))),
         Family("bamboo", ("BambooForCausalLM",), "bamboo", sizes(num_key_value_heads=8), _LLAMA,
                activation="relu", activations=_BAMBOO_CHANGES, sliding=every_layer),
         Family("mistral", ("MistralForCausalLM",), "llama", sizes(num_key_value_heads=8), _LLAMA,
@@ -235,6 +240,14 @@ FAMILIES: Mapping[str, Family] = {
     )
 }  # fmt: skip
 
+#: Directories whose class computes something else than the model type says: TurboSparse-Mixtral's applies
+#: ReLU to gate and up (arXiv 2406.05955).
+_BY_CLASS = {
+    "SuperSparseMixtralForCausalLM": replace(
+        MIXTRAL, classes=("SuperSparseMixtralForCausalLM",), activation="relu", activations=_BAMBOO_CHANGES
+    )
+}
+
 #: Models of text and images: the section of config.json with the text model, and the classes that have it.
 _TEXT_SECTIONS = {"gemma3": ("text_config", ("Gemma3ForConditionalGeneration",))}
 
@@ -254,6 +267,9 @@ def find_family(config: Config) -> tuple[Family, Config]:
         family = _row(config, kind)
     else:
         family = _row(config, kind)
+        named = config.items("architectures")
+        other = _BY_CLASS.get(str(named[0])) if named else None
+        family = other if other is not None and other.model_type == kind else family
         classes, config_of_text = family.classes, config
     named = config.items("architectures")
     if named and named[0] not in classes:

@@ -268,7 +268,7 @@ def read_hyperparameters(
         activation=(activation := _activation(gguf, spec)),
         activation_cut=_activation_cut(gguf, activation),
         xielu=_xielu(keys, layers) if activation == "xielu" else (),
-        value_scale=keys.factor("attention.value_scale"),
+        value_scale=keys.factor("attention.value_scale") if spec.value_scale else 1.0,
         routing=routing,
         recurrent=_recurrent_sizes(keys, spec, width),
         value_dim=value_dim,

@@ -331,8 +331,8 @@ def _build(gguf: ModelSource) -> Model:
         layers=tuple(_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),
         split=split,
     )
-    if spec.indexed:
-        tensors.leave_out_matching("blk.*.indexer.*")
+    for pattern in spec.left_out:
+        tensors.leave_out_matching(pattern)
     for index in range(hyper.layers, hyper.layers + hyper.further_layers):
         tensors.leave_out_layer(index)
     tensors.refuse_unused()

@@ -108,7 +108,7 @@ class Norm:
 
 #: Tensors that may be left out: vision and audio towers and their projectors, layers that predict further
 #: tokens, and what tools leave in a file.
-LEFT_OUT = ("v.*", "a.*", "mm.*", "*.nextn.*", "*.vis_*")
+LEFT_OUT = ("v.*", "a.*", "mm.*", "*.nextn.*")
 
 
 class Tensors:

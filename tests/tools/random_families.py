@@ -11,12 +11,12 @@ LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, NEURONS, VOCABULARY, CONTEXT = 5, 60, 
 EXPERTS, USED, SHARED = 5, 2, 23
 
 
-def write_random(path: Path, spec: ArchitectureSpec, seed: int = 1) -> Path:
+def write_random(path: Path, spec: ArchitectureSpec, seed: int = 1, layers: int = LAYERS) -> Path:
     """A float32 model of ``spec``'s family."""
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(path, spec.name)
-    _write_keys(writer, spec)
-    for name, shape in _tensors(spec).items():
+    _write_keys(writer, spec, layers)
+    for name, shape in _tensors(spec, layers).items():
         values = rng.standard_normal(shape, dtype=np.float32)
         if len(shape) > 1:
             values *= np.float32((2.0 if "attn_" in name else 1.2) / np.sqrt(shape[-1]))
@@ -30,8 +30,8 @@ def write_random(path: Path, spec: ArchitectureSpec, seed: int = 1) -> Path:
     return path
 
 
-def _write_keys(writer: GGUFWriter, spec: ArchitectureSpec) -> None:
-    writer.add_block_count(LAYERS)
+def _write_keys(writer: GGUFWriter, spec: ArchitectureSpec, layers: int) -> None:
+    writer.add_block_count(layers)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(NEURONS * spec.neurons_divisor)
@@ -59,7 +59,7 @@ def _write_keys(writer: GGUFWriter, spec: ArchitectureSpec) -> None:
         writer.add_uint32(f"{spec.name}.attention.indexer.top_k", CONTEXT)
     if spec.activation == "xielu":
         for index, name in enumerate(("alpha_p", "alpha_n", "beta", "eps")):
-            values = [(0.8, -0.4, 0.5, -1e-6)[index] * (1 + layer / 8) for layer in range(LAYERS)]
+            values = [(0.8, -0.4, 0.5, -1e-6)[index] * (1 + layer / 8) for layer in range(layers)]
             writer.add_array(f"{spec.name}.xielu.{name}", values)
     if spec.temperature == "by key":
         writer.add_float32(f"{spec.name}.attention.temperature_scale", 0.3)
@@ -78,7 +78,7 @@ def _experts(spec: ArchitectureSpec) -> bool:
     return spec.routed and spec.name != "llama"
 
 
-def _tensors(spec: ArchitectureSpec) -> dict[str, tuple[int, ...]]:
+def _tensors(spec: ArchitectureSpec, layers: int) -> dict[str, tuple[int, ...]]:
     tensors: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (VOCABULARY, WIDTH),
         "output.weight": (VOCABULARY, WIDTH),
@@ -90,7 +90,7 @@ def _tensors(spec: ArchitectureSpec) -> dict[str, tuple[int, ...]]:
     if spec.head_bias:
         tensors["output.bias"] = (VOCABULARY,)
     tensors |= _norm(spec, spec.output_norm, WIDTH)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         tensors |= {f"blk.{layer}.{name}": shape for name, shape in _layer(spec, layer).items()}
     return tensors
 

@@ -34,6 +34,15 @@ def test_the_engine_computes_what_the_reference_does(name: str, tmp_path: Path) 
     assert np.abs(got - expected[-len(got) :]).max() <= HALF * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "afmoe", "nemotron", "bloom"])
+def test_one_layer_is_a_model(name: str, tmp_path: Path) -> None:
+    """Sizes divide by nothing here either: heads of 22 values, rows of 60 and 41."""
+    path = write_random(tmp_path / "random.gguf", ARCHITECTURES[name], layers=1)
+    expected = forward(load_model(path), TOKENS, half_cache=True)
+    got = logits(path, TOKENS, prompt=9)
+    assert np.abs(got - expected[-len(got) :]).max() <= HALF * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("name", WRITTEN_FROM_ROWS)
 def test_each_row_needs_its_tensors(name: str, tmp_path: Path) -> None:
     """Without the norm of its head, no file opens (a norm without weights is the family's)."""

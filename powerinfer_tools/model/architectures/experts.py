@@ -130,6 +130,7 @@ ROWS = (
             expert_weights_norm=False,
             latent=True,
             indexed=True,
+            left_out=("blk.*.indexer.*",),
         )
         for name in ("deepseek32", "glm-dsa")
     ),
@@ -144,6 +145,7 @@ ROWS = (
         router="file or sigmoid",
         expert_weights_norm=False,
         indexed=True,
+        left_out=("blk.*.indexer.*",),
     ),
     # MiMo V2: sinks, values of another width.
     ArchitectureSpec(
@@ -153,6 +155,7 @@ ROWS = (
         routed=True,
         router="sigmoid",
         spare_dense=True,
+        value_scale=True,
     ),
     # Llama 4: three layers of chunks with rotary positions to one without; experts read what their sigmoid
     # weighs.

@@ -95,7 +95,7 @@ ROWS = (
     # Llama-Nemotron (arXiv 2411.19146): so they do, and some layers have no attention or no FFN.
     ArchitectureSpec("deci", rope_style="norm"),
     # CogVLM's text model (arXiv 2311.03079): matrices for pictures are left out.
-    ArchitectureSpec("cogvlm", rope_style="neox", rope_factors=False),
+    ArchitectureSpec("cogvlm", rope_style="neox", rope_factors=False, left_out=("blk.*.vis_*",)),
     # Positions of text alone are the same in every section of a head.
     ArchitectureSpec("qwen2vl", rope_style="neox", default_norm_eps=1e-6),
     ArchitectureSpec("qwen3vl", rope_style="neox", qk_norm="heads"),

@@ -163,5 +163,9 @@ class ArchitectureSpec:
     indexed: bool = False
     #: What was attended is normalised before the output, and what an FFN's activation leaves before down.
     inner_norms: bool = False
+    #: Tensors that text does not need, as patterns of their names.
+    left_out: tuple[str, ...] = ()
+    #: What was attended is times the key ``attention.value_scale``.
+    value_scale: bool = False
     #: Models of so many experts have no norms of queries and keys.
     unnormed_experts: int = 0

@@ -176,8 +176,13 @@ class Batcher:
             self._thread.join()
 
     def _run(self) -> None:
-        while self._admit():
-            self._step()
+        while True:
+            try:
+                if not self._admit():
+                    break
+                self._step()
+            except Exception as error:  # noqa: BLE001  whatever it is: those concerned are told, the thread goes on
+                self._fail(tuple(self._active) or tuple(self._waiting.clear()), error)
         error = unavailable("the server is shutting down", 5)
         with self._changed:
             left = self._waiting.clear()
@@ -201,8 +206,8 @@ class Batcher:
     def _begin(self, ticket: Ticket) -> None:
         job = ticket.sequence.job
         reuse = job.reuse and not job.score_prompt and self._slots.fixed_slice is None
-        ticket.place, reused = self.places.take(job.prompt, reuse=reuse)
         self._active.append(ticket)
+        ticket.place, reused = self.places.take(job.prompt, reuse=reuse)
         if reuse and self._disk is not None and self._disk.stored(job.prompt) >= reused + _WORTH_LOADING:
             ticket.loading = True
             self._disk.restore(ticket.place, job.prompt, lambda held: self._restored(ticket, held))
@@ -301,7 +306,7 @@ class Batcher:
             if sequence.pending:
                 return []
             events = sequence.choose(logits[-1])
-        except PowerInferError as error:
+        except Exception as error:  # noqa: BLE001  it is this request's alone
             self._leave(ticket, None)
             return [Failed(error)]
         self.figures.tokens += sum(isinstance(event, Token) for event in events)

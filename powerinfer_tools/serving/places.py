@@ -95,6 +95,7 @@ class Places:
         target = others[0] if others else idle[0]
         if target is donor or common < _WORTH_COPYING:
             return target, self._cut(target, target.common(tokens))
+        self._cut(target, 0)  # should the copy fail in the middle
         kept = self._slots.copy(donor.slot, target.slot, common)
         target.become(donor.tokens[:kept].copy())
         return target, kept

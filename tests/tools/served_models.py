@@ -1,6 +1,7 @@
 """A real server on a tiny model, in a thread of the test, on a port of its own."""
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ class Served:
         limits: QueueLimits | None = None,
         before_load: Callable[[], None] = lambda: None,
         cache_dir: Path | None = None,
+        tls: tuple[Path, Path] | None = None,
         **engine: Any,
     ) -> None:
         self.log: list[dict[str, Any]] = []
@@ -38,9 +40,11 @@ class Served:
         self._options = ServeOptions("tiny", parallel, limits=limits or QueueLimits(), cache_dir=cache_dir)
         self.said: list[str] = []
         self._before_load = before_load
-        self._serving = Serving(self.service, Address(port=0, drain_seconds=5), self._load)
+        certificate, key = tls or (None, None)
+        self._address = Address(port=0, certificate=certificate, key=key, drain_seconds=5)
+        self._serving = Serving(self.service, self._address, self._load)
         self._thread = threading.Thread(target=self._serving.run, daemon=True)
-        self.http = httpx.Client(timeout=60)
+        self.http = httpx.Client(timeout=60, verify=ssl.create_default_context(cafile=certificate))
 
     def _load(self) -> Callable[[], None]:
         self._before_load()
@@ -51,7 +55,7 @@ class Served:
         self._thread.start()
         while (port := self._serving.port) is None:
             time.sleep(0.005)
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = self._address.url(port)
         return self
 
     def ready(self) -> Self:

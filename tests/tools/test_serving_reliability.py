@@ -4,10 +4,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -201,3 +203,97 @@ def test_an_engine_that_fails_tells_those_in_the_pass(server: Served) -> None:
     assert response.status_code == 500
     assert "made to fail" not in response.text
     assert "made to fail" in server.log[-1]["error"]
+
+
+def test_a_pass_that_fails_leaves_the_others(server: Served) -> None:
+    """A stream that has begun ends with an error event; the engine is used again at once."""
+    batcher = server.service.batcher
+    assert batcher is not None
+    step, passes = batcher._slots.step, 0
+
+    def fail_later(work: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 5:
+            raise MemoryError("made to fail")
+        return step(work)
+
+    batcher._slots.step = fail_later  # type: ignore[method-assign]
+    try:
+        events = list(server.events("/v1/completions", **STREAM))
+    finally:
+        batcher._slots.step = step  # type: ignore[method-assign]
+    assert json.loads(events[-2])["error"] == {
+        "message": "the server failed on this request",
+        "type": "server_error",
+        "code": "internal_error",
+    }
+    assert events[-1] == "[DONE]"
+    assert batcher.alive
+
+
+def test_a_sampler_that_fails_fails_one_request(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong after the pass, whatever it is, is that request's alone."""
+    from powerinfer_tools.serving.sequence import Sequence
+
+    choose = Sequence.choose
+
+    def fail(self: Sequence, logits: Any) -> Any:
+        if self.job.options.max_tokens == 77:
+            raise RuntimeError("made to fail")
+        return choose(self, logits)
+
+    monkeypatch.setattr(Sequence, "choose", fail)
+    response = server.http.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 77})
+    assert response.status_code == 500
+    assert "made to fail" in server.log[-1]["error"]
+    assert server.complete("others", max_tokens=2)
+
+
+def test_a_place_that_cannot_be_filled_fails_one_request(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = server.service.batcher
+    assert batcher is not None
+    take = batcher.places.take
+
+    def fail_once(*arguments: Any, **more: Any) -> Any:
+        monkeypatch.setattr(batcher.places, "take", take)
+        raise MemoryError("made to fail")
+
+    monkeypatch.setattr(batcher.places, "take", fail_once)
+    response = server.http.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    assert response.status_code == 500
+    assert server.complete("others", max_tokens=2)
+
+
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic a2V5"},
+                                    {"Authorization": "Bearer"}, {"x-api-key": "k\u00e9y"}])  # fmt: skip
+def test_wrong_keys(tmp_path: Path, header: dict[str, str]) -> None:
+    tiny = make_tiny_model(tmp_path, TinySpec())
+    with Served(tiny.path, Settings(keys=frozenset({"right"}))) as served:
+        served.ready()
+        encoded = {name: value.encode() for name, value in header.items()}
+        for path in ("/v1/models", "/metrics", "/slots", "/nothing"):
+            response = served.http.get(f"{served.url}{path}", headers=encoded)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        right = {"Authorization": "Bearer right"}
+        assert served.http.get(f"{served.url}/v1/models", headers=right).status_code == 200
+
+
+def test_tls(tmp_path: Path) -> None:
+    """With a certificate and its key, HTTPS and nothing else is spoken."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    tiny = make_tiny_model(tmp_path, TinySpec())
+    with Served(tiny.path, tls=(certificate, key)) as served:
+        served.ready()
+        assert served.url.startswith("https://")
+        assert served.complete("x", max_tokens=2)["usage"]["completion_tokens"] <= 2
+        assert list(served.events("/v1/completions", prompt="x", max_tokens=2))[-1] == "[DONE]"
+        with connect(served, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as plain:
+            assert b"200" not in plain.recv(4096)

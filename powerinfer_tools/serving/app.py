@@ -25,6 +25,10 @@ def create_app(service: Service) -> Starlette:
         Route("/v1/models/{name:path}", info.model),
         Route("/v1/chat/completions", chatting, methods=["POST"]),
         Route("/v1/completions", completing, methods=["POST"]),
+        # As llama.cpp has them, for clients whose base URL lacks /v1.
+        Route("/models", info.models),
+        Route("/chat/completions", chatting, methods=["POST"]),
+        Route("/completions", completing, methods=["POST"]),
         Route("/v1/responses", responses.endpoint(service), methods=["POST"]),
         Route("/v1/messages", messages.endpoint(service), methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.counting(service), methods=["POST"]),

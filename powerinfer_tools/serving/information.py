@@ -1,6 +1,7 @@
 """The small endpoints: health, models, tokens, templates, properties, slots."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import anyio.to_thread
@@ -8,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerinfer_tools import __version__
+from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.serving.faults import RequestFault
 from powerinfer_tools.serving.http import answer, read
 from powerinfer_tools.serving.prompting import prompt_text
@@ -100,16 +102,26 @@ class Information:
         """What is served, and how."""
         del request
         model, batcher = self.service.ready()
+        tokens = model.tokenizer.tokens
         return answer(
             {
                 "model_alias": model.name,
                 "system_fingerprint": model.system_fingerprint,
                 "total_slots": batcher.parallel,
                 "chat_template": model.template_source or "",
-                "default_generation_settings": {"n_ctx": model.context},
+                "bos_token": "" if tokens.bos_id is None else tokens.texts[tokens.bos_id],
+                "eos_token": "" if tokens.eos_id is None else tokens.texts[tokens.eos_id],
+                "default_generation_settings": {
+                    "n_ctx": model.context,
+                    "params": {"n_predict": -1, **asdict(SamplingOptions())},
+                },
+                "model_path": model.file,
                 "mode": model.mode,
                 "kv_type": model.kv_type,
-                "modalities": {"vision": False, "audio": False},
+                "modalities": {"vision": False, "audio": False, "video": False},
+                "endpoint_slots": True,
+                "endpoint_props": False,
+                "endpoint_metrics": True,
                 "build_info": f"powerinfer {__version__}",
                 "meta": model.facts,
             }
@@ -118,8 +130,8 @@ class Information:
     async def slots(self, request: Request) -> Response:
         """Who has which place."""
         del request
-        _, batcher = self.service.ready()
-        return answer([_slot(place) for place in batcher.places.all])
+        model, batcher = self.service.ready()
+        return answer([_slot(place, model.context) for place in batcher.places.all])
 
     async def machine(self, request: Request) -> Response:
         """The machine at work, for the page: what the engine reports, and the queue."""
@@ -135,7 +147,7 @@ class Information:
                 "processing": batcher.processing,
                 "waiting": batcher.waiting,
                 "parallel": batcher.parallel,
-                "slots": [_slot(place) for place in batcher.places.all],
+                "slots": [_slot(place, model.context) for place in batcher.places.all],
                 "prompt_tokens": figures.prompt_tokens,
                 "cached_tokens": figures.cached_tokens,
                 "tokens": figures.tokens,
@@ -146,5 +158,11 @@ class Information:
         )
 
 
-def _slot(place: Any) -> dict[str, Any]:
-    return {"id": place.slot, "is_processing": place.busy, "n_tokens": place.length}
+def _slot(place: Any, context: int) -> dict[str, Any]:
+    return {
+        "id": place.slot,
+        "n_ctx": context,
+        "speculative": False,
+        "is_processing": place.busy,
+        "n_tokens": place.length,
+    }

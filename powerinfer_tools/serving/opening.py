@@ -1,6 +1,7 @@
 """From an engine to what is served."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,7 @@ def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> Ser
         tokenizer=tokenizer,
         template=chat_template(model.gguf, tokenizer),
         template_source=source if isinstance(source, str) else None,
+        file=model.path.name,
         facts=_facts(engine),
         layers=_layers(engine),
     )
@@ -124,6 +126,8 @@ def _facts(engine: Engine) -> dict[str, Any]:
         "n_vocab": engine.vocabulary,
         "n_ctx_train": model.hyper.trained_context,
         "n_embd": model.hyper.width,
+        "n_params": sum(math.prod(tensor.shape) for tensor in model.gguf.tensors.values()),
+        "size": model.gguf.nbytes,
         "architecture": model.spec.name,
         "name": model.name,
         "split": model.is_split,

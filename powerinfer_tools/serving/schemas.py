@@ -117,7 +117,7 @@ class Generating(Loose):
     stream_options: StreamOptions | None = None
     user: str | None = None
     # llama.cpp's own
-    top_k: Annotated[int | None, Field(ge=0)] = None
+    top_k: Annotated[int | None, Field(ge=-1)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     typical_p: Annotated[float | None, Field(ge=0, le=1)] = None
     repeat_penalty: Annotated[float | None, Field(gt=0)] = None

@@ -27,6 +27,7 @@ class ServedModel:
     tokenizer: Tokenizer
     template: Template
     template_source: str | None = None
+    file: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     layers: Sequence[dict[str, Any]] = ()
     created: int = field(default_factory=lambda: int(time.time()))

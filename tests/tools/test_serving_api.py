@@ -282,7 +282,7 @@ def test_broken_json(server: Served, data: bytes) -> None:
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_information(server: Served) -> None:
+def test_information(server: Served, tiny: TinyModel) -> None:
     get = {path: server.http.get(f"{server.url}{path}") for path in
            ("/health", "/v1/models", "/v1/models/tiny", "/v1/models/other", "/props", "/slots")}  # fmt: skip
     assert get["/health"].json() == {"status": "ok"}
@@ -290,9 +290,52 @@ def test_information(server: Served) -> None:
     assert card["id"] == "tiny"
     assert get["/v1/models/tiny"].json() == card
     assert get["/v1/models/other"].status_code == 404
-    assert get["/props"].json()["mode"] == "dense"
-    assert get["/slots"].json()[0]["is_processing"] is False
+    assert card["meta"]["n_params"] > 1000
+    assert card["meta"]["size"] == tiny.path.stat().st_size
+    props = get["/props"].json()
+    assert (props["mode"], props["total_slots"], props["model_path"]) == ("dense", 4, tiny.path.name)
+    assert props["default_generation_settings"]["n_ctx"] == card["meta"]["n_ctx"]
+    assert props["default_generation_settings"]["params"]["top_k"] == 40
+    assert all(isinstance(props[name], str) for name in ("bos_token", "eos_token", "chat_template"))
+    slots = get["/slots"].json()
+    assert [slot["id"] for slot in slots] == list(range(8))
+    assert {(slot["n_ctx"], slot["is_processing"]) for slot in slots} == {(card["meta"]["n_ctx"], False)}
     assert server.http.get(f"{server.url}/v1/completions").status_code == 405
+
+
+#: What clients send that want nothing special, and what they mean by it.
+NOTHING_SPECIAL: dict[str, Any] = {
+    "n": None, "stop": None, "seed": None, "logit_bias": {}, "logprobs": None, "stream": None, "user": None,
+    "stream_options": None, "max_tokens": None, "presence_penalty": 0, "frequency_penalty": None, "top_k": -1,
+    "response_format": None, "metadata": {"a": 1}, "store": False, "service_tier": "auto", "extra_body": {},
+}  # fmt: skip
+
+
+def test_fields_that_say_nothing_change_nothing(server: Served) -> None:
+    asked = {"messages": USER, "max_completion_tokens": 5, "temperature": 0}
+    expected = server.post("/v1/chat/completions", **asked)["choices"]
+    more = {"tools": None, "tool_choice": None, "parallel_tool_calls": True, "top_logprobs": None}
+    assert server.post("/v1/chat/completions", **asked, **NOTHING_SPECIAL, **more)["choices"] == expected
+    assert server.post("/chat/completions", **asked)["choices"] == expected
+    first = server.post("/v1/chat/completions", **(asked | {"max_tokens": 2}))
+    assert first["usage"]["completion_tokens"] == 5
+    whole = NOTHING_SPECIAL | {"max_tokens": 5, "temperature": 0, "suffix": None, "echo": False, "best_of": 1}
+    assert server.complete(PROMPT, **whole)["usage"]["completion_tokens"] == 5
+    assert server.http.get(f"{server.url}/models").json() == server.http.get(f"{server.url}/v1/models").json()
+
+
+def test_a_stream_byte_by_byte(server: Served) -> None:
+    """Events begin with "data: " and end with an empty line; ids and times are those of one answer."""
+    body = {"prompt": PROMPT, "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
+    response = server.http.post(f"{server.url}/v1/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    *events, end, rest = response.text.split("\n\n")
+    assert (end, rest) == ("data: [DONE]", "")
+    assert all(event.startswith("data: {") for event in events)
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in chunks}) == 1
+    assert all(chunk["system_fingerprint"] == chunks[0]["system_fingerprint"] for chunk in chunks)
 
 
 def test_metrics_have_the_names_of_llama_cpp(server: Served) -> None:

@@ -57,6 +57,7 @@ class Answer:
         self.run = run
         self.id, self.created = new_id("chatcmpl"), int(time.time())
         self.choices = [Choice() for _ in run.jobs]
+        self._events = sse.Chunks(self.around(_CHUNK))
 
     def take(self, step: Step) -> list[dict[str, Any]]:
         """Remember what ``step`` adds; the deltas that say it."""
@@ -93,7 +94,7 @@ class Answer:
             result["logits_hash"] = [ended.logits_hash for ended in ends]
         return result
 
-    def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def around(self, kind: str) -> dict[str, Any]:
         """What is around the choices."""
         return {
             "id": self.id,
@@ -101,7 +102,6 @@ class Answer:
             "created": self.created,
             "model": self.run.model.name,
             "system_fingerprint": self.run.model.system_fingerprint,
-            "choices": choices,
         }
 
     def whole(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Answer:
             }
             for index, choice in enumerate(self.choices)
         ]
-        return self.envelope("chat.completion", choices) | self.figures()
+        return self.around("chat.completion") | {"choices": choices} | self.figures()
 
     async def chunks(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
         """One event a token, after one for the role and before one for the end."""
@@ -139,7 +139,7 @@ class Answer:
                     figures["logits_hash"] = [step.ended.logits_hash]
                 yield self._chunk(step.index, last, self.choices[step.index].finish(), figures)
         if options is not None and options.include_usage:
-            yield sse.data(self.envelope(_CHUNK, []) | self.figures())
+            yield self._events.data([], self.figures())
         yield sse.DONE
 
     def _token_chunks(self, step: Step, deltas: list[dict[str, Any]]) -> list[bytes]:
@@ -161,7 +161,7 @@ class Answer:
         logprobs: Any = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return sse.data(self.envelope(_CHUNK, [choice]) | (figures or {}))
+        return self._events.data([choice], figures)
 
 
 _CHUNK = "chat.completion.chunk"

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.answers import completion_logprobs, finish_reason, new_id, timings, usage
 from powerinfer_tools.serving.batcher import Ticket
-from powerinfer_tools.serving.http import answer, client_of, read, unless_gone
+from powerinfer_tools.serving.http import answer, client_of, long_answer, read, unless_gone
 from powerinfer_tools.serving.jobs import Ended, Event, PromptScores, Token, TokenScore
 from powerinfer_tools.serving.schemas import CompletionRequest
 from powerinfer_tools.serving.served_model import ServedModel
@@ -20,6 +20,9 @@ from powerinfer_tools.serving.service import Service
 from powerinfer_tools.serving.streaming import note, stream_response
 from powerinfer_tools.serving.streams import merged
 from powerinfer_tools.serving.translation import Completion, completion_jobs
+
+#: Probabilities of more tokens than this are written by a thread.
+_MANY_SCORES = 256
 
 
 @dataclass
@@ -64,7 +67,8 @@ class Answer:
             choice.tokens += tokens
         return text, scores, tokens
 
-    def envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    @property
+    def around(self) -> dict[str, Any]:
         """What is around the choices."""
         return {
             "id": self.id,
@@ -72,7 +76,6 @@ class Answer:
             "created": self.created,
             "model": self.model.name,
             "system_fingerprint": self.model.system_fingerprint,
-            "choices": choices,
         }
 
     def figures(self) -> dict[str, Any]:
@@ -102,13 +105,14 @@ class Answer:
                     "finish_reason": finish_reason(choice.ended),
                 }
             )
-        return self.envelope(choices) | self.figures()
+        return self.around | {"choices": choices} | self.figures()
 
     async def chunks(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
         """One event a token."""
+        events = sse.Chunks(self.around)
         for choice in self.choices:
             if choice.text:
-                yield sse.data(self.envelope([self._delta(choice.index, choice.text, None, None)]))
+                yield events.data([self._delta(choice.index, choice.text, None, None)])
         async for index, event in merged(tickets):
             before = len(self.choices[index].text)
             text, scores, tokens = self.take(index, event)
@@ -116,13 +120,13 @@ class Answer:
             if self.request.logprobs is not None and tokens:
                 logprobs = completion_logprobs(scores, tokens, before, self.model.tokenizer)
             reason = finish_reason(event) if isinstance(event, Ended) else None
-            chunk = self.envelope([self._delta(index, text, logprobs, reason)])
-            yield sse.data(chunk | {"timings": timings(event)} if isinstance(event, Ended) else chunk)
+            more = {"timings": timings(event)} if isinstance(event, Ended) else None
+            yield events.data([self._delta(index, text, logprobs, reason)], more)
         figures = self.figures()
         if not (self.request.stream_options and self.request.stream_options.include_usage):
             del figures["usage"]
         if "usage" in figures or "logits_hash" in figures:
-            yield sse.data(self.envelope([]) | figures)
+            yield events.data([], figures)
         yield sse.DONE
 
     @staticmethod
@@ -149,6 +153,8 @@ def endpoint(service: Service) -> Any:
 
         await unless_gone(request, complete())
         note(request, result.figures())
+        if sum(len(choice.scores) for choice in result.choices) > _MANY_SCORES:
+            return await long_answer(result.whole)
         return answer(result.whole())
 
     return completions

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.serving.faults import RequestFault, internal
 from powerinfer_tools.serving.service import Service
-from powerinfer_tools.serving.sse import encode
+from powerinfer_tools.serving.sse import encode, encode_slowly
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -29,6 +29,16 @@ _STATIC = "/static/"
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON response."""
     return Response(encode(value), status, headers, "application/json")
+
+
+async def long_answer(make: Callable[[], Any]) -> Response:
+    """A JSON response whose value takes a while to make and to encode: a thread does, so that the loop goes
+    on."""
+
+    def work() -> bytes:
+        return encode_slowly(make())
+
+    return Response(await anyio.to_thread.run_sync(work), media_type="application/json")
 
 
 def fault_of(error: Exception) -> RequestFault:

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from powerinfer_tools import __version__
@@ -32,7 +33,7 @@ class ServedModel:
     layers: Sequence[dict[str, Any]] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
-    @property
+    @cached_property
     def system_fingerprint(self) -> str:
         """Equal where equal requests with a seed get equal answers: model, mode, cache type and version."""
         parts = "\n".join((self.identity, self.mode, self.kv_type, __version__))

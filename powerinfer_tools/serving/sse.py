@@ -20,6 +20,24 @@ def named(event: str, value: Any) -> bytes:
     return b"event: " + event.encode() + b"\n" + data(value)
 
 
+class Chunks:
+    """Events that differ in their choices: what is ``around`` them is encoded once, not for each token."""
+
+    def __init__(self, around: dict[str, Any]) -> None:
+        self._start = b"data: " + encode(around)[:-1] + b',"choices":'
+
+    def data(self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None) -> bytes:
+        """One event, with ``more`` fields beside the choices."""
+        end = b"," + encode(more)[1:] if more else b"}"
+        return self._start + encode(choices) + end + b"\n\n"
+
+
 def encode(value: Any) -> bytes:
     """Compact JSON; NaN and infinity are never written."""
     return _ENCODER.encode(value).encode("utf-8", "replace")
+
+
+def encode_slowly(value: Any) -> bytes:
+    """The same bytes as :func:`encode`, made in small steps between which other threads run: the encoder in
+    C holds them up until it has finished."""
+    return "".join(_ENCODER.iterencode(value)).encode("utf-8", "replace")

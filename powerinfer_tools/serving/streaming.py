@@ -48,7 +48,7 @@ async def stream_response(
     finally:
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
-    return EventStream(_guarded(_from(first, chunks), tickets, at_end, done=done))
+    return EventStream(_guarded(first, chunks, tickets, at_end, done=done))
 
 
 class EventStream(Response):
@@ -99,21 +99,8 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-async def _from(
-    first: "asyncio.Future[bytes]", chunks: AsyncGenerator[bytes, None]
-) -> AsyncGenerator[bytes, None]:
-    try:
-        with contextlib.suppress(StopAsyncIteration):
-            yield await first
-            async for chunk in chunks:
-                yield chunk
-    finally:
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await chunks.aclose()
-
-
 async def _guarded(
+    first: "asyncio.Future[bytes]",
     chunks: AsyncGenerator[bytes, None],
     tickets: Sequence[Ticket],
     at_end: Callable[[], None],
@@ -121,8 +108,10 @@ async def _guarded(
     done: bool,
 ) -> AsyncGenerator[bytes, None]:
     try:
-        async for chunk in chunks:
-            yield chunk
+        with contextlib.suppress(StopAsyncIteration):
+            yield await first
+            async for chunk in chunks:
+                yield chunk
         at_end()
     except Exception as error:  # noqa: BLE001  the status is sent: what went wrong can only be an event
         yield sse.data(fault_of(error).body())
@@ -131,6 +120,8 @@ async def _guarded(
     finally:
         for ticket in tickets:
             ticket.cancel()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
         await chunks.aclose()
 
 

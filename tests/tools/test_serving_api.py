@@ -105,6 +105,18 @@ def test_echoed_probabilities_are_those_of_eval(server: Served, engine: Engine) 
     assert len(scores["tokens"]) == len(ids) + 1
 
 
+def test_many_probabilities_do_not_hold_others_up(server: Served) -> None:
+    """A thread makes and encodes them; the answer is the same."""
+    ids = [3 + number % 40 for number in range(900)]
+    asked = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 20}
+    long = server.complete(ids, **asked)["choices"][0]["logprobs"]
+    assert {len(values) for values in long.values()} == {901}
+    short = server.complete(ids[:200], **asked)["choices"][0]["logprobs"]
+    assert short["token_logprobs"][:200] == long["token_logprobs"][:200]
+    value = {"a": [1.5, None, True, "\u00e9\ud800", {"b": []}], "n": 10**20}
+    assert sse.encode_slowly(value) == sse.encode(value)
+
+
 def test_echo_without_generating(server: Served) -> None:
     answer = server.complete(PROMPT, max_tokens=0, echo=True, logprobs=0)
     assert answer["choices"][0]["text"] == PROMPT

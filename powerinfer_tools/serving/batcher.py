@@ -183,10 +183,9 @@ class Batcher:
                 self._step()
             except Exception as error:  # noqa: BLE001  whatever it is: those concerned are told, the thread goes on
                 self._fail(tuple(self._active) or tuple(self._waiting.clear()), error)
-        error = unavailable("the server is shutting down", 5)
         with self._changed:
             left = self._waiting.clear()
-        self._fail([*self._active, *left], error)
+        self._fail([*self._active, *left], unavailable("the server is shutting down", 5))
 
     def _admit(self) -> bool:
         """Give places to those that wait, once there is something to do; False at the end."""

@@ -564,7 +564,9 @@ def _shared_neurons(keys: Keys, spec: ArchitectureSpec, width: int) -> int:
         return 0
     count = keys.integer("expert_shared_count", spec.default_shared_count, low=0, high=1 << 10)
     given = keys.integer("expert_shared_feed_forward_length", 0, low=0, high=1 << 22)
-    return given or count * keys.integer("expert_feed_forward_length", high=1 << 22)
+    if given or not count:
+        return given
+    return count * keys.integer("expert_feed_forward_length", high=1 << 22)
 
 
 def _router_kind(keys: Keys, spec: ArchitectureSpec) -> Literal["softmax", "sigmoid"]:

@@ -539,6 +539,8 @@ def _head_norm(
         )
         return Norm(spec.norm, np.ones(dim, np.float32)) if there else None
     wanted = spec.qk_norm in ("heads", "row")
+    if spec.qk_norm_optional and not tensors.has(f"{name}.weight"):
+        return None
     return tensors.optional_norm(spec, name, heads * dim if spec.qk_norm == "row" else dim, wanted=wanted)
 
 

@@ -46,6 +46,32 @@ CASES: dict[str, dict[str, Any]] = {
     "Jais2": {"hidden_act": "relu2"},
     "Ministral": _WINDOW | _HEADS,
 }
+_SPARSE = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 14,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
+CASES |= {
+    "Olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
+    "GraniteMoe": CASES["Granite"] | {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "Glm4Moe": _HEADS | _SPARSE | {"partial_rotary_factor": 0.5},
+    "Dots1": _SPARSE,
+    "DeepseekV3": _SPARSE
+    | {
+        "n_group": 3,
+        "topk_group": 2,
+        "q_lora_rank": 22,
+        "kv_lora_rank": 18,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+    "MiniMaxM2": _HEADS | {"num_local_experts": 5, "num_experts_per_tok": 2},
+}
 #: A few hundred roundings of float32 of the largest logit.
 BOUND = 300 * float(np.finfo(np.float32).eps)
 

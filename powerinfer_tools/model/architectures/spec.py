@@ -163,6 +163,8 @@ class ArchitectureSpec:
     indexed: bool = False
     #: What was attended is normalised before the output, and what an FFN's activation leaves before down.
     inner_norms: bool = False
+    #: Files may lack the norms of queries and keys.
+    qk_norm_optional: bool = False
     #: Tensors that text does not need, as patterns of their names.
     left_out: tuple[str, ...] = ()
     #: What was attended is times the key ``attention.value_scale``.

@@ -11,7 +11,7 @@ from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.huggingface.changes import grouped, interleaved, plus_one
 from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.dense_families import DENSE
-from powerinfer_tools.model.huggingface.expert_families import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from powerinfer_tools.model.huggingface.expert_families import EXPERTS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from powerinfer_tools.model.huggingface.family import (
     EMBEDDING,
     FFN,
@@ -235,6 +235,7 @@ FAMILIES: Mapping[str, Family] = {
         _OPT_FAMILY,
         _FALCON_FAMILY,
         *DENSE,
+        *EXPERTS,
         Family("nemotron", ("NemotronForCausalLM",), "nemotron", sizes(), _NEMOTRON, activation="relu2",
                norm_name="norm_eps", norm_eps=1e-5, rotary_share=0.5),
     )

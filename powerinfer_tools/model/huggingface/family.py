@@ -56,11 +56,11 @@ class Family:
     value is supported (null and absent count as it); ``same``: settings that must equal another; ``reasons``:
     what other values of those would mean. ``ignored``: beginnings of tensor names that no text
     model needs. ``rotary_share``: the part of a head that is rotated, where ``rotary_name`` does not say;
-    ``natively_paired``: values that are rotated together are stored as GGUF has them; ``head_names``: what
-    the head may be called beside ``lm_head.weight``; ``rotary_layers``: the
-    list that has a 1 for each layer with rotary positions. ``activations``: names that mean
-    something else in this family.
-    """
+    ``natively_paired``: values that are rotated together are stored as GGUF has them; ``rotary_values`` names
+    how many values of a head are rotated; ``constants``: GGUF keys that are the same in all models;
+    ``further_layers``: there may be layers that predict further tokens, which are left out; ``head_names``:
+    what the head may be called beside ``lm_head.weight``; ``rotary_layers``: the list that has a 1 for each
+    layer with rotary positions. ``activations``: names that mean something else in this family."""
 
     model_type: str
     classes: tuple[str, ...]
@@ -85,6 +85,9 @@ class Family:
     reasons: tuple[tuple[str, str], ...] = ()
     reals: tuple[Real, ...] = ()
     rotary_name: str = "partial_rotary_factor"
+    rotary_values: str = ""
+    constants: tuple[tuple[str, int], ...] = ()
+    further_layers: bool = False
     natively_paired: bool = False
     head_names: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ a whole stack.
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ CONFIG_FILE = "config.json"
 _TYPES = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
 _OUTPUT = Rule("output.weight", "lm_head.weight")
 _FACTORS = "rope_freqs.weight"
+_LAYER = re.compile(r"model\.layers\.(\d{1,5})\.")
 #: Left over in old checkpoints; computed from config.json everywhere today.
 _DERIVED = (".rotary_emb.inv_freq",)
 
@@ -227,7 +229,7 @@ class _Planner:
     def _place(self, rule: Rule, index: int) -> None:
         name, wanted = rule.name.replace("{i}", str(index)), rule.stored.replace("{i}", str(index))
         if "{e}" in wanted:
-            self._place_stack(name, wanted)
+            self._place_stack(name, wanted, optional=rule.optional)
             return
         stored = self._stored(wanted)
         if stored is None:
@@ -247,12 +249,14 @@ class _Planner:
         info = TensorInfo(name, kind, shape, tensor.offset, nbytes)
         self.found[name] = (info, _Origin((stored,), change=rule.change))
 
-    def _place_stack(self, name: str, wanted: str) -> None:
+    def _place_stack(self, name: str, wanted: str, *, optional: bool) -> None:
         """One tensor for each expert, all of the same shape and type."""
         tensors: list[StoredTensor] = []
         for expert in range(self.shape.experts):
             stored = self._stored(wanted.replace("{e}", str(expert)))
             if stored is None:
+                if optional and not expert:
+                    return
                 raise self._missing(wanted.replace("{e}", str(expert)))
             tensors.append(self.weights.tensors[stored])
             first, last = tensors[0], tensors[-1]
@@ -291,6 +295,8 @@ class _Planner:
     def _refuse_others(self) -> None:
         for name in self.weights.tensors:
             spare = name.endswith(_DERIVED) or name.startswith(self.family.ignored)
+            if self.family.further_layers and _layer_of(name) >= self.shape.layers:
+                spare = True  # predicts further tokens
             if self.shape.tied and name.endswith("lm_head.weight"):
                 spare = True  # a copy of the embedding, which transformers reads past, too
             if name not in self.used and not spare:
@@ -298,6 +304,12 @@ class _Planner:
                     self.folder / self.weights.file_of(name),
                     f"has a tensor {name!r}, which a model of type {self.family.model_type!r} does not have",
                 )
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a tensor is in; -1 for none."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else -1
 
 
 def _own(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -47,7 +47,11 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
             metadata.add(f"{prefix}.{real.key}", value, ValueType.FLOAT32)
     heads = _heads(config, sizes)
     _add_norm_eps(metadata, family, config)
+    for key, number in family.constants:
+        metadata.add(f"{prefix}.{key}", number, ValueType.UINT32)
     share = config.real(family.rotary_name, family.rotary_share, low=0.0, high=1.0)
+    if family.rotary_values:
+        share = config.integer(family.rotary_values, high=heads.head_dim) / heads.head_dim
     rope, local = read_rope(config, family.rope_base, share, heads.head_dim)
     _add_rope(metadata, family, rope, heads)
     _add_rotary_layers(metadata, family, config, sizes["block_count"])

@@ -1,5 +1,6 @@
 """Every row of the architecture table: the C engine against the float64 reference, in odd sizes."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_each_row_needs_its_tensors(name: str, tmp_path: Path) -> None:
 def test_families_that_do_not_run_say_why(name: str) -> None:
     with pytest.raises(ModelError, match=rf"^m: models of the architecture '{name}' do not run: \w+"):
         architecture(name, "m")
+
+
+def test_the_page_of_families_is_what_the_table_says() -> None:
+    """``python scripts/families_page.py --write`` writes it."""
+    script = Path(__file__).parents[2] / "scripts" / "families_page.py"
+    spec = importlib.util.spec_from_file_location("families_page", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()
 
 
 def test_minicpm_without_its_scales_has_those_of_its_first_models(tmp_path: Path) -> None:

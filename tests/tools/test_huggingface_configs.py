@@ -96,7 +96,7 @@ def configure(folder: Path, **changes: Any) -> None:
         ({"rope_parameters": {"rope_theta": 10**4000}}, "rope_theta is a huge number"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is a huge number"),
         ({"layer_types": [["full_attention"]] * 3}, "layers of type"),
-        ({"rope_parameters": ..., "rope_scaling": {"type": "longrope", "factor": 2}}, "scaling 'longrope'"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "ntk", "factor": 2}}, "scaling 'ntk'"),
         (
             {"rope_parameters": ..., "partial_rotary_factor": 0.5},
             "partly rotated heads .partial_rotary_factor.",

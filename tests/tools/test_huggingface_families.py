@@ -87,6 +87,36 @@ def test_the_reference_agrees_with_transformers(kind: str, tmp_path: Path) -> No
     assert np.abs(got - expected).max() <= BOUND * np.abs(expected).max()
 
 
+_ORIGINAL = {"rope_theta": 10000.0, "original_max_position_embeddings": 16}
+_LONG = {"long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]}
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "yarn": ("Qwen3", _ORIGINAL | {"rope_type": "yarn", "factor": 8.0}),
+    "yarn-attention": (
+        "Llama",
+        _ORIGINAL | {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3, "beta_fast": 8.0},
+    ),
+    "yarn-scales": (
+        "Llama",
+        _ORIGINAL | {"rope_type": "yarn", "factor": 4.0, "mscale": 0.8, "mscale_all_dim": 0.5},
+    ),
+    "longrope": ("Phi3", _ORIGINAL | _LONG | {"rope_type": "longrope"}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ROPES))
+def test_rotary_scaling_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    """Beyond the original context, where it matters."""
+    kind, rope = ROPES[name]
+    config = {"rope_parameters": rope, "head_dim": 12, "pad_token_id": 0}
+    if kind == "Phi3":
+        config["original_max_position_embeddings"] = 16
+    folder = make_folder(tmp_path / "model", FolderCase(kind, "gpt2", config))
+    tokens = folder.tokens(40)
+    expected = folder.logits(tokens)
+    got = forward(load_model(folder.path), tokens)
+    assert np.abs(got - expected).max() <= BOUND * np.abs(expected).max()
+
+
 def test_sparselm_computes_relu_whatever_its_configuration_says(tmp_path: Path) -> None:
     """SakanaAI's SparseLM: the model type says it, ``hidden_act`` does not."""
     folder = make_folder(tmp_path / "model", FolderCase("Llama", "gpt2", {"hidden_act": "relu"}))

@@ -37,7 +37,6 @@ from powerinfer_tools.model.huggingface.vocabulary import add_vocabulary, tokeni
 CONFIG_FILE = "config.json"
 _TYPES = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
 _OUTPUT = Rule("output.weight", "lm_head.weight")
-_FACTORS = "rope_freqs.weight"
 _LAYER = re.compile(r"model\.layers\.(\d{1,5})\.")
 #: Left over in old checkpoints; computed from config.json everywhere today.
 _DERIVED = (".rotary_emb.inv_freq",)
@@ -200,10 +199,9 @@ class _Planner:
         for rule in (*self.family.rules, *((head,) if own_head else ())):
             for index in range(self.shape.layers) if "{i}" in rule.name else (0,):
                 self._place(rule, index)
-        factors = self.shape.rope.factors
-        if factors is not None:
-            info = TensorInfo(_FACTORS, TensorType.F32, factors.shape, 0, factors.nbytes)
-            self.found[_FACTORS] = (info, _Origin(values=factors))
+        for name, table in self.shape.rope.tables.items():
+            info = TensorInfo(name, TensorType.F32, table.shape, 0, table.nbytes)
+            self.found[name] = (info, _Origin(values=table))
         self._refuse_others()
         return self.found
 

@@ -118,6 +118,21 @@ def _add_rope(metadata: Metadata, family: Family, rope: Rope, heads: HeadShape) 
         raise ModelError(
             f"{metadata.file}: partly rotated heads (partial_rotary_factor) are not supported here"
         )
+    scaling = f"{prefix}.rope.scaling"
+    if rope.yarn is not None:
+        metadata.add(f"{scaling}.type", "yarn")
+        metadata.add(f"{scaling}.original_context_length", rope.yarn.original, ValueType.UINT32)
+        for key, value in (
+            ("factor", rope.yarn.factor),
+            ("yarn_beta_fast", rope.yarn.fast),
+            ("yarn_beta_slow", rope.yarn.slow),
+            ("attn_factor", rope.yarn.magnitude),
+        ):
+            metadata.add(f"{scaling}.{key}", value, ValueType.FLOAT32)
+    if rope.long is not None:
+        metadata.add(f"{scaling}.type", "longrope")
+        metadata.add(f"{scaling}.original_context_length", rope.long.original, ValueType.UINT32)
+        metadata.add(f"{scaling}.attn_factor", rope.long.magnitude, ValueType.FLOAT32)
     if rope.linear != 1.0:
         metadata.add(f"{prefix}.rope.scaling.type", "linear")
         metadata.add(f"{prefix}.rope.scaling.factor", rope.linear, ValueType.FLOAT32)

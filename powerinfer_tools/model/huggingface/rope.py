@@ -9,7 +9,29 @@ import numpy.typing as npt
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.huggingface.config import Config
 
-SUPPORTED = "default, linear, dynamic, llama3"
+SUPPORTED = "default, linear, dynamic, llama3, yarn, longrope"
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071), and what cosines and sines are times beside its own growth."""
+
+    factor: float
+    original: int
+    fast: float
+    slow: float
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753): divisors, float32 [dim / 2], for contexts beyond ``original`` positions
+    and up to them; cosines and sines are times ``magnitude``."""
+
+    long: npt.NDArray[np.float32]
+    short: npt.NDArray[np.float32]
+    original: int
+    magnitude: float
 
 
 @dataclass(frozen=True)
@@ -21,11 +43,21 @@ class Rope:
     dim: int
     linear: float = 1.0
     factors: npt.NDArray[np.float32] | None = None
+    yarn: Yarn | None = None
+    long: LongRope | None = None
 
     @property
     def scaled(self) -> bool:
         """Whether anything but the base differs from the plain rotary encoding."""
-        return self.linear != 1.0 or self.factors is not None
+        return self.linear != 1.0 or any(x is not None for x in (self.factors, self.yarn, self.long))
+
+    @property
+    def tables(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Divisors of frequencies, by the names of GGUF's tensors."""
+        made = {} if self.factors is None else {"rope_freqs.weight": self.factors}
+        if self.long is not None:
+            made |= {f"rope_factors_{kind}.weight": getattr(self.long, kind) for kind in ("long", "short")}
+        return made
 
 
 def read_rope(config: Config, default_base: float, share: float, head_dim: int) -> tuple[Rope, Rope | None]:
@@ -72,10 +104,52 @@ def _rope(config: Config, section: Config, base: float, dim: int) -> Rope:
         return Rope(base, dim, linear=section.real("factor", low=1e-6, high=1e6))
     if kind == "llama3":
         return Rope(base, dim, factors=_llama3_factors(config, section, base, dim))
+    if kind == "yarn":
+        return Rope(base, dim, yarn=_yarn(config, section))
+    if kind == "longrope":
+        return Rope(base, dim, long=_long_rope(config, section, dim))
     raise ModelError(
         f"{section.file}: rotary scaling {kind!r} ({section.path}rope_type) is not supported "
         f"(supported: {SUPPORTED})"
     )
+
+
+def _yarn(config: Config, section: Config) -> Yarn:
+    """Where the file names an attention factor, or two scales whose growths are divided, that is what cosines
+    and sines are times, in place of 0.1 ln(factor) + 1."""
+    factor = section.real("factor", low=1.0, high=1e6)
+    growth = own = 0.1 * math.log(factor) + 1.0
+    if section.has("attention_factor"):
+        own = section.real("attention_factor", low=1e-6, high=1e6)
+    elif section.has("mscale") and section.has("mscale_all_dim"):
+        upper, lower = (section.real(name, low=0.0, high=1e3) for name in ("mscale", "mscale_all_dim"))
+        own = (0.1 * upper * math.log(factor) + 1.0) / (0.1 * lower * math.log(factor) + 1.0)
+    if not section.flag("truncate", True):
+        raise ModelError(f"{section.file}: {section.path}truncate other than true is not supported")
+    return Yarn(
+        factor,
+        _original_context(config, section),
+        section.real("beta_fast", 32.0, low=1e-3, high=1e6),
+        section.real("beta_slow", 1.0, low=1e-3, high=1e6),
+        own / growth,
+    )
+
+
+def _long_rope(config: Config, section: Config, dim: int) -> LongRope:
+    original = _original_context(config, section)
+    grown = config.integer("max_position_embeddings", original, high=1 << 31) / original
+    factor = section.real("factor", grown, low=0.0, high=1e6)
+    usual = math.sqrt(1.0 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
+    long, short = (_divisors(section, f"{kind}_factor", dim) for kind in ("long", "short"))
+    return LongRope(long, short, original, section.real("attention_factor", usual, low=1e-6, high=1e6))
+
+
+def _divisors(section: Config, name: str, dim: int) -> npt.NDArray[np.float32]:
+    values = section.items(name)
+    numbers = all(type(value) in (int, float) and 1e-6 <= value <= 1e6 for value in values)
+    if len(values) != dim // 2 or not numbers:
+        raise section.fail(name, f"is no list of {dim // 2} numbers above 0")
+    return np.array(values, np.float32)
 
 
 def _original_context(config: Config, section: Config) -> int:

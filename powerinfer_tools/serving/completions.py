@@ -114,20 +114,25 @@ class Answer:
             if choice.text:
                 yield events.data([self._delta(choice.index, choice.text, None, None)])
         async for index, event in merged(tickets):
-            before = len(self.choices[index].text)
-            text, scores, tokens = self.take(index, event)
-            logprobs = None
-            if self.request.logprobs is not None and tokens:
-                logprobs = completion_logprobs(scores, tokens, before, self.model.tokenizer)
-            reason = finish_reason(event) if isinstance(event, Ended) else None
-            more = {"timings": timings(event)} if isinstance(event, Ended) else None
-            yield events.data([self._delta(index, text, logprobs, reason)], more)
+            if isinstance(event, PromptScores) and len(event.scores) > _MANY_SCORES:
+                yield await anyio.to_thread.run_sync(self._event, events, index, event, True)
+            else:
+                yield self._event(events, index, event)
         figures = self.figures()
         if not (self.request.stream_options and self.request.stream_options.include_usage):
             del figures["usage"]
         if "usage" in figures or "logits_hash" in figures:
             yield events.data([], figures)
         yield sse.DONE
+
+    def _event(self, events: sse.Chunks, index: int, event: Event, slowly: bool = False) -> bytes:
+        before, logprobs = len(self.choices[index].text), None
+        text, scores, tokens = self.take(index, event)
+        if self.request.logprobs is not None and tokens:
+            logprobs = completion_logprobs(scores, tokens, before, self.model.tokenizer)
+        reason = finish_reason(event) if isinstance(event, Ended) else None
+        more = {"timings": timings(event)} if isinstance(event, Ended) else None
+        return events.data([self._delta(index, text, logprobs, reason)], more, slowly=slowly)
 
     @staticmethod
     def _delta(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:

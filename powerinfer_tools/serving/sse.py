@@ -26,10 +26,12 @@ class Chunks:
     def __init__(self, around: dict[str, Any]) -> None:
         self._start = b"data: " + encode(around)[:-1] + b',"choices":'
 
-    def data(self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None) -> bytes:
-        """One event, with ``more`` fields beside the choices."""
+    def data(
+        self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None, *, slowly: bool = False
+    ) -> bytes:
+        """One event, with ``more`` fields beside the choices; ``slowly`` as :func:`encode_slowly`."""
         end = b"," + encode(more)[1:] if more else b"}"
-        return self._start + encode(choices) + end + b"\n\n"
+        return self._start + (encode_slowly if slowly else encode)(choices) + end + b"\n\n"
 
 
 def encode(value: Any) -> bytes:

@@ -111,6 +111,9 @@ def test_many_probabilities_do_not_hold_others_up(server: Served) -> None:
     asked = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 20}
     long = server.complete(ids, **asked)["choices"][0]["logprobs"]
     assert {len(values) for values in long.values()} == {901}
+    _, scored, *_ = server.stream("/v1/completions", prompt=ids, **asked)  # after the echoed text
+    streamed = scored["choices"][0]["logprobs"]
+    assert streamed["token_logprobs"] == long["token_logprobs"][:900]
     short = server.complete(ids[:200], **asked)["choices"][0]["logprobs"]
     assert short["token_logprobs"][:200] == long["token_logprobs"][:200]
     value = {"a": [1.5, None, True, "\u00e9\ud800", {"b": []}], "n": 10**20}

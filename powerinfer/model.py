@@ -6,7 +6,7 @@ from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from powerinfer_tools.model.loading import Model as LoadedModel
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text.chat import Template, chat_template, has_chat_template
+
+if TYPE_CHECKING:
+    from powerinfer_tools.stages.profile.learning import Learning
 
 Floats = npt.NDArray[np.float32]
 Mode = Literal["dense", "gate-first", "predicted", "thresholded"]
@@ -37,6 +40,7 @@ def load(
     kv_type: Literal["f16", "q8_0"] = "f16",
     ram: int | None = None,
     placement: Literal["adaptive", "static"] = "adaptive",
+    learn: str | PathLike[str] | None = None,
     check_recall: bool = False,
     draft: Draft | None = None,
     draft_model: str | PathLike[str] | None = None,
@@ -45,9 +49,10 @@ def load(
 
     ``threads`` None takes the machine's cores. ``context`` is the most tokens of a session (None: the model's
     own, up to 4096). ``mode`` None takes what the file says. ``device`` gives the hot part of a split file to
-    torch, limited to ``vram`` bytes. ``ram`` is the memory that the process may take (None: what is free):
-    experts beyond it are read from disk as they are needed, and ``placement`` says whether those that stay
-    follow use, or the profile. ``kv_type`` "q8_0" halves the KV cache at a small cost in precision.
+    torch, limited to ``vram`` bytes. ``kv_type`` "q8_0" halves the KV cache at a small cost in precision.
+    ``ram`` is the memory that the process may take (None: what is free): experts beyond it are read from disk
+    as they are needed, and ``placement`` says whether those that stay follow use, or the profile beside the
+    model. ``learn`` names a profile, to which the experts that were taken are added at the end.
     ``draft`` "ngram" guesses the next tokens from the text so far, ``draft_model`` with a smaller model of
     the same vocabulary: faster where the guesses come true, and the same text. ``check_recall`` also computes
     what predictors should have found, for :meth:`Session.report`. Nothing but ``mode``, ``device``, ``vram``
@@ -59,6 +64,7 @@ def load(
     loaded = load_model(Path(path))
     with ExitStack() as opened:
         opened.callback(loaded.close)
+        learning = None if learn is None else _learning(loaded, Path(learn))
         weights = Weights(
             loaded,
             threads=threads,
@@ -69,11 +75,20 @@ def load(
             kv_type=kv_type,
             ram=RamOptions(ram, placement),
             check_recall=check_recall,
+            observed=None if learning is None else learning.observed,
         )
         opened.callback(weights.close)
+        if learning is not None:
+            opened.callback(lambda: learning.save(weights.stack.tokens))
         drafts = Drafts(loaded, weights, draft, None if draft_model is None else Path(draft_model))
         opened.callback(drafts.close)
         return Model(loaded, weights, drafts, opened.pop_all())
+
+
+def _learning(loaded: LoadedModel, path: Path) -> "Learning":
+    from powerinfer_tools.stages.profile.learning import Learning
+
+    return Learning(loaded, path)
 
 
 class Model:

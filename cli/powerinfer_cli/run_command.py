@@ -188,6 +188,14 @@ def command(
             "slow, the text stays the same.",
         ),
     ] = False,
+    learn: Annotated[
+        Path | None,
+        opt.in_panel("Placement")(
+            "--learn",
+            metavar="FILE",
+            help="Count which experts are taken, and add that to the profile in this file at the end.",
+        ),
+    ] = None,
     verbosity: opt.Verbosity,
     common: opt.Common,
 ) -> None:
@@ -218,6 +226,7 @@ def command(
         kv_type=placement.kv_type,
         ram=placement.ram,
         placement=placement.placing,
+        learn=learn,
         check_recall=check_recall,
         draft=cast("Draft | None", drafts.draft),
         draft_model=drafts.draft_model,

@@ -1,12 +1,15 @@
 """Whether a model runs from disk, and what its experts then get of the memory that it may take."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.profile import ROUTING, Profile
+from powerinfer_formats.shard_names import model_name
 from powerinfer_kernels import Pool
 from powerinfer_tools.detect import available_ram_bytes, resident_bytes
 from powerinfer_tools.engine.buffers import allocate
@@ -29,21 +32,21 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class RamOptions:
-    """The memory that the process may take (None: what is free), and how experts get their places in it;
-    ``use``: tokens that took each expert (layers, experts), from a profile."""
+    """The memory that the process may take (None: what is free), and how experts get their places in it.
+    ``profile`` says how often each was taken (None: the one beside the model, where there is one)."""
 
     ram: int | None = None
     placing: Placing = "adaptive"
-    use: npt.NDArray[np.float64] | None = None
+    profile: Path | None = None
 
 
 @dataclass(frozen=True)
 class FromDisk:
-    """A model whose experts are read from disk."""
+    """A model whose experts are read from disk, and what is to be said about that."""
 
     residency: Residency
     budget: Budget
-    notice: str
+    notices: tuple[str, ...]
 
 
 def open_from_disk(
@@ -68,10 +71,49 @@ def open_from_disk(
         raise ModelError(_refusal(model, size, ram, device))
     residency = Residency(model, pool)
     try:
-        return _fit(model, residency, options, size, ram, batch)
+        frequencies, notices = expert_frequencies(model, options)
+        disk = _fit(model, residency, frequencies, size, ram, batch)
+        budget = replace(disk.budget, static=options.placing == "static")
+        return replace(disk, budget=budget, notices=(*disk.notices, *notices))
     except BaseException:
         residency.close()
         raise
+
+
+def expert_frequencies(
+    model: Model, options: RamOptions
+) -> tuple[npt.NDArray[np.float64] | None, tuple[str, ...]]:
+    """The share of tokens that took each expert (layers, experts), by the profile, and what is to be said.
+
+    Raises ModelError for a named profile that is of another model, and for a static placement without
+    one; FormatError for one that cannot be read.
+    """
+    path = options.profile or profile_beside(model.path)
+    problem = "there is none beside it; powerinfer profile makes one, or run --learn"
+    if path.exists() or options.profile is not None:
+        profile = Profile.load(path)
+        if profile.activation == ROUTING and profile.fingerprint == model.fingerprint:
+            return _table(model, profile), (f"experts are placed by {path.name} ({profile.tokens:,} tokens)",)
+        problem = f"{path} is one of another model ({profile.model_name})"
+    if options.profile is not None or options.placing == "static":
+        raise ModelError(f"{model.path}: experts are to be placed by a profile, and {problem}")
+    return None, ()
+
+
+def profile_beside(path: Path) -> Path:
+    """Where the profile of a model is, or of the model that a split file was made from."""
+    name = model_name(path.name).removesuffix(".gguf").removesuffix(".powerinfer")
+    return path.with_name(f"{name}.profile.safetensors")
+
+
+def _table(model: Model, profile: Profile) -> npt.NDArray[np.float64]:
+    routing = model.hyper.routing
+    assert routing is not None
+    table = np.zeros((len(model.layers), routing.experts))
+    for index, layer in enumerate(model.layers):
+        if isinstance(layer.feeds, ExpertsFFN):
+            table[index] = profile.frequency(index)
+    return table
 
 
 class _Size:
@@ -114,14 +156,19 @@ def _refusal(model: Model, size: _Size, ram: int, device: str) -> str:
 
 
 def _fit(
-    model: Model, residency: Residency, options: RamOptions, size: _Size, ram: int, batch: int
+    model: Model,
+    residency: Residency,
+    use: npt.NDArray[np.float64] | None,
+    size: _Size,
+    ram: int,
+    batch: int,
 ) -> FromDisk:
     """The longest passes whose experts all have a slot and whose buffers leave memory to them."""
     held = resident_bytes() + size.always + size.always // 32 + size.cache + _SLACK
 
     def budget_of(tokens: int) -> Budget:
         nbytes = ram - held - size.scratch(tokens)
-        return Budget(nbytes, tokens, options.use, options.placing == "static")
+        return Budget(nbytes, tokens, use)
 
     def does(tokens: int) -> bool:
         left = budget_of(tokens).nbytes - residency.readers_bytes
@@ -141,7 +188,7 @@ def _fit(
         f"experts ({sum(slots) / units:.0%}) are in memory at a time, the others are read from disk as they "
         "are needed"
     )
-    return FromDisk(residency, budget, notice)
+    return FromDisk(residency, budget, (notice,))
 
 
 def _longest(batch: int, does: Callable[[int], bool]) -> int | None:

@@ -72,6 +72,11 @@ class LayerStack:
         return self._buffers.x
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all forward passes so far."""
+        return self._tokens
+
+    @property
     def modes(self) -> tuple[str, ...]:
         """The mode of each layer."""
         return self._modes

@@ -6,6 +6,7 @@ for bit, because the program is the same and waits for what its routers chose.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.mapped_file import MappedFile
-from powerinfer_kernels import Choice, Matrix, Part, Pool, Units, UnitsFile
+from powerinfer_kernels import Choice, KernelError, Matrix, Part, Pool, Units, UnitsFile
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Floats
 from powerinfer_tools.engine.disk_report import DiskReport
@@ -29,12 +30,14 @@ READERS = 8
 #: Tokens after which a use counts half.
 HALF_LIFE = 16.0
 _MIB = 1 << 20
+#: What is read to see how fast the disk is, where no profile says what to read.
+_TRIED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Budget:
     """What experts may take: ``nbytes`` of memory for slots and readers, passes of up to ``batch`` tokens;
-    ``use``: how many tokens took each expert (layers, experts), as far as that is known. With ``static``
+    ``use``: the share of tokens that took each expert (layers, experts), where that is known. With ``static``
     those used most stay, and only a small rest of the slots changes hands."""
 
     nbytes: int
@@ -57,6 +60,8 @@ class Residency:
         for index, layer in enumerate(model.layers):
             if isinstance(layer.feeds, ExpertsFFN):
                 self._add(index, layer.feeds)
+        #: What speed to expect, in words for the user, once it is open.
+        self.expectation = ""
         self._files: list[UnitsFile] = []
         self._is_open = False
         try:
@@ -160,24 +165,51 @@ class Residency:
         self.units.open(self._files, slots, READERS, HALF_LIFE)
         self._is_open = True
         self.drop_pages()
-        if budget.use is not None:
-            self._load(budget, slots, least)
+        self._load(budget, slots, least)
 
     def _load(self, budget: Budget, slots: Sequence[int], least: int) -> None:
-        """Read the most used experts into the slots; of a static placement, all but those that change hands
-        are to stay."""
-        assert budget.use is not None
-        use = np.zeros(self.units.count)
+        """Read the most used experts into the slots, or where that is not known as many as tell how fast the
+        disk is; of a static placement, all but those that change hands are to stay."""
+        use, started = np.zeros(self.units.count), time.perf_counter()
         for layer, first in self._first.items():
-            use[first : first + len(budget.use[layer])] = budget.use[layer]
-        self.units.set_use(use)
+            if budget.use is not None:
+                use[first : first + len(budget.use[layer])] = budget.use[layer]
+        # What a unit's counts come to when it is used so often for ever: a geometric sum.
+        self.units.set_use(use * HALF_LIFE / np.log(2))
         order = np.argsort(-use, kind="stable")
         kinds = np.array([self.units.kind_of(unit) for unit in range(self.units.count)])
-        for kind, count in enumerate(slots):
-            mine = order[kinds[order] == kind][:count].astype(np.int32)
-            stays = max(0, count - 2 * least) if budget.static else 0
-            self.units.load(mine[:stays], fixed=True)
-            self.units.load(mine[stays:])
+        hits, loaded = 0.0, 0
+        try:
+            for kind, count in enumerate(slots):
+                size = self.units.kinds[kind][1]
+                most = count if budget.use is not None else min(count, 1 + _TRIED_BYTES // size)
+                mine = order[kinds[order] == kind][:most].astype(np.int32)
+                stays = max(0, count - 2 * least) if budget.static else 0
+                loaded += self.units.load(mine[:stays], fixed=True) * size
+                loaded += self.units.load(mine[stays:]) * size
+                hits += float(use[mine].sum())
+        except KernelError:
+            raise ModelError(self.problem() or "experts cannot be read") from None
+        rate = loaded / max(time.perf_counter() - started, 1e-9)
+        hit_share = hits / float(use.sum()) if use.any() else None
+        self.expectation = self._expected(rate, sum(slots) / self.units.count, hit_share)
+
+    def _expected(self, rate: float, resident: float, hit_share: float | None) -> str:
+        """How fast the disk lets the model decode, which computing may be slower than: ``hit_share`` of the
+        experts that the profile's tokens took are in memory, and ``resident`` of all."""
+        routing = _routing(self.model)
+        token_bytes = self.whole_bytes * routing.used / routing.experts
+
+        def speed(share: float) -> str:
+            missing = token_bytes * (1 - share)
+            return "any number of" if missing < 1 else f"{rate / missing:.3g}"
+
+        told = f"at most {speed(resident)} tok/s where all experts are taken equally often"
+        if hit_share is not None:
+            share = f"{hit_share:.0%} of them in memory, as in the profile"
+            told = f"at most {speed(hit_share)} tok/s with {share}; {told}"
+        size = f"a token takes {token_bytes / 1e6:,.0f} MB of experts"
+        return f"{size}; the disk brings {rate / 1e9:.2f} GB/s: {told}"
 
     def drop_pages(self) -> None:
         """Give back the pages of the file that were read through its mapping."""

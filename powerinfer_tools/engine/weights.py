@@ -94,7 +94,7 @@ class Weights:
             options = StackOptions(
                 self.batch, self.context, mode, device, vram, kv_type, observed, check_recall, thresholds
             )
-            self._notices = () if disk is None else (disk.notice,)
+            self._notices = () if disk is None else disk.notices
             if disk is not None:
                 self.batch = disk.budget.batch
                 options = replace(options, batch=self.batch, residency=disk.residency, budget=disk.budget)
@@ -127,7 +127,8 @@ class Weights:
     @property
     def notices(self) -> Sequence[str]:
         """What could not be done as asked, and what is done instead: each once, in words for the user."""
-        return (*self._notices, *self.stack.notices)
+        disk = self.stack.residency
+        return (*self._notices, *([] if disk is None else [disk.expectation]), *self.stack.notices)
 
     def read_bandwidth(self) -> float:
         """Measure the machine's read bandwidth with these threads, in bytes per second; 0 where memory is too

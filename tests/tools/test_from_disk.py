@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import powerinfer
 from expert_models import PreparedExperts
 from hybrid_families import FAMILIES as FAMILIES_BESIDE
 from hybrid_families import write_random_family
 from powerinfer_formats.errors import FileChanged
+from powerinfer_formats.profile import Profile
 from powerinfer_kernels import Pool
 from powerinfer_tools import detect
 from powerinfer_tools.engine import Engine, from_disk
 from powerinfer_tools.engine import weights as weights_module
 from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
 from powerinfer_tools.engine.residency import Budget, Residency
-from powerinfer_tools.errors import ModelError
+from powerinfer_tools.errors import ModelError, ProfileError
 from powerinfer_tools.measure.synthetic.models import Shape, write_synthetic
 from powerinfer_tools.measure.synthetic.topics import Topics, text
 from powerinfer_tools.model.architectures import ARCHITECTURES
@@ -44,8 +46,9 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         residency = Residency(model, pool)
         nbytes = residency.readers_bytes + int(residency.whole_bytes * wanted["share"]) + 1
         tokens = int(min(batch, wanted["batch"]))
-        budget = Budget(nbytes, tokens, options.use, bool(wanted["static"]))
-        return FromDisk(residency, budget, "from disk")
+        use, _ = from_disk.expert_frequencies(model, options)
+        budget = Budget(nbytes, tokens, use, bool(wanted["static"]))
+        return FromDisk(residency, budget, ("from disk",))
 
     monkeypatch.setattr(weights_module, "open_from_disk", opened)
     return wanted
@@ -119,20 +122,70 @@ def test_split_files_and_placements(tmp_path: Path, slots: dict[str, float]) -> 
         patch.setattr(weights_module, "open_from_disk", lambda *_, **__: None)
         expected, _ = logits(path, tokens)
     slots["share"], slots["batch"] = 0.8, 1
-    use = np.zeros((prepared.layers, prepared.routing.experts))
-    use[:, 0] = 100.0
     read = {}
     for static in (0, 1):
         slots["static"] = static
-        engine = Engine(load_model(path), threads=2, ram=RamOptions(use=use))
+        engine = Engine(
+            load_model(path),
+            threads=2,
+            ram=RamOptions(None, "static" if static else "adaptive", prepared.profile),
+        )
         try:
             rows = [engine.prefill(tokens[:12]).copy(), *(engine.decode(t).copy() for t in tokens[12:])]
             assert np.array_equal(np.stack(rows), expected)
-            assert engine.stack.residency is not None
+            assert "of them in memory, as in the profile" in engine.notices[-1]
             read[static] = engine.report().disk
         finally:
             engine.close()
     assert all(report is not None and report.read_bytes > 0 for report in read.values())
+
+
+def test_a_profile_is_found_beside_the_model_and_must_be_its_own(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, slots: dict[str, float]
+) -> None:
+    prepared = PreparedExperts(tmp_path, "qwen3moe")
+    other = make_tiny_model(tmp_path_factory.mktemp("other"), CASES["mixtral-Q4_0"])
+    model = load_model(prepared.tiny.path)
+    beside = from_disk.profile_beside(prepared.tiny.path)
+    with pytest.raises(ModelError, match="and there is none beside it; powerinfer profile makes one"):
+        from_disk.expert_frequencies(load_model(other.path), RamOptions(placing="static"))
+    assert from_disk.expert_frequencies(load_model(other.path), RamOptions()) == (None, ())
+    assert beside == prepared.profile
+    use, notices = from_disk.expert_frequencies(model, RamOptions())
+    assert use is not None
+    np.testing.assert_allclose(use.sum(axis=1), prepared.routing.used)
+    assert notices[0].startswith(f"experts are placed by {beside.name} (")
+    with pytest.raises(ModelError, match="is one of another model"):
+        from_disk.expert_frequencies(load_model(other.path), RamOptions(profile=prepared.profile))
+
+
+def test_what_is_taken_is_learnt(tmp_path: Path, slots: dict[str, float]) -> None:
+    """Two runs add up, as counts of the same model, to what both took; a model without experts is refused."""
+    tiny = make_tiny_model(tmp_path, CASES["qwen3moe"])
+    path, slots["share"], slots["batch"] = tmp_path / "learnt.safetensors", 0.7, 1
+    total = 0
+    for count in (12, 7):
+        with powerinfer.load(tiny.path, threads=1, learn=path) as model, model.session() as session:
+            session.stream(tiny.tokens(count), max_tokens=3, ignore_eos=True, temperature=0).finish()
+        total += count + 2
+        profile = Profile.load(path)
+        assert profile.tokens == total
+        used = CASES["qwen3moe"].experts_used
+        assert all(profile.counts(layer).sum() == total * used for layer in range(profile.layers))
+    assert len(profile.corpus) == 2
+    dense = make_tiny_model(tmp_path_factory_folder(tmp_path), CASES["llama-Q4_0"])
+    with pytest.raises(ProfileError, match="--learn counts experts, and this model has none"):
+        powerinfer.load(dense.path, learn=path)
+    with pytest.raises(ProfileError, match="another model than"):
+        powerinfer.load(
+            make_tiny_model(tmp_path_factory_folder(tmp_path), CASES["qwen2moe"]).path, learn=path
+        )
+
+
+def tmp_path_factory_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / f"more{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    return folder
 
 
 def test_one_session_and_what_it_counts(tiny: TinyModel, slots: dict[str, float]) -> None:

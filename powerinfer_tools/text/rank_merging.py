@@ -4,6 +4,7 @@ Which neighbours may be joined, and which first, is a list there, not the score 
 agree for most texts, but not for all. `tokenizers` does the work.
 """
 
+import re
 from collections.abc import Sequence
 
 from powerinfer_tools.errors import TokenizerError
@@ -35,6 +36,22 @@ class RankEncoder(WordEncoder):
 
     def _merge(self, word: str) -> Sequence[int]:
         ids: list[int] = self._backend.encode(word, add_special_tokens=False).ids
+        return ids
+
+
+class LineEncoder(RankEncoder):
+    """Gemma 4's: no merge reaches over the end of a line, and a run of line ends may be one token."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        self._ids = vocabulary.ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``."""
+        ids: list[int] = []
+        for run in re.findall(r"[^\n]+|\n+", text):
+            token = self._ids.get(run) if run[0] == "\n" else None
+            ids += super().encode(run) if token is None else [token]
         return ids
 
 

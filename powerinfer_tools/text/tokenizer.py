@@ -9,7 +9,7 @@ from powerinfer_tools.text.added_tokens import LeftmostPartition, NormalizedText
 from powerinfer_tools.text.byte_pair import BytePairEncoder
 from powerinfer_tools.text.partition import Fragment, SpecialPartition
 from powerinfer_tools.text.pieces import Pieces, StreamDecoder
-from powerinfer_tools.text.rank_merging import RankEncoder
+from powerinfer_tools.text.rank_merging import LineEncoder, RankEncoder
 from powerinfer_tools.text.score_merging import SPACE, ScoreEncoder
 from powerinfer_tools.text.special_tokens import TokenType, can_control
 from powerinfer_tools.text.stand_ins import StandIns
@@ -159,6 +159,8 @@ class Tokenizer:
 def _encoder(vocabulary: Vocabulary) -> BytePairEncoder | WordEncoder:
     if vocabulary.kind == "bpe":
         return BytePairEncoder(vocabulary)
+    if vocabulary.pre is not None:
+        return LineEncoder(vocabulary)
     return RankEncoder(vocabulary) if vocabulary.merges else ScoreEncoder(vocabulary)
 
 

@@ -95,17 +95,17 @@ class _Reader:
         self.notices: list[str] = []
 
     def read(self) -> Vocabulary:
-        kind = self.kind()
+        pre = self.pre()
+        kind: Kind = "spm" if pre is None or pre.raw else "bpe"
         texts = self.texts()
         ids = {text: index for index, text in enumerate(texts)}
         if len(ids) != len(texts):
             raise TokenizerError(_duplicate_message(texts, ids))
-        pre = self.pre() if kind == "bpe" else None
         types = self.types(len(texts))
-        named = self.named_ids(kind, len(texts))
+        named = self.named_ids(kind, pre, len(texts))
         end_ids = settle_types_and_ends(ids, types, named) | self.end_ids(len(texts))
         bos_id, eos_id = named.get("bos_token_id"), named.get("eos_token_id")
-        add_bos = self.flag("add_bos_token", kind == "spm" or (pre is not None and pre.add_bos))
+        add_bos = self.flag("add_bos_token", pre is None or pre.add_bos)
         add_eos = self.flag("add_eos_token", False)
         if (add_bos and bos_id is None) or (add_eos and eos_id is None):
             raise TokenizerError(
@@ -114,8 +114,8 @@ class _Reader:
         left, right = self.stripping(ids, types)
         return Vocabulary(
             kind=kind, texts=texts, ids=ids, types=types, scores=self.scores(len(texts)),
-            merges=self.merges(kind), pre=pre, bos_id=bos_id, eos_id=eos_id,
-            end_ids=end_ids, add_bos=add_bos, add_eos=add_eos, space_prefix=self.space_prefix(kind),
+            merges=self.merges(pre), pre=pre, bos_id=bos_id, eos_id=eos_id,
+            end_ids=end_ids, add_bos=add_bos, add_eos=add_eos, space_prefix=self.space_prefix(pre),
             normalizer=self.normalizer(), strips_left=left, strips_right=right,
             added=self.added(len(texts)), absent=self.absent(), notices=tuple(self.notices),
         )  # fmt: skip
@@ -126,16 +126,19 @@ class _Reader:
             raise TokenizerError(f"the file has no tokenizer.ggml.{key}: it carries no usable vocabulary")
         return value
 
-    def kind(self) -> Kind:
+    def pre(self) -> PreTokenizer | None:
+        """How words are cut; None for SPM."""
         model = self.value("model")
-        if model == "gpt2":
-            return "bpe"
         if model == "llama":
-            return "spm"
+            return None
+        if model == "gemma4":
+            return pre_tokenizer("gemma4")
+        if model == "gpt2":
+            return self.named_pre()
         raise TokenizerError(f"vocabulary type {model!r} (tokenizer.ggml.model) is not supported; "
-                             "supported are: gpt2 (byte-level BPE), llama (SPM)")  # fmt: skip
+                             "supported are: gpt2 (byte-level BPE), llama (SPM), gemma4")  # fmt: skip
 
-    def pre(self) -> PreTokenizer:
+    def named_pre(self) -> PreTokenizer:
         name = self.value("pre", "")
         if not isinstance(name, str):
             raise TokenizerError("tokenizer.ggml.pre is not a string")
@@ -195,9 +198,11 @@ class _Reader:
             raise TokenizerError(f"tokenizer.ggml.scores[{index}] is not finite")
         return scores
 
-    def named_ids(self, kind: Kind, count: int) -> dict[str, int]:
+    def named_ids(self, kind: Kind, pre: PreTokenizer | None, count: int) -> dict[str, int]:
         defaults = {} if self.own("ids_complete", bool, False) else _DEFAULT_IDS[kind]
         named = {key: token for key, token in defaults.items() if token < count}
+        if pre is not None and not pre.names_bos:
+            named.pop("bos_token_id", None)
         for key in _SPECIAL_KEYS:
             token = self.value(key, None)
             if token is None:
@@ -210,9 +215,9 @@ class _Reader:
                 self.notices.append(f"tokenizer.ggml.{key} = {token} is beyond the {count} tokens: not used")
         return named
 
-    def merges(self, kind: Kind) -> list[str]:
+    def merges(self, pre: PreTokenizer | None) -> list[str]:
         """The merges; an SPM vocabulary only has some where its file wants ranks rather than scores."""
-        if kind == "spm" and "tokenizer.ggml.merges" not in self.metadata:
+        if (pre is None or pre.may_lack_merges) and "tokenizer.ggml.merges" not in self.metadata:
             return []
         return self.strings("merges")
 
@@ -251,8 +256,8 @@ class _Reader:
     def end_ids(self, count: int) -> frozenset[int]:
         return self.own_ids("end_token_ids", count)
 
-    def space_prefix(self, kind: Kind) -> SpacePrefix:
-        adds_space = self.flag("add_space_prefix", kind == "spm") and kind == "spm"
+    def space_prefix(self, pre: PreTokenizer | None) -> SpacePrefix:
+        adds_space = self.flag("add_space_prefix", pre is None) and pre is None
         prefix = self.own("space_prefix", str, "always" if adds_space else "never")
         if prefix not in get_args(SpacePrefix):
             raise TokenizerError(f"powerinfer.tokenizer.space_prefix {prefix!r} is unknown")

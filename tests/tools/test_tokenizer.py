@@ -1,8 +1,10 @@
 """Token ids agree with llama.cpp's; text comes back whole."""
 
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text.byte_pair import _chunks
+from powerinfer_tools.text.pretokenizers import pre_tokenizer, supported_names
 from powerinfer_tools.text.score_merging import ScoreEncoder
 from small_vocabularies import BYTE, byte_level, spm
 
@@ -89,6 +92,57 @@ def test_pre_tokenizers_split(pre: str, text: str, words: list[str]) -> None:
     tokenizer = Tokenizer.from_gguf(byte_level(pre=pre))
     backend = tokenizer._encoder._backend  # type: ignore[union-attr]
     assert [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == words
+
+
+def test_every_pre_tokenizer_cuts_a_nasty_text_as_llama_cpp_does() -> None:
+    """Hashes of the pieces, made when scripts/compare_tokenizers.py found the same ids for every name."""
+    golden = json.loads((GOLDEN / "pre_tokenizers.json").read_text())
+    assert set(golden["pieces"]) == {name for name in supported_names() if not pre_tokenizer(name).raw}
+    for name, expected in golden["pieces"].items():
+        backend = Tokenizer.from_gguf(byte_level(pre=name))._encoder._backend  # type: ignore[union-attr]
+        pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(golden["text"])]
+        digest = hashlib.sha256("\0".join(pieces).encode()).hexdigest()[:16]
+        assert [len(pieces), digest] == expected, name
+
+
+def test_a_vocabulary_without_a_default_bos() -> None:
+    assert Tokenizer.from_gguf(byte_level(pre="glm4", bos_token_id=None)).bos_id is None
+    assert Tokenizer.from_gguf(byte_level(pre="qwen2", bos_token_id=None)).bos_id == 11
+
+
+def test_gemma4_merges_within_lines_and_takes_runs_of_line_ends_as_they_are() -> None:
+    texts = [
+        *(f"<0x{value:02X}>" for value in range(256)),
+        "a",
+        "b",
+        "\n",
+        "\n\n",
+        "▁",
+        "ab",
+        "▁a",
+        "a\n",
+        "b\n",
+    ]
+    metadata = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.token_type": np.array([BYTE] * 256 + [1] * (len(texts) - 256), np.int32),
+        "tokenizer.ggml.merges": ["a \n", "b \n", "a b", "▁ a", "\n \n"],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tokenizer = Tokenizer.from_gguf(SimpleNamespace(metadata=metadata))
+    ids = tokenizer.encode("ab\n\na a\n\n\nbé")
+    assert [tokenizer.token_text(token) for token in ids[:8]] == [
+        "ab",
+        "\n\n",
+        "a",
+        " a",
+        "\n\n",
+        "\n",
+        "b",
+        "\ufffd",
+    ]
+    assert tokenizer.decode(ids) == "ab\n\na a\n\n\nbé"
 
 
 def test_unknown_pre_tokenizer_is_named_with_the_supported_ones() -> None:

@@ -160,6 +160,8 @@ def _weights(copy: Path, **changes: Any) -> None:
             np.ones((47, 48), np.float32),
             "no whole number of heads|shape",
         ),
+        ("lm_head.bias", np.ones(8, np.float32), "lm_head.bias'.*does not have"),
+        ("other.lm_head.weight", np.ones((8, 48), np.float32), "other.lm_head.weight'.*does not have"),
         ("model.layers.0.mlp.up_proj.bias", np.ones(88, np.float32), "up_proj.bias'.*does not have"),
         ("model.embed_tokens.weight", np.ones((5, 48), np.float32), "embedding 5 rows"),
     ],

@@ -1,13 +1,16 @@
 """Hugging Face directories against ``transformers``: the same logits and greedy text, from every family."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
-from powerinfer_formats.errors import FormatError
+from powerinfer_formats.errors import FormatError, MissingTensor
 from powerinfer_formats.fingerprint import model_fingerprint
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
@@ -16,7 +19,7 @@ from powerinfer_tools.model.huggingface import ModelFolder
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
 from powerinfer_tools.text import Tokenizer
-from tiny_folders import FOLDER_CASES, FolderCase, TinyFolder, make_folder
+from tiny_folders import FOLDER_CASES, FolderCase, TinyFolder, make_folder, save_tokenizer
 from tiny_models import FAMILY_CASES, make_tiny_model
 
 TOKENS = 24
@@ -234,3 +237,37 @@ def test_a_head_beside_the_embedding_is_taken_and_said(tmp_path: Path) -> None:
         with ModelFolder.open(folder) as source:
             assert ("output.weight" in source.tensors) == taken
             assert [("of its own" in notice) for notice in source.notices] == [True] * taken
+
+
+TIED = FolderCase("Llama", "llama2", {"tie_word_embeddings": True})
+
+
+def test_a_model_without_head_is_one_where_the_head_is_the_embedding(tmp_path: Path) -> None:
+    """Saved as LlamaModel, with names that begin with nothing: what transformers makes of it, we do."""
+    made = make_folder(tmp_path / "whole", TIED)
+    bare = tmp_path / "bare"
+    made.module.base_model.save_pretrained(bare)
+    save_tokenizer(bare, made.tokenizer)
+    config = json.loads((bare / "config.json").read_text())
+    assert config["architectures"] == ["LlamaModel"]
+    assert "embed_tokens.weight" in load_file(bare / "model.safetensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(bare, dtype=torch.float32)
+    tokens = made.tokens(20)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits[0].numpy()
+    assert np.abs(expected - made.logits(tokens)).max() < 1e-5  # it has found all weights
+    assert np.abs(forward(load_model(bare), tokens) - expected).max() < 2e-4
+    (bare / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(MissingTensor, match=r"has no tensor 'lm_head\.weight', which is needed here"):
+        load_model(bare)  # transformers draws a random head
+
+
+@pytest.mark.parametrize("start", ["base_model.model.", "model.", "_orig_mod.", "module."])
+@pytest.mark.parametrize("tied", [True, False])
+def test_whatever_stands_before_all_names(tmp_path: Path, start: str, tied: bool) -> None:
+    made = make_folder(tmp_path / "whole", replace(TIED, config={"tie_word_embeddings": tied}))
+    tokens = made.tokens(20)
+    expected = forward(load_model(made.path), tokens)
+    weights = load_file(made.path / "model.safetensors")
+    save_file({start + name: value for name, value in weights.items()}, made.path / "model.safetensors")
+    assert np.array_equal(forward(load_model(made.path), tokens), expected)

@@ -273,7 +273,11 @@ def find_family(config: Config) -> tuple[Family, Config]:
         family = other if other is not None and other.model_type == kind else family
         classes, config_of_text = family.classes, config
     named = config.items("architectures")
-    if named and named[0] not in classes:
+    # The same without a head: a language model where the head is the embedding, else one that lacks a tensor.
+    bare = tuple(
+        name.removesuffix("ForCausalLM") + "Model" for name in classes if name.endswith("ForCausalLM")
+    )
+    if named and named[0] not in (*classes, *bare):
         raise ModelError(
             f"{config.file}: architecture {str(named[0])[:80]!r} is not supported for the model type "
             f"{kind!r} (supported: {', '.join(classes)}); code in the directory is never run"

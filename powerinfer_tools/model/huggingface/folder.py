@@ -190,6 +190,7 @@ class _Planner:
         self.found: dict[str, tuple[TensorInfo, _Origin]] = {}
         self.used: set[str] = set()
         self.notices: list[str] = []
+        self.start = self._start()
 
     def plan(self) -> dict[str, tuple[TensorInfo, _Origin]]:
         """Every tensor by its name in GGUF. Raises FormatError."""
@@ -280,6 +281,18 @@ class _Planner:
     def _spellings(self, wanted: str) -> Iterator[str]:
         for start in self.family.spellings:
             yield start + wanted.removeprefix("model.") if wanted.startswith("model.") else wanted
+        if self.start is not None:
+            inside = wanted.startswith("model.")
+            start = self.start if inside else self.start.removesuffix("model.")
+            yield start + wanted.removeprefix("model.")
+
+    def _start(self) -> str | None:
+        """What stands before the embedding's name, and so before all others: of a model without head it is
+        nothing, and wrappers put their own names in front. None where several tensors could be it."""
+        embedding = next(rule.stored for rule in self.family.rules if rule.name == "token_embd.weight")
+        end = embedding.removeprefix("model.")
+        starts = [name[: -len(end)] for name in self.weights.tensors if name.endswith(end)]
+        return starts[0] if len(starts) == 1 and starts[0][-1:] in ("", ".") else None
 
     def _row_type(self, tensor: StoredTensor) -> TensorType:
         if tensor.dtype not in _TYPES:

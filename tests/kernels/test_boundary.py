@@ -240,6 +240,39 @@ def test_the_number_of_arguments_is_fixed(name: str, steps: dict[Op, Step]) -> N
         append(step, (*step[1], None))
 
 
+def runs(builder: ProgramBuilder, step: Step, integers: tuple[int, ...], pool: Pool) -> bool:
+    """Whether the extension takes the operation with these integers; if so, it is run."""
+    kind, objects, _, values = step
+    program = _kernels.Program(TOKENS, CAPACITY)
+    try:
+        program.append(int(kind), objects, integers, values)
+        program.seal(tuple(slot.spec for slot in builder.slots))
+    except KernelError:
+        return False
+    state = State.allocate(builder.slots, CAPACITY)
+    program.run(pool.handle, 0, 1, ((state.handle, CAPACITY - TOKENS, TOKENS),))
+    return True
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_sizes_that_are_taken_can_be_run(
+    name: str, builder: ProgramBuilder, steps: dict[Op, Step], pool: Pool
+) -> None:
+    """Every integer changed alone and two at a time: what is not refused stays within its buffers, which the
+    sanitizers see."""
+    step, rng = steps[Op[name]], np.random.default_rng(3)
+    for array in step[1]:
+        if isinstance(array, np.ndarray) and array.dtype == np.int32:
+            array[...] = 0  # ids and choices that exist
+    assert runs(builder, step, step[2], pool)
+    for _ in range(150 if step[2] else 0):
+        integers = list(step[2])
+        for k in rng.integers(0, len(integers), rng.integers(1, 3)):
+            old = integers[k]
+            integers[k] = int(rng.choice([0, 1, -1, 2, old + 1, old - 1, 2 * old, old // 2, 32, 1 << 20]))
+        runs(builder, step, tuple(integers), pool)
+
+
 @pytest.mark.parametrize("buffer", ["q", "out"])
 def test_attention_is_judged_when_its_slot_is_known(buffer: str) -> None:
     q, out = (floats(TOKENS, 48 if name == buffer else 64) for name in ("q", "out"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from powerinfer_formats.predictors import Predictors
-from powerinfer_formats.profile import Profile
+from powerinfer_formats.profile import MAX_TOKENS, Profile
 from powerinfer_tools.errors import ImportFailed
 from powerinfer_tools.model.original import above
 from powerinfer_tools.stages.original.importing import (
@@ -111,6 +111,23 @@ def test_tokens_have_to_be_said_and_to_suffice(tiny: TinyModel, tmp_path: Path) 
         with pytest.raises(ImportFailed, match=said):
             import_counts(ImportCounts(tmp_path / "a", tiny.path, tmp_path / "out", tokens))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "most", [(1 << 31) + 5, (1 << 32) - 1, 1 << 32, (1 << 32) + 5, 1 << 53, (1 << 63) - 1]
+)
+def test_large_counts_are_themselves_or_refused(tiny: TinyModel, tmp_path: Path, most: int) -> None:
+    counts = write_counts(tmp_path / "a")
+    counts[3][7] = most
+    torch.save(counts[3], tmp_path / "a" / "activation_3.pt")
+    options = ImportCounts(tmp_path / "a", tiny.path, tmp_path / "out", min(most, MAX_TOKENS))
+    if most <= MAX_TOKENS:
+        import_counts(options)
+        assert Profile.load(tmp_path / "out").counts(3)[7] == most
+    else:
+        with pytest.raises(ImportFailed, match=r"activation_3\.pt has counts beyond"):
+            import_counts(options)
+        assert not (tmp_path / "out").exists()
 
 
 def remove(*names: str) -> Callable[[Path], None]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from powerinfer_formats.delta import Delta
 from powerinfer_formats.errors import FormatError
+from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_scan import scan_header
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
@@ -30,11 +31,17 @@ from powerinfer_formats.safetensors_header import scan_safetensors
 from powerinfer_formats.sentencepiece_model import parse_sentencepiece
 from powerinfer_formats.trace import TraceFile
 from powerinfer_kernels import KernelError, RowType, dequantize, row_bytes
+from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.inspect.describe import describe
 from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.rope import read_rope
 from powerinfer_tools.model.huggingface.tokenizer_json import read_tokenizer_json
+from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.text import Tokenizer
 
+#: Readers of files that are mostly weights: what comes first is damaged.
+REACH = {"model": 6000}
 ALLOWED = (FormatError, PowerInferError, KernelError)
 KEPT = Path("build/fuzz")
 _NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 63, (1 << 64) - 1)
@@ -42,11 +49,11 @@ _TEXTS = (b"{", b"}", b"[", b'"', b"null", b"1e999", b"-1", b"9" * 400, b"\xff",
 Reader = Callable[[bytes, Path], object]
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one to six changes."""
+def mutate(data: bytes, rng: random.Random, reach: int) -> bytes:
+    """`data` with one to six changes in its first `reach` bytes."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
-        at = rng.randrange(len(changed) + 1)
+        at = rng.randrange(min(reach, len(changed)) + 1)
         kind = rng.randrange(7)
         if kind == 0 and at < len(changed):
             changed[at] ^= 1 << rng.randrange(8)
@@ -107,7 +114,28 @@ def _rows(data: bytes, file: Path) -> object:
     return None
 
 
+def _model(path: Path) -> None:
+    """A model from file to logits, and what inspect says of it."""
+    describe(path)
+    model = load_model(path)
+    try:
+        with Engine(model, threads=1, context=8) as engine:
+            engine.prefill([0, 1])
+            engine.decode(2)
+    finally:
+        model.close()
+
+
+def _vocabulary(path: Path) -> None:
+    """A tokenizer from a file, a text and back."""
+    with GGUFFile.open(path) as gguf:
+        tokenizer = Tokenizer.from_gguf(gguf)
+    tokenizer.decode(tokenizer.encode("hello <tag> \u00e9\n hell", add_bos=False))
+
+
 READERS: dict[str, Reader] = {
+    "model": on_disk(_model),
+    "vocabulary": on_disk(_vocabulary),
     "gguf": lambda data, file: scan_header(data, str(file)),
     "safetensors": lambda data, file: scan_safetensors(data, str(file)),
     "sentencepiece": parse_sentencepiece,
@@ -138,7 +166,7 @@ def fuzz(seconds: float, seed: int, only: str | None, seeds: dict[str, list[byte
 def _fuzz_one(name: str, seed: int, end: float, seeds: list[bytes], file: Path) -> int:
     rng, count = random.Random(f"{seed} {name}"), 0  # noqa: S311  nothing here is secret
     while time.monotonic() < end:
-        data = mutate(rng.choice(seeds), rng)
+        data = mutate(rng.choice(seeds), rng, REACH.get(name, 1 << 30))
         try:
             READERS[name](data, file)
         except ALLOWED:

@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +46,7 @@ class Stage:
 
 STAGES: dict[str, Stage] = {
     "profile": Stage(
-        "profile -m relu.gguf --corpus text.txt --ctx 64 --trace 1200 -t 1",
+        "profile -m relu.gguf --corpus text.txt --ctx 64 --trace 900 -t 1",
         ("relu.profile.safetensors", "relu.trace.zst"),
     ),
     "train": Stage("train -m relu.gguf --budget 0.9 --recall 0.8 -t 1", ("relu.predictors.safetensors",)),
@@ -214,7 +216,7 @@ def prepare(folder: Path) -> None:
 
     from tiny_models import FAMILY_CASES, make_tiny_model
 
-    relu = replace(FAMILY_CASES["llama-relu"], width=128, neurons=1024)
+    relu = replace(FAMILY_CASES["llama-relu"], neurons=512)
     make_tiny_model(folder, relu, "relu")
     make_tiny_model(folder, replace(relu, activation="silu"), "silu")
     (folder / "text.txt").write_text(TEXT)
@@ -226,7 +228,7 @@ def make_inputs(folder: Path) -> None:
     if wait(forked(folder, lambda: prepare(folder) or 0)) != 0:
         raise Fault((folder.parent / f"{folder.name}.log").read_text())
     for words in (
-        "profile -m relu.gguf --corpus text.txt --ctx 64 --trace 1200 -t 1",
+        "profile -m relu.gguf --corpus text.txt --ctx 64 --trace 900 -t 1",
         "profile -m silu.gguf --corpus text.txt --ctx 64 -t 1",
         "train -m relu.gguf --budget 0.9 --recall 0.8 -t 1",
         "plan -m relu.gguf --hardware pc-low --vram 33MiB --ctx 64",
@@ -239,6 +241,22 @@ def make_inputs(folder: Path) -> None:
     del place
 
 
+def import_everything() -> None:
+    """Once, here: a child begins with its work."""
+    from powerinfer_cli.app import COMMANDS, create_app
+
+    create_app(COMMANDS)
+    for folder in ("stages", "generate", "engine", "quality"):
+        for path in sorted((ROOT / "powerinfer_tools" / folder).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            if "harness" not in name and "ray" not in name:
+                with suppress(ImportError):
+                    import_module(name)
+    for name in ("torch", "highspy", "zstandard", "safetensors.numpy", "jinja2"):
+        with suppress(ImportError):
+            import_module(name)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -249,9 +267,7 @@ def main() -> None:
     for name in ("tools", "formats"):
         sys.path.insert(0, str(ROOT / "tests" / name))
     os.environ |= {"XDG_CONFIG_HOME": os.devnull, "OMP_NUM_THREADS": "1"}
-    from powerinfer_cli.app import COMMANDS, create_app
-
-    create_app(COMMANDS)  # imported once, here: a child begins with its work
+    import_everything()
     names = [options.only] if options.only else list(STAGES)
     with tempfile.TemporaryDirectory(prefix="powerinfer-kills-") as root:
         inputs = Path(root) / "inputs"

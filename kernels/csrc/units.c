@@ -20,18 +20,18 @@ typedef struct {
     pi_unit_spec is;
     unit_state state;
     int32_t slot;
-    int32_t part, left;    /* COMING: the part that is handed out next, and pieces that are not in the slot yet */
-    int64_t tile;          /* of that part, the first tile that is not handed out */
-    int fixed, pinned;     /* keeps its slot always, or until the next fetch */
+    int32_t part, left;      /* COMING: the part that is handed out next, and pieces that are not in the slot yet */
+    int64_t tile;            /* of that part, the first tile that is not handed out */
+    int fixed, pinned;       /* keeps its slot always, or until the next fetch */
     int expected, was_ahead; /* the next fetch of its group may take it; it was read for that */
-    int64_t next;          /* in its queue */
-    int64_t mark;          /* the pass that has seen it */
-    int64_t count;         /* tokens of that pass that take it */
+    int64_t next;            /* in its queue */
+    int64_t mark;            /* the pass that has seen it */
+    int64_t count;           /* tokens of that pass that take it */
     int64_t taken;
     double use;
 } unit;
 
-typedef struct { /* units whose pieces are still to be handed out, in order */
+typedef struct {         /* units whose pieces are still to be handed out, in order */
     int64_t first, last; /* -1: empty */
 } queue;
 
@@ -61,7 +61,7 @@ struct pi_units {
     int64_t *pinned; /* of the fetch before */
     int64_t pinned_count;
     int64_t pass;
-    double tokens;     /* decide how much a use counts: 2^(tokens / half_life) */
+    double tokens;       /* decide how much a use counts: 2^(tokens / half_life) */
     int64_t first_group; /* the group whose fetch advances `tokens` */
     pi_unit_policy policy;
     int64_t staging_bytes;
@@ -177,8 +177,7 @@ static int bring(pi_units *s, const piece *p, uint8_t *staging) {
 static void finish(pi_units *s, const piece *p, int failed) {
     unit *u = &s->units[p->unit];
     s->counters.read_bytes += p->bytes;
-    if (failed && !s->fault.error)
-        s->fault = (pi_unit_fault){failed, s->parts[p->part].file, p->offset, p->bytes};
+    if (failed && !s->fault.error) s->fault = (pi_unit_fault){failed, s->parts[p->part].file, p->offset, p->bytes};
     if (--u->left == 0 && u->state == COMING) u->state = HERE;
     if (u->left == 0 || s->fault.error) pthread_cond_broadcast(&s->arrived);
 }
@@ -319,8 +318,9 @@ static void mark(pi_units *s, const pi_unit_demand *d, int64_t tokens) {
         }
     else
         for (int64_t i = 0; i < tokens * d->used; i++) {
-            if (d->chosen[i] < 0 || d->chosen[i] >= d->count) continue; /* what reads it says so */
-            unit *u = &s->units[d->first + d->chosen[i]];
+            const int32_t chosen = d->chosen[i];            /* read once: another thread may change it */
+            if (chosen < 0 || chosen >= d->count) continue; /* what computes with it says so */
+            unit *u = &s->units[d->first + chosen];
             u->count = u->mark == s->pass ? u->count + 1 : 1;
             u->mark = s->pass;
         }

@@ -1,6 +1,7 @@
 """The C boundary judges what it gets: every object of every operation, handed over wrong, is an error."""
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ from powerinfer_kernels import (
     KernelError,
     KVCache,
     Matrix,
+    Part,
     Pool,
     ProgramBuilder,
     RowType,
     Signs,
     State,
+    Units,
+    UnitsFile,
     _kernels,
     aligned,
     pack_signs,
@@ -112,6 +116,19 @@ def experts(b: ProgramBuilder, pool: Pool) -> None:
     b.count_experts(choice, aligned((2,), np.int64), aligned((4,), np.uint64), *squares)
 
 
+def disk(b: ProgramBuilder, pool: Pool) -> Units:
+    """Experts that are read from a file."""
+    units, columns = Units(), 64
+    for _ in range(8):
+        units.add([Part(Matrix.absent(pool, RowType.F32, 16, columns), RowType.F32, 0, 0)])
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(16 * columns * 4))
+        file.flush()
+        units.open([UnitsFile(os.dup(file.fileno()), False)], [3], 1, 0.0)
+    b.fetch(units, 0, Choice.new(TOKENS, 4, 2), (4, Choice.new(TOKENS, 4, 2)))
+    return units
+
+
 def recurrent(b: ProgramBuilder) -> None:
     x, y = floats(TOKENS, WIDTH), floats(TOKENS, WIDTH)
     b.convolve(x, floats(4, WIDTH), floats(WIDTH), y, b.recurrent_slot(3 * WIDTH))
@@ -126,14 +143,16 @@ def recurrent(b: ProgramBuilder) -> None:
 
 
 @pytest.fixture(scope="module")
-def builder(pool: Pool) -> ProgramBuilder:
+def builder(pool: Pool) -> Iterator[ProgramBuilder]:
     made = ProgramBuilder(TOKENS)
     vectors(made)
     attention(made)
     matrices(made, pool)
     experts(made, pool)
+    units = disk(made, pool)
     recurrent(made)
-    return made
+    yield made
+    units.close()
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +237,7 @@ def test_what_is_written_must_be_writable(name: str, steps: dict[Op, Step]) -> N
             messages.append(refusal(step, replaced(step[1], k, frozen)))
     refused = [message for message in messages if message]
     assert all("cannot be written" in message for message in refused)
-    assert refused or name == "STORE_KV"  # which writes into the session's state alone
+    assert refused or name in ("STORE_KV", "FETCH")  # which write into the session's state, and units, alone
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

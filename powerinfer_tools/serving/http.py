@@ -64,7 +64,7 @@ def refusal(error: Exception) -> Response:
 
 async def read(request: Request, kind: type[Body], service: Service) -> Body:
     """The body as ``kind``. Raises RequestFault where it is too long, too slow, no JSON, or not that."""
-    data = await _bytes(request, service)
+    data = await read_body(request, service.settings.body_bytes, service.settings.body_seconds)
     if len(data) > _LONG:
         return await anyio.to_thread.run_sync(_parse, data, kind)
     return _parse(data, kind)
@@ -85,8 +85,8 @@ def _describe(error: ValidationError) -> str:
     return f"{place}: {message}" if place else message
 
 
-async def _bytes(request: Request, service: Service) -> bytes:
-    limit, seconds = service.settings.body_bytes, service.settings.body_seconds
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+    """The body. Raises RequestFault where it is longer than ``limit`` bytes or takes over ``seconds``."""
     too_large = RequestFault(f"the body is longer than {limit} bytes", status=413, code="body_too_large")
     announced = request.headers.get("content-length", "0")
     if announced.isascii() and announced.isdigit() and int(announced) > limit:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import attention_block, ffn_matrices, matrix, normalize
 from powerinfer_tools.progress import Silent
 from powerinfer_tools.stages.profile import ProfileOptions, run_profile
+from powerinfer_tools.stages.profile.on_ray import run_profile_on_ray
 from powerinfer_tools.stages.profile.profiling import checkpoint_path
 from powerinfer_tools.text import Tokenizer
 from tiny_models import FAMILY_CASES, make_tiny_model
@@ -204,3 +206,11 @@ def test_shards_of_a_folder_merge_into_the_profile_of_the_whole(
 def test_more_shards_than_files_are_refused(model_path: Path, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="3 shards need at least as many files, and the corpus has 2"):
         run_profile(options(model_path, corpus, tmp_path / "x.safetensors", shard=(1, 3)))
+
+
+def test_ray_is_asked_for_by_name(
+    model_path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ProfileError, match=r"--ray needs Ray, .* pip install '\.\[ray\]'"):
+        run_profile_on_ray(options(model_path, corpus, tmp_path / "x.safetensors"), "local")

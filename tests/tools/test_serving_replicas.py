@@ -85,6 +85,20 @@ def test_the_application_is_asked_without_a_socket(tmp_path: Path) -> None:
         assert batcher.figures.interrupted == 1
 
 
+def test_what_ray_is_told(tmp_path: Path) -> None:
+    """Replicas by load, and deploy/ray.yaml, in Ray's own judgement."""
+    pytest.importorskip("ray", reason="replicas need Ray (pip install '.[ray]')")
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from powerinfer.serving.ray import AppOptions, app
+
+    assert app(AppOptions(model=tmp_path / "x.gguf", replicas=2, max_replicas=5))
+    text = (Path(__file__).resolve().parents[2] / "deploy/ray.yaml").read_text(encoding="utf-8")
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    assert application.import_path == "powerinfer.serving.ray:app"
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two replicas on a local Ray."""
@@ -126,6 +140,8 @@ def test_a_conversation_stays_with_its_replica(url: str) -> None:
 
 
 def test_faults_and_streams_pass_through(url: str) -> None:
+    large = httpx.post(f"{url}/v1/completions", content=b"x" * (5 << 20))
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
     fault = httpx.post(f"{url}/v1/completions", json={"prompt": 7})
     assert (fault.status_code, fault.json()["error"]["type"]) == (400, "invalid_request_error")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}

@@ -19,8 +19,8 @@ from starlette.responses import Response, StreamingResponse
 from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.app import create_app
 from powerinfer_tools.serving.fair_queue import QueueLimits
-from powerinfer_tools.serving.faults import RequestFault, unavailable
-from powerinfer_tools.serving.http import fault_of, refusal
+from powerinfer_tools.serving.faults import RequestFault, overloaded, unavailable
+from powerinfer_tools.serving.http import fault_of, read_body, refusal
 from powerinfer_tools.serving.opening import ServeOptions, open_service
 from powerinfer_tools.serving.replicas.calls import Call, Start, answered
 from powerinfer_tools.serving.replicas.conversations import conversation_key
@@ -127,6 +127,9 @@ class Front:
             return await self._answer(request)
         except RequestFault as fault:
             return refusal(fault)
+        except Exception as error:  # noqa: BLE001  the boundary of a request: the client gets one clear answer
+            logging.getLogger("ray.serve").error("%s %s: %r", request.method, request.url.path, error)
+            return refusal(error)
 
     async def _answer(self, request: Request) -> Response:
         call = await self._call(request)
@@ -139,23 +142,18 @@ class Front:
         return response
 
     async def _call(self, request: Request) -> Call:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._limit:
-                raise RequestFault(
-                    f"the body is longer than {self._limit} bytes", status=413, code="body_too_large"
-                )
+        body = await read_body(request, self._limit, Settings.body_seconds)
         scope = request.scope
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
         client = (request.client.host, request.client.port) if request.client else None
         headers = tuple((bytes(name), bytes(value)) for name, value in scope["headers"])
-        return Call(scope["method"], path, scope["query_string"], headers, client, bytes(body))
+        return Call(scope["method"], path, scope["query_string"], headers, client, body)
 
     @staticmethod
     async def _begun(handle: Any, call: Call) -> tuple[Any, Start]:
         """An answer that has begun. A replica that dies before is replaced by the next one."""
         from ray.exceptions import RayActorError
+        from ray.serve.exceptions import BackPressureError
 
         for _ in range(_ATTEMPTS):
             pieces = handle.answer.remote(call)
@@ -163,6 +161,8 @@ class Front:
                 return pieces, await anext(pieces)
             except RayActorError:
                 await asyncio.sleep(_PAUSE_SECONDS)
+            except BackPressureError:
+                raise overloaded("all replicas have as many requests as fit", 5) from None
             except BaseException:
                 pieces.cancel()
                 raise
@@ -204,6 +204,7 @@ def application(options: AppOptions) -> Any:
         name="replicas",
         ray_actor_options={"num_cpus": options.threads, "num_gpus": options.gpus},
         max_ongoing_requests=options.parallel + options.queue,
+        max_queued_requests=options.queue,
         health_check_period_s=5.0,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=options.drain_seconds,

@@ -5,6 +5,7 @@ Both are optional; without them these tests are skipped, and say so.
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,9 +130,19 @@ def test_regenerate_edit_and_a_second_conversation(page: Any) -> None:
     assert texts(page, ".message.user .body") == ["one and two"]
 
 
-def test_escape_stops_an_answer(page: Any, server: Served) -> None:
+def test_escape_stops_an_answer(page: Any, server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model is slowed down, since it would end its text before a key is pressed."""
     from selenium.webdriver.common.keys import Keys
 
+    batcher = server.service.batcher
+    assert batcher is not None
+    step = batcher._slots.step
+
+    def slow(work: Any) -> Any:
+        time.sleep(0.02)
+        return step(work)
+
+    monkeypatch.setattr(batcher._slots, "step", slow)
     page.execute_script(
         "const field = document.querySelector('#max_tokens'); field.value = '8000';"
         "field.dispatchEvent(new Event('change'))"
@@ -140,8 +151,6 @@ def test_escape_stops_an_answer(page: Any, server: Served) -> None:
     wait(page, lambda: texts(page, ".message.assistant .body") and texts(page, ".message.assistant .body")[0])
     find(page, "body").send_keys(Keys.ESCAPE)
     answered(page, 2)
-    batcher = server.service.batcher
-    assert batcher is not None
     wait(page, lambda: batcher.processing == 0)
     assert texts(page, ".message.assistant .tools")[0].endswith("stopped")
 

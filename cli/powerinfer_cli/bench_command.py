@@ -134,7 +134,7 @@ def check_choice(
     """One thing to measure, and no option that would be ignored."""
     options = {
         "FILE": files or None,
-        "--model": model.given,
+        "--model": model.given or None,
         "--shape": synthetic.shape,
         "--ffn": synthetic.ffn,
     }

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 HELP = """Run a corpus through a model and count which neurons are active.
 
-Writes NAME.profile.safetensors: counts and histograms per neuron, with the corpus' hashes. Interrupted work
-is taken up again by the same command. Profiles of parts of a corpus merge into the profile of the whole.
+Writes NAME.profile.safetensors: counts and histograms per neuron, with the corpus' hashes. Windows come from
+all over the corpus, and when the tokens have doubled without changing what a plan would place, it stops and
+says so; --tokens reads as many as it says. Interrupted work is taken up again by the same command.
+Profiles of parts of a corpus merge into the profile of the whole.
 
 With --import, takes over counts of the original PowerInfer instead: a folder of activation_0.pt and so on,
 which does not say how many tokens were counted. Needs torch.
@@ -65,7 +67,8 @@ def profile(
             "--tokens",
             min=1,
             metavar="N",
-            help="Stop after so many tokens of the corpus; with --import: the tokens that were counted.",
+            help="Read so many tokens of the corpus; with --import: the tokens that were counted. "
+            "Without it: until more would change nothing.",
         ),
     ] = None,
     density: Annotated[

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from powerinfer_tools.interrupts import deferred_interrupts
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.stages.profile.corpus import CorpusFile, find_files, shard_of
+from powerinfer_tools.stages.profile.stopping import SHARE, TOLERANCE, Stopping
 from powerinfer_tools.stages.profile.tally import Tally
 from powerinfer_tools.stages.profile.tracing import TraceRecorder, unfinished_trace
-from powerinfer_tools.stages.profile.windows import Window, corpus_windows
+from powerinfer_tools.stages.profile.windows import Window, corpus_windows, spread_out
 from powerinfer_tools.text import Tokenizer
 
 #: Seconds between checkpoints: what a kill can cost at most.
@@ -29,7 +30,9 @@ DEFAULT_WINDOW = 512
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What to profile. ``max_tokens`` None reads all; ``restart`` forgets interrupted work.
+    """What to profile. ``max_tokens`` None reads until more tokens would not change what a plan places
+    (:mod:`.stopping`), or all of a shard and for a trace; windows come from all over the corpus, but for a
+    trace. ``restart`` forgets interrupted work.
 
     ``trace``: sampled tokens whose FFN inputs and active neurons are written to ``trace_output``, too (0:
     none). ``window`` tokens are read at once, each window anew; None takes 512, or less where the context is.
@@ -118,11 +121,15 @@ class _Run:
         self.tally = Tally(model, len(files))
         self.done = 0
         self.trace: TraceRecorder | None = None
+        alone = options.max_tokens is None and options.shard is None and not options.trace
+        self.stopping = Stopping(self.tally.counters, options.target_density) if alone else None
 
     def complete(self) -> Profile:
         """Count everything that is still to be counted."""
         # Tokenising first costs a few seconds per million tokens, and gives the progress bar its end.
-        windows = list(self._limited(corpus_windows(self.files, self.tokenizer, self.window, self.progress)))
+        every = list(corpus_windows(self.files, self.tokenizer, self.window, self.progress))
+        # The parts of a trace are those of the corpus, one after the other.
+        windows = list(self._limited(every if self.options.trace else spread_out(every)))
         if self.options.trace and self.options.trace_output is not None and windows:
             self.trace = TraceRecorder(self.model, windows, self.options.trace, self.options.trace_output)
         self._resume()
@@ -157,6 +164,9 @@ class _Run:
         # A window is counted as a whole or not at all: an interrupt waits for its end.
         with deferred_interrupts() as interrupts:
             for window in pending:
+                if self.stopping is not None and self.stopping.enough(self.tally.tokens):
+                    self._say_stopped(sum(len(window.tokens) for window in pending))
+                    break
                 watch = self.trace.watcher(self.done) if self.trace else None
                 engine.absorb(window.tokens, watch)
                 if self.trace is not None:
@@ -173,7 +183,16 @@ class _Run:
                     )
                 interrupts.check()
 
-    def _limited(self, windows: Iterator[Window]) -> Iterator[Window]:
+    def _say_stopped(self, asked: int) -> None:
+        assert self.stopping is not None
+        assert self.stopping.difference is not None
+        self.progress.note(
+            f"stopped after {self.tally.tokens:,} of {asked:,} tokens: of what one half of them would "
+            f"place, the other half's choice covers {1 - self.stopping.difference:.1%} "
+            f"(asked for: {1 - TOLERANCE:.0%}; {SHARE:.0%} of each layer placed); --tokens N reads N"
+        )
+
+    def _limited(self, windows: Iterable[Window]) -> Iterator[Window]:
         left = self.options.max_tokens
         for window in windows:
             if left is None:
@@ -191,6 +210,7 @@ class _Run:
             self.model.fingerprint,
             [[file.name, file.sha256] for file in self.files],
             self.window,
+            "spread out",
             self.options.max_tokens,
             self.options.target_density,
             self.options.trace,

@@ -16,6 +16,14 @@ class Window:
     tokens: list[int]
 
 
+def spread_out(windows: Sequence[Window]) -> list[Window]:
+    """The windows in an order of which every beginning is spread evenly over the corpus: their numbers with
+    the bits reversed (van der Corput 1935)."""
+    bits = max(1, (len(windows) - 1).bit_length())
+    numbers = (int(f"{index:0{bits}b}"[::-1], 2) for index in range(1 << bits))
+    return [windows[number] for number in numbers if number < len(windows)]
+
+
 def corpus_windows(
     files: Sequence[CorpusFile], tokenizer: Tokenizer, size: int, progress: Progress
 ) -> Iterator[Window]:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,32 @@ def test_other_caches_and_modes(tmp_path: Path, name: str) -> None:
     first = ask(path, tmp_path / "cache", **more)
     assert ask(path, tmp_path / "cache", **more) == (2 * BLOCK, *first[1:])
     assert ask(path, tmp_path / "cache", **(more | {"kv_type": "f16"}))[0] == (2 * BLOCK) * (name != "q8_0")
+
+
+def test_company_and_places_that_are_needed_change_nothing(tiny: TinyModel, tmp_path: Path) -> None:
+    """Long prompts with common starts, fewer places than requests: blocks are saved and restored while others
+    are computed; then a second server on the same folder."""
+    chooser = random.Random(4)
+    prompts = []
+    for _ in range(10):
+        cut = chooser.choice((200, BLOCK, BLOCK + 40, 2 * BLOCK))
+        prompts.append(PROMPT[:cut] + [chooser.randrange(3, 40) for _ in range(chooser.randrange(5, 300))])
+    with Served(tiny.path) as served:
+        served.ready()
+        alone = [served.complete(prompt, **ASKED, cache_prompt=False) for prompt in prompts]
+    expected = [(answer["choices"][0]["text"], answer["logits_hash"]) for answer in alone]
+    for turn in range(2):
+        with Served(tiny.path, cache_dir=tmp_path / "cache", parallel=2) as served:
+            served.ready()
+            order = chooser.sample(range(len(prompts)), len(prompts)) * 2
+            with ThreadPoolExecutor(6) as pool:
+                answers = list(pool.map(lambda number: served.complete(prompts[number], **ASKED), order))
+            for number, answer in zip(order, answers, strict=True):
+                assert (answer["choices"][0]["text"], answer["logits_hash"]) == expected[number]
+            batcher = served.service.batcher
+            assert batcher is not None
+            assert turn == 0 or batcher.figures.restored_tokens > 0
+            assert served.said == []
 
 
 def damage(path: Path, folder: Path, kind: str) -> None:

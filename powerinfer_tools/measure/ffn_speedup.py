@@ -111,17 +111,29 @@ class CurveBench:
     """Measures an :class:`~powerinfer_formats.hardware.FFNCurve` pass by pass.
 
     ``layers`` None: as many FFNs as defeat caches; else so many, for the curve of a model that caches may
-    hold. Raises HardwareError when there is not enough memory.
+    hold. ``modes``: those of :data:`CURVE_MODES`, or none for what is only computed whole. Raises
+    HardwareError when there is not enough memory.
     """
 
-    def __init__(self, pool: Pool, shape: FFNShape, layers: int | None = None) -> None:
-        self._shape, self._layers = shape, FFNLayers(pool, shape, shape.dense, CURVE_MODES, layers)
+    def __init__(
+        self,
+        pool: Pool,
+        shape: FFNShape,
+        layers: int | None = None,
+        modes: Sequence[str] = CURVE_MODES,
+    ) -> None:
+        self._shape, self._layers = shape, FFNLayers(pool, shape, shape.dense, modes, layers)
         self._small = FFNLayers(pool, shape.smallest, shape.dense, (), FEW_LAYERS)
-        sparse = [(mode, density) for mode in CURVE_MODES for density in CURVE_DENSITIES]
+        sparse = [(mode, density) for mode in modes for density in CURVE_DENSITIES]
         self._times: _Times = {case: [] for case in [(shape.dense, 1.0), *sparse]}
         self._overheads: list[float] = []
         for case in self._times:  # the first pass brings pages and threads in
             self._layers.seconds(*case)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of all FFNs."""
+        return self._layers.nbytes
 
     @property
     def passes(self) -> int:
@@ -171,16 +183,18 @@ def _field(mode: str, density: float) -> str:
 
 def _curve(shape: FFNShape, rates: dict[_Case, float], overhead: float) -> FFNCurve:
     *gate, up, down = (kind.name for kind in shape.types)
+    dense = rates[shape.dense, 1.0]
+    densities = CURVE_DENSITIES if len(rates) > 1 else (1.0,)  # what is only computed whole has one
     return FFNCurve(
         width=shape.width,
         neurons=shape.neurons,
         gate_type=gate[0] if gate else NO_GATE,
         up_type=up,
         down_type=down,
-        dense_bytes_per_s=rates[shape.dense, 1.0],
-        densities=CURVE_DENSITIES,
-        gate_first_bytes_per_s=tuple(rates["gate-first", density] for density in CURVE_DENSITIES),
-        predicted_bytes_per_s=tuple(rates["predicted", density] for density in CURVE_DENSITIES),
+        dense_bytes_per_s=dense,
+        densities=densities,
+        gate_first_bytes_per_s=tuple(rates.get(("gate-first", density), dense) for density in densities),
+        predicted_bytes_per_s=tuple(rates.get(("predicted", density), dense) for density in densities),
         overhead_seconds=overhead,
     )
 

@@ -93,6 +93,11 @@ class FFNLayers:
         self._selects = [aligned((1, shape.neurons), np.float32) for _ in range(self._count)]
         self._programs = self._write((dense, *modes))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of all FFNs, as rows."""
+        return self._count * self._shape.neurons * sum(self._row_bytes)
+
     def touched(self, mode: str, density: float) -> float:
         """Bytes of weights that one token reads in one layer."""
         rows = {"gate-first": 1, "thresholded": 1, "predicted": 0}.get(mode, len(self._row_bytes))

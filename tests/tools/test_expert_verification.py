@@ -11,11 +11,11 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import counters
 from powerinfer_tools.model.loading import load_model
-from powerinfer_tools.stages.plan import PlanRequest, expert_verification, make_plan
+from powerinfer_tools.stages.plan import PlanRequest, make_plan, verification, verified_experts
 from powerinfer_tools.stages.plan.costs import Machine
-from powerinfer_tools.stages.plan.expert_verification import ExpertGrid, Text
-from powerinfer_tools.stages.plan.verification import verify
+from powerinfer_tools.stages.plan.verification import Case, Grid, verify
 from powerinfer_tools.stages.plan.verification_rows import BATCH, PROMPT, vram_of
+from powerinfer_tools.stages.plan.verified_experts import Text, VerifiedExperts
 from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from tiny_models import CASES, make_tiny_model
 
@@ -36,10 +36,10 @@ class Profiled:
         HardwareProfile(MachineInfo("m", "measured", "2026-11-26"), cpu).save(hardware)
         self.plan = make_plan(PlanRequest(self.model, profile=self.profile, hardware=str(hardware)))
 
-    def grid(self) -> ExpertGrid:
+    def units(self) -> VerifiedExperts:
         model = load_model(self.model)
         try:
-            return ExpertGrid(model, Profile.load(self.profile))
+            return VerifiedExperts(model, Profile.load(self.profile))
         finally:
             model.close()
 
@@ -51,8 +51,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_verification, "_ROUNDS", 1)
-    monkeypatch.setattr(expert_verification, "_ENOUGH", 1 << 18)
+    monkeypatch.setattr(verification, "_ROUNDS", 1)
+    monkeypatch.setattr(verified_experts, "ENOUGH_BYTES", 1 << 18)
 
 
 def test_rows_are_measured_and_predicted(
@@ -79,8 +79,8 @@ def test_rows_are_measured_and_predicted(
 def test_predictions_follow_the_planners_tables(made: Profiled) -> None:
     """Samples made of known parts have no error, whatever the hot side costs; what takes twice as long was
     predicted at half of it. Cold seconds and hot bytes are what the tokens' choices make of them."""
-    grid, profile = made.grid(), Profile.load(made.profile)
-    layer, experts = grid.layer, grid.experts
+    units, profile = made.units(), Profile.load(made.profile)
+    layer, experts = units.layer, units.experts
     rates = ((1.0,), (2e9,), (2e9,))
     shapes = [layer.ffn, *([experts.shared] if experts.shared else [])]
     curves = tuple(
@@ -90,34 +90,38 @@ def test_predictions_follow_the_planners_tables(made: Profiled) -> None:
     machine = Machine("m", 1, 1e10, ((1.0, 1e10),), ffn_curves=curves)
     # A dozen tokens of a tiny model may take no hot expert at all, which would say nothing of their cost.
     hot_share = np.linspace(0, 1, experts.count + 1)
-    grid.text = Text((), np.array([hot_share ** (0.5 + 0.1 * index) for index in range(grid.layers)]))
-    counts = grid.hot_counts()
+    units.text = Text((), np.array([hot_share ** (0.5 + 0.1 * index) for index in range(units.layers)]))
+    counts = units.hot_counts()
     assert counts == sorted(set(counts))
     assert 3 <= len(counts) <= 5
     assert 0 < counts[0] < counts[-1] < experts.count
-    parts = grid.parts([0, *counts], machine)
+    grid = Grid(units)
+    cases = {case: units.hot(case.share) for case in grid.cases()}
+    assert list(cases.values()) == [counts[0], counts[-1], 0, *counts[1:-1]]
+    parts = {hot: units.parts("dense", hot, machine) for hot in (0, *counts)}
     packed = [sum(matrix.packed_nbytes for matrix in rows) / 2e9 + 5e-6 for rows in shapes]
     plain = sum(matrix.nbytes for matrix in layer.ffn)
     for hot, part in parts.items():
         cold = hot_bytes = waits = 0.0
         for index in range(profile.layers):
-            share = float(grid.text.choices[index, hot])
+            share = float(units.text.choices[index, hot])
             hot_bytes += experts.used * share * plain
             cold += experts.used * (1 - share) * packed[0] + sum(packed[1:])
             waits += 1 - (1 - share) ** experts.used
         shares = [np.sort(profile.counts(index))[::-1] for index in range(profile.layers)]
         expected = np.mean([counted[:hot].sum() / counted.sum() for counted in shares])
-        assert grid.expected_choices(hot) == pytest.approx(expected, abs=1e-12)
+        assert units.expected_choices(hot) == pytest.approx(expected, abs=1e-12)
         assert part.cold_seconds == pytest.approx(cold, rel=1e-9)
-        assert part.hot_bytes == pytest.approx(hot_bytes, rel=1e-9, abs=1e-12)
+        assert part.hot_work == pytest.approx(hot_bytes, rel=1e-9, abs=1e-12)
         assert part.waits == pytest.approx(waits, rel=1e-9, abs=1e-12)
     for per_byte, per_wait in ((1e-9, 2e-5), (1e-9, 0.0), (0.0, 2e-5)):
         samples = {
-            hot: [3e-4 + part.cold_seconds + per_byte * part.hot_bytes + per_wait * part.waits] * 3
-            for hot, part in parts.items()
+            case: [3e-4 + part.cold_seconds + per_byte * part.hot_work + per_wait * part.waits] * 3
+            for case, part in ((case, parts[hot]) for case, hot in cases.items())
         }
         slow = counts[1]
-        samples[slow] = [2 * seconds for seconds in samples[slow]]
+        late = Case("cpu", "dense", slow / experts.count)
+        samples[late] = [2 * seconds for seconds in samples[late]]
         found = grid.verification(samples, 3e-4, machine)
         assert [row.hot_share * experts.count for row in found.rows] == pytest.approx([0, *counts[1:-1]])
         for row in found.rows:
@@ -145,33 +149,33 @@ def test_budgets_place_the_experts_that_a_row_says(case: str, tmp_path: Path) ->
 
 
 def test_measured_choices_are_those_of_the_tokens_that_are_timed(made: Profiled) -> None:
-    grid, profile = made.grid(), Profile.load(made.profile)
-    seen = [counters(grid.experts.count, histogram=False) for _ in range(grid.layers)]
+    units, profile = made.units(), Profile.load(made.profile)
+    seen = [counters(units.experts.count, histogram=False) for _ in range(units.layers)]
     engine = Engine(load_model(made.model), threads=1, context=64, observed=seen)
     try:
-        engine.prefill(grid.text.tokens[:PROMPT])
+        engine.prefill(units.text.tokens[:PROMPT])
         before = [layer.counts.copy() for layer in seen]
-        for token in grid.text.tokens[PROMPT:]:
+        for token in units.text.tokens[PROMPT:]:
             engine.decode(token)
     finally:
         engine.close()
-    for hot in (0, 1, grid.experts.count):
+    for hot in (0, 1, units.experts.count):
         for index, layer in enumerate(seen):
             taken = layer.counts - before[index]
-            busiest = sorted(range(grid.experts.count), key=lambda e: -int(profile.counts(index)[e]))[:hot]
+            busiest = sorted(range(units.experts.count), key=lambda e: -int(profile.counts(index)[e]))[:hot]
             share = taken[busiest].sum() / taken.sum()
-            assert grid.text.choices[index, hot] == pytest.approx(share, abs=1e-12)
+            assert units.text.choices[index, hot] == pytest.approx(share, abs=1e-12)
 
 
 def test_splits_have_one_form_of_rows(made: Profiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's CPU device unpacks what is small, once: never some splits of the grid, and others not."""
-    grid = made.grid()
-    values = grid.layers * sum(matrix.rows * matrix.columns for matrix in grid.layer.ffn)
-    whole = grid.hot_counts()
-    for limit in range(1, grid.experts.count + 1):
+    units = made.units()
+    values = units.layers * sum(matrix.rows * matrix.columns for matrix in units.layer.ffn)
+    whole = units.hot_counts()
+    for limit in range(1, units.experts.count + 1):
         monkeypatch.setattr("powerinfer_tools.engine.hot.assembly.UNPACKED_LIMIT", 4 * values * limit + 1)
-        counts = grid.hot_counts()
+        counts = units.hot_counts()
         assert len({hot <= limit for hot in counts}) <= 1
         assert not counts or (whole[0] <= counts[0] and counts[-1] <= whole[-1])
-    monkeypatch.setattr(expert_verification, "torch_version", lambda: None)
-    assert grid.hot_counts() == []
+    monkeypatch.setattr(verified_experts, "torch_version", lambda: None)
+    assert units.hot_counts() == []

@@ -8,9 +8,9 @@ import pytest
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.model.loading import load_model
-from powerinfer_tools.stages.plan import PlanRequest, make_plan, verification
+from powerinfer_tools.stages.plan import PlanRequest, make_plan, verification, verified_neurons
 from powerinfer_tools.stages.plan.costs import Machine
-from powerinfer_tools.stages.plan.verification import verify
+from powerinfer_tools.stages.plan.verification import Case, Grid, verified, verify
 from powerinfer_tools.stages.plan.verification_rows import VerifyRow
 from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from tiny_models import FAMILY_CASES, make_tiny_model
@@ -49,7 +49,7 @@ def test_rows_are_measured_and_predicted(
 ) -> None:
     made: Profiled = request.getfixturevalue(which)
     monkeypatch.setattr(verification, "_ROUNDS", 1)
-    monkeypatch.setattr(verification, "HOT_SHARES", (0.5,))
+    monkeypatch.setattr(verified_neurons, "HOT_SHARES", (0.5,))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     found = verify(made.model, made.profile, made.plan, threads=1)
     assert [(row.device, row.mode, row.hot_share) for row in found.rows] == [
@@ -78,24 +78,28 @@ def test_predictions_follow_the_cost_model(relu: Profiled) -> None:
     machine = Machine("m", 1, 1e10, ((1.0, 1e10),), ffn_curves=(curve,))
     model = load_model(relu.model)
     try:
-        grid = verification._Grid(model, Profile.load(relu.profile), None)
+        grid = Grid(verified(model, Profile.load(relu.profile)))
     finally:
         model.close()
+    assert isinstance(grid.units, verified_neurons.VerifiedNeurons)
     shared, per_layer, per_neuron = 3e-4, 2e-5, 1e-7
     samples = {}
     for case in grid.cases():
         hot = {0.0: 0, 0.125: 32, 0.25: 32, 0.5: 64, 0.75: 96, 0.875: 128}[case.share]
-        seconds = shared + grid._cold(case, machine)
+        assert grid.units.hot(case.share) == hot
+        part = grid.parts(case, machine)
+        seconds = shared + part.cold_seconds
         if case.mode == "dense":
             # Gate and up rows count whole, down rows of the active neurons, all at the rate of gate-first.
-            active = sum(float(ffn.frequencies[hot:].sum()) for ffn in grid.ffns)
+            active = sum(float(ffn.frequencies[hot:].sum()) for ffn in grid.units.ffns)
             cold = (LAYERS * (NEURONS - hot) * 2 + active) * 256 / 3e9 + LAYERS * 5e-6
             assert seconds == pytest.approx(shared + cold, rel=1e-12)
+        assert (part.hot_work, part.waits) == (LAYERS * hot, LAYERS if hot else 0)
         if case.device == "cpu":
             seconds += LAYERS * (per_layer + per_neuron * hot)
         slow = 2.0 if (case.mode, case.share) == ("gate-first", 0.75) else 1.0
         samples[case] = [slow * seconds] * 3
-    found = grid._verification(samples, shared, machine)
+    found = grid.verification(samples, shared, machine)
     assert len(found.rows) == 8
     for row in found.rows:
         wanted = -0.5 if (row.mode, row.hot_share) == ("gate-first", 0.75) else 0.0
@@ -110,12 +114,13 @@ def test_the_error_is_relative_to_what_was_measured() -> None:
 
 def test_an_ffn_without_gate_counts_with_its_own_curve(ungated: Profiled) -> None:
     """Two rows a neuron; what the activation reads streams, down rows are gathered."""
-    grid = verification._Grid(load_model(ungated.model), Profile.load(ungated.profile), None)
-    types, spec = grid.sizes[0].types, grid.shape.layers[0]
+    grid = Grid(verified(load_model(ungated.model), Profile.load(ungated.profile)))
+    assert isinstance(grid.units, verified_neurons.VerifiedNeurons)
+    types, spec = grid.units.sizes[0].types, grid.units.shape.layers[0]
     curve = FFNCurve(spec.width, spec.neurons, "none", *types, 2e9, (0.01, 1.0), (1e9, 1e9), (1e9, 1e9))
     machine = Machine("m", 1, 1e10, ((1.0, 1e10),), ffn_curves=(curve,))
     nbytes = LAYERS * spec.neurons * 2 * 4 * spec.width
-    gate_first = grid._cold(verification._Case("none", "gate-first", 0.0), machine)
+    gate_first = grid.parts(Case("none", "gate-first", 0.0), machine).cold_seconds
     assert nbytes / 2 / 1e9 < gate_first < nbytes / 1e9
     # The sum of down rows leaves out zeros by itself: both do the same.
-    assert grid._cold(verification._Case("none", "dense", 0.0), machine) == gate_first
+    assert grid.parts(Case("none", "dense", 0.0), machine).cold_seconds == gate_first

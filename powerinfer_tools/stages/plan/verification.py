@@ -1,12 +1,12 @@
 """Predicted against measured time of a token on this machine's CPU, over splits and modes.
 
 Attention, head and the handling of a token do not depend on the split: they are measured once for all rows.
-Predicted are the FFNs: their time by mode, density and number of cold neurons, from a curve measured in the
-same run, by the cost model that plans are made with. The torch CPU device, which stands in for an
-accelerator, computes on the cores that the cold side uses too, so its time is added and not overlapped; what
-it takes per layer and per neuron comes from two splits of their own, which are no rows. All is measured in
-turn, again and again, and of each figure the time counts that a quarter of its samples kept within, since
-other programs can only slow a machine down.
+Predicted are the FFNs, by the cost model that plans are made with, from curves measured in the same run:
+neurons by mode, density and number of cold ones, experts by what single ones take. The torch CPU device,
+which stands in for an accelerator, computes on the cores that the cold side uses too, so its time is added
+and not overlapped: so much for its work, and so much for each layer in which it is waited for. Both come from
+two splits of their own, which are no rows. All is measured in turn, again and again, and of each figure the
+time counts that a quarter of its samples kept within, since other programs can only slow a machine down.
 """
 
 import tempfile
@@ -20,42 +20,38 @@ import numpy as np
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
-from powerinfer_kernels import Pool, RowType, read_bandwidth
-from powerinfer_tools.detect import torch_version
+from powerinfer_kernels import Pool, read_bandwidth
 from powerinfer_tools.errors import PlanError
-from powerinfer_tools.measure.ffn_speedup import CurveBench
-from powerinfer_tools.measure.random_ffns import FFNShape
+from powerinfer_tools.measure.ffn_speedup import CURVE_MODES, CurveBench
 from powerinfer_tools.model.loading import Model, load_model
-from powerinfer_tools.model.shapes import neuron_bytes, shape_of_model
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from powerinfer_tools.stages.plan.costs import Machine
-from powerinfer_tools.stages.plan.expert_verification import ExpertGrid, without_shared
-from powerinfer_tools.stages.plan.ffn_levels import FFN, mode_seconds
-from powerinfer_tools.stages.plan.frequencies import model_frequencies
-from powerinfer_tools.stages.plan.offer import predictor_shapes
 from powerinfer_tools.stages.plan.verification_rows import (
     QUANTILE,
     Decoding,
+    Parts,
     Verification,
     VerifyRow,
     vram_of,
 )
+from powerinfer_tools.stages.plan.verified_experts import VerifiedExperts
+from powerinfer_tools.stages.plan.verified_neurons import GROUP, VerifiedNeurons
 
-#: Hot shares of the rows, and of the two splits that the torch CPU device is measured with.
-HOT_SHARES = (0.25, 0.5, 0.75)
-_CALIBRATION = (0.125, 0.875)
+#: The units of one model.
+Verified = VerifiedNeurons | VerifiedExperts
 _ROUNDS = 4
-_GROUP = 32
-#: Bytes of FFNs beyond which no cache holds a model: more of them measure nothing new.
-_ENOUGH = 640 << 20
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
+    """A split, and how it is computed: ``share`` of the units of each layer are hot. Two cases only
+    ``calibrate`` the hot side."""
+
     device: str
     mode: str
     share: float
+    calibrates: bool = False
 
 
 def verify(
@@ -76,127 +72,139 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="powerinfer-verify-") as folder:
         source = load_model(model)
         try:
-            routed = source.hyper.routing is not None
-            grid: _Grid | ExpertGrid
-            if routed:
-                grid = ExpertGrid(source, Profile.load(profile))
-            else:
-                known = None if predictors is None else Predictors.load(predictors)
-                grid = _Grid(source, Profile.load(profile), known)
+            known = None if predictors is None else Predictors.load(predictors)
+            grid = Grid(verified(source, Profile.load(profile), known))
         finally:
             source.close()
         split = Path(folder) / "all-hot.powerinfer.gguf"
         chosen = Path(folder) / "all-hot.plan.json"
-        (without_shared(plan) if routed else _all_hot(plan)).save(chosen)
+        _all_hot(plan).save(chosen)
         convert(ConvertOptions(model, profile, chosen, split, predictors=predictors), progress)
         return grid.run(split, threads, progress)
 
 
+def verified(model: Model, profile: Profile, predictors: Predictors | None = None) -> Verified:
+    """The units of ``model``, a source. Raises PlanError for layers that differ."""
+    routed = model.hyper.routing is not None
+    units = VerifiedExperts(model, profile) if routed else VerifiedNeurons(model, profile, predictors)
+    if len(set(units.shape.layers)) > 1:
+        raise PlanError(f"{model.path}: --verify measures models whose layers are alike")
+    return units
+
+
 def _all_hot(plan: Plan) -> Plan:
-    """``plan`` with every neuron hot, nothing else, and exact modes, so that any split is less than
-    planned."""
+    """``plan`` with every unit of the FFNs hot but experts that every token takes, nothing else, and exact
+    modes, so that any split is less than planned."""
     hot = plan.model.neurons
-    # The bytes of the plan are those of another placement; here they are not counted.
-    dense = {"mode": "dense", "predictor": None, "attention": "cpu", "vram_bytes": 0, "ram_bytes": 0}
-    layers = tuple(replace(layer, hot_neurons=hot, **dense) for layer in plan.layers)  # type: ignore[arg-type]
+    layers = tuple(
+        replace(
+            layer,
+            hot_neurons=hot,
+            mode="dense",
+            predictor=None,
+            attention="cpu",
+            shared_expert=None if layer.shared_expert is None else "cpu",
+            # Those of the plan are those of another placement; here they are not counted.
+            vram_bytes=0,
+            ram_bytes=0,
+        )
+        for layer in plan.layers
+    )
     memory = replace(plan.memory, vram_used=0, ram_used=0)
-    return replace(plan, layers=layers, units=(), memory=memory, group=min(_GROUP, hot))
+    group = plan.group if plan.model.experts else min(GROUP, hot)
+    return replace(plan, layers=layers, units=(), memory=memory, group=group)
 
 
-class _Grid:
-    """What is known of the model, and the cases to measure."""
+class Grid:
+    """The cases to measure of one model, and what they say."""
 
-    def __init__(self, model: Model, profile: Profile, predictors: Predictors | None) -> None:
-        self.shape = shape_of_model(model)
-        self.layers = len(self.shape.layers)
-        self.sizes = [neuron_bytes(layer) for layer in self.shape.layers]
-        if len(set(self.shape.layers)) > 1:
-            raise PlanError(f"{model.path}: --verify measures models whose layers are alike")
-        known = model_frequencies(self.shape, profile).layers
-        assert known is not None  # there is a profile
-        shapes = predictor_shapes(predictors) if predictors else (None,) * self.layers
-        self.ffns = [
-            FFN(layer, size, frequencies, self.shape.exact_zeros, shape)
-            for layer, size, frequencies, shape in zip(
-                self.shape.layers, self.sizes, known, shapes, strict=True
-            )
-        ]
-        self.modes = ["dense"]
-        if self.shape.exact_zeros:
-            self.modes += ["gate-first", *(["predicted"] if all(shapes) else [])]
+    def __init__(self, units: Verified) -> None:
+        self.units = units
 
-    def cases(self) -> list[_Case]:
-        """All splits to measure: the calibration of the torch CPU device comes first, where torch is
-        there."""
-        on_cpu = [_Case("none", mode, 0.0) for mode in self.modes]
-        if torch_version() is None:
+    def cases(self) -> list[Case]:
+        """All splits to measure: the calibration of the torch CPU device comes first, where that can take a
+        part."""
+        shares, modes = self.units.shares(), self.units.modes
+        on_cpu = [Case("none", mode, 0.0) for mode in modes]
+        if not shares:
             return on_cpu
-        beside = [_Case("cpu", mode, share) for mode in self.modes for share in HOT_SHARES]
-        return [*(_Case("cpu", "dense", share) for share in _CALIBRATION), *on_cpu, *beside]
+        ends = [Case("cpu", modes[0], share, calibrates=True) for share in (shares[0], shares[-1])]
+        return [*ends, *on_cpu, *(Case("cpu", mode, share) for mode in modes for share in shares[1:-1])]
 
     def run(self, split: Path, threads: int | None, progress: Progress) -> Verification:
         """Measure in rounds, then predict."""
         cases = self.cases()
-        samples: dict[_Case, list[float]] = {case: [] for case in cases}
-        shared: list[float] = []
-        streams: list[float] = []
-        types = tuple(RowType[name] for name in self.sizes[0].types)
-        first = self.shape.layers[0]
-        nbytes = first.neurons * self.sizes[0].total
-        layers = min(self.layers, max(2, -(-_ENOUGH // nbytes)))
+        samples: dict[Case, list[float]] = {case: [] for case in cases}
+        shared, streams = list[float](), list[float]()
         progress.start("measuring", _ROUNDS * len(cases), "splits")
         with Pool(threads) as pool:
-            bench = CurveBench(pool, FFNShape(first.width, first.neurons, types), layers)
+            benches = [
+                CurveBench(pool, shape, layers, () if shape.expert else CURVE_MODES)
+                for shape, layers in self.units.measured()
+            ]
             for _ in range(_ROUNDS):
-                bench.sample()
-                streams.append(read_bandwidth(pool, layers * nbytes, 0.05))
+                for bench in benches * self.units.passes:
+                    bench.sample()
+                streams.append(read_bandwidth(pool, benches[0].nbytes, 0.05))
                 for case in cases:
-                    vram = partial(_vram, share=case.share)
-                    taken, besides = Decoding(split, case.mode, case.device, vram).run(threads)
+                    vram = partial(vram_of, hot=self.units.hot(case.share))
+                    decoding = Decoding(split, case.mode, case.device, vram, self.units.tokens)
+                    taken, besides = decoding.run(threads)
                     samples[case] += taken
                     shared += besides
                     progress.advance(1)
         progress.finish()
+        curves = tuple(bench.curve(QUANTILE) for bench in benches)
         rate = float(np.quantile(streams, 1 - QUANTILE))
-        machine = Machine("here", 1, rate, ((1.0, rate),), ffn_curves=(bench.curve(QUANTILE),))
-        return self._verification(samples, float(np.quantile(shared, QUANTILE)), machine)
+        machine = Machine("here", 1, rate, ((1.0, rate),), ffn_curves=curves)
+        return self.verification(samples, float(np.quantile(shared, QUANTILE)), machine)
 
-    def _verification(
-        self, samples: dict[_Case, list[float]], shared: float, machine: Machine
-    ) -> Verification:
+    def verification(self, samples: dict[Case, list[float]], shared: float, machine: Machine) -> Verification:
+        """Rows from ``samples`` (seconds of tokens by case), the ``shared`` seconds of a token that are no
+        FFN's, and a ``machine`` with curves of the FFNs."""
         measured = {case: float(np.quantile(times, QUANTILE)) for case, times in samples.items()}
-        per_neuron, per_layer = 0.0, 0.0
-        calibration = [case for case in samples if case.share in _CALIBRATION]
-        if calibration:
-            hot = [self._hot(case.share) * self.layers for case in calibration]
-            left = [measured[case] - shared - self._cold(case, machine) for case in calibration]
-            per_neuron = max(0.0, (left[1] - left[0]) / (hot[1] - hot[0]))
-            per_layer = max(0.0, left[0] - per_neuron * hot[0]) / self.layers
+        parts = {case: self.parts(case, machine) for case in samples}
+        ends = [case for case in samples if case.calibrates]
+        left = [measured[case] - shared - parts[case].cold_seconds for case in ends]
+        per_work, per_wait = _hot_costs([parts[case] for case in ends], left)
         rows = []
         for case, times in samples.items():
-            if case in calibration:
+            if case.calibrates:
                 continue
-            beside = self.layers * (per_layer + per_neuron * self._hot(case.share)) if case.share else 0.0
-            predicted = shared + self._cold(case, machine) + beside
-            spread = median(times) / measured[case] - 1
-            rows.append(VerifyRow(case.device, case.mode, case.share, predicted, measured[case], spread))
-        notes = () if calibration else ("torch is not installed: splits with a hot side are left out",)
-        return Verification(tuple(rows), notes)
+            part, hot = parts[case], self.units.hot(case.share)
+            expected, counted = self.units.choices(hot)
+            rows.append(
+                VerifyRow(
+                    device=case.device,
+                    mode=case.mode,
+                    hot_share=case.share,
+                    predicted_seconds=shared
+                    + part.cold_seconds
+                    + per_work * part.hot_work
+                    + per_wait * part.waits,
+                    measured_seconds=measured[case],
+                    spread=median(times) / measured[case] - 1,
+                    predicted_choices=expected,
+                    measured_choices=counted,
+                )
+            )
+        return Verification(tuple(rows), self.units.notes(rows, calibrated=bool(ends)))
 
-    def _hot(self, share: float) -> int:
-        return _hot_neurons(self.shape.layers[0].neurons, share)
-
-    def _cold(self, case: _Case, machine: Machine) -> float:
-        """Seconds of all cold sides."""
-        hot = np.array([self._hot(case.share)])
-        return sum(float(mode_seconds(ffn, case.mode, hot, machine)[0]) for ffn in self.ffns)
+    def parts(self, case: Case, machine: Machine) -> Parts:
+        """What the cost model says of a case."""
+        return self.units.parts(case.mode, self.units.hot(case.share), machine)
 
 
-def _hot_neurons(neurons: int, share: float) -> int:
-    """Hot neurons of a layer: whole groups, at least one."""
-    return max(_GROUP, int(neurons * share) // _GROUP * _GROUP) if share else 0
-
-
-def _vram(model: Model, share: float) -> int:
-    """The budget with which the engine places exactly the hot neurons of ``share`` in every layer."""
-    return vram_of(model, _hot_neurons(model.hyper.neurons, share))
+def _hot_costs(parts: list[Parts], left: list[float]) -> tuple[float, float]:
+    """Seconds of the hot side's unit of work and of a layer in which it is waited for that explain what is
+    ``left`` of two splits; neither is negative."""
+    if not parts:
+        return 0.0, 0.0
+    fewest, most = parts
+    both = np.array([[part.hot_work, part.waits] for part in parts])
+    per_work, per_wait = (float(cost) for cost in np.linalg.lstsq(both, np.array(left), rcond=None)[0])
+    if per_wait < 0:
+        return max(0.0, left[1] / most.hot_work), 0.0
+    if per_work < 0:
+        return 0.0, max(0.0, left[0] / fewest.waits)
+    return per_work, per_wait

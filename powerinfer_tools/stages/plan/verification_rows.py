@@ -20,6 +20,9 @@ PROMPT = BATCH = 16
 #: Tokens that are timed, one by one.
 DECODED = 12
 _CONTEXT = 64
+#: Bytes of FFNs beyond which no cache holds a model: more of them measure nothing new.
+ENOUGH_BYTES = 640 << 20
+NO_TORCH = "torch is not installed: splits with a hot side are left out"
 #: Tokens without meaning, for models whose time does not depend on which they are.
 ANY_TOKENS = tuple(1 + step % 100 for step in range(PROMPT)) + tuple(
     1 + 37 * step % 100 for step in range(DECODED)
@@ -71,6 +74,16 @@ class Verification:
         """Plain JSON values."""
         rows = [row.as_dict() for row in self.rows]
         return {"rows": rows, "median_error": self.median_error, "notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of the FFNs of a token, all layers: the hot side's work, in a unit of the kind of placement units;
+    layers in which it is waited for; and seconds of the cold side."""
+
+    hot_work: float
+    waits: float
+    cold_seconds: float
 
 
 @dataclass(frozen=True)

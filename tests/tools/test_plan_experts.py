@@ -31,9 +31,9 @@ from powerinfer_tools.stages.plan import PlanRequest, make_plan, memory, render_
 from powerinfer_tools.stages.plan.capabilities import ALL_PLACED, Capabilities
 from powerinfer_tools.stages.plan.costs import Machine
 from powerinfer_tools.stages.plan.expert_memory import unit_bytes
-from powerinfer_tools.stages.plan.experts import expert_levels
+from powerinfer_tools.stages.plan.experts import expert_ways
 from powerinfer_tools.stages.plan.frequencies import Frequencies, model_frequencies
-from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
+from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions, layer_levels
 from powerinfer_tools.stages.plan.memory import (
     Workload,
     gpu_attention_scratch_bytes,
@@ -158,7 +158,8 @@ def test_hand_overs_are_those_of_the_engine(home: str, shared: int) -> None:
     on = machine(sync=5e-7)
     sizes = tuple(neuron_bytes(layer) for layer in model.layers)
     inputs = Inputs(model, on, Workload(1024, 16), frequencies, sizes, ())
-    table = expert_levels(0, inputs, LevelOptions(64, ALL_PLACED, home))  # type: ignore[arg-type]
+    options = LevelOptions(64, ALL_PLACED, home)  # type: ignore[arg-type]
+    table = layer_levels(0, inputs, options, expert_ways)
     copy = 1e-7 + 4 * 256 / 1e10
     whole = 5e-7 + 2 * copy
     assert set(table.block_hot) == {0, 1}

@@ -1,4 +1,4 @@
-"""Levels of a layer of experts: how many of its busiest experts are hot, and whether the shared one is.
+"""How a layer of experts is placed: how many of its busiest experts are hot, and whether the shared one is.
 
 A token takes K of E experts. Which, is known only as shares of tokens, so the number j of hot ones among them
 is counted as K independent draws that each are hot with the probability p, the hot experts' share of all
@@ -21,17 +21,17 @@ import numpy.typing as npt
 
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.matrices import MatrixShape
-from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
-from powerinfer_tools.stages.plan import costs, memory
+from powerinfer_tools.model.shapes import LayerShape
+from powerinfer_tools.stages.plan import costs
 from powerinfer_tools.stages.plan.costs import BlockSeconds, Machine
 from powerinfer_tools.stages.plan.expert_memory import (
-    SideBytes,
     expert_bytes,
     experts_of,
     router_bytes,
     shared_bytes,
 )
-from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions, LevelTable, check_frequencies, joined
+from powerinfer_tools.stages.plan.ffn_levels import FFNWay, expected
+from powerinfer_tools.stages.plan.levels import Inputs, LayerWays, LevelOptions, check_frequencies
 
 Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -60,69 +60,33 @@ class _Seconds:
     some_cold: Vector
 
 
-def expert_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTable:
-    """All levels of layer ``index``, which has experts. Raises PlanError for frequencies that are no shares,
-    are not sorted, or do not add up to the experts that a token takes."""
-    layer, engine, machine = inputs.shape.layers[index], options.engine, inputs.machine
+def expert_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
+    """The one way to compute the experts of layer ``index``. Raises PlanError for frequencies that are no
+    shares, are not sorted, or do not add up to the experts that a token takes."""
+    layer, machine = inputs.shape.layers[index], inputs.machine
     frequencies = _frequencies(index, layer, inputs)
-    movable = machine.gpu is not None and "ffn" in engine.placeable
+    movable = machine.gpu is not None and "ffn" in options.engine.placeable
     choices = _choices(layer) if movable else _Choices(*np.zeros((2, 1), dtype=np.int64))
-    block = _block_seconds(inputs, layer)
-    shape, workload = inputs.shape, inputs.workload
-    router = router_bytes(layer)
-    here = memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, workload) + router.ram
-    there = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, workload) + router.vram
-    sides = [False]
-    if machine.gpu is not None and "attention" in engine.placeable:
-        sides.append(True)
-    return joined(
-        [
-            _table(index, layer, frequencies, choices, block, (there, here), machine, options, block_hot)
-            for block_hot in sides
-        ]
+    active = expected(frequencies)
+    seconds = _expert_seconds(layer, choices, active[choices.hot] / active[-1], machine)
+    none = np.zeros(len(choices.hot), dtype=np.int64)
+    way = FFNWay(
+        hot=choices.hot * layer.up.rows,
+        mode=none,
+        predictor_hot=False,
+        predictor_seconds=np.zeros(len(none)),
+        hot_seconds=seconds.hot,
+        cold_seconds=seconds.cold,
+        vram=none,
+        ram=none,
+        shared_hot=choices.shared,
+        uneven_seconds=seconds.uneven,
     )
 
+    def sync_seconds(way: FFNWay, block_hot: bool) -> Vector:
+        return _sync(layer, choices, seconds, machine, options, block_hot)
 
-def ffn_bytes(layer: LayerShape, size: NeuronBytes, table: LevelTable, level: int) -> SideBytes:
-    """Bytes of a layer's neurons, or experts, on both sides at ``level``."""
-    hot = int(table.hot[level])
-    if layer.experts is None:
-        return SideBytes(hot * size.total, (layer.neurons - hot) * size.total)
-    one, shared, there = expert_bytes(layer), shared_bytes(layer), int(table.shared_hot[level])
-    count = hot // layer.up.rows
-    vram = count * one.vram + there * shared.vram
-    return SideBytes(vram, (layer.experts.count - count) * one.ram + (1 - there) * shared.ram)
-
-
-def token_bytes(layer: LayerShape, size: NeuronBytes) -> SideBytes:
-    """Bytes of a layer's FFN that a token reads where everything is computed on one side."""
-    if layer.experts is None:
-        return SideBytes(layer.neurons * size.total, layer.neurons * size.total)
-    one, shared, used = expert_bytes(layer), shared_bytes(layer), layer.experts.used
-    return SideBytes(used * one.vram + shared.vram, used * one.ram + shared.ram)
-
-
-def whole_bytes(layer: LayerShape, size: NeuronBytes) -> int:
-    """VRAM of a layer's whole FFN."""
-    if layer.experts is None:
-        return layer.neurons * size.total
-    return layer.experts.count * expert_bytes(layer).vram + shared_bytes(layer).vram
-
-
-def launches(layer: LayerShape) -> int:
-    """GPU kernels for a token's FFN where all of it is there."""
-    experts = layer.experts
-    units = 1 if experts is None else experts.used + bool(experts.shared)
-    return costs.FFN_LAUNCHES * units
-
-
-def routed_share(layer: LayerShape, table: LevelTable, level: int) -> float:
-    """Share of all activations that the hot neurons make; of experts, the share of the choices of routers
-    that fall on hot ones."""
-    shared = layer.experts.shared_neurons if layer.experts else 0
-    total = table.total_activations - shared
-    hot = float(table.activations[level]) - int(table.shared_hot[level]) * shared
-    return min(1.0, max(0.0, hot / total)) if total > 0 else 0.0
+    return LayerWays([way], frequencies, _router_seconds(layer, machine), sync_seconds)
 
 
 def _frequencies(index: int, layer: LayerShape, inputs: Inputs) -> Vector:
@@ -150,50 +114,11 @@ def _choices(layer: LayerShape) -> _Choices:
     return _Choices(hot, shared)
 
 
-def _block_seconds(inputs: Inputs, layer: LayerShape) -> BlockSeconds:
-    """Attention, and the router, which is beside it: no expert can begin before."""
-    block = costs.attention_seconds(inputs.shape, layer, inputs.machine, inputs.workload)
-    router, gpu = router_bytes(layer), inputs.machine.gpu
-    on_gpu = math.inf if gpu is None else block.gpu + router.vram / gpu.bandwidth + gpu.launch_seconds
-    return BlockSeconds(block.cpu + router.ram / inputs.machine.bandwidth, on_gpu)
-
-
-def _table(
-    index: int,
-    layer: LayerShape,
-    frequencies: Vector,
-    choices: _Choices,
-    block: BlockSeconds,
-    block_bytes: tuple[int, int],
-    machine: Machine,
-    options: LevelOptions,
-    block_hot: bool,
-) -> LevelTable:
-    """The levels with the attention block on one side."""
-    experts, one, shared = experts_of(layer), expert_bytes(layer), shared_bytes(layer)
-    active = np.concatenate([np.zeros(1), np.cumsum(frequencies)])
-    seconds = _expert_seconds(layer, choices, active[choices.hot] / active[-1], machine)
-    there, here = (block_bytes[0], 0) if block_hot else (0, block_bytes[1])
-    none, levels = np.zeros(len(choices.hot), dtype=np.int64), len(choices.hot)
-    return LevelTable(
-        unit=f"layer {index}",
-        hot=choices.hot * layer.up.rows,
-        block_hot=np.full(levels, int(block_hot)),
-        mode=none,
-        predictor_hot=none,
-        vram=choices.hot * one.vram + choices.shared * shared.vram + there,
-        ram=(experts.count - choices.hot) * one.ram + (1 - choices.shared) * shared.ram + here,
-        predictor_bytes=none,
-        block_seconds=np.full(levels, block.gpu if block_hot else block.cpu),
-        predictor_seconds=np.zeros(levels),
-        hot_seconds=seconds.hot,
-        cold_seconds=seconds.cold,
-        sync_seconds=_sync(layer, choices, seconds, machine, options, block_hot),
-        activations=active[choices.hot] * layer.up.rows + choices.shared * float(experts.shared_neurons),
-        shared_hot=choices.shared,
-        uneven_seconds=seconds.uneven,
-        total_activations=float(active[-1]) * layer.up.rows + experts.shared_neurons,
-    )
+def _router_seconds(layer: LayerShape, machine: Machine) -> BlockSeconds:
+    """The router is beside attention: no expert can begin before."""
+    router, gpu = router_bytes(layer), machine.gpu
+    on_gpu = math.inf if gpu is None else router.vram / gpu.bandwidth + gpu.launch_seconds
+    return BlockSeconds(router.ram / machine.bandwidth, on_gpu)
 
 
 def mean_seconds(layer: LayerShape, hot: int, share: float, machine: Machine) -> tuple[float, float, float]:

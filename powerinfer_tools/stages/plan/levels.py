@@ -5,6 +5,7 @@ come from :mod:`powerinfer_tools.stages.plan.costs` and may be as nonlinear as t
 tables.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -17,7 +18,9 @@ from powerinfer_tools.model.shapes import LayerShape, ModelShape, NeuronBytes
 from powerinfer_tools.stages.plan import costs, memory
 from powerinfer_tools.stages.plan.capabilities import Capabilities
 from powerinfer_tools.stages.plan.costs import BlockSeconds, Machine
+from powerinfer_tools.stages.plan.expert_memory import SideBytes, router_bytes
 from powerinfer_tools.stages.plan.ffn_levels import FFN, FFNWay, expected, ffn_ways
+from powerinfer_tools.stages.plan.ffn_units import FFNUnits, ffn_units
 from powerinfer_tools.stages.plan.memory import Workload
 from powerinfer_tools.stages.plan.thresholded_shapes import Thresholds
 
@@ -87,6 +90,17 @@ class LevelTable:
         """How many hot counts there are: the levels below this index are the plain ones."""
         return int(np.argmax(self.hot)) + 1
 
+    def ffn_bytes(self, units: FFNUnits, level: int) -> SideBytes:
+        """Bytes of the FFN's ``units`` on both sides at ``level``."""
+        return units.placed(int(self.hot[level]), int(self.shared_hot[level]))
+
+    def routed_share(self, units: FFNUnits, level: int) -> float:
+        """Share of all activations that the hot neurons make; of experts, the share of the choices of routers
+        that fall on hot ones."""
+        total = self.total_activations - units.shared_neurons
+        hot = float(self.activations[level]) - int(self.shared_hot[level]) * units.shared_neurons
+        return min(1.0, max(0.0, hot / total)) if total > 0 else 0.0
+
     def fastest_like(self, level: int) -> int:
         """The fastest level that has as many hot neurons as ``level``, block and shared expert in the same
         place, and takes no more VRAM; the first of equals."""
@@ -113,9 +127,47 @@ def hot_counts(neurons: int, group: int) -> Integers:
     return np.append(np.arange(0, neurons, group, dtype=np.int64), np.int64(neurons))
 
 
-def layer_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTable:
-    """All levels of layer ``index``. Raises PlanError for frequencies that are no shares or are not
-    sorted."""
+@dataclass(frozen=True)
+class LayerWays:
+    """How the FFN of one layer can be computed: ``ways``, the first of them exact; the ``frequencies`` of its
+    neurons, or experts, descending; ``router`` seconds that pass before the FFN can begin; and the seconds of
+    hand-overs of a way, with the attention block on the accelerator or not."""
+
+    ways: list[FFNWay]
+    frequencies: Vector
+    router: BlockSeconds
+    sync_seconds: Callable[[FFNWay, bool], Vector]
+
+
+def layer_levels(
+    index: int,
+    inputs: Inputs,
+    options: LevelOptions,
+    ways_of: Callable[[int, Inputs, LevelOptions], LayerWays],
+) -> LevelTable:
+    """All levels of layer ``index``, whose FFN can be computed in ``ways_of`` it. Raises
+    PlanError for frequencies that are no shares or are not sorted."""
+    shape, machine, layer = inputs.shape, inputs.machine, inputs.shape.layers[index]
+    made, units = ways_of(index, inputs, options), ffn_units(layer, inputs.sizes[index])
+    block = costs.attention_seconds(shape, layer, machine, inputs.workload)
+    block = BlockSeconds(block.cpu + made.router.cpu, block.gpu + made.router.gpu)
+    here = memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, inputs.workload)
+    there = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, inputs.workload)
+    router = router_bytes(layer)
+    places = [(False, block.cpu, SideBytes(0, here + router.ram))]
+    if machine.gpu is not None and "attention" in options.engine.placeable:
+        places.append((True, block.gpu, SideBytes(there + router.vram, 0)))
+    return joined(
+        [
+            _table(index, units, made, way, nbytes, seconds, block_hot)
+            for block_hot, seconds, nbytes in places
+            for way in made.ways
+        ]
+    )
+
+
+def neuron_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
+    """Those of the neurons of layer ``index``, in groups."""
     shape, machine, engine = inputs.shape, inputs.machine, options.engine
     layer, known = shape.layers[index], None if inputs.frequencies is None else inputs.frequencies[index]
     if known is not None:
@@ -138,48 +190,48 @@ def layer_levels(index: int, inputs: Inputs, options: LevelOptions) -> LevelTabl
         sparse_hot=engine.sparse_hot,
         predictors_move="predictors" in engine.placeable,
     )
-    block = costs.attention_seconds(shape, layer, machine, inputs.workload)
-    here = memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, inputs.workload)
-    there = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, inputs.workload)
-    tables = [_table(index, ffn, way, block, (0, here), machine, options, False) for way in ways]
-    if machine.gpu is not None and "attention" in engine.placeable:
-        tables += [_table(index, ffn, way, block, (there, 0), machine, options, True) for way in ways]
-    return joined(tables)
+
+    def sync_seconds(way: FFNWay, block_hot: bool) -> Vector:
+        return _sync(layer, way.hot, machine, options.home, block_hot, way.predictor_hot)
+
+    return LayerWays(ways, ffn.frequencies, BlockSeconds(0.0, 0.0), sync_seconds)
 
 
 def _table(
     index: int,
-    ffn: FFN,
+    units: FFNUnits,
+    made: LayerWays,
     way: FFNWay,
-    block: BlockSeconds,
-    block_bytes: tuple[int, int],
-    machine: Machine,
-    options: LevelOptions,
+    block_bytes: SideBytes,
+    block_seconds: float,
     block_hot: bool,
 ) -> LevelTable:
-    """The levels of one way to compute the FFN, with the attention block on one side; ``block_bytes`` of it
-    in VRAM and in RAM."""
-    hot = way.hot
-    active, cold = expected(ffn.frequencies), ffn.layer.neurons - hot
-    there, here = block_bytes
+    """The levels of one way to compute the FFN, with the attention block on one side; ``block_bytes`` and
+    ``block_seconds`` of it there."""
+    active, levels = expected(made.frequencies), len(way.hot)
+    shared = np.zeros(levels, dtype=np.int64) if way.shared_hot is None else way.shared_hot
+    hot = way.hot // units.neurons
     return LevelTable(
         unit=f"layer {index}",
-        hot=hot,
-        block_hot=np.full(len(hot), int(block_hot)),
+        hot=way.hot,
+        block_hot=np.full(levels, int(block_hot)),
         mode=way.mode,
-        predictor_hot=np.full(len(hot), int(way.predictor_hot)),
-        vram=hot * ffn.sizes.total + way.vram + there,
-        ram=cold * ffn.sizes.total + way.ram + here,
+        predictor_hot=np.full(levels, int(way.predictor_hot)),
+        vram=hot * units.each.vram + shared * units.shared.vram + way.vram + block_bytes.vram,
+        ram=(units.count - hot) * units.each.ram
+        + (1 - shared) * units.shared.ram
+        + way.ram
+        + block_bytes.ram,
         predictor_bytes=way.vram + way.ram,
-        block_seconds=np.full(len(hot), block.gpu if block_hot else block.cpu),
+        block_seconds=np.full(levels, block_seconds),
         predictor_seconds=way.predictor_seconds,
         hot_seconds=way.hot_seconds,
         cold_seconds=way.cold_seconds,
-        sync_seconds=_sync(ffn.layer, hot, machine, options.home, block_hot, way.predictor_hot),
-        activations=active[hot],
-        shared_hot=np.zeros(len(hot), dtype=np.int64),
-        uneven_seconds=np.zeros(len(hot)),
-        total_activations=float(active[-1]),
+        sync_seconds=made.sync_seconds(way, block_hot),
+        activations=active[hot] * units.neurons + shared * float(units.shared_neurons),
+        shared_hot=shared,
+        uneven_seconds=np.zeros(levels) if way.uneven_seconds is None else way.uneven_seconds,
+        total_activations=float(active[-1]) * units.neurons + units.shared_neurons,
     )
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.predictor_shapes import PredictorShape
 from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
-from powerinfer_tools.stages.plan.experts import expert_levels
+from powerinfer_tools.stages.plan.experts import expert_ways
 from powerinfer_tools.stages.plan.greedy import fastest_alike, greedy_choices
 from powerinfer_tools.stages.plan.hull import relax
 from powerinfer_tools.stages.plan.levels import (
@@ -21,6 +21,7 @@ from powerinfer_tools.stages.plan.levels import (
     LevelTable,
     head_levels,
     layer_levels,
+    neuron_ways,
 )
 from powerinfer_tools.stages.plan.milp import Solution, SolverOptions, solve
 from powerinfer_tools.stages.plan.problem import Problem, Unit
@@ -104,8 +105,8 @@ def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...
         counted = b"" if frequencies is None else frequencies.tobytes()
         key = (layer, inputs.sizes[index], counted, predictor)
         if key not in known:
-            made = layer_levels if layer.experts is None else expert_levels
-            known[key] = made(index, inputs, options)
+            ways = neuron_ways if layer.experts is None else expert_ways
+            known[key] = layer_levels(index, inputs, options, ways)
         tables.append(replace(known[key], unit=f"layer {index}"))
     return (*tables, head_levels(inputs.shape, inputs.machine, inputs.workload.batch, options))
 

@@ -9,7 +9,7 @@ from powerinfer_formats.plan import PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import __version__
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
-from powerinfer_tools.stages.plan.experts import ffn_bytes, routed_share
+from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.planner import Outcome
 from powerinfer_tools.stages.plan.verdict import limited_by, time_parts, verdict
 
@@ -65,14 +65,15 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
 def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
     table, k = outcome.placement.tables[index], outcome.placement.solution.choice[index]
     hot, mode, shape = int(table.hot[k]), MODES[int(table.mode[k])], outcome.shape.layers[index]
-    ffn = ffn_bytes(shape, outcome.sizes[index], table, int(k))
+    units = ffn_units(shape, outcome.sizes[index])
+    ffn = table.ffn_bytes(units, int(k))
     has_shared = shape.experts is not None and bool(shape.experts.shared)
     return file.LayerPlan(
         index=index,
         hot_neurons=hot,
         mode=mode,
         attention="gpu" if table.block_hot[k] else "cpu",
-        hot_activation_share=routed_share(shape, table, int(k)),
+        hot_activation_share=table.routed_share(units, int(k)),
         vram_bytes=ffn.vram,
         ram_bytes=ffn.ram,
         seconds=file.LayerSeconds(

@@ -18,7 +18,7 @@ from powerinfer_tools.stages.plan import memory
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION, Capabilities
 from powerinfer_tools.stages.plan.costs import Machine
 from powerinfer_tools.stages.plan.expert_memory import router_bytes, unit_bytes
-from powerinfer_tools.stages.plan.experts import ffn_bytes
+from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.frequencies import Frequencies
 from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
 from powerinfer_tools.stages.plan.memory import KVType, Workload
@@ -234,7 +234,7 @@ def _memory_use(
             on_cpu["head"] += int(table.ram[k])
             continue
         layer = shape.layers[index]
-        ffn = ffn_bytes(layer, inputs.sizes[index], table, int(k))
+        ffn = table.ffn_bytes(ffn_units(layer, inputs.sizes[index]), int(k))
         on_gpu["ffn"] += ffn.vram
         on_cpu["ffn"] += ffn.ram
         moved += there

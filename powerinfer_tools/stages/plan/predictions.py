@@ -15,7 +15,7 @@ from powerinfer_tools.model.shapes import ModelShape
 from powerinfer_tools.stages.plan import costs, memory
 from powerinfer_tools.stages.plan.costs import Machine
 from powerinfer_tools.stages.plan.expert_memory import router_bytes
-from powerinfer_tools.stages.plan.experts import launches, token_bytes, whole_bytes
+from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.frequencies import Frequencies
 from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.stages.plan.verdict import cpu_only_parts, limit_of, limited_by, time_parts
@@ -92,20 +92,20 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
     room -= memory.gpu_attention_scratch_bytes(shape, workload)
     there = 0
     for layer, size in zip(shape.layers, outcome.sizes, strict=True):
-        nbytes, router = token_bytes(layer, size), router_bytes(layer)
-        whole = whole_bytes(layer, size) + router.vram + memory.gpu_attention_bytes(layer)
+        units, router = ffn_units(layer, size), router_bytes(layer)
+        whole = units.whole.vram + router.vram + memory.gpu_attention_bytes(layer)
         whole += memory.gpu_cache_bytes(shape, workload)
         block = costs.attention_seconds(shape, layer, machine, workload)
         if machine.gpu is not None and whole <= room:
             room -= whole
             there += 1
             parts["attention"] += block.gpu + router.vram / machine.gpu.bandwidth
-            launched = launches(layer) * machine.gpu.launch_seconds
-            parts["hot"] += nbytes.vram / machine.gpu.bandwidth + launched
+            launched = costs.FFN_LAUNCHES * units.products * machine.gpu.launch_seconds
+            parts["hot"] += units.token.vram / machine.gpu.bandwidth + launched
             continue
         parts["attention"] += block.cpu + router.ram / machine.bandwidth
         curve = machine.ffn_curve(layer.width, size.types, layer.up.rows)
-        parts["cold"] += float(costs.dense_seconds(np.array([float(nbytes.ram)]), machine, curve)[0])
+        parts["cold"] += float(costs.dense_seconds(np.array([float(units.token.ram)]), machine, curve)[0])
     head = costs.head_seconds(shape, machine)
     head_there = there == len(shape.layers) and memory.gpu_head_bytes(shape, workload.batch) <= room
     parts["head"] = head.gpu if head_there else head.cpu

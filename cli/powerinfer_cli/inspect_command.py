@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 HELP = """Show what a file holds: a model, a split file, a profile, a plan or a hardware profile.
 
+For a model, also of a family that does not run or damaged, whether it runs and if not why, its true zeros,
+bytes by part, what it takes in memory here, and what to expect: from its header, without reading weights.
 For a profile, the activation curve: which share of the neurons makes which share of the activity. With
 --tokenize, a model's token ids of a text ("-" reads it from standard input).
 
@@ -87,8 +89,12 @@ def command(
         say(f"wrote {chart}")
     if common.json:
         emit_json(json_value(description, curves, path, with_tensors=tensors))
+    else:
+        show(description, path, with_tensors=tensors)
+    if description.kind == "damaged model" and description.fault is not None:
+        raise description.fault
+    if common.json:
         return
-    show(description, path, with_tensors=tensors)
     if curves is not None:
         show_curve(curves, layer)
 
@@ -144,13 +150,45 @@ def json_value(
 
 def show(description: "Description", path: Path, *, with_tensors: bool) -> None:
     """Facts as lines, and tensors as a table."""
-    print_facts([("file", str(path)), ("kind", description.kind), *fact_lines(description.facts)])
+    facts = dict(description.facts)
+    # A plan has a verdict of its own, a sentence.
+    verdict = facts.pop("verdict") if isinstance(facts.get("verdict"), dict) else {}
+    print_facts(
+        [
+            ("file", str(path)),
+            ("kind", description.kind),
+            *(verdict_lines(verdict) if verdict else ()),
+            *fact_lines(facts),
+        ]
+    )
     if with_tensors:
         rows = [
             (tensor.name, tensor.row_type, "×".join(map(str, tensor.shape)), format_size(tensor.nbytes))
             for tensor in description.tensors
         ]
         print_table(("tensor", "type", "shape", "size"), rows)
+
+
+def verdict_lines(verdict: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What can be done with a model, in a few lines."""
+    yield "family", verdict["family"]
+    yield "runs", "yes" if verdict["runs"] else f"no: {verdict.get('reason', '')}"
+    if "true_zeros" in verdict:
+        skipped = "idle neurons can be skipped exactly" if verdict["true_zeros"] else "every neuron counts"
+        yield "activation", f"{verdict['activation']}: {skipped}"
+    for part, nbytes in verdict["parts"].items():
+        yield f"bytes of {part}", format_size(nbytes)
+    if not verdict["runs"]:
+        return
+    weights, cache = (format_size(verdict[f"{kind}_bytes"]) for kind in ("memory", "cache"))
+    yield "memory", f"{weights} of weights, {cache} of KV cache for {verdict['context']:,} tokens"
+    if "free_bytes" in verdict:
+        yield (
+            "free here",
+            f"{format_size(verdict['free_bytes'])}: {'fits' if verdict['fits'] else 'does not fit'}",
+        )
+    speed = verdict.get("tokens_per_second")
+    yield "expected", f"{speed:.1f} tok/s" if speed else "powerinfer advise measures this machine and says it"
 
 
 def fact_lines(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -17,12 +17,28 @@ from numpy.typing import NDArray
 from powerinfer_formats import gguf_layout as layout
 from powerinfer_formats.errors import TruncatedFile
 from powerinfer_formats.gguf_layout import ValueType
-from powerinfer_formats.gguf_scan import Entry, Header, TensorInfo, Value, scan_header
+from powerinfer_formats.gguf_scan import Entry, Header, TensorInfo, Value, scan_header, scan_readable
 from powerinfer_formats.mapped_file import MappedFile, map_file, unmap
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.string_array import StringArray
 
 __all__ = ["GGUFFile", "StringArray", "TensorInfo", "Value", "ValueType"]
+
+
+def read_readable(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Value], dict[str, TensorInfo]]:
+    """Metadata and tensors of a GGUF file that cannot be opened, as far as its header can be read.
+
+    Raises ``CannotRead`` and the like where it cannot be read at all.
+    """
+    mapping = map_file(Path(path), "a GGUF file")
+    try:
+        with memoryview(mapping) as buffer:
+            entries, tensors = scan_readable(buffer, str(path))
+    finally:
+        unmap(mapping)
+    return {key: entry.value for key, entry in entries.items()}, tensors
 
 
 class GGUFFile(ModelSource):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 
@@ -104,6 +105,27 @@ def scan_header(buffer: bytes | memoryview, file: str, magics: Collection[bytes]
     rows = _read_directory(cursor, tensor_count)
     tensors = _place_tensors(rows, cursor, alignment)
     return Header(magic, version, alignment, entries, tensors, cursor.position, tuple(cursor.notices))
+
+
+def scan_readable(
+    buffer: bytes | memoryview, file: str, magics: Collection[bytes] = (layout.MAGIC,)
+) -> tuple[dict[str, Entry], dict[str, TensorInfo]]:
+    """As much of a damaged file's header as makes sense: entries and tensors up to the first fault, the
+    offsets of tensors unchecked. For people who want to know what a file was; nothing computes with it."""
+    cursor = _Cursor(buffer, file)
+    entries: dict[str, Entry] = {}
+    tensors: dict[str, TensorInfo] = {}
+    with suppress(errors.FormatError):
+        _check_magic(cursor, magics)
+        _check_version(cursor)
+        counts = [cursor.number("<Q", "a count") for _ in range(2)]
+        for _ in range(min(counts[1], layout.MAX_ENTRIES)):
+            entry = _read_entry(cursor)
+            entries[entry.key] = entry
+        for _ in range(min(counts[0], layout.MAX_TENSORS)):
+            row = _read_row(cursor)
+            tensors[row.name] = TensorInfo(row.name, row.row_type, row.shape, row.relative, row.nbytes)
+    return entries, tensors
 
 
 class _Cursor:

@@ -1,8 +1,10 @@
 """What a file is and holds: told from its content, not from its name."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,21 @@ import numpy as np
 from powerinfer_formats import predictors, thresholds
 from powerinfer_formats.block_types import type_name
 from powerinfer_formats.delta import Delta
+from powerinfer_formats.errors import FormatError
 from powerinfer_formats.file_types import file_type_name
 from powerinfer_formats.gguf_layout import MAGIC, ORIGINAL_MAGIC
-from powerinfer_formats.gguf_reader import StringArray
+from powerinfer_formats.gguf_reader import StringArray, read_readable
+from powerinfer_formats.gguf_scan import TensorInfo
 from powerinfer_formats.hardware import HardwareProfile
-from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
-from powerinfer_formats.records import parse_json, to_plain
+from powerinfer_formats.records import parse_json, read_text, to_plain
 from powerinfer_formats.safetensors_file import open_safetensors
 from powerinfer_formats.split import SplitFile, SplitLayer, is_split
 from powerinfer_formats.trace import TraceFile, is_seekable
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.inspect.curve import summarize_profile
+from powerinfer_tools.inspect.verdict import judge, refused, weigh
 from powerinfer_tools.model.original import is_original
 from powerinfer_tools.model.sources import open_source
 
@@ -48,12 +52,14 @@ class TensorRow:
 @dataclass(frozen=True)
 class Description:
     """``kind``: "model", "split file", "profile", "trace", "predictors", "thresholds", "delta",
-    "plan", "hardware profile", "model of the original PowerInfer"; ``facts``: JSON values."""
+    "plan", "hardware profile", "model of the original PowerInfer", "damaged model"; ``facts``: JSON values.
+    ``fault``: why a model cannot be opened."""
 
     kind: str
     facts: dict[str, Any]
     tensors: tuple[TensorRow, ...] = ()
     profile: Profile | None = None
+    fault: Exception | None = None
 
 
 def describe(path: Path) -> Description:
@@ -81,33 +87,73 @@ def _reader(start: bytes, path: Path) -> Callable[[Path], Description]:
 
 
 def _describe_model(path: Path) -> Description:
-    with open_source(path) as gguf:
-        tensors = tuple(
-            TensorRow(name, type_name(info.row_type), info.shape, info.nbytes)
-            for name, info in gguf.tensors.items()
-        )
-        facts = _model_facts(gguf, tensors)
+    try:
+        source = open_source(path)
+    except (FormatError, PowerInferError) as error:
+        return _describe_refused(path, error)
+    with source as gguf:
+        facts = _model_facts(gguf.metadata, gguf.tensors, gguf.container, gguf.nbytes)
+        rows = _rows(gguf.tensors)
+        family = facts["architecture"] or ""
+        facts["verdict"] = judge(path, str(family), gguf.tensors).as_dict()
         if is_original(gguf):
-            return Description("model of the original PowerInfer", facts, tensors)
+            return Description("model of the original PowerInfer", facts, rows)
         if is_split(gguf):
-            return Description("split file", facts | _split_facts(path), tensors)
-        return Description("model", facts, tensors)
+            return Description("split file", facts | _split_facts(path), rows)
+        return Description("model", facts, rows)
 
 
-def _model_facts(gguf: ModelSource, tensors: tuple[TensorRow, ...]) -> dict[str, Any]:
+def _describe_refused(path: Path, error: Exception) -> Description:
+    """A model that cannot be opened: what its header says, and why. Raises ``error`` if it says nothing."""
+    metadata: dict[str, Any] = {}
+    if path.is_dir():
+        config = _config(path)
+        family, container = config.get("model_type"), "Hugging Face directory"
+        metadata = {key: value for key, value in config.items() if not isinstance(value, dict | list)}
+        tensors: Mapping[str, TensorInfo] = {}
+        nbytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    else:
+        metadata, tensors = read_readable(path)
+        family, container, nbytes = metadata.get("general.architecture"), "GGUF", path.stat().st_size
+    if not family:
+        raise error
+    facts = _model_facts(metadata, tensors, container, nbytes)
+    facts["architecture"] = family
+    facts["verdict"] = refused(path, str(family), error, *weigh(tensors)).as_dict()
+    damaged = isinstance(error, FormatError) and not path.is_dir()
+    return Description("damaged model" if damaged else "model", facts, _rows(tensors), fault=error)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    with suppress(FormatError):
+        document = parse_json(read_text(folder / "config.json"), folder / "config.json")
+        return document if type(document) is dict else {}
+    return {}
+
+
+def _rows(tensors: Mapping[str, TensorInfo]) -> tuple[TensorRow, ...]:
+    return tuple(
+        TensorRow(name, type_name(info.row_type), info.shape, info.nbytes) for name, info in tensors.items()
+    )
+
+
+def _model_facts(
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo], container: str, nbytes: int
+) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[tensor.row_type] += tensor.nbytes
+    for info in tensors.values():
+        sizes[info.type_name] += info.nbytes
     return {
-        "name": gguf.metadata.get("general.name"),
-        "architecture": gguf.metadata.get("general.architecture"),
-        "file_type": file_type_name(gguf.metadata.get("general.file_type")),
-        "container": gguf.container,
-        "bytes": gguf.nbytes,
+        "name": metadata.get("general.name"),
+        "architecture": metadata.get("general.architecture"),
+        "file_type": file_type_name(metadata.get("general.file_type")),
+        "container": container,
+        "bytes": nbytes,
         "tensor_count": len(tensors),
-        "parameters": sum(int(np.prod(tensor.shape, dtype=object)) for tensor in tensors),
+        "parameters": sum(prod(info.shape) for info in tensors.values()),
         "types": dict(sizes.most_common()),
-        "metadata": {key: _shown(value) for key, value in gguf.metadata.items()},
+        "verdict": {},
+        "metadata": {key: _shown(value) for key, value in metadata.items()},
     }
 
 

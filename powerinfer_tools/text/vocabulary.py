@@ -87,6 +87,11 @@ class Vocabulary:
         return _Reader(gguf.metadata).read()
 
 
+def require_supported(metadata: Mapping[str, Any]) -> None:
+    """Raise TokenizerError unless the vocabulary is of a supported kind. Reads no token."""
+    _Reader(metadata).pre()
+
+
 class _Reader:
     """Reads one file's metadata; collects what a user should know in `notices`."""
 

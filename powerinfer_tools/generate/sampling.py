@@ -26,7 +26,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "top_p": (0.0, 1.0, "between 0 and 1 (off)"),
     "min_p": (0.0, 1.0, "between 0 (off) and 1"),
     "repeat_penalty": (1e-3, 1e3, "between 0.001 and 1000 (1 is off)"),
-    "repeat_last_n": (-1, math.inf, "-1 (all tokens), 0 (off) or more"),
+    "repeat_last_n": (-1, 2**31 - 1, "-1 (all tokens), 0 (off) or up to 2^31 - 1"),
     "frequency_penalty": (-1e3, 1e3, "between -1000 and 1000 (0 is off)"),
     "presence_penalty": (-1e3, 1e3, "between -1000 and 1000 (0 is off)"),
     "seed": (-1, 2**64 - 1, "-1 (a fresh one), or between 0 and 2^64 - 1"),

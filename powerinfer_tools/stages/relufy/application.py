@@ -42,7 +42,7 @@ def apply_delta(source: Path, path: Path, output: Path) -> DeltaReport:
     model = load_model(source)
     try:
         _require(model, delta, path)
-        unchecked = output.with_name(f".{output.name}.unchecked")
+        unchecked = output.with_name(f".{output.name}.unchecked.partial")
         try:
             row_type = RowType[header.row_type]
             changed = addition(delta.changes, delta.scales)

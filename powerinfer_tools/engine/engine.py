@@ -1,13 +1,13 @@
 """The engine's face for one conversation: prompt processing, decoding and scoring of one model."""
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.engine.caches import Places
+from powerinfer_tools.engine.closing import Closing
 from powerinfer_tools.engine.damage import require_finite
 from powerinfer_tools.engine.drafting import Drafter, Proposer
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
@@ -41,7 +41,7 @@ class WeightsOptions(TypedDict, total=False):
     ram: RamOptions | None
 
 
-class Engine:
+class Engine(Closing):
     """Runs one model for one session: :class:`Weights` made with ``options``, and the session of their
     longest context. Given ``weights``, it shares them, and leaves them open; ``session`` is then one of
     theirs (None: a new one)."""
@@ -65,14 +65,6 @@ class Engine:
             if self._owns:
                 self.weights.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def model(self) -> Model:

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import State
 from powerinfer_tools.engine.caches import cache_bytes_read
+from powerinfer_tools.engine.closing import Closing
 from powerinfer_tools.engine.head import HEAD_ROWS, Head
 from powerinfer_tools.engine.layers import LayerStack
 from powerinfer_tools.errors import ContextFull, ModelError
@@ -55,7 +55,7 @@ class SessionCounters:
     cache_bytes: int = 0
 
 
-class Session:
+class Session(Closing):
     """Tokens and what is kept of them; made by :meth:`Weights.session`. ``position`` is the number of tokens
     it holds, ``context`` how many fit."""
 
@@ -63,14 +63,6 @@ class Session:
         self._weights, self._state = weights, state
         self.context, self.kv_type, self.position = context, kv_type, 0
         self.counters = SessionCounters()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def state(self) -> State:

@@ -3,8 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from powerinfer_kernels import Pool, Span, read_bandwidth
 from powerinfer_tools.detect import available_ram_bytes
 from powerinfer_tools.engine.caches import Places
+from powerinfer_tools.engine.closing import Closing
 from powerinfer_tools.engine.damage import require_finite
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.from_disk import RamOptions, open_from_disk
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     rows: int = 1
 
 
-class Weights:
+class Weights(Closing):
     """One packed model, for any number of sessions. Not thread-safe; results do not depend on ``threads``,
     ``batch`` or ``isa``, nor on what else is in a pass.
 
@@ -110,14 +110,6 @@ class Weights:
             self.pool.close()
             raise
         self.load_seconds = time.perf_counter() - started
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def vocabulary(self) -> int:

@@ -1,5 +1,6 @@
 """Split files of experts: what comes back, and one named error for each way of being wrong."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from powerinfer_formats.split import SplitFile
 from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_layout import SplitSizes
 from split_expert_files import HEADER, ORDERS, SIZES, ExpertParts, write_split_experts
-from split_files import write_split
+from split_files import with_header, write_split
 
 Change = Callable[[ExpertParts], None]
 
@@ -93,6 +94,28 @@ def test_a_file_that_says_nothing_of_devices_has_all_but_experts_on_the_cpu(tmp_
     assert split_devices.KEY_ATTENTION not in split.gguf.metadata
     assert split.devices == split_devices.all_on_cpu(2)
     assert split.devices.all_cpu
+
+
+#: SHA-256 of the small split file of each version, as the first programs that wrote it did.
+WRITTEN = {
+    1: "abe0ab465676f03137fcc21c359ef8952414eb680da567261c0fb4225c504b7e",
+    2: "d52d31db07999cfe718533d9274da76f14dd9d4a83b6e5a3de9e38be8fa6b844",
+    3: "43b2999d3ed4ce7099babe715026311e5a48ba845bc9cee16afffdd0f08db697",
+}
+
+
+def test_every_version_is_written_as_ever_and_opens(tmp_path: Path) -> None:
+    paths = {
+        1: write_split(tmp_path / "1.gguf"),
+        2: write_split_experts(tmp_path / "2.gguf"),
+        3: write_split(tmp_path / "3.gguf", with_header(columns=True)),
+    }
+    for version, path in paths.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == WRITTEN[version]
+        split = SplitFile.open(path)
+        assert split.header.version == split.gguf.metadata[names.KEY_VERSION] == version
+        assert [len(units.order) for units in split.units] == ([5, 5] if version == 2 else [12, 12, 12])
+        split.close()
 
 
 KEY = "powerinfer."

@@ -15,7 +15,7 @@ HELP = """Look at this machine: processor, instruction sets, memory, accelerator
 With --measure, measure memory bandwidth (also of scattered reads) and the speed of sparse FFNs, and of a CUDA
 device its memory, the link to it, what launches and waits cost, and its kernels by row type. All of it, with
 the lowest, the median and the highest of the passes, goes into the hardware profile that plan uses. With -m,
-the FFNs measured are those of the model.
+the FFNs measured are those of the model, and so is the disk that holds it: streams, and single reads.
 
 \b
 Examples:

@@ -112,6 +112,22 @@ class KernelRate:
 
 
 @dataclass(frozen=True)
+class DiskInfo:
+    """The disk that holds the files of ``folder``. ``direct``: what was measured went past the page cache.
+
+    ``stream_bytes_per_s`` is for reads one after the other; item i of the others for single reads of
+    ``read_bytes[i]`` (ascending) at random places, a second, with one and with sixteen of them in flight.
+    """
+
+    folder: str
+    direct: bool
+    stream_bytes_per_s: float
+    read_bytes: tuple[int, ...]
+    single_reads_per_s: tuple[float, ...]
+    deep_reads_per_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Spread:
     """How far the passes lay apart that a figure was measured in: the lowest, the median and the highest of
     ``passes``, in the figure's unit. ``figure`` is its path, such as ``ffn[0].gate_first_bytes_per_s[2]``."""
@@ -126,7 +142,8 @@ class Spread:
 @dataclass(frozen=True)
 class HardwareProfile:
     """One machine. ``gpu`` and ``link`` are both there or both None; ``ffn`` holds a curve for each shape
-    that was measured, ``kernel`` the accelerator's rates by row type, ``spread`` how sure figures are."""
+    that was measured, ``kernel`` the accelerator's rates by row type, ``spread`` how sure figures are; ``disk`` is there
+    where a model was named to measure it with."""
 
     machine: MachineInfo
     cpu: CpuInfo
@@ -135,6 +152,7 @@ class HardwareProfile:
     ffn: tuple[FFNCurve, ...] = ()
     kernel: tuple[KernelRate, ...] = ()
     spread: tuple[Spread, ...] = ()
+    disk: DiskInfo | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -245,6 +263,16 @@ def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
         path = f"spread[{index}]"
         positive(spread, path, "passes")
         require(0 <= spread.low <= spread.median <= spread.high, path, "is not 0 <= low <= median <= high")
+    if profile.disk is not None:
+        disk = profile.disk
+        positive(disk, "disk", "stream_bytes_per_s")
+        sizes = disk.read_bytes
+        ascending = all(below < above for below, above in zip((0, *sizes), sizes, strict=False))
+        require(bool(sizes) and ascending, "disk.read_bytes", "is not a list of ascending sizes above 0")
+        for name in ("single_reads_per_s", "deep_reads_per_s"):
+            rates = getattr(disk, name)
+            fits = len(rates) == len(sizes) and all(rate > 0 for rate in rates)
+            require(fits, f"disk.{name}", f"is not a list of {len(sizes)} numbers above 0")
     require(
         (profile.gpu is None) == (profile.link is None), "gpu and link", "go together: one of them is missing"
     )

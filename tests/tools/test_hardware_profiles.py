@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 
-from powerinfer_formats.errors import FormatError
-from powerinfer_formats.hardware import NO_GATE, HardwareProfile
+from powerinfer_formats.errors import BadField, FormatError
+from powerinfer_formats.hardware import NO_GATE, DiskInfo, HardwareProfile
 from powerinfer_kernels import Pool, RowType, available_isas
 from powerinfer_tools import detect
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.measure import ffn_speedup as ffn_benchmarking
 from powerinfer_tools.measure import random_ffns as ffn_layers
-from powerinfer_tools.measure.hardware import default_profile_path, describe_machine, find_hardware, measure
+from powerinfer_tools.measure.hardware import (
+    default_profile_path,
+    describe_machine,
+    disk,
+    find_hardware,
+    measure,
+)
 from powerinfer_tools.measure.hardware.diagnosis import ffn_shapes
 from powerinfer_tools.measure.hardware.listing import measured_lines
 from powerinfer_tools.measure.hardware.presets import PC_HIGH, PC_LOW, PRESETS
@@ -318,3 +324,38 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(detect, "cuda_device", lambda: "torch finds no usable CUDA device")
     with pytest.raises(HardwareError, match="cannot be measured: torch finds no usable"):
         measure._measure_cuda(Silent())
+
+
+def test_the_disk_is_measured_with_a_file_that_is_there(tmp_path: Path) -> None:
+    """Nothing is written; a file that is too small for it is refused, and doctor says so."""
+    path = tmp_path / "model.bin"
+    path.write_bytes(bytes(8 << 20))
+    found = disk.measure_disk(path, 0.2, least_bytes=1 << 20)
+    assert found.folder == str(tmp_path)
+    assert found.read_bytes == disk.SIZES
+    assert found.stream_bytes_per_s > 0
+    assert min(*found.single_reads_per_s, *found.deep_reads_per_s) > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["model.bin"]
+    profile = replace(PRESETS["pc-high"], disk=found)
+    profile.save(tmp_path / "hardware.toml")
+    assert HardwareProfile.load(tmp_path / "hardware.toml") == profile
+    assert any(name == "disk" for name, _ in measured_lines(profile))
+    with pytest.raises(HardwareError, match="8 MiB are too little to measure a disk with"):
+        disk.measure_disk(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"read_bytes": ()}, "disk.read_bytes"),
+        ({"read_bytes": (8, 4)}, "disk.read_bytes"),
+        ({"single_reads_per_s": (1.0,)}, "disk.single_reads_per_s"),
+        ({"deep_reads_per_s": (1.0, 0.0)}, "disk.deep_reads_per_s"),
+        ({"stream_bytes_per_s": 0.0}, "disk.stream_bytes_per_s"),
+    ],
+)
+def test_figures_of_a_disk_that_cannot_be(change: dict[str, Any], field: str, tmp_path: Path) -> None:
+    figures = DiskInfo("/models", True, 1e9, (4096, 8192), (9e3, 8e3), (4e4, 3e4))
+    profile = replace(PRESETS["pc-high"], disk=replace(figures, **change))
+    with pytest.raises(BadField, match=field.replace(".", r"\.")):
+        profile.save(tmp_path / "hardware.toml")

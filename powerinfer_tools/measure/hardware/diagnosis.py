@@ -1,14 +1,16 @@
 """What ``powerinfer doctor`` says: this machine in facts, what would be used, and measurements when asked."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from powerinfer_formats.errors import FormatError
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_kernels import Pool, available_isas
 from powerinfer_tools import __version__, detect
+from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.measure.hardware.listing import measured_lines
 from powerinfer_tools.measure.hardware.store import default_profile_path
 from powerinfer_tools.progress import Progress
@@ -50,9 +52,10 @@ def diagnose(
     shapes = ffn_shapes(models) or [COMMON_SHAPE]
     with Pool(threads) as pool:
         measured = run(pool, shapes=shapes, cuda=described.facts["gpu"] is not None, progress=progress)
-    facts = described.facts | {"measured": measured.profile}
-    lines = [*described.lines, *measured_lines(measured.profile)]
-    warnings = [*described.warnings, *measured.notices]
+    profile, more = _with_disk(measured.profile, models)
+    facts = described.facts | {"measured": profile}
+    lines = [*described.lines, *measured_lines(profile)]
+    warnings = [*described.warnings, *measured.notices, *more]
     noisy = [
         spread.figure
         for spread in measured.profile.spread
@@ -63,7 +66,21 @@ def diagnose(
             f"the median of these is more than {100 * _NOISY:.0f} % below their best pass "
             f"({', '.join(noisy)}); measure again on an idle machine"
         )
-    return Diagnosis(facts, lines, warnings, measured.profile)
+    return Diagnosis(facts, lines, warnings, profile)
+
+
+def _with_disk(profile: HardwareProfile, models: Sequence[Path]) -> tuple[HardwareProfile, list[str]]:
+    """The profile with the disk of the first of ``models`` that is a file large enough, and what is to be
+    said."""
+    from powerinfer_tools.measure.hardware.disk import measure_disk
+
+    problems = []
+    for path in models:
+        try:
+            return replace(profile, disk=measure_disk(path)), []
+        except (HardwareError, FormatError) as error:
+            problems.append(f"the disk was not measured: {error}")
+    return profile, problems
 
 
 def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:

@@ -1,7 +1,7 @@
 """A hardware profile for people: each figure with how far its passes lay apart."""
 
 from powerinfer_formats.block_types import TensorType
-from powerinfer_formats.hardware import FFNCurve, HardwareProfile, KernelRate, Spread
+from powerinfer_formats.hardware import DiskInfo, FFNCurve, HardwareProfile, KernelRate, Spread
 from powerinfer_kernels import packed_row_bytes
 
 Lines = list[tuple[str, str]]
@@ -24,6 +24,7 @@ def measured_lines(profile: HardwareProfile) -> Lines:
     lines += _gpu_lines(profile, spreads)
     for index, kernel in enumerate(profile.kernel):
         lines.append(_kernel_line(kernel, f"kernel[{index}]", spreads))
+    lines += _disk_lines(profile.disk)
     if spreads:
         lines.append(("in brackets", "lowest … median … highest of the passes"))
     return lines
@@ -50,6 +51,21 @@ def _curve_lines(curve: FFNCurve, path: str, spreads: _Spreads) -> Lines:
             )
         ]
         lines.append((f"  density {density:g}", "; ".join(told)))
+    return lines
+
+
+def _disk_lines(disk: DiskInfo | None) -> Lines:
+    if disk is None:
+        return []
+    past = "" if disk.direct else ", through the page cache: this file system has no direct reads"
+    lines = [("disk", f"{disk.folder}: streams {disk.stream_bytes_per_s / 1e9:.2f} GB/s{past}")]
+    points = zip(disk.read_bytes, disk.single_reads_per_s, disk.deep_reads_per_s, strict=True)
+    for size, single, deep in points:
+        told = ", ".join(
+            f"{rate:,.0f}/s with {count} in flight ({rate * size / 1e9:.2f} GB/s)"
+            for count, rate in ((1, single), (16, deep))
+        )
+        lines.append((f"  reads of {size >> 10} KiB", told))
     return lines
 
 

@@ -142,8 +142,8 @@ class Spread:
 @dataclass(frozen=True)
 class HardwareProfile:
     """One machine. ``gpu`` and ``link`` are both there or both None; ``ffn`` holds a curve for each shape
-    that was measured, ``kernel`` the accelerator's rates by row type, ``spread`` how sure figures are; ``disk`` is there
-    where a model was named to measure it with."""
+    that was measured, ``kernel`` the accelerator's rates by row type, ``spread`` how sure figures are;
+    ``disk`` is there where a model was named to measure it with."""
 
     machine: MachineInfo
     cpu: CpuInfo

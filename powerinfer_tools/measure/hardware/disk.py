@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from powerinfer_formats.hardware import DiskInfo
 from powerinfer_formats.mapped_file import map_file, unmap
 from powerinfer_tools.errors import HardwareError
@@ -60,9 +62,7 @@ class _Reader:
         deadline = time.perf_counter() + seconds
 
         def work(number: int) -> None:
-            chosen = random.Random(
-                number
-            )  # which places does not matter, but that they are the same each time
+            chosen = np.random.default_rng(number)  # the same places each time
             first, count = places * number // threads, max(1, places // threads)
             buffer = mmap.mmap(-1, nbytes)
             try:

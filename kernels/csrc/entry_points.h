@@ -43,8 +43,8 @@ void PI_FN(scan_channels)(const float *x, const float *step, const float *decay,
                           float *out);
 void PI_FN(scan_head)(const float *x, float step, float decay, const float *in, const float *read, float direct,
                       int64_t size, int64_t width, float *state, float *out);
-void PI_FN(delta_head)(const float *q, const float *k, const float *v, float decay, float rate, float scale,
-                       int64_t size, int64_t width, float *state, float *out);
+void PI_FN(delta_head)(const float *q, const float *k, const float *v, const float *decay, int64_t decays, float rate,
+                       float scale, int64_t size, int64_t width, float *state, float *out);
 uint64_t PI_FN(read_memory)(const uint8_t *data, int64_t bytes);
 
 #endif

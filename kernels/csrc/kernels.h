@@ -205,8 +205,8 @@ typedef struct pi_kernels {
     void (*scan_head)(const float *x, float step, float decay, const float *in, const float *read, float direct,
                       int64_t size, int64_t width, float *state, float *out);
     /* S = e^decay S; S += k (rate (v - Sᵀk))ᵀ; out = scale Sᵀq; S [size, width]. */
-    void (*delta_head)(const float *q, const float *k, const float *v, float decay, float rate, float scale,
-                       int64_t size, int64_t width, float *state, float *out);
+    void (*delta_head)(const float *q, const float *k, const float *v, const float *decay, int64_t decays, float rate,
+                       float scale, int64_t size, int64_t width, float *state, float *out);
 
     /* Reads memory at full width; returns a value that depends on every byte (so nothing is left out). */
     uint64_t (*read_memory)(const uint8_t *data, int64_t bytes);

@@ -69,9 +69,8 @@
     X(SCAN_HEADS, "f=T*i1 f=T*i2 f=i2 f=T*i6 f=i2 f!=T*i2*i3", 9, 0,                                                   \
       divides(i[4], i[2]) && within(0, i[2], i[3], i[3], i[1]) && within(i[7], i[4], i[5], i[5], i[6]) &&              \
           within(i[8], i[4], i[5], i[5], i[6]))                                                                        \
-    X(DELTA_NET, "f=T*2*i3*i4 f=T*i5 f=T*i1 f=T*i1 f!=T*i1*i2", 8, 1,                                                  \
-      divides(i[3], i[1]) && within(i[6], i[1], i[2], i[2], i[5]))                                                     \
-    X(FETCH, "U i=T*i2 i?=T*i5", 6, 0,                                                                                 \
-      units_fit(m, i) && (given(m, 2) ? units_fit(m, i + 3) : !i[3] && !i[4] && !i[5]))
+    X(DELTA_NET, "f=T*2*i3*i4 f=T*i5 f=T*i1*i8 f=T*i1 f!=T*i1*i2", 9, 1,                                               \
+      divides(i[3], i[1]) && (i[8] == 1 || i[8] == i[4]) && within(i[6], i[1], i[2], i[2], i[5]))                      \
+    X(FETCH, "U i=T*i2 i?=T*i5", 6, 0, units_fit(m, i) && (given(m, 2) ? units_fit(m, i + 3) : !i[3] && !i[4] && !i[5]))
 
 #endif

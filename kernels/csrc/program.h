@@ -282,10 +282,11 @@ typedef struct {
     float *out;
     int64_t slot, heads, head_dim, key_heads, size, v_width, v_first;
     int interleaved; /* key head h / repeats, else h mod key_heads */
+    int64_t decays;  /* of a head: one, or one for each of `size` channels */
     float scale;
 } pi_delta_net;
 
-typedef struct {          /* units that the next operations read, and those of a later layer */
+typedef struct {            /* units that the next operations read, and those of a later layer */
     pi_units *const *units; /* NULL: closed meanwhile */
     pi_unit_demand now, next;
 } pi_fetch;

@@ -60,8 +60,9 @@ static void delta_net(const pi_op *op, const pi_run *run, const pi_worker *worke
             const float *qk = d->qk + t * 2 * d->key_heads * d->size + key_head * d->size;
             run->kernels->delta_head(
                 qk, qk + d->key_heads * d->size, d->v + t * d->v_width + d->v_first + h * d->head_dim,
-                d->decay[t * d->heads + h], d->rate[t * d->heads + h], d->scale, d->size, d->head_dim,
-                state_of(run, t, d->slot) + h * d->size * d->head_dim, d->out + (t * d->heads + h) * d->head_dim);
+                d->decay + (t * d->heads + h) * d->decays, d->decays, d->rate[t * d->heads + h], d->scale, d->size,
+                d->head_dim, state_of(run, t, d->slot) + h * d->size * d->head_dim,
+                d->out + (t * d->heads + h) * d->head_dim);
         }
 }
 

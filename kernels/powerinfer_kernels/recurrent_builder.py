@@ -129,24 +129,27 @@ class RecurrentOperations(ExpertOperations):
         out = scale · Sᵀq.
 
         qk [max_tokens, 2 · key_heads · size]: all queries, then all keys, normalised; v from column v_first
-        on; decay and rate [max_tokens, heads]; out [max_tokens, heads · head_dim]; the slot holds S [heads,
-        size, head_dim]. Key heads serve several heads: neighbouring ones where `interleaved`, else head h
+        on; rate [max_tokens, heads]; decay of that shape, or [max_tokens, heads · size] with one for each row
+        of S (arXiv 2510.26692); out [max_tokens, heads · head_dim]; the slot holds S [heads, size, head_dim].
+        Key heads serve several heads: neighbouring ones where `interleaved`, else head h
         takes key head h mod key_heads."""
-        heads, width = self._width("decay", decay), self._width("out", out)
+        heads, width = self._width("rate", rate), self._width("out", out)
         both = self._width("qk", qk)
         check_positive(key_heads=key_heads)
         if width % heads or heads % key_heads or both % (2 * key_heads):
             raise KernelError(
                 f"{heads} heads of {key_heads} key heads do not divide widths of {width} and {both}"
             )
-        self._check("rate", rate, heads)
+        size = both // (2 * key_heads)
+        decays = size if self._width("decay", decay) == heads * size else 1
+        self._check("decay", decay, heads * decays)
         self._check("out", out, width, written=True)
         v_width = self._width("v", v)
         _check_slice("v", v_width, v_first, width)
         check_apart("out", out, {"qk": qk, "v": v, "decay": decay, "rate": rate})
-        size = both // (2 * key_heads)
         _check_slot(slot, size * width)
-        integers = (slot.index, heads, width // heads, key_heads, size, v_width, v_first, int(interleaved))
+        sizes = (slot.index, heads, width // heads, key_heads, size, v_width, v_first)
+        integers = (*sizes, int(interleaved), decays)
         self._append(Op.DELTA_NET, (qk, v, decay, rate, out), integers, (finite("scale", scale),))
 
     def _check_scan(self, x: Floats, step: Floats, out: Floats, width: int, heads: int) -> None:

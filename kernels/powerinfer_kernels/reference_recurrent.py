@@ -45,10 +45,11 @@ def delta_net(
     q: Array, k: Array, v: Array, decay: Array, rate: Array, scale: float, state: Array
 ) -> tuple[Array, Array]:
     """Gated delta rule (arXiv 2412.06464): S = e^decay S; S += k (rate · (v − Sᵀk))ᵀ; out = scale · Sᵀq; q, k
-    [T, heads, size], v [T, heads, dim], decay, rate [T, heads], state [heads, size, dim]."""
+    [T, heads, size], v [T, heads, dim], decay, rate [T, heads], state [heads, size, dim]. A decay [T, heads,
+    size] has a factor for each row of S (arXiv 2510.26692)."""
     out, state = np.zeros_like(v), state.copy()
     for t, h in np.ndindex(v.shape[:2]):
-        s = np.exp(decay[t, h]) * state[h]
+        s = np.exp(decay[t, h]).reshape(-1, 1) * state[h]
         state[h] = s + np.outer(k[t, h], rate[t, h] * (v[t, h] - k[t, h] @ s))
         out[t, h] = scale * (q[t, h] @ state[h])
     return out, state

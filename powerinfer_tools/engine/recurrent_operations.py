@@ -110,7 +110,7 @@ class RecurrentOperations(ABC):
             slot,
             key_heads=s.groups,
             scale=1 / math.sqrt(s.state),
-            v_first=2 * s.groups * s.state,
+            v_first=x.floats.shape[1] - s.inner,
             interleaved=interleaved,
         )
         return out

@@ -270,7 +270,7 @@ def read_hyperparameters(
         xielu=_xielu(keys, layers) if activation == "xielu" else (),
         value_scale=keys.factor("attention.value_scale") if spec.value_scale else 1.0,
         routing=routing,
-        recurrent=_recurrent_sizes(keys, spec, width),
+        recurrent=_recurrent_sizes(keys, spec, width, layers),
         value_dim=value_dim,
         latent=latent,
         dense_neurons=max(_dense_neurons(keys, layers, 1)) if routing is not None else 0,
@@ -396,12 +396,17 @@ def _heads(keys: Keys, spec: ArchitectureSpec, mixers: Sequence[Mixer]) -> list[
     return [(heads[index], shared[index]) if index in attends else most for index in range(layers)]
 
 
-def _recurrent_sizes(keys: Keys, spec: ArchitectureSpec, width: int) -> RecurrentSizes | None:
+def _recurrent_sizes(keys: Keys, spec: ArchitectureSpec, width: int, layers: int) -> RecurrentSizes | None:
     kind = spec.recurrent
     if kind == "none":
         return None
     if kind == "short convolution":
         return RecurrentSizes(keys.integer("shortconv.l_cache", low=2, high=64), width, 0, 1, 1)
+    if kind == "channel delta net":
+        state = keys.integer("kda.head_dim", high=1 << 12)
+        heads = max(keys.integers("attention.head_count", layers, low=0, high=4096)) or 1
+        length = keys.integer("ssm.conv_kernel", low=2, high=64)
+        return RecurrentSizes(length, heads * state, state, heads, heads)
     inner = keys.integer("ssm.inner_size", high=1 << 20)
     sizes = RecurrentSizes(
         length=keys.integer("ssm.conv_kernel", low=2, high=64),

@@ -165,7 +165,8 @@ class Operations(Protocol[V, W]):
     def delta_net(
         self, name: str, both: V, x: V, decay: V, rate: V, sizes: RecurrentSizes, *, interleaved: bool
     ) -> V:
-        """S = e^decay S; S += k (rate · (v − Sᵀk))ᵀ; Sᵀq / √state, head by head (arXiv 2412.06464). ``both``
+        """S = e^decay S; S += k (rate · (v − Sᵀk))ᵀ; Sᵀq / √state, head by head (arXiv 2412.06464); decay
+        (T, heads · state) has a factor for each row of S (arXiv 2510.26692). ``both``
         (T, 2 · groups · state) are queries and keys; values are the last ``inner`` columns of x; which key
         head a head takes: :class:`~powerinfer_tools.model.recurrent.DeltaNet`."""
 

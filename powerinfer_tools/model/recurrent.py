@@ -74,7 +74,24 @@ class DeltaNet:
     interleaved: bool
 
 
-Recurrent = ShortConvolution | SelectiveScan | StateSpace | DeltaNet
+@dataclass(frozen=True)
+class ChannelDeltaNet:
+    """Kimi delta attention (arXiv 2510.26692): a delta net whose state decays by rows; queries, keys and
+    values (inner, width) have a convolution each, decays and the gate (inner, width) are of low rank."""
+
+    projections: tuple[Weight, Weight, Weight]
+    kernels: tuple[Table, Table, Table]
+    step: tuple[Weight, Weight]  # (state, width), (inner, state)
+    gate: tuple[Weight, Weight]
+    rate: Weight  # (heads, width)
+    step_bias: Vector  # (inner,)
+    decay: Vector  # (inner,): that of each head, for each of its channels
+    norm: Norm  # (inner / heads,)
+    outward: Weight
+    sizes: RecurrentSizes
+
+
+Recurrent = ChannelDeltaNet | ShortConvolution | SelectiveScan | StateSpace | DeltaNet
 
 
 def read_recurrent(
@@ -92,6 +109,8 @@ def read_recurrent(
             return _selective_scan(tensors, sizes, prefix, width)
         case "state space":
             return _state_space(tensors, sizes, prefix, width)
+        case "channel delta net":
+            return _channel_delta_net(tensors, sizes, prefix, width)
         case _:
             return _delta_net(tensors, sizes, prefix, width)
 
@@ -160,6 +179,44 @@ def _delta_net(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int) -> 
         sizes=s,
         interleaved=interleaved,
     )
+
+
+def _channel_delta_net(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int) -> ChannelDeltaNet:
+    rank = s.inner // s.heads
+    query, key, value = (f"{prefix}.attn_{kind}" for kind in "qkv")
+    kernels = (_singled_kernel(tensors, f"{prefix}.ssm_conv1d_{kind}.weight", s) for kind in "qkv")
+    decay = tensors.values(f"{prefix}.ssm_a", s.heads)
+    for name in (query, key, value):  # no published model has them, and readers of files leave them out
+        tensors.leave_out(f"{name}.bias")
+    return ChannelDeltaNet(
+        projections=(
+            tensors.matrix(f"{query}.weight", s.inner, width),
+            tensors.matrix(f"{key}.weight", s.inner, width),
+            tensors.matrix(f"{value}.weight", s.inner, width),
+        ),
+        kernels=(next(kernels), next(kernels), next(kernels)),
+        step=(
+            tensors.matrix(f"{prefix}.ssm_f_a.weight", rank, width),
+            tensors.matrix(f"{prefix}.ssm_f_b.weight", s.inner, rank),
+        ),
+        gate=(
+            tensors.matrix(f"{prefix}.ssm_g_a.weight", rank, width),
+            tensors.matrix(f"{prefix}.ssm_g_b.weight", s.inner, rank),
+        ),
+        rate=tensors.matrix(f"{prefix}.ssm_beta.weight", s.heads, width)
+        if len(tensors.shape(f"{prefix}.ssm_beta.weight")) == 2
+        else tensors.row(f"{prefix}.ssm_beta.weight", width),
+        step_bias=tensors.vector(f"{prefix}.ssm_dt.bias", s.inner),
+        decay=np.repeat(decay, rank),
+        norm=Norm("rms", tensors.vector(f"{prefix}.ssm_norm.weight", rank)),
+        outward=tensors.matrix(f"{prefix}.attn_output.weight", width, s.inner),
+        sizes=s,
+    )
+
+
+def _singled_kernel(tensors: Tensors, name: str, s: RecurrentSizes) -> Table:
+    """Some files have another number, 1, between channels and length."""
+    return np.ascontiguousarray(tensors.values(name, s.inner * s.length).reshape(s.inner, s.length).T)
 
 
 def _mixed_and_gate(

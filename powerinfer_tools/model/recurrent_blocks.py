@@ -3,8 +3,9 @@
 
 from typing import TypeVar
 
-from powerinfer_tools.model.operations import Activation, Operations
+from powerinfer_tools.model.operations import Activation, HeadPart, Operations
 from powerinfer_tools.model.recurrent import (
+    ChannelDeltaNet,
     DeltaNet,
     Recurrent,
     SelectiveScan,
@@ -25,6 +26,8 @@ def recurrent(ops: Operations[V, Weight], w: Recurrent, normed: V, eps: float) -
         out = _selective_scan(ops, w, normed, eps)
     elif isinstance(w, StateSpace):
         out = _state_space(ops, w, normed, eps)
+    elif isinstance(w, ChannelDeltaNet):
+        out = _channel_delta_net(ops, w, normed, eps)
     else:
         out = _delta_net(ops, w, normed, eps)
     return ops.linear("mixer_out", out, w.outward)
@@ -61,6 +64,23 @@ def _state_space(ops: Operations[V, Weight], w: StateSpace, normed: V, eps: floa
     out = ops.scan_heads("scanned", x, steps, w.decay, w.direct, s)
     out = ops.activate(ops.part("mixer_gate", mixed, 0, s.inner), out, _SILU)
     return out if w.norm is None else ops.norm_heads(out, s.groups, w.norm, eps)
+
+
+def _channel_delta_net(ops: Operations[V, Weight], w: ChannelDeltaNet, normed: V, eps: float) -> V:
+    s = w.sizes
+    parts = []
+    for kind, matrix, kernel in zip("qkv", w.projections, w.kernels, strict=True):
+        mixed = ops.linear("mixed", normed, matrix)
+        parts.append(ops.convolve(f"convolved_{kind}", mixed, kernel, None, 0, silu=True))
+    query, key, value = parts
+    gate = ops.linear("mixer_gate", ops.linear("low", normed, w.gate[0]), w.gate[1])
+    decay = ops.linear("decays", ops.linear("low_steps", normed, w.step[0]), w.step[1])
+    decay = ops.times(ops.activate(ops.plus(decay, w.step_bias), None, _SOFTPLUS), w.decay)
+    rate = ops.activate(ops.linear("rates", normed, w.rate), None, _SIGMOID)
+    both = ops.gather_heads("unit_keys", 1, (HeadPart(query, 0, 0, s.inner), HeadPart(key, 0, 0, s.inner)))
+    both = ops.unit_heads(both, 2 * s.heads, eps)
+    out = ops.delta_net("scanned", both, value, decay, rate, s, interleaved=True)
+    return ops.activate(gate, ops.norm_heads(out, s.heads, w.norm, eps), _SIGMOID)
 
 
 def _delta_net(ops: Operations[V, Weight], w: DeltaNet, normed: V, eps: float) -> V:

@@ -88,8 +88,8 @@ class RecurrentArrays:
         out, _ = reference_recurrent.delta_net(
             keys[:, 0],
             keys[:, 1],
-            x[:, 2 * s.groups * s.state :].reshape(count, s.heads, -1),
-            decay,
+            x[:, x.shape[1] - s.inner :].reshape(count, s.heads, -1),
+            decay.reshape(count, s.heads, -1),
             rate,
             1 / math.sqrt(s.state),
             np.zeros((s.heads, s.state, s.inner // s.heads)),

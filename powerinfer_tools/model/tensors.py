@@ -4,6 +4,7 @@ No weight is copied. Which tensors a model has is not known here: :mod:`powerinf
 """
 
 import fnmatch
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,6 +190,15 @@ class Tensors:
         if not np.isfinite(values).all():
             raise ModelError(f"{self.gguf.path}: tensor {name} holds values that are not finite")
         return values
+
+    def values(self, name: str, count: int) -> Vector:
+        """``count`` values of whatever shape, float32. Raises ModelError for another number of them."""
+        shape = self.shape(name)
+        if math.prod(shape) != count:
+            raise ModelError(
+                f"{self.gguf.path}: tensor {name} has {math.prod(shape)} values, expected {count}"
+            )
+        return self.table(name, shape).reshape(-1)
 
     def optional(self, name: str, size: int) -> Vector | None:
         """The vector, or None where the file has none."""

@@ -165,10 +165,16 @@ def test_scan_heads(heads: int, dim: int, size: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "key_heads", "size", "dim", "interleaved"),
-    [(1, 1, 5, 36, True), (4, 2, 16, 24, True), (6, 2, 32, 33, False)],
+    ("heads", "key_heads", "size", "dim", "interleaved", "decays"),
+    [
+        (1, 1, 5, 36, True, 1),
+        (4, 2, 16, 24, True, 1),
+        (6, 2, 32, 33, False, 1),
+        (3, 3, 20, 18, True, 20),
+        (4, 2, 16, 40, False, 16),
+    ],
 )
-def test_delta_net(heads: int, key_heads: int, size: int, dim: int, interleaved: bool) -> None:
+def test_delta_net(heads: int, key_heads: int, size: int, dim: int, interleaved: bool, decays: int) -> None:
     """Keys of length one keep the state's growth in bounds: a token's errors are some ulp of sums of `size`
     products, and 30 · TOKENS of them hold all."""
     rng = np.random.default_rng(heads)
@@ -177,7 +183,7 @@ def test_delta_net(heads: int, key_heads: int, size: int, dim: int, interleaved:
     inputs = {
         "qk": filled(qk.reshape(SESSIONS, TOKENS, -1)),
         "v": normal(rng, SESSIONS, TOKENS, 3 + heads * dim),
-        "decay": uniform(rng, -2, -0.01, SESSIONS, TOKENS, heads),
+        "decay": uniform(rng, -2, -0.01, SESSIONS, TOKENS, heads * decays),
         "rate": uniform(rng, 0, 1, SESSIONS, TOKENS, heads),
     }
 
@@ -191,7 +197,8 @@ def test_delta_net(heads: int, key_heads: int, size: int, dim: int, interleaved:
         both, v, decay, rate = (a[session].astype(np.float64) for a in inputs.values())
         q, k = both.reshape(TOKENS, 2, key_heads, size).transpose(1, 0, 2, 3)[:, :, of_head]
         zero = np.zeros((heads, size, dim))
-        want, state = reference.delta_net(q, k, v[:, 3:].reshape(TOKENS, heads, dim), decay, rate, 0.25, zero)
+        values, decay = v[:, 3:].reshape(TOKENS, heads, dim), decay.reshape(TOKENS, heads, -1)
+        want, state = reference.delta_net(q, k, values, decay, rate, 0.25, zero)
         scale = np.abs(v).max() * size
         assert np.abs(got[session] - want.reshape(TOKENS, -1)).max() <= TOKENS * 30 * EPS * scale
         assert np.abs(states[session].reshape(state.shape) - state).max() <= TOKENS * 30 * EPS * scale

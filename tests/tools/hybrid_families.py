@@ -182,6 +182,26 @@ def _delta_net(*, interleaved: bool, older: bool = False) -> Shapes:
     return shapes | {f"ssm_{kind}.weight": (RECURRENT_HEADS, WIDTH) for kind in ("alpha", "beta")}
 
 
+def _channel_delta_net() -> Shapes:
+    inner = HEADS * STATE
+    shapes: Shapes = {
+        "attn_norm.weight": (WIDTH,),
+        "ssm_dt.bias": (inner,),
+        "ssm_a": (HEADS, 1),
+        "ssm_beta.weight": (HEADS, WIDTH),
+        "ssm_norm.weight": (STATE,),
+        "attn_output.weight": (WIDTH, inner),
+    }
+    for kind in "qkv":
+        shapes |= {
+            f"attn_{kind}.weight": (inner, WIDTH),
+            f"ssm_conv1d_{kind}.weight": (inner, 1, LENGTH),
+        }
+    for kind in "fg":
+        shapes |= {f"ssm_{kind}_a.weight": (STATE, WIDTH), f"ssm_{kind}_b.weight": (inner, STATE)}
+    return shapes
+
+
 def _latent(*, low: bool) -> Shapes:
     queries = {"attn_q_a.weight": (QUERY_RANK, WIDTH), "attn_q_a_norm.weight": (QUERY_RANK,)} if low else {}
     name, columns = ("attn_q_b", QUERY_RANK) if low else ("attn_q", WIDTH)
@@ -419,6 +439,23 @@ FAMILIES = {
             "expert_shared_feed_forward_length": SHARED,
         },
         (_latent(low=True) | _ffn(), _latent(low=True) | _experts() | _shared(gated=False)),
+    ),
+    # Attention without positions, and a delta net whose state decays by rows.
+    "kimi-linear": RandomFamily(
+        "kimi-linear",
+        {key: value for key, value in _LATENT.items() if key != "expert_weights_norm"}
+        | _EXPERTS
+        | {
+            "attention.head_count": [HEADS, 0],
+            "attention.head_count_kv": [1, 0],
+            "ssm.conv_kernel": LENGTH,
+            "kda.head_dim": STATE,
+            "expert_shared_feed_forward_length": SHARED,
+        },
+        (
+            _latent(low=False) | _ffn(),
+            _channel_delta_net() | _experts(chosen=True) | _shared(gated=False),
+        ),
     ),
     "llama4": RandomFamily(
         "llama4",

@@ -92,6 +92,16 @@ ROWS = (
         )
         for name in ("qwen3next", "qwen35moe")
     ),
+    # Kimi Linear (arXiv 2510.26692): three delta nets to one latent attention without positions.
+    ArchitectureSpec(
+        "kimi-linear",
+        rope_style="none",
+        recurrent="channel delta net",
+        latent=True,
+        routed=True,
+        shared_expert=True,
+        router="file or sigmoid",
+    ),
     # LFM2 with experts; the first layers have none.
     ArchitectureSpec(
         "lfm2moe",

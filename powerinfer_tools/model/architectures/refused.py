@@ -7,7 +7,6 @@ _SPEECH = "it generates sound, not text"
 _DRAFTS = "it drafts tokens for another model and is none by itself"
 _INDEXER = "sparse attention by an indexer is not computed"
 _CONNECTIONS = "residual streams that are mixed by hyper-connections are not computed"
-_CHANNELS = "delta nets with a decay for each channel (KDA) are not computed"
 _RWKV = "RWKV's time mixing is not computed"
 
 #: Value of ``general.architecture`` → why models of it are refused.
@@ -41,9 +40,8 @@ REFUSED = {
     "glm5-next": _CONNECTIONS,
     "hy_v4": _CONNECTIONS,
     "qwen4exp": _CONNECTIONS,
-    "kimi-linear": _CHANNELS,
-    "kimi-k3": _CHANNELS,
-    "bailingmoe3": _CHANNELS,
+    "kimi-k3": "attention over the residual streams of blocks is not computed",
+    "bailingmoe3": "delta nets whose decay has a lower bound are not computed",
     "rwkv6": _RWKV,
     "rwkv6qwen2": _RWKV,
     "rwkv7": _RWKV,

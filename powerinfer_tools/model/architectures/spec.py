@@ -14,7 +14,9 @@ DenseBeside = Literal["none", "optional", "square"]
 Temperature = Literal["none", "by key", "without positions"]
 #: What mixes the tokens of a family's recurrent layers, and which layers those are: those that the file
 #: lists, all (there is no attention), or all, each beside attention.
-RecurrentKind = Literal["none", "short convolution", "selective scan", "state space", "delta net"]
+RecurrentKind = Literal[
+    "none", "short convolution", "selective scan", "state space", "delta net", "channel delta net"
+]
 #: How a router's scores become weights; "file": the key ``expert_gating_func`` says it, and where it does
 #: not, it is a softmax, or a sigmoid.
 RouterKind = Literal["softmax", "sigmoid", "file", "file or sigmoid"]

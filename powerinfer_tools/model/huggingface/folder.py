@@ -26,7 +26,7 @@ from powerinfer_formats.metadata import Metadata
 from powerinfer_formats.model_source import ModelSource
 from powerinfer_formats.safetensors_folder import SafetensorsFolder
 from powerinfer_formats.safetensors_header import StoredTensor
-from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.huggingface.block_scales import FP8, SCALES_ENDING, BlockScales
 from powerinfer_tools.model.huggingface.changes import Change, HeadShape
 from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.families import find_family
@@ -35,7 +35,8 @@ from powerinfer_tools.model.huggingface.hyperparameters import Shape, add_hyperp
 from powerinfer_tools.model.huggingface.vocabulary import add_vocabulary, tokenizer_files
 
 CONFIG_FILE = "config.json"
-_TYPES = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
+#: FP8 is widened by its scales.
+_TYPES = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16, FP8: TensorType.F32}
 _OUTPUT = Rule("output.weight", "lm_head.weight")
 _LAYER = re.compile(r"model\.layers\.(\d{1,5})\.")
 #: Left over in old checkpoints; computed from config.json everywhere today.
@@ -63,9 +64,10 @@ class ModelFolder(ModelSource):
         metadata: Metadata,
         heads: HeadShape,
         plan: dict[str, tuple[TensorInfo, _Origin]],
+        scales: BlockScales | None = None,
     ) -> None:
         super().__init__(path, metadata.entries, {name: info for name, (info, _) in plan.items()})
-        self._weights, self._encoded, self._heads = weights, metadata, heads
+        self._weights, self._encoded, self._heads, self._scales = weights, metadata, heads, scales
         self._origins = {name: origin for name, (_, origin) in plan.items()}
         self._changed: dict[str, npt.NDArray[np.uint8]] = {}
 
@@ -78,17 +80,17 @@ class ModelFolder(ModelSource):
             raise errors.MissingFile(folder, f"is a directory without {CONFIG_FILE}: it holds no model")
         whole = Config.read(folder / CONFIG_FILE)
         family, config = find_family(whole)
-        _refuse_quantised(whole)
+        scales = BlockScales.read(whole)
         metadata = Metadata(folder)
         metadata.add("general.architecture", family.architecture)
         metadata.add("general.name", folder.resolve().name)
         shape = add_hyperparameters(metadata, family, config)
         weights = SafetensorsFolder.open(folder)
         try:
-            planner = _Planner(folder, weights, family, shape)
+            planner = _Planner(folder, weights, family, shape, scales)
             plan = planner.plan()
             add_vocabulary(metadata, folder, whole, plan["token_embd.weight"][0].shape[0])
-            source = cls(folder, weights, metadata, shape.heads, plan)
+            source = cls(folder, weights, metadata, shape.heads, plan, scales)
             source.notices = tuple(planner.notices)
             return source
         except BaseException:
@@ -147,7 +149,7 @@ class ModelFolder(ModelSource):
         if not origin.stack:
             return (self._bytes_of(info),)
         usable = [self._usable(info, stored) for stored in origin.stored]
-        data = [self._weights.data(stored) for stored in origin.stored]
+        data = [self._stored_rows(info, stored) for stored in origin.stored]
         return tuple(piece if whole else _own(piece) for piece, whole in zip(data, usable, strict=True))
 
     def _bytes_of(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
@@ -156,22 +158,42 @@ class ModelFolder(ModelSource):
             return _own(np.concatenate(self._pieces_of(info)))
         if origin.values is None and origin.change is None and self._usable(info, origin.stored[0]):
             return self._weights.data(origin.stored[0])
+        if self._is_fp8(origin):  # not kept, for the same reason
+            return self._make(info, origin)
         if info.name not in self._changed:
             self._changed[info.name] = self._make(info, origin)
         return self._changed[info.name]
 
+    def _is_fp8(self, origin: _Origin) -> bool:
+        return bool(origin.stored) and self._weights.tensors[origin.stored[0]].dtype == FP8
+
+    def _stored_rows(self, info: TensorInfo, stored: str) -> npt.NDArray[Any]:
+        """A matrix of a stack as GGUF has it."""
+        is_fp8 = self._weights.tensors[stored].dtype == FP8
+        return self._float32(stored).reshape(-1).view(np.uint8) if is_fp8 else self._weights.data(stored)
+
+    def _float32(self, stored: str) -> npt.NDArray[np.float32]:
+        tensor = self._weights.tensors[stored]
+        if tensor.dtype != FP8:
+            return _as_float32(self._weights.data(stored), tensor.dtype)
+        assert self._scales is not None, "the planner has found the scales"
+        scales = stored + SCALES_ENDING
+        place = self._weights.tensors[scales]
+        factors = _as_float32(self._weights.data(scales), place.dtype).reshape(place.shape)
+        return self._scales.values(self._weights.data(stored).reshape(tensor.shape), factors)
+
     def _usable(self, info: TensorInfo, stored: str) -> bool:
         """Whether the stored bytes are those of GGUF, and aligned to their values."""
         tensor = self._weights.tensors[stored]
-        return _TYPES[tensor.dtype] == info.row_type and tensor.offset % 4 == 0
+        same = tensor.dtype != FP8 and _TYPES[tensor.dtype] == info.row_type
+        return same and tensor.offset % 4 == 0
 
     def _make(self, info: TensorInfo, origin: _Origin) -> npt.NDArray[np.uint8]:
         if origin.values is not None:
             values: npt.NDArray[Any] = origin.values
         elif info.row_type == TensorType.F32:
             (stored,) = origin.stored
-            values = _as_float32(self._weights.data(stored), self._weights.tensors[stored].dtype)
-            values = values.reshape(info.shape)
+            values = self._float32(stored).reshape(info.shape)
         else:
             values = self._weights.data(origin.stored[0]).reshape(info.shape[0], -1)
         if origin.change is not None:
@@ -185,8 +207,16 @@ class ModelFolder(ModelSource):
 class _Planner:
     """Finds for every tensor of GGUF the one that is stored."""
 
-    def __init__(self, folder: Path, weights: SafetensorsFolder, family: Family, shape: Shape) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        weights: SafetensorsFolder,
+        family: Family,
+        shape: Shape,
+        scales: BlockScales | None,
+    ) -> None:
         self.folder, self.weights, self.family, self.shape = folder, weights, family, shape
+        self.scales = scales
         self.found: dict[str, tuple[TensorInfo, _Origin]] = {}
         self.used: set[str] = set()
         self.notices: list[str] = []
@@ -265,7 +295,9 @@ class _Planner:
                     f"tensor {stored!r} is {_described(last)}, that of the first expert {_described(first)}",
                 )
         shape, kind = (len(tensors), *tensors[0].shape), self._row_type(tensors[0])
-        info = TensorInfo(name, kind, shape, tensors[0].offset, sum(tensor.nbytes for tensor in tensors))
+        widened = tensors[0].dtype == FP8
+        nbytes = sum(4 * math.prod(tensor.shape) if widened else tensor.nbytes for tensor in tensors)
+        info = TensorInfo(name, kind, shape, tensors[0].offset, nbytes)
         self.found[name] = (info, _Origin(tuple(tensor.name for tensor in tensors), stack=True))
 
     def _stored(self, wanted: str) -> str | None:
@@ -273,6 +305,7 @@ class _Planner:
         stored = next((spelt for spelt in self._spellings(wanted) if spelt in self.weights.tensors), None)
         if stored is not None:
             self.used.add(stored)
+            self._find_scales(stored)
         return stored
 
     def _missing(self, wanted: str) -> errors.MissingTensor:
@@ -302,6 +335,28 @@ class _Planner:
                 f"(can: {', '.join(_TYPES)})",
             )
         return _TYPES[tensor.dtype]
+
+    def _find_scales(self, stored: str) -> None:
+        """Check that an FP8 matrix has its scales. Raises FormatError."""
+        tensor, scales = self.weights.tensors[stored], stored + SCALES_ENDING
+        file = self.folder / self.weights.file_of(stored)
+        if tensor.dtype != FP8:
+            return
+        if self.scales is None or len(tensor.shape) != 2:
+            raise errors.WrongType(
+                file, f"tensor {stored!r} is of type {FP8}, but config.json names no blocks of scales for it"
+            )
+        place = self.weights.tensors.get(scales)
+        if place is None:
+            raise errors.MissingTensor(file, f"has no tensor {scales!r}, the scales of {stored!r}")
+        rows, columns = tensor.shape
+        expected = self.scales.shape(rows, columns)
+        if place.shape != expected or place.dtype not in ("F32", "BF16", "F16"):
+            raise errors.WrongShape(
+                file,
+                f"tensor {scales!r} is {_described(place)}, expected {expected[0]} × {expected[1]} floats",
+            )
+        self.used.add(scales)
 
     def _refuse_others(self) -> None:
         for name in self.weights.tensors:
@@ -339,13 +394,3 @@ def _as_float32(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float
     if dtype == "BF16":
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return np.asarray(data.view("<f2" if dtype == "F16" else "<f4"), dtype=np.float32)
-
-
-def _refuse_quantised(config: Config) -> None:
-    if not config.has("quantization_config"):
-        return
-    method = str(config.section("quantization_config").get("quant_method"))[:40]
-    raise ModelError(
-        f"{config.file}: weights quantised by {method!r} (quantization_config) are not supported; "
-        "take the model's F16 or BF16 weights, or a GGUF file of it"
-    )

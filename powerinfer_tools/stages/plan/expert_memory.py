@@ -6,13 +6,12 @@ VRAM. The numbers are the engine's own; tests compare them.
 
 from dataclasses import dataclass
 
+from powerinfer_tools.engine.hot.expert_sizes import ExpertWidths, scratch_bytes
 from powerinfer_tools.model.matrices import FLOAT_TYPES, MatrixShape
 from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, ModelShape
 
 _F32 = 4
 _BLOCK = 32
-#: Rows of one matrix that the accelerator unpacks at a time.
-CHUNK_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -78,18 +77,15 @@ def routing_scratch_bytes(shape: ModelShape, batch: int) -> int:
 
 
 def hot_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """Scratch of the hot side: input and output of a layer, input of one expert and its two products (one of
-    them at least of all experts of a token), which tokens take it with what weight, a chunk of rows unpacked
-    to float32, with twice as much for the steps of unpacking, and its products. Where some rows take the
-    input rounded and others do not, there are two of each input."""
-    experts = experts_of(shape.layers[0])
-    neurons = max(widest_neurons(layer) for layer in shape.layers)
-    longest, most = max(shape.width, neurons), min(CHUNK_ROWS, max(shape.width, neurons))
+    """Scratch of the hot side, see :func:`~powerinfer_tools.engine.hot.expert_sizes.scratch_floats`."""
     products = [m for one in shape.layers for m in (*one.ffn[:-1], *experts_of(one).shared[:-1])]
-    inputs = len({m.row_type in FLOAT_TYPES for m in products})
-    taken = experts.used + 1
-    token = (2 * inputs + 1) * shape.width + neurons + 2 * taken + most
-    return _F32 * (batch * token + max(batch, taken) * neurons + 3 * most * longest)
+    widths = ExpertWidths(
+        width=shape.width,
+        neurons=max(widest_neurons(layer) for layer in shape.layers),
+        inputs=len({matrix.row_type in FLOAT_TYPES for matrix in products}),
+        taken=experts_of(shape.layers[0]).used + 1,
+    )
+    return scratch_bytes(widths, batch)
 
 
 def _quantised_bytes(columns: int) -> int:

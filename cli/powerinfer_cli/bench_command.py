@@ -14,6 +14,7 @@ from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit, emit_json, plain, progress, say
 from powerinfer_cli.files import find_model
 from powerinfer_cli.sizes import format_size
+from powerinfer_cli.summary import disk_line
 from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def command(
             bandwidth=measured_bandwidth(engine),
             progress=progress(),
         )
+        disk = engine.report().disk
     if common.json:
         emit_json([row.as_dict() for row in rows])
     elif as_csv:
@@ -126,6 +128,8 @@ def command(
             [table_row(row) for row in rows],
             title=rows[0].model if rows else None,
         )
+    if disk is not None:
+        say(disk_line(disk))
 
 
 def check_choice(

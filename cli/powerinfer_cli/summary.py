@@ -8,6 +8,7 @@ from powerinfer_cli.sizes import format_size
 
 if TYPE_CHECKING:
     from powerinfer import Generated, Model, Session
+    from powerinfer_tools.engine.disk_report import DiskReport
 
 
 def engine_figures(model: "Model", session: "Session") -> dict[str, Any]:
@@ -67,13 +68,18 @@ def say_chat_line(session: "Session") -> None:
     say(", ".join([*parts, *_mode_parts(session)]))
 
 
+def disk_line(disk: "DiskReport") -> str:
+    """What was read from disk, in a few words."""
+    size = format_size(disk.read_bytes)
+    return f"experts: {disk.hit_share:.0%} in memory when taken, {size} read from disk"
+
+
 def _mode_parts(session: "Session") -> list[str]:
     """What is not the plain case: drafts, sparse modes with the share of neurons, inexact results."""
     report = session.report()
     parts = [] if report.drafts is None else [drafts_line(vars(report.drafts))]
     if report.disk is not None:
-        size = format_size(report.disk.read_bytes)
-        parts.append(f"experts: {report.disk.hit_share:.0%} in memory when taken, {size} read from disk")
+        parts.append(disk_line(report.disk))
     if report.mode == "dense":
         return parts
     exact = "" if report.mode == "gate-first" else ", not exact"

@@ -124,7 +124,10 @@ class Weights(Closing):
 
     def read_bandwidth(self) -> float:
         """Measure the machine's read bandwidth with these threads, in bytes per second; 0 where memory is too
-        short for it: a measurement must not end what it measures."""
+        short for it, or given to experts that are read from disk: a measurement must not end what it
+        measures."""
+        if self.stack.residency is not None:
+            return 0.0
         available = available_ram_bytes()
         if available and available < BANDWIDTH_BYTES + MARGIN:
             return 0.0

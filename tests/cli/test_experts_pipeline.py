@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from powerinfer_cli.app import create_app
+from powerinfer_tools.engine import from_disk
 from powerinfer_tools.measure.synthetic.models import SHAPES, Shape
 from tiny_models import CASES, make_tiny_model
 
@@ -131,3 +132,62 @@ def test_what_is_not_there_is_said_by_name(
     done = ended(*words)
     assert done.exit_code == 1
     assert says in " ".join(done.stderr.split())
+
+
+def test_bench_and_run_say_what_came_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture whose routers have topics, in less memory than it takes: the text does not change."""
+    small = Shape("qwen3moe", 3, 256, 4, 2, 64, 384, 512, 1e4, experts=32, used=2)
+    monkeypatch.setitem(SHAPES, "small", small)
+    kept = tmp_path / "small.gguf"
+    words = (
+        "bench",
+        "--shape",
+        "small",
+        "--locality",
+        "8",
+        "--keep",
+        str(kept),
+        "-p",
+        "8",
+        "-n",
+        "8",
+        "-r",
+        "1",
+    )
+    done = ended(*words)
+    assert done.exit_code == 0, done.stderr
+    assert "from disk" not in done.stderr
+    run = (
+        "run",
+        "-m",
+        str(kept),
+        "--raw",
+        "-p",
+        "a text",
+        "-n",
+        "6",
+        "-c",
+        "64",
+        "--temp",
+        "0",
+        "--ignore-eos",
+    )
+    whole = ended(*run)
+    monkeypatch.setattr(from_disk, "resident_bytes", lambda: 0)
+    size = kept.stat().st_size
+    ram = str((24 << 20) + size - (1 << 20))
+    done = ended("bench", "-m", str(kept), "-p", "8", "-n", "8", "-r", "1", "--ram", ram)
+    assert done.exit_code == 0, done.stderr
+    told = " ".join(done.stderr.split())
+    assert "of 96 experts" in told
+    assert "a token takes" in told
+    assert "in memory when taken" in told
+    learnt = tmp_path / "learnt.safetensors"
+    part = ended(*run, "--ram", ram, "--learn", str(learnt))
+    assert (part.exit_code, part.stdout) == (0, whole.stdout), part.stderr
+    assert learnt.exists()
+    static = ended(*run, "--ram", ram, "--placement", "static")
+    assert static.exit_code == 1
+    assert "experts are to be placed by a profile, and there is none beside it" in " ".join(
+        static.stderr.split()
+    )

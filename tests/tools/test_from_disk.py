@@ -206,6 +206,7 @@ def test_one_session_and_what_it_counts(tiny: TinyModel, slots: dict[str, float]
         assert report.disk.taken == counts.sum()  # one token a pass
         assert report.as_dict()["disk"]["hit_share"] == report.disk.hits / report.disk.taken
         assert 0 < residency.nbytes < report.memory.weights
+        assert engine.read_bandwidth() == 0.0  # that would take memory of its own
     finally:
         engine.close()
 

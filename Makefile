@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model test clients ray demo relu-demo lint types bench docs site wheel unpinned sanitize fuzz kill-test clean distclean FORCE
+.PHONY: help setup setup-dev model test clients ray demo relu-demo lint types bench bench-table docs site wheel unpinned sanitize fuzz kill-test clean distclean FORCE
 
 # The first Python that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell \
@@ -64,6 +64,9 @@ types: $(STAMPS)/requirements  ## mypy --strict
 
 bench: setup model  ## memory, kernels, tok/s of the demo model, beside llama.cpp where it is installed; JSON in build/
 	$(BIN)/python benchmarks/compare.py -m $(MODEL) --kernels --json build/bench.json $(BENCH_ARGS)
+
+bench-table: setup model  ## what sparsity, split files and drafts earn: interleaved ratios; PIECES="ffn token …"
+	$(BIN)/python benchmarks/whole_table.py $(PIECES) --json build/table.json $(BENCH_ARGS)
 
 docs: setup-dev  ## docs/cli.md, from the --help of every command
 	$(BIN)/python scripts/write_cli_docs.py docs/cli.md

@@ -79,7 +79,8 @@ class FFNCurve:
     rows are what the activation reads. ``dense_bytes_per_s`` is for all neurons;
     item i of the others for a share ``densities[i]`` of active neurons, drawn at random: gate-first touches
     all gate rows and up and down rows of the active neurons, predicted all three rows of those alone. Each
-    FFN takes ``overhead_seconds`` besides.
+    FFN takes ``overhead_seconds`` besides. ``columns_bytes_per_s``: all neurons with the down projection as a
+    source model has it, in the row type of up; 0 where that was not measured.
     """
 
     width: int
@@ -92,6 +93,7 @@ class FFNCurve:
     gate_first_bytes_per_s: tuple[float, ...]
     predicted_bytes_per_s: tuple[float, ...]
     overhead_seconds: float = 0.0
+    columns_bytes_per_s: float = 0.0
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -246,7 +248,7 @@ def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
     for index, curve in enumerate(profile.ffn):
         path = f"ffn[{index}]"
         positive(curve, path, "width", "neurons", "dense_bytes_per_s")
-        not_negative(curve, path, "overhead_seconds")
+        not_negative(curve, path, "overhead_seconds", "columns_bytes_per_s")
         for name in ("gate_type", "up_type", "down_type"):
             kind = getattr(curve, name)
             valid = kind in TensorType.__members__ or (name == "gate_type" and kind == NO_GATE)

@@ -29,12 +29,29 @@ static int clamp(float x, int low, int high) {
     return x < (float)high ? (int)x : high;
 }
 
-/* d = max|x| / 127, code = x/d rounded half away from zero. */
+/* As bits, magnitudes compare like integers; a NaN counts as nothing. */
+static float largest_of(const float *x) {
+    int32_t largest = 0;
+    for (int i = 0; i < VALUES; i++) {
+        const int32_t bits = (int32_t)(pi_bits_of_f32(x[i]) & 0x7fffffffu);
+        const int32_t known = bits > 0x7f800000 ? 0 : bits;
+        largest = known > largest ? known : largest;
+    }
+    return pi_f32_of_bits((uint32_t)largest);
+}
+
+/* d = max|x| / 127, code = x/d rounded half away from zero. No branches and no calls, so that it becomes vectors. */
 static void block_to_q8_0(const float *x, uint8_t *out) {
-    int where;
-    const float d = largest_magnitude(x, &where) / 127.0f, inverse = inverse_of(d);
+    const float d = largest_of(x) / 127.0f, inverse = inverse_of(d);
     write_u16(out, pi_f32_to_f16(d));
-    for (int i = 0; i < VALUES; i++) out[2 + i] = (uint8_t)(int8_t)clamp(roundf(x[i] * inverse), -128, 127);
+    for (int i = 0; i < VALUES; i++) {
+        float y = x[i] * inverse;
+        y = y > -128.0f ? y : -128.0f; /* NaN too */
+        y = y < 127.0f ? y : 127.0f;
+        const int whole = (int)y;
+        const float rest = y - (float)whole;
+        out[2 + i] = (uint8_t)(int8_t)(whole + (rest >= 0.5f) - (rest <= -0.5f));
+    }
 }
 
 /* d = x_m / -8 with x_m the first value of largest magnitude; code = ⌊x/d + 8.5⌋ limited to 0..15. */

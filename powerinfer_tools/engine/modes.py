@@ -2,6 +2,7 @@
 zeros; thresholded is for the others."""
 
 from powerinfer_formats.modes import MODES
+from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import Model
 
@@ -9,6 +10,8 @@ from powerinfer_tools.model.loading import Model
 def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
     """The mode of each layer: ``asked``, else what a split file says, else dense. Where predicted is asked
     for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
+    A layer that keeps the source's down projection, because dense was found to be faster there, is dense in
+    mode gate-first, too: both have the same bits in every layer.
 
     Raises ModelError for a mode that the model does not allow.
     """
@@ -20,10 +23,17 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
         return modes
     _check_mode(model, asked)
     if asked == "predicted" and model.split is not None:
-        return tuple("predicted" if layer.predictor else "gate-first" for layer in model.split.layers)
+        return tuple("predicted" if layer.predictor else _exact(layer) for layer in model.split.layers)
+    if asked == "gate-first" and model.split is not None:
+        return tuple(_exact(layer) for layer in model.split.layers)
     if asked == "thresholded" and model.split is not None:
         return tuple("thresholded" if layer.threshold else "dense" for layer in model.split.layers)
     return (asked,) * layers
+
+
+def _exact(layer: SplitLayer) -> str:
+    """The mode of a layer of which only active neurons count."""
+    return "gate-first" if layer.columns is None else "dense"
 
 
 def _check_mode(model: Model, asked: str) -> None:

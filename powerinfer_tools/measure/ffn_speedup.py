@@ -7,7 +7,7 @@ down for a while slows all of them.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -124,9 +124,14 @@ class CurveBench:
     ) -> None:
         self._shape, self._layers = shape, FFNLayers(pool, shape, shape.dense, modes, layers)
         self._small = FFNLayers(pool, shape.smallest, shape.dense, (), FEW_LAYERS)
+        self._source = None
+        if shape.columns is not None:
+            self._source = FFNLayers(pool, shape.columns, "dense", (), layers)
+            self._source.seconds("dense", 1.0)
         sparse = [(mode, density) for mode in modes for density in CURVE_DENSITIES]
         self._times: _Times = {case: [] for case in [(shape.dense, 1.0), *sparse]}
         self._overheads: list[float] = []
+        self._source_times: list[float] = []
         for case in self._times:  # the first pass brings pages and threads in
             self._layers.seconds(*case)
 
@@ -145,6 +150,8 @@ class CurveBench:
         for case, times in self._times.items():
             times.append(self._layers.seconds(*case))
         self._overheads.append(self._small.seconds(self._shape.dense, 1.0))
+        if self._source is not None:
+            self._source_times.append(self._source.seconds("dense", 1.0))
 
     def curve(self, share: float = 0.5) -> FFNCurve:
         """The curve of the passes so far: of each case the time that ``share`` of its passes kept within
@@ -152,7 +159,9 @@ class CurveBench:
         seconds = {case: float(np.quantile(times, share)) for case, times in self._times.items()}
         overhead = self._overhead(share)
         rates = {case: self._rate(case, seconds[case], overhead) for case in seconds}
-        return _curve(self._shape, rates, overhead)
+        return replace(
+            _curve(self._shape, rates, overhead), columns_bytes_per_s=self._source_rate(share, overhead)
+        )
 
     def spreads(self, path: str) -> tuple[Spread, ...]:
         """How far apart the passes of each figure of :meth:`curve` lay; ``path`` is the curve's."""
@@ -162,6 +171,9 @@ class CurveBench:
                 self._rate(case, float(np.quantile(times, share)), overhead) for share in (0.0, 0.5, 1.0)
             )
             results.append(Spread(f"{path}.{_field(*case)}", low, middle, high, len(times)))
+        if self._source is not None:
+            high, middle, low = (self._source_rate(share, overhead) for share in (0.0, 0.5, 1.0))
+            results.append(Spread(f"{path}.columns_bytes_per_s", low, middle, high, len(self._source_times)))
         low, middle, high = (float(np.quantile(self._overheads, share)) for share in (0.0, 0.5, 1.0))
         return (*results, Spread(f"{path}.overhead_seconds", low, middle, high, len(self._overheads)))
 
@@ -169,6 +181,13 @@ class CurveBench:
         """An overhead that rivals a pass is noise: rates must stay positive."""
         least = min(float(np.quantile(times, share)) for times in self._times.values())
         return min(float(np.quantile(self._overheads, share)), 0.5 * least)
+
+    def _source_rate(self, share: float, overhead: float) -> float:
+        """Of the source's form; 0 where it has none."""
+        if self._source is None:
+            return 0.0
+        seconds = float(np.quantile(self._source_times, share))
+        return self._source.touched("dense", 1.0) / max(seconds - overhead, 0.5 * seconds)
 
     def _rate(self, case: _Case, seconds: float, overhead: float) -> float:
         return self._layers.touched(*case) / max(seconds - overhead, 0.5 * seconds)

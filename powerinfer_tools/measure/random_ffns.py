@@ -59,6 +59,14 @@ class FFNShape:
         return "dense" if self.expert else "dense-rows"
 
     @property
+    def columns(self) -> "FFNShape | None":
+        """The same with the down projection as a source model has it, in the type of up rows; None where the
+        neurons are no whole blocks of it."""
+        up = self.types[-2]
+        whole = not self.expert and self.neurons % block_shape(up)[0] == 0
+        return replace(self, types=(*self.types[:-1], up)) if whole else None
+
+    @property
     def smallest(self) -> "FFNShape":
         """One of few neurons, to measure what an FFN costs besides reading its rows."""
         block = block_shape(self.types[-1])[0] if self.expert else 1

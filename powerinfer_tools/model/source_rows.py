@@ -7,14 +7,15 @@ import numpy.typing as npt
 
 from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools.errors import ConvertError
+from powerinfer_tools.model.down_rows import on_threads
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import Model, mixing_weights
 from powerinfer_tools.model.split_rows import plain_rows
 from powerinfer_tools.model.tensors import Weight
 
 Bytes = npt.NDArray[np.uint8]
-#: Values dequantised at a time when weights are checked: 64 MiB of float32.
-_CHECK_VALUES = 1 << 24
+#: Values dequantised at a time when weights are checked: 1 MiB of float32.
+_CHECK_VALUES = 1 << 18
 
 
 def shared_weights(model: Model) -> Iterator[Weight]:
@@ -47,15 +48,20 @@ def check_finite(model: Model, weight: Weight) -> None:
     """Raise ConvertError, with the place, for a value that is not finite."""
     rows = plain_rows(weight)
     step = max(1, _CHECK_VALUES // weight.columns)
-    for first in range(0, weight.rows, step):
+
+    def fault(first: int) -> tuple[int, int] | None:
         piece = np.ascontiguousarray(rows[first : first + step])
         values = dequantize(piece.reshape(-1), weight.row_type, len(piece), weight.columns)
-        bad = ~np.isfinite(values)
-        if bad.any():
-            row, column = (int(i) for i in np.argwhere(bad)[0])
+        if np.isfinite(values.sum()):  # of a NaN or infinity, it is neither
+            return None
+        bad = np.argwhere(~np.isfinite(values))
+        return (first + int(bad[0, 0]), int(bad[0, 1])) if len(bad) else None
+
+    for found in on_threads(fault, range(0, weight.rows, step)):
+        if found is not None:
             raise ConvertError(
-                f"{model.path}: tensor {weight.name} has a value that is not finite at row {first + row}, "
-                f"column {column}; the file is damaged"
+                f"{model.path}: tensor {weight.name} has a value that is not finite at row {found[0]}, "
+                f"column {found[1]}; the file is damaged"
             )
 
 

@@ -11,8 +11,9 @@ from powerinfer_formats.predictors import LayerPredictor
 from powerinfer_formats.split import SplitFile, SplitHeader, SplitLayer
 from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_layout import BundleLayout, SplitPrediction, bundle_layout
-from powerinfer_kernels import RowType, dequantize, quantize
+from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools import __version__
+from powerinfer_tools.model.down_rows import down_rows
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.predictor_scores import split_predictor
@@ -47,7 +48,7 @@ def stored_down(ffn: DenseFFN, row_type: RowType) -> Bytes:
     """The same rows as ``row_type``: the source's bits where it has such."""
     if ffn.transposed and ffn.down.row_type == row_type:
         return plain_rows(ffn.down)
-    return quantize(transposed_down(ffn), row_type)
+    return down_rows(ffn, row_type)[0]
 
 
 def ffn_layout(ffn: DenseFFN, down: RowType) -> BundleLayout:

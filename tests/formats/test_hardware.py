@@ -55,6 +55,7 @@ densities = [0.25, 1.0]
 gate_first_bytes_per_s = [22000000000.0, 28000000000.0]
 predicted_bytes_per_s = [21000000000.0, 27000000000.0]
 overhead_seconds = 5e-06
+columns_bytes_per_s = 29000000000.0
 
 [[kernel]]
 row_type = "Q4_K"
@@ -75,7 +76,11 @@ PROFILE = HardwareProfile(
     cpu=CpuInfo("a CPU", 8, "avx2", 50e9, 64 << 30, (0.1, 0.5, 1.0), (20e9, 40e9, 50e9)),
     gpu=GpuInfo("a GPU", 24 << 30, 1008e9, 4e-6, 15e-6),
     link=LinkInfo(25e9, 1e-5),
-    ffn=(FFNCurve(4096, 14336, "Q4_0", "Q4_0", "Q8_0", 30e9, (0.25, 1.0), (22e9, 28e9), (21e9, 27e9), 5e-6),),
+    ffn=(
+        FFNCurve(
+            4096, 14336, "Q4_0", "Q4_0", "Q8_0", 30e9, (0.25, 1.0), (22e9, 28e9), (21e9, 27e9), 5e-6, 29e9
+        ),
+    ),
     kernel=(KernelRate("Q4_K", True, 7e11, 6e11),),
     spread=(Spread("ffn[0].dense_bytes_per_s", 25e9, 30e9, 31e9, 7),),
 )

@@ -214,6 +214,8 @@ def test_a_quick_measurement_makes_a_valid_profile(monkeypatch: pytest.MonkeyPat
     figures = {"cpu.bandwidth_bytes_per_s", *(f"cpu.sparse_bandwidth_bytes_per_s[{i}]" for i in points)}
     for index in (0, 1, 2):
         figures |= {f"ffn[{index}].dense_bytes_per_s", f"ffn[{index}].overhead_seconds"}
+        if index < 2:
+            figures.add(f"ffn[{index}].columns_bytes_per_s")
         for mode in ("gate_first", "predicted"):
             figures |= {f"ffn[{index}].{mode}_bytes_per_s[{i}]" for i in points}
     spreads = {spread.figure: spread for spread in profile.spread}

@@ -194,7 +194,8 @@ def test_a_measured_curve_of_the_shape_takes_the_place_of_the_general_one() -> N
     active = float(frequencies.layers[0].sum())
     rate = np.interp(active / 128, right.densities, right.gate_first_bytes_per_s)
     gate_first = (128 * GATE + active * (UP + DOWN)) / rate
-    assert table.cold_seconds[0] == pytest.approx(min(gate_first, 128 * NEURON / 4e9), rel=1e-12)
+    columns = sum(matrix.nbytes for matrix in model.layers[0].ffn) / 4e9
+    assert table.cold_seconds[0] == pytest.approx(min(gate_first, columns), rel=1e-12)
     besides = replace(alone, ffn_curves=(replace(right, overhead_seconds=1e-3),))
     slower = outcome(model, frequencies=frequencies, on=besides).placement.tables[0]
     assert slower.cold_seconds[0] == pytest.approx(table.cold_seconds[0] + 1e-3, rel=1e-12)

@@ -34,6 +34,9 @@ def _curve_lines(curve: FFNCurve, path: str, spreads: _Spreads) -> Lines:
     """Dense speed, and that of the sparse modes as a multiple of it."""
     dense = _rate(curve.dense_bytes_per_s, spreads.get(f"{path}.dense_bytes_per_s"))
     lines = [(f"FFN {curve.width}x{curve.neurons}", f"{'/'.join(curve.types)}: dense {dense}")]
+    if curve.columns_bytes_per_s:
+        columns = _rate(curve.columns_bytes_per_s, spreads.get(f"{path}.columns_bytes_per_s"))
+        lines.append(("  as a source has it", f"dense {columns}"))
     always, *others = (packed_row_bytes(TensorType[name], curve.width) for name in curve.types)
     skippable = sum(others)
     points = zip(curve.densities, curve.gate_first_bytes_per_s, curve.predicted_bytes_per_s, strict=True)

@@ -37,15 +37,14 @@ from powerinfer_formats.split_thresholds import threshold_name
 from powerinfer_kernels import WRITTEN_TYPES, RowType, block_shape
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model import original_layout as original
+from powerinfer_tools.model.down_rows import down_rows
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.loading import Model
-from powerinfer_tools.model.source_rows import relative_error
 from powerinfer_tools.model.split_rows import (
     default_down_type,
     ffn_layout,
     plain_rows,
     stored_down,
-    transposed_down,
 )
 from powerinfer_tools.model.tensors import Weight
 from powerinfer_tools.stages.convert.selection import Selection
@@ -181,8 +180,9 @@ class _Neurons:
         return names
 
     def error(self, index: int) -> float:
-        down, row_type = transposed_down(self._ffn(index)), self._down_type(index)
-        return relative_error(down, stored_down(self._ffn(index), row_type), row_type)
+        ffn, row_type = self._ffn(index), self._down_type(index)
+        kept = ffn.transposed and ffn.down.row_type == row_type
+        return 0.0 if kept else down_rows(ffn, row_type)[1]
 
     def declare(self, writer: GGUFWriter, index: int) -> None:
         columns, neurons = self._columns(index), self.model.hyper.neurons
@@ -229,9 +229,8 @@ class _Neurons:
 
     def _columns(self, index: int) -> Weight | None:
         """The down projection as it is, to be kept beside the transposed one that was quantised again: of
-        layers that are computed dense where the plan has no hot neurons at all, and no exact zeros, as
-        gate-first has to give the bits of dense."""
+        layers that are computed dense where the plan has no hot neurons at all. That is the source's form and
+        speed. (Where some are hot, every split point has the same bits.)"""
         ffn, layers = self._ffn(index), self.plan.layers
-        dense = layers[index].mode == "dense" and not any(layer.hot_neurons for layer in layers)
-        wanted = dense and not self.model.exact_zeros
+        wanted = layers[index].mode == "dense" and not any(layer.hot_neurons for layer in layers)
         return None if ffn.transposed or ffn.down.row_type.is_float or not wanted else ffn.down

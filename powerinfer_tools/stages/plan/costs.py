@@ -151,6 +151,15 @@ def dense_seconds(nbytes: Vector, machine: Machine, curve: FFNCurve | None = Non
     return nbytes / machine.gathered_bandwidth(np.ones(1))
 
 
+def columns_seconds(nbytes: float, machine: Machine, curve: FFNCurve | None = None) -> float:
+    """Time of the CPU for a whole FFN of ``nbytes`` as its source has it; from the ``curve`` of its shape
+    where that was measured."""
+    if curve is None:
+        return nbytes / float(machine.gathered_bandwidth(np.ones(1))[0])
+    rate = curve.columns_bytes_per_s or curve.dense_bytes_per_s
+    return nbytes / rate + curve.overhead_seconds
+
+
 def gate_first_seconds(
     always: Vector, skippable: Vector, density: Vector, machine: Machine, curve: FFNCurve | None = None
 ) -> Vector:

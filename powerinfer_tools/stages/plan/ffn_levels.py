@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.block_types import BLOCK_SHAPES
 from powerinfer_formats.modes import MODES
+from powerinfer_tools.model.matrices import FLOAT_TYPES
 from powerinfer_tools.model.predictor_shapes import PredictorShape, predicted_frequencies
 from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
 from powerinfer_tools.stages.plan import costs
@@ -26,7 +28,8 @@ _PREDICTED, _THRESHOLDED = MODES.index("predicted"), MODES.index("thresholded")
 @dataclass(frozen=True)
 class FFN:
     """One FFN: ``skips``: inactive neurons contribute nothing and it is known how often each is active,
-    ``frequencies`` [neurons], descending (all 1 where nothing is known)."""
+    ``frequencies`` [neurons], descending (all 1 where nothing is known). ``columns``: nothing may be hot, so
+    that a split file keeps the source's down projection where the layer is dense."""
 
     layer: LayerShape
     sizes: NeuronBytes
@@ -34,6 +37,7 @@ class FFN:
     skips: bool
     predictor: PredictorShape | None
     threshold: ThresholdShape | None = None
+    columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,27 @@ def mode_seconds(ffn: FFN, mode: str, hot: Integers, machine: Machine) -> Vector
 
 def _dense(ffn: FFN, cold: Vector, density: Vector, machine: Machine) -> Vector:
     """All gate and up rows; the sum of down rows leaves out zeros by itself, so this is gate-first with up
-    rows among those that always count. Without a gate the two are one."""
+    rows among those that always count. Without a gate the two are one. Where nothing may be hot, a split
+    file has the down projection as the source has it: that form counts, which no plan may be slower than."""
     sizes, curve = ffn.sizes, machine.ffn_curve(ffn.layer.width, ffn.sizes.types, ffn.layer.neurons)
     if not ffn.skips:
-        return costs.dense_seconds(cold * sizes.total, machine, curve)
-    first = cold * (sizes.total - sizes.down)
-    return costs.gate_first_seconds(first, cold * sizes.down, density, machine, curve)
+        rows = costs.dense_seconds(cold * sizes.total, machine, curve)
+    else:
+        first = cold * (sizes.total - sizes.down)
+        rows = costs.gate_first_seconds(first, cold * sizes.down, density, machine, curve)
+    if not (ffn.columns and keeps_columns(ffn.layer)):
+        return rows
+    nbytes = float(sum(matrix.nbytes for matrix in ffn.layer.ffn))
+    return np.full(len(cold), costs.columns_seconds(nbytes, machine, curve))
+
+
+def keeps_columns(layer: LayerShape) -> bool:
+    """Whether a split file keeps the source's down projection where ``layer`` is dense: where the rows of
+    neurons had to be quantised again."""
+    down = layer.down
+    if layer.experts is not None or layer.down_transposed or down.row_type in FLOAT_TYPES:
+        return False
+    return down.columns % BLOCK_SHAPES[down.row_type].values == 0
 
 
 def expected(frequencies: Vector) -> Vector:

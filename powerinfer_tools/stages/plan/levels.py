@@ -181,6 +181,7 @@ def neuron_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
         skips=shape.exact_zeros and known is not None,
         predictor=inputs.predictors[index] if inputs.predictors else None,
         threshold=inputs.thresholds[index] if inputs.thresholds else None,
+        columns=not on_gpu,
     )
     ways = ffn_ways(
         ffn,

@@ -74,7 +74,8 @@ def best_placement(
     solver: SolverOptions,
 ) -> Placement:
     """The placement of least value over both homes of the residual stream (the accelerator can only be home
-    when attention may be placed there), and without any attention there, which saves its scratch.
+    when attention may be placed there), and without any attention there, which saves its scratch; and with no
+    neuron there, as dense layers then have the source's form and speed.
 
     Raises PlanError with the numbers when the RAM does not hold what the VRAM cannot take.
     """
@@ -84,12 +85,16 @@ def best_placement(
     if "attention" in engine.placeable and inputs.machine.gpu is not None:
         homes: tuple[Home, ...] = ("cpu", "gpu")
         tries += [(replace(options, home=home), capacities.beside_attention) for home in homes]
-    found, refusals = [], []
+    if objective == "time" and inputs.machine.gpu is not None and not inputs.shape.routed:
+        still = replace(engine, placeable=engine.placeable - {"ffn"})
+        tries.append((replace(options, engine=still), tries[-1][1]))
+    found, refusals = list[Placement](), list[PlanError]()
     for tried, left in tries:
         try:
             found.append(_placement(inputs, left, tried, objective, solver))
         except PlanError as error:
-            refusals.append(error)
+            if "ffn" in tried.engine.placeable or not refusals:  # else it lacks what could have fitted
+                refusals.append(error)
     if not found:
         raise refusals[-1]
     return min(found, key=lambda placement: placement.solution.value)

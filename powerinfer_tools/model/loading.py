@@ -213,16 +213,12 @@ class Model:
         """Why no attention of the model is computed on a hot device; None where it can be."""
         if self.spec.early_router and self.hyper.routing is not None:
             return "routers that read a layer's input"
-        if self.hyper.uneven is not None:
-            return self.hyper.uneven
         if any(layer.recurs is not None for layer in self.layers):
             return "recurrent layers"
         if any(layer.attends is None for layer in self.layers):
             return "layers without attention"
         if not all(isinstance(layer.attends, AttentionWeights) for layer in self.layers):
             return "latent attention"
-        if self.hyper.value_dim != self.hyper.head_dim:
-            return "value heads of another width"
         return None
 
     def _refuse_first(self, what: dict[str, bool], error: type[Exception], stage: str) -> None:

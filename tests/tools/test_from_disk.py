@@ -182,6 +182,22 @@ def test_what_is_taken_is_learnt(tmp_path: Path, slots: dict[str, float]) -> Non
         )
 
 
+def test_a_pass_that_failed_is_not_learnt(synthetic: Path, tmp_path: Path, slots: dict[str, float]) -> None:
+    """The error is that of the disk, and no profile is written."""
+    path, learnt = tmp_path / "model.gguf", tmp_path / "learnt.safetensors"
+    path.write_bytes(synthetic.read_bytes())
+    slots["share"], slots["batch"] = 0.35, 1
+
+    def fail() -> None:
+        with powerinfer.load(path, learn=learnt) as model, model.session() as session:
+            os.utime(path, ns=(1, 1))
+            session.stream(list(range(100, 150)), max_tokens=1).finish()
+
+    with pytest.raises(ModelError, match="could not be read while the model ran"):
+        fail()
+    assert not learnt.exists()
+
+
 def tmp_path_factory_folder(tmp_path: Path) -> Path:
     folder = tmp_path / f"more{len(list(tmp_path.iterdir()))}"
     folder.mkdir()

@@ -36,10 +36,19 @@ class Learning:
         """What every forward pass is to add to."""
         return self._tally.observed
 
+    def _whole(self, tokens: int) -> bool:
+        routing = self._model.hyper.routing
+        assert routing is not None
+        counts = [int(layer.counts.sum()) for layer in self._tally.observed if layer is not None]
+        return all(count == tokens * routing.used for count in counts)
+
     def save(self, tokens: int) -> Profile | None:
-        """Add what ``tokens`` tokens took to the profile, which is written anew; None where there were none.
-        Raises FormatError where it cannot be written, or cannot count so many."""
-        if not tokens:
+        """Add what ``tokens`` tokens took to the profile, which is written anew; None where there were none,
+        or where a pass over the layers failed halfway, whose error says so.
+
+        Raises FormatError where it cannot be written, or cannot count so many.
+        """
+        if not tokens or not self._whole(tokens):
             return None
         self._tally.close_window(0, tokens)
         sums, base = self._tally.sums(), self._base

@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Activations, aligned
-from powerinfer_tools.model.architectures import ArchitectureSpec
-from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int32]
@@ -17,7 +16,8 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Buffers:
-    """float32 [tokens, …] unless said; ``*_acts`` are quantised copies, None where the width allows none."""
+    """float32 [tokens, …] unless said; ``*_acts`` are quantised copies, None where the width allows none.
+    ``neurons``: the most of any layer's FFN, or expert."""
 
     tokens: Integers
     positions: Integers | None  # (T,): rows of the table of learnt positions
@@ -25,20 +25,21 @@ class Buffers:
     normed: Floats  # (T, width): input of the FFN matrices
     normed_acts: Activations | None
     residual_acts: Activations | None  # of x, for predictors that read it
-    attention_input: Floats  # (T, width): the same memory as normed unless the blocks are parallel
-    attention_acts: Activations | None
-    query: Floats  # (T, query_width)
-    key: Floats  # (T, kv_width)
-    value: Floats  # (T, kv_width)
-    attended: Floats  # (T, query_width)
-    attended_acts: Activations | None
-    gate: Floats  # (T, neurons)
-    up: Floats  # (T, neurons)
-    hidden_acts: Activations | None
     block_out: Floats  # (T, width): a block's output before it joins the residual stream
     hot_out: Floats | None  # (T, width): the hot device's part of an FFN
     scores: Floats | None  # (T, neurons): what predictors say of each neuron, or act(gate)
+    neurons: int
     scratch: "Scratch"  # all of it, by name
+
+    @property
+    def gate(self) -> Floats:
+        """(T, neurons): what the activation reads."""
+        return self.scratch.named("gate", self.neurons)
+
+    @property
+    def up(self) -> Floats:
+        """(T, neurons): what its result is multiplied with, or scratch."""
+        return self.scratch.named("up", self.neurons)
 
     @property
     def nbytes(self) -> int:
@@ -90,44 +91,28 @@ class Scratch:
         return sum(sizes.values()) + sum(a.q.nbytes + a.d.nbytes + a.s.nbytes for a in copies)
 
 
-def allocate(
-    spec: ArchitectureSpec, hyper: Hyperparameters, tokens: int, *, hot: bool, scores: bool
-) -> Buffers:
+def allocate(model: Model, tokens: int, *, hot: bool, scores: bool) -> Buffers:
     """Buffers for up to ``tokens`` tokens at a time; ``hot`` and ``scores``: also what a hot device and
     predictors (or thresholds of a source model) need."""
-
-    scratch = Scratch(tokens)
-
-    def floats(name: str, width: int) -> Floats:
-        return scratch.named(name, width)
-
-    shared = hyper.routing.shared_neurons if hyper.routing else 0
-    widest = max(hyper.neurons, shared, hyper.dense_neurons)
-    normed, x, gate = floats("normed", hyper.width), floats("x", hyper.width), floats("gate", widest)
-    attention_input = floats("attention_input", hyper.width) if hyper.parallel else normed
+    scratch, hyper, widths = Scratch(tokens), model.hyper, model.footprint.body.buffers
+    for name, width in widths.items():
+        if name != "tokens":
+            # Each at its widest first, so that layers with less share its memory.
+            scratch.named(name, width)
+    normed, x = scratch.named("normed", hyper.width), scratch.named("x", hyper.width)
     if not hyper.parallel:
         scratch.add("attention_input", normed)
-    attended = floats("attended", hyper.heads * hyper.value_dim)
     return Buffers(
         tokens=aligned((tokens,), np.int32),
-        positions=None if spec.position_offset is None else aligned((tokens,), np.int32),
+        positions=None if model.positions is None else aligned((tokens,), np.int32),
         x=x,
         normed=normed,
         normed_acts=scratch.copy(normed),
         residual_acts=scratch.copy(x) if scores else None,
-        attention_input=attention_input,
-        attention_acts=scratch.copy(attention_input),
-        query=floats("query", hyper.query_width),
-        key=floats("key", hyper.kv_width),
-        value=floats("value", hyper.value_width),
-        attended=attended,
-        attended_acts=scratch.copy(attended),
-        gate=gate,
-        up=floats("up", widest),
-        hidden_acts=scratch.copy(floats("gate", hyper.neurons)),
-        block_out=floats("block_out", hyper.width),
-        hot_out=floats("hot_out", hyper.width) if hot else None,
-        scores=floats("scores", hyper.neurons) if scores else None,
+        block_out=scratch.named("block_out", hyper.width),
+        hot_out=scratch.named("hot_out", hyper.width) if hot else None,
+        scores=scratch.named("scores", hyper.neurons) if scores else None,
+        neurons=max(hyper.neurons, widths.get("gate", 0)),
         scratch=scratch,
     )
 

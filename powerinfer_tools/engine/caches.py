@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerinfer_kernels import KernelError, KVSlot, ProgramBuilder, Slot, Span, State
-from powerinfer_tools.engine.memory import kv_bytes_per_position
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model.hyperparameters import Hyperparameters
 from powerinfer_tools.model.loading import Model
 
 
@@ -57,16 +55,9 @@ def allocate_state(model: Model, slots: Sequence[Slot], context: int, kind: str)
     try:
         return State.allocate(slots, context, kind)
     except MemoryError:
-        size = round(context * kv_bytes_per_position(model.hyper, kind) * len(slots))
+        size = model.footprint.session_bytes(context, kind)
         raise ModelError(
             f"no memory for a KV cache of {size} bytes; ask for a shorter context (-c)"
         ) from None
     except KernelError as error:
         raise ModelError(f"{model.path}: {error}") from None
-
-
-def cache_bytes_read(hyper: Hyperparameters, kind: str, position: int) -> int:
-    """Bytes of a KV cache of type ``kind`` that decoding at ``position`` reads."""
-    per_position = kv_bytes_per_position(hyper, kind)
-    windows = (hyper.window if local else position for local in hyper.local_layers)
-    return round(sum(per_position * min(position, window) for window in windows))

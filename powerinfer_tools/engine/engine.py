@@ -39,6 +39,7 @@ class WeightsOptions(TypedDict, total=False):
     check_recall: bool
     thresholds: Sequence[FactorThresholds] | None
     ram: RamOptions | None
+    beside: Weights | None
 
 
 class Engine(Closing):

@@ -12,11 +12,8 @@ from powerinfer_formats.profile import ROUTING, Profile
 from powerinfer_formats.shard_names import model_name
 from powerinfer_kernels import Pool
 from powerinfer_tools.detect import available_ram_bytes, resident_bytes
-from powerinfer_tools.engine.buffers import allocate
-from powerinfer_tools.engine.head import HEAD_ROWS
-from powerinfer_tools.engine.memory import MARGIN, kv_bytes_per_position, packed_nbytes, require_memory
+from powerinfer_tools.engine.memory import MARGIN, require_memory
 from powerinfer_tools.engine.residency import Budget, Residency, too_little
-from powerinfer_tools.engine.routed import routed_buffers
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import Model
@@ -50,9 +47,18 @@ class FromDisk:
 
 
 def open_from_disk(
-    model: Model, pool: Pool, options: RamOptions, *, context: int, kv_type: str, batch: int, device: str
+    model: Model,
+    pool: Pool,
+    options: RamOptions,
+    *,
+    context: int,
+    kv_type: str,
+    batch: int,
+    device: str,
+    shared: int = 0,
 ) -> FromDisk | None:
-    """How ``model`` runs from disk; None where all of it fits in the memory that it may take.
+    """How ``model`` runs from disk; None where all of it fits in the memory that it may take, ``shared``
+    bytes of which are in memory already.
 
     Raises ModelError where it does not fit and cannot be read from disk, or where the memory does not do for
     that either.
@@ -60,9 +66,13 @@ def open_from_disk(
     ram, size = options.ram, _Size(model, context, kv_type)
     if ram is None:
         available = available_ram_bytes()
-        if not available or size.weights + size.cache + MARGIN <= available or not _can(model, device):
+        if (
+            not available
+            or size.weights + size.cache - shared + MARGIN <= available
+            or not _can(model, device)
+        ):
             if device != "cuda":  # the layers judge it when they know what the GPU holds
-                require_memory(model, context, kv_type, available)
+                require_memory(model, context, kv_type, available, shared)
             return None
         ram = resident_bytes() + available - MARGIN
     elif resident_bytes() + size.weights + size.cache + size.scratch(batch) + _SLACK <= ram:
@@ -120,25 +130,18 @@ class _Size:
     """What a model takes in memory, in bytes."""
 
     def __init__(self, model: Model, context: int, kv_type: str) -> None:
-        self._model, hyper = model, model.hyper
-        self.weights = packed_nbytes(model.gguf)
-        self.cache = round(context * kv_bytes_per_position(hyper, kv_type) * hyper.layers)
-        experts = {
-            stack.name
-            for layer in model.layers
-            if isinstance(layer.feeds, ExpertsFFN)
-            for stack in layer.feeds.stacks
-        }
-        self.always = packed_nbytes(model.gguf, without=experts)
+        self._model, self._counted = model, model.footprint
+        body, head = self._counted.body, self._counted.head
+        # Rows of the embedding are read in the mapped file, whose pages count as this process's.
+        self.weights = self._counted.packed_nbytes + body.table_bytes + body.vector_bytes + head.vector_bytes
+        self.cache = self._counted.session_bytes(context, kv_type)
+        self.always = self.weights - body.expert_bytes
 
     def scratch(self, batch: int) -> int:
         """Buffers of passes of ``batch`` tokens."""
-        model, hyper = self._model, self._model.hyper
-        buffers = allocate(model.spec, hyper, batch, hot=False, scores=False)
-        routed = routed_buffers(hyper, buffers, gated=model.spec.gated)
-        head = HEAD_ROWS * (hyper.vocabulary + 2 * hyper.width) * 4
+        hyper = self._model.hyper
         ahead = batch * (5 * hyper.width + 4 * (hyper.routing.experts if hyper.routing else 0))
-        return buffers.nbytes + (0 if routed is None else routed.nbytes) + head + ahead
+        return self._counted.scratch_bytes(batch, 0) + ahead
 
 
 def _can(model: Model, device: str) -> bool:

@@ -1,5 +1,4 @@
-"""From the residual stream to logits: output norm and head, for up to :data:`HEAD_ROWS` positions at a
-time."""
+"""From the residual stream to logits: output norm and head, for up to HEAD_ROWS positions at a time."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,11 +8,10 @@ from powerinfer_tools.engine.buffers import Scratch
 from powerinfer_tools.engine.program_operations import ProgramOperations
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model import blocks
+from powerinfer_tools.model.counting import HEAD_ROWS
 from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
-#: Positions scored per call of the head; 32 rows of a 150,000-token vocabulary are 19 MB.
-HEAD_ROWS = 32
 
 
 class Head:

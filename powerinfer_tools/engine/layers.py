@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from powerinfer_kernels import KernelError, Matrix, Pool, State
 from powerinfer_tools.detect import available_ram_bytes
-from powerinfer_tools.engine.blocks import pack
 from powerinfer_tools.engine.caches import Places, allocate_state, require_kv_type
 from powerinfer_tools.engine.cold_ffn import Computed, predictor_thresholds
 from powerinfer_tools.engine.hot import HotSide, open_hot_side
@@ -60,7 +59,7 @@ class LayerStack:
         self._tokens = 0
         self._length = made.writer.mark()
         #: The head's rows; None where the hot device has them.
-        self.head_matrix: Matrix | None = None if self.has_hot_head else pack(pool, model.head)
+        self.head_matrix: Matrix | None = None if self.has_hot_head else options.packed.of(pool, model.head)
         if self.residency is not None:
             assert options.budget is not None
             self.residency.open(options.budget)
@@ -134,6 +133,7 @@ class LayerStack:
         """Size of activations and tables in bytes."""
         routed = 0 if self._written.routed is None else self._written.routed.nbytes
         tables = sum(table.nbytes for table in self._written.tables.values())
+        tables += sum(table.nbytes for table in self._written.growths.values())
         return self._buffers.nbytes + tables + routed
 
     def new_state(self, context: int, kv_type: str) -> State:

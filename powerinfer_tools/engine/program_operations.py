@@ -15,6 +15,7 @@ from powerinfer_kernels.reference import alibi_slopes
 from powerinfer_tools.engine.buffers import Floats, Integers, Scratch, place
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.packed import PackedMatrices
 from powerinfer_tools.engine.recurrent_operations import RecurrentOperations
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model.hyperparameters import PositionScale, Rope
@@ -58,12 +59,14 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         slots: Sequence[KVSlot | None],
         inputs: Inputs | None = None,
         growths: Mapping[PositionScale, Floats] | None = None,
+        packed: PackedMatrices | None = None,
     ) -> None:
+        self._packed_matrices = PackedMatrices() if packed is None else packed
         self._builder, self._scratch, self._pool, self._inputs = builder, scratch, pool, inputs
         self._tables, self._slots, self._growths = tables, slots, growths or {}
         self._waiting: list[_Product] = []
         self._rounded: set[int] = set()
-        #: Bytes of the matrices that were packed here.
+        #: Bytes of the matrices that are multiplied with.
         self.weight_bytes = 0
         #: What looks on at the next activation, and the neurons that it leaves out.
         self.observed: LayerCounters | None = None
@@ -291,6 +294,6 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         self.changed(out)
 
     def _packed(self, weight: Weight) -> Matrix:
-        matrix = Matrix.pack(self._pool, weight.data, weight.row_type, weight.rows, weight.columns)
+        matrix = self._packed_matrices.of(self._pool, weight)
         self.weight_bytes += matrix.nbytes
         return matrix

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import State
-from powerinfer_tools.engine.caches import cache_bytes_read
 from powerinfer_tools.engine.closing import Closing
-from powerinfer_tools.engine.head import HEAD_ROWS, Head
+from powerinfer_tools.engine.head import Head
 from powerinfer_tools.engine.layers import LayerStack
 from powerinfer_tools.errors import ContextFull, ModelError
+from powerinfer_tools.model.counting import HEAD_ROWS
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.progress import Progress, Silent
 
@@ -114,7 +114,7 @@ class Session(Closing):
             timeline.add("CPU", name, None, forwarded, time.perf_counter())
         counters.decode_tokens += 1
         counters.decode_passes += 1
-        counters.cache_bytes += cache_bytes_read(weights.model.hyper, self.kv_type, self.position)
+        counters.cache_bytes += weights.model.footprint.cache_bytes_read(self.position, self.kv_type)
         counters.decode_seconds += time.perf_counter() - started
         return logits
 
@@ -143,7 +143,8 @@ class Session(Closing):
         logits = self._weights.logits(slice(0, count))
         counters.decode_tokens += 1
         counters.decode_passes += 1
-        counters.cache_bytes += cache_bytes_read(self._weights.model.hyper, self.kv_type, self.position)
+        footprint = self._weights.model.footprint
+        counters.cache_bytes += footprint.cache_bytes_read(self.position, self.kv_type)
         counters.decode_seconds += time.perf_counter() - started
         return logits
 

@@ -1,10 +1,11 @@
 """How a model is laid out for the engine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.packed import PackedMatrices
 from powerinfer_tools.engine.residency import Budget, Residency
 
 
@@ -15,8 +16,8 @@ class StackOptions:
 
     ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
     compute beside every prediction what it should have found. ``thresholds``: of each layer of a
-    source model. ``residency``: where experts are that are read from disk,
-    and what memory they get (``budget``).
+    source model. ``residency``: where experts are that are read from disk, and what memory they get
+    (``budget``). ``packed``: matrices that other layouts of the model share.
     """
 
     batch: int
@@ -30,3 +31,4 @@ class StackOptions:
     thresholds: Sequence[FactorThresholds] | None = None
     residency: Residency | None = None
     budget: Budget | None = None
+    packed: PackedMatrices = field(default_factory=PackedMatrices)

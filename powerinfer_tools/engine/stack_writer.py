@@ -64,8 +64,7 @@ class StackWriter:
     ) -> None:
         self._model, self._pool, self._options, self._modes, self._hot = model, pool, options, modes, hot
         self.buffers = allocate(
-            model.spec,
-            model.hyper,
+            model,
             options.batch,
             hot=hot is not None,
             scores="predicted" in modes or options.thresholds is not None,
@@ -77,6 +76,7 @@ class StackWriter:
         ]
         self._slots = kv_slots(self.builder, model, options.context, here)
         self.tables = rope_tables(model.hyper, options.context, model.rope_factors)
+        self.growths = growth_tables(model.hyper, options.context)
         self.ops = ProgramOperations(
             self.builder,
             self.buffers.scratch,
@@ -84,7 +84,8 @@ class StackWriter:
             self.tables,
             self._slots,
             Inputs(self.buffers.tokens, self.buffers.positions),
-            growth_tables(model.hyper, options.context),
+            self.growths,
+            options.packed,
         )
         self.writer = BlockWriter(model, self.ops, self.buffers)
         self.stops: list[Stop] = []

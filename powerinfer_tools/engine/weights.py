@@ -15,13 +15,15 @@ from powerinfer_tools.engine.closing import Closing
 from powerinfer_tools.engine.damage import require_finite
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.from_disk import RamOptions, open_from_disk
-from powerinfer_tools.engine.head import HEAD_ROWS, Head
+from powerinfer_tools.engine.head import Head
 from powerinfer_tools.engine.layers import LayerStack
 from powerinfer_tools.engine.memory import MARGIN, require_session_memory
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.packed import PackedMatrices
 from powerinfer_tools.engine.session import Session
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.counting import HEAD_ROWS
 from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
@@ -55,7 +57,8 @@ class Weights(Closing):
     model. ``check_recall`` computes beside every prediction what it should have found, for the report;
     results stay the same bits. ``thresholds`` of each layer of a source model leave neurons out, as they say
     at the time of each pass. ``ram``: the memory that the process may take; experts that do not fit are read
-    from disk, see :mod:`powerinfer_tools.engine.residency`.
+    from disk, see :mod:`powerinfer_tools.engine.residency`. ``beside``: other weights of the same model, in
+    another mode: what both lay out alike is packed once.
     """
 
     def __init__(
@@ -74,8 +77,10 @@ class Weights(Closing):
         check_recall: bool = False,
         thresholds: Sequence[FactorThresholds] | None = None,
         ram: RamOptions | None = None,
+        beside: "Weights | None" = None,
     ) -> None:
         started = time.perf_counter()
+        self.packed = PackedMatrices() if beside is None else beside.packed
         self.model, self.kv_type = model, kv_type
         self.context = _check_context(model, context)
         self.batch = max(1, min(batch, self.context))
@@ -90,10 +95,12 @@ class Weights(Closing):
                 kv_type=kv_type,
                 batch=self.batch,
                 device=device,
+                shared=self.packed.nbytes,
             )
             options = StackOptions(
                 self.batch, self.context, mode, device, vram, kv_type, observed, check_recall, thresholds
             )
+            options = replace(options, packed=self.packed)
             self._notices = () if disk is None else disk.notices
             if disk is not None:
                 self.batch = disk.budget.batch

@@ -11,7 +11,7 @@ from typing import Any
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import detect
-from powerinfer_tools.engine.memory import MARGIN, kv_bytes_per_position
+from powerinfer_tools.engine.memory import MARGIN
 from powerinfer_tools.measure.hardware.store import find_hardware
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model
@@ -134,8 +134,8 @@ def _advice(
     hyper = model.hyper
     context = min(DEFAULT_CONTEXT, hyper.trained_context)
     weights = sum(info.nbytes for info in model.gguf.tensors.values())
-    cache = round(context * kv_bytes_per_position(hyper, "f16") * hyper.layers)
-    fits = not free or weights + cache + MARGIN <= free
+    cache = model.footprint.session_bytes(context, "f16")
+    fits = not free or model.footprint.packed_nbytes + cache + MARGIN <= free
     ways = _ways(model, shape, machine, known)
     routing = hyper.routing
     return Advice(

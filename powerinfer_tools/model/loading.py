@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from powerinfer_tools.model.recurrent import Recurrent, read_recurrent
 from powerinfer_tools.model.rotary import RopeFactors
 from powerinfer_tools.model.sources import open_source
 from powerinfer_tools.model.tensors import MATRIX_TYPES, Norm, Tensors, Vector, Weight
+
+if TYPE_CHECKING:
+    from powerinfer_tools.model.footprint import ModelFootprint
 
 
 @dataclass(frozen=True)
@@ -110,14 +114,6 @@ def mixing_weights(layer: LayerWeights) -> Iterator[Weight]:
             )
 
 
-def mixing_vectors(layer: LayerWeights) -> Iterator[Norm | Vector]:
-    """All that is no matrix there."""
-    for block in (layer.attends, layer.recurs, None if layer.recurs is None else layer.recurs.mixer):
-        for part in () if block is None else vars(block).values():
-            if isinstance(part, (Norm, np.ndarray)):
-                yield part
-
-
 @dataclass(frozen=True)
 class Model:
     """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions;
@@ -150,6 +146,13 @@ class Model:
     def fingerprint(self) -> str:
         """Identity of the weights: of the source model, also for a split file."""
         return self.split.source_fingerprint if self.split else model_fingerprint(self.gguf)
+
+    @cached_property
+    def footprint(self) -> "ModelFootprint":
+        """What the model takes, counted by going through its blocks."""
+        from powerinfer_tools.model.footprint import model_footprint
+
+        return model_footprint(self)
 
     @property
     def is_original(self) -> bool:

@@ -4,7 +4,7 @@ A shape comes from a loaded model or from a name in :mod:`powerinfer_tools.model
 in the planner knows where it came from. Sizes are in values unless a name says bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
@@ -15,6 +15,7 @@ from powerinfer_tools.model.matrices import FLOAT_TYPES, MatrixShape
 
 if TYPE_CHECKING:
     from powerinfer_tools.model.ffn_matrices import DenseFFN
+    from powerinfer_tools.model.footprint import ModelFootprint
     from powerinfer_tools.model.loading import Model
     from powerinfer_tools.model.tensors import Weight
 
@@ -96,8 +97,10 @@ class PublishedSparsity:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one model; ``rope_dim`` is 0 without rotary positions; ``fingerprint`` is None when no file is
-    at hand; ``tied``: the head is the embedding; ``attention_limit``: why attention stays on the CPU."""
+    """Sizes of one model; ``rope_dim`` is 0 without rotary positions; ``parallel``: attention and FFN read
+    the same stream; ``fingerprint`` is None when no file is at hand; ``tied``: the head is the embedding;
+    ``attention_limit``: why attention stays on the CPU; ``counted``: what going through the blocks of a
+    model at hand has counted."""
 
     name: str
     architecture: str
@@ -115,6 +118,8 @@ class ModelShape:
     sparsity: PublishedSparsity | None = None
     tied: bool = False
     attention_limit: str | None = None
+    parallel: bool = False
+    counted: "ModelFootprint | None" = field(default=None, compare=False, repr=False)
 
     @property
     def width(self) -> int:
@@ -228,6 +233,8 @@ def shape_of_model(model: "Model") -> ModelShape:
         head=_matrix(model.head),
         rope_dim=hyper.rope_dim,
         position_bytes=0 if model.positions is None else model.positions.nbytes,
+        parallel=hyper.parallel,
+        counted=model.footprint,
         fingerprint=model.fingerprint,
         tied=model.head is model.embedding,
         attention_limit=model.attention_limit,
@@ -235,23 +242,14 @@ def shape_of_model(model: "Model") -> ModelShape:
 
 
 def _layer_of_model(model: "Model", index: int) -> LayerShape:
-    from powerinfer_tools.model.loading import mixing_vectors, mixing_weights
-
-    weights = model.layers[index]
+    mixing, feeding = model.footprint.mixing[index], model.footprint.feeding[index]
     ffn, experts = _ffn_of_model(model, index)
-    vectors = [
-        *mixing_vectors(weights),
-        weights.ffn_norm,
-        weights.ffn_bias,
-        weights.ffn_down_bias,
-        weights.ffn_post_norm,
-    ]
     return LayerShape(
-        attention=tuple(_matrix(m) for m in mixing_weights(weights)),
+        attention=tuple(mixing.matrices),
         gate=None if ffn.gate is None else _matrix(ffn.gate),
         up=_matrix(ffn.up),
         down=_matrix(ffn.down),
-        vector_bytes=sum(vector.nbytes for vector in vectors if vector is not None),
+        vector_bytes=mixing.vector_bytes + feeding.vector_bytes,
         window=model.hyper.facts[index].window,
         down_transposed=ffn.transposed,
         experts=experts,

@@ -77,7 +77,8 @@ def compare_modes(
 ) -> Comparison:
     """Run ``pieces`` of text in every one of ``modes``, dense beside it.
 
-    ``open_engine(mode=…, check_recall=…)`` makes an engine on ``model``. Raises ModelError where the only
+    ``open_engine(mode=…, check_recall=…, beside=…)`` makes an engine on ``model``, which shares what it can
+    with the weights beside it. Raises ModelError where the only
     modes asked for beside dense are not to be had.
     """
     reasons = {mode: refusal(model, mode) for mode in modes}
@@ -128,7 +129,7 @@ def _against(
     progress: Progress | None,
 ) -> Fidelity:
     """The row of a mode other than dense."""
-    engine = open_engine(mode=mode, check_recall=mode == "predicted")
+    engine = open_engine(mode=mode, check_recall=mode == "predicted", beside=base.weights)
     try:
         result = divergence(engine, base, pieces, progress)
         report = engine.report()

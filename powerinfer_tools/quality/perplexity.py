@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import CorpusError, ModelError
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.progress import Progress, Silent
 
 Floats = npt.NDArray[np.float32]
@@ -61,6 +62,22 @@ class Divergence:
         return dict(vars(self))
 
 
+class Scorer(Protocol):
+    """What says logits of windows of text: an engine, or one of several ways of running one."""
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+
+    def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[Floats]:
+        """Logits (k, vocabulary) of successive positions from ``first`` on, for a fresh window of
+        ``tokens``."""
+
+
 def windows(tokens: Sequence[int], context: int, chunks: int | None, bos: int | None) -> list[list[int]]:
     """Non-overlapping windows of ``context`` tokens; with ``bos``, it replaces the first token of each.
 
@@ -101,9 +118,10 @@ def perplexity(engine: Engine, pieces: Sequence[list[int]], progress: Progress |
 
 
 def divergence(
-    engine: Engine, base: Engine, pieces: Sequence[list[int]], progress: Progress | None = None
+    engine: Scorer, base: Scorer, pieces: Sequence[list[int]], progress: Progress | None = None
 ) -> Divergence:
-    """Divergence of ``engine`` from ``base``, another engine, over the scored positions of ``pieces``."""
+    """Divergence of ``engine`` from ``base``, which computes by itself or in turn with it, over the scored
+    positions of ``pieces``."""
     if engine.vocabulary != base.vocabulary:
         raise ModelError(
             f"{engine.model.path} has {engine.vocabulary} tokens and {base.model.path} {base.vocabulary}: "
@@ -162,7 +180,7 @@ def log_probabilities(engine: Engine, tokens: Sequence[int], first: int) -> tupl
     return np.concatenate(logs), np.concatenate(likeliest)
 
 
-def _scored(engine: Engine, piece: list[int]) -> Iterator[tuple[Floats, npt.NDArray[np.int64]]]:
+def _scored(engine: Scorer, piece: list[int]) -> Iterator[tuple[Floats, npt.NDArray[np.int64]]]:
     """Logits of the scored positions with the token that follows each: positions len/2 … len-2."""
     first = len(piece) // 2
     position = first

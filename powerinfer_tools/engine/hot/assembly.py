@@ -9,7 +9,6 @@ from powerinfer_formats.split import SplitLayer
 from powerinfer_formats.split_predictors import SplitLowRank
 from powerinfer_kernels import RowType
 from powerinfer_kernels.triton_layout import SPLIT_ROWS
-from powerinfer_tools.engine.hot import sizes
 from powerinfer_tools.engine.hot.backend import Backend, Exchange, FFNsApart
 from powerinfer_tools.engine.hot.devices import Device
 from powerinfer_tools.engine.hot.expert_parts import ExpertParts, chosen, chunk_floats, routers_of
@@ -24,6 +23,7 @@ from powerinfer_tools.engine.hot.prediction import HotPredictor
 from powerinfer_tools.engine.hot.predictor_units import PredictorParts, reads_floats, reads_stream
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.engine.hot.stream import HotLayer, HotStream, Landing, StreamMemory
+from powerinfer_tools.model.counting import HEAD_ROWS
 from powerinfer_tools.model.loading import AttentionWeights, Model
 from powerinfer_tools.model.tensors import Weight
 
@@ -223,7 +223,7 @@ class _Parts:
     def head(self) -> HotHead:
         """The output norm and the head."""
         hyper, model = self.hyper, self.model
-        named = Named(self.memory, min(sizes.HEAD_ROWS, self.work.tokens))
+        named = Named(self.memory, min(HEAD_ROWS, self.work.tokens))
         staged = 0 if self.memory.counting else named.rows
         return HotHead(
             write=partial(head, model, self.placed, named),

@@ -7,9 +7,10 @@ from typing import Self
 
 from powerinfer_tools.engine.hot import expert_sizes, sizes
 from powerinfer_tools.engine.hot.sizes import HotSize, Widths
+from powerinfer_tools.model.counting import Footprint
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
-from powerinfer_tools.model.hyperparameters import Hyperparameters
-from powerinfer_tools.model.loading import LayerWeights, Model
+from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope
+from powerinfer_tools.model.loading import Model
 
 #: Each piece starts on such a boundary of the device's memory.
 ALIGNMENT = 256
@@ -143,12 +144,15 @@ def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
     hyper, widths = model.hyper, widths_of(model.hyper)
     size = FFNSizes.of(model, work.tokens).size(units.hot, units.shared, units.predictors)
     weights, scratch, cache = size.weights, size.scratch, 0
-    moved = [layer for layer, there in zip(model.layers, units.attention, strict=True) if there]
+    moved = [index for index, there in enumerate(units.attention) if there]
     if moved:
-        weights += sum(attention_bytes(layer) for layer in moved)
-        cache = len(moved) * sizes.cache_bytes(hyper.kv_heads, hyper.head_dim, work.context, work.kv_type)
+        mixing = [model.footprint.mixing[index] for index in moved]
+        weights += sum(attention_bytes(model, index) for index in moved)
+        cache = sum(held.nbytes(work.context, work.kv_type) for layer in mixing for held in layer.caches)
         scratch += sizes.attention_scratch_bytes(widths, work.tokens, work.context)
-        scratch += rotary_bytes(hyper, units.attention, work.context)
+        scratch += Footprint(ropes=set[Rope]().union(*(layer.ropes for layer in mixing))).table_bytes_of(
+            work.context
+        )
         if hyper.routing is not None:
             scratch += sizes.router_scratch_bytes(hyper.width, hyper.routing.experts, work.tokens)
     if units.head:
@@ -162,21 +166,14 @@ def widths_of(hyper: Hyperparameters) -> Widths:
     return Widths(hyper.width, hyper.query_width, hyper.kv_width, hyper.heads, hyper.vocabulary)
 
 
-def attention_bytes(layer: LayerWeights) -> int:
+def attention_bytes(model: Model, index: int) -> int:
     """The matrices of an attention block, and all norms and biases of its layer but those of neurons; the
     router, where there is one."""
-    w = layer.attention
-    matrices = (w.query, w.key, w.value, w.output)
-    vectors = (w.norm, w.query_bias, w.key_bias, w.value_bias, w.output_bias, w.query_norm, w.key_norm)
-    others = (w.post_norm, layer.ffn_norm, layer.ffn_down_bias, layer.ffn_post_norm)
+    mixing, layer = model.footprint.mixing[index], model.layers[index]
+    others = (layer.ffn_norm, layer.ffn_down_bias, layer.ffn_post_norm)
     router = expert_sizes.router_size(layer.ffn) if isinstance(layer.ffn, ExpertsFFN) else 0
-    return router + sum(part.nbytes for part in (*matrices, *vectors, *others) if part is not None)
-
-
-def rotary_bytes(hyper: Hyperparameters, attention: Sequence[bool], context: int) -> int:
-    """Cosines and sines: once for layers that look back over a window, once for the others."""
-    kinds = {local for local, there in zip(hyper.local_layers, attention, strict=True) if there}
-    return len(kinds) * 4 * context * hyper.rope_dim
+    vectors = mixing.vector_bytes + sum(part.nbytes for part in others if part is not None)
+    return router + mixing.row_nbytes + vectors
 
 
 def fit(model: Model, planned: HotUnits, limit: int | None, work: Workload) -> HotUnits:

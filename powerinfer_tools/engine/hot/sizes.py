@@ -6,6 +6,8 @@ pieces begin on boundaries of 256 bytes, which :func:`overhead` pays for.
 
 from dataclasses import dataclass
 
+from powerinfer_tools.model.counting import HEAD_ROWS
+
 _F32 = 4
 #: Rows that are unpacked at a time; bounds the scratch memory of the device.
 CHUNK_ROWS = 512
@@ -13,8 +15,6 @@ CHUNK_ROWS = 512
 QUERIES_AT_ONCE, KEYS_AT_ONCE = 16, 512
 #: Tokens whose scores a predictor holds at a time.
 TOKENS_AT_ONCE = 32
-#: Rows of logits that the head computes at a time.
-HEAD_ROWS = 32
 #: Part of a GPU's budget that is for what is not asked for by name: code and CUDA graphs, which the driver
 #: places, and what allocators round up. Stated, not measured; see :func:`overhead`.
 OVERHEAD = 32 << 20
@@ -79,13 +79,6 @@ def attention_scratch_bytes(widths: Widths, tokens: int, context: int) -> int:
     scores = QUERIES_AT_ONCE * widths.heads * (context + KEYS_AT_ONCE)
     unpacked = 3 * KEYS_AT_ONCE * widths.kv_width + 3 * CHUNK_ROWS * widest
     return _F32 * (tokens * (kept + 2 + CHUNK_ROWS) + scores + unpacked)
-
-
-def cache_bytes(kv_heads: int, head_dim: int, context: int, kind: str) -> int:
-    """Keys and values of one layer at ``context`` positions: half precision, or with "q8_0" a byte a value
-    and half precision for each 32."""
-    held = head_dim + 2 * (head_dim // 32) if kind == "q8_0" else 2 * head_dim
-    return 2 * kv_heads * held * context
 
 
 def router_scratch_bytes(width: int, experts: int, tokens: int) -> int:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from powerinfer_formats.hardware import FFNCurve
 from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.model.shapes import LayerShape, ModelShape
-from powerinfer_tools.stages.plan.memory import Workload, attention_bytes, kv_head_bytes
+from powerinfer_tools.stages.plan.memory import Workload, attention_bytes, key_values
 
 Vector = npt.NDArray[np.float64]
 _F32 = 4
@@ -111,10 +111,7 @@ def copy_seconds(gpu: Gpu, width: int) -> float:
 
 def kv_bytes_read(shape: ModelShape, layer: LayerShape, workload: Workload) -> int:
     """Bytes of keys and values that one token reads in ``layer``, at half of the context."""
-    positions = max(1, workload.context // 2)
-    if layer.window:
-        positions = min(positions, layer.window)
-    return 2 * shape.kv_heads * kv_head_bytes(shape.head_dim, workload.kv_type) * positions
+    return key_values(shape, layer).bytes_read(max(1, workload.context // 2), workload.kv_type)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,6 @@ from powerinfer_tools.engine.hot.expert_sizes import ExpertWidths, scratch_bytes
 from powerinfer_tools.model.matrices import FLOAT_TYPES, MatrixShape
 from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, ModelShape
 
-_F32 = 4
-_BLOCK = 32
-
 
 @dataclass(frozen=True)
 class SideBytes:
@@ -60,22 +57,6 @@ def widest_neurons(layer: LayerShape) -> int:
     return max(layer.up.rows, layer.experts.shared_neurons if layer.experts else 0)
 
 
-def routing_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """RAM that routing needs beside a model without experts: scores, and what each token takes with what
-    weight; of each pair of a token and an expert that it takes, input, products and output, with quantised
-    copies of input and hidden values; and the quantised hidden values of the shared expert. 0 without any.
-    """
-    layer = shape.layers[0]
-    experts = layer.experts
-    if experts is None:
-        return 0
-    products = (1 if layer.gate is None else 2) * layer.up.rows
-    pair = _F32 * (2 * shape.width + products) + 2 * _F32
-    pair += _quantised_bytes(shape.width) + _quantised_bytes(layer.up.rows)
-    token = _F32 * (experts.count + 2) + _quantised_bytes(experts.shared_neurons)
-    return batch * (token + experts.used * pair)
-
-
 def hot_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """Scratch of the hot side, see :func:`~powerinfer_tools.engine.hot.expert_sizes.scratch_floats`."""
     products = [m for one in shape.layers for m in (*one.ffn[:-1], *experts_of(one).shared[:-1])]
@@ -86,7 +67,3 @@ def hot_scratch_bytes(shape: ModelShape, batch: int) -> int:
         taken=experts_of(shape.layers[0]).used + 1,
     )
     return scratch_bytes(widths, batch)
-
-
-def _quantised_bytes(columns: int) -> int:
-    return columns + 2 * _F32 * (columns // _BLOCK) if columns % _BLOCK == 0 else 0

@@ -7,23 +7,14 @@ which the system can drop at any time.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from powerinfer_tools.engine.hot import sizes
-from powerinfer_tools.model.matrices import TILE_ROWS, round_up
+from powerinfer_tools.model.counting import HEAD_ROWS, KeyValues, KVType
+from powerinfer_tools.model.outline import body_footprint, head_footprint
 from powerinfer_tools.model.shapes import LayerShape, ModelShape
-from powerinfer_tools.stages.plan.expert_memory import (
-    hot_scratch_bytes,
-    routing_scratch_bytes,
-    widest_neurons,
-)
+from powerinfer_tools.stages.plan.expert_memory import hot_scratch_bytes
 
-KVType = Literal["f16", "q8_0"]
 _F32 = 4
-_F16 = 2
-_BLOCK = 32
-#: Rows of logits that the head computes at a time; the engine's own number, compared with it by a test.
-HEAD_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -36,16 +27,14 @@ class Workload:
     kv_type: KVType = "f16"
 
 
-def kv_head_bytes(head_dim: int, kind: KVType) -> int:
-    """Bytes of the keys, or of the values, of one head at one position: half precision, or with "q8_0" a byte
-    a value and half precision for each 32."""
-    return head_dim + _F16 * (head_dim // _BLOCK) if kind == "q8_0" else head_dim * _F16
+def key_values(shape: ModelShape, layer: LayerShape | None = None) -> KeyValues:
+    """What a layer keeps of each position."""
+    return KeyValues(shape.kv_heads, shape.head_dim, shape.head_dim, layer.window if layer else 0)
 
 
 def kv_cache_bytes(shape: ModelShape, workload: Workload) -> int:
     """Bytes of the KV cache of one layer; keys in tiles of 16 positions."""
-    per_position = shape.kv_heads * kv_head_bytes(shape.head_dim, workload.kv_type)
-    return per_position * (round_up(workload.context, TILE_ROWS) + workload.context)
+    return key_values(shape).tiled_nbytes(workload.context, workload.kv_type)
 
 
 def attention_bytes(layer: LayerShape) -> int:
@@ -64,35 +53,20 @@ def output_norm_bytes(shape: ModelShape) -> int:
 
 
 def cpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """Activations of one batch on the CPU side: the stream, its norm, a block's output and the hot side's
-    part; queries and attention output; keys and values; gate and up of all neurons (of one expert); quantised
-    copies of the three inputs of matrices; token ids; what routing needs; and the head's input and logits."""
-    neurons = max(widest_neurons(layer) for layer in shape.layers)
-    hidden = max(layer.up.rows for layer in shape.layers)
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    values = 4 * shape.width + 2 * queries + 2 * keys + 2 * neurons
-    quantised = sum(_quantised_bytes(columns) for columns in (shape.width, queries, hidden))
-    head = _F32 * (shape.width + shape.vocabulary) + _quantised_bytes(shape.width)
-    routing = routing_scratch_bytes(shape, batch)
-    return batch * (_F32 + _F32 * values + quantised) + routing + HEAD_ROWS * head
+    """Activations of one batch on the CPU side, with the hot side's part of a layer, and of the head."""
+    body, head = body_footprint(shape), head_footprint(shape)
+    return batch * (body.token_bytes + _F32 * shape.width) + HEAD_ROWS * head.token_bytes
 
 
 def rotary_bytes(shape: ModelShape, context: int) -> int:
     """Cosines and sines (F32) of half of the rotary dimensions for every position; twice where some layers
     look back over a window only, since those have a base of their own."""
-    tables = len({bool(layer.window) for layer in shape.layers})
-    return tables * context * shape.rope_dim * _F32
+    return body_footprint(shape).table_bytes_of(context)
 
 
 def predicted_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """Scores of all neurons for one batch: what mode predicted needs on the CPU side, once for all layers."""
     return _F32 * batch * max(layer.neurons for layer in shape.layers)
-
-
-def _quantised_bytes(columns: int) -> int:
-    """One row of quantised activations: a byte per value, two floats per block. Widths without whole blocks
-    have no quantised copy."""
-    return columns + 2 * _F32 * (columns // _BLOCK) if columns % _BLOCK == 0 else 0
 
 
 def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
@@ -124,7 +98,7 @@ def gpu_attention_bytes(layer: LayerShape) -> int:
 
 def gpu_cache_bytes(shape: ModelShape, workload: Workload) -> int:
     """Bytes of the KV cache of one layer on the hot side."""
-    return sizes.cache_bytes(shape.kv_heads, shape.head_dim, workload.context, workload.kv_type)
+    return key_values(shape).nbytes(workload.context, workload.kv_type)
 
 
 def gpu_head_bytes(shape: ModelShape, batch: int) -> int:

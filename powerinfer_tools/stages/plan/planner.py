@@ -13,6 +13,7 @@ import numpy.typing as npt
 from powerinfer_formats.block_types import TensorType
 from powerinfer_tools.engine.hot.sizes import budget_for, overhead
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model.counting import KVType
 from powerinfer_tools.model.shapes import ModelShape, NeuronBytes, neuron_bytes
 from powerinfer_tools.stages.plan import memory
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION, Capabilities
@@ -21,7 +22,7 @@ from powerinfer_tools.stages.plan.expert_memory import router_bytes, unit_bytes
 from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.frequencies import Frequencies
 from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
-from powerinfer_tools.stages.plan.memory import KVType, Workload
+from powerinfer_tools.stages.plan.memory import Workload
 from powerinfer_tools.stages.plan.milp import SolverOptions
 from powerinfer_tools.stages.plan.placement import Capacities, Objective, Placement, best_placement
 

@@ -18,6 +18,7 @@ from powerinfer_tools.engine.factor_thresholds import FactorThresholds, no_thres
 from powerinfer_tools.errors import ThresholdError
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.progress import Progress, Silent
+from powerinfer_tools.quality.alternating import Alternating
 from powerinfer_tools.quality.perplexity import divergence, windows
 from powerinfer_tools.stages.threshold.candidates import (
     DENSITIES,
@@ -80,10 +81,8 @@ def run_threshold(options: ThresholdOptions, progress: Progress | None = None) -
         _check(options, model, profile)
         thresholds = no_thresholds(model.hyper.layers, model.hyper.neurons)
         engine = Engine(model, threads=options.threads, context=options.context, thresholds=thresholds)
-        try:
+        with engine:
             return _Choice(options, model, profile, engine, thresholds, progress or Silent()).complete()
-        finally:
-            engine.close()
     finally:
         model.close()
 
@@ -126,6 +125,8 @@ class _Choice:
     ) -> None:
         self.options, self.model, self.profile, self.progress = options, model, profile, progress
         self.engine, self.thresholds = engine, thresholds
+        # What measures the result, at the end of all work, has its memory from the start.
+        self.dense = engine.weights.session()
         self.chosen_on, self.measured_on = self._windows()
         self.samples = self._sample()
         self.candidates = [best_candidate(sample) for sample in self.samples]
@@ -251,11 +252,22 @@ class _Choice:
 
     def _cost(self) -> ThresholdCost:
         """Measured on the windows that nothing was chosen on."""
-        base = Engine(self.model, threads=self.options.threads, context=self.options.context)
-        try:
-            found = divergence(self.engine, base, self.measured_on, self.progress)
-        finally:
-            base.close()
+        chosen = [(layer.gate.copy(), layer.up.copy()) for layer in self.thresholds]
+
+        def thin() -> None:
+            for layer, (gate, up) in zip(self.thresholds, chosen, strict=True):
+                layer.gate[:], layer.up[:] = gate, up
+
+        def dense() -> None:
+            for layer in self.thresholds:
+                layer.clear()
+
+        ways = (
+            Alternating(self.engine, self.engine.session, thin),
+            Alternating(self.engine, self.dense, dense),
+        )
+        found = divergence(*ways, self.measured_on, self.progress)
+        thin()
         return ThresholdCost(
             dense_perplexity=found.base_perplexity,
             perplexity=found.perplexity,

@@ -1,0 +1,146 @@
+"""The footprint of a model's blocks: what :mod:`powerinfer_tools.model.counting` counts when it goes through
+them."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from powerinfer_formats.block_types import TensorType
+from powerinfer_formats.split import SplitLayer
+from powerinfer_formats.split_predictors import SplitLowRank, SplitPredictor
+from powerinfer_tools.model import blocks
+from powerinfer_tools.model.architectures import ArchitectureSpec
+from powerinfer_tools.model.counting import HEAD_ROWS, Counted, CountingOperations, Footprint, KeyValues
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
+from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.loading import LayerWeights, Model
+from powerinfer_tools.model.matrices import MatrixShape
+
+
+@dataclass(frozen=True)
+class ModelFootprint:
+    """Of the embedding, of what mixes tokens and of the FFN of each layer, and of the output norm with the
+    head, whose buffers are of :data:`~.counting.HEAD_ROWS` tokens."""
+
+    embedding: Footprint
+    mixing: tuple[Footprint, ...]
+    feeding: tuple[Footprint, ...]
+    head: Footprint
+
+    @cached_property
+    def body(self) -> Footprint:
+        """All but the head."""
+        return Footprint.sum((self.embedding, *self.mixing, *self.feeding))
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Matrices as the CPU kernels have them."""
+        return self.body.packed_nbytes + self.head.packed_nbytes
+
+    @property
+    def bytes_by_type(self) -> dict[str, tuple[int, int]]:
+        """The matrices that are multiplied with, by row type: bytes in the file, and packed."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for matrix in self.body.matrices + self.head.matrices:
+            file, packed = sizes.get(matrix.row_type.name, (0, 0))
+            sizes[matrix.row_type.name] = (file + matrix.file_nbytes, packed + matrix.packed_nbytes)
+        return dict(sorted(sizes.items(), key=lambda item: -item[1][1]))
+
+    def session_bytes(self, context: int, kind: str) -> int:
+        """What a session of ``context`` positions keeps: KV caches of type ``kind``, and the state of
+        recurrent layers."""
+        return self.body.cache_bytes(context, kind) + self.body.state_bytes
+
+    def cache_bytes_read(self, position: int, kind: str) -> int:
+        """Bytes of a session's KV caches that decoding at ``position`` reads."""
+        return sum(count * cache.bytes_read(position, kind) for cache, count in self._alike.items())
+
+    def scratch_bytes(self, batch: int, context: int) -> int:
+        """Activations of ``batch`` tokens, and tables of ``context`` positions."""
+        activations = batch * self.body.token_bytes + HEAD_ROWS * self.head.token_bytes
+        return activations + self.body.table_bytes_of(context)
+
+    @cached_property
+    def _alike(self) -> Counter[KeyValues]:
+        return Counter(self.body.caches)
+
+
+def model_footprint(model: Model) -> ModelFootprint:
+    """All of ``model``, a source model or a split file."""
+    spec, hyper, ops = model.spec, model.hyper, _operations(model.hyper)
+    blocks.embedding(ops, model)
+    ops.tokens(with_positions=model.positions is not None)
+    for name in ("normed", "block_out"):
+        ops.made(name, hyper.width)
+    layers = [layer_footprint(spec, hyper, index, layer) for index, layer in enumerate(model.layers)]
+    mixing, feeding = zip(*layers, strict=True)
+    return ModelFootprint(ops.counted, mixing, feeding, head_footprint(model))
+
+
+def layer_footprint(
+    spec: ArchitectureSpec, hyper: Hyperparameters, index: int, w: LayerWeights
+) -> tuple[Footprint, Footprint]:
+    """What mixes tokens in layer ``index`` with these weights, and its FFN."""
+    mixing, feeding, x = _operations(hyper), _operations(hyper), Counted("x", hyper.width)
+    blocks.mix(mixing, spec, hyper, index, w, x)
+    _feed(feeding, spec, hyper, w, x)
+    return mixing.counted, feeding.counted
+
+
+def head_footprint(model: Model) -> Footprint:
+    """The output norm and the head."""
+    ops = CountingOperations()
+    x = Counted("head_input", model.hyper.width)
+    blocks.head(ops, model, model.head, x)
+    return ops.counted
+
+
+def _operations(hyper: Hyperparameters) -> CountingOperations:
+    """With the buffers that the engine shares."""
+    aliases = {"shared_out": "block_out", "scores": "scores_of_experts"}
+    return CountingOperations(aliases if hyper.parallel else aliases | {"attention_input": "normed"})
+
+
+def _feed(
+    ops: CountingOperations, spec: ArchitectureSpec, hyper: Hyperparameters, layer: LayerWeights, x: Counted
+) -> None:
+    """The FFN of a layer that has one."""
+    ffn, how = layer.feeds, blocks.activation_of(hyper)
+    if ffn is None:
+        return
+    normed = blocks.ffn_input(ops, layer.ffn_norm, hyper.norm_eps, x)
+    if isinstance(ffn, ExpertsFFN):
+        read = normed
+        if ffn.beside_norm is not None:
+            read = ops.norm("expert_input", x, ffn.beside_norm, hyper.norm_eps)
+        out = blocks.experts(ops, spec, hyper, ffn, normed, x if spec.early_router else read, read)
+    elif isinstance(ffn, DenseFFN):
+        dense = blocks.dense_of(ffn, layer.ffn_bias, layer.ffn_down_bias)
+        out = blocks.ffn(ops, how, dense, normed)
+        ops.made("up", ffn.up.rows)  # also without a gate: space for kernels that skip rows
+        ops.vectors(layer.ffn_factor_bias)
+    else:
+        out = _split_rows(ops, ffn, normed)
+        ops.vectors(layer.ffn_bias, layer.ffn_down_bias)
+    blocks.post_normed(ops, out, layer.ffn_post_norm, hyper.post_norm_eps)
+
+
+def _split_rows(ops: CountingOperations, ffn: SplitLayer, normed: Counted) -> Counted:
+    """The neurons of a split file, which has a row of down for each, and their predictor."""
+    for name, kind in zip(("gate", "up"), ffn.kinds[:-1], strict=False):
+        ops.rows(name, normed, MatrixShape(ffn.type_of(kind), ffn.neurons, ffn.width))
+    ops.made("up", ffn.neurons)
+    ops.matrices(MatrixShape(ffn.type_of("down"), ffn.neurons, ffn.width))
+    if ffn.predictor is not None:
+        _predictor(ops, ffn.predictor, ffn)
+    return ops.made("block_out", ffn.width)
+
+
+def _predictor(ops: CountingOperations, predictor: SplitPredictor, ffn: SplitLayer) -> None:
+    ops.vectors(predictor.threshold)
+    if not isinstance(predictor, SplitLowRank):
+        ops.bits(predictor.signs)
+        return
+    inward, outward = (TensorType(row_type) for row_type in predictor.types)
+    ops.matrices(MatrixShape(inward, predictor.rank, ffn.width))
+    ops.matrices(MatrixShape(outward, ffn.neurons, predictor.rank))

@@ -202,7 +202,7 @@ def fact_lines(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield f"{prefix}{name}", ", ".join(map(str, value))
         elif isinstance(value, float):
             yield f"{prefix}{name}", f"{value:.6g}"
-        elif name == "bytes" or name.endswith("_bytes") or prefix == "types.":
+        elif name == "bytes" or name.endswith("_bytes") or prefix.endswith("types."):
             yield f"{prefix}{name}", f"{value:,} ({format_size(value)})"
         else:
             yield f"{prefix}{name}", shortened(str(value))

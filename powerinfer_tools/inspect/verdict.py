@@ -15,7 +15,7 @@ from powerinfer_formats.errors import FormatError
 from powerinfer_formats.gguf_scan import TensorInfo
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_tools import detect
-from powerinfer_tools.engine.memory import MARGIN, kv_bytes_per_position
+from powerinfer_tools.engine.memory import MARGIN
 from powerinfer_tools.errors import PowerInferError, TokenizerError
 from powerinfer_tools.inspect.advice import dense_seconds
 from powerinfer_tools.measure.hardware.store import default_profile_path
@@ -43,7 +43,8 @@ _PARTS = (
 @dataclass(frozen=True)
 class Verdict:
     """``reason``: why it does not run; ``parts``: bytes in the file; ``memory_bytes``: weights as they are
-    computed with; ``cache_bytes`` of keys and values for ``context`` tokens; ``fits``: both are below the
+    computed with, and ``packed`` those of its matrices by row type; ``products``: multiplications of a token;
+    ``cache_bytes`` of keys and values for ``context`` tokens; ``fits``: both are below the
     memory that is free; ``tokens_per_second``: predicted, where this machine has been measured. None: not
     known."""
 
@@ -54,6 +55,8 @@ class Verdict:
     true_zeros: bool | None
     parts: dict[str, int]
     memory_bytes: int
+    packed: dict[str, int] | None = None
+    products: int | None = None
     cache_bytes: int | None = None
     context: int | None = None
     free_bytes: int | None = None
@@ -75,7 +78,7 @@ def judge(path: Path, family: str, tensors: Mapping[str, TensorInfo]) -> Verdict
     try:
         if "tokenizer.ggml.model" in model.gguf.metadata:
             require_supported(model.gguf.metadata)
-        return _accepted(model, parts, memory)
+        return _accepted(model, parts)
     except TokenizerError as error:
         silent = TokenizerError(f"its weights can be computed with, but no text read or written: {error}")
         return refused(path, family, silent, parts, memory)
@@ -98,10 +101,12 @@ def refused(
     return Verdict(family, False, reason, spec.activation if spec else None, zeros, parts or {}, memory)
 
 
-def _accepted(model: Model, parts: dict[str, int], memory: int) -> Verdict:
-    hyper = model.hyper
+def _accepted(model: Model, parts: dict[str, int]) -> Verdict:
+    hyper, counted = model.hyper, model.footprint
+    memory = counted.packed_nbytes + counted.body.table_bytes
+    memory += counted.body.vector_bytes + counted.head.vector_bytes
     context = min(DEFAULT_CONTEXT, hyper.trained_context)
-    cache = round(context * kv_bytes_per_position(hyper, "f16") * hyper.layers)
+    cache = counted.session_bytes(context, "f16")
     free = detect.available_ram_bytes()
     return Verdict(
         family=model.spec.name,
@@ -111,6 +116,8 @@ def _accepted(model: Model, parts: dict[str, int], memory: int) -> Verdict:
         true_zeros=model.exact_zeros,
         parts=parts,
         memory_bytes=memory,
+        packed={name: packed for name, (_, packed) in counted.bytes_by_type.items()},
+        products=counted.body.products + counted.head.products,
         cache_bytes=cache,
         context=context,
         free_bytes=free or None,

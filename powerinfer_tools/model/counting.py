@@ -16,7 +16,7 @@ import numpy.typing as npt
 from powerinfer_formats.block_types import TensorType
 from powerinfer_tools.model.hyperparameters import PositionScale, RecurrentSizes, Rope, Routing
 from powerinfer_tools.model.matrices import TILE_ROWS, MatrixShape, round_up
-from powerinfer_tools.model.operations import Activation, Attention
+from powerinfer_tools.model.operations import Activation, Attention, HeadPart
 from powerinfer_tools.model.tensors import Norm, Table, Vector, Weight
 
 KVType = Literal["f16", "q8_0"]
@@ -340,6 +340,11 @@ class CountingOperations:
         self._count("per_head")
         self.matrices(*map(_shape, matrices))
         return self.made(name, len(matrices) * (matrices[0].rows + rest))
+
+    def gather_heads(self, name: str, heads: int, parts: Sequence[HeadPart[Counted]]) -> Counted:
+        """A buffer."""
+        self._count("gather_heads")
+        return self.made(name, heads * sum(part.count for part in parts))
 
     def replace_first(self, x: Counted, y: Counted) -> Counted:
         """In place."""

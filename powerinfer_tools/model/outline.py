@@ -19,8 +19,8 @@ _SPEC = ArchitectureSpec("outline", rope_style="norm")
 
 
 def body_footprint(shape: ModelShape) -> Footprint:
-    """Embedding and layers of ``shape``, counted as :func:`~powerinfer_tools.model.footprint.model_footprint` counts
-    those of a model; norms and biases are not among them."""
+    """Embedding and layers of ``shape``, counted as those of a model are; norms and biases are not among
+    them."""
     if shape.counted is not None:
         return shape.counted.body
     ops = CountingOperations()
@@ -77,6 +77,8 @@ def _hyper(shape: ModelShape, layer: LayerShape) -> Hyperparameters:
         chunked=False,
         post_norm_eps=0.0,
         further_layers=0,
+        xielu=(),
+        value_scale=1.0,
     )
 
 

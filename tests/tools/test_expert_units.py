@@ -220,7 +220,7 @@ def test_bytes_of_a_token_count_everything_there_once(shared: PreparedExperts) -
     engine.close()
     layers = experts_of(model)
     taken = sum(shared.routing.used * expert_size(layer) + shared_size(layer) for layer in layers)
-    blocks = sum(attention_bytes(layer) for layer in model.layers)
+    blocks = sum(attention_bytes(model, index) for index in range(len(model.layers)))
     cache = 2 * shared.layers * 2 * model.hyper.kv_width * 2  # of two positions, in half precision
     row = model.embedding.nbytes // model.embedding.rows
     assert counted == taken + blocks + model.head.nbytes + model.output_norm.nbytes + cache + row

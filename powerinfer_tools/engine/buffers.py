@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import Activations, aligned
+from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
@@ -94,7 +95,7 @@ class Scratch:
 def allocate(model: Model, tokens: int, *, hot: bool, scores: bool) -> Buffers:
     """Buffers for up to ``tokens`` tokens at a time; ``hot`` and ``scores``: also what a hot device and
     predictors (or thresholds of a source model) need."""
-    scratch, hyper, widths = Scratch(tokens), model.hyper, model.footprint.body.buffers
+    scratch, hyper, widths = Scratch(tokens), model.hyper, footprint_of(model).body.buffers
     for name, width in widths.items():
         if name != "tokens":
             # Each at its widest first, so that layers with less share its memory.

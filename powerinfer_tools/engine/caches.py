@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from powerinfer_kernels import KernelError, KVSlot, ProgramBuilder, Slot, Span, State
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model
 
 
@@ -55,7 +56,7 @@ def allocate_state(model: Model, slots: Sequence[Slot], context: int, kind: str)
     try:
         return State.allocate(slots, context, kind)
     except MemoryError:
-        size = model.footprint.session_bytes(context, kind)
+        size = footprint_of(model).session_bytes(context, kind)
         raise ModelError(
             f"no memory for a KV cache of {size} bytes; ask for a shorter context (-c)"
         ) from None

@@ -1,6 +1,7 @@
 """Whether a model fits in memory, judged before anything is allocated."""
 
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model
 
 #: Left to the rest of the system.
@@ -10,7 +11,7 @@ MARGIN = 256 << 20
 def require_session_memory(model: Model, context: int, kv_type: str, promised: int, available: int) -> None:
     """Raise ModelError when what one more session keeps exceeds the ``available`` bytes (0: unknown)
     without those that are ``promised`` to others."""
-    cache = model.footprint.session_bytes(context, kv_type)
+    cache = footprint_of(model).session_bytes(context, kv_type)
     if not available or cache + promised + MARGIN <= available:
         return
     mib = 1 << 20
@@ -27,8 +28,8 @@ def require_memory(model: Model, context: int, kv_type: str, available: int, els
 
     The file itself stays mapped, with the embedding in it, and its pages can be dropped.
     """
-    weights = model.footprint.packed_nbytes
-    cache = model.footprint.session_bytes(context, kv_type)
+    weights = footprint_of(model).packed_nbytes
+    cache = footprint_of(model).session_bytes(context, kv_type)
     if not available or weights + cache - elsewhere + MARGIN <= available:
         return
     mib = 1 << 20

@@ -14,6 +14,7 @@ from powerinfer_tools.engine.head import Head
 from powerinfer_tools.engine.layers import LayerStack
 from powerinfer_tools.errors import ContextFull, ModelError
 from powerinfer_tools.model.counting import HEAD_ROWS
+from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.progress import Progress, Silent
 
@@ -114,7 +115,7 @@ class Session(Closing):
             timeline.add("CPU", name, None, forwarded, time.perf_counter())
         counters.decode_tokens += 1
         counters.decode_passes += 1
-        counters.cache_bytes += weights.model.footprint.cache_bytes_read(self.position, self.kv_type)
+        counters.cache_bytes += footprint_of(weights.model).cache_bytes_read(self.position, self.kv_type)
         counters.decode_seconds += time.perf_counter() - started
         return logits
 
@@ -143,7 +144,7 @@ class Session(Closing):
         logits = self._weights.logits(slice(0, count))
         counters.decode_tokens += 1
         counters.decode_passes += 1
-        footprint = self._weights.model.footprint
+        footprint = footprint_of(self._weights.model)
         counters.cache_bytes += footprint.cache_bytes_read(self.position, self.kv_type)
         counters.decode_seconds += time.perf_counter() - started
         return logits

@@ -80,7 +80,7 @@ class Weights(Closing):
         beside: "Weights | None" = None,
     ) -> None:
         started = time.perf_counter()
-        self.packed = PackedMatrices() if beside is None else beside.packed
+        self.packed: PackedMatrices = PackedMatrices() if beside is None else beside.packed
         self.model, self.kv_type = model, kv_type
         self.context = _check_context(model, context)
         self.batch = max(1, min(batch, self.context))

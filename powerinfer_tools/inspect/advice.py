@@ -13,6 +13,7 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools import detect
 from powerinfer_tools.engine.memory import MARGIN
 from powerinfer_tools.measure.hardware.store import find_hardware
+from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model
 from powerinfer_tools.stages.plan import costs
@@ -134,8 +135,8 @@ def _advice(
     hyper = model.hyper
     context = min(DEFAULT_CONTEXT, hyper.trained_context)
     weights = sum(info.nbytes for info in model.gguf.tensors.values())
-    cache = model.footprint.session_bytes(context, "f16")
-    fits = not free or model.footprint.packed_nbytes + cache + MARGIN <= free
+    cache = footprint_of(model).session_bytes(context, "f16")
+    fits = not free or footprint_of(model).packed_nbytes + cache + MARGIN <= free
     ways = _ways(model, shape, machine, known)
     routing = hyper.routing
     return Advice(

@@ -16,6 +16,9 @@ from powerinfer_tools.model.hyperparameters import Hyperparameters
 from powerinfer_tools.model.loading import LayerWeights, Model
 from powerinfer_tools.model.matrices import MatrixShape
 
+#: Among a model's attributes, as those of functools.cached_property are.
+_KEPT = "_footprint"
+
 
 @dataclass(frozen=True)
 class ModelFootprint:
@@ -65,8 +68,16 @@ class ModelFootprint:
         return Counter(self.body.caches)
 
 
-def model_footprint(model: Model) -> ModelFootprint:
-    """All of ``model``, a source model or a split file."""
+def footprint_of(model: Model) -> ModelFootprint:
+    """All of ``model``, a source model or a split file; counted once, and kept with it."""
+    held: dict[str, object] = vars(model)
+    counted = held.get(_KEPT)
+    if not isinstance(counted, ModelFootprint):
+        counted = held[_KEPT] = _counted(model)
+    return counted
+
+
+def _counted(model: Model) -> ModelFootprint:
     spec, hyper, ops = model.spec, model.hyper, _operations(model.hyper)
     blocks.embedding(ops, model)
     ops.tokens(with_positions=model.positions is not None)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,9 +26,6 @@ from powerinfer_tools.model.recurrent import Recurrent, read_recurrent
 from powerinfer_tools.model.rotary import RopeFactors
 from powerinfer_tools.model.sources import open_source
 from powerinfer_tools.model.tensors import MATRIX_TYPES, Norm, Tensors, Vector, Weight
-
-if TYPE_CHECKING:
-    from powerinfer_tools.model.footprint import ModelFootprint
 
 
 @dataclass(frozen=True)
@@ -146,13 +142,6 @@ class Model:
     def fingerprint(self) -> str:
         """Identity of the weights: of the source model, also for a split file."""
         return self.split.source_fingerprint if self.split else model_fingerprint(self.gguf)
-
-    @cached_property
-    def footprint(self) -> "ModelFootprint":
-        """What the model takes, counted by going through its blocks."""
-        from powerinfer_tools.model.footprint import model_footprint
-
-        return model_footprint(self)
 
     @property
     def is_original(self) -> bool:

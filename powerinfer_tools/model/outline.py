@@ -45,8 +45,14 @@ def head_footprint(shape: ModelShape) -> Footprint:
 def _hyper(shape: ModelShape, layer: LayerShape) -> Hyperparameters:
     # A window has rotary positions of its own base.
     rope = Rope("norm", shape.rope_dim, 2.0 if layer.window else 1.0) if shape.rope_dim else None
-    routed = "dense" if layer.experts is None else "experts"
-    facts = LayerFacts(layer.window, rope, "attention", routed, shape.heads, shape.kv_heads, layer.up.rows)
+    facts = LayerFacts(
+        layer.window,
+        rope,
+        ffn="dense" if layer.experts is None else "experts",
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        neurons=layer.up.rows,
+    )
     return Hyperparameters(
         layers=len(shape.layers),
         width=shape.width,

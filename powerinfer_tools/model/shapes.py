@@ -219,7 +219,9 @@ def shape_of_model(model: "Model") -> ModelShape:
             f"{model.path}: this is a split file; make the plan from the source model "
             "(run takes a smaller --vram on a split file without a new plan)"
         )
-    hyper = model.hyper
+    from powerinfer_tools.model.footprint import footprint_of
+
+    hyper, counted = model.hyper, footprint_of(model)
     return ModelShape(
         name=model.name,
         architecture=model.spec.name,
@@ -228,21 +230,21 @@ def shape_of_model(model: "Model") -> ModelShape:
         kv_heads=hyper.kv_heads,
         head_dim=hyper.head_dim,
         trained_context=hyper.trained_context,
-        layers=tuple(_layer_of_model(model, index) for index in range(hyper.layers)),
+        layers=tuple(_layer_of_model(model, counted, index) for index in range(hyper.layers)),
         embedding=_matrix(model.embedding),
         head=_matrix(model.head),
         rope_dim=hyper.rope_dim,
         position_bytes=0 if model.positions is None else model.positions.nbytes,
         parallel=hyper.parallel,
-        counted=model.footprint,
+        counted=counted,
         fingerprint=model.fingerprint,
         tied=model.head is model.embedding,
         attention_limit=model.attention_limit,
     )
 
 
-def _layer_of_model(model: "Model", index: int) -> LayerShape:
-    mixing, feeding = model.footprint.mixing[index], model.footprint.feeding[index]
+def _layer_of_model(model: "Model", counted: "ModelFootprint", index: int) -> LayerShape:
+    mixing, feeding = counted.mixing[index], counted.feeding[index]
     ffn, experts = _ffn_of_model(model, index)
     return LayerShape(
         attention=tuple(mixing.matrices),

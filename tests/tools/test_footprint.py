@@ -10,7 +10,7 @@ from powerinfer_formats.block_types import TensorType
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.model.architectures import ARCHITECTURES
 from powerinfer_tools.model.counting import Footprint
-from powerinfer_tools.model.footprint import ModelFootprint, model_footprint
+from powerinfer_tools.model.footprint import ModelFootprint, footprint_of
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.outline import body_footprint, head_footprint
@@ -29,7 +29,7 @@ def test_every_family_takes_what_is_counted(name: str, tmp_path: Path) -> None:
     else:
         write_random(path, ARCHITECTURES[name])
     model = load_model(path)
-    counted = model_footprint(model)
+    counted = footprint_of(model)
     engine = Engine(model, threads=1, context=40, batch=8)
     taken = engine.report().memory
     engine.close()

@@ -9,6 +9,7 @@ from powerinfer_tools.engine.hot import expert_sizes, sizes
 from powerinfer_tools.engine.hot.sizes import HotSize, Widths
 from powerinfer_tools.model.counting import Footprint
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope
 from powerinfer_tools.model.loading import Model
 
@@ -146,7 +147,7 @@ def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
     weights, scratch, cache = size.weights, size.scratch, 0
     moved = [index for index, there in enumerate(units.attention) if there]
     if moved:
-        mixing = [model.footprint.mixing[index] for index in moved]
+        mixing = [footprint_of(model).mixing[index] for index in moved]
         weights += sum(attention_bytes(model, index) for index in moved)
         cache = sum(held.nbytes(work.context, work.kv_type) for layer in mixing for held in layer.caches)
         scratch += sizes.attention_scratch_bytes(widths, work.tokens, work.context)
@@ -169,7 +170,7 @@ def widths_of(hyper: Hyperparameters) -> Widths:
 def attention_bytes(model: Model, index: int) -> int:
     """The matrices of an attention block, and all norms and biases of its layer but those of neurons; the
     router, where there is one."""
-    mixing, layer = model.footprint.mixing[index], model.layers[index]
+    mixing, layer = footprint_of(model).mixing[index], model.layers[index]
     others = (layer.ffn_norm, layer.ffn_down_bias, layer.ffn_post_norm)
     router = expert_sizes.router_size(layer.ffn) if isinstance(layer.ffn, ExpertsFFN) else 0
     vectors = mixing.vector_bytes + sum(part.nbytes for part in others if part is not None)

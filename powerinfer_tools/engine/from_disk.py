@@ -16,6 +16,7 @@ from powerinfer_tools.engine.memory import MARGIN, require_memory
 from powerinfer_tools.engine.residency import Budget, Residency, too_little
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model
 
 #: How experts get their places in memory: by the profile alone, or by what tokens take.
@@ -130,7 +131,7 @@ class _Size:
     """What a model takes in memory, in bytes."""
 
     def __init__(self, model: Model, context: int, kv_type: str) -> None:
-        self._model, self._counted = model, model.footprint
+        self._model, self._counted = model, footprint_of(model)
         body, head = self._counted.body, self._counted.head
         # Rows of the embedding are read in the mapped file, whose pages count as this process's.
         self.weights = self._counted.packed_nbytes + body.table_bytes + body.vector_bytes + head.vector_bytes

@@ -9,7 +9,6 @@ import pytest
 from powerinfer_formats.profile import Profile
 from powerinfer_kernels import Matrix, Pool
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine import weights as weights_module
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.quality.alternating import Alternating
@@ -60,7 +59,8 @@ def test_threshold_packs_once_and_needs_no_memory_at_its_end(
     opened, complete = Opened(monkeypatch), thresholding._Choice.complete
 
     def without_memory(choice: thresholding._Choice) -> object:
-        monkeypatch.setattr(weights_module, "available_ram_bytes", lambda: 1)
+        for module in ("weights", "from_disk"):
+            monkeypatch.setattr(f"powerinfer_tools.engine.{module}.available_ram_bytes", lambda: 1)
         return complete(choice)
 
     monkeypatch.setattr(thresholding._Choice, "complete", without_memory)
@@ -133,7 +133,9 @@ def test_weights_that_cannot_be_laid_out_leave_nothing_open(
     with pytest.raises(MemoryError), Engine(load_model(options.model), threads=1):
         pass
     assert opened.pools == opened.closed == 1
-    monkeypatch.setattr(weights_module, "available_ram_bytes", lambda: 1)
+    monkeypatch.undo()
+    opened = Opened(monkeypatch)
+    monkeypatch.setattr("powerinfer_tools.engine.from_disk.available_ram_bytes", lambda: 1)
     with pytest.raises(ModelError, match="do not fit"):
         Engine(load_model(options.model), threads=1)
     assert opened.pools == opened.closed == 1

@@ -182,6 +182,8 @@ def verdict_lines(verdict: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     weights, cache = (format_size(verdict[f"{kind}_bytes"]) for kind in ("memory", "cache"))
     yield "memory", f"{weights} of weights, {cache} of KV cache for {verdict['context']:,} tokens"
+    for row_type, nbytes in verdict["packed"].items():
+        yield f"packed {row_type}", format_size(nbytes)
     if "free_bytes" in verdict:
         yield (
             "free here",
@@ -202,7 +204,7 @@ def fact_lines(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield f"{prefix}{name}", ", ".join(map(str, value))
         elif isinstance(value, float):
             yield f"{prefix}{name}", f"{value:.6g}"
-        elif name == "bytes" or name.endswith("_bytes") or prefix.endswith("types."):
+        elif name == "bytes" or name.endswith("_bytes") or prefix == "types.":
             yield f"{prefix}{name}", f"{value:,} ({format_size(value)})"
         else:
             yield f"{prefix}{name}", shortened(str(value))

@@ -20,6 +20,7 @@ from powerinfer_tools.errors import PowerInferError, TokenizerError
 from powerinfer_tools.inspect.advice import dense_seconds
 from powerinfer_tools.measure.hardware.store import default_profile_path
 from powerinfer_tools.model.architectures import ARCHITECTURES, RELU_FAMILY
+from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import shape_of_model
@@ -102,7 +103,7 @@ def refused(
 
 
 def _accepted(model: Model, parts: dict[str, int]) -> Verdict:
-    hyper, counted = model.hyper, model.footprint
+    hyper, counted = model.hyper, footprint_of(model)
     memory = counted.packed_nbytes + counted.body.table_bytes
     memory += counted.body.vector_bytes + counted.head.vector_bytes
     context = min(DEFAULT_CONTEXT, hyper.trained_context)

@@ -27,6 +27,7 @@ from powerinfer_tools.measure.synthetic.topics import Topics, text
 from powerinfer_tools.model.architectures import ARCHITECTURES
 from powerinfer_tools.model.loading import Model, load_model
 from random_families import write_random
+from tiny_folders import FolderCase, make_folder
 from tiny_models import CASES, TinyModel, make_tiny_model
 
 FAMILIES = ("mixtral-Q4_0", "qwen2moe", "qwen3moe")
@@ -138,6 +139,21 @@ def test_split_files_and_placements(tmp_path: Path, slots: dict[str, float]) -> 
         finally:
             engine.close()
     assert all(report is not None and report.read_bytes > 0 for report in read.values())
+
+
+def test_a_hugging_face_directory(tmp_path: Path, slots: dict[str, float]) -> None:
+    """Experts are tensors of their own there, one by one."""
+    sizes = {"hidden_size": 64, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    sizes |= {"shared_expert_intermediate_size": 96}
+    made = make_folder(tmp_path / "model", FolderCase("Qwen2Moe", "qwen2", sizes))
+    tokens = [int(token) for token in np.random.default_rng(0).integers(3, 60, 16)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights_module, "open_from_disk", lambda *_, **__: None)
+        expected, _ = logits(made.path, tokens)
+    slots["share"], slots["batch"] = 0.5, 1
+    got, engine = logits(made.path, tokens)
+    assert np.array_equal(got, expected)
+    assert engine.stack.residency is not None
 
 
 def test_a_profile_is_found_beside_the_model_and_must_be_its_own(

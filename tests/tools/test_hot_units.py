@@ -9,8 +9,7 @@ import pytest
 from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from meetings import Meeting
 from powerinfer_kernels import triton_launch
-from powerinfer_tools.engine import Engine, layers, memory
-from powerinfer_tools.engine import weights as weights_module
+from powerinfer_tools.engine import Engine, from_disk, layers, memory
 from powerinfer_tools.engine.hot.devices import DeviceLost
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from powerinfer_tools.engine.hot.opening import planned_units
@@ -193,7 +192,7 @@ def test_what_a_gpu_holds_need_not_fit_in_ram(llama: Prepared, monkeypatch: pyte
     # The embedding stays outside; the tiny model's weights are less than what is left to the system.
     room = memory.MARGIN + model.embedding.nbytes
     monkeypatch.setattr(layers, "available_ram_bytes", lambda: room)
-    monkeypatch.setattr(weights_module, "available_ram_bytes", lambda: room)
+    monkeypatch.setattr(from_disk, "available_ram_bytes", lambda: room)
     gpu = FakeGpu(1 << 30)
     on(monkeypatch, gpu)
     Engine(model, threads=1, device="cuda", batch=5, context=40).close()

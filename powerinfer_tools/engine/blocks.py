@@ -18,7 +18,8 @@ from powerinfer_tools.engine.program_operations import ProgramOperations
 from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model import blocks
-from powerinfer_tools.model.loading import LayerWeights, Model
+from powerinfer_tools.model.layer_weights import LayerWeights
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.operations import Activation
 from powerinfer_tools.model.tensors import Norm, Weight
 

@@ -18,7 +18,7 @@ from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedMatrices
 from powerinfer_tools.engine.recurrent_operations import RecurrentOperations
 from powerinfer_tools.engine.values import Value
-from powerinfer_tools.model.hyperparameters import PositionScale, Rope
+from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope
 from powerinfer_tools.model.operations import Activation, Attention, HeadPart
 from powerinfer_tools.model.refused_operations import WithoutExperts
 from powerinfer_tools.model.rotary import RotaryTables

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from powerinfer_kernels import ProgramBuilder
 from powerinfer_tools.engine.buffers import Floats, Scratch
 from powerinfer_tools.engine.values import Value
-from powerinfer_tools.model.hyperparameters import RecurrentSizes
+from powerinfer_tools.model.hyperparameter_types import RecurrentSizes
 from powerinfer_tools.model.tensors import Table, Vector
 
 

@@ -21,7 +21,7 @@ from powerinfer_tools.engine.disk_report import DiskReport
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
-from powerinfer_tools.model.hyperparameters import Routing
+from powerinfer_tools.model.hyperparameter_types import Routing
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.tensors import Weight
 

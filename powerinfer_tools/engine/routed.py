@@ -15,7 +15,7 @@ from powerinfer_tools.engine.hot.routes import SHARED, Route
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.residency import Residency, write_choice, write_scores
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
-from powerinfer_tools.model.hyperparameters import Hyperparameters, Routing
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters, Routing
 
 
 @dataclass(frozen=True)

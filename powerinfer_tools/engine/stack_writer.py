@@ -25,7 +25,8 @@ from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
 from powerinfer_tools.engine.routed_steps import RoutedSteps
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
-from powerinfer_tools.model.loading import LayerWeights, Model
+from powerinfer_tools.model.layer_weights import LayerWeights
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.rotary import growth_tables, rope_tables
 
 

@@ -10,9 +10,10 @@ from typing import Generic, TypeVar
 
 from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
-from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 from powerinfer_tools.model.latent import LatentWeights, latent_attention
-from powerinfer_tools.model.loading import AttentionWeights, LayerWeights, Model
+from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.operations import Activation, Attention, Operations
 from powerinfer_tools.model.recurrent_blocks import recurrent
 from powerinfer_tools.model.tensors import Norm, Vector, Weight

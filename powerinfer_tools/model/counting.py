@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.block_types import TensorType
-from powerinfer_tools.model.hyperparameters import PositionScale, RecurrentSizes, Rope, Routing
+from powerinfer_tools.model.hyperparameter_types import PositionScale, RecurrentSizes, Rope, Routing
 from powerinfer_tools.model.matrices import TILE_ROWS, MatrixShape, round_up
 from powerinfer_tools.model.operations import Activation, Attention, HeadPart
 from powerinfer_tools.model.tensors import Norm, Table, Vector, Weight

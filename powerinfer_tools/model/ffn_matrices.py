@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from powerinfer_formats.split import SplitFile, SplitUnits
 from powerinfer_formats.split_layout import experts_name, source_experts_name
 from powerinfer_tools.model.architectures import ArchitectureSpec
-from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 from powerinfer_tools.model.tensors import Norm, Stack, Table, Tensors, Vector, Weight
 
 

@@ -12,8 +12,9 @@ from powerinfer_tools.model import blocks
 from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.counting import HEAD_ROWS, Counted, CountingOperations, Footprint, KeyValues
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
-from powerinfer_tools.model.hyperparameters import Hyperparameters
-from powerinfer_tools.model.loading import LayerWeights, Model
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters
+from powerinfer_tools.model.layer_weights import LayerWeights
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.matrices import MatrixShape
 
 #: Among a model's attributes, as those of functools.cached_property are.

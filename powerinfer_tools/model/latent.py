@@ -8,7 +8,7 @@ parts as one matrix make keys and values of each head, and keep those.
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from powerinfer_tools.model.hyperparameters import LatentSizes, LayerFacts
+from powerinfer_tools.model.hyperparameter_types import LatentSizes, LayerFacts
 from powerinfer_tools.model.operations import Attention, HeadPart, Operations
 from powerinfer_tools.model.tensors import Norm, Tensors, Weight
 

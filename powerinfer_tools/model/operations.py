@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from powerinfer_tools.model.hyperparameters import PositionScale, RecurrentSizes, Rope, Routing
+from powerinfer_tools.model.hyperparameter_types import PositionScale, RecurrentSizes, Rope, Routing
 from powerinfer_tools.model.tensors import Norm, Table, Vector, Weight
 
 V = TypeVar("V")

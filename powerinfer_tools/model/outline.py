@@ -7,8 +7,8 @@ from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.counting import Counted, CountingOperations, Footprint
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.footprint import layer_footprint
-from powerinfer_tools.model.hyperparameters import Hyperparameters, LayerFacts, Rope, Routing
-from powerinfer_tools.model.loading import AttentionWeights, LayerWeights
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters, LayerFacts, Rope, Routing
+from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import LayerShape, ModelShape
 from powerinfer_tools.model.tensors import Norm, Stack, Weight

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from powerinfer_tools.model.architectures import RecurrentKind
-from powerinfer_tools.model.hyperparameters import RecurrentSizes
+from powerinfer_tools.model.hyperparameter_types import RecurrentSizes
 from powerinfer_tools.model.tensors import Norm, Table, Tensors, Vector, Weight
 
 

@@ -14,8 +14,9 @@ from powerinfer_formats.split_predictors import SplitSigns
 from powerinfer_kernels import RowType, dequantize, reference, reference_experts
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
-from powerinfer_tools.model.hyperparameters import PositionScale, Rope, Routing
-from powerinfer_tools.model.loading import AttentionWeights, LayerWeights, Model
+from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope, Routing
+from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.operations import Activation, Attention, HeadPart
 from powerinfer_tools.model.reference_recurrent import RecurrentArrays
 from powerinfer_tools.model.rotary import RopeFactors, position_factors, rotary_angles

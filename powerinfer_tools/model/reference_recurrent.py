@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_kernels import reference, reference_recurrent
-from powerinfer_tools.model.hyperparameters import RecurrentSizes
+from powerinfer_tools.model.hyperparameter_types import RecurrentSizes
 from powerinfer_tools.model.tensors import Table, Vector
 
 Array = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, NoReturn, TypeVar
 
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model.hyperparameters import RecurrentSizes, Routing
+from powerinfer_tools.model.hyperparameter_types import RecurrentSizes, Routing
 from powerinfer_tools.model.operations import HeadPart
 from powerinfer_tools.model.tensors import Table, Vector, Weight
 

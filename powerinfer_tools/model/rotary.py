@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_tools.model.hyperparameters import Hyperparameters, PositionScale, Rope, Yarn
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters, PositionScale, Rope, Yarn
 
 Table = npt.NDArray[np.float32]
 

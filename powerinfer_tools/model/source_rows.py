@@ -9,7 +9,8 @@ from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model.down_rows import on_threads
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
-from powerinfer_tools.model.loading import Model, mixing_weights
+from powerinfer_tools.model.layer_weights import mixing_weights
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.split_rows import plain_rows
 from powerinfer_tools.model.tensors import Weight
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.model.loading import LayerWeights, Model, load_model
+from powerinfer_tools.model.layer_weights import LayerWeights
+from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.reference import forward, predicted_neurons, predictor_scores
 
 HALF = 2.0**-11  # unit roundoff of the cache

@@ -12,7 +12,7 @@ from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.architectures import ARCHITECTURES, REFUSED, architecture
-from powerinfer_tools.model.hyperparameters import Rope, Yarn
+from powerinfer_tools.model.hyperparameter_types import Rope, Yarn
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
 from powerinfer_tools.model.rotary import RopeFactors, rotary_angles, rotary_tables

@@ -16,7 +16,8 @@ from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.architectures import ARCHITECTURES
-from powerinfer_tools.model.loading import AttentionWeights, Model, load_model
+from powerinfer_tools.model.layer_weights import AttentionWeights
+from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.reference import NumpyOperations
 from random_families import write_random
 

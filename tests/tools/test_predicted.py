@@ -10,7 +10,8 @@ import pytest
 from engine_logits import MARGIN, logits, margin, near, predictor_inputs
 from powerinfer_formats.split import SplitLayer
 from powerinfer_kernels import available_isas, reference
-from powerinfer_tools.model.loading import LayerWeights, load_model
+from powerinfer_tools.model.layer_weights import LayerWeights
+from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward, predicted_neurons
 from predicted_models import predicted_split
 

@@ -24,7 +24,8 @@ from powerinfer_tools.engine.hot.predictor_units import PredictorParts, reads_fl
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.engine.hot.stream import HotLayer, HotStream, Landing, StreamMemory
 from powerinfer_tools.model.counting import HEAD_ROWS
-from powerinfer_tools.model.loading import AttentionWeights, Model
+from powerinfer_tools.model.layer_weights import AttentionWeights
+from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.tensors import Weight
 
 Tensor = torch.Tensor

@@ -23,7 +23,7 @@ from powerinfer_tools.engine.hot.placement import HotCounts, HotUnits
 from powerinfer_tools.engine.hot.products import Product
 from powerinfer_tools.engine.hot.routes import SHARED
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
-from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 from powerinfer_tools.model.tensors import Stack, Weight
 
 Tensor = torch.Tensor

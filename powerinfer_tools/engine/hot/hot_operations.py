@@ -17,7 +17,7 @@ from powerinfer_tools.engine.hot.elementwise import HotNorm, rotate, round_activ
 from powerinfer_tools.engine.hot.hot_ffn import Inputs, activate
 from powerinfer_tools.engine.hot.placed import Named, Placed, Rotary
 from powerinfer_tools.engine.hot.products import Product, round_where_needed
-from powerinfer_tools.model.hyperparameters import PositionScale, Rope
+from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope
 from powerinfer_tools.model.operations import Activation, Attention
 from powerinfer_tools.model.refused_operations import WithoutEmbedding, WithoutExperts, WithoutRecurrence
 from powerinfer_tools.model.tensors import Norm, Vector, Weight

@@ -14,7 +14,7 @@ from powerinfer_tools.engine.hot.hot_ffn import Inputs
 from powerinfer_tools.engine.hot.loading import Arena, Form
 from powerinfer_tools.engine.hot.placement import Workload
 from powerinfer_tools.engine.hot.products import Product
-from powerinfer_tools.model.hyperparameters import PositionScale, Rope
+from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.operations import Attention
 from powerinfer_tools.model.rotary import position_factors, rotary_tables

@@ -10,7 +10,7 @@ from powerinfer_tools.engine.hot.sizes import HotSize, Widths
 from powerinfer_tools.model.counting import Footprint
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.footprint import footprint_of
-from powerinfer_tools.model.hyperparameters import Hyperparameters, Rope
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters, Rope
 from powerinfer_tools.model.loading import Model
 
 #: Each piece starts on such a boundary of the device's memory.

@@ -15,7 +15,7 @@ from powerinfer_tools.engine.hot.loading import Form
 from powerinfer_tools.engine.hot.prediction import HotLowRank, HotPredictor, HotSigns, Naming, Scorer
 from powerinfer_tools.engine.hot.products import Product
 from powerinfer_tools.engine.hot.sizes import TOKENS_AT_ONCE
-from powerinfer_tools.model.hyperparameters import Hyperparameters
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 
 Tensor = torch.Tensor
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from powerinfer_formats.profile import LayerSums, Profile, round_squares
 from powerinfer_formats.profile_sums import add_sums
 from powerinfer_tools.engine.observation import LayerCounters, counters
-from powerinfer_tools.model.hyperparameters import Hyperparameters, LayerFacts
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters, LayerFacts
 from powerinfer_tools.model.loading import Model
 
 Squares = npt.NDArray[np.float64]

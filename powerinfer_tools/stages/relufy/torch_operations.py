@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from powerinfer_kernels import dequantize
-from powerinfer_tools.model.hyperparameters import PositionScale, Rope, Routing
+from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope, Routing
 from powerinfer_tools.model.operations import Activation, Attention
 from powerinfer_tools.model.refused_operations import WithoutRecurrence
 from powerinfer_tools.model.rotary import RotaryTables, position_factors

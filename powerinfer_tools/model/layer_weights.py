@@ -1,0 +1,93 @@
+"""What one layer of a model holds: its matrices, norms and vectors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from powerinfer_formats.split import SplitLayer
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
+from powerinfer_tools.model.latent import LatentWeights
+from powerinfer_tools.model.layer_loading import load_whole
+from powerinfer_tools.model.recurrent import Recurrent
+from powerinfer_tools.model.tensors import Norm, Vector, Weight
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Attention of one layer; norms and biases that the family does not have are None."""
+
+    norm: Norm | None
+    query: Weight
+    key: Weight
+    value: Weight
+    output: Weight
+    query_bias: Vector | None
+    key_bias: Vector | None
+    value_bias: Vector | None
+    output_bias: Vector | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    post_norm: Norm | None
+    gate: Weight | None = None
+    gate_bias: Vector | None = None
+    sinks: Vector | None = None
+    inner_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class RecurrentWeights:
+    """What mixes tokens in one layer without attention, or beside it."""
+
+    norm: Norm
+    mixer: Recurrent
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """All weights of one layer. ``ffn`` is a :class:`DenseFFN` or :class:`ExpertsFFN`, or a layer of a split
+    file. A layer without attention has no ``attends``, one without FFN no ``feeds``; whoever knows that it
+    has one asks for ``attention`` or ``ffn``.
+
+    ``ffn_bias`` is added to what the activation reads, one value per neuron in the order of ``ffn``,
+    ``ffn_factor_bias`` to the products with up of a gated FFN, ``ffn_down_bias`` to the output.
+    """
+
+    attends: AttentionWeights | LatentWeights | None
+    ffn_norm: Norm | None
+    feeds: DenseFFN | ExpertsFFN | SplitLayer | None
+    ffn_bias: Vector | None
+    ffn_down_bias: Vector | None
+    ffn_post_norm: Norm | None
+    recurs: RecurrentWeights | None = None
+    ffn_factor_bias: Vector | None = None
+    ffn_inner_norm: Norm | None = None
+
+    @property
+    def attention(self) -> AttentionWeights:
+        """The attention, of a layer that has one."""
+        assert isinstance(self.attends, AttentionWeights)
+        return self.attends
+
+    @property
+    def ffn(self) -> DenseFFN | ExpertsFFN | SplitLayer:
+        """The FFN, of a layer that has one."""
+        assert self.feeds is not None
+        return self.feeds
+
+    @property
+    def source_ffn(self) -> DenseFFN:
+        """The matrices of a source model, see :attr:`Model.is_source`."""
+        if isinstance(self.ffn, DenseFFN):
+            return self.ffn
+        layer = self.ffn
+        assert isinstance(layer, SplitLayer), "stages that want one FFN refuse models with experts"
+        rows = {kind: load_whole(layer, kind) for kind in layer.kinds}
+        return DenseFFN(rows.get("gate"), rows["up"], rows["down"], transposed=True)
+
+
+def mixing_weights(layer: LayerWeights) -> Iterator[Weight]:
+    """All matrices of what mixes the tokens of a layer: attention, a recurrent block, or both."""
+    for block in (layer.attends, None if layer.recurs is None else layer.recurs.mixer):
+        for part in () if block is None else vars(block).values():
+            yield from (
+                one for one in (part if isinstance(part, tuple) else (part,)) if isinstance(one, Weight)
+            )

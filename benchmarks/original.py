@@ -128,7 +128,7 @@ class Task:
 def _is_sentencepiece(path: Path) -> bool:
     model = load_model(path)
     try:
-        return bool(model.gguf.get("tokenizer.ggml.model", str) == "llama")
+        return bool(model.source.get("tokenizer.ggml.model", str) == "llama")
     finally:
         model.close()
 
@@ -146,7 +146,7 @@ def same_tokens(path: Path, ids: list[int], text: str) -> int:
     """How many of our tokens ``ids`` the original's ``text`` begins with."""
     model = load_model(path)
     try:
-        decoder = Tokenizer.from_gguf(model.gguf).stream()
+        decoder = Tokenizer.from_gguf(model.source).stream()
         ours = ""
         for count, token in enumerate(ids):
             ours += decoder.push(token)

@@ -52,7 +52,7 @@ class Drafts:
 def _require_same_vocabulary(large: Model, small: Model) -> None:
     keys = ("tokenizer.ggml.model", "tokenizer.ggml.tokens")
     same = large.hyper.vocabulary == small.hyper.vocabulary
-    if same and all(large.gguf.metadata.get(key) == small.gguf.metadata.get(key) for key in keys):
+    if same and all(large.source.metadata.get(key) == small.source.metadata.get(key) for key in keys):
         return
     raise ModelError(
         f"{small.path}: its vocabulary ({small.hyper.vocabulary} tokens) is not that of {large.path} "

@@ -128,12 +128,12 @@ class Model:
     @property
     def has_chat_template(self) -> bool:
         """Whether the file brings a chat template. :meth:`chat` writes plain turns where it does not."""
-        return has_chat_template(self._loaded.gguf)
+        return has_chat_template(self._loaded.source)
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What could not be done as asked, and what is done instead."""
-        return (*self._loaded.gguf.notices, *self._weights.notices)
+        return (*self._loaded.source.notices, *self._weights.notices)
 
     def text_notices(self, *, chat: bool) -> tuple[str, ...]:
         """The same about the tokeniser, and for a ``chat`` about the template. Raises TokenizerError."""
@@ -199,11 +199,11 @@ class Model:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self._loaded.gguf)
+        return Tokenizer.from_gguf(self._loaded.source)
 
     @cached_property
     def _template(self) -> Template:
-        return chat_template(self._loaded.gguf, self._tokenizer)
+        return chat_template(self._loaded.source, self._tokenizer)
 
     @staticmethod
     def _ending(session: Session, begin: Any) -> TextStream:

@@ -72,7 +72,7 @@ def engines_of(
         return engine
 
     model = load_model(path)
-    for notice in model.gguf.notices:
+    for notice in model.source.notices:
         say(notice)
     try:
         yield model, open_engine

@@ -119,7 +119,7 @@ def text_windows(model: "Model", text: str, ctx: int, chunks: int | None) -> lis
     from powerinfer_tools.quality.perplexity import windows
     from powerinfer_tools.text import Tokenizer
 
-    tokenizer = Tokenizer.from_gguf(model.gguf)
+    tokenizer = Tokenizer.from_gguf(model.source)
     for notice in tokenizer.notices:
         say(notice)
     return windows(tokenizer.encode(text), ctx, chunks, tokenizer.bos_id if tokenizer.adds_bos else None)

@@ -56,7 +56,7 @@ def score_tasks(
     from powerinfer_tools.text import Tokenizer
 
     rows: list[dict[str, Any]] = []
-    tokenizer = Tokenizer.from_gguf(model.gguf)
+    tokenizer = Tokenizer.from_gguf(model.source)
     for mode in modes:
         reason = refusal(model, mode) if mode else None
         if reason:

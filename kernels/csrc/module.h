@@ -11,8 +11,7 @@
 #include "units.h"
 
 extern PyObject *pi_kernel_error; /* powerinfer_kernels.KernelError */
-extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type, *pi_state_type,
-    *pi_units_type;
+extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type, *pi_state_type, *pi_units_type;
 extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec, pi_state_spec, pi_units_spec;
 
 typedef struct {

@@ -61,7 +61,8 @@ static int take_part(PyObject *tuple, const specs *s, int kind, pi_unit_part *pa
     pi_matrix *m = &((matrix_object *)matrix)->matrix;
     *part = (pi_unit_part){m, row_type, file, offset, place, piece};
     const int fits = file >= 0 && file < s->files && offset >= 0 && place >= 0 && place % 64 == 0 && piece > 0 &&
-                     !((matrix_object *)matrix)->memory.mapping && pi_tile_bytes(row_type, m->columns) == m->tile_bytes &&
+                     !((matrix_object *)matrix)->memory.mapping &&
+                     pi_tile_bytes(row_type, m->columns) == m->tile_bytes &&
                      place + m->tiles * m->tile_bytes <= s->kinds[kind].bytes;
     if (!fits) PyErr_SetString(pi_kernel_error, "a matrix does not fit its unit");
     return fits ? 0 : -1;

@@ -14,7 +14,7 @@
 
 typedef struct pi_units pi_units;
 
-typedef struct { /* a matrix of a unit: packed into the unit's slot, from rows of a file */
+typedef struct {         /* a matrix of a unit: packed into the unit's slot, from rows of a file */
     pi_matrix *matrix;   /* its `data` is NULL while the unit is not in use */
     int32_t row_type;    /* of the file's rows */
     int32_t file;        /* index */
@@ -33,20 +33,20 @@ typedef struct { /* slots of one size */
 } pi_slot_kind_spec;
 
 typedef struct {
-    int64_t taken;      /* units that tokens of a pass took, added up over passes */
-    int64_t hits;       /* those of them that were in memory */
-    int64_t late;       /* those that were being read already */
-    int64_t ahead;      /* units asked for ahead of need */
-    int64_t ahead_used; /* those of them that were then taken while they were there or on their way */
-    int64_t read_bytes; /* from the files */
-    int64_t hit_bytes;  /* of the hits, packed */
-    int64_t moved;      /* units that gave up their slot */
+    int64_t taken;            /* units that tokens of a pass took, added up over passes */
+    int64_t hits;             /* those of them that were in memory */
+    int64_t late;             /* those that were being read already */
+    int64_t ahead;            /* units asked for ahead of need */
+    int64_t ahead_used;       /* those of them that were then taken while they were there or on their way */
+    int64_t read_bytes;       /* from the files */
+    int64_t hit_bytes;        /* of the hits, packed */
+    int64_t moved;            /* units that gave up their slot */
     int64_t wait_nanoseconds; /* that programs waited */
 } pi_unit_counters;
 
-enum { /* pi_unit_fault.error, beside the numbers of errno */
-    PI_UNIT_SHORT = -1,   /* the file ends before the unit */
-    PI_UNIT_CHANGED = -2, /* the file was written to since it was opened */
+enum {                       /* pi_unit_fault.error, beside the numbers of errno */
+       PI_UNIT_SHORT = -1,   /* the file ends before the unit */
+       PI_UNIT_CHANGED = -2, /* the file was written to since it was opened */
 };
 
 typedef struct {

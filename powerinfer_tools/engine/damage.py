@@ -37,12 +37,12 @@ def _damaged(model: Model) -> str | None:
     """The first tensor of a float type, or of blocks with a scale, that is not finite."""
     from powerinfer_kernels import dequantize, row_bytes
 
-    for name, info in model.gguf.tensors.items():
+    for name, info in model.source.tensors.items():
         try:
             kind = RowType(info.row_type)
         except ValueError:
             continue
-        for data in model.gguf.pieces(name):
+        for data in model.source.pieces(name):
             columns = info.shape[-1]
             size = row_bytes(kind, columns)
             rows = data.reshape(-1, size)

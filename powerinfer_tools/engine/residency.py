@@ -65,7 +65,7 @@ class Residency:
         self._files: list[UnitsFile] = []
         self._is_open = False
         try:
-            for mapping in model.gguf.mappings:
+            for mapping in model.source.mappings:
                 self._files.append(UnitsFile(*mapping.open_for_reading()))
         except BaseException:
             self.close()
@@ -85,7 +85,7 @@ class Residency:
     def _absent(self, weight: Weight | None) -> Part | None:
         if weight is None:
             return None
-        place = self.model.gguf.place_of(weight.data)
+        place = self.model.source.place_of(weight.data)
         if place is None:
             raise ModelError(
                 f"{self.model.path}: {weight.name} is not in the file as it is computed with, so it cannot "
@@ -213,7 +213,7 @@ class Residency:
 
     def drop_pages(self) -> None:
         """Give back the pages of the file that were read through its mapping."""
-        mappings: Sequence[MappedFile] = self.model.gguf.mappings
+        mappings: Sequence[MappedFile] = self.model.source.mappings
         for mapping, file in zip(mappings, self._files, strict=True):
             mapping.drop_pages(file.descriptor)
 
@@ -245,7 +245,7 @@ class Residency:
         fault = self.units.fault() if self._is_open else None
         if fault is None:
             return None
-        path = self.model.gguf.mappings[fault.file].path
+        path = self.model.source.mappings[fault.file].path
         return (
             f"{path}: {fault.nbytes} bytes at {fault.offset} could not be read while the model ran: "
             f"{fault.reason}"

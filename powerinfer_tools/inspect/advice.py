@@ -134,7 +134,7 @@ def _advice(
 ) -> Advice:
     hyper = model.hyper
     context = min(DEFAULT_CONTEXT, hyper.trained_context)
-    weights = sum(info.nbytes for info in model.gguf.tensors.values())
+    weights = sum(info.nbytes for info in model.source.tensors.values())
     cache = footprint_of(model).session_bytes(context, "f16")
     fits = not free or footprint_of(model).packed_nbytes + cache + MARGIN <= free
     ways = _ways(model, shape, machine, known)

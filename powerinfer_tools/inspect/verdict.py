@@ -77,8 +77,8 @@ def judge(path: Path, family: str, tensors: Mapping[str, TensorInfo]) -> Verdict
     except (PowerInferError, FormatError) as error:
         return refused(path, family, error, parts, memory)
     try:
-        if "tokenizer.ggml.model" in model.gguf.metadata:
-            require_supported(model.gguf.metadata)
+        if "tokenizer.ggml.model" in model.source.metadata:
+            require_supported(model.source.metadata)
         return _accepted(model, parts)
     except TokenizerError as error:
         silent = TokenizerError(f"its weights can be computed with, but no text read or written: {error}")

@@ -57,7 +57,7 @@ def bench(
     """
     progress = progress or Silent()
     rng = np.random.default_rng(0)
-    locality, count = locality_of(engine.model.gguf), max(prompt, generate, 1)
+    locality, count = locality_of(engine.model.source), max(prompt, generate, 1)
     if locality is None:
         tokens = [int(token) for token in rng.integers(0, engine.vocabulary, size=count)]
     else:

@@ -33,7 +33,7 @@ class Model:
     """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions;
     ``split`` is there for a split file, of neurons or of experts."""
 
-    gguf: ModelSource
+    source: ModelSource
     spec: ArchitectureSpec
     hyper: Hyperparameters
     embedding: Weight
@@ -49,22 +49,22 @@ class Model:
     @property
     def path(self) -> Path:
         """The file the model was read from."""
-        return self.gguf.path
+        return self.source.path
 
     @property
     def name(self) -> str:
         """The model's name for people: ``general.name``, else the file's name."""
-        return str(self.gguf.get("general.name", str, self.path.stem)) or self.path.stem
+        return str(self.source.get("general.name", str, self.path.stem)) or self.path.stem
 
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the weights: of the source model, also for a split file."""
-        return self.split.source_fingerprint if self.split else model_fingerprint(self.gguf)
+        return self.split.source_fingerprint if self.split else model_fingerprint(self.source)
 
     @property
     def is_original(self) -> bool:
         """Whether the file is a model of the original PowerInfer."""
-        return is_original(self.gguf)
+        return is_original(self.source)
 
     @property
     def is_split(self) -> bool:
@@ -190,7 +190,7 @@ class Model:
 
     def close(self) -> None:
         """Unmap the file. Views that are still held keep their pages."""
-        self.gguf.close()
+        self.source.close()
 
 
 def load_model(path: str | Path) -> Model:

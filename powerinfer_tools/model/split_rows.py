@@ -86,7 +86,7 @@ def split_in_memory(model: Model, predictors: Sequence[LayerPredictor], row_type
         ),
     )
     weights = tuple(replace(source, feeds=layer) for source, layer in zip(model.layers, layers, strict=True))
-    return replace(model, layers=weights, split=SplitFile.of_layers(model.gguf, header, layers))
+    return replace(model, layers=weights, split=SplitFile.of_layers(model.source, header, layers))
 
 
 def _split_layer(model: Model, index: int, made: LayerPredictor, row_type: str) -> SplitLayer:

@@ -44,7 +44,7 @@ def open_service(
 ) -> Callable[[], None]:
     """Let ``service`` serve the model of ``engine``; returns what ends that, and closes the engine. ``say``
     is told what the user should know. Raises ModelError and PrefixStoreError."""
-    tokenizer = Tokenizer.from_gguf(engine.model.gguf)
+    tokenizer = Tokenizer.from_gguf(engine.model.source)
     model = served_model(engine, tokenizer, options.alias)
     count = slot_count(engine.session, engine.weights, options.parallel, options.kv_memory)
     slots = SessionSlots(engine.weights, engine.session, count)
@@ -91,7 +91,7 @@ def _report(engine: Engine, slots: SessionSlots) -> dict[str, Any]:
 def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> ServedModel:
     """What endpoints know of the model of ``engine``."""
     model, report = engine.model, engine.report()
-    source = model.gguf.metadata.get("tokenizer.chat_template")
+    source = model.source.metadata.get("tokenizer.chat_template")
     return ServedModel(
         name=alias or _short_name(model.path),
         identity=model.fingerprint,
@@ -99,7 +99,7 @@ def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> Ser
         kv_type=report.kv_type,
         context=engine.context,
         tokenizer=tokenizer,
-        template=chat_template(model.gguf, tokenizer),
+        template=chat_template(model.source, tokenizer),
         template_source=source if isinstance(source, str) else None,
         file=model.path.name,
         facts=_facts(engine),
@@ -126,8 +126,8 @@ def _facts(engine: Engine) -> dict[str, Any]:
         "n_vocab": engine.vocabulary,
         "n_ctx_train": model.hyper.trained_context,
         "n_embd": model.hyper.width,
-        "n_params": sum(math.prod(tensor.shape) for tensor in model.gguf.tensors.values()),
-        "size": model.gguf.nbytes,
+        "n_params": sum(math.prod(tensor.shape) for tensor in model.source.tensors.values()),
+        "size": model.source.nbytes,
         "architecture": model.spec.name,
         "name": model.name,
         "split": model.is_split,

@@ -129,10 +129,10 @@ class _Conversion:
         with GGUFWriter(self.options.output, alignment=ALIGNMENT) as writer:
             # Of neurons, the header says the activation.
             said = () if header.experts else ("powerinfer.activation", original.KEY_THRESHOLD)
-            writer.copy_metadata(self.model.gguf, without=said)
+            writer.copy_metadata(self.model.source, without=said)
             header.write(writer)
             self._write(writer)
-            self.model.gguf.require_unchanged()
+            self.model.source.require_unchanged()
         experts = None
         if header.experts:
             hot = tuple(count // header.group for count in header.hot_neurons)
@@ -140,7 +140,7 @@ class _Conversion:
         return ConvertReport(
             output=str(self.options.output),
             nbytes=self.options.output.stat().st_size,
-            source_bytes=self.model.gguf.nbytes,
+            source_bytes=self.model.source.nbytes,
             layers=self.model.hyper.layers,
             neurons=self.plan.model.neurons,
             hot_neurons=header.hot_neurons,
@@ -193,11 +193,11 @@ class _Conversion:
     def _unchanged(self) -> list[tuple[str, str]]:
         """Tensors that are passed on, by their names here and in the source."""
         replaced = self.layers.replaced()
-        names = (name for name in self.model.gguf.tensors if name not in replaced)
+        names = (name for name in self.model.source.tensors if name not in replaced)
         return [(name.replace("ffn_down_t.bias", "ffn_down.bias"), name) for name in names]
 
     def _write(self, writer: GGUFWriter) -> None:
-        layers, source = self.model.hyper.layers, self.model.gguf
+        layers, source = self.model.hyper.layers, self.model.source
         for index in range(layers):
             self.layers.declare(writer, index)
         for name, original_name in self._unchanged():

@@ -140,15 +140,15 @@ class _Export:
 
     def run(self) -> ExportReport:
         with GGUFWriter(self.options.output, magic=layout.MAGIC) as writer:
-            writer.copy_metadata(self.model.gguf, without=_OURS)
+            writer.copy_metadata(self.model.source, without=_OURS)
             writer.add(layout.KEY_THRESHOLD, self.predictors.threshold, ValueType.FLOAT32)
             self._declare(writer)
             self._write(writer)
-            self.model.gguf.require_unchanged()
+            self.model.source.require_unchanged()
         return ExportReport(
             output=str(self.options.output),
             nbytes=self.options.output.stat().st_size,
-            source_bytes=self.model.gguf.nbytes,
+            source_bytes=self.model.source.nbytes,
             layers=self.model.hyper.layers,
             down_type=self.down_type.name,
             requantization_error=tuple(self.errors),
@@ -161,7 +161,7 @@ class _Export:
 
     def _declare(self, writer: GGUFWriter) -> None:
         for name, source in self._others():
-            info = self.model.gguf.info(source)
+            info = self.model.source.info(source)
             writer.declare(name, self._stored(info.row_type), info.shape)
         hyper = self.model.hyper
         for index in range(hyper.layers):
@@ -213,7 +213,7 @@ class _Export:
         ffn = {name for index in range(self.model.hyper.layers) for name in source_names(index)}
         names = [
             (name.replace("ffn_down.bias", "ffn_down_t.bias"), name)
-            for name in self.model.gguf.tensors
+            for name in self.model.source.tensors
             if name not in ffn
         ]
         if self.model.head is self.model.embedding and self.model.spec.name in layout.OWN_HEAD:
@@ -226,8 +226,8 @@ class _Export:
         return row_type if known else int(RowType.F16)
 
     def _converted(self, name: str) -> Bytes:
-        info = self.model.gguf.info(name)
-        data = self.model.gguf.tensor(name)
+        info = self.model.source.info(name)
+        data = self.model.source.tensor(name)
         if self._stored(info.row_type) == info.row_type:
             return data
         rows, columns = info.shape

@@ -139,7 +139,7 @@ def _text(model: Model, profile: Profile) -> Text:
     routing, layers = model.hyper.routing, model.hyper.layers
     assert routing is not None
     seen = [counters(routing.experts, histogram=False) for _ in range(layers)]
-    random, tokens = np.random.default_rng(_SEED), [model.gguf.get("tokenizer.ggml.bos_token_id", int, 1)]
+    random, tokens = np.random.default_rng(_SEED), [model.source.get("tokenizer.ggml.bos_token_id", int, 1)]
     engine = Engine(model, context=PROMPT + DECODED, batch=1, observed=seen)
     try:
         for step in range(PROMPT + DECODED):

@@ -85,7 +85,7 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
             )
         window = _window(options.window, model)
         profile = _Run(options, model, window, files, progress).complete()
-        model.gguf.require_unchanged()
+        model.source.require_unchanged()
         profile.save(options.output)
         checkpoint_path(options.output).unlink(missing_ok=True)
         if options.trace_output is not None:
@@ -117,7 +117,7 @@ class _Run:
     ) -> None:
         self.options, self.model, self.files, self.progress = options, model, files, progress
         self.window = window
-        self.tokenizer = Tokenizer.from_gguf(model.gguf)
+        self.tokenizer = Tokenizer.from_gguf(model.source)
         self.tally = Tally(model, len(files))
         self.done = 0
         self.trace: TraceRecorder | None = None

@@ -68,7 +68,7 @@ class _Quantization:
     """One run."""
 
     def __init__(self, model: Model, output: Path, row_type: RowType, progress: Progress) -> None:
-        self.source, self.output, self.row_type, self.progress = model.gguf, output, row_type, progress
+        self.source, self.output, self.row_type, self.progress = model.source, output, row_type, progress
         self.types = {info.name: self._type_of(info) for info in self.source.tensors.values()}
         self.squares: dict[str, list[tuple[float, float]]] = defaultdict(list)  # by kind: error², weight²
         self.worst = ("", 0.0)

@@ -54,23 +54,23 @@ def export(
     activation, cut = target
     matrices = {name: place for i in range(model.hyper.layers) for name, place in _places(i).items()}
     with GGUFWriter(output, alignment=DEFAULT_ALIGNMENT) as writer:
-        writer.copy_metadata(model.gguf, without=REPLACED_KEYS)
+        writer.copy_metadata(model.source, without=REPLACED_KEYS)
         writer.add("general.name", f"{model.name} {activation}")
         writer.add("powerinfer.activation", activation)
         if activation == "fatrelu":
             writer.add("powerinfer.activation_threshold", cut, ValueType.FLOAT32)
         writer.add("powerinfer.relufied_from", model.fingerprint)
-        for name in model.gguf.tensors:
-            info = model.gguf.info(name)
+        for name in model.source.tensors:
+            info = model.source.info(name)
             writer.declare(name, row_type if name in matrices else info.row_type, info.shape)
-        for name in model.gguf.tensors:
+        for name in model.source.tensors:
             if name in matrices:
                 index, kind = matrices[name]
                 values = changed(index, kind, source_matrix(model, index, kind))
                 writer.write(name, quantize(np.ascontiguousarray(values, np.float32), row_type))
             else:
-                writer.write(name, model.gguf.tensor(name))
-        model.gguf.require_unchanged()
+                writer.write(name, model.source.tensor(name))
+        model.source.require_unchanged()
 
 
 def rescaled(base: Floats, kind: str, scales: Floats | None) -> npt.NDArray[np.float64]:

@@ -25,7 +25,7 @@ def text_windows(
 
     Raises CorpusError for a corpus of fewer than twenty windows.
     """
-    tokenizer = Tokenizer.from_gguf(model.gguf)
+    tokenizer = Tokenizer.from_gguf(model.source)
     separator = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids: list[int] = []
     for file in find_files(corpus):

@@ -148,13 +148,13 @@ class _Choice:
         kept = tuple(
             None if factor == "none" else getattr(thresholds, factor).copy() for factor, thresholds in factors
         )
-        self.model.gguf.require_unchanged()
+        self.model.source.require_unchanged()
         Thresholds(header, kept).save(self.options.output)
         return ThresholdReport(str(self.options.output), header, self._ffn_share(header.densities))
 
     def _windows(self) -> tuple[list[list[int]], list[list[int]]]:
         """Windows to choose on and to measure on, taking turns over the whole text."""
-        tokenizer = Tokenizer.from_gguf(self.model.gguf)
+        tokenizer = Tokenizer.from_gguf(self.model.source)
         bos = tokenizer.bos_id if tokenizer.adds_bos else None
         every = windows(tokenizer.encode(self.options.text), self.options.context, None, bos)
         wanted = 2 * self.options.windows

@@ -160,7 +160,7 @@ class _Run:
             )
             self.progress.advance(1)
         self.progress.finish()
-        return choose(found, int(self.options.budget * self.model.gguf.nbytes))
+        return choose(found, int(self.options.budget * self.model.source.nbytes))
 
     def _made(self, index: int, rank: int) -> Fit:
         data = self._layer(index)
@@ -234,10 +234,10 @@ class _Run:
                 infos.append(PredictorInfo(layer.kind, candidate.what, int(candidate.price), judged))
             layers.append(layer)
         header = self._header(tuple(infos), len(test.active), cost)
-        self.model.gguf.require_unchanged()
+        self.model.source.require_unchanged()
         Predictors(header, tuple(layers)).save(self.options.output)
         reached = Frontier(tuple(frontier_of(made, self._layer(i)) for i, made in enumerate(fits)))
-        return TrainReport(str(self.options.output), header, self.model.gguf.nbytes, reached)
+        return TrainReport(str(self.options.output), header, self.model.source.nbytes, reached)
 
     def _layer(self, index: int) -> LayerData:
         return LayerData(self.model, self.trace, index)
@@ -245,7 +245,7 @@ class _Run:
     def _text_windows(self) -> list[list[int]]:
         if self.options.text is None:
             return []
-        tokenizer = Tokenizer.from_gguf(self.model.gguf)
+        tokenizer = Tokenizer.from_gguf(self.model.source)
         text = self.options.text.read_text(encoding="utf-8", errors="replace")
         bos = tokenizer.bos_id if tokenizer.adds_bos else None
         length = self.trace.header.window

@@ -3,15 +3,16 @@
 import numpy as np
 
 from powerinfer_formats.split import SplitFile, SplitLayer
-from powerinfer_kernels import RowType
 from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.ffn_matrices import read_ffn
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 from powerinfer_tools.model.latent import LatentWeights, read_latent
 from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights, RecurrentWeights
-from powerinfer_tools.model.loading import Projections
 from powerinfer_tools.model.recurrent import read_recurrent
 from powerinfer_tools.model.tensors import Norm, Tensors, Vector, Weight
+
+#: Matrices and biases of queries, keys and values.
+Projections = tuple[tuple[Weight, Weight, Weight], tuple[Vector | None, Vector | None, Vector | None]]
 
 
 def load_layer(
@@ -202,10 +203,3 @@ def _fused_projections(
     if bias is None:
         return weights, (None, None, None)
     return weights, (bias[:queries], bias[queries : queries + keys], bias[queries + keys :])
-
-
-def load_whole(layer: SplitLayer, kind: str) -> Weight:
-    """All rows of one kind of a split layer, as one matrix."""
-    rows = layer.rows(kind, 0, layer.neurons)
-    name = f"blk.{layer.index}.ffn_{kind}"
-    return Weight(name, RowType(layer.type_of(kind)), layer.neurons, layer.width, rows.reshape(-1))

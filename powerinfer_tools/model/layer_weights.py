@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from powerinfer_formats.split import SplitLayer
+from powerinfer_kernels import RowType
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.latent import LatentWeights
-from powerinfer_tools.model.layer_loading import load_whole
 from powerinfer_tools.model.recurrent import Recurrent
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
@@ -80,7 +80,7 @@ class LayerWeights:
             return self.ffn
         layer = self.ffn
         assert isinstance(layer, SplitLayer), "stages that want one FFN refuse models with experts"
-        rows = {kind: load_whole(layer, kind) for kind in layer.kinds}
+        rows = {kind: _whole(layer, kind) for kind in layer.kinds}
         return DenseFFN(rows.get("gate"), rows["up"], rows["down"], transposed=True)
 
 
@@ -91,3 +91,10 @@ def mixing_weights(layer: LayerWeights) -> Iterator[Weight]:
             yield from (
                 one for one in (part if isinstance(part, tuple) else (part,)) if isinstance(one, Weight)
             )
+
+
+def _whole(layer: SplitLayer, kind: str) -> Weight:
+    """All rows of one kind of a split layer, as one matrix."""
+    rows = layer.rows(kind, 0, layer.neurons)
+    name = f"blk.{layer.index}.ffn_{kind}"
+    return Weight(name, RowType(layer.type_of(kind)), layer.neurons, layer.width, rows.reshape(-1))

@@ -306,7 +306,3 @@ def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) ->
                     "not computable"
                 )
     return split
-
-
-#: Matrices and biases of queries, keys and values.
-Projections = tuple[tuple[Weight, Weight, Weight], tuple[Vector | None, Vector | None, Vector | None]]

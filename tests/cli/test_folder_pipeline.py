@@ -57,7 +57,7 @@ def test_profile_train_plan_convert_run(
     texts = [stage(where, monkeypatch, *words, name)["text"] for name in ("tiny", "tiny.powerinfer.gguf")]
     assert texts[0] == texts[1]
     prompt = made.tokenizer.encode("The old road to").ids
-    decoder = Tokenizer.from_gguf(source.gguf).stream()
+    decoder = Tokenizer.from_gguf(source.source).stream()
     assert decoder.push_all(made.greedy(prompt, 9)) + decoder.finish() == texts[0]
 
 

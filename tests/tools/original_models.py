@@ -51,11 +51,11 @@ def write_original(source: Path, path: Path, how: OriginalLayout) -> Path:
     model = load_model(source)
     hyper = model.hyper
     tensors: dict[str, tuple[int, tuple[int, ...], NDArray[np.uint8]]] = {}
-    for name, info in model.gguf.tensors.items():
+    for name, info in model.source.tensors.items():
         tensors[name.replace("ffn_down.bias", "ffn_down_t.bias")] = (
             info.row_type,
             info.shape,
-            model.gguf.tensor(name),
+            model.source.tensor(name),
         )
     for index, layer in enumerate(model.layers):
         del tensors[f"blk.{index}.ffn_down.weight"]
@@ -73,7 +73,7 @@ def write_original(source: Path, path: Path, how: OriginalLayout) -> Path:
     if "output.weight" not in tensors:
         tensors["output.weight"] = tensors["token_embd.weight"]
     with GGUFWriter(path, magic=b"PWRI") as writer:
-        writer.copy_metadata(model.gguf, without=("powerinfer.activation",))
+        writer.copy_metadata(model.source, without=("powerinfer.activation",))
         if how.threshold is not None:
             writer.add("powerinfer.sparse_threshold", how.threshold, ValueType.FLOAT32)
         for name, (row_type, shape, _) in tensors.items():

@@ -188,7 +188,7 @@ def test_agreement_with_the_original_is_counted_in_tokens(
     ids, mine = task.ours(path)
     assert len(ids) == 8
     assert mine > 0
-    decoder = Tokenizer.from_gguf(load_model(path).gguf).stream()
+    decoder = Tokenizer.from_gguf(load_model(path).source).stream()
     pieces = [decoder.push(token) for token in ids]
     whole = "".join(pieces)
     half = "".join(pieces[:4]) + "something else"

@@ -296,7 +296,7 @@ def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
 
 def test_what_is_on_a_gpu_needs_no_ram(shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     path = everything_hot(shared)
-    weights = sum(info.nbytes for info in load_model(path).gguf.tensors.values())
+    weights = sum(info.nbytes for info in load_model(path).source.tensors.values())
     for module in (weights_module, layer_stack):
         monkeypatch.setattr(module, "available_ram_bytes", lambda: memory_limits.MARGIN + weights)
     for device in ("none", "cpu"):

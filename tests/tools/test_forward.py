@@ -160,7 +160,7 @@ def test_report_counts_what_was_done(plain: TinyModel) -> None:
     report = engine.report()
     assert (report.prompt_tokens, report.decode_tokens, report.density) == (5, 2, 1.0)
     weights = sum(
-        info.nbytes for info in load_model(plain.path).gguf.tensors.values() if len(info.shape) == 2
+        info.nbytes for info in load_model(plain.path).source.tensors.values() if len(info.shape) == 2
     )
     # The tied embedding is the head; rows are padded to whole tiles, and keys and values come on top.
     assert weights <= report.bytes_per_token <= weights * 1.2

@@ -36,7 +36,7 @@ def engine(smollm2: Path) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def tokenizer(engine: Engine) -> Tokenizer:
     """The demo model's tokeniser."""
-    return Tokenizer.from_gguf(engine.model.gguf)
+    return Tokenizer.from_gguf(engine.model.source)
 
 
 @pytest.fixture(scope="module")

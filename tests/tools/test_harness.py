@@ -30,7 +30,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, T
     folder = tmp_path_factory.mktemp("harness")
     model = load_model(make_tiny_model(folder, replace(FAMILY_CASES["llama"], context=128)).path)
     engine = Engine(model, threads=1, context=128)
-    yield engine, Tokenizer.from_gguf(model.gguf)
+    yield engine, Tokenizer.from_gguf(model.source)
     engine.close()
     model.close()
 

@@ -132,7 +132,7 @@ def test_experts_are_mapped_one_by_one(name: str, tmp_path: Path) -> None:
     """No copy of any expert, of files and of shards; joined on demand, and then not kept."""
     folder = make_folder(tmp_path / "model", FOLDER_CASES[name])
     model = load_model(folder.path)
-    source = model.gguf
+    source = model.source
     assert isinstance(source, ModelFolder)
     for layer in model.layers:
         assert isinstance(layer.ffn, ExpertsFFN)

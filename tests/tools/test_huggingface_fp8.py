@@ -77,7 +77,7 @@ def test_logits_are_those_of_the_widened_weights(name: str, tmp_path: Path) -> N
     logits = forward(model, tokens)
     if not stacked:
         assert np.abs(logits - made.logits(tokens)).max() < 2e-3
-    layer = model.gguf
+    layer = model.source
     for stored, value in exact.items():
         if ".experts." not in stored and "down_proj" in stored:
             number = stored.split(".")[2]

@@ -116,7 +116,7 @@ def test_its_predictors_are_as_good_as_ours(trained: Trained) -> None:
         assert after.recall == pytest.approx(before.recall, abs=0.02)
         assert after.predicted_density == pytest.approx(before.predicted_density, abs=0.03)
     engine = Engine(load_model(report.output), threads=1, mode="predicted")
-    engine.prefill(Tokenizer.from_gguf(engine.model.gguf).encode(TEXT)[:200])
+    engine.prefill(Tokenizer.from_gguf(engine.model.source).encode(TEXT)[:200])
     wanted = np.mean([quality.predicted_density for quality in report.quality])
     assert engine.report().density == pytest.approx(wanted, abs=0.05)
     engine.close()

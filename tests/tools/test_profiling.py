@@ -62,7 +62,7 @@ def test_counts_are_those_of_the_float64_reference(model_path: Path, corpus: Pat
     to a factor of e, so an error of one roundoff of the half-precision cache moves six times as many."""
     profile = run_profile(options(model_path, corpus, tmp_path / "out.profile.safetensors"))
     model = load_model(model_path)
-    tokenizer = Tokenizer.from_gguf(model.gguf)
+    tokenizer = Tokenizer.from_gguf(model.source)
     bins = [np.zeros((model.hyper.neurons, 128), np.int64) for _ in model.layers]
     nonzero = [np.zeros(model.hyper.neurons, np.int64) for _ in model.layers]
     squares = [np.zeros(model.hyper.neurons) for _ in model.layers]

@@ -68,9 +68,9 @@ def test_the_file_is_the_model(folder: TinyFolder, tmp_path: Path) -> None:
     expected = forward(source, tokens)
     assert np.abs(forward(made, tokens) - expected).max() < 0.01 * np.abs(expected).max()
     assert made.hyper == source.hyper
-    assert made.gguf.get("general.file_type", int) == 1
+    assert made.source.get("general.file_type", int) == 1
     text = "two boats <tool>"
-    assert Tokenizer.from_gguf(made.gguf).encode(text) == Tokenizer.from_gguf(source.gguf).encode(text)
+    assert Tokenizer.from_gguf(made.source).encode(text) == Tokenizer.from_gguf(source.source).encode(text)
 
 
 def test_what_is_refused(folder: TinyFolder, tmp_path: Path) -> None:

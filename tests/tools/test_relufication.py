@@ -214,8 +214,8 @@ def test_the_written_model_is_the_trained_one(
     assert model.hyper.activation == activation
     assert model.hyper.activation_cut == pytest.approx(written)
     assert model.fingerprint != source.fingerprint
-    for name in source.gguf.tensors:
-        same = bytes(source.gguf.tensor(name)) == bytes(model.gguf.tensor(name))
+    for name in source.source.tensors:
+        same = bytes(source.source.tensor(name)) == bytes(model.source.tensor(name))
         assert same == (".ffn_" not in name or "norm" in name), name
     _, held = text_windows(source, (corpus,), 24, Notes())
     engine = Engine(model, threads=1)
@@ -362,7 +362,7 @@ def test_the_ffn_is_written_as_asked(tiny: TinyModel, corpus: Path, tmp_path: Pa
     gate = model.layers[1].ffn.gate  # type: ignore[union-attr]
     assert gate.row_type == RowType.Q8_0
     values = dequantize(gate.data, gate.row_type, gate.rows, gate.columns)
-    wanted = np.frombuffer(load_model(exact).gguf.tensor(gate.name), np.float32).reshape(values.shape)
+    wanted = np.frombuffer(load_model(exact).source.tensor(gate.name), np.float32).reshape(values.shape)
     # A Q8_0 block rounds to half of its step, its largest value over 127, held in half precision.
     assert np.abs(values - wanted).max() <= np.abs(wanted).max() * (0.5 / 127 + 2.0**-11)
 

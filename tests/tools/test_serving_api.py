@@ -63,7 +63,7 @@ def engine(tiny: TinyModel) -> Iterator[Engine]:
 
 def alone(engine: Engine, prompt: str, **sampling: Any) -> tuple[str, str | None]:
     """Text and hash of what the command line would generate."""
-    tokenizer = Tokenizer.from_gguf(engine.model.gguf)
+    tokenizer = Tokenizer.from_gguf(engine.model.source)
     engine.rewind(0)
     options = GenerationOptions(sampling=SamplingOptions(**sampling), max_tokens=12)
     generation = generate(engine, tokenizer, tokenizer.encode(prompt), options)

@@ -160,7 +160,7 @@ def test_lm_eval_gives_the_numbers_of_eval(server: Served, tiny: TinyModel, tmp_
     over_http = json.loads(file.read_text())["results"]
     model = load_model(tiny.path)
     engine = Engine(model, threads=1, context=1024)
-    scores = run_tasks(engine, Tokenizer.from_gguf(model.gguf), tuple(tasks), tmp_path)
+    scores = run_tasks(engine, Tokenizer.from_gguf(model.source), tuple(tasks), tmp_path)
     engine.close()
     assert {(score.task, score.metric): score.value for score in scores} == {
         (task, metric.removesuffix(",none")): value

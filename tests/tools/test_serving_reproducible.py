@@ -123,7 +123,7 @@ async def together(batcher: Batcher, asked: list[Job], seed: int) -> dict[int, t
 @pytest.mark.parametrize("name", ["dense", "dense-q8", "gate-first", "split", "split-torch", "predicted"])
 def test_answers_do_not_depend_on_company(served: dict[str, Served], name: str) -> None:
     with engine_of(served[name]) as engine:
-        tokenizer = Tokenizer.from_gguf(engine.model.gguf)
+        tokenizer = Tokenizer.from_gguf(engine.model.source)
         asked = jobs(tokenizer, engine.context, seed=1)
         expected = [alone(engine, tokenizer, job) for job in asked]
         engine.rewind(0)
@@ -146,7 +146,7 @@ def test_answers_do_not_depend_on_company(served: dict[str, Served], name: str) 
 
 def test_a_client_that_leaves_frees_its_place_at_once(served: dict[str, Served]) -> None:
     with engine_of(served["dense"]) as engine:
-        tokenizer = Tokenizer.from_gguf(engine.model.gguf)
+        tokenizer = Tokenizer.from_gguf(engine.model.source)
         long = Job(tokenizer.encode("the"), GenerationOptions(max_tokens=400, ignore_eos=True))
         batcher = Batcher(SessionSlots(engine.weights, engine.session, 1), tokenizer, parallel=1)
         batcher.start()
@@ -168,7 +168,7 @@ def test_a_client_that_leaves_frees_its_place_at_once(served: dict[str, Served])
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(served: dict[str, Served]) -> None:
     with engine_of(served["dense"]) as engine:
-        tokenizer = Tokenizer.from_gguf(engine.model.gguf)
+        tokenizer = Tokenizer.from_gguf(engine.model.source)
         ids = (tokenizer.encode(TEXT) * 4)[:480]
         long = Job(ids, GenerationOptions(max_tokens=1))
         short = Job(ids[5:15], GenerationOptions(max_tokens=4))

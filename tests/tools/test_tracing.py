@@ -48,7 +48,7 @@ def asked(model_path: Path, tmp_path: Path) -> ProfileOptions:
 
 def windows_of(model: Model, asked: ProfileOptions) -> list[list[int]]:
     files = find_files(asked.corpus)
-    return [w.tokens for w in corpus_windows(files, Tokenizer.from_gguf(model.gguf), 32, Silent())]
+    return [w.tokens for w in corpus_windows(files, Tokenizer.from_gguf(model.source), 32, Silent())]
 
 
 def reference_records(model: Model, tokens: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -328,7 +328,7 @@ def test_a_budget_of_quality_is_kept(traced: Traced, tmp_path: Path) -> None:
     assert kinds[0] == 0 < kinds[2]
     assert kinds == sorted(kinds)
     split = converted(traced, tmp_path / "m.powerinfer.gguf")
-    tokenizer = Tokenizer.from_gguf(load_model(split).gguf)
+    tokenizer = Tokenizer.from_gguf(load_model(split).source)
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
     pieces = windows(tokenizer.encode(text.read_text()), 64, 6, bos)[2:]
     exact, predicted = (perplexity_of(split, pieces, mode) for mode in ("gate-first", "predicted"))

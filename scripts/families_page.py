@@ -4,13 +4,11 @@ the page against the table."""
 import sys
 from pathlib import Path
 
+from powerinfer_tools.inspect.families import supported_families
+from powerinfer_tools.model.architectures import REFUSED
+from powerinfer_tools.model.huggingface.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / part) for part in (".", "formats", "kernels")]
-
-from powerinfer_tools.inspect.families import supported_families  # noqa: E402
-from powerinfer_tools.model.architectures import REFUSED  # noqa: E402
-from powerinfer_tools.model.huggingface.families import FAMILIES  # noqa: E402
-
 PAGE = ROOT / "docs/families.md"
 HEAD = """# Model families
 

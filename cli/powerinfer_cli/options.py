@@ -1,5 +1,6 @@
 """Options that several commands share, and the groups that they come in."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,6 +289,13 @@ class Synthetic:
             rich_help_panel="Synthetic models",
         ),
     ] = False
+
+
+def finite(value: float) -> float:
+    """``value``, as a typer callback. Raises BadParameter for what is no number, or infinite."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 def in_panel(panel: str) -> Callable[..., Any]:

@@ -113,7 +113,12 @@ class Sampling:
 
     temp: Annotated[
         float,
-        _sampling("--temp", metavar="T", help="Temperature; 0 or less takes the likeliest token."),
+        _sampling(
+            "--temp",
+            metavar="T",
+            callback=opt.finite,
+            help="Temperature; 0 or less takes the likeliest token.",
+        ),
     ] = 0.8
     top_k: Annotated[int, _sampling("--top-k", metavar="K", help="Keep the K likeliest; 0 or less: all.")] = (
         40

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #include <unistd.h>
@@ -13,6 +14,8 @@
 enum { NAME = 512, CHUNK = 4096 };
 
 static int exit_code;
+/* Threads of a pool may run into the same file at once: the first of them speaks, and ends the others. */
+static atomic_flag ending = ATOMIC_FLAG_INIT;
 
 static void say(const char *text) {
     for (size_t left = strlen(text); left > 0;) {
@@ -68,6 +71,7 @@ static int find_file(uintptr_t address, map_line *line) {
 static void on_bus_error(int number, siginfo_t *info, void *context) {
     map_line line;
     (void)number, (void)context;
+    while (atomic_flag_test_and_set(&ending)) pause();
     say("powerinfer: ");
     if (find_file((uintptr_t)info->si_addr, &line)) {
         say(line.name);

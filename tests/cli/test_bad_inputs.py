@@ -14,7 +14,6 @@ APP = create_app()
 WRONG_USE = [
     ("run --json -i", "a chat has no JSON form"),
     ("run -p a -f b", "choose one of -p and -f"),
-    ("run -p a --temp -1", "--temp"),
     ("run -p a --temp warm", "--temp"),
     ("run -p a --temp nan", "--temp"),
     ("run -p a --top-p 1.5", "--top-p"),

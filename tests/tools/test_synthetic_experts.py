@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,14 +100,20 @@ def test_what_has_no_room_is_refused_before_it_is_written(
     monkeypatch.setitem(SHAPES, "small", MIXTRAL)
     one, two = (weight_bytes(replace(MIXTRAL, layers=count), "Q4_0") for count in (1, 2))
     room = one + 4 * (two - one) + 1000
-    monkeypatch.setattr(cache.detect, "available_ram_bytes", lambda: cache.MARGIN + room)
-    with pytest.raises(ModelError, match=r"memory has to spare; ask for fewer layers \(--layers 5\)"):
+
+    def disk_of(free: int) -> None:
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+    disk_of(cache.MARGIN + room)
+    with pytest.raises(ModelError, match=r"the disk has to spare; ask for fewer layers \(--layers 5\)"):
         Request("small").write(tmp_path / "none.gguf")
-    monkeypatch.setattr(cache.detect, "available_ram_bytes", lambda: 1)
-    with pytest.raises(ModelError, match="memory has to spare; take a smaller shape or type"):
+    disk_of(1)
+    with pytest.raises(ModelError, match="the disk has to spare; take a smaller shape or type"):
         Request("small").write(tmp_path / "none.gguf")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(cache.detect, "available_ram_bytes", lambda: cache.MARGIN + room)
+    disk_of(cache.MARGIN + room)
+    # Experts are read from disk where memory does not hold them.
+    monkeypatch.setattr(cache.detect, "available_ram_bytes", lambda: 1)
     assert Request("small", layers=5).write(tmp_path / "some.gguf") > 0
 
 

@@ -95,9 +95,12 @@ def test_a_file_and_a_model_of_the_hub_are_two_models(call: Any) -> None:
     assert "-m and -hf name two models" in ended.stderr
 
 
-def test_the_hubs_own_variables_count(powerinfer: Command, hub: SmallHub, tmp_path: Path) -> None:
+def test_the_hubs_own_variables_count(
+    powerinfer: Command, hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process of its own: HF_ENDPOINT, HF_HOME, and HF_HUB_OFFLINE with what is in the cache."""
     here = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.endpoint, "NO_PROXY": "127.0.0.1"}
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # other tests set it
     refused = powerinfer("pull", "o/tiny-GGUF:Q4_0", HF_HUB_OFFLINE="1", **here)
     assert (refused.code, len(hub.requests)) == (1, 0)
     assert "HF_HUB_OFFLINE forbids the network" in refused.last_line

@@ -23,10 +23,9 @@ from powerinfer_formats.profile import Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_formats.split_layout import experts_name
 from powerinfer_kernels import available_isas, triton_launch
-from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine import Engine, from_disk
 from powerinfer_tools.engine import layers as layer_stack
 from powerinfer_tools.engine import memory as memory_limits
-from powerinfer_tools.engine import weights as weights_module
 from powerinfer_tools.engine.hot import expert_sizes, opening
 from powerinfer_tools.engine.hot.experts import HotExperts
 from powerinfer_tools.engine.hot.placement import Workload, experts_of, units_size
@@ -297,10 +296,11 @@ def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
 def test_what_is_on_a_gpu_needs_no_ram(shared: PreparedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     path = everything_hot(shared)
     weights = sum(info.nbytes for info in load_model(path).source.tensors.values())
-    for module in (weights_module, layer_stack):
+    for module in (from_disk, layer_stack):
         monkeypatch.setattr(module, "available_ram_bytes", lambda: memory_limits.MARGIN + weights)
-    for device in ("none", "cpu"):
-        with pytest.raises(ModelError, match="KV cache for a context of 16 do not fit"):
+    refused = {"none": "are left for experts", "cpu": "KV cache for a context of 16 do not fit"}
+    for device, reason in refused.items():
+        with pytest.raises(ModelError, match=reason):
             Engine(load_model(path), threads=1, device=device, context=16)
     on(monkeypatch, FakeGpu(1 << 30))
     Engine(load_model(path), threads=1, device="cuda", context=16).close()

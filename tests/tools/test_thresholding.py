@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from powerinfer_formats.errors import OtherModel
+from powerinfer_formats.errors import FileChanged, OtherModel
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.thresholds import Thresholds
 from powerinfer_kernels import reference
@@ -28,6 +28,7 @@ from powerinfer_tools.stages.threshold.candidates import (
 )
 from powerinfer_tools.stages.threshold.judge import Judge
 from predicted_models import TEXT, profiled
+from rewriting import Rewriting
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, TinyModel, make_tiny_model
 
@@ -179,6 +180,12 @@ def test_the_budget_holds_where_thresholds_were_chosen(made: Made) -> None:
     assert judge.increase() > 0
     engine.close()
     model.close()
+
+
+def test_a_source_that_is_rewritten_meanwhile_is_noticed(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(FileChanged, match="was changed while it was read"):
+        run_threshold(made.options(output=tmp_path / "none"), Rewriting(made.tiny.path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_same_input_same_bytes(made: Made, tmp_path: Path) -> None:

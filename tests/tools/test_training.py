@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from powerinfer_formats.errors import OtherModel
+from powerinfer_formats.errors import FileChanged, OtherModel
 from powerinfer_formats.predictors import LowRank, Predictors
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.trace import TraceFile
@@ -27,6 +27,7 @@ from powerinfer_tools.stages.train.low_rank import cut, factorize
 from powerinfer_tools.stages.train.naming import Fit, fit, judge, level_for
 from powerinfer_tools.stages.train.tuning import Tuning, tune
 from powerinfer_tools.text import Tokenizer
+from rewriting import Rewriting
 from small_plans import plan_for
 from tiny_models import FAMILY_CASES, make_tiny_model
 
@@ -198,6 +199,13 @@ def test_the_frontier_is_drawn(traced: Traced, tmp_path: Path, ending: str, star
     assert chart.read_bytes().startswith(start)
     with pytest.raises(PowerInferError, match=r"written as \.png or \.svg"):
         draw_frontier(report.frontier, tmp_path / "frontier.gif", "a model")
+
+
+def test_a_source_that_is_rewritten_meanwhile_is_noticed(traced: Traced, tmp_path: Path) -> None:
+    options = replace(traced.options(), output=tmp_path / "none")
+    with pytest.raises(FileChanged, match="was changed while it was read"):
+        run_train(options, Rewriting(options.model))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_same_input_same_bytes(traced: Traced, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ The layout is the hub package's: ``models--OWNER--NAME`` with ``refs/main`` (the
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,12 @@ def _remove_all(reference: Reference, cache: Path | None) -> int:
         freed += partial.stat().st_size
         partial.unlink()
     information = scan_cache_dir(cache or hub_cache())
-    commits = [
-        revision.commit_hash
-        for repo in information.repos
-        if (repo.repo_type, repo.repo_id) == ("model", reference.repository)
-        for revision in repo.revisions
-    ]
-    if commits:
-        strategy = information.delete_revisions(*commits)
+    for repo in information.repos:
+        if (repo.repo_type, repo.repo_id) != ("model", reference.repository):
+            continue
+        # The package takes the first repository that has the commit, and copies of a repository share theirs.
+        only = replace(information, repos=frozenset({repo}))
+        strategy = only.delete_revisions(*(revision.commit_hash for revision in repo.revisions))
         strategy.execute()
         freed += strategy.expected_freed_size
     return freed

@@ -331,6 +331,15 @@ def test_models_are_listed_and_removed_one_by_one(hub: SmallHub, cache: Path) ->
         remove(Reference.parse("o/gguf"), cache=cache)
 
 
+def test_a_repository_with_the_same_commit_is_kept(hub: SmallHub, tmp_path: Path) -> None:
+    for cache in (tmp_path / str(number) for number in range(8)):  # the order of repositories is by chance
+        kept = fetch(hub, cache, "o/gguf:Q8_0")
+        fetch(hub, cache, "o/folder")
+        remove(Reference.parse("o/folder"), cache=cache)
+        assert [model.reference for model in list_models(cache)] == ["o/gguf:Q8_0"]
+        assert kept.path.read_bytes() == GGUF["m-Q8_0.gguf"]
+
+
 def test_bytes_that_another_name_has_are_kept(hub: SmallHub, cache: Path) -> None:
     hub.files["o/gguf"]["n-Q8_1.gguf"] = GGUF["m-Q8_0.gguf"]
     kept = fetch(hub, cache, "o/gguf:Q8_1")

@@ -45,6 +45,8 @@ void PI_FN(scan_head)(const float *x, float step, float decay, const float *in, 
                       int64_t size, int64_t width, float *state, float *out);
 void PI_FN(delta_head)(const float *q, const float *k, const float *v, const float *decay, int64_t decays, float rate,
                        float scale, int64_t size, int64_t width, float *state, float *out);
+void PI_FN(general_delta_head)(const float *q, const float *k, const float *v, const float *decay, const float *unit,
+                               const float *rate, int64_t size, int64_t width, float *state, float *out);
 uint64_t PI_FN(read_memory)(const uint8_t *data, int64_t bytes);
 
 #endif

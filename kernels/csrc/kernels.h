@@ -208,6 +208,10 @@ typedef struct pi_kernels {
     void (*delta_head)(const float *q, const float *k, const float *v, const float *decay, int64_t decays, float rate,
                        float scale, int64_t size, int64_t width, float *state, float *out);
 
+    /* S = diag(e^decay) S - (unit rate) (Sᵀunit)ᵀ + k vᵀ; out = Sᵀq; S [size, width]. */
+    void (*general_delta_head)(const float *q, const float *k, const float *v, const float *decay, const float *unit,
+                               const float *rate, int64_t size, int64_t width, float *state, float *out);
+
     /* Reads memory at full width; returns a value that depends on every byte (so nothing is left out). */
     uint64_t (*read_memory)(const uint8_t *data, int64_t bytes);
 } pi_kernels;

@@ -71,6 +71,8 @@
           within(i[8], i[4], i[5], i[5], i[6]))                                                                        \
     X(DELTA_NET, "f=T*2*i3*i4 f=T*i5 f=T*i1*i8 f=T*i1 f!=T*i1*i2", 9, 1,                                               \
       divides(i[3], i[1]) && (i[8] == 1 || i[8] == i[4]) && within(i[6], i[1], i[2], i[2], i[5]))                      \
+    X(GENERAL_DELTA, "f=T*i1*i2 f=T*i1*i2 f=T*i1*i3 f=T*i1*i2 f=T*i1*i2 f=T*i1*i2 f!=T*i1*i3", 4, 0, 1)                \
+    X(COMBINE, "f=T*i0*i1 f=T*i2*i0 f!=T*i2*i1", 3, 0, 1)                                                              \
     X(FETCH, "U i=T*i2 i?=T*i5", 6, 0, units_fit(m, i) && (given(m, 2) ? units_fit(m, i + 3) : !i[3] && !i[4] && !i[5]))
 
 #endif

@@ -44,6 +44,7 @@ int pi_op_is_vector(const pi_op *op) {
     case PI_OP_SCAN_CHANNELS:
     case PI_OP_SCAN_HEADS:
     case PI_OP_DELTA_NET:
+    case PI_OP_GENERAL_DELTA:
     case PI_OP_OBSERVE: return 0;
     default: return 1;
     }
@@ -333,7 +334,8 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     case PI_OP_CONVOLVE:
     case PI_OP_SCAN_CHANNELS:
     case PI_OP_SCAN_HEADS:
-    case PI_OP_DELTA_NET: pi_recurrent_execute(op, run, worker); break;
+    case PI_OP_DELTA_NET:
+    case PI_OP_GENERAL_DELTA: pi_recurrent_execute(op, run, worker); break;
     default: pi_vector_execute(op, run, worker); break;
     }
 }
@@ -346,6 +348,7 @@ int pi_op_slot(const pi_op *op, int64_t *slot) {
     case PI_OP_SCAN_CHANNELS:
     case PI_OP_SCAN_HEADS: *slot = op->u.scan.slot; return 1;
     case PI_OP_DELTA_NET: *slot = op->u.delta_net.slot; return 1;
+    case PI_OP_GENERAL_DELTA: *slot = op->u.general_delta.slot; return 1;
     default: return 0;
     }
 }

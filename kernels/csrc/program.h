@@ -129,6 +129,12 @@ typedef struct { /* `count` columns of each of `heads`, which lie src_step and o
     int64_t src_width, out_width, src_first, out_first, heads, src_step, out_step, count;
 } pi_copy;
 
+typedef struct { /* out_b = Σ_a coefficient[b, a] src_a; src [max_tokens, count, width], out [.., made, width] */
+    const float *src, *coefficients; /* coefficients: [max_tokens, made, count] */
+    float *out;
+    int64_t count, width, made;
+} pi_combine;
+
 typedef struct { /* x *= table[position] */
     float *x;
     const float *table;
@@ -286,6 +292,12 @@ typedef struct {
     float scale;
 } pi_delta_net;
 
+typedef struct { /* [max_tokens, heads · size], but for v and out, which are [max_tokens, heads · head_dim] */
+    const float *q, *k, *v, *decay, *unit, *rate;
+    float *out;
+    int64_t slot, heads, size, head_dim;
+} pi_general_delta;
+
 typedef struct {            /* units that the next operations read, and those of a later layer */
     pi_units *const *units; /* NULL: closed meanwhile */
     pi_unit_demand now, next;
@@ -323,6 +335,8 @@ typedef struct {
         pi_convolve convolve;
         pi_scan scan;
         pi_delta_net delta_net;
+        pi_general_delta general_delta;
+        pi_combine combine;
         pi_sign_code sign_code;
         pi_sign_scores sign_scores;
         pi_fetch fetch;

@@ -66,11 +66,24 @@ static void delta_net(const pi_op *op, const pi_run *run, const pi_worker *worke
         }
 }
 
+static void general_delta(const pi_op *op, const pi_run *run, const pi_worker *worker) {
+    const pi_general_delta *d = &op->u.general_delta;
+    const range heads = share_of(worker, d->heads, 1);
+    for (int64_t t = 0; t < run->tokens; t++)
+        for (int64_t h = heads.begin; h < heads.end; h++) {
+            const int64_t key = (t * d->heads + h) * d->size, value = (t * d->heads + h) * d->head_dim;
+            run->kernels->general_delta_head(d->q + key, d->k + key, d->v + value, d->decay + key, d->unit + key,
+                                             d->rate + key, d->size, d->head_dim,
+                                             state_of(run, t, d->slot) + h * d->size * d->head_dim, d->out + value);
+        }
+}
+
 void pi_recurrent_execute(const pi_op *op, const pi_run *run, const pi_worker *worker) {
     switch (op->kind) {
     case PI_OP_CONVOLVE: convolve(op, run, worker); break;
     case PI_OP_SCAN_CHANNELS: scan_channels(op, run, worker); break;
     case PI_OP_SCAN_HEADS: scan_heads(op, run, worker); break;
+    case PI_OP_GENERAL_DELTA: general_delta(op, run, worker); break;
     default: delta_net(op, run, worker); break;
     }
 }
@@ -79,6 +92,8 @@ int64_t pi_recurrent_count(const pi_op *op) {
     switch (op->kind) {
     case PI_OP_CONVOLVE: return (op->u.convolve.length - 1) * op->u.convolve.width;
     case PI_OP_DELTA_NET: return op->u.delta_net.heads * op->u.delta_net.size * op->u.delta_net.head_dim;
+    case PI_OP_GENERAL_DELTA:
+        return op->u.general_delta.heads * op->u.general_delta.size * op->u.general_delta.head_dim;
     default: return op->u.scan.heads * op->u.scan.size * op->u.scan.head_dim;
     }
 }

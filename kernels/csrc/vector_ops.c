@@ -36,11 +36,25 @@ static void scale_by_position(const pi_op *op, const pi_run *run, const pi_worke
         run->kernels->scale(s->table[run->places[t].position], s->width, s->x + t * s->width);
 }
 
+static void combine(const pi_op *op, const pi_run *run, const pi_worker *worker) {
+    const pi_combine *c = &op->u.combine;
+    const pi_part p = pi_part_of(op, run, worker);
+    for (int64_t t = p.token0; t < p.token1; t++)
+        for (int64_t made = 0; made < c->made; made++) {
+            const float *factors = c->coefficients + (t * c->made + made) * c->count;
+            float *out = c->out + (t * c->made + made) * c->width;
+            memset(out, 0, sizeof(float) * (size_t)c->width);
+            for (int64_t k = 0; k < c->count; k++)
+                run->kernels->add_scaled(c->src + (t * c->count + k) * c->width, factors[k], c->width, out);
+        }
+}
+
 void pi_vector_execute(const pi_op *op, pi_run *run, pi_worker *worker) {
     switch (op->kind) {
     case PI_OP_MULTIPLY: multiply(op, run, worker); break;
     case PI_OP_MAP: map(op, run, worker); break;
     case PI_OP_COPY: copy(op, run, worker); break;
+    case PI_OP_COMBINE: combine(op, run, worker); break;
     case PI_OP_SCALE_BY_POSITION: scale_by_position(op, run, worker); break;
     default: break;
     }

@@ -58,7 +58,9 @@ class Op(IntEnum):
     SCAN_CHANNELS = 30
     SCAN_HEADS = 31
     DELTA_NET = 32
-    FETCH = 33
+    GENERAL_DELTA = 33
+    COMBINE = 34
+    FETCH = 35
 
 
 class Program:

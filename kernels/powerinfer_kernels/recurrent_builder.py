@@ -152,6 +152,38 @@ class RecurrentOperations(ExpertOperations):
         integers = (*sizes, int(interleaved), decays)
         self._append(Op.DELTA_NET, (qk, v, decay, rate, out), integers, (finite("scale", scale),))
 
+    def general_delta(
+        self,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        decay: Floats,
+        unit: Floats,
+        rate: Floats,
+        out: Floats,
+        slot: RecurrentSlot,
+        *,
+        heads: int,
+    ) -> None:
+        """Generalised delta rule (RWKV-7, arXiv 2503.14456), for each head: S = diag(e^decay) S −
+        (unit · rate) (Sᵀ unit)ᵀ + k vᵀ; out = Sᵀq.
+
+        q, k, decay, unit, rate [max_tokens, heads · size]; v and out [max_tokens, heads · head_dim]; the slot
+        holds S [heads, size, head_dim]."""
+        check_positive(heads=heads)
+        keys, values = self._width("q", q), self._width("out", out)
+        if keys % heads or values % heads:
+            raise KernelError(f"{heads} heads do not divide widths of {keys} and {values}")
+        for name, array in (("k", k), ("decay", decay), ("unit", unit), ("rate", rate)):
+            self._check(name, array, keys)
+        self._check("v", v, values)
+        self._check("out", out, values, written=True)
+        inputs = {"q": q, "k": k, "v": v, "decay": decay, "unit": unit, "rate": rate}
+        check_apart("out", out, inputs)
+        _check_slot(slot, keys // heads * values)
+        integers = (slot.index, heads, keys // heads, values // heads)
+        self._append(Op.GENERAL_DELTA, (*inputs.values(), out), integers)
+
     def _check_scan(self, x: Floats, step: Floats, out: Floats, width: int, heads: int) -> None:
         _check_slice("x", self._width("x", x), 0, width)
         self._check("step", step, heads)

@@ -56,6 +56,14 @@ def keep_top(x: Array, deviations: float) -> Array:
     return out
 
 
+def combine(x: Array, coefficients: Array, width: int) -> Array:
+    """Of vectors of `width` values side by side, a of them in a row, others: out_b = Σ_a coefficients[b, a]
+    · x_a; coefficients [T, made · a]."""
+    parts = x.reshape(len(x), -1, width)
+    out: Array = coefficients.reshape(len(x), -1, parts.shape[1]) @ parts
+    return out.reshape(len(x), -1)
+
+
 def softcap(x: Array, cap: float) -> Array:
     """cap · tanh(x / cap)"""
     return cap * np.tanh(x / cap)

@@ -53,3 +53,16 @@ def delta_net(
         state[h] = s + np.outer(k[t, h], rate[t, h] * (v[t, h] - k[t, h] @ s))
         out[t, h] = scale * (q[t, h] @ state[h])
     return out, state
+
+
+def general_delta(
+    q: Array, k: Array, v: Array, decay: Array, unit: Array, rate: Array, state: Array
+) -> tuple[Array, Array]:
+    """Generalised delta rule (RWKV-7, arXiv 2503.14456): S = diag(e^decay) S − (unit · rate) (Sᵀ unit)ᵀ + k
+    vᵀ, out = Sᵀq; v [T, heads, dim], the others [T, heads, size], state [heads, size, dim]."""
+    out, state = np.zeros_like(v), state.copy()
+    for t, h in np.ndindex(v.shape[:2]):
+        removed = np.outer(unit[t, h] * rate[t, h], unit[t, h] @ state[h])
+        state[h] = np.exp(decay[t, h])[:, None] * state[h] - removed + np.outer(k[t, h], v[t, h])
+        out[t, h] = q[t, h] @ state[h]
+    return out, state

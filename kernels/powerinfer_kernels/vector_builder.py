@@ -110,6 +110,17 @@ class VectorOperations(OperationList):
         self._limit(len(table))
         self._append(Op.SCALE_BY_POSITION, (x, table), (width,))
 
+    def combine(self, src: Floats, coefficients: Floats, out: Floats, width: int) -> None:
+        """Of vectors of `width` values that lie side by side, `count` in a row of `src`, make others:
+        out_b = Σ_a coefficients[b, a] · src_a, in the order of a; coefficients [max_tokens, made · count]."""
+        count, made = self._width("src", src) // width, self._width("out", out) // width
+        check_positive(width=width, count=count, made=made)
+        self._check("src", src, count * width)
+        self._check("out", out, made * width, written=True)
+        self._check("coefficients", coefficients, made * count)
+        check_apart("out", out, {"src": src, "coefficients": coefficients})
+        self._append(Op.COMBINE, (src, coefficients, out), (count, width, made))
+
     def copy(
         self,
         src: Floats,

@@ -21,6 +21,7 @@ from powerinfer_tools.model import blocks
 from powerinfer_tools.model.layer_weights import LayerWeights
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.operations import Activation
+from powerinfer_tools.model.streams import Along
 from powerinfer_tools.model.tensors import Norm, Weight
 
 
@@ -38,6 +39,7 @@ class DenseColumns:
     bias: Floats | None = None
     up_bias: Floats | None = None
     inner_norm: Norm | None = None
+    deviations: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class BlockWriter:
         self.labels = Labels()
         #: The layer that is being written, None before the first.
         self.layer: int | None = None
+        #: What runs beside the residual stream.
+        self.along = Along[Value]()
 
     @property
     def activation(self) -> Activation:
@@ -146,18 +150,32 @@ class BlockWriter:
     def embed(self, model: Model) -> None:
         """tokens (and where they stand) → residual stream."""
         self.label("embedding")
-        blocks.embedding(self.ops, model)
+        self.along = blocks.along(self.ops, model, blocks.embedding(self.ops, model))
+
+    def finish(self, w: LayerWeights) -> None:
+        """What comes at the end of a layer, after its FFN."""
+        if w.input is not None or w.output_scale != 1.0:
+            self.label("layer input")
+            blocks.finish(self.ops, self.hyper, w, self._x, self.along)
+            self.ops.flush()
+
+    def merge_streams(self, model: Model) -> None:
+        """What the head reads, where there are several streams."""
+        if self.along.streams is not None:
+            self.label("embedding")
+            blocks.merged(self.ops, model, self._x, self.along)
+            self.ops.flush()
 
     def mix(self, layer: int, w: LayerWeights) -> None:
         """What mixes the tokens of a layer, added to the residual stream."""
         self.label("recurrent" if w.attends is None else "attention")
-        blocks.mix(self.ops, self.spec, self.hyper, layer, w, self._x)
+        blocks.mix(self.ops, self.spec, self.hyper, layer, w, self._x, self.along)
         self.ops.flush()
 
-    def ffn_input(self, norm: Norm | None, *, quantized: bool) -> None:
+    def ffn_input(self, w: LayerWeights, *, quantized: bool) -> None:
         """Normalise (and quantise) the input of the FFN."""
         self.label("ffn")
-        normed = blocks.ffn_input(self.ops, norm, self.eps, self._x)
+        normed = blocks.ffn_input(self.ops, w.ffn_norm, self.eps, self._x, w.ffn_shift)
         if quantized:
             self.ops.round(normed.floats)
 
@@ -191,7 +209,7 @@ class BlockWriter:
         ``thresholds`` (of a gated FFN), neurons below contribute nothing."""
         self.label("ffn")
         ops, biases = self.ops, (w.bias, output.bias, w.up_bias)
-        weights = blocks.FFN(w.gate, w.up, w.down, *biases, w.inner_norm, self.eps)
+        weights = blocks.FFN(w.gate, w.up, w.down, *biases, w.inner_norm, self.eps, w.deviations)
         ops.observed, ops.thresholds = observed, thresholds
         out = blocks.ffn(ops, self.activation, weights, Value(self.buffers.normed))
         ops.observed = ops.thresholds = None
@@ -237,6 +255,11 @@ class BlockWriter:
         b, builder, kind, cut = self.buffers, self.builder, self.hyper.activation, self.hyper.activation_cut
         self.label("ffn")
         factor = self._gate_and_up(w.gate, w.bias, w.up, gate, up)
+        if self.layer is not None and (deviations := self.hyper.facts[self.layer].deviations) is not None:
+            builder.keep_top(gate, gate, deviations)
+            if w.skips:  # what the gate keeps is positive, and so is what the activation makes of it
+                builder.activate(gate, None, gate, kind, cut)
+                kind, cut = "relu", 0.0
         if w.skips:
             assert observed is None, "gate-first does not compute what there is to observe"
             least = np.full(w.gate.rows, cut, np.float32) if cut else None

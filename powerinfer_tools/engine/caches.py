@@ -28,10 +28,12 @@ class Places:
 
 def require_kv_type(model: Model, kind: str) -> None:
     """Raise ModelError where the heads of ``model`` cannot be kept as ``kind``."""
-    if kind == "q8_0" and (model.hyper.head_dim % 32 or model.hyper.value_dim % 32):
+    sizes = [size for facts in model.hyper.facts for size in (facts.head_dim, facts.value_dim)]
+    odd = [size for size in sizes if size % 32]
+    if kind == "q8_0" and odd:
         raise ModelError(
-            f"{model.path}: a q8_0 KV cache needs heads of a multiple of 32 values, these have "
-            f"{model.hyper.head_dim}; take f16"
+            f"{model.path}: a q8_0 KV cache needs heads of a multiple of 32 values, these have {odd[0]}; "
+            "take f16"
         )
 
 
@@ -42,7 +44,7 @@ def kv_slots(
     hyper = model.hyper
     try:
         return [
-            builder.kv_slot(context, facts.kv_heads, hyper.head_dim, hyper.value_dim) if wanted else None
+            builder.kv_slot(context, facts.kv_heads, facts.head_dim, facts.value_dim) if wanted else None
             for wanted, facts in zip(here, hyper.facts, strict=True)
         ]
     except KernelError as error:

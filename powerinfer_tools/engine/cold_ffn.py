@@ -87,7 +87,8 @@ def load_cold_ffn(
     if isinstance(ffn, DenseFFN):
         up = None if ffn.factor is None else pack(pool, ffn.factor)
         layer = model.layers[index]
-        rest = (layer.ffn_bias, layer.ffn_factor_bias, layer.ffn_inner_norm)
+        deviations = model.hyper.facts[index].deviations
+        rest = (layer.ffn_bias, layer.ffn_factor_bias, layer.ffn_inner_norm, deviations)
         return _ColumnsFFN(DenseColumns(pack(pool, ffn.first), up, pack(pool, ffn.down), *rest))
     assert isinstance(ffn, SplitLayer), "experts are laid out in routed.py"
     if hot_neurons == ffn.neurons:

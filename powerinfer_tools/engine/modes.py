@@ -11,7 +11,7 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
     """The mode of each layer: ``asked``, else what a split file says, else dense. Where predicted is asked
     for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
     A layer that keeps the source's down projection, because dense was found to be faster there, is dense in
-    mode gate-first, too: both have the same bits in every layer.
+    mode gate-first, too, and so is one without zeros: both have the same bits in every layer.
 
     Raises ModelError for a mode that the model does not allow.
     """
@@ -20,20 +20,23 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
         modes = model.split.modes if model.split else ("dense",) * layers
         for mode in sorted(set(modes)):
             _check_mode(model, mode)
+        for index, mode in enumerate(modes):
+            if mode in ("gate-first", "predicted") and not model.has_zeros(index):
+                raise ModelError(f"{model.path}: layer {index} is {mode}, and its activation makes no zeros")
         return modes
     _check_mode(model, asked)
     if asked == "predicted" and model.split is not None:
-        return tuple("predicted" if layer.predictor else _exact(layer) for layer in model.split.layers)
+        return tuple("predicted" if one.predictor else _exact(model, one) for one in model.split.layers)
     if asked == "gate-first" and model.split is not None:
-        return tuple(_exact(layer) for layer in model.split.layers)
+        return tuple(_exact(model, layer) for layer in model.split.layers)
     if asked == "thresholded" and model.split is not None:
         return tuple("thresholded" if layer.threshold else "dense" for layer in model.split.layers)
     return (asked,) * layers
 
 
-def _exact(layer: SplitLayer) -> str:
-    """The mode of a layer of which only active neurons count."""
-    return "gate-first" if layer.columns is None else "dense"
+def _exact(model: Model, layer: SplitLayer) -> str:
+    """The mode of a layer of which only active neurons count, where it has inactive ones."""
+    return "gate-first" if layer.columns is None and model.has_zeros(layer.index) else "dense"
 
 
 def _check_mode(model: Model, asked: str) -> None:

@@ -96,10 +96,10 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         """Where :meth:`round` leaves what it makes."""
         return self._scratch.copy(floats)
 
-    def embed(self, table: Weight, scale: float) -> Value:
-        """The residual stream."""
+    def embed(self, name: str, table: Weight, scale: float) -> Value:
+        """From the file as it is."""
         assert self._inputs is not None
-        x = self._scratch.named("x", table.columns)
+        x = self._scratch.named(name, table.columns)
         self._rows(table, self._inputs.tokens, x, scale)
         return Value(x)
 
@@ -150,12 +150,13 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         self.changed(x.floats)
         return x
 
-    def attend(self, query: Value, key: Value, value: Value, how: Attention) -> Value:
+    def attend(self, query: Value, key: Value | None, value: Value | None, how: Attention) -> Value:
         """Over the cache of the layer."""
         builder, slot = self.flush(), self._slots[how.layer]
         assert slot is not None, "the attention of this layer is on the hot device"
         out = self._scratch.named("attended", how.heads * how.value_dim)
-        builder.store_kv(key.floats, value.floats, slot)
+        if key is not None and value is not None:
+            builder.store_kv(key.floats, value.floats, slot)
         builder.attention(
             query.floats,
             slot,
@@ -188,6 +189,20 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
             builder.activate(gate.floats, factor, gate.floats, how.kind, how.cut)
         self.changed(gate.floats)
         return gate
+
+    def combine(self, name: str, x: Value, factors: Value, width: int) -> Value:
+        """Into the buffer of that name."""
+        made = factors.floats.shape[1] * width // x.floats.shape[1]
+        builder, out = self.flush(), self._scratch.named(name, made * width)
+        builder.combine(x.floats, factors.floats, out, width)
+        self.changed(out)
+        return Value(out)
+
+    def keep_top(self, x: Value, deviations: float) -> Value:
+        """In place."""
+        self.flush().keep_top(x.floats, x.floats, deviations)
+        self.changed(x.floats)
+        return x
 
     def clamp(self, x: Value, limit: float) -> Value:
         """In place."""

@@ -115,6 +115,34 @@ class RecurrentOperations(ABC):
         )
         return out
 
+    def general_delta(
+        self,
+        name: str,
+        query: Value,
+        key: Value,
+        value: Value,
+        decay: Value,
+        unit: Value,
+        rate: Value,
+        heads: int,
+    ) -> Value:
+        """S is kept."""
+        builder, width = self.flush(), value.floats.shape[1]
+        out = self._made(name, width)
+        slot = builder.recurrent_slot(query.floats.shape[1] // heads * width)
+        builder.general_delta(
+            query.floats,
+            key.floats,
+            value.floats,
+            decay.floats,
+            unit.floats,
+            rate.floats,
+            out.floats,
+            slot,
+            heads=heads,
+        )
+        return out
+
     def _made(self, name: str, width: int) -> Value:
         out = self._scratch.named(name, width)
         self.changed(out)

@@ -72,7 +72,9 @@ class StackWriter:
         )
         self.builder = ProgramBuilder(options.batch)
         here = [
-            layer.attends is not None and not self._attention_there(index)
+            layer.attends is not None
+            and model.hyper.facts[index].cache is None
+            and not self._attention_there(index)
             for index, layer in enumerate(model.layers)
         ]
         self._slots = kv_slots(self.builder, model, options.context, here)
@@ -115,10 +117,12 @@ class StackWriter:
                 self._write_there(index, self.beside)
             else:
                 self._write_layer(index, layer)
+            self.writer.finish(layer)
             if self._options.residency is not None:
                 self._options.residency.drop_pages()
         if not (self._hot and self._hot.has_head):
             self._bring_back()
+        self.writer.merge_streams(self._model)
 
     def _attention_there(self, index: int) -> bool:
         return self._hot is not None and self._hot.has_attention(index)
@@ -153,7 +157,7 @@ class StackWriter:
             if not parallel:
                 self._write_attention(index, layer)
             rounds = any(not matrix.row_type.is_float for matrix in experts.stacks[:-1])
-            writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or (bool(hot) and rounds))
+            writer.ffn_input(layer, quantized=ffn.quantized or (bool(hot) and rounds))
             if parallel:
                 self._write_attention(index, layer)
             if not early:
@@ -177,7 +181,7 @@ class StackWriter:
             self._bring_back()
         if not parallel:
             self._write_attention(index, layer)
-        writer.ffn_input(layer.ffn_norm, quantized=ffn.quantized or hot_neurons > 0)
+        writer.ffn_input(layer, quantized=ffn.quantized or hot_neurons > 0)
         ready = writer.mark()
         ffn.prepare(writer)
         if parallel:

@@ -31,7 +31,7 @@ def _row(spec: ArchitectureSpec) -> FamilyRow:
     return FamilyRow(
         name=spec.name,
         activation=spec.activation,
-        true_zeros=spec.activation in RELU_FAMILY,
+        true_zeros=spec.activation in RELU_FAMILY or spec.top_layers > 0,
         ffn=f"{gated}, or experts" if spec.routed else gated,
         mixer=mixer,
     )

@@ -98,7 +98,7 @@ def refused(
     """The verdict on a model that ``error`` keeps from running."""
     spec = ARCHITECTURES.get(family)
     reason = str(error).removeprefix(f"{path}: ").partition(" (supported:")[0]  # --families lists them
-    zeros = None if spec is None else spec.activation in RELU_FAMILY
+    zeros = None if spec is None else spec.activation in RELU_FAMILY or spec.top_layers > 0
     return Verdict(family, False, reason, spec.activation if spec else None, zeros, parts or {}, memory)
 
 

@@ -16,7 +16,18 @@ from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.operations import Activation, Attention, Operations
 from powerinfer_tools.model.recurrent_blocks import recurrent
-from powerinfer_tools.model.tensors import Norm, Vector, Weight
+from powerinfer_tools.model.streams import (
+    Along,
+    add_to_others,
+    begin,
+    correct,
+    end,
+    input_block,
+    laurel,
+    layer_inputs,
+    predict,
+)
+from powerinfer_tools.model.tensors import Norm, Table, Vector, Weight
 
 V = TypeVar("V")
 W = TypeVar("W")
@@ -26,7 +37,7 @@ W = TypeVar("W")
 class FFN(Generic[W]):
     """The matrices of an FFN: the rows that the activation reads (``first``), those that its result is
     multiplied with (None without a gate), and down (width, neurons), which may read what is normalised
-    again."""
+    again. With ``deviations``, only gates so many standard deviations above the mean count."""
 
     first: W
     factor: W | None
@@ -36,31 +47,69 @@ class FFN(Generic[W]):
     factor_bias: Vector | None = None
     inner_norm: Norm | None = None
     eps: float = 0.0
+    deviations: float | None = None
 
 
 def embedding(ops: Operations[V, Weight], model: Model) -> V:
     """The residual stream before the first layer."""
-    x = ops.embed(model.embedding, model.hyper.embedding_scale)
+    x = ops.embed("x", model.embedding, model.hyper.embedding_scale)
     if model.positions is not None:
         x = ops.embed_positions(x, model.positions, model.spec.position_offset or 0)
     return x if model.embedding_norm is None else ops.norm("x", x, model.embedding_norm, model.hyper.norm_eps)
+
+
+def along(ops: Operations[V, Weight], model: Model, x: V) -> Along[V]:
+    """What runs beside the residual stream, which begins as ``x``."""
+    made, eps = Along[V](), model.hyper.norm_eps
+    if model.inputs is not None:
+        made.inputs = layer_inputs(ops, model.inputs, x, eps)
+    if model.streams is not None:
+        made.streams = begin(ops, model.streams, x)
+    return made
+
+
+def merged(ops: Operations[V, Weight], model: Model, x: V, beside: Along[V]) -> V:
+    """What the head reads."""
+    if model.streams is None or beside.streams is None:
+        return x
+    return end(ops, model.streams, beside.streams)
+
+
+def finish(ops: Operations[V, Weight], hyper: Hyperparameters, w: LayerWeights, x: V, beside: Along[V]) -> V:
+    """The residual stream at the end of a layer, after its FFN."""
+    eps = hyper.norm_eps
+    if w.streams is not None and w.input is not None:
+        assert beside.inputs is not None
+        assert beside.predicted is not None
+        width, s = w.streams.router.columns, w.streams.sizes
+        streams = correct(ops, w.streams, beside.predicted, x, eps)
+        read = ops.part("active", streams, s.active * width, width)
+        if w.input.scale is not None:
+            read = ops.times(read, w.input.scale)
+        added = input_block(ops, w.input, beside.inputs, read, eps)
+        beside.streams = add_to_others(ops, w.streams, streams, added)
+        return x
+    if w.input is not None:
+        assert beside.inputs is not None
+        x = ops.join(x, input_block(ops, w.input, beside.inputs, x, eps))
+    return scaled(ops, x, w.output_scale)
 
 
 def attention_of(hyper: Hyperparameters, layer: int, sinks: Vector | None = None) -> Attention:
     """How ``layer`` attends."""
     facts = hyper.facts[layer]
     return Attention(
-        layer=layer,
+        layer=layer if facts.cache is None else facts.cache,
         heads=facts.heads,
         kv_heads=facts.kv_heads,
-        head_dim=hyper.head_dim,
+        head_dim=facts.head_dim,
         scale=hyper.attention_scale,
         window=0 if hyper.chunked else facts.window,
         chunk=facts.window if hyper.chunked else 0,
         softcap=hyper.attention_softcap,
         alibi=hyper.alibi,
         sinks=sinks,
-        value_dim=hyper.value_dim,
+        value_dim=facts.value_dim,
     )
 
 
@@ -76,16 +125,18 @@ def attention(
     how, rope, eps = attention_of(hyper, layer, w.sinks), hyper.facts[layer].rope, hyper.norm_eps
     normed = x if w.norm is None else ops.norm("attention_input", x, w.norm, eps)
     query = ops.linear("query", normed, w.query, w.query_bias)
-    key = ops.linear("key", normed, w.key, w.key_bias)
-    value = ops.linear("value", normed, w.value, w.value_bias)
-    if hyper.qkv_limit:
+    made = keys_and_values(ops, w, normed)
+    key, value = made
+    if hyper.qkv_limit and key is not None and value is not None:
         query, key, value = (ops.clamp(part, hyper.qkv_limit) for part in (query, key, value))
     gate = None if w.gate is None else ops.linear("attention_gate", normed, w.gate, w.gate_bias)
+    if value is not None and w.value_norm is not None:
+        value = ops.norm_heads(value, how.kv_heads, w.value_norm, eps)
     if not spec.qk_norm_late:
         query, key = qk_normed(ops, spec, how, w, query, key, eps)
     if rope is not None:
         query = ops.rotate(query, how.heads, how.head_dim, rope)
-        key = ops.rotate(key, how.kv_heads, how.head_dim, rope)
+        key = None if key is None else ops.rotate(key, how.kv_heads, how.head_dim, rope)
     if spec.qk_norm_late:
         query, key = qk_normed(ops, spec, how, w, query, key, eps)
     if (growth := hyper.facts[layer].position_scale) is not None:
@@ -97,7 +148,19 @@ def attention(
     if gate is not None:
         attended = gated(ops, Activation(spec.gate_activation), w, gate, attended)
     out = ops.linear("block_out", attended, w.output, w.output_bias)
-    return post_normed(ops, out, w.post_norm, hyper.post_norm_eps)
+    out = post_normed(ops, out, w.post_norm, hyper.post_norm_eps)
+    return out if w.laurel is None else laurel(ops, w.laurel, normed, out, eps)
+
+
+def keys_and_values(ops: Operations[V, Weight], w: AttentionWeights, normed: V) -> tuple[V | None, V | None]:
+    """None in a layer that reads those of an earlier one; values are the keys where there is no matrix for
+    them."""
+    if w.key is None:
+        return None, None
+    key = ops.linear("key", normed, w.key, w.key_bias)
+    if w.value is None:
+        return key, ops.copy("value", key)
+    return key, ops.linear("value", normed, w.value, w.value_bias)
 
 
 def gated(ops: Operations[V, Weight], how: Activation, w: AttentionWeights, gate: V, attended: V) -> V:
@@ -115,21 +178,26 @@ def mix(
     layer: int,
     w: LayerWeights,
     x: V,
+    along: Along[V],
 ) -> V:
     """The residual stream after what mixes the tokens of ``layer``: attention, a recurrent block, both
     beside each other, or nothing."""
     eps, out, beside = hyper.norm_eps, None, None
+    if w.streams is not None:
+        assert along.streams is not None
+        along.predicted = predict(ops, w.streams, along.streams, eps)
+        x = ops.part("x", along.predicted, w.streams.sizes.active * hyper.width, hyper.width)
     if isinstance(w.attends, LatentWeights):
         out = latent_attention(ops, attention_of(hyper, layer), hyper.facts[layer], eps, w.attends, x)
     elif w.attends is not None:
         out = attention(ops, spec, hyper, layer, w.attends, x)
     if w.recurs is not None:
         normed = ops.norm("attention_input", x, w.recurs.norm, eps)
-        beside = recurrent(ops, w.recurs.mixer, normed, eps)
+        beside = recurrent(ops, w.recurs.mixer, normed, eps, along)
     for part in (out, beside):
         if part is not None:
             x = ops.join(x, part, hyper.residual_scale)
-    return x
+    return scaled(ops, x, spec.mixed_scale)
 
 
 def qk_normed(
@@ -138,19 +206,24 @@ def qk_normed(
     how: Attention,
     w: AttentionWeights,
     query: V,
-    key: V,
+    key: V | None,
     eps: float,
-) -> tuple[V, V]:
+) -> tuple[V, V | None]:
     """Queries and keys, normalised where the family does that."""
-    if w.query_norm is None or w.key_norm is None:
-        return query, key
     whole = spec.qk_norm == "row"
     heads, kv_heads = (1, 1) if whole else (how.heads, how.kv_heads)
-    return ops.norm_heads(query, heads, w.query_norm, eps), ops.norm_heads(key, kv_heads, w.key_norm, eps)
+    if w.query_norm is not None:
+        query = ops.norm_heads(query, heads, w.query_norm, eps)
+    if w.key_norm is not None and key is not None:
+        key = ops.norm_heads(key, kv_heads, w.key_norm, eps)
+    return query, key
 
 
-def ffn_input(ops: Operations[V, W], norm: Norm | None, eps: float, x: V) -> V:
-    """What the matrices of an FFN read."""
+def ffn_input(ops: Operations[V, W], norm: Norm | None, eps: float, x: V, shift: Table | None = None) -> V:
+    """What the matrices of an FFN read; with ``shift``, a mixture with that of the token before."""
+    if shift is not None and norm is not None:
+        normed = ops.norm("shifted", x, norm, eps)
+        return ops.convolve("normed", normed, shift, None, 0, silu=False)
     return ops.copy("normed", x) if norm is None else ops.norm("normed", x, norm, eps)
 
 
@@ -158,6 +231,8 @@ def ffn(ops: Operations[V, W], how: Activation, w: FFN[W], normed: V, out: str =
     """A dense FFN, or an expert: down · (act(first · x + bias) · (factor · x)) + down_bias."""
     gate = ops.linear("gate", normed, w.first, w.bias)
     up = None if w.factor is None else ops.linear("up", normed, w.factor, w.factor_bias)
+    if w.deviations is not None:
+        gate = ops.keep_top(gate, w.deviations)
     hidden = ops.activate(gate, up, how)
     if w.inner_norm is not None:
         hidden = ops.norm("gate", hidden, w.inner_norm, w.eps)

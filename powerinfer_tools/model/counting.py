@@ -159,11 +159,11 @@ class CountingOperations:
     def __init__(self, aliases: dict[str, str] | None = None) -> None:
         self.counted, self._aliases = Footprint(), aliases or {}
 
-    def embed(self, table: Weight, scale: float) -> Counted:
+    def embed(self, name: str, table: Weight, scale: float) -> Counted:
         """Its table stays as in the file."""
         self._count("embed")
         self.counted.table_bytes += _shape(table).file_nbytes
-        return self.made("x", table.columns)
+        return self.made(name, table.columns)
 
     def embed_positions(self, x: Counted, table: Weight, offset: int) -> Counted:
         """As :meth:`embed`."""
@@ -195,18 +195,29 @@ class CountingOperations:
         self.counted.ropes.add(rope)
         return x
 
-    def attend(self, query: Counted, key: Counted, value: Counted, how: Attention) -> Counted:
-        """The cache."""
+    def attend(self, query: Counted, key: Counted | None, value: Counted | None, how: Attention) -> Counted:
+        """The cache, where the layer has one of its own."""
         self._count("attend")
         self.vectors(how.sinks)
         window = how.window or how.chunk
-        self.counted.caches.append(KeyValues(how.kv_heads, how.head_dim, how.value_dim, window))
+        if key is not None:
+            self.counted.caches.append(KeyValues(how.kv_heads, how.head_dim, how.value_dim, window))
         return self.made("attended", how.heads * how.value_dim)
 
     def activate(self, gate: Counted, up: Counted | None, how: Activation) -> Counted:
         """In place."""
         self._count("activate")
         return gate
+
+    def combine(self, name: str, x: Counted, factors: Counted, width: int) -> Counted:
+        """A buffer."""
+        self._count("combine")
+        return self.made(name, factors.width * width // x.width * width)
+
+    def keep_top(self, x: Counted, deviations: float) -> Counted:
+        """In place."""
+        self._count("keep_top")
+        return x
 
     def clamp(self, x: Counted, limit: float) -> Counted:
         """In place."""
@@ -334,6 +345,21 @@ class CountingOperations:
         """S is kept."""
         self._count("delta_net")
         return self._kept(name, sizes.inner, sizes.state * sizes.inner)
+
+    def general_delta(
+        self,
+        name: str,
+        query: Counted,
+        key: Counted,
+        value: Counted,
+        decay: Counted,
+        unit: Counted,
+        rate: Counted,
+        heads: int,
+    ) -> Counted:
+        """S is kept."""
+        self._count("general_delta")
+        return self._kept(name, value.width, query.width // heads * value.width)
 
     def per_head(self, name: str, x: Counted, matrices: Sequence[Weight], rest: int) -> Counted:
         """A matrix for each head."""

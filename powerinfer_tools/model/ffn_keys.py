@@ -75,7 +75,7 @@ def _router_kind(keys: Keys, spec: ArchitectureSpec) -> Literal["softmax", "sigm
 
 def read_neurons(keys: Keys, spec: ArchitectureSpec, routing: Routing | None, layers: int) -> int:
     """Mixtral's files say the size of an expert as that of an FFN."""
-    if spec.recurrent_layers == "all":
+    if spec.recurrent_layers == "all" and spec.single_blocks:
         keys.ignore("feed_forward_length")
         return 1  # of no FFN at all
     if routing is not None:

@@ -163,6 +163,6 @@ def _dense_ffn(
         tensors.absent(gate, neurons)
     return DenseFFN(
         gate=tensors.matrix(gate, neurons, hyper.width) if spec.gated else None,
-        up=tensors.matrix(f"{prefix}.ffn_up.weight", neurons, hyper.width),
-        down=tensors.matrix(f"{prefix}.ffn_down.weight", hyper.width, neurons),
+        up=tensors.matrix(f"{prefix}.{spec.ffn_names[0]}.weight", neurons, hyper.width),
+        down=tensors.matrix(f"{prefix}.{spec.ffn_names[1]}.weight", hyper.width, neurons),
     )

@@ -16,6 +16,7 @@ from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 from powerinfer_tools.model.layer_weights import LayerWeights
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.matrices import MatrixShape
+from powerinfer_tools.model.streams import Along
 
 #: Among a model's attributes, as those of functools.cached_property are.
 _KEPT = "_footprint"
@@ -80,22 +81,29 @@ def footprint_of(model: Model) -> ModelFootprint:
 
 def _counted(model: Model) -> ModelFootprint:
     spec, hyper, ops = model.spec, model.hyper, _operations(model.hyper)
-    blocks.embedding(ops, model)
+    along = blocks.along(ops, model, blocks.embedding(ops, model))
     ops.tokens(with_positions=model.positions is not None)
     for name in ("normed", "block_out"):
         ops.made(name, hyper.width)
-    layers = [layer_footprint(spec, hyper, index, layer) for index, layer in enumerate(model.layers)]
+    layers = [layer_footprint(spec, hyper, index, layer, along) for index, layer in enumerate(model.layers)]
     mixing, feeding = zip(*layers, strict=True)
+    blocks.merged(ops, model, Counted("x", hyper.width), along)
     return ModelFootprint(ops.counted, mixing, feeding, head_footprint(model))
 
 
 def layer_footprint(
-    spec: ArchitectureSpec, hyper: Hyperparameters, index: int, w: LayerWeights
+    spec: ArchitectureSpec,
+    hyper: Hyperparameters,
+    index: int,
+    w: LayerWeights,
+    along: Along[Counted] | None = None,
 ) -> tuple[Footprint, Footprint]:
-    """What mixes tokens in layer ``index`` with these weights, and its FFN."""
+    """What mixes tokens in layer ``index`` with these weights, and its FFN; ``along`` is what runs beside."""
     mixing, feeding, x = _operations(hyper), _operations(hyper), Counted("x", hyper.width)
-    blocks.mix(mixing, spec, hyper, index, w, x)
+    along = Along() if along is None else along
+    blocks.mix(mixing, spec, hyper, index, w, x, along)
     _feed(feeding, spec, hyper, w, x)
+    blocks.finish(mixing, hyper, w, x, along)
     return mixing.counted, feeding.counted
 
 
@@ -120,7 +128,7 @@ def _feed(
     ffn, how = layer.feeds, blocks.activation_of(hyper)
     if ffn is None:
         return
-    normed = blocks.ffn_input(ops, layer.ffn_norm, hyper.norm_eps, x)
+    normed = blocks.ffn_input(ops, layer.ffn_norm, hyper.norm_eps, x, layer.ffn_shift)
     if isinstance(ffn, ExpertsFFN):
         read = normed
         if ffn.beside_norm is not None:

@@ -74,10 +74,20 @@ class LatentSizes:
 
 
 @dataclass(frozen=True)
+class StreamSizes:
+    """Residual streams (arXiv 2301.13310): how many, and which of them layers read."""
+
+    count: int
+    active: int
+
+
+@dataclass(frozen=True)
 class LayerFacts:
     """In what a layer differs from others: ``window`` is how many positions attention looks back (0: all of
     them), ``rope`` None without rotary positions; what mixes tokens; what its FFN is; heads of queries and of
-    keys, and neurons of a dense FFN; how queries grow with their position."""
+    keys, their values, and neurons of a dense FFN; how queries grow with their position. ``cache``: the layer
+    whose keys and values it reads (None: its own). ``deviations``: how many standard deviations above the
+    mean a gate must be (None: any counts)."""
 
     window: int
     rope: Rope | None
@@ -87,6 +97,10 @@ class LayerFacts:
     kv_heads: int = 0
     neurons: int = 0
     position_scale: PositionScale | None = None
+    head_dim: int = 0
+    value_dim: int = 0
+    cache: int | None = None
+    deviations: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,8 @@ class Hyperparameters:
     largest bias of scores (0: none). ``*_softcap`` are 0 when unused. ``activation_cut`` is what a gate must
     be above with fatrelu, and the largest gate with swiglu_oai (0 with others). ``dense_neurons`` are those
     of FFNs in layers without experts, where others have some. ``chunked``: windows are chunks of positions.
-    ``further_layers`` of the file predict further tokens, and are left out. Where heads and neurons differ
+    ``further_layers`` of the file predict further tokens, and are left out. ``input_size``: values of each
+    layer's own input (0: there is none). Where heads and neurons differ
     between layers, those here are the most, and ``uneven`` names what differs."""
 
     layers: int
@@ -164,6 +179,8 @@ class Hyperparameters:
     chunked: bool
     post_norm_eps: float
     further_layers: int
+    input_size: int = 0
+    streams: StreamSizes | None = None
 
     @property
     def uneven(self) -> str | None:
@@ -171,6 +188,8 @@ class Hyperparameters:
         attending = [facts for facts in self.facts if facts.mixer in ("attention", "both")]
         if len({(facts.heads, facts.kv_heads) for facts in attending}) > 1:
             return "attention heads that differ between layers"
+        if len({(facts.head_dim, facts.value_dim) for facts in attending}) > 1:
+            return "attention heads whose width differs between layers"
         dense = {facts.neurons for facts in self.facts if facts.ffn == "dense"}
         return "FFNs of sizes that differ between layers" if len(dense) > 1 else None
 

@@ -15,17 +15,20 @@ from powerinfer_tools.model.ffn_keys import (
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters, LayerFacts, Mixer
 from powerinfer_tools.model.keys import Keys
 from powerinfer_tools.model.mixer_keys import (
+    HeadSizes,
     read_attention_scale,
+    read_caches,
     read_dense_neurons,
+    read_deviations,
     read_feeds,
-    read_head_dim,
+    read_head_sizes,
     read_heads,
     read_latent_scale,
     read_latent_sizes,
     read_layers,
     read_mixers,
     read_recurrent_sizes,
-    read_value_dim,
+    read_streams,
 )
 from powerinfer_tools.model.position_keys import (
     read_position_scale,
@@ -51,27 +54,27 @@ def read_hyperparameters(
     mixers = read_mixers(keys, spec, layers)
     heads_of = read_heads(keys, spec, mixers)
     heads, kv_heads = (max(pair[part] for pair in heads_of) for part in (0, 1))
-    head_dim = read_head_dim(keys, spec, width, heads)
+    sizes = read_head_sizes(keys, spec, width, heads)
     latent = read_latent_sizes(keys) if spec.latent else None
-    value_dim = read_value_dim(keys, spec, head_dim)
-    if latent is not None and latent.absorbed:
-        kv_heads, head_dim, value_dim = 1, latent.rank + latent.rotary, latent.rank
-    elif latent is not None:
-        kv_heads, head_dim, value_dim = heads, latent.plain + latent.rotary, latent.value
+    if latent is not None:
+        dims = (latent.rank, latent.rank) if latent.absorbed else (latent.plain, latent.value)
+        kv_heads, dim = 1 if latent.absorbed else heads, dims[0] + latent.rotary
+        sizes = HeadSizes(dim, dims[1], dim, dims[1])
     heads_of = [(count, kv_heads if latent else shared) for count, shared in heads_of]
+    facts = _facts(keys, spec, mixers, sizes, heads_of, routed=routing is not None)
     hyper = Hyperparameters(
         layers=layers,
         width=width,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=max(one.head_dim for one in facts),
         neurons=read_neurons(keys, spec, routing, layers),
         vocabulary=vocabulary,
         trained_context=read_trained_context(keys, spec, positions),
         norm_eps=_norm_eps(keys, spec),
-        facts=_facts(keys, spec, mixers, head_dim, heads_of, routed=routing is not None),
+        facts=facts,
         parallel=_parallel(keys, spec),
-        attention_scale=read_attention_scale(keys, spec, layers, width, heads, head_dim)
+        attention_scale=read_attention_scale(keys, spec, layers, width, heads, sizes.key)
         if latent is None
         else read_latent_scale(keys, latent),
         attention_softcap=keys.real("attn_logit_softcapping", 0.0),
@@ -87,12 +90,16 @@ def read_hyperparameters(
         value_scale=keys.factor("attention.value_scale") if spec.value_scale else 1.0,
         routing=routing,
         recurrent=read_recurrent_sizes(keys, spec, width, layers),
-        value_dim=value_dim,
+        value_dim=max(one.value_dim for one in facts),
         latent=latent,
         dense_neurons=max(read_dense_neurons(keys, layers, 1)) if routing is not None else 0,
         chunked=spec.chunked,
         further_layers=keys.blocks - layers,
         post_norm_eps=spec.post_norm_eps or _norm_eps(keys, spec),
+        input_size=keys.integer("embedding_length_per_layer_input", 256 if spec.streams else 0, low=0)
+        if spec.layer_inputs
+        else 0,
+        streams=read_streams(keys, spec),
     )
     keys.refuse_unread()
     return hyper
@@ -141,7 +148,7 @@ def _facts(
     keys: Keys,
     spec: ArchitectureSpec,
     mixers: Sequence[Mixer],
-    head_dim: int,
+    sizes: HeadSizes,
     heads: Sequence[tuple[int, int]],
     *,
     routed: bool,
@@ -151,7 +158,8 @@ def _facts(
     keys.ignore("interleave_moe_layer_step")
     first = keys.integer("leading_dense_block_count", 0, low=0, high=layers)
     windows = read_windows(keys, spec, layers)
-    wide, local = read_ropes(keys, spec, head_dim, local=any(windows))
+    caches, deviations = read_caches(keys, spec, windows), read_deviations(keys, spec, layers)
+    wide, local = read_ropes(keys, spec, sizes.key, sizes.local_key, local=any(windows))
     windowed = spec.rope_in_windows_alone and any(windows)
     scale = read_position_scale(keys, spec, windowed=any(windows))
     facts = []
@@ -170,6 +178,10 @@ def _facts(
                 kv_heads=heads[index][1],
                 neurons=neurons[index] // spec.neurons_divisor,
                 position_scale=None if spec.temperature == "without positions" and rope else scale,
+                head_dim=sizes.local_key if window else sizes.key,
+                value_dim=sizes.local_value if window else sizes.value,
+                cache=caches[index],
+                deviations=deviations[index],
             )
         )
     return tuple(facts)
@@ -180,5 +192,6 @@ def _norm_eps(keys: Keys, spec: ArchitectureSpec) -> float:
         keys.ignore("attention.layer_norm_epsilon")  # of norms that the family has not
         default = () if spec.default_norm_eps is None else (spec.default_norm_eps,)
         return keys.real("attention.layer_norm_rms_epsilon", *default, high=1.0)
+    keys.ignore("attention.layer_norm_rms_epsilon")
     # PowerInfer's OPT files leave it out; this is torch's default, with which OPT was made.
     return keys.real("attention.layer_norm_epsilon", 1e-5, high=1.0)

@@ -5,14 +5,17 @@ import numpy as np
 from powerinfer_formats.split import SplitFile, SplitLayer
 from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.ffn_matrices import read_ffn
-from powerinfer_tools.model.hyperparameter_types import Hyperparameters
+from powerinfer_tools.model.hyperparameter_types import Hyperparameters, LayerFacts
 from powerinfer_tools.model.latent import LatentWeights, read_latent
 from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights, RecurrentWeights
 from powerinfer_tools.model.recurrent import read_recurrent
-from powerinfer_tools.model.tensors import Norm, Tensors, Vector, Weight
+from powerinfer_tools.model.streams import read_laurel, read_layer_input, read_layer_streams
+from powerinfer_tools.model.tensors import Norm, Table, Tensors, Vector, Weight
 
-#: Matrices and biases of queries, keys and values.
-Projections = tuple[tuple[Weight, Weight, Weight], tuple[Vector | None, Vector | None, Vector | None]]
+#: Matrices and biases of queries, keys and values; a layer may have no keys, or no values, of its own.
+Projections = tuple[
+    tuple[Weight, Weight | None, Weight | None], tuple[Vector | None, Vector | None, Vector | None]
+]
 
 
 def load_layer(
@@ -27,7 +30,7 @@ def load_layer(
     facts, feeds = hyper.facts[index], None
     neurons = facts.neurons if facts.ffn == "dense" else hyper.neurons
     ffn_bias = tensors.absent if spec.gated and not spec.gated_biases else tensors.optional
-    up_bias = ffn_bias(f"{prefix}.ffn_up.bias", neurons)
+    up_bias = ffn_bias(f"{prefix}.{spec.ffn_names[0]}.bias", neurons)
     first_bias, factor_bias = up_bias, None
     if spec.gated:
         first_bias, factor_bias = ffn_bias(f"{prefix}.ffn_gate.bias", neurons), up_bias
@@ -40,13 +43,37 @@ def load_layer(
         feeds=feeds,
         ffn_bias=feeds.bias if isinstance(feeds, SplitLayer) else first_bias,
         ffn_factor_bias=factor_bias,
-        ffn_down_bias=ffn_bias(f"{prefix}.{tensors.down_name}.bias", hyper.width),
+        ffn_down_bias=ffn_bias(f"{prefix}.{_down_name(tensors, spec)}.bias", hyper.width),
         ffn_post_norm=_post_norm(tensors, spec, hyper, prefix, 1),
         ffn_inner_norm=tensors.optional_norm(
             spec, f"{prefix}.ffn_sub_norm", neurons, wanted=spec.inner_norms
         ),
         recurs=_recurrent(tensors, spec, hyper, prefix) if facts.mixer in ("recurrent", "both") else None,
+        streams=None
+        if hyper.streams is None
+        else read_layer_streams(tensors, hyper.streams, hyper.width, prefix),
+        input=read_layer_input(tensors, index, hyper.input_size, hyper.width, scaled=spec.streams)
+        if hyper.input_size
+        else None,
+        output_scale=_output_scale(tensors, spec, prefix),
+        ffn_shift=_shift(tensors, f"{prefix}.channel_mix_lerp_k.weight", hyper.width)
+        if spec.ffn_shift
+        else None,
     )
+
+
+def _down_name(tensors: Tensors, spec: ArchitectureSpec) -> str:
+    return tensors.down_name if spec.ffn_names[1] == "ffn_down" else spec.ffn_names[1]
+
+
+def _shift(tensors: Tensors, name: str, width: int) -> Table:
+    before = tensors.values(name, width)
+    return np.stack([before, 1 - before])
+
+
+def _output_scale(tensors: Tensors, spec: ArchitectureSpec, prefix: str) -> float:
+    scale = tensors.optional(f"{prefix}.layer_output_scale.weight", 1) if spec.output_scales else None
+    return 1.0 if scale is None else float(scale[0])
 
 
 def _recurrent(
@@ -99,13 +126,13 @@ def _attention(
     tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int
 ) -> AttentionWeights:
     prefix, facts, width = f"blk.{index}", hyper.facts[index], hyper.width
-    attended = facts.heads * hyper.value_dim
+    attended = facts.heads * facts.value_dim
     fused = spec.fused_qkv or tensors.has(f"{prefix}.attn_qkv.weight")
     projections = _fused_projections if fused else _projections
     (query, key, value), (query_bias, key_bias, value_bias) = projections(tensors, spec, hyper, index)
     gate, gate_bias = None, None
     if spec.attention_gate == "queries":
-        (query, gate), (query_bias, gate_bias) = _gated(hyper, query, query_bias)
+        (query, gate), (query_bias, gate_bias) = _gated(facts, query, query_bias)
     elif spec.attention_gate == "matrix":
         name = f"{prefix}.attn_gate.weight"
         rows = facts.heads if tensors.has(name) and tensors.shape(name)[0] == facts.heads else attended
@@ -130,6 +157,8 @@ def _attention(
         sinks=tensors.optional(f"{prefix}.attn_sinks.weight", facts.heads) if spec.sinks else None,
         post_norm=_post_norm(tensors, spec, hyper, prefix, 0),
         inner_norm=tensors.optional_norm(spec, f"{prefix}.attn_sub_norm", attended, wanted=spec.inner_norms),
+        value_norm=Norm("rms", np.ones(facts.value_dim, np.float32)) if spec.value_norm else None,
+        laurel=read_laurel(tensors, width, prefix) if spec.streams else None,
     )
 
 
@@ -144,11 +173,16 @@ def _head_norm(
     tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, name: str, place: tuple[int, int]
 ) -> Norm | None:
     """The norm of queries or keys of a layer that has so many heads of them."""
-    (index, heads), dim = place, hyper.head_dim
+    index, heads = place
+    facts = hyper.facts[index]
+    dim = facts.head_dim
+    if facts.cache is not None and name.endswith("attn_k_norm"):
+        tensors.leave_out(f"{name}.weight")
+        return None
     if spec.qk_norm == "own heads" and tensors.has(f"{name}.weight"):
         return Norm(spec.norm, tensors.table(f"{name}.weight", (heads, dim)).reshape(-1))
     if spec.qk_norm == "plain":
-        there = hyper.facts[index].rope is not None and (
+        there = facts.rope is not None and (
             hyper.routing is None or hyper.routing.experts != spec.unnormed_experts
         )
         return Norm(spec.norm, np.ones(dim, np.float32)) if there else None
@@ -159,10 +193,10 @@ def _head_norm(
 
 
 def _gated(
-    hyper: Hyperparameters, both: Weight, bias: Vector | None
+    facts: LayerFacts, both: Weight, bias: Vector | None
 ) -> tuple[tuple[Weight, Weight], tuple[Vector | None, Vector | None]]:
     """Rows of queries and of gates, which lie head by head: those of a head, then those of its gate."""
-    places = np.arange(both.rows).reshape(hyper.heads, 2, hyper.head_dim)
+    places = np.arange(both.rows).reshape(facts.heads, 2, facts.head_dim)
     query, gate = (places[:, part].ravel() for part in (0, 1))
     biases = (None, None) if bias is None else (bias[query], bias[gate])
     return (both.rows_at(query), both.rows_at(gate)), biases
@@ -170,19 +204,28 @@ def _gated(
 
 def _projections(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int) -> Projections:
     prefix, facts, width = f"blk.{index}", hyper.facts[index], hyper.width
-    queries = facts.heads * hyper.head_dim * (2 if spec.attention_gate == "queries" else 1)
-    keys, values = facts.kv_heads * hyper.head_dim, facts.kv_heads * hyper.value_dim
-    weights = (
-        tensors.matrix(f"{prefix}.attn_q.weight", queries, width),
-        tensors.matrix(f"{prefix}.attn_k.weight", keys, width),
-        tensors.matrix(f"{prefix}.attn_v.weight", values, width),
+    queries = facts.heads * facts.head_dim * (2 if spec.attention_gate == "queries" else 1)
+    sizes = {"k": facts.kv_heads * facts.head_dim, "v": facts.kv_heads * facts.value_dim}
+    there = [kind for kind in sizes if _has_own(tensors, spec, facts, prefix, kind)]
+    key, value = (
+        tensors.matrix(f"{prefix}.attn_{kind}.weight", size, width) if kind in there else None
+        for kind, size in sizes.items()
     )
-    biases = (
-        tensors.optional(f"{prefix}.attn_q.bias", queries),
-        tensors.optional(f"{prefix}.attn_k.bias", keys),
-        tensors.optional(f"{prefix}.attn_v.bias", values),
+    key_bias, value_bias = (
+        tensors.optional(f"{prefix}.attn_{kind}.bias", size) if kind in there else None
+        for kind, size in sizes.items()
     )
-    return weights, biases
+    query = tensors.matrix(f"{prefix}.attn_q.weight", queries, width)
+    return (query, key, value), (tensors.optional(f"{prefix}.attn_q.bias", queries), key_bias, value_bias)
+
+
+def _has_own(tensors: Tensors, spec: ArchitectureSpec, facts: LayerFacts, prefix: str, kind: str) -> bool:
+    """Whether a layer has keys ("k") or values ("v") of its own; it may have matrices that are not used."""
+    name = f"{prefix}.attn_{kind}.weight"
+    if facts.cache is not None:
+        tensors.leave_out(name)
+        return False
+    return kind == "k" or not spec.value_norm or tensors.has(name)
 
 
 def _fused_projections(
@@ -190,15 +233,15 @@ def _fused_projections(
 ) -> Projections:
     """The same as views of one tensor."""
     prefix, facts = f"blk.{index}", hyper.facts[index]
-    queries, keys = facts.heads * hyper.head_dim, facts.kv_heads * hyper.head_dim
-    values = facts.kv_heads * hyper.value_dim
+    queries, keys = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    values = facts.kv_heads * facts.value_dim
     rows = queries + keys + values
     fused = tensors.matrix(f"{prefix}.attn_qkv.weight", rows, hyper.width)
     bias = tensors.optional(f"{prefix}.attn_qkv.bias", rows)
     weights = (
         fused.part("queries", 0, queries),
-        fused.part("keys", queries, keys),
-        fused.part("values", queries + keys, values),
+        None if facts.cache is not None else fused.part("keys", queries, keys),
+        None if facts.cache is not None else fused.part("values", queries + keys, values),
     )
     if bias is None:
         return weights, (None, None, None)

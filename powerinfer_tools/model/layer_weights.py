@@ -8,17 +8,20 @@ from powerinfer_kernels import RowType
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.latent import LatentWeights
 from powerinfer_tools.model.recurrent import Recurrent
-from powerinfer_tools.model.tensors import Norm, Vector, Weight
+from powerinfer_tools.model.streams import Laurel, LayerInput, LayerStreams
+from powerinfer_tools.model.tensors import Norm, Table, Vector, Weight
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Attention of one layer; norms and biases that the family does not have are None."""
+    """Attention of one layer; norms and biases that the family does not have are None. Without ``key``, it
+    reads what an earlier layer keeps; without ``value`` alone, values are the keys, before those are
+    normalised and turned."""
 
     norm: Norm | None
     query: Weight
-    key: Weight
-    value: Weight
+    key: Weight | None
+    value: Weight | None
     output: Weight
     query_bias: Vector | None
     key_bias: Vector | None
@@ -31,6 +34,8 @@ class AttentionWeights:
     gate_bias: Vector | None = None
     sinks: Vector | None = None
     inner_norm: Norm | None = None
+    value_norm: Norm | None = None
+    laurel: Laurel | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class LayerWeights:
     has one asks for ``attention`` or ``ffn``.
 
     ``ffn_bias`` is added to what the activation reads, one value per neuron in the order of ``ffn``,
-    ``ffn_factor_bias`` to the products with up of a gated FFN, ``ffn_down_bias`` to the output.
+    ``ffn_factor_bias`` to the products with up of a gated FFN, ``ffn_down_bias`` to the output. ``streams``
+    and ``input`` are what the layer has beside the residual stream, which is times ``output_scale`` at its
+    end. ``ffn_shift`` (2, width) mixes the FFN's input with that of the token before.
     """
 
     attends: AttentionWeights | LatentWeights | None
@@ -60,6 +67,10 @@ class LayerWeights:
     recurs: RecurrentWeights | None = None
     ffn_factor_bias: Vector | None = None
     ffn_inner_norm: Norm | None = None
+    streams: LayerStreams | None = None
+    input: LayerInput | None = None
+    output_scale: float = 1.0
+    ffn_shift: Table | None = None
 
     @property
     def attention(self) -> AttentionWeights:
@@ -85,8 +96,11 @@ class LayerWeights:
 
 
 def mixing_weights(layer: LayerWeights) -> Iterator[Weight]:
-    """All matrices of what mixes the tokens of a layer: attention, a recurrent block, or both."""
-    for block in (layer.attends, None if layer.recurs is None else layer.recurs.mixer):
+    """All matrices of what mixes the tokens of a layer: attention, a recurrent block, or both; and of what it
+    has beside the residual stream."""
+    laurel = layer.attends.laurel if isinstance(layer.attends, AttentionWeights) else None
+    mixer = None if layer.recurs is None else layer.recurs.mixer
+    for block in (layer.attends, mixer, laurel, layer.streams, layer.input):
         for part in () if block is None else vars(block).values():
             yield from (
                 one for one in (part if isinstance(part, tuple) else (part,)) if isinstance(one, Weight)

@@ -25,13 +25,15 @@ from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights
 from powerinfer_tools.model.original import is_original, read_original
 from powerinfer_tools.model.rotary import RopeFactors
 from powerinfer_tools.model.sources import open_source
+from powerinfer_tools.model.streams import InputTable, Streams, read_input_table, read_streams
 from powerinfer_tools.model.tensors import MATRIX_TYPES, Norm, Tensors, Vector, Weight
 
 
 @dataclass(frozen=True)
 class Model:
     """An opened model, from a source GGUF or a split file. ``positions`` is the table of learnt positions;
-    ``split`` is there for a split file, of neurons or of experts."""
+    ``inputs`` and ``streams`` run along the layers; ``split`` is there for a split file, of neurons or of
+    experts."""
 
     source: ModelSource
     spec: ArchitectureSpec
@@ -44,6 +46,8 @@ class Model:
     output_norm: Norm
     rope_factors: RopeFactors
     layers: Sequence[LayerWeights] = field(repr=False)
+    inputs: InputTable | None = None
+    streams: Streams | None = None
     split: SplitFile | None = None
 
     @property
@@ -83,8 +87,12 @@ class Model:
 
     @property
     def exact_zeros(self) -> bool:
-        """Whether the activation makes exact zeros, so that skipping neurons changes nothing."""
-        return self.hyper.activation in RELU_FAMILY
+        """Whether some layer makes exact zeros, so that skipping its neurons changes nothing."""
+        return any(map(self.has_zeros, range(self.hyper.layers)))
+
+    def has_zeros(self, layer: int) -> bool:
+        """Whether ``layer`` makes exact zeros: by its activation, or as its gate keeps the largest alone."""
+        return self.hyper.activation in RELU_FAMILY or self.hyper.facts[layer].deviations is not None
 
     def require_countable(self, error: type[Exception], stage: str) -> None:
         """Raise ``error`` for a model whose activations ``stage`` does not count, and name them."""
@@ -129,6 +137,14 @@ class Model:
             return "layers without attention"
         if not all(isinstance(layer.attends, AttentionWeights) for layer in self.layers):
             return "latent attention"
+        if self.inputs is not None or self.streams is not None:
+            return "inputs of single layers"
+        if any(layer.output_scale != 1.0 for layer in self.layers):
+            return "layers that end with a factor"
+        if any(facts.cache is not None for facts in self.hyper.facts):
+            return "layers without keys of their own"
+        if any(facts.head_dim != self.hyper.head_dim for facts in self.hyper.facts):
+            return "attention heads whose width differs between layers"
         return None
 
     def _refuse_first(self, what: dict[str, bool], error: type[Exception], stage: str) -> None:
@@ -157,6 +173,12 @@ class Model:
             "norms after blocks that have an epsilon of their own": self.spec.post_norm_eps > 0,
             "norms of each head's own": self.spec.qk_norm in ("own heads", "plain")
             and any(layer.attention.query_norm is not None for layer in self.layers),
+            "inputs of single layers": self.inputs is not None,
+            "several residual streams": self.streams is not None,
+            "layers without keys of their own": any(facts.cache is not None for facts in hyper.facts),
+            "layers that end with a factor": any(layer.output_scale != 1.0 for layer in self.layers),
+            "normalised values": self.spec.value_norm,
+            "gates that depend on all neurons": any(f.deviations is not None for f in hyper.facts),
             "layers without attention": any(layer.attends is None for layer in self.layers),
             "layers without FFN": any(layer.feeds is None for layer in self.layers),
             "dense FFNs beside experts": self.spec.dense_beside != "none" and routing is not None,
@@ -236,6 +258,10 @@ def _build(gguf: ModelSource) -> Model:
         rope_factors=_rope_factors(tensors, spec, hyper),
         layers=tuple(load_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),
         split=split,
+        inputs=read_input_table(tensors, hyper.input_size, hyper.layers, hyper.vocabulary, hyper.width)
+        if hyper.input_size
+        else None,
+        streams=None if hyper.streams is None else read_streams(tensors, hyper.streams, hyper.width),
     )
     for pattern in spec.left_out:
         tensors.leave_out_matching(pattern)

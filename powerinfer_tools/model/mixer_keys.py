@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.architectures import ArchitectureSpec
-from powerinfer_tools.model.hyperparameter_types import LatentSizes, Mixer, RecurrentSizes
+from powerinfer_tools.model.hyperparameter_types import LatentSizes, Mixer, RecurrentSizes, StreamSizes
 from powerinfer_tools.model.keys import MISSING, Keys
 
 #: Of Grok 1, whose files may lack it.
 _GROK_SCALE = 128**-0.5
+#: Ranks that RWKV-7's files say, and their tensors show.
+_LOW_RANKS = ("decay", "iclr", "value_residual_mix", "gate")
+#: Above it are the largest 5 % of values that are normally distributed (Gemma 3n).
+_TOP_DEVIATIONS = 1.6448533535003662
 
 
 def read_layers(keys: Keys) -> int:
@@ -60,7 +65,7 @@ def _attending(keys: Keys, layers: int) -> tuple[Mixer, ...]:
 
 def read_feeds(keys: Keys, spec: ArchitectureSpec, layers: int) -> list[bool]:
     """Which layers have an FFN: those whose size is not 0."""
-    if spec.recurrent_layers == "all":
+    if spec.recurrent_layers == "all" and spec.single_blocks:
         return [False] * layers
     return [size > 0 for size in read_dense_neurons(keys, layers, 1)]
 
@@ -105,6 +110,12 @@ def read_recurrent_sizes(
         heads = max(keys.integers("attention.head_count", layers, low=0, high=4096)) or 1
         length = keys.integer("ssm.conv_kernel", low=2, high=64)
         return RecurrentSizes(length, heads * state, state, heads, heads)
+    if kind == "time mixing":
+        size = keys.integer("wkv.head_size", high=1 << 10)
+        if width % size:
+            keys.refuse(f"heads of {size} values do not divide a width of {width}")
+        keys.ignore(*(f"attention.{name}_lora_rank" for name in _LOW_RANKS))
+        return RecurrentSizes(2, width, size, width // size, width // size)
     inner = keys.integer("ssm.inner_size", high=1 << 20)
     sizes = RecurrentSizes(
         length=keys.integer("ssm.conv_kernel", low=2, high=64),
@@ -149,34 +160,73 @@ def read_latent_scale(keys: Keys, latent: LatentSizes) -> float:
     return magnitude * magnitude / math.sqrt(latent.plain + latent.rotary)
 
 
-def read_head_dim(keys: Keys, spec: ArchitectureSpec, width: int, heads: int) -> int:
-    """Values of a query and of a key of one head. Raises ModelError."""
-    if spec.latent:
+@dataclass(frozen=True)
+class HeadSizes:
+    """Values of a key (and of a query), and of a value, of one head: of layers that attend to everything, and
+    of those with a window."""
+
+    key: int
+    value: int
+    local_key: int
+    local_value: int
+
+
+def read_head_sizes(keys: Keys, spec: ArchitectureSpec, width: int, heads: int) -> HeadSizes:
+    """How wide heads are. Raises ModelError."""
+    if spec.latent or spec.recurrent_layers == "all":
         keys.ignore(*(f"attention.{kind}_length{end}" for kind in ("key", "value") for end in ("", "_swa")))
-        return 1024  # what heads of low rank are wide is known by other keys
-    if spec.recurrent_layers == "all":
-        keys.ignore(*(f"attention.{kind}_length{end}" for kind in ("key", "value") for end in ("", "_swa")))
-        return 2
-    head_dim = keys.integer("attention.key_length", 0, low=0, high=1 << 14)
-    if not head_dim:
+        dim = 1024 if spec.latent else 2  # what heads of low rank are wide is known by other keys
+        return HeadSizes(dim, dim, dim, dim)
+    key = keys.integer("attention.key_length", 0, low=0, high=1 << 14)
+    if not key:
         if width % heads:
             raise ModelError(f"{keys.file}: width {width} is not a multiple of {heads} attention heads")
-        head_dim = width // heads
-    if keys.integer("attention.key_length_swa", head_dim, high=1 << 14) != head_dim:
-        keys.refuse(f"attention.key_length_swa is not {head_dim}, as heads of other layers are wide")
-    if head_dim % 2 or head_dim > 512:
-        raise ModelError(f"{keys.file}: head dimension {head_dim} is not an even number up to 512")
-    return head_dim
+        key = width // heads
+    local_key = keys.integer("attention.key_length_swa", key, high=1 << 14)
+    for dim in (key, local_key):
+        if dim % 2 or dim > 512:
+            raise ModelError(f"{keys.file}: head dimension {dim} is not an even number up to 512")
+    value = keys.integer("attention.value_length", key, high=512)
+    local_value = keys.integer("attention.value_length_swa", local_key if value == key else value, high=512)
+    return HeadSizes(key, value, local_key, local_value)
 
 
-def read_value_dim(keys: Keys, spec: ArchitectureSpec, head_dim: int) -> int:
-    """Values of a value of one head. Raises ModelError."""
-    if spec.latent or spec.recurrent_layers == "all":
-        return head_dim
-    value_dim = keys.integer("attention.value_length", head_dim, high=512)
-    if keys.integer("attention.value_length_swa", value_dim, high=1 << 14) != value_dim:
-        keys.refuse(f"attention.value_length_swa is not {value_dim}, as heads of other layers are wide")
-    return value_dim
+def read_caches(keys: Keys, spec: ArchitectureSpec, windows: Sequence[int]) -> list[int | None]:
+    """The layer whose keys and values each layer reads, None for its own: the last ones read what the last
+    layer of their kind before them keeps. Raises ModelError."""
+    layers = len(windows)
+    if not spec.shares_caches:
+        return [None] * layers
+    default = max(0, layers - spec.keeping_layers) if spec.keeping_layers else 0
+    first = layers - keys.integer("attention.shared_kv_layers", default, low=0, high=layers - 1)
+    caches: list[int | None] = [None] * first
+    for index in range(first, layers):
+        alike = [one for one in range(first) if (windows[one] > 0) == (windows[index] > 0)]
+        if not alike:
+            keys.refuse(f"layer {index} has no keys, and no layer of its kind before layer {first} has any")
+        caches.append(alike[-1])
+    return caches
+
+
+def read_streams(keys: Keys, spec: ArchitectureSpec) -> StreamSizes | None:
+    """Residual streams; None in a family with one. Raises ModelError."""
+    if not spec.streams:
+        return None
+    count = keys.integer("altup.num_inputs", 4, low=2, high=64)
+    return StreamSizes(count, keys.integer("altup.active_idx", 0, low=0, high=count - 1))
+
+
+def read_deviations(keys: Keys, spec: ArchitectureSpec, layers: int) -> list[float | None]:
+    """How many standard deviations above the mean gates must be; None where any counts, of which files say
+    −∞. Raises ModelError."""
+    given = keys.raw("activation_sparsity_scale") if spec.top_layers else None
+    if given is None:
+        return [_TOP_DEVIATIONS if index < spec.top_layers else None for index in range(layers)]
+    if not isinstance(given, np.ndarray) or given.dtype.kind != "f" or len(given) != layers:
+        keys.refuse("activation_sparsity_scale is not a number for each layer")
+    if not (given < 100).all():
+        keys.refuse("activation_sparsity_scale holds a value that no gate reaches")
+    return [float(one) if one > -math.inf else None for one in given]
 
 
 def read_attention_scale(
@@ -191,5 +241,7 @@ def read_attention_scale(
     given = keys.real("attention.scale", 0.0)
     if given:
         return given
+    if spec.attention_scale:
+        return spec.attention_scale
     per_head = width // heads if layers == spec.wide_attention_scale_layers else head_dim
     return 1.0 / (per_head if spec.head_scale else math.sqrt(per_head))

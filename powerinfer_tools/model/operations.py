@@ -22,7 +22,8 @@ W = TypeVar("W", contravariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """How one layer attends: ``heads`` query heads over ``kv_heads`` of keys of ``head_dim`` values, and of
+    """How a layer attends over keys and values that ``layer`` keeps, which is itself or an earlier one:
+    ``heads`` query heads over ``kv_heads`` of keys of ``head_dim`` values, and of
     values of ``value_dim``; ``window`` 0: over all positions; ``softcap`` and ``alibi`` 0: none; ``sinks``
     (heads,): scores of no key, in the sum of the softmax alone (arXiv 2309.17453); ``chunk`` > 0: over the
     positions of the token's own chunk of so many."""
@@ -65,8 +66,8 @@ class Operations(Protocol[V, W]):
     """What blocks are made of. Matrices of a model are given as ``W``; what is read row by row, norms and
     biases as they are in the file."""
 
-    def embed(self, table: Weight, scale: float) -> V:
-        """The residual stream: row token(t) of ``table`` (vocabulary, n), times ``scale``."""
+    def embed(self, name: str, table: Weight, scale: float) -> V:
+        """Row token(t) of ``table`` (vocabulary, n), times ``scale``; the residual stream is called x."""
 
     def embed_positions(self, x: V, table: Weight, offset: int) -> V:
         """x_t + row position(t) + ``offset`` of ``table`` (positions, n)."""
@@ -87,14 +88,15 @@ class Operations(Protocol[V, W]):
         (a cos φ − b sin φ, a sin φ + b cos φ) (arXiv 2104.09864). Style "norm" pairs (2i, 2i + 1), "neox"
         (i, i + dim / 2), counted from ``first`` on; other values of a head stay."""
 
-    def attend(self, query: V, key: V, value: V, how: Attention) -> V:
+    def attend(self, query: V, key: V | None, value: V | None, how: Attention) -> V:
         """Σ_s softmax_s(score) · value_s over the positions s up to the token's own (with a window: the last
         ``how.window`` of them, with chunks: from the last multiple of ``how.chunk`` on), where score =
         how.scale · query·key_s, soft-capped (arXiv 2408.00118: c · tanh(score / c)) where there is a cap.
         With ``how.alibi``, the slope of the head for that largest bias times the distance of s is taken from
         the score (arXiv 2108.12409); ``how.sinks`` are scores of no position, which take part in the
         softmax's sum alone (arXiv 2309.17453). Query head h reads the key head h · kv_heads / heads. Keys and
-        values (T, kv_heads · head_dim) are kept for later tokens."""
+        values (T, kv_heads · head_dim) are kept for later tokens, and for later layers that have none of
+        their own: those read what the layer ``how.layer`` kept."""
 
     def activate(self, gate: V, up: V | None, how: Activation) -> V:
         """act(gate) · up, or act(gate); of drelu, relu(gate) · relu(up)."""
@@ -141,6 +143,13 @@ class Operations(Protocol[V, W]):
         """x · y, where each value of y counts for ``repeat`` neighbouring columns of x; a vector is the same
         for all tokens."""
 
+    def combine(self, name: str, x: V, factors: V, width: int) -> V:
+        """Vectors of ``width`` values that lie side by side, made of those in x: vector b is Σ_a
+        factors[b, a] · vector a of x, for ``factors`` (T, made · those in x)."""
+
+    def keep_top(self, x: V, deviations: float) -> V:
+        """max(x − mean − ``deviations`` · standard deviation, 0), token by token, with exact zeros."""
+
     def plus(self, x: V, vector: Vector) -> V:
         """x + ``vector`` (width of x)."""
 
@@ -169,6 +178,12 @@ class Operations(Protocol[V, W]):
         (T, heads · state) has a factor for each row of S (arXiv 2510.26692). ``both``
         (T, 2 · groups · state) are queries and keys; values are the last ``inner`` columns of x; which key
         head a head takes: :class:`~powerinfer_tools.model.recurrent.DeltaNet`."""
+
+    def general_delta(
+        self, name: str, query: V, key: V, value: V, decay: V, unit: V, rate: V, heads: int
+    ) -> V:
+        """S = diag(e^decay) S − (unit · rate) (Sᵀ unit)ᵀ + key valueᵀ; Sᵀ query, head by head (RWKV-7, arXiv
+        2503.14456)."""
 
     def per_head(self, name: str, x: V, matrices: Sequence[W], rest: int) -> V:
         """For each head of x, the first values times its matrix, then its last ``rest`` values as they are;

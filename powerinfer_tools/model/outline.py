@@ -52,6 +52,8 @@ def _hyper(shape: ModelShape, layer: LayerShape) -> Hyperparameters:
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         neurons=layer.up.rows,
+        head_dim=shape.head_dim,
+        value_dim=shape.head_dim,
     )
     return Hyperparameters(
         layers=len(shape.layers),

@@ -49,7 +49,7 @@ def read_rotated(keys: Keys, spec: ArchitectureSpec, layers: int) -> Sequence[bo
 
 
 def read_ropes(
-    keys: Keys, spec: ArchitectureSpec, head_dim: int, *, local: bool
+    keys: Keys, spec: ArchitectureSpec, head_dim: int, local_head_dim: int, *, local: bool
 ) -> tuple[Rope | None, Rope | None]:
     """Rotary positions of layers that attend to everything, and of those with a window."""
     sections = keys.raw("rope.dimension_sections")
@@ -70,7 +70,7 @@ def read_ropes(
     wide = _scaled(keys, Rope(style, dim, base))
     if spec.latent and wide.yarn is not None:
         wide = replace(wide, magnitude=1.0)  # that of the scores is
-    local_dim = _rope_dim(keys, "rope.dimension_count_swa", head_dim, dim)
+    local_dim = _rope_dim(keys, "rope.dimension_count_swa", local_head_dim, dim)
     local_base = keys.real("rope.freq_base_swa", spec.local_rope_base or base, low=1.0)
     if spec.plain_local_rope:
         return wide, Rope(style, local_dim, local_base, factored=False)

@@ -4,9 +4,11 @@ What such a layer keeps from token to token is of one size, however long the tex
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
+from powerinfer_kernels import RowType
 from powerinfer_tools.model.architectures import RecurrentKind
 from powerinfer_tools.model.hyperparameter_types import RecurrentSizes
 from powerinfer_tools.model.tensors import Norm, Table, Tensors, Vector, Weight
@@ -91,7 +93,34 @@ class ChannelDeltaNet:
     sizes: RecurrentSizes
 
 
-Recurrent = ChannelDeltaNet | ShortConvolution | SelectiveScan | StateSpace | DeltaNet
+@dataclass(frozen=True)
+class TimeMixing:
+    """RWKV-7 (arXiv 2503.14456): each of ``shift`` (2, parts · width) mixes a token's input with the one
+    before, for queries, decays, keys, values, rates and, where there is one, the gate. Pairs are matrices of
+    low rank, (rank, width) and (width, rank); ``value_gate`` mixes the first layer's values into those of
+    others. ``ones`` (heads, width) adds up the values of each head."""
+
+    shift: Table
+    query: Weight
+    key: Weight
+    value: Weight
+    decay: tuple[Weight, Weight]
+    decay_bias: Vector
+    rate: tuple[Weight, Weight]
+    rate_bias: Vector
+    value_gate: tuple[Weight, Weight] | None
+    value_bias: Vector | None
+    gate: tuple[Weight, Weight] | None
+    unit_scale: Vector  # (width,): of the keys that are removed
+    key_scale: Vector
+    bonus: Vector
+    norm: Norm | None  # (width,), over each head
+    ones: Weight
+    outward: Weight
+    heads: int
+
+
+Recurrent = TimeMixing | ChannelDeltaNet | ShortConvolution | SelectiveScan | StateSpace | DeltaNet
 
 
 def read_recurrent(
@@ -109,6 +138,8 @@ def read_recurrent(
             return _selective_scan(tensors, sizes, prefix, width)
         case "state space":
             return _state_space(tensors, sizes, prefix, width)
+        case "time mixing":
+            return _time_mixing(tensors, sizes, prefix)
         case "channel delta net":
             return _channel_delta_net(tensors, sizes, prefix, width)
         case _:
@@ -212,6 +243,53 @@ def _channel_delta_net(tensors: Tensors, s: RecurrentSizes, prefix: str, width: 
         outward=tensors.matrix(f"{prefix}.attn_output.weight", width, s.inner),
         sizes=s,
     )
+
+
+def _time_mixing(tensors: Tensors, s: RecurrentSizes, prefix: str) -> TimeMixing:
+    width, name = s.inner, f"{prefix}.time_mix"
+    first = prefix == "blk.0"
+    gated = tensors.has(f"{name}_g1.weight")
+    if first:  # its values are those that others mix in
+        for part in ("v0", "v1", "v2"):
+            tensors.leave_out(f"{name}_{part}.weight")
+    parts = 6 if gated else 5
+    before = tensors.values(f"{name}_lerp_fused.weight", parts * width)
+    normed = tensors.optional(f"{name}_ln.weight", width)
+    return TimeMixing(
+        shift=np.stack([before, 1 - before]),
+        query=tensors.matrix(f"{name}_receptance.weight", width, width),
+        key=tensors.matrix(f"{name}_key.weight", width, width),
+        value=tensors.matrix(f"{name}_value.weight", width, width),
+        decay=_low_rank(tensors, f"{name}_w", width),
+        decay_bias=tensors.values(f"{name}_w0.weight", width),
+        rate=_low_rank(tensors, f"{name}_a", width),
+        rate_bias=tensors.values(f"{name}_a0.weight", width),
+        value_gate=None if first else _low_rank(tensors, f"{name}_v", width),
+        value_bias=None if first else tensors.values(f"{name}_v0.weight", width),
+        gate=_low_rank(tensors, f"{name}_g", width) if gated else None,
+        unit_scale=tensors.values(f"{name}_k_k.weight", width),
+        key_scale=tensors.values(f"{name}_k_a.weight", width),
+        bonus=tensors.values(f"{name}_r_k.weight", width),
+        norm=None if normed is None else Norm("layer", normed, tensors.vector(f"{name}_ln.bias", width)),
+        ones=_ones_of_heads(s.heads, width),
+        outward=tensors.matrix(f"{name}_output.weight", width, width),
+        heads=s.heads,
+    )
+
+
+def _low_rank(tensors: Tensors, name: str, width: int) -> tuple[Weight, Weight]:
+    rank = tensors.shape(f"{name}1.weight")[0]
+    return (
+        tensors.matrix(f"{name}1.weight", rank, width),
+        tensors.matrix(f"{name}2.weight", width, rank),
+    )
+
+
+@cache
+def _ones_of_heads(heads: int, width: int) -> Weight:
+    """One for all layers."""
+    values = np.repeat(np.eye(heads, dtype=np.float32), width // heads, axis=1)
+    return Weight("ones", RowType.F32, heads, width, values.reshape(-1).view(np.uint8))
 
 
 def _singled_kernel(tensors: Tensors, name: str, s: RecurrentSizes) -> Table:

@@ -11,16 +11,22 @@ from powerinfer_tools.model.recurrent import (
     SelectiveScan,
     ShortConvolution,
     StateSpace,
+    TimeMixing,
 )
-from powerinfer_tools.model.tensors import Weight
+from powerinfer_tools.model.streams import Along
+from powerinfer_tools.model.tensors import Vector, Weight
 
 V = TypeVar("V")
+#: Decays are at least e^−0.606531, and heads of RWKV-7 are normalised and keys made units with these.
+_LEAST_DECAY, _HEAD_EPS, _UNIT_EPS = 0.606531, 64e-5, 1e-24
 _SILU, _SIGMOID, _SOFTPLUS = Activation("silu"), Activation("sigmoid"), Activation("softplus")
 
 
-def recurrent(ops: Operations[V, Weight], w: Recurrent, normed: V, eps: float) -> V:
+def recurrent(ops: Operations[V, Weight], w: Recurrent, normed: V, eps: float, along: Along[V]) -> V:
     """What a recurrent layer makes of its normalised input."""
-    if isinstance(w, ShortConvolution):
+    if isinstance(w, TimeMixing):
+        out = _time_mixing(ops, w, normed, along)
+    elif isinstance(w, ShortConvolution):
         out = _short_convolution(ops, w, normed)
     elif isinstance(w, SelectiveScan):
         out = _selective_scan(ops, w, normed, eps)
@@ -94,3 +100,45 @@ def _delta_net(ops: Operations[V, Weight], w: DeltaNet, normed: V, eps: float) -
     both = ops.unit_heads(ops.part("unit_keys", x, 0, keys), 2 * s.groups, eps)
     out = ops.delta_net("scanned", both, x, decay, rate, s, interleaved=w.interleaved)
     return ops.activate(gate, ops.norm_heads(out, s.heads, w.norm, eps), _SILU)
+
+
+def _time_mixing(ops: Operations[V, Weight], w: TimeMixing, normed: V, along: Along[V]) -> V:
+    width, parts = w.outward.columns, w.shift.shape[1] // w.outward.columns
+    mixed = ops.gather_heads("mixed", parts, (HeadPart(normed, 0, 0, width),))
+    mixed = ops.convolve("convolved", mixed, w.shift, None, 0, silu=False)
+
+    def part(index: int) -> V:
+        return ops.part("entering", mixed, index * width, width)
+
+    def low(index: int, matrices: tuple[Weight, Weight], bias: Vector | None) -> V:
+        return ops.linear("gates", ops.linear("low", part(index), matrices[0]), matrices[1], bias)
+
+    query = ops.linear("query", part(0), w.query)
+    decay = ops.softcap(ops.linear("low", part(1), w.decay[0]), 1.0)  # tanh
+    decay = ops.activate(ops.linear("decays", decay, w.decay[1], w.decay_bias), None, _SIGMOID)
+    decay = ops.scale(decay, -_LEAST_DECAY)
+    key = ops.linear("key", part(2), w.key)
+    value = ops.linear("value", part(3), w.value)
+    if along.first_value is None or w.value_gate is None:
+        along.first_value = ops.copy("first_value", value)
+    else:
+        share = ops.activate(low(3, w.value_gate, w.value_bias), None, _SIGMOID)
+        change = ops.join(ops.copy("change", along.first_value), value, -1.0)
+        value = ops.join(value, ops.times(change, share))
+    rate = ops.linear("rates", ops.linear("low", part(4), w.rate[0]), w.rate[1], w.rate_bias)
+    rate = ops.activate(rate, None, _SIGMOID)
+    unit = ops.times(ops.copy("unit_keys", key), w.unit_scale)
+    unit = ops.unit_heads(unit, w.heads, _UNIT_EPS)
+    scaled = ops.times(ops.copy("values", key), w.key_scale)
+    change = ops.join(ops.times(ops.copy("change", rate), scaled), scaled, -1.0)
+    key = ops.join(key, change)
+    out = ops.general_delta("scanned", query, key, value, decay, unit, rate, w.heads)
+    if w.norm is not None:
+        out = ops.norm_heads(out, w.heads, w.norm, _HEAD_EPS)
+    bonus = ops.times(ops.times(ops.copy("change", key), query), w.bonus)
+    bonus = ops.linear("bonus", bonus, w.ones)
+    out = ops.join(out, ops.times(ops.copy("values", value), bonus, width // w.heads))
+    if w.gate is None:
+        return out
+    gate = ops.activate(ops.linear("low", part(5), w.gate[0]), None, _SIGMOID)
+    return ops.times(out, ops.linear("mixer_gate", gate, w.gate[1]))

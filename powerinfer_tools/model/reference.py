@@ -34,13 +34,15 @@ def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predic
     """
     ops = NumpyOperations(tokens, model.rope_factors, half_cache=half_cache)
     x = blocks.embedding(ops, model)
+    along = blocks.along(ops, model, x)
     for index, layer in enumerate(model.layers):
-        before, x = x, blocks.mix(ops, model.spec, model.hyper, index, layer, x)
+        before, x = x, blocks.mix(ops, model.spec, model.hyper, index, layer, x, along)
         if layer.feeds is not None:
             read = before if model.hyper.parallel else x
             added = ffn_block(model, layer, read, index=index, predicted=predicted, before=before)
             x = ops.join(x, added, model.hyper.residual_scale)
-    return blocks.head(ops, model, model.head, x)
+        x = blocks.finish(ops, model.hyper, layer, x, along)
+    return blocks.head(ops, model, model.head, blocks.merged(ops, model, x, along))
 
 
 class NumpyOperations(RecurrentArrays):
@@ -50,8 +52,10 @@ class NumpyOperations(RecurrentArrays):
         self, tokens: list[int], rope_factors: RopeFactors = NO_FACTORS, *, half_cache: bool = False
     ) -> None:
         self._tokens, self._rope_factors, self._half_cache = tokens, rope_factors, half_cache
+        #: Keys and values of each layer, for later ones that have none.
+        self._kept: dict[int, tuple[Array, Array]] = {}
 
-    def embed(self, table: Weight, scale: float) -> Array:
+    def embed(self, name: str, table: Weight, scale: float) -> Array:
         return matrix(table)[self._tokens] * scale
 
     def embed_positions(self, x: Array, table: Weight, offset: int) -> Array:
@@ -63,8 +67,8 @@ class NumpyOperations(RecurrentArrays):
 
     def norm_heads(self, x: Array, heads: int, norm: Norm, eps: float) -> Array:
         if norm.weight.size == x.shape[1] and heads > 1:
-            assert norm.bias is None
-            norm = replace(norm, weight=norm.weight.reshape(heads, -1))
+            bias = None if norm.bias is None else norm.bias.reshape(heads, -1)
+            norm = replace(norm, weight=norm.weight.reshape(heads, -1), bias=bias)
         return normalize(_heads(x, heads), norm, eps).reshape(x.shape)
 
     def linear(self, name: str, x: Array, weight: Weight | Array, bias: Vector | None = None) -> Array:
@@ -96,11 +100,15 @@ class NumpyOperations(RecurrentArrays):
     def replace_first(self, x: Array, y: Array) -> Array:
         return np.concatenate([y, x[:, y.shape[1] :]], axis=1)
 
-    def attend(self, query: Array, key: Array, value: Array, how: Attention) -> Array:
-        count = len(query)
-        query, key, value = _heads(query, how.heads), _heads(key, how.kv_heads), _heads(value, how.kv_heads)
-        if self._half_cache:
-            key, value = (a.astype(np.float16).astype(np.float64) for a in (key, value))
+    def attend(self, query: Array, key: Array | None, value: Array | None, how: Attention) -> Array:
+        count, query = len(query), _heads(query, how.heads)
+        if key is None or value is None:
+            key, value = self._kept[how.layer]
+        else:
+            key, value = _heads(key, how.kv_heads), _heads(value, how.kv_heads)
+            if self._half_cache:
+                key, value = (a.astype(np.float16).astype(np.float64) for a in (key, value))
+            self._kept[how.layer] = (key, value)
         group = how.heads // how.kv_heads
         key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
         scores = np.einsum("qhd,khd->hqk", query, key) * how.scale
@@ -121,6 +129,12 @@ class NumpyOperations(RecurrentArrays):
         if how.kind == "xielu":
             return reference.xielu(gate, *how.constants)
         return reference.activate(gate, up, how.kind, how.cut)
+
+    def combine(self, name: str, x: Array, factors: Array, width: int) -> Array:
+        return reference.combine(x, factors, width)
+
+    def keep_top(self, x: Array, deviations: float) -> Array:
+        return reference.keep_top(x, deviations)
 
     def clamp(self, x: Array, limit: float) -> Array:
         return np.clip(x, -limit, limit)
@@ -210,7 +224,7 @@ def ffn_block(
     the layer's input, which some families' routers or experts read."""
     hyper = model.hyper
     ops, eps = NumpyOperations([0] * len(x)), hyper.norm_eps
-    normed = blocks.ffn_input(ops, layer.ffn_norm, eps, x)
+    normed = blocks.ffn_input(ops, layer.ffn_norm, eps, x, layer.ffn_shift)
     if isinstance(layer.ffn, ExpertsFFN):
         read = normed
         if layer.ffn.beside_norm is not None:
@@ -223,7 +237,8 @@ def ffn_block(
         how = blocks.activation_of(hyper, index)
         if not predicted:
             biases = (layer.ffn_bias, layer.ffn_down_bias, layer.ffn_factor_bias)
-            w = blocks.FFN(first, factor, down.T, *biases, layer.ffn_inner_norm, eps)
+            deviations = hyper.facts[index].deviations
+            w = blocks.FFN(first, factor, down.T, *biases, layer.ffn_inner_norm, eps, deviations)
             out = blocks.ffn(ops, how, w, normed)
         else:
             gate = ops.linear("gate", normed, first, layer.ffn_bias)

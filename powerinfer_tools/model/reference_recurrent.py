@@ -95,3 +95,19 @@ class RecurrentArrays:
             np.zeros((s.heads, s.state, s.inner // s.heads)),
         )
         return out.reshape(count, -1)
+
+    def general_delta(
+        self,
+        name: str,
+        query: Array,
+        key: Array,
+        value: Array,
+        decay: Array,
+        unit: Array,
+        rate: Array,
+        heads: int,
+    ) -> Array:
+        q, k, v, d, u, r = (a.reshape(len(a), heads, -1) for a in (query, key, value, decay, unit, rate))
+        zero = np.zeros((heads, q.shape[2], v.shape[2]))
+        out, _ = reference_recurrent.general_delta(q, k, v, d, u, r, zero)
+        return out.reshape(value.shape)

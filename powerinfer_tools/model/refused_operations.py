@@ -28,7 +28,7 @@ class _Refusing:
 class WithoutEmbedding(_Refusing, Generic[V]):
     """The residual stream begins elsewhere."""
 
-    def embed(self, table: Weight, scale: float) -> V:
+    def embed(self, name: str, table: Weight, scale: float) -> V:
         """Refused."""
         self._refuse("embeddings")
 
@@ -87,6 +87,12 @@ class WithoutRecurrence(_Refusing, Generic[V, W]):
         """Refused."""
         self._refuse("recurrent layers")
 
+    def general_delta(
+        self, name: str, query: V, key: V, value: V, decay: V, unit: V, rate: V, heads: int
+    ) -> V:
+        """Refused."""
+        self._refuse("recurrent layers")
+
     def per_head(self, name: str, x: V, matrices: Sequence[W], rest: int) -> V:
         """Refused."""
         self._refuse("latent attention")
@@ -98,3 +104,15 @@ class WithoutRecurrence(_Refusing, Generic[V, W]):
     def replace_first(self, x: V, y: V) -> V:
         """Refused."""
         self._refuse("latent attention")
+
+
+class WithoutStreams(_Refusing, Generic[V]):
+    """One residual stream, and activations that look at single neurons."""
+
+    def combine(self, name: str, x: V, factors: V, width: int) -> V:
+        """Refused."""
+        self._refuse("streams beside the residual stream")
+
+    def keep_top(self, x: V, deviations: float) -> V:
+        """Refused."""
+        self._refuse("gates that depend on all neurons")

@@ -24,6 +24,10 @@ def shared_weights(model: Model) -> Iterator[Weight]:
     yield model.embedding
     if model.positions is not None:
         yield model.positions
+    if model.inputs is not None:
+        yield from (model.inputs.table, model.inputs.project)
+    if model.streams is not None:
+        yield from (*model.streams.enter, *model.streams.leave)
     if model.head is not model.embedding:
         yield model.head
 

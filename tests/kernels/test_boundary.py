@@ -58,6 +58,7 @@ def vectors(b: ProgramBuilder) -> None:
     b.layer_norm(x, floats(WIDTH), floats(WIDTH), y, 1e-5)
     b.l2_norm(x, y, 1e-5, groups=2)
     b.keep_top(x, y, 1.0)
+    b.combine(x, floats(TOKENS, 4), y, WIDTH // 2)
     b.add(x, y)
     b.multiply(floats(TOKENS, WIDTH // 2), y, repeat=2)
     b.scale(x, 2.0)
@@ -139,6 +140,7 @@ def recurrent(b: ProgramBuilder) -> None:
     b.scan_heads(x, *heads, inputs, floats(4), y, b.recurrent_slot(16 * WIDTH), size=16)
     qk, rate = floats(TOKENS, 2 * 2 * 16), floats(TOKENS, 4)
     slot = b.recurrent_slot(4 * 16 * 16)
+    b.general_delta(x, x, x, x, x, x, y, b.recurrent_slot(4 * 16 * 16), heads=4)
     b.delta_net(qk, x, floats(TOKENS, 4), rate, y, slot, key_heads=2, scale=0.25)
 
 

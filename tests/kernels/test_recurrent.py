@@ -204,6 +204,33 @@ def test_delta_net(heads: int, key_heads: int, size: int, dim: int, interleaved:
         assert np.abs(states[session].reshape(state.shape) - state).max() <= TOKENS * 30 * EPS * scale
 
 
+@pytest.mark.parametrize(("heads", "size", "dim"), [(1, 5, 36), (3, 16, 16), (2, 33, 20)])
+def test_general_delta(heads: int, size: int, dim: int) -> None:
+    """As for delta nets: what is removed is at most what the state holds."""
+    rng = np.random.default_rng(heads)
+    unit = rng.standard_normal((SESSIONS, TOKENS, heads, size))
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    inputs = {
+        "q": normal(rng, SESSIONS, TOKENS, heads * size),
+        "k": normal(rng, SESSIONS, TOKENS, heads * size),
+        "v": normal(rng, SESSIONS, TOKENS, heads * dim),
+        "decay": uniform(rng, -0.6, -0.01, SESSIONS, TOKENS, heads * size),
+        "unit": filled(unit.reshape(SESSIONS, TOKENS, -1)),
+        "rate": uniform(rng, 0, 1, SESSIONS, TOKENS, heads * size),
+    }
+
+    def write(b: ProgramBuilder, buffers: Inputs, out: np.ndarray, slot: RecurrentSlot) -> None:
+        b.general_delta(*buffers.values(), out, slot, heads=heads)
+
+    got, states = Block(write, inputs, heads * dim, heads * size * dim).outputs()
+    for session in range(SESSIONS):
+        arrays = [a[session].astype(np.float64).reshape(TOKENS, heads, -1) for a in inputs.values()]
+        want, state = reference.general_delta(*arrays, np.zeros((heads, size, dim)))
+        scale = np.abs(arrays[0]).max() * np.abs(arrays[1]).max() * np.abs(arrays[2]).max() * size * TOKENS
+        assert np.abs(got[session] - want.reshape(TOKENS, -1)).max() <= TOKENS * 30 * EPS * scale
+        assert np.abs(states[session].reshape(state.shape) - state).max() <= TOKENS * 30 * EPS * scale
+
+
 def test_what_does_not_fit_is_refused() -> None:
     builder, x, out = ProgramBuilder(2), aligned((2, 40), np.float32), aligned((2, 32), np.float32)
     slot = builder.recurrent_slot(96)

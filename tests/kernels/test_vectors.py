@@ -62,6 +62,22 @@ def test_keep_top_has_exact_zeros(width: int) -> None:
     assert ((got == 0) | (want > 0) | (got <= bound)).all()
 
 
+@pytest.mark.parametrize(("count", "made", "width"), [(4, 4, 33), (1, 3, 70), (3, 1, 16)])
+def test_combine(count: int, made: int, width: int) -> None:
+    """Each sum has `count` products."""
+    rng = np.random.default_rng(width)
+    x, factors = normal(rng, TOKENS + 1, count * width), normal(rng, TOKENS + 1, made * count)
+    out = aligned((TOKENS + 1, made * width), np.float32)
+    got = on_every_isa(lambda b: b.combine(x, factors, out, width), out)
+    wide, coefficients = (a[:TOKENS].astype(np.float64) for a in (x, factors))
+    want = reference.combine(wide, coefficients, width)
+    sizes = reference.combine(np.abs(wide), np.abs(coefficients), width)
+    assert (np.abs(got - want) <= (count + 1) * EPS * sizes).all()
+    builder = ProgramBuilder(TOKENS + 1)
+    with pytest.raises(KernelError, match="coefficients"):
+        builder.combine(x, normal(rng, TOKENS + 1, made * count + 1), out, width)
+
+
 def test_multiply() -> None:
     """By another value, by a vector, and by one value for several columns, of each token or of all."""
     rng = np.random.default_rng(1)

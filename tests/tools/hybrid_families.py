@@ -13,6 +13,7 @@ WIDTH, HEADS, KV_HEADS, DIM, NEURONS, VOCABULARY = 36, 3, 1, 20, 44, 50
 EXPERTS, USED, EXPERT_NEURONS, SHARED = 5, 2, 28, 24
 INNER, STATE, RECURRENT_HEADS, GROUPS, LENGTH = 48, 10, 4, 2, 4
 RANK, QUERY_RANK, PLAIN, ROTARY, VALUE = 18, 22, 14, 6, 10
+INPUT, STREAMS, LOCAL_DIM = 10, 3, 14
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -224,6 +225,79 @@ def _expanded(*, low: bool) -> Shapes:
     return shapes | {"attn_kv_b.weight": (HEADS * (PLAIN + VALUE), RANK)}
 
 
+def _gemma(
+    *,
+    dim: int = DIM,
+    kv_heads: int = KV_HEADS,
+    keys: bool = True,
+    values: bool = True,
+    neurons: int = NEURONS,
+) -> Shapes:
+    """A layer of Gemma 3n or 4 whose heads are ``dim`` wide, with keys and values of its own or without."""
+    shapes = _attention(kv_heads=kv_heads) | _ffn(neurons=neurons)
+    shapes |= {
+        "attn_q.weight": (HEADS * dim, WIDTH),
+        "attn_k.weight": (kv_heads * dim, WIDTH),
+        "attn_v.weight": (kv_heads * dim, WIDTH),
+        "attn_output.weight": (WIDTH, HEADS * dim),
+        "attn_q_norm.weight": (dim,),
+        "attn_k_norm.weight": (dim,),
+        "post_attention_norm.weight": (WIDTH,),
+        "post_ffw_norm.weight": (WIDTH,),
+    }
+    left_out = {"attn_k.weight", "attn_v.weight", "attn_k_norm.weight"} if not keys else set()
+    left_out |= {"attn_v.weight"} if not values else set()
+    return {name: shape for name, shape in shapes.items() if name not in left_out}
+
+
+def _own_input() -> Shapes:
+    return {"inp_gate.weight": (INPUT, WIDTH), "proj.weight": (WIDTH, INPUT), "post_norm.weight": (WIDTH,)}
+
+
+def _altup() -> Shapes:
+    """Streams, and what stands beside attention."""
+    return _own_input() | {
+        "altup_correct_coef.weight": (STREAMS, STREAMS),
+        "altup_correct_scale.weight": (WIDTH,),
+        "altup_predict_coef.weight": (STREAMS * STREAMS, STREAMS),
+        "altup_router.weight": (STREAMS, WIDTH),
+        "altup_router_norm.weight": (WIDTH,),
+        "laurel_l.weight": (7, WIDTH),
+        "laurel_r.weight": (WIDTH, 7),
+        "laurel_post_norm.weight": (WIDTH,),
+    }
+
+
+def _inputs(layers: int) -> Shapes:
+    return {
+        "per_layer_token_embd.weight": (VOCABULARY, layers * INPUT),
+        "per_layer_model_proj.weight": (layers * INPUT, WIDTH),
+        "per_layer_proj_norm.weight": (INPUT,),
+    }
+
+
+def _time_mixing(rank: int = 7, *, gated: bool = True) -> Shapes:
+    name, parts = "time_mix", 6 if gated else 5
+    shapes: Shapes = {"attn_norm.weight": (WIDTH,), f"{name}_lerp_fused.weight": (parts, 1, 1, WIDTH)}
+    for kind in "wav" + ("g" if gated else ""):
+        shapes |= {f"{name}_{kind}1.weight": (rank, WIDTH), f"{name}_{kind}2.weight": (WIDTH, rank)}
+    shapes |= {f"{name}_{kind}.weight": (WIDTH,) for kind in ("w0", "a0", "v0", "k_k", "k_a", "r_k")}
+    kinds = ("key", "value", "receptance", "output")
+    shapes |= {f"{name}_{kind}.weight": (WIDTH, WIDTH) for kind in kinds}
+    return shapes | ({f"{name}_ln.weight": (WIDTH,), f"{name}_ln.bias": (WIDTH,)} if gated else {})
+
+
+def _channel_mixing() -> Shapes:
+    return {
+        "attn_norm.bias": (WIDTH,),
+        "attn_norm_2.weight": (WIDTH,),
+        "attn_norm_2.bias": (WIDTH,),
+        "channel_mix_lerp_k.weight": (1, 1, WIDTH),
+        "channel_mix_key.weight": (NEURONS, WIDTH),
+        "channel_mix_value.weight": (WIDTH, NEURONS),
+    }
+
+
 def _narrow(shapes: Shapes, *, kv_heads: int = KV_HEADS) -> Shapes:
     """Value heads of their own width."""
     rows = {"attn_v.weight": (kv_heads * VALUE, WIDTH), "attn_output.weight": (WIDTH, HEADS * VALUE)}
@@ -274,6 +348,18 @@ _MIXED = _HEADS | {"attention.head_count_kv": [KV_HEADS, 0]}
 _BLOCKS = {"attention.head_count_kv": [KV_HEADS, 0, 0], "feed_forward_length": [0, 0, NEURONS]}
 _NEXT = _HEADS | _GROUPED | {"attention.recurrent_layers": [1, 0]}
 _POST = "post_attention_norm"
+_GEMMA = _HEADS | {
+    "attention.sliding_window": 5,
+    "attention.sliding_window_pattern": [True, False, True, False],
+    "rope.freq_base": 1e6,
+    "final_logit_softcapping": 30.0,
+}
+_GEMMA4: dict[str, Any] = {
+    "attention.key_length_swa": LOCAL_DIM,
+    "attention.value_length_swa": LOCAL_DIM,
+    "rope.dimension_count": DIM,
+    "rope.dimension_count_swa": LOCAL_DIM,
+}
 
 FAMILIES = {
     "mamba": RandomFamily("mamba", _SSM, (_selective_scan(norms=False),) * 2),
@@ -353,6 +439,67 @@ FAMILIES = {
             _delta_net(interleaved=True, older=True) | _experts(_POST) | _shared(gated=True),
             _attention(gated=True, norms=True) | _experts(_POST) | _shared(gated=True),
         ),
+    ),
+    # Streams, inputs of layers, gates that depend on all neurons, layers without keys.
+    "gemma3n": RandomFamily(
+        "gemma3n",
+        _GEMMA
+        | {
+            "embedding_length_per_layer_input": INPUT,
+            "attention.shared_kv_layers": 2,
+            "altup.num_inputs": STREAMS,
+            "altup.active_idx": 1,
+            "activation_sparsity_scale": [0.7, float("-inf"), float("-inf"), 0.9],
+        },
+        (_gemma() | _altup(), _gemma() | _altup(), _gemma() | _altup(), _gemma(keys=False) | _altup()),
+        more=_inputs(4)
+        | {
+            "altup_proj.weight": (STREAMS - 1, WIDTH, WIDTH),
+            "altup_unembd_proj.weight": (STREAMS - 1, WIDTH, WIDTH),
+        },
+    ),
+    # Heads of two widths, layers without keys, which have twice the neurons, inputs of layers.
+    "gemma4": RandomFamily(
+        "gemma4",
+        _GEMMA
+        | _GEMMA4
+        | {
+            "embedding_length_per_layer_input": INPUT,
+            "attention.shared_kv_layers": 2,
+            "feed_forward_length": [NEURONS, NEURONS, 2 * NEURONS, 2 * NEURONS],
+        },
+        (
+            _gemma(dim=LOCAL_DIM) | _own_input(),
+            _gemma() | _own_input(),
+            _gemma(dim=LOCAL_DIM, keys=False, neurons=2 * NEURONS) | _own_input(),
+            _gemma(keys=False, neurons=2 * NEURONS) | _own_input() | {"layer_output_scale.weight": (1,)},
+        ),
+        more=_inputs(4) | {"rope_freqs.weight": (DIM // 2,)},
+    ),
+    # Keys that are values, too, and heads of keys that differ in number.
+    "gemma4-plain": RandomFamily(
+        "gemma4",
+        _GEMMA
+        | _GEMMA4
+        | {
+            "attention.head_count_kv": [3, 1, 3, 1],
+            "attention.shared_kv_layers": 0,
+            "embedding_length_per_layer_input": 0,
+        },
+        (_gemma(dim=LOCAL_DIM, kv_heads=3), _gemma(values=False)) * 2,
+        more={"rope_freqs.weight": (DIM // 2,)},
+    ),
+    "rwkv7": RandomFamily(
+        "rwkv7",
+        {"wkv.head_size": 12, "attention.head_count": 0, "attention.layer_norm_epsilon": 1e-5},
+        (_time_mixing(9) | _channel_mixing(), _time_mixing() | _channel_mixing()),
+        more={f"token_embd_norm.{end}": (WIDTH,) for end in ("weight", "bias")}
+        | {"output_norm.bias": (WIDTH,)},
+    ),
+    "arwkv7": RandomFamily(
+        "arwkv7",
+        {"wkv.head_size": 9, "attention.head_count": 0},
+        (_time_mixing(gated=False) | _ffn(), _time_mixing() | _ffn()),
     ),
     "gpt-oss": RandomFamily(
         "gpt-oss",
@@ -562,6 +709,8 @@ def write_random_family(path: Path, family: RandomFamily, seed: int = 1) -> Path
 def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith("ssm_a"):
         return rng.uniform(-2, -0.1, shape).astype(np.float32)
+    if name.startswith("rope_freqs"):
+        return rng.uniform(1, 4, shape).astype(np.float32)
     if "norm" in name:
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)
     scale = 0.5 if len(shape) == 1 or "conv" in name or name.startswith("token") else 1.5 / np.sqrt(shape[-1])

@@ -69,8 +69,8 @@ def _matrices(model: Model, units: HotUnits) -> list[Weight]:
     return [*matrices, model.head] if units.head else matrices
 
 
-def _attention_matrices(w: AttentionWeights) -> tuple[Weight, ...]:
-    return (w.query, w.key, w.value, w.output)
+def _attention_matrices(w: AttentionWeights) -> list[Weight]:
+    return [one for one in (w.query, w.key, w.value, w.output) if one is not None]
 
 
 class _Parts:

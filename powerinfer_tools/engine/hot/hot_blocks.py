@@ -9,6 +9,7 @@ from powerinfer_tools.engine.hot.hot_operations import HotOperations, HotValue, 
 from powerinfer_tools.engine.hot.placed import Named, Placed
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.loading import Model
+from powerinfer_tools.model.streams import Along
 
 Tensor = torch.Tensor
 
@@ -28,7 +29,7 @@ class HotBlocks:
         """What mixes tokens joins the residual stream ``x`` (T, width)."""
         ops, model = self._writer(x), self.model
         layer = model.layers[self.index]
-        blocks.mix(ops, model.spec, model.hyper, self.index, layer, HotValue("x", x))
+        blocks.mix(ops, model.spec, model.hyper, self.index, layer, HotValue("x", x), Along())
         return ops.written()
 
     def ffn_input(self, x: Tensor) -> Work:

@@ -19,7 +19,12 @@ from powerinfer_tools.engine.hot.placed import Named, Placed, Rotary
 from powerinfer_tools.engine.hot.products import Product, round_where_needed
 from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope
 from powerinfer_tools.model.operations import Activation, Attention
-from powerinfer_tools.model.refused_operations import WithoutEmbedding, WithoutExperts, WithoutRecurrence
+from powerinfer_tools.model.refused_operations import (
+    WithoutEmbedding,
+    WithoutExperts,
+    WithoutRecurrence,
+    WithoutStreams,
+)
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
 Tensor = torch.Tensor
@@ -46,7 +51,10 @@ class Written:
 
 
 class HotOperations(
-    WithoutEmbedding[HotValue], WithoutExperts[HotValue], WithoutRecurrence[HotValue, Weight]
+    WithoutEmbedding[HotValue],
+    WithoutExperts[HotValue],
+    WithoutRecurrence[HotValue, Weight],
+    WithoutStreams[HotValue],
 ):
     """Writes work for batches of ``tokens`` over what is ``placed``, with values in ``named`` buffers."""
 
@@ -111,8 +119,12 @@ class HotOperations(
         self._launches.append(_Rotation([(x.floats, heads)], rotary, positions, head_dim, first, fused))
         return HotValue(x.name, x.floats)
 
-    def attend(self, query: HotValue, key: HotValue, value: HotValue, how: Attention) -> HotValue:
+    def attend(
+        self, query: HotValue, key: HotValue | None, value: HotValue | None, how: Attention
+    ) -> HotValue:
         """Over the cache of the layer. Fused kernels read on the device where a single token stands."""
+        assert key is not None
+        assert value is not None, "layers without keys stay on the CPU"
         p = self._placed
         cache, positions, looks = p.cache(how), p.positions[: self._tokens], p.attending(how)
         out, scores = self._buffer("attended", how.heads * how.value_dim), p.scores(how)

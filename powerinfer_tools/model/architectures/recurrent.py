@@ -113,4 +113,20 @@ ROWS = (
         routed=True,
         router="file",
     ),
+    # RWKV-7 (arXiv 2503.14456): no attention; a squared ReLU without gate, which reads two tokens.
+    ArchitectureSpec(
+        "rwkv7",
+        rope_style="none",
+        norm="layer",
+        activation="relu2",
+        gated=False,
+        embedding_norm="weights",
+        ffn_norm="attn_norm_2",
+        ffn_names=("channel_mix_key", "channel_mix_value"),
+        ffn_shift=True,
+        recurrent="time mixing",
+        recurrent_layers="all",
+    ),
+    # The same in place of the attention of another family.
+    ArchitectureSpec("arwkv7", rope_style="none", recurrent="time mixing", recurrent_layers="all"),
 )

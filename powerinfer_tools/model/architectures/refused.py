@@ -7,7 +7,7 @@ _SPEECH = "it generates sound, not text"
 _DRAFTS = "it drafts tokens for another model and is none by itself"
 _INDEXER = "sparse attention by an indexer is not computed"
 _CONNECTIONS = "residual streams that are mixed by hyper-connections are not computed"
-_RWKV = "RWKV's time mixing is not computed"
+_RWKV = "RWKV-6's time mixing is not computed"
 
 #: Value of ``general.architecture`` → why models of it are refused.
 REFUSED = {
@@ -44,14 +44,10 @@ REFUSED = {
     "bailingmoe3": "delta nets whose decay has a lower bound are not computed",
     "rwkv6": _RWKV,
     "rwkv6qwen2": _RWKV,
-    "rwkv7": _RWKV,
-    "arwkv7": _RWKV,
     "plamo2": "state spaces whose steps are normalised are not computed",
     "maple": "its clamped SwiGLU is not computed",
     "talkie": "layers that add their embeddings again are not computed",
     "step35": "its clamped SwiGLU is not computed",
-    "gemma3n": "its alternating residual streams are not computed",
-    "gemma4": "its attention, whose heads differ in width between layers, is not computed",
     "minimax-01": "lightning attention is not computed",
     "grovemoe": "adjugate experts, which groups of experts share, are not computed",
     "hrm_text": "stacks of layers that run again and again are not computed",

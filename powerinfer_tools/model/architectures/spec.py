@@ -15,7 +15,13 @@ Temperature = Literal["none", "by key", "without positions"]
 #: What mixes the tokens of a family's recurrent layers, and which layers those are: those that the file
 #: lists, all (there is no attention), or all, each beside attention.
 RecurrentKind = Literal[
-    "none", "short convolution", "selective scan", "state space", "delta net", "channel delta net"
+    "none",
+    "short convolution",
+    "selective scan",
+    "state space",
+    "delta net",
+    "channel delta net",
+    "time mixing",
 ]
 #: How a router's scores become weights; "file": the key ``expert_gating_func`` says it, and where it does
 #: not, it is a softmax, or a sigmoid.
@@ -171,5 +177,30 @@ class ArchitectureSpec:
     left_out: tuple[str, ...] = ()
     #: What was attended is times the key ``attention.value_scale``.
     value_scale: bool = False
+    #: Every layer has an input of its own, of as many values as the key ``embedding_length_per_layer_input``
+    #: says.
+    layer_inputs: bool = False
+    #: The last ``attention.shared_kv_layers`` layers read what the last layer of their kind before them
+    #: keeps; where that key is missing, those after the first so many.
+    shares_caches: bool = False
+    keeping_layers: int = 0
+    #: Values are normalised head by head, without weights; where there is no matrix for them, they are the
+    #: keys.
+    value_norm: bool = False
+    #: What files call up and down of a dense FFN.
+    ffn_names: tuple[str, str] = ("ffn_up", "ffn_down")
+    #: The FFN's input is mixed with that of the token before.
+    ffn_shift: bool = False
+    #: What scores are times, where the file does not say it (0: by the head dimension).
+    attention_scale: float = 0.0
+    #: Layers may end with a factor of the residual stream.
+    output_scales: bool = False
+    #: There are several residual streams (arXiv 2301.13310), and a low-rank path beside attention.
+    streams: bool = False
+    #: What the residual stream is times after attention.
+    mixed_scale: float = 1.0
+    #: Gates of the first so many layers count if they are among the largest 5 %, where the file does not say
+    #: how many deviations they must be above the mean.
+    top_layers: int = 0
     #: Models of so many experts have no norms of queries and keys.
     unnormed_experts: int = 0

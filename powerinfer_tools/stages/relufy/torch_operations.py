@@ -13,7 +13,7 @@ from torch.nn import functional
 from powerinfer_kernels import dequantize
 from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope, Routing
 from powerinfer_tools.model.operations import Activation, Attention
-from powerinfer_tools.model.refused_operations import WithoutRecurrence
+from powerinfer_tools.model.refused_operations import WithoutRecurrence, WithoutStreams
 from powerinfer_tools.model.rotary import RotaryTables, position_factors
 from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
@@ -39,7 +39,7 @@ def activate(kind: str, gate: Tensor, up: Tensor | None, cut: float = 0.0) -> Te
     return act * (functional.relu(up) if kind == "drelu" else up)
 
 
-class TorchOperations(WithoutRecurrence[Tensor, Weight | Tensor]):
+class TorchOperations(WithoutRecurrence[Tensor, Weight | Tensor], WithoutStreams[Tensor]):
     """Weights are dequantised when they are first used, and kept; ``tokens`` (windows, positions) is what
     :meth:`embed` reads next."""
 
@@ -62,7 +62,7 @@ class TorchOperations(WithoutRecurrence[Tensor, Weight | Tensor]):
             self._held[id(weight)] = (weight, made)
         return self._held[id(weight)][1]
 
-    def embed(self, table: Weight, scale: float) -> Tensor:
+    def embed(self, name: str, table: Weight, scale: float) -> Tensor:
         """In float32."""
         assert self.tokens is not None
         return self.matrix(table)[self.tokens].float() * scale
@@ -97,8 +97,10 @@ class TorchOperations(WithoutRecurrence[Tensor, Weight | Tensor]):
         turned = _rotate(parts[..., first:], cos, sin, interleaved=rope.style == "norm")
         return torch.cat((parts[..., :first], turned), dim=-1).flatten(-2)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: Attention) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor | None, value: Tensor | None, how: Attention) -> Tensor:
         """Over the window of tokens alone; scores are not soft-capped here."""
+        assert key is not None
+        assert value is not None, "layers without keys are refused before"
         assert how.sinks is None, "refused before"
         assert not how.softcap + how.alibi + how.chunk, "refused before"
         query, key, value = (

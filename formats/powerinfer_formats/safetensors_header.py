@@ -1,7 +1,7 @@
 """Judges the header of a safetensors file of someone else's. Knows nothing of models.
 
 Source of the layout: the README of the safetensors package. Stricter than that package in one point and no
-looser in any: every tensor has 1 to 4 dimensions of at least 1.
+looser in any: every tensor has at most 4 dimensions of at least 1.
 """
 
 from __future__ import annotations
@@ -109,12 +109,15 @@ def _row(name: str, fields: Any, start: int, file: str) -> StoredTensor:
 
 
 def _shape(what: str, value: Any, file: str) -> tuple[int, ...]:
-    if not _whole_numbers(value) or not 1 <= len(value) <= layout.MAX_DIMENSIONS:
-        raise errors.BadDimensionCount(file, f"{what} has a shape that is not a list of 1 to 4 whole numbers")
+    """A number alone counts as a vector of one."""
+    if not _whole_numbers(value) or len(value) > layout.MAX_DIMENSIONS:
+        raise errors.BadDimensionCount(
+            file, f"{what} has a shape that is not a list of at most 4 whole numbers"
+        )
     for dimension in value:
         if not 1 <= dimension <= layout.MAX_COUNT:
             raise errors.BadDimension(file, f"{what} has a dimension of {dimension}, expected 1 or more")
-    return tuple(value)
+    return tuple(value) or (1,)
 
 
 def _offsets(what: str, value: Any, file: str) -> tuple[int, int]:

@@ -172,14 +172,14 @@ def _selective_scan(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int
 def _state_space(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int) -> StateSpace:
     channels = s.inner + 2 * s.groups * s.state
     norm = f"{prefix}.ssm_norm.weight"
-    weight = tensors.table(norm, (s.groups, s.inner // s.groups)).ravel() if tensors.has(norm) else None
+    weight = tensors.values(norm, s.inner) if tensors.has(norm) else None
     return StateSpace(
         inward=tensors.matrix(f"{prefix}.ssm_in.weight", s.inner + channels + s.heads, width),
         kernel=_kernel(tensors, f"{prefix}.ssm_conv1d.weight", channels, s.length),
         kernel_bias=tensors.optional(f"{prefix}.ssm_conv1d.bias", channels),
         step_bias=tensors.vector(f"{prefix}.ssm_dt.bias", s.heads),
-        decay=tensors.table(f"{prefix}.ssm_a", (s.heads, 1)).ravel(),
-        direct=tensors.table(f"{prefix}.ssm_d", (s.heads, 1)).ravel(),
+        decay=tensors.values(f"{prefix}.ssm_a", s.heads),
+        direct=tensors.values(f"{prefix}.ssm_d", s.heads),
         norm=None if weight is None else Norm("rms", weight),
         outward=tensors.matrix(f"{prefix}.ssm_out.weight", width, s.inner),
         sizes=s,

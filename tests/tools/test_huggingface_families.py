@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
+from engine_logits import logits, near
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
 from tiny_folders import FolderCase, make_folder
@@ -72,6 +74,82 @@ CASES |= {
     },
     "MiniMaxM2": _HEADS | {"num_local_experts": 5, "num_experts_per_tok": 2},
 }
+_MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+#: These have an epsilon of 1e-6 in some norms, whatever the configuration says; all real models have it.
+_EPS = {"rms_norm_eps": 1e-6}
+_LATENT = {
+    "q_lora_rank": 22,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_DELTA = _EPS | {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_SHARED = {"shared_expert_intermediate_size": 18}
+_CONVOLVES = {"pad_token_id": 0, "layer_types": ["conv", "full_attention", "conv"]}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+_GRANITE = CASES["Granite"] | {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_local_experts": 5,
+    "shared_intermediate_size": 18,
+}
+CASES["DeepseekV3"] |= _EPS
+CASES |= {
+    "Apertus": {"pad_token_id": 0},
+    "Lfm2": _CONVOLVES | {"block_multiple_of": 8},
+    "Lfm2Moe": _CONVOLVES | _MOE | {"num_dense_layers": 1},
+    "Qwen3Next": _DELTA | _MOE | _SHARED,
+    "Qwen3_5": _DELTA,
+    "Qwen3_5Moe": _DELTA | _MOE | _SHARED,
+    "GptOss": _HEADS
+    | {
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 7,
+        "rope_parameters": _YARN | {"truncate": False},
+    },
+    "Llama4": _HEADS
+    | {
+        "num_local_experts": 5,
+        "intermediate_size_mlp": 30,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8,
+        "num_hidden_layers": 4,
+    },
+    "DeepseekV2": _SPARSE
+    | _LATENT
+    | _EPS
+    | {"topk_method": "greedy", "rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+    "Glm4MoeLite": _SPARSE | _LATENT | _EPS | {"rope_parameters": _YARN | {"mscale": 1, "mscale_all_dim": 1}},
+    "GraniteMoeHybrid": _GRANITE,
+    "GraniteMoeHybrid-dense": _GRANITE | {"num_local_experts": 0, "position_embedding_type": "rope"},
+    "Ernie4_5_Moe": _HEADS
+    | {
+        "moe_num_experts": 5,
+        "moe_k": 2,
+        "moe_intermediate_size": 14,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+    },
+    "HunYuanMoEV1": _HEADS | {"num_experts": 5, "moe_topk": 2, "pad_token_id": 0},
+    "Ministral3": _HEADS
+    | {"rope_parameters": _YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "Afmoe": _HEADS | _WINDOW | _MOE | {"num_dense_layers": 1, "num_hidden_layers": 4, "mup_enabled": True},
+    "ExaoneMoe": _HEADS | _WINDOW | _MOE | {"num_hidden_layers": 4},
+    "Mamba2": {"num_heads": 8, "head_dim": 12, "n_groups": 2, "state_size": 6},
+}
 #: A few hundred roundings of float32 of the largest logit.
 BOUND = 300 * float(np.finfo(np.float32).eps)
 
@@ -79,12 +157,59 @@ BOUND = 300 * float(np.finfo(np.float32).eps)
 @pytest.mark.parametrize("kind", sorted(CASES))
 def test_the_reference_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    folder = make_folder(tmp_path / "model", FolderCase(kind, "gpt2", CASES[kind]))
+    folder = make_folder(tmp_path / "model", FolderCase(kind.partition("-")[0], "gpt2", CASES[kind]))
     tokens = folder.tokens(24)
     expected = folder.logits(tokens)
     got = forward(load_model(folder.path), tokens)
     assert np.ptp(expected) > 1
     assert np.abs(got - expected).max() <= BOUND * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["GptOss", "Lfm2", "Qwen3_5Moe", "Llama4"])
+def test_the_engine_computes_what_the_reference_does(kind: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", FolderCase(kind, "gpt2", CASES[kind]))
+    tokens = folder.tokens(24)
+    expected = forward(load_model(folder.path), tokens, half_cache=True)[11:]
+    near(logits(folder.path, tokens), expected)
+
+
+@pytest.mark.parametrize(
+    ("of_text", "model_type", "kind", "start", "picture"),
+    [
+        (*("Qwen3", "qwen3_vl", "Qwen3VL"), "model.language_model.", "model.visual.patch.weight"),
+        (*("Mistral", "mistral3", "Mistral3"), "language_model.model.", "vision_tower.patch.weight"),
+        (*("Qwen3_5", "qwen3_5", "Qwen3_5"), "model.language_model.", "model.visual.patch.weight"),
+        (*("Llama4", "llama4", "Llama4"), "language_model.model.", "vision_model.patch.weight"),
+    ],
+)
+def test_text_models_inside_of_models_of_images(
+    of_text: str, model_type: str, kind: str, start: str, picture: str, tmp_path: Path
+) -> None:
+    """The same model with its settings in a section, other names, and a part that is left out."""
+    case = FolderCase(of_text, "gpt2", _HEADS | CASES.get(of_text, {}))
+    folder = make_folder(tmp_path / "model", case)
+    tokens = folder.tokens(12)
+    expected = forward(load_model(folder.path), tokens)
+    settings = json.loads((folder.path / "config.json").read_text())
+    section = settings | {"model_type": "qwen3_vl_text" if of_text == "Qwen3" else settings["model_type"]}
+    whole = {"model_type": model_type, "text_config": section}
+    whole["architectures"] = [f"{kind}ForConditionalGeneration"]
+    (folder.path / "config.json").write_text(json.dumps(whole))
+    file = folder.path / "model.safetensors"
+    named = {
+        start + name.removeprefix("model.") if name.startswith("model.") else name: value
+        for name, value in load_file(file).items()
+    }
+    if start.startswith("language_model"):
+        named["language_model.lm_head.weight"] = named.pop("lm_head.weight")
+    pictures = {
+        "model": "model.visual.blocks.0.attn.qkv.weight",
+        "language_model": "vision_model.layer.weight",
+    }
+    pictures["mistral3"] = "vision_tower.layer.weight"
+    named[pictures.get(model_type, pictures[start.partition(".")[0]])] = np.ones((3, 4), np.float32)
+    save_file(named, file)
+    assert np.array_equal(forward(load_model(folder.path), tokens), expected)
 
 
 _ORIGINAL = {"rope_theta": 10000.0, "original_max_position_embeddings": 16}

@@ -151,8 +151,8 @@ def make_folder(path: Path, case: FolderCase) -> TinyFolder:
     tokenizer = make_tokenizer(case.tokenizer)
     rows = tokenizer.get_vocab_size() + 5  # real embeddings have more rows than there are tokens
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    text = "Text" if case.kind == "Gemma3" else ""
-    config_class = getattr(transformers, f"{case.kind}{text}Config")
+    of_text = getattr(transformers, f"{case.kind}TextConfig", None)
+    config_class = of_text or getattr(transformers, f"{case.kind}Config")
     config = config_class(**(_SIZES | special | {"vocab_size": rows} | case.config))
     module = getattr(transformers, f"{case.kind}ForCausalLM")(config)
     _draw(module, case.dtype)

@@ -57,6 +57,8 @@ ROWS = (
         recurrent="state space",
         gated_biases=True,
         rope_switch=True,
+        routed=True,
+        shared_expert=True,
     ),
     # Falcon-H1 (arXiv 2507.22448): attention and a state space side by side. No published model has a bias
     # of attention's output, and llama.cpp, whose files these are, leaves one out.

@@ -33,6 +33,8 @@ class BlockScales:
             return None
         section = config.section("quantization_config")
         method, sizes = str(section.get("quant_method"))[:40], section.get("weight_block_size")
+        if method == "mxfp4":  # its blocks have their scales beside them
+            return None
         if method == "fp8" and type(sizes) is list and len(sizes) == 2:
             rows, columns = (_size(section, size) for size in sizes)
             return cls(rows, columns)

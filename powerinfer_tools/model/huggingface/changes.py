@@ -12,11 +12,15 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Attention of a model: numbers of heads and values in one."""
+    """Attention of a model: numbers of heads and values in one; of delta nets the key heads, values in one of
+    those, and value heads."""
 
     heads: int
     kv_heads: int
     head_dim: int
+    delta_groups: int = 1
+    delta_state: int = 0
+    delta_heads: int = 1
 
 
 #: Raises ValueError, saying why, for rows that it cannot be applied to.
@@ -46,3 +50,35 @@ def grouped(rows: Array, shape: HeadShape) -> Array:
 def plus_one(values: Array, shape: HeadShape) -> Array:
     """Norm weights that are stored as their difference from one (Gemma)."""
     return values + np.float32(1)
+
+
+def minus_exp(values: Array, shape: HeadShape) -> Array:
+    """Decays that are stored as the logarithm of what they are below zero."""
+    return np.asarray(-np.exp(values))
+
+
+def tiled(rows: Array, shape: HeadShape) -> Array:
+    """Value heads of a delta net: those of each key head one after the other, as the first of all key heads,
+    the second of all, and so on."""
+    if len(rows) % shape.delta_heads or shape.delta_heads % shape.delta_groups:
+        raise ValueError(
+            f"{len(rows)} rows do not hold {shape.delta_heads} heads in {shape.delta_groups} groups"
+        )
+    heads = rows.reshape(shape.delta_groups, shape.delta_heads // shape.delta_groups, -1)
+    return np.ascontiguousarray(heads.swapaxes(0, 1)).reshape(rows.shape)
+
+
+def tiled_values(rows: Array, shape: HeadShape) -> Array:
+    """The same of the rows after those of queries and keys."""
+    first = 2 * shape.delta_groups * shape.delta_state
+    return np.concatenate([rows[:first], tiled(rows[first:], shape)])
+
+
+def tiled_columns(rows: Array, shape: HeadShape) -> Array:
+    """The same of columns."""
+    return np.ascontiguousarray(tiled(np.ascontiguousarray(rows.T), shape).T)
+
+
+def tiled_decays(values: Array, shape: HeadShape) -> Array:
+    """Decays, head by head."""
+    return tiled(minus_exp(values, shape), shape)

@@ -66,6 +66,12 @@ def _every_second(config: Config, index: int) -> bool:
     return index % 2 == 0
 
 
+def _past_windows(config: Config, index: int) -> bool:
+    """Layers from a number on, in models that say that they have windows."""
+    first = config.integer("max_window_layers", 80, low=0, high=4096)
+    return config.flag("use_sliding_window", False) and index >= first
+
+
 def _three_of_four(config: Config, index: int) -> bool:
     return (index + 1) % config.integer("sliding_window_pattern", 4, high=4096) != 0
 
@@ -199,4 +205,24 @@ DENSE = (
     Family("jais2", ("Jais2ForCausalLM",), "jais2", sizes(num_key_value_heads=32), (EMBEDDING, *_LAYER_NORMS,
     *attention(), *_UP_AND_DOWN), norm_name="layer_norm_eps", norm_eps=1e-5, activation="relu2"),
     Family("ministral", ("MinistralForCausalLM",), "llama", sizes(num_key_value_heads=8), (EMBEDDING, *NORMS,
-    *attention(interleaved), *FFN), window=4096, sliding=every_layer), )  # fmt: skip
+    *attention(interleaved), *FFN), window=4096, sliding=every_layer),
+    # Queries grow with their position.
+    Family("ministral3", ("Ministral3ForCausalLM",), "mistral3", sizes(num_key_value_heads=8, head_dim=128),
+           (EMBEDDING, *NORMS, *attention(interleaved), *FFN), norm_eps=1e-5, rope_base=1e6,
+           fixed=(("sliding_window", None),),
+           ignored=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_")),
+    Family("apertus", ("ApertusForCausalLM",), "apertus", sizes(),
+           (EMBEDDING, _OUTPUT_NORM, Rule("blk.{i}.attn_norm.weight", f"{LAYER}.attention_layernorm.weight"),
+            Rule("blk.{i}.ffn_norm.weight", f"{LAYER}.feedforward_layernorm.weight"), *HEAD_NORMS,
+            *attention(), *FFN[1:]), activation="xielu", rope_base=12e6, norm_eps=1e-5,
+           numbers=tuple((f"xielu.{name}", f"{LAYER}.mlp.act_fn.{name}")
+                         for name in ("alpha_p", "alpha_n", "beta", "eps"))),
+    # Text models of Qwen's models of text and images; sections of positions are the same for text alone.
+    Family("qwen3_vl_text", ("Qwen3VLForConditionalGeneration",), "qwen3vl",
+           sizes(num_key_value_heads=8, head_dim=128), (EMBEDDING, *NORMS, *attention(), *HEAD_NORMS, *FFN),
+           rope_base=5e6, ignored=("model.visual.", "visual.")),
+    *(Family(f"{name}_text", (f"{kind}ForConditionalGeneration",), "qwen2vl", sizes(num_key_value_heads=8),
+             (EMBEDDING, *NORMS, *attention(), *FFN), norm_eps=1e-5, rope_base=1e6, window=4096,
+             sliding=_past_windows, ignored=("model.visual.", "visual."))
+      for name, kind in (("qwen2_vl", "Qwen2VL"), ("qwen2_5_vl", "Qwen2_5_VL"))),
+)  # fmt: skip

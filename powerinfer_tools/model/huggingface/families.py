@@ -11,7 +11,7 @@ from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.huggingface.changes import grouped, interleaved, plus_one
 from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.dense_families import DENSE
-from powerinfer_tools.model.huggingface.expert_families import EXPERTS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from powerinfer_tools.model.huggingface.expert_families import EXPERTS, MIXTRAL
 from powerinfer_tools.model.huggingface.family import (
     EMBEDDING,
     FFN,
@@ -27,6 +27,8 @@ from powerinfer_tools.model.huggingface.family import (
     one_more,
     sizes,
 )
+from powerinfer_tools.model.huggingface.recurrent_families import RECURRENT
+from powerinfer_tools.model.huggingface.sigmoid_families import SIGMOIDS
 
 #: config.json's names of activations → ours.
 ACTIVATIONS: Mapping[str, str] = {
@@ -39,6 +41,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "fatrelu": "fatrelu",
+    "xielu": "xielu",
 }
 
 
@@ -156,6 +159,7 @@ _GEMMA3 = Family(
     ),
 )
 
+_MISTRAL_PICTURES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_")
 _BAMBOO_CHANGES = (("relu", "drelu"),)  # its code applies it to gate and up
 _OPT_FAMILY = Family(
     "opt",
@@ -218,7 +222,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("bamboo", ("BambooForCausalLM",), "bamboo", sizes(num_key_value_heads=8), _LLAMA,
                activation="relu", activations=_BAMBOO_CHANGES, sliding=every_layer),
         Family("mistral", ("MistralForCausalLM",), "llama", sizes(num_key_value_heads=8), _LLAMA,
-               window=4096, sliding=every_layer),
+               window=4096, sliding=every_layer, ignored=_MISTRAL_PICTURES),
         Family("arcee", ("ArceeForCausalLM",), "arcee", sizes(), _ARCEE, activation="relu2",
                norm_eps=1e-5, fixed=(("mlp_bias", False),)),
         Family("smollm3", ("SmolLM3ForCausalLM",), "smollm3", sizes(num_key_value_heads=4), _LLAMA, tied=True,
@@ -229,13 +233,13 @@ FAMILIES: Mapping[str, Family] = {
         Family("qwen3", ("Qwen3ForCausalLM",), "qwen3", sizes(num_key_value_heads=32, head_dim=128),
                (*_QWEN, *HEAD_NORMS), window=4096, sliding=_qwen_layers),
         MIXTRAL,
-        QWEN2_MOE,
-        QWEN3_MOE,
         _GEMMA3,
         _OPT_FAMILY,
         _FALCON_FAMILY,
         *DENSE,
         *EXPERTS,
+        *SIGMOIDS,
+        *RECURRENT,
         Family("nemotron", ("NemotronForCausalLM",), "nemotron", sizes(), _NEMOTRON, activation="relu2",
                norm_name="norm_eps", norm_eps=1e-5, rotary_share=0.5),
     )
@@ -249,8 +253,19 @@ _BY_CLASS = {
     )
 }
 
-#: Models of text and images: the section of config.json with the text model, and the classes that have it.
-_TEXT_SECTIONS = {"gemma3": ("text_config", ("Gemma3ForConditionalGeneration",))}
+#: Models of text and images: the section of config.json with the text model, the classes that have it, and
+#: what kind it is where it does not say.
+_TEXT_SECTIONS = {
+    "gemma3": ("text_config", "Gemma3ForConditionalGeneration", "gemma3_text"),
+    "llama4": ("text_config", "Llama4ForConditionalGeneration", "llama4_text"),
+    "mistral3": ("text_config", "Mistral3ForConditionalGeneration", "mistral"),
+    "qwen3_5": ("text_config", "Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    "qwen3_5_moe": ("text_config", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
+    "qwen3_vl": ("text_config", "Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
+    "qwen3_vl_moe": ("text_config", "Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text"),
+    "qwen2_5_vl": ("text_config", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text"),
+    "qwen2_vl": ("text_config", "Qwen2VLForConditionalGeneration", "qwen2_vl_text"),
+}
 
 
 def find_family(config: Config) -> tuple[Family, Config]:
@@ -262,9 +277,9 @@ def find_family(config: Config) -> tuple[Family, Config]:
     kind = config.text("model_type")
     classes: tuple[str, ...]
     if kind in _TEXT_SECTIONS:
-        section, classes = _TEXT_SECTIONS[kind]
-        config_of_text = config.section(section)
-        kind = config_of_text.text("model_type", "gemma3_text")
+        section, name, usual = _TEXT_SECTIONS[kind]
+        config_of_text, classes = config.section(section), (name,)
+        kind = config_of_text.text("model_type", usual)
         family = _row(config, kind)
     else:
         family = _row(config, kind)
@@ -272,6 +287,8 @@ def find_family(config: Config) -> tuple[Family, Config]:
         other = _BY_CLASS.get(str(named[0])) if named else None
         family = other if other is not None and other.model_type == kind else family
         classes, config_of_text = family.classes, config
+    if family.without_experts is not None and config_of_text.get(_count_name(family)) == 0:
+        family = family.without_experts
     named = config.items("architectures")
     # The same without a head: a language model where the head is the embedding, else one that lacks a tensor.
     bare = tuple(
@@ -283,6 +300,10 @@ def find_family(config: Config) -> tuple[Family, Config]:
             f"{kind!r} (supported: {', '.join(classes)}); code in the directory is never run"
         )
     return family, config_of_text
+
+
+def _count_name(family: Family) -> str:
+    return next(setting.name for setting in family.settings if setting.key == "expert_count")
 
 
 def _row(config: Config, kind: str) -> Family:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from powerinfer_tools.model.huggingface.changes import Change, plus_one
 from powerinfer_tools.model.huggingface.config import Config
+from powerinfer_tools.model.huggingface.parts import Part
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,17 @@ class Real:
 class Rule:
     """GGUF tensor ``name`` ← tensor ``stored``; "{i}" is the layer in both. Where ``stored`` has "{e}", there
     is one for each expert, and ``name`` is their stack. ``single``: kept in float32, whatever it is stored
-    as; ``vector``: stored as a matrix of one row."""
+    as; ``squeezed``: without dimensions of 1; ``transposed``: columns are stored as rows; ``part``: which of
+    the rows. Experts may be stored as MXFP4 blocks and scales instead."""
 
     name: str
     stored: str
     change: Change | None = None
     optional: bool = False
     single: bool = False
-    vector: bool = False
+    squeezed: bool = False
+    transposed: bool = False
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Family:
 
     ``spellings``: what the "model." in front of stored names may be instead. ``sliding``: which layers see
     only ``sliding_window`` positions, where ``layer_types`` does not say. ``flags``: truth values, as GGUF
-    key, name and what it is without being named. ``fixed``: settings of which one
+    key, name (or what reads it) and what it is without being named. ``fixed``: settings of which one
     value is supported (null and absent count as it); ``same``: settings that must equal another; ``reasons``:
     what other values of those would mean. ``ignored``: beginnings of tensor names that no text
     model needs. ``rotary_share``: the part of a head that is rotated, where ``rotary_name`` does not say;
@@ -60,7 +64,11 @@ class Family:
     how many values of a head are rotated; ``constants``: GGUF keys that are the same in all models;
     ``further_layers``: there may be layers that predict further tokens, which are left out; ``head_names``:
     what the head may be called beside ``lm_head.weight``; ``rotary_layers``: the list that has a 1 for each
-    layer with rotary positions. ``activations``: names that mean something else in this family."""
+    layer with rotary positions. ``activations``: names that mean something else in this family.
+    ``layer_list``: what lists the kinds of layers; ``recurrent``: which layers mix tokens without attention,
+    where it does not say; ``window_name``: the setting with the length of windows, or of chunks;
+    ``numbers``: GGUF keys with a number for each layer ← tensors of one value; ``without_experts``: the
+    family where there are none."""
 
     model_type: str
     classes: tuple[str, ...]
@@ -79,7 +87,7 @@ class Family:
     activations: tuple[tuple[str, str], ...] = ()
     window: int = 0
     sliding: Callable[[Config, int], bool] | None = None
-    flags: tuple[tuple[str, str, bool], ...] = ()
+    flags: tuple[tuple[str, str | Callable[[Config], bool], bool], ...] = ()
     fixed: tuple[tuple[str, object], ...] = ()
     same: tuple[tuple[str, str], ...] = ()
     reasons: tuple[tuple[str, str], ...] = ()
@@ -91,6 +99,11 @@ class Family:
     natively_paired: bool = False
     head_names: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    layer_list: str = "layer_types"
+    recurrent: Callable[[Config, int], bool] | None = None
+    window_name: str = "sliding_window"
+    numbers: tuple[tuple[str, str], ...] = ()
+    without_experts: "Family | None" = None
 
 
 def sizes(**defaults: int) -> tuple[Setting, ...]:
@@ -148,6 +161,11 @@ def both(name: str, stored: str, *, optional: bool = False) -> tuple[Rule, Rule]
     """Weight, and bias if there is one."""
     weight = Rule(f"{name}.weight", f"{stored}.weight", optional=optional)
     return weight, replace(weight, name=f"{name}.bias", stored=f"{stored}.bias", optional=True)
+
+
+def optional(*rules: Rule) -> tuple[Rule, ...]:
+    """The same of tensors that only some layers have."""
+    return tuple(replace(rule, optional=True) for rule in rules)
 
 
 def every_layer(config: Config, index: int) -> bool:

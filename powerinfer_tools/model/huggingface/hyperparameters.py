@@ -15,7 +15,9 @@ from powerinfer_tools.model.huggingface.families import ACTIVATIONS
 from powerinfer_tools.model.huggingface.family import Family, Setting
 from powerinfer_tools.model.huggingface.rope import Rope, read_rope
 
-_LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
+#: Kinds of layers: those that see all positions, those with a window or chunks, and those without attention.
+_WIDE, _LIMITED = ("full_attention", "attention"), ("sliding_attention", "chunked_attention")
+_RECURRENT = ("linear_attention", "mamba", "conv")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
         if sizes[setting.key]:
             metadata.add(f"{prefix}.{setting.key}", sizes[setting.key], ValueType.UINT32)
     for key, name, default in family.flags:
-        metadata.add(f"{prefix}.{key}", config.flag(name, default))
+        metadata.add(f"{prefix}.{key}", config.flag(name, default) if isinstance(name, str) else name(config))
     for real in family.reals:
         value = config.real(real.name, real.default, low=-1e6, high=1e6)
         if value:
@@ -52,10 +54,13 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
     share = config.real(family.rotary_name, family.rotary_share, low=0.0, high=1.0)
     if family.rotary_values:
         share = config.integer(family.rotary_values, high=heads.head_dim) / heads.head_dim
-    rope, local = read_rope(config, family.rope_base, share, heads.head_dim)
-    _add_rope(metadata, family, rope, heads)
+    rope, local = Rope(family.rope_base, heads.head_dim), None
+    if ARCHITECTURES[prefix].rope_style != "none":
+        rope, local = read_rope(config, family.rope_base, share, heads.head_dim)
+        _add_rope(metadata, family, rope, heads)
     _add_rotary_layers(metadata, family, config, sizes["block_count"])
     _add_window(metadata, family, config, sizes["block_count"], rope, local)
+    _add_recurrent_layers(metadata, family, config, sizes["block_count"])
     _add_scores(metadata, prefix, config, heads)
     _add_activation(metadata, family, config)
     tied = config.flag("tie_word_embeddings", family.tied)
@@ -78,7 +83,7 @@ def _unsupported(family: Family, config: Config, name: str, value: Any) -> Model
 
 
 def _heads(config: Config, sizes: dict[str, int]) -> HeadShape:
-    heads = sizes["attention.head_count"]
+    heads = sizes.get("attention.head_count", 1)
     kv_heads = sizes.get("attention.head_count_kv") or heads
     width = sizes["embedding_length"]
     head_dim = sizes.get("attention.key_length", 0)
@@ -87,7 +92,8 @@ def _heads(config: Config, sizes: dict[str, int]) -> HeadShape:
     head_dim = head_dim or width // heads
     if head_dim % 2:
         raise config.fail("head_dim", f"is {head_dim}, expected an even number")
-    return HeadShape(heads, kv_heads, head_dim)
+    groups, values = sizes.get("ssm.group_count", 1), sizes.get("ssm.time_step_rank", 1)
+    return HeadShape(heads, kv_heads, head_dim, groups, sizes.get("ssm.state_size", 0), values)
 
 
 def _size(setting: Setting, config: Config) -> int:
@@ -109,8 +115,6 @@ def _add_norm_eps(metadata: Metadata, family: Family, config: Config) -> None:
 
 def _add_rope(metadata: Metadata, family: Family, rope: Rope, heads: HeadShape) -> None:
     prefix = family.architecture
-    if ARCHITECTURES[prefix].rope_style == "none":
-        return
     metadata.add(f"{prefix}.rope.freq_base", rope.base, ValueType.FLOAT32)
     metadata.add(f"{prefix}.rope.dimension_count", rope.dim, ValueType.UINT32)
     whole = rope.dim == heads.head_dim or family.natively_paired
@@ -120,6 +124,10 @@ def _add_rope(metadata: Metadata, family: Family, rope: Rope, heads: HeadShape) 
         )
     scaling = f"{prefix}.rope.scaling"
     if rope.yarn is not None:
+        if ARCHITECTURES[prefix].latent and abs(rope.yarn.whole_magnitude - 1.0) > 1e-6:
+            raise ModelError(
+                f"{metadata.file}: growing rotary positions of latent attention are not supported"
+            )
         metadata.add(f"{scaling}.type", "yarn")
         metadata.add(f"{scaling}.original_context_length", rope.yarn.original, ValueType.UINT32)
         for key, value in (
@@ -127,12 +135,17 @@ def _add_rope(metadata: Metadata, family: Family, rope: Rope, heads: HeadShape) 
             ("yarn_beta_fast", rope.yarn.fast),
             ("yarn_beta_slow", rope.yarn.slow),
             ("attn_factor", rope.yarn.magnitude),
+            *((("yarn_log_multiplier", rope.yarn.log_multiplier),) if ARCHITECTURES[prefix].latent else ()),
         ):
             metadata.add(f"{scaling}.{key}", value, ValueType.FLOAT32)
     if rope.long is not None:
         metadata.add(f"{scaling}.type", "longrope")
         metadata.add(f"{scaling}.original_context_length", rope.long.original, ValueType.UINT32)
         metadata.add(f"{scaling}.attn_factor", rope.long.magnitude, ValueType.FLOAT32)
+    if rope.magnitude != 1.0:
+        metadata.add(f"{scaling}.attn_factor", rope.magnitude, ValueType.FLOAT32)
+    if rope.growth:
+        metadata.add(f"{prefix}.attention.temperature_scale", rope.growth, ValueType.FLOAT32)
     if rope.linear != 1.0:
         metadata.add(f"{prefix}.rope.scaling.type", "linear")
         metadata.add(f"{prefix}.rope.scaling.factor", rope.linear, ValueType.FLOAT32)
@@ -161,9 +174,10 @@ def _add_window(
         raise ModelError(
             f"{config.file}: sliding windows in models of {layers} layers are not supported here"
         )
-    window = config.integer("sliding_window", family.window, high=1 << 31)
-    base = local if local is not None else rope
-    if base.scaled:
+    window = config.integer(family.window_name, family.window, high=1 << 31)
+    base, spec = local if local is not None else rope, ARCHITECTURES[family.architecture]
+    plain = spec.plain_local_rope or spec.local_rope_base > 0
+    if (plain and base.scaled) or (not plain and local is not None and (rope.scaled or base.scaled)):
         raise ModelError(f"{config.file}: scaled rotary positions of sliding layers are not supported")
     prefix = family.architecture
     metadata.add(f"{prefix}.attention.sliding_window", window, ValueType.UINT32)
@@ -172,19 +186,39 @@ def _add_window(
 
 
 def _limited_layers(family: Family, config: Config, layers: int) -> list[bool]:
-    kinds = config.items("layer_types")
+    kinds = _kinds(family, config, layers)
     if not kinds:
         # A window of null switches it off; where the name is missing, the family's own holds, if it has one.
         named = "sliding_window" in config.values
         off = not config.has("sliding_window") if named else not family.window
         rule = family.sliding
         return [rule is not None and not off and rule(config, index) for index in range(layers)]
-    if len(kinds) != layers:
-        raise config.fail("layer_types", f"has {len(kinds)} entries for {layers} layers")
+    return [kind in _LIMITED for kind in kinds]
+
+
+def _kinds(family: Family, config: Config, layers: int) -> list[Any]:
+    """The kind of each layer; none where the file does not say it."""
+    name, recurrent = family.layer_list, ARCHITECTURES[family.architecture].recurrent != "none"
+    kinds = config.items(name)
+    if kinds and len(kinds) != layers:
+        raise config.fail(name, f"has {len(kinds)} entries for {layers} layers")
+    known = (*_WIDE, *_LIMITED, *(_RECURRENT if recurrent else ()))
     for kind in kinds:
-        if type(kind) is not str or kind not in _LAYER_KINDS:
+        if type(kind) is not str or kind not in known:
             raise ModelError(f"{config.file}: layers of type {str(kind)[:80]!r} are not supported")
-    return [_LAYER_KINDS[kind] for kind in kinds]
+    return kinds
+
+
+def _add_recurrent_layers(metadata: Metadata, family: Family, config: Config, layers: int) -> None:
+    """Which layers mix tokens without attention, in families some of whose layers do."""
+    spec = ARCHITECTURES[family.architecture]
+    if spec.recurrent == "none" or spec.recurrent_layers != "listed":
+        return
+    recurs = [kind in _RECURRENT for kind in _kinds(family, config, layers)]
+    if not recurs:
+        rule = family.recurrent
+        recurs = [rule is not None and rule(config, index) for index in range(layers)]
+    metadata.add(f"{family.architecture}.attention.recurrent_layers", np.array(recurs))
 
 
 def _add_scores(metadata: Metadata, prefix: str, config: Config, heads: HeadShape) -> None:

@@ -14,13 +14,20 @@ SUPPORTED = "default, linear, dynamic, llama3, yarn, longrope"
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN (arXiv 2309.00071), and what cosines and sines are times beside its own growth."""
+    """YaRN (arXiv 2309.00071), and what cosines and sines are times beside its own growth; with a
+    ``log_multiplier``, scores of latent attention are times the square of 1 + that · ln(factor)."""
 
     factor: float
     original: int
     fast: float
     slow: float
     magnitude: float
+    log_multiplier: float = 0.0
+
+    @property
+    def whole_magnitude(self) -> float:
+        """What cosines and sines are times."""
+        return self.magnitude * (0.1 * math.log(self.factor) + 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class LongRope:
 @dataclass(frozen=True)
 class Rope:
     """``dim``: rotated values of a head. ``linear`` divides positions; ``factors``, float32 [dim / 2], divide
-    single frequencies."""
+    single frequencies; cosines and sines are times ``magnitude``. Queries are times 1 + ``growth`` ·
+    ln(1 + ⌊position / original context⌋)."""
 
     base: float
     dim: int
@@ -45,11 +53,17 @@ class Rope:
     factors: npt.NDArray[np.float32] | None = None
     yarn: Yarn | None = None
     long: LongRope | None = None
+    magnitude: float = 1.0
+    growth: float = 0.0
 
     @property
     def scaled(self) -> bool:
         """Whether anything but the base differs from the plain rotary encoding."""
-        return self.linear != 1.0 or any(x is not None for x in (self.factors, self.yarn, self.long))
+        return (
+            self.linear != 1.0
+            or self.magnitude != 1.0
+            or any(x is not None for x in (self.factors, self.yarn, self.long))
+        )
 
     @property
     def tables(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -105,7 +119,11 @@ def _rope(config: Config, section: Config, base: float, dim: int) -> Rope:
     if kind == "llama3":
         return Rope(base, dim, factors=_llama3_factors(config, section, base, dim))
     if kind == "yarn":
-        return Rope(base, dim, yarn=_yarn(config, section))
+        yarn, growth = _yarn(config, section), section.real("llama_4_scaling_beta", 0.0, low=0.0, high=1e3)
+        if section.flag("truncate", True):
+            return Rope(base, dim, yarn=yarn, growth=growth)
+        factors = _untruncated(yarn, base, dim)
+        return Rope(base, dim, factors=factors, magnitude=yarn.whole_magnitude, growth=growth)
     if kind == "longrope":
         return Rope(base, dim, long=_long_rope(config, section, dim))
     raise ModelError(
@@ -124,15 +142,30 @@ def _yarn(config: Config, section: Config) -> Yarn:
     elif section.has("mscale") and section.has("mscale_all_dim"):
         upper, lower = (section.real(name, low=0.0, high=1e3) for name in ("mscale", "mscale_all_dim"))
         own = (0.1 * upper * math.log(factor) + 1.0) / (0.1 * lower * math.log(factor) + 1.0)
-    if not section.flag("truncate", True):
-        raise ModelError(f"{section.file}: {section.path}truncate other than true is not supported")
     return Yarn(
         factor,
         _original_context(config, section),
         section.real("beta_fast", 32.0, low=1e-3, high=1e6),
         section.real("beta_slow", 1.0, low=1e-3, high=1e6),
         own / growth,
+        0.1 * section.real("mscale_all_dim", 0.0, low=0.0, high=1e3),
     )
+
+
+def _untruncated(yarn: Yarn, base: float, dim: int) -> npt.NDArray[np.float32]:
+    """What YaRN divides each frequency by where the ends of its ramp are no whole pairs (gpt-oss).
+
+    With d the pairs, the pair that turns r times in the original context is d · ln(context / (2π r)) /
+    ln(base); frequencies are interpolated beyond that of ``slow``, kept before that of ``fast``.
+    """
+    ends = [
+        dim * math.log(yarn.original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (yarn.fast, yarn.slow)
+    ]
+    low, high = max(ends[0], 0.0), min(ends[1], dim - 1.0)
+    ramp = (np.arange(dim // 2) - low) / max(high - low, 1e-3)
+    interpolated = np.clip(ramp, 0.0, 1.0)
+    return np.asarray(1.0 / (interpolated / yarn.factor + 1.0 - interpolated), dtype=np.float32)
 
 
 def _long_rope(config: Config, section: Config, dim: int) -> LongRope:

@@ -4,6 +4,7 @@ A plan counts the bytes that will be read, so a model is quantised before it is 
 converted. Works tensor by tensor, in pieces; what quantising adds to each is measured.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ from powerinfer_tools.progress import Progress, Silent
 
 #: Read once a token as a whole, or a row at a time: too few bits there cost more than they save.
 _FINER = {"token_embd.weight": RowType.Q8_0, "output.weight": RowType.Q8_0}
-_AS_IT_IS = ("position_embd.weight", ".ffn_gate_inp.weight")
+#: Tables that are no factors of products, and routers.
+_AS_IT_IS = re.compile(
+    r"(position_embd|\.ffn_gate_inp|_norm|\.shortconv\.conv|\.ssm_conv1d(_\w)?)\.weight\Z|(?<!\.weight)\Z"
+)
 _RENEWED = ("general.file_type", "general.quantization_version")
 _PIECE_VALUES = 1 << 24  # 64 MiB of float32
 
@@ -105,7 +109,7 @@ class _Quantization:
     def _type_of(self, info: TensorInfo) -> int:
         """What to write a tensor as: vectors, quantised matrices, rows of partial blocks stay as they are."""
         wanted = self.row_type if self.row_type.is_float else _FINER.get(info.name, self.row_type)
-        matrix = len(info.shape) > 1 and not info.name.endswith(_AS_IT_IS)
+        matrix = len(info.shape) > 1 and not _AS_IT_IS.search(info.name)
         floats = info.row_type in {int(kind) for kind in RowType if kind.is_float}
         whole = info.shape[-1] % block_shape(wanted)[0] == 0
         return int(wanted) if matrix and floats and whole else info.row_type

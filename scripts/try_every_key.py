@@ -1,0 +1,244 @@
+"""Changes single keys and tensors of random models, and compares what comes of it with another program.
+
+``try_every_key.py MODELS PROGRAM [NAME …]`` takes every MODELS/NAME.gguf that opens. One by one it leaves out
+each key below the family's prefix, gives it other values, adds keys and tensors that the file has not, and
+leaves out tensors. What then still opens is computed by the float64 reference, and by PROGRAM, called as
+``PROGRAM FILE COUNT SEED LOGITS``: it prints the ids of COUNT pseudo-random tokens and writes their logits,
+float32 (tokens, vocabulary). Prints a line for each variant that opens here and of which PROGRAM computes
+something else; ``--alone`` also those that PROGRAM refuses. Exit status 1 where something differs.
+"""
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / part) for part in (".", "formats", "kernels")]
+
+from gguf import constants  # noqa: E402
+
+from powerinfer_formats.errors import FormatError  # noqa: E402
+from powerinfer_formats.gguf_layout import ValueType  # noqa: E402
+from powerinfer_formats.gguf_reader import GGUFFile  # noqa: E402
+from powerinfer_formats.gguf_writer import GGUFWriter  # noqa: E402
+from powerinfer_tools.errors import ModelError  # noqa: E402
+from powerinfer_tools.model.loading import load_model  # noqa: E402
+from powerinfer_tools.model.reference import forward  # noqa: E402
+
+#: Of tokens: more than the windows of random models.
+TOKENS, SEED = 40, 1
+#: Largest difference, over the deviation of the logits, of what counts as the same.
+SAME = 2e-3
+_TYPES = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
+#: Sizes of the model: other values are another model, or none.
+_SIZES = ("block_count", "embedding_length", "vocab_size", "context_length")
+
+
+#: Of parts that no text needs.
+_OF_PICTURES = ("v.", "a.", "mm.")
+
+
+@dataclass
+class Variant:
+    """A file with one thing changed."""
+
+    text: str
+    without: tuple[str, ...] = ()
+    keys: dict[str, Any] = field(default_factory=dict)
+    dropped: str = ""
+    tensors: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+
+def variants(gguf: GGUFFile, names: dict[str, list[Any]]) -> Iterator[Variant]:
+    """All that differ from ``gguf`` in one thing; ``names`` are keys without prefix, with values to try."""
+    prefix = str(gguf.metadata["general.architecture"])
+    own = {key.removeprefix(f"{prefix}."): key for key in gguf.metadata if key.startswith(f"{prefix}.")}
+    for short, key in own.items():
+        yield Variant(f"without {short}", (key,))
+        for value in _others(gguf.metadata[key]) if short not in _SIZES else ():
+            yield Variant(f"{short} = {_shown(value)}", (key,), {key: value})
+    for short, values in names.items():
+        for value in values if short not in own else ():
+            yield Variant(f"{short} = {_shown(value)}", (), {f"{prefix}.{short}": value})
+    yield from _tensor_variants(gguf)
+
+
+def _tensor_variants(gguf: GGUFFile) -> Iterator[Variant]:
+    layers = [int(found[1]) for name in gguf.tensors if (found := re.match(r"blk\.(\d+)\.", name))]
+    picked = {min(layers, default=0), max(layers, default=0)}
+    known = {template.format(bid=layer) for template in constants.TENSOR_NAMES.values() for layer in picked}
+    known = {name for name in known if not name.startswith(_OF_PICTURES)}
+    random = np.random.default_rng(1)
+    for name in sorted(gguf.tensors):
+        found = re.match(r"blk\.(\d+)\.", name)
+        if found and int(found[1]) not in picked:
+            continue
+        yield Variant(f"without tensor {name}", dropped=name)
+        shape, base = gguf.tensors[name].shape, name.removesuffix(".weight")
+        for end, sizes in (
+            ("scale", {(1,), shape[:1]}),
+            ("input_scale", {(1,)}),
+            ("bias", {shape[-2:-1], shape[:-1]}),
+        ):
+            for size in sizes:
+                other = f"{base}.{end}"
+                if size and other not in gguf.tensors:
+                    values = random.standard_normal(size, dtype=np.float32)
+                    yield Variant(f"tensor {other} {size}", tensors={other: values})
+    width = gguf.tensors["token_embd.weight"].shape[1]
+    head_dim = int(gguf.metadata.get(f"{gguf.metadata['general.architecture']}.attention.key_length", 64))  # type: ignore[call-overload]
+    for base, end, size in itertools.product(sorted(known), ("weight", "bias"), (width, head_dim)):
+        if (other := f"{base}.{end}") not in gguf.tensors:
+            yield Variant(
+                f"tensor {other} ({size},)", tensors={other: random.standard_normal(size, dtype=np.float32)}
+            )
+
+
+def _others(value: Any) -> list[Any]:
+    if isinstance(value, np.ndarray):
+        turned = value[::-1].copy()
+        return [turned, *_array_others(value)]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [one for one in (0, 1, value + 1, value + 2, 2 * value, value // 2) if one != value]
+    if isinstance(value, float):
+        return [one for one in (0.0, 1.5 * value, value / 4 + 0.1, -value) if one != value]
+    return ["something else"]
+
+
+def _array_others(value: npt.NDArray[Any]) -> list[Any]:
+    first = value.copy()
+    first[:1] = first[:1] == 0 if value.dtype.kind in "iub" else first[:1] + 1
+    return [first, value[:-1]]
+
+
+def _shown(value: Any) -> str:
+    return str(value.tolist() if isinstance(value, np.ndarray) else value)[:60]
+
+
+def write(gguf: GGUFFile, variant: Variant, path: Path) -> None:
+    """The changed file."""
+    kept = [info for name, info in gguf.tensors.items() if name != variant.dropped]
+    with GGUFWriter(path) as writer:
+        writer.copy_metadata(gguf, without=variant.without)
+        for key, value in variant.keys.items():
+            writer.add(key, value, None if isinstance(value, np.ndarray) else _TYPES[type(value)])
+        for info in kept:
+            writer.declare(info.name, info.row_type, info.shape)
+        for name, values in variant.tensors.items():
+            writer.declare(name, 0, values.shape)
+        for info in kept:
+            writer.write(info.name, gguf.tensor(info.name))
+        for name, values in variant.tensors.items():
+            writer.write(name, values)
+
+
+def known_keys(folder: Path) -> dict[str, list[Any]]:
+    """Keys of the format and of all models in ``folder``, each with the values that it has there."""
+    found: dict[str, list[Any]] = {}
+
+    def add(short: str, value: Any) -> None:
+        values = found.setdefault(short, [])
+        if all(_shown(value) != _shown(one) for one in values) and len(values) < 4:
+            values.append(value)
+
+    for path in sorted(folder.glob("*.gguf")):
+        gguf = GGUFFile.open(path)
+        prefix = str(gguf.metadata["general.architecture"])
+        for key, value in gguf.metadata.items():
+            if key.startswith(f"{prefix}."):
+                add(key.removeprefix(f"{prefix}."), value)
+        gguf.close()
+    for name in _templates(constants.Keys):
+        found.setdefault(name.removeprefix("{arch}."), [3, 0.5, True])
+    return found
+
+
+def _templates(holder: type) -> Iterator[str]:
+    for name, value in vars(holder).items():
+        if isinstance(value, str) and value.startswith("{arch}."):
+            yield value
+        elif isinstance(value, type) and not name.startswith("__"):
+            yield from _templates(value)
+
+
+def computed(program: str, path: Path) -> tuple[list[int], npt.NDArray[np.float32]] | None:
+    """Ids and logits of the other program; None where it refuses the file."""
+    out = path.with_suffix(".f32")
+    out.unlink(missing_ok=True)
+    command = [program, str(path), str(TOKENS), str(SEED), str(out)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    if result.returncode or not out.exists():
+        return None
+    ids = [int(word) for word in result.stdout.split()]
+    return ids, np.fromfile(out, np.float32).reshape(len(ids), -1)
+
+
+def examine(path: Path, program: str, work: Path, names: dict[str, list[Any]]) -> Iterator[tuple[str, str]]:
+    """(kind, text) of each variant: refused, same, alone, differs, or unequal where the model itself is."""
+    gguf = GGUFFile.open(path)
+    plain = computed(program, path)
+    if plain is None:
+        yield "no logits", "the program refuses the model itself"
+        return
+    for variant in (Variant("as it is"), *variants(gguf, names)):
+        file = work / "variant.gguf"
+        write(gguf, variant, file)
+        try:
+            model = load_model(file)
+            got = forward(model, plain[0])
+            model.close()
+        except (ModelError, FormatError) as error:
+            yield "refused", f"{variant.text}: {error}"
+            continue
+        theirs = computed(program, file)
+        if theirs is None or theirs[1].shape != got.shape:
+            yield "alone", variant.text
+            continue
+        error = float(np.abs(got - theirs[1]).max()) / float(theirs[1].std())
+        yield "same" if error < SAME else "differs", f"{variant.text}: {error:.4f}"
+
+
+def main() -> int:
+    """Print what differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", type=Path)
+    parser.add_argument("program")
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--alone", action="store_true", help="also print what the program refuses")
+    options = parser.parse_args()
+    keys, counts = known_keys(options.models), Counter[str]()
+    for name in options.names or sorted(path.stem for path in options.models.glob("*.gguf")):
+        path, own = options.models / f"{name}.gguf", Counter[str]()
+        try:
+            load_model(path).close()
+        except (ModelError, FormatError):
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            for kind, text in examine(path, options.program, Path(work), keys):
+                own[kind] += 1
+                if kind == "differs" or (options.alone and kind == "alone"):
+                    print(f"{name}: {kind}: {text}", flush=True)
+        counts += own
+        print(f"{name}: {dict(own)}", flush=True)
+    print(dict(counts))
+    return int(bool(counts["differs"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the thread pool under ThreadSanitizer.
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the thread pool and units on disk under
+# ThreadSanitizer.
 # Needs GCC (its sanitizers are loaded before Python). SANITIZE_TESTS chooses the tests, SANITIZE_ISAS the instruction
 # sets ("scalar;avx2").
 set -euo pipefail
@@ -10,10 +11,16 @@ mkdir -p "$build"
 : "${CC:=gcc}"
 read -ra tests <<<"${SANITIZE_TESTS:-tests/kernels}"
 
-echo "-- thread pool, ThreadSanitizer"
-"$CC" -std=c11 -D_GNU_SOURCE -g -O1 -fsanitize=thread -Wall -Wextra -Werror -I kernels/csrc \
-    tests/kernels/sanitize/pool_threads.c kernels/csrc/pool.c -o "$build/pool_threads" -pthread
-TSAN_OPTIONS=halt_on_error=1 "$build/pool_threads"
+tsan() {  # tsan NAME SOURCES…: builds and runs tests/kernels/sanitize/NAME.c with sources of the kernels
+    local name=$1
+    shift
+    "$CC" -std=c11 -D_GNU_SOURCE -g -O1 -fsanitize=thread -Wall -Wextra -Werror -I kernels/csrc \
+        "tests/kernels/sanitize/$name.c" "${@/#/kernels/csrc/}" -o "$build/$name" -pthread -lm
+    TSAN_OPTIONS=halt_on_error=1 "$build/$name"
+}
+echo "-- thread pool and units on disk, ThreadSanitizer"
+tsan pool_threads pool.c
+tsan unit_threads units.c unit_readers.c memory.c quantize_pack.c transcode.c
 
 echo "-- kernels, AddressSanitizer and UndefinedBehaviorSanitizer"
 PATH="$PWD/.venv/bin:$PATH" cmake -S kernels -B "$build/cmake" -G Ninja -DCMAKE_BUILD_TYPE=None \

@@ -22,6 +22,7 @@ from powerinfer_cli.tables import print_table
 
 if TYPE_CHECKING:
     from powerinfer_formats.plan import Plan
+    from powerinfer_tools.stages.plan import PlanRequest
     from powerinfer_tools.stages.plan.verification_rows import Verification
 
 HELP = """Decide which neurons, or experts, are hot (on the accelerator) and which are cold (on the CPU).
@@ -71,7 +72,12 @@ def command(
     ] = 0.0,
     output: opt.Output = None,
     vram: Annotated[int | None, opt.size_option("--vram", "Memory of the accelerator to use.")] = None,
-    ram: Annotated[int | None, opt.size_option("--ram", "Memory of the machine to use.")] = None,
+    ram: Annotated[
+        int | None,
+        opt.size_option(
+            "--ram", "Memory of the machine to use; experts beyond it are on disk. Without it: what is free."
+        ),
+    ] = None,
     ctx: Annotated[
         int | None,
         typer.Option(
@@ -105,7 +111,7 @@ def command(
         typer.Option(
             "--verify",
             help="Measure the model here in a grid of splits and modes, beside what the cost model predicts; "
-            "writes no plan.",
+            "with a --ram that it does not fit in, from disk. Writes no plan.",
         ),
     ] = False,
     chart: Annotated[
@@ -138,33 +144,27 @@ def command(
         raise typer.BadParameter("measures a model; name one with --model", param_hint="--verify")
     from powerinfer_tools.stages.plan import PlanRequest, make_plan
 
-    plan = make_plan(
-        PlanRequest(
-            model=source,
-            shape=shape,
-            dtype=dtype,
-            profile=measured,
-            predictors=predictors,
-            thresholds=thresholds,
-            no_predictors=no_predictors,
-            max_ppl_increase=max_ppl_increase,
-            hardware=hardware,
-            vram_bytes=vram,
-            ram_bytes=ram,
-            context=ctx,
-            kv_type=kv_type,
-            objective=objective,
-            group=group,
-            threads=common.threads,
-        )
+    request = PlanRequest(
+        model=source,
+        shape=shape,
+        dtype=dtype,
+        profile=measured,
+        predictors=predictors,
+        thresholds=thresholds,
+        no_predictors=no_predictors,
+        max_ppl_increase=max_ppl_increase,
+        hardware=hardware,
+        vram_bytes=vram,
+        ram_bytes=ram,
+        context=ctx,
+        kv_type=kv_type,
+        objective=objective,
+        group=group,
+        threads=common.threads,
     )
-    if verify and source is not None and measured is not None:
-        from powerinfer_tools.stages.plan.verification import verify as compare
-
-        comparison = compare(
-            source, measured, plan, predictors=predictors, threads=common.threads, progress=progress()
-        )
-        show_verification(comparison, as_json=common.json)
+    plan = make_plan(request)
+    if verify:
+        show_verification(verification(request, plan), as_json=common.json)
         return
     if path is not None:
         plan.save(path)
@@ -175,6 +175,26 @@ def command(
         say(f"wrote {chart}")
     show(plan, as_json=common.json)
     say(f"wrote {path}" if path is not None else "not written: name a file with -o to keep it")
+
+
+def verification(request: "PlanRequest", plan: "Plan") -> "Verification":
+    """What the model takes here, beside ``plan``: from disk, where that has experts there."""
+    assert request.model is not None
+    assert request.profile is not None
+    if plan.memory.disk_used:
+        from powerinfer_tools.stages.plan.verification_from_disk import verify_from_disk
+
+        return verify_from_disk(request, progress=progress())
+    from powerinfer_tools.stages.plan.verification import verify
+
+    return verify(
+        request.model,
+        request.profile,
+        plan,
+        predictors=request.predictors,
+        threads=request.threads,
+        progress=progress(),
+    )
 
 
 def find_profile(named: Path | None, model: Path | None) -> Path | None:
@@ -209,7 +229,8 @@ def show_verification(found: "Verification", *, as_json: bool) -> None:
         return
     routed = any(row.measured_choices is not None for row in found.rows)
     chosen = ("chosen, expected", "measured") if routed else ()
-    headings = ("device", "mode", "hot", *chosen, "predicted ms", "measured ms", "spread", "error")
+    share = "in memory" if found.rows[0].device == "disk" else "hot"
+    headings = ("device", "mode", share, *chosen, "predicted ms", "measured ms", "spread", "error")
     rows = [
         (
             row.device,

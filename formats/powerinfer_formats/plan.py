@@ -20,6 +20,9 @@ from powerinfer_formats.records import RecordReader, dump_json, parse_json, read
 VERSION = 1
 #: Of plans for models with experts.
 EXPERTS_VERSION = 2
+#: Of those whose experts are in part on disk alone.
+DISK_VERSION = 3
+_READ = (VERSION, EXPERTS_VERSION, DISK_VERSION)
 FORMAT = "powerinfer-plan"
 Device = Literal["gpu", "cpu"]
 
@@ -88,7 +91,8 @@ class LayerSeconds:
 class LayerPlan:
     """One layer. ``hot_activation_share`` is the share of all activations that the hot neurons make, or of
     what routers choose that hot experts are; ``predictor`` is where the predictor lives, in mode predicted
-    only, ``shared_expert`` where the expert that every token takes does. Bytes are those of the neurons."""
+    only, ``shared_expert`` where the expert that every token takes does. Bytes are those of the neurons;
+    ``disk_bytes`` would be in RAM, and are on disk alone."""
 
     index: int
     hot_neurons: int
@@ -100,6 +104,7 @@ class LayerPlan:
     seconds: LayerSeconds
     predictor: Device | None = None
     shared_expert: Device | None = None
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,14 @@ class PlanUnit:
 
 @dataclass(frozen=True)
 class PlanMemory:
-    """Bytes used and there, on both sides."""
+    """Bytes used and there, on both sides; ``disk_used``: those that are on disk alone, as they would be in
+    RAM."""
 
     vram_used: int
     vram_capacity: int
     ram_used: int
     ram_capacity: int
+    disk_used: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,15 +205,19 @@ class Plan:
         if type(document) is not dict or document.pop("format", None) != FORMAT:
             raise BadDocument(file, f'is not a plan: "format": "{FORMAT}" is missing')
         version = document.pop("version", None)
-        if version not in (VERSION, EXPERTS_VERSION) or type(version) is not int:
+        if version not in _READ or type(version) is not int:
             raise UnsupportedVersion(
                 file,
-                f"is a plan of version {version!r}, {VERSION} and {EXPERTS_VERSION} (with experts) are "
-                "read; plan again",
+                f"is a plan of version {version!r}, {VERSION}, {EXPERTS_VERSION} (with experts) and "
+                f"{DISK_VERSION} (from disk) are read; plan again",
             )
         plan = RecordReader(file).read(cls, document)
         if version != plan.version:
-            raise BadField(file, f"version is {version}, and plans with experts have {EXPERTS_VERSION}")
+            raise BadField(
+                file,
+                f"version is {version}, and plans with experts have {EXPERTS_VERSION}, from disk "
+                f"{DISK_VERSION}",
+            )
         check_plan(plan, file)
         return plan
 
@@ -222,11 +233,15 @@ class Plan:
         fields: dict[str, Any] = to_plain(self)
         if self.model.experts is None:
             fields = _without_experts(fields)
+        if not self.memory.disk_used:
+            fields = _without_disk(fields)
         return {"format": FORMAT, "version": self.version, **fields}
 
     @property
     def version(self) -> int:
         """The version of the file."""
+        if self.memory.disk_used:
+            return DISK_VERSION
         return VERSION if self.model.experts is None else EXPERTS_VERSION
 
     def require_model(self, fingerprint: str, name: str, file: str | os.PathLike[str]) -> None:
@@ -251,3 +266,12 @@ def _without_experts(document: dict[str, Any]) -> dict[str, Any]:
         for layer in document["layers"]
     ]
     return document | {"model": model, "layers": layers}
+
+
+def _without_disk(document: dict[str, Any]) -> dict[str, Any]:
+    """A plan's fields as versions 1 and 2 have them."""
+    layers = [
+        {name: value for name, value in layer.items() if name != "disk_bytes"} for layer in document["layers"]
+    ]
+    memory = {name: value for name, value in document["memory"].items() if name != "disk_used"}
+    return document | {"layers": layers, "memory": memory}

@@ -65,6 +65,8 @@ def _check_sums(plan: Plan, require: Require) -> None:
     require(
         memory.vram_used == vram, "memory.vram_used", f"is {memory.vram_used}, layers and units make {vram}"
     )
+    disk = sum(layer.disk_bytes for layer in plan.layers)
+    require(memory.disk_used == disk, "memory.disk_used", f"is {memory.disk_used}, layers make {disk}")
     require(memory.ram_used == ram, "memory.ram_used", f"is {memory.ram_used}, layers and units make {ram}")
 
 
@@ -80,7 +82,7 @@ def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Require) -> 
     require(has_none, f"{path}.predictor", f"is {layer.predictor!r} in a layer of mode {layer.mode}")
     share = layer.hot_activation_share
     require(0 <= share <= 1, f"{path}.hot_activation_share", f"is {share}, expected 0 to 1")
-    for name in ("vram_bytes", "ram_bytes"):
+    for name in ("vram_bytes", "ram_bytes", "disk_bytes"):
         value = getattr(layer, name)
         require(value >= 0, f"{path}.{name}", f"is {value}, expected 0 or more")
     for name, seconds in vars(layer.seconds).items():
@@ -97,6 +99,8 @@ def _check_experts(plan: Plan, require: Require) -> None:
         wanted = experts is not None and experts.shared_neurons > 0
         problem = "is missing" if wanted else "is there, but no shared expert is"
         require(wanted == (layer.shared_expert is not None), f"layers[{index}].shared_expert", problem)
+        suits = experts is not None or layer.disk_bytes == 0
+        require(suits, f"layers[{index}].disk_bytes", "is there, but experts alone are read from disk")
         suits = experts is None or layer.mode == "dense"
         require(suits, f"layers[{index}].mode", f"is {layer.mode!r}, experts are computed dense")
 

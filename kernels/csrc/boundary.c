@@ -69,6 +69,11 @@ static int units_fit(const pi_given *m, const int64_t *i) {
     return i[0] >= 0 && i[1] >= i[2] && i[2] > 0 && i[0] + i[1] <= m->units;
 }
 
+/* Units of a later layer, or none. */
+static int later_fit(const pi_given *m, int k, const int64_t *i) {
+    return units_fit(m, i) || (!given(m, k) && !i[0] && !i[1] && !i[2]);
+}
+
 static int sparse_fits(const int64_t *i, const pi_given *m) {
     int by_value = i[2] == PI_BY_VALUE, by_up = i[2] == PI_BY_UP_SIZE;
     if (!has_part(m, PI_DOWN) || has_part(m, PI_GATE) != (by_value ? given(m, 9) : by_up)) return 0;

@@ -73,6 +73,6 @@
       divides(i[3], i[1]) && (i[8] == 1 || i[8] == i[4]) && within(i[6], i[1], i[2], i[2], i[5]))                      \
     X(GENERAL_DELTA, "f=T*i1*i2 f=T*i1*i2 f=T*i1*i3 f=T*i1*i2 f=T*i1*i2 f=T*i1*i2 f!=T*i1*i3", 4, 0, 1)                \
     X(COMBINE, "f=T*i0*i1 f=T*i2*i0 f!=T*i2*i1", 3, 0, 1)                                                              \
-    X(FETCH, "U i=T*i2 i?=T*i5", 6, 0, units_fit(m, i) && (given(m, 2) ? units_fit(m, i + 3) : !i[3] && !i[4] && !i[5]))
+    X(FETCH, "U i?=T*i2 i?=T*i5 i?=T*i8", 9, 0, units_fit(m, i) && later_fit(m, 2, i + 3) && later_fit(m, 3, i + 6))
 
 #endif

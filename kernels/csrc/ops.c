@@ -202,7 +202,7 @@ static void matmul(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
 static void fetch(const pi_op *op, pi_run *run, const pi_worker *worker) {
     const pi_fetch *f = &op->u.fetch;
     if (pi_worker_thread(worker) != 0) return;
-    run->unfetched = !*f->units || pi_units_fetch(*f->units, &f->now, &f->next, run->tokens) < 0;
+    run->unfetched = !*f->units || pi_units_fetch(*f->units, &f->now, f->next, run->tokens) < 0;
 }
 
 uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker) {

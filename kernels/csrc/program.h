@@ -298,9 +298,9 @@ typedef struct { /* [max_tokens, heads · size], but for v and out, which are [m
     int64_t slot, heads, size, head_dim;
 } pi_general_delta;
 
-typedef struct {            /* units that the next operations read, and those of a later layer */
+typedef struct {            /* units that the next operations read, and those of later layers */
     pi_units *const *units; /* NULL: closed meanwhile */
-    pi_unit_demand now, next;
+    pi_unit_demand now, next[PI_UNITS_AHEAD];
 } pi_fetch;
 
 typedef struct {

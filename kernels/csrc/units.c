@@ -1,222 +1,18 @@
-#include "units.h"
-
-#include "arithmetic.h"
+#include "unit_readers.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <math.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, READ_AHEAD = 64 << 10 /* as in module.h */ };
-
-typedef enum { ABSENT, COMING, HERE } unit_state;
-
-typedef struct {
-    pi_unit_spec is;
-    unit_state state;
-    int32_t slot;
-    int32_t part, left;      /* COMING: the part that is handed out next, and pieces that are not in the slot yet */
-    int64_t tile;            /* of that part, the first tile that is not handed out */
-    int fixed, pinned;       /* keeps its slot always, or until the next fetch */
-    int expected, was_ahead; /* the next fetch of its group may take it; it was read for that */
-    int64_t next;            /* in its queue */
-    int64_t mark;            /* the pass that has seen it */
-    int64_t count;           /* tokens of that pass that take it */
-    int64_t taken;
-    double use;
-} unit;
-
-typedef struct {         /* units whose pieces are still to be handed out, in order */
-    int64_t first, last; /* -1: empty */
-} queue;
-
-typedef struct {
-    pi_slot_kind_spec is;
-    pi_memory memory;
-    int32_t *free; /* a stack of slot numbers */
-    int64_t free_count;
-    int64_t *holder; /* the unit of each slot, -1 */
-} slot_kind;
-
-typedef struct {
-    int descriptor, direct;
-    struct stat stamp;
-} source;
-
-struct pi_units {
-    pthread_mutex_t lock;
-    pthread_cond_t work, arrived; /* for the readers; for who waits */
-    source *files;
-    slot_kind *kinds;
-    unit *units;
-    pi_unit_part *parts;
-    int file_count, kind_count;
-    int64_t count;
-    queue now, ahead;
-    int64_t *pinned; /* of the fetch before */
-    int64_t pinned_count;
-    int64_t pass;
-    double tokens;       /* decide how much a use counts: 2^(tokens / half_life) */
-    int64_t first_group; /* the group whose fetch advances `tokens` */
-    pi_unit_policy policy;
-    int64_t staging_bytes;
-    pthread_t *threads;
-    int started, stop;
-    pid_t process;
-    pi_unit_counters counters;
-    pi_unit_fault fault;
-};
+enum { READ_AHEAD = 64 << 10 /* as in module.h */ };
 
 static int64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-/* ---- queues ---- */
-
-static void append(pi_units *s, queue *q, int64_t u) {
-    s->units[u].next = -1;
-    if (q->first < 0)
-        q->first = u;
-    else
-        s->units[q->last].next = u;
-    q->last = u;
-}
-
-static int take_out(pi_units *s, queue *q, int64_t u) {
-    for (int64_t before = -1, at = q->first; at >= 0; before = at, at = s->units[at].next) {
-        if (at != u) continue;
-        if (before < 0)
-            q->first = s->units[u].next;
-        else
-            s->units[before].next = s->units[u].next;
-        if (q->last == u) q->last = before;
-        return 1;
-    }
-    return 0;
-}
-
-/* ---- readers ---- */
-
-typedef struct {
-    int64_t unit, part, tile, tiles;
-    int64_t offset, bytes;
-    uint8_t *out;
-} piece;
-
-/* The next piece of the first unit that has one; 0 where there is none. */
-static int next_piece(pi_units *s, piece *p) {
-    queue *q = s->now.first >= 0 ? &s->now : &s->ahead;
-    if (q->first < 0) return 0;
-    unit *u = &s->units[q->first];
-    const pi_unit_part *part = &s->parts[u->is.first_part + u->part];
-    const pi_matrix *m = part->matrix;
-    const slot_kind *kind = &s->kinds[u->is.kind];
-    const int64_t row = pi_row_bytes(part->row_type, m->columns), left = m->tiles - u->tile;
-    p->unit = q->first;
-    p->part = u->is.first_part + u->part;
-    p->tile = u->tile;
-    p->tiles = left < part->piece_tiles ? left : part->piece_tiles;
-    const int64_t rows = m->rows - p->tile * PI_TILE;
-    p->offset = part->offset + p->tile * PI_TILE * row;
-    p->bytes = (rows < p->tiles * PI_TILE ? rows : p->tiles * PI_TILE) * row;
-    p->out = (uint8_t *)kind->memory.data + u->slot * kind->is.bytes + part->place + p->tile * m->tile_bytes;
-    u->tile += p->tiles;
-    if (u->tile == m->tiles) {
-        u->tile = 0;
-        u->part++;
-    }
-    if (u->part == u->is.parts) take_out(s, q, q->first);
-    return 1;
-}
-
-static int was_changed(const source *file) {
-    struct stat is;
-    if (fstat(file->descriptor, &is) < 0) return errno;
-    return is.st_size != file->stamp.st_size || is.st_mtim.tv_sec != file->stamp.st_mtim.tv_sec ||
-                   is.st_mtim.tv_nsec != file->stamp.st_mtim.tv_nsec
-               ? PI_UNIT_CHANGED
-               : 0;
-}
-
-/* Reads the piece into `staging`; where its rows begin there goes to `rows`. 0, or what failed. */
-static int read_piece(const source *file, const piece *p, uint8_t *staging, const uint8_t **rows) {
-    const int64_t first = file->direct ? p->offset / PAGE * PAGE : p->offset, skip = p->offset - first;
-    const int64_t wanted = file->direct ? (skip + p->bytes + PAGE - 1) / PAGE * PAGE : p->bytes;
-    int64_t done = 0;
-    while (done < skip + p->bytes) {
-        const ssize_t count = pread(file->descriptor, staging + done, (size_t)(wanted - done), first + done);
-        if (count < 0 && errno == EINTR) continue;
-        if (count < 0) return errno;
-        if (count == 0) return PI_UNIT_SHORT;
-        done += count;
-        if (file->direct && done % PAGE && done < skip + p->bytes) return PI_UNIT_SHORT;
-    }
-    if (!file->direct) posix_fadvise(file->descriptor, first, wanted, POSIX_FADV_DONTNEED);
-    *rows = staging + skip;
-    return was_changed(file);
-}
-
-static int bring(pi_units *s, const piece *p, uint8_t *staging) {
-    const pi_unit_part *part = &s->parts[p->part];
-    const pi_matrix *m = part->matrix;
-    const uint8_t *rows = NULL;
-    const int failed = read_piece(&s->files[part->file], p, staging, &rows);
-    if (failed) return failed;
-    const int64_t left = m->rows - p->tile * PI_TILE, all = p->tiles * PI_TILE;
-    pi_pack_tiles(rows, part->row_type, left < all ? left : all, m->columns, 0, p->tiles, p->out);
-    return 0;
-}
-
-static void finish(pi_units *s, const piece *p, int failed) {
-    unit *u = &s->units[p->unit];
-    s->counters.read_bytes += p->bytes;
-    if (failed && !s->fault.error) s->fault = (pi_unit_fault){failed, s->parts[p->part].file, p->offset, p->bytes};
-    if (--u->left == 0 && u->state == COMING) u->state = HERE;
-    if (u->left == 0 || s->fault.error) pthread_cond_broadcast(&s->arrived);
-}
-
-static void *reader_main(void *argument) {
-    pi_units *s = argument;
-    pi_memory staging;
-    pi_enter_arithmetic();
-    const int short_of_memory = pi_memory_map(&staging, (size_t)s->staging_bytes) < 0;
-    pthread_mutex_lock(&s->lock);
-    while (!s->stop) {
-        piece p;
-        if (s->fault.error || !next_piece(s, &p)) {
-            pthread_cond_wait(&s->work, &s->lock);
-            continue;
-        }
-        pthread_mutex_unlock(&s->lock);
-        const int failed = short_of_memory ? ENOMEM : bring(s, &p, staging.data);
-        pthread_mutex_lock(&s->lock);
-        finish(s, &p, failed);
-    }
-    pthread_mutex_unlock(&s->lock);
-    pi_memory_unmap(&staging);
-    return NULL;
-}
-
-/* 0 or an errno; with the lock held. The threads block every signal: those belong to the program's own threads. */
-static int start_readers(pi_units *s) {
-    sigset_t all, before;
-    int error = 0;
-    if (s->started == s->policy.threads) return 0;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (s->started < s->policy.threads && !error) {
-        error = pthread_create(&s->threads[s->started], NULL, reader_main, s);
-        if (!error) s->started++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return s->started ? 0 : error;
 }
 
 /* ---- slots ---- */
@@ -259,7 +55,7 @@ static int cancel_ahead(pi_units *s, int32_t k) {
     for (int64_t at = s->ahead.first; at >= 0; at = s->units[at].next) {
         unit *u = &s->units[at];
         if (u->is.kind != k || u->part || u->tile) continue;
-        take_out(s, &s->ahead, at);
+        pi_queue_take_out(s, &s->ahead, at);
         u->expected = 0;
         give_up(s, u);
         return 1;
@@ -283,8 +79,8 @@ static void ask_for(pi_units *s, int64_t at, queue *q) {
     u->part = 0;
     u->tile = 0;
     u->left = (int32_t)pieces_of(s, u);
-    append(s, q, at);
-    pthread_cond_broadcast(&s->work);
+    pi_queue_append(s, q, at);
+    pthread_cond_signal(&s->work);
 }
 
 /* ---- fetching ---- */
@@ -337,7 +133,7 @@ static void pin_taken(pi_units *s, const pi_unit_demand *d) {
     for (int64_t at = d->first; at < d->first + d->count; at++) {
         unit *u = &s->units[at];
         const int taken = u->mark == s->pass;
-        if (!taken && u->expected && u->state == COMING && !u->part && !u->tile && take_out(s, &s->ahead, at))
+        if (!taken && u->expected && u->state == COMING && !u->part && !u->tile && pi_queue_take_out(s, &s->ahead, at))
             give_up(s, u);
         u->expected = 0;
         if (!taken) continue;
@@ -354,7 +150,7 @@ static void pin_taken(pi_units *s, const pi_unit_demand *d) {
         }
         if (u->state == COMING) {
             s->counters.late++;
-            if (take_out(s, &s->ahead, at)) append(s, &s->now, at);
+            if (pi_queue_take_out(s, &s->ahead, at)) pi_queue_append(s, &s->now, at);
         }
     }
 }
@@ -410,18 +206,19 @@ static int wait_for_taken(pi_units *s, int64_t pinned) {
     return 0;
 }
 
-int pi_units_fetch(pi_units *s, const pi_unit_demand *now, const pi_unit_demand *next, int64_t tokens) {
+int pi_units_fetch(pi_units *s, const pi_unit_demand *now, const pi_unit_demand next[PI_UNITS_AHEAD], int64_t tokens) {
     int error = s->process == getpid() ? 0 : -1; /* a forked child has no readers */
     if (error) return error;
     pthread_mutex_lock(&s->lock);
-    if (start_readers(s) && !s->fault.error) s->fault = (pi_unit_fault){EAGAIN, 0, 0, 0};
+    if (pi_readers_start(s) && !s->fault.error) s->fault = (pi_unit_fault){EAGAIN, 0, 0, 0};
     unpin(s);
     if (s->first_group < 0) s->first_group = now->first;
     if (now->first == s->first_group) s->tokens += (double)tokens;
     mark(s, now, tokens);
     pin_taken(s, now);
     error = ask_for_taken(s, now);
-    if (!error && next->chosen) ask_ahead(s, next, tokens);
+    for (int k = 0; k < PI_UNITS_AHEAD && !error; k++)
+        if (next[k].count) ask_ahead(s, &next[k], tokens);
     if (!error) error = wait_for_taken(s, s->pinned_count);
     pthread_mutex_unlock(&s->lock);
     return error;
@@ -430,7 +227,7 @@ int pi_units_fetch(pi_units *s, const pi_unit_demand *now, const pi_unit_demand 
 int64_t pi_units_load(pi_units *s, const int32_t *list, int64_t count, int fixed) {
     int64_t done = 0;
     pthread_mutex_lock(&s->lock);
-    if (start_readers(s) && !s->fault.error) s->fault = (pi_unit_fault){EAGAIN, 0, 0, 0};
+    if (pi_readers_start(s) && !s->fault.error) s->fault = (pi_unit_fault){EAGAIN, 0, 0, 0};
     for (; done < count; done++) {
         unit *u = &s->units[list[done]];
         if (u->state == ABSENT) {
@@ -499,10 +296,6 @@ static int make_kind(slot_kind *kind, pi_slot_kind_spec is) {
     return 0;
 }
 
-static int64_t staging_of(const pi_unit_part *part) {
-    return part->piece_tiles * PI_TILE * pi_row_bytes(part->row_type, part->matrix->columns) + 2 * PAGE;
-}
-
 static int make(pi_units *s, const int *descriptors, const int *direct, const pi_slot_kind_spec *kinds,
                 const pi_unit_spec *units, const pi_unit_part *parts) {
     int64_t part_count = 0;
@@ -524,7 +317,7 @@ static int make(pi_units *s, const int *descriptors, const int *direct, const pi
     for (int64_t i = 0; i < s->count; i++) s->units[i] = (unit){.is = units[i], .slot = -1, .next = -1};
     for (int64_t i = 0; i < part_count; i++) {
         s->parts[i] = parts[i];
-        const int64_t bytes = staging_of(&parts[i]);
+        const int64_t bytes = pi_reader_bytes(&parts[i]);
         if (bytes > s->staging_bytes) s->staging_bytes = bytes;
     }
     return 0;

@@ -74,9 +74,12 @@ typedef struct {           /* what a pass takes of a group of units, which are [
     int64_t first, count, used;
 } pi_unit_demand;
 
-/* Waits until the units of `now` are in memory, and asks for those of `next` (chosen NULL: for none). 0, or -1 after a
- * fault, or where slots are too few. */
-int pi_units_fetch(pi_units *units, const pi_unit_demand *now, const pi_unit_demand *next, int64_t tokens);
+enum { PI_UNITS_AHEAD = 2 /* later groups that a fetch asks for */ };
+
+/* Waits until the units of `now` are in memory, and asks for those of `next`, soonest first (count 0: none). 0, or -1
+ * after a fault, or where slots are too few. */
+int pi_units_fetch(pi_units *units, const pi_unit_demand *now, const pi_unit_demand next[PI_UNITS_AHEAD],
+                   int64_t tokens);
 /* Reads `units` into free slots and waits for them; with `fixed` they keep their slots. Stops where no slot is left.
  * Returns how many are there, or -1 after a fault. */
 int64_t pi_units_load(pi_units *units, const int32_t *list, int64_t count, int fixed);

@@ -14,7 +14,7 @@ from .row_types import WRITTEN_TYPES, RowType, block_shape, packed_row_bytes, ro
 from .signs import Signs, pack_signs, sign_code_words
 from .state import KVSlot, RecurrentSlot, Slot, Span, State
 from .topology import physical_cores
-from .units import Part, UnitCounters, Units, UnitsFault, UnitsFile
+from .units import UNITS_AHEAD, Part, UnitCounters, Units, UnitsFault, UnitsFile
 from .vector_builder import ACTIVATION_KINDS
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "HISTOGRAM_BINS",
     "KV_KINDS",
     "ROUTER_KINDS",
+    "UNITS_AHEAD",
     "WRITTEN_TYPES",
     "Activations",
     "Bundle",

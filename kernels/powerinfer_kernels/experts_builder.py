@@ -16,7 +16,7 @@ from .buffers import Activations, aligned
 from .checks import Array, Floats, check_apart, check_array, check_positive
 from .matrix import Matrix
 from .program import Op
-from .units import Units
+from .units import UNITS_AHEAD, Units
 from .vector_builder import VectorOperations, activation_cut, activation_number, finite
 
 #: How a router's scores become weights, by the number that C knows it by.
@@ -222,18 +222,22 @@ class ExpertOperations(VectorOperations):
         units: Units,
         first: int,
         choice: Choice,
-        ahead: tuple[int, Choice] | None = None,
+        ahead: Sequence[tuple[int, Choice]] = (),
     ) -> None:
         """Wait until the experts of `choice`, which are units from `first` on, are in memory, having asked
-        for those of `ahead` (first unit, choice), of a later layer, to be read meanwhile. Must stand before
-        operations on absent matrices."""
-        later = (0, 0, 0) if ahead is None else (ahead[0], ahead[1].experts, ahead[1].used)
-        for group, one in ((first, choice), (later[0], choice if ahead is None else ahead[1])):
+        for those of `ahead` (first unit, choice), of up to two later layers, to be read meanwhile. Must stand
+        before operations on absent matrices."""
+        groups = ((first, choice), *ahead)
+        if len(groups) > 1 + UNITS_AHEAD:
+            raise KernelError(f"units of {len(ahead)} layers ahead, of {UNITS_AHEAD} at most")
+        for group, one in groups:
             self._check_choice(one)
             if not 0 <= group <= units.count - one.experts:
                 raise KernelError(f"units {group} to {group + one.experts} are not among {units.count}")
-        chosen = (choice.chosen, None if ahead is None else ahead[1].chosen)
-        self._append(Op.FETCH, (units.handle, *chosen), (first, choice.experts, choice.used, *later))
+        none = 1 + UNITS_AHEAD - len(groups)
+        chosen = (*(one.chosen for _, one in groups), *[None] * none)
+        sizes = [size for group, one in groups for size in (group, one.experts, one.used)]
+        self._append(Op.FETCH, (units.handle, *chosen), (*sizes, *[0] * 3 * none))
 
     def count_experts(
         self,

@@ -16,6 +16,8 @@ from .row_types import row_bytes
 
 _TILE = 16
 _PAGE = 4096
+#: Later groups of units that a program can ask for ahead of need.
+UNITS_AHEAD = 2
 #: Bytes that one read brings: enough for the full rate of a disk, few enough to share a unit among threads.
 PIECE_BYTES = 256 << 10
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.mapped_file import MappedFile
-from powerinfer_kernels import Choice, KernelError, Matrix, Part, Pool, Units, UnitsFile
+from powerinfer_kernels import UNITS_AHEAD, Choice, KernelError, Matrix, Part, Pool, Units, UnitsFile
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Floats
 from powerinfer_tools.engine.disk_report import DiskReport
@@ -56,7 +56,7 @@ class Residency:
         self._columns: dict[int, dict[int, DenseColumns]] = {}
         self._first: dict[int, int] = {}
         self._routers: dict[int, Matrix] = {}
-        self._ahead: tuple[Floats, Choice] | None = None
+        self._ahead: list[Choice] = []
         for index, layer in enumerate(model.layers):
             if isinstance(layer.feeds, ExpertsFFN):
                 self._add(index, layer.feeds)
@@ -133,28 +133,30 @@ class Residency:
 
     def write_fetch(self, writer: BlockWriter, layer: int, choice: Choice) -> None:
         """Append what brings the experts that ``choice`` names into memory, and asks for those that the next
-        layer is likely to take: what its router says of the residual stream as it is now."""
-        later = min((index for index in self._first if index > layer), default=None)
-        ahead = None if later is None else (self._first[later], self._write_guess(writer, later, choice))
+        two layers are likely to take: what their routers say of the residual stream as it is now."""
+        later = sorted(index for index in self._first if index > layer)[:UNITS_AHEAD]
+        ahead = [
+            (self._first[index], self._write_guess(writer, index, distance, choice))
+            for distance, index in enumerate(later)
+        ]
         writer.label("disk")
         writer.builder.fetch(self.units, self._first[layer], choice, ahead)
 
-    def _write_guess(self, writer: BlockWriter, layer: int, like: Choice) -> Choice:
+    def _write_guess(self, writer: BlockWriter, layer: int, distance: int, like: Choice) -> Choice:
         """Append the router of ``layer`` over the residual stream, and its choice."""
         weights, routing = self.model.layers[layer], _routing(self.model)
         ffn = weights.feeds
         assert isinstance(ffn, ExpertsFFN)
-        if self._ahead is None:
-            scores = writer.buffers.scratch.named("scores_ahead", routing.experts)
-            self._ahead = scores, Choice.new(len(like.chosen), like.experts, like.used)
-        scores, choice = self._ahead
+        scores = writer.buffers.scratch.named("scores_ahead", routing.experts)
+        if distance == len(self._ahead):
+            self._ahead.append(Choice.new(len(like.chosen), like.experts, like.used))
         writer.label("router")
         source, norm = Value(writer.buffers.x), weights.ffn_norm
         if norm is not None and not writer.spec.early_router:
             source = writer.ops.norm("normed_ahead", source, norm, writer.eps)
         write_scores(writer, self.router(layer), ffn, source.floats, scores)
-        write_choice(writer, ffn, routing, scores, choice)
-        return choice
+        write_choice(writer, ffn, routing, scores, self._ahead[distance])
+        return self._ahead[distance]
 
     def open(self, budget: Budget) -> None:
         """Make room, and read the experts that were used most. Raises ModelError where the memory is not

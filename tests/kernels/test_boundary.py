@@ -126,7 +126,9 @@ def disk(b: ProgramBuilder, pool: Pool) -> Units:
         file.write(bytes(16 * columns * 4))
         file.flush()
         units.open([UnitsFile(os.dup(file.fileno()), False)], [3], 1, 0.0)
-    b.fetch(units, 0, Choice.new(TOKENS, 4, 2), (4, Choice.new(TOKENS, 4, 2)))
+    b.fetch(
+        units, 0, Choice.new(TOKENS, 4, 2), [(4, Choice.new(TOKENS, 4, 2)), (2, Choice.new(TOKENS, 4, 2))]
+    )
     return units
 
 

@@ -55,7 +55,7 @@ class OnDisk:
         self.x[:] = np.random.default_rng(4).standard_normal((TOKENS, WIDTH))
         gate, up, down = ([part.matrix for part in parts] for parts in matrices)
         builder = ProgramBuilder(TOKENS)
-        builder.fetch(self.units, 0, self.choice, (0, self.ahead))
+        builder.fetch(self.units, 0, self.choice, [(0, self.ahead)])
         buffers = ExpertBuffers.new(TOKENS * USED, WIDTH, NEURONS, gated=True)
         acts = Activations(TOKENS, WIDTH)
         weights = ExpertWeights(gate, up, down)

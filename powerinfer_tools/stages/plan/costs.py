@@ -41,10 +41,23 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """The disk that holds the model: bytes per second of single reads at random places with many of them in
+    flight, by their size in bytes, ascending."""
+
+    rates: tuple[tuple[int, float], ...]
+
+    def bandwidth(self, nbytes: int) -> float:
+        """Bytes per second of reads of ``nbytes``; constant outside the sizes that were measured."""
+        sizes, rates = zip(*self.rates, strict=True)
+        return float(np.interp(nbytes, sizes, rates))
+
+
+@dataclass(frozen=True)
 class Machine:
     """A machine as the cost model sees it. ``bandwidth`` is for dense streams; ``curve`` holds (density,
     bandwidth) points, densities ascending, for gathered rows; ``ffn_curves`` are measured on FFNs of single
-    shapes. ``gpu`` is None without an accelerator."""
+    shapes. ``gpu`` is None without an accelerator, ``disk`` where none was measured."""
 
     name: str
     ram_bytes: int
@@ -52,6 +65,7 @@ class Machine:
     curve: tuple[tuple[float, float], ...]
     gpu: Gpu | None = None
     ffn_curves: tuple[FFNCurve, ...] = ()
+    disk: Disk | None = None
     _densities: Vector = field(init=False, repr=False, compare=False)
     _bandwidths: Vector = field(init=False, repr=False, compare=False)
 

@@ -64,7 +64,7 @@ def expert_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
     """The one way to compute the experts of layer ``index``. Raises PlanError for frequencies that are no
     shares, are not sorted, or do not add up to the experts that a token takes."""
     layer, machine = inputs.shape.layers[index], inputs.machine
-    frequencies = _frequencies(index, layer, inputs)
+    frequencies = expert_frequencies(index, layer, inputs)
     movable = machine.gpu is not None and "ffn" in options.engine.placeable
     choices = _choices(layer) if movable else _Choices(*np.zeros((2, 1), dtype=np.int64))
     active = expected(frequencies)
@@ -89,7 +89,9 @@ def expert_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
     return LayerWays([way], frequencies, _router_seconds(layer, machine), sync_seconds)
 
 
-def _frequencies(index: int, layer: LayerShape, inputs: Inputs) -> Vector:
+def expert_frequencies(index: int, layer: LayerShape, inputs: Inputs) -> Vector:
+    """The share of tokens that takes each expert of layer ``index``, descending; all alike where that is not
+    known. Raises PlanError as :func:`expert_ways`."""
     experts = experts_of(layer)
     if inputs.frequencies is None:
         return np.full(experts.count, experts.used / experts.count)

@@ -52,6 +52,8 @@ class LevelTable:
     bytes, of which ``predictor_bytes`` for the predictor; seconds of a token in parts (``block``: attention
     or head; hot and cold sides run at the same time, after a predictor on the accelerator; one on the CPU is
     a part of the cold side) and in total; ``activations``: expected number of active hot neurons.
+    ``disk``: bytes that would be in RAM and are on disk alone, ``disk_seconds`` of reading what a token takes
+    of them, which goes on beside all computing.
     ``shared_hot``: 1 where the expert that every token takes is on the accelerator; ``uneven_seconds``: by
     how much the slower side is expected to take longer than its mean, because tokens take hot and cold
     experts in uneven numbers.
@@ -76,11 +78,18 @@ class LevelTable:
     activations: Vector
     shared_hot: Integers
     uneven_seconds: Vector
+    disk: Integers
+    disk_seconds: Vector
     total_activations: float
 
     @property
     def seconds(self) -> Vector:
-        """Time of the unit for one token [levels]."""
+        """Time of the unit for one token [levels]: of computing, or of the disk where that takes longer."""
+        return np.maximum(self.computing_seconds, self.disk_seconds)
+
+    @property
+    def computing_seconds(self) -> Vector:
+        """Time of the unit for one token where nothing is waited for that is on disk [levels]."""
         first = self.block_seconds + self.predictor_hot * self.predictor_seconds
         both = np.maximum(self.hot_seconds, self.cold_seconds) + self.uneven_seconds
         return first + both + self.sync_seconds
@@ -91,8 +100,9 @@ class LevelTable:
         return int(np.argmax(self.hot)) + 1
 
     def ffn_bytes(self, units: FFNUnits, level: int) -> SideBytes:
-        """Bytes of the FFN's ``units`` on both sides at ``level``."""
-        return units.placed(int(self.hot[level]), int(self.shared_hot[level]))
+        """Bytes of the FFN's ``units`` in both memories at ``level``."""
+        placed = units.placed(int(self.hot[level]), int(self.shared_hot[level]))
+        return SideBytes(placed.vram, placed.ram - int(self.disk[level]))
 
     def routed_share(self, units: FFNUnits, level: int) -> float:
         """Share of all activations that the hot neurons make; of experts, the share of the choices of routers
@@ -105,7 +115,7 @@ class LevelTable:
         """The fastest level that has as many hot neurons as ``level``, block and shared expert in the same
         place, and takes no more VRAM; the first of equals."""
         alike = (self.hot == self.hot[level]) & (self.block_hot == self.block_hot[level])
-        alike &= self.shared_hot == self.shared_hot[level]
+        alike &= (self.shared_hot == self.shared_hot[level]) & (self.disk == self.disk[level])
         allowed = np.flatnonzero(alike & (self.vram <= self.vram[level]))
         return int(allowed[np.argmin(self.seconds[allowed])])
 
@@ -115,11 +125,13 @@ class LevelTable:
 
 @dataclass(frozen=True)
 class LevelOptions:
-    """``engine``: what may leave the CPU; ``home``: where the residual stream lives between layers."""
+    """``engine``: what may leave the CPU; ``home``: where the residual stream lives between layers;
+    ``from_disk``: experts may be on disk alone."""
 
     group: int
     engine: Capabilities
     home: Home = "cpu"
+    from_disk: bool = False
 
 
 def hot_counts(neurons: int, group: int) -> Integers:
@@ -232,6 +244,8 @@ def _table(
         activations=active[hot] * units.neurons + shared * float(units.shared_neurons),
         shared_hot=shared,
         uneven_seconds=np.zeros(levels) if way.uneven_seconds is None else way.uneven_seconds,
+        disk=np.zeros(levels, dtype=np.int64),
+        disk_seconds=np.zeros(levels),
         total_activations=float(active[-1]) * units.neurons + units.shared_neurons,
     )
 
@@ -259,6 +273,8 @@ def head_levels(shape: ModelShape, machine: Machine, batch: int, options: LevelO
         activations=none,
         shared_hot=zero,
         uneven_seconds=none,
+        disk=zero,
+        disk_seconds=none,
         total_activations=0.0,
     )
     if machine.gpu is None or "head" not in options.engine.placeable:

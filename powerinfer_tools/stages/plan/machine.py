@@ -1,7 +1,7 @@
 """From a hardware profile to the machine of the cost model."""
 
 from powerinfer_formats.hardware import HardwareProfile
-from powerinfer_tools.stages.plan.costs import Gpu, Machine
+from powerinfer_tools.stages.plan.costs import Disk, Gpu, Machine
 
 #: Presets hold published peak bandwidths. Programs that stream reach 80 to 90 % of them, on desktop DDR4 and
 #: DDR5 (STREAM) as on GDDR6; measured profiles hold what was reached and count in full.
@@ -20,7 +20,16 @@ def machine_of(profile: HardwareProfile) -> Machine:
         curve=tuple((density, share * bandwidth) for density, bandwidth in points),
         gpu=_gpu(profile, share),
         ffn_curves=profile.ffn,
+        disk=_disk(profile),
     )
+
+
+def _disk(profile: HardwareProfile) -> Disk | None:
+    disk = profile.disk
+    if disk is None:
+        return None
+    reads = zip(disk.read_bytes, disk.deep_reads_per_s, strict=True)
+    return Disk(tuple((nbytes, nbytes * rate) for nbytes, rate in reads))
 
 
 def _gpu(profile: HardwareProfile, share: float) -> Gpu | None:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.predictor_shapes import PredictorShape
 from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
-from powerinfer_tools.stages.plan.experts import expert_ways
+from powerinfer_tools.stages.plan.disk_levels import with_disk
+from powerinfer_tools.stages.plan.experts import expert_frequencies, expert_ways
 from powerinfer_tools.stages.plan.greedy import fastest_alike, greedy_choices
 from powerinfer_tools.stages.plan.hull import relax
 from powerinfer_tools.stages.plan.levels import (
@@ -27,6 +28,12 @@ from powerinfer_tools.stages.plan.milp import Solution, SolverOptions, solve
 from powerinfer_tools.stages.plan.problem import Problem, Unit
 
 Vector = npt.NDArray[np.float64]
+
+
+class DoesNotFit(PlanError):
+    """RAM and VRAM together do not hold the model."""
+
+
 Objective = Literal["time", "frequency"]
 
 
@@ -64,6 +71,11 @@ class Placement:
     def uses_predictors(self) -> bool:
         """Whether some layer is computed in mode predicted."""
         return any(t.predictor_bytes[k] > 0 for t, k in zip(self.tables, self.solution.choice, strict=True))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that are on disk alone, as they would be in RAM."""
+        return sum(int(t.disk[k]) for t, k in zip(self.tables, self.solution.choice, strict=True))
 
 
 def best_placement(
@@ -112,6 +124,9 @@ def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...
         if key not in known:
             ways = neuron_ways if layer.experts is None else expert_ways
             known[key] = layer_levels(index, inputs, options, ways)
+            if options.from_disk and layer.experts is not None and inputs.machine.disk is not None:
+                shares = expert_frequencies(index, layer, inputs)
+                known[key] = with_disk(known[key], layer, shares, inputs.machine.disk)
         tables.append(replace(known[key], unit=f"layer {index}"))
     return (*tables, head_levels(inputs.shape, inputs.machine, inputs.workload.batch, options))
 
@@ -153,7 +168,7 @@ def _least_ram(problem: Problem) -> tuple[int, ...]:
         raise PlanError(f"the VRAM budget leaves {problem.vram_capacity} bytes, too little for any placement")
     vram, ram = problem.bytes_used(relaxed.choice)
     if ram > problem.ram_capacity:
-        raise PlanError(
+        raise DoesNotFit(
             f"the model does not fit: with {vram:,} bytes in VRAM it needs {ram:,} bytes of RAM for layers "
             f"and head, and the budget leaves {problem.ram_capacity:,}; give more --ram or --vram, or a "
             "smaller --ctx"

@@ -50,7 +50,13 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
         group=shape.layers[0].up.rows if shape.routed else min(options.group, neurons),
         layers=tuple(_layer(outcome, index) for index in range(len(shape.layers))),
         units=_units(outcome),
-        memory=file.PlanMemory(memory.vram_used, memory.vram_capacity, memory.ram_used, memory.ram_capacity),
+        memory=file.PlanMemory(
+            memory.vram_used,
+            memory.vram_capacity,
+            memory.ram_used,
+            memory.ram_capacity,
+            memory.disk_used,
+        ),
         solver=_solver(outcome),
         predicted=file.PlanPrediction(
             tokens_per_second=1.0 / outcome.placement.seconds,
@@ -85,6 +91,7 @@ def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
             predictor=float(table.predictor_seconds[k]),
         ),
         predictor=None if mode != "predicted" else "gpu" if table.predictor_hot[k] else "cpu",
+        disk_bytes=int(table.disk[k]),
         shared_expert=None if not has_shared else "gpu" if table.shared_hot[k] else "cpu",
     )
 

@@ -5,7 +5,7 @@ Pure: reads no files and measures nothing. Equal inputs give equal outcomes, byt
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,20 @@ from powerinfer_tools.model.shapes import ModelShape, NeuronBytes, neuron_bytes
 from powerinfer_tools.stages.plan import memory
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION, Capabilities
 from powerinfer_tools.stages.plan.costs import Machine
+from powerinfer_tools.stages.plan.disk_levels import DISK_UNKNOWN, buffer_bytes, no_locality
 from powerinfer_tools.stages.plan.expert_memory import router_bytes, unit_bytes
 from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.frequencies import Frequencies
 from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
 from powerinfer_tools.stages.plan.memory import Workload
 from powerinfer_tools.stages.plan.milp import SolverOptions
-from powerinfer_tools.stages.plan.placement import Capacities, Objective, Placement, best_placement
+from powerinfer_tools.stages.plan.placement import (
+    Capacities,
+    DoesNotFit,
+    Objective,
+    Placement,
+    best_placement,
+)
 
 Vector = npt.NDArray[np.float64]
 #: Left free when no budget is given: VRAM for the display, the CUDA context and what the engine leaves free
@@ -62,7 +69,8 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes on both sides, in all and by unit; capacities are the budgets."""
+    """Bytes on both sides, in all and by unit; capacities are the budgets. ``disk_used``: bytes that would be
+    in RAM and are on disk alone."""
 
     vram_used: int
     vram_capacity: int
@@ -70,6 +78,7 @@ class MemoryUse:
     ram_capacity: int
     vram_units: Mapping[str, int]
     ram_units: Mapping[str, int]
+    disk_used: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,9 +128,13 @@ def plan_outcome(
         )
     capacities = Capacities(max(0, vram - overhead(vram) - scratch.neurons), room, scratch.attention)
     levels = LevelOptions(options.group, options.engine)
-    placement = best_placement(inputs, capacities, levels, options.objective, options.solver)
+    try:
+        placement = best_placement(inputs, capacities, levels, options.objective, options.solver)
+    except DoesNotFit as error:
+        placement, buffers = _with_disk(inputs, capacities, levels, options, error)
+        fixed["disk_buffers"] = buffers
     if not placement.uses_predictors:
-        fixed = memory.fixed_ram_bytes(shape, workload, predicted=False)
+        fixed |= memory.fixed_ram_bytes(shape, workload, predicted=False)
     whole = sum(int(table.vram.max()) for table in placement.tables)
     return Outcome(
         shape=shape,
@@ -134,6 +147,24 @@ def plan_outcome(
         memory=_memory_use(placement, inputs, scratch, fixed, vram, ram),
         fits_whole=machine.gpu is not None and 0 < whole <= capacities.beside_attention.vram,
     )
+
+
+def _with_disk(
+    inputs: Inputs, capacities: Capacities, levels: LevelOptions, options: PlanOptions, refusal: DoesNotFit
+) -> tuple[Placement, int]:
+    """The best placement with experts on disk, and the RAM that reading them takes. Raises PlanError, saying
+    why where nothing can be read from disk."""
+    shape, disk = inputs.shape, inputs.machine.disk
+    if disk is None:
+        raise PlanError(f"{refusal}. {DISK_UNKNOWN}")
+    if not shape.routed:
+        raise PlanError(f"{refusal}. {no_locality(shape, disk)}")
+    buffers = buffer_bytes(shape)
+    left = replace(capacities, ram=capacities.ram - buffers)
+    if left.ram < 0:
+        raise refusal
+    levels = replace(levels, from_disk=True)
+    return best_placement(inputs, left, levels, options.objective, options.solver), buffers
 
 
 def _smallest_unit(
@@ -253,4 +284,5 @@ def _memory_use(
         on_gpu["scratch"] = scratch.neurons + (scratch.attention if moved else 0)
         on_gpu["reserve"] = overhead(vram)
     on_cpu |= fixed
-    return MemoryUse(sum(on_gpu.values()), vram, sum(on_cpu.values()), ram, on_gpu, on_cpu)
+    used = sum(on_gpu.values()), vram, sum(on_cpu.values()), ram
+    return MemoryUse(*used, on_gpu, on_cpu, placement.disk_bytes)

@@ -17,7 +17,7 @@ from powerinfer_tools.stages.plan.costs import Machine
 from powerinfer_tools.stages.plan.expert_memory import router_bytes
 from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.frequencies import Frequencies
-from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome
+from powerinfer_tools.stages.plan.planner import RAM_MARGIN_SHARE, Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.stages.plan.verdict import cpu_only_parts, limit_of, limited_by, time_parts
 
 GIB = 1 << 30
@@ -33,6 +33,8 @@ def predictions(outcome: Outcome) -> dict[str, PlanPrediction]:
         1.0 / placed.seconds, limited_by(outcome), time_parts(outcome) | {"total": placed.seconds}
     )
     moved = outcome.machine.gpu is not None
+    if outcome.memory.disk_used:  # the others do not fit
+        return {"powerinfer": ours}
     return {
         "powerinfer": ours,
         "layer-offload": _prediction(_layer_offload(outcome), moved=moved),
@@ -41,19 +43,38 @@ def predictions(outcome: Outcome) -> dict[str, PlanPrediction]:
 
 
 def sensitivity(
-    shape: ModelShape, frequencies: Frequencies, machine: Machine, budgets: Budgets, options: PlanOptions
+    shape: ModelShape,
+    frequencies: Frequencies,
+    machine: Machine,
+    budgets: Budgets,
+    options: PlanOptions,
+    *,
+    from_disk: bool = False,
 ) -> dict[str, float]:
-    """Tokens per second of the best plan with one more GiB of VRAM (where there is a GPU), and with memory of
-    the CPU that is 1.25 times as fast."""
+    """Tokens per second of the best plan with one more GiB of VRAM (where there is a GPU), of RAM (where the
+    plan reads ``from_disk``), and with memory of the CPU that is 1.25 times as fast."""
     found = {}
     gpu = machine.gpu
     if gpu is not None:
         larger = replace(machine, gpu=replace(gpu, vram_bytes=gpu.vram_bytes + GIB))
         more = replace(budgets, vram=None if budgets.vram is None else budgets.vram + GIB)
         found["vram_plus_1_gib"] = _speed(plan_outcome(shape, frequencies, larger, more, options))
+    if from_disk:
+        ram = int(machine.ram_bytes * (1 - RAM_MARGIN_SHARE)) if budgets.ram is None else budgets.ram
+        more = replace(budgets, ram=ram + GIB)
+        found["ram_plus_1_gib"] = _speed(plan_outcome(shape, frequencies, machine, more, options))
     faster = _with_faster_memory(machine)
     found["ram_bandwidth_times_1.25"] = _speed(plan_outcome(shape, frequencies, faster, budgets, options))
     return found
+
+
+def all_in_memory(
+    shape: ModelShape, frequencies: Frequencies, machine: Machine, budgets: Budgets, options: PlanOptions
+) -> PlanPrediction:
+    """The speed that the model would have with RAM enough for all of it."""
+    return predictions(plan_outcome(shape, frequencies, machine, replace(budgets, ram=1 << 60), options))[
+        "powerinfer"
+    ]
 
 
 def _speed(outcome: Outcome) -> float:

@@ -129,6 +129,7 @@ def _beside(plan: Plan) -> list[str]:
     rows += [(name, f"{ours.tokens_per_second:.2f}") for name, ours in plan.predictions.items()]
     names = {
         "vram_plus_1_gib": "with 1 GiB more VRAM",
+        "ram_plus_1_gib": "with 1 GiB more RAM",
         "ram_bandwidth_times_1.25": "with CPU memory 1.25 × as fast",
     }
     rows += [(names.get(key, key), f"{speed:.2f}") for key, speed in plan.sensitivity.items()]
@@ -148,6 +149,8 @@ def _unit_rows(plan: Plan) -> list[tuple[str, str, str]]:
         gpu, cpu = sizes.get(unit.name, (0, 0))
         added = (unit.bytes, 0) if unit.device == "gpu" else (0, unit.bytes)
         sizes[unit.name] = (gpu + added[0], cpu + added[1])
+    if memory.disk_used:
+        sizes["on disk alone"] = (0, memory.disk_used)
     sizes["used"] = (memory.vram_used, memory.ram_used)
     sizes["budget"] = (memory.vram_capacity, memory.ram_capacity)
     rows = (

@@ -8,6 +8,7 @@ from typing import Literal
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
+from powerinfer_tools import detect
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.published import PREDICTOR_SHARE, PREDICTOR_TYPE, published_shape
 from powerinfer_tools.model.shapes import ModelShape, shape_of_model
@@ -16,8 +17,8 @@ from powerinfer_tools.stages.plan.frequencies import Frequencies, model_frequenc
 from powerinfer_tools.stages.plan.machine import machine_of
 from powerinfer_tools.stages.plan.offer import Offer, offer
 from powerinfer_tools.stages.plan.plan_file import plan_of
-from powerinfer_tools.stages.plan.planner import Budgets, PlanOptions, plan_outcome
-from powerinfer_tools.stages.plan.predictions import predictions, sensitivity
+from powerinfer_tools.stages.plan.planner import RAM_MARGIN_SHARE, Budgets, PlanOptions, plan_outcome
+from powerinfer_tools.stages.plan.predictions import all_in_memory, predictions, sensitivity
 from powerinfer_tools.stages.plan.thresholded_shapes import ThresholdOffer, offer_thresholds
 
 
@@ -65,7 +66,7 @@ def plan_request(request: PlanRequest) -> Plan:
         shape,
         profile,
         hardware.profile,
-        Budgets(request.vram_bytes, request.ram_bytes),
+        Budgets(request.vram_bytes, _ram(request, hardware.profile)),
         PlanOptions(
             objective=request.objective,
             group=request.group,
@@ -80,6 +81,15 @@ def plan_request(request: PlanRequest) -> Plan:
     )
     notes = " ".join(note for note in (plan.verdict, hardware.note) if note)
     return replace(plan, verdict=notes)
+
+
+def _ram(request: PlanRequest, hardware: HardwareProfile) -> int | None:
+    """The budget that was named. For this machine else what is free, limits of cgroups counted, where that is
+    less than the machine's memory without a margin."""
+    if request.ram_bytes is not None or request.hardware is not None or request.model is None:
+        return request.ram_bytes
+    free = detect.available_ram_bytes()
+    return free if 0 < free < int(hardware.cpu.ram_bytes * (1 - RAM_MARGIN_SHARE)) else None
 
 
 def make_plan(
@@ -111,10 +121,13 @@ def make_plan(
     if shape.fingerprint is None and options.engine != THIS_VERSION:
         today = plan_outcome(shape, known, machine, budgets, replace(options, engine=THIS_VERSION))
         beside["powerinfer-this-version"] = predictions(today)["powerinfer"]
+    from_disk = outcome.memory.disk_used > 0
+    if from_disk:
+        beside["all-in-memory"] = all_in_memory(shape, known, machine, budgets, options)
     return replace(
         plan,
         predictions=beside,
-        sensitivity=sensitivity(shape, known, machine, budgets, options),
+        sensitivity=sensitivity(shape, known, machine, budgets, options, from_disk=from_disk),
         provenance=replace(
             plan.provenance,
             predictors=offered.note if offered else _published_note(known),

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from powerinfer_formats.modes import MODES
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
-from powerinfer_tools.stages.plan.expert_memory import experts_of
+from powerinfer_tools.stages.plan.disk_levels import seconds_of
+from powerinfer_tools.stages.plan.expert_memory import expert_bytes, experts_of
 from powerinfer_tools.stages.plan.greedy import fastest_alike, nothing_hot
 from powerinfer_tools.stages.plan.levels import LevelTable
 from powerinfer_tools.stages.plan.planner import Outcome
@@ -14,13 +15,17 @@ _MIB = 1 << 20
 
 def time_parts(outcome: Outcome) -> dict[str, float]:
     """Seconds of one token by part. Where both sides of an FFN work at once, the slower one counts: ``hot``
-    and ``cold`` hold the layers in which that side was the slower."""
+    and ``cold`` hold the layers in which that side was the slower; ``disk``, where there is some, the time
+    that computing waits for it."""
     return parts_of(outcome.placement.tables, outcome.placement.solution.choice)
 
 
 def parts_of(tables: Sequence[LevelTable], choice: Sequence[int]) -> dict[str, float]:
     """As :func:`time_parts`, for any choice of levels of the layers and, last, the head."""
     parts = dict.fromkeys(("attention", "predictor", "hot", "cold", "sync", "head"), 0.0)
+    waits = sum(float(t.seconds[k] - t.computing_seconds[k]) for t, k in zip(tables, choice, strict=True))
+    if waits:
+        parts["disk"] = waits
     for index, (table, k) in enumerate(zip(tables, choice, strict=True)):
         parts["head" if index == len(tables) - 1 else "attention"] += float(table.block_seconds[k])
         hot, cold = float(table.hot_seconds[k]), float(table.cold_seconds[k])
@@ -56,6 +61,7 @@ def limit_of(parts: dict[str, float], *, moved: bool) -> str:
         "cold": "CPU memory bandwidth (cold neurons)",
         "sync": "synchronisation between CPU and GPU",
         "head": f"{side} (output head)",
+        "disk": "the disk (experts that are not in memory)",
     }
     total = sum(parts.values())
     return f"{reasons[name]}: {100 * parts[name] / total:.0f} % of the time"
@@ -87,7 +93,34 @@ def verdict(outcome: Outcome) -> str:
         text += f"{speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
         if speed < cpu_only:
             text += " Here that is slower than the CPU alone; --objective time is never."
-    return " ".join(part for part in (text, *_not_exact(outcome), _stays(outcome)) if part)
+    return " ".join(
+        part for part in (text, _from_disk(outcome), *_not_exact(outcome), _stays(outcome)) if part
+    )
+
+
+def _from_disk(outcome: Outcome) -> str:
+    """What is on disk alone, and what that costs."""
+    placement, disk = outcome.placement, outcome.machine.disk
+    if not placement.disk_bytes or disk is None:
+        return ""
+    pairs = list(zip(outcome.shape.layers, placement.tables, placement.solution.choice, strict=False))
+    absent = sum(int(table.disk[k]) // expert_bytes(layer).ram for layer, table, k in pairs)
+    experts = sum(experts_of(layer).count for layer, _, _ in pairs)
+    reading = sum(float(table.disk_seconds[k]) for _, table, k in pairs)
+    taken = sum(
+        float(table.disk_seconds[k]) / seconds_of(layer, disk) * expert_bytes(layer).vram
+        for layer, table, k in pairs
+    )
+    known = "by the profile" if outcome.frequencies.layers is not None else "if all are taken equally often"
+    computing = sum(
+        float(t.computing_seconds[k])
+        for t, k in zip(placement.tables, placement.solution.choice, strict=True)
+    )
+    return (
+        f"{absent:,} of {experts:,} experts are on disk alone: {known}, a token reads {taken / 1e6:,.1f} MB "
+        f"of them, which takes {1e3 * reading:.1f} ms beside {1e3 * computing:.1f} ms of computing; a text "
+        "that stays with a topic reads less."
+    )
 
 
 def cpu_only_seconds(outcome: Outcome) -> float:

@@ -107,10 +107,11 @@ def _all_hot(plan: Plan) -> Plan:
             # Those of the plan are those of another placement; here they are not counted.
             vram_bytes=0,
             ram_bytes=0,
+            disk_bytes=0,
         )
         for layer in plan.layers
     )
-    memory = replace(plan.memory, vram_used=0, ram_used=0)
+    memory = replace(plan.memory, vram_used=0, ram_used=0, disk_used=0)
     group = plan.group if plan.model.experts else min(GROUP, hot)
     return replace(plan, layers=layers, units=(), memory=memory, group=group)
 

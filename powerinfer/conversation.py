@@ -1,14 +1,15 @@
 """A conversation that keeps its own history."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Unpack
 
 from powerinfer.options import GenerateOptions, Message, generation_options
 from powerinfer.session import Session
-from powerinfer.text_stream import Generated, TextStream
+from powerinfer.text_stream import Generated, TextStream, split
 from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.generate.generation import Generation, Outcome, new_sampler
+from powerinfer_tools.text.answer_parts import PartsParser
 
 
 class Conversation:
@@ -52,7 +53,7 @@ class Conversation:
             [*self.messages, question],
             self._options,
             sampler=self._sampler,
-            on_end=lambda generation: self._ended(question, generation),
+            on_end=lambda generation, parser: self._ended(question, generation, parser),
         )
 
     def ask(self, text: str) -> Generated:
@@ -91,9 +92,15 @@ class Conversation:
         """Whether answers keep to a grammar, which begins anew with each of them."""
         return "json_schema" in self._options or "grammar" in self._options
 
-    def _ended(self, question: Message, generation: Generation) -> None:
-        if generation.text or generation.outcome is Outcome.END:
-            self._exchanges.append((question, {"role": "assistant", "content": generation.text}))
+    def _ended(self, question: Message, generation: Generation, parser: Callable[[], PartsParser]) -> None:
+        """Templates place what was thought, or leave it out, as their models are used to."""
+        if not generation.text and generation.outcome is not Outcome.END:
+            return
+        reasoning, answer = split(generation.text, parser)
+        reply: Message = {"role": "assistant", "content": answer}
+        if reasoning:
+            reply["reasoning_content"] = reasoning
+        self._exchanges.append((question, reply))
 
 
 def transcript(messages: Sequence[Message], *, as_json: bool) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from powerinfer_tools.errors import SamplingError
 from powerinfer_tools.generate.generation import GenerationOptions
@@ -19,6 +19,7 @@ class Message(TypedDict):
 
     role: Literal["system", "user", "assistant"]
     content: str
+    reasoning_content: NotRequired[str]
 
 
 class GenerateOptions(TypedDict, total=False):

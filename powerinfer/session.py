@@ -1,6 +1,7 @@
 """One conversation, or one text, of a model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -17,7 +18,9 @@ from powerinfer_tools.errors import ContextFull
 from powerinfer_tools.generate.generation import Generation
 from powerinfer_tools.generate.sampling import Sampler
 from powerinfer_tools.text import Tokenizer
+from powerinfer_tools.text.answer_parts import PartsParser, parts_parser
 from powerinfer_tools.text.chat import Template
+from powerinfer_tools.text.thoughts import thought_formats
 
 if TYPE_CHECKING:
     from powerinfer.conversation import Conversation
@@ -145,10 +148,10 @@ class Session:
         options: GenerateOptions,
         *,
         sampler: Sampler | None = None,
-        on_end: Callable[[Generation], None] | None = None,
+        on_end: Callable[[Generation, Callable[[], PartsParser]], None] | None = None,
     ) -> TextStream:
         """:meth:`stream_chat`, with the draws of a ``sampler`` that goes on from turn to turn; ``on_end`` is
-        called with the generation when it has ended."""
+        called with the generation when it has ended, and with what makes parsers of its text."""
         ids = self._template.ids(list(messages))
         if len(ids) >= self.context:
             raise ContextFull(
@@ -157,8 +160,26 @@ class Session:
             )
         pairs = zip(self._held, ids[:-1], strict=False)  # the last token is needed anew for its logits
         self.rewind(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        stops = self._template.stops
-        return self._stream(ids[len(self._held) :], options, stops, sampler=sampler, on_end=on_end)
+        source = getattr(self._template, "source", None)
+        tail = self._tokenizer.decode(ids[-8:], show_special=True)
+        formed = "json_schema" in options or "grammar" in options
+
+        def parser() -> PartsParser:
+            return parts_parser(source, tail, formed=formed)
+
+        return self._stream(
+            ids[len(self._held) :],
+            options,
+            self._template.stops,
+            sampler=sampler,
+            on_end=None if on_end is None else lambda generation: on_end(generation, parser),
+            parser=parser,
+            marked=any(self._is_control(one.opener) for one in thought_formats(source)),
+        )
+
+    def _is_control(self, text: str) -> bool:
+        """Whether ``text`` is a token that is not shown as a rule."""
+        return self._tokenizer.tokens.ids.get(text) in self._tokenizer.control_ids
 
     def _stream(
         self,
@@ -168,17 +189,22 @@ class Session:
         *,
         sampler: Sampler | None = None,
         on_end: Callable[[Generation], None] | None = None,
+        parser: Callable[[], PartsParser] | None = None,
+        marked: bool = False,
     ) -> TextStream:
+        """``marked``: what takes the text apart needs control tokens in it."""
+
         def ended(generation: Generation) -> None:
             self._held += generation.fed
             if on_end is not None:
                 on_end(generation)
 
         made, form = generation_options(options, stops), form_of(options, self._tokenizer)
+        made = replace(made, show_special=marked)
         if form is not None:
             sampler = form.sampler(made.sampling)
         progress = options.get("progress")
         generation = Generation(
             self._engine, self._tokenizer, ids, made, sampler=sampler, progress=progress, on_end=ended
         )
-        return TextStream(generation)
+        return TextStream(generation, parser=parser)

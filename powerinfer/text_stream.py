@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from powerinfer_tools.generate.generation import Generation, Statistics
+from powerinfer_tools.text.answer_parts import Content, Part, PartsParser, Reasoning, said
 
 Ended = Literal["end", "stop", "limit", "context", "interrupted"]
 
@@ -18,7 +19,8 @@ class Generated:
     "limit" of tokens, a full "context", or "interrupted". ``prompt_tokens`` were processed and
     ``reused_tokens`` held already. ``seed`` repeats the text; ``logits_hash`` is that of the last logits: the
     same on every machine, for any number of threads. ``explanation`` says in words why it ended;
-    ``statistics`` what it cost.
+    ``statistics`` what it cost. Of answers in a chat, ``reasoning`` is what the model thought, and ``answer``
+    what it said then; else all of the text is the answer.
     """
 
     text: str
@@ -30,18 +32,34 @@ class Generated:
     logits_hash: str | None
     explanation: str
     statistics: Statistics = field(compare=False)  # time is not part of what was generated
+    reasoning: str = ""
+    answer: str = ""
 
 
 class TextStream(Iterator[str]):
     """Iterate for pieces of text; :meth:`close`, or leaving the ``with`` block, stops early. ``result`` is
     what came so far."""
 
-    def __init__(self, generation: Generation, on_end: Callable[[], None] | None = None) -> None:
-        self._generation, self._on_end = generation, on_end
+    def __init__(
+        self,
+        generation: Generation,
+        on_end: Callable[[], None] | None = None,
+        parser: Callable[[], PartsParser] | None = None,
+    ) -> None:
+        self._generation, self._on_end, self._parser = generation, on_end, parser
+        self._on_first: Callable[[], None] | None = None
+
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Do this before the first piece is given out."""
+        self._on_first = action
 
     def __next__(self) -> str:
         try:
-            return next(self._generation).text
+            text = next(self._generation).text
+            if self._on_first is not None:
+                on_first, self._on_first = self._on_first, None
+                on_first()
+            return text
         except BaseException:
             self.close()
             raise
@@ -54,10 +72,19 @@ class TextStream(Iterator[str]):
     ) -> None:
         self.close()
 
+    def parts(self) -> Iterator[Part]:
+        """What is left, piece by piece, taken apart: ``Reasoning`` and ``Content``, and in the notation of
+        some models a ``Call`` of a function. Not to be mixed with iterating for text."""
+        parser = None if self._parser is None else self._parser()
+        for piece in self:
+            yield from [Content(piece)] if parser is None else parser.push(piece)
+        yield from [] if parser is None else parser.finish()
+
     @property
     def result(self) -> Generated:
         """The text and what is known of it; ``ended`` is "interrupted" until it has."""
         done = self._generation
+        reasoning, answer = split(done.text, self._parser)
         return Generated(
             text=done.text,
             tokens=tuple(done.tokens),
@@ -68,6 +95,8 @@ class TextStream(Iterator[str]):
             logits_hash=done.logits_hash,
             explanation=done.explanation,
             statistics=replace(done.statistics),
+            reasoning=reasoning,
+            answer=answer,
         )
 
     def finish(self) -> Generated:
@@ -82,3 +111,13 @@ class TextStream(Iterator[str]):
         if self._on_end is not None:
             on_end, self._on_end = self._on_end, None
             on_end()
+
+
+def split(text: str, parser: Callable[[], PartsParser] | None) -> tuple[str, str]:
+    """Reasoning, and answer."""
+    if parser is None:
+        return "", text
+    taking = parser()
+    parts = [*taking.push(text), *taking.finish()]
+    thought = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    return thought.strip(), "".join(said(part) for part in parts if not isinstance(part, Reasoning))

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from powerinfer_cli.answers import write_answer
 from powerinfer_cli.boundary import describe, is_expected
-from powerinfer_cli.console import say, shown
+from powerinfer_cli.console import say
 from powerinfer_cli.summary import engine_figures, say_chat_line, say_summary
 
 if TYPE_CHECKING:
     from powerinfer import Conversation, Model, Session, TextStream
-    from powerinfer_cli.options import Summary
+    from powerinfer_cli.options import Reasoning, Verbosity
 
 HELP = """\
 /help          this list
@@ -30,9 +31,8 @@ Reader = Callable[[str], str]
 class Loop:
     """The loop between a person and a conversation; ``read`` gives a line, and raises EOFError at the end."""
 
-    def __init__(self, conversation: "Conversation", read: Reader) -> None:
-        self.conversation = conversation
-        self.read = read
+    def __init__(self, conversation: "Conversation", read: Reader, reasoning: "Reasoning" = "show") -> None:
+        self.conversation, self.read, self.reasoning = conversation, read, reasoning
 
     def run(self, first: str | None) -> None:
         """Until /exit, the end of input, or Ctrl-C at the prompt."""
@@ -83,7 +83,7 @@ class Loop:
 
     def ask(self, text: str) -> None:
         """Answer a question."""
-        stream(self.conversation.stream(text))
+        stream(self.conversation.stream(text), self.reasoning)
 
     def help(self, _: str) -> None:
         """List the commands."""
@@ -96,7 +96,7 @@ class Loop:
         if answer is None:
             say("nothing has been asked yet")
         else:
-            stream(answer)
+            stream(answer, self.reasoning)
 
     def undo(self, _: str) -> None:
         """Take back the last exchange."""
@@ -127,13 +127,11 @@ class Loop:
         say("no such command; /help lists them")
 
 
-def stream(answer: "TextStream") -> None:
+def stream(answer: "TextStream", reasoning: "Reasoning") -> None:
     """Print an answer as it comes; Ctrl-C stops it. Why it stopped is said unless the model ended it."""
     try:
         with answer:
-            for piece in answer:
-                sys.stdout.write(shown(piece))
-                sys.stdout.flush()
+            write_answer(answer, reasoning)
     except KeyboardInterrupt:
         pass  # the result says so
     sys.stdout.write("\n")
@@ -148,14 +146,15 @@ def chat(
     conversation: "Conversation",
     *,
     first: str | None,
-    summary: "Summary" = "line",
+    verbosity: "Verbosity",
 ) -> None:
     """Chat until the end, then say what it cost."""
     for notice in model.text_notices(chat=True):
         say(notice)
     say(f"{model.name}: /help lists commands")
+    summary = verbosity.summary
     try:
-        Loop(conversation, line_reader()).run(first)
+        Loop(conversation, line_reader(), verbosity.reasoning).run(first)
     finally:
         if session.report().decode_tokens and summary == "all":
             say_summary(engine_figures(model, session))

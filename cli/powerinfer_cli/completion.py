@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from powerinfer_cli.console import emit_json, progress, say, shown
+from powerinfer_cli.answers import write_answer
+from powerinfer_cli.console import emit_json, progress, say
 from powerinfer_cli.summary import run_figures, say_line, say_summary
 
 if TYPE_CHECKING:
     from powerinfer import GenerateOptions, Message, Model, Session, TextStream
-    from powerinfer_cli.options import Summary
+    from powerinfer_cli.options import Reasoning, Summary
     from powerinfer_cli.run_command import Prompt
     from powerinfer_tools.engine.timeline import Timeline
     from powerinfer_tools.progress import Progress
@@ -25,6 +26,7 @@ class Output:
 
     summary: "Summary"
     as_json: bool
+    reasoning: "Reasoning" = "show"
     trace: Path | None = None
 
 
@@ -42,7 +44,7 @@ def complete(
         options["progress"] = listener
     timeline = session.trace() if output.trace is not None else None
     answer = begin(model, session, text, options, given)
-    interrupted = show(answer, listener, silent=output.as_json)
+    interrupted = show(answer, listener, output)
     if timeline is not None and output.trace is not None:
         write_trace(timeline, output.trace)
     if output.as_json:
@@ -90,23 +92,21 @@ def is_message(model: "Model", given: "Prompt") -> bool:
     return not given.special and model.has_chat_template
 
 
-def show(answer: "TextStream", listener: "Progress | None", *, silent: bool) -> bool:
-    """Print the text as it comes. Whether Ctrl-C ended it."""
+def show(answer: "TextStream", listener: "Progress | None", output: Output) -> bool:
+    """Print the text as it comes, but where a JSON value follows. Whether Ctrl-C ended it."""
     if listener is not None:
         listener.start("prompt", None, "tokens")
+        answer.on_first(listener.finish)
     try:
         with answer:
-            for piece in answer:
-                if listener is not None:
-                    listener.finish()
-                    listener = None
-                if not silent:
-                    sys.stdout.write(shown(piece))
-                    sys.stdout.flush()
+            if output.as_json:
+                answer.finish()
+            else:
+                write_answer(answer, output.reasoning)
     except KeyboardInterrupt:
         return True
     finally:
-        if not silent:
+        if not output.as_json:
             sys.stdout.write("\n")
             sys.stdout.flush()
     return False

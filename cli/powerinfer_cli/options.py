@@ -114,16 +114,25 @@ class Common:
 
 
 Summary = Literal["none", "line", "all"]
+Reasoning = Literal["show", "hide"]
 
 
 @dataclass(frozen=True)
 class Verbosity:
-    """How much of a summary follows the text."""
+    """What is printed beside the answer: what the model thinks before it, and a summary after it."""
 
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print all figures of the run after the text.")
     ] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no summary after the text.")] = False
+    reasoning: Annotated[
+        Reasoning,
+        typer.Option(
+            "--reasoning",
+            help="What the model thinks before it answers: shown (dimmed in a terminal, elsewhere between "
+            "the markers that the model writes), or hidden.",
+        ),
+    ] = "show"
 
     @property
     def summary(self) -> Summary:

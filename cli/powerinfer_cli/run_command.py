@@ -243,12 +243,12 @@ def command(
                 from powerinfer_cli.chat import chat
 
                 conversation = session.conversation(prompt.system, **options)
-                chat(loaded, session, conversation, first=text, summary=verbosity.summary)
+                chat(loaded, session, conversation, first=text, verbosity=verbosity)
             else:
                 from powerinfer_cli.completion import Output, complete
 
                 assert text is not None
-                output = Output(verbosity.summary, as_json=common.json, trace=trace)
+                output = Output(verbosity.summary, common.json, verbosity.reasoning, trace)
                 complete(loaded, session, text, options, prompt, output)
 
 

@@ -29,6 +29,8 @@ def run_figures(model: "Model", session: "Session", done: "Generated") -> dict[s
     speed, bandwidth = statistics.decode_tokens_per_second, figures["bandwidth_bytes_per_second"]
     return figures | {
         "text": done.text,
+        "reasoning": done.reasoning,
+        "answer": done.answer,
         "tokens": len(done.tokens),
         "ids": list(done.tokens),
         "outcome": done.ended,

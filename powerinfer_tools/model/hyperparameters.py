@@ -116,7 +116,8 @@ def _parallel(keys: Keys, spec: ArchitectureSpec) -> bool:
 def _alibi(keys: Keys, spec: ArchitectureSpec, layers: int) -> float:
     if not spec.alibi or layers in spec.rotary_depths:
         return 0.0
-    return keys.real("attention.max_alibi_bias", 0.0 if spec.rotary_depths else 8.0, high=1e3)
+    usual = not spec.rotary_depths or layers in spec.alibi_depths
+    return keys.real("attention.max_alibi_bias", 8.0 if usual else 0.0, high=1e3)
 
 
 def _residual_scale(keys: Keys, spec: ArchitectureSpec, layers: int) -> float:
@@ -155,6 +156,7 @@ def _facts(
 ) -> tuple[LayerFacts, ...]:
     layers = len(mixers)
     feeds, neurons = read_feeds(keys, spec, layers), read_dense_neurons(keys, layers, 1)
+    step = keys.integer("interleave_moe_layer_step", 0, low=0, high=4096) if routed else 0
     keys.ignore("interleave_moe_layer_step")
     first = keys.integer("leading_dense_block_count", 0, low=0, high=layers)
     windows = read_windows(keys, spec, layers)
@@ -168,6 +170,9 @@ def _facts(
         rope = (local if window else wide) if turned else None
         # A layer has experts where it has a router: keys that say it are not read alike by all families.
         experts = routed and f"blk.{index}.ffn_gate_inp.weight" in keys.gguf.tensors
+        if step and index >= first and experts != ((index + 1) % step == 0):
+            there = "has" if experts else "has no"
+            keys.refuse(f"layer {index} {there} experts, with interleave_moe_layer_step {step}")
         facts.append(
             LayerFacts(
                 window=window,

@@ -157,6 +157,7 @@ def read_latent_scale(keys: Keys, latent: LatentSizes) -> float:
     which these families leave to the scores."""
     factor = keys.real("rope.scaling.factor", 0.0) or 1.0
     magnitude = 1.0 + keys.real("rope.scaling.yarn_log_multiplier", 0.0) * math.log(max(factor, 1.0))
+    magnitude *= keys.factor("rope.scaling.attn_factor")
     return magnitude * magnitude / math.sqrt(latent.plain + latent.rotary)
 
 

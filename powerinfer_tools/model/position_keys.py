@@ -69,7 +69,8 @@ def read_ropes(
         base *= alpha ** (head_dim / (head_dim - 2))  # NTK-aware scaling
     wide = _scaled(keys, Rope(style, dim, base))
     if spec.latent and wide.yarn is not None:
-        wide = replace(wide, magnitude=1.0)  # that of the scores is
+        # that of the scores is
+        wide = replace(wide, magnitude=keys.factor("rope.scaling.attn_factor"))
     local_dim = _rope_dim(keys, "rope.dimension_count_swa", local_head_dim, dim)
     local_base = keys.real("rope.freq_base_swa", spec.local_rope_base or base, low=1.0)
     if spec.plain_local_rope:

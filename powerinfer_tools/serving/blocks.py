@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerinfer_tools.serving.answers import new_id
-from powerinfer_tools.serving.parts import Content, Part, Reasoning
+from powerinfer_tools.text.answer_parts import Content, Part, Reasoning
 
 Kind = Literal["text", "reasoning", "call"]
 

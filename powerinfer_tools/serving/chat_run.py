@@ -10,13 +10,14 @@ from powerinfer_tools.serving.batcher import Ticket
 from powerinfer_tools.serving.faults import RequestFault
 from powerinfer_tools.serving.formatting import call_grammar, grammar_of, is_forced, offered
 from powerinfer_tools.serving.jobs import Ended, Job, Token
-from powerinfer_tools.serving.parts import AnswerParser, Part
 from powerinfer_tools.serving.prompting import prompt_ids
 from powerinfer_tools.serving.schemas import ChatRequest
 from powerinfer_tools.serving.served_model import ServedModel
 from powerinfer_tools.serving.streams import merged
-from powerinfer_tools.serving.tool_formats import format_of
 from powerinfer_tools.serving.translation import biases, copies, generation_options
+from powerinfer_tools.text.answer_parts import Part, PartsParser, parts_parser
+from powerinfer_tools.text.thoughts import thought_formats
+from powerinfer_tools.text.tool_formats import format_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class ChatRun:
             if grammar is not None:
                 raise RequestFault("choose one of a response format and a tool_choice that forces a call")
             grammar = call_grammar(tools, form, model.tokenizer)
-        marked = bool(tools) and _is_control(form.opener, model)
+        marked = (bool(tools) and _is_control(form.opener, model)) or any(
+            _is_control(one.opener, model) for one in thought_formats(model.template_source)
+        )
         job = Job(
             prompt=ids,
             options=generation_options(request, limit, model.template.stops, show_special=marked),
@@ -56,13 +59,13 @@ class ChatRun:
             reuse=request.cache_prompt is not False,
         )
         self.jobs = copies(job, request.n or 1)
-        tail = model.tokenizer.decode(ids[-8:], show_special=True).rstrip()
-        self._thinking = tail.endswith("<think>") and grammar is None
-        self._tools, self._forced = (form if tools else None), forced
+        self._tail = model.tokenizer.decode(ids[-8:], show_special=True)
+        self._tools, self._forced, self._formed = (form if tools else None), forced, grammar is not None
         self.parsers = [self._parser() for _ in self.jobs]
 
-    def _parser(self) -> AnswerParser:
-        return AnswerParser(self._tools, thinking=self._thinking, forced=self._forced)
+    def _parser(self) -> PartsParser:
+        source = self.model.template_source
+        return parts_parser(source, self._tail, self._tools, formed=self._formed, forced=self._forced)
 
     async def steps(self, tickets: Sequence[Ticket]) -> AsyncIterator[Step]:
         """What comes, until all answers have ended."""

@@ -6,8 +6,8 @@ from typing import Any
 from powerinfer_tools.generate.constraints import Grammar
 from powerinfer_tools.serving.faults import RequestFault
 from powerinfer_tools.serving.schemas import ChatRequest, Generating, NamedTool, Tool
-from powerinfer_tools.serving.tool_formats import ToolFormat
 from powerinfer_tools.text.tokenizer import Tokenizer
+from powerinfer_tools.text.tool_formats import ToolFormat
 
 
 def grammar_of(request: Generating, tokenizer: Tokenizer) -> Grammar | None:

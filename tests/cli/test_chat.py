@@ -160,3 +160,39 @@ def test_a_full_context_is_said_and_the_chat_goes_on(capsys: pytest.CaptureFixtu
     said = capsys.readouterr()
     assert "the context 40" in said.err
     assert said.out == "hello\n"
+
+
+THOUGHT = "<think>is it so</think>\n\nyes"
+
+
+def test_what_is_thought_stands_beside_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the history too: templates place it, or leave it out."""
+    conversation = Conversation([THOUGHT])
+    run(conversation, "so?")
+    assert capsys.readouterr().out == THOUGHT + "\n"
+    assert conversation.chat.messages[-1] == {
+        "role": "assistant",
+        "content": "yes",
+        "reasoning_content": "is it so",
+    }
+
+
+def test_thoughts_are_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    Loop(Conversation([THOUGHT]).chat, typed(["so?"]), "hide").run(None)
+    assert capsys.readouterr().out == "yes\n"
+
+
+def test_a_terminal_shows_thoughts_dimmed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    run(Conversation([THOUGHT]), "so?")
+    assert capsys.readouterr().out == "\x1b[2mis it so\x1b[0m\n\nyes\n"
+
+
+def test_a_thought_without_an_end_leaves_the_terminal_plain(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    run(Conversation(["<think>is it"]), "so?")
+    assert capsys.readouterr().out == "\x1b[2mis it\x1b[0m\n"

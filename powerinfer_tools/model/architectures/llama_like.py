@@ -74,7 +74,7 @@ ROWS = (
     ArchitectureSpec("olmo", rope_style="norm", norm="layer", norm_weights=False, clamped_qkv=True),
     # Biases by distance instead of rotary positions; of Baichuan, in models that are not 32 layers deep.
     ArchitectureSpec("refact", rope_style="none", alibi=True),
-    ArchitectureSpec("baichuan", rope_style="norm", alibi=True, rotary_depths=(32,)),
+    ArchitectureSpec("baichuan", rope_style="norm", alibi=True, rotary_depths=(32,), alibi_depths=(40,)),
     # Qwen 1: the files count gate and up together.
     ArchitectureSpec("qwen", rope_style="neox", neurons_divisor=2),
     # Norms of queries and keys after they are turned.

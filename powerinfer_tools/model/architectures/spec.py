@@ -115,6 +115,8 @@ class ArchitectureSpec:
     clamped_qkv: bool = False
     alibi: bool = False
     rotary_depths: tuple[int, ...] = ()
+    #: Of those with rotary depths, models of so many layers have biases, which their files do not say.
+    alibi_depths: tuple[int, ...] = ()
     sinks: bool = False
     recurrent: RecurrentKind = "none"
     recurrent_layers: RecurrentLayers = "listed"

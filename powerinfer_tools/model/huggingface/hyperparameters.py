@@ -134,8 +134,9 @@ def _add_rope(metadata: Metadata, family: Family, rope: Rope, heads: HeadShape) 
             ("factor", rope.yarn.factor),
             ("yarn_beta_fast", rope.yarn.fast),
             ("yarn_beta_slow", rope.yarn.slow),
-            ("attn_factor", rope.yarn.magnitude),
-            *((("yarn_log_multiplier", rope.yarn.log_multiplier),) if ARCHITECTURES[prefix].latent else ()),
+            ("yarn_log_multiplier", rope.yarn.log_multiplier)
+            if ARCHITECTURES[prefix].latent
+            else ("attn_factor", rope.yarn.magnitude),
         ):
             metadata.add(f"{scaling}.{key}", value, ValueType.FLOAT32)
     if rope.long is not None:

@@ -1,0 +1,34 @@
+"""How families of models write what they think before they answer, and cutting it out of their text."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ThoughtFormat:
+    """Markers around reasoning."""
+
+    opener: str
+    closer: str
+
+
+#: Qwen, DeepSeek, GLM, MiniMax, Nemotron, SmolLM and others; told from the text alone.
+THINK = ThoughtFormat("<think>", "</think>")
+#: Those that are told by the chat template: Mistral's, Seed-OSS, Command A, Apertus, Gemma 4.
+FORMATS = (
+    ThoughtFormat("[THINK]", "[/THINK]"),
+    ThoughtFormat("<seed:think>", "</seed:think>"),
+    ThoughtFormat("<|START_THINKING|>", "<|END_THINKING|>"),
+    ThoughtFormat("<|inner_prefix|>", "<|inner_suffix|>"),
+    ThoughtFormat("<|channel>thought\n", "<channel|>"),
+)
+
+
+def thought_formats(template: str | None) -> tuple[ThoughtFormat, ...]:
+    """The formats that answers to a chat template may begin with."""
+    source = (template or "").replace("\\n", "\n")
+    return (THINK, *(one for one in FORMATS if one.opener.strip() in source and one.closer in source))
+
+
+def writes_channels(template: str | None) -> bool:
+    """Whether answers are in channels (OpenAI's harmony format), each with a header before its text."""
+    return template is not None and all(marker in template for marker in ("<|channel|>", "<|message|>"))

@@ -21,6 +21,9 @@ PI_INLINE int pi_planes(int type) {
 PI_INLINE int pi_largest_code(int type) { return type == PI_Q6_K ? 63 : pi_planes(type) ? 31 : 15; }
 PI_INLINE int pi_code_bytes(int type) { return type == PI_Q8_0 ? 512 : 256 + 64 * pi_planes(type); }
 
+/* Whether the sum over a block of 32 columns fits an accumulator (see v16p_dot_us); that over 16 columns always does. */
+PI_INLINE int pi_fits_one_sum(int type) { return PI_DOT_US_WIDE || pi_is_bytes(type) || pi_largest_code(type) <= 15; }
+
 /* Where the planes and lines of block `sub` start in the stored block at p. */
 PI_INLINE const uint8_t *pi_tile_codes_at(int type, const uint8_t *p, int sub) {
     const int header = pi_layout_of(type).tile_bytes - pi_subs(type) * pi_code_bytes(type);
@@ -139,7 +142,14 @@ PI_INLINE v16f pi_scale_byte_halves(int type, v16i low, v16i high, const v16i su
     return v16f_fma(v16i_as_f32(sub[1]), v16f_from_i32(high), first);
 }
 
-/* Σ (code - offset)·x of a block as f32, an exact integer, from the sums over its two halves of 16 columns. */
+/* Σ (code - offset)·x of a block as f32, an exact integer, from Σ code·x. */
+PI_INLINE v16f pi_finish_sum(int type, v16i sum, float s) {
+    const float offset = (float)pi_layout_of(type).offset;
+    if (offset == 0.0f) return v16f_from_i32(sum);
+    return v16f_fma(v16f_set1(-offset), v16f_set1(s), v16f_from_i32(sum)); /* both terms are exact integers */
+}
+
+/* The same from the sums over its two halves of 16 columns. */
 PI_INLINE v16f pi_finish(int type, v16p low, v16p high, const int8_t *x, float s, const v16i sub[2]) {
     if (pi_has_halves(type)) {
         if (pi_layout_of(type).offset) {
@@ -148,11 +158,10 @@ PI_INLINE v16f pi_finish(int type, v16p low, v16p high, const int8_t *x, float s
         }
         return pi_scale_halves(type, low, high, sub);
     }
-    const v16i sum = pi_largest_code(type) <= 15 ? v16i_from_pairs(v16p_add(low, high))
-                                                 : v16i_add(v16i_from_pairs(low), v16i_from_pairs(high));
-    const float offset = (float)pi_layout_of(type).offset;
-    if (offset == 0.0f) return v16f_from_i32(sum);
-    return v16f_fma(v16f_set1(-offset), v16f_set1(s), v16f_from_i32(sum)); /* both terms are exact integers */
+    return pi_finish_sum(type,
+                         pi_largest_code(type) <= 15 ? v16i_from_pairs(v16p_add(low, high))
+                                                     : v16i_add(v16i_from_pairs(low), v16i_from_pairs(high)),
+                         s);
 }
 
 /* Σx of 16 activations, in every lane. */
@@ -183,21 +192,27 @@ typedef struct { /* sums over the two halves of a block, not yet scaled: of byte
     v16i bytes[2];
 } pi_halves;
 
-/* One token, straight from the tile. */
-PI_INLINE pi_halves pi_dot_tile(int type, const uint8_t *p, v64b table, const int8_t *x) {
-    pi_halves sum = {{v16p_zero(), v16p_zero()}, {v16i_zero(), v16i_zero()}};
+/* `count` tokens (a constant), `stride` bytes apart, straight from the tile. One token has two chains of sums; several
+ * hide each other's latency, and registers are dear. */
+PI_INLINE void pi_dot_tile(int type, int count, const uint8_t *p, v64b table, const int8_t *x, int64_t stride,
+                           pi_halves *sum) {
+    const int second = count == 1 || pi_has_halves(type) || !pi_fits_one_sum(type);
+    PI_UNROLL for (int t = 0; t < count; t++) sum[t] =
+        (pi_halves){{v16p_zero(), v16p_zero()}, {v16i_zero(), v16i_zero()}};
     PI_UNROLL for (int j = 0; j < 4; j++) {
         v64b low, high;
         pi_tile_quads(type, p, table, j, &low, &high);
-        if (pi_is_bytes(type)) {
-            sum.bytes[0] = pi_dot_bytes(sum.bytes[0], low, v64b_quad(x + 4 * j));
-            sum.bytes[1] = pi_dot_bytes(sum.bytes[1], high, v64b_quad(x + 16 + 4 * j));
-        } else {
-            sum.codes[0] = v16p_dot_us(sum.codes[0], low, v64b_quad(x + 4 * j));
-            sum.codes[1] = v16p_dot_us(sum.codes[1], high, v64b_quad(x + 16 + 4 * j));
+        PI_UNROLL for (int t = 0; t < count; t++) {
+            const v64b first = v64b_quad(x + t * stride + 4 * j), last = v64b_quad(x + t * stride + 16 + 4 * j);
+            if (pi_is_bytes(type)) {
+                sum[t].bytes[0] = pi_dot_bytes(sum[t].bytes[0], low, first);
+                sum[t].bytes[second] = pi_dot_bytes(sum[t].bytes[second], high, last);
+            } else {
+                sum[t].codes[0] = v16p_dot_us(sum[t].codes[0], low, first);
+                sum[t].codes[second] = v16p_dot_us(sum[t].codes[second], high, last);
+            }
         }
     }
-    return sum;
 }
 
 PI_INLINE v16f pi_finish_halves(int type, const pi_halves *sum, const int8_t *x, float s, const v16i sub[2]) {
@@ -243,6 +258,18 @@ PI_INLINE void pi_dot_codes(int type, int count, const uint8_t *codes, const int
                 pi_dot_bytes(sum[t], code, v64b_quad(x + t * stride + 4 * j));
         }
         PI_UNROLL for (int t = 0; t < count; t++) out[t] = pi_finish_bytes(sum[t], s[t * s_stride]);
+        return;
+    }
+    if (!pi_has_halves(type) && pi_fits_one_sum(type)) {
+        v16p sum[8];
+        PI_UNROLL for (int t = 0; t < count; t++) sum[t] = v16p_zero();
+        PI_UNROLL for (int j = 0; j < 8; j++) {
+            const v64b code = v64b_load(codes + 64 * j);
+            PI_UNROLL for (int t = 0; t < count; t++) sum[t] =
+                v16p_dot_us(sum[t], code, v64b_quad(x + t * stride + 4 * j));
+        }
+        PI_UNROLL for (int t = 0; t < count; t++) out[t] =
+            pi_finish_sum(type, v16i_from_pairs(sum[t]), s[t * s_stride]);
         return;
     }
     v16p half[2][8];

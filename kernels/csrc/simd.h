@@ -86,6 +86,7 @@
  *   v16p_offset(p, k)             every lane: k·Σ of the 16 int8 at p, 0 < k ≤ 32
  *   v16i_from_pairs(acc)          the finished sums
  *   v16i_scale_pairs(sum, acc, k) sum + finished sums · k, k in int16 range
+ *   PI_REGISTERS                  defined to the number of vector registers
  *   PI_DOT_US_WIDE                defined to 1 where v16i_dot_us takes any unsigned byte (VNNI), else 0
  * Memory
  *   pi_prefetch(p)                ask for the line at p (T0); never faults

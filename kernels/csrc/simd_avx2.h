@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#define PI_REGISTERS 16
 #ifdef __AVXVNNI__
 #define PI_DOT_US_WIDE 1
 #else

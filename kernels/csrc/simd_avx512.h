@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#define PI_REGISTERS 32
 #define PI_DOT_US_WIDE 1
 
 typedef struct {

@@ -4,6 +4,7 @@
 
 #include <arm_neon.h>
 
+#define PI_REGISTERS 32
 #define PI_DOT_US_WIDE 0
 
 typedef struct {

@@ -2,6 +2,7 @@
 #ifndef PI_SIMD_SCALAR_H
 #define PI_SIMD_SCALAR_H
 
+#define PI_REGISTERS 16
 #define PI_DOT_US_WIDE 0
 
 typedef struct {

@@ -5,8 +5,8 @@ Nothing is computed from the label; the types of tensors count.
 """
 
 _ALL_F32 = "ALL_F32"
-#: Names under which the package knows the medium mixture of a K type.
-_MIXED = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+#: Names under which the package knows the medium mixture of a K type, and types of experts.
+_MIXED = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 
 
 def file_type_number(name: str) -> int:

@@ -83,8 +83,9 @@ def read_heads(keys: Keys, spec: ArchitectureSpec, mixers: Sequence[Mixer]) -> l
         keys.ignore("attention.head_count", "attention.head_count_kv")
         return [(1, 1)] * layers
     heads = keys.integers("attention.head_count", layers, low=0, high=4096)
-    same = heads if isinstance(keys.raw("attention.head_count"), np.ndarray) else heads[0]
-    shared = keys.integers("attention.head_count_kv", layers, same, low=0, high=4096)
+    shared = heads
+    if keys.raw("attention.head_count_kv") is not None:
+        shared = keys.integers("attention.head_count_kv", layers, low=0, high=4096)
     attends = [index for index, mixer in enumerate(mixers) if mixer in ("attention", "both")]
     for index in attends:
         if not heads[index] or not shared[index] or heads[index] % shared[index]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from powerinfer_formats.file_types import file_type_name, file_type_number
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.split_layout import predictor_names
 from powerinfer_kernels import Pool, RowType, row_bytes
@@ -14,7 +15,7 @@ from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.measure import ffn_speedup as ffn_benchmarking
 from powerinfer_tools.measure import random_ffns as ffn_layers
 from powerinfer_tools.measure.synthetic.cache import Request, cached, clear
-from powerinfer_tools.measure.synthetic.models import SHAPES, Shape
+from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, Shape
 from powerinfer_tools.measure.synthetic.sparse import (
     OVERSHOOT,
     SPARSE_TYPES,
@@ -166,6 +167,11 @@ def test_what_cannot_be_made_is_refused(make: object, said: str, tmp_path: Path)
     with pytest.raises(ModelError, match=said):
         make(tmp_path / "none.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("row_type", TYPES)
+def test_every_type_has_a_label(row_type: str) -> None:
+    assert file_type_name(file_type_number(row_type)) is not None
 
 
 def test_shapes_are_whole() -> None:

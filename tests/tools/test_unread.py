@@ -7,12 +7,16 @@ import pytest
 from gguf.constants import TENSOR_NAMES
 
 from engine_logits import logits
-from powerinfer_formats.errors import WrongShape
+from hybrid_families import FAMILIES, write_random_family
+from powerinfer_formats.errors import FormatError, WrongShape
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.architectures import ARCHITECTURES
 from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model.reference import forward
+from random_families import write_random
 from tiny_models import CASES, TinyModel, make_tiny_model
 
 TYPES = {float: ValueType.FLOAT32, int: ValueType.UINT32}
@@ -193,3 +197,63 @@ def test_which_layers_have_rotary_positions(llama: TinyModel, tmp_path: Path) ->
     keys = {"llama.attention.rope_pattern": ALL}
     hyper = load_model(changed(llama.path, tmp_path / "more.gguf", keys)).hyper
     assert [facts.rope is not None for facts in hyper.facts] == ALL.tolist()
+
+
+#: Keys that may be missing without a trace: sizes, which the shapes of tensors say, too, and what has the
+#: value in these files that the family has without it.
+_MAY_BE_MISSING = {
+    "attention.key_length",
+    "attention.max_alibi_bias",
+    "attention.value_length",
+    "attention.value_length_swa",
+    "expert_feed_forward_length",
+    "expert_shared_count",
+    "feed_forward_length",
+    "interleave_moe_layer_step",
+    "leading_dense_block_count",
+    "rope.dimension_count",
+}
+#: The same of single families: there are no such heads or norms, or the model is not deep or long enough.
+_MAY_BE_MISSING_IN = {
+    "exaone4": {"attention.sliding_window"},
+    "gemma4": {"attention.shared_kv_layers", "embedding_length_per_layer_input"},
+    "deepseek32": {"attention.indexer.head_count", "attention.indexer.key_length"},
+    "rwkv7": {"attention.head_count", "attention.layer_norm_rms_epsilon"},
+    "arwkv7": {"attention.head_count"},
+}
+_LATENT = {name for name, spec in ARCHITECTURES.items() if spec.latent}
+_ROWS = sorted({*ARCHITECTURES, *FAMILIES})
+
+
+@pytest.mark.parametrize("name", _ROWS)
+def test_keys_and_tensors_of_every_family_one_by_one(name: str, tmp_path: Path) -> None:
+    """A key that is left out is missed, or changes what is computed; a scale of a tensor, and a key that the
+    family has not, are refused by name."""
+    path = tmp_path / "model.gguf"
+    if name in FAMILIES:
+        write_random_family(path, FAMILIES[name])
+    else:
+        write_random(path, ARCHITECTURES[name])
+    tokens = list(range(3, 17))
+    expected = forward(load_model(path), tokens)
+    gguf = GGUFFile.open(path)
+    prefix, unmissed = str(gguf.metadata["general.architecture"]), list[str]()
+    for key in [key for key in gguf.metadata if key.startswith(f"{prefix}.")]:
+        try:
+            model = load_model(changed(path, tmp_path / "less.gguf", {key: None}))
+            same = np.array_equal(forward(model, tokens), expected)
+        except (ModelError, FormatError):
+            continue
+        if same:
+            unmissed.append(key.removeprefix(f"{prefix}."))
+    known = _MAY_BE_MISSING | _MAY_BE_MISSING_IN.get(prefix, set())
+    assert set(unmissed) - known <= ({"attention.head_count_kv"} if prefix in _LATENT else set())
+    for tensor in [one for one in gguf.tensors if one.startswith("blk.1.") or not one.startswith("blk.")]:
+        scale = f"{tensor.removesuffix('.weight')}.scale"
+        path_of_more = changed(path, tmp_path / "more.gguf", tensors={scale: np.ones(1, np.float32)})
+        with pytest.raises(ModelError, match=f"unexpected tensor {scale}".replace(".", r"\.")):
+            load_model(path_of_more)
+    for key in ("attention.of_tomorrow", "rope.scaling.of_tomorrow", "of_tomorrow"):
+        more = changed(path, tmp_path / "more.gguf", {f"{prefix}.{key}": 1.5})
+        with pytest.raises(ModelError, match=f"{prefix}.{key} is 1.5, which is not supported"):
+            load_model(more)

@@ -74,13 +74,15 @@ static int later_fit(const pi_given *m, int k, const int64_t *i) {
     return units_fit(m, i) || (!given(m, k) && !i[0] && !i[1] && !i[2]);
 }
 
+/* A bundle may have rows that the operation does not read: other operations share it. */
 static int sparse_fits(const int64_t *i, const pi_given *m) {
-    int by_value = i[2] == PI_BY_VALUE, by_up = i[2] == PI_BY_UP_SIZE;
-    if (!has_part(m, PI_DOWN) || has_part(m, PI_GATE) != (by_value ? given(m, 9) : by_up)) return 0;
-    if (!by_value && !by_up && !has_part(m, PI_UP)) return 0;
+    const int by_value = i[2] == PI_BY_VALUE, by_up = i[2] == PI_BY_UP_SIZE;
+    const int reads[PI_DOWN] = {[PI_GATE] = by_value ? given(m, 9) : by_up,
+                                [PI_UP] = by_value ? has_part(m, PI_UP) : !by_up};
+    if (!has_part(m, PI_DOWN)) return 0;
     if ((!by_value && !given(m, 1)) || (given(m, 10) && !given(m, 9))) return 0;
     for (int k = 0; k < PI_DOWN; k++)
-        if (has_part(m, k) && !has_input(m, m->bundle->part[k].row_type, 2)) return 0;
+        if (reads[k] && (!has_part(m, k) || !has_input(m, m->bundle->part[k].row_type, 2))) return 0;
     return 1;
 }
 

@@ -74,11 +74,13 @@ class Bundle:
         types: tuple[RowType | None, RowType | None, RowType | None],
         rows: int,
         columns: int,
+        unread: int = 0,
     ) -> None:
         self.handle = handle
         self.types = types
         self.rows = rows
         self.columns = columns
+        self._unread = unread
 
     @classmethod
     def pack(
@@ -103,15 +105,26 @@ class Bundle:
         handle = _kernels.Bundle(pool.handle, sources, numbers, rows, columns)  # type: ignore[arg-type]
         return cls(handle, types, rows, columns)  # type: ignore[arg-type]
 
+    def only(self, *, gate: bool = False, up: bool = False, down: bool = False) -> "Bundle":
+        """The same records, for operations that read no other rows of them. Raises KernelError for rows that
+        they do not have."""
+        wanted = (gate, up, down)
+        if any(want and kind is None for want, kind in zip(wanted, self.types, strict=True)):
+            raise KernelError("the bundle has no such rows")
+        left = [kind for want, kind in zip(wanted, self.types, strict=True) if not want and kind is not None]
+        unread = self._unread + self.rows * sum(packed_row_bytes(kind, self.columns) for kind in left)
+        types = tuple(kind if want else None for want, kind in zip(wanted, self.types, strict=True))
+        return Bundle(self.handle, types, self.rows, self.columns, unread)  # type: ignore[arg-type]
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all records."""
-        return self.handle.nbytes
+        """Bytes of all records, without the rows that :meth:`only` leaves out."""
+        return self.handle.nbytes - self._unread
 
     @property
     def gate_nbytes(self) -> int:
         """Bytes of all gate rows."""
-        return self.handle.gate_nbytes
+        return 0 if self.types[0] is None else self.handle.gate_nbytes
 
     @property
     def record_bytes(self) -> int:

@@ -2,13 +2,12 @@
 on."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
-from powerinfer_formats.split import DownColumns, SplitLayer
+from powerinfer_formats.split import SplitLayer
 from powerinfer_kernels import Bundle, Matrix, Pool
 from powerinfer_tools.engine.blocks import (
     BlockWriter,
@@ -17,11 +16,11 @@ from powerinfer_tools.engine.blocks import (
     NeuronRows,
     PredictedRows,
     ThresholdedRows,
-    pack,
 )
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.packed import PackedWeights
 from powerinfer_tools.engine.predictor_programs import NamedElsewhere, lay_out, named_elsewhere
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
 from powerinfer_tools.model.ffn_matrices import DenseFFN
@@ -73,6 +72,7 @@ def load_cold_ffn(
     model: Model,
     index: int,
     pool: Pool,
+    packed: PackedWeights,
     mode: str,
     hot_neurons: int,
     tokens: int,
@@ -81,25 +81,26 @@ def load_cold_ffn(
     alone: bool = False,
 ) -> ColdFFN:
     """Lay out layer ``index`` without its first ``hot_neurons`` neurons, which the hot device computes, for
-    up to ``tokens`` tokens at a time; ``named``: in mode predicted, it predicts, too. ``alone``: no hot
-    device takes part in the layer, so that its result may go into the residual stream at once."""
+    up to ``tokens`` tokens at a time, sharing what is ``packed``. ``named``: in mode predicted, it predicts,
+    too. ``alone``: no hot device takes part in the layer, so that its result may go into the residual stream
+    at once."""
     ffn = model.layers[index].ffn
     if isinstance(ffn, DenseFFN):
-        up = None if ffn.factor is None else pack(pool, ffn.factor)
+        up = None if ffn.factor is None else packed.of(pool, ffn.factor)
         layer = model.layers[index]
         deviations = model.hyper.facts[index].deviations
         rest = (layer.ffn_bias, layer.ffn_factor_bias, layer.ffn_inner_norm, deviations)
-        return _ColumnsFFN(DenseColumns(pack(pool, ffn.first), up, pack(pool, ffn.down), *rest))
+        return _ColumnsFFN(DenseColumns(packed.of(pool, ffn.first), up, packed.of(pool, ffn.down), *rest))
     assert isinstance(ffn, SplitLayer), "experts are laid out in routed.py"
     if hot_neurons == ffn.neurons:
         return _NoneFFN()
     if mode == "predicted":
-        return _load_predicted(ffn, pool, hot_neurons, tokens, named=named)
+        return _load_predicted(ffn, pool, packed, hot_neurons, tokens, named=named)
     if mode == "thresholded":
-        return _load_thresholded(ffn, pool, hot_neurons)
+        return _load_thresholded(ffn, pool, packed, hot_neurons)
     if mode == "dense" and alone and ffn.columns is not None:
-        return _load_columns(ffn, ffn.columns, pool)
-    return _load_rows(ffn, pool, mode, hot_neurons)
+        return _load_columns(ffn, pool, packed)
+    return _load_rows(ffn, pool, packed, mode, hot_neurons)
 
 
 def with_thresholds(ffn: ColdFFN, thresholds: FactorThresholds) -> ColdFFN:
@@ -272,54 +273,46 @@ class _NoneFFN(_Plain):
         return
 
 
-def _load_rows(layer: SplitLayer, pool: Pool, mode: str, first: int) -> ColdFFN:
+def _load_rows(layer: SplitLayer, pool: Pool, packed: PackedWeights, mode: str, first: int) -> ColdFFN:
     skips = mode == "gate-first"
     dense = layer.kinds[:1] if skips else layer.kinds[:-1]
-    matrices = [_matrix(layer, pool, first, kind) for kind in dense]
-    bundle = _bundle(layer, pool, first, layer.kinds[len(dense) :])
+    matrices = [packed.rows(pool, layer, kind, first) for kind in dense]
+    bundle = packed.bundle(pool, layer, first, layer.kinds[len(dense) :])
     up = matrices[1] if len(matrices) == 2 else None
     return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first)))
 
 
-def _load_columns(layer: SplitLayer, down: DownColumns, pool: Pool) -> ColdFFN:
+def _load_columns(layer: SplitLayer, pool: Pool, packed: PackedWeights) -> ColdFFN:
     """All neurons in the source's order, with its own down projection: the source's form, speed and bits."""
-    position = np.argsort(layer.order)
-    gate, *up = (
-        Matrix.pack(
-            pool,
-            layer.rows(kind, 0, layer.neurons)[position].reshape(-1),
-            layer.type_of(kind),
-            layer.neurons,
-            layer.width,
-        )
-        for kind in layer.kinds[:-1]
-    )
-    columns = Matrix.pack(pool, down.rows.reshape(-1), down.row_type, layer.width, layer.neurons)
-    bias = None if layer.bias is None else layer.bias[position].astype(np.float32)
-    return _ColumnsFFN(DenseColumns(gate, up[0] if up else None, columns, bias))
+    gate, *up = (packed.columns(pool, layer, kind) for kind in layer.kinds[:-1])
+    down = packed.columns(pool, layer, "down")
+    bias = None if layer.bias is None else layer.bias[np.argsort(layer.order)].astype(np.float32)
+    return _ColumnsFFN(DenseColumns(gate, up[0] if up else None, down, bias))
 
 
-def _load_thresholded(layer: SplitLayer, pool: Pool, first: int) -> ColdFFN:
+def _load_thresholded(layer: SplitLayer, pool: Pool, packed: PackedWeights, first: int) -> ColdFFN:
     threshold = layer.threshold
     assert threshold is not None
     rest = [kind for kind in layer.kinds if kind != threshold.factor]
     return _ThresholdedFFN(
         ThresholdedRows(
             factor=threshold.factor,
-            known=_matrix(layer, pool, first, threshold.factor),
+            known=packed.rows(pool, layer, threshold.factor, first),
             threshold=threshold.values[first:].copy(),
-            bundle=_bundle(layer, pool, first, rest),
+            bundle=packed.bundle(pool, layer, first, rest),
         )
     )
 
 
-def _load_predicted(layer: SplitLayer, pool: Pool, first: int, tokens: int, *, named: bool) -> ColdFFN:
+def _load_predicted(
+    layer: SplitLayer, pool: Pool, packed: PackedWeights, first: int, tokens: int, *, named: bool
+) -> ColdFFN:
     assert layer.predictor is not None
     here = None if named else lay_out(layer.predictor, pool, first, layer.width, tokens)
     return _PredictedFFN(
         PredictedRows(
             predictor=here or named_elsewhere(layer.neurons - first),
-            bundle=_bundle(layer, pool, first, layer.kinds),
+            bundle=packed.bundle(pool, layer, first, layer.kinds),
             bias=_bias(layer, first),
         )
     )
@@ -334,7 +327,13 @@ def predictor_thresholds(ffn: object) -> Floats | None:
 
 
 def write_recall_check(
-    model: Model, index: int, pool: Pool, ffn: ColdFFN, writer: BlockWriter, buffers: Buffers
+    model: Model,
+    index: int,
+    pool: Pool,
+    packed: PackedWeights,
+    ffn: ColdFFN,
+    writer: BlockWriter,
+    buffers: Buffers,
 ) -> RecallCheck | None:
     """Append, right after the operations of ``ffn``, those that compute what its predictor should have found;
     None for an FFN without one."""
@@ -343,28 +342,11 @@ def write_recall_check(
         return None
     assert buffers.scores is not None
     first = layer.neurons - ffn.neurons
-    gate_rows, *up_rows = (_matrix(layer, pool, first, kind) for kind in layer.kinds[:-1])
+    gate_rows, *up_rows = (packed.rows(pool, layer, kind, first) for kind in layer.kinds[:-1])
     truth = GateAndUp(gate_rows, up_rows[0] if up_rows else None, ffn.weights.bias)
     scores, gate, up = (narrowed(b, ffn.neurons) for b in (buffers.scores, buffers.gate, buffers.up))
     writer.ffn_truth(truth, gate, up)
     return RecallCheck(writer.builder.mark(), scores, ffn.weights.predictor.threshold, gate)
-
-
-def _matrix(layer: SplitLayer, pool: Pool, first: int, kind: str) -> Matrix:
-    """All rows of one kind from position ``first`` on, for the dense kernels."""
-    rows = layer.rows(kind, first, layer.neurons)
-    return Matrix.pack(pool, rows.reshape(-1), layer.type_of(kind), len(rows), layer.width)
-
-
-def _bundle(layer: SplitLayer, pool: Pool, first: int, kinds: Sequence[str]) -> Bundle:
-    """The rows of all neurons from position ``first`` on. What the activation reads are a bundle's gate
-    rows, whatever the file calls them."""
-    place = dict(zip(layer.kinds, ("gate", *layer.kinds[1:]), strict=True))
-    rows = {
-        place[kind]: (np.ascontiguousarray(layer.rows(kind, first, layer.neurons)), layer.type_of(kind))
-        for kind in kinds
-    }
-    return Bundle.pack(pool, layer.neurons - first, layer.width, **rows)
 
 
 def _bias(layer: SplitLayer, first: int) -> Floats | None:

@@ -15,7 +15,7 @@ from powerinfer_kernels.reference import alibi_slopes
 from powerinfer_tools.engine.buffers import Floats, Integers, Scratch, place
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.engine.packed import PackedMatrices
+from powerinfer_tools.engine.packed import PackedWeights
 from powerinfer_tools.engine.recurrent_operations import RecurrentOperations
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope
@@ -59,9 +59,9 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         slots: Sequence[KVSlot | None],
         inputs: Inputs | None = None,
         growths: Mapping[PositionScale, Floats] | None = None,
-        packed: PackedMatrices | None = None,
+        packed: PackedWeights | None = None,
     ) -> None:
-        self._packed_matrices = PackedMatrices() if packed is None else packed
+        self._packed_matrices = PackedWeights() if packed is None else packed
         self._builder, self._scratch, self._pool, self._inputs = builder, scratch, pool, inputs
         self._tables, self._slots, self._growths = tables, slots, growths or {}
         self._waiting: list[_Product] = []

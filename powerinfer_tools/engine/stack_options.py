@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.engine.packed import PackedMatrices
+from powerinfer_tools.engine.packed import PackedWeights
 from powerinfer_tools.engine.residency import Budget, Residency
 
 
@@ -17,7 +17,7 @@ class StackOptions:
     ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
     compute beside every prediction what it should have found. ``thresholds``: of each layer of a
     source model. ``residency``: where experts are that are read from disk, and what memory they get
-    (``budget``). ``packed``: matrices that other layouts of the model share.
+    (``budget``). ``packed``: weights that other layouts of the model share.
     """
 
     batch: int
@@ -31,4 +31,4 @@ class StackOptions:
     thresholds: Sequence[FactorThresholds] | None = None
     residency: Residency | None = None
     budget: Budget | None = None
-    packed: PackedMatrices = field(default_factory=PackedMatrices)
+    packed: PackedWeights = field(default_factory=PackedWeights)

@@ -215,8 +215,9 @@ class StackWriter:
         """The FFN of layer ``index`` without its hot neurons; ``alone``: the hot device has no part in it."""
         tokens, thresholds = self._options.batch, self._options.thresholds
         mode, named = self._modes[index], self._hot is not None and self._hot.has_predictor(index)
+        shared = self._options.packed
         ffn = load_cold_ffn(
-            self._model, index, self._pool, mode, hot_neurons, tokens, named=named, alone=alone
+            self._model, index, self._pool, shared, mode, hot_neurons, tokens, named=named, alone=alone
         )
         if thresholds is not None:
             ffn = with_thresholds(ffn, thresholds[index])
@@ -228,7 +229,9 @@ class StackWriter:
         """The operations of ``ffn``, and what looks on."""
         ffn.write(self.writer, self.buffers, output, self._observed(index))
         if self._options.check_recall:
-            check = write_recall_check(self._model, index, self._pool, ffn, self.writer, self.buffers)
+            check = write_recall_check(
+                self._model, index, self._pool, self._options.packed, ffn, self.writer, self.buffers
+            )
             if check is not None:
                 self.checks.append(check)
                 self.checked.append(index)

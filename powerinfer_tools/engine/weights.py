@@ -19,7 +19,7 @@ from powerinfer_tools.engine.head import Head
 from powerinfer_tools.engine.layers import LayerStack
 from powerinfer_tools.engine.memory import MARGIN, require_session_memory
 from powerinfer_tools.engine.observation import LayerCounters
-from powerinfer_tools.engine.packed import PackedMatrices
+from powerinfer_tools.engine.packed import PackedWeights
 from powerinfer_tools.engine.session import Session
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.errors import ModelError
@@ -80,7 +80,7 @@ class Weights(Closing):
         beside: "Weights | None" = None,
     ) -> None:
         started = time.perf_counter()
-        self.packed: PackedMatrices = PackedMatrices() if beside is None else beside.packed
+        self.packed: PackedWeights = PackedWeights() if beside is None else beside.packed
         self.model, self.kv_type = model, kv_type
         self.context = _check_context(model, context)
         self.batch = max(1, min(batch, self.context))

@@ -1,7 +1,7 @@
 """What convert and train share: the rows of a split file's FFN, and a model split in memory."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -67,9 +67,7 @@ def default_down_type(ffn: DenseFFN) -> RowType:
 
 def split_in_memory(model: Model, predictors: Sequence[LayerPredictor], row_type: str) -> Model:
     """``model`` as its split file would be opened, all neurons cold and in the source's order; mode predicted
-    where there is a predictor, else gate-first.
-
-    The FFN weights are in memory in addition to the source.
+    where there is a predictor, else gate-first. Rows are read in the source when they are asked for.
     """
     layers = tuple(_split_layer(model, index, made, row_type) for index, made in enumerate(predictors))
     header = SplitHeader(
@@ -89,13 +87,25 @@ def split_in_memory(model: Model, predictors: Sequence[LayerPredictor], row_type
     return replace(model, layers=weights, split=SplitFile.of_layers(model.source, header, layers))
 
 
+@dataclass(frozen=True, eq=False)
+class _SourceLayer(SplitLayer):
+    """A layer whose rows are those of ``source``: it holds no copy of them."""
+
+    source: DenseFFN = field(kw_only=True)
+
+    def rows(self, kind: str, first: int, last: int) -> Bytes:
+        """Rows of one of ``kinds``; the down projection is transposed for this."""
+        if not 0 <= first <= last <= self.neurons:
+            raise IndexError(f"neurons {first} to {last} of {self.neurons}")
+        if kind == "down":
+            return stored_down(self.source, RowType(self.type_of(kind)))[first:last]
+        return plain_rows(self.source.matrices[self.kinds.index(kind)])[first:last]
+
+
 def _split_layer(model: Model, index: int, made: LayerPredictor, row_type: str) -> SplitLayer:
     ffn, neurons, width = model.layers[index].source_ffn, model.hyper.neurons, model.hyper.width
-    down = default_down_type(ffn)
-    layout, order = ffn_layout(ffn, down), np.arange(neurons, dtype=np.int32)
-    products = [plain_rows(weight) for weight in ffn.matrices[:-1]]
-    none = np.zeros((0, 0), np.uint8)
-    return SplitLayer(
+    layout, order = ffn_layout(ffn, default_down_type(ffn)), np.arange(neurons, dtype=np.int32)
+    return _SourceLayer(
         index=index,
         mode="gate-first" if made is None else "predicted",
         neurons=neurons,
@@ -103,8 +113,9 @@ def _split_layer(model: Model, index: int, made: LayerPredictor, row_type: str) 
         width=width,
         order=order,
         layout=layout,
-        hot=(none,) * len(layout.kinds),
-        cold=layout.pack(*products, stored_down(ffn, down)),
+        hot=(np.zeros((0, 0), np.uint8),) * len(layout.kinds),
+        cold=np.zeros((0, layout.record_bytes), np.uint8),
         predictor=split_predictor(made, row_type, order),
         bias=model.layers[index].ffn_bias,
+        source=ffn,
     )

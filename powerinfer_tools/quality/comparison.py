@@ -1,6 +1,7 @@
 """The modes of one file side by side: how far each is from computing every neuron, on the same text."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from powerinfer_tools.progress import Progress
 from powerinfer_tools.quality.perplexity import divergence, perplexity
 
 BASELINE = "dense"
+#: Modes by how many rows of a neuron lie in its bundle, most first: a bundle serves the modes after its own.
+_BUNDLED = ("predicted", "thresholded", "gate-first")
 _NO_RECALL = {
     "dense": "every neuron is computed",
     "gate-first": "the gate itself says which neurons are active",
@@ -77,16 +80,27 @@ def compare_modes(
 ) -> Comparison:
     """Run ``pieces`` of text in every one of ``modes``, dense beside it.
 
-    ``open_engine(mode=…, check_recall=…, beside=…)`` makes an engine on ``model``, which shares what it can
-    with the weights beside it. Raises ModelError where the only
-    modes asked for beside dense are not to be had.
+    ``open_engine(mode=…, check_recall=…, beside=…)`` makes an engine on ``model``, which shares its weights
+    with those beside it: each is packed once in each form, and one bundle of neurons serves all modes.
+    Raises ModelError where the only modes asked for beside dense are not to be had.
     """
     reasons = {mode: refusal(model, mode) for mode in modes}
     others = [mode for mode in modes if mode != BASELINE]
     if others and all(reasons[mode] for mode in others) and len(others) == len(modes):
         raise ModelError("; ".join(str(reasons[mode]) for mode in others))
-    base = open_engine(mode=BASELINE, check_recall=False)
-    try:
+    allowed = [mode for mode in modes if not reasons[mode]]
+    with ExitStack() as stack:
+
+        def opened(mode: str, beside: Engine | None, held: ExitStack = stack) -> Engine:
+            weights = None if beside is None else beside.weights
+            return held.enter_context(
+                open_engine(mode=mode, check_recall=mode == "predicted", beside=weights)
+            )
+
+        # The first that is opened has rows of the most kinds in its bundles: they serve all others.
+        richest = next((mode for mode in _BUNDLED if mode in allowed), None)
+        most = None if richest is None else opened(richest, None)
+        base = opened(BASELINE, most)
         rows = []
         for mode in modes:
             if reasons[mode]:
@@ -94,9 +108,9 @@ def compare_modes(
             elif mode == BASELINE:
                 rows.append(_baseline(base, pieces, progress))
             else:
-                rows.append(_against(open_engine, base, mode, pieces, progress))
-    finally:
-        base.close()
+                with ExitStack() as own:
+                    engine = most if most and mode == richest else opened(mode, base, own)
+                    rows.append(_against(engine, base, mode, pieces, progress))
     return Comparison(tuple(rows), sum(len(piece) - 1 - len(piece) // 2 for piece in pieces))
 
 
@@ -122,19 +136,11 @@ def _baseline(base: Engine, pieces: Sequence[list[int]], progress: Progress | No
 
 
 def _against(
-    open_engine: Callable[..., Engine],
-    base: Engine,
-    mode: str,
-    pieces: Sequence[list[int]],
-    progress: Progress | None,
+    engine: Engine, base: Engine, mode: str, pieces: Sequence[list[int]], progress: Progress | None
 ) -> Fidelity:
     """The row of a mode other than dense."""
-    engine = open_engine(mode=mode, check_recall=mode == "predicted", beside=base.weights)
-    try:
-        result = divergence(engine, base, pieces, progress)
-        report = engine.report()
-    finally:
-        engine.close()
+    result = divergence(engine, base, pieces, progress)
+    report = engine.report()
     return Fidelity(
         mode=mode,
         available=True,

@@ -26,6 +26,7 @@ from powerinfer_kernels import (
     available_isas,
     physical_cores,
     read_bandwidth,
+    row_bytes,
 )
 
 
@@ -92,6 +93,34 @@ def test_operations_refuse(case: str) -> None:
     append, message = BAD[case]
     with pytest.raises(KernelError, match=message):
         append(ProgramBuilder(2))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 12])
+def test_rows_of_a_bundle_that_other_operations_read(tokens: int) -> None:
+    """Gate rows of another type, of which nothing is a number: gate-first does not see them."""
+    rng = np.random.default_rng(tokens)
+    neurons, columns, results = 40, 32, []
+    select, src = (rng.standard_normal((tokens, n)).astype(np.float32) for n in (neurons, columns))
+    rows = {
+        kind: (rng.standard_normal((neurons, columns)).astype(np.float32), RowType.F32)
+        for kind in ("up", "down")
+    }
+    poison = (np.full((neurons, row_bytes(RowType.Q8_0, columns)), 0xFF, np.uint8), RowType.Q8_0)
+    with Pool(1) as pool:
+        alone = Bundle.pack(pool, neurons, columns, **rows)
+        more = Bundle.pack(pool, neurons, columns, gate=poison, **rows)
+        shared = more.only(up=True, down=True)
+        assert shared.types == alone.types
+        assert (shared.gate_nbytes, shared.nbytes + more.gate_nbytes) == (0, more.nbytes)
+        with pytest.raises(KernelError, match="no such rows"):
+            alone.only(gate=True)
+        for bundle in (alone, shared):
+            builder, out = ProgramBuilder(tokens), floats(tokens, columns)
+            builder.sparse_ffn(select, src, None, bundle, out, floats(tokens, neurons), "relu")
+            builder.build().run(pool, 0, builder.mark(), tokens, 0)
+            results.append(out.tobytes())
+    assert results[0] == results[1]
+    assert np.any(np.frombuffer(results[0], np.float32))
 
 
 def test_buffers_refuse() -> None:

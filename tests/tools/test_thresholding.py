@@ -11,7 +11,7 @@ import pytest
 from powerinfer_formats.errors import FileChanged, OtherModel
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.thresholds import Thresholds
-from powerinfer_kernels import reference
+from powerinfer_kernels import Bundle, reference
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.factor_thresholds import no_thresholds
 from powerinfer_tools.errors import ModelError, ThresholdError
@@ -248,11 +248,18 @@ def test_hot_neurons_are_computed_whole(made: Made) -> None:
     assert np.abs(got - cold).max() < 0.5 * np.abs(cold).max()
 
 
-def test_compare_has_its_row(made: Made) -> None:
-    model = load_model(made.split)
+def test_compare_has_its_row(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bundles, pack = load_model(made.split), list[Bundle](), Bundle.pack
+
+    def packing(*args: object, **rows: object) -> Bundle:
+        bundles.append(pack(*args, **rows))  # type: ignore[arg-type]
+        return bundles[-1]
+
+    monkeypatch.setattr(Bundle, "pack", staticmethod(packing))
     open_engine = partial(Engine, model, threads=1, context=64)
     rows = compare_modes(open_engine, model, ("dense", "thresholded"), [made.tiny.tokens(60)]).rows
     model.close()
+    assert len(bundles) == LAYERS
     assert rows[1].available
     assert rows[1].kl is not None
     assert rows[1].kl > 0

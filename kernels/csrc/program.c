@@ -37,6 +37,14 @@ static int give_ids(pi_program *program) {
     return ids ? 0 : -1;
 }
 
+/* Counters of every sparse operation. */
+static int give_counters(pi_program *program) {
+    program->neurons = calloc((size_t)program->count + 1, sizeof(pi_neurons));
+    for (int64_t i = 0; program->neurons && i < program->count; i++)
+        if (program->ops[i].kind == PI_OP_SPARSE_FFN) program->ops[i].u.sparse_ffn.counted = &program->neurons[i];
+    return program->neurons ? 0 : -1;
+}
+
 int pi_program_prepare(pi_program *program) {
     join_vector_operations(program);
     for (int64_t i = 0; i < program->count; i++) {
@@ -50,13 +58,15 @@ int pi_program_prepare(pi_program *program) {
     program->nanoseconds = calloc((size_t)program->count + 1, sizeof(int64_t));
     program->spans = calloc((size_t)program->max_tokens, sizeof(pi_span));
     program->places = calloc((size_t)program->max_tokens, sizeof(pi_place));
-    return program->nanoseconds && program->spans && program->places && give_ids(program) == 0 ? 0 : -1;
+    if (!program->nanoseconds || !program->spans || !program->places) return -1;
+    return give_ids(program) == 0 && give_counters(program) == 0 ? 0 : -1;
 }
 
 void pi_program_free(pi_program *program) {
     free(program->ops);
     free(program->ids);
     free(program->nanoseconds);
+    free(program->neurons);
     free(program->spans);
     free(program->places);
     free(program->slots);

@@ -148,6 +148,12 @@ typedef struct {
     int accumulate;
 } pi_sum;
 
+/* Neurons of a sparse operation, added up over runs and tokens: `total` it looked at, `active` it selected, `confirmed`
+ * are those whose rows were all read: a named neuron's gate may turn out to be zero. */
+typedef struct {
+    int64_t active, confirmed, total;
+} pi_neurons;
+
 /* What a sparse FFN selects neurons by: a predictor's scores or the gate, which have to be above the threshold; or the
  * known factor of the product, act(gate) or up, whose size has to be. */
 enum { PI_BY_VALUE, PI_BY_GATE_SIZE, PI_BY_UP_SIZE };
@@ -160,8 +166,9 @@ typedef struct { /* which neurons: those whose `select` is above `threshold` (NU
     pi_acts acts;            /* input of quantised rows */
     const pi_bundle *bundle; /* without gate rows, `select` is the gate; without up rows, it is not gated */
     float *out, *h;
-    float *gate;       /* scratch for gate rows, else NULL */
-    const float *bias; /* of gate rows, or NULL */
+    float *gate;         /* scratch for gate rows, else NULL */
+    const float *bias;   /* of gate rows, or NULL */
+    pi_neurons *counted; /* of the program */
     int accumulate;
 } pi_sparse_ffn;
 
@@ -348,8 +355,7 @@ typedef struct {
     int64_t count;
     int64_t *nanoseconds;  /* [count], wall time added up */
     _Atomic int no_expert; /* an operation of this run met a choice that names none */
-    int64_t active, total; /* neurons of sparse operations, added up */
-    int64_t confirmed;     /* the active ones whose rows were all read: a named neuron's gate may turn out to be zero */
+    pi_neurons *neurons;   /* [count]: of each operation, zeros but for the sparse ones */
     int64_t scratch_bytes; /* what one thread needs at most */
     uint8_t *scratch;      /* [scratch_threads, scratch_bytes] */
     int scratch_threads;

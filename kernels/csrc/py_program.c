@@ -297,13 +297,14 @@ static PyObject *program_nanoseconds(PyObject *object, PyObject *unused) {
 static PyObject *program_neurons(PyObject *object, PyObject *unused) {
     const pi_program *program = &((program_object *)object)->program;
     (void)unused;
-    return Py_BuildValue("LLL", (long long)program->active, (long long)program->confirmed, (long long)program->total);
+    return PyBytes_FromStringAndSize((const char *)program->neurons,
+                                     program->neurons ? program->count * (Py_ssize_t)sizeof(pi_neurons) : 0);
 }
 
 static PyObject *program_reset_counters(PyObject *object, PyObject *unused) {
     pi_program *program = &((program_object *)object)->program;
     (void)unused;
-    program->active = program->confirmed = program->total = 0;
+    if (program->neurons) memset(program->neurons, 0, (size_t)program->count * sizeof(pi_neurons));
     if (program->nanoseconds) memset(program->nanoseconds, 0, (size_t)program->count * sizeof(int64_t));
     Py_RETURN_NONE;
 }
@@ -349,7 +350,7 @@ static PyMethodDef program_methods[] = {
     {"run", (PyCFunction)(void (*)(void))program_run, METH_FASTCALL,
      PyDoc_STR("run(pool, first, last, spans): a span is (State or None, position, count)")},
     {"nanoseconds", program_nanoseconds, METH_NOARGS, PyDoc_STR("int64 per operation, as bytes")},
-    {"neurons", program_neurons, METH_NOARGS, PyDoc_STR("(active, confirmed, total) of the sparse operations")},
+    {"neurons", program_neurons, METH_NOARGS, PyDoc_STR("int64 (active, confirmed, total) per operation, as bytes")},
     {"reset_counters", program_reset_counters, METH_NOARGS, PyDoc_STR("Zeroes times and neuron counts.")},
     {NULL, NULL, 0, NULL},
 };

@@ -130,8 +130,8 @@ static void execute_listed(const pi_sparse_ffn *op, pi_run *run, pi_worker *work
                                op->out);
     }
     if (pi_worker_thread(worker) == 0) {
-        run->program->active += named;
-        run->program->confirmed += count;
+        op->counted->active += named;
+        op->counted->confirmed += count;
     }
 }
 
@@ -197,8 +197,8 @@ static void execute_all(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker,
         found.named += of.named;
         found.confirmed += of.confirmed;
     }
-    __atomic_fetch_add(&run->program->active, found.named, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&run->program->confirmed, found.confirmed, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&op->counted->active, found.named, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&op->counted->confirmed, found.confirmed, __ATOMIC_RELAXED);
     pi_barrier(worker);
     if (columns.begin >= columns.end) return;
     if (!op->accumulate) pi_clear_columns(op->out, width, run->tokens, columns.begin, columns.end);
@@ -310,8 +310,8 @@ static int execute_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker
                                    columns.end, at.sums, op->out + t * width);
     }
     if (pi_worker_thread(worker) == 0) {
-        run->program->active += u.named;
-        run->program->confirmed += u.confirmed;
+        op->counted->active += u.named;
+        op->counted->confirmed += u.confirmed;
     }
     return 0;
 }
@@ -319,7 +319,7 @@ static int execute_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker
 void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     const pi_sparse_ffn *s = &op->u.sparse_ffn;
     if (pi_worker_thread(worker) == 0)
-        __atomic_fetch_add(&run->program->total, run->tokens * s->bundle->rows, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&s->counted->total, run->tokens * s->bundle->rows, __ATOMIC_RELAXED);
     if (run->tokens == 1)
         execute_listed(s, run, worker, slot);
     else if (run->tokens > FEW_TOKENS || execute_union(s, run, worker, slot))

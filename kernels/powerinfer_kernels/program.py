@@ -103,18 +103,23 @@ class Program:
         """Wall time of each operation, added up over all runs: int64 [operations]."""
         return np.frombuffer(self._handle.nanoseconds(), np.int64)
 
+    def neurons(self) -> npt.NDArray[np.int64]:
+        """Neurons of each operation that were active, confirmed and looked at, see below: int64
+        [operations, 3]; zeros for operations that are not sparse."""
+        return np.frombuffer(self._handle.neurons(), np.int64).reshape(-1, 3)
+
     def active_neurons(self) -> int:
         """Neurons that sparse operations computed, over all runs and tokens."""
-        return self._handle.neurons()[0]
+        return int(self.neurons()[:, 0].sum())
 
     def confirmed_neurons(self) -> int:
         """Those of them whose gate was above the cut: of the others no more than the gate row was needed.
         Where nothing but the gate or a size selects, all of them."""
-        return self._handle.neurons()[1]
+        return int(self.neurons()[:, 1].sum())
 
     def total_neurons(self) -> int:
         """Neurons that sparse operations looked at."""
-        return self._handle.neurons()[2]
+        return int(self.neurons()[:, 2].sum())
 
     def reset_counters(self) -> None:
         """Set times and neuron counts to zero."""

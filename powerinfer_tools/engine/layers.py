@@ -12,6 +12,7 @@ from powerinfer_tools.engine.caches import Places, allocate_state, require_kv_ty
 from powerinfer_tools.engine.cold_ffn import Computed, predictor_thresholds
 from powerinfer_tools.engine.hot import HotSide, open_hot_side
 from powerinfer_tools.engine.hot.placement import Workload
+from powerinfer_tools.engine.layer_shares import LayerShare, layer_shares
 from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.engine.modes import layer_modes
 from powerinfer_tools.engine.recall import Counted, HotFound, recall_of
@@ -226,6 +227,11 @@ class LayerStack:
         skipped = self._program.total_neurons() - self._program.active_neurons()
         skipped += self._hot.left_out if self._hot else 0
         return 1.0 - skipped / every if every else 1.0
+
+    def layer_shares(self) -> list[LayerShare]:
+        """What share of each layer's neurons was computed so far, and where."""
+        parts, counted = self._written.writer.labels.parts(0, self._length), self._program.neurons()
+        return layer_shares(self.model, self._modes, self._hot, parts, counted, self._tokens)
 
     def recall(self) -> float | None:
         """Share of the active neurons, hot and cold, that were predicted so far; None where it is not checked

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.serving.asking import Result, question
 from powerinfer_tools.serving.disk_cache import DiskCache
 from powerinfer_tools.serving.fair_queue import FairQueue, QueueLimits
 from powerinfer_tools.serving.faults import too_long, unavailable
@@ -96,6 +97,7 @@ class Batcher:
         self._waiting: FairQueue[Ticket] = FairQueue(limits or QueueLimits())
         self._active: list[Ticket] = []
         self._changed = threading.Condition()
+        self._between: list[Callable[[], None]] = []
         self._closing = self._draining = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
 
@@ -158,6 +160,17 @@ class Batcher:
         per_request = self.figures.request_seconds
         return max(1, round(per_request * (1 + len(self._waiting) / self.parallel)))
 
+    async def between_passes(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns, called by the thread that computes, when it is not computing. Raises
+        RequestFault at the end."""
+        answer, call = question(work)
+        with self._changed:
+            if self._closing:
+                raise unavailable("the server is shutting down", 5)
+            self._between.append(call)
+            self._changed.notify()
+        return await answer
+
     async def drain(self, seconds: float) -> bool:
         """Take no more requests and wait for those under way; whether all ended in time."""
         with self._changed:
@@ -180,9 +193,11 @@ class Batcher:
             try:
                 if not self._admit():
                     break
+                self._call_between()
                 self._step()
             except Exception as error:  # noqa: BLE001  whatever it is: those concerned are told, the thread goes on
                 self._fail(tuple(self._active) or tuple(self._waiting.clear()), error)
+        self._call_between()
         with self._changed:
             left = self._waiting.clear()
         self._fail([*self._active, *left], unavailable("the server is shutting down", 5))
@@ -197,10 +212,16 @@ class Batcher:
                     if ticket is None:
                         break
                     self._begin(ticket)
-                if any(not ticket.loading for ticket in self._active):
+                if self._between or any(not ticket.loading for ticket in self._active):
                     return True
                 self._changed.wait()
         return False
+
+    def _call_between(self) -> None:
+        with self._changed:
+            calls, self._between = self._between, []
+        for call in calls:
+            call()
 
     def _begin(self, ticket: Ticket) -> None:
         job = ticket.sequence.job
@@ -255,6 +276,8 @@ class Batcher:
 
     def _step(self) -> None:
         pieces = self._plan()
+        if not pieces:
+            return
         started = time.perf_counter()
         try:
             rows = self._slots.step([work for _, work in pieces])

@@ -137,12 +137,11 @@ class Information:
         """The machine at work, for the page: what the engine reports, and the queue."""
         del request
         model, batcher = self.service.ready()
-        report = self.service.report() if self.service.report is not None else {}
+        report = await self.service.reported()
         figures = batcher.figures
         return answer(
             {
                 "model": model.card(),
-                "layers": model.layers,
                 "engine": report,
                 "processing": batcher.processing,
                 "waiting": batcher.waiting,

@@ -14,10 +14,10 @@ from powerinfer_tools.serving.service import Service
 
 
 class _Figures(Collector):
-    """Reads the batcher's figures and the engine's report when asked."""
+    """The batcher's figures, and what the engine reports."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, report: dict[str, Any]) -> None:
+        self.service, self.report = service, report
 
     def collect(self) -> Iterator[Metric]:
         """All metrics now."""
@@ -59,7 +59,7 @@ class _Figures(Collector):
         )
         held = sum(place.length for place in batcher.places.all)
         yield GaugeMetricFamily("powerinfer:kv_tokens", "Tokens that the caches hold.", held)
-        report = self.service.report() if self.service.report is not None else {}
+        report = self.report
         memory = GaugeMetricFamily("powerinfer:memory_bytes", "Memory by purpose.", labels=["purpose"])
         for purpose, nbytes in (report.get("memory") or {}).items():
             if isinstance(nbytes, int):
@@ -68,6 +68,22 @@ class _Figures(Collector):
         density: Any = report.get("density")
         if isinstance(density, int | float):
             yield GaugeMetricFamily("powerinfer:density", "Share of FFN neurons computed.", density)
+        yield from self._layers()
+
+    def _layers(self) -> Iterator[Metric]:
+        labels = ["layer", "mode"]
+        density = GaugeMetricFamily(
+            "powerinfer:layer_density", "Share of a layer's neurons, or experts, computed.", labels=labels
+        )
+        hot = GaugeMetricFamily(
+            "powerinfer:layer_hot_share", "Share of those that the hot device computed.", labels=labels
+        )
+        for index, layer in enumerate(self.report.get("layers", ())):
+            for metric, value in ((density, layer["density"]), (hot, layer["hot_share"])):
+                if value is not None:
+                    metric.add_metric([str(index), layer["mode"]], value)
+        yield density
+        yield hot
 
 
 def _rate(count: int, seconds: float) -> float:
@@ -76,20 +92,12 @@ def _rate(count: int, seconds: float) -> float:
 
 def endpoint(service: Service) -> Any:
     """The endpoint."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Unchecked(service))
 
     async def metrics(request: Request) -> Response:
         del request
-        service.ready()
+        report = await service.reported()
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Figures(service, report))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return metrics
-
-
-class _Unchecked(_Figures):
-    """A registry asks once what it will be told, which is before the model is there."""
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing is promised."""
-        return iter(())

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from powerinfer_formats.shard_names import model_name
-from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.serving.batcher import Batcher
@@ -80,12 +79,13 @@ def _disk_cache(
 
 
 def _report(engine: Engine, slots: SessionSlots) -> dict[str, Any]:
-    """What the engine reports, with the caches of all slots."""
+    """What the engine reports, with the caches of all slots, and the layers."""
     report = engine.report().as_dict()
     memory = dict(report["memory"])
     memory["total"] += slots.nbytes - memory["kv_cache"]
     memory["kv_cache"] = slots.nbytes
-    return report | {"memory": memory}
+    layers = [vars(layer) for layer in engine.stack.layer_shares()]
+    return report | {"memory": memory, "layers": layers}
 
 
 def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> ServedModel:
@@ -103,21 +103,11 @@ def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> Ser
         template_source=source if isinstance(source, str) else None,
         file=model.path.name,
         facts=_facts(engine),
-        layers=_layers(engine),
     )
 
 
 def _short_name(path: Path) -> str:
     return model_name(path.name).removesuffix(".gguf").removesuffix(".powerinfer")
-
-
-def _layers(engine: Engine) -> list[dict[str, Any]]:
-    """Mode and hot neurons of each layer."""
-    ffns = [layer.ffn for layer in engine.model.layers]
-    hot = [ffn.hot_neurons if isinstance(ffn, SplitLayer) else 0 for ffn in ffns]
-    neurons = engine.model.hyper.neurons
-    modes = engine.stack.modes
-    return [{"mode": mode, "hot": count, "neurons": neurons} for mode, count in zip(modes, hot, strict=True)]
 
 
 def _facts(engine: Engine) -> dict[str, Any]:

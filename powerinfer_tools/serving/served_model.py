@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,7 +29,6 @@ class ServedModel:
     template_source: str | None = None
     file: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    layers: Sequence[dict[str, Any]] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property

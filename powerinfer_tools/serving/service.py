@@ -32,7 +32,7 @@ class Service:
     log: Callable[[dict[str, Any]], None]
     model: ServedModel | None = None
     batcher: Batcher | None = None
-    report: Callable[[], dict[str, Any]] | None = None
+    report: Callable[[], dict[str, Any]] = dict
     draining: bool = False
     started: float = field(default_factory=time.time)
 
@@ -45,3 +45,9 @@ class Service:
         if not self.batcher.alive:
             raise internal("the engine has stopped")
         return self.model, self.batcher
+
+    async def reported(self) -> dict[str, Any]:
+        """What the engine reports, between two passes: it may have to ask the hot device. Raises
+        RequestFault as :meth:`ready` does."""
+        _, batcher = self.ready()
+        return await batcher.between_passes(self.report)

@@ -409,7 +409,9 @@ def test_gate_first_has_the_bits_of_dense_and_skips(kind: str, row_type: RowType
         program = builder.build()
         program.run(pool, 0, builder.mark(), TOKENS, 0)
         assert program.total_neurons() == TOKENS * neurons
-        assert program.active_neurons() == (gate[:TOKENS] > 0).sum()
+        active = (gate[:TOKENS] > 0).sum()
+        assert program.active_neurons() == active
+        assert program.neurons().tolist() == [[0, 0, 0], [active, active, TOKENS * neurons]]
         program.reset_counters()
         assert program.total_neurons() == 0
 

@@ -187,11 +187,20 @@ def test_a_policy_forbids_all_but_the_servers_own_files(server: Served) -> None:
         assert server.http.get(f"{server.url}{path}").status_code == 404
 
 
-def test_the_machine_at_work(page: Any) -> None:
+def bars(page: Any, part: str) -> list[float]:
+    """How high the bars of all layers are, of 120."""
+    rects = page.find_elements("css selector", f"#density .{part}")
+    return [float(rect.get_attribute("height")) for rect in rects]
+
+
+def test_the_machine_at_work(page: Any, server: Served) -> None:
     find(page, "#tab-machine").click()
     wait(page, lambda: len(texts(page, ".tile")) == 8)
     assert any("requests waiting" in tile for tile in texts(page, ".tile"))
+    server.complete("one", max_tokens=3, temperature=0)
+    wait(page, lambda: texts(page, "#layers b") == ["100 %"] * 3)
     assert len(texts(page, "#layers div")) == 3
+    assert bars(page, "cold") == [120.0] * 3
     assert any("weights" in bar for bar in texts(page, "#memory .bar"))
 
 

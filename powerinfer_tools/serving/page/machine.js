@@ -51,7 +51,7 @@ function draw(now) {
   const context = now.model.meta.n_ctx;
   bars("slots", now.slots.map((slot) => [
     `${slot.id}${slot.is_processing ? " · busy" : ""}`, slot.n_tokens, context, `${slot.n_tokens} / ${context}`]));
-  layers(now.layers ?? []);
+  layers(engine.layers ?? []);
 }
 
 function tiles(values) {
@@ -97,11 +97,33 @@ function bars(id, rows) {
   }));
 }
 
+function shape(kind, facts) {
+  const node = document.createElementNS(SVG, kind);
+  for (const [name, value] of Object.entries(facts)) node.setAttribute(name, value);
+  return node;
+}
+
+// A bar for each layer: the share of its neurons that a token had computed, from the ground what the hot device computed.
 function layers(rows) {
+  const wide = 600 / Math.max(1, rows.length), gap = Math.min(2, wide / 4);
+  $("density").replaceChildren(...rows.flatMap((layer, index) => {
+    const high = 120 * (layer.density ?? 0), hot = high * (layer.hot_share ?? 0);
+    const place = { x: index * wide, width: wide - gap };
+    return [
+      shape("rect", { ...place, y: 0, height: 120, class: "all" }),
+      shape("rect", { ...place, y: 120 - high, height: high - hot, class: "cold" }),
+      shape("rect", { ...place, y: 120 - hot, height: hot, class: "hot" }),
+    ];
+  }));
   $("layers").replaceChildren(...rows.map((layer, index) => {
     const node = document.createElement("div");
-    node.title = `layer ${index}: ${layer.mode}, ${layer.hot} of ${layer.neurons} neurons hot`;
-    node.append(meter(layer.hot, Math.max(1, layer.neurons)), layer.mode.slice(0, 5));
+    const facts = [`layer ${index}: ${layer.mode}`, `${share(layer.density)} of ${layer.units} computed`,
+      `${layer.hot} of them on the hot device`];
+    if (layer.hot && layer.hot_share !== null) facts.push(`which did ${share(layer.hot_share)} of the work`);
+    node.title = facts.join(", ");
+    const density = document.createElement("b");
+    density.textContent = layer.density === null ? "–" : `${Math.round(100 * layer.density)} %`;
+    node.append(density, meter(layer.hot, Math.max(1, layer.units)), layer.mode.slice(0, 5));
     return node;
   }));
 }

@@ -27,9 +27,10 @@ class GenerateOptions(TypedDict, total=False):
 
     ``max_tokens`` (-1: until the model ends its text), ``stop`` strings that end it, and ``ignore_eos`` to go
     on after end-of-text tokens. ``temperature`` 0 takes the likeliest token; ``seed`` None draws a fresh one.
-    Order and defaults of the filters are llama.cpp's. Text keeps to a ``json_schema`` (an object, or its
-    text) or a ``grammar`` (GBNF or Lark), where one is given. ``logit_bias`` is added to the logits of token
-    ids before everything else; -inf rules one out. ``progress`` hears how far the prompt is.
+    Order and defaults of the filters are llama.cpp's; ``samplers`` names others, or another order. Text
+    keeps to a ``json_schema`` (an object, or its text) or a ``grammar`` (GBNF or Lark), where one is given.
+    ``logit_bias`` is added to the logits of token ids before everything else; -inf rules one out.
+    ``progress`` hears how far the prompt is.
     """
 
     max_tokens: int
@@ -46,6 +47,7 @@ class GenerateOptions(TypedDict, total=False):
     presence_penalty: float
     seed: int | None
     logit_bias: Mapping[int, float]
+    samplers: Sequence[str]
     json_schema: str | Mapping[str, Any]
     grammar: str
     progress: Progress | None

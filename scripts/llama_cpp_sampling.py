@@ -1,4 +1,4 @@
-"""Makes tests/data/sampling/llama_cpp.json: what llama.cpp's samplers leave of given logits.
+"""Makes tests/data/sampling: what llama.cpp's samplers leave of given logits, in its order and in others.
 
     python scripts/llama_cpp_sampling.py PROGRAM
 
@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).resolve().parents[1] / "tests" / "data" / "sampling" / "llama_cpp.json"
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "data" / "sampling"
+DEFAULT = "ekypmt"
 VOCABULARY = 48
 Case = dict[str, Any]
 
@@ -55,20 +56,39 @@ def line(case: Case) -> str:
     ]
     words += [len(case["recent"]), *case["recent"]]
     words += [case[name] for name in ("top_k", "typical_p", "top_p", "min_p", "temperature")]
-    return " ".join(map(repr, [*words, *case["logits"]]))
+    order = case.get("samplers", DEFAULT) or "-"
+    return " ".join([*map(repr, words), order, *map(repr, case["logits"])])
+
+
+def ordered(rng: random.Random) -> Case:
+    """A case with all samplers in some order, or some of them, some twice. llama.cpp's typical-p makes NaN of
+    a probability of 0, and no order of that: nothing is ruled out, and nothing is nearly so, where it is
+    used."""
+    case = drawn(rng)
+    letters = rng.sample(DEFAULT, len(DEFAULT)) if rng.random() < 0.6 else rng.choices(DEFAULT, k=4)
+    if "y" in letters and case["typical_p"] < 1:
+        case["logit_bias"] = {token: bias for token, bias in case["logit_bias"].items() if abs(bias) < 9}
+        case["temperature"] = max(case["temperature"], 0.8)
+    return case | {"samplers": "".join(letters)}
+
+
+def write(program: str, name: str, cases: list[Case]) -> None:
+    """Ask for the figures of ``cases``, and write both."""
+    text = "\n".join(line(case) for case in cases) + "\n"
+    ended = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+    for case, answer in zip(cases, ended.stdout.splitlines(), strict=True):
+        words = answer.split()[1:]
+        case["left"] = [[int(token), float(p)] for token, p in zip(words[::2], words[1::2], strict=True)]
+        case["logit_bias"] = [[token, str(bias)] for token, bias in case["logit_bias"].items()]
+    lines = ",\n".join(json.dumps(case) for case in cases)
+    (FOLDER / name).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def main() -> None:
     """The command line."""
     rng = random.Random(1)  # noqa: S311
-    cases = [drawn(rng) for _ in range(64)]
-    text = "\n".join(line(case) for case in cases) + "\n"
-    ended = subprocess.run([sys.argv[1]], input=text, capture_output=True, text=True, check=True)
-    for case, answer in zip(cases, ended.stdout.splitlines(), strict=True):
-        words = answer.split()[1:]
-        case["left"] = [[int(token), float(p)] for token, p in zip(words[::2], words[1::2], strict=True)]
-        case["logit_bias"] = [[token, str(bias)] for token, bias in case["logit_bias"].items()]
-    TARGET.write_text("[\n" + ",\n".join(json.dumps(case) for case in cases) + "\n]\n", encoding="utf-8")
+    write(sys.argv[1], "llama_cpp.json", [drawn(rng) for _ in range(64)])
+    write(sys.argv[1], "llama_cpp_orders.json", [ordered(rng) for _ in range(96)])
 
 
 if __name__ == "__main__":

@@ -149,6 +149,15 @@ class Sampling:
     presence_penalty: Annotated[
         float, _sampling("--presence-penalty", metavar="X", help="Penalise tokens that came at all; 0: off.")
     ] = 0.0
+    samplers: Annotated[
+        str | None,
+        _sampling(
+            "--samplers",
+            metavar="NAMES",
+            help="What is applied, in this order; the default: "
+            "penalties;top_k;typ_p;top_p;min_p;temperature.",
+        ),
+    ] = None
     seed: Annotated[
         int | None,
         _sampling("--seed", "-s", min=-1, metavar="N", help="Repeats a run. Without it, or -1: random."),
@@ -282,6 +291,19 @@ def parsed_bias(text: str) -> tuple[int, float]:
         ) from None
 
 
+def samplers_of(text: str | None) -> tuple[str, ...]:
+    """The samplers that ``--samplers`` names; an unknown one is a usage error."""
+    from powerinfer_tools.errors import SamplingError
+    from powerinfer_tools.generate.sampler_names import DEFAULT_SAMPLERS, sampler_chain
+
+    if text is None:
+        return DEFAULT_SAMPLERS
+    try:
+        return sampler_chain([name for name in text.split(";") if name.strip()])
+    except SamplingError as error:
+        raise typer.BadParameter(str(error), param_hint="--samplers") from None
+
+
 def generate_options(length: Length, sampling: Sampling, form: Form) -> "GenerateOptions":
     """The options of the Python API."""
     from powerinfer_cli.engines import read_text
@@ -299,6 +321,7 @@ def generate_options(length: Length, sampling: Sampling, form: Form) -> "Generat
         "repeat_last_n": sampling.repeat_last_n,
         "frequency_penalty": sampling.frequency_penalty,
         "presence_penalty": sampling.presence_penalty,
+        "samplers": samplers_of(sampling.samplers),
         "seed": sampling.seed,
         "logit_bias": dict(map(parsed_bias, sampling.logit_bias or ())),
     }

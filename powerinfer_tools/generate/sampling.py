@@ -1,8 +1,8 @@
 """Choosing the next token from logits, in llama.cpp's order and with its defaults.
 
 Order: logit bias → repeat, frequency and presence penalty → top-k → typical-p → top-p → min-p → temperature
-→ draw. Each filter sees the probabilities of what the one before it left. Numpy only; knows nothing of
-engines or text.
+→ draw; all between the bias and the draw in another order, or left out, where that is asked for. Each sees
+what the one before it left. Numpy only; knows nothing of engines or text.
 """
 
 import math
@@ -14,11 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.errors import SamplingError
+from powerinfer_tools.generate.sampler_names import DEFAULT_SAMPLERS, sampler_chain
 
 Logits = npt.NDArray[np.float32]
 _Scores = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
 
+#: Scores beyond this are as good as certain.
+_LARGE = 1e8
 _RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (-math.inf, math.inf, "a number (0 or less is greedy)"),
     "top_k": (-math.inf, math.inf, "a whole number (0 or less is off)"),
@@ -40,7 +43,7 @@ class SamplingOptions:
     temperature 0 or less is greedy: the highest logit that penalties and filters leave (typical_p alone may
     take out the highest), the lowest id among equals. seed None or -1 draws a fresh one, which `Sampler.seed`
     tells. logit_bias: pairs of a token id and what is added to its logit before everything else; -inf rules
-    it out.
+    it out. samplers: what is applied, in this order; options of others count for nothing.
     """
 
     temperature: float = 0.8
@@ -54,6 +57,7 @@ class SamplingOptions:
     presence_penalty: float = 0.0
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    samplers: tuple[str, ...] = DEFAULT_SAMPLERS
 
     def __post_init__(self) -> None:
         for name, (low, high, meaning) in _RANGES.items():
@@ -68,6 +72,18 @@ class SamplingOptions:
         for token, bias in self.logit_bias:
             if not 0 <= token < 1 << 31 or math.isnan(bias) or bias == math.inf:
                 raise SamplingError(f"logit_bias of token {token} is {bias}: expected an id and a number")
+        object.__setattr__(self, "samplers", sampler_chain(self.samplers))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature <= 0 and "temperature" in self.samplers
+
+    @property
+    def takes_highest(self) -> bool:
+        """Whether the highest logit is taken whatever the others are: it is greedy, and no filter takes out
+        the likeliest, nor do penalties come after the first."""
+        return self.greedy and self.typical_p >= 1 and "penalties" not in self.samplers[1:]
 
     @property
     def penalises(self) -> bool:
@@ -108,10 +124,10 @@ class Sampler:
         best = int(np.argmax(logits))  # a NaN counts as the highest
         if not math.isfinite(logits[best]):
             raise SamplingError(_describe_fault(logits))
-        if self.options.temperature <= 0 and self.options.typical_p >= 1:
-            return best  # no other filter takes out the likeliest
+        if self.options.takes_highest:
+            return best
         ids, p = self._filtered(logits)
-        if self.options.temperature <= 0:
+        if self.options.greedy:
             return int(ids[0])
         cumulative = np.cumsum(p)
         # The first token whose cumulated probability exceeds the draw; one of probability 0 never does.
@@ -123,7 +139,7 @@ class Sampler:
         return self._filtered(self._adjusted(logits))
 
     def _adjusted(self, logits: Logits) -> Logits:
-        penalises = self.options.penalises and len(self._recent) > 0
+        penalises = self._penalises and self.options.samplers[:1] == ("penalties",)
         if not penalises and not len(self._banned) and not self.options.logit_bias:
             return logits
         logits = logits.copy()
@@ -136,20 +152,65 @@ class Sampler:
         logits[self._banned] = -np.inf
         return logits
 
+    @property
+    def _penalises(self) -> bool:
+        return self.options.penalises and len(self._recent) > 0
+
     def _filtered(self, logits: Logits) -> tuple[_Ids, _Scores]:
-        """What the filters leave, best first, and its probabilities at the temperature."""
-        options = self.options
-        ids = highest(logits, max(0, options.top_k))
+        """What the samplers leave, best first, and how probable each is; penalties that come first are in
+        ``logits`` already."""
+        options, names = self.options, self.options.samplers
+        names = names[1:] if names[:1] == ("penalties",) else names
+        first = names[:1] == ("top_k",)
+        ids = highest(logits, max(0, options.top_k) if first else 0)
         scores = logits[ids].astype(np.float64)
-        keep = np.arange(len(scores))
-        keep = keep[typical(scores[keep], options.typical_p)]
-        keep = keep[nucleus(scores[keep], options.top_p)]
-        keep = keep[above_share_of_best(scores[keep], options.min_p)]
-        if options.temperature <= 0:
-            return ids[keep[:1]], np.ones(1)
-        # Differences to the best: a tiny temperature makes the others impossible, and nothing infinite.
+        for at, name in enumerate(names[first:], first + 1):
+            if name == "penalties":
+                ids, scores = self._penalised(ids, scores)
+            elif name == "temperature":
+                judged = "penalties" in names[at:]
+                ids, scores = _tempered(ids, scores, options.temperature, keep_size=judged)
+            else:
+                keep = _filter(name, scores, options)
+                ids, scores = ids[keep], scores[keep]
+        return ids, softmax(scores)
+
+    def _penalised(self, ids: _Ids, scores: _Scores) -> tuple[_Ids, _Scores]:
+        """Penalties on what is left, the best first again."""
+        if not self._penalises:
+            return ids, scores
+        place = {int(token): at for at, token in enumerate(ids)}
+        recent = [place[token] for token in self._recent if token in place]
         with np.errstate(over="ignore"):
-            return ids[keep], softmax((scores[keep] - scores[keep].max()) / options.temperature)
+            lowered = scores.astype(np.float32)
+        penalise(lowered, recent, self.options)
+        order = np.lexsort((ids, -lowered))
+        return ids[order], lowered[order].astype(np.float64)
+
+
+def _filter(name: str, scores: _Scores, options: SamplingOptions) -> _Ids:
+    """Places of the tokens that the filter called ``name`` keeps; scores come best first."""
+    match name:
+        case "top_k":
+            return np.arange(min(options.top_k, len(scores)) if options.top_k > 0 else len(scores))
+        case "typ_p":
+            return typical(scores, options.typical_p)
+        case "top_p":
+            return nucleus(scores, options.top_p)
+        case _:
+            return above_share_of_best(scores, options.min_p)
+
+
+def _tempered(ids: _Ids, scores: _Scores, temperature: float, *, keep_size: bool) -> tuple[_Ids, _Scores]:
+    """Scores at a temperature, less the best one unless the ``keep_size`` matters; of a temperature of 0 or
+    less, the best alone."""
+    if temperature <= 0:
+        return ids[:1], scores[:1]
+    best = scores.max()
+    # Differences to the best: a tiny temperature makes the others impossible, and nothing infinite.
+    with np.errstate(over="ignore"):
+        tempered = (scores - best) / temperature
+        return ids, tempered + np.clip(best / temperature, -_LARGE, _LARGE) if keep_size else tempered
 
 
 def penalise(logits: Logits, recent: Collection[int], options: SamplingOptions) -> None:

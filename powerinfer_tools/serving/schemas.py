@@ -8,6 +8,7 @@ _TOP = 20  # likeliest tokens that may be asked for
 _MANY = 16  # answers to one request
 _STOPS = 16
 _BIASES = 1024
+_SAMPLERS = 32
 
 
 class Loose(BaseModel):
@@ -122,6 +123,7 @@ class Generating(Loose):
     typical_p: Annotated[float | None, Field(ge=0, le=1)] = None
     repeat_penalty: Annotated[float | None, Field(gt=0)] = None
     repeat_last_n: Annotated[int | None, Field(ge=-1)] = None
+    samplers: Annotated[list[str] | str | None, Field(max_length=_SAMPLERS)] = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
     grammar: str | None = None

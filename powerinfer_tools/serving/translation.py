@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from powerinfer_tools.generate.generation import GenerationOptions
+from powerinfer_tools.generate.sampler_names import chain_of_letters, sampler_chain
 from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.serving.faults import RequestFault, too_long
 from powerinfer_tools.serving.formatting import grammar_of
@@ -32,6 +33,7 @@ def generation_options(
         "repeat_last_n": request.repeat_last_n,
         "frequency_penalty": request.frequency_penalty,
         "presence_penalty": request.presence_penalty,
+        "samplers": _samplers(request.samplers),
         "seed": request.seed % _SEEDS if request.seed is not None and request.seed >= 0 else None,
     }
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
@@ -43,6 +45,13 @@ def generation_options(
         ignore_eos=bool(request.ignore_eos),
         show_special=show_special,
     )
+
+
+def _samplers(asked: list[str] | str | None) -> tuple[str, ...] | None:
+    """Samplers by their names, or as llama.cpp has it by letters. Raises SamplingError."""
+    if asked is None:
+        return None
+    return chain_of_letters(asked) if isinstance(asked, str) else sampler_chain(asked)
 
 
 def biases(request: Generating, tokenizer: Tokenizer) -> Mapping[int, float]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerinfer_tools.errors import SamplingError
+from powerinfer_tools.generate.sampler_names import chain_of_letters, sampler_chain
 from powerinfer_tools.generate.sampling import (
     Sampler,
     SamplingOptions,
@@ -286,19 +288,23 @@ def test_tiny_temperatures_are_greedy() -> None:
 
 
 def llama_cpp_cases() -> list[dict[str, Any]]:
-    path = Path(__file__).resolve().parents[1] / "data" / "sampling" / "llama_cpp.json"
-    cases: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    """In llama.cpp's own order, then in others."""
+    folder, cases = Path(__file__).resolve().parents[1] / "data" / "sampling", list[dict[str, Any]]()
+    for name in ("llama_cpp.json", "llama_cpp_orders.json"):
+        cases += json.loads((folder / name).read_text(encoding="utf-8"))
     return cases
 
 
 @pytest.mark.parametrize("number", range(len(llama_cpp_cases())))
 def test_what_llama_cpp_leaves(number: int) -> None:
-    """Which tokens are left, and how probable they are: figures of llama.cpp's own default chain with logit
-    biases, made by scripts/llama_cpp_sampling.py. It rounds logits of up to 130 to float32, and divides them
-    by a temperature of 0.1 at the least: 2 · 130 · 2⁻²⁴ / 0.1."""
+    """Which tokens are left, and how probable they are: figures of llama.cpp's own chain with logit biases,
+    made by scripts/llama_cpp_sampling.py. It rounds logits of up to 130 to float32, and divides them by a
+    temperature of 0.1 at the least: 2 · 130 · 2⁻²⁴ / 0.1; twice where temperature comes twice."""
     case = llama_cpp_cases()[number]
     left, logits, recent = case.pop("left"), logits_of(case.pop("logits")), case.pop("recent")
     case["logit_bias"] = tuple((token, float(bias)) for token, bias in case["logit_bias"])
+    if "samplers" in case:
+        case["samplers"] = chain_of_letters(case["samplers"])
     sampler = Sampler(SamplingOptions(seed=1, **case))
     sampler.accept(recent)
     ids, p = sampler.probabilities(logits)
@@ -306,6 +312,44 @@ def test_what_llama_cpp_leaves(number: int) -> None:
     ours = {int(token): float(share) for token, share in zip(ids, p, strict=True) if share > 1e-30}
     assert ours == pytest.approx(expected, rel=2 * 130 * 2**-24 / 0.1)
     assert sampler.sample(logits) in expected
+
+
+def test_samplers_have_llama_cpps_names() -> None:
+    assert sampler_chain(["Top-K", " nucleus", "topp", "typ", "typ-p", "temp", "dry", "XTC"]) == (
+        "top_k", "top_p", "top_p", "typ_p", "typ_p", "temperature",
+    )  # fmt: skip
+    six = ("top_k", "typ_p", "top_p", "min_p", "temperature", "penalties")
+    assert chain_of_letters("dskypmxte") == six
+    for names in (["top_q"], ["infill"], [""]):
+        with pytest.raises(SamplingError, match="samplers names"):
+            SamplingOptions(samplers=tuple(names))
+    with pytest.raises(SamplingError, match="letter 'i'"):
+        chain_of_letters("ki")
+
+
+def test_what_is_not_named_is_not_applied() -> None:
+    """Without a temperature nothing is greedy; without any sampler, tokens are drawn as the model has it."""
+    logits = np.log(np.array([0.5, 0.3, 0.2])).astype(np.float32)
+    options = SamplingOptions(temperature=0, top_k=1, min_p=1.0, seed=2, samplers=())
+    sampler = Sampler(options)
+    sampler.accept([0, 0])
+    assert sampler.probabilities(logits)[1] == pytest.approx([0.5, 0.3, 0.2])
+    assert {sampler.sample(logits) for _ in range(50)} == {0, 1, 2}
+    assert Sampler(replace(options, samplers=("temperature",))).sample(logits) == 0
+
+
+def test_penalties_after_the_temperature_see_what_it_made() -> None:
+    """(2 - 1) / 4 is less than 1.2 / 4, and 2 / 4 - 1 is so all the more."""
+    logits = logits_of([2.0, 1.2])
+    shares = []
+    for samplers in (("penalties", "temperature"), ("temperature", "penalties")):
+        sampler = Sampler(SamplingOptions(temperature=4.0, presence_penalty=1.0, samplers=samplers))
+        sampler.accept([0])
+        ids, p = sampler.probabilities(logits)
+        assert ids.tolist() == [1, 0]
+        shares.append(p[0])
+    expected = [1 / (1 + math.exp(-0.2 / 4)), 1 / (1 + math.exp(0.5 - 1 - 0.3))]
+    assert shares == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_bias_comes_before_penalties_and_decides() -> None:

@@ -266,6 +266,8 @@ FAULTS: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("completions", {"prompt": [99999]}, 400, "invalid_token", "99999 is no token id"),
     ("completions", {"prompt": []}, 400, "empty_prompt", "empty"),
     ("completions", {"prompt": "x", "logit_bias": {"-1": 1}}, 400, "invalid_token", "'-1'"),
+    ("completions", {"prompt": "x", "samplers": ["top_q"]}, 400, "invalid_value", "'top_q'"),
+    ("completions", {"prompt": "x", "samplers": "kq"}, 400, "invalid_value", "letter 'q'"),
     ("completions", {"prompt": "the " * 3000}, 400, "context_length_exceeded", "1024"),
     ("completions", {"prompt": "x", "suffix": "y"}, 400, "unsupported", "suffix"),
     ("completions", {"prompt": "x", "grammar": "root ::= foo"}, 400, "invalid_value", "foo"),

@@ -9,7 +9,6 @@ two splits of their own, which are no rows. All is measured in turn, again and a
 time counts that a quarter of its samples kept within, since other programs can only slow a machine down.
 """
 
-import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.predictors import Predictors
 from powerinfer_formats.profile import Profile
+from powerinfer_formats.scratch import scratch_folder
 from powerinfer_kernels import Pool, read_bandwidth
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.measure.ffn_speedup import CURVE_MODES, CurveBench
@@ -65,19 +65,19 @@ def verify(
 ) -> Verification:
     """Measure ``model`` in splits and modes, and predict each; ``plan`` is any plan of the model.
 
-    Needs room for a split file in the folder for temporary files. Raises PlanError for models whose layers
-    differ, and what convert and the engine raise.
+    Needs room for a split file in the folder for temporary files, where what a killed run has left goes.
+    Raises PlanError for models whose layers differ, and what convert and the engine raise.
     """
     progress = progress or Silent()
-    with tempfile.TemporaryDirectory(prefix="powerinfer-verify-") as folder:
+    with scratch_folder("verify") as folder:
         source = load_model(model)
         try:
             known = None if predictors is None else Predictors.load(predictors)
             grid = Grid(verified(source, Profile.load(profile), known))
         finally:
             source.close()
-        split = Path(folder) / "all-hot.powerinfer.gguf"
-        chosen = Path(folder) / "all-hot.plan.json"
+        split = folder / "all-hot.powerinfer.gguf"
+        chosen = folder / "all-hot.plan.json"
         _all_hot(plan).save(chosen)
         convert(ConvertOptions(model, profile, chosen, split, predictors=predictors), progress)
         return grid.run(split, threads, progress)

@@ -4,7 +4,6 @@ Ray places the tasks, and runs those of a lost worker again. Every machine needs
 corpus under the same paths; what comes back is the profile of a shard, as the bytes of its file.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.profile import Profile
+from powerinfer_formats.scratch import scratch_folder
 from powerinfer_tools.errors import CorpusError, PowerInferError, ProfileError
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.progress import Progress, Silent
@@ -29,8 +29,8 @@ Shard = tuple[int, int]
 
 def profile_shard(options: ProfileOptions) -> bytes:
     """The profile of one shard, as the bytes of its file. Runs in a worker."""
-    with tempfile.TemporaryDirectory(prefix="powerinfer-") as folder:
-        output = Path(folder) / "shard.safetensors"
+    with scratch_folder("shard") as folder:
+        output = folder / "shard.safetensors"
         run_profile(replace(options, output=output))
         return output.read_bytes()
 
@@ -163,10 +163,10 @@ class _Kept:
 
     def add(self, number: int, data: bytes, files: Sequence[CorpusFile]) -> None:
         """Keep what a worker sent, once it is checked. Raises FormatError, CorpusError and ProfileError."""
-        with tempfile.NamedTemporaryFile(dir=self._options.output.parent, suffix=".ray.part") as part:
-            part.write(data)
-            part.flush()
-            profile = Profile.load(Path(part.name))
+        with scratch_folder("shard") as folder:
+            part = folder / "shard.safetensors"
+            part.write_bytes(data)
+            profile = Profile.load(part)
         self._check(profile, files)
         profile.save(self.path(number))
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +108,25 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from powerinfer.serving.ray import AppOptions, app
 
     tiny = make_tiny_model(tmp_path_factory.mktemp("tiny"), TinySpec(context=2048))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    for kind in ("REPLICA", "HANDLE"):  # how often load is told; every ten seconds else
+        os.environ[f"RAY_SERVE_{kind}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": 18999})
     serve.run(app(AppOptions(model=tiny.path, replicas=2, alias="tiny", parallel=4)))
+    scaled = AppOptions(
+        model=tiny.path, replicas=1, max_replicas=2, parallel=2, upscale_seconds=1, downscale_seconds=2
+    )
+    serve.run(app(scaled), name="scaled", route_prefix="/scaled")
     yield "http://127.0.0.1:18999"
     serve.shutdown()
     ray.shutdown()
 
 
-def replicas() -> list[int]:
+def replicas(name: str = "default") -> list[int]:
     """Processes of replicas of the model."""
     listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
     return [
-        int(line.split()[0]) for line in listed.splitlines() if "ray::ServeReplica:default:replicas" in line
+        int(line.split()[0]) for line in listed.splitlines() if f"ray::ServeReplica:{name}:replicas" in line
     ]
 
 
@@ -185,4 +191,46 @@ def test_a_replica_is_killed_under_load(url: str) -> None:
     deadline = time.monotonic() + 60
     while len(replicas()) < 2:
         assert time.monotonic() < deadline, "the replica was not replaced"
+        time.sleep(0.2)
+
+
+def test_replicas_come_and_go_by_load(url: str) -> None:
+    """One replica, two under the load of six clients, one again under that of one: no answer is lost, and all
+    are the same."""
+    asked = {"max_tokens": 150, "ignore_eos": True, "temperature": 0}
+    faults, texts, given = list[str](), dict[int, set[str]](), set[str]()
+    many, over = threading.Event(), threading.Event()
+
+    def client(number: int) -> None:
+        while not over.is_set() and (number == 0 or not many.is_set()):
+            body = asked | {"prompt": f"question {number}"}
+            response = httpx.post(f"{url}/scaled/v1/completions", json=body, timeout=120)
+            if response.status_code != 200:
+                faults.append(response.text)
+                return
+            texts.setdefault(number, set()).add(response.json()["choices"][0]["text"])
+            given.add(response.headers["x-replica"])
+
+    assert len(replicas("scaled")) == 1
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: len(replicas("scaled")) == 2, "a second replica came")
+        until(lambda: len(given) == 2, "it answered")
+        many.set()
+        until(lambda: len(replicas("scaled")) == 1, "it went")
+    finally:
+        many.set()
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert faults == []
+    assert [len(texts[number]) for number in range(6)] == [1] * 6
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, f"two minutes went by before {what}"
         time.sleep(0.2)

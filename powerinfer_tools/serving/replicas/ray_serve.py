@@ -30,17 +30,22 @@ from powerinfer_tools.serving.service import MIB, Service, Settings
 #: How many replicas a request is given to at most, one after another, and the pause between.
 _ATTEMPTS = 6
 _PAUSE_SECONDS = 0.5
+#: Seconds that load is averaged over at the least: Ray tells of it every ten.
+_LEAST_LOOK_BACK = 12.0
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 class AppOptions(BaseModel):
     """What `serve run … NAME=VALUE` takes. With ``max_replicas``, Ray adds and removes replicas so that each
-    has ``parallel`` requests; the others are those of `powerinfer serve`. ``gpus``: of each replica, for
+    has ``parallel`` requests, once load has been higher or lower for ``upscale_seconds`` and
+    ``downscale_seconds``; the others are those of `powerinfer serve`. ``gpus``: of each replica, for
     ``device`` cuda."""
 
     model: Path
     replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1)
+    upscale_seconds: float = Field(30.0, ge=0)
+    downscale_seconds: float = Field(600.0, ge=0)
     threads: int = Field(1, ge=1)
     context: int | None = None
     parallel: int = Field(8, ge=1)
@@ -197,6 +202,9 @@ def application(options: AppOptions) -> Any:
                 min_replicas=options.replicas,
                 max_replicas=options.max_replicas,
                 target_ongoing_requests=options.parallel,
+                upscale_delay_s=options.upscale_seconds,
+                downscale_delay_s=options.downscale_seconds,
+                look_back_period_s=max(_LEAST_LOOK_BACK, options.upscale_seconds),
             )
         }
     replicas = serve.deployment(

@@ -110,6 +110,11 @@ class LayerStack:
         return self._hot is not None and any(map(self._hot.has_attention, range(self.model.hyper.layers)))
 
     @property
+    def hot(self) -> HotSide | None:
+        """What the hot device computes; None without one."""
+        return self._hot
+
+    @property
     def has_hot_head(self) -> bool:
         """Whether the hot device computes the logits."""
         return self._hot is not None and self._hot.has_head

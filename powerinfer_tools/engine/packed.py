@@ -56,9 +56,8 @@ class PackedWeights:
     @property
     def nbytes(self) -> int:
         """Of all that were packed, in bytes."""
-        bundles = [held for several in self._bundles.values() for held in several]
-        held = (*self._matrices.values(), *self._rows.values(), *bundles)
-        return sum(packed.nbytes for _, packed in held)
+        matrices = sum(made.nbytes for _, made in (*self._matrices.values(), *self._rows.values()))
+        return matrices + sum(made.nbytes for several in self._bundles.values() for _, made in several)
 
     def _matrix(self, pool: Pool, layer: SplitLayer, kind: str, first: int | None) -> Matrix:
         key = (id(layer), kind, first)

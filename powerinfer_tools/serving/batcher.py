@@ -22,7 +22,6 @@ from powerinfer_tools.serving.faults import too_long, unavailable
 from powerinfer_tools.serving.figures import Figures
 from powerinfer_tools.serving.jobs import Ended, Event, Failed, Job, Logits, Token
 from powerinfer_tools.serving.places import Place, Places
-from powerinfer_tools.serving.prefix_store import BLOCK
 from powerinfer_tools.serving.sequence import Sequence
 from powerinfer_tools.serving.slots import Slots, Wanted, Work
 from powerinfer_tools.text.tokenizer import Tokenizer
@@ -225,7 +224,7 @@ class Batcher:
 
     def _begin(self, ticket: Ticket) -> None:
         job = ticket.sequence.job
-        reuse = job.reuse and not job.score_prompt and self._slots.fixed_slice is None
+        reuse = job.reuse and not job.score_prompt
         self._active.append(ticket)
         ticket.place, reused = self.places.take(job.prompt, reuse=reuse)
         if reuse and self._disk is not None and self._disk.stored(job.prompt) >= reused + _WORTH_LOADING:
@@ -269,7 +268,7 @@ class Batcher:
             self.figures.ended(ended)
 
     def _release(self, place: Place) -> None:
-        if self._disk is not None and place.length >= BLOCK and self._disk.lacks(place):
+        if self._disk is not None and self._disk.lacks(place):
             place.saving = True
             self._disk.save(place, lambda: self._saved(place))
         self.places.release(place)
@@ -299,10 +298,7 @@ class Batcher:
         reading = [ticket for ticket in active if ticket.sequence.in_prompt]
         pieces = [(ticket, _work(ticket, 1)) for ticket in writing]
         if self._slots.fixed_slice is not None:
-            return pieces + [
-                (ticket, _work(ticket, min(self._slots.fixed_slice, len(ticket.sequence.pending))))
-                for ticket in reading[:1]
-            ]
+            return pieces + [(ticket, _work(ticket, self._slots.fixed_slice)) for ticket in reading[:1]]
         room = SLICE_AMONG_OTHERS if writing else SLICE_ALONE
         counts: dict[Ticket, int] = {}
         if reading:  # the one that came first never stands still; else the shortest is done first
@@ -312,13 +308,22 @@ class Batcher:
             more = min(len(ticket.sequence.pending) - counts.get(ticket, 0), room)
             counts[ticket] = counts.get(ticket, 0) + more
             room -= more
-        return pieces + [(ticket, _work(ticket, count)) for ticket, count in counts.items() if count]
+        return pieces + [
+            (ticket, _work(ticket, self._piece(ticket, count))) for ticket, count in counts.items() if count
+        ]
+
+    def _piece(self, ticket: Ticket, count: int) -> int:
+        """How many of ``count`` tokens may be computed before what a recurrence holds is to be kept."""
+        assert ticket.place is not None
+        return count if self._disk is None else self._disk.piece(ticket.place, count)
 
     def _advance(self, ticket: Ticket, work: Work, logits: Logits) -> list[Event]:
         """Take in what a pass computed for one request."""
         sequence = ticket.sequence
         assert ticket.place is not None
         ticket.place.add(work.tokens)
+        if self._disk is not None:
+            self._disk.checkpoint(ticket.place)
         try:
             if work.wanted is Wanted.ALL:
                 after = len(sequence.job.prompt) - len(sequence.pending) + 1
@@ -352,7 +357,7 @@ def _work(ticket: Ticket, count: int) -> Work:
     sequence = ticket.sequence
     assert ticket.place is not None
     tokens = sequence.pending[:count]
-    complete = count == len(sequence.pending)
+    complete = len(tokens) == len(sequence.pending)
     wanted = Wanted.LAST if complete else Wanted.NONE
     if sequence.in_prompt and sequence.job.score_prompt:
         wanted = Wanted.ALL

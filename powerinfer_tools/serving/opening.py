@@ -9,7 +9,6 @@ from typing import Any
 
 from powerinfer_formats.shard_names import model_name
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import ModelError
 from powerinfer_tools.serving.batcher import Batcher
 from powerinfer_tools.serving.disk_cache import DiskCache
 from powerinfer_tools.serving.fair_queue import QueueLimits
@@ -65,17 +64,15 @@ def open_service(
 def _disk_cache(
     model: ServedModel, slots: SessionSlots, options: ServeOptions, say: Callable[[str], None]
 ) -> DiskCache:
-    """The prefix cache on disk. Raises ModelError for models of which no part can be kept."""
+    """The prefix cache on disk. Raises PrefixStoreError."""
     assert options.cache_dir is not None
-    if slots.layout is None:
-        raise ModelError("--cache-dir: this family has recurrent layers, whose state is not kept by tokens")
-    if slots.fixed_slice is not None:
-        raise ModelError(
-            "--cache-dir: with --device, what a prompt leaves in the cache depends on how it is cut"
-        )
-    identity = json.dumps([model.system_fingerprint, model.identity, model.context, slots.layout])
+
+    def identity() -> bytes:
+        facts = (model.system_fingerprint, model.identity, model.context, slots.layout)
+        return json.dumps(facts).encode()
+
     store = PrefixStore(options.cache_dir, options.cache_bytes)
-    return DiskCache(slots, store, identity.encode(), say)
+    return DiskCache(slots, store, identity, say)
 
 
 def _report(engine: Engine, slots: SessionSlots) -> dict[str, Any]:

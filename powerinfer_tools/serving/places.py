@@ -2,7 +2,8 @@
 
 A slot that is left keeps its tokens until it is needed: the caches of idle slots are the prefix cache. A
 prompt begins in the slot with the longest common start, or in another one with a copy of that start. Reuse is
-exact, since the bits of a token do not depend on how the tokens before it were cut into passes.
+exact, since the bits of a token do not depend on how the tokens before it were cut into passes; where they
+do, whole slices of prompts are what is used again.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,16 @@ _WORTH_COPYING = 16
 
 
 class Place:
-    """One slot: the tokens it holds, and whether a request is using it, or it is being saved."""
+    """One slot: the tokens it holds, and whether a request is using it, or it is being saved. ``fixed_slice``
+    is that of the slots."""
 
-    def __init__(self, slot: int, context: int) -> None:
+    def __init__(self, slot: int, context: int, fixed_slice: int | None = None) -> None:
         self.slot = slot
         self.busy = self.saving = False
         self.last_use = 0
         self.length = 0
+        self._slice = fixed_slice
+        self._sliced = 0  # tokens at the start that were computed in whole slices
         self._tokens = np.zeros(context, np.int32)
 
     @property
@@ -31,21 +35,34 @@ class Place:
         """The tokens in the cache."""
         return self._tokens[: self.length]
 
+    @property
+    def reusable(self) -> npt.NDArray[np.int32]:
+        """Those at the start that another request may begin with."""
+        return self.tokens if self._slice is None else self._tokens[: self._sliced]
+
     def add(self, tokens: Sequence[int]) -> None:
-        """These have been processed."""
+        """These have been processed in one pass."""
         self._tokens[self.length : self.length + len(tokens)] = tokens
+        if self._sliced == self.length and len(tokens) == self._slice:
+            self._sliced += len(tokens)
         self.length += len(tokens)
 
     def become(self, tokens: npt.NDArray[np.int32]) -> None:
-        """The cache holds these now."""
+        """The cache holds these now, which were :attr:`reusable`."""
         self._tokens[: len(tokens)] = tokens
-        self.length = len(tokens)
+        self.length = self._sliced = len(tokens)
+
+    def cut(self, length: int) -> None:
+        """The cache holds no more than the first ``length``."""
+        self.length, self._sliced = length, min(self._sliced, length)
 
     def common(self, tokens: npt.NDArray[np.int32]) -> int:
-        """How many tokens at the start are the same."""
-        shortest = min(self.length, len(tokens))
-        different = np.flatnonzero(self._tokens[:shortest] != tokens[:shortest])
-        return int(different[0]) if len(different) else shortest
+        """How many tokens at the start are the same, and reusable."""
+        held = self.reusable
+        shortest = min(len(held), len(tokens))
+        different = np.flatnonzero(held[:shortest] != tokens[:shortest])
+        same = int(different[0]) if len(different) else shortest
+        return same if self._slice is None else same // self._slice * self._slice
 
 
 class Places:
@@ -54,7 +71,7 @@ class Places:
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._clock = 0
-        self.all = [Place(slot, slots.context) for slot in range(slots.count)]
+        self.all = [Place(slot, slots.context, slots.fixed_slice) for slot in range(slots.count)]
 
     @property
     def idle(self) -> list[Place]:
@@ -81,8 +98,7 @@ class Places:
 
     def forget(self, place: Place) -> None:
         """What the cache holds is not certain any more."""
-        self._slots.rewind(place.slot, 0)
-        place.length = 0
+        place.cut(self._slots.rewind(place.slot, 0))
         place.busy = False
 
     def _prefilled(self, idle: list[Place], tokens: npt.NDArray[np.int32]) -> tuple[Place, int]:
@@ -101,5 +117,5 @@ class Places:
         return target, kept
 
     def _cut(self, place: Place, length: int) -> int:
-        place.length = self._slots.rewind(place.slot, length)
+        place.cut(self._slots.rewind(place.slot, length))
         return place.length

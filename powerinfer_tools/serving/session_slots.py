@@ -1,6 +1,6 @@
 """Slots that are sessions of shared weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -60,29 +60,51 @@ class SessionSlots:
         return self.sessions[target].copy_prefix(self.sessions[source], count)
 
     @property
-    def layout(self) -> list[tuple[Any, ...]] | None:
-        """What decides where the bytes of a block belong; None where a recurrence keeps more than tokens."""
-        state = self.sessions[0].state
-        if state.recurrent:
-            return None
-        return [(cache.kind, cache.kv_heads, cache.head_dim, cache.value_dim) for cache in state.caches]
+    def layout(self) -> list[Any]:
+        """What decides where the bytes of a block belong, and which bits they are where torch computes a
+        part: JSON values."""
+        state, hot = self.sessions[0].state, self._weights.stack.hot
+        caches = [(cache.kind, cache.kv_heads, cache.head_dim, cache.value_dim) for cache in state.caches]
+        device = None if hot is None else [hot.identity, hot.cache_bytes(16)]
+        return [caches, [values.size for values in state.recurrent], self.fixed_slice, device]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint; 0 where there is no recurrence."""
+        return sum(values.nbytes for values in self.sessions[0].state.recurrent)
+
+    def checkpoint(self, slot: int) -> bytes:
+        """The values of all recurrences, layer by layer."""
+        return b"".join(values.tobytes() for values in self.sessions[slot].state.recurrent)
 
     def block_bytes(self, count: int) -> int:
-        """Bytes of ``count`` tokens."""
-        return sum(piece.nbytes for piece in self._pieces(0, 0, count))
+        """Bytes of ``count`` tokens, here and on the hot device."""
+        hot = self._weights.stack.hot
+        return self._host_bytes(count) + (0 if hot is None else hot.cache_bytes(count))
 
     def block(self, slot: int, first: int, count: int) -> bytes:
-        """What the slot holds of ``count`` tokens from ``first`` on, layer by layer."""
-        return b"".join(piece.tobytes() for piece in self._pieces(slot, first, count))
+        """What the slot holds of ``count`` tokens from ``first`` on, layer by layer; then what the hot device
+        holds, which serves one slot alone where it holds anything."""
+        hot = self._weights.stack.hot
+        here = [piece.tobytes() for piece in self._pieces(slot, first, count)]
+        return b"".join((*here, b"" if hot is None else hot.cache_block(first, count)))
 
     def restore(self, slot: int, first: int, count: int, data: bytes) -> None:
-        """Make the slot hold these, and all tokens before them."""
-        at = 0
-        for piece in self._pieces(slot, first, count):
-            values = np.frombuffer(data, piece.dtype, piece.size, at)
-            piece[:] = values.reshape(piece.shape)
-            at += piece.nbytes
-        self.sessions[slot].position = first + count
+        """Put a block where it belongs."""
+        hot, here = self._weights.stack.hot, self._host_bytes(count)
+        _fill(self._pieces(slot, first, count), data[:here])
+        if hot is not None and len(data) > here:
+            hot.restore_cache(first, count, data[here:])
+
+    def hold(self, slot: int, count: int, checkpoint: bytes | None) -> None:
+        """Make the slot hold the first ``count`` tokens."""
+        session = self.sessions[slot]
+        if checkpoint is not None:
+            _fill(session.state.recurrent, checkpoint)
+        session.position = count
+
+    def _host_bytes(self, count: int) -> int:
+        return sum(piece.nbytes for piece in self._pieces(0, 0, count))
 
     def _pieces(self, slot: int, first: int, count: int) -> Iterator[Any]:
         """The parts of all arrays of a slot that belong to some tokens: keys by tiles of 16, values."""
@@ -95,6 +117,14 @@ class SessionSlots:
     def nbytes(self) -> int:
         """Bytes of all caches when they are full."""
         return sum(session.nbytes for session in self.sessions)
+
+
+def _fill(arrays: Iterable[Any], data: bytes) -> None:
+    """Write ``data`` into ``arrays``, one after the other."""
+    at = 0
+    for array in arrays:
+        array[:] = np.frombuffer(data, array.dtype, array.size, at).reshape(array.shape)
+        at += array.nbytes
 
 
 def slot_count(session: Session, weights: Weights, parallel: int, budget: int | None) -> int:

@@ -41,7 +41,7 @@ class Slots(Protocol):
     @property
     def fixed_slice(self) -> int | None:
         """Where bits depend on how a prompt is cut into passes: the length of every piece but the last,
-        counted from the start. Nothing that another request left can be used then."""
+        counted from the start. What another request left can be used in such pieces alone."""
         ...
 
     def step(self, work: Sequence[Work]) -> list[Logits]:
@@ -61,8 +61,18 @@ class Slots(Protocol):
 
 
 class BlockSlots(Protocol):
-    """Slots whose contents can be taken out and put back, in blocks of tokens. Other slots may be computed
-    meanwhile."""
+    """Slots whose contents can be taken out and put back: blocks of tokens, and where a recurrence keeps more
+    than tokens, a checkpoint of it. Other slots may be computed meanwhile."""
+
+    @property
+    def fixed_slice(self) -> int | None:
+        """See :class:`Slots`."""
+        ...
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint; 0 where blocks are all that there is."""
+        ...
 
     def block_bytes(self, count: int) -> int:
         """Bytes of ``count`` tokens, a multiple of 16."""
@@ -72,6 +82,15 @@ class BlockSlots(Protocol):
         """What the slot holds of ``count`` tokens from ``first`` on."""
         ...
 
+    def checkpoint(self, slot: int) -> bytes:
+        """What recurrences of the slot hold after its last token."""
+        ...
+
     def restore(self, slot: int, first: int, count: int, data: bytes) -> None:
-        """Make the slot hold these, and all tokens before them."""
+        """Put a block where it belongs; :meth:`hold` makes it count."""
+        ...
+
+    def hold(self, slot: int, count: int, checkpoint: bytes | None) -> None:
+        """The first ``count`` tokens have been restored, and this is the checkpoint after them; None where
+        there are none."""
         ...

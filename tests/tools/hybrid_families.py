@@ -673,14 +673,16 @@ FAMILIES = {
 ROUTED_QWEN3 = RandomFamily("qwen3", _HEADS | _EXPERTS, (_attention(norms=True) | _experts(),))
 
 
-def write_random_family(path: Path, family: RandomFamily, seed: int = 1) -> Path:
-    """A file of ``family`` with weights of a scale that keeps values near one."""
+def write_random_family(
+    path: Path, family: RandomFamily, seed: int = 1, *, context: int = 128, text: bool = False
+) -> Path:
+    """A file of ``family`` with weights of a scale that keeps values near one; ``text``: with tokens."""
     rng, writer = np.random.default_rng(seed), GGUFWriter(path, family.name)
     common = {
         "block_count": len(family.layers),
         "embedding_length": WIDTH,
         "feed_forward_length": NEURONS,
-        "context_length": 128,
+        "context_length": context,
         "attention.layer_norm_rms_epsilon": 1e-5,
     }
     for key, value in (common | dict(family.metadata)).items():
@@ -699,11 +701,26 @@ def write_random_family(path: Path, family: RandomFamily, seed: int = 1) -> Path
         shapes |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}
     for name, shape in (shapes | family.more).items():
         writer.add_tensor(name, _values(rng, name, shape))
+    if text:
+        _add_tokens(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_tokens(writer: GGUFWriter) -> None:
+    """A byte-level vocabulary of :data:`VOCABULARY` tokens."""
+    words = ["he", "ll", "hell", "hello", "Ġh", "Ġhello", "ĠĠ", "Ã", "©"]
+    tokens = ["<|end|>", *"abcdefghijklmnopqrstuvwxyz0123456789ĠĊ'!", *words]
+    assert len(tokens) == VOCABULARY
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, *[1] * (VOCABULARY - 1)])
+    writer.add_token_merges(["h e", "l l", "he ll", "hell o", "Ġ h", "Ġ hello", "Ġ Ġ"])
+    writer.add_eos_token_id(0)
 
 
 def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 
 from hybrid_families import FAMILIES, write_random_family
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import ModelError
+from powerinfer_tools.generate.generation import logits_hash
 from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.serving.disk_cache import _of_state
 from powerinfer_tools.serving.prefix_store import BLOCK, PrefixStore, PrefixStoreError, keys
-from powerinfer_tools.serving.session_slots import SessionSlots
 from predicted_models import predicted_split
 from served_models import Served
-from tiny_models import TinyModel, TinySpec, make_tiny_model
+from split_models import Prepared
+from tiny_models import CASES, TinyModel, TinySpec, make_tiny_model
 
 PROMPT = [3 + number * 7 % 40 for number in range(2 * BLOCK + 90)]
 ASKED: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "logits_hash": True}
@@ -195,12 +197,99 @@ def test_a_full_disk_is_said_once_and_the_server_goes_on(
     assert "takes no more blocks: [Errno 28] No space left" in said
 
 
-def test_recurrent_families_are_refused(
-    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def bodies(served: Served, prompts: list[list[int]], **more: Any) -> list[tuple[str, list[str]]]:
+    """Text and hash of each prompt's answer."""
+    answers = [served.complete(prompt, **(ASKED | more)) for prompt in prompts]
+    return [(answer["choices"][0]["text"], answer["logits_hash"]) for answer in answers]
+
+
+@pytest.fixture(scope="module", params=["falcon-h1", "mamba2", "lfm2", "qwen3next"])
+def recurrent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recurrent") / "model.gguf"
+    return write_random_family(path, FAMILIES[request.param], context=1024, text=True)
+
+
+def test_recurrent_families_begin_where_their_state_was_kept(recurrent: Path, tmp_path: Path) -> None:
+    """Beside each block is the state at its end; a text that leaves the first one within the second block
+    begins after the first block."""
+    folder = tmp_path / "cache"
+    first = ask(recurrent, folder)
+    assert (first[0], len(list(folder.iterdir()))) == (0, 4)
+    assert ask(recurrent, folder) == (2 * BLOCK, *first[1:])
+    other = [*PROMPT[: BLOCK + 90], 5, *PROMPT[BLOCK:]]
+    with Served(recurrent) as served:
+        expected = bodies(served.ready(), [other, PROMPT])
+    cached, *answer = ask(recurrent, folder, other)
+    assert (cached, answer) == (BLOCK, [expected[0][0], *expected[0][1]])
+    assert first[1:] == (expected[1][0], *expected[1][1])
+
+
+def test_recurrent_families_in_company(recurrent: Path, tmp_path: Path) -> None:
+    """Turns of conversations whose places are needed by others go on from the disk, or from the place."""
+    chooser = random.Random(7)
+    starts = [[3 + (number * step) % 40 for number in range(2 * BLOCK)] for step in (7, 9, 11)]
+    prompts = [
+        start[: chooser.choice((BLOCK + 3, 2 * BLOCK))]
+        + [chooser.randrange(3, 40) for _ in range(chooser.randrange(5, 200))]
+        for start in starts * 3
+    ]
+    with Served(recurrent) as served:
+        expected = bodies(served.ready(), prompts, cache_prompt=False)
+    with Served(recurrent, cache_dir=tmp_path / "cache", parallel=2) as served:
+        served.ready()
+        order = chooser.sample(range(len(prompts)), len(prompts)) * 2
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda number: bodies(served, [prompts[number]])[0], order))
+        assert answers == [expected[number] for number in order]
+        assert served.service.batcher is not None
+        assert served.service.batcher.figures.restored_tokens > 0
+        assert served.said == []
+
+
+def test_a_state_that_is_not_there_costs_its_block_alone(recurrent: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    first = ask(recurrent, folder)
+    with Served(recurrent, cache_dir=folder) as served:
+        cache = served.ready().service.batcher._disk  # type: ignore[union-attr]
+        assert cache is not None
+        ends = cache._ends(PROMPT)
+    (folder / f"{_of_state(ends[1][1]).hex()}.prefix").unlink()
+    assert ask(recurrent, folder) == (BLOCK, *first[1:])
+    damage(folder / f"{_of_state(ends[0][1]).hex()}.prefix", folder, "flipped")
+    (folder / f"{_of_state(ends[1][1]).hex()}.prefix").unlink()
+    assert ask(recurrent, folder) == (0, *first[1:])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    pytest.importorskip("torch", reason="the hot side runs through torch")
+    spec = replace(CASES["llama-relu"], context=1024, neurons=96, head_dim=32)
+    return Prepared(tmp_path_factory.mktemp("hot"), spec)
+
+
+@pytest.mark.parametrize("attention", [(), (0, 2), (0, 1, 2)], ids=["neurons", "some", "all"])
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_with_a_hot_device_whole_slices_are_used_again(
+    prepared: Prepared, tmp_path: Path, attention: tuple[int, ...], kind: str
 ) -> None:
-    model = load_model(write_random_family(tmp_path / "model.gguf", FAMILIES["falcon-h1"]))
-    with Engine(model, threads=1) as engine:
-        assert SessionSlots(engine.weights, engine.session, 1).layout is None
-    monkeypatch.setattr(SessionSlots, "layout", None)
-    with pytest.raises(ModelError, match="--cache-dir: this family has recurrent layers"):
-        Served(tiny.path, cache_dir=tmp_path / "cache")._load()
+    """Prompts are cut as ``run`` cuts them, every 192 tokens here: 384 of 512 saved tokens are of use."""
+    path = prepared.split([16] * prepared.layers, attention=attention, head=len(attention) == 3)
+    more: dict[str, Any] = {"device": "cpu", "batch": 192, "kv_type": kind}
+    first = ask(path, tmp_path / "cache", **more)
+    assert (first[0], len(list((tmp_path / "cache").iterdir()))) == (0, 2)
+    assert ask(path, tmp_path / "cache", **more) == (384, *first[1:])
+    other = [*PROMPT[:400], *PROMPT[:150]]
+    with Served(path, cache_dir=tmp_path / "cache", **more) as served:
+        served.ready()
+        expected = bodies(served, [PROMPT, other], cache_prompt=False)
+        assert bodies(served, [other, PROMPT, PROMPT, other]) == [expected[i] for i in (1, 0, 0, 1)]
+        answer = served.complete(PROMPT, **ASKED)
+        # Two places hold both texts, in three pieces of their prompts; one holds the other text.
+        cached = 384 if attention else 576
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+    assert ask(path, tmp_path / "cache", **(more | {"batch": 128}))[0] == 0
+    with Engine(load_model(path), threads=1, **more) as engine:
+        logits = engine.prefill(PROMPT)
+        for _ in range(ASKED["max_tokens"] - 1):
+            logits = engine.decode(int(logits.argmax()))
+        assert logits_hash(logits) == first[2]

@@ -81,6 +81,19 @@ class HotSide(Protocol):
     def has_head(self) -> bool:
         """Whether the output norm and the head are here."""
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What decides the bits of its sums, besides the model and the mode, as JSON values."""
+
+    def cache_bytes(self, count: int) -> int:
+        """Bytes of ``count`` positions of the KV caches that are here."""
+
+    def cache_block(self, first: int, count: int) -> bytes:
+        """What these hold of ``count`` positions from ``first`` on."""
+
+    def restore_cache(self, first: int, count: int, data: bytes) -> None:
+        """Put such a block back."""
+
     def has_attention(self, layer: int) -> bool:
         """Whether the attention block of ``layer``, with its KV cache, is here."""
 

@@ -5,6 +5,7 @@ scale for each 32 values of a head. A position is written anew when it comes aga
 has been written: so to forget the end of a text, the caller only has to go back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +139,15 @@ class Attending:
         if self.chunk:
             hidden |= stands // self.chunk > keys // self.chunk
         scores.masked_fill_(hidden, -torch.inf)
+
+
+def fill(parts: Sequence[Tensor], data: bytes) -> None:
+    """Write ``data`` into ``parts``, one after the other."""
+    at = 0
+    for part in parts:
+        values = torch.frombuffer(bytearray(data[at : at + part.nbytes]), dtype=part.dtype)
+        part.copy_(values.view(part.shape))
+        at += part.nbytes
 
 
 def _places(scores: Tensor, position: int, begin: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +47,19 @@ class Ticket(Protocol):
 
     def wait(self) -> list[Span]:
         """Wait until it is done; when each step began and ended. Raises DeviceLost."""
+
+
+@cache
+def arithmetic(device: torch.device) -> tuple[str | int, ...]:
+    """What decides the bits of sums on ``device``: itself, and what computes on it."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    if device.type == "cuda":
+        return ("cuda", torch.cuda.get_device_name(device), torch.__version__, triton)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ("cpu", capability, torch.get_num_threads(), torch.__version__)
 
 
 class Device(Protocol):

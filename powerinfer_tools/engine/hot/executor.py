@@ -9,14 +9,17 @@ and so is the text: that is an error.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from powerinfer_kernels import Activations
 from powerinfer_tools.engine.hot import Span, loss
 from powerinfer_tools.engine.hot.backend import Backend
-from powerinfer_tools.engine.hot.devices import DeviceLost, MemoryEnded, Ticket
+from powerinfer_tools.engine.hot.cache import fill
+from powerinfer_tools.engine.hot.devices import DeviceLost, MemoryEnded, Ticket, arithmetic
 from powerinfer_tools.engine.hot.experts import HotExperts
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from powerinfer_tools.engine.hot.prediction import HotPredictor
@@ -93,6 +96,31 @@ class TorchHotSide:
     def has_head(self) -> bool:
         """Whether the output norm and the head are here."""
         return self._backend.head is not None
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """See :class:`powerinfer_tools.engine.hot.HotSide`."""
+        places = (tuple(self._there), self.has_head, tuple(map(self.has_predictor, range(len(self._hot)))))
+        experts = tuple(tuple(sorted(some)) for some in self._hot_experts)
+        return (*arithmetic(self._backend.device.torch_device), tuple(self._hot), experts, *places)
+
+    def cache_bytes(self, count: int) -> int:
+        """See :class:`powerinfer_tools.engine.hot.HotSide`."""
+        return sum(positions.nbytes for positions in self._cached(0, count))
+
+    def cache_block(self, first: int, count: int) -> bytes:
+        """See :class:`powerinfer_tools.engine.hot.HotSide`."""
+        cached = self._cached(first, count)
+        if not cached:  # another thread may be computing
+            return b""
+        self._wait(len(self._queued))
+        return b"".join(positions.cpu().numpy().tobytes() for positions in cached)
+
+    def restore_cache(self, first: int, count: int, data: bytes) -> None:
+        """See :class:`powerinfer_tools.engine.hot.HotSide`."""
+        self._wait(len(self._queued))
+        work = partial(fill, self._cached(first, count), data)
+        self._backend.device.submit((("restore", work),)).wait()
 
     def has_attention(self, layer: int) -> bool:
         """Whether the attention block of ``layer`` is here."""
@@ -228,6 +256,11 @@ class TorchHotSide:
         assert self._backend.head is not None
         logits: Floats = self._backend.head.host[: last - first].numpy()
         return logits
+
+    def _cached(self, first: int, count: int) -> list[torch.Tensor]:
+        """Some positions of the KV caches that are here: views."""
+        stream = self._backend.stream
+        return [] if stream is None else [held[:, first : first + count] for held in stream.caches]
 
     def _predictor(self, layer: int) -> HotPredictor | None:
         """That of ``layer``, where it is here."""

@@ -118,6 +118,12 @@ class Placed:
             ("cache", how.layer), lambda: HotCache(*(self._vectors(how.kv_heads, size) for size in kinds))
         )
 
+    def caches(self) -> list[Tensor]:
+        """What all caches hold, (kv_heads, context, …) each, in the order of the layers."""
+        held = sorted((key[1], made) for key, (made,) in self._held.items() if key[0] == "cache")
+        parts = (part for _, cache in held for part in (cache.keys, cache.values))
+        return [tensor for part in parts for tensor in (part.data, part.scales) if tensor is not None]
+
     def attending(self, how: Attention) -> Attending:
         """How a layer looks at its cache."""
 

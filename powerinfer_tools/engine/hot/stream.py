@@ -77,6 +77,12 @@ class HotStream:
         self._decode = [None if layer is None else self._recorded(layer) for layer in layers]
         self._some_hot = False  # whether the begun layer has a sum of hot neurons or experts
 
+    @property
+    def caches(self) -> list[Tensor]:
+        """What the KV caches of all layers hold, (kv_heads, context, …) each."""
+        placed = next(layer.blocks.placed for layer in self.layers if layer is not None)
+        return placed.caches()
+
     def enter(self, x: Floats, position: int) -> Ticket:
         """The stream comes from the host, its first row standing at ``position``."""
         tokens, host = len(x), self._memory.host.stream

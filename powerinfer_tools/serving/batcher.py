@@ -8,7 +8,6 @@ depend on its company: the engine promises that of bits, and each request has a 
 import asyncio
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -21,6 +20,7 @@ from powerinfer_tools.serving.fair_queue import FairQueue, QueueLimits
 from powerinfer_tools.serving.faults import too_long, unavailable
 from powerinfer_tools.serving.figures import Figures
 from powerinfer_tools.serving.jobs import Ended, Event, Failed, Job, Logits, Token
+from powerinfer_tools.serving.outbox import Outbox
 from powerinfer_tools.serving.places import Place, Places
 from powerinfer_tools.serving.sequence import Sequence
 from powerinfer_tools.serving.slots import Slots, Wanted, Work
@@ -95,6 +95,7 @@ class Batcher:
         self._slots, self._tokenizer, self._disk = slots, tokenizer, disk
         self._waiting: FairQueue[Ticket] = FairQueue(limits or QueueLimits())
         self._active: list[Ticket] = []
+        self._outbox = Outbox()
         self._changed = threading.Condition()
         self._between: list[Callable[[], None]] = []
         self._closing = self._draining = False
@@ -213,6 +214,7 @@ class Batcher:
                     self._begin(ticket)
                 if self._between or any(not ticket.loading for ticket in self._active):
                     return True
+                self._outbox.flush()
                 self._changed.wait()
         return False
 
@@ -284,12 +286,16 @@ class Batcher:
             self._fail([ticket for ticket, _ in pieces], error)
             return
         self.figures.passed(pieces, time.perf_counter() - started)
-        events: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Event]]] = defaultdict(list)
+        urgent = False
         for (ticket, work), logits in zip(pieces, rows, strict=True):
+            urgent |= ticket.sequence.in_prompt  # its first token is waited for, and the pass took long
             for event in self._advance(ticket, work, logits):
-                events[ticket.loop].append((ticket, event))
-        for loop, batch in events.items():
-            _post(loop, batch)
+                urgent |= not isinstance(event, Token)
+                self._outbox.add(ticket, event)
+        if urgent:
+            self._outbox.flush()
+        else:
+            self._outbox.flush_if_due()
 
     def _plan(self) -> list[tuple[Ticket, Work]]:
         """What the next pass computes: a token of each text, and slices of prompts."""
@@ -350,7 +356,8 @@ class Batcher:
             if ticket in self._active:
                 self._active.remove(ticket)
             ticket.finished = True
-            _post(ticket.loop, [(ticket, Failed(error))])
+            self._outbox.add(ticket, Failed(error))
+        self._outbox.flush()
 
 
 def _work(ticket: Ticket, count: int) -> Work:
@@ -362,12 +369,3 @@ def _work(ticket: Ticket, count: int) -> Work:
     if sequence.in_prompt and sequence.job.score_prompt:
         wanted = Wanted.ALL
     return Work(ticket.place.slot, tokens, wanted)
-
-
-def _post(loop: asyncio.AbstractEventLoop, batch: list[tuple[Ticket, Event]]) -> None:
-    def distribute() -> None:
-        for ticket, event in batch:
-            ticket.deliver(event)
-
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(distribute)

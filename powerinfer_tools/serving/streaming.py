@@ -52,8 +52,8 @@ async def stream_response(
 
 
 class EventStream(Response):
-    """Sends events as they come, and a comment when none has come for long. Sending is one task and pinging
-    another, so that pings cost a token nothing."""
+    """Sends events as they come, those that come together in one piece, and a comment when none has come for
+    long. Sending is one task and pinging another, so that pings cost a token nothing."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers=_HEADERS, media_type="text/event-stream")
@@ -80,9 +80,27 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         now = asyncio.get_running_loop().time
+        ready, arrived = list[bytes](), asyncio.Event()
+        collecting = asyncio.ensure_future(self._collect(ready, arrived))
+        collecting.add_done_callback(lambda _: arrived.set())
+        try:
+            while ready or not collecting.done():
+                await arrived.wait()
+                arrived.clear()
+                if ready:
+                    piece = b"".join(ready)
+                    ready.clear()
+                    self._last = now()
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            collecting.result()
+        finally:
+            collecting.cancel()
+            await asyncio.gather(collecting, return_exceptions=True)
+
+    async def _collect(self, ready: list[bytes], arrived: asyncio.Event) -> None:
         async for event in self._events:
-            self._last = now()
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            ready.append(event)
+            arrived.set()
 
     async def _ping(self, send: Send) -> None:
         now = asyncio.get_running_loop().time

@@ -1,0 +1,57 @@
+"""Events on their way from the batcher's thread to the loops that send them."""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Protocol
+
+from powerinfer_tools.serving.jobs import Event
+
+#: A token waits at most for so long for others that go with it. To wake a loop takes about as much time for
+#: one as for several, since the engine leaves nothing of the loop in the caches, and nobody reads faster.
+HOLD_SECONDS = 1 / 60
+
+
+class Recipient(Protocol):
+    """Who waits for events, in a loop."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def deliver(self, event: Event) -> None:
+        """Called in that loop."""
+
+
+class Outbox:
+    """Keeps events in order and hands them over: at once where somebody waits for them, else together. Used
+    by one thread. ``clock`` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._handed_over = clock()
+        self._events: dict[asyncio.AbstractEventLoop, list[tuple[Recipient, Event]]] = defaultdict(list)
+
+    def add(self, recipient: Recipient, event: Event) -> None:
+        """Hand over ``event`` later."""
+        self._events[recipient.loop].append((recipient, event))
+
+    def flush_if_due(self) -> None:
+        """Hand over what has waited for long enough."""
+        if self._clock() - self._handed_over >= HOLD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand over everything."""
+        self._handed_over = self._clock()
+        events, self._events = self._events, defaultdict(list)
+        for loop, batch in events.items():
+            _post(loop, batch)
+
+
+def _post(loop: asyncio.AbstractEventLoop, batch: list[tuple[Recipient, Event]]) -> None:
+    def distribute() -> None:
+        for recipient, event in batch:
+            recipient.deliver(event)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(distribute)

@@ -4,7 +4,7 @@ the forms of an FFN that only the kernels have, over rows of neurons.
 Nothing here depends on the number of tokens or on the thread count.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from powerinfer_tools.engine.program_operations import ProgramOperations
 from powerinfer_tools.engine.recall import GateAndUp
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.model import blocks
+from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.layer_weights import LayerWeights
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.operations import Activation
@@ -40,6 +41,16 @@ class DenseColumns:
     up_bias: Floats | None = None
     inner_norm: Norm | None = None
     deviations: float | None = None
+
+    @property
+    def products(self) -> tuple[Matrix, ...]:
+        """What the FFN's input is multiplied with: gate, and up where there is one."""
+        return (self.gate,) if self.up is None else (self.gate, self.up)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all matrices, in bytes."""
+        return sum(matrix.nbytes for matrix in (*self.products, self.down))
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,14 @@ class Labels:
 def pack(pool: Pool, weight: Weight) -> Matrix:
     """Interleave the rows of ``weight`` for the dense kernels (a copy in huge pages)."""
     return Matrix.pack(pool, weight.data, weight.row_type, weight.rows, weight.columns)
+
+
+def pack_columns(
+    packed: Callable[[Weight], Matrix], ffn: DenseFFN, *rest: Floats | Norm | float | None
+) -> DenseColumns:
+    """The matrices of ``ffn``, each as ``packed`` has it, and the ``rest`` of what it has."""
+    up = None if ffn.factor is None else packed(ffn.factor)
+    return DenseColumns(packed(ffn.first), up, packed(ffn.down), *rest)  # type: ignore[arg-type]
 
 
 class BlockWriter:
@@ -318,15 +337,10 @@ class BlockWriter:
         self.builder.activate(gate, factor, gate, self.hyper.activation, self.hyper.activation_cut)
         self.label("ffn")
 
-    def merge(self, output: FFNOutput, *, hot: bool, cold: bool) -> None:
-        """Residual stream += post_norm(cold part + hot part + bias), in this order."""
+    def merge(self, output: FFNOutput) -> None:
+        """Residual stream += post_norm(``block_out`` + bias), in this order."""
         b, builder = self.buffers, self.builder
         out = b.block_out
-        if hot and b.hot_out is not None:
-            if cold:
-                builder.add(b.hot_out, b.block_out)
-            else:
-                out = b.hot_out
         if output.bias is not None:
             builder.add(output.bias, out)
         if output.post_norm is not None:

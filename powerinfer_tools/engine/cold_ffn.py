@@ -1,9 +1,10 @@
-"""The FFNs that the C kernels compute: of a source model, or the neurons of a split file from a split point
-on."""
+"""What the C kernels compute of a layer's FFN: all of it, or the neurons of a split file from a split point
+on. Experts, of which a dense FFN is one that every token takes with weight one, are laid out in
+:mod:`powerinfer_tools.engine.routed`."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,8 +17,10 @@ from powerinfer_tools.engine.blocks import (
     NeuronRows,
     PredictedRows,
     ThresholdedRows,
+    pack_columns,
 )
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
+from powerinfer_tools.engine.cold_side import ColdFFN, Computed, Part, Plain
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedWeights
@@ -27,100 +30,33 @@ from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import Model
 
 
-@dataclass(frozen=True)
-class Computed:
-    """Shares of the neurons of sparse FFNs, over what has run: ``named`` by what selects them, and
-    ``confirmed`` by the gate, where that is computed for the named ones."""
-
-    named: float
-    confirmed: float
-
-
-class ColdFFN(Protocol):
-    """One layer's FFN, laid out for the kernels."""
-
-    @property
-    def neurons(self) -> int:
-        """Neurons computed here."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the weights as laid out, in bytes."""
-
-    @property
-    def quantized(self) -> bool:
-        """Whether gate or up need the quantised input."""
-
-    @property
-    def in_rows(self) -> bool:
-        """Whether the result is left in ``block_out`` for a merge, instead of in the residual stream."""
-
-    def bytes_per_token(self, computed: Computed) -> float:
-        """Bytes that one decoded token touches."""
-
-    def prepare(self, writer: BlockWriter) -> None:
-        """Append what needs the residual stream that the FFN's norm read; in a parallel layer, attention
-        follows."""
-
-    def write(
-        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
-    ) -> None:
-        """Append the operations."""
-
-
-def load_cold_ffn(
-    model: Model,
-    index: int,
-    pool: Pool,
-    packed: PackedWeights,
-    mode: str,
-    hot_neurons: int,
-    tokens: int,
-    *,
-    named: bool = False,
-    alone: bool = False,
-) -> ColdFFN:
-    """Lay out layer ``index`` without its first ``hot_neurons`` neurons, which the hot device computes, for
-    up to ``tokens`` tokens at a time, sharing what is ``packed``. ``named``: in mode predicted, it predicts,
-    too. ``alone``: no hot device takes part in the layer, so that its result may go into the residual stream
-    at once."""
-    ffn = model.layers[index].ffn
+def load_cold_ffn(model: Model, index: int, pool: Pool, part: Part) -> ColdFFN:
+    """Lay out ``part`` of layer ``index``, which has no experts."""
+    layer, ffn, mode = model.layers[index], model.layers[index].ffn, part.mode
     if isinstance(ffn, DenseFFN):
-        up = None if ffn.factor is None else packed.of(pool, ffn.factor)
-        layer = model.layers[index]
         deviations = model.hyper.facts[index].deviations
         rest = (layer.ffn_bias, layer.ffn_factor_bias, layer.ffn_inner_norm, deviations)
-        return _ColumnsFFN(DenseColumns(packed.of(pool, ffn.first), up, packed.of(pool, ffn.down), *rest))
+        return _ColumnsFFN(
+            pack_columns(partial(part.packed.of, pool), ffn, *rest), part.observed, part.thresholds
+        )
     assert isinstance(ffn, SplitLayer), "experts are laid out in routed.py"
-    if hot_neurons == ffn.neurons:
+    if part.hot_neurons == ffn.neurons:
         return _NoneFFN()
     if mode == "predicted":
-        return _load_predicted(ffn, pool, packed, hot_neurons, tokens, named=named)
+        return _load_predicted(ffn, pool, part)
     if mode == "thresholded":
-        return _load_thresholded(ffn, pool, packed, hot_neurons)
-    if mode == "dense" and alone and ffn.columns is not None:
-        return _load_columns(ffn, pool, packed)
-    return _load_rows(ffn, pool, packed, mode, hot_neurons)
-
-
-def with_thresholds(ffn: ColdFFN, thresholds: FactorThresholds) -> ColdFFN:
-    """An FFN of a source model that leaves out what ``thresholds`` say."""
-    assert isinstance(ffn, _ColumnsFFN)
-    return replace(ffn, thresholds=thresholds)
-
-
-class _Plain:
-    """An FFN without a predictor."""
-
-    def prepare(self, writer: BlockWriter) -> None:
-        return
+        return _load_thresholded(ffn, pool, part)
+    if mode == "dense" and part.alone and ffn.columns is not None:
+        return _load_columns(ffn, pool, part)
+    return _load_rows(ffn, pool, part)
 
 
 @dataclass(frozen=True)
-class _ColumnsFFN(_Plain):
+class _ColumnsFFN(Plain):
     weights: DenseColumns
-    in_rows: bool = False
+    observed: LayerCounters | None = None
     thresholds: FactorThresholds | None = None
+    in_rows: bool = False
 
     @property
     def neurons(self) -> int:
@@ -128,25 +64,21 @@ class _ColumnsFFN(_Plain):
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(self.weights.gate, self.weights.up, self.weights.down)
+        return self.weights.nbytes
 
     @property
     def quantized(self) -> bool:
-        return not _all_float(self.weights.gate, self.weights.up)
+        return not all(matrix.row_type.is_float for matrix in self.weights.products)
 
     def bytes_per_token(self, computed: Computed) -> float:
         return float(self.nbytes)
 
-    def write(
-        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
-    ) -> None:
-        writer.ffn_columns(self.weights, output, observed, self.thresholds)
+    def write(self, writer: BlockWriter, buffers: Buffers, output: FFNOutput) -> None:
+        writer.ffn_columns(self.weights, output, self.observed, self.thresholds)
 
 
-class _BundledFFN(_Plain, ABC):
+class _BundledFFN(Plain, ABC):
     """An FFN whose neurons' rows lie in a bundle, beside matrices that are read for all neurons."""
-
-    in_rows = True
 
     @property
     @abstractmethod
@@ -169,7 +101,7 @@ class _BundledFFN(_Plain, ABC):
 
     @property
     def nbytes(self) -> int:
-        return self.beside + _nbytes(*self.whole, self.bundle)
+        return self.beside + self.bundle.nbytes + sum(matrix.nbytes for matrix in self.whole)
 
     @property
     def quantized(self) -> bool:
@@ -179,12 +111,13 @@ class _BundledFFN(_Plain, ABC):
     def bytes_per_token(self, computed: Computed) -> float:
         gates = self.bundle.gate_nbytes
         rows = gates * computed.named + (self.bundle.nbytes - gates) * computed.confirmed
-        return self.beside + _nbytes(*self.whole) + rows
+        return self.beside + sum(matrix.nbytes for matrix in self.whole) + rows
 
 
 @dataclass(frozen=True)
 class _RowsFFN(_BundledFFN):
     weights: NeuronRows
+    observed: LayerCounters | None = None
 
     @property
     def bundle(self) -> Bundle:
@@ -198,11 +131,9 @@ class _RowsFFN(_BundledFFN):
     def bytes_per_token(self, computed: Computed) -> float:
         return super().bytes_per_token(computed if self.weights.skips else Computed(1, 1))
 
-    def write(
-        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
-    ) -> None:
+    def write(self, writer: BlockWriter, buffers: Buffers, output: FFNOutput) -> None:
         gate = narrowed(buffers.gate, self.neurons)
-        writer.ffn_rows(self.weights, gate, narrowed(buffers.up, self.neurons), observed)
+        writer.ffn_rows(self.weights, gate, narrowed(buffers.up, self.neurons), self.observed)
 
 
 @dataclass(frozen=True)
@@ -224,9 +155,7 @@ class _PredictedFFN(_BundledFFN):
     def prepare(self, writer: BlockWriter) -> None:
         writer.predictor_input(self.weights)
 
-    def write(
-        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
-    ) -> None:
+    def write(self, writer: BlockWriter, buffers: Buffers, output: FFNOutput) -> None:
         assert buffers.scores is not None
         scratch = [narrowed(buffer, self.neurons) for buffer in (buffers.scores, buffers.gate, buffers.up)]
         writer.ffn_predicted(self.weights, *scratch)
@@ -248,71 +177,65 @@ class _ThresholdedFFN(_BundledFFN):
     def beside(self) -> int:
         return self.weights.threshold.nbytes
 
-    def write(
-        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
-    ) -> None:
+    def write(self, writer: BlockWriter, buffers: Buffers, output: FFNOutput) -> None:
         known, h = narrowed(buffers.gate, self.neurons), narrowed(buffers.up, self.neurons)
         writer.ffn_thresholded(self.weights, known, h)
 
 
 @dataclass(frozen=True)
-class _NoneFFN(_Plain):
+class _NoneFFN(Plain):
     """A layer whose neurons are all on the hot device."""
 
     neurons: int = 0
     nbytes: int = 0
     quantized: bool = False
-    in_rows: bool = True
 
-    def bytes_per_token(self, computed: Computed) -> float:
-        return 0.0
+    def works(self, count: int) -> bool:
+        return False
 
-    def write(
-        self, writer: BlockWriter, buffers: Buffers, output: FFNOutput, observed: LayerCounters | None
-    ) -> None:
+    def write(self, writer: BlockWriter, buffers: Buffers, output: FFNOutput) -> None:
         return
 
 
-def _load_rows(layer: SplitLayer, pool: Pool, packed: PackedWeights, mode: str, first: int) -> ColdFFN:
-    skips = mode == "gate-first"
+def _load_rows(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
+    skips, first, packed = part.mode == "gate-first", part.hot_neurons, part.packed
     dense = layer.kinds[:1] if skips else layer.kinds[:-1]
     matrices = [packed.rows(pool, layer, kind, first) for kind in dense]
     bundle = packed.bundle(pool, layer, first, layer.kinds[len(dense) :])
     up = matrices[1] if len(matrices) == 2 else None
-    return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first)))
+    return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first)), part.observed)
 
 
-def _load_columns(layer: SplitLayer, pool: Pool, packed: PackedWeights) -> ColdFFN:
+def _load_columns(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
     """All neurons in the source's order, with its own down projection: the source's form, speed and bits."""
-    gate, *up = (packed.columns(pool, layer, kind) for kind in layer.kinds[:-1])
-    down = packed.columns(pool, layer, "down")
+    gate, *up = (part.packed.columns(pool, layer, kind) for kind in layer.kinds[:-1])
+    down = part.packed.columns(pool, layer, "down")
     bias = None if layer.bias is None else layer.bias[np.argsort(layer.order)].astype(np.float32)
-    return _ColumnsFFN(DenseColumns(gate, up[0] if up else None, down, bias))
+    return _ColumnsFFN(DenseColumns(gate, up[0] if up else None, down, bias), part.observed)
 
 
-def _load_thresholded(layer: SplitLayer, pool: Pool, packed: PackedWeights, first: int) -> ColdFFN:
-    threshold = layer.threshold
+def _load_thresholded(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
+    threshold, first = layer.threshold, part.hot_neurons
     assert threshold is not None
     rest = [kind for kind in layer.kinds if kind != threshold.factor]
     return _ThresholdedFFN(
         ThresholdedRows(
             factor=threshold.factor,
-            known=packed.rows(pool, layer, threshold.factor, first),
+            known=part.packed.rows(pool, layer, threshold.factor, first),
             threshold=threshold.values[first:].copy(),
-            bundle=packed.bundle(pool, layer, first, rest),
+            bundle=part.packed.bundle(pool, layer, first, rest),
         )
     )
 
 
-def _load_predicted(
-    layer: SplitLayer, pool: Pool, packed: PackedWeights, first: int, tokens: int, *, named: bool
-) -> ColdFFN:
+def _load_predicted(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
     assert layer.predictor is not None
-    here = None if named else lay_out(layer.predictor, pool, first, layer.width, tokens)
+    first = part.hot_neurons
+    here = None if part.named else lay_out(layer.predictor, pool, first, layer.width, part.tokens)
     return _PredictedFFN(
         PredictedRows(
             predictor=here or named_elsewhere(layer.neurons - first),
-            bundle=packed.bundle(pool, layer, first, layer.kinds),
+            bundle=part.packed.bundle(pool, layer, first, layer.kinds),
             bias=_bias(layer, first),
         )
     )
@@ -352,11 +275,3 @@ def write_recall_check(
 def _bias(layer: SplitLayer, first: int) -> Floats | None:
     """The biases of all neurons from position ``first`` on."""
     return None if layer.bias is None else layer.bias[first:].astype(np.float32)
-
-
-def _nbytes(*weights: Matrix | Bundle | None) -> int:
-    return sum(weight.nbytes for weight in weights if weight is not None)
-
-
-def _all_float(*matrices: Matrix | None) -> bool:
-    return all(matrix is None or matrix.row_type.is_float for matrix in matrices)

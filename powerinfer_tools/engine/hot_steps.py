@@ -1,10 +1,12 @@
 """What the host does at the points of a pass where the hot device joins in."""
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.caches import Places
+from powerinfer_tools.engine.cold_side import ColdFFN
 from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.timeline import Timeline, tell
 
@@ -21,51 +23,68 @@ class Host(Protocol):
         operations do not ask where tokens stand."""
 
 
+@dataclass(frozen=True)
+class ColdPart:
+    """What the host computes of the FFN of layer ``index``: operations [first, ready) choose experts, and
+    [ready, last) leave the sum of what is cold in ``block_out``."""
+
+    index: int
+    ffn: ColdFFN
+    first: int
+    ready: int
+    last: int
+
+
 class HotSteps:
     """Hands work to the hot side, and does the cold work meanwhile: for ``count`` tokens at ``places``."""
 
     def __init__(self, hot: HotSide, buffers: Buffers, host: Host) -> None:
         self._hot, self._buffers, self._host = hot, buffers, host
 
-    def split(self, index: int, cold: tuple[int, int], neurons: int, count: int, places: Places) -> None:
-        """Layer ``index``, whose attention is the host's: its hot neurons there, the operations ``cold`` with
-        all other ``neurons`` here."""
-        buffers = self._buffers
+    def here(self, part: ColdPart, count: int, places: Places) -> None:
+        """A layer whose attention is the host's, and which has chosen its experts: the sum of both sides is
+        left in ``block_out``, the hot one added last."""
+        buffers, index, begun = self._buffers, part.index, time.perf_counter()
         assert buffers.hot_out is not None
-        begun = time.perf_counter()
-        self._hot.launch(index, buffers.normed[:count], buffers.normed_acts, buffers.x[:count])
+        routes, works = part.ffn.hot_routes(count), part.ffn.works(count)
+        out, more = buffers.block_out[:count], buffers.hot_out[:count]
+        if routes:
+            x = buffers.x[:count]
+            self._hot.launch(index, buffers.normed[:count], buffers.normed_acts, x, routes)
         launched = time.perf_counter()
-        self._name(index, neurons, count)
+        self._name(part, count)
         named = time.perf_counter()
-        self._host.run(*cold, count, places)
+        self._host.run(part.ready, part.last, count, places)
         computed = time.perf_counter()
-        self._hot.collect(buffers.hot_out[:count])
-        tell(self._host.timeline, index, launch=(begun, launched), cold=(named, computed))
-        tell(self._host.timeline, index, wait=(computed, time.perf_counter()))
+        tell(self._host.timeline, index, launch=(begun, launched), **{part.ffn.work: (named, computed)})
+        if routes:
+            self._hot.collect(more if works else out)
+            tell(self._host.timeline, index, wait=(computed, time.perf_counter()))
+            if works:
+                out += more
         if self._hot.has_predictor(index):
             tell(self._host.timeline, index, wait=(launched, named))
 
-    def there(
-        self, index: int, cold: tuple[int, int], neurons: int, arrives: bool, count: int, places: Places
-    ) -> None:
-        """Layer ``index``, which leaves the residual stream on the device: the operations ``cold`` with its
-        cold ``neurons`` here. ``arrives``: the stream is still here."""
-        buffers, begun = self._buffers, time.perf_counter()
+    def there(self, part: ColdPart, arrives: bool, count: int, places: Places) -> None:
+        """A layer which leaves the residual stream on the device; ``arrives``: the stream is still here. The
+        sum of what is cold, if a token needs it, goes there."""
+        buffers, index, begun = self._buffers, part.index, time.perf_counter()
         if arrives:
             self._hot.enter(buffers.x[:count], places.position)
         self._hot.begin(index, count, places.position)
         launched = time.perf_counter()
         tell(self._host.timeline, index, launch=(begun, launched))
-        if not neurons:
-            self._hot.merge(index, None, count)
-            return
-        self._hot.ffn_input(index, buffers.normed[:count], buffers.x[:count])
-        self._name(index, neurons, count)
-        arrived = time.perf_counter()
-        self._host.run(*cold, count, places)
-        computed = time.perf_counter()
-        self._hot.merge(index, buffers.block_out[:count], count)
-        tell(self._host.timeline, index, wait=(launched, arrived), cold=(arrived, computed))
+        if part.first < part.ready:
+            self._choose(part, count)
+        works, chosen = part.ffn.works(count), time.perf_counter()
+        if works:
+            self._hot.ffn_input(index, buffers.normed[:count], buffers.x[:count])
+            self._name(part, count)
+            arrived = time.perf_counter()
+            self._host.run(part.ready, part.last, count, places)
+            computed = time.perf_counter()
+            tell(self._host.timeline, index, wait=(chosen, arrived), **{part.ffn.work: (arrived, computed)})
+        self._hot.merge(index, buffers.block_out[:count] if works else None, count)
 
     def attention(self, index: int, arrives: bool, count: int, places: Places) -> None:
         """The attention of layer ``index`` alone; the residual stream comes back."""
@@ -97,8 +116,21 @@ class HotSteps:
                 timeline.add("hot side", span.name, layer, span.start, span.end)
         self._hot.spans.clear()
 
-    def _name(self, index: int, neurons: int, count: int) -> None:
-        """Where the device predicts, what it says of the cold ``neurons`` becomes their scores."""
-        if neurons and self._hot.has_predictor(index):
+    def _choose(self, part: ColdPart, count: int) -> None:
+        """By what the device's router says, the experts of the layer; its hot ones are begun there."""
+        index, started = part.index, time.perf_counter()
+        self._hot.router_scores(index, *part.ffn.scores(count))
+        arrived = time.perf_counter()
+        self._host.run(part.first, part.ready, count)
+        routes, chosen = part.ffn.hot_routes(count), time.perf_counter()
+        tell(self._host.timeline, index, wait=(started, arrived), route=(arrived, chosen))
+        if routes:
+            self._hot.experts(index, routes, count)
+            tell(self._host.timeline, index, launch=(chosen, time.perf_counter()))
+
+    def _name(self, part: ColdPart, count: int) -> None:
+        """Where the device predicts, what it says of the cold neurons becomes their scores."""
+        neurons = part.ffn.neurons
+        if neurons and self._hot.has_predictor(part.index):
             assert self._buffers.scores is not None
-            self._hot.named(index, narrowed(self._buffers.scores, neurons)[:count])
+            self._hot.named(part.index, narrowed(self._buffers.scores, neurons)[:count])

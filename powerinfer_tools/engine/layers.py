@@ -9,14 +9,14 @@ import numpy.typing as npt
 from powerinfer_kernels import KernelError, Matrix, Pool, State
 from powerinfer_tools.detect import available_ram_bytes
 from powerinfer_tools.engine.caches import Places, allocate_state, require_kv_type
-from powerinfer_tools.engine.cold_ffn import Computed, predictor_thresholds
+from powerinfer_tools.engine.cold_ffn import predictor_thresholds
+from powerinfer_tools.engine.cold_side import Computed
 from powerinfer_tools.engine.hot import HotSide, open_hot_side
 from powerinfer_tools.engine.hot.placement import Workload
 from powerinfer_tools.engine.layer_shares import LayerShare, layer_shares
 from powerinfer_tools.engine.memory import require_memory
 from powerinfer_tools.engine.modes import layer_modes
 from powerinfer_tools.engine.recall import Counted, HotFound, recall_of
-from powerinfer_tools.engine.routed import RoutedFFN
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.engine.stack_writer import StackWriter
 from powerinfer_tools.engine.timeline import Timeline
@@ -91,7 +91,7 @@ class LayerStack:
         """Size of all weights as laid out for the kernels, in bytes."""
         return (
             self._written.ops.weight_bytes
-            + sum(ffn.nbytes for ffn in self._written.laid)
+            + sum(ffn.nbytes for ffn in self._written.cold.values())
             + self._head_bytes
             + (self.residency.nbytes if self.residency else 0)
         )
@@ -205,23 +205,28 @@ class LayerStack:
 
     def weight_bytes_per_token(self) -> float:
         """Mean bytes of weights that one decoded token touches, with the density seen so far."""
-        program, total = self._program, self._program.total_neurons()
-        computed = Computed(1, 1)
-        if total:
-            computed = Computed(program.active_neurons() / total, program.confirmed_neurons() / total)
-        tables = (self.model.embedding, self.model.positions)
-        embedded = sum(table.nbytes // table.rows for table in tables if table is not None)
-        ffn = sum(layer.bytes_per_token(computed) for layer in self._written.laid)
-        # Experts of both sides that a token takes are in ``ffn`` already.
-        hot = self._hot.weight_bytes if self._hot else 0
-        return self._written.ops.weight_bytes + self._head_bytes + embedded + ffn + hot
+        computed = self._computed()
+        return self._besides_ffns + sum(ffn.bytes_per_token(computed) for ffn in self._written.cold.values())
 
     def weight_bytes_per_pass(self) -> float:
         """Mean bytes of weights that a forward pass touched so far, whatever its number of tokens: an expert
         counts once where some token of a batch takes it."""
-        routed = [ffn for ffn in self._written.laid if isinstance(ffn, RoutedFFN)]
-        more = sum(ffn.bytes_per_pass() - ffn.bytes_per_token(Computed(1, 1)) for ffn in routed)
-        return self.weight_bytes_per_token() + more
+        computed = self._computed()
+        return self._besides_ffns + sum(ffn.bytes_per_pass(computed) for ffn in self._written.cold.values())
+
+    def _computed(self) -> Computed:
+        program, total = self._program, self._program.total_neurons()
+        if not total:
+            return Computed(1, 1)
+        return Computed(program.active_neurons() / total, program.confirmed_neurons() / total)
+
+    @property
+    def _besides_ffns(self) -> int:
+        """Bytes that a token touches besides: experts of both sides that it takes count as cold."""
+        tables = (self.model.embedding, self.model.positions)
+        embedded = sum(table.nbytes // table.rows for table in tables if table is not None)
+        hot = self._hot.weight_bytes if self._hot else 0
+        return self._written.ops.weight_bytes + self._head_bytes + embedded + hot
 
     def density(self) -> float:
         """Share of FFN neurons that were computed so far; dense layers are computed whole, and hot neurons

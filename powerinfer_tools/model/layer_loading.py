@@ -29,14 +29,15 @@ def load_layer(
     prefix = f"blk.{index}"
     facts, feeds = hyper.facts[index], None
     neurons = facts.neurons if facts.ffn == "dense" else hyper.neurons
-    ffn_bias = tensors.absent if spec.gated and not spec.gated_biases else tensors.optional
+    biased = facts.ffn != "experts" and (spec.gated_biases or not spec.gated)
+    ffn_bias = tensors.optional if biased else tensors.absent
     up_bias = ffn_bias(f"{prefix}.{spec.ffn_names[0]}.bias", neurons)
     first_bias, factor_bias = up_bias, None
     if spec.gated:
         first_bias, factor_bias = ffn_bias(f"{prefix}.ffn_gate.bias", neurons), up_bias
     if facts.ffn != "none":
-        rows = split.layers if split else ()
-        feeds = rows[index] if rows else read_ffn(tensors, spec, hyper, index, split)
+        rows = split.layer(index) if split else None
+        feeds = rows or read_ffn(tensors, spec, hyper, index, split)
     return LayerWeights(
         attends=_attends(tensors, spec, hyper, index) if facts.mixer in ("attention", "both") else None,
         ffn_norm=_ffn_norm(tensors, spec, hyper, prefix, alone=feeds is None),

@@ -68,7 +68,7 @@ def test_rows_count_the_experts_that_are_taken(name: str, tmp_path: Path) -> Non
     engine = Engine(load_model(path), threads=1, context=64)
     try:
         pp, tg = bench(engine, prompt=48, generate=4, repetitions=1, bandwidth=1e9)
-        totals = [ffn._totals for ffn in engine.stack._written.laid]  # of both tests
+        totals = [ffn._totals for ffn in engine.stack._written.cold.values()]  # of both tests
         taken = sum(int(experts) / int(passes) for passes, experts in totals)
         report = engine.report()
     finally:

@@ -190,14 +190,22 @@ def _mean(qualities: "Sequence[Quality]", field: str) -> float:
 
 def expert_facts(report: "ConvertReport", experts: "ConvertedExperts") -> list[tuple[str, str]]:
     """What was written of a mixture of experts."""
-    hot, count = sum(experts.hot), experts.count * report.layers
+    hot, count = sum(experts.hot), experts.count * len(experts.hot)
     facts = [
         ("size", f"{format_size(report.nbytes)} (source {format_size(report.source_bytes)})"),
         ("hot experts", f"{hot:,} of {count:,} ({hot / count:.1%})"),
     ]
     if experts.hot_shared:
-        facts.append(("hot shared experts", f"{sum(experts.hot_shared)} of {report.layers}"))
-    return [*facts, *_also_hot(report), ("all matrices", "the source's bits")]
+        facts.append(("hot shared experts", f"{sum(experts.hot_shared)} of {len(experts.hot)}"))
+    dense = report.layers - len(experts.hot)
+    kept = "matrices of experts" if dense else "all matrices"
+    facts += [*_also_hot(report), (kept, "the source's bits")]
+    if dense:
+        hot = sum(report.hot_neurons) - hot * report.neurons // experts.count
+        worst = max(report.requantization_error)
+        facts.append(("layers without experts", f"{dense}, with {hot:,} hot neurons"))
+        facts.append(("their down projections", f"transposed, with a relative error of up to {worst:.2e}"))
+    return facts
 
 
 def _also_hot(report: "ConvertReport") -> list[tuple[str, str]]:

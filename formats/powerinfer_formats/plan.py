@@ -22,25 +22,38 @@ VERSION = 1
 EXPERTS_VERSION = 2
 #: Of those whose experts are in part on disk alone.
 DISK_VERSION = 3
-_READ = (VERSION, EXPERTS_VERSION, DISK_VERSION)
+#: Of those that have layers with one FFN besides.
+MIXED_VERSION = 4
+_READ = (VERSION, EXPERTS_VERSION, DISK_VERSION, MIXED_VERSION)
 FORMAT = "powerinfer-plan"
 Device = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True)
+class PlanDense:
+    """The ``layers`` (ascending) that have one FFN of ``neurons``, placed in groups of ``group``, where
+    others have experts."""
+
+    layers: tuple[int, ...]
+    neurons: int
+    group: int
+
+
+@dataclass(frozen=True)
 class PlanExperts:
     """The experts of each layer: ``count``, of which a token takes ``used``, and the neurons of the expert
-    that every token takes (0: there is none)."""
+    that every token takes (0: there is none); ``dense``: of the layers without."""
 
     count: int
     used: int
     shared_neurons: int
+    dense: PlanDense | None = None
 
 
 @dataclass(frozen=True)
 class PlanModel:
     """The model planned for; ``fingerprint`` is None for a shape without a file. ``neurons`` per layer, of
-    all experts where there are ``experts``."""
+    all experts where there are ``experts``; of single layers see :meth:`Plan.neurons_of`."""
 
     name: str
     fingerprint: str | None
@@ -208,15 +221,16 @@ class Plan:
         if version not in _READ or type(version) is not int:
             raise UnsupportedVersion(
                 file,
-                f"is a plan of version {version!r}, {VERSION}, {EXPERTS_VERSION} (with experts) and "
-                f"{DISK_VERSION} (from disk) are read; plan again",
+                f"is a plan of version {version!r}, {VERSION}, {EXPERTS_VERSION} (with experts), "
+                f"{DISK_VERSION} (from disk) and {MIXED_VERSION} (with layers without experts besides) are "
+                "read; plan again",
             )
         plan = RecordReader(file).read(cls, document)
         if version != plan.version:
             raise BadField(
                 file,
                 f"version is {version}, and plans with experts have {EXPERTS_VERSION}, from disk "
-                f"{DISK_VERSION}",
+                f"{DISK_VERSION}, with layers without experts besides {MIXED_VERSION}",
             )
         check_plan(plan, file)
         return plan
@@ -233,6 +247,8 @@ class Plan:
         fields: dict[str, Any] = to_plain(self)
         if self.model.experts is None:
             fields = _without_experts(fields)
+        elif self.model.experts.dense is None:
+            del fields["model"]["experts"]["dense"]
         if not self.memory.disk_used:
             fields = _without_disk(fields)
         return {"format": FORMAT, "version": self.version, **fields}
@@ -240,9 +256,32 @@ class Plan:
     @property
     def version(self) -> int:
         """The version of the file."""
+        experts = self.model.experts
+        if experts is not None and experts.dense is not None:
+            return MIXED_VERSION
         if self.memory.disk_used:
             return DISK_VERSION
-        return VERSION if self.model.experts is None else EXPERTS_VERSION
+        return VERSION if experts is None else EXPERTS_VERSION
+
+    def experts_of(self, layer: int) -> PlanExperts | None:
+        """The experts of ``layer``; None where it has one FFN."""
+        experts = self.model.experts
+        dense = experts is not None and experts.dense is not None and layer in experts.dense.layers
+        return None if dense else experts
+
+    def neurons_of(self, layer: int) -> int:
+        """Neurons of ``layer`` that are placed."""
+        return self._dense(layer).neurons
+
+    def group_of(self, layer: int) -> int:
+        """How many neurons of ``layer`` are placed together: those of an expert where it has some."""
+        return self._dense(layer).group
+
+    def _dense(self, layer: int) -> PlanDense:
+        experts = self.model.experts
+        if experts is not None and experts.dense is not None and layer in experts.dense.layers:
+            return experts.dense
+        return PlanDense((), self.model.neurons, self.group)
 
     def require_model(self, fingerprint: str, name: str, file: str | os.PathLike[str]) -> None:
         """Raise ``OtherModel``, with both names, unless the plan was made for this very model."""
@@ -269,7 +308,7 @@ def _without_experts(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_disk(document: dict[str, Any]) -> dict[str, Any]:
-    """A plan's fields as versions 1 and 2 have them."""
+    """A plan's fields where nothing is on disk alone."""
     layers = [
         {name: value for name, value in layer.items() if name != "disk_bytes"} for layer in document["layers"]
     ]

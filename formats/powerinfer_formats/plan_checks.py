@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from powerinfer_formats.errors import BadField
 
 if TYPE_CHECKING:
-    from powerinfer_formats.plan import LayerPlan, Plan, PlanExperts
+    from powerinfer_formats.plan import LayerPlan, Plan, PlanDense, PlanExperts
 
 #: Says what must hold at a place of the file, and what it is otherwise.
 Require = Callable[[bool, str, str], None]
@@ -38,6 +39,8 @@ def check_plan(plan: Plan, file: str | os.PathLike[str]) -> None:
     require(
         len(plan.layers) == model.layers, "layers", f"has {len(plan.layers)} items, expected {model.layers}"
     )
+    if model.experts is not None and model.experts.dense is not None:
+        _check_dense(model.layers, model.experts.dense, require)
     _check_sums(plan, require)
     for index, layer in enumerate(plan.layers):
         _check_layer(plan, index, layer, require)
@@ -73,11 +76,9 @@ def _check_sums(plan: Plan, require: Require) -> None:
 def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Require) -> None:
     path = f"layers[{index}]"
     require(layer.index == index, f"{path}.index", f"is {layer.index}, expected {index}")
-    hot, neurons = layer.hot_neurons, plan.model.neurons
-    fits = 0 <= hot <= neurons and (hot % plan.group == 0 or hot == neurons)
-    require(
-        fits, f"{path}.hot_neurons", f"is {hot}, expected a multiple of {plan.group} up to {neurons}, or all"
-    )
+    hot, neurons, group = layer.hot_neurons, plan.neurons_of(index), plan.group_of(index)
+    fits = 0 <= hot <= neurons and (hot % group == 0 or hot == neurons)
+    require(fits, f"{path}.hot_neurons", f"is {hot}, expected a multiple of {group} up to {neurons}, or all")
     has_none = layer.predictor is None or layer.mode == "predicted"
     require(has_none, f"{path}.predictor", f"is {layer.predictor!r} in a layer of mode {layer.mode}")
     share = layer.hot_activation_share
@@ -96,13 +97,28 @@ def _check_experts(plan: Plan, require: Require) -> None:
     if experts is not None:
         _check_expert_sizes(plan, experts, require)
     for index, layer in enumerate(plan.layers):
-        wanted = experts is not None and experts.shared_neurons > 0
+        own = plan.experts_of(index)
+        wanted = own is not None and own.shared_neurons > 0
         problem = "is missing" if wanted else "is there, but no shared expert is"
         require(wanted == (layer.shared_expert is not None), f"layers[{index}].shared_expert", problem)
-        suits = experts is not None or layer.disk_bytes == 0
+        suits = own is not None or layer.disk_bytes == 0
         require(suits, f"layers[{index}].disk_bytes", "is there, but experts alone are read from disk")
-        suits = experts is None or layer.mode == "dense"
+        suits = own is None or layer.mode == "dense"
         require(suits, f"layers[{index}].mode", f"is {layer.mode!r}, experts are computed dense")
+
+
+def _check_dense(layers: int, dense: PlanDense, require: Require) -> None:
+    """Some layers have one FFN, and others experts."""
+    path, some = "model.experts.dense", dense.layers
+    ascending = all(before < after for before, after in pairwise(some))
+    within = 0 < len(some) < layers and ascending and some[0] >= 0 and some[-1] < layers
+    require(within, f"{path}.layers", f"are {list(some)}, expected some of {layers} layers, ascending")
+    require(dense.neurons > 0, f"{path}.neurons", "is not positive")
+    require(
+        1 <= dense.group <= dense.neurons,
+        f"{path}.group",
+        f"is {dense.group}, expected 1 to {dense.neurons}",
+    )
 
 
 def _check_expert_sizes(plan: Plan, experts: PlanExperts, require: Require) -> None:

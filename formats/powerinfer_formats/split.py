@@ -127,8 +127,8 @@ class SplitUnits:
 class SplitFile:
     """A split file whose every rule has been checked; ``gguf`` holds the other tensors and the metadata.
 
-    ``orders`` of each layer are those of neurons or of experts, see :attr:`units`; ``layers`` have the rows
-    of neurons, and there are none in a file of experts.
+    ``orders`` of each layer are those of neurons or of experts, see :attr:`units`; ``layers`` are those with
+    rows of neurons, ascending.
     """
 
     gguf: ModelSource
@@ -159,20 +159,29 @@ class SplitFile:
         """The split view of an open file, or None where it is a source model. Raises ``FormatError``."""
         if not is_split(gguf):
             return None
-        checker, layers = _Checker(gguf, sizes), range(sizes.layers)
+        checker = _Checker(gguf, sizes)
         header = checker.header()
-        if sizes.experts:
-            return cls(gguf, header, tuple(checker.experts(index) for index in layers))
-        return cls.of_layers(gguf, header, [checker.layer(index, header) for index in layers])
+        layers = {index: checker.layer(index, header) for index in header.row_layers}
+        orders = (
+            layers[index].order if index in layers else checker.experts(index)
+            for index in range(sizes.layers)
+        )
+        return cls(gguf, header, tuple(orders), tuple(layers.values()))
 
     @cached_property
     def units(self) -> tuple[SplitUnits, ...]:
         """What is placed of each layer, whichever kind it is of."""
-        size = self.group if self.header.experts else 1
-        shared = self.header.hot_shared or (False,) * len(self.orders)
+        header, shared = self.header, self.header.hot_shared or (False,) * len(self.orders)
         return tuple(
-            SplitUnits(order, hot // size, self.group // size, shared_hot)
-            for order, hot, shared_hot in zip(self.orders, self.hot_neurons, shared, strict=True)
+            SplitUnits(
+                order,
+                hot // header.unit_neurons(index),
+                header.ffn_group if index in header.row_layers else 1,
+                shared_hot,
+            )
+            for index, (order, hot, shared_hot) in enumerate(
+                zip(self.orders, self.hot_neurons, shared, strict=True)
+            )
         )
 
     @property
@@ -188,7 +197,7 @@ class SplitFile:
     @property
     def gated(self) -> bool:
         """Whether neurons have gate rows."""
-        return all(len(types) == len(names.KINDS) for types in self.header.types)
+        return all(len(types) == len(names.KINDS) for types in self.header.types if types)
 
     @property
     def group(self) -> int:
@@ -205,9 +214,13 @@ class SplitFile:
         """Where all else is, as planned."""
         return self.header.devices or all_on_cpu(len(self.orders))
 
-    def layer(self, index: int) -> SplitLayer:
-        """The FFN of layer ``index``."""
-        return self.layers[index]
+    def layer(self, index: int) -> SplitLayer | None:
+        """The rows of neurons of layer ``index``; None where it has the source's matrices."""
+        return self._by_index.get(index)
+
+    @cached_property
+    def _by_index(self) -> dict[int, SplitLayer]:
+        return {layer.index: layer for layer in self.layers}
 
     def close(self) -> None:
         """Let go of the file."""
@@ -224,10 +237,12 @@ class _Checker(HeaderReader):
 
     def __init__(self, gguf: ModelSource, sizes: SplitSizes) -> None:
         super().__init__(gguf, sizes)
-        self.neurons, self.width = sizes.neurons, sizes.width
+        self.neurons, self.width = sizes.ffn_neurons, sizes.width
 
     def experts(self, index: int) -> NDArray[np.int32]:
-        """The order of the experts of one layer, whose matrices must be there, too."""
+        """The order of the experts of one layer, whose matrices must be there, too; an FFN is one."""
+        if not self.sizes.routed(index):
+            return np.zeros(1, np.int32)
         for kind in names.KINDS:
             self.absent(names.source_experts_name(index, kind), "experts are in the order of the plan")
             shape = self.sizes.matrices(kind)

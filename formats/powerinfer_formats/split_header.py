@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from powerinfer_formats import errors
 from powerinfer_formats import split_layout as names
@@ -12,7 +16,7 @@ from powerinfer_formats.modes import MODES
 from powerinfer_formats.split_devices import KEY_PREDICTOR, SplitDevices, read_devices
 from powerinfer_formats.split_keys import KeyReader
 from powerinfer_formats.split_layout import SplitHeader, SplitPrediction, SplitSizes
-from powerinfer_formats.split_thresholds import read_thresholding
+from powerinfer_formats.split_thresholds import KEY_FACTORS, read_thresholding
 
 
 def read_sizes(gguf: ModelSource) -> SplitSizes:
@@ -21,16 +25,31 @@ def read_sizes(gguf: ModelSource) -> SplitSizes:
 
     def size(key: str, default: int | None = None) -> int:
         whole = f"{architecture}.{key}"
+        if isinstance(gguf.metadata.get(whole), np.ndarray):  # of each layer
+            return max(map(int, gguf.get(whole, np.ndarray)), default=0)
         value = gguf.get(whole, int) if default is None else gguf.get(whole, int, default)
         if not 0 <= value < 1 << 31:
             raise errors.BadValue(gguf.path, f"metadata {whole!r} is {value}")
         return value
 
-    layers, claims = size("block_count"), gguf.metadata.get(names.KEY_VERSION) == names.EXPERTS_VERSION
-    experts = size("expert_count", None if claims else 0)
-    neurons = (size("expert_feed_forward_length", 0) if experts else 0) or size("feed_forward_length")
-    shared = bool(experts) and size("expert_shared_feed_forward_length", 0) > 0
-    return SplitSizes(layers, neurons, size("embedding_length"), experts, shared)
+    version = gguf.metadata.get(names.KEY_VERSION)
+    claims = version in (names.EXPERTS_VERSION, names.MIXED_VERSION)
+    layers, experts = size("block_count"), size("expert_count", None if claims else 0)
+    layers -= size("nextn_predict_layers", 0)  # which predict further tokens
+    if not experts:
+        return SplitSizes(layers, size("feed_forward_length"), size("embedding_length"))
+    routed = (f"blk.{layer}.ffn_gate_inp.weight" in gguf.tensors for layer in range(layers))
+    dense = {layer for layer, there in enumerate(routed) if not there and version == names.MIXED_VERSION}
+    shared = size("expert_shared_feed_forward_length", 0) > 0
+    return SplitSizes(
+        layers,
+        size("expert_feed_forward_length", 0) or size("feed_forward_length"),
+        size("embedding_length"),
+        experts,
+        shared or any(name.endswith(".ffn_up_shexp.weight") for name in gguf.tensors),
+        frozenset(dense),
+        size("feed_forward_length") if dense else 0,
+    )
 
 
 class HeaderReader(KeyReader):
@@ -39,11 +58,17 @@ class HeaderReader(KeyReader):
     def __init__(self, gguf: ModelSource, sizes: SplitSizes) -> None:
         super().__init__(gguf, sizes.layers)
         self.sizes = sizes
+        self._sorted = frozenset[int]()  # the layers whose neurons are sorted
 
     def header(self) -> SplitHeader:
         """All that the file says. Raises ``FormatError``."""
         gguf, version = self.gguf, self._version()
-        units = self._experts() if self.sizes.experts else self._neurons()
+        if not self.sizes.experts:
+            self._sorted = frozenset(range(self.layers))
+        elif names.KEY_GROUP in gguf.metadata:
+            self._sorted = self.sizes.dense
+        units = self._neurons() if self._sorted else self._no_neurons()
+        units |= self._experts(units) if self.sizes.experts else {}
         return SplitHeader(
             source_fingerprint=self.digest(names.KEY_SOURCE, gguf.get(names.KEY_SOURCE, str)),
             tool_version=gguf.get(names.KEY_TOOL_VERSION, str),
@@ -52,18 +77,20 @@ class HeaderReader(KeyReader):
             ),
             corpus_tokens=gguf.get(names.KEY_CORPUS_TOKENS, int),
             devices=self._devices(),
-            columns=version == names.COLUMNS_VERSION,
+            columns=version in (names.COLUMNS_VERSION, names.MIXED_VERSION),
             **units,
         )
 
     def _version(self) -> int:
         """One that this program reads for such a model."""
         version, experts = self.gguf.get(names.KEY_VERSION, int), self.sizes.experts
-        if version == names.EXPERTS_VERSION and not experts:
+        if version in (names.EXPERTS_VERSION, names.MIXED_VERSION) and not experts:
             self.fail(names.KEY_VERSION, f"is {version}, that of models with experts, which this one has not")
         if version == names.VERSION and experts:
             self.fail(names.KEY_VERSION, f"is {version}, that of models without experts; convert again")
-        versions = (names.EXPERTS_VERSION,) if experts else (names.VERSION, names.COLUMNS_VERSION)
+        versions: tuple[int, ...] = (names.VERSION, names.COLUMNS_VERSION)
+        if experts:
+            versions = (names.MIXED_VERSION if self.sizes.dense else names.EXPERTS_VERSION,)
         if version not in versions:
             readable = " and ".join(map(str, versions)) + (" for models with experts" if experts else "")
             raise errors.UnsupportedVersion(
@@ -72,15 +99,35 @@ class HeaderReader(KeyReader):
             )
         return version
 
-    def _experts(self) -> dict[str, Any]:
-        """What is said of experts alone, as fields of the header."""
-        group = self.sizes.neurons
-        hot = self._counts(names.KEY_HOT_EXPERTS, self.sizes.experts)
+    def _experts(self, others: dict[str, Any]) -> dict[str, Any]:
+        """What is said of experts alone, as fields of the header, and of ``others`` what changes."""
+        sizes, neurons = self.sizes, others["hot_neurons"]
+        for key, part in ((names.KEY_PREDICTORS, "prediction"), (KEY_FACTORS, "thresholding")):
+            if others.get(part) is not None:
+                self.fail(key, "is there, but models with experts have neither predictors nor thresholds")
+        hot = self._counts(names.KEY_HOT_EXPERTS, self._units)
+        each = [sizes.neurons if sizes.routed(layer) else sizes.dense_neurons for layer in range(self.layers)]
         return {
-            "experts": self.sizes.experts,
-            "group": group,
-            "hot_neurons": tuple(count * group for count in hot),
+            "experts": sizes.experts,
+            "group": sizes.neurons,
+            "hot_neurons": tuple(
+                count * size + more for count, size, more in zip(hot, each, neurons, strict=True)
+            ),
             "hot_shared": self._hot_shared(),
+            "dense": tuple(sorted(sizes.dense)),
+            "dense_neurons": sizes.dense_neurons,
+            "dense_group": others["group"],
+        }
+
+    def _units(self, layer: int) -> int:
+        """How many experts a layer has; an FFN that is not sorted is one."""
+        return 0 if layer in self._sorted else self.sizes.experts if self.sizes.routed(layer) else 1
+
+    def _no_neurons(self) -> dict[str, Any]:
+        """The same fields as of neurons, where none are sorted."""
+        return {
+            "group": 0,
+            "hot_neurons": (0,) * self.layers,
             "modes": ("dense",) * self.layers,
             "activation": "",
             "types": (),
@@ -90,8 +137,8 @@ class HeaderReader(KeyReader):
     def _neurons(self) -> dict[str, Any]:
         """What is said of groups of neurons alone, as fields of the header."""
         gguf, group = self.gguf, self.gguf.get(names.KEY_GROUP, int)
-        if not 1 <= group <= self.sizes.neurons:
-            self.fail(names.KEY_GROUP, f"is {group}, expected 1 to {self.sizes.neurons}")
+        if not 1 <= group <= self.sizes.ffn_neurons:
+            self.fail(names.KEY_GROUP, f"is {group}, expected 1 to {self.sizes.ffn_neurons}")
         return {
             "group": group,
             "hot_neurons": self._hot_neurons(group),
@@ -114,20 +161,22 @@ class HeaderReader(KeyReader):
             if names.KEY_HOT_SHARED in self.gguf.metadata:
                 self.fail(names.KEY_HOT_SHARED, "is there, but the model has no shared expert")
             return ()
-        return tuple(bool(value) for value in self._counts(names.KEY_HOT_SHARED, 1))
+        return tuple(bool(value) for value in self._counts(names.KEY_HOT_SHARED, self.sizes.routed))
 
-    def _counts(self, key: str, most: int) -> tuple[int, ...]:
+    def _counts(self, key: str, most: Callable[[int], int]) -> tuple[int, ...]:
+        """One count for each layer, of which it has ``most``."""
         counts = self.integers(key)
         for layer, count in enumerate(self.per_layer(key, counts)):
-            if count > most:
-                self.fail(key, f"has {count} for layer {layer}, expected 0 to {most}")
+            if count > most(layer):
+                self.fail(key, f"has {count} for layer {layer}, expected 0 to {int(most(layer))}")
         return tuple(counts)
 
     def _modes(self) -> tuple[str, ...]:
         modes = self.strings(names.KEY_MODE)
         for layer, mode in enumerate(self.per_layer(names.KEY_MODE, modes)):
-            if mode not in MODES:
-                self.fail(names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(MODES)}")
+            known = MODES if layer in self._sorted else ("dense",)
+            if mode not in known:
+                self.fail(names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(known)}")
         return tuple(modes)
 
     def _prediction(self) -> SplitPrediction | None:
@@ -159,28 +208,29 @@ class HeaderReader(KeyReader):
     def _hot_neurons(self, group: int) -> tuple[int, ...]:
         hot = self.integers(names.KEY_HOT_NEURONS)
         for layer, count in enumerate(self.per_layer(names.KEY_HOT_NEURONS, hot)):
-            if count > self.sizes.neurons or (count % group and count != self.sizes.neurons):
+            neurons = self.sizes.ffn_neurons if layer in self._sorted else 0
+            if count > neurons or (count % group and count != neurons):
                 self.fail(
                     names.KEY_HOT_NEURONS,
-                    f"has {count} for layer {layer}, "
-                    f"expected a multiple of {group} up to {self.sizes.neurons}, or all",
+                    f"has {count} for layer {layer}, expected a multiple of {group} up to {neurons}, or all",
                 )
         return tuple(hot)
 
     def _types(self) -> tuple[tuple[TensorType, ...], ...]:
-        """Three of each layer, or two of each where the FFNs have no gate."""
-        numbers = self.integers(names.KEY_FFN_TYPES)
-        count = next((some for some in (3, 2) if len(numbers) == some * self.layers), 0)
+        """Three of each sorted layer, or two where the FFNs have no gate; none of others."""
+        numbers, layers = self.integers(names.KEY_FFN_TYPES), len(self._sorted)
+        count = next((some for some in (3, 2) if len(numbers) == some * layers), 0)
         if not count:
             self.fail(
                 names.KEY_FFN_TYPES,
-                f"has {len(numbers)} values, expected 3 (without gate: 2) for each of {self.layers} layers",
+                f"has {len(numbers)} values, expected 3 (without gate: 2) for each of {layers} layers",
             )
         for number in numbers:
             if number not in BLOCK_SHAPES:
                 self.fail(names.KEY_FFN_TYPES, f"has the type {number}, which ggml does not define")
-        kinds = [TensorType(number) for number in numbers]
-        return tuple(tuple(kinds[i : i + count]) for i in range(0, len(kinds), count))
+        kinds = iter([TensorType(number) for number in numbers])
+        counts = (count if layer in self._sorted else 0 for layer in range(self.layers))
+        return tuple(tuple(islice(kinds, some)) for some in counts)
 
     def _errors(self) -> tuple[float, ...]:
         key = names.KEY_REQUANTIZATION_ERROR

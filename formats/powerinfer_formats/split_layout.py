@@ -1,7 +1,7 @@
 """The layout of a split file: its keys, its tensor names, and where the rows of a neuron lie in a bundle.
 
 Shared by what writes split files and what reads them, so that the two cannot disagree. The units of a layer
-are groups of its neurons, or its experts: a file has one kind.
+are groups of its neurons, or its experts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ VERSION = 1
 EXPERTS_VERSION = 2
 #: Of a file whose dense layers have the source's own down projection in addition.
 COLUMNS_VERSION = 3
+#: Of a file some of whose layers have experts, and others one FFN, all of them with sorted neurons or none.
+MIXED_VERSION = 4
 ALIGNMENT = 64  # of the file and of each row in a bundle: a cache line
 #: Rows of a neuron; those of an FFN without gate are the last two.
 KINDS = ("gate", "up", "down")
@@ -119,18 +121,25 @@ def source_experts_name(layer: int, kind: str) -> str:
 @dataclass(frozen=True)
 class SplitSizes:
     """What a split file must fit: layers; the neurons of the FFN of each, or of each of its ``experts`` (0:
-    the model has none); the model's width; whether every token takes a shared expert besides."""
+    the model has none); the model's width; whether every token takes a shared expert besides. In a model with
+    experts, the layers ``dense`` have one FFN of ``dense_neurons`` instead."""
 
     layers: int
     neurons: int
     width: int
     experts: int = 0
     shared: bool = False
+    dense: frozenset[int] = frozenset()
+    dense_neurons: int = 0
+
+    def routed(self, layer: int) -> bool:
+        """Whether ``layer`` has experts."""
+        return self.experts > 0 and layer not in self.dense
 
     @property
-    def total_neurons(self) -> int:
-        """Neurons of a layer that are placed: those of all experts but the shared one."""
-        return self.neurons * (self.experts or 1)
+    def ffn_neurons(self) -> int:
+        """Neurons of a layer without experts."""
+        return self.dense_neurons if self.experts else self.neurons
 
     def matrices(self, kind: str) -> tuple[int, int, int]:
         """Shape of the matrices of all experts of a layer: [experts, neurons, width], or [experts, width,
@@ -215,15 +224,19 @@ class SplitHeader:
     """What a split file says about itself: one item per layer in every tuple but ``corpus_hashes``.
 
     ``hot_neurons`` are multiples of ``group``, the neurons that are placed together, or all; of ``experts``
-    (how many a layer has, 0: the units are groups of neurons) the neurons of one. ``hot_shared``: whether the
-    expert that every token takes is hot, empty where there is none. ``corpus_hashes`` and ``corpus_tokens``
-    name the profile's corpora; none without a profile. ``devices`` None: all but units is on the CPU.
+    (how many a layer has, 0: the units are groups of neurons) the neurons of one, but in the layers
+    ``dense``, which have one FFN of ``dense_neurons``. Those are sorted, and ``dense_group`` of them are
+    placed together; where that is 0, such an FFN is one expert, with the source's matrices. ``hot_shared``:
+    whether the expert that every token takes is hot, empty where there is none. ``corpus_hashes`` and
+    ``corpus_tokens`` name the profile's corpora; none without a profile. ``devices`` None: all but units is
+    on the CPU.
 
-    ``types`` are (gate, up, down), without gate (up, down), the same for both parts of a layer.
-    ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection. Both are empty,
-    like ``activation``, in a file of experts, which has the source's matrices. ``prediction`` is None in a
-    file without predictors, ``thresholding`` in one without thresholds. ``columns``: layers may have the
-    source's own down projection, see :func:`columns_name`.
+    ``types`` are (gate, up, down), without gate (up, down), the same for both parts of a layer, and nothing
+    of a layer whose neurons are not sorted, which has the source's matrices. ``requantization_error`` is
+    ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection, 0 of such a layer. Where all are, both are
+    empty, like ``activation``. ``prediction`` is None in a file without predictors, ``thresholding`` in one
+    without thresholds. ``columns``: layers may have the source's own down projection, see
+    :func:`columns_name`.
     """
 
     source_fingerprint: str
@@ -242,22 +255,48 @@ class SplitHeader:
     columns: bool = False
     experts: int = 0
     hot_shared: tuple[bool, ...] = ()
+    dense: tuple[int, ...] = ()
+    dense_neurons: int = 0
+    dense_group: int = 0
 
     @property
     def version(self) -> int:
         """The version of the file."""
-        return EXPERTS_VERSION if self.experts else COLUMNS_VERSION if self.columns else VERSION
+        if self.experts:
+            return MIXED_VERSION if self.dense else EXPERTS_VERSION
+        return COLUMNS_VERSION if self.columns else VERSION
+
+    @property
+    def row_layers(self) -> tuple[int, ...]:
+        """The layers whose neurons are sorted."""
+        if self.experts:
+            return self.dense if self.dense_group else ()
+        return tuple(range(len(self.hot_neurons)))
+
+    def unit_neurons(self, layer: int) -> int:
+        """Neurons of a unit of ``layer``: one, or those of an expert, or of a whole FFN."""
+        if layer in self.row_layers:
+            return 1
+        return self.dense_neurons if layer in self.dense else self.group
+
+    @property
+    def ffn_group(self) -> int:
+        """Neurons of one FFN that are placed together."""
+        return self.dense_group if self.experts else self.group
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add the ``powerinfer.*`` keys, in their order: those of all files, and those of one kind."""
-        neurons, experts = not self.experts, bool(self.experts)
-        types = [int(kind) for types in self.types for kind in types]
-        hot_experts = [count // self.group for count in self.hot_neurons] if experts else []
+        """Add the ``powerinfer.*`` keys, in their order: those of all files, and those of layers with and
+        without experts, in which all others have 0."""
+        rows, experts = self.row_layers, bool(self.experts)
+        neurons, types = bool(rows), [int(kind) for types in self.types for kind in types]
+        layers = list(enumerate(self.hot_neurons))
+        hot_experts = [0 if layer in rows else count // self.unit_neurons(layer) for layer, count in layers]
+        hot_neurons = [count if layer in rows else 0 for layer, count in layers]
         entries: tuple[tuple[bool, str, Any, ValueType | None], ...] = (
             (True, KEY_VERSION, self.version, ValueType.UINT32),
             (True, KEY_SOURCE, self.source_fingerprint, None),
-            (neurons, KEY_GROUP, self.group, ValueType.UINT32),
-            (neurons, KEY_HOT_NEURONS, self.hot_neurons, ValueType.UINT32),
+            (neurons, KEY_GROUP, self.ffn_group, ValueType.UINT32),
+            (neurons, KEY_HOT_NEURONS, hot_neurons, ValueType.UINT32),
             (neurons, KEY_MODE, self.modes, ValueType.STRING),
             (neurons, KEY_ACTIVATION, self.activation, None),
             (neurons, KEY_FFN_TYPES, types, ValueType.UINT32),

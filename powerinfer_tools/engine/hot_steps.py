@@ -74,16 +74,17 @@ class HotSteps:
         self._hot.begin(index, count, places.position)
         launched = time.perf_counter()
         tell(self._host.timeline, index, launch=(begun, launched))
-        if part.first < part.ready:
+        if chooses := part.first < part.ready:
             self._choose(part, count)
-        works, chosen = part.ffn.works(count), time.perf_counter()
+        works, started = part.ffn.works(count), time.perf_counter()
         if works:
             self._hot.ffn_input(index, buffers.normed[:count], buffers.x[:count])
             self._name(part, count)
             arrived = time.perf_counter()
             self._host.run(part.ready, part.last, count, places)
-            computed = time.perf_counter()
-            tell(self._host.timeline, index, wait=(chosen, arrived), **{part.ffn.work: (arrived, computed)})
+            if not chooses:
+                tell(self._host.timeline, index, wait=(started, arrived))
+            tell(self._host.timeline, index, **{part.ffn.work: (arrived, time.perf_counter())})
         self._hot.merge(index, buffers.block_out[:count] if works else None, count)
 
     def attention(self, index: int, arrives: bool, count: int, places: Places) -> None:

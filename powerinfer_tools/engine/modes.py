@@ -2,7 +2,6 @@
 zeros; thresholded is for the others."""
 
 from powerinfer_formats.modes import MODES
-from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import Model
 
@@ -11,7 +10,8 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
     """The mode of each layer: ``asked``, else what a split file says, else dense. Where predicted is asked
     for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
     A layer that keeps the source's down projection, because dense was found to be faster there, is dense in
-    mode gate-first, too, and so is one without zeros: both have the same bits in every layer.
+    mode gate-first, too, and so is one without zeros: both have the same bits in every layer. Layers with
+    experts are dense.
 
     Raises ModelError for a mode that the model does not allow.
     """
@@ -25,18 +25,21 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
                 raise ModelError(f"{model.path}: layer {index} is {mode}, and its activation makes no zeros")
         return modes
     _check_mode(model, asked)
-    if asked == "predicted" and model.split is not None:
-        return tuple("predicted" if one.predictor else _exact(model, one) for one in model.split.layers)
-    if asked == "gate-first" and model.split is not None:
-        return tuple(_exact(model, layer) for layer in model.split.layers)
-    if asked == "thresholded" and model.split is not None:
-        return tuple("thresholded" if layer.threshold else "dense" for layer in model.split.layers)
-    return (asked,) * layers
+    if model.split is None:
+        return (asked,) * layers
+    return tuple(_mode(model, index, asked) for index in range(layers))
 
 
-def _exact(model: Model, layer: SplitLayer) -> str:
-    """The mode of a layer of which only active neurons count, where it has inactive ones."""
-    return "gate-first" if layer.columns is None and model.has_zeros(layer.index) else "dense"
+def _mode(model: Model, index: int, asked: str) -> str:
+    """The mode of one layer of a split file where ``asked`` is wanted."""
+    layer = model.split.layer(index) if model.split else None
+    if layer is None or asked == "dense":
+        return "dense"
+    if asked == "thresholded":
+        return "thresholded" if layer.threshold else "dense"
+    if asked == "predicted" and layer.predictor:
+        return "predicted"
+    return "gate-first" if layer.columns is None and model.has_zeros(index) else "dense"
 
 
 def _check_mode(model: Model, asked: str) -> None:
@@ -46,7 +49,7 @@ def _check_mode(model: Model, asked: str) -> None:
         )
     if asked == "dense":
         return
-    if model.hyper.routing is not None:
+    if all(facts.ffn != "dense" for facts in model.hyper.facts):
         raise ModelError(
             f"{model.path}: experts run in mode dense alone, which reads only those that a token takes"
         )

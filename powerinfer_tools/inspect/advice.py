@@ -100,9 +100,9 @@ def split_verdict(path: Path, plan: Plan) -> str:
     finally:
         model.close()
     parts = []
-    if not shape.routed:
-        source = sum(matrix.nbytes for layer in shape.layers for matrix in layer.ffn)
-        split = sum(neuron_bytes(layer).total * layer.neurons for layer in shape.layers)
+    if shape.ffn_layers:
+        source = sum(matrix.nbytes for layer in shape.ffn_layers for matrix in layer.ffn)
+        split = sum(neuron_bytes(layer).total * layer.neurons for layer in shape.ffn_layers)
         parts.append(f"its FFN takes {split / max(source, 1):.2f} × the bytes of the source's")
     hot = sum(layer.hot_neurons for layer in plan.layers)
     if hot and detect.nvidia_driver() is None:

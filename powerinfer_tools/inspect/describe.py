@@ -178,14 +178,19 @@ def _split_facts(path: Path) -> dict[str, Any]:
             "tool_version": header.tool_version,
             "head_device": split.devices.head,
         }
-        if header.experts:
-            return facts | {"layers": [_expert_units(split, index) for index in range(len(split.units))]}
+        by_index = [split.layer(index) for index in range(len(split.units))]
+        layers = [
+            _expert_units(split, index) if layer is None else _neuron_units(split, layer)
+            for index, layer in enumerate(by_index)
+        ]
+        if not split.layers:
+            return facts | {"layers": layers}
         return facts | {
             "activation": header.activation,
-            "group": header.group,
+            "group": header.ffn_group,
             "requantization_error": list(header.requantization_error),
             "prediction": to_plain(header.prediction),
-            "layers": [_neuron_units(split, layer) for layer in split.layers],
+            "layers": layers,
         }
     finally:
         split.close()

@@ -111,10 +111,8 @@ class Model:
             "xIELU activations": bool(hyper.xielu),
             "norms inside blocks": self.spec.inner_norms,
             "biases of gated FFNs or experts": any(self._biased(layer) for layer in self.layers),
-            "dense layers beside experts": routing is not None and self._mixed,
             "dense FFNs beside experts": self.spec.dense_beside != "none" and routing is not None,
             "a scale of what experts add": self.spec.shared_factor != 1.0 and routing is not None,
-            "experts that read what is weighed": routing is not None and routing.weigh_input,
         }
         self._refuse_first(what, error, stage)
 
@@ -125,6 +123,14 @@ class Model:
             return any(bias is not None for bias in (ffn.router_bias, *ffn.biases))
         biases = (layer.ffn_bias, layer.ffn_factor_bias, layer.ffn_down_bias)
         return self.spec.gated and any(bias is not None for bias in biases)
+
+    @property
+    def placement_limit(self) -> str | None:
+        """Why nothing of the model is computed on a hot device; None where its FFNs can be."""
+        routing = self.hyper.routing
+        if routing is not None and self._mixed:
+            return "dense layers beside experts"
+        return "experts that read what is weighed" if routing is not None and routing.weigh_input else None
 
     @property
     def attention_limit(self) -> str | None:
@@ -299,8 +305,16 @@ def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparamete
 
 def _split_view(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
     routing = hyper.routing
-    experts, shared = (0, False) if routing is None else (routing.experts, routing.shared_neurons > 0)
-    sizes = SplitSizes(hyper.layers, hyper.neurons, hyper.width, experts, shared)
+    sizes = SplitSizes(hyper.layers, hyper.neurons, hyper.width)
+    if routing is not None:
+        dense = {index: facts.neurons for index, facts in enumerate(hyper.facts) if facts.ffn == "dense"}
+        sizes = replace(
+            sizes,
+            experts=routing.experts,
+            shared=routing.shared_neurons > 0,
+            dense=frozenset(dense),
+            dense_neurons=max(dense.values(), default=0),
+        )
     if is_original(gguf):
         return read_original(gguf, sizes, activation=hyper.activation, gated=spec.gated)
     return SplitFile.read(gguf, sizes)

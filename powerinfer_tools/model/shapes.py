@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExpertsShape:
     """The experts of one layer: ``count`` of the same shape, of which a token takes ``used``. ``router``: the
-    matrices that choose and weigh them, read for every token. ``shared``: gate, up and down of the expert
-    that every token takes; empty without one."""
+    matrices that choose and weigh them, read for every token; empty for the FFN of a layer beside such with
+    experts, which is one that every token takes. ``shared``: gate, up and down of the expert that every token
+    takes; empty without one."""
 
     count: int
     used: int
@@ -52,6 +53,11 @@ class LayerShape:
     window: int = 0
     down_transposed: bool = False
     experts: ExpertsShape | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router chooses among experts."""
+        return self.experts is not None and bool(self.experts.router)
 
     @property
     def ffn(self) -> tuple[MatrixShape, ...]:
@@ -99,8 +105,8 @@ class PublishedSparsity:
 class ModelShape:
     """Sizes of one model; ``rope_dim`` is 0 without rotary positions; ``parallel``: attention and FFN read
     the same stream; ``fingerprint`` is None when no file is at hand; ``tied``: the head is the embedding;
-    ``attention_limit``: why attention stays on the CPU; ``counted``: what going through the blocks of a
-    model at hand has counted."""
+    ``attention_limit``: why attention stays on the CPU, ``placement_limit``: why all does; ``counted``: what
+    going through the blocks of a model at hand has counted."""
 
     name: str
     architecture: str
@@ -118,6 +124,7 @@ class ModelShape:
     sparsity: PublishedSparsity | None = None
     tied: bool = False
     attention_limit: str | None = None
+    placement_limit: str | None = None
     parallel: bool = False
     counted: "ModelFootprint | None" = field(default=None, compare=False, repr=False)
 
@@ -137,9 +144,24 @@ class ModelShape:
         return self.activation in RELU_FAMILY
 
     @property
+    def expert_layers(self) -> tuple[LayerShape, ...]:
+        """The layers that have a router."""
+        return tuple(layer for layer in self.layers if layer.routed)
+
+    @property
+    def ffn_layers(self) -> tuple[LayerShape, ...]:
+        """The layers whose FFN is placed in groups of its neurons."""
+        return tuple(layer for layer in self.layers if layer.experts is None)
+
+    @property
     def routed(self) -> bool:
-        """Whether layers have experts, which are placed as wholes."""
-        return self.layers[0].experts is not None
+        """Whether some layer has experts."""
+        return bool(self.expert_layers)
+
+    @property
+    def most_neurons(self) -> int:
+        """Of an FFN that is placed in groups of its neurons; 0 where none is."""
+        return max((layer.neurons for layer in self.ffn_layers), default=0)
 
     @property
     def total_neurons(self) -> int:
@@ -240,6 +262,7 @@ def shape_of_model(model: "Model") -> ModelShape:
         fingerprint=model.fingerprint,
         tied=model.head is model.embedding,
         attention_limit=model.attention_limit,
+        placement_limit=model.placement_limit,
     )
 
 
@@ -264,7 +287,8 @@ def _ffn_of_model(model: "Model", index: int) -> tuple["DenseFFN", ExpertsShape 
 
     ffn, routing = model.layers[index].ffn, model.hyper.routing
     if routing is None or not isinstance(ffn, ExpertsFFN):
-        return model.layers[index].source_ffn, None
+        whole = ExpertsShape(1, 1, ()) if routing is not None and not model.exact_zeros else None
+        return model.layers[index].source_ffn, whole
     router = [matrix for matrix in (ffn.router, ffn.shared_gate) if matrix is not None]
     shared = () if ffn.shared is None else ffn.shared.matrices
     return ffn.expert(0), ExpertsShape(

@@ -212,11 +212,12 @@ _Q4 = TensorType.Q4_1
 
 FAULTS: list[tuple[str, Change, type[errors.FormatError], str]] = [
     (
-        "version 4",
-        _retyped(names.KEY_VERSION, 4, _U32),
+        "version 5",
+        _retyped(names.KEY_VERSION, 5, _U32),
         errors.UnsupportedVersion,
-        "version 4.*reads 1 and 3.*convert again",
+        "version 5.*reads 1 and 3.*convert again",
     ),
+    ("version 4", _retyped(names.KEY_VERSION, 4, _U32), errors.MissingKey, "expert_count"),
     ("columns in version 1", _columns(0), errors.UnexpectedTensor, "version 1"),
     ("columns not dense", _columns(1, columns=True), errors.UnexpectedTensor, "gate-first"),
     ("columns of another shape", _columns(0, NEURONS + 1, columns=True), errors.WrongShape, "columns"),

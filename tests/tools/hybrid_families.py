@@ -674,10 +674,19 @@ ROUTED_QWEN3 = RandomFamily("qwen3", _HEADS | _EXPERTS, (_attention(norms=True) 
 
 
 def write_random_family(
-    path: Path, family: RandomFamily, seed: int = 1, *, context: int = 128, text: bool = False
+    path: Path,
+    family: RandomFamily,
+    seed: int = 1,
+    *,
+    context: int = 128,
+    text: bool = False,
+    activation: str | None = None,
 ) -> Path:
-    """A file of ``family`` with weights of a scale that keeps values near one; ``text``: with tokens."""
+    """A file of ``family`` with weights of a scale that keeps values near one; ``text``: with tokens; and
+    another ``activation`` where one is given."""
     rng, writer = np.random.default_rng(seed), GGUFWriter(path, family.name)
+    if activation is not None:
+        writer.add_string("powerinfer.activation", activation)
     common = {
         "block_count": len(family.layers),
         "embedding_length": WIDTH,

@@ -11,11 +11,12 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import counters
 from powerinfer_tools.model.loading import load_model
-from powerinfer_tools.stages.plan import PlanRequest, make_plan, verification, verified_experts
+from powerinfer_tools.stages.plan import PlanRequest, make_plan, verification, verified_units
 from powerinfer_tools.stages.plan.costs import Machine
+from powerinfer_tools.stages.plan.memory import experts_of
 from powerinfer_tools.stages.plan.verification import Case, Grid, verify
 from powerinfer_tools.stages.plan.verification_rows import BATCH, PROMPT, vram_of
-from powerinfer_tools.stages.plan.verified_experts import Text, VerifiedExperts
+from powerinfer_tools.stages.plan.verified_units import Text, VerifiedUnits
 from powerinfer_tools.stages.profile import ProfileOptions, run_profile
 from tiny_models import CASES, make_tiny_model
 
@@ -36,10 +37,10 @@ class Profiled:
         HardwareProfile(MachineInfo("m", "measured", "2026-11-26"), cpu).save(hardware)
         self.plan = make_plan(PlanRequest(self.model, profile=self.profile, hardware=str(hardware)))
 
-    def units(self) -> VerifiedExperts:
+    def units(self) -> VerifiedUnits:
         model = load_model(self.model)
         try:
-            return VerifiedExperts(model, Profile.load(self.profile))
+            return VerifiedUnits(model, Profile.load(self.profile), None)
         finally:
             model.close()
 
@@ -52,7 +53,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "_ROUNDS", 1)
-    monkeypatch.setattr(verified_experts, "ENOUGH_BYTES", 1 << 18)
+    monkeypatch.setattr(verified_units, "ENOUGH_BYTES", 1 << 18)
 
 
 def test_rows_are_measured_and_predicted(
@@ -80,7 +81,8 @@ def test_predictions_follow_the_planners_tables(made: Profiled) -> None:
     """Samples made of known parts have no error, whatever the hot side costs; what takes twice as long was
     predicted at half of it. Cold seconds and hot bytes are what the tokens' choices make of them."""
     units, profile = made.units(), Profile.load(made.profile)
-    layer, experts = units.layer, units.experts
+    layer = units.shape.layers[0]
+    experts = experts_of(layer)
     rates = ((1.0,), (2e9,), (2e9,))
     shapes = [layer.ffn, *([experts.shared] if experts.shared else [])]
     curves = tuple(
@@ -90,7 +92,7 @@ def test_predictions_follow_the_planners_tables(made: Profiled) -> None:
     machine = Machine("m", 1, 1e10, ((1.0, 1e10),), ffn_curves=curves)
     # A dozen tokens of a tiny model may take no hot expert at all, which would say nothing of their cost.
     hot_share = np.linspace(0, 1, experts.count + 1)
-    units.text = Text((), np.array([hot_share ** (0.5 + 0.1 * index) for index in range(units.layers)]))
+    units.text = Text((), [hot_share ** (0.5 + 0.1 * index) for index in range(len(units.shape.layers))])
     counts = units.hot_counts()
     assert counts == sorted(set(counts))
     assert 3 <= len(counts) <= 5
@@ -104,7 +106,7 @@ def test_predictions_follow_the_planners_tables(made: Profiled) -> None:
     for hot, part in parts.items():
         cold = hot_bytes = waits = 0.0
         for index in range(profile.layers):
-            share = float(units.text.choices[index, hot])
+            share = float(units.text.choices[index][hot])
             hot_bytes += experts.used * share * plain
             cold += experts.used * (1 - share) * packed[0] + sum(packed[1:])
             waits += 1 - (1 - share) ** experts.used
@@ -150,7 +152,9 @@ def test_budgets_place_the_experts_that_a_row_says(case: str, tmp_path: Path) ->
 
 def test_measured_choices_are_those_of_the_tokens_that_are_timed(made: Profiled) -> None:
     units, profile = made.units(), Profile.load(made.profile)
-    seen = [counters(units.experts.count, histogram=False) for _ in range(units.layers)]
+    layers = units.shape.layers
+    count = experts_of(layers[0]).count
+    seen = [counters(count, histogram=False) for _ in layers]
     engine = Engine(load_model(made.model), threads=1, context=64, observed=seen)
     try:
         engine.prefill(units.text.tokens[:PROMPT])
@@ -159,23 +163,24 @@ def test_measured_choices_are_those_of_the_tokens_that_are_timed(made: Profiled)
             engine.decode(token)
     finally:
         engine.close()
-    for hot in (0, 1, units.experts.count):
+    for hot in (0, 1, count):
         for index, layer in enumerate(seen):
             taken = layer.counts - before[index]
-            busiest = sorted(range(units.experts.count), key=lambda e: -int(profile.counts(index)[e]))[:hot]
+            busiest = sorted(range(len(layer.counts)), key=lambda e: -int(profile.counts(index)[e]))[:hot]
             share = taken[busiest].sum() / taken.sum()
-            assert units.text.choices[index, hot] == pytest.approx(share, abs=1e-12)
+            assert units.text.choices[index][hot] == pytest.approx(share, abs=1e-12)
 
 
 def test_splits_have_one_form_of_rows(made: Profiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's CPU device unpacks what is small, once: never some splits of the grid, and others not."""
     units = made.units()
-    values = units.layers * sum(matrix.rows * matrix.columns for matrix in units.layer.ffn)
+    layers = units.shape.layers
+    values = len(layers) * sum(matrix.rows * matrix.columns for matrix in layers[0].ffn)
     whole = units.hot_counts()
-    for limit in range(1, units.experts.count + 1):
+    for limit in range(1, experts_of(layers[0]).count + 1):
         monkeypatch.setattr("powerinfer_tools.engine.hot.assembly.UNPACKED_LIMIT", 4 * values * limit + 1)
         counts = units.hot_counts()
         assert len({hot <= limit for hot in counts}) <= 1
         assert not counts or (whole[0] <= counts[0] and counts[-1] <= whole[-1])
-    monkeypatch.setattr(verified_experts, "torch_version", lambda: None)
-    assert units.hot_counts() == []
+    monkeypatch.setattr(verified_units, "torch_version", lambda: None)
+    assert units.shares() == []

@@ -9,56 +9,23 @@ import pytest
 
 from engine_logits import logits
 from hybrid_families import FAMILIES, write_random_family
+from hybrid_profiles import TOKENS, made
 from plan_cases import granted
-from powerinfer_formats.profile import ROUTING, Corpus, Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ConvertError, ProfileError
 from powerinfer_tools.measure.hardware.presets import PC_LOW
-from powerinfer_tools.model.loading import Model, load_model
+from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import ffn_matrices
 from powerinfer_tools.model.shapes import shape_of_model
 from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from powerinfer_tools.stages.plan.planner import PlanOptions
 from powerinfer_tools.stages.plan.request import make_plan
-from powerinfer_tools.stages.profile.tally import Tally
 from small_plans import plan_for
 
-TOKENS = [3, 41, 7, 7, 12, 0, 49, 25, 30, 2, 18, 5, 44, 9, 33, 21, 6, 1, 28]
 #: Of neurons, and of experts.
 NEURONS = ("jamba", "lfm2", "falcon-h1", "qwen35", "minicpm3", "plm")
 EXPERTS = ("qwen35moe", "qwen3next")
-
-
-def profile_of(model: Model) -> Profile:
-    """A profile of one window."""
-    tally = Tally(model, 1)
-    engine = Engine(model, threads=1, context=len(TOKENS), batch=len(TOKENS), observed=tally.observed)
-    engine.absorb(TOKENS)
-    engine.close()
-    tally.close_window(0, len(TOKENS))
-    routed = model.hyper.routing is not None
-    return Profile(
-        fingerprint=model.fingerprint,
-        model_name=model.name,
-        architecture=model.spec.name,
-        activation=ROUTING if routed else model.hyper.activation,
-        exact_zeros=routed or model.exact_zeros,
-        tokens=len(TOKENS),
-        window=len(TOKENS),
-        target_density=0.2,
-        corpus=(Corpus("text.txt", "0" * 64, len(TOKENS), 100),),
-        tool_version="test",
-        sums=tally.sums(),
-    )
-
-
-def made(folder: Path, case: str) -> tuple[Path, Path, Profile]:
-    """A model, and its profile, whose file is read back."""
-    path, saved = write_random_family(folder / "model.gguf", FAMILIES[case]), folder / "profile.safetensors"
-    model = load_model(path)
-    profile_of(model).save(saved)
-    return path, saved, Profile.load(saved)
 
 
 @pytest.mark.parametrize("case", ["plm", "nemotron_h"])
@@ -135,7 +102,6 @@ def test_what_is_zero_is_skipped_with_the_same_bits(tmp_path: Path) -> None:
     [
         ("nemotron_h", "layers without FFN"),
         ("openelm", "FFNs of sizes that differ between layers"),
-        ("dots1", "dense layers beside experts"),
         ("granitehybrid", "biases of gated FFNs or experts"),
         ("gpt-oss", "biases of gated FFNs or experts"),
     ],

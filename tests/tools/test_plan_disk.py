@@ -22,8 +22,8 @@ from powerinfer_tools.model.shapes import ModelShape, shape_of_model
 from powerinfer_tools.stages.plan import PlanRequest, render_plan, verification_from_disk
 from powerinfer_tools.stages.plan.costs import Disk, Machine
 from powerinfer_tools.stages.plan.disk_levels import buffer_bytes
-from powerinfer_tools.stages.plan.expert_memory import expert_bytes
 from powerinfer_tools.stages.plan.frequencies import Frequencies
+from powerinfer_tools.stages.plan.memory import expert_bytes
 from powerinfer_tools.stages.plan.milp import SolverOptions
 from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.stages.plan.request import make_plan, plan_request

@@ -30,7 +30,6 @@ from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_mod
 from powerinfer_tools.stages.plan import PlanRequest, make_plan, memory, render_plan
 from powerinfer_tools.stages.plan.capabilities import ALL_PLACED, Capabilities
 from powerinfer_tools.stages.plan.costs import Machine
-from powerinfer_tools.stages.plan.expert_memory import unit_bytes
 from powerinfer_tools.stages.plan.experts import expert_ways
 from powerinfer_tools.stages.plan.frequencies import Frequencies, model_frequencies
 from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions, layer_levels
@@ -38,6 +37,7 @@ from powerinfer_tools.stages.plan.memory import (
     Workload,
     gpu_attention_scratch_bytes,
     gpu_scratch_bytes,
+    unit_bytes,
 )
 from powerinfer_tools.stages.plan.milp import SolverOptions
 from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome

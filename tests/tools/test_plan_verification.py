@@ -8,7 +8,7 @@ import pytest
 from powerinfer_formats.hardware import CpuInfo, FFNCurve, HardwareProfile, MachineInfo
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.model.loading import load_model
-from powerinfer_tools.stages.plan import PlanRequest, make_plan, verification, verified_neurons
+from powerinfer_tools.stages.plan import PlanRequest, make_plan, verification, verified_units
 from powerinfer_tools.stages.plan.costs import Machine
 from powerinfer_tools.stages.plan.verification import Case, Grid, verified, verify
 from powerinfer_tools.stages.plan.verification_rows import VerifyRow
@@ -49,7 +49,7 @@ def test_rows_are_measured_and_predicted(
 ) -> None:
     made: Profiled = request.getfixturevalue(which)
     monkeypatch.setattr(verification, "_ROUNDS", 1)
-    monkeypatch.setattr(verified_neurons, "HOT_SHARES", (0.5,))
+    monkeypatch.setattr(verified_units, "HOT_SHARES", (0.5,))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     found = verify(made.model, made.profile, made.plan, threads=1)
     assert [(row.device, row.mode, row.hot_share) for row in found.rows] == [
@@ -81,7 +81,6 @@ def test_predictions_follow_the_cost_model(relu: Profiled) -> None:
         grid = Grid(verified(model, Profile.load(relu.profile)))
     finally:
         model.close()
-    assert isinstance(grid.units, verified_neurons.VerifiedNeurons)
     shared, per_layer, per_neuron = 3e-4, 2e-5, 1e-7
     samples = {}
     for case in grid.cases():
@@ -115,8 +114,7 @@ def test_the_error_is_relative_to_what_was_measured() -> None:
 def test_an_ffn_without_gate_counts_with_its_own_curve(ungated: Profiled) -> None:
     """Two rows a neuron; what the activation reads streams, down rows are gathered."""
     grid = Grid(verified(load_model(ungated.model), Profile.load(ungated.profile)))
-    assert isinstance(grid.units, verified_neurons.VerifiedNeurons)
-    types, spec = grid.units.sizes[0].types, grid.units.shape.layers[0]
+    types, spec = grid.units.ffns[0].sizes.types, grid.units.shape.layers[0]
     curve = FFNCurve(spec.width, spec.neurons, "none", *types, 2e9, (0.01, 1.0), (1e9, 1e9), (1e9, 1e9))
     machine = Machine("m", 1, 1e10, ((1.0, 1e10),), ffn_curves=(curve,))
     nbytes = LAYERS * spec.neurons * 2 * 4 * spec.width

@@ -186,6 +186,8 @@ def open_hot_side(
             f"{model.path} is not a split file, so nothing can be placed on {device}; make one with "
             "powerinfer plan and powerinfer convert, or use --device none"
         )
+    if (limit := model.placement_limit) is not None:
+        return None, [f"the hot side does not compute models with {limit}; everything is computed on the CPU"]
     try:
         from powerinfer_tools.engine.hot import opening
     except ImportError as error:

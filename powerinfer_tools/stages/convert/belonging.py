@@ -7,6 +7,7 @@ from pathlib import Path
 from powerinfer_formats.plan import Plan, PlanProvenance
 from powerinfer_formats.profile import ROUTING, Profile
 from powerinfer_tools.errors import ConvertError, OtherProfile
+from powerinfer_tools.model.counted_units import suits
 from powerinfer_tools.model.loading import Model
 
 #: Digits of a hash that people are shown, and how many hashes.
@@ -44,17 +45,19 @@ class Inputs:
 
     def _require_counted_units(self) -> None:
         hyper, routing, profile = self.model.hyper, self.model.hyper.routing, self.profile
-        units, count = ("neurons", hyper.neurons) if routing is None else ("experts", routing.experts)
+        units = "neurons" if routing is None else "experts"
         if (profile.activation == ROUTING) != (routing is not None) or profile.layers != hyper.layers:
             raise ConvertError(
                 f"the profile counts {profile.activation} in {profile.layers} layers, not the {units} of "
                 f"{hyper.layers}; make one with powerinfer profile"
             )
-        for layer in range(profile.layers):
-            if profile.neurons(layer) != count:
+        for layer, facts in enumerate(hyper.facts):
+            beside = routing is not None and facts.ffn == "dense"
+            count = facts.neurons if routing is None or beside else routing.experts
+            if not suits(profile, layer, count, beside_experts=beside):
                 raise ConvertError(
-                    f"the profile counts {profile.neurons(layer)} {units} in layer {layer}, "
-                    f"{self.model.name} has {count}; make one with powerinfer profile"
+                    f"the profile counts {profile.neurons(layer)} {'neurons' if beside else units} in layer "
+                    f"{layer}, {self.model.name} has {count}; make one with powerinfer profile"
                 )
 
     def _require_planned_units(self) -> None:
@@ -70,6 +73,17 @@ class Inputs:
                 f"the plan has {_sizes(found is not None, count, neurons)} in {plan.model.layers} layers, "
                 f"{self.model.name} has {_sizes(routing is not None, experts, hyper.neurons)} in "
                 f"{hyper.layers}; plan again"
+            )
+        dense = tuple(
+            i for i, facts in enumerate(hyper.facts) if routing is not None and facts.ffn == "dense"
+        )
+        planned = found.dense if found is not None else None
+        sizes_differ = any(plan.neurons_of(index) != hyper.facts[index].neurons for index in dense)
+        in_part = planned is not None and not self.model.exact_zeros and planned.group != planned.neurons
+        if (() if planned is None else planned.layers) != dense or sizes_differ or in_part:
+            raise ConvertError(
+                f"the plan has experts in other layers than {self.model.name}, or other groups of neurons in "
+                "those without; plan again"
             )
 
 

@@ -4,6 +4,7 @@ Works layer by layer, so memory does not grow with the number of layers; what a 
 :mod:`powerinfer_tools.stages.convert.layer_content`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from powerinfer_tools.stages.convert.belonging import Inputs
 from powerinfer_tools.stages.convert.layer_content import layer_content
 from powerinfer_tools.stages.convert.selection import Selection
 
+#: Options that change what is computed.
+_CHANGING = ("quant", "predictors", "thresholds")
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
@@ -46,8 +50,8 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class ConvertedExperts:
-    """``count`` experts of each layer, of which ``hot`` are hot; ``hot_shared``: whether the one that every
-    token takes is, empty where there is none."""
+    """``count`` experts of each layer that has some, of which ``hot`` are hot; ``hot_shared``: of all layers,
+    whether the one that every token takes is, empty where there is none."""
 
     count: int
     hot: tuple[int, ...]
@@ -106,7 +110,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
         inputs = Inputs(model, Profile.load(options.profile), Plan.load(options.plan))
         inputs.require_together(options.profile, options.plan, other_profile=options.other_profile)
         if model.hyper.routing is not None:
-            _refuse_for_experts(options)
+            some = model.exact_zeros and any(facts.ffn == "dense" for facts in model.hyper.facts)
+            _refuse_for_experts(options, ("predictors", "thresholds") if some else _CHANGING)
         return _Conversion(inputs, options, progress or Silent()).run()
     finally:
         model.close()
@@ -128,14 +133,18 @@ class _Conversion:
         header = self._header(errors)
         with GGUFWriter(self.options.output, alignment=ALIGNMENT) as writer:
             # Of neurons, the header says the activation.
-            said = () if header.experts else ("powerinfer.activation", original.KEY_THRESHOLD)
+            said = ("powerinfer.activation", original.KEY_THRESHOLD) if any(self.layers.types) else ()
             writer.copy_metadata(self.model.source, without=said)
             header.write(writer)
             self._write(writer)
             self.model.source.require_unchanged()
         experts = None
         if header.experts:
-            hot = tuple(count // header.group for count in header.hot_neurons)
+            hot = tuple(
+                count // header.group
+                for layer, count in enumerate(header.hot_neurons)
+                if layer not in header.dense
+            )
             experts = ConvertedExperts(header.experts, hot, header.hot_shared)
         return ConvertReport(
             output=str(self.options.output),
@@ -154,7 +163,8 @@ class _Conversion:
 
     def _header(self, errors: tuple[float, ...]) -> SplitHeader:
         plan, profile, routing = self.plan, self.profile, self.model.hyper.routing
-        shared = [layer.shared_expert == "gpu" for layer in plan.layers if layer.shared_expert is not None]
+        shared = [layer.shared_expert == "gpu" for layer in plan.layers]
+        dense = plan.model.experts.dense if plan.model.experts else None
         return SplitHeader(
             source_fingerprint=self.model.fingerprint,
             activation=self.model.hyper.activation,
@@ -171,7 +181,10 @@ class _Conversion:
             devices=planned_devices(plan),
             columns=self.layers.columns,
             experts=0 if routing is None else routing.experts,
-            hot_shared=tuple(shared),
+            hot_shared=tuple(shared) if routing is not None and routing.shared_neurons else (),
+            dense=() if dense is None else dense.layers,
+            dense_neurons=0 if dense is None else dense.neurons,
+            dense_group=dense.group if dense is not None and any(self.layers.types) else 0,
         )
 
     def _measure(self) -> tuple[float, ...]:
@@ -214,9 +227,9 @@ class _Conversion:
         self.progress.finish()
 
 
-def _refuse_for_experts(options: ConvertOptions) -> None:
+def _refuse_for_experts(options: ConvertOptions, names: Sequence[str]) -> None:
     """Raise ConvertError for options that would change bits of experts, or skip neurons of theirs."""
-    for name in ("quant", "predictors", "thresholds"):
+    for name in names:
         value = getattr(options, name)
         if value is not None:
             raise ConvertError(

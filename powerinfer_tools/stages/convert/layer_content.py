@@ -7,7 +7,6 @@ matrices change their places.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +36,10 @@ from powerinfer_formats.split_thresholds import threshold_name
 from powerinfer_kernels import WRITTEN_TYPES, RowType, block_shape
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model import original_layout as original
+from powerinfer_tools.model.counted_units import order_of
 from powerinfer_tools.model.down_rows import down_rows
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
+from powerinfer_tools.model.layer_weights import LayerWeights
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.split_rows import (
     default_down_type,
@@ -49,48 +50,26 @@ from powerinfer_tools.model.split_rows import (
 from powerinfer_tools.model.tensors import Weight
 from powerinfer_tools.stages.convert.selection import Selection
 
+Order = npt.NDArray[np.int32]
 #: A tensor's name, and a piece of its data.
 Piece = tuple[str, npt.NDArray[np.generic]]
 
 
-class LayerContent(Protocol):
-    """The layers of one conversion."""
-
-    @property
-    def types(self) -> tuple[tuple[TensorType, ...], ...]:
-        """Row types of each layer, as the header has them: none of experts."""
-
-    @property
-    def columns(self) -> bool:
-        """Whether some layer has the source's own down projection, too."""
-
-    @property
-    def down_type(self) -> str:
-        """Row type of the first layer's down projections."""
-
-    def replaced(self) -> set[str]:
-        """The source's tensors that the file does not have."""
-
-    def error(self, index: int) -> float:
-        """‖D′ − D‖ / ‖D‖ of the down projection of one layer."""
-
-    def declare(self, writer: GGUFWriter, index: int) -> None:
-        """Declare the tensors of one layer."""
-
-    def pieces(self, index: int) -> Iterator[Piece]:
-        """Their data, in the same order."""
-
-
 def layer_content(
     model: Model, profile: Profile, plan: Plan, selection: Selection, quant: str | None
-) -> LayerContent:
-    """The sorted experts of ``model``, or its sorted neurons, whose down rows have the type ``quant``, see
-    :func:`down_type`."""
-    if model.hyper.routing is not None:
-        return _Experts(model, profile)
-    ffns = [layer.source_ffn for layer in model.layers]
-    layouts = tuple(ffn_layout(ffn, down_type(ffn, quant, ffn.up.columns)) for ffn in ffns)
-    return _Neurons(model, profile, plan, selection, layouts)
+) -> "LayerContent":
+    """The sorted neurons of ``model``, whose down rows have the type ``quant``, see :func:`down_type`, or its
+    sorted experts. Beside experts, an FFN whose activation makes no zeros is one, and stays as it is."""
+    whole = model.hyper.routing is not None and not model.exact_zeros
+    layouts = tuple(None if whole else _layout(layer, quant) for layer in model.layers)
+    return LayerContent(model, profile, plan, selection, layouts)
+
+
+def _layout(layer: LayerWeights, quant: str | None) -> BundleLayout | None:
+    if isinstance(layer.ffn, ExpertsFFN):
+        return None
+    ffn = layer.source_ffn
+    return ffn_layout(ffn, down_type(ffn, quant, ffn.up.columns))
 
 
 def down_type(ffn: DenseFFN, quant: str | None, width: int) -> RowType:
@@ -111,68 +90,43 @@ def down_type(ffn: DenseFFN, quant: str | None, width: int) -> RowType:
 
 
 @dataclass(frozen=True)
-class _Experts:
-    """Whole experts, in the order of ``profile``."""
-
-    model: Model
-    profile: Profile
-    types: tuple[tuple[TensorType, ...], ...] = ()
-    columns: bool = False
-
-    @property
-    def down_type(self) -> str:
-        return self._ffn(0).down.row_type.name
-
-    def replaced(self) -> set[str]:
-        kinds = (*KINDS, "gate_up")  # as files may have the rows of both in one tensor
-        return {source_experts_name(i, kind) for i in range(self.model.hyper.layers) for kind in kinds}
-
-    def error(self, index: int) -> float:
-        return 0.0
-
-    def declare(self, writer: GGUFWriter, index: int) -> None:
-        hyper, types = self.model.hyper, [TensorType(stack.row_type) for stack in self._ffn(index).stacks]
-        sizes = SplitSizes(hyper.layers, hyper.neurons, hyper.width, self.profile.neurons(index))
-        declare_experts(writer, index, sizes, types)
-
-    def pieces(self, index: int) -> Iterator[Piece]:
-        order = self.profile.order(index)
-        yield expert_order_name(index), order.astype("<i4")
-        for kind, stack in zip(KINDS, self._ffn(index).stacks, strict=True):
-            for expert in order.tolist():
-                yield experts_name(index, kind), stack.matrix(f"expert {expert}", expert, len(order)).data
-
-    def _ffn(self, index: int) -> ExpertsFFN:
-        ffn = self.model.layers[index].ffn
-        assert isinstance(ffn, ExpertsFFN)
-        return ffn
-
-
-@dataclass(frozen=True)
-class _Neurons:
-    """Neurons in the order of ``profile``, rows as ``layouts`` say, and what ``selection`` has of them."""
+class LayerContent:
+    """The layers of one conversion: units in the order of ``profile``, rows of neurons as ``layouts`` say
+    (None: the layer has the source's matrices), and what ``selection`` has of them."""
 
     model: Model
     profile: Profile
     plan: Plan
     selection: Selection
-    layouts: tuple[BundleLayout, ...] = field(repr=False)
+    layouts: tuple[BundleLayout | None, ...] = field(repr=False)
 
     @property
     def types(self) -> tuple[tuple[TensorType, ...], ...]:
-        return tuple(layout.types for layout in self.layouts)
+        """Row types of the sorted neurons of each layer."""
+        return tuple(() if layout is None else layout.types for layout in self.layouts)
 
     @property
     def columns(self) -> bool:
+        """Whether some layer has the source's own down projection, too."""
         return any(self._columns(index) is not None for index in range(self.model.hyper.layers))
 
     @property
     def down_type(self) -> str:
-        return self.types[0][-1].name
+        """Row type of the first layer's down projections."""
+        layer, layout = self.model.layers[0], self.layouts[0]
+        if layout is not None:
+            return layout.types[-1].name
+        down = layer.ffn.down if isinstance(layer.ffn, ExpertsFFN) else layer.source_ffn.down
+        return down.row_type.name
 
     def replaced(self) -> set[str]:
+        """The source's tensors that the file does not have."""
         names = set[str]()
-        for index in range(self.model.hyper.layers):
+        for index, layout in enumerate(self.layouts):
+            if layout is None:
+                kinds = (*KINDS, "gate_up")  # as files may have the rows of both in one tensor
+                names |= {source_experts_name(index, kind) for kind in kinds}
+                continue
             names |= {*source_names(index), source_bias_name(index)}
             if self.model.is_original:
                 names |= {*(original.ffn_name(index, kind) for kind in KINDS)}
@@ -180,32 +134,57 @@ class _Neurons:
         return names
 
     def error(self, index: int) -> float:
-        ffn, row_type = self._ffn(index), self._down_type(index)
+        """‖D′ − D‖ / ‖D‖ of the down projection of one layer."""
+        layout = self.layouts[index]
+        if layout is None:
+            return 0.0
+        ffn, row_type = self.model.layers[index].source_ffn, RowType(layout.types[-1])
         kept = ffn.transposed and ffn.down.row_type == row_type
         return 0.0 if kept else down_rows(ffn, row_type)[1]
 
     def declare(self, writer: GGUFWriter, index: int) -> None:
-        columns, neurons = self._columns(index), self.model.hyper.neurons
+        """Declare the tensors of one layer, in the order of :meth:`pieces`."""
+        hyper, ffn, layout = self.model.hyper, self.model.layers[index].ffn, self.layouts[index]
+        order = self._order(index)
+        if isinstance(ffn, ExpertsFFN):
+            types = [TensorType(stack.row_type) for stack in ffn.stacks]
+            declare_experts(
+                writer, index, SplitSizes(hyper.layers, hyper.neurons, hyper.width, len(order)), types
+            )
+        if layout is None:
+            return
+        columns = self._columns(index)
         declare_split_layer(
             writer,
             index,
-            self.layouts[index],
-            neurons=neurons,
+            layout,
+            neurons=len(order),
             hot=self.plan.layers[index].hot_neurons,
             bias=self.model.layers[index].ffn_bias is not None,
             columns=None if columns is None else TensorType(columns.row_type),
         )
-        predictor = self.selection.predictor(index, self.profile.order(index))
+        predictor = self.selection.predictor(index, order)
         if predictor is not None:
-            predictor.declare(writer, index, self.layouts[index].width)
+            predictor.declare(writer, index, layout.width)
         if self.selection.threshold(index) is not None:
-            writer.declare(threshold_name(index), TensorType.F32, (neurons,))
+            writer.declare(threshold_name(index), TensorType.F32, (len(order),))
 
     def pieces(self, index: int) -> Iterator[Piece]:
-        order, hot = self.profile.order(index), self.plan.layers[index].hot_neurons
-        ffn, layout, bias = self._ffn(index), self.layouts[index], self.model.layers[index].ffn_bias
+        """The data of the tensors of one layer."""
+        layout, ffn, order = self.layouts[index], self.model.layers[index].ffn, self._order(index)
+        if layout is not None:
+            yield from self._neuron_pieces(index, layout, order)
+        elif isinstance(ffn, ExpertsFFN):
+            yield expert_order_name(index), order.astype("<i4")
+            for kind, stack in zip(KINDS, ffn.stacks, strict=True):
+                for expert in order.tolist():
+                    yield experts_name(index, kind), stack.matrix(f"expert {expert}", expert, len(order)).data
+
+    def _neuron_pieces(self, index: int, layout: BundleLayout, order: Order) -> Iterator[Piece]:
+        hot, bias = self.plan.layers[index].hot_neurons, self.model.layers[index].ffn_bias
+        ffn = self.model.layers[index].source_ffn
         sources = [*(plain_rows(weight) for weight in ffn.matrices[:-1])]
-        sources.append(stored_down(ffn, self._down_type(index)))
+        sources.append(stored_down(ffn, RowType(layout.types[-1])))
         yield order_name(index), order.astype("<i4")
         if bias is not None:
             yield bias_name(index), bias[order]
@@ -221,16 +200,18 @@ class _Neurons:
         if (threshold := self.selection.threshold(index)) is not None:
             yield threshold_name(index), threshold[order]
 
-    def _ffn(self, index: int) -> DenseFFN:
-        return self.model.layers[index].source_ffn
-
-    def _down_type(self, index: int) -> RowType:
-        return RowType(self.layouts[index].types[-1])
+    def _order(self, index: int) -> Order:
+        """The units of a layer, hottest first."""
+        ffn = self.model.layers[index].ffn
+        units = ffn.router.rows if isinstance(ffn, ExpertsFFN) else self.model.hyper.facts[index].neurons
+        return order_of(self.profile, index, units)
 
     def _columns(self, index: int) -> Weight | None:
         """The down projection as it is, to be kept beside the transposed one that was quantised again: of
         layers that are computed dense where the plan has no hot neurons at all. That is the source's form and
         speed. (Where some are hot, every split point has the same bits.)"""
-        ffn, layers = self._ffn(index), self.plan.layers
+        if self.layouts[index] is None:
+            return None
+        ffn, layers = self.model.layers[index].source_ffn, self.plan.layers
         wanted = layers[index].mode == "dense" and not any(layer.hot_neurons for layer in layers)
         return None if ffn.transposed or ffn.down.row_type.is_float or not wanted else ffn.down

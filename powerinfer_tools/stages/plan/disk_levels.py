@@ -15,8 +15,8 @@ from powerinfer_tools.engine.residency import READERS
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import LayerShape, ModelShape
 from powerinfer_tools.stages.plan.costs import Disk
-from powerinfer_tools.stages.plan.expert_memory import expert_bytes, experts_of
 from powerinfer_tools.stages.plan.levels import LevelTable
+from powerinfer_tools.stages.plan.memory import expert_bytes, experts_of
 
 Integers = npt.NDArray[np.int64]
 GIB = 1 << 30
@@ -72,8 +72,8 @@ def seconds_of(layer: LayerShape, disk: Disk) -> float:
 
 def buffer_bytes(shape: ModelShape) -> int:
     """RAM that reading takes: buffers of the readers, and slots for the experts of two tokens of a layer."""
-    widest = max(2 * _piece(matrix) for layer in shape.layers for matrix in layer.ffn)
-    passing = max(2 * experts_of(layer).used * expert_bytes(layer).ram for layer in shape.layers)
+    widest = max(2 * _piece(matrix) for layer in shape.expert_layers for matrix in layer.ffn)
+    passing = max(2 * experts_of(layer).used * expert_bytes(layer).ram for layer in shape.expert_layers)
     return READERS * widest + passing
 
 

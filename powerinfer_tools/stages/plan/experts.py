@@ -24,14 +24,14 @@ from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import LayerShape
 from powerinfer_tools.stages.plan import costs
 from powerinfer_tools.stages.plan.costs import BlockSeconds, Machine
-from powerinfer_tools.stages.plan.expert_memory import (
+from powerinfer_tools.stages.plan.ffn_levels import FFNWay, expected
+from powerinfer_tools.stages.plan.levels import Inputs, LayerWays, LevelOptions, check_frequencies
+from powerinfer_tools.stages.plan.memory import (
     expert_bytes,
     experts_of,
     router_bytes,
     shared_bytes,
 )
-from powerinfer_tools.stages.plan.ffn_levels import FFNWay, expected
-from powerinfer_tools.stages.plan.levels import Inputs, LayerWays, LevelOptions, check_frequencies
 
 Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

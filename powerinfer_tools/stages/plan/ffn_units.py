@@ -7,7 +7,7 @@ expert that every token takes, whose neurons are placed one by one.
 from dataclasses import dataclass
 
 from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
-from powerinfer_tools.stages.plan.expert_memory import SideBytes, expert_bytes, shared_bytes
+from powerinfer_tools.stages.plan.memory import SideBytes, expert_bytes, shared_bytes
 
 _NONE = SideBytes(0, 0)
 

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from powerinfer_formats.profile import ROUTING
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model.counted_units import frequencies_of, suits
 from powerinfer_tools.model.predictor_shapes import Predictors
 from powerinfer_tools.model.published import assumed_predictors
 from powerinfer_tools.model.shapes import ModelShape
@@ -45,17 +46,13 @@ def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequenci
     """
     if profile is not None:
         _check_profile(shape, profile)
-        layers = tuple(_sorted_frequencies(profile, index) for index in range(len(shape.layers)))
+        units = enumerate(layer.counted for layer in shape.layers)
+        layers = tuple(frequencies_of(profile, index, count) for index, count in units)
         return Frequencies(layers, f"profile of {profile.tokens:,} tokens")
     if shape.sparsity is not None:
         curve = published_frequencies(shape.layers[0].neurons, shape.sparsity)
         return Frequencies((curve,) * len(shape.layers), shape.sparsity.source, assumed_predictors(shape))
     return Frequencies(None, EVEN if shape.routed else UNKNOWN)
-
-
-def _sorted_frequencies(profile: "Profile", index: int) -> Vector:
-    frequency = np.asarray(profile.frequency(index), dtype=np.float64)
-    return np.ascontiguousarray(frequency[profile.order(index)])
 
 
 def _check_profile(shape: ModelShape, profile: "Profile") -> None:
@@ -70,12 +67,17 @@ def _check_profile(shape: ModelShape, profile: "Profile") -> None:
             f"the profile of {profile.model_name} counts {counted}, {shape.name} has {wanted}; make one with "
             "powerinfer profile"
         )
-    counts = [len(profile.frequency(index)) for index in range(profile.layers)]
-    if counts != [layer.counted for layer in shape.layers]:
+    suitable = profile.layers == len(shape.layers) and all(
+        suits(profile, index, layer.counted, beside_experts=shape.routed and layer.experts is None)
+        for index, layer in enumerate(shape.layers)
+    )
+    if not suitable:
+        counts = [profile.neurons(index) for index in range(profile.layers)]
+        first = (*shape.expert_layers, *shape.layers)[0]
         units = "experts" if shape.routed else "neurons"
         raise PlanError(
             f"the profile of {profile.model_name} has {len(counts)} layers of up to {max(counts)} "
-            f"{units}; {shape.name} has {len(shape.layers)} of {shape.layers[0].counted}"
+            f"{units}; {shape.name} has {len(shape.layers)} of {first.counted}"
         )
     if profile.tokens < 1:
         raise PlanError(f"the profile of {profile.model_name} counts no tokens")

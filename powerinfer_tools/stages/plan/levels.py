@@ -18,10 +18,9 @@ from powerinfer_tools.model.shapes import LayerShape, ModelShape, NeuronBytes
 from powerinfer_tools.stages.plan import costs, memory
 from powerinfer_tools.stages.plan.capabilities import Capabilities
 from powerinfer_tools.stages.plan.costs import BlockSeconds, Machine
-from powerinfer_tools.stages.plan.expert_memory import SideBytes, router_bytes
 from powerinfer_tools.stages.plan.ffn_levels import FFN, FFNWay, expected, ffn_ways
 from powerinfer_tools.stages.plan.ffn_units import FFNUnits, ffn_units
-from powerinfer_tools.stages.plan.memory import Workload
+from powerinfer_tools.stages.plan.memory import SideBytes, Workload, router_bytes
 from powerinfer_tools.stages.plan.thresholded_shapes import Thresholds
 
 Vector = npt.NDArray[np.float64]

@@ -1,18 +1,19 @@
 """Memory of a model at work, to the byte: what every unit takes in RAM and in VRAM.
 
 The counts follow the engine: matrices packed as tiles of 16 rows, neurons of both sides as rows without
-padding, a KV cache of the type that is asked for, allocated for the whole context, and scratch for one batch
-of tokens. Not in the budgets: code, Python itself, the CUDA context, and pages of the mapped model file,
-which the system can drop at any time.
+padding, experts as whole matrices with the bits of the source (tiles in RAM, plain rows in VRAM), a KV cache
+of the type that is asked for, allocated for the whole context, and scratch for one batch of tokens. Not in
+the budgets: code, Python itself, the CUDA context, and pages of the mapped model file, which the system can
+drop at any time.
 """
 
 from dataclasses import dataclass
 
-from powerinfer_tools.engine.hot import sizes
+from powerinfer_tools.engine.hot import expert_sizes, sizes
 from powerinfer_tools.model.counting import HEAD_ROWS, KeyValues, KVType
+from powerinfer_tools.model.matrices import FLOAT_TYPES, MatrixShape
 from powerinfer_tools.model.outline import body_footprint, head_footprint
-from powerinfer_tools.model.shapes import LayerShape, ModelShape
-from powerinfer_tools.stages.plan.expert_memory import hot_scratch_bytes
+from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, ModelShape
 
 _F32 = 4
 
@@ -25,6 +26,47 @@ class Workload:
     context: int
     batch: int = 512
     kv_type: KVType = "f16"
+
+
+@dataclass(frozen=True)
+class SideBytes:
+    """What the same weights take on either side, bytes."""
+
+    vram: int
+    ram: int
+
+
+def side_bytes(matrices: tuple[MatrixShape, ...]) -> SideBytes:
+    """Of whole matrices."""
+    return SideBytes(sum(m.nbytes for m in matrices), sum(m.packed_nbytes for m in matrices))
+
+
+def expert_bytes(layer: LayerShape) -> SideBytes:
+    """Of one expert that a router chooses."""
+    return side_bytes(layer.ffn)
+
+
+def shared_bytes(layer: LayerShape) -> SideBytes:
+    """Of the shared expert; nothing where there is none."""
+    return side_bytes(experts_of(layer).shared)
+
+
+def router_bytes(layer: LayerShape) -> SideBytes:
+    """Of the router and the shared expert's weight, which are where the layer's attention is; nothing without
+    experts."""
+    return SideBytes(0, 0) if layer.experts is None else side_bytes(layer.experts.router)
+
+
+def unit_bytes(layer: LayerShape) -> int:
+    """VRAM of the smallest unit of a layer that can be placed."""
+    sizes = [expert_bytes(layer).vram, shared_bytes(layer).vram]
+    return min(size for size in sizes if size)
+
+
+def experts_of(layer: LayerShape) -> ExpertsShape:
+    """The experts of a layer that has some."""
+    assert layer.experts is not None
+    return layer.experts
 
 
 def key_values(shape: ModelShape, layer: LayerShape | None = None) -> KeyValues:
@@ -66,29 +108,39 @@ def rotary_bytes(shape: ModelShape, context: int) -> int:
 
 def predicted_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """Scores of all neurons for one batch: what mode predicted needs on the CPU side, once for all layers."""
-    return _F32 * batch * max(layer.neurons for layer in shape.layers)
+    return _F32 * batch * shape.most_neurons
 
 
 def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """Scratch of the hot side for neurons: see :func:`~.sizes.neuron_scratch_bytes`."""
-    if shape.routed:
-        return hot_scratch_bytes(shape, batch)
-    return sizes.neuron_scratch_bytes(shape.width, max(layer.neurons for layer in shape.layers), batch)
+    """Scratch of the hot side for neurons, or experts, whichever takes more: see
+    :func:`~.sizes.neuron_scratch_bytes` and :func:`~.expert_sizes.scratch_floats`."""
+    neurons = sizes.neuron_scratch_bytes(shape.width, shape.most_neurons, batch) if shape.ffn_layers else 0
+    experts = [(layer, layer.experts) for layer in shape.layers if layer.experts is not None]
+    if not experts:
+        return neurons
+    products = [m for layer, some in experts for m in (*layer.ffn[:-1], *some.shared[:-1])]
+    widths = expert_sizes.ExpertWidths(
+        width=shape.width,
+        neurons=max(max(layer.up.rows, some.shared_neurons) for layer, some in experts),
+        inputs=len({matrix.row_type in FLOAT_TYPES for matrix in products}),
+        taken=max(some.used for _, some in experts) + 1,
+    )
+    return max(neurons, expert_sizes.scratch_bytes(widths, batch))
 
 
 def gpu_attention_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
     """What the hot side needs once as soon as it has an attention block: scratch, also that of routers, and
     rotary tables."""
-    experts, tables = shape.layers[0].experts, rotary_bytes(shape, workload.context)
-    routed = 0 if experts is None else sizes.router_scratch_bytes(shape.width, experts.count, workload.batch)
+    tables, routed = rotary_bytes(shape, workload.context), 0
+    for layer in shape.expert_layers[:1]:
+        routed = sizes.router_scratch_bytes(shape.width, experts_of(layer).count, workload.batch)
     scratch = sizes.attention_scratch_bytes(_widths(shape), workload.batch, workload.context)
     return tables + scratch + routed
 
 
 def gpu_predictor_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """What the hot side needs once as soon as it has a predictor."""
-    neurons = max(layer.neurons for layer in shape.layers)
-    return sizes.predictor_scratch_bytes(shape.width, neurons, batch)
+    return sizes.predictor_scratch_bytes(shape.width, shape.most_neurons, batch)
 
 
 def gpu_attention_bytes(layer: LayerShape) -> int:

@@ -97,7 +97,7 @@ def best_placement(
     if "attention" in engine.placeable and inputs.machine.gpu is not None:
         homes: tuple[Home, ...] = ("cpu", "gpu")
         tries += [(replace(options, home=home), capacities.beside_attention) for home in homes]
-    if objective == "time" and inputs.machine.gpu is not None and not inputs.shape.routed:
+    if objective == "time" and inputs.machine.gpu is not None and inputs.shape.ffn_layers:
         still = replace(engine, placeable=engine.placeable - {"ffn"})
         tries.append((replace(options, engine=still), tries[-1][1]))
     found, refusals = list[Placement](), list[PlanError]()
@@ -124,9 +124,10 @@ def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...
         if key not in known:
             ways = neuron_ways if layer.experts is None else expert_ways
             known[key] = layer_levels(index, inputs, options, ways)
-            if options.from_disk and layer.experts is not None and inputs.machine.disk is not None:
+            disk = inputs.machine.disk if layer.routed else None
+            if options.from_disk and disk is not None:
                 shares = expert_frequencies(index, layer, inputs)
-                known[key] = with_disk(known[key], layer, shares, inputs.machine.disk)
+                known[key] = with_disk(known[key], layer, shares, disk)
         tables.append(replace(known[key], unit=f"layer {index}"))
     return (*tables, head_levels(inputs.shape, inputs.machine, inputs.workload.batch, options))
 

@@ -5,11 +5,12 @@ from typing import Literal
 from powerinfer_formats import plan as file
 from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.modes import MODES
-from powerinfer_formats.plan import PlanExperts
+from powerinfer_formats.plan import PlanDense, PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import __version__
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
 from powerinfer_tools.stages.plan.ffn_units import ffn_units
+from powerinfer_tools.stages.plan.memory import experts_of
 from powerinfer_tools.stages.plan.planner import Outcome
 from powerinfer_tools.stages.plan.verdict import limited_by, time_parts, verdict
 
@@ -20,7 +21,8 @@ _FFN = "ffn"
 def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None) -> file.Plan:
     """The plan file's content."""
     shape, options, memory = outcome.shape, outcome.options, outcome.memory
-    neurons = max(layer.neurons for layer in shape.layers)
+    experts = shape.expert_layers
+    neurons = experts[0].neurons if experts else shape.most_neurons
     return file.Plan(
         tool_version=__version__,
         model=file.PlanModel(
@@ -47,7 +49,7 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
             max_ppl_increase=options.max_ppl_increase,
         ),
         objective=options.objective,
-        group=shape.layers[0].up.rows if shape.routed else min(options.group, neurons),
+        group=experts[0].up.rows if experts else min(options.group, neurons),
         layers=tuple(_layer(outcome, index) for index in range(len(shape.layers))),
         units=_units(outcome),
         memory=file.PlanMemory(
@@ -97,10 +99,17 @@ def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
 
 
 def _experts(outcome: Outcome) -> PlanExperts | None:
-    experts = outcome.shape.layers[0].experts
-    if experts is None:
+    shape = outcome.shape
+    if not shape.routed:
         return None
-    return PlanExperts(experts.count, experts.used, experts.shared_neurons)
+    experts = experts_of(shape.expert_layers[0])
+    dense = [index for index, layer in enumerate(shape.layers) if not layer.routed]
+    others = None
+    if dense:
+        neurons = shape.layers[dense[0]].neurons
+        group = min(outcome.options.group, neurons) if shape.ffn_layers else neurons
+        others = PlanDense(tuple(dense), neurons, group)
+    return PlanExperts(experts.count, experts.used, experts.shared_neurons, others)
 
 
 def _units(outcome: Outcome) -> tuple[file.PlanUnit, ...]:

@@ -19,11 +19,10 @@ from powerinfer_tools.stages.plan import memory
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION, Capabilities
 from powerinfer_tools.stages.plan.costs import Machine
 from powerinfer_tools.stages.plan.disk_levels import DISK_UNKNOWN, buffer_bytes, no_locality
-from powerinfer_tools.stages.plan.expert_memory import router_bytes, unit_bytes
 from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.frequencies import Frequencies
 from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
-from powerinfer_tools.stages.plan.memory import Workload
+from powerinfer_tools.stages.plan.memory import Workload, router_bytes, unit_bytes
 from powerinfer_tools.stages.plan.milp import SolverOptions
 from powerinfer_tools.stages.plan.placement import (
     Capacities,
@@ -113,7 +112,7 @@ def plan_outcome(
     scratch = _hot_scratch(shape, workload, frequencies, options.engine)
     smallest, what = _smallest_unit(shape, sizes, options)
     needed = budget_for(scratch.neurons + smallest)
-    if budgets.vram and machine.gpu is not None and vram < needed:
+    if budgets.vram and machine.gpu is not None and options.engine.placeable and vram < needed:
         raise PlanError(
             f"a VRAM budget of {vram:,} bytes is too small: {overhead(needed):,} bytes that are kept for the "
             f"driver, {scratch.neurons:,} bytes of scratch and {smallest:,} bytes for {what} need "
@@ -171,13 +170,13 @@ def _smallest_unit(
     shape: ModelShape, sizes: tuple[NeuronBytes, ...], options: PlanOptions
 ) -> tuple[int, str]:
     """VRAM of the smallest unit that can be placed, and its name."""
-    if shape.routed:
-        return min(unit_bytes(layer) for layer in shape.layers), "one expert"
-    groups = (
-        size.total * min(options.group, layer.neurons)
+    units = [
+        (size.total * min(options.group, layer.neurons), f"one group of {options.group} neurons")
+        if layer.experts is None
+        else (unit_bytes(layer), "one expert")
         for size, layer in zip(sizes, shape.layers, strict=True)
-    )
-    return min(groups), f"one group of {options.group} neurons"
+    ]
+    return min(units, key=lambda unit: unit[0])
 
 
 @dataclass(frozen=True)
@@ -276,7 +275,7 @@ def _memory_use(
         else:
             on_cpu["attention"] += memory.attention_bytes(layer)
             on_cpu["kv_cache"] += memory.kv_cache_bytes(shape, workload)
-        if shape.routed:
+        if layer.experts is not None:
             side, router = on_gpu if there else on_cpu, router_bytes(layer)
             side["router"] = side.get("router", 0) + (router.vram if there else router.ram)
         (on_gpu if table.predictor_hot[k] else on_cpu)["predictors"] += int(table.predictor_bytes[k])

@@ -14,9 +14,9 @@ from powerinfer_tools.engine.hot.sizes import overhead
 from powerinfer_tools.model.shapes import ModelShape
 from powerinfer_tools.stages.plan import costs, memory
 from powerinfer_tools.stages.plan.costs import Machine
-from powerinfer_tools.stages.plan.expert_memory import router_bytes
 from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.frequencies import Frequencies
+from powerinfer_tools.stages.plan.memory import router_bytes
 from powerinfer_tools.stages.plan.planner import RAM_MARGIN_SHARE, Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.stages.plan.verdict import cpu_only_parts, limit_of, limited_by, time_parts
 

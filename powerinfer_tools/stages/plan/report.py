@@ -54,7 +54,7 @@ def _row(plan: Plan, first: int, last: int) -> tuple[str, ...]:
     return (
         name,
         _hot(plan, layer, hot),
-        f"{100 * layer.hot_neurons / plan.model.neurons:.1f} %",
+        f"{100 * layer.hot_neurons / plan.neurons_of(first):.1f} %",
         activity,
         *cells,
     )
@@ -62,7 +62,7 @@ def _row(plan: Plan, first: int, last: int) -> tuple[str, ...]:
 
 def _hot(plan: Plan, layer: LayerPlan, neurons: str) -> str:
     """Hot neurons, or hot experts, and "+1" where the shared one is hot, too."""
-    if plan.model.experts is None:
+    if plan.experts_of(layer.index) is None:
         return neurons
     return f"{layer.hot_neurons // plan.group:,}{' +1' if layer.shared_expert == 'gpu' else ''}"
 
@@ -73,7 +73,10 @@ def _units(plan: Plan) -> str:
     if experts is None:
         return f"{model.neurons:,} neurons"
     shared = f" and a shared one of {experts.shared_neurons:,}" if experts.shared_neurons else ""
-    return f"{experts.count} experts of {plan.group:,} neurons, {experts.used} for a token{shared}"
+    text = f"{experts.count} experts of {plan.group:,} neurons, {experts.used} for a token{shared}"
+    if experts.dense is None:
+        return text
+    return f"{text}, {len(experts.dense.layers)} of them of {experts.dense.neurons:,} neurons instead"
 
 
 def _header(plan: Plan) -> list[str]:

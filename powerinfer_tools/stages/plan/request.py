@@ -140,6 +140,8 @@ def _engine_for(shape: ModelShape) -> Capabilities:
     """What may be placed of a shape: a model's attention, only where the engine has it on a device."""
     if shape.fingerprint is None:
         return ALL_PLACED
+    if shape.placement_limit is not None:
+        return replace(THIS_VERSION, placeable=frozenset())
     if shape.attention_limit is None:
         return THIS_VERSION
     return replace(THIS_VERSION, placeable=THIS_VERSION.placeable - {"attention", "head"})

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from powerinfer_formats.modes import MODES
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
 from powerinfer_tools.stages.plan.disk_levels import seconds_of
-from powerinfer_tools.stages.plan.expert_memory import expert_bytes, experts_of
 from powerinfer_tools.stages.plan.greedy import fastest_alike, nothing_hot
 from powerinfer_tools.stages.plan.levels import LevelTable
+from powerinfer_tools.stages.plan.memory import expert_bytes, experts_of
 from powerinfer_tools.stages.plan.planner import Outcome
 
 _MIB = 1 << 20
@@ -103,7 +103,8 @@ def _from_disk(outcome: Outcome) -> str:
     placement, disk = outcome.placement, outcome.machine.disk
     if not placement.disk_bytes or disk is None:
         return ""
-    pairs = list(zip(outcome.shape.layers, placement.tables, placement.solution.choice, strict=False))
+    every = zip(outcome.shape.layers, placement.tables, placement.solution.choice, strict=False)
+    pairs = [unit for unit in every if unit[0].routed]
     absent = sum(int(table.disk[k]) // expert_bytes(layer).ram for layer, table, k in pairs)
     experts = sum(experts_of(layer).count for layer, _, _ in pairs)
     reading = sum(float(table.disk_seconds[k]) for _, table, k in pairs)
@@ -146,26 +147,24 @@ def activation_share(outcome: Outcome) -> float:
     choice, tables = outcome.placement.solution.choice, outcome.placement.tables
     hot = sum(float(table.activations[k]) for table, k in zip(tables, choice, strict=True))
     total = sum(table.total_activations for table in tables)
-    if outcome.shape.routed:  # every token takes shared experts: that says nothing
-        neurons = experts_of(outcome.shape.layers[0]).shared_neurons
-        hot, total = hot - neurons * _shared(outcome), total - neurons * len(outcome.shape.layers)
+    for layer in outcome.shape.expert_layers[:1]:  # every token takes shared experts: that says nothing
+        neurons = experts_of(layer).shared_neurons
+        hot, total = hot - neurons * _shared(outcome), total - neurons * len(outcome.shape.expert_layers)
     return hot / total if total else 0.0
 
 
 def _shared(outcome: Outcome, *, cold: bool = False) -> int:
     """Layers whose shared expert is hot (or cold); 0 where there are none."""
-    experts = outcome.shape.layers[0].experts
-    if experts is None or not experts.shared:
-        return 0
+    layers = sum(bool(experts_of(layer).shared) for layer in outcome.shape.expert_layers)
     choice, tables = outcome.placement.solution.choice, outcome.placement.tables
     hot = sum(int(table.shared_hot[k]) for table, k in zip(tables, choice, strict=True))
-    return len(outcome.shape.layers) - hot if cold else hot
+    return layers - hot if cold else hot
 
 
 def _hot_units(outcome: Outcome) -> str:
     """How much is hot, in words."""
     hot, shape = hot_neurons(outcome), outcome.shape
-    if not shape.routed:
+    if len(shape.expert_layers) < len(shape.layers):
         return f"{100 * hot / shape.total_neurons:.1f} % of the neurons are hot"
     layer = shape.layers[0]
     count = hot // layer.up.rows
@@ -185,6 +184,11 @@ def _activity(outcome: Outcome) -> str:
 def _nothing_hot(outcome: Outcome, speed: float) -> str:
     if outcome.memory.vram_capacity == 0:
         return f"No VRAM is granted: everything stays on the CPU, {speed:.1f} tok/s."
+    if outcome.shape.placement_limit is not None:
+        return (
+            f"This version places nothing of models with {outcome.shape.placement_limit} on an accelerator: "
+            f"everything stays on the CPU, {speed:.1f} tok/s."
+        )
     gpu = outcome.machine.gpu
     assert gpu is not None
     layers = outcome.placement.tables[:-1]

@@ -35,11 +35,8 @@ from powerinfer_tools.stages.plan.verification_rows import (
     VerifyRow,
     vram_of,
 )
-from powerinfer_tools.stages.plan.verified_experts import VerifiedExperts
-from powerinfer_tools.stages.plan.verified_neurons import GROUP, VerifiedNeurons
+from powerinfer_tools.stages.plan.verified_units import GROUP, VerifiedUnits
 
-#: The units of one model.
-Verified = VerifiedNeurons | VerifiedExperts
 _ROUNDS = 4
 
 
@@ -83,11 +80,10 @@ def verify(
         return grid.run(split, threads, progress)
 
 
-def verified(model: Model, profile: Profile, predictors: Predictors | None = None) -> Verified:
+def verified(model: Model, profile: Profile, predictors: Predictors | None = None) -> VerifiedUnits:
     """The units of ``model``, a source. Raises PlanError for layers that differ."""
-    routed = model.hyper.routing is not None
-    units = VerifiedExperts(model, profile) if routed else VerifiedNeurons(model, profile, predictors)
-    if len(set(units.shape.layers)) > 1:
+    units = VerifiedUnits(model, profile, predictors)
+    if not units.alike:
         raise PlanError(f"{model.path}: --verify measures models whose layers are alike")
     return units
 
@@ -95,11 +91,10 @@ def verified(model: Model, profile: Profile, predictors: Predictors | None = Non
 def _all_hot(plan: Plan) -> Plan:
     """``plan`` with every unit of the FFNs hot but experts that every token takes, nothing else, and exact
     modes, so that any split is less than planned."""
-    hot = plan.model.neurons
     layers = tuple(
         replace(
             layer,
-            hot_neurons=hot,
+            hot_neurons=plan.neurons_of(layer.index),
             mode="dense",
             predictor=None,
             attention="cpu",
@@ -112,14 +107,14 @@ def _all_hot(plan: Plan) -> Plan:
         for layer in plan.layers
     )
     memory = replace(plan.memory, vram_used=0, ram_used=0, disk_used=0)
-    group = plan.group if plan.model.experts else min(GROUP, hot)
+    group = plan.group if plan.model.experts else min(GROUP, plan.model.neurons)
     return replace(plan, layers=layers, units=(), memory=memory, group=group)
 
 
 class Grid:
     """The cases to measure of one model, and what they say."""
 
-    def __init__(self, units: Verified) -> None:
+    def __init__(self, units: VerifiedUnits) -> None:
         self.units = units
 
     def cases(self) -> list[Case]:
@@ -149,7 +144,7 @@ class Grid:
                 streams.append(read_bandwidth(pool, benches[0].nbytes, 0.05))
                 for case in cases:
                     vram = partial(vram_of, hot=self.units.hot(case.share))
-                    decoding = Decoding(split, case.mode, case.device, vram, self.units.tokens)
+                    decoding = Decoding(split, case.mode, case.device, vram, self.units.text.tokens)
                     taken, besides = decoding.run(threads)
                     samples[case] += taken
                     shared += besides

@@ -27,9 +27,9 @@ from powerinfer_tools.model.shapes import ModelShape, shape_of_model
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.stages.plan.costs import Disk
 from powerinfer_tools.stages.plan.disk_levels import seconds_of
-from powerinfer_tools.stages.plan.expert_memory import expert_bytes, experts_of
 from powerinfer_tools.stages.plan.frequencies import model_frequencies
 from powerinfer_tools.stages.plan.machine import machine_of
+from powerinfer_tools.stages.plan.memory import expert_bytes, experts_of
 from powerinfer_tools.stages.plan.request import PlanRequest, plan_request
 from powerinfer_tools.stages.plan.verification_rows import PROMPT, QUANTILE, Verification, VerifyRow
 
@@ -121,8 +121,8 @@ def _disk(engine: Engine) -> DiskReport:
 
 def _row(shape: ModelShape, known: Sequence[Vector], plan: Plan, run: _Run, disk: Disk) -> VerifyRow:
     whole = plan.predictions["all-in-memory"] if plan.memory.disk_used else plan.predicted
-    layer = shape.layers[0]
-    every = len(shape.layers) * experts_of(layer).count * expert_bytes(layer).ram
+    layer = shape.expert_layers[0]
+    every = len(shape.expert_layers) * experts_of(layer).count * expert_bytes(layer).ram
     reading = run.read_bytes / len(run.times) / expert_bytes(layer).vram * seconds_of(layer, disk)
     return VerifyRow(
         device="disk",
@@ -141,6 +141,8 @@ def _expected(shape: ModelShape, known: Sequence[Vector], plan: Plan) -> float:
     """The share of what routers choose that the experts in memory have, by the profile."""
     shares = []
     for layer, frequencies, placed in zip(shape.layers, known, plan.layers, strict=True):
+        if not layer.routed:
+            continue
         resident = len(frequencies) - placed.disk_bytes // expert_bytes(layer).ram
         shares.append(float(frequencies[:resident].sum() / frequencies.sum()))
     return sum(shares) / len(shares)

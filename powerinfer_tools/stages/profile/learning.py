@@ -39,7 +39,8 @@ class Learning:
     def _whole(self, tokens: int) -> bool:
         routing = self._model.hyper.routing
         assert routing is not None
-        counts = [int(layer.counts.sum()) for layer in self._tally.observed if layer is not None]
+        layers = zip(self._tally.observed, self._model.hyper.facts, strict=True)
+        counts = [int(seen.counts.sum()) for seen, facts in layers if seen and facts.ffn == "experts"]
         return all(count == tokens * routing.used for count in counts)
 
     def save(self, tokens: int) -> Profile | None:

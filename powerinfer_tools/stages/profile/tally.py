@@ -8,7 +8,7 @@ import numpy.typing as npt
 from powerinfer_formats.profile import LayerSums, Profile, round_squares
 from powerinfer_formats.profile_sums import add_sums
 from powerinfer_tools.engine.observation import LayerCounters, counters
-from powerinfer_tools.model.hyperparameter_types import Hyperparameters, LayerFacts
+from powerinfer_tools.model.hyperparameter_types import LayerFacts
 from powerinfer_tools.model.loading import Model
 
 Squares = npt.NDArray[np.float64]
@@ -23,20 +23,20 @@ class Tally:
 
     def __init__(self, model: Model, files: int) -> None:
         routing = model.hyper.routing
-        units = [_units(model.hyper, facts) for facts in model.hyper.facts]
+        units = [_units(model, facts) for facts in model.hyper.facts]
         histogram = routing is None and not model.exact_zeros
         self.counters: Sequence[LayerCounters] = tuple(
             counters(count, histogram=histogram) for count in units
         )
         self._squares: list[tuple[Squares, Squares]] = [(np.zeros(count), np.zeros(count)) for count in units]
-        #: What the kernels fill: nothing of a dense layer in a model with experts, or of a layer without FFN.
-        self.observed: Sequence[LayerCounters | None] = tuple(
-            counted if facts.ffn == ("experts" if routing else "dense") else None
-            for counted, facts in zip(self.counters, model.hyper.facts, strict=True)
-        )
         kinds = [facts.ffn for facts in model.hyper.facts]
-        self._whole = [index for index, kind in enumerate(kinds) if routing and kind == "dense"]
+        self._whole = [i for i, kind in enumerate(kinds) if routing and kind == "dense" and units[i] == 1]
         self._none = [index for index, kind in enumerate(kinds) if kind == "none"]
+        #: What the kernels fill: nothing of a dense layer that counts as one expert, or of one without FFN.
+        self.observed: Sequence[LayerCounters | None] = tuple(
+            None if index in (*self._whole, *self._none) else counted
+            for index, counted in enumerate(self.counters)
+        )
         self.file_tokens = [0] * files
 
     @property
@@ -86,14 +86,15 @@ class Tally:
             self.file_tokens[names.index(entry.name)] = entry.tokens
 
 
-def _units(hyper: Hyperparameters, facts: LayerFacts) -> int:
+def _units(model: Model, facts: LayerFacts) -> int:
     """How many units a layer counts: experts, by the tokens that take each, as one that is not taken adds
-    exactly nothing; or neurons. A dense FFN in a model with experts is one that every token takes; a layer
-    without FFN has one unit, which is never active."""
+    exactly nothing; or neurons. Beside experts, a dense FFN is one that every token takes, unless its
+    activation makes exact zeros; a layer without FFN has one unit, which is never active."""
+    routing = model.hyper.routing
     if facts.ffn == "experts":
-        assert hyper.routing is not None
-        return hyper.routing.experts
-    return facts.neurons if facts.ffn == "dense" and hyper.routing is None else 1
+        assert routing is not None
+        return routing.experts
+    return facts.neurons if facts.ffn == "dense" and (routing is None or model.exact_zeros) else 1
 
 
 def _saturated(squares: Squares) -> Squares:

@@ -79,7 +79,8 @@ def read_ropes(
         return wide, wide
     if not spec.local_rope_base:
         return wide, replace(wide, dim=local_dim, base=local_base)
-    return wide, Rope(style, local_dim, local_base, factored=False)
+    magnitude = keys.factor("rope.scaling.attn_factor")
+    return wide, Rope(style, local_dim, local_base, factored=False, magnitude=magnitude)
 
 
 def read_trained_context(keys: Keys, spec: ArchitectureSpec, positions: int) -> int:

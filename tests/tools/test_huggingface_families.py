@@ -105,6 +105,19 @@ _GRANITE = CASES["Granite"] | {
     "num_local_experts": 5,
     "shared_intermediate_size": 18,
 }
+_NEMOTRON = {
+    "head_dim": 12,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 6,
+    "n_groups": 2,
+    "ssm_state_size": 6,
+    "moe_intermediate_size": 14,
+    "moe_shared_expert_intermediate_size": 18,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.5,
+    "num_hidden_layers": None,
+}
 CASES["DeepseekV3"] |= _EPS
 CASES |= {
     "Apertus": {"pad_token_id": 0},
@@ -148,6 +161,8 @@ CASES |= {
     | {"rope_parameters": _YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}},
     "Afmoe": _HEADS | _WINDOW | _MOE | {"num_dense_layers": 1, "num_hidden_layers": 4, "mup_enabled": True},
     "ExaoneMoe": _HEADS | _WINDOW | _MOE | {"num_hidden_layers": 4},
+    "NemotronH": _NEMOTRON | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "NemotronH-dense": _NEMOTRON | {"layers_block_type": ["linear_attention", "mlp", "full_attention"]},
     "Mamba2": {"num_heads": 8, "head_dim": 12, "n_groups": 2, "state_size": 6},
 }
 #: A few hundred roundings of float32 of the largest logit.

@@ -29,6 +29,7 @@ from powerinfer_tools.model.huggingface.family import (
 )
 from powerinfer_tools.model.huggingface.recurrent_families import RECURRENT
 from powerinfer_tools.model.huggingface.sigmoid_families import SIGMOIDS
+from powerinfer_tools.model.huggingface.state_space_families import STATE_SPACES
 
 #: config.json's names of activations → ours.
 ACTIVATIONS: Mapping[str, str] = {
@@ -240,6 +241,7 @@ FAMILIES: Mapping[str, Family] = {
         *EXPERTS,
         *SIGMOIDS,
         *RECURRENT,
+        *STATE_SPACES,
         Family("nemotron", ("NemotronForCausalLM",), "nemotron", sizes(), _NEMOTRON, activation="relu2",
                norm_name="norm_eps", norm_eps=1e-5, rotary_share=0.5),
     )
@@ -287,7 +289,7 @@ def find_family(config: Config) -> tuple[Family, Config]:
         other = _BY_CLASS.get(str(named[0])) if named else None
         family = other if other is not None and other.model_type == kind else family
         classes, config_of_text = family.classes, config
-    if family.without_experts is not None and config_of_text.get(_count_name(family)) == 0:
+    if family.without_experts is not None and not _has_experts(family, config_of_text):
         family = family.without_experts
     named = config.items("architectures")
     # The same without a head: a language model where the head is the embedding, else one that lacks a tensor.
@@ -302,8 +304,11 @@ def find_family(config: Config) -> tuple[Family, Config]:
     return family, config_of_text
 
 
-def _count_name(family: Family) -> str:
-    return next(setting.name for setting in family.settings if setting.key == "expert_count")
+def _has_experts(family: Family, config: Config) -> bool:
+    if family.has_experts is not None:
+        return family.has_experts(config)
+    count = next(setting.name for setting in family.settings if setting.key == "expert_count")
+    return bool(config.get(count) != 0)
 
 
 def _row(config: Config, kind: str) -> Family:

@@ -67,8 +67,9 @@ class Family:
     layer with rotary positions. ``activations``: names that mean something else in this family.
     ``layer_list``: what lists the kinds of layers; ``recurrent``: which layers mix tokens without attention,
     where it does not say; ``window_name``: the setting with the length of windows, or of chunks;
-    ``numbers``: GGUF keys with a number for each layer ← tensors of one value; ``without_experts``: the
-    family where there are none."""
+    ``numbers``: GGUF keys with a number for each layer ← tensors of one value; ``lists``: the same ←
+    settings; ``without_experts``: the family where there are none, which ``has_experts`` tells, or a count
+    of 0."""
 
     model_type: str
     classes: tuple[str, ...]
@@ -103,7 +104,9 @@ class Family:
     recurrent: Callable[[Config, int], bool] | None = None
     window_name: str = "sliding_window"
     numbers: tuple[tuple[str, str], ...] = ()
+    lists: tuple[tuple[str, Callable[[Config], list[int]]], ...] = ()
     without_experts: "Family | None" = None
+    has_experts: Callable[[Config], bool] | None = None
 
 
 def sizes(**defaults: int) -> tuple[Setting, ...]:

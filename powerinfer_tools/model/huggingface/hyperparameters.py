@@ -43,6 +43,8 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
             metadata.add(f"{prefix}.{setting.key}", sizes[setting.key], ValueType.UINT32)
     for key, name, default in family.flags:
         metadata.add(f"{prefix}.{key}", config.flag(name, default) if isinstance(name, str) else name(config))
+    for key, read in family.lists:
+        metadata.add(f"{prefix}.{key}", np.array(read(config), np.uint32))
     for real in family.reals:
         value = config.real(real.name, real.default, low=-1e6, high=1e6)
         if value:

@@ -4,7 +4,6 @@
 from dataclasses import replace
 
 from powerinfer_tools.model.huggingface.changes import (
-    interleaved,
     minus_exp,
     tiled,
     tiled_columns,
@@ -13,14 +12,11 @@ from powerinfer_tools.model.huggingface.changes import (
 )
 from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.expert_rules import (
-    GRANITE_EXPERTS,
-    GRANITE_SCALES,
     QWEN_EXPERTS,
     QWEN_SIZES,
     SHARED_EXPERT,
     TAKEN,
     experts,
-    halves,
     router,
 )
 from powerinfer_tools.model.huggingface.family import (
@@ -194,114 +190,6 @@ _NEXT_FAMILY = replace(
     fixed=(("decoder_sparse_step", 1), ("mlp_only_layers", []), ("attn_output_gate", True)),
 )
 
-# --- Mamba-2 -----------------------------------------------------------------------------------------------
-
-
-def _mamba(start: str) -> tuple[Rule, ...]:
-    """The tensors of a state space model below ``start``."""
-    return (
-        Rule("blk.{i}.ssm_in.weight", f"{start}.in_proj.weight"),
-        Rule("blk.{i}.ssm_conv1d.weight", f"{start}.conv1d.weight", single=True, squeezed=True),
-        Rule("blk.{i}.ssm_conv1d.bias", f"{start}.conv1d.bias", optional=True),
-        Rule("blk.{i}.ssm_dt.bias", f"{start}.dt_bias"),
-        Rule("blk.{i}.ssm_a", f"{start}.A_log", minus_exp),
-        Rule("blk.{i}.ssm_d", f"{start}.D"),
-        Rule("blk.{i}.ssm_norm.weight", f"{start}.norm.weight"),
-        Rule("blk.{i}.ssm_out.weight", f"{start}.out_proj.weight"),
-    )
-
-
-def _expanded(config: Config) -> int:
-    name = "mamba_expand" if config.has("mamba_expand") else "expand"
-    return config.integer(name, 2, high=64) * config.integer("hidden_size", high=1 << 20)
-
-
-_GRANITE_SIZES = (
-    *sizes(),
-    Setting("ssm.conv_kernel", "mamba_d_conv", 4, high=64),
-    Setting("ssm.state_size", "mamba_d_state", 256, high=1 << 12),
-    Setting("ssm.group_count", "mamba_n_groups", 1, high=4096),
-    Setting("ssm.time_step_rank", "mamba_n_heads", 128, high=4096),
-    Setting("ssm.inner_size", "mamba_expand", derive=_expanded),
-)
-_GRANITE_MIXERS = (
-    EMBEDDING,
-    Rule("output_norm.weight", "model.norm.weight"),
-    Rule("blk.{i}.attn_norm.weight", f"{LAYER}.input_layernorm.weight"),
-    Rule("blk.{i}.ffn_norm.weight", f"{LAYER}.post_attention_layernorm.weight"),
-    *optional(*attention(interleaved), *_mamba(f"{LAYER}.mamba")),
-)
-
-
-def _rotates(config: Config) -> bool:
-    return config.text("position_embedding_type", "nope") == "rope"
-
-
-_GRANITE_FAMILY = Family(
-    "granitemoehybrid",
-    ("GraniteMoeHybridForCausalLM",),
-    "granitehybrid",
-    (
-        *_GRANITE_SIZES,
-        Setting("expert_count", "num_local_experts", 8, high=4096),
-        TAKEN,
-        Setting("expert_shared_feed_forward_length", "shared_intermediate_size", 1024, high=1 << 22),
-    ),
-    (
-        *_GRANITE_MIXERS,
-        *GRANITE_EXPERTS,
-        *halves("blk.{i}.ffn_{kind}_shexp.weight", f"{LAYER}.shared_mlp.input_linear.weight"),
-        Rule("blk.{i}.ffn_down_shexp.weight", f"{LAYER}.shared_mlp.output_linear.weight"),
-    ),
-    flags=(("rope.scaling.finetuned", _rotates, True),),
-    reals=GRANITE_SCALES,
-    recurrent=lambda config, index: True,
-    fixed=(("mamba_proj_bias", False), ("attention_bias", False)),
-    without_experts=Family(
-        "granitemoehybrid",
-        ("GraniteMoeHybridForCausalLM",),
-        "granitehybrid",
-        (
-            *(row for row in _GRANITE_SIZES if row.name != "intermediate_size"),
-            Setting("feed_forward_length", "shared_intermediate_size", 1024, high=1 << 22),
-        ),
-        (
-            *_GRANITE_MIXERS,
-            *halves("blk.{i}.ffn_{kind}.weight", f"{LAYER}.shared_mlp.input_linear.weight"),
-            Rule("blk.{i}.ffn_down.weight", f"{LAYER}.shared_mlp.output_linear.weight"),
-        ),
-        flags=(("rope.scaling.finetuned", _rotates, True),),
-        reals=GRANITE_SCALES,
-        recurrent=lambda config, index: True,
-        fixed=(("mamba_proj_bias", False), ("attention_bias", False)),
-    ),
-)
-_BACKBONE = "backbone.layers.{i}"
-_MAMBA_ENDS = (
-    Rule("token_embd.weight", "backbone.embeddings.weight"),
-    Rule("output_norm.weight", "backbone.norm_f.weight"),
-    Rule("blk.{i}.attn_norm.weight", f"{_BACKBONE}.norm.weight"),
-)
-_MAMBA2_FAMILY = Family(
-    "mamba2",
-    ("Mamba2ForCausalLM",),
-    "mamba2",
-    (
-        Setting("block_count", "num_hidden_layers", 64, high=4096),
-        Setting("embedding_length", "hidden_size", 4096, high=1 << 20),
-        Setting("context_length", "max_position_embeddings", 1 << 20, high=1 << 31),
-        Setting("ssm.conv_kernel", "conv_kernel", 4, high=64),
-        Setting("ssm.state_size", "state_size", 128, high=1 << 12),
-        Setting("ssm.group_count", "n_groups", 8, high=4096),
-        Setting("ssm.time_step_rank", "num_heads", 128, high=4096),
-        Setting("ssm.inner_size", "expand", derive=_expanded),
-    ),
-    (*_MAMBA_ENDS, *_mamba(f"{_BACKBONE}.mixer")),
-    norm_name="layer_norm_epsilon",
-    norm_eps=1e-5,
-    fixed=(("use_bias", False),),
-)
-
 RECURRENT = (
     _LFM2_FAMILY,
     replace(
@@ -338,6 +226,4 @@ RECURRENT = (
     _QWEN35_FAMILY,
     _QWEN35_MOE_FAMILY,
     _NEXT_FAMILY,
-    _GRANITE_FAMILY,
-    _MAMBA2_FAMILY,
 )

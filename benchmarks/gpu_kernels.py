@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from gpu_run import Row, Run
 
-from powerinfer_kernels import RowType, dequantize, reference, row_bytes
-from powerinfer_kernels.triton_layout import PLANAR_TYPES, to_planar
+from powerinfer_kernels import RowType, dequantize, packed_row_bytes, reference, repack
+from powerinfer_kernels.triton_layout import to_planar
 from powerinfer_tools.engine.hot.cache import Attending, HeldVectors, HotCache
+from powerinfer_tools.engine.hot.elementwise import round_activations
 from powerinfer_tools.engine.hot.hot_ffn import FileRows, FusedRows, HotFFN, Inputs, Rows, Scratch
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.measure.synthetic.random_blocks import random_rows
@@ -17,6 +18,11 @@ from powerinfer_tools.measure.synthetic.random_blocks import random_rows
 EPS = float(np.finfo(np.float32).eps)
 #: Different rows of a matrix; more would only take longer to make and to check.
 PATTERN_ROWS = 61
+#: One row type of each kind that kernels decode in a way of their own, and all that many models have.
+ROW_TYPES = (
+    RowType.F16, RowType.Q8_0, RowType.Q4_0, RowType.Q4_1, RowType.Q5_0, RowType.Q4_K, RowType.Q5_K,
+    RowType.Q6_K, RowType.Q2_K, RowType.Q3_K, RowType.IQ4_XS, RowType.MXFP4,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ def measure_exchange(run: Run, width: int) -> None:
 
 
 def measure_row_types(run: Run, sizes: Sizes, limit: float, *, fused: bool) -> None:
-    """Every row type that has fused kernels; by them, or by plain torch operations."""
-    for row_type in PLANAR_TYPES:
+    """Row types by fused kernels, or by plain torch operations."""
+    for row_type in ROW_TYPES:
         what = f"{row_type.name} rows, {'fused' if fused else 'plain'}"
         run.attempt(what, 15, lambda t=row_type: measure_rows(run, t, sizes, limit, fused=fused))  # type: ignore[misc]
 
@@ -60,14 +66,19 @@ def measure_rows(run: Run, row_type: RowType, sizes: Sizes, limit: float, *, fus
     """One matrix serves as gate, up and down: what matters is how many bytes are read. The check is of a ReLU
     FFN over all its rows, which are PATTERN_ROWS different ones again and again."""
     width, rng = sizes.width, np.random.default_rng(int(row_type))
-    neurons = max(PATTERN_ROWS, sizes.nbytes // row_bytes(row_type, width))
+    neurons = max(PATTERN_ROWS, sizes.nbytes // packed_row_bytes(row_type, width))
     pattern = random_rows(rng, row_type.name, PATTERN_ROWS, width).view(np.uint8).reshape(PATTERN_ROWS, -1)
     rows = rows_on(run, np.resize(pattern, (neurons, pattern.shape[1])), row_type, width, fused=fused)
     x = rng.standard_normal((1, width), dtype=np.float32)
+    if not row_type.is_float:
+        x = rounded(x)
     exact = dequantize(pattern, row_type, PATTERN_ROWS, width).astype(np.float64)
     error, active = check_rows(run, rows, neurons, x, exact)
-    inputs, scratch, out = space_for(run, neurons, x)
-    name, nbytes = f"{row_type.name} {'fused' if fused else 'plain'}", neurons * row_bytes(row_type, width)
+    inputs, scratch, out = space_for(run, neurons, x, codes=fused and not row_type.is_float)
+    name, nbytes = (
+        f"{row_type.name} {'fused' if fused else 'plain'}",
+        neurons * packed_row_bytes(row_type, width),
+    )
     for activation, read in (("silu", 3.0), ("relu", 1 + 2 * active if fused else 3.0)):
         ffn = HotFFN(rows, rows, rows, None, neurons, (activation, 0.0))
         rate = read * nbytes / run.timed(lambda ffn=ffn: ffn.compute(inputs, scratch, out))  # type: ignore[misc]
@@ -75,18 +86,27 @@ def measure_rows(run: Run, row_type: RowType, sizes: Sizes, limit: float, *, fus
         run.add(Row(f"{name}: FFN with {activation}", rate / 1e9, "GB/s", rate / limit, error=wrong))
 
 
+def rounded(x: np.ndarray) -> np.ndarray:
+    """x as the integer kernels round it; rounded again it stays the same."""
+    out = torch.empty(x.shape)
+    round_activations(torch.from_numpy(x), out)
+    found: np.ndarray = out.numpy()
+    return found
+
+
 def rows_on(run: Run, raw: np.ndarray, row_type: RowType, width: int, *, fused: bool) -> Rows:
     """The rows ``raw`` on the device."""
+    packed = repack(raw, row_type, len(raw), width)
     if not fused:
-        return FileRows(row_type, torch.from_numpy(raw).to(run.where))
+        return FileRows(row_type, torch.from_numpy(packed).to(run.where))
     from powerinfer_kernels.triton_launch import PlanarRows
 
-    data = torch.from_numpy(to_planar(raw, row_type, width)).to(run.where)
+    data = torch.from_numpy(to_planar(packed, row_type, width)).to(run.where)
     return FusedRows(PlanarRows(data, row_type, len(raw), width))
 
 
-def space_for(run: Run, neurons: int, x: np.ndarray) -> tuple[Inputs, Scratch, torch.Tensor]:
-    """The input ``x`` (1, width) there, scratch, and a place for the sum."""
+def space_for(run: Run, neurons: int, x: np.ndarray, *, codes: bool) -> tuple[Inputs, Scratch, torch.Tensor]:
+    """The input ``x`` (1, width) there, as ``codes`` too, scratch, and a place for the sum."""
     from powerinfer_tools.engine.hot.assembly import rest_floats
 
     width, chunk = x.shape[1], min(CHUNK_ROWS, neurons)
@@ -96,13 +116,21 @@ def space_for(run: Run, neurons: int, x: np.ndarray) -> tuple[Inputs, Scratch, t
 
     there = torch.from_numpy(x).to(run.where)
     scratch = Scratch(empty(chunk, width), empty(chunk), empty(chunk), empty(rest_floats(neurons, width)))
-    return Inputs(there, there), scratch, empty(1, width)
+    inputs = Inputs(there, there)
+    if codes:
+        from powerinfer_kernels.triton_launch import code_words
+
+        words = torch.empty(1, code_words(width), dtype=torch.int32, device=run.where)
+        inputs = Inputs(there, torch.empty_like(there), words)
+        inputs.round()
+    return inputs, scratch, empty(1, width)
 
 
 def check_rows(run: Run, rows: Rows, neurons: int, x: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
     """The largest error of a ReLU FFN over what rounding explains, and the share of active neurons. Sums of
     ``width`` terms make the hidden values, of ``neurons`` terms the output."""
-    inputs, scratch, out = space_for(run, neurons, x)
+    codes = isinstance(rows, FusedRows) and not rows.row_type.is_float
+    inputs, scratch, out = space_for(run, neurons, x, codes=codes)
     ffn = HotFFN(rows, rows, rows, None, neurons, ("relu", 0.0))
     run.settled()
     run.device.submit((("work", lambda: ffn.compute(inputs, scratch, out)),)).wait()
@@ -156,9 +184,14 @@ def _fused_attention(
     position = torch.tensor([context - 1], device=run.where)
     floats = triton_launch.partial_floats(query.shape[1] // dim, dim, context)
     partial = torch.empty(floats, device=run.where)
-    return lambda: triton_launch.attend(
-        query, cache.keys, cache.values, position, partial, out, scale=scale, window=0, softcap=0.0
+    # The token's own key and value are kept anew, as the bits that are there.
+    key, value = (
+        held.between(context - 1, context).reshape(1, -1).contiguous() for held in (cache.keys, cache.values)
     )
+    return lambda: triton_launch.attend(
+        query, key, value, cache.keys, cache.values, position, partial, out,
+        scale=scale, window=0, softcap=0.0,
+    )  # fmt: skip
 
 
 def _plain_attention(
@@ -176,6 +209,7 @@ def _held(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> tuple[
         data = rng.standard_normal(shape, dtype=np.float32).astype(np.float16)
         return HeldVectors(torch.from_numpy(data), None), data.astype(np.float32)
     codes = rng.integers(-127, 128, shape, dtype=np.int8)
+    codes[..., ::32] = 127  # as in any block that was rounded
     steps = rng.uniform(0.005, 0.02, (*shape[:2], shape[2] // 32)).astype(np.float16)
     wide = (codes.reshape(*steps.shape, 32) * steps[..., None].astype(np.float32)).reshape(shape)
     return HeldVectors(torch.from_numpy(codes), torch.from_numpy(steps)), wide

@@ -29,13 +29,21 @@ def codes_of(x):
 
 
 @triton.jit
-def as_rounded(x):
-    """Codes times scales of blocks x [N, 32]; scales are kept to 11 bits."""
-    codes, scale = codes_of(x)
+def store_rounded(x, at, mask, columns, rounded, codes):
+    """Blocks x [N, 32], of a row of ``columns`` values those at ``at``, as the integer kernels take them: as
+    ``rounded`` float32 [columns], codes times scales, which are kept to 11 bits; and as ``codes`` int32
+    [columns / 4 + columns / 32], bytes of codes, then float32 scales. Either may be None."""
+    values, scale = codes_of(x)
     bits = scale.to(tl.int32, bitcast=True)
     kept = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
     kept = tl.where(scale < LEAST_SCALE, 0.0, tl.where(scale == scale, kept, scale))
-    return codes * kept
+    if rounded is not None:
+        tl.store(rounded + at, values * kept, mask=mask)
+    if codes is not None:
+        tl.store(codes.to(tl.pointer_type(tl.int8), bitcast=True) + at, values.to(tl.int8), mask=mask)
+        scales = (codes + columns // 4).to(tl.pointer_type(tl.float32), bitcast=True)
+        kept = tl.broadcast_to(kept, x.shape)
+        tl.store(scales + at // BLOCK, kept, mask=mask & (at % BLOCK == 0))
 
 
 @triton.jit
@@ -51,11 +59,11 @@ def mean_of(x, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["eps"])
-def norm_kernel(x, weight, bias, exact, rounded, eps, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+def norm_kernel(x, weight, bias, exact, rounded, codes, eps, WIDTH: tl.constexpr, WIDE: tl.constexpr,
                 LAYER: tl.constexpr):  # fmt: skip
     """exact [rows, WIDTH] = the norm of each row of x by root mean square, or with LAYER by mean and
-    deviation, times ``weight`` (+ ``bias``, or None); the same rounded, or None. May be in place. WIDE is
-    WIDTH rounded up to a power of two, at least 32. Grid (rows)."""
+    deviation, times ``weight`` (+ ``bias``, or None); also as :func:`store_rounded` does it, ``codes`` of
+    one row only. May be in place. WIDE is WIDTH rounded up to a power of two, at least 32. Grid (rows)."""
     column = places(0, WIDE)
     mask, at = column < WIDTH, tl.program_id(0) * WIDTH + column
     value = tl.load(x + at, mask=mask, other=0.0)
@@ -67,14 +75,31 @@ def norm_kernel(x, weight, bias, exact, rounded, eps, WIDTH: tl.constexpr, WIDE:
         value += tl.load(bias + column, mask=mask, other=0.0)
     tl.store(exact + at, value, mask=mask)
     if rounded is not None:
-        tl.store(rounded + at, as_rounded(value), mask=mask)
+        rounded += tl.program_id(0) * WIDTH
+    if rounded is not None or codes is not None:
+        store_rounded(value, column, mask, WIDTH, rounded, codes)
 
 
 @triton.jit(do_not_specialize=["count"])
-def round_kernel(x, out, count, VALUES: tl.constexpr):
-    """out [count] = x as the integer kernels take it, in blocks of 32. Grid (⌈count / VALUES⌉)."""
+def round_kernel(x, rounded, codes, count, VALUES: tl.constexpr):
+    """x [count] as :func:`store_rounded` does it. Grid (⌈count / VALUES⌉)."""
     at = places(tl.program_id(0) * VALUES, VALUES)
-    tl.store(out + at, as_rounded(tl.load(x + at, mask=at < count, other=0.0)), mask=at < count)
+    mask = at < count
+    store_rounded(tl.load(x + at, mask=mask, other=0.0), at, mask, count, rounded, codes)
+
+
+@triton.jit(do_not_specialize=["factor", "count"])
+def join_kernel(x, first, second, bias, factor, count, VALUES: tl.constexpr):
+    """x [count] += factor · (first + second + bias), added in this order; the last two may be None. Grid
+    (⌈count / VALUES⌉)."""
+    at = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
+    mask = at < count
+    total = tl.load(first + at, mask=mask, other=0.0)
+    if second is not None:
+        total += tl.load(second + at, mask=mask, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + at, mask=mask, other=0.0)
+    tl.store(x + at, tl.load(x + at, mask=mask, other=0.0) + factor * total, mask=mask)
 
 
 @triton.jit
@@ -105,29 +130,59 @@ def turn(base, pair, c, s, mask, HALF: tl.constexpr, NEOX: tl.constexpr):
     tl.store(second, a * s + b * c, mask=mask)
 
 
+@triton.jit
+def turned(vector, position, cos, sin, there, DIM: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr,
+           NEOX: tl.constexpr):  # fmt: skip
+    """float32 [WIDE]: a head of DIM values, as :func:`rotate_kernel` rotates it where HALF > 0; 0 beyond it,
+    and all where not ``there`` (a condition)."""
+    column = tl.arange(0, WIDE)
+    x = tl.load(vector + column, mask=column < tl.where(there, DIM, 0), other=0.0)
+    if HALF > 0:
+        if NEOX:
+            pair, first = column % HALF, column < HALF
+            partner = tl.where(first, column + HALF, column - HALF)
+        else:
+            pair, first = column // 2, column % 2 == 0
+            partner = tl.where(first, column + 1, column - 1)
+        mask, row = column < tl.where(there, 2 * HALF, 0), tl.load(position) * HALF
+        y = tl.load(vector + partner, mask=mask, other=0.0)
+        c = tl.load(cos + row + pair, mask=mask, other=1.0)
+        s = tl.load(sin + row + pair, mask=mask, other=0.0)
+        x = tl.where(mask, tl.where(first, x * c - y * s, y * s + x * c), x)
+    return x
+
+
+@triton.jit
+def keep(x, data, scales, row, there, DIM: tl.constexpr, WIDE: tl.constexpr):
+    """Keep the head x [WIDE] as the vector ``row`` of a cache, where ``there``; float32 [WIDE] of what the
+    cache has of it then."""
+    column = tl.arange(0, WIDE)
+    at, mask = data + row * DIM + column, column < tl.where(there, DIM, 0)
+    if scales is None:
+        half = x.to(tl.float16)
+        tl.store(at, half, mask=mask)
+        out = half.to(tl.float32)
+    else:
+        codes, scale = codes_of(tl.reshape(x, (WIDE // BLOCK, BLOCK)))
+        kept = scale.to(tl.float16)
+        codes = tl.where(kept == 0.0, 0.0, codes)
+        tl.store(at, tl.reshape(codes, (WIDE,)).to(tl.int8), mask=mask)
+        block = tl.arange(0, WIDE // BLOCK)[:, None]
+        tl.store(scales + row * (DIM // BLOCK) + block, kept, mask=block < tl.where(there, DIM // BLOCK, 0))
+        out = tl.reshape(codes * kept.to(tl.float32), (WIDE,))
+    return out
+
+
 @triton.jit(do_not_specialize=["context"])
 def store_kernel(key, value, keys, key_scales, values, value_scales, position, context, DIM: tl.constexpr,
                  WIDE: tl.constexpr):  # fmt: skip
     """Keep ``key`` and ``value`` [heads, DIM] at ``position`` int64 [1] of caches [heads, context, DIM]:
     float16, or int8 with float16 scales [heads, context, DIM / 32]. Grid (heads, 2)."""
+    head = tl.program_id(0)
+    row, there = head.to(tl.int64) * context + tl.load(position), head >= 0
     if tl.program_id(1) == 0:
-        keep(key, keys, key_scales, position, context, DIM, WIDE)
+        x = turned(key + head * DIM, position, None, None, there, DIM, WIDE, 0, False)
+        keep(x, keys, key_scales, row, there, DIM, WIDE)
     else:
-        keep(value, values, value_scales, position, context, DIM, WIDE)
-
-
-@triton.jit
-def keep(vector, data, scales, position, context, DIM: tl.constexpr, WIDE: tl.constexpr):
-    """One head of one of both."""
-    head, column = tl.program_id(0), places(0, WIDE)
-    mask = column < DIM
-    row = head.to(tl.int64) * context + tl.load(position)
-    x = tl.load(vector + head * DIM + column, mask=mask, other=0.0)
-    if scales is None:
-        tl.store(data + row * DIM + column, x.to(tl.float16), mask=mask)
-    else:
-        codes, scale = codes_of(x)
-        kept = scale.to(tl.float16)
-        block = tl.arange(0, WIDE // BLOCK)[:, None]
-        tl.store(data + row * DIM + column, tl.where(kept == 0.0, 0.0, codes).to(tl.int8), mask=mask)
-        tl.store(scales + row * (DIM // BLOCK) + block, kept, mask=block < DIM // BLOCK)
+        x = turned(value + head * DIM, position, None, None, there, DIM, WIDE, 0, False)
+        keep(x, values, value_scales, row, there, DIM, WIDE)

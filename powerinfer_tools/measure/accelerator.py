@@ -132,9 +132,12 @@ class _Bench:
         from powerinfer_kernels import triton_launch as launch
 
         where, neurons = self.device.torch_device, len(raw)
-        data = torch.from_numpy(to_planar(raw, row_type, width)).to(where)
+        data = torch.from_numpy(to_planar(repack(raw, row_type, neurons, width), row_type, width)).to(where)
         rows = launch.PlanarRows(data, row_type, neurons, width)
         x = self._input(width)
+        if not row_type.is_float:
+            values, x = x, torch.empty(1, launch.code_words(width), dtype=torch.int32, device=where)
+            launch.round_values(values, None, x)
         hidden, out = torch.empty(1, neurons, device=where), torch.empty(1, width, device=where)
         partial = torch.empty(launch.splits(neurons) * width, device=where)
         return (

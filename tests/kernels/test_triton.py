@@ -4,30 +4,48 @@ Sizes are odd and small, since the interpreter is slow (``conftest.py`` turns it
 n·eps·Σ|x||w| for sums of n terms.
 """
 
-from typing import NamedTuple
-
+import gguf
+import gguf.quants
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from powerinfer_kernels import KernelError, RowType, dequantize, reference, row_bytes
+from powerinfer_kernels import (
+    KernelError,
+    RowType,
+    block_shape,
+    dequantize,
+    packed_row_bytes,
+    reference,
+    reference_quants,
+    repack,
+)
 from powerinfer_kernels import triton_launch as launch
 from powerinfer_kernels.reference import activate, attention, sum_rows
+from powerinfer_kernels.row_types import computable
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, planes, to_planar
 from powerinfer_tools.engine.hot.cache import HeldVectors
-from powerinfer_tools.engine.hot.elementwise import round_activations
+from powerinfer_tools.engine.hot.elementwise import rotate, round_activations
 from random_rows import random_rows
 
 F32 = npt.NDArray[np.float32]
 EPS = float(np.finfo(np.float32).eps)
-#: Columns with whole chunks of words, and without, for types that allow both.
-SHAPES = [
-    *((kind, 96) for kind in PLANAR_TYPES if kind not in (RowType.Q4_K, RowType.Q6_K)),
-    *((kind, 256) for kind in PLANAR_TYPES),
-]
-IDS = [f"{kind.name}-{columns}" for kind, columns in SHAPES]
+#: Columns of a tile that is not full, with an odd number of blocks where a type allows that.
+SHAPES = [(kind, -(-96 // block_shape(kind)[0]) * block_shape(kind)[0]) for kind in PLANAR_TYPES]
+#: One of each way to read rows, with more than one tile; scales lie in whole words there.
+SOME = [
+    (RowType.F16, 160), (RowType.Q8_0, 544), (RowType.Q4_1, 96), (RowType.Q4_K, 256), (RowType.Q6_K, 768),
+    (RowType.NVFP4, 64),
+]  # fmt: skip
+FEW = [(RowType.F16, 160), (RowType.Q8_0, 96), (RowType.Q4_K, 256)]
 ROWS = 11
+
+
+def ids(shapes: list[tuple[RowType, int]]) -> list[str]:
+    return [f"{kind.name}-{columns}" for kind, columns in shapes]
+
+
 CUT = 0.01
 
 
@@ -35,18 +53,23 @@ class Rows:
     """Random rows: as float64 values, and planar for the kernels."""
 
     def __init__(self, row_type: RowType, columns: int, seed: int, rows: int = ROWS) -> None:
+        computable(row_type)
         raw = random_rows(np.random.default_rng(seed), row_type, rows, columns)
         self.values = dequantize(raw, row_type, rows, columns)
         self.raw, self.exact = raw, self.values.astype(np.float64)
-        data = torch.from_numpy(to_planar(raw, row_type, columns))
-        self.planar = launch.PlanarRows(data, row_type, rows, columns)
+        self.planar = planar(raw, row_type, columns)
 
     def poisoned(self, unused: npt.NDArray[np.bool_]) -> launch.PlanarRows:
         """The same rows, those ``unused`` with every bit set: F16 values and all scales are NaN then."""
         raw = self.raw.copy()
         raw[unused] = 0xFF
-        kind, columns = self.planar.row_type, self.planar.columns
-        return launch.PlanarRows(torch.from_numpy(to_planar(raw, kind, columns)), kind, len(raw), columns)
+        return planar(raw, self.planar.row_type, self.planar.columns)
+
+
+def planar(raw: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> launch.PlanarRows:
+    packed = repack(raw, row_type, len(raw), columns)
+    data = torch.from_numpy(to_planar(packed, row_type, columns))
+    return launch.PlanarRows(data, row_type, len(raw), columns)
 
 
 def inputs(columns: int, tokens: int = 1) -> F32:
@@ -59,17 +82,43 @@ def bound(x: npt.NDArray[np.floating], w: npt.NDArray[np.floating]) -> npt.NDArr
     return np.asarray(n * EPS * (np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T) + 1e-30)
 
 
-@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+@pytest.mark.parametrize(("row_type", "columns"), SHAPES + SOME[:2], ids=ids(SHAPES + SOME[:2]))
 def test_planar_rows_keep_every_byte_and_unpack_to_the_same_bits(row_type: RowType, columns: int) -> None:
     rows = Rows(row_type, columns, seed=1)
-    assert rows.planar.data.numel() == ROWS * row_bytes(row_type, columns)
-    assert sum(vars(planes(row_type, columns)).values()) == row_bytes(row_type, columns)
+    assert rows.planar.data.numel() == ROWS * packed_row_bytes(row_type, columns)
+    assert sum(vars(planes(row_type, columns)).values()) == packed_row_bytes(row_type, columns)
     out = torch.full((5, columns), float("nan"))
     launch.unpack(rows.planar, 3, 5, out)
     assert np.array_equal(out.numpy().view(np.uint32), rows.values[3:8].view(np.uint32))
+    expected = gguf.quants.dequantize(rows.raw, gguf.GGMLQuantizationType(int(row_type)))
+    assert np.array_equal(out.numpy(), expected[3:8])
 
 
-@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+CODED = [(kind, columns) for kind, columns in SHAPES if not kind.is_float]
+
+
+@pytest.mark.parametrize(("row_type", "columns"), CODED, ids=ids(CODED))
+def test_products_of_codes_with_codes_are_those_of_the_c_kernels(row_type: RowType, columns: int) -> None:
+    """Bit for bit where one block has activations; blocks are added in another order where all have."""
+    rows, x = Rows(row_type, columns, seed=2), inputs(columns, tokens=2)
+    x[0, :32], x[0, 64:] = 0, 0
+    tensor = torch.from_numpy(x)
+    codes = torch.full((2, launch.code_words(columns)), -1, dtype=torch.int32)
+    for token in range(2):
+        launch.round_values(tensor[token : token + 1], None, codes[token : token + 1])
+    q, d, sums = reference_quants.quantize_activations(x)
+    assert np.array_equal(codes[:, : columns // 4].contiguous().numpy().view(np.int8), q)
+    assert np.array_equal(codes[:, columns // 4 :].contiguous().numpy().view(np.float32), d)
+    out = torch.full((2, ROWS), float("nan"))
+    launch.matvec(codes, rows.planar, out)
+    expected = reference_quants.products(rows.raw, row_type, q, d, sums)
+    assert np.array_equal(out.numpy()[0], expected[0])
+    wide = (q.reshape(2, -1, 32) * d[..., None]).reshape(x.shape)
+    assert (np.abs(out.numpy() - expected) <= bound(wide, rows.exact)).all()
+    assert not np.array_equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize(("row_type", "columns"), SOME, ids=ids(SOME))
 def test_matrix_times_vectors(row_type: RowType, columns: int) -> None:
     rows, x = Rows(row_type, columns, seed=2), inputs(columns, tokens=2)
     bias = torch.arange(ROWS, dtype=torch.float32)
@@ -79,7 +128,7 @@ def test_matrix_times_vectors(row_type: RowType, columns: int) -> None:
     assert (np.abs(out.numpy() - expected) <= bound(x, rows.exact) + EPS * np.abs(expected)).all()
 
 
-@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+@pytest.mark.parametrize(("row_type", "columns"), SOME, ids=ids(SOME))
 def test_sums_of_rows_leave_out_what_is_zero_and_repeat_their_bits(
     row_type: RowType, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +148,7 @@ def test_sums_of_rows_leave_out_what_is_zero_and_repeat_their_bits(
     assert np.array_equal(outs[0].view(np.uint32), outs[1].view(np.uint32))
 
 
-@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+@pytest.mark.parametrize(("row_type", "columns"), FEW, ids=ids(FEW))
 def test_up_rows_are_not_read_where_the_gate_is_not_positive(row_type: RowType, columns: int) -> None:
     gate, up, x = Rows(row_type, columns, seed=4), Rows(row_type, columns, seed=5), inputs(columns)
     first = x.astype(np.float64) @ gate.exact.T
@@ -147,24 +196,13 @@ def test_activations_gated_and_not_with_a_mask_of_active_neurons(activation: str
         assert (out.numpy()[~active] == 0).all()
 
 
-class Held(NamedTuple):
-    """Keys or values of every position; see ``triton_launch.Vectors``."""
-
-    data: torch.Tensor
-    scales: torch.Tensor | None
-
-
-def held(values: npt.NDArray[np.float64], first: int, context: int, kind: str) -> tuple[Held, F32]:
-    """``values`` (kv_heads, positions, dim) in a cache that is NaN before ``first`` and after them, and what
-    it keeps of them."""
+def held(values: npt.NDArray[np.float64], first: int, context: int, kind: str) -> HeldVectors:
+    """``values`` (kv_heads, positions, dim) in a cache that is NaN before ``first`` and after them."""
     heads, count, dim = values.shape
     if kind == "f16":
-        data, kept = (
-            torch.full((heads, context, dim), torch.nan, dtype=torch.float16),
-            values.astype(np.float16),
-        )
-        data[:, first:count] = torch.from_numpy(kept)[:, first:]
-        return Held(data, None), kept.astype(np.float32)
+        data = torch.full((heads, context, dim), torch.nan, dtype=torch.float16)
+        data[:, first:count] = torch.from_numpy(values.astype(np.float16))[:, first:]
+        return HeldVectors(data, None)
     scales = torch.full((heads, context, dim // 32), torch.nan, dtype=torch.float16)
     codes = np.random.default_rng(count).integers(-127, 128, (heads, count, dim // 32, 32)).astype(np.int8)
     steps = (np.abs(values.reshape(codes.shape)).max(axis=-1) / 127).astype(np.float16)
@@ -173,57 +211,104 @@ def held(values: npt.NDArray[np.float64], first: int, context: int, kind: str) -
         torch.from_numpy(codes.reshape(values.shape)),
         torch.from_numpy(steps)[:, first:],
     )
-    return Held(data, scales), (codes * steps[..., None].astype(np.float32)).reshape(values.shape)
+    return HeldVectors(data, scales)
+
+
+def copy_of(cache: HeldVectors) -> HeldVectors:
+    return HeldVectors(cache.data.clone(), None if cache.scales is None else cache.scales.clone())
+
+
+def same_bits(a: HeldVectors, b: HeldVectors) -> bool:
+    pairs = [(a.data, b.data), *([] if a.scales is None else [(a.scales, b.scales)])]
+    return all(np.array_equal(x.numpy(), y.numpy(), equal_nan=True) for x, y in pairs)
 
 
 @pytest.mark.parametrize(
-    ("kind", "dim", "heads", "kv_heads"), [("f16", 20, 6, 2), ("f16", 48, 1, 1), ("q8_0", 96, 5, 1)]
+    ("kind", "dim", "heads", "kv_heads", "style"),
+    [("f16", 20, 6, 2, "norm"), ("f16", 48, 1, 1, "neox"), ("q8_0", 96, 5, 1, "")],
 )
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (11, 2.0)])
 def test_attention_of_one_token_reads_what_it_sees_and_nothing_else(
-    kind: str,
-    dim: int,
-    heads: int,
-    kv_heads: int,
-    window: int,
-    softcap: float,
+    kind: str, dim: int, heads: int, kv_heads: int, style: str, window: int, softcap: float,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Splits of eight positions, read four at a time: the token stands within one, at its end, and where the
-    window begins within one. What it does not see is NaN, and so is scratch. A score is a sum of ``dim``
-    products; its error moves the weights."""
+) -> None:  # fmt: skip
+    """Splits of eight positions, read four at a time: the token stands first in one, within one, at its end,
+    and where the window begins within one. What it does not see is NaN, and so is scratch. Its own key and
+    value are rotated and kept to the bits of the plain form, and no other position is touched. A score is a
+    sum of ``dim`` products; its error moves the weights."""
     monkeypatch.setattr(launch, "LEAST_SPLIT", 8)
     monkeypatch.setattr(launch, "KEYS_BLOCK", 4)
-    context, rng = 41, np.random.default_rng(dim + window)
-    for position in (0, 6, 7, 8, 22, 40):
-        wide = rng.standard_normal((2, kv_heads, position + 1, dim))
+    context, half, rng = 41, dim // 2 - 3 * (style == "norm"), np.random.default_rng(dim + window)
+    angles = np.outer(np.arange(context), 0.3 ** np.arange(half))
+    cos, sin = (torch.from_numpy(f(angles).astype(np.float32)) for f in (np.cos, np.sin))
+    turn = launch.Turn(cos, sin, style == "neox") if style else None
+    for position in (0, 7, 8, 22):
         first = max(0, position + 1 - window) if window else 0
-        (keys, k), (values, v) = (held(x, first, context, kind) for x in wide)
-        query = rng.standard_normal((1, heads * dim), dtype=np.float32)
+        caches = [held(x, first, context, kind) for x in rng.standard_normal((2, kv_heads, position, dim))]
+        new = [torch.from_numpy(rng.standard_normal((1, kv_heads * dim), dtype=np.float32)) for _ in "kv"]
+        query, at = rng.standard_normal((1, heads * dim), dtype=np.float32), torch.tensor([position])
+        turned = [torch.from_numpy(query.copy()), new[0].clone()]
+        for x, count in zip(turned, (heads, kv_heads), strict=True):
+            if style:
+                rotate(x, cos[position : position + 1], sin[position : position + 1], count, style)
+        kept = [copy_of(cache) for cache in caches]
+        for cache, x in zip(kept, (turned[1], new[1]), strict=True):
+            cache.store(at, x)
         partial = torch.full((launch.partial_floats(heads, dim, context),), torch.nan)
-        outs = []
-        for _ in range(2):
-            out = torch.full((1, heads * dim), torch.nan)
-            launch.attend(
-                torch.from_numpy(query), keys, values, torch.tensor([position]), partial, out,
-                scale=0.2, window=window, softcap=softcap,
-            )  # fmt: skip
-            outs.append(out.numpy())
-        expected = attention(
-            query.reshape(1, heads, dim).astype(np.float64),
-            *(x.transpose(1, 0, 2).astype(np.float64) for x in (k, v)), 0.2, position, window, softcap,
+        out, rounded = torch.full((2, 1, heads * dim), torch.nan)
+        codes = torch.empty(1, launch.code_words(480), dtype=torch.int32) if dim == 96 else None
+        launch.attend(
+            torch.from_numpy(query), *new, *caches, at, partial, out, None if codes is None else rounded,
+            codes, scale=0.2, window=window, softcap=softcap, turn=turn,
         )  # fmt: skip
-        score = 0.2 * np.abs(query).max() * np.abs(k).max() * dim
-        error = np.abs(outs[0].reshape(expected.shape) - expected).max()
-        assert error <= (position + 8 + 4 * dim * score) * EPS * np.abs(v).max()
-        assert np.array_equal(outs[0].view(np.uint32), outs[1].view(np.uint32))
+        assert all(map(same_bits, caches, kept))
+        k, v = (cache.between(0, position + 1).numpy().astype(np.float64) for cache in kept)
+        wide = turned[0].numpy().reshape(1, heads, dim).astype(np.float64)
+        expected = attention(wide, *(x.transpose(1, 0, 2) for x in (k, v)), 0.2, position, window, softcap)
+        seen = slice(first, None)
+        score = 0.2 * np.abs(query).max() * 1.5 * np.abs(k[:, seen]).max() * dim
+        error = np.abs(out.numpy().reshape(expected.shape) - expected).max()
+        assert error <= (position + 8 + 4 * dim * score) * EPS * np.abs(v[:, seen]).max()
+        if codes is not None:
+            forms = torch.empty_like(out), torch.empty_like(codes)
+            launch.round_values(out, *forms)
+            assert torch.equal(rounded, forms[0])
+            assert torch.equal(codes, forms[1])
 
 
 def test_a_long_context_is_split_into_few_parts() -> None:
-    for context, split in ((1, 256), (4096, 256), (16384, 256), (16385, 512), (131072, 2048)):
+    for context, split in ((1, 64), (4096, 64), (8192, 64), (8193, 128), (131072, 1024)):
         assert launch.split_positions(context) == split
         assert launch.partial_floats(3, 64, context) == 3 * -(-context // split) * 66
-        assert -(-context // split) <= 64
+        assert -(-context // split) <= 128
+
+
+def test_three_matrices_and_what_joins_are_the_same_products() -> None:
+    """Bit for bit: queries, keys and values at once, of three row types; and a product, or a sum of rows,
+    that is added to what is there."""
+    columns, bias = 256, torch.arange(ROWS, dtype=torch.float32)
+    kinds = (RowType.Q4_K, RowType.Q8_0, RowType.Q6_K)
+    matrices = [Rows(kind, columns, seed=i, rows=ROWS - 2 * i).planar for i, kind in enumerate(kinds)]
+    codes = torch.empty(1, launch.code_words(columns), dtype=torch.int32)
+    launch.round_values(torch.from_numpy(inputs(columns)), None, codes)
+    apart = [torch.full((1, matrix.rows), torch.nan) for matrix in matrices]
+    for matrix, out, added in zip(matrices, apart, (bias, None, None), strict=True):
+        launch.matvec(codes, matrix, out, added)
+    for count in (2, 3):
+        outs = [torch.full_like(out, torch.nan) for out in apart[:count]]
+        launch.matvecs(codes, matrices[:count], outs, [bias, None, None][:count])
+        assert all(torch.equal(a, b) for a, b in zip(outs, apart, strict=False))
+    joined = torch.from_numpy(inputs(ROWS))
+    before = joined.clone()
+    launch.matvec(codes, matrices[0], joined, bias, 0.75)
+    assert torch.equal(joined, before + 0.75 * apart[0])
+    partial, sums, h = torch.empty(1, 1, columns), torch.empty(1, columns), torch.from_numpy(inputs(ROWS))
+    launch.sum_rows(h, matrices[0], partial, sums)
+    stream = torch.from_numpy(inputs(columns))
+    before = stream.clone()
+    more = torch.from_numpy(inputs(columns)[0] / 3)
+    launch.sum_rows(h, matrices[0], partial, stream, more, 1.0)
+    assert torch.equal(stream, before + (sums + more))
 
 
 def test_values_are_rounded_to_the_bits_of_the_plain_form() -> None:
@@ -260,6 +345,17 @@ def test_norms_and_what_is_rounded_of_them(kind: str, width: int, groups: int) -
         again = torch.empty_like(rounded)
         round_activations(out, again)
         assert torch.equal(rounded, again)
+
+
+def test_sums_of_both_sides_join_in_order() -> None:
+    x, first, second, bias = torch.from_numpy(inputs(600, tokens=4))
+    for others in ((second, bias), (second, None), (None, None)):
+        total = first
+        for other in others:
+            total = total if other is None else total + other
+        got = x.clone()
+        launch.join(got, first, *others, 0.3)
+        assert torch.equal(got, x + 0.3 * total)
 
 
 @pytest.mark.parametrize("style", ["norm", "neox"])
@@ -304,7 +400,7 @@ def test_the_cache_keeps_what_the_plain_form_keeps(kind: str, dim: int) -> None:
             assert np.array_equal(a.scales.numpy(), b.scales.numpy(), equal_nan=True)
 
 
-@pytest.mark.parametrize(("row_type", "columns"), SHAPES, ids=IDS)
+@pytest.mark.parametrize(("row_type", "columns"), FEW, ids=ids(FEW))
 def test_experts_that_are_taken_and_no_others_are_read(row_type: RowType, columns: int) -> None:
     """Of four experts two are taken; one place is none, and its factor is not used either."""
     places, factors = torch.tensor([3, -1, 0], dtype=torch.int32), torch.tensor([0.5, float("nan"), 0.25])
@@ -337,7 +433,7 @@ def test_experts_that_are_taken_and_no_others_are_read(row_type: RowType, column
 
 
 def test_types_without_a_planar_form_are_named() -> None:
-    with pytest.raises(KernelError, match="Q5_K rows have no planar form"):
-        planes(RowType.Q5_K, 256)
+    with pytest.raises(KernelError, match="F32 rows have no planar form"):
+        planes(RowType.F32, 256)
     with pytest.raises(KernelError, match="are not 64 columns of Q8_0"):
         to_planar(np.zeros((2, 34), np.uint8), RowType.Q8_0, 64)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from powerinfer_kernels import RowType
+from powerinfer_kernels.triton_layout import PLANAR_TYPES, form_of
 from powerinfer_kernels.triton_resources import CAPABILITIES, digest
 
 RECORD = Path(__file__).resolve().parents[1] / "data" / "triton_resources.json"
@@ -31,6 +33,11 @@ def compiled(folder: Path, capabilities: tuple[int, ...]) -> dict[str, Any]:
     return result
 
 
+def takes_codes(name: tuple[str, str, int]) -> bool:
+    kernel, rows, _ = name
+    return kernel in ("hidden", "matvec", "expert_hidden") and not RowType[rows].is_float
+
+
 def by_kernel(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(row["kernel"], row["rows"], row["capability"]): row for row in rows}
 
@@ -48,6 +55,7 @@ def test_compiled_kernels_take_no_more_of_a_gpu_than_recorded(tmp_path: Path) ->
     reading = {name: row for name, row in measured.items() if name[0] in READING and name[2] >= 80}
     assert reading
     assert [name for name, row in reading.items() if row["ahead"] < 2] == []
+    assert [name for name, row in measured.items() if takes_codes(name) and row["whole"] < 8] == []
     assert measured.keys() == recorded.keys(), REMEDY
     worse = [
         f"{row} instead of {was}"
@@ -58,6 +66,18 @@ def test_compiled_kernels_take_no_more_of_a_gpu_than_recorded(tmp_path: Path) ->
         or row["shared"] > was["shared"]
     ]
     assert not worse, worse
+
+
+def test_products_of_every_quantised_row_type_are_of_whole_numbers() -> None:
+    """What a decoded token multiplies with: four codes at a time, for eight words of each block."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert record["digest"] == digest(), REMEDY
+    rows = {name: row for name, row in by_kernel(record["kernels"]).items() if takes_codes(name)}
+    types = {form_of(kind).name for kind in PLANAR_TYPES if not kind.is_float}
+    for kernel in ("hidden", "matvec"):
+        assert {name[1] for name in rows if name[0] == kernel} == types
+    assert {name[0] for name in rows} == {"hidden", "matvec", "expert_hidden"}
+    assert [name for name, row in rows.items() if row["whole"] < 8] == []
 
 
 def test_the_digest_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,8 @@ def _inner(x: Any) -> Any:
 class StrictDevice(CpuDevice):
     """With ``free`` bytes. ``phase`` says what goes on: "load", "warm-up", "capture", "replay" or "queue".
     ``launched``: work that was handed to the device, by phase; ``peak``: most bytes held by what was made on
-    the way; ``copies``: those between host and device in queued work, in order."""
+    the way; ``copies``: those between host and device in queued work, in order; ``kernels``: the other
+    work that was queued, in order."""
 
     torch_device = WHERE
 
@@ -139,6 +140,7 @@ class StrictDevice(CpuDevice):
         self._memory: list[tuple[int, int]] = []
         self._pinned: list[tuple[int, int]] = []
         self._trace: list[object] = []
+        self.kernels: list[str] = []
         self._live: dict[int, int] = {}
 
     def free_bytes(self) -> int | None:
@@ -241,12 +243,16 @@ class StrictDevice(CpuDevice):
         ):
             return
         self.launched[self.phase] = self.launched.get(self.phase, 0) + 1
+        if self.phase in ("queue", "replay"):
+            self.kernels.append(str(function))
         leaves = tree_flatten((args, kwargs))[0]
         self._trace.append((str(function), tuple(self._place(x) for x in leaves)))
 
     def launch(self, name: str, arguments: list[Any]) -> None:
         """A Triton kernel."""
         self.launched[self.phase] = self.launched.get(self.phase, 0) + 1
+        if self.phase in ("queue", "replay"):
+            self.kernels += [name] * _KERNELS.get(name, 1)
         self._trace.append((name, tuple(self._place(x) for x in arguments)))
 
     def _place(self, x: Any) -> object:
@@ -284,10 +290,13 @@ class _Done:
         return self._spans
 
 
+#: What is more than one kernel.
+_KERNELS = {"attend": 2, "sum_rows": 2}
 #: Which arguments of each kernel are its outputs.
 _OUTPUTS = {
-    "matvec": (2,), "hidden": (5,), "sum_rows": (3,), "unpack": (3,), "attend": (5,), "normalize": (4, 5),
-    "round_values": (1,), "rotate": (0, 1), "store": (), "expert_hidden": (6,), "expert_sums": (4,),
+    "matvec": (2,), "hidden": (5,), "sum_rows": (3,), "unpack": (3,), "attend": (7, 8, 9),
+    "matvecs": (2,), "join": (0,), "normalize": (4, 5, 6),
+    "round_values": (1, 2), "rotate": (0, 1), "store": (), "expert_hidden": (6,), "expert_sums": (4,),
 }  # fmt: skip
 
 
@@ -300,13 +309,14 @@ def launches_of(device: StrictDevice, monkeypatch: pytest.MonkeyPatch) -> None:
             found = tree_flatten((args, kwargs))[0]
             found += [x.data for x in found if isinstance(x, triton_launch.PlanarRows)]
             found += [y for x in found if isinstance(x, HeldVectors) for y in (x.data, x.scales)]
+            found += [y for x in found if isinstance(x, triton_launch.Turn) for y in (x.cos, x.sin)]
             for x in found:
                 if isinstance(x, Tensor) and not (isinstance(x, OnDevice) and x.is_contiguous()):
                     raise RuleBroken(f"{name} takes what is not the device's, or has gaps")
             device.launch(name, found)
-            for index in _OUTPUTS[name]:
-                if args[index] is not None:
-                    _inner(args[index]).fill_(1.0)
+            for x in tree_flatten([args[index] for index in _OUTPUTS[name]])[0]:
+                if x is not None:
+                    _inner(x).fill_(1.0)
 
         return run
 

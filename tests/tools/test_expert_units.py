@@ -234,8 +234,11 @@ def test_fused_kernels_beside_a_router_that_has_none(
     expected = logits(path, tokens, prompt=2, batch=2, context=8)
     on(monkeypatch, FakeGpu(1 << 30), fused=True)
     products: list[int] = []
-    matvec = triton_launch.matvec
+    matvec, matvecs = triton_launch.matvec, triton_launch.matvecs
     monkeypatch.setattr(triton_launch, "matvec", lambda *a: (products.append(a[1].rows), matvec(*a))[1])
+    monkeypatch.setattr(
+        triton_launch, "matvecs", lambda *a: (products.extend(m.rows for m in a[1]), matvecs(*a))[1]
+    )
     engine = Engine(load_model(path), threads=1, device="cuda", batch=2, context=8)
     assert list(engine.notices) == []  # a router of single precision is read as it is
     got = of_engine(engine, tokens)

@@ -81,7 +81,7 @@ def test_fused_kernels_are_checked_and_timed(
 ) -> None:
     """In Triton's interpreter, one row type."""
     kernels = importlib.import_module("gpu_kernels")
-    monkeypatch.setattr(kernels, "PLANAR_TYPES", (RowType.Q4_K,))
+    monkeypatch.setattr(kernels, "ROW_TYPES", (RowType.Q4_K,))
     on_a_gpu(gpu, monkeypatch, FakeGpu(1 << 30), None)
     monkeypatch.setattr(importlib.import_module("gpu_run"), "WARM", 0)
     timed = gpu.Run.timed

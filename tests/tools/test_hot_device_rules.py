@@ -1,5 +1,6 @@
 """What the hot side gives to a GPU, on a device that refuses all that a GPU would: see ``strict_device``."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
 from strict_device import OnDevice, RuleBroken, StrictDevice, launches_of, rules
 from test_hot_predictors import Predicted
+from tiny_models import TinySpec
 
 #: Families, and the row types that one path or the other takes through the whole engine.
 FORMS = [
@@ -69,6 +71,43 @@ def test_every_step_is_what_a_gpu_can_do_without_waiting(
     copies = copies_of_a_token(hot, model.neurons, parallel=case.startswith("falcon"))
     assert device.copies[-2 * len(copies) :] == copies * 2
     assert device.launched["graphs"] > 0
+
+
+#: Of a layer, from one attention to the next.
+KERNELS = [
+    "attend",
+    "attend",
+    "matvec",
+    "normalize",
+    "hidden",
+    "sum_rows",
+    "sum_rows",
+    "normalize",
+    "matvecs",
+]
+
+
+#: With heads of whole blocks, which attention rounds by itself.
+NINE = [
+    TinySpec(head_dim=32, row_type="Q4_1"),
+    TinySpec(family="opt", width=128, head_dim=32, kv_heads=4, activation="relu", row_type="Q4_0"),
+    TinySpec(family="bamboo", head_dim=32, activation="drelu", vocabulary="spm", row_type="Q8_0"),
+]
+
+
+@pytest.mark.parametrize("case", NINE, ids=lambda spec: spec.family)
+def test_a_layer_of_a_decoded_token_is_nine_kernels(
+    case: TinySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys and values by one; rotated, kept and attended to by one; what was attended to rounded
+    where it is summed up; sums added to the stream where they are made."""
+    model = Prepared(tmp_path, case)
+    every = [model.neurons] * model.layers
+    path, tokens = model.split(every, attention=range(model.layers), head=True), model.tiny.tokens(9)
+    device, _ = strictly(path, tokens, monkeypatch, fused=True)
+    at = [i for i, name in enumerate(device.kernels) if name == "attend"][0::2][-model.layers :]
+    layers = [device.kernels[first:last] for first, last in pairwise(at)]
+    assert layers == [KERNELS] * (model.layers - 1)
 
 
 def copies_of_a_token(hot: list[int], neurons: int, *, parallel: bool) -> list[str]:

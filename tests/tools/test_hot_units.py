@@ -218,8 +218,11 @@ def test_fused_kernels_in_blocks_and_head(tmp_path: Path, monkeypatch: pytest.Mo
     expected = run("none")
     on(monkeypatch, FakeGpu(1 << 30), fused=True)
     products: list[int] = []
-    matvec = triton_launch.matvec
+    matvec, matvecs = triton_launch.matvec, triton_launch.matvecs
     monkeypatch.setattr(triton_launch, "matvec", lambda *a: (products.append(a[1].rows), matvec(*a))[1])
+    monkeypatch.setattr(
+        triton_launch, "matvecs", lambda *a: (products.extend(m.rows for m in a[1]), matvecs(*a))[1]
+    )
     got = run("cuda")
     assert set(products) == {model.tiny.spec.heads * 16, 2 * 16, 64, load_model(path).hyper.vocabulary}
     # As for the neurons: a flipped rounding of an activation is one part in 254 of a block's largest value.

@@ -211,7 +211,7 @@ class _Parts:
     @cached_property
     def named(self) -> Named:
         """Buffers of the layers' blocks."""
-        return Named(self.memory, self.work.tokens)
+        return Named(self.memory, self.work.tokens, fused=self.form.fused)
 
     @cached_property
     def stream_floats(self) -> tuple[Inputs, list[Tensor]]:
@@ -224,7 +224,7 @@ class _Parts:
     def head(self) -> HotHead:
         """The output norm and the head."""
         hyper, model = self.hyper, self.model
-        named = Named(self.memory, min(HEAD_ROWS, self.work.tokens))
+        named = Named(self.memory, min(HEAD_ROWS, self.work.tokens), fused=self.form.fused)
         staged = 0 if self.memory.counting else named.rows
         return HotHead(
             write=partial(head, model, self.placed, named),

@@ -26,11 +26,13 @@ class HotNorm:
     eps: float
     fused: bool = False
 
-    def into(self, x: Tensor, exact: Tensor, rounded: Tensor | None) -> None:
-        """exact (T, width) = norm(x), may be in place; ``rounded``: as the integer kernels take it."""
+    def into(self, x: Tensor, exact: Tensor, rounded: Tensor | None, codes: Tensor | None = None) -> None:
+        """exact (T, width) = norm(x), may be in place; ``rounded``: as the integer kernels take it; ``codes``
+        of a single token: the same as fused kernels take it."""
         if self.fused and len(x) == 1:
-            self._fused(x, exact, rounded)
+            self._fused(x, exact, rounded, codes)
             return
+        assert codes is None
         self.apply(x, exact)
         if rounded is not None:
             round_activations(exact, rounded)
@@ -39,7 +41,7 @@ class HotNorm:
         """out (T, groups · width) = norm(x), of each of ``groups`` equal parts of a row by itself; may be
         in place."""
         if self.fused and len(x) == 1:
-            self._fused(x, out, None)
+            self._fused(x, out, None, None)
             return
         parts = x.view(len(x), groups, -1)
         if self.kind == "layer":
@@ -50,10 +52,10 @@ class HotNorm:
             scaled += self.bias
         out.view(parts.shape).copy_(scaled)
 
-    def _fused(self, x: Tensor, exact: Tensor, rounded: Tensor | None) -> None:
+    def _fused(self, x: Tensor, exact: Tensor, rounded: Tensor | None, codes: Tensor | None) -> None:
         from powerinfer_kernels.triton_launch import normalize
 
-        normalize(x, self.weight, self.bias, self.eps, exact, rounded, layer=self.kind == "layer")
+        normalize(x, self.weight, self.bias, self.eps, exact, rounded, codes, layer=self.kind == "layer")
 
 
 def round_activations(x: Tensor, out: Tensor) -> None:

@@ -72,7 +72,7 @@ class HotExpert:
         if tokens == 1 and isinstance(self.gate.rows, FusedRows) and isinstance(self.up.rows, FusedRows):
             from powerinfer_kernels import triton_launch
 
-            x_gate, x_up = inputs.of(self.gate.rows), inputs.of(self.up.rows)
+            x_gate, x_up = (inputs.taken_by(part.rows.row_type) for part in (self.gate, self.up))
             triton_launch.hidden(
                 x_gate, x_up, self.gate.rows.planar, self.up.rows.planar, self.activation, gate
             )
@@ -150,9 +150,8 @@ class HotExperts:
         chosen = Routes(routes.weights[1:], routes.tokens[1:])
         count = len(chosen.tokens)
         hidden = scratch.gate[: count * stack.neurons].view(count, stack.neurons)
-        float_gate, float_up = stack.gate.row_type.is_float, stack.up.row_type.is_float
-        both = tuple(inputs.exact if is_float else inputs.rounded for is_float in (float_gate, float_up))
-        stack.add((both[0], both[1]), chosen, hidden, out)
+        both = inputs.taken_by(stack.gate.row_type), inputs.taken_by(stack.up.row_type)
+        stack.add(both, chosen, hidden, out)
 
 
 def _gather(inputs: Inputs, tokens: Tensor, out: Inputs, *, rounded: bool) -> None:

@@ -1,10 +1,12 @@
 """The blocks of :mod:`powerinfer_tools.model.blocks` on a device: what one layer, and the head, launch."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from powerinfer_tools.engine.hot.devices import Work
+from powerinfer_tools.engine.hot.hot_ffn import Joining
 from powerinfer_tools.engine.hot.hot_operations import HotOperations, HotValue, Written
 from powerinfer_tools.engine.hot.placed import Named, Placed
 from powerinfer_tools.model import blocks
@@ -40,9 +42,20 @@ class HotBlocks:
             ops.round(normed)
         return ops.written().before
 
+    @property
+    def joins(self) -> Joining | None:
+        """How the FFN's sum joins the stream; None where it is normalised first."""
+        layer = self.model.layers[self.index]
+        if layer.ffn_post_norm is not None:
+            return None
+        bias = None if layer.ffn_down_bias is None else self.placed.vector(layer.ffn_down_bias)
+        return Joining(bias, self.model.hyper.residual_scale)
+
     def merge(self, x: Tensor, sums: list[Tensor]) -> Work:
         """As the host merges: cold part + hot part + bias, its norm, then to the stream ``x`` (T, width);
         ``sums`` of one side or of both, the first of which may be overwritten."""
+        if self.placed.fused and len(x) == 1 and (joins := self.joins) is not None:
+            return partial(_join, x, sums, joins)
         ops, layer, hyper = self._writer(x), self.model.layers[self.index], self.model.hyper
         total, *others = (HotValue("sum", part) for part in sums)
         for other in others:
@@ -55,6 +68,12 @@ class HotBlocks:
 
     def _writer(self, x: Tensor) -> HotOperations:
         return HotOperations(self.placed, self.named, len(x))
+
+
+def _join(x: Tensor, sums: list[Tensor], how: Joining) -> None:
+    from powerinfer_kernels.triton_launch import join
+
+    join(x, sums[0], sums[1] if len(sums) > 1 else None, how.bias, how.factor)
 
 
 def head(model: Model, placed: Placed, named: Named, x: Tensor) -> Work:

@@ -12,6 +12,7 @@ import torch
 
 from powerinfer_kernels import RowType
 from powerinfer_tools.engine.hot.dequantize import dequantize
+from powerinfer_tools.engine.hot.elementwise import round_activations
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 
 if TYPE_CHECKING:
@@ -114,18 +115,21 @@ class PartRows:
 @dataclass(frozen=True)
 class Inputs:
     """float32 (T, width): the normalised input, and the same as the integer kernels round it. Where all gate
-    and up rows take one of them, the other is the same tensor."""
+    and up rows take one of them, the other is the same tensor. ``codes``: of a single token, what fused
+    kernels take in place of the rounded form, int32 (1, ``code_words(width)``)."""
 
     exact: Tensor
     rounded: Tensor
+    codes: Tensor | None = None
 
     def first(self, tokens: int) -> "Inputs":
-        """Those of the first ``tokens`` tokens."""
-        return Inputs(self.exact[:tokens], self.rounded[:tokens])
+        """Those of the first ``tokens`` tokens, which are all that there are now."""
+        return Inputs(self.exact[:tokens], self.rounded[:tokens], self.codes if tokens == 1 else None)
 
     def between(self, first: int, last: int) -> "Inputs":
         """Those of some tokens."""
-        return Inputs(self.exact[first:last], self.rounded[first:last])
+        alone = len(self.exact) == 1
+        return Inputs(self.exact[first:last], self.rounded[first:last], self.codes if alone else None)
 
     @property
     def apart(self) -> bool:
@@ -135,6 +139,21 @@ class Inputs:
     def of(self, rows: Rows) -> Tensor:
         """The input that rows of this type take."""
         return self.exact if rows.row_type.is_float else self.rounded
+
+    def taken_by(self, row_type: RowType) -> Tensor:
+        """The input that fused kernels take with rows of this type."""
+        if row_type.is_float:
+            return self.exact
+        return self.rounded if self.codes is None else self.codes
+
+    def round(self) -> None:
+        """Make all other forms of the exact one."""
+        if self.codes is None:
+            round_activations(self.exact, self.rounded)
+            return
+        from powerinfer_kernels.triton_launch import round_values
+
+        round_values(self.exact, self.rounded, self.codes)
 
 
 @dataclass(frozen=True)
@@ -146,6 +165,15 @@ class Scratch:
     gate: Tensor
     up: Tensor
     rest: Tensor
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How the sum of an FFN is added to the residual stream: with ``bias`` (width,), if anything, then times
+    ``factor``."""
+
+    bias: Tensor | None
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -161,18 +189,32 @@ class HotFFN:
     neurons: int
     activation: tuple[str, float]
 
-    def compute(self, inputs: Inputs, scratch: Scratch, out: Tensor, named: Tensor | None = None) -> None:
+    @property
+    def fused(self) -> bool:
+        """Whether fused kernels compute a single token."""
+        return all(isinstance(rows, FusedRows) for rows in (self.gate, self.up or self.gate, self.down))
+
+    def compute(
+        self,
+        inputs: Inputs,
+        scratch: Scratch,
+        out: Tensor,
+        named: Tensor | None = None,
+        joins: Joining | None = None,
+    ) -> None:
         """out (T, width) = Σ over the hot neurons of act(gate · x + bias) · (up · x) · down row; of those
-        that are not 0 in ``named`` uint8 (T, neurons), where there is one.
+        that are not 0 in ``named`` uint8 (T, neurons), where there is one. Fused kernels can also let it join
+        ``out`` at once.
 
         One token reads no row of another neuron, on the host and in the fused kernels; other ways compute
         them and leave them out.
         """
-        fused = all(isinstance(rows, FusedRows) for rows in (self.gate, self.up or self.gate, self.down))
         alone = len(out) == 1
-        if fused and alone:
-            self._fused(inputs, scratch.rest, out, named)
-        elif alone and named is not None and out.device.type == "cpu":
+        if self.fused and alone:
+            self._fused(inputs, scratch.rest, out, named, joins)
+            return
+        assert joins is None
+        if alone and named is not None and out.device.type == "cpu":
             # How many are named decides sizes here: a device that works behind the host would have to wait.
             self._gathered(inputs, scratch, out, named)
         else:
@@ -187,7 +229,9 @@ class HotFFN:
             counts[1:2].add_(active.sum())
             counts[2:3].add_((active & (named[:, first:last] != 0)).sum())
 
-    def _fused(self, inputs: Inputs, rest: Tensor, out: Tensor, named: Tensor | None) -> None:
+    def _fused(
+        self, inputs: Inputs, rest: Tensor, out: Tensor, named: Tensor | None, joins: Joining | None
+    ) -> None:
         from powerinfer_kernels import triton_launch
 
         gate, up, down = self.gate, self.up, self.down
@@ -195,11 +239,12 @@ class HotFFN:
         assert isinstance(down, FusedRows)
         factor = up.planar if isinstance(up, FusedRows) else None
         hidden, partial = rest[: self.neurons].view(1, -1), rest[triton_launch.aligned(self.neurons) :]
-        x_gate, x_up = inputs.of(gate), inputs.of(up or gate)
+        x_gate, x_up = inputs.taken_by(gate.row_type), inputs.taken_by((up or gate).row_type)
         triton_launch.hidden(
             x_gate, x_up, gate.planar, factor, self.activation, hidden, bias=self.bias, active=named
         )
-        triton_launch.sum_rows(hidden, down.planar, partial, out)
+        more = (None, None) if joins is None else (joins.bias, joins.factor)
+        triton_launch.sum_rows(hidden, down.planar, partial, out, *more)
 
     def _gathered(self, inputs: Inputs, scratch: Scratch, out: Tensor, named: Tensor) -> None:
         out.zero_()

@@ -3,7 +3,7 @@ Triton kernels.
 
 A block is written once for each size of a batch, and run as often as it is needed. Values are named buffers.
 What follows decides the form of a launch: a norm also writes its output as the integer kernels round it where
-a matrix reads that, and queries and keys are rotated together.
+a matrix reads that; see also :func:`~powerinfer_tools.engine.hot.launches.fewer`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,18 @@ from functools import partial
 import torch
 
 from powerinfer_tools.engine.hot.devices import Work
-from powerinfer_tools.engine.hot.elementwise import HotNorm, rotate, round_activations
+from powerinfer_tools.engine.hot.elementwise import BLOCK
 from powerinfer_tools.engine.hot.hot_ffn import Inputs, activate
-from powerinfer_tools.engine.hot.placed import Named, Placed, Rotary
+from powerinfer_tools.engine.hot.launches import (
+    Attended,
+    HostAttended,
+    Joined,
+    Multiplied,
+    Normed,
+    Rotation,
+    fewer,
+)
+from powerinfer_tools.engine.hot.placed import Named, Placed
 from powerinfer_tools.engine.hot.products import Product, round_where_needed
 from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope
 from powerinfer_tools.model.operations import Activation, Attention
@@ -33,11 +42,11 @@ Tensor = torch.Tensor
 @dataclass(frozen=True, eq=False)
 class HotValue:
     """float32 (T, width) in a buffer of the device, by the ``name`` of that buffer; ``made``: the norm that
-    it comes from, where nothing has changed it since."""
+    it comes from, or attention, where nothing has changed it since."""
 
     name: str
     floats: Tensor
-    made: "_Norm | None" = None
+    made: Normed | Attended | None = None
 
 
 @dataclass(frozen=True)
@@ -67,32 +76,33 @@ class HotOperations(
 
     def written(self) -> Written:
         """All that was written."""
-        launches = _paired(self._launches)
-        places = [i for i, launch in enumerate(launches) if isinstance(launch, _Attend)]
+        launches = fewer(self._launches)
+        places = [i for i, launch in enumerate(launches) if isinstance(launch, HostAttended)]
         if not places:
             return Written(partial(_run, launches), None, _nothing)
         (at,) = places
         attend = launches[at]
-        assert isinstance(attend, _Attend)
+        assert isinstance(attend, HostAttended)
         return Written(partial(_run, launches[:at]), attend.at, partial(_run, launches[at + 1 :]))
 
     def round(self, x: HotValue, reader: Product | None = None) -> Inputs:
-        """x in both forms, for ``reader`` or what reads it outside of the vocabulary."""
-        inputs = Inputs(x.floats, self._named.rounded(x.name, x.floats.shape[1])[: self._tokens])
+        """x in all forms, for ``reader`` or what reads it outside of the vocabulary."""
+        named = self._named.inputs(x.name, x.floats.shape[1], rounded=True).first(self._tokens)
+        inputs = Inputs(x.floats, named.rounded, named.codes)
         if x not in self._rounded:
             self._rounded.add(x)
             if x.made is not None:
-                x.made.rounded = inputs.rounded
+                x.made.rounded = inputs
             elif reader is not None:
                 self._launches.append(partial(round_where_needed, inputs, reader))
             else:
-                self._launches.append(partial(round_activations, inputs.exact, inputs.rounded))
+                self._launches.append(inputs.round)
         return inputs
 
     def norm(self, name: str, x: HotValue, norm: Norm, eps: float) -> HotValue:
         """In place where the name is that of ``x``."""
         out = self._buffer(name, x.floats.shape[1])
-        made = _Norm(self._placed.norm(norm, eps), x.floats, out)
+        made = Normed(self._placed.norm(norm, eps), x.floats, out)
         self._launches.append(made)
         return HotValue(name, out, made)
 
@@ -108,7 +118,7 @@ class HotOperations(
         product = self._placed.product(weight, bias)
         inputs = self.round(x, product) if product.rounds else Inputs(x.floats, x.floats)
         out = self._buffer(name, product.count)
-        self._launches.append(partial(product.times, inputs, self._placed.chunk, out))
+        self._launches.append(Multiplied(product, inputs, self._placed.chunk, out))
         return HotValue(name, out)
 
     def rotate(self, x: HotValue, heads: int, head_dim: int, rope: Rope, first: int = 0) -> HotValue:
@@ -116,7 +126,7 @@ class HotOperations(
         positions, rotary = self._placed.positions[: self._tokens], self._placed.rotary(rope)
         whole = heads * head_dim == x.floats.shape[1] and first == 0
         fused = self._placed.fused and self._tokens == 1 and whole
-        self._launches.append(_Rotation([(x.floats, heads)], rotary, positions, head_dim, first, fused))
+        self._launches.append(Rotation([(x.floats, heads)], rotary, positions, head_dim, first, fused))
         return HotValue(x.name, x.floats)
 
     def attend(
@@ -128,8 +138,13 @@ class HotOperations(
         p = self._placed
         cache, positions, looks = p.cache(how), p.positions[: self._tokens], p.attending(how)
         out, scores = self._buffer("attended", how.heads * how.value_dim), p.scores(how)
-        stores = p.fused and self._tokens == 1 and how.head_dim == how.value_dim
-        if stores:
+        if p.fused and self._tokens == 1 and how.head_dim == how.value_dim:
+            if looks.plain:
+                made = Attended(
+                    query.floats, key.floats, value.floats, cache, positions, scores, out, how
+                )  # fmt: skip
+                self._launches.append(made)
+                return HotValue("attended", out, made if how.head_dim % BLOCK == 0 else None)
             from powerinfer_kernels.triton_launch import store
 
             self._launches.append(
@@ -137,17 +152,7 @@ class HotOperations(
             )
         else:
             self._launches.append(partial(cache.store, positions, key.floats, value.floats))
-        if stores and looks.plain:
-            from powerinfer_kernels.triton_launch import attend
-
-            self._launches.append(
-                partial(
-                    attend, query.floats, cache.keys, cache.values, positions, scores, out,
-                    scale=how.scale, window=how.window, softcap=how.softcap,
-                )
-            )  # fmt: skip
-        else:
-            self._launches.append(_Attend(partial(looks.attend, query.floats, cache), scores, out))
+        self._launches.append(HostAttended(partial(looks.attend, query.floats, cache), scores, out))
         return HotValue("attended", out)
 
     def activate(self, gate: HotValue, up: HotValue | None, how: Activation) -> HotValue:
@@ -163,7 +168,7 @@ class HotOperations(
 
     def join(self, x: HotValue, y: HotValue, factor: float = 1.0) -> HotValue:
         """In place of ``x``."""
-        self._launches.append(partial(_add, x.floats, y.floats, factor))
+        self._launches.append(Joined(x.floats, y.floats, factor))
         return HotValue(x.name, x.floats)
 
     def times(self, x: HotValue, y: HotValue | Vector, repeat: int = 1) -> HotValue:
@@ -180,7 +185,7 @@ class HotOperations(
 
     def plus(self, x: HotValue, vector: Vector) -> HotValue:
         """In place."""
-        self._launches.append(partial(_add, x.floats, self._placed.vector(vector), 1.0))
+        self._launches.append(Joined(x.floats, self._placed.vector(vector), 1.0))
         return HotValue(x.name, x.floats)
 
     def copy(self, name: str, x: HotValue) -> HotValue:
@@ -203,84 +208,6 @@ class HotOperations(
         return self._named.floats(name, width)[: self._tokens]
 
 
-@dataclass(eq=False)
-class _Norm:
-    """out = norm(x); ``rounded``: also as the integer kernels take it."""
-
-    norm: HotNorm
-    x: Tensor
-    out: Tensor
-    rounded: Tensor | None = None
-
-    def __call__(self) -> None:
-        self.norm.into(self.x, self.out, self.rounded)
-
-
-@dataclass(frozen=True, eq=False)
-class _Rotation:
-    """Rotate ``parts``, each with its number of heads, in place; ``first``: the first value of a head that is
-    turned; ``fused``: of whole heads of one token, for which there is a kernel that takes two parts."""
-
-    parts: Sequence[tuple[Tensor, int]]
-    rotary: Rotary
-    positions: Tensor
-    head_dim: int
-    first: int
-    fused: bool
-
-    def with_keys(self, other: object) -> "_Rotation | None":
-        """Both at once, where ``other`` turns by the same angles."""
-        if not isinstance(other, _Rotation) or len(self.parts) > 1:
-            return None
-        if (other.rotary, other.first, other.head_dim) != (self.rotary, self.first, self.head_dim):
-            return None
-        parts, fused = [*self.parts, *other.parts], self.fused and other.fused
-        return _Rotation(parts, self.rotary, self.positions, self.head_dim, self.first, fused)
-
-    def __call__(self) -> None:
-        table, style = self.rotary, self.rotary.style
-        if self.fused and len(self.parts) == 2:
-            from powerinfer_kernels import triton_launch
-
-            (query, _), (key, _) = self.parts
-            triton_launch.rotate(
-                query, key, table.cos, table.sin, self.positions, self.head_dim, neox=style != "norm"
-            )
-            return
-        cos, sin = (part.index_select(0, self.positions) for part in (table.cos, table.sin))
-        for x, heads in self.parts:
-            rotate(x, cos, sin, heads, style, self.first)
-
-
-@dataclass(frozen=True, eq=False)
-class _Attend:
-    """Attention of queries whose first stands where the host says."""
-
-    looks: Callable[[int, Tensor, Tensor], None]
-    scores: Tensor
-    out: Tensor
-
-    def at(self, position: int) -> None:
-        """The first query stands at ``position``."""
-        self.looks(position, self.scores, self.out)
-
-    def __call__(self) -> None:
-        raise AssertionError("the position is missing")
-
-
-def _paired(launches: Sequence[Work]) -> list[Work]:
-    """Rotations of queries and keys, which follow each other, made one."""
-    paired: list[Work] = []
-    for launch in launches:
-        last = paired[-1] if paired else None
-        both = last.with_keys(launch) if isinstance(last, _Rotation) else None
-        if both is None:
-            paired.append(launch)
-        else:
-            paired[-1] = both
-    return paired
-
-
 def _run(launches: Sequence[Work]) -> None:
     for launch in launches:
         launch()
@@ -294,13 +221,6 @@ def _activate(gate: Tensor, up: Tensor | None, how: Activation) -> None:
     out = activate(gate, up, how.kind, how.cut)
     if out is not gate:
         gate.copy_(out)
-
-
-def _add(x: Tensor, y: Tensor, factor: float) -> None:
-    if factor == 1.0:
-        x += y
-    else:
-        x.add_(y, alpha=factor)
 
 
 def _multiply(x: Tensor, y: Tensor) -> None:

@@ -98,7 +98,7 @@ class Form:
             there = (
                 torch.empty(0)
                 if counting
-                else dequantize(_packed(source, row_type, columns), row_type, columns)
+                else dequantize(torch.from_numpy(_packed(source, row_type, columns)), row_type, columns)
             )
             return UnpackedRows(row_type, there)
         there = self.memory.take(len(source) * packed_row_bytes(row_type, columns))
@@ -106,30 +106,26 @@ class Form:
             from powerinfer_kernels.triton_launch import PlanarRows
 
             if not counting:
-                there.copy_(_tensor(to_planar(np.ascontiguousarray(source), row_type, columns)))
+                there.copy_(
+                    torch.from_numpy(to_planar(_packed(source, row_type, columns), row_type, columns))
+                )
             return FusedRows(PlanarRows(there, row_type, len(source), columns))
         if self.fused and row_type is not RowType.F32:  # those are read as they are
             self.not_fused.add(row_type.name)
         if not counting:
-            there.copy_(_packed(source, row_type, columns).reshape(-1))
+            there.copy_(torch.from_numpy(_packed(source, row_type, columns)).reshape(-1))
         return FileRows(row_type, there.view(len(source), -1))
 
     def _neuron_rows(self, layer: SplitLayer, kind: str, count: int) -> Rows:
         return self.rows(layer.rows(kind, 0, count), RowType(layer.type_of(kind)), layer.width)
 
 
-def _packed(source: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> torch.Tensor:
+def _packed(source: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> npt.NDArray[np.uint8]:
     """The rows in the form in which they are computed."""
-    return torch.from_numpy(repack(np.ascontiguousarray(source), row_type, len(source), columns))
+    return repack(np.ascontiguousarray(source), row_type, len(source), columns)
 
 
 def unpacked_values(layers: Sequence[SplitLayer], hot: Sequence[int], matrices: Sequence[Weight]) -> int:
     """Values of all rows that are placed."""
     neurons = sum(len(layer.kinds) * layer.width * count for layer, count in zip(layers, hot, strict=True))
     return neurons + sum(matrix.rows * matrix.columns for matrix in matrices)
-
-
-def _tensor(array: npt.NDArray[np.uint8]) -> Tensor:
-    """A tensor of the same bytes; of a copy where they may not be written, which torch insists on."""
-    contiguous = np.ascontiguousarray(array)
-    return torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())

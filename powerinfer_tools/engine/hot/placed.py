@@ -34,10 +34,11 @@ class Rotary:
 
 
 class Named:
-    """Buffers float32 (rows, width) by name and width, taken from ``memory`` when they are first named."""
+    """Buffers float32 (rows, width) by name and width, taken from ``memory`` when they are first named;
+    ``fused``: what is rounded of a single token is kept as fused kernels take it, too."""
 
-    def __init__(self, memory: Arena, rows: int) -> None:
-        self._memory, self.rows = memory, rows
+    def __init__(self, memory: Arena, rows: int, *, fused: bool) -> None:
+        self._memory, self.rows, self._fused = memory, rows, fused
         self._held: dict[tuple[str, int], Tensor] = {}
 
     def floats(self, name: str, width: int) -> Tensor:
@@ -46,15 +47,23 @@ class Named:
             self._held[name, width] = self._memory.floats(self.rows, width)
         return self._held[name, width]
 
-    def rounded(self, name: str, width: int) -> Tensor:
-        """Where the same is kept as the integer kernels round it."""
-        return self.floats(f"{name}, rounded", width)
-
     def inputs(self, name: str, width: int, *, rounded: bool) -> Inputs:
-        """The buffer of that name, in both forms where something reads the ``rounded`` one."""
+        """The buffer of that name, in all forms where something reads the ``rounded`` ones."""
         exact = self.floats(name, width)
-        # Rows of a quantised matrix are whole blocks, so there is something to round.
-        return Inputs(exact, self.rounded(name, width) if rounded and width % BLOCK == 0 else exact)
+        if not rounded or width % BLOCK:
+            # Rows of a quantised matrix are whole blocks: there is nothing that would read a rounded form.
+            return Inputs(exact, exact)
+        return Inputs(exact, self.floats(f"{name}, rounded", width), self._codes(name, width))
+
+    def _codes(self, name: str, width: int) -> Tensor | None:
+        if not self._fused:
+            return None
+        from powerinfer_kernels.triton_launch import code_words
+
+        key = (f"{name}, codes", width)
+        if key not in self._held:
+            self._held[key] = self._memory.typed(torch.int32, 1, code_words(width))
+        return self._held[key]
 
 
 class Placed:

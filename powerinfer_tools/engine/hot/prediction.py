@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 
 from powerinfer_tools.engine.hot.devices import Steps
-from powerinfer_tools.engine.hot.elementwise import round_activations
 from powerinfer_tools.engine.hot.hot_ffn import Inputs
 from powerinfer_tools.engine.hot.products import Product, round_where_needed
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS, TOKENS_AT_ONCE
@@ -111,7 +110,7 @@ class HotPredictor:
                 source = self.stream.first(last - first)
                 source.exact.copy_(x[first:last])
                 if source.apart:
-                    round_activations(source.exact, source.rounded)
+                    source.round()
             scores = self.scores[: last - first]
             self.scorer.score(source, scores)
             named[first:last] = ~(scores <= self.threshold)

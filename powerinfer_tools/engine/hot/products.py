@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from powerinfer_tools.engine.hot.elementwise import round_activations
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, Rows, UnpackedRows
 from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 
@@ -27,14 +26,14 @@ class Product:
 
     def times(self, inputs: Inputs, chunk: Tensor, out: Tensor) -> None:
         """out (T, count) = input · rowsᵀ + bias; ``chunk`` is flat scratch for CHUNK_ROWS unpacked rows."""
+        if isinstance(self.rows, FusedRows) and len(out) == 1:
+            from powerinfer_kernels import triton_launch
+
+            triton_launch.matvec(inputs.taken_by(self.rows.row_type), self.rows.planar, out, self.bias)
+            return
         source = inputs.of(self.rows)
         if isinstance(self.rows, UnpackedRows):
             torch.mm(source, self.rows.data.T, out=out)
-        elif isinstance(self.rows, FusedRows) and len(out) == 1:
-            from powerinfer_kernels import triton_launch
-
-            triton_launch.matvec(source, self.rows.planar, out, self.bias)
-            return
         else:
             self._chunked(source, chunk, out)
         if self.bias is not None:
@@ -48,12 +47,6 @@ class Product:
 
 
 def round_where_needed(inputs: Inputs, *consumers: Product) -> None:
-    """Fill in the rounded form, where some consumer takes it."""
-    if not any(product.rounds for product in consumers):
-        return
-    if len(inputs.exact) == 1 and isinstance(consumers[0].rows, FusedRows):
-        from powerinfer_kernels.triton_launch import round_values
-
-        round_values(inputs.exact, inputs.rounded)
-    else:
-        round_activations(inputs.exact, inputs.rounded)
+    """Fill in the rounded forms, where some consumer takes them."""
+    if any(product.rounds for product in consumers):
+        inputs.round()

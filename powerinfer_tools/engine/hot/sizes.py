@@ -73,12 +73,14 @@ def neuron_scratch_bytes(width: int, most: int, tokens: int) -> int:
 def attention_scratch_bytes(widths: Widths, tokens: int, context: int) -> int:
     """The residual stream, the cold side's part, a block's output, and the input of attention and of the FFN,
     exact and rounded; queries, what was attended to, exact and rounded; keys and values; the steps of norms
-    and rounding; scores; keys unpacked; and a chunk of rows as in :func:`neuron_scratch_bytes`."""
+    and rounding; scores; keys unpacked; and a chunk of rows as in :func:`neuron_scratch_bytes`. Of a single
+    token, what is rounded is kept as fused kernels take it, too: in less than a third of the space."""
     widest = max(widths.width, widths.query_width)
     kept = 7 * widths.width + 3 * widths.query_width + 2 * widths.kv_width + 4 * widest
     scores = QUERIES_AT_ONCE * widths.heads * (context + KEYS_AT_ONCE)
     unpacked = 3 * KEYS_AT_ONCE * widths.kv_width + 3 * CHUNK_ROWS * widest
-    return _F32 * (tokens * (kept + 2 + CHUNK_ROWS) + scores + unpacked)
+    codes = widths.width + widths.query_width
+    return _F32 * (tokens * (kept + 2 + CHUNK_ROWS) + codes + scores + unpacked)
 
 
 def router_scratch_bytes(width: int, experts: int, tokens: int) -> int:
@@ -99,4 +101,4 @@ def head_scratch_bytes(widths: Widths, tokens: int) -> int:
     """Logits, the rows they are made from, exact and rounded, with the steps of the norm; and a chunk of
     rows as in :func:`neuron_scratch_bytes`."""
     rows = min(HEAD_ROWS, tokens)
-    return _F32 * (rows * (2 * widths.vocabulary + 6 * widths.width) + 3 * CHUNK_ROWS * widths.width)
+    return _F32 * (rows * (2 * widths.vocabulary + 6 * widths.width) + (3 * CHUNK_ROWS + 1) * widths.width)

@@ -17,7 +17,7 @@ import torch
 from powerinfer_tools.engine.hot.devices import Device, Steps, Ticket
 from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts, HotRouter
 from powerinfer_tools.engine.hot.hot_blocks import HotBlocks
-from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
+from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Joining, Scratch
 from powerinfer_tools.engine.hot.prediction import HotPredictor, Naming
 from powerinfer_tools.engine.hot.routes import Route
 
@@ -229,11 +229,18 @@ class HotStream:
         m, named = self._memory, None
         if layer.predictor is not None:
             named = m.naming.of_hot(layer.predictor, tokens)
-        steps: Steps = (("hot", partial(layer.ffn.compute, normed, m.ffn, m.hot[:tokens], named)),)
+        joins = self._joins(layer, tokens)
+        out = (m.hot if joins is None else m.x)[:tokens]
+        steps: Steps = (("hot", partial(layer.ffn.compute, normed, m.ffn, out, named, joins)),)
         if layer.predictor is not None and layer.predictor.checks and named is not None:
             count = partial(layer.ffn.count, normed, m.ffn, named, layer.predictor.counts)
             steps = (("recall", count), *steps)
         return steps
+
+    def _joins(self, layer: HotLayer, tokens: int) -> Joining | None:
+        """How a single token's hot sum joins the stream, where fused kernels add it at once."""
+        whole = isinstance(layer.ffn, HotFFN) and layer.ffn.fused and not layer.cold
+        return layer.blocks.joins if whole and tokens == 1 else None
 
     def _merge_steps(self, layer: HotLayer, tokens: int, *, hot: bool, cold: bool) -> Steps:
         """The sums of the sides that computed something join the stream; nothing where that cannot be."""
@@ -243,7 +250,7 @@ class HotStream:
             if experts is None
             else ((not hot or bool(experts.experts)) and (not cold or layer.cold))
         )
-        if not possible:
+        if not possible or self._joins(layer, tokens) is not None:
             return ()
         back: Steps = (("copy in", partial(self._copy_cold_in, tokens)),) if cold else ()
         m = self._memory

@@ -43,14 +43,13 @@ class TemplateWorker:
     def render(self, request: bytes, seconds: float) -> bytes:
         """What the child answers to `request`. Raises WorkerLost, and OSError where no process starts."""
         with self._lock:
-            fresh = self._process is None
             try:
                 return self._ask(request, seconds)
             except WorkerLost as lost:
                 self._stop()
-                if lost.slow or fresh:
+                if lost.slow:
                     raise
-            return self._ask(request, seconds)  # it had died between two requests
+            return self._ask(request, seconds)  # it had died before, or somebody killed it meanwhile
 
     def close(self) -> None:
         """End the process; the next request starts another."""

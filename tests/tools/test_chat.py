@@ -1,6 +1,8 @@
 """Chat templates, also hostile ones, and conversations over a scripted engine."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import cast
@@ -157,6 +159,24 @@ def test_a_renderer_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sys.executable", "/nonexistent/python")
     with pytest.raises(ChatTemplateError, match="did not start"):
         render("x")
+
+
+def test_a_renderer_that_is_killed_while_it_works_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it had just been started."""
+    worker, ask = TemplateWorker(), TemplateWorker._ask
+    monkeypatch.setattr(chat_module, "WORKER", worker)
+    asked = list[int]()
+
+    def killed_once(worker: TemplateWorker, request: bytes, seconds: float) -> bytes:
+        asked.append(worker._started().pid)
+        if len(asked) == 1:
+            os.kill(asked[0], signal.SIGKILL)
+        return ask(worker, request, seconds)
+
+    monkeypatch.setattr(TemplateWorker, "_ask", killed_once)
+    assert render("x") == "x"
+    assert len(set(asked)) == 2
+    worker.close()
 
 
 # --- conversations

@@ -192,7 +192,7 @@ def judge(place: Place, stage: Stage) -> list[str]:
                 raise Fault(f"{name} is there and is not the complete file")
         elif name.startswith("tmp/") or is_unfinished(name):
             left.append(name)
-        elif not is_beside(name, stage):
+        elif not is_beside(name, stage) or data != place.results.get(name, data):
             raise Fault(f"{name} is left, by a name that no document has")
     return left
 
@@ -220,11 +220,15 @@ def kill_stage(place: Place, stage: Stage, kills: int, rng: random.Random) -> tu
     """Kills that hit, and how often something unfinished was left. Raises Fault."""
     place.inputs = contents(place.folder)
     seconds = run_to_the_end(place, stage)
-    place.results = {name: (place.folder / name).read_bytes() for name in stage.outputs}
+    place.results = {
+        name: data
+        for name, data in contents(place.folder).items()
+        if name in stage.outputs or is_beside(name, stage)
+    }
     hit = left = 0
     for count in range(kills):
         if rng.random() < 0.7:  # else what was there before stays, whole
-            for name in stage.outputs:
+            for name in place.results:
                 (place.folder / name).unlink(missing_ok=True)
         hit += kill_once(place, stage, rng, seconds)
         left += bool(judge(place, stage))
@@ -271,7 +275,8 @@ def small_hub(inputs: Path) -> Iterator[None]:
     """A hub on the loopback that has one of the models, in the variables that say where the hub is."""
     from small_hub import SmallHub
 
-    hub = SmallHub({_REPOSITORY: {"relu-Q8_0.gguf": (inputs / "relu.gguf").read_bytes()}})
+    model = (inputs / "relu.gguf").read_bytes()
+    hub = SmallHub({_REPOSITORY: {"relu-Q8_0.gguf": model}}, pause=0.02)
     with hub.serving():
         os.environ |= {"HF_HOME": "cache", "HF_ENDPOINT": hub.endpoint, "NO_PROXY": "127.0.0.1"}
         yield

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+#: Bytes of a file between two pauses.
+_PIECE = 1 << 16
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -20,7 +23,8 @@ class SmallHub:
 
     ``cuts``: how many answers end after ``cut_after`` bytes of a file; ``damaged``: files that are sent with
     a byte changed; ``gated``: repositories that want their terms accepted; ``failing``: the status of every
-    answer; ``lfs``: hashes are SHA-256, else git's. ``requests``: method, path and range of those that came.
+    answer; ``lfs``: hashes are SHA-256, else git's; ``pause``: seconds after each piece of a file.
+    ``requests``: method, path and range of those that came.
     """
 
     files: dict[str, dict[str, bytes]]
@@ -31,6 +35,7 @@ class SmallHub:
     gated: set[str] = field(default_factory=set)
     failing: int = 0
     lfs: bool = True
+    pause: float = 0.0
     endpoint: str = ""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -45,7 +50,7 @@ class SmallHub:
         class Handler(_Handler):
             hub = self
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = _Server(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -54,6 +59,11 @@ class SmallHub:
         finally:
             server.shutdown()
             server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of clients that leave."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -132,7 +142,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             return
-        self.wfile.write(data)
+        step = _PIECE if hub.pause and "ETag" in headers else len(data) or 1
+        for first in range(0, len(data), step):
+            self.wfile.write(data[first : first + step])
+            time.sleep(hub.pause)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         body = json.dumps({"error": message}).encode()

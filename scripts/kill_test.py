@@ -50,6 +50,8 @@ class Stage:
     timed: tuple[str, ...] = ()
     #: Patterns of what the command keeps for its own order, and may be there at any time.
     beside: tuple[str, ...] = ()
+    #: Words that a run to the end says on one of its lines.
+    says: str = ""
 
 
 STAGES: dict[str, Stage] = {
@@ -80,6 +82,12 @@ STAGES: dict[str, Stage] = {
         f"pull {_REPOSITORY}",
         (f"{_CACHE}/snapshots/{_COMMIT}/relu-Q8_0.gguf", f"{_CACHE}/refs/main"),
         beside=("cache/hub/.locks/*", "cache/hub/CACHEDIR.TAG", f"{_CACHE}/blobs/*"),
+    ),
+    "disk": Stage(
+        "run --raw -m moe.gguf -p the -n 12 --temp 0 -t 1 --ram {ram} --learn moe.learnt.safetensors",
+        ("moe.learnt.safetensors",),
+        timed=("moe.learnt.safetensors",),
+        says="read from disk",
     ),
 }
 
@@ -128,8 +136,10 @@ def command(words: str) -> Callable[[], int]:
 
     def work() -> int:
         from powerinfer_cli.app import create_app
+        from powerinfer_tools.detect import resident_bytes
 
-        arguments = words.split()
+        # What this process has already, and half of the experts of moe.gguf (27 MiB).
+        arguments = words.format(ram=resident_bytes() + (48 << 20)).split()
         create_app((arguments[0],))(arguments, prog_name="powerinfer")
         return 0
 
@@ -149,6 +159,9 @@ def run_to_the_end(place: Place, stage: Stage) -> float:
     if code != 0:
         log = (place.folder.parent / f"{place.folder.name}.log").read_text()
         raise Fault(f"ended with {code}:\n{log[-2000:]}")
+    said = (place.folder.parent / f"{place.folder.name}.log").read_text()
+    if stage.says not in said:
+        raise Fault(f"a run to the end did not say {stage.says!r}:\n{said[-2000:]}")
     now = contents(place.folder)
     for name in stage.outputs:
         if name not in now:
@@ -243,11 +256,13 @@ def prepare(folder: Path) -> None:
     """Models, a text and a delta; what later stages read is made by earlier ones."""
     from dataclasses import replace
 
-    from tiny_models import FAMILY_CASES, make_tiny_model
+    from tiny_models import CASES, FAMILY_CASES, make_tiny_model
 
     relu = replace(FAMILY_CASES["llama-relu"], neurons=512)
     make_tiny_model(folder, relu, "relu")
     make_tiny_model(folder, replace(relu, activation="silu"), "silu")
+    experts = replace(CASES["qwen3moe"], experts=32, neurons=384, width=128, row_type="F16")
+    make_tiny_model(folder, experts, "moe")
     (folder / "text.txt").write_text(TEXT)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from processes import Command, command_line, environment
+from tiny_models import CASES, make_tiny_model
 
 TEXT = "The river was wide and slow, and the boats went down it with the evening. " * 400
 
@@ -88,6 +89,24 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(folder: Path) -> No
     assert len(lines) == 1
     assert "full.powerinfer.gguf" in lines[0]
     assert {entry.name for entry in folder.iterdir()} == before
+
+
+def test_a_disk_that_fills_up_under_learn(tmp_path: Path) -> None:
+    """The text is there, and what it took of the experts is not written in part."""
+    make_tiny_model(tmp_path, CASES["qwen3moe"], "moe")
+    words = ("run", "--raw", "-m", "moe.gguf", "-p", "the", "-n", "4", "--temp", "0", "-t", "1")
+    process = start(
+        tmp_path,
+        *(*words, "--learn", "learnt.safetensors"),
+        limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)),
+    )
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("powerinfer: ")]
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert len(lines) == 1
+    assert "learnt.safetensors" in lines[0]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"moe.gguf"}
 
 
 def test_ctrl_c_in_profile_is_130_and_the_same_command_goes_on(folder: Path, powerinfer: Command) -> None:

@@ -9,7 +9,7 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine.observation import LayerCounters, counters
 from powerinfer_tools.progress import Silent
 from powerinfer_tools.stages.profile import ProfileOptions, run_profile, stopping
-from powerinfer_tools.stages.profile.stopping import Stopping, difference
+from powerinfer_tools.stages.profile.stopping import CorpusHalves, Stopping, difference
 from powerinfer_tools.stages.profile.windows import Window, spread_out
 from tiny_models import CASES, make_tiny_model
 
@@ -64,6 +64,29 @@ def test_it_looks_when_the_tokens_have_doubled(histogram: bool) -> None:
     assert watch.difference == before  # not doubled yet
 
 
+@pytest.mark.parametrize("histogram", [False, True])
+def test_halves_of_a_corpus_that_use_other_units_disagree(histogram: bool) -> None:
+    """Windows of both halves come in turn; what each adds is told apart."""
+    found = []
+    for used_later in (0, 50):
+        layer = counters(100, histogram=histogram)
+        halves = CorpusHalves([layer], 0.3)
+        for window in range(20):
+            halves.begin(first=window % 2 == 0)
+            first = 0 if window % 2 == 0 else used_later
+            if layer.histogram is None:
+                layer.counts[first : first + 30] += np.uint64(64)
+            else:
+                layer.histogram[:, 5] += np.uint32(64)
+                layer.histogram[first : first + 30, 80] += np.uint32(64)
+                layer.histogram[first : first + 30, 5] -= np.uint32(64)
+            halves.end(64)
+            if window < 10:
+                assert halves.difference is None  # too few tokens of each half
+        found.append(halves.difference)
+    assert found == [pytest.approx(0.0), pytest.approx(1.0)]
+
+
 def test_every_beginning_is_spread_over_the_corpus() -> None:
     windows = [Window(0, [index]) for index in range(100)]
     order = [window.tokens[0] for window in spread_out(windows)]
@@ -98,5 +121,7 @@ def test_profile_stops_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     whole = run_profile(shard, Silent())
     assert whole.tokens > profile.tokens
     asked = ProfileOptions(tiny.path, (corpus,), tmp_path / "t.safetensors", window=32, max_tokens=2000)
-    assert run_profile(asked, Silent()).tokens == 2000
+    notes = Notes()
+    assert run_profile(asked, notes).tokens == 2000
+    assert any("the first and the second half of the corpus disagree: of what one" in n for n in notes.notes)
     assert Profile.load(options.output).tokens == profile.tokens

@@ -17,7 +17,7 @@ from powerinfer_tools.interrupts import deferred_interrupts
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.stages.profile.corpus import CorpusFile, find_files, shard_of
-from powerinfer_tools.stages.profile.stopping import SHARE, TOLERANCE, Stopping
+from powerinfer_tools.stages.profile.stopping import SHARE, TOLERANCE, CorpusHalves, Stopping
 from powerinfer_tools.stages.profile.tally import Tally
 from powerinfer_tools.stages.profile.tracing import TraceRecorder, unfinished_trace
 from powerinfer_tools.stages.profile.windows import Window, corpus_windows, spread_out
@@ -123,6 +123,8 @@ class _Run:
         self.trace: TraceRecorder | None = None
         alone = options.max_tokens is None and options.shard is None and not options.trace
         self.stopping = Stopping(self.tally.counters, options.target_density) if alone else None
+        self.halves: CorpusHalves | None = None
+        self._in_first = list[bool]()
 
     def complete(self) -> Profile:
         """Count everything that is still to be counted."""
@@ -135,6 +137,7 @@ class _Run:
         self._resume()
         if self.trace is not None and not self.done:
             self.trace.begin()
+        self._compare_halves(len(every), len(windows))
         pending = windows[self.done :]
         if not pending and not self.tally.tokens:
             raise CorpusError("the corpus holds no text; nothing was written")
@@ -154,6 +157,7 @@ class _Run:
         finally:
             engine.close()
             self.progress.finish()
+        self._say_halves()
         if self.trace is not None:
             hashes = tuple(file.sha256 for file in self.files)
             self.trace.finish(self.window, hashes)
@@ -168,9 +172,13 @@ class _Run:
                     self._say_stopped(sum(len(window.tokens) for window in pending))
                     break
                 watch = self.trace.watcher(self.done) if self.trace else None
+                if self.halves is not None:
+                    self.halves.begin(first=self._in_first[self.done])
                 engine.absorb(window.tokens, watch)
                 if self.trace is not None:
                     self.trace.close_window()
+                if self.halves is not None:
+                    self.halves.end(len(window.tokens))
                 self.tally.close_window(window.file, len(window.tokens))
                 self.done += 1
                 self.progress.advance(len(window.tokens))
@@ -182,6 +190,22 @@ class _Run:
                         f"stopped after {self.tally.tokens} tokens; the same command goes on from there"
                     )
                 interrupts.check()
+
+    def _compare_halves(self, every: int, counted: int) -> None:
+        """Count the first half of the corpus apart, where all of it is counted here and now."""
+        if self.done or self.options.shard is not None:
+            return
+        first = [index < every // 2 for index in range(every)]
+        self._in_first = (first if self.options.trace else spread_out(first))[:counted]
+        self.halves = CorpusHalves(self.tally.counters, self.options.target_density)
+
+    def _say_halves(self) -> None:
+        difference = None if self.halves is None else self.halves.difference
+        if difference is not None:
+            self.progress.note(
+                f"the first and the second half of the corpus disagree: of what one would place, the other's "
+                f"choice covers {1 - difference:.1%}"
+            )
 
     def _say_stopped(self, asked: int) -> None:
         assert self.stopping is not None

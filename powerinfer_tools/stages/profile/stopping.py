@@ -20,8 +20,11 @@ SHARE = 0.3
 TOLERANCE = 0.03
 #: Tokens of the first half that is looked at.
 LEAST = 2048
+#: Tokens of each half of a corpus below which their difference says nothing.
+LEAST_HALF = 512
 
 Counts = npt.NDArray[np.float64]
+States = npt.NDArray[np.uint64]
 
 
 class Stopping:
@@ -38,7 +41,7 @@ class Stopping:
         """Whether the profile may stop after ``tokens`` tokens, which are counted."""
         if tokens < max(LEAST, 2 * self._at):
             return False
-        now = [self._state(layer).astype(np.uint64) for layer in self._counters]
+        now = [_state(layer).astype(np.uint64) for layer in self._counters]
         if self._first is not None:
             pairs = zip(self._first, now, strict=True)
             halves = [(self._active(first), self._active(both - first)) for first, both in pairs]
@@ -46,15 +49,54 @@ class Stopping:
         self._first, self._at = now, tokens
         return self.difference is not None and self.difference <= TOLERANCE
 
-    @staticmethod
-    def _state(layer: LayerCounters) -> npt.NDArray[np.uint32] | npt.NDArray[np.uint64]:
-        return layer.counts if layer.histogram is None else layer.histogram
+    def _active(self, state: States) -> Counts:
+        return active_of(state, self._density)
 
-    def _active(self, state: npt.NDArray[np.uint64]) -> Counts:
-        if state.ndim == 1:
-            return state.astype(np.float64)
-        histogram = state.astype(np.uint32)
-        return active_counts(histogram, threshold_bin(histogram, self._density)).astype(np.float64)
+
+class CorpusHalves:
+    """Counts the windows of the first half of a corpus apart, to say how far its halves disagree: two texts
+    of other kinds do more than two samples of one text, which :class:`Stopping` compares."""
+
+    def __init__(self, counters: Sequence[LayerCounters], density: float) -> None:
+        self._counters, self._density = counters, density
+        self._first = [np.zeros_like(_state(layer), np.uint64) for layer in counters]
+        self._before: list[States] | None = None
+        self._tokens = [0, 0]
+
+    def begin(self, *, first: bool) -> None:
+        """A window of the first half comes, or of the second."""
+        self._before = [_state(layer).astype(np.uint64) for layer in self._counters] if first else None
+
+    def end(self, tokens: int) -> None:
+        """It was counted, with so many tokens."""
+        self._tokens[self._before is None] += tokens
+        for first, layer, before in zip(self._first, self._counters, self._before or (), strict=False):
+            first += _state(layer).astype(np.uint64) - before
+
+    @property
+    def difference(self) -> float | None:
+        """How far the halves differ, as :func:`difference` says; None where one has too few tokens."""
+        if min(self._tokens) < LEAST_HALF:
+            return None
+        pairs = [
+            (first, _state(layer).astype(np.uint64) - first)
+            for first, layer in zip(self._first, self._counters, strict=True)
+        ]
+        return difference(
+            [(active_of(one, self._density), active_of(other, self._density)) for one, other in pairs]
+        )
+
+
+def _state(layer: LayerCounters) -> npt.NDArray[np.uint32] | States:
+    return layer.counts if layer.histogram is None else layer.histogram
+
+
+def active_of(state: States, density: float) -> Counts:
+    """How often each unit was active, by counts or by a histogram of contributions."""
+    if state.ndim == 1:
+        return state.astype(np.float64)
+    histogram = state.astype(np.uint32)
+    return active_counts(histogram, threshold_bin(histogram, density)).astype(np.float64)
 
 
 def difference(halves: Sequence[tuple[Counts, Counts]], share: float = SHARE) -> float:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from powerinfer_tools.progress import Progress
 from powerinfer_tools.stages.profile.corpus import CorpusFile, documents
 from powerinfer_tools.text import Tokenizer
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Window:
     tokens: list[int]
 
 
-def spread_out(windows: Sequence[Window]) -> list[Window]:
+def spread_out(windows: Sequence[_T]) -> list[_T]:
     """The windows in an order of which every beginning is spread evenly over the corpus: their numbers with
     the bits reversed (van der Corput 1935)."""
     bits = max(1, (len(windows) - 1).bit_length())

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.02
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 REPETITIONS = 4
+#: Tokens that are decoded with a timeline, for how much of the device's work is overlapped.
+TRACED = 4
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def _measure_budget(
         got, _ = _decoded(hybrid, tokens)
         error = float(np.abs(got - expected).max() / (TOLERANCE * np.abs(expected).max()))
         pairs = [(_decoded(hybrid, tokens)[1], _decoded(alone, tokens)[1]) for _ in range(REPETITIONS - 1)]
+        hybrid.trace()
+        _decoded(hybrid, TRACED)
         report, stack = hybrid.report(), hybrid.stack
         hot = stack._hot.weight_bytes if stack._hot else 0
         # What each side has to read of its memory, both at once.

@@ -12,8 +12,9 @@ from powerinfer_kernels.triton_layout import to_planar
 from powerinfer_tools.engine.hot.cache import Attending, HeldVectors, HotCache
 from powerinfer_tools.engine.hot.elementwise import round_activations
 from powerinfer_tools.engine.hot.hot_ffn import FileRows, FusedRows, HotFFN, Inputs, Rows, Scratch
-from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
+from powerinfer_tools.engine.hot.mapped import through
 from powerinfer_tools.measure.synthetic.random_blocks import random_rows
+from powerinfer_tools.model.device_memory import CHUNK_ROWS
 
 EPS = float(np.finfo(np.float32).eps)
 #: Different rows of a matrix; more would only take longer to make and to check.
@@ -44,7 +45,8 @@ def measure_read(run: Run, nbytes: int) -> float:
 
 
 def measure_exchange(run: Run, width: int) -> None:
-    """What a split layer pays for handing over: a row to the host and one back, waited for."""
+    """What a split layer pays for handing over: a row to the host and one back, waited for; by copies, and by
+    kernels that reach the host's memory."""
     here, there = run.device.staging(1, width), torch.zeros(1, width, device=run.where)
 
     def both() -> None:
@@ -52,6 +54,14 @@ def measure_exchange(run: Run, width: int) -> None:
         there.copy_(here, non_blocking=True)
 
     run.add(Row(f"a row of {width} out and in, waited for", run.waited(both) * 1e6, "µs"))
+    window = run.device.window(here)
+    if window is not None:
+
+        def by_kernels() -> None:
+            through(there, window)
+            through(window, there)
+
+        run.add(Row(f"a row of {width} out and in, by kernels", run.waited(by_kernels) * 1e6, "µs"))
     run.add(Row("a wait for nothing", run.waited(lambda: None) * 1e6, "µs"))
 
 

@@ -8,7 +8,8 @@ from statistics import median
 
 import torch
 
-from powerinfer_tools.engine.hot.devices import Device, first_line
+from powerinfer_tools.engine.hot.devices import Device
+from powerinfer_tools.engine.hot.faults import first_line
 
 Work = Callable[[], object]
 #: Passes that compile, load and warm up.
@@ -83,6 +84,7 @@ class Run:
                 work()
 
         steps = self.device.recorded((("work", step),))
+        self.device.timed = True
         spans = [self.device.submit(steps).wait()[0] for _ in range(WARM + repetitions)]
         return median(max(span.end - span.start, 1e-9) for span in spans[WARM:]) / times
 
@@ -90,6 +92,7 @@ class Run:
         """Median seconds of the host from queueing ``work`` to having waited for it."""
         self.settled()
         steps = self.device.recorded((("work", lambda: (work(), None)[1]),))
+        self.device.timed = False
         times = []
         for _ in range(WARM + repetitions):
             started = time.perf_counter()

@@ -19,6 +19,7 @@ from powerinfer_tools.engine import Engine, Weights
 from powerinfer_tools.engine.from_disk import RamOptions
 from powerinfer_tools.model.loading import Model as LoadedModel
 from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.progress import Progress
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text.chat import Template, chat_template, has_chat_template
 
@@ -44,6 +45,7 @@ def load(
     check_recall: bool = False,
     draft: Draft | None = None,
     draft_model: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> "Model":
     """Load a model: a GGUF file, a split file, or a Hugging Face folder.
 
@@ -55,7 +57,8 @@ def load(
     model. ``learn`` names a profile, to which the experts that were taken are added at the end.
     ``draft`` "ngram" guesses the next tokens from the text so far, ``draft_model`` with a smaller model of
     the same vocabulary: faster where the guesses come true, and the same text. ``check_recall`` also computes
-    what predictors should have found, for :meth:`Session.report`. Nothing but ``mode``, ``device``, ``vram``
+    what predictors should have found, for :meth:`Session.report`. ``progress`` hears of GPU kernels that
+    have to be compiled, which a first start does. Nothing but ``mode``, ``device``, ``vram``
     and ``kv_type`` changes a result.
 
     Raises FormatError for a file that cannot be read, ModelError for one that cannot be run or does not fit
@@ -76,6 +79,7 @@ def load(
             ram=RamOptions(ram, placement),
             check_recall=check_recall,
             observed=None if learning is None else learning.observed,
+            progress=progress,
         )
         opened.callback(weights.close)
         if learning is not None:

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from powerinfer_cli.console import say
+from powerinfer_cli.console import progress, say
 from powerinfer_cli.options import Placement
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine import Engine
     from powerinfer_tools.model.loading import Model
+    from powerinfer_tools.progress import Progress
 
 
 @contextmanager
@@ -65,6 +66,7 @@ def engines_of(
             vram=placement.vram,
             kv_type=placement.kv_type,
             ram=RamOptions(placement.ram, placement.placing),
+            progress=listener(placement.device),
             **options,
         )
         for notice in engine.notices:
@@ -78,6 +80,11 @@ def engines_of(
         yield model, open_engine
     finally:
         model.close()
+
+
+def listener(device: str) -> "Progress | None":
+    """Who hears of GPU kernels that have to be compiled; None where there can be none."""
+    return progress() if device == "cuda" else None
 
 
 def measured_bandwidth(engine: "Engine") -> float:

@@ -228,37 +228,40 @@ def command(
 
         require_writable(trace)
     import powerinfer
+    from powerinfer_cli.engines import listener, said
 
     options = generate_options(length, sampling, form)
-    with powerinfer.load(
-        path,
-        threads=common.threads,
-        context=length.ctx,
-        mode=cast("Mode | None", placement.engine_mode),
-        device=placement.device,
-        vram=placement.vram,
-        kv_type=placement.kv_type,
-        ram=placement.ram,
-        placement=placement.placing,
-        learn=learn,
-        check_recall=check_recall,
-        draft=cast("Draft | None", drafts.draft),
-        draft_model=drafts.draft_model,
-    ) as loaded:
-        from powerinfer_cli.engines import said
+    with (
+        powerinfer.load(
+            path,
+            threads=common.threads,
+            context=length.ctx,
+            mode=cast("Mode | None", placement.engine_mode),
+            device=placement.device,
+            vram=placement.vram,
+            kv_type=placement.kv_type,
+            ram=placement.ram,
+            placement=placement.placing,
+            learn=learn,
+            check_recall=check_recall,
+            draft=cast("Draft | None", drafts.draft),
+            draft_model=drafts.draft_model,
+            progress=None if verbosity.quiet else listener(placement.device),
+        ) as loaded,
+        said(lambda: loaded.notices),
+        loaded.session() as session,
+    ):
+        if prompt.interactive:
+            from powerinfer_cli.chat import chat
 
-        with said(lambda: loaded.notices), loaded.session() as session:
-            if prompt.interactive:
-                from powerinfer_cli.chat import chat
+            conversation = session.conversation(prompt.system, **options)
+            chat(loaded, session, conversation, first=text, verbosity=verbosity)
+        else:
+            from powerinfer_cli.completion import Output, complete
 
-                conversation = session.conversation(prompt.system, **options)
-                chat(loaded, session, conversation, first=text, verbosity=verbosity)
-            else:
-                from powerinfer_cli.completion import Output, complete
-
-                assert text is not None
-                output = Output(verbosity.summary, common.json, verbosity.reasoning, trace)
-                complete(loaded, session, text, options, prompt, output)
+            assert text is not None
+            output = Output(verbosity.summary, common.json, verbosity.reasoning, trace)
+            complete(loaded, session, text, options, prompt, output)
 
 
 def check_form(form: Form, prompt: Prompt, length: Length) -> None:

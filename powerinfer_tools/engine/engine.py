@@ -40,6 +40,7 @@ class WeightsOptions(TypedDict, total=False):
     thresholds: Sequence[FactorThresholds] | None
     ram: RamOptions | None
     beside: Weights | None
+    progress: Progress | None
 
 
 class Engine(Closing):

@@ -151,6 +151,8 @@ class LayerStack:
         count = len(tokens)
         self.check_tokens(tokens)
         self._place(tokens, places)
+        if self._hot:
+            self._hot.time(on=self.timeline is not None)
         first = 0
         for stop in self._stops:
             self._run_parts(first, stop.ready, count, places)
@@ -278,7 +280,7 @@ class LayerStack:
     def seconds(self) -> dict[str, float]:
         """Time by part so far, in seconds."""
         times = self._written.writer.labels.seconds([int(n) for n in self._program.nanoseconds()])
-        if self._hot:
+        if self._hot and self._hot.seconds:  # a GPU tells them while a timeline is kept
             times["hot"] = self._hot.seconds
             times["waiting"] = self._hot.waiting_seconds
         return times
@@ -342,7 +344,7 @@ class LayerStack:
 def _open_hot(model: Model, options: StackOptions, work: Workload) -> tuple[HotSide | None, Sequence[str]]:
     """The hot side, if there is to be one, and what must be said. Raises ModelError where what is not in a
     GPU's memory does not fit in the machine's."""
-    side, notices = open_hot_side(model, options.device, options.vram, work)
+    side, notices = open_hot_side(model, options.device, options.vram, work, options.progress)
     if options.device == "cuda":
         try:
             held = side.stored_bytes if side else 0

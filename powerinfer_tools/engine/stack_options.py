@@ -7,6 +7,7 @@ from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedWeights
 from powerinfer_tools.engine.residency import Budget, Residency
+from powerinfer_tools.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class StackOptions:
     ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
     compute beside every prediction what it should have found. ``thresholds``: of each layer of a
     source model. ``residency``: where experts are that are read from disk, and what memory they get
-    (``budget``). ``packed``: weights that other layouts of the model share.
+    (``budget``). ``packed``: weights that other layouts of the model share. ``progress`` hears of what takes
+    long.
     """
 
     batch: int
@@ -32,3 +34,4 @@ class StackOptions:
     residency: Residency | None = None
     budget: Budget | None = None
     packed: PackedWeights = field(default_factory=PackedWeights)
+    progress: Progress | None = None

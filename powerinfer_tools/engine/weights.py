@@ -25,6 +25,7 @@ from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.counting import HEAD_ROWS
 from powerinfer_tools.model.loading import Model
+from powerinfer_tools.progress import Progress
 
 Floats = npt.NDArray[np.float32]
 #: Context when none is asked for: what a chat needs, without reserving a long-context model's whole cache.
@@ -58,7 +59,8 @@ class Weights(Closing):
     results stay the same bits. ``thresholds`` of each layer of a source model leave neurons out, as they say
     at the time of each pass. ``ram``: the memory that the process may take; experts that do not fit are read
     from disk, see :mod:`powerinfer_tools.engine.residency`. ``beside``: other weights of the same model, in
-    another mode: what both lay out alike is packed once.
+    another mode: what both lay out alike is packed once. ``progress`` hears of GPU kernels that have to be
+    compiled.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Weights(Closing):
         thresholds: Sequence[FactorThresholds] | None = None,
         ram: RamOptions | None = None,
         beside: "Weights | None" = None,
+        progress: Progress | None = None,
     ) -> None:
         started = time.perf_counter()
         self.packed: PackedWeights = PackedWeights() if beside is None else beside.packed
@@ -100,7 +103,7 @@ class Weights(Closing):
             options = StackOptions(
                 self.batch, self.context, mode, device, vram, kv_type, observed, check_recall, thresholds
             )
-            options = replace(options, packed=self.packed)
+            options = replace(options, packed=self.packed, progress=progress)
             self._notices = () if disk is None else disk.notices
             if disk is not None:
                 self.batch = disk.budget.batch

@@ -19,8 +19,8 @@ from powerinfer_kernels import RowType, block_shape, packed_row_bytes, repack
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, to_planar
 from powerinfer_tools.engine.hot.devices import Device, Steps
 from powerinfer_tools.engine.hot.hot_ffn import FileRows
-from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.measure.synthetic.random_blocks import random_rows
+from powerinfer_tools.model.device_memory import CHUNK_ROWS
 
 Work = Callable[[], object]
 _SMALL = 16 << 10
@@ -170,7 +170,7 @@ class _Bench:
 
     def _seconds(self, steps: Steps) -> list[float]:
         """Seconds of the host from queueing ``steps`` to having waited for them."""
-        times = []
+        self.device.timed, times = False, list[float]()
         for _ in range(_WARM + _PASSES):
             started = time.perf_counter()
             self.device.submit(steps).wait()
@@ -184,6 +184,7 @@ class _Bench:
             work()
 
         steps = self.device.recorded((("work", step),))
+        self.device.timed = True
         spans = [self.device.submit(steps).wait()[0] for _ in range(_WARM + _PASSES)]
         return [max(span.end - span.start, 1e-9) for span in spans[_WARM:]]
 

@@ -62,6 +62,21 @@ class ExpertsFFN:
         """Gate, where there is one, up and down of all experts."""
         return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of one expert that a router chooses."""
+        return sum(stack.nbytes for stack in self.stacks) // self.router.rows
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of the expert that every token takes."""
+        return 0 if self.shared is None else sum(weight.nbytes for weight in self.shared.matrices)
+
+    @property
+    def router_nbytes(self) -> int:
+        """Bytes of the router, with what weighs the shared expert."""
+        return self.router.nbytes + (0 if self.shared_gate is None else self.shared_gate.nbytes)
+
     def expert(self, index: int) -> DenseFFN:
         """The expert of that number, as views."""
         count = self.router.rows

@@ -43,6 +43,10 @@ class FakeEvent:
         stream.queued += 1
         self._mark = (stream, stream.queued, self._cuda.tick())
 
+    def query(self) -> bool:
+        self._cuda.asked("query")
+        return False
+
     def synchronize(self) -> None:
         self._cuda.asked("wait")
         if self._mark is None:
@@ -148,7 +152,7 @@ class FakeCuda:
         self.first = FakeStream(self)
         self.current, self.recording = self.first, None
         self._now = 0.0
-        self.pinned = 0
+        self.pinned = self.timing = 0
         self.libraries: int | None = None
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
 
@@ -173,6 +177,11 @@ class FakeCuda:
         """Milliseconds since the beginning."""
         self._now += self.ms
         return self._now
+
+    def event(self, *, enable_timing: bool) -> FakeEvent:
+        """An event; how many have a time is counted."""
+        self.timing += enable_timing
+        return FakeEvent(self, enable_timing)
 
     def kernel(self) -> None:
         """A piece of work in a test."""
@@ -200,7 +209,7 @@ class FakeCuda:
         monkeypatch.setattr(torch, "ones", lambda *shape, **_: ones(*shape))
         parts: dict[str, Callable[..., Any]] = {
             "Stream": lambda _: FakeStream(self),
-            "Event": lambda *, enable_timing: FakeEvent(self, enable_timing),
+            "Event": self.event,
             "CUDAGraph": lambda: FakeGraph(self),
             "graph": lambda *a, **k: _Recording(self, *a, **k),
             "stream": lambda stream: _Current(self, stream),

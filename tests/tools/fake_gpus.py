@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from powerinfer_tools.engine.hot import Span, devices, opening
-from powerinfer_tools.engine.hot.devices import CpuDevice, DeviceLost, OutOfDeviceMemory, Steps, Ticket
+from powerinfer_tools.engine.hot.devices import CpuDevice, Steps, Ticket
+from powerinfer_tools.engine.hot.faults import DeviceLost, OutOfDeviceMemory
 
 MIB = 1 << 20
 
@@ -30,7 +31,7 @@ class FakeGpu(CpuDevice):
 def on(monkeypatch: pytest.MonkeyPatch, device: CpuDevice, *, fused: bool = False) -> None:
     """Let every engine that asks for cuda have ``device``."""
 
-    def open_on(model: object, name: str, vram: int | None, work: object) -> object:
+    def open_on(model: object, name: str, vram: int | None, work: object, progress: object) -> object:
         return opening.open_side(model, device, vram, work, fused=fused)  # type: ignore[arg-type]
 
     monkeypatch.setattr(opening, "open_on", open_on)
@@ -59,7 +60,7 @@ class LatestGpu(FakeGpu):
         self.queue: list[Deferred] = []
         self.stops: list[int] = []
 
-    def submit(self, steps: Steps) -> Ticket:
+    def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
         self.queue.append(Deferred(steps, self))
         return self.queue[-1]
 
@@ -78,10 +79,10 @@ class FailingGpu(FakeGpu):
         super().__init__(1 << 30)
         self._left, self._when = last, when
 
-    def submit(self, steps: Steps) -> Ticket:
+    def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
         self._left -= 1
         if self._left > 0:
-            return super().submit(steps)
+            return super().submit(steps, awaited=awaited)
         if self._when == "submit":
             raise DeviceLost("an illegal thing happened")
         return Failing()

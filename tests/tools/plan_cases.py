@@ -7,7 +7,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from powerinfer_formats.block_types import TensorType
-from powerinfer_tools.engine.hot.sizes import budget_for
+from powerinfer_tools.model.device_memory import budget_for
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, ModelShape
 from powerinfer_tools.stages.plan.capabilities import Capabilities

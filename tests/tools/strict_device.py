@@ -125,9 +125,10 @@ def _inner(x: Any) -> Any:
 
 class StrictDevice(CpuDevice):
     """With ``free`` bytes. ``phase`` says what goes on: "load", "warm-up", "capture", "replay" or "queue".
-    ``launched``: work that was handed to the device, by phase; ``peak``: most bytes held by what was made on
-    the way; ``copies``: those between host and device in queued work, in order; ``kernels``: the other
-    work that was queued, in order."""
+    ``launched``: work that was handed to the device, by phase, and pieces of it that were submitted, and of
+    those the ones to be waited for; ``peak``: most bytes held by what was made on the way; ``copies``: those
+    between host and device in queued work, in order; ``kernels``: the other work that was queued, in
+    order."""
 
     torch_device = WHERE
 
@@ -165,7 +166,12 @@ class StrictDevice(CpuDevice):
         self._run(steps, "capture")
         return [("graph", partial(self._replay, steps, list(self._trace)))]
 
-    def submit(self, steps: Steps) -> Ticket:
+    def window(self, host: Tensor) -> Tensor | None:
+        return OnDevice(host)
+
+    def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
+        self.launched["submitted"] = self.launched.get("submitted", 0) + 1
+        self.launched["awaited"] = self.launched.get("awaited", 0) + awaited
         with self._in("queue"):
             for _, work in steps:
                 work()
@@ -293,7 +299,7 @@ class _Done:
 #: What is more than one kernel.
 _KERNELS = {"attend": 2, "sum_rows": 2}
 #: Which arguments of each kernel are its outputs.
-_OUTPUTS = {
+OUTPUTS = {
     "matvec": (2,), "hidden": (5,), "sum_rows": (3,), "unpack": (3,), "attend": (7, 8, 9),
     "matvecs": (2,), "join": (0,), "normalize": (4, 5, 6),
     "round_values": (1, 2), "rotate": (0, 1), "store": (), "expert_hidden": (6,), "expert_sums": (4,),
@@ -314,11 +320,11 @@ def launches_of(device: StrictDevice, monkeypatch: pytest.MonkeyPatch) -> None:
                 if isinstance(x, Tensor) and not (isinstance(x, OnDevice) and x.is_contiguous()):
                     raise RuleBroken(f"{name} takes what is not the device's, or has gaps")
             device.launch(name, found)
-            for x in tree_flatten([args[index] for index in _OUTPUTS[name]])[0]:
+            for x in tree_flatten([args[index] for index in OUTPUTS[name]])[0]:
                 if x is not None:
                     _inner(x).fill_(1.0)
 
         return run
 
-    for name in _OUTPUTS:
+    for name in OUTPUTS:
         monkeypatch.setattr(triton_launch, name, wrapped(name))

@@ -13,16 +13,11 @@ import torch
 
 from fake_cuda import FakeCuda
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.hot import devices, fusing, loss, opening
-from powerinfer_tools.engine.hot.devices import (
-    CudaDevice,
-    DeviceLost,
-    KernelRefused,
-    MemoryEnded,
-    OutOfDeviceMemory,
-)
+from powerinfer_tools.engine.hot import devices, fusing, loss, mapped, opening
+from powerinfer_tools.engine.hot.devices import CudaDevice
+from powerinfer_tools.engine.hot.faults import DeviceLost, KernelRefused, MemoryEnded, OutOfDeviceMemory
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
-from powerinfer_tools.engine.hot.sizes import budget_for
+from powerinfer_tools.model.device_memory import budget_for
 from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
 from test_hot_predictors import Predicted
@@ -43,6 +38,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 def test_steps_are_queued_on_one_stream_between_events(cuda: FakeCuda) -> None:
     device = CudaDevice()
+    device.timed = True
     cuda.log.clear()
     first = device.submit([("copy in", cuda.kernel), ("hot", cuda.kernel)])
     second = device.submit([("merge", cuda.kernel)])
@@ -62,6 +58,7 @@ def test_steps_are_queued_on_one_stream_between_events(cuda: FakeCuda) -> None:
 def test_times_stay_exact_after_hours(cuda: FakeCuda) -> None:
     """Milliseconds since the start in single precision are a quarter of a millisecond apart after an hour."""
     device = CudaDevice()
+    device.timed = True
     for _ in range(5):
         cuda._now += 1e6
         outer, inner = (device.submit([("hot", cuda.kernel)]) for _ in range(2))
@@ -75,15 +72,70 @@ def test_a_graph_is_recorded_after_a_run_and_replayed(cuda: FakeCuda) -> None:
     device, x = CudaDevice(), torch.zeros(3)
     cuda.log.clear()
     steps = device.recorded([("copy in", cuda.kernel), ("hot", lambda: x.add_(1))])
-    assert cuda.log == ["record", "kernel", "record", "record", "wait", "begin", "kernel", "end"]
+    assert cuda.log == ["kernel", "record", "wait", "begin", "kernel", "end"]
     assert cuda.current is cuda.first
     x.zero_()
     cuda.log.clear()
-    for _ in range(3):
+    assert device.submit(steps).wait() == []
+    assert cuda.log == ["replay", "record", "wait"]
+    device.timed = True
+    cuda.log.clear()
+    for _ in range(2):
         (span,) = device.submit(steps).wait()
-    assert cuda.log == ["record", "replay", "record", "wait"] * 3
+    assert cuda.log == ["record", "replay", "record", "wait"] * 2
     assert span.name == "hot"
     assert x.tolist() == [3, 3, 3]
+
+
+def test_one_wait_is_enough_for_all_that_was_queued_before(cuda: FakeCuda) -> None:
+    """Only work that somebody waits for has an event, and none a time."""
+    device, timing = CudaDevice(), cuda.timing
+    cuda.log.clear()
+    tickets = [device.submit([("hot", cuda.kernel)], awaited=awaited) for awaited in (True, False, True)]
+    assert [ticket.wait() for ticket in reversed(tickets)] == [[], [], []]
+    assert cuda.log == ["kernel", "record", "kernel", "kernel", "record", "wait"]
+    assert cuda.timing == timing
+    # Events are used again; what has none waits for all that is queued.
+    cuda.log.clear()
+    device.submit([("hot", cuda.kernel)], awaited=False).wait()
+    assert cuda.log == ["kernel", "record", "wait"]
+    assert len(device._marks._free) == 2
+
+
+def test_wsl_is_asked_how_far_it_is_after_each_piece(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices, "WSL_DEVICE", tmp_path)
+    device = CudaDevice()
+    cuda.log.clear()
+    for device.timed, marks in ((False, 1), (True, 2)):
+        device.submit([("hot", cuda.kernel)], awaited=False)
+        assert cuda.log == [*["record"] * (marks - 1), "kernel", "record", "query"]
+        cuda.log.clear()
+
+
+def test_windows_are_tried_once(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch or the driver cannot do, and what does not arrive, ends in copies, said once."""
+    device = CudaDevice()
+    host = device.staging(2, 3)
+    assert device.window(host) is None, "it is not pinned"
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+    with pytest.raises((RuntimeError, TypeError, ValueError, AssertionError)):
+        mapped.mapped(host, torch.device("cuda", 0))
+    monkeypatch.setattr(devices, "mapped", lambda host, _: host)
+    window = device.window(host)
+    assert window is not None
+    mapped.through(torch.full((2, 3), -0.0), window)
+    assert host.view(torch.int32).tolist() == [[-(2**31)] * 3] * 2
+    device.window(host)
+    assert host.view(torch.int32).tolist() == [[-(2**31)] * 3] * 2, "tried again"
+    other = CudaDevice()
+    monkeypatch.setattr(devices, "mapped", lambda host, _: host.clone())
+    assert other.window(host) is None
+    assert other.window(host) is None
+    assert other.notices == [
+        "kernels cannot reach pinned memory (what a kernel wrote did not arrive): it is copied"
+    ]
 
 
 def test_without_graphs_steps_stay_as_they_are_which_is_said_once(
@@ -140,6 +192,7 @@ def test_memory_that_is_not_there_is_said_in_bytes(cuda: FakeCuda) -> None:
 
 def test_memory_that_ends_in_a_run_is_given_back_and_asked_for_once_more(cuda: FakeCuda) -> None:
     device, full = CudaDevice(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    device.timed = True
     cuda.log.clear()
     cuda.fail["kernel", 1] = full
     (span,) = device.submit([("hot", cuda.kernel)]).wait()
@@ -179,7 +232,8 @@ def test_a_refused_kernel_ends_in_the_plain_form(
     held: list[weakref.ref[torch.UntypedStorage]] = []
     assemble = opening.assemble
 
-    def refusing(*arguments: object, fused: bool) -> object:
+    def refusing(*arguments: object, fused: bool, rehearse: object) -> object:
+        assert rehearse is None, "nobody listens"
         backend, kinds = assemble(*arguments, fused=False)  # type: ignore[arg-type]
         if fused:
             held.append(weakref.ref(backend.layers[1].down.data.untyped_storage()))  # type: ignore[union-attr]
@@ -212,7 +266,7 @@ def test_out_of_memory_at_the_start_gives_all_back(
     held: list[weakref.ref[torch.UntypedStorage]] = []
     assemble = opening.assemble
 
-    def short(*arguments: object, fused: bool) -> object:
+    def short(*arguments: object, fused: bool, rehearse: object) -> object:
         backend, _ = assemble(*arguments, fused=fused)  # type: ignore[arg-type]
         held.append(weakref.ref(backend.layers[1].down.data.untyped_storage()))  # type: ignore[union-attr]
         raise OutOfDeviceMemory("77 bytes cannot be had")
@@ -319,17 +373,21 @@ def test_the_whole_engine_with_graphs(
     engine = Engine(load_model(path), threads=1, device="cuda", batch=5)
     side = engine.stack._hot
     memory = weakref.ref(side._backend.layers[2].down.data.untyped_storage())  # type: ignore[union-attr]
-    begun = cuda.log.count("begin")
+    begun, timing = cuda.log.count("begin"), cuda.timing
     rows = [engine.prefill(tokens[:12]).copy()]
     before = len(cuda.log)
     rows += [engine.decode(token).copy() for token in tokens[12:]]
     decoding = cuda.log[before:]
+    waits = decoding.count("wait") / len(tokens[12:])
     engine.rewind(9)
     rows.append(engine.prefill(tokens[9:13]).copy())
     report = engine.report()
     engine.close()
     assert np.abs(np.stack(rows) - expected).max() <= 2000 * np.finfo(np.float32).eps * np.abs(expected).max()
     assert decoding.count("replay") > 0
+    # A layer apart is waited for; of the stream, what the host reads in its turn, and the end; and the head.
+    assert waits == (4 if attention else 3)
+    assert cuda.timing == timing, "events with times though nobody asked for them"
     assert begun == cuda.log.count("begin"), "recorded while decoding"
     assert "synchronize" not in decoding
     assert report.device == "cuda"

@@ -26,12 +26,12 @@ from powerinfer_kernels import available_isas, triton_launch
 from powerinfer_tools.engine import Engine, from_disk
 from powerinfer_tools.engine import layers as layer_stack
 from powerinfer_tools.engine import memory as memory_limits
-from powerinfer_tools.engine.hot import expert_sizes, opening
+from powerinfer_tools.engine.hot import opening
 from powerinfer_tools.engine.hot.experts import HotExperts
 from powerinfer_tools.engine.hot.placement import Workload, experts_of, units_size
-from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.errors import ConvertError, HardwareError, ModelError, PlanError, ProfileError
 from powerinfer_tools.inspect.describe import describe
+from powerinfer_tools.model.device_memory import MARGIN, budget_for
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
 from powerinfer_tools.model.shapes import shape_of_model
@@ -253,7 +253,7 @@ def test_memory_is_allocated_up_front_within_the_budget(
     whole = units_size(model, opening.planned_units(model), Workload(4, 16))
     shape = shape_of_model(load_model(quantised.tiny.path))
     assert whole.scratch == memory.gpu_scratch_bytes(shape, 4)
-    one = expert_sizes.expert_size(experts_of(model)[0])
+    one = experts_of(model)[0].expert_nbytes
     assert whole.weights == one * quantised.routing.experts * quantised.layers
     gpu = FakeGpu(free=1 << 30)
     on(monkeypatch, gpu)
@@ -280,7 +280,7 @@ def test_budgets_that_do_not_fit_are_refused_or_the_split_moves(
     assert not gpu.asked
     model = load_model(path)
     scratch = units_size(model, opening.planned_units(model), Workload(4, 16)).scratch
-    room = 2 * expert_sizes.shared_size(experts_of(model)[0])
+    room = 2 * experts_of(model)[0].shared_nbytes
     on(monkeypatch, FakeGpu(free=MARGIN + budget_for(scratch + room)))
     engine = Engine(load_model(path), threads=1, device="cuda", batch=4, context=16)
     # Shared experts, which every token takes, go last.

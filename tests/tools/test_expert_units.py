@@ -16,11 +16,10 @@ from expert_models import PreparedExperts
 from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.hot.devices import DeviceLost
-from powerinfer_tools.engine.hot.expert_sizes import expert_size, shared_size
+from powerinfer_tools.engine.hot.faults import DeviceLost
 from powerinfer_tools.engine.hot.opening import planned_units
 from powerinfer_tools.engine.hot.placement import Workload, attention_bytes, experts_of, units_size
-from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
+from powerinfer_tools.model.device_memory import MARGIN, budget_for
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
 from tiny_models import CASES
@@ -219,7 +218,7 @@ def test_bytes_of_a_token_count_everything_there_once(shared: PreparedExperts) -
     counted, model = engine.report().bytes_per_token, engine.model
     engine.close()
     layers = experts_of(model)
-    taken = sum(shared.routing.used * expert_size(layer) + shared_size(layer) for layer in layers)
+    taken = sum(shared.routing.used * layer.expert_nbytes + layer.shared_nbytes for layer in layers)
     blocks = sum(attention_bytes(model, index) for index in range(len(model.layers)))
     cache = 2 * shared.layers * 2 * model.hyper.kv_width * 2  # of two positions, in half precision
     row = model.embedding.nbytes // model.embedding.rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from powerinfer_kernels import RowType
-from powerinfer_tools.engine.hot.devices import DeviceLost
+from powerinfer_tools.engine.hot.faults import DeviceLost
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from split_models import GROUP, Prepared
 from test_hot_side import FakeGpu, on

@@ -12,6 +12,7 @@ from fake_gpus import on
 from powerinfer_kernels import RowType, block_shape, repack, row_bytes
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot.dequantize import dequantize
+from powerinfer_tools.model.device_memory import CHUNK_ROWS, rows_at_once
 from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
 from strict_device import OnDevice, RuleBroken, StrictDevice, launches_of, rules
@@ -68,8 +69,12 @@ def test_every_step_is_what_a_gpu_can_do_without_waiting(
     device, got = strictly(path, tokens, monkeypatch, fused=fused, kv_type=kv_type)
     if not fused:
         assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
-    copies = copies_of_a_token(hot, model.neurons, parallel=case.startswith("falcon"))
-    assert device.copies[-2 * len(copies) :] == copies * 2
+    if fused:
+        copies = ["out"]  # the logits; all else is written and read by kernels
+        assert device.copies[-2:] == copies * 2 or hot[-1] == 0
+    else:
+        copies = copies_of_a_token(hot, model.neurons, parallel=case.startswith("falcon"))
+        assert device.copies[-2 * len(copies) :] == copies * 2
     assert device.launched["graphs"] > 0
 
 
@@ -111,14 +116,14 @@ def test_a_layer_of_a_decoded_token_is_nine_kernels(
 
 
 def copies_of_a_token(hot: list[int], neurons: int, *, parallel: bool) -> list[str]:
-    """Where all attention and the head are there: what goes in and out."""
+    """Where all attention and the head are there: what goes in and out. The stream brings its positions."""
     copies, there = list[str](), False
     for count in hot:
         if count == 0 and parallel and there:
             # The FFN is the host's, and reads the stream that attention reads.
             copies, there = [*copies, "out"], False
         if not there:
-            copies, there = [*copies, "in"], True
+            copies, there = [*copies, "in", "in"], True
         if count == 0:
             copies, there = [*copies, "out"], False
         elif count < neurons:
@@ -127,7 +132,8 @@ def copies_of_a_token(hot: list[int], neurons: int, *, parallel: bool) -> list[s
 
 
 def test_neurons_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where attention is the host's, a decoded token costs two copies for each split layer."""
+    """Where attention is the host's, a decoded token costs two copies for each split layer; none where
+    kernels reach the host's memory."""
     model = Prepared(tmp_path, "llama-Q8_0")
     path, tokens = model.split([GROUP, 2 * GROUP, 0]), model.tiny.tokens(9)
     expected = decoded(path, tokens)
@@ -135,7 +141,7 @@ def test_neurons_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         device, got = strictly(path, tokens, monkeypatch, fused=fused)
         if not fused:
             assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
-        assert device.copies == ["in", "out"] * 2 * 4
+        assert device.copies == ["in", "out"] * 2 * (2 if fused else 4)
 
 
 @pytest.mark.parametrize("name", ["rounded", "residual", "signs"])
@@ -181,6 +187,76 @@ def test_experts(case: str, attention: bool, tmp_path: Path, monkeypatch: pytest
     assert device.copies
     assert ("graphs" in device.launched) == (attention or fused)
     assert fused or np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+#: What is hot of each layer, in groups (9: all), and whether the stream is there; then, of a decoded token:
+#: pieces of work that are submitted, of those the ones that are waited for, graphs, and copies. Before
+#: layers and head were joined: (5, 5, 4, 2), (9, 9, 8, 6), (11, 11, 10, 8), (6, 6, 4, 4) and (3, 3, 3, 6).
+COUNTS = [
+    ([9, 9, 9], True, (1, 1, 1, 1)),
+    ([1, 9, 1], True, (5, 3, 5, 1)),
+    ([1, 1, 1], True, (7, 4, 7, 1)),
+    ([9, 9, 0], True, (2, 2, 2, 2)),
+    ([1, 1, 1], False, (3, 3, 3, 0)),
+]
+
+
+@pytest.mark.parametrize(("hot", "there", "expected"), COUNTS, ids=[f"{a}-{b}" for a, b, _ in COUNTS])
+def test_what_a_token_costs(
+    hot: list[int],
+    there: bool,
+    expected: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With fused kernels: everything between two turns of the host is one graph."""
+    model = Prepared(tmp_path, "llama-Q4_1")
+    counts = [model.neurons if groups == 9 else groups * GROUP for groups in hot]
+    path = model.split(counts, attention=range(model.layers if there else 0), head=there)
+    device, tokens = StrictDevice(), model.tiny.tokens(9)
+    on(monkeypatch, device, fused=True)
+    launches_of(device, monkeypatch)
+    with rules(device), Engine(load_model(path), threads=1, batch=5, context=16, device="cuda") as engine:
+        engine.prefill(tokens[:7])
+        before, eager = token_counts(device), device.launched.get("queue")
+        engine.decode(tokens[7])
+        assert tuple(np.subtract(token_counts(device), before)) == expected
+        assert device.launched.get("queue") == eager, "something was launched by itself"
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, 200), (False, 33)])
+def test_what_a_batch_launches(
+    there: bool, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokens, all neurons hot: norms and roundings are one kernel each, products lie where they belong.
+    Before: 518 with all on the device, 33 with neurons alone."""
+    model = Prepared(tmp_path, "llama-Q4_1")
+    path = model.split([model.neurons] * 3, attention=range(3 if there else 0), head=there)
+    device = StrictDevice()
+    on(monkeypatch, device, fused=True)
+    launches_of(device, monkeypatch)
+    with rules(device), Engine(load_model(path), threads=1, batch=5, context=16, device="cuda") as engine:
+        engine.prefill([1, 2, 3])
+        before = device.launched["queue"]
+        engine.prefill([4, 5])
+        assert device.launched["queue"] - before == expected
+
+
+def test_rows_are_unpacked_in_what_is_counted_for_it() -> None:
+    """A 7B shape, all of it on the device, in batches of 512, of 16, and neurons alone."""
+    width, neurons = 4096, 11008
+    for tokens, parts, expected in ((512, 3, 3456), (16, 3, 4544), (512, 1, 1216)):
+        rows = rows_at_once([CHUNK_ROWS * width] * parts, tokens)
+        assert rows == expected
+        assert rows < neurons
+        more = 3 * tokens * (rows - CHUNK_ROWS)
+        assert rows * width + more <= 3 * parts * CHUNK_ROWS * width
+
+
+def token_counts(device: StrictDevice) -> tuple[int, ...]:
+    """What was submitted, of that what is waited for, graphs, copies."""
+    launched = device.launched
+    return launched["submitted"], launched["awaited"], launched.get("graphs", 0), len(device.copies)
 
 
 def test_the_rules_find_what_breaks_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ from powerinfer_tools.engine.hot.limits import attention_limit
 from powerinfer_tools.engine.hot.loading import Arena, Form
 from powerinfer_tools.engine.hot.placed import Named, Placed
 from powerinfer_tools.engine.hot.placement import Workload
-from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.architectures import ARCHITECTURES
+from powerinfer_tools.model.device_memory import CHUNK_ROWS
 from powerinfer_tools.model.layer_weights import AttentionWeights
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.reference import NumpyOperations

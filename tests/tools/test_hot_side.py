@@ -19,9 +19,9 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot import devices, opening
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, HotFFN
 from powerinfer_tools.engine.hot.placement import Workload, units_size
-from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for
 from powerinfer_tools.engine.timeline import Timeline
 from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.model.device_memory import MARGIN, budget_for
 from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
 

@@ -10,12 +10,12 @@ from fake_gpus import FailingGpu, FakeGpu, LatestGpu, on
 from meetings import Meeting
 from powerinfer_kernels import triton_launch
 from powerinfer_tools.engine import Engine, from_disk, layers, memory
-from powerinfer_tools.engine.hot.devices import DeviceLost
+from powerinfer_tools.engine.hot.faults import DeviceLost
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from powerinfer_tools.engine.hot.opening import planned_units
 from powerinfer_tools.engine.hot.placement import Workload, units_size
-from powerinfer_tools.engine.hot.sizes import MARGIN, budget_for, overhead
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.device_memory import MARGIN, budget_for, overhead
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import forward
 from split_models import GROUP, Prepared

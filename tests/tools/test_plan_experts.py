@@ -23,8 +23,8 @@ from powerinfer_formats.hardware import FFNCurve
 from powerinfer_formats.plan import Plan, PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.hot.sizes import budget_for
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model.device_memory import budget_for
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model
 from powerinfer_tools.stages.plan import PlanRequest, make_plan, memory, render_plan

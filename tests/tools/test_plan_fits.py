@@ -12,9 +12,9 @@ from powerinfer_formats.profile import Profile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot.opening import planned_units
 from powerinfer_tools.engine.hot.placement import Workload, fit, units_size
-from powerinfer_tools.engine.hot.sizes import OVERHEAD, budget_for, overhead
 from powerinfer_tools.inspect import describe
 from powerinfer_tools.measure.hardware.presets import PC_LOW
+from powerinfer_tools.model.device_memory import OVERHEAD, budget_for, overhead
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.shapes import shape_of_model
 from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
@@ -94,7 +94,7 @@ def test_what_is_planned_is_what_is_placed(
 
 
 def test_the_margin_of_a_plan_without_budget_holds_what_the_engine_leaves_free() -> None:
-    from powerinfer_tools.engine.hot.sizes import MARGIN
+    from powerinfer_tools.model.device_memory import MARGIN
     from powerinfer_tools.stages.plan.planner import VRAM_MARGIN
 
     assert VRAM_MARGIN >= 4 * MARGIN

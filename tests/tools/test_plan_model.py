@@ -10,9 +10,9 @@ import pytest
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Corpus, LayerSums, Profile
 from powerinfer_tools.engine.engine import Engine
-from powerinfer_tools.engine.hot.sizes import overhead
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.measure.hardware.presets import PC_LOW
+from powerinfer_tools.model.device_memory import overhead
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model
 from powerinfer_tools.stages.plan import PlanRequest, make_plan, memory

@@ -18,8 +18,8 @@ from powerinfer_formats.modes import MODES
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.predictors import PredictionCost, Predictors
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.hot.sizes import budget_for
 from powerinfer_tools.errors import PlanError
+from powerinfer_tools.model.device_memory import budget_for
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.predictor_shapes import PredictorShape, low_rank, predicted_frequencies
 from powerinfer_tools.model.shapes import ModelShape

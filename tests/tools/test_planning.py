@@ -15,9 +15,9 @@ from plan_cases import NEURONS_ONLY, granted, machine, shape, skewed_frequencies
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.hardware import FFNCurve, HardwareProfile
 from powerinfer_formats.plan import Plan
-from powerinfer_tools.engine.hot.sizes import budget_for, overhead
 from powerinfer_tools.errors import HardwareError, PlanError
 from powerinfer_tools.measure.hardware.presets import PC_HIGH, PC_LOW, PRESETS
+from powerinfer_tools.model.device_memory import budget_for, overhead
 from powerinfer_tools.model.published import PUBLISHED, published_shape
 from powerinfer_tools.model.shapes import ModelShape, neuron_bytes
 from powerinfer_tools.stages.plan import PlanRequest, make_plan, render_plan

@@ -14,6 +14,7 @@ from powerinfer_kernels import Activations
 from powerinfer_tools.engine.hot.routes import Route
 from powerinfer_tools.errors import HardwareError, how_to_install
 from powerinfer_tools.model.loading import Model
+from powerinfer_tools.progress import Progress
 
 if TYPE_CHECKING:
     from powerinfer_tools.engine.hot.placement import Workload
@@ -62,11 +63,15 @@ class HotSide(Protocol):
 
     @property
     def seconds(self) -> float:
-        """Time the device has worked."""
+        """Time the device has worked, so far as that was to be told."""
+
+    def time(self, *, on: bool) -> None:
+        """Whether :attr:`spans` and :attr:`seconds` are to be told of what is queued from here on; a device
+        for which that costs nothing tells them anyway."""
 
     @property
     def waiting_seconds(self) -> float:
-        """Time the caller has waited in :meth:`collect`."""
+        """Time the caller has waited for what is in :attr:`seconds`."""
 
     @property
     def notices(self) -> Sequence[str]:
@@ -74,8 +79,8 @@ class HotSide(Protocol):
 
     @property
     def spans(self) -> list[tuple[int | None, Span]]:
-        """What the device did when, of everything that was waited for, with its layer; the caller clears
-        it."""
+        """What the device did when, of everything that was waited for, with its layer (of many layers that
+        are one piece of work, the first); the caller clears it."""
 
     @property
     def has_head(self) -> bool:
@@ -168,12 +173,13 @@ class HotSide(Protocol):
 
 
 def open_hot_side(
-    model: Model, device: str, vram: int | None, work: "Workload"
+    model: Model, device: str, vram: int | None, work: "Workload", progress: Progress | None = None
 ) -> tuple[HotSide | None, Sequence[str]]:
     """The hot side of ``model`` on ``device``, or None where nothing is to be computed there, and what must
     be said: where a GPU cannot be used, the C kernels compute everything.
 
-    ``vram`` limits its bytes by moving the split point of layers. Raises HardwareError for an unknown device,
+    ``vram`` limits its bytes by moving the split point of layers; ``progress`` hears of kernels that have to
+    be compiled. Raises HardwareError for an unknown device,
     a missing torch, a limit beyond what is free, or a model that has
     not been split.
     """
@@ -195,4 +201,4 @@ def open_hot_side(
             f"--device {device} needs torch, which is not installed ({error}); "
             f"{how_to_install('torch')}, or use --device none"
         ) from None
-    return opening.open_on(model, device, vram, work)
+    return opening.open_on(model, device, vram, work, progress)

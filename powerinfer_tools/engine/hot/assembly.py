@@ -1,6 +1,6 @@
 """Everything that is placed on a device, put together from a split file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from powerinfer_formats.split import SplitLayer
 from powerinfer_formats.split_predictors import SplitLowRank
 from powerinfer_kernels import RowType
-from powerinfer_kernels.triton_layout import SPLIT_ROWS
+from powerinfer_kernels.triton_layout import PLANAR_TYPES, SPLIT_ROWS
 from powerinfer_tools.engine.hot.backend import Backend, Exchange, FFNsApart
 from powerinfer_tools.engine.hot.devices import Device
 from powerinfer_tools.engine.hot.expert_parts import ExpertParts, chosen, chunk_floats, routers_of
@@ -16,28 +16,38 @@ from powerinfer_tools.engine.hot.experts import HotExperts
 from powerinfer_tools.engine.hot.head import HotHead
 from powerinfer_tools.engine.hot.hot_blocks import HotBlocks, head
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
+from powerinfer_tools.engine.hot.layer_steps import HotLayer, Landing, StreamMemory
 from powerinfer_tools.engine.hot.loading import Arena, Form, unpacked_values
 from powerinfer_tools.engine.hot.placed import Named, Placed
 from powerinfer_tools.engine.hot.placement import HotUnits, Workload, experts_of
 from powerinfer_tools.engine.hot.prediction import HotPredictor
 from powerinfer_tools.engine.hot.predictor_units import PredictorParts, reads_floats, reads_stream
-from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
-from powerinfer_tools.engine.hot.stream import HotLayer, HotStream, Landing, StreamMemory
+from powerinfer_tools.engine.hot.stream import HotStream
 from powerinfer_tools.model.counting import HEAD_ROWS
+from powerinfer_tools.model.device_memory import CHUNK_ROWS, rows_at_once
 from powerinfer_tools.model.layer_weights import AttentionWeights
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.tensors import Weight
 
 Tensor = torch.Tensor
+#: Tokens of a batch that takes the same kernels as a large one.
+_REHEARSED = 2
 #: Bytes of float32 rows that the CPU device may hold.
 UNPACKED_LIMIT = 2 << 30
 
 
 def assemble(
-    model: Model, units: HotUnits, device: Device, work: Workload, *, fused: bool
+    model: Model,
+    units: HotUnits,
+    device: Device,
+    work: Workload,
+    *,
+    fused: bool,
+    rehearse: Callable[[Callable[[], None]], None] | None = None,
 ) -> tuple[Backend, list[str]]:
     """``units`` on ``device``, in one block of its memory; with the Triton kernels where ``fused`` and a row
-    type has them. Second, the row types that have not. Raises OutOfDeviceMemory."""
+    type has them. Second, the row types that have not. ``rehearse`` gets all of its work, with a small batch,
+    before any of it is recorded. Raises OutOfDeviceMemory."""
     values = unpacked_values(_neuron_layers(model), units.neurons, _matrices(model, units))
     unpack = device.free_bytes() is None and 4 * values <= UNPACKED_LIMIT
     arena = Arena()
@@ -46,6 +56,8 @@ def assemble(
     arena.fill(device.allocate(arena.nbytes))
     parts = _Parts(model, units, work, form, device)
     parts.take_all()
+    if rehearse is not None:
+        rehearse(lambda: parts.backend().prepare(min(_REHEARSED, work.tokens)))
     return parts.backend(), sorted(form.not_fused)
 
 
@@ -67,6 +79,20 @@ def _matrices(model: Model, units: HotUnits) -> list[Weight]:
         matrices += [matrix for ffn in chosen(layer, counts).values() for matrix in ffn.matrices]
         matrices += routers_of(layer) if there else []
     return [*matrices, model.head] if units.head else matrices
+
+
+def _all_fused(model: Model, units: HotUnits) -> bool:
+    """Whether no row takes more memory than it has when it is unpacked."""
+    layers = [layer for layer, count in zip(_neuron_layers(model), units.neurons, strict=False) if count]
+    kinds = {RowType(layer.type_of(kind)) for layer in layers for kind in layer.kinds}
+    kinds |= {matrix.row_type for matrix in _matrices(model, units)}
+    kinds |= {
+        RowType(kind)
+        for layer in layers
+        if units.names(layer.index) and isinstance(layer.predictor, SplitLowRank)
+        for kind in layer.predictor.types
+    }
+    return kinds <= {*PLANAR_TYPES, RowType.F32}
 
 
 def _attention_matrices(w: AttentionWeights) -> list[Weight]:
@@ -105,10 +131,10 @@ class _Parts:
         exchange, rounded = self._exchange()
         apart = [None if there else ffn for there, ffn in zip(self.units.attention, self.ffns, strict=True)]
         stream = None
+        hot_head = self.head if self.units.head else None
         if any(self.units.attention):
-            stream = HotStream(
-                self.device, self.streamed, self._stream_memory(), parallel=self.model.hyper.parallel
-            )
+            memory, parallel = self._stream_memory(), self.model.hyper.parallel
+            stream = HotStream(self.device, self.streamed, memory, hot_head, parallel=parallel)
         predictors = [
             None if there else found
             for there, found in zip(self.units.attention, self.predictors, strict=True)
@@ -124,7 +150,7 @@ class _Parts:
             parts.stream_ends(self._used(there=False)),
             self.experts.dispatch if self.experts else None,
         )
-        return Backend(self.device, ffns, stream, self.head if self.units.head else None)
+        return Backend(self.device, ffns, stream, hot_head)
 
     @cached_property
     def experts(self) -> ExpertParts | None:
@@ -167,25 +193,37 @@ class _Parts:
     @cached_property
     def chunk(self) -> Tensor:
         """Flat space for a chunk of unpacked rows of any matrix."""
-        width = min(CHUNK_ROWS, max(self.units.neurons, default=0)) * self.hyper.width
-        routing = self.hyper.routing
+        width, routing = self.hyper.width, self.hyper.routing
         if routing is not None and any(self.units.experts):
-            width = chunk_floats(experts_of(self.model), routing.used)
+            least = chunk_floats(experts_of(self.model), routing.used)
+        else:
+            least = min(self._rows_at_once, max(self.units.neurons, default=0)) * width
         predictors = [layer.predictor for layer in self.layers if self.units.names(layer.index)]
         for predictor in predictors:
             rank = predictor.rank if isinstance(predictor, SplitLowRank) else 0
-            width = max(width, CHUNK_ROWS * max(self.hyper.width, rank))
-        if self.units.head:
-            width = max(width, CHUNK_ROWS * self.hyper.width)
-        if any(self.units.attention):
-            width = max(width, CHUNK_ROWS * max(self.hyper.width, self.hyper.query_width))
-        return self.memory.floats(width)
+            least = max(least, CHUNK_ROWS * max(width, rank))
+        return self.memory.floats(max(least, self._rows_at_once * max(self._chunks, default=0) // CHUNK_ROWS))
+
+    @property
+    def _chunks(self) -> list[int]:
+        """Values of the chunks of rows that are counted for attention and the head."""
+        widest = max(self.hyper.width, self.hyper.query_width)
+        units = ((any(self.units.attention), widest), (self.units.head, self.hyper.width))
+        return [CHUNK_ROWS * columns for there, columns in units if there]
+
+    @cached_property
+    def _rows_at_once(self) -> int:
+        """Neurons, and rows of a matrix, that are unpacked at a time."""
+        if not self.form.fused or not _all_fused(self.model, self.units):
+            return CHUNK_ROWS
+        neurons = min(CHUNK_ROWS, max(self.units.neurons, default=0))
+        return rows_at_once([neurons * self.hyper.width, *self._chunks], self.work.tokens)
 
     @cached_property
     def scratch(self) -> Scratch:
         """What the neurons of one layer need while they are computed."""
         most, tokens, width = max(self.units.neurons, default=0), self.work.tokens, self.hyper.width
-        chunk = min(CHUNK_ROWS, most)
+        chunk = min(self._rows_at_once, most)
         gate, up = (self.memory.floats(tokens * chunk) for _ in range(2))
         rest = self.memory.floats(rest_floats(most, width))
         return Scratch(self.chunk[: chunk * width].view(chunk, width), gate, up, rest)
@@ -255,7 +293,17 @@ class _Parts:
         staging = [self.device.staging(tokens, self.hyper.width) for _ in inputs]
         rounded = False in self._float_rows(there=False)
         host_out = self.device.staging(tokens, self.hyper.width)
-        exchange = Exchange(Inputs(staging[0], staging[-1]), host_out, Inputs(inputs[0], inputs[-1]), out)
+        reached = [self.form.window(self.device, end) for end in (*staging, host_out)]
+        windows = [end for end in reached if end is not None]
+        reach = len(windows) == len(reached)
+        exchange = Exchange(
+            Inputs(staging[0], staging[-1]),
+            host_out,
+            Inputs(inputs[0], inputs[-1]),
+            out,
+            Inputs(windows[0], windows[-2]) if reach else None,
+            windows[-1] if reach else None,
+        )
         return exchange, rounded
 
     def _hot_layer(self, index: int) -> HotLayer:
@@ -277,7 +325,13 @@ class _Parts:
 
     def _stream_memory(self) -> StreamMemory:
         normed, (x, hot, cold) = self.stream_floats
-        ends = [self.device.staging(self.work.tokens, self.hyper.width) for _ in range(3)]
+        tokens = self.work.tokens
+        ends = [self.device.staging(tokens, self.hyper.width) for _ in range(3)]
+        places = self.device.staging(2 * tokens).view(torch.int64)
+        places.zero_()  # a token that is recorded stands at the first position
+        host = [*ends, places]
+        reached = [self.form.window(self.device, end) for end in host]
+        windows = [end for end in reached if end is not None]
         return StreamMemory(
             x,
             normed,
@@ -285,7 +339,9 @@ class _Parts:
             cold,
             self.placed.positions,
             self.scratch,
-            Landing(*ends),
+            Landing(*host),
+            Landing(*windows) if len(windows) == len(host) else None,
+            self._float_rows(there=True) == {False},
             self.predictor_parts.naming,
             self.experts.dispatch if self.experts else None,
         )

@@ -18,6 +18,7 @@ from powerinfer_tools.engine.hot.devices import Device, Steps, Ticket
 from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts
 from powerinfer_tools.engine.hot.head import HotHead
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
+from powerinfer_tools.engine.hot.mapped import copy, through
 from powerinfer_tools.engine.hot.prediction import HotPredictor, Naming
 from powerinfer_tools.engine.hot.routes import Route
 from powerinfer_tools.engine.hot.stream import HotStream
@@ -27,12 +28,15 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the two sides exchange, float32 (T, width): inputs and output, on the host and on the device."""
+    """What the two sides exchange, float32 (T, width): inputs and output, on the host and on the device;
+    ``window_in`` and ``window_out``: the host's ends as kernels reach them, if they do."""
 
     host_in: Inputs
     host_out: torch.Tensor
     device_in: Inputs
     device_out: torch.Tensor
+    window_in: Inputs | None = None
+    window_out: torch.Tensor | None = None
 
     def stage(self, normed: Floats, acts: Activations | None) -> None:
         """Put the inputs where the device copies them from."""
@@ -48,14 +52,25 @@ class Exchange:
 
     def copy_in(self, tokens: int) -> None:
         """Host to device."""
-        there, here = self.device_in.first(tokens), self.host_in.first(tokens)
-        there.rounded.copy_(here.rounded, non_blocking=True)
+        windows, there = self.window_in if tokens == 1 else None, self.device_in.first(tokens)
+        here, crossing = (windows or self.host_in).first(tokens), copy if windows is None else through
+        crossing(here.rounded, there.rounded)
         if self.device_in.exact is not self.device_in.rounded:
-            there.exact.copy_(here.exact, non_blocking=True)
+            crossing(here.exact, there.exact)
 
-    def copy_out(self, tokens: int) -> None:
-        """Device to host."""
-        self.host_out[:tokens].copy_(self.device_out[:tokens], non_blocking=True)
+    def out(self, hot: HotFFN | HotExperts, tokens: int) -> torch.Tensor:
+        """Where ``hot`` writes its sum: to the host at once, if it writes each value once."""
+        direct = self.window_out is not None and tokens == 1 and isinstance(hot, HotFFN) and hot.fused
+        there = self.window_out if direct and self.window_out is not None else self.device_out
+        return there[:tokens]
+
+    def deliver(self, out: torch.Tensor) -> Steps:
+        """``out`` to the host; nothing where it is there."""
+        if out.data_ptr() == self.host_out.data_ptr():
+            return ()
+        if self.window_out is not None and len(out) == 1:
+            return (("copy out", partial(through, out, self.window_out[:1])),)
+        return (("copy out", partial(copy, out, self.host_out[: len(out)])),)
 
 
 @dataclass(frozen=True)
@@ -90,8 +105,9 @@ class Backend:
         self._rounded, self._stream, self._dispatch = ffns.rounded, ffns.stream, ffns.dispatch
         self.predictors, self.naming = ffns.predictors, ffns.naming
         self._decode = [[device.recorded(steps) for steps in self._once(i)] for i in range(len(self.layers))]
-        sources = () if head is None else (False,) if stream is None else (False, True)
-        self._head_decode = {stays: device.recorded(self._head_steps(0, 1, stays=stays)) for stays in sources}
+        self._head_decode: Steps = ()
+        if head is not None and (stream is None or not stream.to_the_end):
+            self._head_decode = device.recorded(head.arriving(1))
 
     def prepare(self, tokens: int) -> None:
         """Take now what batches of ``tokens`` take, and begin counting."""
@@ -104,7 +120,7 @@ class Backend:
             self.stream.prepare(tokens)
             found += [layer.predictor for layer in self.stream.layers if layer and layer.predictor]
         if self.head is not None:
-            self.device.prepare(self._head_steps(0, len(self.head.logits), stays=False))
+            self.device.prepare(self.head.arriving(len(self.head.logits)))
         for predictor in found:
             # Whatever the runs so far had as input has been counted.
             self.device.prepare((("reset", predictor.forget),))
@@ -128,38 +144,26 @@ class Backend:
         result: Floats = self._exchange.host_out[:tokens].numpy()
         return result
 
-    def logits(self, x: Floats | None, first: int, last: int) -> Ticket:
+    def logits(self, x: Floats | None, first: int, last: int) -> list[Ticket]:
         """Queue the head for rows of the stream: ``x`` (last - first, width), or rows ``first`` to ``last``
-        of the device's own where that is None."""
+        of the device's own where that is None; of a single token that is queued already."""
         assert self.head is not None
-        stays = x is None
-        if x is not None:
-            first, last = 0, len(x)
-            self.head.landing[:last].numpy()[...] = x
-        one = self._head_decode[stays] if (first, last) == (0, 1) else None
-        return self.device.submit(one or self._head_steps(first, last, stays=stays))
+        if x is None:
+            assert self.stream is not None
+            if self.stream.ended:
+                return []
+            return [self.device.submit(self.head.steps(self.stream.rows(first, last)))]
+        self.head.landing[: len(x)].numpy()[...] = x
+        recorded = self._head_decode if len(x) == 1 else ()
+        return [self.device.submit(recorded or self.head.arriving(len(x)))]
 
     def close(self) -> None:
         """Forget all tensors, then close the device."""
         self.layers, self._decode, self.predictors = (), [], ()
-        self._head_decode = {}
+        self._head_decode = ()
         self.stream = self.head = None
         del self._exchange, self._scratch, self._stream, self.naming, self._dispatch
         self.device.close()
-
-    def _head_steps(self, first: int, last: int, *, stays: bool) -> Steps:
-        """The head for rows ``first`` to ``last`` of the stream, which ``stays`` on the device, or comes from
-        the host."""
-        assert self.head is not None
-        count = last - first
-        steps: Steps = ()
-        if stays:
-            assert self.stream is not None
-            rows = self.stream.rows(first, last)
-        else:
-            rows = self.head.rows[:count]
-            steps = (("copy in", partial(_copy, self.head.landing[:count], rows)),)
-        return (*steps, ("head", self.head.write(rows)), ("copy out", partial(self.head.copy_out, count)))
 
     def _reads_stream(self, layer: int) -> bool:
         predictor = self.predictors[layer]
@@ -173,16 +177,16 @@ class Backend:
         if hot is None or hot.stack is None or self._dispatch is None:
             return []
         work = self._dispatch.steps_of_one(hot, exchange.device_in.first(1), exchange.device_out[:1])
-        copy_in, copy_out = (partial(copy, 1) for copy in (exchange.copy_in, exchange.copy_out))
-        return [(("copy in", copy_in), *work, ("copy out", copy_out))]
+        first: Steps = (("copy in", partial(exchange.copy_in, 1)),)
+        return [(*first, *work, *exchange.deliver(exchange.device_out[:1]))]
 
     def _steps(self, layer: int, tokens: int, routes: Sequence[Route] = ()) -> list[Steps]:
         """One piece of work, or where the device predicts, two."""
         hot, exchange = self.layers[layer], self._exchange
         assert hot is not None
-        inputs, out = exchange.device_in.first(tokens), exchange.device_out[:tokens]
+        inputs, out = exchange.device_in.first(tokens), exchange.out(hot, tokens)
         first: Steps = (("copy in", partial(exchange.copy_in, tokens)),)
-        last: Steps = (("copy out", partial(exchange.copy_out, tokens)),)
+        last = exchange.deliver(out)
         if isinstance(hot, HotExperts):
             assert self._dispatch is not None
             return [(*first, *self._dispatch.steps(hot, routes, inputs, out), *last)]
@@ -191,7 +195,7 @@ class Backend:
             x = inputs.exact
             if predictor.scorer.residual:
                 here, x = (end[:tokens] for end in self._stream)
-                first = (*first, ("copy in", partial(_copy, here, x)))
+                first = (*first, ("copy in", partial(copy, here, x)))
             cold = hot.neurons < len(predictor.threshold)
             first = (*first, *self.naming.steps(predictor, inputs, x, cold=cold))
             named = self.naming.of_hot(predictor, tokens)
@@ -201,7 +205,3 @@ class Backend:
         if predictor.checks:
             rest = (("recall", partial(hot.count, inputs, self._scratch, named, predictor.counts)), *rest)
         return [first, rest]
-
-
-def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    target.copy_(source, non_blocking=True)

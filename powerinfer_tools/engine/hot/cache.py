@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from powerinfer_tools.engine.hot.elementwise import BLOCK, block_codes
-from powerinfer_tools.engine.hot.sizes import KEYS_AT_ONCE, QUERIES_AT_ONCE
+from powerinfer_tools.model.device_memory import KEYS_AT_ONCE, QUERIES_AT_ONCE
 
 Tensor = torch.Tensor
 
@@ -78,15 +78,25 @@ class Attending:
         """Whether the fused kernels look so, too."""
         return self.slopes is None and self.sinks is None and not self.chunk
 
-    def attend(self, query: Tensor, cache: HotCache, position: int, space: Tensor, out: Tensor) -> None:
+    def attend(
+        self,
+        query: Tensor,
+        cache: HotCache,
+        position: int,
+        space: Tensor,
+        out: Tensor,
+        most: int = QUERIES_AT_ONCE,
+    ) -> None:
         """out (T, heads · head_dim) = softmax(scale · q kᵀ) v for queries that stand at ``position`` and
-        after it, each seeing the positions up to its own; ``space`` is flat scratch for the scores."""
-        for first in range(0, len(query), QUERIES_AT_ONCE):
-            last = min(first + QUERIES_AT_ONCE, len(query))
+        after it, each seeing the positions up to its own; ``space`` is flat scratch for the scores of as many
+        queries as fit there, and at ``most`` of so many."""
+        step = max(1, min(most, len(space) // (self.heads * (position + len(query)))))
+        for first in range(0, len(query), step):
+            last = min(first + step, len(query))
             out[first:last] = self._some(query[first:last], cache, position + first, space)
 
     def _some(self, query: Tensor, cache: HotCache, position: int, space: Tensor) -> Tensor:
-        """As :meth:`attend`, for at most QUERIES_AT_ONCE queries."""
+        """As :meth:`attend`, for queries whose scores fit."""
         tokens, kv_heads = len(query), cache.keys.data.shape[0]
         group, end = self.heads // kv_heads, position + tokens
         begin = max(0, position + 1 - self.window) if self.window else 0
@@ -98,7 +108,7 @@ class Attending:
         pieces = [(a, min(a + KEYS_AT_ONCE, end)) for a in range(begin, end, KEYS_AT_ONCE)]
         for a, b in pieces:
             keys = cache.keys.between(a, b).transpose(1, 2)
-            scores[..., a - begin : b - begin] = torch.bmm(shared, keys)
+            torch.bmm(shared, keys, out=scores[..., a - begin : b - begin])
         scores *= self.scale
         if self.softcap:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -12,11 +12,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from powerinfer_tools.engine.hot import Span
+from powerinfer_tools.engine.hot.faults import (
+    DeviceLost,
+    KernelRefused,
+    MemoryEnded,
+    OutOfDeviceMemory,
+    first_line,
+)
+from powerinfer_tools.engine.hot.mapped import mapped
+from powerinfer_tools.engine.hot.marks import Clock, Marks, Passed, Timed
 from powerinfer_tools.errors import HardwareError
 
 Work = Callable[[], None]
@@ -24,29 +34,16 @@ Work = Callable[[], None]
 Steps = Sequence[tuple[str, Work]]
 #: Set to 0, launches are not recorded into CUDA graphs.
 GRAPHS_VARIABLE = "POWERINFER_CUDA_GRAPHS"
-
-
-class OutOfDeviceMemory(HardwareError):
-    """The device has no room for what was asked."""
-
-
-class DeviceLost(HardwareError):
-    """The device stopped working."""
-
-
-class KernelRefused(HardwareError):
-    """A fused kernel could not be compiled, loaded or launched: the plain-torch form has to do."""
-
-
-class MemoryEnded(DeviceLost):
-    """The device ran out of memory in the middle of a run; what it holds is whole."""
+#: There under WSL, where the driver keeps what is queued back until it is asked how far it is.
+WSL_DEVICE = Path("/dev/dxg")
 
 
 class Ticket(Protocol):
     """Queued work."""
 
     def wait(self) -> list[Span]:
-        """Wait until it is done; when each step began and ended. Raises DeviceLost."""
+        """Wait until it is done; when each step began and ended, if the device was ``timed`` or knows anyway.
+        Raises DeviceLost."""
 
 
 @cache
@@ -63,7 +60,9 @@ def arithmetic(device: torch.device) -> tuple[str | int, ...]:
 
 
 class Device(Protocol):
-    """One device and its queue."""
+    """One device and its queue. ``timed``: tickets say when their steps began and ended."""
+
+    timed: bool
 
     @property
     def torch_device(self) -> torch.device:
@@ -81,6 +80,10 @@ class Device(Protocol):
     def staging(self, *shape: int) -> torch.Tensor:
         """A float32 tensor in memory of the host, from which copies need not be waited for."""
 
+    def window(self, host: torch.Tensor) -> torch.Tensor | None:
+        """What :meth:`staging` gave as a tensor of the device, over the same memory; None where its kernels
+        cannot reach that."""
+
     def recorded(self, steps: Steps) -> Steps:
         """The same steps in the form that is quickest to queue, after having run them once."""
 
@@ -88,8 +91,9 @@ class Device(Protocol):
         """Run ``steps`` once and wait, where a first run takes longer or takes memory, so that a later one
         does not. Raises OutOfDeviceMemory and DeviceLost."""
 
-    def submit(self, steps: Steps) -> Ticket:
-        """Queue ``steps`` after everything that was queued before. Raises DeviceLost."""
+    def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
+        """Queue ``steps`` after everything that was queued before. Without ``awaited``, the caller waits for
+        something that is queued later, if for anything. Raises DeviceLost."""
 
     def close(self) -> None:
         """End the queue."""
@@ -111,6 +115,7 @@ class CpuDevice:
     torch_device = torch.device("cpu")
 
     def __init__(self) -> None:
+        self.timed = True  # which costs nothing here
         self._queue = ThreadPoolExecutor(1, thread_name_prefix="powerinfer-hot")
 
     def free_bytes(self) -> int | None:
@@ -129,6 +134,10 @@ class CpuDevice:
         """Memory of the host."""
         return torch.empty(shape, dtype=torch.float32)
 
+    def window(self, host: torch.Tensor) -> torch.Tensor | None:
+        """None: copies are as quick."""
+        return None
+
     def recorded(self, steps: Steps) -> Steps:
         """As they are."""
         return steps
@@ -136,7 +145,7 @@ class CpuDevice:
     def prepare(self, steps: Steps) -> None:
         """Nothing: the first run is as any."""
 
-    def submit(self, steps: Steps) -> Ticket:
+    def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
         """Give them to the thread."""
         return _Finished(self._queue.submit(_run_timed, steps))
 
@@ -162,8 +171,11 @@ class CudaDevice:
     torch_device = torch.device("cuda", 0)
 
     def __init__(self) -> None:
-        self._graphs = os.environ.get(GRAPHS_VARIABLE) != "0"
+        self._graphs, self._held_back = os.environ.get(GRAPHS_VARIABLE) != "0", WSL_DEVICE.exists()
+        self.timed = False
         self.notices: list[str] = []
+        self._windows: bool | None = None  # once it was tried
+        self._rehearses = False
         try:
             self._begin_queue()
         except RuntimeError as error:
@@ -171,7 +183,7 @@ class CudaDevice:
 
     def _begin_queue(self) -> None:
         self._stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._clock = _Clock(self._stream)
+        self._clock, self._marks = Clock(self._stream), Marks(self._stream)
         # What steps allocate while they work lies in one place for all graphs: they never run at once.
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -200,12 +212,27 @@ class CudaDevice:
                 self.notices.append(said)
             return torch.empty(shape, dtype=torch.float32)
 
+    def window(self, host: torch.Tensor) -> torch.Tensor | None:
+        """See :class:`Device`. The first is tried: what a kernel writes to it has to be there."""
+        if self._windows is False or not host.is_pinned():
+            return None
+        try:
+            there = mapped(host, self.torch_device)
+            if self._windows is None:
+                self._try(there, host)
+            self._windows = True
+        except (RuntimeError, TypeError, ValueError) as error:
+            self._windows = False
+            self.notices.append(f"kernels cannot reach pinned memory ({first_line(error)}): it is copied")
+            return None
+        return there
+
     def recorded(self, steps: Steps) -> Steps:
         """One CUDA graph of all steps. Where it cannot be recorded, they stay as they are, which is said. The
         run before it compiles kernels, loads them, and makes room for what libraries keep, none of which may
         happen while a graph is recorded. Raises OutOfDeviceMemory, KernelRefused and DeviceLost."""
         self.prepare(steps)
-        if not self._graphs:
+        if not self._graphs or self._rehearses:
             return steps
         graph = torch.cuda.CUDAGraph()
         try:
@@ -223,7 +250,9 @@ class CudaDevice:
     def prepare(self, steps: Steps) -> None:
         """See :class:`Device`."""
         try:
-            self._run(steps).wait()
+            ticket = self._run(steps, _once)
+            if not self._rehearses:
+                ticket.wait()
         except HardwareError:
             raise
         except RuntimeError as error:
@@ -231,22 +260,29 @@ class CudaDevice:
         except Exception as error:  # noqa: BLE001 - Triton's errors derive from Exception
             raise KernelRefused(first_line(error)) from None
 
-    def submit(self, steps: Steps) -> Ticket:
-        """Queue them on the stream. Without memory for it, what torch holds in reserve goes back to the
-        driver, and the steps are queued once more: they only write what they compute.
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Within it, what is recorded or prepared is run once, and nothing is kept."""
+        self._rehearses = True
+        try:
+            yield
+            self._stream.synchronize()
+        finally:
+            self._rehearses = False
+
+    def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
+        """Queue them on the stream. Where a step finds no memory, what torch holds in reserve goes back to
+        the driver, and that step is queued once more: it only writes what it computes.
         """
         try:
-            return self._run(steps)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        except Exception as error:  # noqa: BLE001 - Triton's errors derive from Exception
-            raise DeviceLost(first_line(error)) from None
-        try:
-            return self._run(steps)
+            ticket = self._run(steps, _twice, awaited=awaited)
+            if self._held_back and ticket.mark is not None:
+                ticket.mark.query()
         except torch.OutOfMemoryError:
             raise MemoryEnded(f"out of VRAM, {self.free_bytes()} bytes are free") from None
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - Triton's errors derive from Exception
             raise DeviceLost(first_line(error)) from None
+        return ticket
 
     def close(self) -> None:
         """Wait for what is queued, and give the memory back to the driver, so far as nothing holds it."""
@@ -276,15 +312,27 @@ class CudaDevice:
             for _, work in steps:
                 work()
 
-    def _run(self, steps: Steps) -> "_Marked":
-        clock = self._clock
-        events = clock.events(len(steps) + 1)
+    def _run(self, steps: Steps, do: Callable[[Work], None], *, awaited: bool = True) -> Timed | Passed:
+        events = self._clock.events(len(steps) + 1) if self.timed else []
         with torch.inference_mode(), full_precision(), torch.cuda.stream(self._stream):
-            events[0].record(self._stream)
-            for event, (_, work) in zip(events[1:], steps, strict=True):
-                work()
-                event.record(self._stream)
-        return _Marked([name for name, _ in steps], events, clock)
+            if events:
+                events[0].record(self._stream)
+            for index, (_, work) in enumerate(steps, 1):
+                do(work)
+                if events:
+                    events[index].record(self._stream)
+            if not events:
+                return self._marks.after(awaited=awaited or self._held_back)
+        return Timed([name for name, _ in steps], events, self._clock)
+
+    def _try(self, there: torch.Tensor, host: torch.Tensor) -> None:
+        """Raise RuntimeError if what a kernel writes to ``there`` is not in ``host`` when it is done."""
+        host.zero_()
+        with torch.cuda.stream(self._stream):
+            there.fill_(1)
+        self._stream.synchronize()
+        if not bool((host == 1).all()):
+            raise RuntimeError("what a kernel wrote did not arrive")
 
     def _failure(self, error: RuntimeError) -> HardwareError:
         """What went wrong, in words."""
@@ -292,6 +340,20 @@ class CudaDevice:
             # The message of torch goes on about its own settings.
             return OutOfDeviceMemory("CUDA out of memory")
         return DeviceLost(first_line(error))
+
+
+def _once(work: Work) -> None:
+    work()
+
+
+def _twice(work: Work) -> None:
+    try:
+        work()
+        return
+    except torch.OutOfMemoryError:
+        pass  # the frames of the exception hold tensors until here
+    torch.cuda.empty_cache()
+    work()
 
 
 @contextmanager
@@ -311,57 +373,6 @@ def full_precision() -> Iterator[None]:
 
 #: What a graph of several steps is called in a trace: the first of these that is among them.
 _GRAPH_NAMES = ("attention", "hot", "merge", "head")
-#: Seconds after which times are counted from a later event: CUDA says them in single precision.
-_REBASE_SECONDS = 1.0
-
-
-class _Clock:
-    """Events of a stream, and when they were on the host's clock."""
-
-    def __init__(self, stream: Any) -> None:
-        self._free, self._base = list[Any](), _event()
-        self._base.record(stream)
-        self._base.synchronize()
-        self._zero = time.perf_counter()
-        self._held = 0
-
-    def events(self, count: int) -> list[Any]:
-        """Events that nobody else holds, to be recorded in order and given to :meth:`times`."""
-        while len(self._free) < count:
-            self._free.append(_event())
-        self._held += count
-        return [self._free.pop() for _ in range(count)]
-
-    def times(self, events: list[Any]) -> list[float]:
-        """Wait for ``events``; when each was. They can be recorded again. Raises DeviceLost."""
-        try:
-            events[-1].synchronize()
-            first = self._zero + float(self._base.elapsed_time(events[0])) / 1e3
-            times = [first, *(first + float(events[0].elapsed_time(event)) / 1e3 for event in events[1:])]
-        except RuntimeError as error:
-            raise DeviceLost(first_line(error)) from None
-        self._held -= len(events)
-        self._free += events
-        if not self._held and times[-1] - self._zero > _REBASE_SECONDS:
-            # All that will be asked for is later than this event.
-            self._free.append(self._base)
-            self._base, self._zero = self._free.pop(-2), times[-1]
-        return times
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-class _Marked:
-    """The ticket of a stream: an event before the first step and after each."""
-
-    def __init__(self, names: list[str], events: list[Any], clock: _Clock) -> None:
-        self._names, self._events, self._clock = names, events, clock
-
-    def wait(self) -> list[Span]:
-        times = self._clock.times(self._events)
-        return [Span(name, times[i], times[i + 1]) for i, name in enumerate(self._names)]
 
 
 def cuda_problem() -> str | None:
@@ -394,8 +405,3 @@ def _capability() -> str:
     except RuntimeError:
         return ""
     return f" (compute capability {major}.{minor})"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, which is where torch says what happened."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

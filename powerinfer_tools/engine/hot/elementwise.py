@@ -18,7 +18,7 @@ LEAST_SCALE = 2.0**-126
 @dataclass(frozen=True)
 class HotNorm:
     """A norm by root mean square ("rms") or by mean and deviation ("layer"); float32 (width,). ``fused``:
-    there are Triton kernels for single tokens."""
+    by a Triton kernel."""
 
     kind: str
     weight: Tensor
@@ -29,7 +29,7 @@ class HotNorm:
     def into(self, x: Tensor, exact: Tensor, rounded: Tensor | None, codes: Tensor | None = None) -> None:
         """exact (T, width) = norm(x), may be in place; ``rounded``: as the integer kernels take it; ``codes``
         of a single token: the same as fused kernels take it."""
-        if self.fused and len(x) == 1:
+        if self.fused and x.is_contiguous():
             self._fused(x, exact, rounded, codes)
             return
         assert codes is None
@@ -40,7 +40,7 @@ class HotNorm:
     def apply(self, x: Tensor, out: Tensor, groups: int = 1) -> None:
         """out (T, groups · width) = norm(x), of each of ``groups`` equal parts of a row by itself; may be
         in place."""
-        if self.fused and len(x) == 1:
+        if self.fused and x.is_contiguous():
             self._fused(x, out, None, None)
             return
         parts = x.view(len(x), groups, -1)
@@ -55,6 +55,9 @@ class HotNorm:
     def _fused(self, x: Tensor, exact: Tensor, rounded: Tensor | None, codes: Tensor | None) -> None:
         from powerinfer_kernels.triton_launch import normalize
 
+        # Rows, or parts of rows, one after the other are what one row of many parts is.
+        x, exact = x.view(1, -1), exact.view(1, -1)
+        rounded = None if rounded is None else rounded.view(1, -1)
         normalize(x, self.weight, self.bias, self.eps, exact, rounded, codes, layer=self.kind == "layer")
 
 

@@ -19,15 +19,19 @@ from powerinfer_kernels import Activations
 from powerinfer_tools.engine.hot import Span, loss
 from powerinfer_tools.engine.hot.backend import Backend
 from powerinfer_tools.engine.hot.cache import fill
-from powerinfer_tools.engine.hot.devices import DeviceLost, MemoryEnded, Ticket, arithmetic
+from powerinfer_tools.engine.hot.devices import Ticket, arithmetic
 from powerinfer_tools.engine.hot.experts import HotExperts
+from powerinfer_tools.engine.hot.faults import DeviceLost, MemoryEnded
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from powerinfer_tools.engine.hot.prediction import HotPredictor
 from powerinfer_tools.engine.hot.routes import Route
-from powerinfer_tools.engine.hot.sizes import HotSize
 from powerinfer_tools.engine.hot.stream import HotStream
+from powerinfer_tools.engine.hot.stretches import Queued
+from powerinfer_tools.model.device_memory import HotSize
 
 Floats = npt.NDArray[np.float32]
+#: Of what the head queues: its input, the head, its output.
+_NO_LAYER = (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class TorchHotSide:
         0 where that is not known."""
         self._backend, self._spare, self._size, self._taken = backend, spare, size, taken
         self._running: _Launched | None = None
-        self._queued: list[tuple[int | None, Ticket]] = []
-        self._before_input = 0  # how many of them come up to the input of the begun layer's FFN
+        self._queued: list[Queued] = []
+        self._before_turn = 0  # how many of them come up to the host's next turn
         self.seconds = self.waiting_seconds = 0.0
         self.spans: list[tuple[int | None, Span]] = []
         self.notices: list[str] = list(notices)
@@ -121,6 +125,10 @@ class TorchHotSide:
         self._wait(len(self._queued))
         work = partial(fill, self._cached(first, count), data)
         self._backend.device.submit((("restore", work),)).wait()
+
+    def time(self, *, on: bool) -> None:
+        """See :class:`powerinfer_tools.engine.hot.HotSide`."""
+        self._backend.device.timed = on
 
     def has_attention(self, layer: int) -> bool:
         """Whether the attention block of ``layer`` is here."""
@@ -192,12 +200,11 @@ class TorchHotSide:
         """The residual stream comes here; see :class:`powerinfer_tools.engine.hot.HotSide`."""
         # What the last pass copied from the host may be overwritten from here on.
         self._wait(len(self._queued))
-        self._queue(None, lambda stream: [stream.enter(x, position)])
+        self._queue(lambda stream: stream.enter(x, position))
 
     def begin(self, layer: int, tokens: int, position: int) -> None:
         """Begin a layer whose attention is here."""
-        self._before_input = len(self._queued) + 1
-        self._queue(layer, lambda stream: stream.begin(layer, tokens, position))
+        self._queue(lambda stream: stream.begin(layer, tokens, position))
 
     def ffn_input(self, layer: int, normed: Floats, shown: Floats) -> None:
         """Wait for the input of the begun layer's FFN."""
@@ -221,15 +228,15 @@ class TorchHotSide:
 
     def experts(self, layer: int, routes: Sequence[Route], tokens: int) -> None:
         """Begin the hot experts of the begun layer."""
-        self._queue(layer, lambda stream: [stream.experts(layer, routes, tokens)])
+        self._queue(lambda stream: stream.experts(layer, routes, tokens))
 
     def merge(self, layer: int, cold: Floats | None, tokens: int) -> None:
         """The sum of the begun layer's FFN joins the stream."""
-        self._queue(layer, lambda stream: stream.merge(layer, cold, tokens))
+        self._queue(lambda stream: stream.merge(layer, cold, tokens))
 
     def leave(self, x: Floats) -> None:
         """Wait for the stream."""
-        self._queue(None, lambda stream: [stream.leave(len(x))])
+        self._queue(lambda stream: stream.leave(len(x)))
         self._wait(len(self._queued))
         assert self._backend.stream is not None
         x[...] = self._backend.stream.input(len(x))[1]
@@ -251,7 +258,8 @@ class TorchHotSide:
         self._backend.close()
 
     def _logits(self, x: Floats | None, first: int, last: int) -> Floats:
-        self._queued.append((None, self._backend.logits(x, first, last)))
+        tickets = self._backend.logits(x, first, last)
+        self._queued += [Queued(ticket, _NO_LAYER, awaited=True) for ticket in tickets]
         self._wait(len(self._queued))
         assert self._backend.head is not None
         logits: Floats = self._backend.head.host[: last - first].numpy()
@@ -278,21 +286,24 @@ class TorchHotSide:
             again = self._launch_again(running)
             spans, running.tickets[:] = [ticket.wait() for ticket in again], []
         for found in spans:
-            self._count(running.layer, found)
-        self.waiting_seconds += time.perf_counter() - started
+            self._count([running.layer] * len(found), found)
+        self._waited(started, spans)
 
     def _launch_again(self, run: _Launched) -> list[Ticket]:
         return self._backend.launch(run.layer, run.normed, run.acts, run.x, run.routes)
 
     def _wait_for_input(self) -> None:
         """The hot part is queued behind it, and goes on."""
-        count, self._before_input = self._before_input, 0
+        count, self._before_turn = self._before_turn, 0
         self._wait(count)
 
-    def _queue(self, layer: int | None, work: Callable[[HotStream], list[Ticket]]) -> None:
+    def _queue(self, work: Callable[[HotStream], list[Queued]]) -> None:
         assert self._backend.stream is not None
         try:
-            self._queued += [(layer, ticket) for ticket in work(self._backend.stream)]
+            for queued in work(self._backend.stream):
+                self._queued.append(queued)
+                if queued.awaited:
+                    self._before_turn = len(self._queued)
         except DeviceLost as error:
             self._move(error)
 
@@ -302,18 +313,23 @@ class TorchHotSide:
         waited, self._queued = self._queued[:count], self._queued[count:]
         try:
             # Work is done in order: when the last is done, there is nothing to wait for in the others.
-            spans = [ticket.wait() for _, ticket in reversed(waited)]
+            spans = [queued.ticket.wait() for queued in reversed(waited)]
         except DeviceLost as error:
             if self._backend.stream is None:
                 raise
             self._move(error)
-        for (layer, _), found in zip(waited, reversed(spans), strict=True):
-            self._count(layer, found)
-        self.waiting_seconds += time.perf_counter() - started
+        for queued, found in zip(waited, reversed(spans), strict=True):
+            self._count(queued.layers, found)
+        self._waited(started, spans)
 
-    def _count(self, layer: int | None, spans: Sequence[Span]) -> None:
+    def _waited(self, started: float, spans: Sequence[Sequence[Span]]) -> None:
+        """Since ``started``, which is counted where it is known how long the device worked meanwhile."""
+        if any(spans):
+            self.waiting_seconds += time.perf_counter() - started
+
+    def _count(self, layers: Sequence[int | None], spans: Sequence[Span]) -> None:
         self.seconds += sum(span.end - span.start for span in spans)
-        self.spans += [(layer, span) for span in spans]
+        self.spans += zip(layers, spans, strict=False)
 
     def _move(self, error: DeviceLost) -> None:
         whole = isinstance(error, MemoryEnded)
@@ -329,6 +345,6 @@ class TorchHotSide:
             raise error
         # What a lost device has counted is lost with it.
         lost, self._backend, self._spare = self._backend, self._spare(), None
-        self._queued, self._before_input = [], 0
+        self._queued, self._before_turn = [], 0
         self.notices.append(f"{what} ({error}); torch computes its part on the CPU from here on")
         self._lost = lost  # its tensors cannot be freed without the device

@@ -6,7 +6,6 @@ from functools import cached_property
 import torch
 
 from powerinfer_kernels.triton_layout import PLANAR_TYPES
-from powerinfer_tools.engine.hot import expert_sizes
 from powerinfer_tools.engine.hot.devices import Device
 from powerinfer_tools.engine.hot.experts import (
     Dispatch,
@@ -22,6 +21,7 @@ from powerinfer_tools.engine.hot.loading import Form
 from powerinfer_tools.engine.hot.placement import HotCounts, HotUnits
 from powerinfer_tools.engine.hot.products import Product
 from powerinfer_tools.engine.hot.routes import SHARED
+from powerinfer_tools.model.device_memory import ExpertWidths, experts_scratch_floats, input_matrices
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 from powerinfer_tools.model.tensors import Stack, Weight
@@ -47,7 +47,7 @@ class ExpertParts:
         self._layers, self._hyper, self._units, self._tokens = layers, hyper, units, tokens
         self._form, self._device, self._chunk, self._memory = form, device, chunk, form.memory
         self._routing = hyper.routing
-        self._widths = expert_sizes.widths_of(layers, hyper.routing.used)
+        self._widths = ExpertWidths.of(layers, hyper.routing.used)
 
     def take_all(self) -> None:
         """Take the memory of everything, in a fixed order."""
@@ -76,7 +76,7 @@ class ExpertParts:
             host[0].zero_()
             host[1].view(torch.int32).fill_(-1)
             there.copy_(host)
-        return Dispatch(host, there, scratch, self._widths.taken)
+        return Dispatch(host, self._form.window(self._device, host), there, scratch, self._widths.taken)
 
     @cached_property
     def routers(self) -> list[HotRouter | None]:
@@ -86,12 +86,15 @@ class ExpertParts:
         shapes = ((self._tokens, self._routing.experts), (self._tokens, 1))
         here = RouterScores(*(self._memory.floats(*shape) for shape in shapes))
         host = RouterScores(*(self._staging(*shape) for shape in shapes))
+        reached = [self._form.window(self._device, end) for end in (host.experts, host.shared)]
+        windows = None if None in reached else RouterScores(*(end for end in reached if end is not None))
         return [
             HotRouter(
                 self._form.product(layer.router),
                 None if layer.shared_gate is None else self._form.product(layer.shared_gate),
                 here,
                 host,
+                windows,
                 self._chunk,
             )
             if there
@@ -113,7 +116,7 @@ class ExpertParts:
             self._layers, self._units.experts, self._units.attention, strict=True
         ):
             if moved == there and (counts or moved):
-                found |= {weight.row_type.is_float for weight in expert_sizes.products_of(layer)}
+                found |= {weight.row_type.is_float for weight in input_matrices(layer)}
             if moved and there:
                 found |= {weight.row_type.is_float for weight in routers_of(layer)}
         return found
@@ -179,5 +182,4 @@ def routers_of(layer: ExpertsFFN) -> list[Weight]:
 
 def chunk_floats(layers: Sequence[ExpertsFFN], used: int) -> int:
     """Flat space that unpacked rows of experts need."""
-    widths = expert_sizes.widths_of(layers, used)
-    return expert_sizes.scratch_floats(widths, 1)["chunk"]
+    return experts_scratch_floats(ExpertWidths.of(layers, used), 1)["chunk"]

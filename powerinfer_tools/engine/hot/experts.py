@@ -8,7 +8,7 @@ A single token's experts are computed by two launches of fused kernels, where th
 they are is read on the device, so that a CUDA graph can hold them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from powerinfer_tools.engine.hot.devices import Steps
+from powerinfer_tools.engine.hot.devices import Steps, Work
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, activate
+from powerinfer_tools.engine.hot.mapped import copy, through
 from powerinfer_tools.engine.hot.products import Product
 from powerinfer_tools.engine.hot.routes import SHARED, Route
 
@@ -167,9 +168,10 @@ def _gather(inputs: Inputs, tokens: Tensor, out: Inputs, *, rounded: bool) -> No
 class Dispatch:
     """What the hot experts of all layers share: scratch, and which tokens take which of them, on both sides:
     float32 (2, T · ``taken``), weights, then rows of tokens as int32; ``taken``: most experts of a token, the
-    shared one among them."""
+    shared one among them. ``window``: the host's end as kernels reach it, if they do."""
 
     host: Tensor
+    window: Tensor | None
     device: Tensor
     scratch: ExpertScratch
     taken: int
@@ -187,7 +189,7 @@ class Dispatch:
         """The same for one token, whatever it takes: :meth:`stage_one` says."""
         there = Routes(self._there.weights[: self.taken], self._there.tokens[: self.taken])
         return (
-            ("copy in", partial(self._copy_in, self.taken)),
+            ("copy in", partial(self._copy_in, self.taken) if self.window is None else self._read),
             ("hot", partial(experts.compute_one, inputs, there, self.scratch, out)),
         )
 
@@ -223,7 +225,12 @@ class Dispatch:
     def _copy_in(self, count: int) -> None:
         """Two copies, as one with a gap is not direct."""
         for there, here in zip(self.device, self.host, strict=True):
-            there[:count].copy_(here[:count], non_blocking=True)
+            copy(here[:count], there[:count])
+
+    def _read(self) -> None:
+        """Those of one token, as whole numbers: the second row is no float."""
+        assert self.window is not None
+        through(*(end.view(torch.int32)[:, : self.taken] for end in (self.window, self.device)))
 
 
 @dataclass(frozen=True)
@@ -238,12 +245,14 @@ class RouterScores:
 @dataclass(frozen=True)
 class HotRouter:
     """The router of a layer whose attention is here; the caller chooses by what it says. ``here`` and
-    ``host`` are the device's and the host's ends, ``chunk`` flat scratch."""
+    ``host`` are the device's and the host's ends, ``windows`` the latter as kernels reach them, if they do;
+    ``chunk`` flat scratch."""
 
     router: Product
     shared: Product | None
     here: RouterScores
     host: RouterScores
+    windows: RouterScores | None
     chunk: Tensor
 
     def compute(self, inputs: Inputs) -> None:
@@ -253,8 +262,12 @@ class HotRouter:
         if self.shared is not None:
             self.shared.times(inputs, self.chunk, self.here.shared[:tokens])
 
-    def copy_out(self, tokens: int) -> None:
-        """Device to host."""
-        self.host.experts[:tokens].copy_(self.here.experts[:tokens], non_blocking=True)
+    def tell(self, tokens: int) -> Work:
+        """The scores go to the host."""
+        windows = self.windows if tokens == 1 else None
+        return partial(self._tell, tokens, windows or self.host, copy if windows is None else through)
+
+    def _tell(self, tokens: int, there: RouterScores, crossing: Callable[[Tensor, Tensor], None]) -> None:
+        crossing(self.here.experts[:tokens], there.experts[:tokens])
         if self.shared is not None:
-            self.host.shared[:tokens].copy_(self.here.shared[:tokens], non_blocking=True)
+            crossing(self.here.shared[:tokens], there.shared[:tokens])

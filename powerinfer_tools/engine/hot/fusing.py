@@ -5,7 +5,7 @@ import torch
 
 from powerinfer_kernels import RowType
 from powerinfer_kernels.triton_layout import to_planar
-from powerinfer_tools.engine.hot.devices import first_line
+from powerinfer_tools.engine.hot.faults import first_line
 
 
 def fusing_problem() -> str | None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from powerinfer_tools.engine.hot.devices import Work
+from powerinfer_tools.engine.hot.devices import Steps, Work
 
 Tensor = torch.Tensor
 
@@ -22,6 +23,16 @@ class HotHead:
     landing: Tensor
     host: Tensor
 
-    def copy_out(self, rows: int) -> None:
-        """Device to host."""
+    def steps(self, rows: Tensor) -> Steps:
+        """Logits of ``rows`` of the stream, which are on the device, to the host."""
+        return (("head", self.write(rows)), ("copy out", partial(self._copy_out, len(rows))))
+
+    def arriving(self, rows: int) -> Steps:
+        """The same of rows that come from the host."""
+        return (("copy in", partial(self._copy_in, rows)), *self.steps(self.rows[:rows]))
+
+    def _copy_in(self, rows: int) -> None:
+        self.rows[:rows].copy_(self.landing[:rows], non_blocking=True)
+
+    def _copy_out(self, rows: int) -> None:
         self.host[:rows].copy_(self.logits[:rows], non_blocking=True)

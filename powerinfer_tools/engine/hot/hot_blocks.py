@@ -34,9 +34,17 @@ class HotBlocks:
         blocks.mix(ops, model.spec, model.hyper, self.index, layer, HotValue("x", x), Along())
         return ops.written()
 
-    def ffn_input(self, x: Tensor) -> Work:
-        """The buffers "normed", of the stream ``x`` (T, width)."""
-        ops, layer = self._writer(x), self.model.layers[self.index]
+    @property
+    def norms_input(self) -> bool:
+        """Whether the FFN's input is a norm of the stream, not the stream itself."""
+        return self.model.layers[self.index].ffn_norm is not None
+
+    def ffn_input(self, x: Tensor, shown: Tensor | None = None) -> Work:
+        """The buffers "normed", of the stream ``x`` (T, width); the exact one is ``shown`` where that is
+        given."""
+        layer = self.model.layers[self.index]
+        elsewhere = {} if shown is None else {"normed": shown}
+        ops = HotOperations(self.placed, self.named, len(x), elsewhere)
         normed = blocks.ffn_input(ops, layer.ffn_norm, self.model.hyper.norm_eps, HotValue("x", x))
         if self.rounds:
             ops.round(normed)

@@ -13,7 +13,7 @@ import torch
 from powerinfer_kernels import RowType
 from powerinfer_tools.engine.hot.dequantize import dequantize
 from powerinfer_tools.engine.hot.elementwise import round_activations
-from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
+from powerinfer_tools.model.device_memory import CHUNK_ROWS
 
 if TYPE_CHECKING:
     from powerinfer_kernels.triton_launch import PlanarRows
@@ -29,7 +29,7 @@ class Rows(Protocol):
         """As in the file."""
 
     def chunk(self, first: int, last: int, space: Tensor) -> Tensor:
-        """float32 (last - first, columns); may lie in ``space`` (CHUNK_ROWS, columns)."""
+        """float32 (last - first, columns); may lie in ``space`` (at least as many, columns)."""
 
     def some(self, index: Tensor, columns: int) -> Tensor | None:
         """float32 (k, columns) of the rows ``index`` int64 (k,), of which no other is read; None where this
@@ -146,14 +146,14 @@ class Inputs:
             return self.exact
         return self.rounded if self.codes is None else self.codes
 
-    def round(self) -> None:
-        """Make all other forms of the exact one."""
-        if self.codes is None:
+    def round(self, *, fused: bool = False) -> None:
+        """Make all other forms of the exact one; ``fused``: there is a kernel for it."""
+        if self.codes is None and not (fused and self.exact.is_contiguous()):
             round_activations(self.exact, self.rounded)
             return
         from powerinfer_kernels.triton_launch import round_values
 
-        round_values(self.exact, self.rounded, self.codes)
+        round_values(self.exact.view(1, -1), self.rounded.view(1, -1), self.codes)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class HotFFN:
 
     @property
     def fused(self) -> bool:
-        """Whether fused kernels compute a single token."""
+        """Whether fused kernels compute a single token, and write each value of its sum once."""
         return all(isinstance(rows, FusedRows) for rows in (self.gate, self.up or self.gate, self.down))
 
     def compute(
@@ -223,8 +223,7 @@ class HotFFN:
     def count(self, inputs: Inputs, scratch: Scratch, named: Tensor, counts: Tensor) -> None:
         """Add to ``counts`` int64 (3,), second and third, how many neurons are active, and how many of those
         are not 0 in ``named`` (T, neurons). All gate and up rows are read for it."""
-        for first in range(0, self.neurons, CHUNK_ROWS):
-            last = min(first + CHUNK_ROWS, self.neurons)
+        for first, last in self._pieces(scratch):
             active = self._hidden(inputs, scratch, first, last) != 0
             counts[1:2].add_(active.sum())
             counts[2:3].add_((active & (named[:, first:last] != 0)).sum())
@@ -264,13 +263,16 @@ class HotFFN:
 
     def _chunked(self, inputs: Inputs, scratch: Scratch, out: Tensor, named: Tensor | None) -> None:
         out.zero_()
-        for first in range(0, self.neurons, CHUNK_ROWS):
-            last = min(first + CHUNK_ROWS, self.neurons)
-
+        for first, last in self._pieces(scratch):
             hidden = self._hidden(inputs, scratch, first, last)
             if named is not None:
                 hidden.masked_fill_(named[:, first:last] == 0, 0.0)
             out.addmm_(hidden, self.down.chunk(first, last, scratch.chunk))
+
+    def _pieces(self, scratch: Scratch) -> list[tuple[int, int]]:
+        """Which neurons are computed at a time."""
+        step = len(scratch.chunk)
+        return [(first, min(first + step, self.neurons)) for first in range(0, self.neurons, step)]
 
     def _hidden(self, inputs: Inputs, scratch: Scratch, first: int, last: int) -> Tensor:
         """act(gate) · up of some neurons, (T, last - first)."""

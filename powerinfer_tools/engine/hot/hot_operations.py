@@ -6,7 +6,7 @@ What follows decides the form of a launch: a norm also writes its output as the 
 a matrix reads that; see also :func:`~powerinfer_tools.engine.hot.launches.fewer`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,11 +65,15 @@ class HotOperations(
     WithoutRecurrence[HotValue, Weight],
     WithoutStreams[HotValue],
 ):
-    """Writes work for batches of ``tokens`` over what is ``placed``, with values in ``named`` buffers."""
+    """Writes work for batches of ``tokens`` over what is ``placed``, with values in ``named`` buffers but for
+    those that are ``elsewhere``."""
 
     place = "the hot side"
 
-    def __init__(self, placed: Placed, named: Named, tokens: int) -> None:
+    def __init__(
+        self, placed: Placed, named: Named, tokens: int, elsewhere: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._elsewhere = elsewhere or {}
         self._placed, self._named, self._tokens = placed, named, tokens
         self._launches: list[Work] = []
         self._rounded: set[HotValue] = set()
@@ -152,7 +156,9 @@ class HotOperations(
             )
         else:
             self._launches.append(partial(cache.store, positions, key.floats, value.floats))
-        self._launches.append(HostAttended(partial(looks.attend, query.floats, cache), scores, out))
+        space, most = p.room_for_scores(scores, self._tokens)
+        attend_some = partial(looks.attend, query.floats, cache, most=most)
+        self._launches.append(HostAttended(attend_some, space, out))
         return HotValue("attended", out)
 
     def activate(self, gate: HotValue, up: HotValue | None, how: Activation) -> HotValue:
@@ -205,7 +211,8 @@ class HotOperations(
         return HotValue(x.name, x.floats)
 
     def _buffer(self, name: str, width: int) -> Tensor:
-        return self._named.floats(name, width)[: self._tokens]
+        found = self._elsewhere.get(name)
+        return self._named.floats(name, width)[: self._tokens] if found is None else found
 
 
 def _run(launches: Sequence[Work]) -> None:

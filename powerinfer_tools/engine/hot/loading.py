@@ -12,6 +12,7 @@ from powerinfer_formats.split import SplitLayer
 from powerinfer_kernels import RowType, packed_row_bytes, repack
 from powerinfer_kernels.triton_layout import PLANAR_TYPES, to_planar
 from powerinfer_tools.engine.hot.dequantize import dequantize
+from powerinfer_tools.engine.hot.devices import Device
 from powerinfer_tools.engine.hot.elementwise import HotNorm
 from powerinfer_tools.engine.hot.hot_ffn import FileRows, FusedRows, HotFFN, Rows, UnpackedRows
 from powerinfer_tools.engine.hot.placement import ALIGNMENT
@@ -66,6 +67,10 @@ class Form:
     fused: bool
     unpack: bool
     not_fused: set[str] = field(default_factory=set)
+
+    def window(self, device: Device, host: Tensor) -> Tensor | None:
+        """The host's end of an exchange as kernels reach it: where there are fused ones, and they do."""
+        return device.window(host) if self.fused and not self.memory.counting and host.numel() else None
 
     def ffn(self, layer: SplitLayer, count: int, activation: Activation) -> HotFFN:
         """The first ``count`` neurons of ``layer``."""

@@ -1,27 +1,22 @@
 """Opening the hot side: which device, what of the plan fits on it, and what must be said."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot.assembly import assemble
 from powerinfer_tools.engine.hot.backend import Backend
-from powerinfer_tools.engine.hot.devices import (
-    CpuDevice,
-    CudaDevice,
-    Device,
-    DeviceLost,
-    KernelRefused,
-    OutOfDeviceMemory,
-    cuda_problem,
-)
+from powerinfer_tools.engine.hot.compiling import Compilation
+from powerinfer_tools.engine.hot.devices import CpuDevice, CudaDevice, Device, cuda_problem
 from powerinfer_tools.engine.hot.executor import TorchHotSide
+from powerinfer_tools.engine.hot.faults import DeviceLost, KernelRefused, OutOfDeviceMemory
 from powerinfer_tools.engine.hot.fusing import fusing_problem
 from powerinfer_tools.engine.hot.limits import attention_limit
 from powerinfer_tools.engine.hot.placement import HotUnits, Workload, fit, units_size
-from powerinfer_tools.engine.hot.sizes import MARGIN, overhead
 from powerinfer_tools.errors import HardwareError
+from powerinfer_tools.model.device_memory import MARGIN, overhead
 from powerinfer_tools.model.loading import Model
+from powerinfer_tools.progress import Progress
 
 _MIB = 1 << 20
 #: Times that units are fitted into a budget, by what the time before took.
@@ -29,7 +24,7 @@ _FITS = 5
 
 
 def open_on(
-    model: Model, device: str, vram: int | None, work: Workload
+    model: Model, device: str, vram: int | None, work: Workload, progress: Progress | None = None
 ) -> tuple[HotSide | None, Sequence[str]]:
     """See :func:`powerinfer_tools.engine.hot.open_hot_side`."""
     if device == "cpu":
@@ -37,10 +32,21 @@ def open_on(
     problem = cuda_problem()
     if problem is not None:
         return None, [f"--device cuda: {problem}; everything is computed on the CPU"]
+    if progress is None:
+        return _open_cuda(model, vram, work, None)
+    kernels = Compilation(progress)
+    with kernels.told():
+        return _open_cuda(model, vram, work, kernels)
+
+
+def _open_cuda(
+    model: Model, vram: int | None, work: Workload, kernels: Compilation | None
+) -> tuple[HotSide | None, Sequence[str]]:
     try:
         reason, gpu = fusing_problem(), CudaDevice()
+        rehearse = None if kernels is None or reason is not None else partial(kernels.count, gpu)
         try:
-            side, notices = open_side(model, gpu, vram, work, fused=reason is None)
+            side, notices = open_side(model, gpu, vram, work, fused=reason is None, rehearse=rehearse)
         except KernelRefused as error:
             reason, gpu = f"one that is needed could not be built or launched ({error})", CudaDevice()
             side, notices = open_side(model, gpu, vram, work, fused=False)
@@ -57,12 +63,18 @@ def open_on(
 
 
 def open_side(
-    model: Model, device: Device, vram: int | None, work: Workload, *, fused: bool
+    model: Model,
+    device: Device,
+    vram: int | None,
+    work: Workload,
+    *,
+    fused: bool,
+    rehearse: Callable[[Callable[[], None]], None] | None = None,
 ) -> tuple[TorchHotSide | None, list[str]]:
     """The hot side on ``device``, with the Triton kernels where ``fused`` and a row type has them; None where
     nothing is to be computed there, or its memory cannot be had in spite of all counting. Second, what must
-    be said. What was taken of the device's memory is measured; beyond ``vram``, less is placed there. Raises
-    HardwareError for a budget beyond what is free."""
+    be said. What was taken of the device's memory is measured; beyond ``vram``, less is placed there.
+    ``rehearse``: see :func:`~.assembly.assemble`. Raises HardwareError for a budget beyond what is free."""
     planned, free = planned_units(model, work.predicted), device.free_bytes()
     limit = limit_of(free, vram)
     for _ in range(_FITS):
@@ -74,7 +86,8 @@ def open_side(
                 size = f"{vram / _MIB:.3g} MiB"
                 notices = [f"--vram {size}: nothing of the plan fits; everything is computed on the CPU"]
             return None, notices
-        backend, kinds, problem = _prepared(model, units, device, work, fused=fused)
+        made = partial(assemble, model, units, device, work, fused=fused, rehearse=rehearse)
+        backend, kinds, problem = _prepared(made, device, work.tokens)
         if backend is None:
             said = f"out of VRAM at the start: {problem}; everything is computed on the CPU"
             return None, [*notices, said]
@@ -103,10 +116,10 @@ def _taken(device: Device, free: int | None) -> int:
 
 
 def _prepared(
-    model: Model, units: HotUnits, device: Device, work: Workload, *, fused: bool
+    made: Callable[[], tuple[Backend, Sequence[str]]], device: Device, tokens: int
 ) -> tuple[Backend | None, Sequence[str], str]:
-    """The backend, ready for batches, and the row types without a fused kernel; or None and, last, which
-    memory could not be had. Raises KernelRefused and DeviceLost.
+    """The backend, ready for batches of ``tokens``, and the row types without a fused kernel; or None and,
+    last, which memory could not be had. Raises KernelRefused and DeviceLost.
 
     Without a backend, all that was taken on the device is given back. The device is closed after the
     exception is gone, since its frames hold tensors, which would keep the allocator from freeing them.
@@ -114,8 +127,8 @@ def _prepared(
     backend, problem = None, ""
     refused: KernelRefused | None = None
     try:
-        backend, kinds = assemble(model, units, device, work, fused=fused)
-        backend.prepare(work.tokens)
+        backend, kinds = made()
+        backend.prepare(tokens)
         return backend, kinds, ""
     except OutOfDeviceMemory as error:
         problem = str(error)

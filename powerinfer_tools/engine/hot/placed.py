@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from powerinfer_tools.engine.hot import sizes
 from powerinfer_tools.engine.hot.cache import Attending, HeldVectors, HotCache
 from powerinfer_tools.engine.hot.elementwise import BLOCK, HotNorm
 from powerinfer_tools.engine.hot.hot_ffn import Inputs
 from powerinfer_tools.engine.hot.loading import Arena, Form
 from powerinfer_tools.engine.hot.placement import Workload
 from powerinfer_tools.engine.hot.products import Product
+from powerinfer_tools.model import device_memory
 from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.operations import Attention
@@ -147,7 +147,7 @@ class Placed:
         """Flat space for scores, or for what fused kernels keep of one token in place of them."""
 
         def make() -> Tensor:
-            queries = min(sizes.QUERIES_AT_ONCE, self._work.tokens)
+            queries = min(device_memory.QUERIES_AT_ONCE, self._work.tokens)
             floats = queries * how.heads * self._work.context
             if self.fused:
                 from powerinfer_kernels.triton_launch import partial_floats
@@ -156,6 +156,13 @@ class Placed:
             return self._memory.floats(floats)
 
         return self._once(("scores", how.heads, how.value_dim), make)
+
+    def room_for_scores(self, scores: Tensor, tokens: int) -> tuple[Tensor, int]:
+        """Space for the scores of a batch, and most queries that it is used for at a time: where there are
+        fused kernels, that of unpacked rows if it is larger, which nothing else uses meanwhile."""
+        if self.fused and len(self.chunk) > len(scores):
+            return self.chunk, tokens
+        return scores, device_memory.QUERIES_AT_ONCE
 
     def _slopes(self, how: Attention) -> Tensor | None:
         if not how.alibi:

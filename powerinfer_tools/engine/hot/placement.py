@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from operator import mul
 from typing import Self
 
-from powerinfer_tools.engine.hot import expert_sizes, sizes
-from powerinfer_tools.engine.hot.sizes import HotSize, Widths
+from powerinfer_tools.model import device_memory as memory
 from powerinfer_tools.model.counting import Footprint
+from powerinfer_tools.model.device_memory import ExpertWidths, HotSize, Widths
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters, Rope
@@ -108,15 +108,15 @@ class FFNSizes:
                 each=tuple(layer.neuron_bytes for layer in split.layers),
                 shared=none,
                 predictors=tuple(layer.predictor.nbytes if layer.predictor else 0 for layer in split.layers),
-                scratch=lambda most: sizes.neuron_scratch_bytes(hyper.width, most, tokens),
-                predictor_scratch=sizes.predictor_scratch_bytes(hyper.width, hyper.neurons, tokens),
+                scratch=lambda most: memory.neuron_scratch_bytes(hyper.width, most, tokens),
+                predictor_scratch=memory.predictor_scratch_bytes(hyper.width, hyper.neurons, tokens),
                 routed=False,
             )
         experts = experts_of(model)
-        scratch = expert_sizes.scratch_bytes(expert_sizes.widths_of(experts, hyper.routing.used), tokens)
+        scratch = memory.experts_scratch_bytes(ExpertWidths.of(experts, hyper.routing.used), tokens)
         return cls(
-            each=tuple(map(expert_sizes.expert_size, experts)),
-            shared=tuple(map(expert_sizes.shared_size, experts)),
+            each=tuple(layer.expert_nbytes for layer in experts),
+            shared=tuple(layer.shared_nbytes for layer in experts),
             predictors=none,
             scratch=lambda most: scratch,
             predictor_scratch=0,
@@ -150,15 +150,15 @@ def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
         mixing = [footprint_of(model).mixing[index] for index in moved]
         weights += sum(attention_bytes(model, index) for index in moved)
         cache = sum(held.nbytes(work.context, work.kv_type) for layer in mixing for held in layer.caches)
-        scratch += sizes.attention_scratch_bytes(widths, work.tokens, work.context)
+        scratch += memory.attention_scratch_bytes(widths, work.tokens, work.context)
         scratch += Footprint(ropes=set[Rope]().union(*(layer.ropes for layer in mixing))).table_bytes_of(
             work.context
         )
         if hyper.routing is not None:
-            scratch += sizes.router_scratch_bytes(hyper.width, hyper.routing.experts, work.tokens)
+            scratch += memory.router_scratch_bytes(hyper.width, hyper.routing.experts, work.tokens)
     if units.head:
         weights += model.head.nbytes + model.output_norm.nbytes
-        scratch += sizes.head_scratch_bytes(widths, work.tokens)
+        scratch += memory.head_scratch_bytes(widths, work.tokens)
     return HotSize(weights, scratch, cache, size.experts)
 
 
@@ -172,7 +172,7 @@ def attention_bytes(model: Model, index: int) -> int:
     router, where there is one."""
     mixing, layer = footprint_of(model).mixing[index], model.layers[index]
     others = (layer.ffn_norm, layer.ffn_down_bias, layer.ffn_post_norm)
-    router = expert_sizes.router_size(layer.ffn) if isinstance(layer.ffn, ExpertsFFN) else 0
+    router = layer.ffn.router_nbytes if isinstance(layer.ffn, ExpertsFFN) else 0
     vectors = mixing.vector_bytes + sum(part.nbytes for part in others if part is not None)
     return router + mixing.row_nbytes + vectors
 

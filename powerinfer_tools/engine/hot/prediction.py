@@ -14,8 +14,9 @@ import torch
 
 from powerinfer_tools.engine.hot.devices import Steps
 from powerinfer_tools.engine.hot.hot_ffn import Inputs
+from powerinfer_tools.engine.hot.mapped import copy, through
 from powerinfer_tools.engine.hot.products import Product, round_where_needed
-from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS, TOKENS_AT_ONCE
+from powerinfer_tools.model.device_memory import CHUNK_ROWS, TOKENS_AT_ONCE
 
 Tensor = torch.Tensor
 #: As in the C kernels: the largest magnitude in the code of a sign predictor's input, and the root mean
@@ -124,10 +125,11 @@ class HotPredictor:
 @dataclass(frozen=True)
 class Naming:
     """Where it is kept which neurons are named, one layer at a time: flat uint8, on the device and (of the
-    cold ones) on the host."""
+    cold ones) on the host; ``window``: the latter as kernels reach it, if they do."""
 
     device: Tensor
     host: Tensor
+    window: Tensor | None = None
 
     def steps(self, predictor: HotPredictor, inputs: Inputs, x: Tensor, *, cold: bool) -> Steps:
         """Name the neurons for ``inputs`` (T, width); tell the host of those that are ``cold``."""
@@ -135,8 +137,10 @@ class Naming:
         name = ("predictor", partial(predictor.name, inputs, x, named))
         if not cold:
             return (name,)
-        host = self._of_cold(predictor, len(x))
-        return (name, ("copy out", partial(_copy, named[:, predictor.hot :], host)))
+        window, source = self.window if len(x) == 1 else None, named[:, predictor.hot :]
+        if window is None:
+            return (name, ("copy out", partial(copy, source, self._of_cold(predictor, len(x)))))
+        return (name, ("copy out", partial(through, source, window[: source.shape[1]].view(1, -1))))
 
     def of_hot(self, predictor: HotPredictor, tokens: int) -> Tensor:
         """uint8 (T, hot neurons) on the device."""
@@ -154,7 +158,3 @@ class Naming:
     def _of_cold(self, predictor: HotPredictor, tokens: int) -> Tensor:
         cold = len(predictor.threshold) - predictor.hot
         return self.host[: tokens * cold].view(tokens, cold)
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source, non_blocking=True)

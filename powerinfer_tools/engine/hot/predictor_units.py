@@ -14,7 +14,7 @@ from powerinfer_tools.engine.hot.hot_ffn import Inputs
 from powerinfer_tools.engine.hot.loading import Form
 from powerinfer_tools.engine.hot.prediction import HotLowRank, HotPredictor, HotSigns, Naming, Scorer
 from powerinfer_tools.engine.hot.products import Product
-from powerinfer_tools.engine.hot.sizes import TOKENS_AT_ONCE
+from powerinfer_tools.model.device_memory import TOKENS_AT_ONCE
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 
 Tensor = torch.Tensor
@@ -72,7 +72,7 @@ class PredictorParts:
         """Which neurons are named."""
         count = self._tokens * self._hyper.neurons if self._layers else 0
         host = self._device.staging(0 if self._memory.counting else -(-count // 4)).view(torch.uint8)
-        return Naming(self._memory.take(count), host)
+        return Naming(self._memory.take(count), host, self._form.window(self._device, host))
 
     def stream_ends(self, apart: Sequence[SplitLayer]) -> tuple[Tensor, Tensor]:
         """The host's and the device's end of the stream, where a predictor of the layers ``apart``, whose

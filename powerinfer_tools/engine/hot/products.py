@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, Rows, UnpackedRows
-from powerinfer_tools.engine.hot.sizes import CHUNK_ROWS
 
 Tensor = torch.Tensor
 
@@ -25,7 +24,7 @@ class Product:
         return not self.rows.row_type.is_float
 
     def times(self, inputs: Inputs, chunk: Tensor, out: Tensor) -> None:
-        """out (T, count) = input · rowsᵀ + bias; ``chunk`` is flat scratch for CHUNK_ROWS unpacked rows."""
+        """out (T, count) = input · rowsᵀ + bias; ``chunk`` is flat scratch for unpacked rows."""
         if isinstance(self.rows, FusedRows) and len(out) == 1:
             from powerinfer_kernels import triton_launch
 
@@ -40,13 +39,14 @@ class Product:
             out += self.bias
 
     def _chunked(self, source: Tensor, chunk: Tensor, out: Tensor) -> None:
-        space = chunk[: min(CHUNK_ROWS, self.count) * self.columns].view(-1, self.columns)
-        for first in range(0, self.count, CHUNK_ROWS):
-            last = min(first + CHUNK_ROWS, self.count)
-            out[:, first:last] = torch.mm(source, self.rows.chunk(first, last, space).T)
+        step = min(self.count, len(chunk) // self.columns)
+        space = chunk[: step * self.columns].view(step, self.columns)
+        for first in range(0, self.count, step):
+            last = min(first + step, self.count)
+            torch.mm(source, self.rows.chunk(first, last, space).T, out=out[:, first:last])
 
 
 def round_where_needed(inputs: Inputs, *consumers: Product) -> None:
     """Fill in the rounded forms, where some consumer takes them."""
     if any(product.rounds for product in consumers):
-        inputs.round()
+        inputs.round(fused=isinstance(consumers[0].rows, FusedRows))

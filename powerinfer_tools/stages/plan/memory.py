@@ -9,8 +9,17 @@ drop at any time.
 
 from dataclasses import dataclass
 
-from powerinfer_tools.engine.hot import expert_sizes, sizes
 from powerinfer_tools.model.counting import HEAD_ROWS, KeyValues, KVType
+from powerinfer_tools.model.device_memory import (
+    ExpertWidths,
+    Widths,
+    attention_scratch_bytes,
+    experts_scratch_bytes,
+    head_scratch_bytes,
+    neuron_scratch_bytes,
+    predictor_scratch_bytes,
+    router_scratch_bytes,
+)
 from powerinfer_tools.model.matrices import FLOAT_TYPES, MatrixShape
 from powerinfer_tools.model.outline import body_footprint, head_footprint
 from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, ModelShape
@@ -113,19 +122,19 @@ def predicted_scratch_bytes(shape: ModelShape, batch: int) -> int:
 
 def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """Scratch of the hot side for neurons, or experts, whichever takes more: see
-    :func:`~.sizes.neuron_scratch_bytes` and :func:`~.expert_sizes.scratch_floats`."""
-    neurons = sizes.neuron_scratch_bytes(shape.width, shape.most_neurons, batch) if shape.ffn_layers else 0
+    :mod:`~powerinfer_tools.model.device_memory`."""
+    neurons = neuron_scratch_bytes(shape.width, shape.most_neurons, batch) if shape.ffn_layers else 0
     experts = [(layer, layer.experts) for layer in shape.layers if layer.experts is not None]
     if not experts:
         return neurons
     products = [m for layer, some in experts for m in (*layer.ffn[:-1], *some.shared[:-1])]
-    widths = expert_sizes.ExpertWidths(
+    widths = ExpertWidths(
         width=shape.width,
         neurons=max(max(layer.up.rows, some.shared_neurons) for layer, some in experts),
         inputs=len({matrix.row_type in FLOAT_TYPES for matrix in products}),
         taken=max(some.used for _, some in experts) + 1,
     )
-    return max(neurons, expert_sizes.scratch_bytes(widths, batch))
+    return max(neurons, experts_scratch_bytes(widths, batch))
 
 
 def gpu_attention_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -133,14 +142,14 @@ def gpu_attention_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
     rotary tables."""
     tables, routed = rotary_bytes(shape, workload.context), 0
     for layer in shape.expert_layers[:1]:
-        routed = sizes.router_scratch_bytes(shape.width, experts_of(layer).count, workload.batch)
-    scratch = sizes.attention_scratch_bytes(_widths(shape), workload.batch, workload.context)
+        routed = router_scratch_bytes(shape.width, experts_of(layer).count, workload.batch)
+    scratch = attention_scratch_bytes(_widths(shape), workload.batch, workload.context)
     return tables + scratch + routed
 
 
 def gpu_predictor_scratch_bytes(shape: ModelShape, batch: int) -> int:
     """What the hot side needs once as soon as it has a predictor."""
-    return sizes.predictor_scratch_bytes(shape.width, shape.most_neurons, batch)
+    return predictor_scratch_bytes(shape.width, shape.most_neurons, batch)
 
 
 def gpu_attention_bytes(layer: LayerShape) -> int:
@@ -155,13 +164,13 @@ def gpu_cache_bytes(shape: ModelShape, workload: Workload) -> int:
 
 def gpu_head_bytes(shape: ModelShape, batch: int) -> int:
     """Bytes of the head on the hot side, with its norm (which may have a bias) and its own scratch."""
-    scratch = sizes.head_scratch_bytes(_widths(shape), batch)
+    scratch = head_scratch_bytes(_widths(shape), batch)
     return shape.head.nbytes + 2 * output_norm_bytes(shape) + scratch
 
 
-def _widths(shape: ModelShape) -> sizes.Widths:
+def _widths(shape: ModelShape) -> Widths:
     query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return sizes.Widths(shape.width, query, keys, shape.heads, shape.vocabulary)
+    return Widths(shape.width, query, keys, shape.heads, shape.vocabulary)
 
 
 def fixed_ram_bytes(shape: ModelShape, workload: Workload, *, predicted: bool) -> dict[str, int]:

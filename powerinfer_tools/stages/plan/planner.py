@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_formats.block_types import TensorType
-from powerinfer_tools.engine.hot.sizes import budget_for, overhead
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.counting import KVType
+from powerinfer_tools.model.device_memory import budget_for, overhead
 from powerinfer_tools.model.shapes import ModelShape, NeuronBytes, neuron_bytes
 from powerinfer_tools.stages.plan import memory
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION, Capabilities
@@ -34,7 +34,7 @@ from powerinfer_tools.stages.plan.placement import (
 
 Vector = npt.NDArray[np.float64]
 #: Left free when no budget is given: VRAM for the display, the CUDA context and what the engine leaves free
-#: by itself (:data:`powerinfer_tools.engine.hot.sizes.MARGIN`, a quarter of this); RAM for the system.
+#: by itself (:data:`powerinfer_tools.model.device_memory.MARGIN`, a quarter of this); RAM for the system.
 VRAM_MARGIN = 1 << 30
 RAM_MARGIN_SHARE = 0.1
 DEFAULT_CONTEXT = 4096

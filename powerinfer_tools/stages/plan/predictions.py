@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from powerinfer_formats.plan import PlanPrediction
-from powerinfer_tools.engine.hot.sizes import overhead
+from powerinfer_tools.model.device_memory import overhead
 from powerinfer_tools.model.shapes import ModelShape
 from powerinfer_tools.stages.plan import costs, memory
 from powerinfer_tools.stages.plan.costs import Machine

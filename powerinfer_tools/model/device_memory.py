@@ -1,15 +1,19 @@
-"""How much memory each unit takes on the hot device: what the planner counts and what is allocated.
+"""What the hot side needs of a device's memory beside weights and KV cache: the one place that says it, for
+the planner, for ``--vram``, and for what is allocated.
 
-Numbers in, bytes out; nothing here knows a model or a device. Weights lie as in the file, without padding;
-pieces begin on boundaries of 256 bytes, which :func:`overhead` pays for.
+Weights lie as in the file, without padding; pieces begin on boundaries of 256 bytes, which :func:`overhead`
+pays for.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerinfer_tools.model.counting import HEAD_ROWS
+from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.tensors import Stack, Weight
 
 _F32 = 4
-#: Rows that are unpacked at a time; bounds the scratch memory of the device.
+#: Rows that torch operations unpack at a time; bounds the scratch memory of the device.
 CHUNK_ROWS = 512
 #: Queries, and positions of the KV cache, that attention takes at a time. The first may not be the larger.
 QUERIES_AT_ONCE, KEYS_AT_ONCE = 16, 512
@@ -51,6 +55,39 @@ class Widths:
     vocabulary: int
 
 
+@dataclass(frozen=True)
+class ExpertWidths:
+    """What the scratch of experts depends on, in values: the model's width, most neurons of an expert that
+    may be hot, kinds of input (exact, rounded), and experts of a token with the shared one."""
+
+    width: int
+    neurons: int
+    inputs: int
+    taken: int
+
+    @classmethod
+    def of(cls, layers: Sequence[ExpertsFFN], used: int) -> "ExpertWidths":
+        """Of a model whose tokens take ``used`` experts."""
+        shared = [layer.shared.up.rows for layer in layers if layer.shared is not None]
+        return cls(
+            width=layers[0].router.columns,
+            neurons=max([layer.up.rows // layer.router.rows for layer in layers] + shared),
+            inputs=len({weight.row_type.is_float for layer in layers for weight in input_matrices(layer)}),
+            taken=used + 1,
+        )
+
+    @property
+    def longest_row(self) -> int:
+        """Most values of a row, and most rows of a matrix."""
+        return max(self.width, self.neurons)
+
+
+def input_matrices(layer: ExpertsFFN) -> list[Weight | Stack]:
+    """The matrices that the layer's input is multiplied with: gates and ups."""
+    shared = [] if layer.shared is None else [*layer.shared.matrices[:-1]]
+    return [*layer.stacks[:-1], *shared]
+
+
 def overhead(budget: int) -> int:
     """Bytes of a GPU's ``budget`` that are not for weights, KV cache and scratch: :data:`OVERHEAD`, or an
     eighth of less than eight times that."""
@@ -62,12 +99,39 @@ def budget_for(nbytes: int) -> int:
     return nbytes + min(OVERHEAD, max(0, nbytes - 1) // (_OVERHEAD_PART - 1))
 
 
+def rows_at_once(chunks: Sequence[int], tokens: int) -> int:
+    """Rows that fused kernels unpack at a time, in batches of ``tokens``. Unpacking takes no steps then, so
+    all that is counted for it may hold rows, three times each of ``chunks`` (in values), but for what longer
+    products (three of (tokens, rows)) take."""
+    row = max(chunks) // CHUNK_ROWS
+    return max(CHUNK_ROWS, (3 * sum(chunks) + 3 * tokens * CHUNK_ROWS) // max(1, row + 3 * tokens) // 64 * 64)
+
+
 def neuron_scratch_bytes(width: int, most: int, tokens: int) -> int:
     """For ``most`` hot neurons a layer and ``tokens`` tokens: the input and the output (tokens, width), three
     (tokens, chunk) products, and a chunk of rows in float32 with as much again twice for the steps of
     unpacking it."""
     chunk = min(CHUNK_ROWS, most)
     return _F32 * (tokens * (2 * width + 3 * chunk) + 3 * chunk * width)
+
+
+def experts_scratch_floats(widths: ExpertWidths, tokens: int) -> dict[str, int]:
+    """Floats of each piece of scratch: for ``tokens`` tokens the inputs of a layer and of one expert, the
+    layer's output, two products, and which tokens take an expert with what weight; and a chunk of rows."""
+    each = tokens * widths.width
+    pieces = {f"input {kind}": each for kind in range(widths.inputs)}
+    pieces |= {f"taken {kind}": each for kind in range(widths.inputs)}
+    most = max(tokens, widths.taken)  # a single token's experts are computed at once
+    pieces |= {"out": each, "gate": most * widths.neurons, "up": tokens * widths.neurons}
+    longest = widths.longest_row
+    return pieces | {"routes": 2 * tokens * widths.taken, "chunk": min(CHUNK_ROWS, longest) * longest}
+
+
+def experts_scratch_bytes(widths: ExpertWidths, tokens: int) -> int:
+    """All of it, with twice the chunk besides, for the steps of unpacking it, and the products of a chunk."""
+    pieces = experts_scratch_floats(widths, tokens)
+    products = tokens * min(CHUNK_ROWS, widths.longest_row)
+    return _F32 * (sum(pieces.values()) + 2 * pieces["chunk"] + products)
 
 
 def attention_scratch_bytes(widths: Widths, tokens: int, context: int) -> int:

@@ -34,6 +34,7 @@ from powerinfer_tools.model.loading import load_model
 
 DEMO = Path("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 RELU_SPLIT = DEMO.with_name(f"{DEMO.stem}.relu.powerinfer.gguf")
+CORPUS = Path("powerinfer_tools/data/corpus/us-declaration-of-independence.txt")
 _ROUNDS = 3
 
 
@@ -167,7 +168,7 @@ def _converted(source: Path, folder: Path) -> Path:
     model = folder / source.name
     model.symlink_to(source.resolve())
     plan, out = folder / f"{source.stem}.plan.json", folder / f"{source.stem}.powerinfer.gguf"
-    _cli("profile", "-m", str(model), "--tokens", "512")
+    _cli("profile", "-m", str(model), "--corpus", str(CORPUS), "--tokens", "512")
     _cli("plan", "-m", str(model), "--hardware", str(_hardware()), "-o", str(plan))
     _cli("convert", "-m", str(model), "--plan", str(plan), "-o", str(out))
     return out

@@ -1,4 +1,4 @@
-"""Writes a GGUF file as a stream: header first, then tensor after tensor, in pieces of any size.
+"""Writes a GGUF file tensor after tensor, in pieces of any size or row by row, and its header last.
 
 Peak memory is the header plus one piece, whatever the model's size. What is written is judged by the same
 rules as what is read, so a file from here always opens in ``gguf_reader``.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,7 +31,8 @@ class GGUFWriter:
     """A context manager; the file appears under its name when the block ends without an exception.
 
     Order of use: ``add``/``copy_metadata`` and ``declare`` in any order, then ``write`` every declared
-    tensor completely, in the order of declaration. A call out of order raises ``WriteOrder``.
+    tensor completely, in the order of declaration; or ``write_rows``, whose tensors may take turns. A call
+    out of order raises ``WriteOrder``. What ``replace`` changes may come as late as the last data.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class GGUFWriter:
         self._entries: dict[str, bytes] = {}
         self._tensors: dict[str, TensorInfo] = {}  # offsets relative to the data section
         self._data_bytes = 0
-        self._pending: list[TensorInfo] | None = None  # None until the header is written
-        self._written = 0
+        self._missing: dict[str, int] | None = None  # bytes still due, by tensor; None: no data yet
+        self._lock = threading.Lock()  # of _missing, where threads write rows
+        self._start = 0  # of the data section in the file
+        self._at = 0  # where the stream is
         self._target: AbstractContextManager[BinaryIO] = write_atomic(self.path)
         self._stream: BinaryIO | None = None
 
@@ -77,6 +81,14 @@ class GGUFWriter:
     def add(self, key: str, value: Writable, value_type: ValueType | None = None) -> None:
         """Add one metadata entry; ``value_type`` (of the elements, for a sequence) is needed for numbers."""
         self._add_raw(key, encode_entry(key, value, value_type, str(self.path)))
+
+    def replace(self, key: str, value: Writable, value_type: ValueType | None = None) -> None:
+        """Give the entry ``key`` another value of the same size, until the block ends."""
+        self._open_stream()
+        data = encode_entry(key, value, value_type, str(self.path))
+        if len(data) != len(self._entries.get(key, b"")):
+            raise errors.WriteOrder(self.path, f"metadata key {key!r} has no value of that size to replace")
+        self._entries[key] = data
 
     def copy_metadata(self, source: ModelSource, *, without: Collection[str] = ()) -> None:
         """Pass on every entry of ``source`` byte for byte, except keys in ``without`` and the alignment."""
@@ -112,27 +124,40 @@ class GGUFWriter:
 
         An array of any type gives its bytes in C order; it is not converted.
         """
-        if self._pending is None:
-            self._write_header()
-        stream, pending = self._open_stream(), self._pending
-        if not pending or pending[0].name != name:
-            expected = f"tensor {pending[0].name!r}" if pending else "nothing more"
+        missing = self._begin_data()
+        due = next(iter(missing), None)
+        if due != name:
+            expected = "nothing more" if due is None else f"tensor {due!r}"
             raise errors.WriteOrder(self.path, f"data for tensor {name!r} where {expected} is due")
-        if isinstance(piece, np.ndarray):
-            data = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        else:
-            data = memoryview(piece).cast("B")
-        missing_bytes = pending[0].nbytes - self._written
-        if data.nbytes > missing_bytes:
-            raise errors.WriteOrder(
-                self.path, f"tensor {name!r}: {data.nbytes} bytes handed over, {missing_bytes} are still due"
-            )
+        data = _bytes_of(piece)
+        info, left = self._tensors[name], missing[name]
+        self._take(name, data.nbytes)
+        stream, place = self._open_stream(), self._start + info.offset + info.nbytes - left
+        if self._at != place:
+            stream.seek(place)
         stream.write(data)
-        self._written += data.nbytes
-        if self._written == pending[0].nbytes:
-            stream.write(bytes(aligned(self._written, self.alignment) - self._written))
-            pending.pop(0)
-            self._written = 0
+        padding = 0 if data.nbytes < left else aligned(info.nbytes, self.alignment) - info.nbytes
+        stream.write(bytes(padding))
+        self._at = place + data.nbytes + padding
+
+    def write_rows(self, name: str, places: NDArray[np.integer[Any]], rows: NDArray[np.uint8]) -> None:
+        """Write ``rows`` [n, bytes of a row] as rows ``places`` [n] of the matrix ``name``. Every row is
+        written once, in any order, and by any number of threads at a time."""
+        self._begin_data()
+        info = self._tensors.get(name)
+        count, row_bytes = info.shape[0] if info else 0, info.nbytes // info.shape[0] if info else 0
+        if not info or rows.shape != (len(places), row_bytes) or not _within(places, count):
+            raise errors.WriteOrder(
+                self.path, f"rows {rows.shape} for tensor {name!r}, which has {count} of {row_bytes} bytes"
+            )
+        data, start = _bytes_of(rows), self._start + info.offset
+        self._take(name, data.nbytes)
+        descriptor, at = self._open_stream().fileno(), places.tolist()
+        ends = [*(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(at)]
+        first = 0
+        for end in ends:  # of rows that follow each other in the file, too
+            _write_all(descriptor, data[first * row_bytes : end * row_bytes], start + at[first] * row_bytes)
+            first = end
 
     # --- inner ---------------------------------------------------------------------------------------
 
@@ -146,40 +171,71 @@ class GGUFWriter:
 
     def _expect_header_open(self) -> None:
         self._open_stream()
-        if self._pending is not None:
-            raise errors.WriteOrder(self.path, "the header is written; nothing can be added to it any more")
+        if self._missing is not None:
+            raise errors.WriteOrder(self.path, "data is written; nothing can be added to the header any more")
 
     def _open_stream(self) -> BinaryIO:
         if self._stream is None:
             raise errors.WriteOrder(self.path, "the writer is used outside of its with block")
         return self._stream
 
-    def _write_header(self) -> None:
-        stream = self._open_stream()
-        parts = [
+    def _begin_data(self) -> dict[str, int]:
+        """What is missing of each incomplete tensor; from the first call on, the header's size is fixed."""
+        if self._missing is None:
+            self._open_stream()
+            self._start = aligned(sum(map(len, self._header())), self.alignment)
+            require_space(self.path, self._start + self._data_bytes)
+            self._missing = {name: info.nbytes for name, info in self._tensors.items() if info.nbytes}
+        return self._missing
+
+    def _take(self, name: str, nbytes: int) -> None:
+        """Count ``nbytes`` as written to tensor ``name``."""
+        missing = self._begin_data()
+        with self._lock:
+            left = missing.get(name, 0)
+            if nbytes > left:
+                raise errors.WriteOrder(
+                    self.path, f"tensor {name!r}: {nbytes} bytes handed over, {left} are still due"
+                )
+            missing[name] = left - nbytes
+            if left == nbytes:
+                del missing[name]
+
+    def _header(self) -> list[bytes]:
+        return [
             self.magic,
             struct.pack("<IQQ", layout.WRITTEN_VERSION, len(self._tensors), len(self._entries)),
             *self._entries.values(),
             *(_directory_row(info) for info in self._tensors.values()),
         ]
-        length = sum(map(len, parts))
-        start = aligned(length, self.alignment)
-        require_space(self.path, start + self._data_bytes)
-        for part in parts:
-            stream.write(part)
-        stream.write(bytes(start - length))
-        self._pending = list(self._tensors.values())
 
     def _complete(self) -> None:
-        if self._pending is None:
-            self._write_header()
-        if self._pending:
-            missing = self._pending[0].nbytes - self._written
+        missing, stream = self._begin_data(), self._open_stream()
+        if missing:
+            name, nbytes = next(iter(missing.items()))
             raise errors.WriteOrder(
                 self.path,
-                f"{len(self._pending)} tensors are incomplete, "
-                f"first {self._pending[0].name!r}: {missing} bytes were never written",
+                f"{len(missing)} tensors are incomplete, first {name!r}: {nbytes} bytes were never written",
             )
+        stream.truncate(self._start + self._data_bytes)  # padding behind rows
+        stream.seek(0)
+        stream.write(b"".join(self._header()))
+
+
+def _bytes_of(piece: bytes | bytearray | memoryview | NDArray[Any]) -> memoryview:
+    if isinstance(piece, np.ndarray):
+        return memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+    return memoryview(piece).cast("B")
+
+
+def _within(places: NDArray[np.integer[Any]], count: int) -> bool:
+    return len(places) > 0 and int(places.min()) >= 0 and int(places.max()) < count
+
+
+def _write_all(descriptor: int, data: memoryview, place: int) -> None:
+    while data.nbytes:
+        written = os.pwrite(descriptor, data, place)
+        data, place = data[written:], place + written
 
 
 def _directory_row(info: TensorInfo) -> bytes:

@@ -52,5 +52,8 @@ void pi_raise_thread_error(int error);
 int pi_spans_enter(PyObject *spans, pi_program *program, int64_t serial, int64_t capacity);
 /* The first `count` states may run elsewhere. */
 void pi_spans_leave(PyObject *spans, int64_t count);
+/* Functions of the module (py_requantize.c). */
+PyObject *pi_py_requantize(PyObject *module, PyObject *args);
+PyObject *pi_py_first_not_finite(PyObject *module, PyObject *args);
 
 #endif

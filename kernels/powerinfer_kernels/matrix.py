@@ -1,5 +1,6 @@
 """Weights packed for products with every row, and conversions between row types and float32."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,36 @@ from ._kernels import KernelError
 from .checks import Bytes, Floats, as_bytes, check_array, check_positive
 from .pool import Pool, choose_isa
 from .row_types import RowType, as_row_type, computable, packed_row_bytes, row_bytes
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Plain rows [rows, columns] in a buffer of exactly rows × row_bytes bytes."""
+
+    source: Any
+    row_type: int
+    rows: int
+    columns: int
+
+    def requantize(
+        self, begin: int, end: int, to: int, out: Bytes, *, by_columns: bool = False
+    ) -> tuple[float, float]:
+        """Writes rows [begin, end) to `out`, uint8 [end - begin, row bytes of type `to`], whose rows may lie
+        apart: of what `dequantize` reads, what `quantize` makes. ``by_columns``: columns, whole blocks of
+        their type, become rows. Returns Σ of squares of what that changes, and of the values. No other thread
+        is kept waiting. Raises KernelError for wrong sizes and types."""
+        data = _rows_of(self.source, self.row_type, self.rows, self.columns)
+        shape = (self.rows, self.columns)
+        return _kernels.requantize(
+            choose_isa(), data, self.row_type, *shape, by_columns, begin, end, as_row_type(to), out
+        )
+
+    def first_not_finite(self) -> int | None:
+        """The first row with a NaN or an infinity, by the scales of its blocks where those decide. Raises
+        KernelError for wrong sizes or an unknown type."""
+        data = _rows_of(self.source, self.row_type, self.rows, self.columns)
+        row = _kernels.first_not_finite(choose_isa(), data, self.row_type, self.rows, self.columns)
+        return None if row < 0 else row
 
 
 def _rows_of(source: Any, row_type: int, rows: int, columns: int) -> Bytes:

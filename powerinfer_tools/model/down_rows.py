@@ -1,23 +1,23 @@
 """The down projection with a row for each neuron, in the row type of a split file.
 
 Transposing breaks the blocks of quantised rows apart, so they are quantised again: a strip of neurons at a
-time, which stays in caches, on a thread per core.
+time, on a thread per core.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import RowType, block_shape, dequantize, physical_cores, quantize, row_bytes
+from powerinfer_kernels import Plain, RowType, block_shape, physical_cores, row_bytes
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 
 Bytes = npt.NDArray[np.uint8]
-#: Values of a strip: 1 MiB of float32, and as much again transposed.
-_STRIP_VALUES = 1 << 18
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
@@ -28,36 +28,47 @@ def on_threads(work: Callable[[_Task], _Result], tasks: Iterable[_Task]) -> Iter
         yield from threads.map(work, tasks)
 
 
-def down_rows(ffn: DenseFFN, row_type: RowType) -> tuple[Bytes, float]:
-    """uint8 (neurons, row bytes) of ``row_type``, neurons in the source's order, and what rounding them
-    costs: ‖D′ − D‖ / ‖D‖ (Frobenius) of the down projection D and these rows D′."""
-    down = ffn.down
-    source = down.data.reshape(down.rows, -1)
-    neurons, width = (down.rows, down.columns) if ffn.transposed else (down.columns, down.rows)
-    rows: Bytes = np.empty((neurons, row_bytes(row_type, width)), np.uint8)
-    values, nbytes = block_shape(down.row_type)
-    block = 1 if ffn.transposed else values
-    step = max(1, _STRIP_VALUES // (width * block)) * block
+@dataclass(frozen=True)
+class DownRows:
+    """The rows of ``ffn`` as ``row_type``, neurons in the source's order; the source's bits where it has
+    such."""
 
-    def strip(first: int) -> tuple[float, float]:
-        end = min(first + step, neurons)
-        if ffn.transposed:
-            made = dequantize(source[first:end].reshape(-1), down.row_type, end - first, width)
-        else:
-            piece = np.ascontiguousarray(source[:, first // values * nbytes : end // values * nbytes])
-            part = dequantize(piece.reshape(-1), down.row_type, width, end - first)
-            made = np.ascontiguousarray(part.T)
-        rows[first:end] = quantize(made, row_type)
-        back = dequantize(rows[first:end].reshape(-1), row_type, end - first, width)
-        back -= made
-        return _squares(back), _squares(made)
+    ffn: DenseFFN
+    row_type: RowType
 
-    sums = list(on_threads(strip, range(0, neurons, step)))
+    @property
+    def neurons(self) -> int:
+        """How many there are."""
+        return self.ffn.down.rows if self.ffn.transposed else self.ffn.down.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one."""
+        down = self.ffn.down
+        return row_bytes(self.row_type, down.columns if self.ffn.transposed else down.rows)
+
+    def strips(self, most: int) -> list[tuple[int, int]]:
+        """All neurons in [first, end) of about ``most``, which :meth:`write` takes."""
+        block = 1 if self.ffn.transposed else block_shape(self.ffn.down.row_type)[0]
+        step = max(1, most // block) * block
+        return [(first, min(first + step, self.neurons)) for first in range(0, self.neurons, step)]
+
+    def write(self, first: int, end: int, out: Bytes) -> tuple[float, float]:
+        """Neurons [first, end) into ``out`` [end - first, bytes of a row], whose rows may lie apart; Σ of
+        squares of what rounding takes from them, and of the down projection's values."""
+        if self.ffn.transposed and self.ffn.down.row_type == self.row_type:
+            out[:] = self._plain.source.reshape(self.neurons, -1)[first:end]
+            return 0.0, 0.0
+        return self._plain.requantize(first, end, self.row_type, out, by_columns=not self.ffn.transposed)
+
+    @cached_property
+    def _plain(self) -> Plain:
+        down = self.ffn.down
+        return Plain(np.ascontiguousarray(down.data), down.row_type, down.rows, down.columns)
+
+
+def relative_error(sums: Iterable[tuple[float, float]]) -> float:
+    """‖D′ − D‖ / ‖D‖ (Frobenius) of the down projection D and rows D′, from what :meth:`DownRows.write` says
+    of all strips."""
     lost, norm = (math.fsum(column) for column in zip(*sums, strict=True))
-    return rows, math.sqrt(lost / norm) if norm else 0.0
-
-
-def _squares(values: npt.NDArray[np.float32]) -> float:
-    """Σ values² in double precision."""
-    wide = values.reshape(-1).astype(np.float64)
-    return float(wide @ wide)
+    return math.sqrt(lost / norm) if norm else 0.0

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_kernels import RowType, dequantize
+from powerinfer_kernels import Plain, RowType, dequantize
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model.down_rows import on_threads
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
@@ -15,8 +15,8 @@ from powerinfer_tools.model.split_rows import plain_rows
 from powerinfer_tools.model.tensors import Weight
 
 Bytes = npt.NDArray[np.uint8]
-#: Values dequantised at a time when weights are checked: 1 MiB of float32.
-_CHECK_VALUES = 1 << 18
+#: Values looked at at a time when weights are checked.
+_CHECK_VALUES = 1 << 20
 
 
 def shared_weights(model: Model) -> Iterator[Weight]:
@@ -56,11 +56,11 @@ def check_finite(model: Model, weight: Weight) -> None:
 
     def fault(first: int) -> tuple[int, int] | None:
         piece = np.ascontiguousarray(rows[first : first + step])
-        values = dequantize(piece.reshape(-1), weight.row_type, len(piece), weight.columns)
-        if np.isfinite(values.sum()):  # of a NaN or infinity, it is neither
+        row = Plain(piece, weight.row_type, len(piece), weight.columns).first_not_finite()
+        if row is None:
             return None
-        bad = np.argwhere(~np.isfinite(values))
-        return (first + int(bad[0, 0]), int(bad[0, 1])) if len(bad) else None
+        values = dequantize(piece[row], weight.row_type, 1, weight.columns)
+        return first + row, int(np.argmin(np.isfinite(values[0])))
 
     for found in on_threads(fault, range(0, weight.rows, step)):
         if found is not None:

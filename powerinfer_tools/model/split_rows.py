@@ -13,7 +13,7 @@ from powerinfer_formats.split_devices import SplitDevices
 from powerinfer_formats.split_layout import BundleLayout, SplitPrediction, bundle_layout
 from powerinfer_kernels import RowType, dequantize
 from powerinfer_tools import __version__
-from powerinfer_tools.model.down_rows import down_rows
+from powerinfer_tools.model.down_rows import DownRows, on_threads
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.predictor_scores import split_predictor
@@ -21,6 +21,8 @@ from powerinfer_tools.model.tensors import Weight
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+#: Neurons whose rows are made at a time.
+_STRIP = 256
 
 
 def planned_devices(plan: Plan) -> SplitDevices:
@@ -46,9 +48,11 @@ def transposed_down(ffn: DenseFFN) -> Floats:
 
 def stored_down(ffn: DenseFFN, row_type: RowType) -> Bytes:
     """The same rows as ``row_type``: the source's bits where it has such."""
-    if ffn.transposed and ffn.down.row_type == row_type:
-        return plain_rows(ffn.down)
-    return down_rows(ffn, row_type)[0]
+    rows = DownRows(ffn, row_type)
+    stored: Bytes = np.empty((rows.neurons, rows.nbytes), np.uint8)
+    for _ in on_threads(lambda strip: rows.write(*strip, stored[slice(*strip)]), rows.strips(_STRIP)):
+        pass
+    return stored
 
 
 def ffn_layout(ffn: DenseFFN, down: RowType) -> BundleLayout:

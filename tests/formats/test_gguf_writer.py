@@ -266,6 +266,85 @@ def _tensor_too_late(writer: GGUFWriter) -> None:
     writer.declare("c", 0, (4,))
 
 
+def _row_twice(writer: GGUFWriter) -> None:
+    writer.write_rows("m", np.array([0, 1, 1]), np.zeros((3, 8), np.uint8))
+    writer.write_rows("m", np.array([2]), np.zeros((1, 8), np.uint8))
+
+
+def _row_beyond(writer: GGUFWriter) -> None:
+    writer.write_rows("m", np.array([0, 3]), np.zeros((2, 8), np.uint8))
+
+
+def _rows_of_another_size(writer: GGUFWriter) -> None:
+    writer.write_rows("m", np.array([0]), np.zeros((1, 4), np.uint8))
+
+
+def _rows_of_no_tensor(writer: GGUFWriter) -> None:
+    writer.write_rows("x", np.array([0]), np.zeros((1, 8), np.uint8))
+
+
+def _replaced_by_another_size(writer: GGUFWriter) -> None:
+    writer.replace("errors", [1.0, 2.0], ValueType.FLOAT32)
+
+
+def _replaced_without_being_there(writer: GGUFWriter) -> None:
+    writer.replace("other", [1.0, 2.0, 3.0], ValueType.FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        _row_twice,
+        _row_beyond,
+        _rows_of_another_size,
+        _rows_of_no_tensor,
+        _replaced_by_another_size,
+        _replaced_without_being_there,
+    ],
+)
+def test_misused_rows_and_entries_leave_no_file(tmp_path: Path, misuse: Any) -> None:
+    with pytest.raises(errors.WriteOrder), GGUFWriter(tmp_path / "out.gguf") as writer:
+        writer.add("errors", [0.0, 0.0, 0.0], ValueType.FLOAT32)
+        writer.declare("m", 0, (3, 2))
+        misuse(writer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_in_any_order_and_a_late_entry(tmp_path: Path) -> None:
+    """Byte for byte the file of a writer that had all of it at once."""
+    rng, order = np.random.default_rng(0), np.array([5, 1, 2, 3, 0, 4])
+    rows = {name: rng.integers(0, 256, (6, nbytes), np.uint8) for name, nbytes in (("m", 12), ("n", 20))}
+    tail = rng.integers(0, 256, 12, np.uint8)
+    written = []
+    for by_rows in (False, True):
+        with GGUFWriter(tmp_path / f"{by_rows}.gguf", alignment=64) as writer:
+            writer.add("errors", [0.0, 0.0] if by_rows else [0.5, 0.25], ValueType.FLOAT32)
+            writer.declare("first", 0, (3,))
+            for name, data in rows.items():
+                writer.declare(name, 0, (6, data.shape[1] // 4))
+            writer.declare("tail", 0, (3,))
+            writer.write("first", tail)
+            if by_rows:
+                for some in (order[:4], order[4:]):
+                    for name, data in reversed(rows.items()):
+                        writer.write_rows(name, some, data[some])
+                writer.write("tail", tail)
+                writer.replace("errors", [0.5, 0.25], ValueType.FLOAT32)
+            else:
+                for name, data in (*rows.items(), ("tail", tail)):
+                    writer.write(name, data)
+        written.append((tmp_path / f"{by_rows}.gguf").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_padding_behind_rows_at_the_end(tmp_path: Path) -> None:
+    with GGUFWriter(tmp_path / "out.gguf", alignment=64) as writer:
+        writer.declare("m", 0, (2, 2))
+        writer.write_rows("m", np.array([1, 0]), np.ones((2, 8), np.uint8))
+    assert (tmp_path / "out.gguf").stat().st_size % 64 == 0
+    assert GGUFFile.open(tmp_path / "out.gguf").tensor("m").tobytes() == bytes([1] * 16)
+
+
 @pytest.mark.parametrize(
     "misuse",
     [

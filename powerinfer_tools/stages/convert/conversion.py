@@ -11,12 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import to_plain
 from powerinfer_formats.split_devices import SplitDevices
-from powerinfer_formats.split_layout import ALIGNMENT, SplitHeader, SplitPrediction
+from powerinfer_formats.split_layout import (
+    ALIGNMENT,
+    KEY_REQUANTIZATION_ERROR,
+    SplitHeader,
+    SplitPrediction,
+)
 from powerinfer_formats.split_thresholds import SplitThresholding
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ConvertError
@@ -128,15 +134,15 @@ class _Conversion:
         self.layers = layer_content(self.model, self.profile, self.plan, self.selection, options.quant)
 
     def run(self) -> ConvertReport:
-        # The error per layer stands in the header, before any weight: so it is measured in a first pass.
-        errors = self._measure()
-        header = self._header(errors)
+        header = self._header((0.0,) * self.model.hyper.layers)
         with GGUFWriter(self.options.output, alignment=ALIGNMENT) as writer:
             # Of neurons, the header says the activation.
             said = ("powerinfer.activation", original.KEY_THRESHOLD) if any(self.layers.types) else ()
             writer.copy_metadata(self.model.source, without=said)
             header.write(writer)
-            self._write(writer)
+            errors = self._write(writer)
+            if header.row_layers:
+                writer.replace(KEY_REQUANTIZATION_ERROR, errors, ValueType.FLOAT32)
             self.model.source.require_unchanged()
         experts = None
         if header.experts:
@@ -187,44 +193,34 @@ class _Conversion:
             dense_group=dense.group if dense is not None and any(self.layers.types) else 0,
         )
 
-    def _measure(self) -> tuple[float, ...]:
-        """Check that all weights are finite, and measure what requantising adds to each layer."""
-        layers = self.model.hyper.layers
-        self.progress.start("checking weights", layers + 1, "layers")
-        for weight in shared_weights(self.model):
-            check_finite(self.model, weight)
-        self.progress.advance(1)
-        errors = []
-        for index in range(layers):
-            for weight in layer_weights(self.model, index):
-                check_finite(self.model, weight)
-            errors.append(self.layers.error(index))
-            self.progress.advance(1)
-        self.progress.finish()
-        return tuple(errors)
-
     def _unchanged(self) -> list[tuple[str, str]]:
         """Tensors that are passed on, by their names here and in the source."""
         replaced = self.layers.replaced()
         names = (name for name in self.model.source.tensors if name not in replaced)
         return [(name.replace("ffn_down_t.bias", "ffn_down.bias"), name) for name in names]
 
-    def _write(self, writer: GGUFWriter) -> None:
+    def _write(self, writer: GGUFWriter) -> tuple[float, ...]:
+        """Check that all weights are finite, and write them; what requantising adds to each layer."""
         layers, source = self.model.hyper.layers, self.model.source
         for index in range(layers):
             self.layers.declare(writer, index)
         for name, original_name in self._unchanged():
             info = source.info(original_name)
             writer.declare(name, info.row_type, info.shape)
-        self.progress.start("writing", layers + 1, "layers")
+        self.progress.start("converting", layers + 1, "layers")
+        for weight in shared_weights(self.model):
+            check_finite(self.model, weight)
+        errors = []
         for index in range(layers):
-            for name, data in self.layers.pieces(index):
-                writer.write(name, data)
+            for weight in layer_weights(self.model, index):
+                check_finite(self.model, weight)
+            errors.append(self.layers.write(writer, index))
             self.progress.advance(1)
         for name, original_name in self._unchanged():
             writer.write(name, source.tensor(original_name))
         self.progress.advance(1)
         self.progress.finish()
+        return tuple(errors)
 
 
 def _refuse_for_experts(options: ConvertOptions, names: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ quantised source has to be quantised again, and the error of that is measured. E
 matrices change their places.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,13 +19,11 @@ from powerinfer_formats.split_layout import (
     BundleLayout,
     SplitSizes,
     bias_name,
-    bundle_name,
     columns_name,
     declare_experts,
     declare_split_layer,
     expert_order_name,
     experts_name,
-    hot_name,
     order_name,
     source_bias_name,
     source_experts_name,
@@ -37,22 +34,15 @@ from powerinfer_kernels import WRITTEN_TYPES, RowType, block_shape
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model import original_layout as original
 from powerinfer_tools.model.counted_units import order_of
-from powerinfer_tools.model.down_rows import down_rows
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.layer_weights import LayerWeights
 from powerinfer_tools.model.loading import Model
-from powerinfer_tools.model.split_rows import (
-    default_down_type,
-    ffn_layout,
-    plain_rows,
-    stored_down,
-)
+from powerinfer_tools.model.split_rows import default_down_type, ffn_layout
 from powerinfer_tools.model.tensors import Weight
+from powerinfer_tools.stages.convert.neuron_records import NeuronRecords
 from powerinfer_tools.stages.convert.selection import Selection
 
 Order = npt.NDArray[np.int32]
-#: A tensor's name, and a piece of its data.
-Piece = tuple[str, npt.NDArray[np.generic]]
 
 
 def layer_content(
@@ -133,17 +123,8 @@ class LayerContent:
                 names |= {*original.predictor_names(index)}
         return names
 
-    def error(self, index: int) -> float:
-        """‖D′ − D‖ / ‖D‖ of the down projection of one layer."""
-        layout = self.layouts[index]
-        if layout is None:
-            return 0.0
-        ffn, row_type = self.model.layers[index].source_ffn, RowType(layout.types[-1])
-        kept = ffn.transposed and ffn.down.row_type == row_type
-        return 0.0 if kept else down_rows(ffn, row_type)[1]
-
     def declare(self, writer: GGUFWriter, index: int) -> None:
-        """Declare the tensors of one layer, in the order of :meth:`pieces`."""
+        """Declare the tensors of one layer, in the order of :meth:`write`."""
         hyper, ffn, layout = self.model.hyper, self.model.layers[index].ffn, self.layouts[index]
         order = self._order(index)
         if isinstance(ffn, ExpertsFFN):
@@ -169,36 +150,34 @@ class LayerContent:
         if self.selection.threshold(index) is not None:
             writer.declare(threshold_name(index), TensorType.F32, (len(order),))
 
-    def pieces(self, index: int) -> Iterator[Piece]:
-        """The data of the tensors of one layer."""
+    def write(self, writer: GGUFWriter, index: int) -> float:
+        """Write the data of the tensors of one layer; ‖D′ − D‖ / ‖D‖ of its down projection."""
         layout, ffn, order = self.layouts[index], self.model.layers[index].ffn, self._order(index)
         if layout is not None:
-            yield from self._neuron_pieces(index, layout, order)
-        elif isinstance(ffn, ExpertsFFN):
-            yield expert_order_name(index), order.astype("<i4")
+            return self._write_neurons(writer, index, layout, order)
+        if isinstance(ffn, ExpertsFFN):
+            writer.write(expert_order_name(index), order.astype("<i4"))
             for kind, stack in zip(KINDS, ffn.stacks, strict=True):
                 for expert in order.tolist():
-                    yield experts_name(index, kind), stack.matrix(f"expert {expert}", expert, len(order)).data
+                    matrix = stack.matrix(f"expert {expert}", expert, len(order))
+                    writer.write(experts_name(index, kind), matrix.data)
+        return 0.0
 
-    def _neuron_pieces(self, index: int, layout: BundleLayout, order: Order) -> Iterator[Piece]:
+    def _write_neurons(self, writer: GGUFWriter, index: int, layout: BundleLayout, order: Order) -> float:
         hot, bias = self.plan.layers[index].hot_neurons, self.model.layers[index].ffn_bias
         ffn = self.model.layers[index].source_ffn
-        sources = [*(plain_rows(weight) for weight in ffn.matrices[:-1])]
-        sources.append(stored_down(ffn, RowType(layout.types[-1])))
-        yield order_name(index), order.astype("<i4")
+        writer.write(order_name(index), order.astype("<i4"))
         if bias is not None:
-            yield bias_name(index), bias[order]
-        if hot:
-            for kind, rows in zip(layout.kinds, sources, strict=True):
-                yield hot_name(index, kind), rows[order[:hot]]
-        if hot < len(order):
-            yield bundle_name(index), layout.pack(*(rows[order[hot:]] for rows in sources))
+            writer.write(bias_name(index), bias[order])
+        error = NeuronRecords(writer, index, ffn, layout, order, hot).write()
         if (columns := self._columns(index)) is not None:
-            yield columns_name(index), columns.data
+            writer.write(columns_name(index), columns.data)
         if (predictor := self.selection.predictor(index, order)) is not None:
-            yield from predictor.pieces(index)
+            for name, data in predictor.pieces(index):
+                writer.write(name, data)
         if (threshold := self.selection.threshold(index)) is not None:
-            yield threshold_name(index), threshold[order]
+            writer.write(threshold_name(index), threshold[order])
+        return error
 
     def _order(self, index: int) -> Order:
         """The units of a layer, hottest first."""

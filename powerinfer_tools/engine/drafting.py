@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerinfer_tools.engine.draft_length import MOST, DraftLength
-from powerinfer_tools.engine.session import Session
+from powerinfer_tools.engine.session import Checkpoint, Session
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.progress import Progress
 
@@ -119,8 +119,10 @@ class DraftCounters:
 class Drafter:
     """Decodes for one session, which must be empty, with the drafts of ``proposer``.
 
-    Raises ModelError where bits may depend on the size of a batch (a hot device), and where a session keeps
-    what cannot be rewound.
+    Recurrent layers cannot forget what they have read: where guesses turn out wrong, they go back to what
+    they were before the pass, and read again what was right.
+
+    Raises ModelError where bits may depend on the size of a batch (a hot device).
     """
 
     def __init__(self, session: Session, proposer: Proposer) -> None:
@@ -134,6 +136,7 @@ class Drafter:
         self._ahead: list[int] = []  # guesses whose logits are there
         self._rows: Floats | None = None
         self._pass: tuple[int, float, float] | None = None  # drafted, seconds, seconds of drafting
+        self._before: Checkpoint | None = None
 
     @property
     def position(self) -> int:
@@ -194,6 +197,7 @@ class Drafter:
         if wanted:
             guesses = self._proposer.propose([*self._tokens, token], wanted)
         drafting = time.perf_counter() - started
+        self._before = session.checkpoint() if guesses else None
         rows = session.verify([token, *guesses])
         taken = time.perf_counter() - started
         self._tokens.append(token)
@@ -209,8 +213,20 @@ class Drafter:
 
     def settle(self) -> None:
         """Forget the guesses that did not come true, and learn from the last pass."""
+        again = self._forget_guesses()
         if self._pass is not None:
             drafted, seconds, drafting = self._pass
-            self.length.passed(drafted, drafted - len(self._ahead), seconds, drafting)
-        self._session.rewind(min(self._session.position, len(self._tokens)))
-        self._ahead, self._rows, self._pass = [], None, None
+            self.length.passed(drafted, drafted - len(self._ahead), seconds + again, drafting)
+            self.counters.seconds += again
+        self._ahead, self._rows, self._pass, self._before = [], None, None, None
+
+    def _forget_guesses(self) -> float:
+        """Hold the text alone; seconds that it took to read a part of it again."""
+        session, count = self._session, len(self._tokens)
+        if session.position <= count or self._before is None:
+            session.rewind(min(session.position, count))
+            return 0.0
+        started = time.perf_counter()
+        session.restore(self._before)
+        session.forward(self._tokens[session.position :])
+        return time.perf_counter() - started

@@ -56,6 +56,14 @@ class SessionCounters:
     cache_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A place in a text, and what recurrent layers had kept of it there."""
+
+    position: int
+    recurrent: tuple[npt.NDArray[np.float32], ...]
+
+
 class Session(Closing):
     """Tokens and what is kept of them; made by :meth:`Weights.session`. ``position`` is the number of tokens
     it holds, ``context`` how many fit."""
@@ -125,9 +133,19 @@ class Session(Closing):
         stack = self._weights.stack
         if stack.has_hot_side:
             return f"sums of the {stack.device} device may depend on how many tokens it computes at a time"
-        if self._state.recurrent:
-            return "what this family keeps of its text cannot be rewound, and checkpoints are not made yet"
         return None
+
+    def checkpoint(self) -> "Checkpoint | None":
+        """What :meth:`restore` goes back to where a recurrence cannot be rewound; None without one."""
+        if not self._state.recurrent:
+            return None
+        return Checkpoint(self.position, tuple(values.copy() for values in self._state.recurrent))
+
+    def restore(self, checkpoint: "Checkpoint") -> None:
+        """Forget all tokens since ``checkpoint``, which this session made, with the bits that it had then."""
+        for values, kept in zip(self._state.recurrent, checkpoint.recurrent, strict=True):
+            values[:] = kept
+        self.position = checkpoint.position
 
     @property
     def most_verified(self) -> int:

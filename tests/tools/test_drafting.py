@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from every_run import RUNS, sparse, split
+from hybrid_families import FAMILIES, write_random_family
 from powerinfer_tools.engine import Engine, Weights
 from powerinfer_tools.engine.draft_length import ALLOWED, MOST, DraftLength
 from powerinfer_tools.engine.drafting import ModelDrafts, TextLookup
@@ -133,6 +134,27 @@ def test_a_text_that_was_rewound_goes_on_as_it_would(tmp_path: Path) -> None:
         engine.prefill([4, 4, 3])
         np.testing.assert_array_equal(engine.decode(9), expected)
         assert engine.position == len(PROMPT) + 4
+    model.close()
+
+
+@pytest.mark.usefixtures("any_length")
+@pytest.mark.parametrize("family", ["mamba", "qwen3next"])
+def test_recurrent_layers_go_back_to_where_guesses_were_wrong(family: str, tmp_path: Path) -> None:
+    """Also where attention stands between them."""
+    model = load_model(write_random_family(tmp_path / "recurrent.gguf", FAMILIES[family]))
+    with Engine(model, threads=1, context=CONTEXT) as engine:
+        plain = {sampling: generated(engine, sampling) for sampling in (GREEDY, SAMPLED)}
+    for sampling, (tokens, rows) in plain.items():
+        told = Told(PROMPT + tokens, 3, model.hyper.vocabulary)
+        with Engine(model, threads=2, context=CONTEXT) as engine:
+            engine.draft_with(told)
+            got = generated(engine, sampling)
+            assert got[0] == tokens
+            np.testing.assert_array_equal(got[1], rows)
+            assert engine.drafter is not None
+            counters = engine.drafter.counters
+            assert counters.tokens == COUNT - 1 == engine.report().decode_tokens
+            assert 0 < counters.accepted < counters.drafted
     model.close()
 
 

@@ -36,7 +36,7 @@ COUNTED: dict[str, Request | Path] = {
     "experts": Request("smallthinker-4b-a0.6b", "Q4_0", 6),
 }
 _CORPUS = Path("powerinfer_tools/data/corpus/us-declaration-of-independence.txt")
-_WINDOW, _ROUNDS = 512, 5
+_WINDOW, _ROUNDS = 512, 3
 
 
 def _file(source: Request | Path) -> Path:

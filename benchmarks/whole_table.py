@@ -110,6 +110,42 @@ def experts(settings: Settings) -> Iterator[Line]:
     yield from _against_peer(settings, model, {"tg": "1.5", "pp": "2"}, 64, 32)
 
 
+def zeros(settings: Settings) -> Iterator[Line]:
+    """Experts of which two neurons in five fire, gate-first against whole: the experts alone, and whole
+    tokens."""
+    for shape, layers in (("smallthinker-4b-a0.6b", 8), ("turbosparse-mixtral-47b", 1)):
+        path = _synthetic(shape, "Q4_0", layers, 0.4)
+        engines = [
+            Engine(load_model(str(path)), threads=settings.threads, context=256, mode=mode)
+            for mode in ("dense", "gate-first")
+        ]
+        ratios: dict[str, list[float]] = {"experts": [], "prompt of 64, experts": [], "whole token": []}
+        try:
+            for _ in range(settings.rounds + 1):
+                prompts, parts, tokens = zip(*(_expert_seconds(engine) for engine in engines), strict=True)
+                for name, (whole, picked) in zip(ratios, (parts, prompts, tokens), strict=True):
+                    ratios[name].append(whole / picked)
+        finally:
+            for engine in engines:
+                engine.close()
+        for name, values in ratios.items():
+            yield _line(f"{path.stem} gate-first/dense {name}", "1.25" * (name == "experts"), values[1:])
+
+
+def _expert_seconds(engine: Engine) -> tuple[float, float, float]:
+    """Seconds in experts of a prompt of 64 tokens, and of 24 decoded ones, and those of the latter in all."""
+    tokens = [(index * 7919 + 1) % engine.vocabulary for index in range(88)]
+    engine.rewind(0)
+    before = engine.report()
+    engine.prefill(tokens[:64])
+    between = engine.report()
+    for one in tokens[64:]:
+        engine.decode(one)
+    after = engine.report()
+    prompt, decoded = (b.timings["ffn"] - a.timings["ffn"] for a, b in ((before, between), (between, after)))
+    return prompt, decoded, after.decode_seconds - between.decode_seconds
+
+
 def peer(settings: Settings) -> Iterator[Line]:
     """Dense models against llama.cpp."""
     yield from _against_peer(settings, DEMO, {"tg": "3", "pp": "4"}, 128, 64)
@@ -136,12 +172,18 @@ def drafts(settings: Settings) -> Iterator[Line]:
         "walked down to the mill where her brother was already loading sacks of rye onto the cart."
     )
     again = f"Repeat this text word for word, nothing else:\n\n{passage}"
-    other = "Write a list of twenty different animals, each with one short remark."
-    for name, prompt, wanted in (("repeats its prompt", again, "1.6"), ("repeats nothing", other, "0.97")):
+    animals = "Write a list of twenty different animals, each with one short remark."
+    greedy, noise = ("--temp", "0", "-n", "64"), ("--temp", "3", "--seed", "1", "-n", "192")
+    texts = (
+        ("repeats its prompt", again, greedy, "1.6"),
+        ("a list, which repeats itself", animals, greedy, "0.97"),
+        ("repeats nothing: sampled at temperature 3", animals, noise, "0.97"),
+    )
+    for name, prompt, options, wanted in texts:
         ratios = []
         for _ in range(settings.rounds):
-            plain = _decode_speed(settings, prompt)
-            ratios.append(_decode_speed(settings, prompt, "--draft", "ngram") / plain)
+            plain = _decode_speed(settings, prompt, *options)
+            ratios.append(_decode_speed(settings, prompt, *options, "--draft", "ngram") / plain)
         yield _line(f"draft ngram, {name}", wanted, ratios)
 
 
@@ -150,6 +192,7 @@ PIECES: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "token": token,
     "split": split,
     "relu": relu,
+    "zeros": zeros,
     "drafts": drafts,
     "peer": peer,
     "peer-large": peer_large,
@@ -190,7 +233,7 @@ def _cli(*arguments: str) -> str:
 
 
 def _decode_speed(settings: Settings, prompt: str, *options: str) -> float:
-    command = ["run", "-m", str(DEMO), "-p", prompt, "-n", "64", "--temp", "0", "--json"]
+    command = ["run", "-m", str(DEMO), "-p", prompt, "--json"]
     answer = json.loads(_cli(*command, "-t", str(settings.threads), *options))
     return float(answer["decode_tokens_per_second"])
 

@@ -278,19 +278,34 @@ static int judge_buffer(pi_given *m, const pi_op_shape *shape, int k, const char
     return 0;
 }
 
+/* Whether the weights of `object`, a matrix or a tuple of some, lie in memory as `word` says. */
+static int laid_out(const char *word, PyObject *object) {
+    const int32_t wanted = pi_word_has(word, '-')   ? PI_PICKED_ROWS
+                           : pi_word_has(word, '|') ? PI_PICKED_COLUMNS
+                                                    : PI_TILES;
+    if (!PyTuple_Check(object)) return ((matrix_object *)object)->matrix.layout == wanted;
+    for (Py_ssize_t k = 0; k < PyTuple_Size(object); k++) {
+        PyObject *item = PyTuple_GetItem(object, k);
+        if (item != Py_None && ((matrix_object *)item)->matrix.layout != wanted) return 0;
+    }
+    return 1;
+}
+
 int pi_judge_object(pi_given *m, const pi_op_shape *shape, int k, PyObject *object, Py_buffer *view) {
     const char *word = pi_object_word(shape, k);
     if (object == Py_None) return pi_word_has(word, '?') ? 0 : fault(shape, k, "is missing");
     m->given |= 1u << k;
     int or_more;
     switch (*word) {
-    case 'M': return m->rows && PyObject_TypeCheck(object, pi_matrix_type) ? 0 : fault(shape, k, "is no Matrix");
+    case 'M':
+        if (!m->rows || !PyObject_TypeCheck(object, pi_matrix_type)) return fault(shape, k, "is no Matrix");
+        return laid_out(word, object) ? 0 : fault(shape, k, "has another layout");
     case 'U': return m->units && PyObject_TypeCheck(object, pi_units_type) ? 0 : fault(shape, k, "is no open Units");
     case 'B': return m->rows && PyObject_TypeCheck(object, pi_bundle_type) ? 0 : fault(shape, k, "is no Bundle");
     case 'L':
         if (!PyTuple_Check(object)) return fault(shape, k, "is no tuple of Matrix objects");
-        return PyTuple_Size(object) == wanted(m, word, &or_more) ? 0
-                                                                 : fault(shape, k, "has another number of matrices");
+        if (PyTuple_Size(object) != wanted(m, word, &or_more)) return fault(shape, k, "has another number of matrices");
+        return laid_out(word, object) ? 0 : fault(shape, k, "has another layout");
     }
     if (!PyObject_CheckBuffer(object)) return fault(shape, k, "is no buffer");
     int flags = PyBUF_FORMAT | PyBUF_ND | (pi_word_has(word, '!') ? PyBUF_WRITABLE : 0);

@@ -6,7 +6,7 @@
 #include "module.h"
 
 enum {
-    PI_MAX_OBJECTS = 12,
+    PI_MAX_OBJECTS = 13,
     PI_MAX_INTEGERS = 9,
     PI_MAX_FLOATS = 4,
     PI_LARGEST = 1 << 30, /* of an integer: keeps sums of two products within 64 bits */

@@ -59,7 +59,7 @@ static void place_product(int32_t type, const uint8_t code[32], int64_t group, i
 /* Bytes of a line of sum rows before word `lane` of a half. */
 static int64_t sum_word(int64_t half, int64_t lane) { return 2 * (lane / 4 * 8 + 4 * half + lane % 4); }
 
-static void place_sum(int32_t type, const uint8_t code[32], int64_t block, const pi_planar *at, uint8_t *out) {
+void pi_place_sum(int32_t type, const uint8_t code[32], int64_t block, const pi_planar *at, uint8_t *out) {
     const int64_t half = block / 2, in_plane = half % (2 * pi_lines_of_plane(type));
     const int units = pi_has_halves(type) ? 4 : 2, in_vector = 16 / units, width = pi_code_bits(type) - 4;
     for (int i = 0; i < 32; i++) {
@@ -94,7 +94,7 @@ static void pack_block(const uint8_t *p, int32_t type, int64_t b, int64_t blocks
         const int in_group = left < PI_GROUP_BLOCKS ? (int)left : PI_GROUP_BLOCKS;
         pi_decode_codes(type, p, sub, code);
         if (is_sum)
-            place_sum(type, code, block, at, out);
+            pi_place_sum(type, code, block, at, out);
         else
             place_product(type, code, group, (int)(block % PI_GROUP_BLOCKS), in_group, at, out);
     }

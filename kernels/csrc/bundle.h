@@ -100,6 +100,8 @@ PI_DECODE int64_t pi_sum_scratch_bytes(int64_t columns) {
     return (pi_sum_units(columns) * (PI_CHUNK / 2 + 3) + pi_round_up(columns, PI_LINE_COLUMNS)) * 4;
 }
 
+/* Adds the 32 codes of block `block` to a sum row whose bytes were zero. */
+void pi_place_sum(int32_t type, const uint8_t code[32], int64_t block, const pi_planar *at, uint8_t *out);
 /* Writes one plain GGUF row in planar form; `out` has pi_planar_of(...).bytes zeroed bytes. */
 void pi_pack_planar(const uint8_t *row, int32_t type, int64_t columns, int is_sum, uint8_t *out);
 

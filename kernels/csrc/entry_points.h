@@ -15,6 +15,8 @@ void PI_FN(product_many_rows)(const pi_rows *w, const int32_t *index, int64_t co
 void PI_FN(sum_rows)(const pi_rows *r, const int32_t *index, const float *h, int64_t count, int64_t column0,
                      int64_t column1, void *scratch, float *y);
 void PI_FN(sum_all_rows)(const pi_rows *r, const float *h, int64_t tokens, int64_t column0, int64_t column1, float *y);
+void PI_FN(sum_columns)(const pi_matrix *m, const int8_t *q, const float *d, const float *s, int64_t line0,
+                        int64_t line1, float *y);
 void PI_FN(dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out);
 void PI_FN(rms_norm)(const float *x, const float *weight, float eps, int64_t width, float *out);
 void PI_FN(layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t width, float *out);
@@ -47,6 +49,8 @@ void PI_FN(delta_head)(const float *q, const float *k, const float *v, const flo
                        float scale, int64_t size, int64_t width, float *state, float *out);
 void PI_FN(general_delta_head)(const float *q, const float *k, const float *v, const float *decay, const float *unit,
                                const float *rate, int64_t size, int64_t width, float *state, float *out);
+void PI_FN(observe)(const float *restrict act, const float *restrict factor, int64_t count, uint64_t *restrict counts,
+                    double *restrict gate_squares, double *restrict up_squares, int32_t *restrict bins);
 uint64_t PI_FN(read_memory)(const uint8_t *data, int64_t bytes);
 
 #endif

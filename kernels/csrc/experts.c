@@ -109,6 +109,112 @@ void pi_expert_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, i
     }
 }
 
+enum {
+    STRETCH = 128, /* neighbouring rows whose picked ones are computed together */
+    BEYOND = 64,   /* rows after them whose picked ones are asked for meanwhile */
+    FEW = 8,       /* pairs of an expert up to here are picked for each; beyond, nearly all rows are read anyway */
+};
+
+/* Lists the rows from `begin` on whose gates are above the cut; a NaN is no gate to leave out. */
+static int64_t list_rows(const float *gate, float cut, int64_t begin, int64_t end, int32_t *index) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; i++) {
+        index[count] = (int32_t)i;
+        count += !(gate[i] <= cut);
+    }
+    return count;
+}
+
+/* One pair: the picked rows of a stretch. */
+static void pick_rows(const pi_expert_rows *e, const pi_run *run, const pi_rows *rows, int64_t pair, int64_t row,
+                      int64_t begin, int64_t end, const float *bias) {
+    const pi_expert_matmul *m = &e->product;
+    const int same = reads_tokens(m, run);
+    const float *gate = e->gate + pair * rows->rows;
+    float *out = m->out + pair * rows->rows, product[STRETCH];
+    int32_t index[STRETCH + BEYOND];
+    const int64_t count = list_rows(gate, e->cut, begin, end, index);
+    const int64_t after = list_rows(gate, e->cut, end, min64(rows->rows, end + BEYOND), index + count);
+    memset(out + begin, 0, sizeof(float) * (size_t)(end - begin));
+    run->kernels->product_rows(rows, index, count + after, 0, count, same ? m->token_src : m->src,
+                               same ? &m->token_acts : &m->acts, row, product);
+    for (int64_t k = 0; k < count; k++) out[index[k]] = bias ? product[k] + bias[index[k]] : product[k];
+}
+
+/* Many pairs of one expert: all rows of a stretch, as whole experts are computed. */
+static void all_rows(const pi_expert_rows *e, const pi_run *run, const pi_rows *rows, int64_t first, int64_t count,
+                     int64_t begin, int64_t end, const float *bias) {
+    const pi_expert_matmul *m = &e->product;
+    const int64_t blocks = rows->columns / PI_BLOCK, columns = rows->columns;
+    const pi_acts *a = &m->acts;
+    const int is_float = pi_row_is_float(rows->row_type);
+    const pi_acts acts =
+        is_float ? *a : (pi_acts){a->q + first * columns, a->d + first * blocks, a->s + first * blocks, columns};
+    run->kernels->product_many_rows(rows, NULL, rows->rows, begin / PI_TILE, (end + PI_TILE - 1) / PI_TILE,
+                                    is_float ? m->src + first * columns : NULL, &acts, count,
+                                    m->out + first * rows->rows, rows->rows);
+    for (int64_t pair = first; bias && pair < first + count; pair++)
+        run->kernels->add(bias + begin, end - begin, m->out + pair * rows->rows + begin);
+}
+
+void pi_expert_rows_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
+    const pi_expert_rows *e = &op->u.expert_rows;
+    const pi_expert_matmul *m = &e->product;
+    const pi_order o = order_of(&m->choice, run, worker);
+    const int64_t neurons = m->tiles, stretches = (neurons + STRETCH - 1) / STRETCH;
+    const int same = reads_tokens(m, run);
+    pi_share share = pi_share_open(worker, slot, o.active * stretches);
+    int64_t task;
+    while ((task = pi_share_next(&share)) >= 0) {
+        const int64_t at = task / stretches, begin = task % stretches * STRETCH, end = min64(neurons, begin + STRETCH);
+        const int64_t first = o.first[at], count = o.first[at + 1] - first, expert = o.expert[at];
+        const pi_matrix *w = m->choice.here[expert];
+        const pi_rows rows = {w->row_type, w->table, w->rows, w->columns, w->tile_bytes / PI_TILE, w->data};
+        const float *bias = m->bias ? m->bias + expert * neurons : NULL;
+        if (count > FEW)
+            all_rows(e, run, &rows, first, count, begin, end, bias);
+        else
+            for (int64_t pair = first; pair < first + count; pair++)
+                pick_rows(e, run, &rows, pair, same ? 0 : pair, begin, end, bias);
+    }
+}
+
+enum { LINE = 128 /* rows whose codes share 64 bytes or more of a column */ };
+
+/* Counts the neurons of a pair that were read. */
+static int64_t nonzero(const int8_t *q, int64_t count) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i++) found += q[i] != 0;
+    return found;
+}
+
+void pi_expert_columns_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
+    const pi_expert_columns *e = &op->u.expert_columns;
+    const pi_order o = order_of(&e->choice, run, worker);
+    const int64_t lines = (e->rows + LINE - 1) / LINE, neurons = e->acts.columns;
+    /* About two parts a thread, so that columns are read in long runs. */
+    const int64_t wanted = 2 * pi_worker_threads(worker) / (o.active ? o.active : 1), parts = min64(lines, wanted + 1);
+    pi_share share = pi_share_open(worker, slot, o.active * parts);
+    int64_t task, active = 0, total = 0;
+    while ((task = pi_share_next(&share)) >= 0) {
+        const int64_t at = task / parts, part = task % parts, line = lines * part / parts,
+                      end = lines * (part + 1) / parts;
+        const int64_t row = line * LINE, count = min64(e->rows, end * LINE) - row, expert = o.expert[at];
+        for (int64_t pair = o.first[at]; pair < o.first[at + 1]; pair++) {
+            const int64_t block = pair * (neurons / PI_BLOCK);
+            const int8_t *q = e->acts.q + pair * neurons;
+            float *out = e->out + pair * e->rows;
+            memset(out + row, 0, sizeof(float) * (size_t)count);
+            run->kernels->sum_columns(e->choice.here[expert], q, e->acts.d + block, e->acts.s + block, line, end, out);
+            if (e->bias) run->kernels->add(e->bias + expert * e->rows + row, count, out + row);
+            if (line == 0) active += nonzero(q, neurons), total += neurons;
+        }
+    }
+    __atomic_fetch_add(&e->counted->active, active, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&e->counted->confirmed, active, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&e->counted->total, total, __ATOMIC_RELAXED);
+}
+
 enum { UNIT = 64 /* columns that a thread takes at once */ };
 
 void pi_expert_activate_execute(const pi_op *op, const pi_run *run, const pi_worker *worker) {

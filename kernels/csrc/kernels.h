@@ -54,6 +54,7 @@ enum {
     PI_MAX_HEAD_DIM = 1024,
     PI_CACHE_READ_AHEAD = 32, /* bytes that attention may read past the last value of a cache */
     PI_QUERIES = 16,          /* most queries of one call of `attend` */
+    PI_BINS = 128,            /* of a histogram of contributions */
     PI_CHUNK = 512,           /* neurons whose down rows are summed into one partial sum */
     /* The input of sign predictors as a code of words: Σ|q|, the step as a float, unused words up to the header's end,
      * then a plane of signs and one of each bit of |q|, a word for 32 columns; bits beyond the last column are 0. */
@@ -67,10 +68,15 @@ static inline int64_t pi_sign_code_words(int64_t width) {
     return PI_SIGN_HEADER + (PI_SIGN_PLANES + 1) * ((width + 31) / 32);
 }
 
-typedef struct {         /* weights as interleaved 16-row tiles; rows padded with zeros to a whole tile */
-    int32_t row_type;    /* a form (transcode.h) */
-    const int8_t *table; /* what its codes stand for; NULL for most */
-    int64_t rows, columns, tiles, tile_bytes;
+/* How weights lie in memory: interleaved 16-row tiles, padded with zeros to a whole one (quantize_pack.c); product rows
+ * (bundle.h); columns of which some can be left out (columns.h). */
+enum pi_weight_layout { PI_TILES, PI_PICKED_ROWS, PI_PICKED_COLUMNS, PI_LAYOUTS };
+
+typedef struct {
+    int32_t row_type; /* a form (transcode.h) */
+    int32_t layout;
+    const int8_t *table;                      /* what its codes stand for; NULL for most */
+    int64_t rows, columns, tiles, tile_bytes; /* picked rows: groups of 16; picked columns: stored blocks */
     uint8_t *data;
 } pi_matrix;
 
@@ -157,6 +163,9 @@ typedef struct pi_kernels {
                      int64_t column1, void *scratch, float *y);
     /* The same over all rows for tokens [0, tokens) of h [tokens, rows] and y [tokens, columns]. */
     void (*sum_all_rows)(const pi_rows *r, const float *h, int64_t tokens, int64_t column0, int64_t column1, float *y);
+    /* y[rows of lines of 128] += Σ columns · activations of one token, over picked columns; y as in matmul's order. */
+    void (*sum_columns)(const pi_matrix *m, const int8_t *q, const float *d, const float *s, int64_t line0,
+                        int64_t line1, float *y);
     void (*dequantize_row)(const uint8_t *row, int32_t row_type, int64_t columns, float *out);
 
     /* Vectors (normalize.inc, rope.inc, elementwise.inc, activate.inc); each call handles one token. */
@@ -211,6 +220,12 @@ typedef struct pi_kernels {
     /* S = diag(e^decay) S - (unit rate) (Sᵀunit)ᵀ + k vᵀ; out = Sᵀq; S [size, width]. */
     void (*general_delta_head)(const float *q, const float *k, const float *v, const float *decay, const float *unit,
                                const float *rate, int64_t size, int64_t width, float *state, float *out);
+
+    /* Profiling: one token's activated gates and factors of `count` neurons. Adds to counts where both are not zero,
+     * and to squares; bins (or NULL) of |act · factor|, four to an octave from 2^-16 to 2^16: the top bits of the
+     * float. Zero and everything smaller: bin 0. NaN and everything larger: the last one. */
+    void (*observe)(const float *restrict act, const float *restrict factor, int64_t count, uint64_t *restrict counts,
+                    double *restrict gate_squares, double *restrict up_squares, int32_t *restrict bins);
 
     /* Reads memory at full width; returns a value that depends on every byte (so nothing is left out). */
     uint64_t (*read_memory)(const uint8_t *data, int64_t bytes);

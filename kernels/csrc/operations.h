@@ -5,6 +5,7 @@
  * `integers` and `floats` are how many it takes. `objects` has a word for each object, a letter and what follows:
  *   f float32   d float64   i int32   l int64   w uint32   q uint64   b int8   u bytes of rows
  *   M Matrix    B Bundle    U Units    L tuple of Matrix objects of one size and type, or None
+ *   -  of picked rows    |  of picked columns    (else of tiles)
  *   !  the operation writes it      ?  it may be None
  *   =  how many elements it has: a product of
  *        T  most tokens of a run     C  positions of the context     iK  integer K, above zero     a number
@@ -73,6 +74,10 @@
       divides(i[3], i[1]) && (i[8] == 1 || i[8] == i[4]) && within(i[6], i[1], i[2], i[2], i[5]))                      \
     X(GENERAL_DELTA, "f=T*i1*i2 f=T*i1*i2 f=T*i1*i3 f=T*i1*i2 f=T*i1*i2 f=T*i1*i2 f!=T*i1*i3", 4, 0, 1)                \
     X(COMBINE, "f=T*i0*i1 f=T*i2*i0 f!=T*i2*i1", 3, 0, 1)                                                              \
-    X(FETCH, "U i?=T*i2 i?=T*i5 i?=T*i8", 9, 0, units_fit(m, i) && later_fit(m, 2, i + 3) && later_fit(m, 3, i + 6))
+    X(FETCH, "U i?=T*i2 i?=T*i5 i?=T*i8", 9, 0, units_fit(m, i) && later_fit(m, 2, i + 3) && later_fit(m, 3, i + 6))   \
+    X(EXPERT_ROWS, "i=T*i1 L-=i0 f=T*c+ " PI_ACTS("c") "f=T*i1*c " PI_ACTS("i1*c") "f?=i0*r f=T*i1*r f!=T*i1*r", 5, 1, \
+      experts_fit(i, m) && i[4] == m->rows && has_input(m, m->row_type, 2) && has_input(m, m->row_type, 6))            \
+    X(EXPERT_COLUMNS, "i=T*i1 L|=i0 " PI_ACTS("i1*c") "f?=i0*r f!=T*i1*r", 3, 0,                                       \
+      experts_fit(i, m) && given(m, 2) && given(m, 3) && given(m, 4))
 
 #endif

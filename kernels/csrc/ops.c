@@ -37,6 +37,8 @@ int pi_op_is_vector(const pi_op *op) {
     case PI_OP_FETCH:
     case PI_OP_EXPERT_GATHER:
     case PI_OP_EXPERT_MATMUL:
+    case PI_OP_EXPERT_ROWS:
+    case PI_OP_EXPERT_COLUMNS:
     case PI_OP_EXPERT_ACTIVATE:
     case PI_OP_EXPERT_SUM:
     case PI_OP_EXPERT_COUNT:
@@ -328,6 +330,8 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     case PI_OP_ROUTE: pi_route_execute(op, run, worker); break;
     case PI_OP_EXPERT_GATHER: pi_expert_gather_execute(op, run, worker); break;
     case PI_OP_EXPERT_MATMUL: pi_expert_matmul_execute(op, run, worker, slot); break;
+    case PI_OP_EXPERT_ROWS: pi_expert_rows_execute(op, run, worker, slot); break;
+    case PI_OP_EXPERT_COLUMNS: pi_expert_columns_execute(op, run, worker, slot); break;
     case PI_OP_EXPERT_ACTIVATE: pi_expert_activate_execute(op, run, worker); break;
     case PI_OP_EXPERT_SUM: pi_expert_sum_execute(op, run, worker); break;
     case PI_OP_EXPERT_COUNT: pi_expert_count_execute(op, run, worker); break;
@@ -362,6 +366,8 @@ int64_t pi_op_scratch_bytes(const pi_op *op) {
     if (op->kind == PI_OP_HEAD_MATMUL) return pi_head_matmul_scratch_bytes(&op->u.head_matmul);
     if (op->kind == PI_OP_EXPERT_GATHER) return pi_expert_scratch_bytes(&op->u.expert_gather.choice);
     if (op->kind == PI_OP_EXPERT_MATMUL) return pi_expert_scratch_bytes(&op->u.expert_matmul.choice);
+    if (op->kind == PI_OP_EXPERT_ROWS) return pi_expert_scratch_bytes(&op->u.expert_rows.product.choice);
+    if (op->kind == PI_OP_EXPERT_COLUMNS) return pi_expert_scratch_bytes(&op->u.expert_columns.choice);
     if (op->kind == PI_OP_EXPERT_ACTIVATE) return pi_expert_scratch_bytes(&op->u.expert_activate.choice);
     if (op->kind == PI_OP_EXPERT_SUM) return pi_expert_scratch_bytes(&op->u.expert_sum.choice);
     if (op->kind == PI_OP_EXPERT_COUNT) return pi_expert_scratch_bytes(&op->u.expert_count.choice);

@@ -41,7 +41,10 @@ static int give_ids(pi_program *program) {
 static int give_counters(pi_program *program) {
     program->neurons = calloc((size_t)program->count + 1, sizeof(pi_neurons));
     for (int64_t i = 0; program->neurons && i < program->count; i++)
-        if (program->ops[i].kind == PI_OP_SPARSE_FFN) program->ops[i].u.sparse_ffn.counted = &program->neurons[i];
+        if (program->ops[i].kind == PI_OP_SPARSE_FFN)
+            program->ops[i].u.sparse_ffn.counted = &program->neurons[i];
+        else if (program->ops[i].kind == PI_OP_EXPERT_COLUMNS)
+            program->ops[i].u.expert_columns.counted = &program->neurons[i];
     return program->neurons ? 0 : -1;
 }
 

@@ -190,8 +190,6 @@ typedef struct { /* signs [ceil(rows / 16), ceil(width / 32), 16] words; scores 
     int64_t rows, width;
 } pi_sign_scores;
 
-enum { PI_BINS = 128 /* of a histogram of contributions */ };
-
 typedef struct { /* counters of `width` neurons that each run adds to */
     int32_t kind;
     float cut;
@@ -250,6 +248,21 @@ typedef struct {
     int64_t tiles, chunk;
     int of_tokens;
 } pi_expert_matmul;
+
+typedef struct { /* the product of picked rows where the gate is above the cut, zero elsewhere */
+    pi_expert_matmul product;
+    const float *gate; /* [pairs, rows] */
+    float cut;
+} pi_expert_rows;
+
+typedef struct { /* the product of picked columns */
+    pi_expert_choice choice;
+    pi_acts acts; /* of pairs */
+    const float *bias;
+    float *out;
+    int64_t rows;
+    pi_neurons *counted; /* of the program */
+} pi_expert_columns;
 
 typedef struct {
     pi_expert_choice choice;
@@ -336,6 +349,8 @@ typedef struct {
         pi_route route;
         pi_expert_gather expert_gather;
         pi_expert_matmul expert_matmul;
+        pi_expert_rows expert_rows;
+        pi_expert_columns expert_columns;
         pi_expert_activate expert_activate;
         pi_expert_sum expert_sum;
         pi_expert_count expert_count;
@@ -409,6 +424,8 @@ void pi_vector_execute(const pi_op *op, pi_run *run, pi_worker *worker); /* vect
 void pi_route_execute(const pi_op *op, const pi_run *run, const pi_worker *worker);         /* route.c */
 void pi_expert_gather_execute(const pi_op *op, const pi_run *run, const pi_worker *worker); /* experts.c */
 void pi_expert_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
+void pi_expert_rows_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
+void pi_expert_columns_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
 void pi_expert_activate_execute(const pi_op *op, const pi_run *run, const pi_worker *worker);
 void pi_expert_sum_execute(const pi_op *op, const pi_run *run, const pi_worker *worker);
 void pi_expert_count_execute(const pi_op *op, const pi_run *run, const pi_worker *worker);

@@ -1,6 +1,7 @@
-/* _kernels.Matrix(pool, source, row_type, rows, columns): weights interleaved into tiles, in memory of its own; without
- * a source, those of a unit, which are sometimes in memory. */
+/* _kernels.Matrix(pool, source, row_type, rows, columns, layout): weights in memory of their own; without a source, tiles
+ * of a unit, which are sometimes in memory. */
 #include "boundary.h"
+#include "columns.h"
 #include "transcode.h"
 
 PyTypeObject *pi_matrix_type;
@@ -13,6 +14,44 @@ typedef struct {
 
 enum { TILES_AT_ONCE = 4 };
 
+/* Tiles [first, last), or groups of 16 picked rows, or stored blocks of picked columns. */
+static void pack_part(const pack_job *job, int64_t first, int64_t last) {
+    const pi_matrix *m = job->matrix;
+    const int64_t row_bytes = pi_row_bytes(job->row_type, m->columns), stride = m->tile_bytes / PI_TILE;
+    switch (m->layout) {
+    case PI_PICKED_ROWS:
+        for (int64_t row = first * PI_TILE; row < last * PI_TILE && row < m->rows; row++)
+            pi_pack_planar(job->source + row * row_bytes, job->row_type, m->columns, 0, m->data + row * stride);
+        break;
+    case PI_PICKED_COLUMNS:
+        pi_pack_columns(job->source, job->row_type, m->rows, m->columns, first, last, m->data);
+        break;
+    default: pi_pack_tiles(job->source, job->row_type, m->rows, m->columns, first, last, m->data);
+    }
+}
+
+/* What the weights are as `layout`; tiles 0 and KernelError set where they cannot be. */
+static pi_matrix matrix_of(int row_type, int layout, int64_t rows, int64_t columns) {
+    pi_matrix m = {.row_type = pi_form_of(row_type),
+                   .layout = layout,
+                   .table = pi_table_of(row_type),
+                   .rows = rows,
+                   .columns = columns,
+                   .tiles = (rows + PI_TILE - 1) / PI_TILE};
+    if (layout == PI_TILES) {
+        m.tile_bytes = pi_tile_bytes(row_type, columns);
+    } else if (layout == PI_PICKED_ROWS) {
+        m.tile_bytes = PI_TILE * pi_round_up(pi_planar_of(m.row_type, columns, 0).bytes, 64);
+    } else if (layout == PI_PICKED_COLUMNS && pi_columns_possible(row_type, rows)) {
+        m.tiles = columns / pi_layout_of(row_type).columns;
+        m.tile_bytes = pi_columns_of(row_type, rows).stored;
+    } else {
+        PyErr_Format(pi_kernel_error, "%lld rows of type %d have no layout %d", (long long)rows, row_type, layout);
+        m.tiles = 0;
+    }
+    return m;
+}
+
 static void pack_on_thread(void *argument, pi_worker *worker) {
     const pack_job *job = argument;
     const pi_matrix *m = job->matrix;
@@ -20,8 +59,7 @@ static void pack_on_thread(void *argument, pi_worker *worker) {
     int64_t chunk;
     while ((chunk = pi_share_next(&share)) >= 0) {
         int64_t first = chunk * TILES_AT_ONCE, last = first + TILES_AT_ONCE;
-        pi_pack_tiles(job->source, job->row_type, m->rows, m->columns, first, last < m->tiles ? last : m->tiles,
-                      m->data);
+        pack_part(job, first, last < m->tiles ? last : m->tiles);
     }
 }
 
@@ -30,26 +68,23 @@ static int matrix_init(PyObject *self, PyObject *args, PyObject *keywords) {
     pi_matrix *m = &object->matrix;
     PyObject *pool, *source;
     long long rows, columns;
-    int row_type;
+    int row_type, layout = PI_TILES;
     (void)keywords;
-    if (!PyArg_ParseTuple(args, "O!OiLL", pi_pool_type, &pool, &source, &row_type, &rows, &columns)) return -1;
+    if (!PyArg_ParseTuple(args, "O!OiLL|i", pi_pool_type, &pool, &source, &row_type, &rows, &columns, &layout))
+        return -1;
     if (m->tiles) {
         PyErr_SetString(pi_kernel_error, "the matrix exists already");
         return -1;
     }
     int64_t bytes = pi_rows_bytes(row_type, rows, columns);
-    const pi_matrix is = {.row_type = pi_form_of(row_type),
-                          .table = pi_table_of(row_type),
-                          .rows = rows,
-                          .columns = columns,
-                          .tiles = (rows + PI_TILE - 1) / PI_TILE,
-                          .tile_bytes = bytes < 0 ? 0 : pi_tile_bytes(row_type, columns)};
-    if (bytes >= 0 && source == Py_None) { /* units.h gives it a place */
+    const pi_matrix is = bytes < 0 ? (pi_matrix){0} : matrix_of(row_type, layout, rows, columns);
+    if (!is.tiles) return -1;
+    if (source == Py_None && layout == PI_TILES) { /* units.h gives it a place */
         *m = is;
         return 0;
     }
     Py_buffer view;
-    if (bytes < 0 || PyObject_GetBuffer(source, &view, PyBUF_SIMPLE) < 0) return -1;
+    if (PyObject_GetBuffer(source, &view, PyBUF_SIMPLE) < 0) return -1;
     if (view.len != bytes) {
         PyErr_Format(pi_kernel_error, "the rows are %lld bytes, the source has %lld", (long long)bytes,
                      (long long)view.len);
@@ -91,7 +126,7 @@ static PyType_Slot matrix_slots[] = {
     {Py_tp_init, matrix_init},
     {Py_tp_dealloc, matrix_dealloc},
     {Py_tp_getset, matrix_getset},
-    {Py_tp_doc, (void *)PyDoc_STR("Matrix(pool, source, row_type, rows, columns)")},
+    {Py_tp_doc, (void *)PyDoc_STR("Matrix(pool, source, row_type, rows, columns, layout=0)")},
     {0, NULL},
 };
 

@@ -36,6 +36,17 @@ static pi_op expert_matmul_of(void *const *p, const int64_t *i) {
     return op;
 }
 
+/* Its `tiles` are rows: single ones are picked. */
+static pi_op expert_rows_of(void *const *p, const int64_t *i, float cut) {
+    void *const product[] = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[12]};
+    const int64_t integers[] = {i[0], i[1], i[2], i[3], 0};
+    const pi_op matmul = expert_matmul_of(product, integers);
+    pi_op op = {.kind = PI_OP_EXPERT_ROWS};
+    op.u.expert_rows = (pi_expert_rows){matmul.u.expert_matmul, p[11], cut};
+    op.u.expert_rows.product.tiles = i[4];
+    return op;
+}
+
 pi_op pi_op_of(pi_op_kind kind, const pi_given *a) {
     pi_op op = {.kind = kind};
     void *const *p = a->p;
@@ -107,6 +118,11 @@ pi_op pi_op_of(pi_op_kind kind, const pi_given *a) {
                                                 .needs_floats = (int)i[5]};
         break;
     case PI_OP_EXPERT_MATMUL: op = expert_matmul_of(p, i); break;
+    case PI_OP_EXPERT_ROWS: op = expert_rows_of(p, i, a->f[0]); break;
+    case PI_OP_EXPERT_COLUMNS:
+        op.u.expert_columns =
+            (pi_expert_columns){choice_of(p[0], NULL, p[1], i), acts_of(p + 2, a->columns), p[5], p[6], a->rows};
+        break;
     case PI_OP_EXPERT_ACTIVATE:
         op.u.expert_activate = (pi_expert_activate){
             choice_of(p[0], NULL, p[1], i), (int32_t)i[3], a->f[0], p[2], p[3], p[4], acts_of(p + 5, i[4]), i[4]};

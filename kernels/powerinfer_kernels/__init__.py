@@ -6,7 +6,7 @@ Everything here checks its arguments and raises KernelError; nothing here knows 
 from ._kernels import KernelError, guard_mapped_files
 from .buffers import KV_KINDS, Activations, KVCache, RowMatrix, aligned
 from .experts_builder import ROUTER_KINDS, Choice, ExpertBuffers, ExpertWeights
-from .matrix import Bundle, Matrix, Plain, dequantize, quantize, repack
+from .matrix import Bundle, Layout, Matrix, Plain, dequantize, quantize, repack
 from .pool import Pool, available_isas, read_bandwidth
 from .program import Program
 from .program_builder import HISTOGRAM_BINS, ProgramBuilder
@@ -32,6 +32,7 @@ __all__ = [
     "KVCache",
     "KVSlot",
     "KernelError",
+    "Layout",
     "Matrix",
     "Part",
     "Plain",

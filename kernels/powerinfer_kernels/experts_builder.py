@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ._kernels import KernelError
 from .buffers import Activations, aligned
 from .checks import Array, Floats, check_apart, check_array, check_positive
-from .matrix import Matrix
+from .matrix import Layout, Matrix
 from .program import Op
 from .units import UNITS_AHEAD, Units
 from .vector_builder import VectorOperations, activation_cut, activation_number, finite
@@ -22,6 +22,8 @@ from .vector_builder import VectorOperations, activation_cut, activation_number,
 #: How a router's scores become weights, by the number that C knows it by.
 ROUTER_KINDS = ("softmax", "sigmoid")
 MAX_EXPERTS = 1024
+#: Activations of which a neuron is zero where its gate is not above the cut.
+EXACT_ZEROS = ("relu", "relu2", "drelu", "fatrelu")
 #: Matrices of experts by number; None for one that is not here.
 Matrices = Sequence[Matrix | None]
 
@@ -49,7 +51,10 @@ class Choice:
 @dataclass(frozen=True)
 class ExpertWeights:
     """Σ over the chosen experts of weight · down(act(gate) · up), with biases [experts, rows] or without;
-    where there is no `up`, act(gate) alone. Experts that are None in `down` are computed elsewhere."""
+    where there is no `up`, act(gate) alone. Experts that are None in `down` are computed elsewhere.
+
+    Where `up` are picked rows and `down` are picked columns, only those of neurons with a gate above the cut
+    are read, with the same bits. The activation must be zero below it (`EXACT_ZEROS`)."""
 
     gate: Matrices
     up: Matrices | None
@@ -173,7 +178,9 @@ class ExpertOperations(VectorOperations):
         hidden = (
             self._quantized("hidden_acts", buffers.hidden_acts, neurons, pairs) if hidden_quantized else _NONE
         )
-        here = _handles(weights.down)
+        here, sparse = _handles(weights.gate), types[2].layout == Layout.PICKED_COLUMNS
+        if sparse and kind not in EXACT_ZEROS:
+            raise KernelError(f"no neuron of {kind} can be left out: it has no exact zeros")
         integers = (choice.experts, choice.used, self.max_tokens)
         chosen = (choice.chosen, choice.weights)
         gather = (width, int(weigh_input), int(floats))
@@ -185,8 +192,15 @@ class ExpertOperations(VectorOperations):
         up = weights.up if buffers.up is not None else None
         pair = [(weights.gate, weights.gate_bias, buffers.gate), (up, weights.up_bias, buffers.up)]
         for index, (matrices, bias, result) in enumerate(pair):
-            if matrices is not None:
-                independent = int(index == 0 and up is not None)
+            if matrices is not None and index == 1 and sparse:
+                self._append(
+                    Op.EXPERT_ROWS,
+                    (choice.chosen, _handles(matrices), *inputs, bias, buffers.gate, result),
+                    (*integers, of_tokens, neurons),
+                    (activation_cut(kind, cut),),
+                )
+            elif matrices is not None:
+                independent = int(index == 0 and up is not None and not sparse)
                 self._append(
                     Op.EXPERT_MATMUL,
                     (choice.chosen, _handles(matrices), *inputs, bias, result),
@@ -205,12 +219,16 @@ class ExpertOperations(VectorOperations):
             (*integers, activation_number(kind), neurons),
             (activation_cut(kind, cut),),
         )
-        product = (buffers.gate, *hidden)
-        self._append(
-            Op.EXPERT_MATMUL,
-            (choice.chosen, here, *product, *product, weights.down_bias, buffers.out),
-            (*integers, 0, 0),
-        )
+        product, down = (buffers.gate, *hidden), _handles(weights.down)
+        if sparse:
+            objects = (choice.chosen, down, *hidden, weights.down_bias, buffers.out)
+            self._append(Op.EXPERT_COLUMNS, objects, integers)
+        else:
+            self._append(
+                Op.EXPERT_MATMUL,
+                (choice.chosen, down, *product, *product, weights.down_bias, buffers.out),
+                (*integers, 0, 0),
+            )
         self._append(
             Op.EXPERT_SUM,
             (*chosen, here, buffers.out, out),
@@ -312,13 +330,16 @@ class ExpertOperations(VectorOperations):
             present = [matrix for matrix in matrices if matrix is not None]
             if len(matrices) != choice.experts or [m is not None for m in matrices] != here or not present:
                 raise KernelError(f"{name} must have a matrix of every expert that is here, and one at least")
-            sizes = {(m.rows, m.columns, m.row_type) for m in present}
+            sizes = {(m.rows, m.columns, m.row_type, m.layout) for m in present}
             if len(sizes) > 1:
-                raise KernelError(f"the {name} matrices of experts must be of one size and type")
+                raise KernelError(f"the {name} matrices of experts must be of one size, type and layout")
             some.append(present[0])
         gate, up, down = some
         assert gate is not None
         assert down is not None
+        rows = Layout.PICKED_ROWS if down.layout == Layout.PICKED_COLUMNS else Layout.TILES
+        if gate.layout != Layout.TILES or down.layout == Layout.PICKED_ROWS or (up and up.layout != rows):
+            raise KernelError("experts are tiles, or have picked rows of up and picked columns of down")
         for matrix in (gate, up):
             if matrix is not None and (matrix.rows, matrix.columns) != (down.columns, down.rows):
                 raise KernelError(f"gate and up must be {down.columns} rows of {down.rows} columns")

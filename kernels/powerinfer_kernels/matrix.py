@@ -1,6 +1,7 @@
 """Weights packed for products with every row, and conversions between row types and float32."""
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -55,26 +56,68 @@ def _rows_of(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
     return data
 
 
+class Layout(IntEnum):
+    """How weights lie in memory: interleaved tiles of 16 rows; or so that single rows, or single columns, can
+    be left out."""
+
+    TILES = 0
+    PICKED_ROWS = 1
+    PICKED_COLUMNS = 2
+
+    def possible(self, row_type: int, rows: int) -> bool:
+        """Whether `rows` rows of this type can lie so. Columns can be picked of types whose blocks have a
+        scale of half precision and codes that are numbers, in multiples of 32 rows."""
+        return self != Layout.PICKED_COLUMNS or (row_type in _PICKED_COLUMNS and rows % 32 == 0)
+
+
+_PICKED_COLUMNS = (
+    RowType.Q8_0,
+    RowType.Q4_0,
+    RowType.Q4_1,
+    RowType.Q5_0,
+    RowType.Q5_1,
+    RowType.Q4_K,
+    RowType.Q5_K,
+    RowType.Q6_K,
+)
+
+
 class Matrix:
-    """Weights [rows, columns] interleaved in tiles of 16 rows, in memory of their own on huge pages.
+    """Weights [rows, columns] laid out for the kernels, in memory of their own on huge pages.
 
     Made by `Matrix.pack`; the source is not needed afterwards.
     """
 
-    def __init__(self, handle: _kernels.Matrix, row_type: RowType, rows: int, columns: int) -> None:
+    def __init__(
+        self,
+        handle: _kernels.Matrix,
+        row_type: RowType,
+        rows: int,
+        columns: int,
+        layout: Layout = Layout.TILES,
+    ) -> None:
         self.handle = handle
         self.row_type = row_type
         self.rows = rows
         self.columns = columns
+        self.layout = layout
 
     @classmethod
-    def pack(cls, pool: Pool, source: Any, row_type: int, rows: int, columns: int) -> "Matrix":
+    def pack(
+        cls,
+        pool: Pool,
+        source: Any,
+        row_type: int,
+        rows: int,
+        columns: int,
+        layout: Layout = Layout.TILES,
+    ) -> "Matrix":
         """Packs plain rows (any buffer of exactly rows × row_bytes bytes) with the threads of `pool`. The
-        packed size is `packed_row_bytes` of rows rounded up to 16. Raises KernelError for wrong sizes or an
-        unknown type."""
+        size of tiles is `packed_row_bytes` of rows rounded up to 16; of other layouts it is a little more.
+        Raises KernelError for wrong sizes, an unknown type, or one that is not `possible` in `layout`."""
         data = _rows_of(source, row_type, rows, columns)
-        handle = _kernels.Matrix(pool.handle, data, row_type, rows, columns)
-        return cls(handle, as_row_type(row_type), rows, columns)
+        handle = _kernels.Matrix(pool.handle, data, row_type, rows, columns, layout)
+        return cls(handle, as_row_type(row_type), rows, columns, layout)
 
     @classmethod
     def absent(cls, pool: Pool, row_type: int, rows: int, columns: int) -> "Matrix":

@@ -61,6 +61,8 @@ class Op(IntEnum):
     GENERAL_DELTA = 33
     COMBINE = 34
     FETCH = 35
+    EXPERT_ROWS = 36
+    EXPERT_COLUMNS = 37
 
 
 class Program:

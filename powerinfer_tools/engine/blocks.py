@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from powerinfer_kernels import Bundle, Choice, ExpertBuffers, ExpertWeights, Matrix, Pool, ProgramBuilder
+from powerinfer_kernels import (
+    Bundle,
+    Choice,
+    ExpertBuffers,
+    ExpertWeights,
+    Layout,
+    Matrix,
+    Pool,
+    ProgramBuilder,
+)
 from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
@@ -121,9 +130,9 @@ class Labels:
         return totals
 
 
-def pack(pool: Pool, weight: Weight) -> Matrix:
-    """Interleave the rows of ``weight`` for the dense kernels (a copy in huge pages)."""
-    return Matrix.pack(pool, weight.data, weight.row_type, weight.rows, weight.columns)
+def pack(pool: Pool, weight: Weight, layout: Layout = Layout.TILES) -> Matrix:
+    """The rows of ``weight`` for the dense kernels, or in another layout (a copy in huge pages)."""
+    return Matrix.pack(pool, weight.data, weight.row_type, weight.rows, weight.columns, layout)
 
 
 def pack_columns(
@@ -132,6 +141,12 @@ def pack_columns(
     """The matrices of ``ffn``, each as ``packed`` has it, and the ``rest`` of what it has."""
     up = None if ffn.factor is None else packed(ffn.factor)
     return DenseColumns(packed(ffn.first), up, packed(ffn.down), *rest)  # type: ignore[arg-type]
+
+
+def pack_picked(pool: Pool, ffn: DenseFFN) -> DenseColumns:
+    """The matrices of ``ffn``, of which neurons that are zero can be left out."""
+    up = None if ffn.factor is None else pack(pool, ffn.factor, Layout.PICKED_ROWS)
+    return DenseColumns(pack(pool, ffn.first), up, pack(pool, ffn.down, Layout.PICKED_COLUMNS))
 
 
 class BlockWriter:

@@ -232,9 +232,10 @@ class LayerStack:
 
     def density(self) -> float:
         """Share of FFN neurons that were computed so far; dense layers are computed whole, and hot neurons
-        where the hot device does not predict. With experts, the share of them that a token takes."""
+        where the hot device does not predict. With experts, the share of them that a token takes, times that
+        of their neurons where those that are zero are left out."""
         if self.model.hyper.routing is not None:
-            return self.model.hyper.routing.share
+            return self.model.hyper.routing.share * self._computed().confirmed
         every = self._tokens * self.model.hyper.layers * self.model.hyper.neurons
         skipped = self._program.total_neurons() - self._program.active_neurons()
         skipped += self._hot.left_out if self._hot else 0

@@ -2,7 +2,10 @@
 zeros; thresholded is for the others."""
 
 from powerinfer_formats.modes import MODES
+from powerinfer_kernels import Layout
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.architectures import RELU_FAMILY
+from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import Model
 
 
@@ -11,7 +14,7 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
     for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
     A layer that keeps the source's down projection, because dense was found to be faster there, is dense in
     mode gate-first, too, and so is one without zeros: both have the same bits in every layer. Layers with
-    experts are dense.
+    experts are dense, or gate-first where that is asked for and their neurons can be picked.
 
     Raises ModelError for a mode that the model does not allow.
     """
@@ -25,13 +28,13 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
                 raise ModelError(f"{model.path}: layer {index} is {mode}, and its activation makes no zeros")
         return modes
     _check_mode(model, asked)
-    if model.split is None:
-        return (asked,) * layers
     return tuple(_mode(model, index, asked) for index in range(layers))
 
 
 def _mode(model: Model, index: int, asked: str) -> str:
-    """The mode of one layer of a split file where ``asked`` is wanted."""
+    """The mode of one layer where ``asked`` is wanted."""
+    if isinstance(model.layers[index].ffn, ExpertsFFN):
+        return "gate-first" if asked == "gate-first" and picks_in_experts(model) else "dense"
     layer = model.split.layer(index) if model.split else None
     if layer is None or asked == "dense":
         return "dense"
@@ -42,6 +45,16 @@ def _mode(model: Model, index: int, asked: str) -> str:
     return "gate-first" if layer.columns is None and model.has_zeros(index) else "dense"
 
 
+def picks_in_experts(model: Model) -> bool:
+    """Whether single neurons of experts can be left out, in every layer that has experts."""
+    downs = [layer.ffn.down for layer in model.layers if isinstance(layer.ffn, ExpertsFFN)]
+    return (
+        bool(downs)
+        and model.hyper.activation in RELU_FAMILY
+        and all(Layout.PICKED_COLUMNS.possible(down.row_type, model.hyper.width) for down in downs)
+    )
+
+
 def _check_mode(model: Model, asked: str) -> None:
     if asked not in MODES:
         raise ModelError(
@@ -49,9 +62,13 @@ def _check_mode(model: Model, asked: str) -> None:
         )
     if asked == "dense":
         return
+    if asked == "gate-first" and picks_in_experts(model):
+        return
     if all(facts.ffn != "dense" for facts in model.hyper.facts):
         raise ModelError(
-            f"{model.path}: experts run in mode dense alone, which reads only those that a token takes"
+            f"{model.path}: these experts run in mode dense alone, which reads only those that a token "
+            "takes; gate-first needs an activation with exact zeros, and down projections of a type from "
+            "Q4_0 to Q8_0 or from Q4_K to Q6_K"
         )
     if asked == "thresholded":
         _check_thresholded(model)

@@ -9,12 +9,13 @@ from functools import partial
 import numpy as np
 
 from powerinfer_kernels import Choice, ExpertBuffers, ExpertWeights, Matrix, Pool
-from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput, pack, pack_columns
+from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput, pack, pack_columns, pack_picked
 from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.cold_side import Computed, Plain
 from powerinfer_tools.engine.hot.routes import SHARED, Route
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.residency import Residency, write_choice, write_scores
+from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters, Routing
 from powerinfer_tools.model.loading import Model
@@ -56,7 +57,8 @@ def routed_buffers(hyper: Hyperparameters, buffers: Buffers, *, gated: bool) -> 
 class RoutedFFN(Plain):
     """The experts of one layer, those that the kernels compute laid out for them; others (``hot``, by number)
     are a hot side's, and with ``scored_there`` the router is. With ``residency``, they are read from disk as
-    those of layer ``index``. Choices are added to ``observed``."""
+    those of layer ``index``. Choices are added to ``observed``. ``skips``: neurons of routed experts that are
+    zero are not read, with the same bits."""
 
     work = "experts"
 
@@ -71,6 +73,7 @@ class RoutedFFN(Plain):
         scored_there: bool = False,
         residency: Residency | None = None,
         observed: LayerCounters | None = None,
+        skips: bool = False,
     ) -> None:
         ffn, routing = model.layers[index].ffn, model.hyper.routing
         assert isinstance(ffn, ExpertsFFN)
@@ -79,19 +82,30 @@ class RoutedFFN(Plain):
         self._buffers, self._hot, self._residency, self._observed = routed, hot, residency, observed
         self._source = routed.normed
         self._router: Matrix | None = None
+        if residency is not None and skips:
+            raise ModelError(
+                f"{model.path}: experts that are read from disk are computed whole; leave out --mode "
+                "gate-first, or give them memory (--ram)"
+            )
         if residency is not None:
             self._router, self._experts = residency.router(index), residency.experts(index)
         else:
             self._router = None if scored_there else pack(pool, ffn.router)
             here = (expert for expert in range(routing.experts) if expert not in hot)
-            self._experts = {expert: pack_columns(partial(pack, pool), ffn.expert(expert)) for expert in here}
+            packed = partial(pack, pool)
+            self._experts = {
+                expert: pack_picked(pool, ffn.expert(expert))
+                if skips
+                else pack_columns(packed, ffn.expert(expert))
+                for expert in here
+            }
         cold = ffn.shared is not None and SHARED not in hot
         self._shared = (
             pack_columns(partial(pack, pool), ffn.shared) if ffn.shared is not None and cold else None
         )
         gate = None if scored_there else ffn.shared_gate
         self._shared_gate = None if gate is None else pack(pool, gate)
-        self._hot_bytes = _hot_bytes(ffn, routing, hot)
+        self._hot_bytes, self._skips = _hot_bytes(ffn, routing, hot), skips
         self._totals = np.zeros(2, np.int64)  # forward passes, and experts that some token of a pass took
 
     @property
@@ -108,18 +122,21 @@ class RoutedFFN(Plain):
         return self._always + self._routed_bytes
 
     def bytes_per_token(self, computed: Computed) -> float:
-        """On both sides, but for a router that is there; ``computed`` does not matter."""
-        return self._touched(self._routing.used)
+        """On both sides, but for a router that is there."""
+        return self._touched(self._routing.used, computed)
 
     def bytes_per_pass(self, computed: Computed) -> float:
         """Of an expert once, however many tokens take it."""
         passes, taken = self._totals.tolist()
-        return self._touched(taken / passes if passes else self._routing.used)
+        return self._touched(taken / passes if passes else self._routing.used, computed)
 
-    def _touched(self, experts: float) -> float:
+    def _touched(self, experts: float, computed: Computed) -> float:
         routed, shared = self._hot_bytes
-        size = (routed + self._routed_bytes) / self._routing.experts
-        return self._always + shared + experts * size
+        here = float(self._routed_bytes)
+        if self._skips:
+            gates = sum(expert.gate.nbytes for expert in self._experts.values())
+            here = gates + (here - gates) * computed.confirmed
+        return self._always + shared + experts * (routed + here) / self._routing.experts
 
     @property
     def quantized(self) -> bool:

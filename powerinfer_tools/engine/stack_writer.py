@@ -161,6 +161,7 @@ class StackWriter:
                 scored_there=self._attention_there(index),
                 residency=options.residency,
                 observed=observed,
+                skips=self._modes[index] == "gate-first",
             )
         else:
             part = Part(

@@ -88,7 +88,17 @@ def test_bench_of_a_made_up_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for more in (("--density", "0.1"), ("--density", "0.1", "--mode", "predicted")):
         done = ended(*words, *more)
         assert done.exit_code == 1
-        assert "small has experts, of which a token takes 4 of 16" in " ".join(done.stderr.split())
+        assert "small has experts whose activation makes no zeros" in " ".join(done.stderr.split())
+
+
+def test_bench_of_experts_that_leave_neurons_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Shape("qwen3moe", 2, 64, 4, 2, 16, 64, 300, 1e4, experts=16, used=4, activation="relu")
+    monkeypatch.setitem(SHAPES, "small", small)
+    words = ("bench", "--shape", "small", "--cache-dir", str(tmp_path), "-p", "6", "-n", "8", "-r", "1")
+    for mode, least, most in (("dense", 0.25, 0.25), ("gate-first", 0.05, 0.15)):
+        for row in stage(*words, "--density", "0.4", "--mode", mode):
+            assert row["mode"] == mode
+            assert least <= row["density"] <= most
 
 
 @pytest.mark.parametrize(

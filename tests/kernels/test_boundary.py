@@ -15,6 +15,7 @@ from powerinfer_kernels import (
     Bundle,
     KernelError,
     KVCache,
+    Layout,
     Matrix,
     Part,
     Pool,
@@ -99,9 +100,9 @@ def matrices(b: ProgramBuilder, pool: Pool) -> None:
 
 
 def experts(b: ProgramBuilder, pool: Pool) -> None:
-    def made(count: int, columns: int) -> list[Matrix]:
+    def made(count: int, columns: int, layout: Layout = Layout.TILES) -> list[Matrix]:
         return [
-            Matrix.pack(pool, rows(RowType.Q8_0, count, columns), RowType.Q8_0, count, columns)
+            Matrix.pack(pool, rows(RowType.Q8_0, count, columns), RowType.Q8_0, count, columns, layout)
             for _ in range(4)
         ]
 
@@ -113,6 +114,9 @@ def experts(b: ProgramBuilder, pool: Pool) -> None:
     buffers = ExpertBuffers.new(TOKENS * 2, WIDTH, NEURONS, gated=True)
     acts = Activations(TOKENS, WIDTH)
     b.experts(choice, floats(TOKENS, WIDTH), acts, weights, buffers, floats(TOKENS, WIDTH), "silu")
+    up, down = made(NEURONS, WIDTH, Layout.PICKED_ROWS), made(WIDTH, NEURONS, Layout.PICKED_COLUMNS)
+    picked = ExpertWeights(made(NEURONS, WIDTH), up, down, *biases)
+    b.experts(choice, floats(TOKENS, WIDTH), acts, picked, buffers, floats(TOKENS, WIDTH), "relu")
     squares = aligned((4,), np.float64), aligned((4,), np.float64)
     b.count_experts(choice, aligned((2,), np.int64), aligned((4,), np.uint64), *squares)
 

@@ -13,6 +13,7 @@ from powerinfer_kernels import (
     ExpertBuffers,
     ExpertWeights,
     KernelError,
+    Layout,
     Matrix,
     Pool,
     ProgramBuilder,
@@ -147,8 +148,12 @@ class Mixture:
         x, options = self.x.astype(np.float64), self.options
         return experts(x, chosen, weights, rows[0], up, rows[2], self.kind, biases=tuple(biases), **options)
 
-    def computed(self, threads: int, isa: str, runs: list[int]) -> np.ndarray:
-        """All tokens, `runs` at a time."""
+    def computed(self, threads: int, isa: str, runs: list[int], *, picked: bool = False) -> np.ndarray:
+        """All tokens, `runs` at a time; ``picked``: without neurons whose gates are not above the cut. What
+        was active of how many neurons is in ``read``."""
+        layouts = [Layout.TILES] * 3
+        if picked:
+            layouts[1:] = Layout.PICKED_ROWS, Layout.PICKED_COLUMNS
         width, most = self.x.shape[1], max(runs)
         choice, out = Choice.new(most, 5, 2), aligned((most, width), np.float32)
         x, scores = aligned((most, width), np.float32), aligned((most, 5), np.float32)
@@ -158,10 +163,10 @@ class Mixture:
         with Pool(threads, isa) as pool:
             gate, up, down = (
                 [
-                    None if e in self.elsewhere else Matrix.pack(pool, m, self.row_type, *shape)
+                    None if e in self.elsewhere else Matrix.pack(pool, m, self.row_type, *shape, layout)
                     for e, m in enumerate(kind)
                 ]
-                for kind, shape in zip(self.data, self.shapes, strict=True)
+                for kind, shape, layout in zip(self.data, self.shapes, layouts, strict=True)
             )
             biases = (self.biases[0], self.biases[1] if self.gated else None, self.biases[2])
             weights = ExpertWeights(gate, up if self.gated else None, down, *biases)
@@ -176,6 +181,11 @@ class Mixture:
                 program.run(pool, 0, builder.mark(), count, 0)
                 results.append(out[:count].copy())
                 first += count
+            self.read = (
+                program.active_neurons(),
+                program.confirmed_neurons(),
+                program.total_neurons(),
+            )
         return np.concatenate(results)
 
 
@@ -204,6 +214,74 @@ def test_experts(row_type: RowType, width: int, neurons: int, kind: str, options
         for threads, runs in ((1, [1] * TOKENS), (2, [3, 4]), (3, [TOKENS]), (2, [1] * TOKENS)):
             got = mixture.computed(threads, isa, runs)
             np.testing.assert_array_equal(got.view(np.uint32), base.view(np.uint32))
+
+
+PICKED = [row_type for row_type in RowType if Layout.PICKED_COLUMNS.possible(row_type, 32)]
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize(
+    ("row_type", "width", "neurons", "kind", "options"),
+    [
+        *((row_type, 256, 512, "relu", {}) for row_type in PICKED),
+        (RowType.Q4_0, 96, 64, "drelu", {"elsewhere": (0, 3)}),
+        (RowType.Q8_0, 160, 320, "relu2", {"gated": False}),
+        (RowType.Q4_1, 352, 160, "fatrelu", {"biased": True, "cut": 0.7}),
+        (RowType.Q5_1, 32, 32, "relu2", {"weigh_input": True}),
+        (RowType.Q5_0, 544, 96, "relu", {"biased": True}),
+    ],
+    ids=lambda v: getattr(v, "name", None),
+)
+def test_picked_neurons_have_the_bits_of_whole_experts(
+    isa: str, row_type: RowType, width: int, neurons: int, kind: str, options: dict[str, Any]
+) -> None:
+    """About half of the gates are above zero. With 24 tokens an expert has more than 8 pairs."""
+    mixture = Mixture(row_type, width, neurons, kind, **options)
+    whole = mixture.computed(1, isa, [1] * TOKENS)
+    for threads, runs in ((1, [1] * TOKENS), (3, [TOKENS]), (2, [3, 4])):
+        got = mixture.computed(threads, isa, runs, picked=True)
+        np.testing.assert_array_equal(got.view(np.uint32), whole.view(np.uint32))
+        active, confirmed, total = mixture.read
+        assert 0.1 * total < active == confirmed < 0.7 * total
+        assert total <= 2 * TOKENS * neurons
+    rng = np.random.default_rng(8)
+    mixture.x, mixture.scores = normal(rng, 24, width), normal(rng, 24, 5)
+    whole = mixture.computed(2, isa, [24])
+    np.testing.assert_array_equal(mixture.computed(2, isa, [24], picked=True), whole)
+
+
+def test_up_rows_of_neurons_that_are_zero_are_not_read() -> None:
+    """Those of one expert, which are NaN."""
+    mixture = Mixture(RowType.Q8_0, 64, 96, "relu")
+    gates = [dequantize(m, RowType.Q8_0, 96, 64) for m in mixture.data[0]]
+    mixture.x = mixture.x[:1]
+    base = mixture.computed(1, available_isas()[0], [1], picked=True)
+    for rows, gate in zip(mixture.data[1], gates, strict=True):
+        idle = gate @ mixture.x[0] < -0.5  # by far, so that rounding does not matter
+        assert idle.any()
+        rows[idle, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    got = mixture.computed(2, available_isas()[0], [1], picked=True)
+    np.testing.assert_array_equal(got, base)
+    assert np.isfinite(got).all()
+
+
+def test_neurons_that_cannot_be_picked() -> None:
+    with pytest.raises(KernelError, match="silu can be left out"):
+        Mixture(RowType.Q8_0, 64, 96, "silu").computed(1, available_isas()[0], [TOKENS], picked=True)
+    with pytest.raises(KernelError, match="no layout 2"):
+        Mixture(RowType.F16, 64, 96, "relu").computed(1, available_isas()[0], [TOKENS], picked=True)
+    with Pool(1) as pool:
+        for shape in ((72, 64), (64, 64)):
+            data = random_rows(np.random.default_rng(0), RowType.Q4_0, *shape)
+            if shape[0] % 32:
+                with pytest.raises(KernelError, match="no layout 2"):
+                    Matrix.pack(pool, data, RowType.Q4_0, *shape, Layout.PICKED_COLUMNS)
+        picked = [Matrix.pack(pool, data, RowType.Q4_0, 64, 64, layout) for layout in Layout]
+        for matrix in picked[1:]:
+            builder, x = ProgramBuilder(1), aligned((1, 64), np.float32)
+            builder.matmul(matrix, x, Activations(1, 64), aligned((1, 64), np.float32))
+            with pytest.raises(KernelError, match="another layout"):
+                builder.build()
 
 
 def test_experts_add_to_what_is_there() -> None:

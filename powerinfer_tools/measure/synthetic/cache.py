@@ -11,6 +11,7 @@ from powerinfer_tools.errors import ModelError
 from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, Shape, tensors_of, write_synthetic
 from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
 from powerinfer_tools.measure.synthetic.topics import Topics
+from powerinfer_tools.model.architectures import RELU_FAMILY
 
 #: Changes when the same request would give another file.
 _VERSION = 7
@@ -19,8 +20,9 @@ _VERSION = 7
 @dataclass(frozen=True)
 class Request:
     """One synthetic model. ``sparsity`` None: the dense form, a GGUF file that other programs load; else a
-    split file of a ReLU model. ``layers`` None: as many as the shape has. ``topics``: how routers choose;
-    None: all experts equally often."""
+    split file of a ReLU model, or a source model of which that share of each expert's neurons fires.
+    ``layers`` None: as many as the shape has. ``topics``: how routers choose; None: all experts equally
+    often."""
 
     shape: str
     row_type: str = "Q4_0"
@@ -39,10 +41,21 @@ class Request:
         if self.topics and not SHAPES[self.shape].experts:
             raise ModelError(f"{self.shape} has no experts, and so no routers that topics could be made for")
         if self.sparsity and SHAPES[self.shape].experts:
+            self._require_zeros(self.sparsity)
+
+    def _require_zeros(self, sparsity: Sparsity) -> None:
+        """Raise ModelError where no share of an expert's neurons can fire: up to half of them, all equally
+        often."""
+        shape = SHAPES[self.shape]
+        if (shape.activation or shape.spec.activation) not in RELU_FAMILY:
             raise ModelError(
-                f"{self.shape} has experts, of which a token takes {SHAPES[self.shape].used} of "
-                f"{SHAPES[self.shape].experts}, all equally often; they are computed as wholes, so leave out "
-                "--density, and --mode other than dense"
+                f"{self.shape} has experts whose activation makes no zeros, so all neurons of those that a "
+                "token takes are computed; leave out --density, and --mode other than dense"
+            )
+        if sparsity.skew or sparsity.density > 0.5:
+            raise ModelError(
+                f"{self.shape}: neurons of experts fire equally often, and at most half of them; leave out "
+                "--skew, and ask for a --density up to 0.5"
             )
 
     @property
@@ -56,7 +69,7 @@ class Request:
     @property
     def file_name(self) -> str:
         """The file's name in a cache."""
-        kind = "powerinfer.gguf" if self.sparsity else "gguf"
+        kind = "powerinfer.gguf" if self.sparsity and not SHAPES[self.shape].experts else "gguf"
         return f"{self.name}-v{_VERSION}.{kind}"
 
     @property
@@ -75,9 +88,10 @@ class Request:
         self._require_room(shape, "the disk", shutil.disk_usage(path.parent).free)
         if not shape.experts:  # those are read from disk
             self._require_room(shape, "memory", detect.available_ram_bytes())
-        if self.sparsity:
+        if self.sparsity and not shape.experts:
             return write_sparse(path, self.name, shape, self.row_type, self.sparsity)
-        return write_synthetic(path, self.name, shape, self.row_type, topics=self.topics)
+        density = self.sparsity.density if self.sparsity else None
+        return write_synthetic(path, self.name, shape, self.row_type, topics=self.topics, density=density)
 
     def _require_room(self, shape: Shape, where: str, free: int) -> None:
         """``free`` is 0 where that is not known."""

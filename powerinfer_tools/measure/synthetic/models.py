@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,13 @@ from powerinfer_formats.file_types import file_type_number
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_kernels import RowType, quantize
-from powerinfer_tools.measure.synthetic.random_blocks import BLOCKS, balance, fitting_type, random_rows
+from powerinfer_tools.measure.synthetic.random_blocks import (
+    BALANCED,
+    BLOCKS,
+    balance,
+    fitting_type,
+    random_rows,
+)
 from powerinfer_tools.measure.synthetic.topics import Topics, embeddings, router_rows
 from powerinfer_tools.model.architectures import ARCHITECTURES, ArchitectureSpec
 
@@ -203,15 +210,27 @@ def _gets_more_bits(layer: int, layers: int) -> bool:
 
 
 def write_synthetic(
-    path: Path, name: str, shape: Shape, mixture: str, seed: int = 0, topics: Topics | None = None
+    path: Path,
+    name: str,
+    shape: Shape,
+    mixture: str,
+    seed: int = 0,
+    topics: Topics | None = None,
+    density: float | None = None,
 ) -> int:
     """Write the model and return its size in bytes; ``topics``: how its routers choose, instead of equally
-    often. Raises FormatError or OSError where that fails."""
+    often; ``density``: the share of the neurons of an expert that fire, by a cut of their gates (FATReLU, in
+    place of the shape's own activation). Raises FormatError or OSError where that fails."""
     tensors = [_typed(tensor, topics) for tensor in tensors_of(shape, mixture)]
     rng = np.random.Generator(np.random.SFC64(seed))
     with GGUFWriter(path) as writer:
         add_metadata(writer, name, shape, mixture)
-        if shape.activation is not None:
+        if density is not None:
+            deviation = BALANCED if mixture == "Q4_0" else 1.0  # of gates, whose inputs are about N(0, 1)
+            cut = max(0.0, NormalDist().inv_cdf(1 - density) * deviation)
+            writer.add("powerinfer.activation", "fatrelu")
+            writer.add("powerinfer.activation_threshold", cut, ValueType.FLOAT32)
+        elif shape.activation is not None:
             writer.add("powerinfer.activation", shape.activation)
         if topics is not None:
             topics.write(writer)

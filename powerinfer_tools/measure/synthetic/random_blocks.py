@@ -50,6 +50,10 @@ def random_rows(
     return block.make(rng, blocks, columns**-0.5 if deviation is None else deviation).reshape(rows, -1)
 
 
+#: What is left of σ after :func:`balance`: (2 · Σ k² for k = 1 … 7) / 16 of (16² − 1) / 12.
+BALANCED = (17.5 / 21.25) ** 0.5
+
+
 def balance(rows: Bytes) -> None:
     """Turns the lowest code of Q4_0 rows, −8, into 0: codes −8 to 7 have a mean of −1/2, and where the input
     has a mean, too, all products would move together: what tokens have in common would grow from layer to

@@ -36,7 +36,7 @@ from powerinfer_kernels import WRITTEN_TYPES, RowType, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.measure.synthetic.models import Shape, Tensor, add_metadata, tensors_of
-from powerinfer_tools.measure.synthetic.random_blocks import BLOCKS, balance
+from powerinfer_tools.measure.synthetic.random_blocks import BALANCED, BLOCKS, balance
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -55,8 +55,6 @@ PREDICTOR_SHARE = 0.07
 OVERSHOOT = 1.25
 #: Deviation of what a predictor does not see of a gate, over that of what it sees.
 _UNSEEN = 0.15
-#: What is left of σ without the lowest of Q4_0's 16 codes: (2 · Σ k² for k = 1 … 7) / 16 of (16² − 1) / 12.
-_BALANCED = (17.5 / 21.25) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def _random(rng: np.random.Generator, row_type: str, rows: int, columns: int, de
     block = BLOCKS[row_type]
     if row_type != "Q4_0":
         return block.make(rng, rows * (columns // block.values), deviation).reshape(rows, -1)
-    blocks = block.make(rng, rows * (columns // block.values), deviation / _BALANCED).reshape(rows, -1)
+    blocks = block.make(rng, rows * (columns // block.values), deviation / BALANCED).reshape(rows, -1)
     balance(blocks)
     return blocks
 

@@ -130,11 +130,13 @@ class Profile:
     # --- files ---------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read and check ``path``; raises ``FormatError``, ``UnfinishedProfile`` for a checkpoint."""
+    def load(cls, path: str | os.PathLike[str], *, counts_alone: bool = False) -> Self:
+        """Read and check ``path``; raises ``FormatError``, ``UnfinishedProfile`` for a checkpoint.
+        ``counts_alone``: histograms are checked and let go, a layer at a time; such a profile has counts and
+        their order, and is not saved."""
         from powerinfer_formats.profile_file import load_profile
 
-        fields: dict[str, Any] = load_profile(Path(path))
+        fields: dict[str, Any] = load_profile(Path(path), counts_alone=counts_alone)
         return cls(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:

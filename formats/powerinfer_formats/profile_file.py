@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,9 @@ def save_profile(profile: Profile, path: Path, position: CorpusPosition | None) 
     write_safetensors(path, text, tensors)
 
 
-def load_profile(path: Path) -> dict[str, Any]:
-    """The fields of a finished ``Profile``."""
-    fields, position = _load(path)
+def load_profile(path: Path, *, counts_alone: bool = False) -> dict[str, Any]:
+    """The fields of a finished ``Profile``; ``counts_alone``: without histograms, which take memory."""
+    fields, position = _load(path, counts_alone=counts_alone)
     if position is not None:
         raise UnfinishedProfile(
             path, f"is unfinished ({position.windows} windows); run powerinfer profile again to complete it"
@@ -75,20 +76,25 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], CorpusPosition]:
     return fields, position
 
 
-def _load(path: Path) -> tuple[dict[str, Any], CorpusPosition | None]:
+def _load(path: Path, *, counts_alone: bool = False) -> tuple[dict[str, Any], CorpusPosition | None]:
+    every, edges = list[LayerSums](), list[float]()
     with open_safetensors(path) as reader:
         document = _parse(reader.document(), path)
         _check_document(document, path)
-        layers = [_take_layer(reader, layer, document) for layer in range(len(document.neurons))]
+        for layer in range(len(document.neurons)):
+            sums, counts = _take_layer(reader, layer, document)
+            _check_sums(document, layer, sums, path)
+            edges.append(_check_counts(document, layer, sums, counts, path))
+            every.append(replace(sums, counts=counts, histogram=None) if counts_alone else sums)
         thresholds = reader.take("thresholds", "F32", (len(document.neurons),))
         reader.finish()
-    for layer, (sums, counts) in enumerate(layers):
-        _check_sums(document, layer, sums, path)
-        _check_derived(document, layer, sums, counts, float(thresholds[layer]), path)
+    for layer, (found, expected) in enumerate(zip(thresholds.tolist(), edges, strict=True)):
+        if found != expected:
+            raise BadValue(path, f"thresholds[{layer}] is {found}, the histograms give {expected}")
     fields = {
         name: getattr(document, name) for name in vars(document) if name not in ("neurons", "checkpoint")
     }
-    return {**fields, "sums": tuple(sums for sums, _ in layers)}, document.checkpoint
+    return {**fields, "sums": tuple(every)}, document.checkpoint
 
 
 def _parse(text: str, path: Path) -> ProfileDocument:
@@ -176,23 +182,18 @@ def _check_sums(document: ProfileDocument, layer: int, sums: LayerSums, path: Pa
         require(on_grid, name, "has a value that is not a multiple of 2^-16 (see round_squares)")
 
 
-def _check_derived(
-    document: ProfileDocument,
-    layer: int,
-    sums: LayerSums,
-    counts: NDArray[np.uint64],
-    threshold: float,
-    path: Path,
-) -> None:
-    """Thresholds and counts are in the file for other readers; they must be what the histograms give."""
+def _check_counts(
+    document: ProfileDocument, layer: int, sums: LayerSums, counts: NDArray[np.uint64], path: Path
+) -> float:
+    """Thresholds and counts are in the file for other readers; they must be what the histograms give. Returns
+    the threshold."""
     expected, expected_counts = 0.0, counts
     if sums.histogram is not None:
         first = threshold_bin(sums.histogram, document.target_density)
         expected, expected_counts = lower_edge(first), active_counts(sums.histogram, first)
-    if threshold != expected:
-        raise BadValue(path, f"thresholds[{layer}] is {threshold}, the histograms give {expected}")
     if not np.array_equal(counts, expected_counts):
         raise BadValue(path, f"tensor 'blk.{layer}.counts' is not what the histograms give")
+    return expected
 
 
 def _is_digest(text: str) -> bool:

@@ -120,8 +120,11 @@ pi_op pi_op_of(pi_op_kind kind, const pi_given *a) {
     case PI_OP_EXPERT_MATMUL: op = expert_matmul_of(p, i); break;
     case PI_OP_EXPERT_ROWS: op = expert_rows_of(p, i, a->f[0]); break;
     case PI_OP_EXPERT_COLUMNS:
-        op.u.expert_columns =
-            (pi_expert_columns){choice_of(p[0], NULL, p[1], i), acts_of(p + 2, a->columns), p[5], p[6], a->rows};
+        op.u.expert_columns = (pi_expert_columns){.choice = choice_of(p[0], NULL, p[1], i),
+                                                  .acts = acts_of(p + 2, a->columns),
+                                                  .bias = p[5],
+                                                  .out = p[6],
+                                                  .rows = a->rows};
         break;
     case PI_OP_EXPERT_ACTIVATE:
         op.u.expert_activate = (pi_expert_activate){

@@ -92,13 +92,8 @@ class RoutedFFN(Plain):
         else:
             self._router = None if scored_there else pack(pool, ffn.router)
             here = (expert for expert in range(routing.experts) if expert not in hot)
-            packed = partial(pack, pool)
-            self._experts = {
-                expert: pack_picked(pool, ffn.expert(expert))
-                if skips
-                else pack_columns(packed, ffn.expert(expert))
-                for expert in here
-            }
+            lay_out = partial(pack_picked, pool) if skips else partial(pack_columns, partial(pack, pool))
+            self._experts = {expert: lay_out(ffn.expert(expert)) for expert in here}
         cold = ffn.shared is not None and SHARED not in hot
         self._shared = (
             pack_columns(partial(pack, pool), ffn.shared) if ffn.shared is not None and cold else None

@@ -469,3 +469,15 @@ def test_a_profile_cut_anywhere_is_refused(tmp_path: Path) -> None:
         cut.write_bytes(data[:length])
         with pytest.raises(errors.FormatError):
             Profile.load(cut)
+
+
+def test_counts_alone_say_what_the_histograms_did(tmp_path: Path) -> None:
+    path = tmp_path / "made.profile.safetensors"
+    made = make_profile(exact_zeros=False)
+    made.save(path)
+    light = Profile.load(path, counts_alone=True)
+    for layer in range(made.layers):
+        assert light.sums[layer].histogram is None
+        np.testing.assert_array_equal(light.counts(layer), made.counts(layer))
+        np.testing.assert_array_equal(light.order(layer), made.order(layer))
+    assert (light.counting, light.tokens, light.corpus) == (made.counting, made.tokens, made.corpus)

@@ -113,7 +113,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Conver
                 f"{options.model} is a split file already; convert starts from the source model"
             )
         model.require_placeable(ConvertError, "convert")
-        inputs = Inputs(model, Profile.load(options.profile), Plan.load(options.plan))
+        inputs = Inputs(model, Profile.load(options.profile, counts_alone=True), Plan.load(options.plan))
         inputs.require_together(options.profile, options.plan, other_profile=options.other_profile)
         if model.hyper.routing is not None:
             some = model.exact_zeros and any(facts.ffn == "dense" for facts in model.hyper.facts)

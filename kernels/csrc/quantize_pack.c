@@ -154,7 +154,13 @@ static void pack_transcoded(int32_t row_type, const uint8_t *source, int64_t cou
     uint8_t block[PI_FORM_BYTES];
     for (int64_t b = 0; b < count; b++, source += at.bytes, out += blocks * to.tile_bytes) {
         pi_transcode_block(row_type, source, block);
-        for (int i = 0; i < blocks; i++) pack_block(form, block + i * to.bytes, row, out + i * to.tile_bytes);
+        for (int i = 0; i < blocks; i++) {
+            const uint8_t *made = block + i * to.bytes;
+            if (form == PI_Q4_0) /* the one form that is a stored type, too: those of TQ1_0 and TQ2_0 */
+                pack_bytes(PI_Q4_0, made, row, out + i * to.tile_bytes);
+            else
+                pack_form(form, made, row, out + i * to.tile_bytes);
+        }
     }
 }
 

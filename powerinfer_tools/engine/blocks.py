@@ -188,7 +188,7 @@ class BlockWriter:
 
     def finish(self, w: LayerWeights) -> None:
         """What comes at the end of a layer, after its FFN."""
-        if w.input is not None or w.output_scale != 1.0:
+        if w.input is not None or w.output_scale != 1.0 or w.embedding_share:
             self.label("layer input")
             blocks.finish(self.ops, self.hyper, w, self._x, self.along)
             self.ops.flush()

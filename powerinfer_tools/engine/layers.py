@@ -236,7 +236,8 @@ class LayerStack:
         of their neurons where those that are zero are left out."""
         if self.model.hyper.routing is not None:
             return self.model.hyper.routing.share * self._computed().confirmed
-        every = self._tokens * self.model.hyper.layers * self.model.hyper.neurons
+        neurons = sum(facts.neurons for facts in self.model.hyper.facts if facts.ffn == "dense")
+        every = self._tokens * neurons
         skipped = self._program.total_neurons() - self._program.active_neurons()
         skipped += self._hot.left_out if self._hot else 0
         return 1.0 - skipped / every if every else 1.0

@@ -72,6 +72,15 @@ class Session(Closing):
         self._weights, self._state = weights, state
         self.context, self.kv_type, self.position = context, kv_type, 0
         self.counters = SessionCounters()
+        #: What recurrences held at the end of the last prompt, and how many tokens those were (0: none).
+        self._kept = [np.zeros_like(values) for values in state.recurrent]
+        self._kept_at = 0
+
+    def keep(self) -> None:
+        """Remember what recurrences hold, so that the session can go back to here."""
+        for kept, values in zip(self._kept, self._state.recurrent, strict=True):
+            kept[:] = values
+        self._kept_at = self.position if self._kept else 0
 
     @property
     def state(self) -> State:
@@ -82,7 +91,7 @@ class Session(Closing):
     def nbytes(self) -> int:
         """Size of the buffers outside the hot device when the context is full, in bytes; memory is taken as
         positions are first written."""
-        return self._state.nbytes
+        return self._state.nbytes + sum(values.nbytes for values in self._kept)
 
     @property
     def touched_bytes(self) -> int:
@@ -146,6 +155,8 @@ class Session(Closing):
         for values, kept in zip(self._state.recurrent, checkpoint.recurrent, strict=True):
             values[:] = kept
         self.position = checkpoint.position
+        if self._kept_at > self.position:
+            self._kept_at = 0  # of tokens that are forgotten
 
     @property
     def most_verified(self) -> int:
@@ -188,20 +199,28 @@ class Session(Closing):
         return len(tokens)
 
     def rewind(self, position: int) -> int:
-        """Forget everything from ``position`` on, and all that is held where a recurrence, which cannot go
-        back, holds more; returns how many tokens are held then."""
+        """Forget everything from ``position`` on; where a recurrence holds more, all behind the last prompt,
+        or everything, as it cannot go back to any other place. Returns how many tokens are held then."""
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind to {position}: the cache holds {self.position} tokens")
         if position != self.position and self._state.recurrent:
-            position = 0
-            for values in self._state.recurrent:
-                values[:] = 0
+            position = self._restore(self, position)
         self.position = position
         return position
 
+    def _restore(self, source: "Session", position: int) -> int:
+        """Take over what recurrences of ``source`` held at the end of its last prompt, or nothing where that
+        is behind ``position``; returns how many tokens that is."""
+        there = source._kept_at if source._kept_at <= position else 0
+        for values, kept in zip(self._state.recurrent, source._kept, strict=True):
+            values[:] = kept if there else 0
+        if not there:
+            self._kept_at = 0
+        return there
+
     def copy_prefix(self, source: "Session", positions: int) -> int:
-        """Hold the first ``positions`` tokens of ``source``, bit for bit, in place of what was held, or none
-        where a recurrence of ``source`` holds more; returns how many.
+        """Hold the first ``positions`` tokens of ``source``, bit for bit, in place of what was held; where a
+        recurrence of ``source`` holds more, those of its last prompt, or none. Returns how many.
 
         Raises ValueError where ``source`` has fewer or is of other weights, ContextFull where they do not
         fit, ModelError where the two caches differ in type.
@@ -212,11 +231,17 @@ class Session(Closing):
             raise ContextFull(f"{positions} tokens do not fit in a context of {self.context}")
         if source.kv_type != self.kv_type:
             raise ModelError(f"a {source.kv_type} cache cannot be copied into one of type {self.kv_type}")
-        if positions != source.position and source._state.recurrent:
+        elsewhere = positions != source.position and bool(source._state.recurrent)
+        if elsewhere and not 0 < source._kept_at <= positions:
             return self.rewind(0)
+        positions = source._kept_at if elsewhere else positions
         if source is not self:
             self._state.copy_positions(source._state, positions)
+        if elsewhere:
+            self._restore(source, positions)
         self.position = positions
+        if source is not self:
+            self.keep()
         return positions
 
     def fork(self, context: int | None = None) -> "Session":
@@ -242,5 +267,5 @@ class Session(Closing):
         """Give the buffers back. The session cannot be used afterwards; closing it again does nothing."""
         if self.context:
             self._weights.forget(self)
-            self._state = State([])
+            self._state, self._kept = State([]), []
             self.context = self.position = 0

@@ -201,6 +201,8 @@ class Weights(Closing):
         self.stack.forward(tokens, Places(spans))
         for session, some in parts:
             session.position += len(some)
+            if len(some) > 1:
+                session.keep()
 
     def logits(self, rows: slice | list[int]) -> Floats:
         """Logits (rows, vocabulary) of up to HEAD_ROWS tokens of the last pass; of a hot device's head, a

@@ -63,6 +63,8 @@ def along(ops: Operations[V, Weight], model: Model, x: V) -> Along[V]:
     made, eps = Along[V](), model.hyper.norm_eps
     if model.inputs is not None:
         made.inputs = layer_inputs(ops, model.inputs, x, eps)
+    if model.spec.embedding_shares:
+        made.embedding = ops.copy("embedding", x)
     if model.streams is not None:
         made.streams = begin(ops, model.streams, x)
     return made
@@ -92,6 +94,9 @@ def finish(ops: Operations[V, Weight], hyper: Hyperparameters, w: LayerWeights, 
     if w.input is not None:
         assert beside.inputs is not None
         x = ops.join(x, input_block(ops, w.input, beside.inputs, x, eps))
+    if w.embedding_share:
+        assert beside.embedding is not None
+        x = ops.join(x, beside.embedding, w.embedding_share)
     return scaled(ops, x, w.output_scale)
 
 
@@ -194,6 +199,7 @@ def mix(
     if w.recurs is not None:
         normed = ops.norm("attention_input", x, w.recurs.norm, eps)
         beside = recurrent(ops, w.recurs.mixer, normed, eps, along)
+        beside = post_normed(ops, beside, w.recurs.post_norm, hyper.post_norm_eps)
     for part in (out, beside):
         if part is not None:
             x = ops.join(x, part, hyper.residual_scale)

@@ -53,8 +53,8 @@ class ModelFootprint:
 
     def session_bytes(self, context: int, kind: str) -> int:
         """What a session of ``context`` positions keeps: KV caches of type ``kind``, and the state of
-        recurrent layers."""
-        return self.body.cache_bytes(context, kind) + self.body.state_bytes
+        recurrent layers, now and at the end of the last prompt."""
+        return self.body.cache_bytes(context, kind) + 2 * self.body.state_bytes
 
     def cache_bytes_read(self, position: int, kind: str) -> int:
         """Bytes of a session's KV caches that decoding at ``position`` reads."""

@@ -49,7 +49,7 @@ def load_layer(
         ffn_inner_norm=tensors.optional_norm(
             spec, f"{prefix}.ffn_sub_norm", neurons, wanted=spec.inner_norms
         ),
-        recurs=_recurrent(tensors, spec, hyper, prefix) if facts.mixer in ("recurrent", "both") else None,
+        recurs=_recurrent(tensors, spec, hyper, index) if facts.mixer in ("recurrent", "both") else None,
         streams=None
         if hyper.streams is None
         else read_layer_streams(tensors, hyper.streams, hyper.width, prefix),
@@ -57,6 +57,9 @@ def load_layer(
         if hyper.input_size
         else None,
         output_scale=_output_scale(tensors, spec, prefix),
+        embedding_share=float(tensors.vector(f"{prefix}.layer_output_scale.weight", 1)[0])
+        if spec.embedding_shares
+        else 0.0,
         ffn_shift=_shift(tensors, f"{prefix}.channel_mix_lerp_k.weight", hyper.width)
         if spec.ffn_shift
         else None,
@@ -78,11 +81,14 @@ def _output_scale(tensors: Tensors, spec: ArchitectureSpec, prefix: str) -> floa
 
 
 def _recurrent(
-    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, prefix: str
+    tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int
 ) -> RecurrentWeights:
     assert hyper.recurrent is not None
+    prefix = f"blk.{index}"
     mixer = read_recurrent(tensors, spec.recurrent, hyper.recurrent, prefix, hyper.width)
-    return RecurrentWeights(tensors.norm(spec, f"{prefix}.{spec.attention_norms[0]}", hyper.width), mixer)
+    norm = tensors.norm(spec, f"{prefix}.{spec.attention_norms[0]}", hyper.width)
+    alone = hyper.facts[index].mixer == "recurrent"
+    return RecurrentWeights(norm, mixer, _post_norm(tensors, spec, hyper, prefix, 0) if alone else None)
 
 
 def _ffn_norm(
@@ -182,6 +188,9 @@ def _head_norm(
         return None
     if spec.qk_norm == "own heads" and tensors.has(f"{name}.weight"):
         return Norm(spec.norm, tensors.table(f"{name}.weight", (heads, dim)).reshape(-1))
+    if spec.qk_norm == "gains":
+        gains = tensors.values(f"{name}.weight", heads) if name.endswith("attn_q_norm") else np.ones(heads)
+        return Norm(spec.norm, np.repeat(gains, dim).astype(np.float32))
     if spec.qk_norm == "plain":
         there = facts.rope is not None and (
             hyper.routing is None or hyper.routing.experts != spec.unnormed_experts

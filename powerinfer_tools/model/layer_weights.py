@@ -44,6 +44,7 @@ class RecurrentWeights:
 
     norm: Norm
     mixer: Recurrent
+    post_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class LayerWeights:
     ``ffn_bias`` is added to what the activation reads, one value per neuron in the order of ``ffn``,
     ``ffn_factor_bias`` to the products with up of a gated FFN, ``ffn_down_bias`` to the output. ``streams``
     and ``input`` are what the layer has beside the residual stream, which is times ``output_scale`` at its
-    end. ``ffn_shift`` (2, width) mixes the FFN's input with that of the token before.
+    end. ``ffn_shift`` (2, width) mixes the FFN's input with that of the token before;
+    ``embedding_share`` of the embedding is added at the end.
     """
 
     attends: AttentionWeights | LatentWeights | None
@@ -71,6 +73,7 @@ class LayerWeights:
     input: LayerInput | None = None
     output_scale: float = 1.0
     ffn_shift: Table | None = None
+    embedding_share: float = 0.0
 
     @property
     def attention(self) -> AttentionWeights:

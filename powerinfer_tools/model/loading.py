@@ -108,6 +108,7 @@ class Model:
                 {facts.neurons for facts in hyper.facts if facts.ffn == "dense"}
             )
             > 1,
+            "gates that depend on all neurons": any(f.deviations is not None for f in hyper.facts),
             "xIELU activations": bool(hyper.xielu),
             "norms inside blocks": self.spec.inner_norms,
             "biases of gated FFNs or experts": any(self._biased(layer) for layer in self.layers),
@@ -147,6 +148,8 @@ class Model:
             return "inputs of single layers"
         if any(layer.output_scale != 1.0 for layer in self.layers):
             return "layers that end with a factor"
+        if self.spec.embedding_shares:
+            return "layers that add the embedding again"
         if any(facts.cache is not None for facts in self.hyper.facts):
             return "layers without keys of their own"
         if any(facts.head_dim != self.hyper.head_dim for facts in self.hyper.facts):
@@ -177,12 +180,13 @@ class Model:
             "norms inside blocks": self.spec.inner_norms,
             "xIELU activations": bool(hyper.xielu),
             "norms after blocks that have an epsilon of their own": self.spec.post_norm_eps > 0,
-            "norms of each head's own": self.spec.qk_norm in ("own heads", "plain")
+            "norms of each head's own": self.spec.qk_norm in ("own heads", "plain", "gains")
             and any(layer.attention.query_norm is not None for layer in self.layers),
             "inputs of single layers": self.inputs is not None,
             "several residual streams": self.streams is not None,
             "layers without keys of their own": any(facts.cache is not None for facts in hyper.facts),
             "layers that end with a factor": any(layer.output_scale != 1.0 for layer in self.layers),
+            "layers that add the embedding again": self.spec.embedding_shares,
             "normalised values": self.spec.value_norm,
             "gates that depend on all neurons": any(f.deviations is not None for f in hyper.facts),
             "layers without attention": any(layer.attends is None for layer in self.layers),

@@ -123,9 +123,11 @@ def read_recurrent_sizes(
         inner=inner,
         state=keys.integer("ssm.state_size", high=1 << 12),
         heads=keys.integer("ssm.time_step_rank", high=inner),
-        groups=1 if kind == "selective scan" else keys.integer("ssm.group_count", 1, high=inner),
+        groups=1
+        if kind in ("selective scan", "head scan")
+        else keys.integer("ssm.group_count", 1, high=inner),
     )
-    if kind == "selective scan":
+    if kind in ("selective scan", "head scan"):
         keys.ignore("ssm.group_count")
     elif inner % sizes.heads or sizes.heads % sizes.groups:
         raise ModelError(

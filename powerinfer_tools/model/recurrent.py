@@ -120,7 +120,25 @@ class TimeMixing:
     heads: int
 
 
-Recurrent = TimeMixing | ChannelDeltaNet | ShortConvolution | SelectiveScan | StateSpace | DeltaNet
+@dataclass(frozen=True)
+class HeadScan:
+    """PLaMo 2: a state space whose B, C and steps come from the convolved values, by ``mix`` (2 · state +
+    rank, inner), each normalised; ``inward`` (2 · inner, width) makes each head's gate and values."""
+
+    inward: Weight
+    kernel: Table  # (length, inner)
+    mix: Weight
+    step: Weight  # (heads, rank)
+    step_bias: Vector
+    step_norm: Norm
+    vector_norm: Norm  # of B and C, (2 · state,)
+    decay: Vector  # (heads,)
+    direct: Vector
+    outward: Weight
+    sizes: RecurrentSizes
+
+
+Recurrent = HeadScan | TimeMixing | ChannelDeltaNet | ShortConvolution | SelectiveScan | StateSpace | DeltaNet
 
 
 def read_recurrent(
@@ -138,6 +156,8 @@ def read_recurrent(
             return _selective_scan(tensors, sizes, prefix, width)
         case "state space":
             return _state_space(tensors, sizes, prefix, width)
+        case "head scan":
+            return _head_scan(tensors, sizes, prefix, width)
         case "time mixing":
             return _time_mixing(tensors, sizes, prefix)
         case "channel delta net":
@@ -241,6 +261,24 @@ def _channel_delta_net(tensors: Tensors, s: RecurrentSizes, prefix: str, width: 
         decay=np.repeat(decay, rank),
         norm=Norm("rms", tensors.vector(f"{prefix}.ssm_norm.weight", rank)),
         outward=tensors.matrix(f"{prefix}.attn_output.weight", width, s.inner),
+        sizes=s,
+    )
+
+
+def _head_scan(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int) -> HeadScan:
+    rank = tensors.shape(f"{prefix}.ssm_dt.weight")[1]
+    vectors = [tensors.vector(f"{prefix}.ssm_{kind}_norm", s.state) for kind in "bc"]
+    return HeadScan(
+        inward=tensors.matrix(f"{prefix}.ssm_in.weight", 2 * s.inner, width),
+        kernel=_kernel(tensors, f"{prefix}.ssm_conv1d.weight", s.inner, s.length),
+        mix=tensors.matrix(f"{prefix}.ssm_x.weight", 2 * s.state + rank, s.inner),
+        step=tensors.matrix(f"{prefix}.ssm_dt.weight", s.heads, rank),
+        step_bias=tensors.vector(f"{prefix}.ssm_dt.bias", s.heads),
+        step_norm=Norm("rms", tensors.vector(f"{prefix}.ssm_dt_norm", rank)),
+        vector_norm=Norm("rms", np.concatenate(vectors)),
+        decay=tensors.values(f"{prefix}.ssm_a", s.heads),
+        direct=tensors.values(f"{prefix}.ssm_d", s.heads),
+        outward=tensors.matrix(f"{prefix}.ssm_out.weight", width, s.inner),
         sizes=s,
     )
 

@@ -7,6 +7,7 @@ from powerinfer_tools.model.operations import Activation, HeadPart, Operations
 from powerinfer_tools.model.recurrent import (
     ChannelDeltaNet,
     DeltaNet,
+    HeadScan,
     Recurrent,
     SelectiveScan,
     ShortConvolution,
@@ -24,7 +25,9 @@ _SILU, _SIGMOID, _SOFTPLUS = Activation("silu"), Activation("sigmoid"), Activati
 
 def recurrent(ops: Operations[V, Weight], w: Recurrent, normed: V, eps: float, along: Along[V]) -> V:
     """What a recurrent layer makes of its normalised input."""
-    if isinstance(w, TimeMixing):
+    if isinstance(w, HeadScan):
+        out = _head_scan(ops, w, normed, eps)
+    elif isinstance(w, TimeMixing):
         out = _time_mixing(ops, w, normed, along)
     elif isinstance(w, ShortConvolution):
         out = _short_convolution(ops, w, normed)
@@ -70,6 +73,22 @@ def _state_space(ops: Operations[V, Weight], w: StateSpace, normed: V, eps: floa
     out = ops.scan_heads("scanned", x, steps, w.decay, w.direct, s)
     out = ops.activate(ops.part("mixer_gate", mixed, 0, s.inner), out, _SILU)
     return out if w.norm is None else ops.norm_heads(out, s.groups, w.norm, eps)
+
+
+def _head_scan(ops: Operations[V, Weight], w: HeadScan, normed: V, eps: float) -> V:
+    s = w.sizes
+    dim, rank = s.inner // s.heads, w.step.columns
+    mixed = ops.linear("mixed", normed, w.inward)
+    entering = ops.gather_heads("entering", s.heads, (HeadPart(mixed, dim, 2 * dim, dim),))
+    x = ops.convolve("convolved", entering, w.kernel, None, 0, silu=True)
+    low = ops.linear("low", x, w.mix)
+    vectors = ops.norm_heads(ops.part("vectors", low, 0, 2 * s.state), 2, w.vector_norm, eps)
+    steps = ops.norm_heads(ops.part("low_steps", low, 2 * s.state, rank), 1, w.step_norm, eps)
+    steps = ops.activate(ops.linear("steps", steps, w.step, w.step_bias), None, _SOFTPLUS)
+    parts = (HeadPart(x, 0, 0, s.inner), HeadPart(vectors, 0, 0, 2 * s.state))
+    out = ops.scan_heads("scanned", ops.gather_heads("scan_input", 1, parts), steps, w.decay, w.direct, s)
+    gate = ops.gather_heads("mixer_gate", s.heads, (HeadPart(mixed, 0, 2 * dim, dim),))
+    return ops.activate(gate, out, _SILU)
 
 
 def _channel_delta_net(ops: Operations[V, Weight], w: ChannelDeltaNet, normed: V, eps: float) -> V:

@@ -36,6 +36,8 @@ def layer_weights(model: Model, index: int) -> Iterator[Weight]:
     """All matrices of one layer of a source model."""
     layer = model.layers[index]
     yield from mixing_weights(layer)
+    if layer.feeds is None:
+        return
     if not isinstance(layer.ffn, ExpertsFFN):
         yield from layer.source_ffn.matrices
         return

@@ -83,12 +83,14 @@ class Laurel:
 class Along(Generic[V]):
     """The values as they are at a point of the pass: ``inputs`` (T, layers · size), ``streams`` (T, count ·
     width), and those that the present layer has ``predicted``; ``first_value``: the values of the first
-    layer, which RWKV-7's later layers mix into theirs."""
+    layer, which RWKV-7's later layers mix into theirs; ``embedding``: what the residual stream began as,
+    where layers add it again."""
 
     inputs: V | None = None
     streams: V | None = None
     predicted: V | None = None
     first_value: V | None = None
+    embedding: V | None = None
 
 
 def read_input_table(tensors: Tensors, size: int, layers: int, vocabulary: int, width: int) -> InputTable:

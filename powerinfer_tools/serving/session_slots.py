@@ -102,6 +102,7 @@ class SessionSlots:
         if checkpoint is not None:
             _fill(session.state.recurrent, checkpoint)
         session.position = count
+        session.keep()  # what was remembered is of another text
 
     def _host_bytes(self, count: int) -> int:
         return sum(piece.nbytes for piece in self._pieces(0, 0, count))

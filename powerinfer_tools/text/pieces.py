@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text.byte_pair import byte_characters
+from powerinfer_tools.text.longest_match import token_bytes
 from powerinfer_tools.text.score_merging import SPACE
 from powerinfer_tools.text.special_tokens import TokenType
 from powerinfer_tools.text.vocabulary import Vocabulary
@@ -34,6 +35,8 @@ class Pieces:
             return _byte_value(text)
         if type_ != TokenType.NORMAL:
             return b""
+        if self._vocabulary.kind == "rwkv":
+            return token_bytes(text)
         if self._vocabulary.kind == "spm":
             return text.replace(SPACE, " ").encode()
         return b"".join(self._bytes_of(char) for char in text)

@@ -7,6 +7,7 @@ from functools import cached_property
 from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text.added_tokens import LeftmostPartition, NormalizedText
 from powerinfer_tools.text.byte_pair import BytePairEncoder
+from powerinfer_tools.text.longest_match import LongestMatchEncoder
 from powerinfer_tools.text.partition import Fragment, SpecialPartition
 from powerinfer_tools.text.pieces import Pieces, StreamDecoder
 from powerinfer_tools.text.rank_merging import LineEncoder, RankEncoder
@@ -156,7 +157,9 @@ class Tokenizer:
         return self._pieces.of(token, show_special=True).decode(errors="replace")
 
 
-def _encoder(vocabulary: Vocabulary) -> BytePairEncoder | WordEncoder:
+def _encoder(vocabulary: Vocabulary) -> BytePairEncoder | WordEncoder | LongestMatchEncoder:
+    if vocabulary.kind == "rwkv":
+        return LongestMatchEncoder(vocabulary)
     if vocabulary.kind == "bpe":
         return BytePairEncoder(vocabulary)
     if vocabulary.pre is not None:

@@ -11,7 +11,7 @@ from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text.pretokenizers import PreTokenizer, pre_tokenizer
 from powerinfer_tools.text.special_tokens import TokenType, settle_types_and_ends
 
-Kind = Literal["bpe", "spm"]
+Kind = Literal["bpe", "spm", "rwkv"]
 #: Where a space is put in front of text: nowhere; of every piece between special tokens; of those that do not
 #: begin with one; of the first alone, if it does not begin with one.
 SpacePrefix = Literal["never", "always", "unless-space", "first-unless-space"]
@@ -25,6 +25,7 @@ _SPECIAL_KEYS = (
 _DEFAULT_IDS: Mapping[Kind, Mapping[str, int]] = {
     "bpe": {"bos_token_id": 11, "eos_token_id": 11},
     "spm": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
+    "rwkv": {},
 }
 _ABSENT = object()
 
@@ -52,10 +53,11 @@ class AddedTokens:
 class Vocabulary:
     """Token `i` has text `texts[i]`, type `types[i]` (a TokenType) and, in an SPM vocabulary, `scores[i]`.
 
-    Each character of a byte-level (bpe) text stands for one byte; SPM texts write a space as "▁". An SPM
-    vocabulary with merges is merged by their rank, without by scores. ``normalizer`` comes before all else.
-    ``added``: which tokens are cut out of texts by the rules of ``tokenizers``; None: all that are not
-    ordinary, by llama.cpp's. ``absent``: control tokens that the model has no row for.
+    Each character of a byte-level (bpe) text stands for one byte; SPM texts write a space as "▁"; RWKV's are
+    written as Python writes bytes. An SPM vocabulary with merges is merged by their rank, without by scores.
+    ``normalizer`` comes before all else. ``added``: which tokens are cut out of texts by the rules of
+    ``tokenizers``; None: all that are not ordinary, by llama.cpp's. ``absent``: control tokens that the model
+    has no row for.
     """
 
     kind: Kind
@@ -102,6 +104,8 @@ class _Reader:
     def read(self) -> Vocabulary:
         pre = self.pre()
         kind: Kind = "spm" if pre is None or pre.raw else "bpe"
+        if self.value("model") == "rwkv":
+            kind = "rwkv"
         texts = self.texts()
         ids = {text: index for index, text in enumerate(texts)}
         if len(ids) != len(texts):
@@ -110,7 +114,7 @@ class _Reader:
         named = self.named_ids(kind, pre, len(texts))
         end_ids = settle_types_and_ends(ids, types, named) | self.end_ids(len(texts))
         bos_id, eos_id = named.get("bos_token_id"), named.get("eos_token_id")
-        add_bos = self.flag("add_bos_token", pre is None or pre.add_bos)
+        add_bos = self.flag("add_bos_token", kind != "rwkv" and (pre is None or pre.add_bos))
         add_eos = self.flag("add_eos_token", False)
         if (add_bos and bos_id is None) or (add_eos and eos_id is None):
             raise TokenizerError(
@@ -132,16 +136,16 @@ class _Reader:
         return value
 
     def pre(self) -> PreTokenizer | None:
-        """How words are cut; None for SPM."""
+        """How words are cut; None for SPM and for RWKV's, which cuts none."""
         model = self.value("model")
-        if model == "llama":
+        if model in ("llama", "rwkv"):
             return None
         if model == "gemma4":
             return pre_tokenizer("gemma4")
         if model == "gpt2":
             return self.named_pre()
         raise TokenizerError(f"vocabulary type {model!r} (tokenizer.ggml.model) is not supported; "
-                             "supported are: gpt2 (byte-level BPE), llama (SPM), gemma4")  # fmt: skip
+                             "supported are: gpt2 (byte-level BPE), llama (SPM), gemma4, rwkv")  # fmt: skip
 
     def named_pre(self) -> PreTokenizer:
         name = self.value("pre", "")
@@ -262,7 +266,8 @@ class _Reader:
         return self.own_ids("end_token_ids", count)
 
     def space_prefix(self, pre: PreTokenizer | None) -> SpacePrefix:
-        adds_space = self.flag("add_space_prefix", pre is None) and pre is None
+        spm = pre is None and self.value("model") != "rwkv"
+        adds_space = self.flag("add_space_prefix", spm) and spm
         prefix = self.own("space_prefix", str, "always" if adds_space else "never")
         if prefix not in get_args(SpacePrefix):
             raise TokenizerError(f"powerinfer.tokenizer.space_prefix {prefix!r} is unknown")

@@ -287,6 +287,41 @@ def _time_mixing(rank: int = 7, *, gated: bool = True) -> Shapes:
     return shapes | ({f"{name}_ln.weight": (WIDTH,), f"{name}_ln.bias": (WIDTH,)} if gated else {})
 
 
+def _head_scan(rank: int = 7) -> Shapes:
+    return {
+        "attn_norm.weight": (WIDTH,),
+        "ssm_in.weight": (2 * INNER, WIDTH),
+        "ssm_conv1d.weight": (INNER, LENGTH),
+        "ssm_x.weight": (2 * STATE + rank, INNER),
+        "ssm_dt.weight": (RECURRENT_HEADS, rank),
+        "ssm_dt.bias": (RECURRENT_HEADS,),
+        "ssm_a": (RECURRENT_HEADS,),
+        "ssm_d": (RECURRENT_HEADS,),
+        "ssm_b_norm": (STATE,),
+        "ssm_c_norm": (STATE,),
+        "ssm_dt_norm": (rank,),
+        "ssm_out.weight": (WIDTH, INNER),
+    }
+
+
+def _plamo2() -> Shapes:
+    """What both kinds of its layers have."""
+    return {
+        "post_attention_norm": (WIDTH,),
+        "ffn_norm.weight": (WIDTH,),
+        "post_ffw_norm": (WIDTH,),
+        "ffn_up.weight": (2 * NEURONS, WIDTH),
+        "ffn_down.weight": (WIDTH, NEURONS),
+    }
+
+
+def _talkie() -> Shapes:
+    shapes = _attention() | _ffn() | {"attn_q_norm.weight": (HEADS, 1), "layer_output_scale.weight": (1,)}
+    return {
+        name: shape for name, shape in shapes.items() if name not in ("attn_norm.weight", "ffn_norm.weight")
+    }
+
+
 def _channel_mixing() -> Shapes:
     return {
         "attn_norm.bias": (WIDTH,),
@@ -489,6 +524,18 @@ FAMILIES = {
         (_gemma(dim=LOCAL_DIM, kv_heads=3), _gemma(values=False)) * 2,
         more={"rope_freqs.weight": (DIM // 2,)},
     ),
+    "plamo2": RandomFamily(
+        "plamo2",
+        _MIXED | _SSM,
+        (
+            _fused(_attention())
+            | {"attn_q_norm.weight": (HEADS, DIM), "attn_k_norm.weight": (KV_HEADS, DIM)}
+            | _plamo2(),
+            _head_scan() | _plamo2(),
+        ),
+    ),
+    # No weights of norms, and the embedding is added again.
+    "talkie": RandomFamily("talkie", _HEADS | {"logit_scale": 0.5}, (_talkie(),) * 2),
     "rwkv7": RandomFamily(
         "rwkv7",
         {"wkv.head_size": 12, "attention.head_count": 0, "attention.layer_norm_epsilon": 1e-5},

@@ -82,6 +82,29 @@ def test_sessions_of_recurrent_models_go_back_to_the_start_alone(tmp_path: Path)
         engine.close()
 
 
+@pytest.mark.parametrize("case", ["falcon-h1", "rwkv7"])
+def test_sessions_of_recurrent_models_go_back_to_the_end_of_a_prompt(case: str, tmp_path: Path) -> None:
+    """With the same bits as if nothing had come after it, also in a session that is a copy."""
+    path = write_random_family(tmp_path / "model.gguf", FAMILIES[case])
+    engine = Engine(load_model(path), threads=2, context=len(TOKENS), batch=4)
+    try:
+        engine.prefill(TOKENS[:6])
+        after = [engine.decode(token).copy() for token in TOKENS[6:9]]
+        fork = engine.session.fork()
+        assert fork.copy_prefix(engine.session, 8) == 6
+        np.testing.assert_array_equal(fork.decode(TOKENS[6]), after[0])
+        assert fork.rewind(6) == 6
+        fork.close()
+        assert engine.rewind(8) == 6
+        for token, expected in zip(TOKENS[6:9], after, strict=True):
+            np.testing.assert_array_equal(engine.decode(token), expected)
+        assert engine.rewind(5) == 0
+        assert engine.rewind(0) == 0
+        np.testing.assert_array_equal(engine.prefill(TOKENS[:7]), after[0])
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize(
     ("case", "what"),
     [

@@ -24,7 +24,7 @@ from powerinfer_tools.stages.plan.request import make_plan
 from small_plans import plan_for
 
 #: Of neurons, and of experts.
-NEURONS = ("jamba", "lfm2", "falcon-h1", "qwen35", "minicpm3", "plm")
+NEURONS = ("jamba", "lfm2", "falcon-h1", "qwen35", "minicpm3", "plm", "arwkv7", "plamo2", "talkie")
 EXPERTS = ("qwen35moe", "qwen3next")
 
 
@@ -102,6 +102,7 @@ def test_what_is_zero_is_skipped_with_the_same_bits(tmp_path: Path) -> None:
     [
         ("nemotron_h", "layers without FFN"),
         ("openelm", "FFNs of sizes that differ between layers"),
+        ("gemma3n", "gates that depend on all neurons"),
         ("granitehybrid", "biases of gated FFNs or experts"),
         ("gpt-oss", "biases of gated FFNs or experts"),
     ],

@@ -15,7 +15,8 @@ from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.measure import ffn_speedup as ffn_benchmarking
 from powerinfer_tools.measure import random_ffns as ffn_layers
 from powerinfer_tools.measure.synthetic.cache import Request, cached, clear
-from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, Shape
+from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.recurrent import Recurrence
 from powerinfer_tools.measure.synthetic.sparse import (
     OVERSHOOT,
     SPARSE_TYPES,
@@ -38,6 +39,60 @@ def logits(path: Path, mode: str) -> tuple[np.ndarray, float]:
         return rows, engine.stack.density()
     finally:
         engine.close()
+
+
+#: A state space, an FFN and attention; time mixing; norms inside of blocks.
+MIXED = {
+    "nemotron_h": replace(
+        SHAPES["nemotron-h-8b"],
+        layers=3,
+        width=256,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        neurons=640,
+        vocabulary=512,
+        context=64,
+        recurrence=Recurrence("M-*", 512, 32, 8, groups=2),
+    ),
+    "rwkv7": replace(
+        SHAPES["rwkv7-world-2.9b"],
+        layers=2,
+        width=256,
+        neurons=640,
+        vocabulary=512,
+        context=64,
+        recurrence=Recurrence(state=64, ranks=(16, 16, 8, 24)),
+    ),
+    "bitnet": replace(
+        SHAPES["bitnet-2b-4t"],
+        layers=2,
+        width=256,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        neurons=640,
+        vocabulary=512,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("row_type", ["Q4_0", "Q4_K_M"])
+def test_models_without_attention_in_some_layers(name: str, row_type: str, tmp_path: Path) -> None:
+    """They open and compute what is finite; some of the neurons are exactly zero, and no split file
+    with a density of choice is made."""
+    path = tmp_path / "mixed.gguf"
+    assert write_synthetic(path, name, MIXED[name], row_type) == path.stat().st_size
+    assert load_model(path).exact_zeros
+    engine, active = Engine(load_model(path), threads=1, context=64, batch=64), list[float]()
+    engine.absorb(TOKENS, lambda layer, normed, hidden: active.append(float((hidden != 0).mean())))
+    assert np.isfinite(engine.decode(5)).all()
+    engine.close()
+    assert len(active) == {"nemotron_h": 1}.get(name, 2)
+    assert all(0.02 < share < 0.98 for share in active)
+    with pytest.raises(ModelError, match="without --density, its own activation makes zeros"):
+        write_sparse(path, name, MIXED[name], "Q4_0", Sparsity(0.1))
 
 
 @pytest.mark.parametrize("row_type", SPARSE_TYPES)

@@ -110,6 +110,82 @@ def test_a_vocabulary_without_a_default_bos() -> None:
     assert Tokenizer.from_gguf(byte_level(pre="qwen2", bos_token_id=None)).bos_id == 11
 
 
+RWKV_WORDS = (
+    b" the",
+    b" then",
+    b"then",
+    b"th",
+    b"\n\n",
+    "\u00e9t".encode(),
+    "\u6c34\u6c34".encode(),
+    b"a\\b",
+    b"'\"",
+)
+
+#: Ids of the text below, by llama-tokenize.
+RWKV_IDS = [
+    259,
+    257,
+    258,
+    261,
+    11,
+    260,
+    102,
+    33,
+    262,
+    196,
+    170,
+    33,
+    263,
+    231,
+    177,
+    181,
+    33,
+    264,
+    33,
+    98,
+    93,
+    100,
+    33,
+    265,
+    40,
+    33,
+    1,
+    241,
+    160,
+    153,
+    129,
+]
+
+
+def rwkv(words: tuple[bytes, ...] = RWKV_WORDS, *, all_bytes: bool = True) -> SimpleNamespace:
+    """Token 0 is a control token, then come single bytes, then ``words``, as the converter writes them."""
+    tokens = [*(bytes((value,)) for value in range(256 if all_bytes else 97)), *words]
+    texts = ["<s>", *(repr(token)[2:-1] for token in tokens)]
+    metadata = {
+        "tokenizer.ggml.model": "rwkv",
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.token_type": np.array([3] + [1] * len(tokens), np.int32),
+    }
+    return SimpleNamespace(metadata=metadata)
+
+
+def test_rwkv_takes_the_longest_token() -> None:
+    """The ids are llama.cpp's, but for a control token that stands in a text."""
+    tokenizer = Tokenizer.from_gguf(rwkv())
+    text = "then the then\n\n\nthe \u00e9t\u00e9 \u6c34\u6c34\u6c34 a\\b a\\c '\"' \x00\U0001f600"
+    ids = tokenizer.encode(text)
+    assert ids == RWKV_IDS
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.bos_id is None
+    assert not tokenizer.adds_bos
+    assert tokenizer.encode("<s>") == [1 + ord(char) for char in "<s>"]
+    assert tokenizer.encode("<s>", parse_special=True) == [0]
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode("\u6c34\u00e9"))).decode() == "\u6c34\u00e9"
+    with pytest.raises(TokenizerError, match="the vocabulary has no token for the byte 0x62"):
+        Tokenizer.from_gguf(rwkv(all_bytes=False)).encode("Ab")
+
+
 def test_gemma4_merges_within_lines_and_takes_runs_of_line_ends_as_they_are() -> None:
     texts = [
         *(f"<0x{value:02X}>" for value in range(256)),

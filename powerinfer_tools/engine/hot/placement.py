@@ -137,7 +137,7 @@ class FFNSizes:
 
 def experts_of(model: Model) -> list[ExpertsFFN]:
     """The experts of each layer; empty for a model without."""
-    return [layer.ffn for layer in model.layers if isinstance(layer.ffn, ExpertsFFN)]
+    return [layer.feeds for layer in model.layers if isinstance(layer.feeds, ExpertsFFN)]
 
 
 def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
@@ -172,7 +172,7 @@ def attention_bytes(model: Model, index: int) -> int:
     router, where there is one."""
     mixing, layer = footprint_of(model).mixing[index], model.layers[index]
     others = (layer.ffn_norm, layer.ffn_down_bias, layer.ffn_post_norm)
-    router = layer.ffn.router_nbytes if isinstance(layer.ffn, ExpertsFFN) else 0
+    router = layer.feeds.router_nbytes if isinstance(layer.feeds, ExpertsFFN) else 0
     vectors = mixing.vector_bytes + sum(part.nbytes for part in others if part is not None)
     return router + mixing.row_nbytes + vectors
 
@@ -211,7 +211,7 @@ def _fitting_ffns(model: Model, planned: HotUnits, room: int, work: Workload) ->
     placed, size = model.split.units, FFNSizes.of(model, work.tokens).size
     hot, shared = list(planned.hot), list(planned.shared)
     while (any(hot) or any(shared)) and size(hot, shared, planned.predictors).total > room:
-        shares = [count / len(units.order) for count, units in zip(hot, placed, strict=True)]
+        shares = [count / max(1, len(units.order)) for count, units in zip(hot, placed, strict=True)]
         largest = max(range(len(hot)), key=lambda i: (shares[i], i))
         if hot[largest]:
             group = placed[largest].group

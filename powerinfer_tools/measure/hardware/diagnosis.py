@@ -98,6 +98,8 @@ def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
         finally:
             model.close()
         for layer in layers:
+            if not layer.neurons:
+                continue
             types = tuple(RowType[name] for name in neuron_bytes(layer).types)
             found[FFNShape(layer.width, layer.up.rows, types, layer.experts is not None)] = None  # or of one
     return list(found)

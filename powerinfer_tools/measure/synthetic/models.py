@@ -31,6 +31,13 @@ from powerinfer_tools.measure.synthetic.random_blocks import (
     fitting_type,
     random_rows,
 )
+from powerinfer_tools.measure.synthetic.recurrent import (
+    Matrix,
+    Recurrence,
+    layer_parts,
+    state_space,
+    time_mixing,
+)
 from powerinfer_tools.measure.synthetic.topics import Topics, embeddings, router_rows
 from powerinfer_tools.model.architectures import ARCHITECTURES, ArchitectureSpec
 
@@ -49,7 +56,8 @@ class Shape:
     """Sizes of one model; what its layers are made of says the row of its architecture. ``biases``: those of
     q, k and v, or of all projections. ``window`` > 0: sliding attention as Gemma 3 has it. ``activation``:
     one that is not the architecture's own, in the dense form. ``experts`` > 0: so many of ``neurons`` each,
-    of which a token takes ``used``, and one of ``shared`` neurons (0: none) besides."""
+    of which a token takes ``used``, and one of ``shared`` neurons (0: none) besides. ``recurrence``: what
+    mixes tokens instead of attention."""
 
     architecture: str
     layers: int
@@ -68,6 +76,12 @@ class Shape:
     experts: int = 0
     used: int = 0
     shared: int = 0
+    recurrence: Recurrence | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every layer has attention and a dense FFN or experts, and nothing else."""
+        return self.recurrence is None and not self.spec.inner_norms
 
     @property
     def spec(self) -> ArchitectureSpec:
@@ -90,9 +104,38 @@ SHAPES: dict[str, Shape] = {
     "opt-6.7b": Shape("opt", 32, 4096, 32, 32, 128, 16384, 50272, 1e4, 2048, tied=True, biases="all"),
     "falcon-7b": Shape("falcon", 32, 4544, 71, 1, 64, 18176, 65024, 1e4, 2048, tied=True),
     "gemma-3-1b": Shape("gemma3", 26, 1152, 4, 1, 256, 6912, 262144, 1e6, tied=True, window=512),
-    # With true zeros: squared ReLU without gate, ReGLU, ReLU and dReLU inside experts.
+    # With true zeros: squared ReLU without gate and with one, ReGLU, ReLU and dReLU inside experts.
     "nemotron-3-8b": Shape("nemotron", 32, 6144, 48, 48, 128, 24576, 256000, 1e4),
     "jais-2-8b": Shape("jais2", 32, 3328, 26, 26, 128, 26624, 150272, 5e5, 8192, biases="all"),
+    "afm-4.5b": Shape("arcee", 36, 2560, 20, 4, 128, 18432, 128004, 1e4),
+    "bitnet-2b-4t": Shape("bitnet", 30, 2560, 20, 5, 128, 6912, 128256, 5e5, tied=True, activation="relu2"),
+    "nemotron-h-8b": Shape(
+        "nemotron_h",
+        52,
+        4096,
+        32,
+        8,
+        128,
+        21504,
+        131072,
+        1e4,
+        8192,
+        recurrence=Recurrence(
+            "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-", 8192, 128, 128, groups=8
+        ),
+    ),
+    "rwkv7-world-2.9b": Shape(
+        "rwkv7",
+        32,
+        2560,
+        40,
+        40,
+        64,
+        10240,
+        65536,
+        1e4,
+        recurrence=Recurrence(state=64, ranks=(96, 96, 64, 320)),
+    ),
     "bamboo-7b": Shape("bamboo", 32, 4096, 32, 8, 128, 14336, 32000, 1e4),
     "turbosparse-mixtral-47b": Shape(
         "llama", 32, 4096, 32, 8, 128, 14336, 32000, 1e6, activation="drelu", experts=8, used=2
@@ -142,28 +185,60 @@ def tensors_of(shape: Shape, mixture: str) -> Iterator[Tensor]:
     yield matrix("token_embd", shape.vocabulary, shape.width, sensitive if shape.tied else usual)
     if shape.spec.position_offset is not None:
         yield Tensor("position_embd.weight", (shape.context + shape.spec.position_offset, shape.width))
+    if shape.spec.embedding_norm == "weights":
+        yield from _norm(shape, "token_embd_norm", shape.width)
     for layer in range(shape.layers):
-        yield from _layer_tensors(shape, layer, usual, sensitive)
+        if shape.recurrence is None:
+            yield from _layer_tensors(shape, layer, usual, sensitive)
+        else:
+            yield from _mixed_tensors(shape, shape.recurrence, layer, usual, sensitive)
     yield from _norm(shape, "output_norm", shape.width)
     if not shape.tied:
         yield matrix("output", shape.vocabulary, shape.width, sensitive)
 
 
-def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iterator[Tensor]:
-    queries, keys, width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.width
+def _mixed_tensors(shape: Shape, r: Recurrence, layer: int, usual: str, sensitive: str) -> Iterator[Tensor]:
+    """A layer of a model that mixes tokens without attention, in some layers or in all."""
     more = sensitive if _gets_more_bits(layer, shape.layers) else usual
+    spec, prefix, parts = shape.spec, f"blk.{layer}", list(layer_parts(r, layer))
+    attention, ffn = _matrices(shape, usual, more)
+    matrices, floats = list[Matrix](), list[Matrix]()
+    if "state space" in parts or "time mixing" in parts:
+        matrices, floats = (state_space if r.pattern else time_mixing)(r, shape.width)
+    named = [*(attention if "attention" in parts else ()), *(ffn if "ffn" in parts else ())]
+    for name, rows, columns, row_type in named:
+        yield Tensor(f"{prefix}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
+    for name, size in matrices:
+        yield Tensor(f"{prefix}.{name}", size, fitting_type(usual, size[-1]))
+    for name, size in floats:
+        yield Tensor(f"{prefix}.{name}", size)
+    for name in {"attn_norm", spec.ffn_norm}:
+        yield from _norm(shape, f"{prefix}.{name}", shape.width)
+
+
+Sized = tuple[str, int, int, str]
+
+
+def _matrices(shape: Shape, usual: str, more: str) -> tuple[list[Sized], list[Sized]]:
+    """Name, rows, columns and type of each matrix of attention, and of a dense FFN."""
+    queries, keys, width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.width
     fused = [("attn_qkv", queries + 2 * keys, width, usual)]
     parts = [("attn_q", queries, width, usual), ("attn_k", keys, width, usual), ("attn_v", keys, width, more)]
-    matrices = [
-        *(fused if shape.spec.fused_qkv else parts),
-        ("attn_output", width, queries, usual),
-        *([] if shape.experts else _ffn("", shape.neurons, shape, usual, more)),
-    ]
+    attention = [*(fused if shape.spec.fused_qkv else parts), ("attn_output", width, queries, usual)]
+    return attention, _ffn("", shape.neurons, shape, usual, more)
+
+
+def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iterator[Tensor]:
+    width, more = shape.width, sensitive if _gets_more_bits(layer, shape.layers) else usual
+    attention, ffn = _matrices(shape, usual, more)
+    matrices = [*attention, *([] if shape.experts else ffn)]
     norms = {"attn_norm": width, shape.spec.ffn_norm: width}
     if shape.spec.post_norms:
         norms |= {"post_attention_norm": shape.width, "post_ffw_norm": shape.width}
     if shape.spec.qk_norm != "none":
         norms |= {"attn_q_norm": shape.head_dim, "attn_k_norm": shape.head_dim}
+    if shape.spec.inner_norms:
+        norms |= {"attn_sub_norm": shape.heads * shape.head_dim, "ffn_sub_norm": shape.neurons}
     for name, rows, columns, row_type in matrices:
         yield Tensor(f"blk.{layer}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
     if shape.experts:
@@ -178,10 +253,11 @@ def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iter
 def _ffn(suffix: str, neurons: int, shape: Shape, usual: str, more: str) -> list[tuple[str, int, int, str]]:
     """Name, rows, columns and type of each matrix of an FFN."""
     gate = [(f"ffn_gate{suffix}", neurons, shape.width, usual)] if shape.spec.gated else []
+    up, down = shape.spec.ffn_names
     return [
         *gate,
-        (f"ffn_up{suffix}", neurons, shape.width, usual),
-        (f"ffn_down{suffix}", shape.width, neurons, more),
+        (f"{up}{suffix}", neurons, shape.width, usual),
+        (f"{down}{suffix}", shape.width, neurons, more),
     ]
 
 
@@ -265,6 +341,12 @@ def _with_topics(
 
 
 def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
+    if tensor.name.endswith("ssm_a"):  # states decay
+        yield -rng.uniform(0.1, 2.0, tensor.shape).astype(np.float32)
+        return
+    if tensor.name.endswith("ssm_norm.weight"):
+        yield (1.0 + 0.1 * rng.standard_normal(tensor.shape)).astype(np.float32)
+        return
     if len(tensor.shape) == 1:
         is_norm = tensor.name.endswith("norm.weight")
         deviation = 0.1 if is_norm or tensor.name.endswith(".bias") else tensor.shape[0] ** -0.5
@@ -296,7 +378,7 @@ def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> N
     writer.add("general.architecture", prefix)
     writer.add("general.type", "model")
     writer.add("general.name", f"{name} {mixture}, synthetic: random weights")
-    integers = {
+    integers: dict[str, int | list[int]] = {
         "general.file_type": file_type_number(mixture),
         "general.quantization_version": 2,
         f"{prefix}.block_count": shape.layers,
@@ -320,6 +402,9 @@ def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> N
         integers[f"{prefix}.rope.dimension_count"] = shape.head_dim
     if shape.window:
         integers[f"{prefix}.attention.sliding_window"] = shape.window
+    if shape.recurrence is not None:
+        keys = shape.recurrence.keys(shape.layers, shape.neurons, shape.kv_heads)
+        integers |= {f"{prefix}.{key}": value for key, value in keys.items()}
     for key, value in integers.items():
         writer.add(key, value, ValueType.UINT32)
     if rotary:

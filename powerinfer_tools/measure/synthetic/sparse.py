@@ -81,6 +81,11 @@ def write_sparse(
 
     Raises ModelError for a type or a density that cannot be made, FormatError or OSError where writing fails.
     """
+    if not shape.plain:
+        raise ModelError(
+            f"sparse synthetic models have attention and an FFN without norms inside in every layer, {name} "
+            "has not; without --density, its own activation makes zeros"
+        )
     if row_type not in SPARSE_TYPES:
         raise ModelError(
             f"sparse synthetic models come in {', '.join(SPARSE_TYPES)}, not in {row_type}: gate rows are "

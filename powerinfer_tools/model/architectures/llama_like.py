@@ -102,4 +102,15 @@ ROWS = (
     # Biases on q, k and v are read where the file has them; no row field is needed for them.
     ArchitectureSpec("qwen2", rope_style="neox"),
     ArchitectureSpec("qwen3", rope_style="neox", qk_norm="heads"),
+    # Talkie: norms have no weights, and every layer adds a share of the embedding.
+    ArchitectureSpec(
+        "talkie",
+        rope_style="neox",
+        norm_weights=False,
+        embedding_norm="plain",
+        qk_norm="gains",
+        qk_norm_late=True,
+        logit_scale="times",
+        embedding_shares=True,
+    ),
 )

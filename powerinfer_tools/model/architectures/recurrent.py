@@ -131,4 +131,14 @@ ROWS = (
     ),
     # The same in place of the attention of another family.
     ArchitectureSpec("arwkv7", rope_style="none", recurrent="time mixing", recurrent_layers="all"),
+    # PLaMo 2: state spaces with normalised steps, and attention with a norm for each head.
+    ArchitectureSpec(
+        "plamo2",
+        rope_style="neox",
+        fused_qkv=True,
+        fused_gate=True,
+        qk_norm="own heads",
+        post_norms=True,
+        recurrent="head scan",
+    ),
 )

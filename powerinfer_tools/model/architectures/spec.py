@@ -6,7 +6,7 @@ from typing import Literal
 RopeStyle = Literal["norm", "neox", "none"]
 NormKind = Literal["rms", "layer"]
 Parallel = Literal["never", "always", "by key", "without FFN norm"]
-QKNorm = Literal["none", "heads", "row", "own heads", "plain"]
+QKNorm = Literal["none", "heads", "row", "own heads", "plain", "gains"]
 LogitScale = Literal["none", "times", "divided"]
 EmbeddingNorm = Literal["none", "weights", "plain"]
 AttentionGate = Literal["none", "queries", "matrix"]
@@ -22,6 +22,7 @@ RecurrentKind = Literal[
     "delta net",
     "channel delta net",
     "time mixing",
+    "head scan",
 ]
 #: How a router's scores become weights; "file": the key ``expert_gating_func`` says it, and where it does
 #: not, it is a softmax, or a sigmoid.
@@ -47,7 +48,8 @@ class ArchitectureSpec:
     head. ``norm_weights``: norms have weights (else only the output's may have some). ``qk_norm``: queries
     and keys are normalised, head by head with one weight for all, or over the whole row, or in files that
     have weights for it each head with its own; "plain": head by head without weights, where they are turned;
-    ``qk_norm_late``: after they are turned. ``fused_qkv``: the rows of queries, keys and values are one
+    "gains": without weights, and each head of queries has a factor; ``qk_norm_late``: after they are turned.
+    ``fused_qkv``: the rows of queries, keys and values are one
     tensor, in this order, as they may be in files of other families, too. ``position_offset`` o: the
     residual stream begins with row position + o of a learnt table (None: there is none). ``routed``: files
     may have experts instead of one FFN a layer, which a softmax router chooses; ``shared_expert``: and one
@@ -197,6 +199,8 @@ class ArchitectureSpec:
     attention_scale: float = 0.0
     #: Layers may end with a factor of the residual stream.
     output_scales: bool = False
+    #: Layers add a share of the embedding at their end.
+    embedding_shares: bool = False
     #: There are several residual streams (arXiv 2301.13310), and a low-rank path beside attention.
     streams: bool = False
     #: What the residual stream is times after attention.

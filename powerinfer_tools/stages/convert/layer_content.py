@@ -118,6 +118,7 @@ class LayerContent:
                 names |= {source_experts_name(index, kind) for kind in kinds}
                 continue
             names |= {*source_names(index), source_bias_name(index)}
+            names |= {matrix.name for matrix in self.model.layers[index].source_ffn.matrices}
             if self.model.is_original:
                 names |= {*(original.ffn_name(index, kind) for kind in KINDS)}
                 names |= {*original.predictor_names(index)}

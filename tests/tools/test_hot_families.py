@@ -46,7 +46,7 @@ class Written:
         self.placed = Placed(
             model, Form(arena, fused=False, unpack=False), work, arena.floats(CHUNK_ROWS * longest)
         )
-        self.named = Named(arena, work.tokens)
+        self.named = Named(arena, work.tokens, fused=False)
         self.x = self.named.floats("x", model.hyper.width)
         self.blocks = {i: HotBlocks(model, i, self.placed, self.named, False) for i in self.layers}
         for one in self.blocks.values():
@@ -126,6 +126,6 @@ def test_what_is_left_to_the_cpu_is_what_has_no_form_here(name: str, tmp_path: P
     for index, layer in enumerate(model.layers):
         if layer.recurs is None and (layer.attends is None or plain(layer.attends)):
             continue
-        written = HotBlocks(model, index, placed, Named(form.memory, 2), False)
+        written = HotBlocks(model, index, placed, Named(form.memory, 2, fused=False), False)
         with pytest.raises(ModelError, match=r"the hot side does not compute (recurrent|latent)"):
             written.mix(torch.zeros(2, model.hyper.width))

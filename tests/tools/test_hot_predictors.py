@@ -183,8 +183,14 @@ def test_rows_that_are_not_named_are_not_read(
     compute, left_out = HotFFN.compute, [0]
 
     def poisoned(
-        ffn: HotFFN, inputs: Inputs, scratch: Scratch, out: torch.Tensor, named: torch.Tensor
+        ffn: HotFFN,
+        inputs: Inputs,
+        scratch: Scratch,
+        out: torch.Tensor,
+        named: torch.Tensor,
+        joins: object = None,
     ) -> None:
+        assert joins is None, "only fused kernels add at once"
         dead = named[0] == 0
         left_out[0] += int(dead.sum())
         kept = [

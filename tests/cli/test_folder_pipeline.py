@@ -145,7 +145,7 @@ def test_a_directory_without_a_name_is_the_one_here(
         ({"config.json": "{"}, "is not valid JSON"),
         (
             {"config.json": '{"model_type": "mamba"}'},
-            "model type 'mamba' is not supported (supported: arcee, bamboo, bloom, cohere",
+            "model type 'mamba' is not supported (supported: afmoe, apertus, arcee, bamboo",
         ),
         (
             {"config.json": '{"model_type": "llama", "architectures": ["MyForCausalLM"], "auto_map": {}}'},

@@ -58,7 +58,21 @@ def test_without_a_gpu_it_measures_what_it_can_and_names_the_rest(
     assert result["wrong"] == []
     errors = {row["name"]: row["error"] for row in result["rows"] if row["error"] is not None}
     kinds = {name.split()[0] for name in errors}
-    assert kinds == {"F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "attention", "ours,"}
+    row_types = {
+        "F16",
+        "Q8_0",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "Q2_K",
+        "Q3_K",
+        "IQ4_XS",
+        "MXFP4",
+    }
+    assert kinds == row_types | {"attention", "ours,"}
     assert all((error > 0 or name[:4] == "ours") and error <= 1 for name, error in errors.items())
     assert all(row["speed"] > 0 for row in result["rows"])
     assert [row["name"].split(" on ")[0].split()[0] for row in result["rows"][-3:]] == ["ours,"] * 3

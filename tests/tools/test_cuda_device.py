@@ -17,6 +17,7 @@ from powerinfer_tools.engine.hot import devices, fusing, loss, mapped, opening
 from powerinfer_tools.engine.hot.devices import CudaDevice
 from powerinfer_tools.engine.hot.faults import DeviceLost, KernelRefused, MemoryEnded, OutOfDeviceMemory
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
+from powerinfer_tools.engine.hot.work import Launches
 from powerinfer_tools.model.device_memory import budget_for
 from powerinfer_tools.model.loading import load_model
 from split_models import GROUP, Prepared
@@ -206,6 +207,23 @@ def test_memory_that_ends_in_a_run_is_given_back_and_asked_for_once_more(cuda: F
     cuda.fail["kernel", 2] = full
     with pytest.raises(MemoryEnded, match=f"^out of VRAM, {cuda.free} bytes are free$"):
         device.submit([("hot", cuda.kernel)])
+
+
+def test_a_launch_that_found_no_memory_is_done_again_and_those_before_it_are_not(cuda: FakeCuda) -> None:
+    device, sums = CudaDevice(), [0]
+
+    def add() -> None:
+        sums[0] += 1
+
+    def kernel() -> None:
+        cuda.kernel()
+        add()
+
+    cuda.log.clear()
+    cuda.fail["kernel", 1] = torch.OutOfMemoryError("CUDA out of memory.")
+    device.submit([("merge", Launches([add, kernel]))]).wait()
+    assert sums == [2]
+    assert "empty cache" in cuda.log
 
 
 class RefusedByTriton(Exception):

@@ -27,9 +27,9 @@ from powerinfer_tools.engine.hot.faults import (
 )
 from powerinfer_tools.engine.hot.mapped import mapped
 from powerinfer_tools.engine.hot.marks import Clock, Marks, Passed, Timed
+from powerinfer_tools.engine.hot.work import Work, pieces_of
 from powerinfer_tools.errors import HardwareError
 
-Work = Callable[[], None]
 #: Named pieces of work, done one after the other.
 Steps = Sequence[tuple[str, Work]]
 #: Set to 0, launches are not recorded into CUDA graphs.
@@ -271,8 +271,8 @@ class CudaDevice:
             self._rehearses = False
 
     def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
-        """Queue them on the stream. Where a step finds no memory, what torch holds in reserve goes back to
-        the driver, and that step is queued once more: it only writes what it computes.
+        """Queue them on the stream. Where a launch finds no memory, what torch holds in reserve goes back to
+        the driver, and that launch is queued once more.
         """
         try:
             ticket = self._run(steps, _twice, awaited=awaited)
@@ -347,13 +347,14 @@ def _once(work: Work) -> None:
 
 
 def _twice(work: Work) -> None:
-    try:
-        work()
-        return
-    except torch.OutOfMemoryError:
-        pass  # the frames of the exception hold tensors until here
-    torch.cuda.empty_cache()
-    work()
+    for piece in pieces_of(work):
+        try:
+            piece()
+            continue
+        except torch.OutOfMemoryError:
+            pass  # the frames of the exception hold tensors until here
+        torch.cuda.empty_cache()
+        piece()
 
 
 @contextmanager

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from powerinfer_tools.engine.hot.devices import Steps, Work
+from powerinfer_tools.engine.hot.devices import Steps
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, activate
 from powerinfer_tools.engine.hot.mapped import copy, through
 from powerinfer_tools.engine.hot.products import Product
 from powerinfer_tools.engine.hot.routes import SHARED, Route
+from powerinfer_tools.engine.hot.work import Work
 
 if TYPE_CHECKING:
     from powerinfer_kernels.triton_launch import PlanarRows

@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from powerinfer_tools.engine.hot.devices import Steps, Work
+from powerinfer_tools.engine.hot.devices import Steps
+from powerinfer_tools.engine.hot.work import Work
 
 Tensor = torch.Tensor
 

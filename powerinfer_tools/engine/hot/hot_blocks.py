@@ -5,10 +5,10 @@ from functools import partial
 
 import torch
 
-from powerinfer_tools.engine.hot.devices import Work
 from powerinfer_tools.engine.hot.hot_ffn import Joining
 from powerinfer_tools.engine.hot.hot_operations import HotOperations, HotValue, Written
 from powerinfer_tools.engine.hot.placed import Named, Placed
+from powerinfer_tools.engine.hot.work import Work
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.streams import Along

@@ -6,13 +6,12 @@ What follows decides the form of a launch: a norm also writes its output as the 
 a matrix reads that; see also :func:`~powerinfer_tools.engine.hot.launches.fewer`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from powerinfer_tools.engine.hot.devices import Work
 from powerinfer_tools.engine.hot.elementwise import BLOCK
 from powerinfer_tools.engine.hot.hot_ffn import Inputs, activate
 from powerinfer_tools.engine.hot.launches import (
@@ -26,6 +25,7 @@ from powerinfer_tools.engine.hot.launches import (
 )
 from powerinfer_tools.engine.hot.placed import Named, Placed
 from powerinfer_tools.engine.hot.products import Product, round_where_needed
+from powerinfer_tools.engine.hot.work import Launches, Work
 from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope
 from powerinfer_tools.model.operations import Activation, Attention
 from powerinfer_tools.model.refused_operations import (
@@ -83,11 +83,11 @@ class HotOperations(
         launches = fewer(self._launches)
         places = [i for i, launch in enumerate(launches) if isinstance(launch, HostAttended)]
         if not places:
-            return Written(partial(_run, launches), None, _nothing)
+            return Written(Launches(launches), None, _nothing)
         (at,) = places
         attend = launches[at]
         assert isinstance(attend, HostAttended)
-        return Written(partial(_run, launches[:at]), attend.at, partial(_run, launches[at + 1 :]))
+        return Written(Launches(launches[:at]), attend.at, Launches(launches[at + 1 :]))
 
     def round(self, x: HotValue, reader: Product | None = None) -> Inputs:
         """x in all forms, for ``reader`` or what reads it outside of the vocabulary."""
@@ -213,11 +213,6 @@ class HotOperations(
     def _buffer(self, name: str, width: int) -> Tensor:
         found = self._elsewhere.get(name)
         return self._named.floats(name, width)[: self._tokens] if found is None else found
-
-
-def _run(launches: Sequence[Work]) -> None:
-    for launch in launches:
-        launch()
 
 
 def _nothing() -> None:

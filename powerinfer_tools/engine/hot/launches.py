@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from powerinfer_tools.engine.hot.cache import HotCache
-from powerinfer_tools.engine.hot.devices import Work
 from powerinfer_tools.engine.hot.elementwise import HotNorm, rotate
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs
 from powerinfer_tools.engine.hot.placed import Rotary
 from powerinfer_tools.engine.hot.products import Product
+from powerinfer_tools.engine.hot.work import Work
 from powerinfer_tools.model.operations import Attention
 
 Tensor = torch.Tensor

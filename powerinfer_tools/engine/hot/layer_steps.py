@@ -7,13 +7,14 @@ from functools import partial
 
 import torch
 
-from powerinfer_tools.engine.hot.devices import Steps, Work
+from powerinfer_tools.engine.hot.devices import Steps
 from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts, HotRouter
 from powerinfer_tools.engine.hot.hot_blocks import HotBlocks
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Joining, Scratch
 from powerinfer_tools.engine.hot.mapped import copy, through
 from powerinfer_tools.engine.hot.prediction import HotPredictor, Naming
 from powerinfer_tools.engine.hot.routes import Route
+from powerinfer_tools.engine.hot.work import Work
 
 Tensor = torch.Tensor
 

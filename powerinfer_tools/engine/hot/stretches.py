@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from powerinfer_tools.engine.hot.devices import Device, Steps, Ticket, Work
+from powerinfer_tools.engine.hot.devices import Device, Steps, Ticket
 from powerinfer_tools.engine.hot.layer_steps import HotLayer, LayerParts, LayerSteps
+from powerinfer_tools.engine.hot.work import Work
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 PING_SECONDS = 10.0
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -35,11 +36,18 @@ class Chunks:
 
 
 def encode(value: Any) -> bytes:
-    """Compact JSON; NaN and infinity are never written."""
-    return _ENCODER.encode(value).encode("utf-8", "replace")
+    """Compact JSON in one line, for clients that take these for its end, too: U+0085, U+2028 and U+2029. NaN
+    and infinity are never written."""
+    return _as_line(_ENCODER.encode(value))
 
 
 def encode_slowly(value: Any) -> bytes:
     """The same bytes as :func:`encode`, made in small steps between which other threads run: the encoder in
     C holds them up until it has finished."""
-    return "".join(_ENCODER.iterencode(value)).encode("utf-8", "replace")
+    return _as_line("".join(_ENCODER.iterencode(value)))
+
+
+def _as_line(text: str) -> bytes:
+    if not text.isascii():
+        text = text.translate(_LINE_ENDS)
+    return text.encode("utf-8", "replace")

@@ -1,10 +1,12 @@
 """Tokens that are handed over together: none is lost, late, or out of order."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.jobs import Event, Token
 from powerinfer_tools.serving.outbox import HOLD_SECONDS, Outbox
 from powerinfer_tools.serving.streaming import EventStream
@@ -78,3 +80,11 @@ def test_events_that_come_together_are_one_piece() -> None:
         return sent
 
     assert asyncio.run(run()) == [b"start", b"ab", b"c", b""]
+
+
+def test_an_event_is_one_line_whatever_its_text_holds() -> None:
+    text = "é\x85\u2028\u2029\x0b\x1c\n日"
+    for encode in (sse.encode, sse.encode_slowly):
+        line = encode({"text": text}).decode()
+        assert len(line.splitlines()) == 1
+        assert json.loads(line) == {"text": text}

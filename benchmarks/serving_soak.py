@@ -1,9 +1,10 @@
 """Memory of `powerinfer serve` over many requests: chat, text, streams, schemas, faults, clients that leave.
 
 Prints the resident memory of the server, its threads and open files every so many requests, and at the end
-the growth after the first tenth.
+the growth after the first tenth and the mean of each quarter.
 
     python benchmarks/serving_soak.py -m MODEL.gguf --requests 10000
+    python benchmarks/serving_soak.py -m MODEL.gguf --seconds 7200 --pause 0.5    # an evening, at little load
 """
 
 import argparse
@@ -12,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -65,15 +67,22 @@ def resident(pid: int) -> tuple[int, int, int]:
     return int(values["VmRSS"]) << 10, int(values["Threads"]), len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-async def soak(pid: int, count: int, users: int) -> list[int]:
-    """Resident bytes after every fiftieth of the requests."""
+async def soak(pid: int, arguments: argparse.Namespace) -> list[int]:
+    """Resident bytes after every so many requests."""
     left, sizes, started = itertools.count(), list[int](), time.monotonic()
+    every = max(1, arguments.requests // 50)
+
+    def goes_on(number: int) -> bool:
+        if arguments.seconds:
+            return time.monotonic() - started < arguments.seconds
+        return number < arguments.requests
 
     async def user(seed: int) -> None:
         chooser = random.Random(seed)  # noqa: S311
-        while (number := next(left)) < count:
+        while goes_on(number := next(left)):
             await ask(chooser)
-            if (number + 1) % max(1, count // 50) == 0:
+            await asyncio.sleep(arguments.pause)
+            if (number + 1) % every == 0:
                 nbytes, threads, files = resident(pid)
                 sizes.append(nbytes)
                 print(
@@ -82,8 +91,14 @@ async def soak(pid: int, count: int, users: int) -> list[int]:
                     flush=True,
                 )
 
-    await asyncio.gather(*(user(seed) for seed in range(users)))
+    await asyncio.gather(*(user(seed) for seed in range(arguments.users)))
     return sizes
+
+
+def quarters(sizes: list[int]) -> list[int]:
+    """Mean of each quarter."""
+    edges = [len(sizes) * part // 4 for part in range(5)]
+    return [round(statistics.fmean(sizes[first:last])) for first, last in itertools.pairwise(edges)]
 
 
 def main() -> None:
@@ -93,6 +108,8 @@ def main() -> None:
     )
     parser.add_argument("-m", "--model", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, help="for so long instead; a line every REQUESTS / 50")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds that a user waits after an answer")
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--context", "-c", type=int, default=512)
     arguments = parser.parse_args()
@@ -100,9 +117,10 @@ def main() -> None:
                str(PORT), "-c", str(arguments.context), "--parallel", "4", "-t", "1"]  # fmt: skip
     os.environ["OMP_NUM_THREADS"] = "1"
     with server(command, PORT) as pid:
-        sizes = asyncio.run(soak(pid, arguments.requests, arguments.users))
+        sizes = asyncio.run(soak(pid, arguments))
     settled = sizes[len(sizes) // 10]
-    print(json.dumps({"settled": settled, "end": sizes[-1], "growth": sizes[-1] - settled}))
+    print(json.dumps({"settled": settled, "end": sizes[-1], "growth": sizes[-1] - settled,
+                      "quarters": quarters(sizes)}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -306,7 +306,10 @@ class LayerStack:
             return
         for span in places.spans:
             first = span.position + (self.model.spec.position_offset or 0)
-            positions[row : row + span.tokens] = np.arange(first, first + span.tokens)
+            if span.tokens == 1:
+                positions[row] = first
+            else:
+                positions[row : row + span.tokens] = np.arange(first, first + span.tokens)
             row += span.tokens
 
     def _run_parts(self, first: int, last: int, count: int, places: Places) -> None:

@@ -255,6 +255,10 @@ class Session(Closing):
             raise
         return other
 
+    def is_open_on(self, weights: Shared) -> bool:
+        """Whether it is a session of ``weights`` that is open."""
+        return self._weights is weights and self.context > 0
+
     def require_room(self, tokens: int) -> None:
         """Raise ContextFull unless so many more tokens fit."""
         if self.position + tokens > self.context:

@@ -193,6 +193,24 @@ class Weights(Closing):
             return self.logits(wanted)
         return self._passes(work, rows)
 
+    def write(self, sessions: Sequence[Session], tokens: Sequence[int]) -> Floats:
+        """What :meth:`step` gives for one more token of each of ``sessions``, with less around it: for texts
+        that are written a token at a time. The sessions, up to HEAD_ROWS, are open and different, and no hot
+        device computes. :meth:`check` each row when it is used: then it comes from memory once, not twice.
+        Raises ContextFull and ModelError with nothing changed."""
+        for session in sessions:
+            session.require_room(1)
+        spans = tuple(Span(session.state, session.position, 1) for session in sessions)
+        self.stack.forward(tokens, Places(spans))
+        for session in sessions:
+            session.position += 1
+        assert self.head is not None
+        return self.head.logits(self.stack.x[: len(sessions)])
+
+    def check(self, logits: Floats) -> None:
+        """Raise ModelError unless all ``logits`` are finite."""
+        require_finite(logits, self.model)
+
     def forward(self, parts: Sequence[tuple[Session, Sequence[int]]]) -> None:
         """One pass over up to ``batch`` tokens; the sessions then hold them. Without any check but that of
         the ids, for what drives single sessions."""
@@ -212,7 +230,7 @@ class Weights(Closing):
             logits = self.stack.hot_logits(rows.start, rows.stop)
         else:
             logits = self.head.logits(self.stack.x[rows])
-        require_finite(logits, self.model)
+        self.check(logits)
         return logits
 
     def forget(self, session: Session) -> None:
@@ -230,7 +248,7 @@ class Weights(Closing):
         if not work or len({id(part.session) for part in work}) != len(work):
             raise ValueError("a step takes at least one session, and each session once")
         for session, tokens, rows in work:
-            if not any(session is held for held in self._sessions):
+            if not session.is_open_on(self):
                 raise ValueError("the session is closed, or of other weights")
             if not 1 <= rows <= len(tokens):
                 raise ValueError(f"{rows} rows of logits after {len(tokens)} tokens")

@@ -110,6 +110,9 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._recent: deque[int] = deque(maxlen=options.repeat_last_n if options.repeat_last_n >= 0 else None)
         self._banned = np.array(sorted(banned), np.int64)
+        self._never = frozenset(banned)
+        #: Whether the highest logit as it comes is taken, unless it is banned.
+        self._takes_first = options.takes_highest and not options.penalises and not options.logit_bias
 
     def accept(self, tokens: Iterable[int]) -> None:
         """Tokens that are now part of the text, prompt included: what penalties look back at."""
@@ -120,6 +123,10 @@ class Sampler:
 
         Raises SamplingError for NaN, +inf, or when every token is ruled out.
         """
+        if self._takes_first:  # nothing need be copied
+            best = int(logits.argmax())
+            if math.isfinite(logits[best]) and best not in self._never:
+                return best
         logits = self._adjusted(logits)
         best = int(np.argmax(logits))  # a NaN counts as the highest
         if not math.isfinite(logits[best]):

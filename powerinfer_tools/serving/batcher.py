@@ -24,6 +24,7 @@ from powerinfer_tools.serving.outbox import Outbox
 from powerinfer_tools.serving.places import Place, Places
 from powerinfer_tools.serving.sequence import Sequence
 from powerinfer_tools.serving.slots import Slots, Wanted, Work
+from powerinfer_tools.serving.tickets import Ticket
 from powerinfer_tools.text.tokenizer import Tokenizer
 
 #: Prompt tokens in a pass that also writes, and in one that does not.
@@ -31,48 +32,6 @@ SLICE_AMONG_OTHERS = 64
 SLICE_ALONE = 256
 #: Tokens more than memory has that make it worth while to ask the disk.
 _WORTH_LOADING = 64
-
-
-class Ticket:
-    """A request under way. Its events go to the queue that :meth:`forward` names, or wait for it."""
-
-    def __init__(self, batcher: "Batcher", sequence: Sequence, after: "Ticket | None") -> None:
-        self.sequence = sequence
-        self.after = after
-        self.place: Place | None = None
-        self.cancelled = False
-        self.finished = False
-        #: Its place is being filled from the disk.
-        self.loading = False
-        self.loop = asyncio.get_running_loop()
-        self._batcher = batcher
-        self._early: list[Event] = []
-        self._deliver: Callable[[Event], None] = self._early.append
-
-    @property
-    def client(self) -> str:
-        """Whose turn it takes."""
-        return self.sequence.job.client
-
-    @property
-    def ready(self) -> bool:
-        """Whether the prompt that it shares with an earlier request has been processed."""
-        return self.after is None or self.after.finished or not self.after.sequence.in_prompt
-
-    def forward(self, queue: asyncio.Queue[tuple[int, Event]], index: int) -> None:
-        """Put all events into ``queue``, as (index, event)."""
-        for event in self._early:
-            queue.put_nowait((index, event))
-        self._deliver = lambda event: queue.put_nowait((index, event))
-
-    def deliver(self, event: Event) -> None:
-        """Called in the loop of the asker."""
-        self._deliver(event)
-
-    def cancel(self) -> None:
-        """Nobody wants the rest. Its place is free before the next token is computed."""
-        if not self.finished and not self.cancelled:
-            self._batcher.cancel(self)
 
 
 class Batcher:
@@ -99,6 +58,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._between: list[Callable[[], None]] = []
         self._closing = self._draining = False
+        #: Whether something is to be done before the next pass.
+        self._changes = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
 
     def start(self) -> None:
@@ -122,14 +83,14 @@ class Batcher:
         made: list[Ticket] = []
         for job in jobs:  # outside the lock: a constraint may take a while to compile
             lead = made[0] if made and made[0].sequence.job.prompt == job.prompt else after
-            made.append(Ticket(self, Sequence(job, self._tokenizer, self.context), lead))
+            made.append(Ticket(Sequence(job, self._tokenizer, self.context), lead, self.cancel))
         with self._changed:
             if self._closing or self._draining:
                 raise unavailable("the server is shutting down", 5)
             self._waiting.require_room(jobs[0].client, len(jobs), self.retry_after())
             for ticket in made:
                 self._waiting.push(ticket)
-            self._changed.notify()
+            self._change()
         return made
 
     def cancel(self, ticket: Ticket) -> None:
@@ -138,7 +99,7 @@ class Batcher:
             ticket.cancelled = True
             if self._waiting.remove(ticket):
                 ticket.finished = True
-            self._changed.notify()
+            self._change()
 
     @property
     def waiting(self) -> int:
@@ -168,7 +129,7 @@ class Batcher:
             if self._closing:
                 raise unavailable("the server is shutting down", 5)
             self._between.append(call)
-            self._changed.notify()
+            self._change()
         return await answer
 
     async def drain(self, seconds: float) -> bool:
@@ -184,9 +145,14 @@ class Batcher:
         """End the thread; requests under way fail."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._change()
         if self._thread.is_alive():
             self._thread.join()
+
+    def _change(self) -> None:
+        """Something is to be done; called with the lock held."""
+        self._changes = True
+        self._changed.notify()
 
     def _run(self) -> None:
         while True:
@@ -206,6 +172,7 @@ class Batcher:
         """Give places to those that wait, once there is something to do; False at the end."""
         with self._changed:
             while not self._closing:
+                self._changes = False
                 self._drop_cancelled()
                 while len(self._active) < self.parallel and self.places.idle:
                     ticket = self._waiting.pop(lambda waiting: waiting.ready)
@@ -248,13 +215,13 @@ class Batcher:
                 ticket.place.become(np.asarray(ticket.sequence.job.prompt[:held], np.int32))
             ticket.loading = False
             self._filled(ticket, ticket.place.length)
-            self._changed.notify()
+            self._change()
 
     def _saved(self, place: Place) -> None:
         """The disk has what a place holds; called by its thread."""
         with self._changed:
             place.saving = False
-            self._changed.notify()
+            self._change()
 
     def _drop_cancelled(self) -> None:
         for ticket in [ticket for ticket in self._active if ticket.cancelled and not ticket.loading]:
@@ -276,9 +243,15 @@ class Batcher:
         self.places.release(place)
 
     def _step(self) -> None:
-        pieces = self._plan()
-        if not pieces:
-            return
+        active = [ticket for ticket in self._active if not ticket.loading]
+        writing = [ticket for ticket in active if not ticket.sequence.in_prompt]
+        if len(writing) == len(active) and self._slots.fixed_slice is None:
+            self._write(writing)
+        elif active:
+            self._pass(self._plan(active, writing))
+
+    def _pass(self, pieces: list[tuple[Ticket, Work]]) -> None:
+        """One pass over prompts, and texts beside them."""
         started = time.perf_counter()
         try:
             rows = self._slots.step([work for _, work in pieces])
@@ -289,18 +262,52 @@ class Batcher:
         urgent = False
         for (ticket, work), logits in zip(pieces, rows, strict=True):
             urgent |= ticket.sequence.in_prompt  # its first token is waited for, and the pass took long
-            for event in self._advance(ticket, work, logits):
-                urgent |= not isinstance(event, Token)
-                self._outbox.add(ticket, event)
-        if urgent:
-            self._outbox.flush()
-        else:
-            self._outbox.flush_if_due()
+            urgent |= self._advance(ticket, work.tokens, work.wanted, logits)
+        self._hand_over(urgent=urgent)
 
-    def _plan(self) -> list[tuple[Ticket, Work]]:
+    def _write(self, tickets: list[Ticket]) -> None:
+        """One token after another of each text, until something else is to be done. Little happens between
+        two passes, since the engine waits meanwhile; texts of tokens are made when they are handed over."""
+        slots = [ticket.place.slot for ticket in tickets if ticket.place is not None]
+        urgent = False
+        while not urgent:
+            tokens = [ticket.sequence.pending for ticket in tickets]
+            started = time.perf_counter()
+            try:
+                logits = self._slots.write(slots, [token for (token,) in tokens])
+            except Exception as error:  # noqa: BLE001  as above
+                self._fail(tickets, error)
+                return
+            self.figures.wrote(len(tickets), time.perf_counter() - started)
+            for place, ticket in enumerate(tickets):
+                urgent |= self._wrote(ticket, tokens[place], logits[place : place + 1])
+            self._hand_over(urgent=urgent)
+            if self._changes:
+                break
+
+    def _wrote(self, ticket: Ticket, tokens: Seq[int], logits: Logits) -> bool:
+        """:meth:`_advance`; the logits are read here for the first time, and are in the cache afterwards."""
+        try:
+            self._slots.check(logits)
+        except PowerInferError as error:
+            self._fail([ticket], error)
+            return True
+        return self._advance(ticket, tokens, Wanted.LAST, logits)
+
+    def _hand_over(self, *, urgent: bool) -> None:
+        """Tell the askers what there is, where somebody waits for it or it is due."""
+        if not urgent and not self._outbox.due:
+            return
+        for ticket in self._active:
+            self._tell(ticket, *ticket.sequence.told())
+        self._outbox.flush()
+
+    def _tell(self, ticket: Ticket, *events: Event) -> None:
+        for event in events:
+            self._outbox.add(ticket, event)
+
+    def _plan(self, active: list[Ticket], writing: list[Ticket]) -> list[tuple[Ticket, Work]]:
         """What the next pass computes: a token of each text, and slices of prompts."""
-        active = [ticket for ticket in self._active if not ticket.loading]
-        writing = [ticket for ticket in active if not ticket.sequence.in_prompt]
         reading = [ticket for ticket in active if ticket.sequence.in_prompt]
         pieces = [(ticket, _work(ticket, 1)) for ticket in writing]
         if self._slots.fixed_slice is not None:
@@ -323,31 +330,34 @@ class Batcher:
         assert ticket.place is not None
         return count if self._disk is None else self._disk.piece(ticket.place, count)
 
-    def _advance(self, ticket: Ticket, work: Work, logits: Logits) -> list[Event]:
-        """Take in what a pass computed for one request."""
+    def _advance(self, ticket: Ticket, tokens: Seq[int], wanted: Wanted, logits: Logits) -> bool:
+        """Take in what a pass computed for one request; whether its asker is to be told at once."""
         sequence = ticket.sequence
         assert ticket.place is not None
-        ticket.place.add(work.tokens)
+        ticket.place.add(tokens)
         if self._disk is not None:
             self._disk.checkpoint(ticket.place)
+        before = len(sequence.tokens)
         try:
-            if work.wanted is Wanted.ALL:
+            if wanted is Wanted.ALL:
                 after = len(sequence.job.prompt) - len(sequence.pending) + 1
                 targets = sequence.job.prompt[after : after + len(logits)]
                 sequence.score_prompt(logits[: len(targets)], targets)
-            sequence.processed(len(work.tokens))
+            sequence.processed(len(tokens))
             if sequence.pending:
-                return []
+                return False
             events = sequence.choose(logits[-1])
         except Exception as error:  # noqa: BLE001  it is this request's alone
             self._leave(ticket, None)
-            return [Failed(error)]
-        self.figures.tokens += sum(isinstance(event, Token) for event in events)
+            self._tell(ticket, *sequence.told(), Failed(error))
+            return True
+        self.figures.tokens += len(sequence.tokens) - before
+        self._tell(ticket, *events)
         if sequence.outcome is not None:
             ended = events[-1]
             assert isinstance(ended, Ended)
             self._leave(ticket, ended)
-        return events
+        return any(not isinstance(event, Token) for event in events)
 
     def _fail(self, tickets: Seq[Ticket], error: Exception) -> None:
         for ticket in tickets:
@@ -356,7 +366,7 @@ class Batcher:
             if ticket in self._active:
                 self._active.remove(ticket)
             ticket.finished = True
-            self._outbox.add(ticket, Failed(error))
+            self._tell(ticket, *ticket.sequence.told(), Failed(error))
         self._outbox.flush()
 
 

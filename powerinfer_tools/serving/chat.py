@@ -11,13 +11,13 @@ from starlette.responses import Response
 
 from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.answers import chat_logprob, finish_reason, new_id, timings, usage
-from powerinfer_tools.serving.batcher import Ticket
 from powerinfer_tools.serving.chat_run import ChatRun, Step
 from powerinfer_tools.serving.http import answer, client_of, read, unless_gone
 from powerinfer_tools.serving.jobs import Ended
 from powerinfer_tools.serving.schemas import ChatRequest
 from powerinfer_tools.serving.service import Service
 from powerinfer_tools.serving.streaming import note, stream_response
+from powerinfer_tools.serving.tickets import Ticket
 from powerinfer_tools.text.answer_parts import Content, Reasoning
 from powerinfer_tools.text.tool_formats import Call
 

@@ -6,7 +6,6 @@ The endpoints that speak different dialects stand on this.
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from powerinfer_tools.serving.batcher import Ticket
 from powerinfer_tools.serving.faults import RequestFault
 from powerinfer_tools.serving.formatting import call_grammar, grammar_of, is_forced, offered
 from powerinfer_tools.serving.jobs import Ended, Job, Token
@@ -14,6 +13,7 @@ from powerinfer_tools.serving.prompting import prompt_ids
 from powerinfer_tools.serving.schemas import ChatRequest
 from powerinfer_tools.serving.served_model import ServedModel
 from powerinfer_tools.serving.streams import merged
+from powerinfer_tools.serving.tickets import Ticket
 from powerinfer_tools.serving.translation import biases, copies, generation_options
 from powerinfer_tools.text.answer_parts import Part, PartsParser, parts_parser
 from powerinfer_tools.text.thoughts import thought_formats

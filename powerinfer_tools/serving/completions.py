@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.answers import completion_logprobs, finish_reason, new_id, timings, usage
-from powerinfer_tools.serving.batcher import Ticket
 from powerinfer_tools.serving.http import answer, client_of, long_answer, read, unless_gone
 from powerinfer_tools.serving.jobs import Ended, Event, PromptScores, Token, TokenScore
 from powerinfer_tools.serving.schemas import CompletionRequest
@@ -19,6 +18,7 @@ from powerinfer_tools.serving.served_model import ServedModel
 from powerinfer_tools.serving.service import Service
 from powerinfer_tools.serving.streaming import note, stream_response
 from powerinfer_tools.serving.streams import merged
+from powerinfer_tools.serving.tickets import Ticket
 from powerinfer_tools.serving.translation import Completion, completion_jobs
 
 #: Probabilities of more tokens than this are written by a thread.

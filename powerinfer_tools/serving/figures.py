@@ -45,6 +45,13 @@ class Figures:
         self.busy_slots += len(pieces)
         self.step_seconds = seconds
 
+    def wrote(self, count: int, seconds: float) -> None:
+        """One pass over one token of each of ``count`` texts."""
+        self.token_seconds += seconds
+        self.passes += 1
+        self.busy_slots += count
+        self.step_seconds = seconds
+
     def ended(self, ended: Ended) -> None:
         """A request left its place."""
         self.requests += 1

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from powerinfer_tools.generate.generation import Outcome
 from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.answers import new_id
-from powerinfer_tools.serving.batcher import Ticket
 from powerinfer_tools.serving.blocks import Block, Blocks, Change
 from powerinfer_tools.serving.chat_run import ChatRun
 from powerinfer_tools.serving.faults import RequestFault
@@ -21,6 +20,7 @@ from powerinfer_tools.serving.messages_schemas import MessagesRequest, Piece, Tu
 from powerinfer_tools.serving.schemas import ChatRequest
 from powerinfer_tools.serving.service import Service
 from powerinfer_tools.serving.streaming import note_end, stream_response
+from powerinfer_tools.serving.tickets import Ticket
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 

@@ -10,7 +10,7 @@ from powerinfer_tools.serving.jobs import Event
 
 #: A token waits at most for so long for others that go with it. To wake a loop takes about as much time for
 #: one as for several, since the engine leaves nothing of the loop in the caches, and nobody reads faster.
-HOLD_SECONDS = 1 / 60
+HOLD_SECONDS = 1 / 25
 
 
 class Recipient(Protocol):
@@ -23,8 +23,8 @@ class Recipient(Protocol):
 
 
 class Outbox:
-    """Keeps events in order and hands them over: at once where somebody waits for them, else together. Used
-    by one thread. ``clock`` gives seconds."""
+    """Keeps events in order and hands them over together, when it is told to or they are due. Used by one
+    thread. ``clock`` gives seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -35,10 +35,10 @@ class Outbox:
         """Hand over ``event`` later."""
         self._events[recipient.loop].append((recipient, event))
 
-    def flush_if_due(self) -> None:
-        """Hand over what has waited for long enough."""
-        if self._clock() - self._handed_over >= HOLD_SECONDS:
-            self.flush()
+    @property
+    def due(self) -> bool:
+        """Whether tokens have waited for long enough."""
+        return self._clock() - self._handed_over >= HOLD_SECONDS
 
     def flush(self) -> None:
         """Hand over everything."""

@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.answers import finish_reason, new_id
-from powerinfer_tools.serving.batcher import Ticket
 from powerinfer_tools.serving.blocks import Block, Blocks, Change
 from powerinfer_tools.serving.chat_run import ChatRun
 from powerinfer_tools.serving.faults import RequestFault
@@ -20,6 +19,7 @@ from powerinfer_tools.serving.responses_schemas import Item, ResponsesChoice, Re
 from powerinfer_tools.serving.schemas import ChatRequest
 from powerinfer_tools.serving.service import Service
 from powerinfer_tools.serving.streaming import note_end, stream_response
+from powerinfer_tools.serving.tickets import Ticket
 
 
 def chat_request(body: ResponsesRequest) -> ChatRequest:

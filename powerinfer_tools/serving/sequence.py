@@ -34,6 +34,7 @@ class Sequence:
         self._stream = tokenizer.stream(show_special=job.options.show_special)
         self._stops = StopStrings(job.options.stop)
         self._scores: list[TokenScore | None] = [None]
+        self._chosen: list[tuple[int, TokenScore | None]] = []
         self._submitted = time.perf_counter()
         self._began = self._first = self._submitted
 
@@ -58,7 +59,8 @@ class Sequence:
         self._scores += [score(row, token, wanted) for row, token in zip(rows, targets, strict=True)]
 
     def choose(self, logits: Logits) -> list[Event]:
-        """Take the next token from the logits after all tokens so far."""
+        """Take the next token from the logits after all tokens so far; returns what has to be told at once:
+        other tokens wait for :meth:`told`."""
         if not self.tokens:
             self._first = time.perf_counter()
         events: list[Event] = []
@@ -71,10 +73,18 @@ class Sequence:
             if token in self._tokenizer.eos_ids:
                 self.outcome = Outcome.END
             else:
-                events.append(self._took(token, logits))
+                self._take(token, logits)
+                if self.job.options.stop:  # whose text may end it
+                    events += self.told()
+                self.outcome = self._ended()
         if self.outcome is not None:
-            events.append(self.end(logits_hash(logits)))
+            events += [*self.told(), self.end(logits_hash(logits))]
         return events
+
+    def told(self) -> list[Token]:
+        """The tokens that were chosen since the last call, with their texts."""
+        chosen, self._chosen = self._chosen, []
+        return [Token(token, self._stops.push(self._stream.push(token)), scored) for token, scored in chosen]
 
     def interrupt(self) -> Ended:
         """Stop here."""
@@ -101,15 +111,12 @@ class Sequence:
             decode_seconds=now - self._first,
         )
 
-    def _took(self, token: int, logits: Logits) -> Token:
+    def _take(self, token: int, logits: Logits) -> None:
         self.tokens.append(token)
         self._sampler.accept((token,))
-        text = self._stops.push(self._stream.push(token))
         wanted = self.job.top_logprobs
-        chosen = None if wanted is None else score(logits, token, wanted)
+        self._chosen.append((token, None if wanted is None else score(logits, token, wanted)))
         self.pending = [token]
-        self.outcome = self._ended()
-        return Token(token, text, chosen)
 
     def _ended(self) -> Outcome | None:
         if self._stops.found is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from powerinfer_tools.engine.session import Session
 from powerinfer_tools.engine.weights import Part, Weights
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.model.counting import HEAD_ROWS
 from powerinfer_tools.serving.jobs import Logits
 from powerinfer_tools.serving.slots import Wanted, Work
 
@@ -50,6 +51,17 @@ class SessionSlots:
             result.append(logits[first : first + (0 if piece.wanted is Wanted.NONE else count)])
             first += count
         return result
+
+    def write(self, slots: Sequence[int], tokens: Sequence[int]) -> Logits:
+        """One token of each of different slots."""
+        if len(slots) > HEAD_ROWS:
+            parts = [Part(self.sessions[slot], (token,)) for slot, token in zip(slots, tokens, strict=True)]
+            return self._weights.step(parts)
+        return self._weights.write([self.sessions[slot] for slot in slots], tokens)
+
+    def check(self, logits: Logits) -> None:
+        """Raise ModelError unless all are finite."""
+        self._weights.check(logits)
 
     def rewind(self, slot: int, position: int) -> int:
         """Forget what the slot holds from ``position`` on."""

@@ -49,6 +49,15 @@ class Slots(Protocol):
         valid until the next call. The bits of each do not depend on the others."""
         ...
 
+    def write(self, slots: Sequence[int], tokens: Sequence[int]) -> Logits:
+        """What :meth:`step` gives for one token of each of different slots, in few instructions; logits
+        (slots, vocabulary), each to be checked before it is used. Where ``fixed_slice`` is None."""
+        ...
+
+    def check(self, logits: Logits) -> None:
+        """Raise ModelError unless all are finite."""
+        ...
+
     def rewind(self, slot: int, position: int) -> int:
         """Forget what the slot holds from ``position`` on, or from an earlier one where it must; returns how
         many tokens it holds then."""

@@ -11,9 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 from powerinfer_tools.serving import sse
 from powerinfer_tools.serving.answers import timings, usage
-from powerinfer_tools.serving.batcher import Ticket
 from powerinfer_tools.serving.http import fault_of
 from powerinfer_tools.serving.jobs import Ended
+from powerinfer_tools.serving.tickets import Ticket
 
 #: For so long the status of the response waits for the first token, so that a failure can still be one.
 FIRST_SECONDS = 5.0

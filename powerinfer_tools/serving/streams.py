@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.serving.batcher import Ticket
 from powerinfer_tools.serving.jobs import Ended, Event, Failed
+from powerinfer_tools.serving.tickets import Ticket
 
 
 async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:

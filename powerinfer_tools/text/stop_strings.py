@@ -21,6 +21,8 @@ class StopStrings:
 
         Sets `found` when a stop string is complete; nothing comes out after that.
         """
+        if not self._stops:
+            return text
         if self.found is not None:
             return ""
         self._held += text

@@ -14,10 +14,11 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.generate.generation import GenerationOptions, generate
 from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.model.loading import load_model
-from powerinfer_tools.serving.batcher import Batcher, Ticket
+from powerinfer_tools.serving.batcher import Batcher
 from powerinfer_tools.serving.jobs import Ended, Failed, Job, Token
 from powerinfer_tools.serving.session_slots import SessionSlots
 from powerinfer_tools.serving.streams import merged
+from powerinfer_tools.serving.tickets import Ticket
 from powerinfer_tools.text.tokenizer import Tokenizer
 from predicted_models import predicted_split
 from split_models import Prepared

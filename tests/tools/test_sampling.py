@@ -212,6 +212,18 @@ def test_banned_tokens_are_never_chosen() -> None:
     assert {sampler.sample(logits) for _ in range(20)} == {2}
 
 
+@pytest.mark.parametrize("first", [3.0, math.nan, math.inf])
+def test_greedy_with_banned_tokens_is_what_ruling_them_out_gives(first: float) -> None:
+    """The highest as it comes, the next one where that is banned; a banned NaN counts for nothing."""
+    sampler = Sampler(SamplingOptions(temperature=0), banned=(1, 4))
+    assert sampler.sample(logits_of([0, first, 2, 2, 2.5])) == 2
+    assert sampler.sample(logits_of([5, 1, 5, 2, 2.5])) == 0
+    with pytest.raises(SamplingError, match="all 5 tokens are ruled out"):
+        sampler.sample(logits_of([-math.inf, 1, -math.inf, -math.inf, 2]))
+    with pytest.raises(SamplingError, match="1 of 5 are NaN, first that of token 3"):
+        sampler.sample(logits_of([0, first, 2, math.nan, 2.5]))
+
+
 @pytest.mark.parametrize("options", [SamplingOptions(seed=1), SamplingOptions(seed=1, **NO_FILTER)])  # type: ignore[arg-type]
 def test_all_ruled_out_but_one(options: SamplingOptions) -> None:
     logits = np.full(5000, -np.inf, np.float32)

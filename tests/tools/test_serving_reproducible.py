@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.errors import ModelError
 from powerinfer_tools.generate.generation import GenerationOptions, generate
 from powerinfer_tools.generate.sampling import SamplingOptions
 from powerinfer_tools.model.loading import load_model
@@ -191,3 +192,78 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(served: dict[str, Served]) 
             assert ended == ["short", "long"]
         finally:
             batcher.close()
+
+
+def test_results_that_are_no_numbers_end_the_request_that_has_them(
+    served: dict[str, Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine_of(served["dense"]) as engine:
+        tokenizer = Tokenizer.from_gguf(engine.model.source)
+        options = GenerationOptions(SamplingOptions(temperature=0), max_tokens=12, ignore_eos=True)
+        asked = [Job(tokenizer.encode(text), options) for text in ("the road", "the rain", "morning")]
+        expected = [alone(engine, tokenizer, job) for job in asked]
+        engine.rewind(0)
+        slots = SessionSlots(engine.weights, engine.session, 3)
+        batcher, checked = Batcher(slots, tokenizer, parallel=3), list[int]()
+
+        def check(logits: Any) -> None:
+            checked.append(len(logits))
+            if len(checked) == 8:
+                raise ModelError("no numbers")
+
+        monkeypatch.setattr(slots, "check", check)
+
+        async def one(ticket: Ticket) -> tuple[str, str | None] | str:
+            text = ""
+            try:
+                async for _, event in merged([ticket]):
+                    if isinstance(event, Ended):
+                        return text + event.rest, event.logits_hash
+                    assert isinstance(event, Token)
+                    text += event.text
+            except ModelError:
+                return text
+            raise AssertionError("a stream ended without its end")
+
+        async def all_of_them() -> list[tuple[str, str | None] | str]:
+            tickets = batcher.submit_all(asked)
+            batcher.start()
+            return await asyncio.gather(*(one(ticket) for ticket in tickets))
+
+        try:
+            results = asyncio.run(all_of_them())
+        finally:
+            batcher.close()
+        (failed,) = [number for number, result in enumerate(results) if isinstance(result, str)]
+        assert expected[failed][0].startswith(str(results[failed]))
+        assert results[failed] != ""
+        assert all(results[number] == expected[number] for number in range(3) if number != failed)
+
+
+@pytest.mark.parametrize("stop", [(), ("a", "e", "o")])
+def test_texts_made_later_are_the_texts_of_their_tokens(
+    served: dict[str, Served], monkeypatch: pytest.MonkeyPatch, stop: tuple[str, ...]
+) -> None:
+    """However many tokens are handed over together: one event a token, and the same text as alone."""
+    for hold in (0.0, 3600.0):
+        monkeypatch.setattr("powerinfer_tools.serving.outbox.HOLD_SECONDS", hold)
+        with engine_of(served["dense"]) as engine:
+            tokenizer = Tokenizer.from_gguf(engine.model.source)
+            sampling = SamplingOptions(temperature=1.0, seed=5)
+            options = GenerationOptions(sampling, max_tokens=30, ignore_eos=True, stop=stop)
+            job = Job(tokenizer.encode("the road"), options)
+            expected = alone(engine, tokenizer, job)
+            engine.rewind(0)
+            batcher = Batcher(SessionSlots(engine.weights, engine.session, 1), tokenizer, parallel=1)
+            batcher.start()
+
+            async def events(batcher: Batcher = batcher, job: Job = job) -> list[Any]:
+                return [event async for _, event in merged([batcher.submit(job)])]
+
+            try:
+                *tokens, ended = asyncio.run(events())
+            finally:
+                batcher.close()
+            text = "".join(token.text for token in tokens) + ended.rest
+            assert (text, ended.logits_hash) == expected
+            assert [type(token) for token in tokens] == [Token] * ended.tokens

@@ -128,6 +128,25 @@ def test_a_step_gives_the_rows_that_were_asked_for(weights: Weights) -> None:
     weights.close()
 
 
+def test_writing_gives_what_a_step_gives(weights: Weights) -> None:
+    here, there = ([weights.session() for _ in range(3)] for _ in range(2))
+    for sessions in (here, there):
+        weights.step([(session, [5, 6, 7 + at][: at + 1]) for at, session in enumerate(sessions)])
+    for tokens in ([1, 2, 3], [4, 1, 1]):
+        expected = weights.step([(s, [token]) for s, token in zip(there, tokens, strict=True)]).copy()
+        written = weights.write(here, tokens)
+        weights.check(written)
+        assert np.array_equal(written.view(np.uint32), expected.view(np.uint32))
+    assert [session.position for session in here] == [session.position for session in there]
+    held = [session.position for session in here]
+    with pytest.raises(ModelError, match="outside the vocabulary"):
+        weights.write(here, [1, 1 << 30, 1])
+    here[1].position = here[1].context
+    with pytest.raises(ContextFull):
+        weights.write(here, [1, 1, 1])
+    assert [here[0].position, here[2].position] == [held[0], held[2]]
+
+
 def test_a_copied_prefix_goes_on_with_the_same_bits(weights: Weights) -> None:
     tokens = list(range(3, 33))
     one = weights.session()

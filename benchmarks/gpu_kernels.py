@@ -167,10 +167,9 @@ def _attention(run: Run, name: str, kind: str, context: int, limit: float, *, fu
     rng = np.random.default_rng(1)
     (keys, k), (values, v) = (_held(rng, kind, (kv_heads, context, dim)) for _ in range(2))
     query = rng.standard_normal((1, heads * dim), dtype=np.float32)
-    expected = reference.attention(
-        query.reshape(1, heads, dim).astype(np.float64),
-        *(x.transpose(1, 0, 2).astype(np.float64) for x in (k, v)), scale, context - 1,
-    )  # fmt: skip
+    by_position = [x.transpose(1, 0, 2).astype(np.float64) for x in (k, v)]
+    rows = query.reshape(1, heads, dim).astype(np.float64)
+    expected = reference.attention(rows, by_position[0], by_position[1], scale, context - 1)
     cache = HotCache(*(_moved(held, run.where) for held in (keys, values)))
     there, out = torch.from_numpy(query).to(run.where), torch.empty(1, heads * dim, device=run.where)
     work = (_fused_attention if fused else _plain_attention)(run, there, cache, scale, out)

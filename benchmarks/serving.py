@@ -295,7 +295,7 @@ def main() -> None:
     arguments = _arguments()
     os.environ["OMP_NUM_THREADS"] = "1"
     with ExitStack() as stack:
-        ports, pids = {}, ()
+        ports, pids = dict[str, int](), tuple[int, ...]()
         for name, (command, port) in commands(arguments).items():
             pids += (stack.enter_context(server(command, port)),)
             ports[name] = port

@@ -29,6 +29,11 @@ class ChatTemplateError(PowerInferError):
     """The chat template is missing, broken, or exceeds its limits."""
 
 
+class RendererFailed(ChatTemplateError):
+    """The process that renders chat templates did not start, or ended. Neither the template nor the
+    conversation is at fault."""
+
+
 class ContextFull(PowerInferError):
     """The tokens asked for do not fit in the context."""
 

@@ -71,8 +71,8 @@ def create_app(names: tuple[str, ...] = COMMANDS) -> typer.Typer:
     return app
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(show: bool) -> None:
+    if show:
         from powerinfer_tools import __version__
 
         typer.echo(f"powerinfer {__version__}")

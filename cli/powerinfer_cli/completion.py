@@ -35,7 +35,7 @@ def complete(
     session: "Session",
     text: str,
     options: "GenerateOptions",
-    given: "Prompt",
+    prompt: "Prompt",
     output: Output,
 ) -> None:
     """Stream the continuation of ``text`` (or the model's answer to it) and say what it cost."""
@@ -43,7 +43,7 @@ def complete(
     if listener is not None:
         options["progress"] = listener
     timeline = session.trace() if output.trace is not None else None
-    answer = begin(model, session, text, options, given)
+    answer = begin(model, session, text, options, prompt)
     interrupted = show(answer, listener, output)
     if timeline is not None and output.trace is not None:
         write_trace(timeline, output.trace)
@@ -68,28 +68,28 @@ def write_trace(timeline: "Timeline", path: Path) -> None:
 
 
 def begin(
-    model: "Model", session: "Session", text: str, options: "GenerateOptions", given: "Prompt"
+    model: "Model", session: "Session", text: str, options: "GenerateOptions", prompt: "Prompt"
 ) -> "TextStream":
     """The text to come: the continuation of the prompt, or the answer to it as a message."""
-    chat = is_message(model, given)
+    chat = is_message(model, prompt)
     for notice in model.text_notices(chat=chat):
         say(notice)
     if not chat:
-        return session.stream(model.tokenize(text, special=given.special), **options)
+        return session.stream(model.tokenize(text, special=prompt.special), **options)
     messages: list[Message] = [{"role": "user", "content": text}]
-    if given.system is not None:
-        messages.insert(0, {"role": "system", "content": given.system})
+    if prompt.system is not None:
+        messages.insert(0, {"role": "system", "content": prompt.system})
     return session.stream_chat(messages, **options)
 
 
-def is_message(model: "Model", given: "Prompt") -> bool:
+def is_message(model: "Model", prompt: "Prompt") -> bool:
     """Whether the prompt goes into the chat template: as asked, else where the model has one. A prompt with
     control tokens of its own (``--special``) is continued as it is."""
-    if given.chat is not None:
-        return given.chat
-    if given.system is not None:
+    if prompt.chat is not None:
+        return prompt.chat
+    if prompt.system is not None:
         return True
-    return not given.special and model.has_chat_template
+    return not prompt.special and model.has_chat_template
 
 
 def show(answer: "TextStream", listener: "Progress | None", output: Output) -> bool:

@@ -214,9 +214,9 @@ def _also_hot(report: "ConvertReport") -> list[tuple[str, str]]:
     if devices is None or devices.all_cpu:
         return []
     parts = [
-        f"{what} of {found.count('gpu')} layers"
-        for what, found in (("attention", devices.attention), ("predictors", devices.predictor))
-        if "gpu" in found
+        f"{what} of {places.count('gpu')} layers"
+        for what, places in (("attention", devices.attention), ("predictors", devices.predictor))
+        if "gpu" in places
     ]
     return [("also hot", ", ".join([*parts, *(["the head"] if devices.head == "gpu" else [])]))]
 

@@ -218,18 +218,18 @@ def show_names(*, as_json: bool) -> None:
     if as_json:
         emit_json(names)
         return
-    for heading, known in names.items():
-        emit(f"{heading}: {', '.join(known)}")
+    for heading, choices in names.items():
+        emit(f"{heading}: {', '.join(choices)}")
 
 
-def show_verification(found: "Verification", *, as_json: bool) -> None:
+def show_verification(verification: "Verification", *, as_json: bool) -> None:
     """Predicted beside measured, a row for every split and mode."""
     if as_json:
-        emit_json(found.as_dict())
+        emit_json(verification.as_dict())
         return
-    routed = any(row.measured_choices is not None for row in found.rows)
+    routed = any(row.measured_choices is not None for row in verification.rows)
     chosen = ("chosen, expected", "measured") if routed else ()
-    share = "in memory" if found.rows[0].device == "disk" else "hot"
+    share = "in memory" if verification.rows[0].device == "disk" else "hot"
     headings = ("device", "mode", share, *chosen, "predicted ms", "measured ms", "spread", "error")
     rows = [
         (
@@ -242,11 +242,11 @@ def show_verification(found: "Verification", *, as_json: bool) -> None:
             f"{row.spread:.0%}",
             f"{row.error:+.0%}",
         )
-        for row in found.rows
+        for row in verification.rows
     ]
     print_table(headings, rows)
-    emit(f"median error {found.median_error:.0%}")
-    for note in found.notes:
+    emit(f"median error {verification.median_error:.0%}")
+    for note in verification.notes:
         say(note)
 
 

@@ -335,21 +335,21 @@ def generate_options(length: Length, sampling: Sampling, form: Form) -> "Generat
     return options
 
 
-def prompt_text(given: Prompt, *, as_json: bool) -> str | None:
+def prompt_text(prompt: Prompt, *, as_json: bool) -> str | None:
     """The prompt; None for a chat that begins empty. Contradictions are usage errors."""
-    if given.prompt is not None and given.file is not None:
+    if prompt.prompt is not None and prompt.file is not None:
         raise typer.BadParameter("choose one of -p and -f", param_hint="--file")
-    if given.chat is False and (given.system is not None or given.interactive):
-        other = "-i" if given.interactive else "--system"
+    if prompt.chat is False and (prompt.system is not None or prompt.interactive):
+        other = "-i" if prompt.interactive else "--system"
         raise typer.BadParameter(f"has no chat template for {other}; choose one of them", param_hint="--raw")
-    if given.interactive and as_json:
+    if prompt.interactive and as_json:
         raise typer.BadParameter("a chat has no JSON form; choose one of -i and --json", param_hint="--json")
-    if given.prompt is not None:
-        return given.prompt
-    if given.file is None and given.interactive:
+    if prompt.prompt is not None:
+        return prompt.prompt
+    if prompt.file is None and prompt.interactive:
         return None
-    if given.file is None and sys.stdin.isatty():
+    if prompt.file is None and sys.stdin.isatty():
         raise typer.BadParameter("give a prompt (-p TEXT or -f FILE), or chat (-i)", param_hint="--prompt")
     from powerinfer_cli.engines import read_text
 
-    return read_text(given.file or Path("-"))
+    return read_text(prompt.file or Path("-"))

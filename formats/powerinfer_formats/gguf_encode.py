@@ -71,8 +71,8 @@ def _type_of_elements(value: Sequence[object] | NDArray[np.generic], what: str, 
         if value.dtype == np.bool_:
             return ValueType.BOOL
         code = value.dtype.newbyteorder("<").str
-        for kind, known in NUMBER_CODES.items():
-            if kind is not ValueType.BOOL and np.dtype(known).str == code:
+        for kind, number_type in NUMBER_CODES.items():
+            if kind is not ValueType.BOOL and np.dtype(number_type).str == code:
                 return kind
     elif len(value) and all(isinstance(element, str) for element in value):
         return ValueType.STRING
@@ -122,11 +122,11 @@ def _encode_strings(values: Sequence[object] | NDArray[np.generic], what: str, f
     return b"".join(packed[8 * index : 8 * index + 8] + text for index, text in enumerate(data))
 
 
-def _check_kind(given: NDArray[np.generic], kind: ValueType, what: str, file: str) -> None:
-    if given.ndim != 1:
-        raise errors.NestedArray(file, f"{what} has {given.ndim} dimensions, only one can be written")
+def _check_kind(values: NDArray[np.generic], kind: ValueType, what: str, file: str) -> None:
+    if values.ndim != 1:
+        raise errors.NestedArray(file, f"{what} has {values.ndim} dimensions, only one can be written")
     allowed = {"BOOL": "b", "FLOAT32": "iuf", "FLOAT64": "iuf"}.get(kind.name, "iu")
-    if given.size and given.dtype.kind not in allowed:
+    if values.size and values.dtype.kind not in allowed:
         raise errors.WrongKeyType(
-            file, f"{what} cannot be written as {kind.name}: it holds {given.dtype} values"
+            file, f"{what} cannot be written as {kind.name}: it holds {values.dtype} values"
         )

@@ -171,10 +171,10 @@ def _check(files: list[GGUFFile]) -> None:
 def _check_keys(file: GGUFFile, expected: dict[str, int]) -> None:
     """Every file of a set says all three; one that is whole, as a merged file is, says that it is 0 or 1."""
     whole = expected[KEY_COUNT] == 1
-    for key, wanted in expected.items():
-        value = _integer(file, key, wanted if whole else None)
-        if value != wanted and not (whole and key == KEY_COUNT):
-            raise BadShard(file.path, f"says that {key} is {value}, the other shards say {wanted}")
+    for key, expected_value in expected.items():
+        value = _integer(file, key, expected_value if whole else None)
+        if value != expected_value and not (whole and key == KEY_COUNT):
+            raise BadShard(file.path, f"says that {key} is {value}, the other shards say {expected_value}")
 
 
 def _check_metadata(first: GGUFFile, file: GGUFFile) -> None:

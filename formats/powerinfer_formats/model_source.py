@@ -173,9 +173,9 @@ class ModelSource(ABC):
         if shape is not None:
             self.expected.add(name)
         if shape is not None and info.shape != tuple(shape):
-            found, expected = _shape(info.shape), _shape(tuple(shape))
+            stored, expected = _shape(info.shape), _shape(tuple(shape))
             raise WrongShape(
-                self.path, f"tensor {self._title(info)} has the shape {found}, expected {expected}"
+                self.path, f"tensor {self._title(info)} has the shape {stored}, expected {expected}"
             )
         if types is not None and info.row_type not in types:
             allowed = ", ".join(type_name(kind) for kind in sorted(types))

@@ -98,9 +98,9 @@ def _check_experts(plan: Plan, require: Require) -> None:
         _check_expert_sizes(plan, experts, require)
     for index, layer in enumerate(plan.layers):
         own = plan.experts_of(index)
-        wanted = own is not None and own.shared_neurons > 0
-        problem = "is missing" if wanted else "is there, but no shared expert is"
-        require(wanted == (layer.shared_expert is not None), f"layers[{index}].shared_expert", problem)
+        has_shared = own is not None and own.shared_neurons > 0
+        problem = "is missing" if has_shared else "is there, but no shared expert is"
+        require(has_shared == (layer.shared_expert is not None), f"layers[{index}].shared_expert", problem)
         suits = own is not None or layer.disk_bytes == 0
         require(suits, f"layers[{index}].disk_bytes", "is there, but experts alone are read from disk")
         suits = own is None or layer.mode == "dense"

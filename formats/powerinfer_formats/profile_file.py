@@ -88,9 +88,9 @@ def _load(path: Path, *, counts_alone: bool = False) -> tuple[dict[str, Any], Co
             every.append(replace(sums, counts=counts, histogram=None) if counts_alone else sums)
         thresholds = reader.take("thresholds", "F32", (len(document.neurons),))
         reader.finish()
-    for layer, (found, expected) in enumerate(zip(thresholds.tolist(), edges, strict=True)):
-        if found != expected:
-            raise BadValue(path, f"thresholds[{layer}] is {found}, the histograms give {expected}")
+    for layer, (stored, expected) in enumerate(zip(thresholds.tolist(), edges, strict=True)):
+        if stored != expected:
+            raise BadValue(path, f"thresholds[{layer}] is {stored}, the histograms give {expected}")
     fields = {
         name: getattr(document, name) for name in vars(document) if name not in ("neurons", "checkpoint")
     }

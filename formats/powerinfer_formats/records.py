@@ -190,13 +190,13 @@ class RecordReader:
         for key in value:
             if key not in fields:
                 raise self.fail(_join(path, key), f"is not a known field, known are {', '.join(fields)}")
-        found: dict[str, Any] = {}
+        record: dict[str, Any] = {}
         for name, field in fields.items():
             if name in value:
-                found[name] = self._value(hints[name], value[name], _join(path, name))
+                record[name] = self._value(hints[name], value[name], _join(path, name))
             elif field.default is dataclasses.MISSING:
                 raise self.fail(_join(path, name), "is missing")
-        return kind(**found)
+        return kind(**record)
 
 
 def _join(path: str, key: str) -> str:

@@ -101,9 +101,9 @@ class SafetensorsReader:
             raise WrongType(
                 self.path, f"tensor {name!r} is of type {described.get_dtype()}, expected {dtype}"
             )
-        found = tuple(described.get_shape())
-        if found != shape:
-            raise WrongShape(self.path, f"tensor {name!r} has the shape {found}, expected {shape}")
+        stored_shape = tuple(described.get_shape())
+        if stored_shape != shape:
+            raise WrongShape(self.path, f"tensor {name!r} has the shape {stored_shape}, expected {shape}")
         self._untaken.discard(name)
         array: NDArray[Any] = self._handle.get_tensor(name)
         array.flags.writeable = False

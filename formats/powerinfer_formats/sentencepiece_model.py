@@ -135,13 +135,13 @@ def _normalizer(data: bytes, file: str | os.PathLike[str]) -> dict[str, bool]:
         _EXTRA_SPACES: "remove_extra_whitespaces",
         _ESCAPES: "escape_whitespaces",
     }
-    found: dict[str, bool] = {}
+    flags: dict[str, bool] = {}
     for number, value in _fields(data, file):
         if number == _RULES:
-            found["charsmap"] = bool(value)
+            flags["charsmap"] = bool(value)
         elif number in names and isinstance(value, int):
-            found[names[number]] = bool(value)
-    return found
+            flags[names[number]] = bool(value)
+    return flags
 
 
 def _message(value: int | float | bytes, what: str, file: str | os.PathLike[str]) -> bytes:

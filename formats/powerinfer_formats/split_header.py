@@ -39,7 +39,9 @@ def read_sizes(gguf: ModelSource) -> SplitSizes:
     if not experts:
         return SplitSizes(layers, size("feed_forward_length"), size("embedding_length"))
     routed = (f"blk.{layer}.ffn_gate_inp.weight" in gguf.tensors for layer in range(layers))
-    dense = {layer for layer, there in enumerate(routed) if not there and version == names.MIXED_VERSION}
+    dense = {
+        layer for layer, has_router in enumerate(routed) if not has_router and version == names.MIXED_VERSION
+    }
     shared = size("expert_shared_feed_forward_length", 0) > 0
     return SplitSizes(
         layers,
@@ -174,9 +176,11 @@ class HeaderReader(KeyReader):
     def _modes(self) -> tuple[str, ...]:
         modes = self.strings(names.KEY_MODE)
         for layer, mode in enumerate(self.per_layer(names.KEY_MODE, modes)):
-            known = MODES if layer in self._sorted else ("dense",)
-            if mode not in known:
-                self.fail(names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(known)}")
+            modes_here = MODES if layer in self._sorted else ("dense",)
+            if mode not in modes_here:
+                self.fail(
+                    names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(modes_here)}"
+                )
         return tuple(modes)
 
     def _prediction(self) -> SplitPrediction | None:
@@ -190,8 +194,8 @@ class HeaderReader(KeyReader):
         kinds = self.per_layer(names.KEY_PREDICTORS, self.strings(names.KEY_PREDICTORS))
         for layer, kind in enumerate(kinds):
             if kind not in names.PREDICTOR_TENSORS:
-                known = ", ".join(names.PREDICTOR_TENSORS)
-                self.fail(names.KEY_PREDICTORS, f"has {kind!r} for layer {layer}, known are {known}")
+                supported = ", ".join(names.PREDICTOR_TENSORS)
+                self.fail(names.KEY_PREDICTORS, f"has {kind!r} for layer {layer}, known are {supported}")
         recall, density = (self.floats(key) for key in keys)
         for key, values in zip(keys, (recall, density), strict=True):
             if values and max(self.per_layer(key, values)) > 1:

@@ -307,8 +307,8 @@ class SplitHeader:
             (True, KEY_CORPUS_HASHES, self.corpus_hashes, ValueType.STRING),
             (True, KEY_CORPUS_TOKENS, self.corpus_tokens, ValueType.UINT64),
         )
-        for wanted, key, value, kind in entries:
-            if wanted:
+        for applies, key, value, kind in entries:
+            if applies:
                 writer.add(key, value, kind)
         for part in (self.prediction, self.thresholding, self.devices):
             if part is not None:

@@ -127,7 +127,7 @@ def _find_starts(
     starts = np.empty(count + 1, np.int64)
     unpack = _LENGTH.unpack_from
     for first in range(0, count, 65_536):
-        found: list[int] = []
+        positions: list[int] = []
         for index in range(first, min(first + 65_536, count)):
             position += 8
             if position > end:
@@ -136,9 +136,9 @@ def _find_starts(
             if length > MAX_STRING_BYTES:
                 reason = f"{what}: string {index} has {length} bytes, at most {MAX_STRING_BYTES} are read"
                 raise StringTooLong(file, reason)
-            found.append(position)
+            positions.append(position)
             position += length
-        starts[first : first + len(found)] = found
+        starts[first : first + len(positions)] = positions
     if position > end:
         raise TruncatedFile(file, f"{what}: the last string ends at byte {position}, the file at {end}")
     starts[count] = position + 8

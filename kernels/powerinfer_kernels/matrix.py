@@ -125,8 +125,8 @@ class Matrix:
         :meth:`pack` does."""
         check_positive(rows=rows, columns=columns)
         row_bytes(row_type, columns)
-        known = computable(row_type)
-        return cls(_kernels.Matrix(pool.handle, None, known, rows, columns), known, rows, columns)
+        supported = computable(row_type)
+        return cls(_kernels.Matrix(pool.handle, None, supported, rows, columns), supported, rows, columns)
 
     @property
     def nbytes(self) -> int:
@@ -182,12 +182,12 @@ class Bundle:
     def only(self, *, gate: bool = False, up: bool = False, down: bool = False) -> "Bundle":
         """The same records, for operations that read no other rows of them. Raises KernelError for rows that
         they do not have."""
-        wanted = (gate, up, down)
-        if any(want and kind is None for want, kind in zip(wanted, self.types, strict=True)):
+        parts = (gate, up, down)
+        if any(want and kind is None for want, kind in zip(parts, self.types, strict=True)):
             raise KernelError("the bundle has no such rows")
-        left = [kind for want, kind in zip(wanted, self.types, strict=True) if not want and kind is not None]
+        left = [kind for want, kind in zip(parts, self.types, strict=True) if not want and kind is not None]
         unread = self._unread + self.rows * sum(packed_row_bytes(kind, self.columns) for kind in left)
-        types = tuple(kind if want else None for want, kind in zip(wanted, self.types, strict=True))
+        types = tuple(kind if want else None for want, kind in zip(parts, self.types, strict=True))
         return Bundle(self.handle, types, self.rows, self.columns, unread)  # type: ignore[arg-type]
 
     @property

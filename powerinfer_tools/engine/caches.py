@@ -44,8 +44,8 @@ def kv_slots(
     hyper = model.hyper
     try:
         return [
-            builder.kv_slot(context, facts.kv_heads, facts.head_dim, facts.value_dim) if wanted else None
-            for wanted, facts in zip(here, hyper.facts, strict=True)
+            builder.kv_slot(context, facts.kv_heads, facts.head_dim, facts.value_dim) if has_slot else None
+            for has_slot, facts in zip(here, hyper.facts, strict=True)
         ]
     except KernelError as error:
         raise ModelError(f"{model.path}: {error}") from None

@@ -66,8 +66,8 @@ class DraftLength:
         were."""
         if tokens in self._cost:
             return self._cost[tokens]
-        below = max(known for known in self._cost if known < tokens)
-        above = min((known for known in self._cost if known > tokens), default=None)
+        below = max(count for count in self._cost if count < tokens)
+        above = min((count for count in self._cost if count > tokens), default=None)
         if above is None:
             return self._cost[below] + (tokens - below) * _GUESS * self._cost[1]
         part = (tokens - below) / (above - below)

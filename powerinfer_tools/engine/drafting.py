@@ -193,9 +193,9 @@ class Drafter:
         """``token`` and the guesses that seem to pay."""
         started, session = time.perf_counter(), self._session
         most = min(session.context - len(self._tokens), session.most_verified) - 1
-        wanted, guesses = self.length.choose(min(most, MOST)), list[int]()
-        if wanted:
-            guesses = self._proposer.propose([*self._tokens, token], wanted)
+        length, guesses = self.length.choose(min(most, MOST)), list[int]()
+        if length:
+            guesses = self._proposer.propose([*self._tokens, token], length)
         drafting = time.perf_counter() - started
         self._before = session.checkpoint() if guesses else None
         rows = session.verify([token, *guesses])

@@ -55,15 +55,17 @@ def _share(
         return LayerShare("none", 0, 0, None, None)
     if facts.ffn == "experts":
         assert routing is not None
-        there = len(hot.hot_experts(layer)) if hot else 0
+        hot_count = len(hot.hot_experts(layer)) if hot else 0
         density = routing.share if tokens else None
-        return LayerShare(mode, routing.experts, there, density, 0.0 if tokens and not there else None)
+        return LayerShare(
+            mode, routing.experts, hot_count, density, 0.0 if tokens and not hot_count else None
+        )
     neurons = facts.neurons
-    there = hot.hot_neurons(layer) if hot else 0
+    hot_count = hot.hot_neurons(layer) if hot else 0
     if not tokens:
-        return LayerShare(mode, neurons, there, None, None)
-    predicted = hot.predicted(layer) if hot and there else None
-    computed_there = tokens * there - (predicted[0] if predicted else 0)
-    computed = computed_there + tokens * (neurons - there) - passed_over
+        return LayerShare(mode, neurons, hot_count, None, None)
+    predicted = hot.predicted(layer) if hot and hot_count else None
+    computed_there = tokens * hot_count - (predicted[0] if predicted else 0)
+    computed = computed_there + tokens * (neurons - hot_count) - passed_over
     density, hot_share = computed / (tokens * neurons), computed_there / computed if computed else 0.0
-    return LayerShare(mode, neurons, there, density, hot_share)
+    return LayerShare(mode, neurons, hot_count, density, hot_share)

@@ -274,9 +274,9 @@ class LayerStack:
         if self._hot is None or not self._check_recall:
             return counted
         for layer, counts in counted.items():
-            found, every = self._hot.predicted(layer), self._tokens * self._hot.hot_neurons(layer)
-            if found is not None:
-                counts.append(HotFound(found[1], found[2], every - found[0], every))
+            predicted, every = self._hot.predicted(layer), self._tokens * self._hot.hot_neurons(layer)
+            if predicted is not None:
+                counts.append(HotFound(predicted[1], predicted[2], every - predicted[0], every))
         return counted
 
     def seconds(self) -> dict[str, float]:

@@ -33,9 +33,9 @@ def require_memory(model: Model, context: int, kv_type: str, available: int, els
     if not available or weights + cache - elsewhere + MARGIN <= available:
         return
     mib = 1 << 20
-    there = f", but for {elsewhere // mib} MiB in VRAM," if elsewhere else ""
+    in_vram = f", but for {elsewhere // mib} MiB in VRAM," if elsewhere else ""
     raise ModelError(
         f"{model.path}: {weights // mib} MiB of weights and {cache // mib} MiB of KV cache for a "
-        f"context of {context}{there} do not fit in the {available // mib} MiB of memory that are free; ask "
-        "for a shorter context (-c) or a smaller cache (--kv-type q8_0), or take a smaller model"
+        f"context of {context}{in_vram} do not fit in the {available // mib} MiB of memory that are free; "
+        "ask for a shorter context (-c) or a smaller cache (--kv-type q8_0), or take a smaller model"
     )

@@ -9,8 +9,8 @@ from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.loading import Model
 
 
-def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
-    """The mode of each layer: ``asked``, else what a split file says, else dense. Where predicted is asked
+def layer_modes(model: Model, choice: str | None) -> tuple[str, ...]:
+    """The mode of each layer: ``choice``, else what a split file says, else dense. Where predicted is asked
     for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
     A layer that keeps the source's down projection, because dense was found to be faster there, is dense in
     mode gate-first, too, and so is one without zeros: both have the same bits in every layer. Layers with
@@ -19,7 +19,7 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
     Raises ModelError for a mode that the model does not allow.
     """
     layers = model.hyper.layers
-    if asked is None:
+    if choice is None:
         modes = model.split.modes if model.split else ("dense",) * layers
         for mode in sorted(set(modes)):
             _check_mode(model, mode)
@@ -27,20 +27,20 @@ def layer_modes(model: Model, asked: str | None) -> tuple[str, ...]:
             if mode in ("gate-first", "predicted") and not model.has_zeros(index):
                 raise ModelError(f"{model.path}: layer {index} is {mode}, and its activation makes no zeros")
         return modes
-    _check_mode(model, asked)
-    return tuple(_mode(model, index, asked) for index in range(layers))
+    _check_mode(model, choice)
+    return tuple(_mode(model, index, choice) for index in range(layers))
 
 
-def _mode(model: Model, index: int, asked: str) -> str:
-    """The mode of one layer where ``asked`` is wanted."""
+def _mode(model: Model, index: int, choice: str) -> str:
+    """The mode of one layer where ``choice`` is wanted."""
     if isinstance(model.layers[index].ffn, ExpertsFFN):
-        return "gate-first" if asked == "gate-first" and picks_in_experts(model) else "dense"
+        return "gate-first" if choice == "gate-first" and picks_in_experts(model) else "dense"
     layer = model.split.layer(index) if model.split else None
-    if layer is None or asked == "dense":
+    if layer is None or choice == "dense":
         return "dense"
-    if asked == "thresholded":
+    if choice == "thresholded":
         return "thresholded" if layer.threshold else "dense"
-    if asked == "predicted" and layer.predictor:
+    if choice == "predicted" and layer.predictor:
         return "predicted"
     return "gate-first" if layer.columns is None and model.has_zeros(index) else "dense"
 
@@ -55,14 +55,14 @@ def picks_in_experts(model: Model) -> bool:
     )
 
 
-def _check_mode(model: Model, asked: str) -> None:
-    if asked not in MODES:
+def _check_mode(model: Model, choice: str) -> None:
+    if choice not in MODES:
         raise ModelError(
-            f"{model.path}: mode {asked!r} is not one that this version runs ({', '.join(MODES)})"
+            f"{model.path}: mode {choice!r} is not one that this version runs ({', '.join(MODES)})"
         )
-    if asked == "dense":
+    if choice == "dense":
         return
-    if asked == "gate-first" and picks_in_experts(model):
+    if choice == "gate-first" and picks_in_experts(model):
         return
     if all(facts.ffn != "dense" for facts in model.hyper.facts):
         raise ModelError(
@@ -70,17 +70,17 @@ def _check_mode(model: Model, asked: str) -> None:
             "takes; gate-first needs an activation with exact zeros, and down projections of a type from "
             "Q4_0 to Q8_0 or from Q4_K to Q6_K"
         )
-    if asked == "thresholded":
+    if choice == "thresholded":
         _check_thresholded(model)
         return
     if not model.exact_zeros:
         raise ModelError(
-            f"{model.path}: {asked} skips neurons whose activation is exactly zero; "
+            f"{model.path}: {choice} skips neurons whose activation is exactly zero; "
             f"{model.hyper.activation} has no exact zeros, use --mode dense"
         )
     if model.split is None:
-        raise ModelError(f"{model.path}: {asked} needs a split file; make one with powerinfer convert")
-    if asked == "predicted" and not any(layer.predictor for layer in model.split.layers):
+        raise ModelError(f"{model.path}: {choice} needs a split file; make one with powerinfer convert")
+    if choice == "predicted" and not any(layer.predictor for layer in model.split.layers):
         raise ModelError(
             f"{model.path}: predicted needs predictors, and this file has none; use --mode gate-first"
         )

@@ -43,8 +43,8 @@ class PackedWeights:
         parts = {place[kind]: True for kind in kinds}
         made = self._bundles.setdefault((id(layer), first), [])
         for _, bundle in made:
-            there = {part for part, kind in zip(_PARTS, bundle.types, strict=True) if kind is not None}
-            if parts.keys() <= there:
+            held_parts = {part for part, kind in zip(_PARTS, bundle.types, strict=True) if kind is not None}
+            if parts.keys() <= held_parts:
                 return bundle.only(**parts)
         rows = {
             place[kind]: (np.ascontiguousarray(layer.rows(kind, first, layer.neurons)), layer.type_of(kind))

@@ -210,18 +210,19 @@ class Residency:
             missing = token_bytes * (1 - share)
             return "any number of" if missing < 1 else f"{rate / missing:.3g}"
 
-        told = f"at most {speed(resident)} tok/s where all experts are taken equally often"
+        speeds = f"at most {speed(resident)} tok/s where all experts are taken equally often"
         if hit_share is None:
             skewed = 1 - (1 - resident) ** PUBLISHED_SKEW
-            told = (
+            speeds = (
                 f"at most {speed(skewed)} tok/s with the skew published of other models ({skewed:.0%} "
-                f"in memory when taken; there is no profile of this one, and what stays follows use); {told}"
+                f"in memory when taken; there is no profile of this one, and what stays follows use); "
+                f"{speeds}"
             )
         if hit_share is not None:
             share = f"{hit_share:.0%} of them in memory, as in the profile"
-            told = f"at most {speed(hit_share)} tok/s with {share}; {told}"
+            speeds = f"at most {speed(hit_share)} tok/s with {share}; {speeds}"
         size = f"a token takes {token_bytes / 1e6:,.0f} MB of experts"
-        return f"{size}; the disk brings {rate / 1e9:.2f} GB/s: {told}"
+        return f"{size}; the disk brings {rate / 1e9:.2f} GB/s: {speeds}"
 
     def drop_pages(self) -> None:
         """Give back the pages of the file that were read through its mapping."""

@@ -211,12 +211,12 @@ class Session(Closing):
     def _restore(self, source: "Session", position: int) -> int:
         """Take over what recurrences of ``source`` held at the end of its last prompt, or nothing where that
         is behind ``position``; returns how many tokens that is."""
-        there = source._kept_at if source._kept_at <= position else 0
+        start = source._kept_at if source._kept_at <= position else 0
         for values, kept in zip(self._state.recurrent, source._kept, strict=True):
-            values[:] = kept if there else 0
-        if not there:
+            values[:] = kept if start else 0
+        if not start:
             self._kept_at = 0
-        return there
+        return start
 
     def copy_prefix(self, source: "Session", positions: int) -> int:
         """Hold the first ``positions`` tokens of ``source``, bit for bit, in place of what was held; where a

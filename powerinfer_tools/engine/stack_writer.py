@@ -107,11 +107,11 @@ class StackWriter:
         """In a parallel layer the FFN's input is ready before attention, which the hot device then works
         beside, too."""
         ffn, some_hot = self._cold_ffn(index, layer)
-        writer, parallel, there = self.writer, self._model.hyper.parallel, self._attention_there(index)
-        if there and (some_hot or isinstance(layer.feeds, ExpertsFFN)):
+        writer, parallel, on_device = self.writer, self._model.hyper.parallel, self._attention_there(index)
+        if on_device and (some_hot or isinstance(layer.feeds, ExpertsFFN)):
             self._write_there(index, ffn)
             return
-        if parallel or not there:
+        if parallel or not on_device:
             self._bring_back()
         ffn.before(writer)
         if not parallel:

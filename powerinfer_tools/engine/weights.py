@@ -188,9 +188,9 @@ class Weights(Closing):
         if self.stack.has_hot_side:
             return self._one_by_one(work, rows)
         if rows <= HEAD_ROWS and sum(len(part.tokens) for part in work) <= self.batch:
-            wanted = self._wanted(work)
+            logit_rows = self._wanted(work)
             self.forward([(part.session, part.tokens) for part in work])
-            return self.logits(wanted)
+            return self.logits(logit_rows)
         return self._passes(work, rows)
 
     def write(self, sessions: Sequence[Session], tokens: Sequence[int]) -> Floats:
@@ -257,11 +257,11 @@ class Weights(Closing):
 
     def _wanted(self, work: Sequence[Part]) -> list[int]:
         """Where the rows whose logits are wanted stand in a single pass."""
-        wanted, end = list[int](), 0
+        logit_rows, end = list[int](), 0
         for part in work:
             end += len(part.tokens)
-            wanted += range(end - part.rows, end)
-        return wanted
+            logit_rows += range(end - part.rows, end)
+        return logit_rows
 
     def _one_by_one(self, work: Sequence[Part], rows: int) -> Floats:
         """Each session by itself, as torch's sums may depend on the size of a batch."""
@@ -275,10 +275,10 @@ class Weights(Closing):
     def _passes(self, work: Sequence[Part], rows: int) -> Floats:
         """Pass by pass, each with as many tokens as fit, in order."""
         out, at = np.empty((rows, self.vocabulary), np.float32), 0
-        for parts, wanted in _cut(work, self.batch):
+        for parts, logit_rows in _cut(work, self.batch):
             self.forward(parts)
-            for first in range(0, len(wanted), HEAD_ROWS):
-                some = wanted[first : first + HEAD_ROWS]
+            for first in range(0, len(logit_rows), HEAD_ROWS):
+                some = logit_rows[first : first + HEAD_ROWS]
                 out[at : at + len(some)] = self.logits(some)
                 at += len(some)
         return out
@@ -287,20 +287,20 @@ class Weights(Closing):
 def _cut(work: Sequence[Part], batch: int) -> Iterable[tuple[list[tuple[Session, Sequence[int]]], list[int]]]:
     """Passes of up to ``batch`` tokens: what they take of each session, and the rows whose logits are
     wanted."""
-    parts, wanted, used = list[tuple[Session, Sequence[int]]](), list[int](), 0
+    parts, logit_rows, used = list[tuple[Session, Sequence[int]]](), list[int](), 0
     for session, tokens, rows in work:
         done = 0
         while done < len(tokens):
             count = min(batch - used, len(tokens) - done)
             parts.append((session, tokens[done : done + count]))
             first = max(0, len(tokens) - rows - done)
-            wanted += range(used + first, used + count)
+            logit_rows += range(used + first, used + count)
             done, used = done + count, used + count
             if used == batch:
-                yield parts, wanted
-                parts, wanted, used = [], [], 0
+                yield parts, logit_rows
+                parts, logit_rows, used = [], [], 0
     if parts:
-        yield parts, wanted
+        yield parts, logit_rows
 
 
 def _check_context(model: Model, context: int | None) -> int:

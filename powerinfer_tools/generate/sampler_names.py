@@ -27,13 +27,13 @@ _SPELLINGS = _spellings()
 def sampler_chain(names: Sequence[str]) -> tuple[str, ...]:
     """``names`` as this program writes them, without those that would do nothing. Raises SamplingError for
     one that is not known."""
-    known = []
+    chain = []
     for name in names:
         canonical = _SPELLINGS.get(name.strip().lower())
         if canonical is None:
             raise SamplingError(f"samplers names {name!r}; known are {', '.join((*DEFAULT_SAMPLERS, *_OFF))}")
-        known.append(canonical)
-    return tuple(name for name in known if name not in _OFF)
+        chain.append(canonical)
+    return tuple(name for name in chain if name not in _OFF)
 
 
 def chain_of_letters(letters: str) -> tuple[str, ...]:

@@ -302,10 +302,10 @@ def above_share_of_best(scores: _Scores, share: float) -> _Ids:
 
 
 def _describe_fault(logits: Logits) -> str:
-    for fault, found in (("NaN", np.isnan(logits)), ("+inf", np.isposinf(logits))):
-        if found.any():
+    for fault, where in (("NaN", np.isnan(logits)), ("+inf", np.isposinf(logits))):
+        if where.any():
             return (
-                f"the logits cannot be sampled: {int(found.sum())} of {len(logits)} are {fault}, "
-                f"first that of token {int(np.argmax(found))}; the model file may be damaged"
+                f"the logits cannot be sampled: {int(where.sum())} of {len(logits)} are {fault}, "
+                f"first that of token {int(np.argmax(where))}; the model file may be damaged"
             )
     return f"the logits cannot be sampled: all {len(logits)} tokens are ruled out (-inf)"

@@ -55,8 +55,8 @@ def find_cached(reference: Reference, cache: Path | None = None) -> Path | None:
 
 def list_models(cache: Path | None = None) -> list[LocalModel]:
     """All whole models, by name."""
-    found = [model for _, _, model in _models(cache)]
-    return sorted(found, key=lambda model: (model.reference.lower(), not model.current))
+    models = [model for _, _, model in _models(cache)]
+    return sorted(models, key=lambda model: (model.reference.lower(), not model.current))
 
 
 def incomplete_bytes(cache: Path | None = None) -> int:
@@ -67,11 +67,11 @@ def incomplete_bytes(cache: Path | None = None) -> int:
 def remove(reference: Reference, *, everything: bool = False, cache: Path | None = None) -> int:
     """Remove the model, in all commits; of several of a repository the one that is named, or all with
     ``everything``. Gives the bytes that are free now. Raises HubError."""
-    there = [(revision, offer) for revision, offer, model in _models(cache, reference.repository)]
+    cached = [(revision, offer) for revision, offer, model in _models(cache, reference.repository)]
     partial = (cache or hub_cache()) / reference.folder_name / "blobs"
-    if not there and not any(partial.glob("*.incomplete")):
+    if not cached and not any(partial.glob("*.incomplete")):
         raise HubError(f"{reference.repository} is not in the cache; powerinfer list shows what is")
-    labels = {offer.label for _, offer in there}
+    labels = {offer.label for _, offer in cached}
     if not reference.quant and (everything or len(labels) <= 1):
         return _remove_all(reference, cache)
     if not reference.quant:
@@ -79,14 +79,14 @@ def remove(reference: Reference, *, everything: bool = False, cache: Path | None
             f"{reference.repository} is there as {', '.join(sorted(labels))}: name one, or remove all (--all)"
         )
     matching = []
-    for revision, offer in there:
+    for revision, offer in cached:
         with suppress(HubError):
             choose([offer], reference)
             matching.append((revision, offer))
     if not matching:
         there_are = f"there are: {', '.join(sorted(labels))}"
         raise HubError(f"{reference.repository} has no {reference.quant} in the cache; {there_are}")
-    if len(matching) == len(there):
+    if len(matching) == len(cached):
         return _remove_all(reference, cache)
     return _remove_files(matching)
 

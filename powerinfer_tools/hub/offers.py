@@ -56,17 +56,17 @@ class Offer:
 def offers(names: Iterable[str]) -> list[Offer]:
     """All models among files of these names, GGUF files first."""
     listed = sorted(name for name in names if _is_plain(name))
-    there, offered, seen = set(listed), [], set[str]()
+    every_file, offered, seen = set(listed), [], set[str]()
     for name in listed:
         if not name.endswith(".gguf") or _OTHERS.search(PurePosixPath(name).name) or name in seen:
             continue
         files = [file.as_posix() for file in shard_files(Path(name))]
         seen.update(files)
-        missing = tuple(file for file in files if file not in there)
+        missing = tuple(file for file in files if file not in every_file)
         offered.append(Offer(_label(name), tuple(files), missing))
-    weights = INDEX_FILE if INDEX_FILE in there else "model.safetensors"
-    if {"config.json", weights} <= there:
-        beside = tuple(name for name in FOLDER_FILES if name in there)
+    weights = INDEX_FILE if INDEX_FILE in every_file else "model.safetensors"
+    if {"config.json", weights} <= every_file:
+        beside = tuple(name for name in FOLDER_FILES if name in every_file)
         offered.append(Offer(SAFETENSORS, (*beside, weights)))
     return offered
 
@@ -109,10 +109,10 @@ def _label(name: str) -> str:
 
 
 def _matches(offer: Offer, quant: str) -> bool:
-    wanted = quant.lower()
+    label = quant.lower()
     names = {offer.label.lower(), *(name.lower() for name in offer.files if not offer.is_folder)}
     names |= {PurePosixPath(name).name for name in names}
-    return wanted in names
+    return label in names
 
 
 def _listed(offered: list[Offer], *, full: bool = False) -> str:

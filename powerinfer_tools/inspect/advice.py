@@ -130,14 +130,14 @@ def dense_seconds(shape: ModelShape, machine: Machine, workload: Workload) -> fl
 
 
 def _advice(
-    model: Model, shape: ModelShape, machine: Machine, known: Frequencies, free: int, notice: str
+    model: Model, shape: ModelShape, machine: Machine, frequencies: Frequencies, free: int, notice: str
 ) -> Advice:
     hyper = model.hyper
     context = min(DEFAULT_CONTEXT, hyper.trained_context)
     weights = sum(info.nbytes for info in model.source.tensors.values())
     cache = footprint_of(model).session_bytes(context, "f16")
     fits = not free or footprint_of(model).packed_nbytes + cache + MARGIN <= free
-    ways = _ways(model, shape, machine, known)
+    ways = _ways(model, shape, machine, frequencies)
     routing = hyper.routing
     return Advice(
         model=model.name,
@@ -158,7 +158,7 @@ def _advice(
     )
 
 
-def _ways(model: Model, shape: ModelShape, machine: Machine, known: Frequencies) -> tuple[Way, ...]:
+def _ways(model: Model, shape: ModelShape, machine: Machine, frequencies: Frequencies) -> tuple[Way, ...]:
     workload = Workload(min(DEFAULT_CONTEXT, shape.trained_context), 1, "f16")
     dense = 1.0 / dense_seconds(shape, machine, workload)
     path = model.path
@@ -170,30 +170,30 @@ def _ways(model: Model, shape: ModelShape, machine: Machine, known: Frequencies)
     prepare = tuple(f"powerinfer {stage} -m {path}" for stage in ("profile", "plan", "convert"))
     minutes = PROFILE_TOKENS / (PROMPT_SPEEDUP * dense) / 60
     if model.exact_zeros and not shape.routed:
-        ways.append(_sparse_way(shape, machine, known, prepare, minutes))
+        ways.append(_sparse_way(shape, machine, frequencies, prepare, minutes))
     if machine.gpu is not None:
-        speed = _planned_speed(shape, machine, known)
+        speed = _planned_speed(shape, machine, frequencies)
         text = f"the plan places what is busy on {machine.gpu.name}; predicted, not yet confirmed on any GPU"
         ways.append(Way("split", speed, True, text, prepare, minutes))
     return tuple(ways)
 
 
 def _sparse_way(
-    shape: ModelShape, machine: Machine, known: Frequencies, commands: tuple[str, ...], minutes: float
+    shape: ModelShape, machine: Machine, frequencies: Frequencies, commands: tuple[str, ...], minutes: float
 ) -> Way:
     """Gate-first on the CPU: up and down rows are read only where the gate is positive."""
-    if known.layers is None:
+    if frequencies.layers is None:
         text = "true zeros are skipped without changing a bit; how many there are, a profile counts"
         return Way("gate-first", None, True, text, commands, minutes)
-    neurons = sum(len(layer) for layer in known.layers)
-    density = sum(float(layer.sum()) for layer in known.layers) / neurons
-    speed = _planned_speed(shape, replace(machine, gpu=None), known)
-    text = f"{density:.0%} of the neurons fire for a token ({known.source}); the others change no bit"
+    neurons = sum(len(layer) for layer in frequencies.layers)
+    density = sum(float(layer.sum()) for layer in frequencies.layers) / neurons
+    speed = _planned_speed(shape, replace(machine, gpu=None), frequencies)
+    text = f"{density:.0%} of the neurons fire for a token ({frequencies.source}); the others change no bit"
     return Way("gate-first", speed, True, text, commands[1:], 0.0)
 
 
-def _planned_speed(shape: ModelShape, machine: Machine, known: Frequencies) -> float:
-    return 1.0 / plan_outcome(shape, known, machine, Budgets(), PlanOptions()).placement.seconds
+def _planned_speed(shape: ModelShape, machine: Machine, frequencies: Frequencies) -> float:
+    return 1.0 / plan_outcome(shape, frequencies, machine, Budgets(), PlanOptions()).placement.seconds
 
 
 def _verdict(model: Model, ways: tuple[Way, ...], *, fits: bool) -> str:

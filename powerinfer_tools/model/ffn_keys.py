@@ -51,14 +51,14 @@ def _shared_neurons(keys: Keys, spec: ArchitectureSpec, width: int) -> int:
     if spec.dense_beside == "square":
         return width
     if spec.dense_beside == "optional":
-        there = "blk.0.ffn_up.weight" in keys.gguf.tensors
-        return keys.integer("feed_forward_length", high=1 << 22) if there else 0
+        has_dense = "blk.0.ffn_up.weight" in keys.gguf.tensors
+        return keys.integer("feed_forward_length", high=1 << 22) if has_dense else 0
     if not spec.shared_expert:
         return 0
     count = keys.integer("expert_shared_count", spec.default_shared_count, low=0, high=1 << 10)
-    given = keys.integer("expert_shared_feed_forward_length", 0, low=0, high=1 << 22)
-    if given or not count:
-        return given
+    neurons = keys.integer("expert_shared_feed_forward_length", 0, low=0, high=1 << 22)
+    if neurons or not count:
+        return neurons
     return count * keys.integer("expert_feed_forward_length", high=1 << 22)
 
 
@@ -93,8 +93,8 @@ def read_activation(gguf: ModelSource, spec: ArchitectureSpec) -> str:
         return original_activation(spec.name, gguf.path)
     activation = str(gguf.get("powerinfer.activation", str, spec.activation))
     if activation not in ACTIVATIONS or (activation == "xielu" and spec.activation != "xielu"):
-        known = ", ".join(sorted(ACTIVATIONS))
-        raise ModelError(f"{gguf.path}: powerinfer.activation {activation!r} is unknown (known: {known})")
+        supported = ", ".join(sorted(ACTIVATIONS))
+        raise ModelError(f"{gguf.path}: powerinfer.activation {activation!r} is unknown (known: {supported})")
     return activation
 
 

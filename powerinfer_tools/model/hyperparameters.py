@@ -171,8 +171,8 @@ def _facts(
         # A layer has experts where it has a router: keys that say it are not read alike by all families.
         experts = routed and f"blk.{index}.ffn_gate_inp.weight" in keys.gguf.tensors
         if step and index >= first and experts != ((index + 1) % step == 0):
-            there = "has" if experts else "has no"
-            keys.refuse(f"layer {index} {there} experts, with interleave_moe_layer_step {step}")
+            has = "has" if experts else "has no"
+            keys.refuse(f"layer {index} {has} experts, with interleave_moe_layer_step {step}")
         facts.append(
             LayerFacts(
                 window=window,

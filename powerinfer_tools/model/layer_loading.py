@@ -47,7 +47,7 @@ def load_layer(
         ffn_down_bias=ffn_bias(f"{prefix}.{_down_name(tensors, spec)}.bias", hyper.width),
         ffn_post_norm=_post_norm(tensors, spec, hyper, prefix, 1),
         ffn_inner_norm=tensors.optional_norm(
-            spec, f"{prefix}.ffn_sub_norm", neurons, wanted=spec.inner_norms
+            spec, f"{prefix}.ffn_sub_norm", neurons, required=spec.inner_norms
         ),
         recurs=_recurrent(tensors, spec, hyper, index) if facts.mixer in ("recurrent", "both") else None,
         streams=None
@@ -117,8 +117,8 @@ def _post_norm(
     for name in names:
         if tensors.has(f"{prefix}.{name}"):
             return Norm(spec.norm, tensors.vector(f"{prefix}.{name}", hyper.width))
-    there = [name for name in names if tensors.has(f"{prefix}.{name}.weight")]
-    return tensors.norm(spec, f"{prefix}.{(*there, names[0])[0]}", hyper.width)
+    present = [name for name in names if tensors.has(f"{prefix}.{name}.weight")]
+    return tensors.norm(spec, f"{prefix}.{(*present, names[0])[0]}", hyper.width)
 
 
 def _attends(
@@ -163,7 +163,9 @@ def _attention(
         gate_bias=gate_bias,
         sinks=tensors.optional(f"{prefix}.attn_sinks.weight", facts.heads) if spec.sinks else None,
         post_norm=_post_norm(tensors, spec, hyper, prefix, 0),
-        inner_norm=tensors.optional_norm(spec, f"{prefix}.attn_sub_norm", attended, wanted=spec.inner_norms),
+        inner_norm=tensors.optional_norm(
+            spec, f"{prefix}.attn_sub_norm", attended, required=spec.inner_norms
+        ),
         value_norm=Norm("rms", np.ones(facts.value_dim, np.float32)) if spec.value_norm else None,
         laurel=read_laurel(tensors, width, prefix) if spec.streams else None,
     )
@@ -192,14 +194,14 @@ def _head_norm(
         gains = tensors.values(f"{name}.weight", heads) if name.endswith("attn_q_norm") else np.ones(heads)
         return Norm(spec.norm, np.repeat(gains, dim).astype(np.float32))
     if spec.qk_norm == "plain":
-        there = facts.rope is not None and (
+        present = facts.rope is not None and (
             hyper.routing is None or hyper.routing.experts != spec.unnormed_experts
         )
-        return Norm(spec.norm, np.ones(dim, np.float32)) if there else None
-    wanted = spec.qk_norm in ("heads", "row")
+        return Norm(spec.norm, np.ones(dim, np.float32)) if present else None
+    required = spec.qk_norm in ("heads", "row")
     if spec.qk_norm_optional and not tensors.has(f"{name}.weight"):
         return None
-    return tensors.optional_norm(spec, name, heads * dim if spec.qk_norm == "row" else dim, wanted=wanted)
+    return tensors.optional_norm(spec, name, heads * dim if spec.qk_norm == "row" else dim, required=required)
 
 
 def _gated(
@@ -216,13 +218,13 @@ def _projections(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameter
     prefix, facts, width = f"blk.{index}", hyper.facts[index], hyper.width
     queries = facts.heads * facts.head_dim * (2 if spec.attention_gate == "queries" else 1)
     sizes = {"k": facts.kv_heads * facts.head_dim, "v": facts.kv_heads * facts.value_dim}
-    there = [kind for kind in sizes if _has_own(tensors, spec, facts, prefix, kind)]
+    own_kinds = [kind for kind in sizes if _has_own(tensors, spec, facts, prefix, kind)]
     key, value = (
-        tensors.matrix(f"{prefix}.attn_{kind}.weight", size, width) if kind in there else None
+        tensors.matrix(f"{prefix}.attn_{kind}.weight", size, width) if kind in own_kinds else None
         for kind, size in sizes.items()
     )
     key_bias, value_bias = (
-        tensors.optional(f"{prefix}.attn_{kind}.bias", size) if kind in there else None
+        tensors.optional(f"{prefix}.attn_{kind}.bias", size) if kind in own_kinds else None
         for kind, size in sizes.items()
     )
     query = tensors.matrix(f"{prefix}.attn_q.weight", queries, width)

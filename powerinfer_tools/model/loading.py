@@ -157,8 +157,8 @@ class Model:
         return None
 
     def _refuse_first(self, what: dict[str, bool], error: type[Exception], stage: str) -> None:
-        for name, there in what.items():
-            if there:
+        for name, applies in what.items():
+            if applies:
                 raise error(f"{self.path}: {stage} does not take models with {name}; run, eval and bench do")
 
     @cached_property
@@ -199,7 +199,7 @@ class Model:
             "dense layers beside experts": routing is not None and self._mixed,
             "biases of gated FFNs": self.spec.gated_biases,
         }
-        return next((name for name, there in what.items() if there), None)
+        return next((name for name, applies in what.items() if applies), None)
 
     def require_plain(self, error: type[Exception], stage: str) -> None:
         """Raise ``error`` for a model with something that ``stage`` does not know, and name it."""

@@ -223,14 +223,14 @@ def read_streams(keys: Keys, spec: ArchitectureSpec) -> StreamSizes | None:
 def read_deviations(keys: Keys, spec: ArchitectureSpec, layers: int) -> list[float | None]:
     """How many standard deviations above the mean gates must be; None where any counts, of which files say
     −∞. Raises ModelError."""
-    given = keys.raw("activation_sparsity_scale") if spec.top_layers else None
-    if given is None:
+    values = keys.raw("activation_sparsity_scale") if spec.top_layers else None
+    if values is None:
         return [_TOP_DEVIATIONS if index < spec.top_layers else None for index in range(layers)]
-    if not isinstance(given, np.ndarray) or given.dtype.kind != "f" or len(given) != layers:
+    if not isinstance(values, np.ndarray) or values.dtype.kind != "f" or len(values) != layers:
         keys.refuse("activation_sparsity_scale is not a number for each layer")
-    if not (given < 100).all():
+    if not (values < 100).all():
         keys.refuse("activation_sparsity_scale holds a value that no gate reaches")
-    return [float(one) if one > -math.inf else None for one in given]
+    return [float(one) if one > -math.inf else None for one in values]
 
 
 def read_attention_scale(
@@ -242,9 +242,9 @@ def read_attention_scale(
             "router_logit_softcapping", "attention.temperature_length"
         )  # no reader of files uses them
         return keys.real("attention.output_scale", _GROK_SCALE)
-    given = keys.real("attention.scale", 0.0)
-    if given:
-        return given
+    scale = keys.real("attention.scale", 0.0)
+    if scale:
+        return scale
     if spec.attention_scale:
         return spec.attention_scale
     per_head = width // heads if layers == spec.wide_attention_scale_layers else head_dim

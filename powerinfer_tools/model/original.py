@@ -32,9 +32,9 @@ def is_original(source: object) -> TypeGuard[GGUFFile]:
 def original_activation(architecture: str, file: Path) -> str:
     """The activation of a file of this ``architecture``. Raises ModelError for one that it does not know."""
     if architecture not in layout.ACTIVATIONS:
-        known = ", ".join(layout.ACTIVATIONS)
+        supported = ", ".join(layout.ACTIVATIONS)
         raise ModelError(
-            f"{file}: models of the original PowerInfer are of {known}; this one is of {architecture!r}"
+            f"{file}: models of the original PowerInfer are of {supported}; this one is of {architecture!r}"
         )
     return layout.ACTIVATIONS[architecture]
 

@@ -173,7 +173,7 @@ def _kernel(tensors: Tensors, name: str, channels: int, length: int) -> Table:
 def _selective_scan(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int) -> SelectiveScan:
     step_norm = tensors.optional(f"{prefix}.ssm_dt_norm.weight", s.heads)
     vectors = [tensors.optional(f"{prefix}.ssm_{kind}_norm.weight", s.state) for kind in "bc"]
-    known = [vector for vector in vectors if vector is not None]
+    present = [vector for vector in vectors if vector is not None]
     return SelectiveScan(
         inward=tensors.matrix(f"{prefix}.ssm_in.weight", 2 * s.inner, width),
         kernel=_kernel(tensors, f"{prefix}.ssm_conv1d.weight", s.inner, s.length),
@@ -185,7 +185,7 @@ def _selective_scan(tensors: Tensors, s: RecurrentSizes, prefix: str, width: int
         direct=tensors.vector(f"{prefix}.ssm_d", s.inner),
         outward=tensors.matrix(f"{prefix}.ssm_out.weight", width, s.inner),
         step_norm=None if step_norm is None else Norm("rms", step_norm),
-        vector_norm=Norm("rms", np.concatenate(known)) if len(known) == 2 else None,
+        vector_norm=Norm("rms", np.concatenate(present)) if len(present) == 2 else None,
     )
 
 

@@ -64,11 +64,11 @@ def check_finite(model: Model, weight: Weight) -> None:
         values = dequantize(piece[row], weight.row_type, 1, weight.columns)
         return first + row, int(np.argmin(np.isfinite(values[0])))
 
-    for found in on_threads(fault, range(0, weight.rows, step)):
-        if found is not None:
+    for message in on_threads(fault, range(0, weight.rows, step)):
+        if message is not None:
             raise ConvertError(
-                f"{model.path}: tensor {weight.name} has a value that is not finite at row {found[0]}, "
-                f"column {found[1]}; the file is damaged"
+                f"{model.path}: tensor {weight.name} has a value that is not finite at row {message[0]}, "
+                f"column {message[1]}; the file is damaged"
             )
 
 

@@ -220,9 +220,9 @@ class Tensors:
         bias = self.absent if spec.norm == "rms" and not spec.rms_biases else self.optional
         return Norm(spec.norm, self.vector(f"{name}.weight", size), bias(f"{name}.bias", size))
 
-    def optional_norm(self, spec: ArchitectureSpec, name: str, size: int, *, wanted: bool) -> Norm | None:
-        """A norm that only some architectures have: it must be there exactly where it is ``wanted``."""
-        if wanted:
+    def optional_norm(self, spec: ArchitectureSpec, name: str, size: int, *, required: bool) -> Norm | None:
+        """A norm that only some architectures have: it must be there exactly where it is ``required``."""
+        if required:
             return self.norm(spec, name, size)
         self.absent(f"{name}.weight", size)
         return None

@@ -375,7 +375,7 @@ def _work(ticket: Ticket, count: int) -> Work:
     assert ticket.place is not None
     tokens = sequence.pending[:count]
     complete = len(tokens) == len(sequence.pending)
-    wanted = Wanted.LAST if complete else Wanted.NONE
+    logits = Wanted.LAST if complete else Wanted.NONE
     if sequence.in_prompt and sequence.job.score_prompt:
-        wanted = Wanted.ALL
-    return Work(ticket.place.slot, tokens, wanted)
+        logits = Wanted.ALL
+    return Work(ticket.place.slot, tokens, logits)

@@ -114,7 +114,7 @@ class DiskCache:
     def _restore(self, place: Place, prompt: list[int], done: Callable[[int], None]) -> None:
         length = place.length
         try:
-            there = list[tuple[int, bytes]]()
+            prefixes = list[tuple[int, bytes]]()
             for end, key in self._ends(prompt[:-1]):
                 if end <= place.length:
                     continue
@@ -122,17 +122,16 @@ class DiskCache:
                 if block is None:
                     break
                 self._slots.restore(place.slot, end - BLOCK, BLOCK, block)
-                there.append((end, key))
-            length = self._held(place, prompt, there)
+                prefixes.append((end, key))
+            length = self._held(place, prompt, prefixes)
         except Exception as error:  # noqa: BLE001  the request is computed without what could not be read
             self._tell(f"a block of the prefix cache could not be restored: {error!r}")
         finally:
             done(length)
 
-    def _held(self, place: Place, prompt: Sequence[int], there: Sequence[tuple[int, bytes]]) -> int:
-        """Make the slot hold as much as it can of the blocks that are ``there``; returns how many tokens it
-        holds."""
-        for end, key in reversed(there):
+    def _held(self, place: Place, prompt: Sequence[int], prefixes: Sequence[tuple[int, bytes]]) -> int:
+        """Fill the slot from the blocks of ``prefixes`` as far as they fit; returns the tokens that it holds."""
+        for end, key in reversed(prefixes):
             state, length = None, self._sliced(end)
             if length <= place.length:
                 break

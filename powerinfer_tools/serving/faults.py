@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.errors import PowerInferError, RendererFailed
 
 #: Longest message that is sent back: a client's own text may be quoted in it.
 _MESSAGE = 500
@@ -69,3 +69,8 @@ def too_long(prompt: int, context: int) -> RequestFault:
 def internal(message: str = "the server failed on this request") -> RequestFault:
     """A fault of the server's own; details are in its log."""
     return RequestFault(message, status=500, kind="server_error", code="internal_error")
+
+
+def is_clients_fault(error: Exception) -> bool:
+    """Whether the request is wrong, and not the server."""
+    return isinstance(error, PowerInferError) and not isinstance(error, RendererFailed)

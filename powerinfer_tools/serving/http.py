@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.serving.faults import RequestFault, internal
+from powerinfer_tools.errors import PowerInferError, RendererFailed
+from powerinfer_tools.serving.faults import RequestFault, internal, is_clients_fault
 from powerinfer_tools.serving.service import Service
 from powerinfer_tools.serving.sse import encode, encode_slowly
 
@@ -45,6 +45,8 @@ def fault_of(error: Exception) -> RequestFault:
     """The fault that stands for ``error``."""
     if isinstance(error, RequestFault):
         return error
+    if isinstance(error, RendererFailed):
+        return internal("the server could not render the chat template")
     if isinstance(error, PowerInferError):
         return RequestFault(str(error))
     if isinstance(error, ValidationError):
@@ -152,7 +154,7 @@ class Gate:
         except ClientDisconnect:
             status = 499
         except Exception as error:  # noqa: BLE001  the boundary of a request: the client gets one clear answer
-            if not isinstance(error, PowerInferError | HTTPException):
+            if not (is_clients_fault(error) or isinstance(error, HTTPException)):
                 scope["notes"]["error"] = f"{type(error).__name__}: {error}"
             if status == 0:
                 await refusal(error)(scope, receive, watched)
@@ -162,8 +164,8 @@ class Gate:
         keys, path = self.service.settings.keys, request.url.path
         if not keys or path in _OPEN or path.startswith(_STATIC) or request.method == "OPTIONS":
             return
-        given = given_key(request)
-        if not sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys):
+        offered = given_key(request)
+        if not sum(hmac.compare_digest(offered.encode(), key.encode()) for key in keys):
             raise RequestFault(
                 "a valid API key is needed: Authorization: Bearer KEY",
                 status=401,

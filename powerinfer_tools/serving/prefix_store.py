@@ -98,10 +98,10 @@ class PrefixStore:
     def _open(self) -> None:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.folder.stat()
+            status = self.folder.stat()
         except OSError as error:
             raise PrefixStoreError(f"--cache-dir {self.folder}: {error.strerror}") from None
-        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PrefixStoreError(
                 f"--cache-dir {self.folder}: others may write there, and what it holds becomes part of "
                 "answers; take a folder of your own (chmod go-w)"
@@ -142,8 +142,8 @@ def _read(path: Path, expected: int) -> bytes | None:
     """The file, if it is a regular one of our own of the expected length; nothing else is read."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size != expected:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_size != expected:
             return None
         data = file.read(expected)
     return data if len(data) == expected else None

@@ -55,8 +55,8 @@ class Sequence:
 
     def score_prompt(self, rows: Logits, targets: Seq[int]) -> None:
         """Logits (k, vocabulary) before the prompt tokens ``targets``."""
-        wanted = self.job.top_logprobs or 0
-        self._scores += [score(row, token, wanted) for row, token in zip(rows, targets, strict=True)]
+        top = self.job.top_logprobs or 0
+        self._scores += [score(row, token, top) for row, token in zip(rows, targets, strict=True)]
 
     def choose(self, logits: Logits) -> list[Event]:
         """Take the next token from the logits after all tokens so far; returns what has to be told at once:
@@ -114,8 +114,8 @@ class Sequence:
     def _take(self, token: int, logits: Logits) -> None:
         self.tokens.append(token)
         self._sampler.accept((token,))
-        wanted = self.job.top_logprobs
-        self._chosen.append((token, None if wanted is None else score(logits, token, wanted)))
+        top = self.job.top_logprobs
+        self._chosen.append((token, None if top is None else score(logits, token, top)))
         self.pending = [token]
 
     def _ended(self) -> Outcome | None:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from powerinfer_tools.errors import PowerInferError
 from powerinfer_tools.serving.jobs import Ended, Event, Failed
 from powerinfer_tools.serving.tickets import Ticket
 
@@ -28,8 +27,3 @@ async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:
     finally:
         for ticket in tickets:
             ticket.cancel()
-
-
-def is_clients_fault(error: Exception) -> bool:
-    """Whether the request is wrong, and not the server."""
-    return isinstance(error, PowerInferError)

@@ -23,7 +23,7 @@ def generation_options(
     request: Generating, max_tokens: int | None, stops: Sequence[str] = (), *, show_special: bool = False
 ) -> GenerationOptions:
     """How to generate; what the request leaves open is as in `run`. Raises SamplingError."""
-    asked = {
+    options = {
         "temperature": request.temperature,
         "top_k": request.top_k,
         "typical_p": request.typical_p,
@@ -37,7 +37,7 @@ def generation_options(
         "seed": request.seed % _SEEDS if request.seed is not None and request.seed >= 0 else None,
     }
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    values: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     return GenerationOptions(
         sampling=SamplingOptions(**values),
         max_tokens=-1 if max_tokens is None else max_tokens,
@@ -47,11 +47,11 @@ def generation_options(
     )
 
 
-def _samplers(asked: list[str] | str | None) -> tuple[str, ...] | None:
+def _samplers(names: list[str] | str | None) -> tuple[str, ...] | None:
     """Samplers by their names, or as llama.cpp has it by letters. Raises SamplingError."""
-    if asked is None:
+    if names is None:
         return None
-    return chain_of_letters(asked) if isinstance(asked, str) else sampler_chain(asked)
+    return chain_of_letters(names) if isinstance(names, str) else sampler_chain(names)
 
 
 def biases(request: Generating, tokenizer: Tokenizer) -> Mapping[int, float]:

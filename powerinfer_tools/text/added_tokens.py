@@ -44,7 +44,7 @@ class _Finder:
             lengths.setdefault(text[0], set()).add(len(text))
         first = re.compile(f"[{re.escape(''.join(lengths))}]" if lengths else "(?!)")
         return cls(
-            tokens, {char: tuple(sorted(found, reverse=True)) for char, found in lengths.items()}, first
+            tokens, {char: tuple(sorted(sizes, reverse=True)) for char, sizes in lengths.items()}, first
         )
 
     def matches(self, text: str) -> Iterator[tuple[int, int, int]]:
@@ -89,11 +89,11 @@ class LeftmostPartition:
     def _harmless(text: str, type_: int) -> bool:
         return type_ == TokenType.USER_DEFINED and not can_control(text, type_)
 
-    def _make_finder(self, wanted: Callable[[str, int], bool], normalized: bool) -> _Finder:
+    def _make_finder(self, belongs: Callable[[str, int], bool], normalized: bool) -> _Finder:
         texts, types = self._vocabulary.texts, self._vocabulary.types
         tokens: dict[str, int] = {}
         for token in sorted(self._added.ids):
-            if (token in self._added.normalized) == normalized and wanted(texts[token], types[token]):
+            if (token in self._added.normalized) == normalized and belongs(texts[token], types[token]):
                 text = self._normal(texts[token]) if normalized else texts[token]
                 if text:
                     tokens.setdefault(text, token)
@@ -105,8 +105,8 @@ class LeftmostPartition:
             normal = SPACE + normal.replace(" ", SPACE)
         return normal
 
-    def _split(self, text: str, wanted: Callable[[str, int], bool]) -> list[Fragment]:
-        raw, normalized = self._finder(wanted, False), self._finder(wanted, True)
+    def _split(self, text: str, belongs: Callable[[str, int], bool]) -> list[Fragment]:
+        raw, normalized = self._finder(belongs, False), self._finder(belongs, True)
         fragments = self._cut(text, raw)
         if not normalized.tokens:
             return fragments

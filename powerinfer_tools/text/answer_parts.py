@@ -253,9 +253,9 @@ class ChannelParser:
         return False
 
     def _take_text(self, parts: list[Part]) -> bool:
-        found = _ENDS.search(self._held)
-        if found is not None:
-            text, self._held = self._held[: found.start()], self._held[found.start() :]
+        match = _ENDS.search(self._held)
+        if match is not None:
+            text, self._held = self._held[: match.start()], self._held[match.start() :]
             self._add(text, parts, last=True)
             self._header, self._inside = "", False
             self._held = self._held.removeprefix("<|end|>").removeprefix("<|return|>")
@@ -269,8 +269,8 @@ class ChannelParser:
 
     @property
     def _recipient(self) -> str | None:
-        found = _RECIPIENT.search(self._header)
-        return found[1] if found and found[1].startswith("functions.") else None
+        match = _RECIPIENT.search(self._header)
+        return match[1] if match and match[1].startswith("functions.") else None
 
     def _add(self, text: str, parts: list[Part], *, last: bool) -> None:
         if self._recipient is not None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from powerinfer_tools.errors import ChatTemplateError
+from powerinfer_tools.errors import ChatTemplateError, RendererFailed
 from powerinfer_tools.text.stand_ins import StandIns
 from powerinfer_tools.text.template_worker import WORKER, WorkerLost
 from powerinfer_tools.text.tokenizer import Tokenizer
@@ -222,11 +222,11 @@ def _render_apart(request: Mapping[str, Any], output_characters: int) -> str:
     try:
         answer = json.loads(WORKER.render(data, MAX_SECONDS + _START_SECONDS))
     except WorkerLost as lost:
-        raise ChatTemplateError(
-            _too_slow() if lost.slow else "the process that renders chat templates ended"
-        ) from None
+        if lost.slow:
+            raise ChatTemplateError(_too_slow()) from None
+        raise RendererFailed("the process that renders chat templates ended") from None
     except OSError as error:
-        raise ChatTemplateError(f"the process that renders chat templates did not start: {error}") from None
+        raise RendererFailed(f"the process that renders chat templates did not start: {error}") from None
     if answer.get("ended") == -signal.SIGALRM:
         raise ChatTemplateError(_too_slow())
     if "ended" in answer:

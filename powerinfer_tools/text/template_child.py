@@ -265,8 +265,8 @@ class TemplateNamespace(Namespace):
     """A namespace without names that begin with an underscore."""
 
     def __init__(*args: Any, **names: Any) -> None:
-        self, *given = args
-        values = dict(*given, **names)
+        self, *arguments = args
+        values = dict(*arguments, **names)
         for name in values:
             _check_name(name)
         Namespace.__init__(self, values)

@@ -23,14 +23,14 @@ class WordEncoder(ABC):
         ids: list[int] = []
         cache = self._cache
         for word in self._cuts.split(text.replace(" ", SPACE)) if text else ():
-            known = cache.get(word)
-            if known is None:
-                known = tuple(self._merge(word))
+            cached = cache.get(word)
+            if cached is None:
+                cached = tuple(self._merge(word))
                 if len(cache) >= _CACHE_LIMIT:
                     cache.clear()
                 if len(word) <= _CACHED_LENGTH:
-                    cache[word] = known
-            ids += known
+                    cache[word] = cached
+            ids += cached
         return ids
 
     @abstractmethod

@@ -12,7 +12,7 @@ import pytest
 from powerinfer import Conversation, GenerateOptions, Session, TextStream
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import ChatTemplateError, ContextFull
+from powerinfer_tools.errors import ChatTemplateError, ContextFull, RendererFailed
 from powerinfer_tools.text import Tokenizer
 from powerinfer_tools.text import chat as chat_module
 from powerinfer_tools.text.chat import (
@@ -157,7 +157,7 @@ def test_without_a_template_it_says_so() -> None:
 def test_a_renderer_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_module, "WORKER", TemplateWorker())
     monkeypatch.setattr("sys.executable", "/nonexistent/python")
-    with pytest.raises(ChatTemplateError, match="did not start"):
+    with pytest.raises(RendererFailed, match="did not start"):
         render("x")
 
 

@@ -164,6 +164,23 @@ def test_the_worker_that_renders_templates_is_killed(server: Served) -> None:
         assert server.chat("after", max_tokens=1)["usage"]["prompt_tokens"] > 5
 
 
+def test_the_worker_that_renders_templates_cannot_start(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is at fault, not the request."""
+    WORKER.close()
+    monkeypatch.setattr("sys.executable", "/nonexistent/python")
+    response = server.http.post(
+        f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}
+    )
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert response.json()["error"]["message"] == "the server could not render the chat template"
+    assert "/nonexistent" not in response.text
+    monkeypatch.undo()
+    assert server.chat("after", max_tokens=1)
+
+
 def test_a_template_that_loops(server: Served) -> None:
     """Its requests fail in time; what needs no template goes on, and so does the worker."""
     model = server.service.model

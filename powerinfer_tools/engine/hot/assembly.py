@@ -73,11 +73,11 @@ def _neuron_layers(model: Model) -> Sequence[SplitLayer]:
 
 def _matrices(model: Model, units: HotUnits) -> list[Weight]:
     """All that is placed as a whole."""
-    moved = [layer for layer, there in zip(model.layers, units.attention, strict=True) if there]
+    moved = [layer for layer, on_device in zip(model.layers, units.attention, strict=True) if on_device]
     matrices = [matrix for layer in moved for matrix in _attention_matrices(layer.attention)]
-    for layer, counts, there in zip(experts_of(model), units.experts, units.attention, strict=False):
+    for layer, counts, on_device in zip(experts_of(model), units.experts, units.attention, strict=False):
         matrices += [matrix for ffn in chosen(layer, counts).values() for matrix in ffn.matrices]
-        matrices += routers_of(layer) if there else []
+        matrices += routers_of(layer) if on_device else []
     return [*matrices, model.head] if units.head else matrices
 
 
@@ -129,15 +129,17 @@ class _Parts:
     def backend(self) -> Backend:
         """The whole."""
         exchange, rounded = self._exchange()
-        apart = [None if there else ffn for there, ffn in zip(self.units.attention, self.ffns, strict=True)]
+        apart = [
+            None if on_device else ffn for on_device, ffn in zip(self.units.attention, self.ffns, strict=True)
+        ]
         stream = None
         hot_head = self.head if self.units.head else None
         if any(self.units.attention):
             memory, parallel = self._stream_memory(), self.model.hyper.parallel
             stream = HotStream(self.device, self.streamed, memory, hot_head, parallel=parallel)
         predictors = [
-            None if there else found
-            for there, found in zip(self.units.attention, self.predictors, strict=True)
+            None if on_device else predictor
+            for on_device, predictor in zip(self.units.attention, self.predictors, strict=True)
         ]
         parts = self.predictor_parts
         ffns = FFNsApart(
@@ -147,7 +149,7 @@ class _Parts:
             rounded,
             predictors,
             parts.naming,
-            parts.stream_ends(self._used(there=False)),
+            parts.stream_ends(self._used(on_device=False)),
             self.experts.dispatch if self.experts else None,
         )
         return Backend(self.device, ffns, stream, hot_head)
@@ -209,7 +211,7 @@ class _Parts:
         """Values of the chunks of rows that are counted for attention and the head."""
         widest = max(self.hyper.width, self.hyper.query_width)
         units = ((any(self.units.attention), widest), (self.units.head, self.hyper.width))
-        return [CHUNK_ROWS * columns for there, columns in units if there]
+        return [CHUNK_ROWS * columns for on_device, columns in units if on_device]
 
     @cached_property
     def _rows_at_once(self) -> int:
@@ -232,14 +234,14 @@ class _Parts:
     def exchanged(self) -> list[Tensor]:
         """The device's ends of what passes for layers whose attention is the host's: the output, and the
         input in one form or in both."""
-        kinds = self._float_rows(there=False)
+        kinds = self._float_rows(on_device=False)
         tokens = self.work.tokens if kinds else 0
         return [self.memory.floats(tokens, self.hyper.width) for _ in range(1 + max(1, len(kinds)))]
 
     @cached_property
     def streamed(self) -> list[HotLayer | None]:
         """The layers whose attention is here."""
-        return [self._hot_layer(i) if there else None for i, there in enumerate(self.units.attention)]
+        return [self._hot_layer(i) if on_device else None for i, on_device in enumerate(self.units.attention)]
 
     @cached_property
     def placed(self) -> Placed:
@@ -254,7 +256,7 @@ class _Parts:
     @cached_property
     def stream_floats(self) -> tuple[Inputs, list[Tensor]]:
         """The FFN's input; the stream, and the sums of both sides."""
-        width, rounded = self.hyper.width, False in self._float_rows(there=True)
+        width, rounded = self.hyper.width, False in self._float_rows(on_device=True)
         inputs = self.named.inputs("normed", width, rounded=rounded)
         return inputs, [self.named.floats(name, width) for name in ("x", "hot", "cold")]
 
@@ -272,26 +274,26 @@ class _Parts:
             host=self.device.staging(staged, hyper.vocabulary),
         )
 
-    def _float_rows(self, *, there: bool) -> set[bool]:
+    def _float_rows(self, *, on_device: bool) -> set[bool]:
         """Whether what reads the FFN's input, in layers whose attention is here (or is not), is of float
         types: both answers where some is and some not; none where nothing reads it."""
         if self.experts is not None:
-            return self.experts.float_rows(there=there)
-        layers = self._used(there=there)
-        found = {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
+            return self.experts.float_rows(on_device=on_device)
+        layers = self._used(on_device=on_device)
+        kinds = {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
         predictors = (layer.predictor for layer in layers if self.units.names(layer.index))
-        return found | {reads_floats(predictor) for predictor in predictors if predictor is not None}
+        return kinds | {reads_floats(predictor) for predictor in predictors if predictor is not None}
 
-    def _used(self, *, there: bool) -> list[SplitLayer]:
+    def _used(self, *, on_device: bool) -> list[SplitLayer]:
         """The layers with hot neurons whose attention is here (or is not)."""
         units = zip(self.layers, self.units.neurons, self.units.attention, strict=False)
-        return [layer for layer, count, moved in units if count and moved == there]
+        return [layer for layer, count, moved in units if count and moved == on_device]
 
     def _exchange(self) -> tuple[Exchange, bool]:
         out, *inputs = self.exchanged
         tokens = len(out)
         staging = [self.device.staging(tokens, self.hyper.width) for _ in inputs]
-        rounded = False in self._float_rows(there=False)
+        rounded = False in self._float_rows(on_device=False)
         host_out = self.device.staging(tokens, self.hyper.width)
         reached = [self.form.window(self.device, end) for end in (*staging, host_out)]
         windows = [end for end in reached if end is not None]
@@ -341,7 +343,7 @@ class _Parts:
             self.scratch,
             Landing(*host),
             Landing(*windows) if len(windows) == len(host) else None,
-            self._float_rows(there=True) == {False},
+            self._float_rows(on_device=True) == {False},
             self.predictor_parts.naming,
             self.experts.dispatch if self.experts else None,
         )

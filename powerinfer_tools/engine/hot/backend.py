@@ -52,17 +52,17 @@ class Exchange:
 
     def copy_in(self, tokens: int) -> None:
         """Host to device."""
-        windows, there = self.window_in if tokens == 1 else None, self.device_in.first(tokens)
+        windows, target = self.window_in if tokens == 1 else None, self.device_in.first(tokens)
         here, crossing = (windows or self.host_in).first(tokens), copy if windows is None else through
-        crossing(here.rounded, there.rounded)
+        crossing(here.rounded, target.rounded)
         if self.device_in.exact is not self.device_in.rounded:
-            crossing(here.exact, there.exact)
+            crossing(here.exact, target.exact)
 
     def out(self, hot: HotFFN | HotExperts, tokens: int) -> torch.Tensor:
         """Where ``hot`` writes its sum: to the host at once, if it writes each value once."""
         direct = self.window_out is not None and tokens == 1 and isinstance(hot, HotFFN) and hot.fused
-        there = self.window_out if direct and self.window_out is not None else self.device_out
-        return there[:tokens]
+        target = self.window_out if direct and self.window_out is not None else self.device_out
+        return target[:tokens]
 
     def deliver(self, out: torch.Tensor) -> Steps:
         """``out`` to the host; nothing where it is there."""
@@ -115,13 +115,13 @@ class Backend:
             routes = layer.busiest(tokens) if isinstance(layer, HotExperts) else ()
             for steps in self._steps(index, tokens, routes) if layer else ():
                 self.device.prepare(steps)
-        found = [predictor for predictor in self.predictors if predictor is not None]
+        predictors = [predictor for predictor in self.predictors if predictor is not None]
         if self.stream is not None:
             self.stream.prepare(tokens)
-            found += [layer.predictor for layer in self.stream.layers if layer and layer.predictor]
+            predictors += [layer.predictor for layer in self.stream.layers if layer and layer.predictor]
         if self.head is not None:
             self.device.prepare(self.head.arriving(len(self.head.logits)))
-        for predictor in found:
+        for predictor in predictors:
             # Whatever the runs so far had as input has been counted.
             self.device.prepare((("reset", predictor.forget),))
 

@@ -217,15 +217,15 @@ class CudaDevice:
         if self._windows is False or not host.is_pinned():
             return None
         try:
-            there = mapped(host, self.torch_device)
+            view = mapped(host, self.torch_device)
             if self._windows is None:
-                self._try(there, host)
+                self._try(view, host)
             self._windows = True
         except (RuntimeError, TypeError, ValueError) as error:
             self._windows = False
             self.notices.append(f"kernels cannot reach pinned memory ({first_line(error)}): it is copied")
             return None
-        return there
+        return view
 
     def recorded(self, steps: Steps) -> Steps:
         """One CUDA graph of all steps. Where it cannot be recorded, they stay as they are, which is said. The
@@ -325,11 +325,11 @@ class CudaDevice:
                 return self._marks.after(awaited=awaited or self._held_back)
         return Timed([name for name, _ in steps], events, self._clock)
 
-    def _try(self, there: torch.Tensor, host: torch.Tensor) -> None:
-        """Raise RuntimeError if what a kernel writes to ``there`` is not in ``host`` when it is done."""
+    def _try(self, view: torch.Tensor, host: torch.Tensor) -> None:
+        """Raise RuntimeError if what a kernel writes to ``view`` is not in ``host`` when it is done."""
         host.zero_()
         with torch.cuda.stream(self._stream):
-            there.fill_(1)
+            view.fill_(1)
         self._stream.synchronize()
         if not bool((host == 1).all()):
             raise RuntimeError("what a kernel wrote did not arrive")

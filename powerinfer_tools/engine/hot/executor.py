@@ -67,13 +67,16 @@ class TorchHotSide:
         self.notices: list[str] = list(notices)
         streamed = backend.stream.layers if backend.stream else (None,) * len(backend.layers)
         self._there = [layer is not None for layer in streamed]
-        ffns = (there.ffn if there else ffn for there, ffn in zip(streamed, backend.layers, strict=True))
+        ffns = (
+            hot_layer.ffn if hot_layer else ffn
+            for hot_layer, ffn in zip(streamed, backend.layers, strict=True)
+        )
         self._counted: list[tuple[int, int, int] | None] | None = None  # once it is closed
         self._hot: list[int] = []
         self._hot_experts: list[frozenset[int]] = []
-        for found in ffns:
-            self._hot.append(found.neurons if isinstance(found, HotFFN) else 0)
-            self._hot_experts.append(frozenset(found.experts if isinstance(found, HotExperts) else ()))
+        for ffn in ffns:
+            self._hot.append(ffn.neurons if isinstance(ffn, HotFFN) else 0)
+            self._hot_experts.append(frozenset(ffn.experts if isinstance(ffn, HotExperts) else ()))
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +152,8 @@ class TorchHotSide:
     @property
     def left_out(self) -> int:
         """Hot neurons that were not named so far, over all tokens."""
-        found = (self.predicted(layer) for layer in range(len(self._hot)))
-        return sum(counts[0] for counts in found if counts is not None)
+        predicted = (self.predicted(layer) for layer in range(len(self._hot)))
+        return sum(counts[0] for counts in predicted if counts is not None)
 
     def predicted(self, layer: int) -> tuple[int, int, int] | None:
         """See :class:`powerinfer_tools.engine.hot.HotSide`."""
@@ -211,8 +214,8 @@ class TorchHotSide:
         self._wait_for_input()
         stream = self._backend.stream
         assert stream is not None
-        found, residual = stream.input(len(normed))
-        normed[...] = found
+        rows, residual = stream.input(len(normed))
+        normed[...] = rows
         begun = stream.layers[layer]
         if begun is not None and begun.shows_stream:
             shown[...] = residual
@@ -222,9 +225,9 @@ class TorchHotSide:
         self._wait_for_input()
         stream = self._backend.stream
         assert stream is not None
-        found = stream.router(layer).host
-        experts[...] = found.experts[: len(experts)].numpy()
-        shared[...] = found.shared[: len(shared)].numpy()
+        scores = stream.router(layer).host
+        experts[...] = scores.experts[: len(experts)].numpy()
+        shared[...] = scores.shared[: len(shared)].numpy()
 
     def experts(self, layer: int, routes: Sequence[Route], tokens: int) -> None:
         """Begin the hot experts of the begun layer."""
@@ -285,8 +288,8 @@ class TorchHotSide:
             self._move(error)
             again = self._launch_again(running)
             spans, running.tickets[:] = [ticket.wait() for ticket in again], []
-        for found in spans:
-            self._count([running.layer] * len(found), found)
+        for timed in spans:
+            self._count([running.layer] * len(timed), timed)
         self._waited(started, spans)
 
     def _launch_again(self, run: _Launched) -> list[Ticket]:
@@ -318,8 +321,8 @@ class TorchHotSide:
             if self._backend.stream is None:
                 raise
             self._move(error)
-        for queued, found in zip(waited, reversed(spans), strict=True):
-            self._count(queued.layers, found)
+        for queued, timed in zip(waited, reversed(spans), strict=True):
+            self._count(queued.layers, timed)
         self._waited(started, spans)
 
     def _waited(self, started: float, spans: Sequence[Sequence[Span]]) -> None:

@@ -57,7 +57,10 @@ class ExpertParts:
     def experts(self) -> list[HotExperts | None]:
         """Those of each layer that has some, or whose attention is here."""
         units = zip(self._layers, self._units.experts, self._units.attention, strict=True)
-        return [self._of_layer(layer, counts) if counts or there else None for layer, counts, there in units]
+        return [
+            self._of_layer(layer, counts) if counts or on_device else None
+            for layer, counts, on_device in units
+        ]
 
     @cached_property
     def dispatch(self) -> Dispatch | None:
@@ -70,13 +73,13 @@ class ExpertParts:
         gate, up = (self._memory.floats(most * neurons) for most in (max(count, self._widths.taken), count))
         scratch = ExpertScratch(self._chunk, Inputs(kinds[0], kinds[-1]), gate, up)
         shape = (2, count * self._widths.taken)
-        host, there = self._staging(*shape), self._memory.floats(*shape)
+        host, device = self._staging(*shape), self._memory.floats(*shape)
         if not self._memory.counting:
             # What a graph that is recorded finds there takes no expert.
             host[0].zero_()
             host[1].view(torch.int32).fill_(-1)
-            there.copy_(host)
-        return Dispatch(host, self._form.window(self._device, host), there, scratch, self._widths.taken)
+            device.copy_(host)
+        return Dispatch(host, self._form.window(self._device, host), device, scratch, self._widths.taken)
 
     @cached_property
     def routers(self) -> list[HotRouter | None]:
@@ -97,9 +100,9 @@ class ExpertParts:
                 windows,
                 self._chunk,
             )
-            if there
+            if on_device
             else None
-            for layer, there in zip(self._layers, self._units.attention, strict=True)
+            for layer, on_device in zip(self._layers, self._units.attention, strict=True)
         ]
 
     def cold(self, index: int) -> bool:
@@ -108,18 +111,18 @@ class ExpertParts:
         every = HotCounts(layer.router.rows, layer.shared is not None)
         return counts != every
 
-    def float_rows(self, *, there: bool) -> set[bool]:
+    def float_rows(self, *, on_device: bool) -> set[bool]:
         """Whether what reads the input of layers whose attention is here (or is not) is of float types: both
         answers where some is and some not; none where nothing reads it."""
-        found = set()
+        kinds = set()
         for layer, counts, moved in zip(
             self._layers, self._units.experts, self._units.attention, strict=True
         ):
-            if moved == there and (counts or moved):
-                found |= {weight.row_type.is_float for weight in input_matrices(layer)}
-            if moved and there:
-                found |= {weight.row_type.is_float for weight in routers_of(layer)}
-        return found
+            if moved == on_device and (counts or moved):
+                kinds |= {weight.row_type.is_float for weight in input_matrices(layer)}
+            if moved and on_device:
+                kinds |= {weight.row_type.is_float for weight in routers_of(layer)}
+        return kinds
 
     def _of_layer(self, layer: ExpertsFFN, counts: HotCounts) -> HotExperts:
         """Its hot experts; those that a router chooses as one matrix of each kind where fused kernels read

@@ -188,10 +188,10 @@ class Dispatch:
 
     def steps_of_one(self, experts: HotExperts, inputs: Inputs, out: Tensor) -> Steps:
         """The same for one token, whatever it takes: :meth:`stage_one` says."""
-        there = Routes(self._there.weights[: self.taken], self._there.tokens[: self.taken])
+        routes = Routes(self._there.weights[: self.taken], self._there.tokens[: self.taken])
         return (
             ("copy in", partial(self._copy_in, self.taken) if self.window is None else self._read),
-            ("hot", partial(experts.compute_one, inputs, there, self.scratch, out)),
+            ("hot", partial(experts.compute_one, inputs, routes, self.scratch, out)),
         )
 
     def stage_one(self, experts: HotExperts, routes: Sequence[Route]) -> None:
@@ -225,8 +225,8 @@ class Dispatch:
 
     def _copy_in(self, count: int) -> None:
         """Two copies, as one with a gap is not direct."""
-        for there, here in zip(self.device, self.host, strict=True):
-            copy(here[:count], there[:count])
+        for target, source in zip(self.device, self.host, strict=True):
+            copy(source[:count], target[:count])
 
     def _read(self) -> None:
         """Those of one token, as whole numbers: the second row is no float."""
@@ -268,7 +268,7 @@ class HotRouter:
         windows = self.windows if tokens == 1 else None
         return partial(self._tell, tokens, windows or self.host, copy if windows is None else through)
 
-    def _tell(self, tokens: int, there: RouterScores, crossing: Callable[[Tensor, Tensor], None]) -> None:
-        crossing(self.here.experts[:tokens], there.experts[:tokens])
+    def _tell(self, tokens: int, target: RouterScores, crossing: Callable[[Tensor, Tensor], None]) -> None:
+        crossing(self.here.experts[:tokens], target.experts[:tokens])
         if self.shared is not None:
-            crossing(self.here.shared[:tokens], there.shared[:tokens])
+            crossing(self.here.shared[:tokens], target.shared[:tokens])

@@ -279,8 +279,8 @@ class HotFFN:
         tokens = len(inputs.exact)
 
         def products(rows: Rows, space: Tensor) -> Tensor:
-            there = space[: tokens * (last - first)].view(tokens, last - first)
-            return torch.mm(inputs.of(rows), rows.chunk(first, last, scratch.chunk).T, out=there)
+            out = space[: tokens * (last - first)].view(tokens, last - first)
+            return torch.mm(inputs.of(rows), rows.chunk(first, last, scratch.chunk).T, out=out)
 
         gate = products(self.gate, scratch.gate)
         if self.bias is not None:

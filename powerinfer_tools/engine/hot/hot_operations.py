@@ -211,8 +211,8 @@ class HotOperations(
         return HotValue(x.name, x.floats)
 
     def _buffer(self, name: str, width: int) -> Tensor:
-        found = self._elsewhere.get(name)
-        return self._named.floats(name, width)[: self._tokens] if found is None else found
+        buffer = self._elsewhere.get(name)
+        return self._named.floats(name, width)[: self._tokens] if buffer is None else buffer
 
 
 def _nothing() -> None:

@@ -72,7 +72,7 @@ class MultipliedTogether:
         from powerinfer_kernels.triton_launch import matvecs
 
         rows = [part.product.rows for part in self.parts]
-        planar = [found.planar for found in rows if isinstance(found, FusedRows)]
+        planar = [matrix.planar for matrix in rows if isinstance(matrix, FusedRows)]
         outs, biases = [part.out for part in self.parts], [part.product.bias for part in self.parts]
         matvecs(self.parts[0].taken, planar, outs, biases)
 

@@ -170,8 +170,8 @@ class LayerSteps:
             named = m.naming.steps(layer.predictor, normed, m.x[:tokens], cold=layer.cold)
             steps = (*steps, *named)
         if layer.router is not None:
-            told = layer.router.tell(tokens)
-            steps = (*steps, ("router", partial(layer.router.compute, normed)), ("copy out", told))
+            tells_scores = layer.router.tell(tokens)
+            steps = (*steps, ("router", partial(layer.router.compute, normed)), ("copy out", tells_scores))
         if layer.cold and shown is None:
             steps = (*steps, ("copy out", self._crossing(tokens, "normed", m.normed.exact, out=True)))
         return (*steps, *self.leave(tokens)) if layer.cold and layer.shows_stream else steps
@@ -213,14 +213,14 @@ class LayerSteps:
             arrived = windows.cold  # read once, by the kernel that adds it
         elif cold:
             back = (("copy in", self._crossing(tokens, "cold", m.cold, out=False)),)
-        sums = [part[:tokens] for part, there in ((m.hot, hot), (arrived, cold)) if there]
+        sums = [part[:tokens] for part, computed in ((m.hot, hot), (arrived, cold)) if computed]
         return (*back, ("merge", layer.blocks.merge(m.x[:tokens], sums)))
 
     def _crossing(self, tokens: int, end: str, here: Tensor, *, out: bool) -> Work:
         """``here`` to the host's ``end`` of that name, or from there."""
         windows = self._windows(tokens)
-        there: Tensor = getattr(windows or self._memory.host, end)[:tokens]
-        source, target = (here[:tokens], there) if out else (there, here[:tokens])
+        there_end: Tensor = getattr(windows or self._memory.host, end)[:tokens]
+        source, target = (here[:tokens], there_end) if out else (there_end, here[:tokens])
         return partial(through if windows else copy, source, target)
 
     def _windows(self, tokens: int) -> Landing | None:

@@ -86,10 +86,10 @@ class Form:
 
     def vector(self, values: npt.NDArray[np.float32]) -> Tensor:
         """float32 (values,)."""
-        there = self.memory.floats(len(values))
+        placed = self.memory.floats(len(values))
         if not self.memory.counting:
-            there.copy_(torch.from_numpy(values.copy()))
-        return there
+            placed.copy_(torch.from_numpy(values.copy()))
+        return placed
 
     def norm(self, norm: Norm, eps: float) -> HotNorm:
         """A norm."""
@@ -100,26 +100,26 @@ class Form:
         """Rows of a matrix, uint8 (rows, row bytes), on the device."""
         counting = self.memory.counting
         if self.unpack:
-            there = (
+            placed = (
                 torch.empty(0)
                 if counting
                 else dequantize(torch.from_numpy(_packed(source, row_type, columns)), row_type, columns)
             )
-            return UnpackedRows(row_type, there)
-        there = self.memory.take(len(source) * packed_row_bytes(row_type, columns))
+            return UnpackedRows(row_type, placed)
+        placed = self.memory.take(len(source) * packed_row_bytes(row_type, columns))
         if self.fused and row_type in PLANAR_TYPES:
             from powerinfer_kernels.triton_launch import PlanarRows
 
             if not counting:
-                there.copy_(
+                placed.copy_(
                     torch.from_numpy(to_planar(_packed(source, row_type, columns), row_type, columns))
                 )
-            return FusedRows(PlanarRows(there, row_type, len(source), columns))
+            return FusedRows(PlanarRows(placed, row_type, len(source), columns))
         if self.fused and row_type is not RowType.F32:  # those are read as they are
             self.not_fused.add(row_type.name)
         if not counting:
-            there.copy_(torch.from_numpy(_packed(source, row_type, columns)).reshape(-1))
-        return FileRows(row_type, there.view(len(source), -1))
+            placed.copy_(torch.from_numpy(_packed(source, row_type, columns)).reshape(-1))
+        return FileRows(row_type, placed.view(len(source), -1))
 
     def _neuron_rows(self, layer: SplitLayer, kind: str, count: int) -> Rows:
         return self.rows(layer.rows(kind, 0, count), RowType(layer.type_of(kind)), layer.width)

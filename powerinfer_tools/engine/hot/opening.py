@@ -79,7 +79,7 @@ def open_side(
     limit = limit_of(free, vram)
     for _ in range(_FITS):
         units = fit(model, planned, limit, work)
-        notices = [*_limits(model), *_left_out(planned, units, limit, asked=vram is not None)]
+        notices = [*_limits(model), *_left_out(planned, units, limit, has_budget=vram is not None)]
         if not units:
             device.close()
             if planned and vram is not None:
@@ -168,14 +168,14 @@ def _limits(model: Model) -> list[str]:
     return [f"the hot side does not compute {limit}; the attention is computed on the CPU"]
 
 
-def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, asked: bool) -> list[str]:
+def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, has_budget: bool) -> list[str]:
     """What of the plan does not fit, in words; of neurons (or experts) that give way to a budget that was
-    ``asked`` for nothing needs to be said."""
+    ``has_budget`` for nothing needs to be said."""
     only_ffns = (units.attention, units.head) == (planned.attention, planned.head)
-    if units == planned or limit is None or (asked and only_ffns):
+    if units == planned or limit is None or (has_budget and only_ffns):
         return []
-    fit_there, wanted = (sum(some.hot) + sum(some.shared) for some in (units, planned))
-    parts = [f"{fit_there} of the plan's {wanted} hot {'experts' if units.routed else 'neurons'}"]
+    fitting, every = (sum(some.hot) + sum(some.shared) for some in (units, planned))
+    parts = [f"{fitting} of the plan's {every} hot {'experts' if units.routed else 'neurons'}"]
     if units.attention != planned.attention:
         parts.append(f"{sum(units.attention)} of its {sum(planned.attention)} attention blocks")
     if units.head != planned.head:

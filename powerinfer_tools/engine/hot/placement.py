@@ -129,7 +129,7 @@ class FFNSizes:
         weights = sum(map(mul, self.each, hot)) + sum(map(mul, self.shared, shared))
         if not weights:
             return HotSize(0, 0)
-        named = [count > 0 and there for count, there in zip(hot, predictors, strict=True)]
+        named = [count > 0 and on_device for count, on_device in zip(hot, predictors, strict=True)]
         scratch = self.scratch(max(hot)) + (self.predictor_scratch if any(named) else 0)
         more = sum(map(mul, self.predictors, named))
         return HotSize(weights + more, scratch, experts=weights if self.routed else 0)
@@ -145,7 +145,7 @@ def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
     hyper, widths = model.hyper, widths_of(model.hyper)
     size = FFNSizes.of(model, work.tokens).size(units.hot, units.shared, units.predictors)
     weights, scratch, cache = size.weights, size.scratch, 0
-    moved = [index for index, there in enumerate(units.attention) if there]
+    moved = [index for index, on_device in enumerate(units.attention) if on_device]
     if moved:
         mixing = [footprint_of(model).mixing[index] for index in moved]
         weights += sum(attention_bytes(model, index) for index in moved)
@@ -200,8 +200,10 @@ def _giving_way(planned: HotUnits) -> Iterator[HotUnits]:
     yield planned
     units = replace(planned, head=False)
     yield units
-    for last in reversed([i for i, there in enumerate(planned.attention) if there]):
-        units = replace(units, attention=tuple(there and i < last for i, there in enumerate(units.attention)))
+    for last in reversed([i for i, on_device in enumerate(planned.attention) if on_device]):
+        units = replace(
+            units, attention=tuple(on_device and i < last for i, on_device in enumerate(units.attention))
+        )
         yield units
 
 
@@ -217,5 +219,5 @@ def _fitting_ffns(model: Model, planned: HotUnits, room: int, work: Workload) ->
             group = placed[largest].group
             hot[largest] = (hot[largest] - 1) // group * group
         else:
-            shared[max(i for i, there in enumerate(shared) if there)] = False
+            shared[max(i for i, on_device in enumerate(shared) if on_device)] = False
     return replace(planned, hot=tuple(hot), shared=tuple(shared))

@@ -148,8 +148,8 @@ class Naming:
 
     def of_cold(self, predictor: HotPredictor, tokens: int) -> npt.NDArray[np.uint8]:
         """uint8 (T, cold neurons) on the host, a view."""
-        found: npt.NDArray[np.uint8] = self._of_cold(predictor, tokens).numpy()
-        return found
+        names: npt.NDArray[np.uint8] = self._of_cold(predictor, tokens).numpy()
+        return names
 
     def _whole(self, predictor: HotPredictor, tokens: int) -> Tensor:
         neurons = len(predictor.threshold)

@@ -92,7 +92,9 @@ class PredictorParts:
     def _stream(self) -> Inputs:
         """A few rows of the stream, exact and rounded, where a predictor reads it."""
         reading = [layer.predictor for layer in self._layers if reads_stream(layer.predictor)]
-        rounded = any(not RowType(found.types[0]).is_float for found in reading if found is not None)
+        rounded = any(
+            not RowType(predictor.types[0]).is_float for predictor in reading if predictor is not None
+        )
         return self._inputs(self._few if reading else 0, self._hyper.width, rounded=rounded)
 
     @cached_property
@@ -103,19 +105,19 @@ class PredictorParts:
     def _low(self) -> tuple[Tensor, Tensor]:
         """Flat space for short forms, exact and rounded."""
         ranks = [
-            found.rank
-            for found in (layer.predictor for layer in self._layers)
-            if isinstance(found, SplitLowRank)
+            predictor.rank
+            for predictor in (layer.predictor for layer in self._layers)
+            if isinstance(predictor, SplitLowRank)
         ]
         count = self._few * max(ranks, default=0)
         return self._memory.floats(count), self._memory.floats(count)
 
     def _scorer(self, predictor: SplitPredictor, layer: SplitLayer) -> Scorer:
         if isinstance(predictor, SplitSigns):
-            there = self._memory.take(predictor.signs.size).view(predictor.signs.shape)
+            signs = self._memory.take(predictor.signs.size).view(predictor.signs.shape)
             if not self._memory.counting:
-                there.copy_(torch.from_numpy(predictor.signs.copy()))
-            return HotSigns(there)
+                signs.copy_(torch.from_numpy(predictor.signs.copy()))
+            return HotSigns(signs)
         rank, (inward, outward) = predictor.rank, map(RowType, predictor.types)
         exact, rounded = (space[: self._few * rank].view(self._few, rank) for space in self._low)
         return HotLowRank(

@@ -90,7 +90,7 @@ def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
     from powerinfer_tools.model.loading import load_model
     from powerinfer_tools.model.shapes import neuron_bytes, shape_of_model
 
-    found: dict[FFNShape, None] = {}
+    shapes: dict[FFNShape, None] = {}
     for path in models:
         model = load_model(path)
         try:
@@ -101,8 +101,8 @@ def ffn_shapes(models: Sequence[Path]) -> list["FFNShape"]:
             if not layer.neurons:
                 continue
             types = tuple(RowType[name] for name in neuron_bytes(layer).types)
-            found[FFNShape(layer.width, layer.up.rows, types, layer.experts is not None)] = None  # or of one
-    return list(found)
+            shapes[FFNShape(layer.width, layer.up.rows, types, layer.experts is not None)] = None  # or of one
+    return list(shapes)
 
 
 def describe_machine(threads: int | None = None) -> Diagnosis:

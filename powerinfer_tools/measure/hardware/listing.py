@@ -46,14 +46,14 @@ def _curve_lines(curve: FFNCurve, path: str, spreads: _Spreads) -> Lines:
         whole = (always + skippable) / curve.dense_bytes_per_s + besides
         by_gate = (always + skippable * density) / first + besides
         by_predictor = (always + skippable) * density / predicted + besides
-        told = [
+        parts = [
             f"{mode} {whole / seconds:.2f} x, {_rate(rate, spreads.get(f'{path}.{field}[{index}]'))}"
             for mode, seconds, rate, field in (
                 ("gate-first", by_gate, first, "gate_first_bytes_per_s"),
                 ("predicted", by_predictor, predicted, "predicted_bytes_per_s"),
             )
         ]
-        lines.append((f"  density {density:g}", "; ".join(told)))
+        lines.append((f"  density {density:g}", "; ".join(parts)))
     return lines
 
 
@@ -64,11 +64,11 @@ def _disk_lines(disk: DiskInfo | None) -> Lines:
     lines = [("disk", f"{disk.folder}: streams {disk.stream_bytes_per_s / 1e9:.2f} GB/s{past}")]
     points = zip(disk.read_bytes, disk.single_reads_per_s, disk.deep_reads_per_s, strict=True)
     for size, single, deep in points:
-        told = ", ".join(
+        rates = ", ".join(
             f"{rate:,.0f}/s with {count} in flight ({rate * size / 1e9:.2f} GB/s)"
             for count, rate in ((1, single), (16, deep))
         )
-        lines.append((f"  reads of {size >> 10} KiB", told))
+        lines.append((f"  reads of {size >> 10} KiB", rates))
     return lines
 
 

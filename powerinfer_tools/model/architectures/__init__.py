@@ -43,5 +43,5 @@ def architecture(name: str, file: str) -> ArchitectureSpec:
         return ARCHITECTURES[name]
     if name in REFUSED:
         raise ModelError(f"{file}: models of the architecture {name!r} do not run: {REFUSED[name]}")
-    known = ", ".join(sorted(ARCHITECTURES))
-    raise ModelError(f"{file}: architecture {name!r} is not supported (supported: {known})")
+    supported = ", ".join(sorted(ARCHITECTURES))
+    raise ModelError(f"{file}: architecture {name!r} is not supported (supported: {supported})")

@@ -130,8 +130,8 @@ def _bloom_size(name: str, *others: str) -> Setting:
     """A size that has had several names."""
 
     def read(config: Config) -> int:
-        found = next((one for one in (name, *others) if config.has(one)), name)
-        return config.integer(found, high=1 << 20)
+        key = next((one for one in (name, *others) if config.has(one)), name)
+        return config.integer(key, high=1 << 20)
 
     keys = {"hidden_size": "embedding_length", "n_layer": "block_count", "n_head": "attention.head_count"}
     return Setting(keys[name], name, derive=read)

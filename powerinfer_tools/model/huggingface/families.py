@@ -313,6 +313,6 @@ def _has_experts(family: Family, config: Config) -> bool:
 
 def _row(config: Config, kind: str) -> Family:
     if kind not in FAMILIES:
-        known = ", ".join(sorted({*FAMILIES, *_TEXT_SECTIONS}))
-        raise ModelError(f"{config.file}: model type {kind[:80]!r} is not supported (supported: {known})")
+        supported = ", ".join(sorted({*FAMILIES, *_TEXT_SECTIONS}))
+        raise ModelError(f"{config.file}: model type {kind[:80]!r} is not supported (supported: {supported})")
     return FAMILIES[kind]

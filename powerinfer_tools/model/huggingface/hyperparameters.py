@@ -205,9 +205,9 @@ def _kinds(family: Family, config: Config, layers: int) -> list[Any]:
     kinds = config.items(name)
     if kinds and len(kinds) != layers:
         raise config.fail(name, f"has {len(kinds)} entries for {layers} layers")
-    known = (*_WIDE, *_LIMITED, *(_RECURRENT if recurrent else ()))
+    kind_names = (*_WIDE, *_LIMITED, *(_RECURRENT if recurrent else ()))
     for kind in kinds:
-        if type(kind) is not str or kind not in known:
+        if type(kind) is not str or kind not in kind_names:
             raise ModelError(f"{config.file}: layers of type {str(kind)[:80]!r} are not supported")
     return kinds
 
@@ -241,13 +241,13 @@ def _add_activation(metadata: Metadata, family: Family, config: Config) -> None:
     name = config.text("hidden_act", family.activation)
     if family.activation_name:
         name = config.text(family.activation_name, name)
-    known = {**ACTIVATIONS, **dict(family.activations)}
-    if name not in known:
+    activations = {**ACTIVATIONS, **dict(family.activations)}
+    if name not in activations:
         raise ModelError(
-            f"{config.file}: activation {name[:80]!r} is not supported (supported: {', '.join(known)})"
+            f"{config.file}: activation {name[:80]!r} is not supported (supported: {', '.join(activations)})"
         )
-    if known[name] != ARCHITECTURES[family.architecture].activation:
-        metadata.add("powerinfer.activation", known[name])
-    if known[name] == "fatrelu":
+    if activations[name] != ARCHITECTURES[family.architecture].activation:
+        metadata.add("powerinfer.activation", activations[name])
+    if activations[name] == "fatrelu":
         cut = config.real("hidden_act_param", low=0.0, high=1e6)
         metadata.add("powerinfer.activation_threshold", cut, ValueType.FLOAT32)

@@ -58,17 +58,17 @@ class Planner:
         for name, table in self.shape.rope.tables.items():
             info = TensorInfo(name, TensorType.F32, table.shape, 0, table.nbytes)
             self.found[name] = (info, Origin(values=table))
-        for key, wanted in self.family.numbers:
-            self.numbers[key] = np.concatenate([self._number(wanted, i) for i in range(self.shape.layers)])
+        for key, stored in self.family.numbers:
+            self.numbers[key] = np.concatenate([self._number(stored, i) for i in range(self.shape.layers)])
         self._refuse_others()
         return self.found
 
-    def _number(self, wanted: str, index: int) -> npt.NDArray[np.float32]:
+    def _number(self, pattern: str, index: int) -> npt.NDArray[np.float32]:
         """The one value of a tensor."""
-        wanted = wanted.replace("{i}", str(index))
-        stored = self._stored(wanted)
+        pattern = pattern.replace("{i}", str(index))
+        stored = self._stored(pattern)
         if stored is None:
-            raise self._missing(wanted)
+            raise self._missing(pattern)
         tensor = self.weights.tensors[stored]
         if math.prod(tensor.shape) != 1 or tensor.dtype not in ("F32", "F16", "BF16"):
             raise errors.WrongShape(
@@ -81,8 +81,8 @@ class Planner:
         """Whether a model that says that its head is the embedding has another one, which then is taken, as
         transformers does."""
         head, embedding = (
-            next((name for name in self._spellings(wanted) if name in self.weights.tensors), None)
-            for wanted in (_OUTPUT.stored, "model.embed_tokens.weight")
+            next((name for name in self._spellings(stored) if name in self.weights.tensors), None)
+            for stored in (_OUTPUT.stored, "model.embed_tokens.weight")
         )
         if head is None or embedding is None:
             return False
@@ -97,16 +97,16 @@ class Planner:
         return True
 
     def _place(self, rule: Rule, index: int) -> None:
-        name, wanted = rule.name.replace("{i}", str(index)), rule.stored.replace("{i}", str(index))
-        if "{e}" in wanted:
-            self._place_stack(name, wanted, optional=rule.optional)
+        name, source_name = rule.name.replace("{i}", str(index)), rule.stored.replace("{i}", str(index))
+        if "{e}" in source_name:
+            self._place_stack(name, source_name, optional=rule.optional)
             return
-        blocks = self._stored(wanted + BLOCKS_ENDING)
-        stored = blocks or self._stored(wanted)
+        blocks = self._stored(source_name + BLOCKS_ENDING)
+        stored = blocks or self._stored(source_name)
         if stored is None:
             if rule.optional:
                 return
-            raise self._missing(wanted)
+            raise self._missing(source_name)
         if name in self.found:
             raise errors.DuplicateTensor(
                 self.folder, f"tensor {stored!r} stands for {name!r}, as another does"
@@ -155,15 +155,15 @@ class Planner:
             file = self.folder / self.weights.file_of(stored)
             raise errors.WrongShape(file, f"tensor {stored!r}: {error}") from None
 
-    def _place_stack(self, name: str, wanted: str, *, optional: bool) -> None:
+    def _place_stack(self, name: str, pattern: str, *, optional: bool) -> None:
         """One tensor for each expert, all of the same shape and type."""
         tensors: list[StoredTensor] = []
         for expert in range(self.shape.experts):
-            stored = self._stored(wanted.replace("{e}", str(expert)))
+            stored = self._stored(pattern.replace("{e}", str(expert)))
             if stored is None:
                 if optional and not expert:
                     return
-                raise self._missing(wanted.replace("{e}", str(expert)))
+                raise self._missing(pattern.replace("{e}", str(expert)))
             tensors.append(self.weights.tensors[stored])
             first, last = tensors[0], tensors[-1]
             if (last.shape, last.dtype) != (first.shape, first.dtype):
@@ -177,24 +177,24 @@ class Planner:
         info = TensorInfo(name, kind, shape, tensors[0].offset, nbytes)
         self.found[name] = (info, Origin(tuple(tensor.name for tensor in tensors), stack=True))
 
-    def _stored(self, wanted: str) -> str | None:
+    def _stored(self, name: str) -> str | None:
         """The name that a tensor has here, which is in use from now on; None where there is none."""
-        stored = next((spelt for spelt in self._spellings(wanted) if spelt in self.weights.tensors), None)
+        stored = next((spelt for spelt in self._spellings(name) if spelt in self.weights.tensors), None)
         if stored is not None:
             self.used.add(stored)
             self._find_scales(stored)
         return stored
 
-    def _missing(self, wanted: str) -> errors.MissingTensor:
-        return errors.MissingTensor(self.folder, f"has no tensor {wanted!r}, which is needed here")
+    def _missing(self, name: str) -> errors.MissingTensor:
+        return errors.MissingTensor(self.folder, f"has no tensor {name!r}, which is needed here")
 
-    def _spellings(self, wanted: str) -> Iterator[str]:
+    def _spellings(self, name: str) -> Iterator[str]:
         for start in self.family.spellings:
-            yield start + wanted.removeprefix("model.") if wanted.startswith("model.") else wanted
+            yield start + name.removeprefix("model.") if name.startswith("model.") else name
         if self.start is not None:
-            inside = wanted.startswith("model.")
+            inside = name.startswith("model.")
             start = self.start if inside else self.start.removesuffix("model.")
-            yield start + wanted.removeprefix("model.")
+            yield start + name.removeprefix("model.")
 
     def _start(self) -> str | None:
         """What stands before the embedding's name, and so before all others: of a model without head it is
@@ -251,5 +251,5 @@ class Planner:
 
 def _layer_of(name: str) -> int:
     """The layer that a tensor is in; -1 for none."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else -1
+    match = _LAYER.match(name)
+    return int(match[1]) if match else -1

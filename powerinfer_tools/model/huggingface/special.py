@@ -61,22 +61,22 @@ class AddedToken:
 
 def added_tokens(folder: Path, config: Config) -> list[AddedToken]:
     """Those of added_tokens.json and of ``config``, which is tokenizer_config.json. Raises FormatError."""
-    found: dict[int, AddedToken] = {}
+    tokens: dict[int, AddedToken] = {}
     document = optional(folder / "added_tokens.json")
     for text in document.values:
         number = document.integer(text, low=0, high=_MAX_TOKENS)
-        found[number] = AddedToken(number, text, special=True)
+        tokens[number] = AddedToken(number, text, special=True)
     decoder = config.section("added_tokens_decoder")
     for key in decoder.values:
         token, number = decoder.section(key), decoder.number(key)
-        found[number] = AddedToken(
+        tokens[number] = AddedToken(
             number,
             token.text("content"),
             token.flag("special", False),
             token.flag("lstrip", False),
             token.flag("rstrip", False),
         )
-    return list(found.values())
+    return list(tokens.values())
 
 
 def optional(file: Path) -> Config:

@@ -103,7 +103,7 @@ def _tokens(
         for name in _PROPERTIES:
             if added.flag(name, name == "normalized" and not special):
                 ids[name].add(token)
-    return tokens, {name: frozenset(found) for name, found in ids.items()}
+    return tokens, {name: frozenset(numbers) for name, numbers in ids.items()}
 
 
 def _check_id(document: Config, text: str, token: Any) -> None:

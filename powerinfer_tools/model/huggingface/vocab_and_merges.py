@@ -48,9 +48,9 @@ def _check_class(folder: Path, settings: Settings) -> None:
     default = _CLASS_OF.get(settings.model.text("model_type", ""), "")
     named = settings.tokenizer.text("tokenizer_class", "") or default
     if named not in _CLASSES:
-        told = f"of a {named[:60]}" if named else "of a tokeniser whose class no file names"
+        kind = f"of a {named[:60]}" if named else "of a tokeniser whose class no file names"
         raise TokenizerError(
-            f"{folder}: {VOCABULARY_FILE} and {MERGES_FILE} {told} are not supported (supported: "
+            f"{folder}: {VOCABULARY_FILE} and {MERGES_FILE} {kind} are not supported (supported: "
             f"{_CLASSES[0]}); with transformers, save_pretrained writes a tokenizer.json"
         )
 
@@ -66,7 +66,7 @@ def _merges(file: Path) -> Iterator[str]:
 def _added(folder: Path, settings: Settings, vocabulary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Tokens that are matched in a text before it is split: those that are added, and those with a role."""
     added = added_tokens(folder, settings.tokenizer)
-    known = {token.text: token.id for token in added}
+    ids = {token.text: token.id for token in added}
     for token in added:
         yield {
             "content": token.text,
@@ -76,6 +76,6 @@ def _added(folder: Path, settings: Settings, vocabulary: dict[str, Any]) -> Iter
             "rstrip": token.strips_right,
         }
     for text in sorted(filter(None, (settings.token(name) for name in ROLES.values()))):
-        if text not in known and text in vocabulary:
-            known[text] = vocabulary[text]
+        if text not in ids and text in vocabulary:
+            ids[text] = vocabulary[text]
             yield {"content": text, "id": vocabulary[text], "special": True}

@@ -43,33 +43,33 @@ def add_vocabulary(metadata: Metadata, folder: Path, config: Config, rows: int) 
     Raises FormatError for files that are not well-formed, TokenizerError for what is not supported.
     """
     settings = Settings.read(folder, config)
-    found = _find(folder, settings)
-    if found is None:
+    vocabulary = _find(folder, settings)
+    if vocabulary is None:
         return
-    texts, types = _lists(found, folder, rows)
-    metadata.add("tokenizer.ggml.model", found.model)
-    metadata.add("tokenizer.ggml.pre", found.pre)
+    texts, types = _lists(vocabulary, folder, rows)
+    metadata.add("tokenizer.ggml.model", vocabulary.model)
+    metadata.add("tokenizer.ggml.pre", vocabulary.pre)
     metadata.add("tokenizer.ggml.tokens", texts, ValueType.STRING)
     metadata.add("tokenizer.ggml.token_type", np.array(types, np.int32))
-    if found.scores:
-        scores = [found.scores.get(token, 0.0) for token in range(rows)]
+    if vocabulary.scores:
+        scores = [vocabulary.scores.get(token, 0.0) for token in range(rows)]
         metadata.add("tokenizer.ggml.scores", np.array(scores, np.float32))
-    if found.merges:
-        metadata.add("tokenizer.ggml.merges", found.merges, ValueType.STRING)
-    metadata.add("tokenizer.ggml.add_space_prefix", found.space_prefix != "never")
-    metadata.add("powerinfer.tokenizer.space_prefix", found.space_prefix)
-    if found.normalizer:
-        metadata.add("powerinfer.tokenizer.normalizer", found.normalizer)
-    _add_ids(metadata, found, rows)
+    if vocabulary.merges:
+        metadata.add("tokenizer.ggml.merges", vocabulary.merges, ValueType.STRING)
+    metadata.add("tokenizer.ggml.add_space_prefix", vocabulary.space_prefix != "never")
+    metadata.add("powerinfer.tokenizer.space_prefix", vocabulary.space_prefix)
+    if vocabulary.normalizer:
+        metadata.add("powerinfer.tokenizer.normalizer", vocabulary.normalizer)
+    _add_ids(metadata, vocabulary, rows)
     ids = {text: token for token, text in enumerate(texts)}
-    add_special_tokens(metadata, settings, ids, adds_bos=found.adds_bos, adds_eos=found.adds_eos)
+    add_special_tokens(metadata, settings, ids, adds_bos=vocabulary.adds_bos, adds_eos=vocabulary.adds_eos)
     add_chat_template(metadata, settings, folder)
 
 
-def _add_ids(metadata: Metadata, found: FoundVocabulary, rows: int) -> None:
+def _add_ids(metadata: Metadata, vocabulary: FoundVocabulary, rows: int) -> None:
     """Which tokens are matched in a special way, and texts of those that the embedding has no row for."""
-    sets = {"strips_left": found.strips_left, "strips_right": found.strips_right}
-    added = found.added
+    sets = {"strips_left": vocabulary.strips_left, "strips_right": vocabulary.strips_right}
+    added = vocabulary.added
     if added is not None:
         sets |= {"normalized_token_ids": added.normalized, "single_word_token_ids": added.single_word}
         ids = np.array(sorted(token for token in added.ids if token < rows), np.int32)
@@ -77,7 +77,7 @@ def _add_ids(metadata: Metadata, found: FoundVocabulary, rows: int) -> None:
     for name, tokens in sets.items():
         if kept := sorted(token for token in tokens if token < rows):
             metadata.add(f"powerinfer.tokenizer.{name}", np.array(kept, np.int32))
-    absent = [text for token, (text, _) in sorted(found.tokens.items()) if token >= rows]
+    absent = [text for token, (text, _) in sorted(vocabulary.tokens.items()) if token >= rows]
     if absent:
         metadata.add("powerinfer.tokenizer.absent_tokens", absent, ValueType.STRING)
 
@@ -91,18 +91,18 @@ def _find(folder: Path, settings: Settings) -> FoundVocabulary | None:
     return read_vocab_and_merges(folder, settings) if has_vocab_and_merges(folder) else None
 
 
-def _lists(found: FoundVocabulary, folder: Path, rows: int) -> tuple[list[str], list[int]]:
+def _lists(vocabulary: FoundVocabulary, folder: Path, rows: int) -> tuple[list[str], list[int]]:
     """Text and type of every row of the embedding: rows without a token get one that is never used.
 
     Added tokens may lie beyond the rows, as that for images of Gemma 3 does: they are left out.
     """
     ordinary = (TokenType.NORMAL, TokenType.BYTE)
-    last = max((token for token, (_, kind) in found.tokens.items() if kind in ordinary), default=-1)
+    last = max((token for token, (_, kind) in vocabulary.tokens.items() if kind in ordinary), default=-1)
     if last >= rows:
         raise TokenizerError(
             f"{folder}: the tokeniser has a token {last}, the model's embedding {rows} rows: "
             "they do not belong together"
         )
     unused = TokenType.UNUSED
-    listed = [found.tokens.get(token, (f"[PAD{token}]", unused)) for token in range(rows)]
+    listed = [vocabulary.tokens.get(token, (f"[PAD{token}]", unused)) for token in range(rows)]
     return [text for text, _ in listed], [int(kind) for _, kind in listed]

@@ -77,19 +77,19 @@ def run_tasks(
     return tuple(_scores(results))
 
 
-def _check_names(names: Sequence[str], known: Sequence[str], folder: Path | None) -> None:
+def _check_names(names: Sequence[str], tasks: Sequence[str], folder: Path | None) -> None:
     for name in names:
-        if name not in known:
+        if name not in tasks:
             where = (
-                f"{folder} defines {', '.join(known) or 'none'}" if folder else "lm-eval ls tasks lists them"
+                f"{folder} defines {', '.join(tasks) or 'none'}" if folder else "lm-eval ls tasks lists them"
             )
             raise EvaluationError(f"there is no task {name!r}; {where}")
 
 
-def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
+def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
     """Metrics stand as "acc,none" (metric and filter) beside "acc_stderr,none"."""
-    for task, values in found["results"].items():
-        samples = int(found["n-samples"][task]["effective"]) if task in found["n-samples"] else 0
+    for task, values in results["results"].items():
+        samples = int(results["n-samples"][task]["effective"]) if task in results["n-samples"] else 0
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr") or not isinstance(value, float | int):

@@ -65,19 +65,19 @@ class Inputs:
         hyper, routing, plan = self.model.hyper, self.model.hyper.routing, self.plan
         experts, shared = (1, 0) if routing is None else (routing.experts, routing.shared_neurons)
         sizes = (hyper.layers, routing is not None, experts, hyper.neurons, shared)
-        found = plan.model.experts
-        count, planned_shared = (1, 0) if found is None else (found.count, found.shared_neurons)
+        of_plan = plan.model.experts
+        count, planned_shared = (1, 0) if of_plan is None else (of_plan.count, of_plan.shared_neurons)
         neurons = plan.model.neurons // count
-        if (plan.model.layers, found is not None, count, neurons, planned_shared) != sizes:
+        if (plan.model.layers, of_plan is not None, count, neurons, planned_shared) != sizes:
             raise ConvertError(
-                f"the plan has {_sizes(found is not None, count, neurons)} in {plan.model.layers} layers, "
+                f"the plan has {_sizes(of_plan is not None, count, neurons)} in {plan.model.layers} layers, "
                 f"{self.model.name} has {_sizes(routing is not None, experts, hyper.neurons)} in "
                 f"{hyper.layers}; plan again"
             )
         dense = tuple(
             i for i, facts in enumerate(hyper.facts) if routing is not None and facts.ffn == "dense"
         )
-        planned = found.dense if found is not None else None
+        planned = of_plan.dense if of_plan is not None else None
         sizes_differ = any(plan.neurons_of(index) != hyper.facts[index].neurons for index in dense)
         in_part = planned is not None and not self.model.exact_zeros and planned.group != planned.neurons
         if (() if planned is None else planned.layers) != dense or sizes_differ or in_part:

@@ -193,5 +193,5 @@ class LayerContent:
         if self.layouts[index] is None:
             return None
         ffn, layers = self.model.layers[index].source_ffn, self.plan.layers
-        wanted = layers[index].mode == "dense" and not any(layer.hot_neurons for layer in layers)
-        return None if ffn.transposed or ffn.down.row_type.is_float or not wanted else ffn.down
+        keeps = layers[index].mode == "dense" and not any(layer.hot_neurons for layer in layers)
+        return None if ffn.transposed or ffn.down.row_type.is_float or not keeps else ffn.down

@@ -45,12 +45,12 @@ class Selection:
     def require_for(self, plan: Plan, file: Path) -> None:
         """Raise ConvertError where a mode of ``plan``, which ``file`` holds, has nothing to select by: before
         hours of writing, not after them."""
-        given = {
+        files = {
             "predicted": ("predictors", self.predictors.layers if self.predictors else self._own),
             "thresholded": ("thresholds", self.thresholds.layers if self.thresholds else ()),
         }
         for layer in plan.layers:
-            name, layers = given.get(layer.mode, ("", ()))
+            name, layers = files.get(layer.mode, ("", ()))
             if name and (not layers or layers[layer.index] is None):
                 raise ConvertError(
                     f"{file} computes layer {layer.index} in mode {layer.mode}, and no {name} are given for "

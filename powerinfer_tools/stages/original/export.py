@@ -92,14 +92,14 @@ def _check(model: Model) -> None:
         kind = "a model of the original PowerInfer" if model.is_original else "a split file"
         raise ConvertError(f"{where} is {kind} already; start from the source model")
     model.require_one_ffn(ConvertError, "convert --format powerinfer")
-    wanted = layout.ACTIVATIONS.get(spec.name)
-    if wanted is None:
+    activation = layout.ACTIVATIONS.get(spec.name)
+    if activation is None:
         raise ConvertError(
             f"{where}: the original PowerInfer knows {', '.join(layout.ACTIVATIONS)}, not {spec.name}"
         )
-    if hyper.activation != wanted:
+    if hyper.activation != activation:
         raise ConvertError(
-            f"{where}: the original PowerInfer computes {spec.name} with {wanted}, this model has "
+            f"{where}: the original PowerInfer computes {spec.name} with {activation}, this model has "
             f"{hyper.activation}"
         )
     if hyper.neurons <= layout.MOST_NEURONS_UNREAD:
@@ -222,8 +222,8 @@ class _Export:
 
     def _stored(self, row_type: int) -> int:
         """The type that it is written in: its own, but F16 for one that the original does not know."""
-        known = row_type in layout.MATRIX_TYPES or row_type not in set(RowType)
-        return row_type if known else int(RowType.F16)
+        storable = row_type in layout.MATRIX_TYPES or row_type not in set(RowType)
+        return row_type if storable else int(RowType.F16)
 
     def _converted(self, name: str) -> Bytes:
         info = self.model.source.info(name)

@@ -137,10 +137,10 @@ def _threshold(options: ImportPredictors) -> float:
     config = options.folder / "config.json"
     if threshold is None and config.is_file():
         document = parse_json(read_text(config), config)
-        found = document.get("sparse_threshold") if isinstance(document, dict) else None
-        if isinstance(found, bool) or not isinstance(found, int | float | None):
-            raise ImportFailed(f"{config}: sparse_threshold is {found!r}, expected a number")
-        threshold = found
+        value = document.get("sparse_threshold") if isinstance(document, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ImportFailed(f"{config}: sparse_threshold is {value!r}, expected a number")
+        threshold = value
     if threshold is not None and not abs(threshold) < float(np.finfo(np.float32).max):
         raise ImportFailed(f"threshold {threshold} is not a finite number in single precision")
     return threshold or 0.0

@@ -66,11 +66,11 @@ def refit(layer: LowRank, norm: Norm, inputs: Floats) -> OriginalPredictor:
     return OriginalPredictor(inward.astype(np.float32), outward.astype(np.float32))
 
 
-def size_of(found: Doubles) -> Doubles:
-    """u (width) with u·d ≈ 1 for directions d, ``found`` (t, width), which have a root mean square of 1."""
-    moments = found.T @ found / len(found)
+def size_of(values: Doubles) -> Doubles:
+    """u (width) with u·d ≈ 1 for directions d, ``values`` (t, width), which have a root mean square of 1."""
+    moments = values.T @ values / len(values)
     moments[np.diag_indices_from(moments)] += _RIDGE * np.trace(moments) / len(moments)
-    solved: Doubles = np.linalg.solve(moments, found.mean(axis=0))
+    solved: Doubles = np.linalg.solve(moments, values.mean(axis=0))
     return solved
 
 

@@ -34,25 +34,25 @@ def layer_files(folder: Path, stem: str, layers: int) -> list[Path]:
     """
     if not folder.is_dir():
         raise ImportFailed(f"{folder}: no such folder; it has to hold {stem}_0.pt to {stem}_{layers - 1}.pt")
-    found: dict[int, Path] = {}
+    files: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(rf"{stem}_([0-9]{{1,6}})\.pt", path.name)
         if match is None:
             continue
-        other = found.setdefault(int(match[1]), path)
+        other = files.setdefault(int(match[1]), path)
         if other is not path:
             raise ImportFailed(f"{folder}: {other.name} and {path.name} are both of layer {int(match[1])}")
-    if not found:
+    if not files:
         raise ImportFailed(f"{folder} holds no file named {stem}_0.pt, {stem}_1.pt and so on")
-    missing = [index for index in range(layers) if index not in found]
+    missing = [index for index in range(layers) if index not in files]
     if missing:
         raise ImportFailed(
             f"{folder} lacks {_listed(stem, missing)}; the model has {layers} layers, numbered from 0"
         )
-    extra = sorted(index for index in found if index >= layers)
+    extra = sorted(index for index in files if index >= layers)
     if extra:
         raise ImportFailed(f"{folder} has {_listed(stem, extra)}, but the model has {layers} layers")
-    return [found[index] for index in range(layers)]
+    return [files[index] for index in range(layers)]
 
 
 def _listed(stem: str, layers: list[int]) -> str:
@@ -65,9 +65,9 @@ def load_predictor(path: Path, width: int, neurons: int) -> tuple[Floats, Floats
     state = _load(path)
     names = ("fc1.weight", "fc2.weight")
     if not isinstance(state, Mapping) or set(state) != set(names):
-        found = ", ".join(map(str, list(state)[:4])) if isinstance(state, Mapping) else type(state).__name__
+        content = ", ".join(map(str, list(state)[:4])) if isinstance(state, Mapping) else type(state).__name__
         raise ImportFailed(
-            f"{path} holds {found or 'nothing'}, expected a state dict of {' and '.join(names)} alone"
+            f"{path} holds {content or 'nothing'}, expected a state dict of {' and '.join(names)} alone"
         )
     first, second = (_plain(state[name], f"{path}: {name}", 2) for name in names)
     rank = first.shape[0]

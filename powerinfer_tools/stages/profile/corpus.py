@@ -85,10 +85,10 @@ def documents(file: CorpusFile, progress: Progress) -> Iterator[str]:
 
 def _expand(source: Path) -> Iterable[tuple[str, Path]]:
     if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-        if not found:
+        files = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        if not files:
             raise CorpusError(f"corpus directory {source} holds no {', '.join(SUFFIXES)} files")
-        return [(path.relative_to(source).as_posix(), path) for path in found]
+        return [(path.relative_to(source).as_posix(), path) for path in files]
     if not source.exists():
         raise CorpusError(f"corpus file {source} does not exist")
     if not source.is_file():

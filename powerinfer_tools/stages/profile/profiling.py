@@ -95,13 +95,13 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
         model.close()
 
 
-def _window(asked: int | None, model: Model) -> int:
+def _window(window: int | None, model: Model) -> int:
     longest = model.hyper.trained_context
-    if asked is None:
+    if window is None:
         return min(DEFAULT_WINDOW, longest)
-    if not 2 <= asked <= longest:
-        raise ProfileError(f"--window {asked} is not from 2 to {longest}, the context of {model.path}")
-    return asked
+    if not 2 <= window <= longest:
+        raise ProfileError(f"--window {window} is not from 2 to {longest}, the context of {model.path}")
+    return window
 
 
 class _Run:
@@ -207,11 +207,11 @@ class _Run:
                 f"choice covers {1 - difference:.1%}"
             )
 
-    def _say_stopped(self, asked: int) -> None:
+    def _say_stopped(self, windows: int) -> None:
         assert self.stopping is not None
         assert self.stopping.difference is not None
         self.progress.note(
-            f"stopped after {self.tally.tokens:,} of {asked:,} tokens: of what one half of them would "
+            f"stopped after {self.tally.tokens:,} of {windows:,} tokens: of what one half of them would "
             f"place, the other half's choice covers {1 - self.stopping.difference:.1%} "
             f"(asked for: {1 - TOLERANCE:.0%}; {SHARE:.0%} of each layer placed); --tokens N reads N"
         )
@@ -230,7 +230,7 @@ class _Run:
 
     def _work(self) -> str:
         """What was asked for, as a hash: only the same work is taken up again."""
-        asked = [
+        facts = [
             self.model.fingerprint,
             [[file.name, file.sha256] for file in self.files],
             self.window,
@@ -240,7 +240,7 @@ class _Run:
             self.options.trace,
             __version__,
         ]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _resume(self) -> None:
         path = checkpoint_path(self.options.output)

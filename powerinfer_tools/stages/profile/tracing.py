@@ -94,11 +94,11 @@ class TraceRecorder:
     def resume(self, windows: int) -> bool:
         """Go on after ``windows`` windows, without what came later. False where records are missing."""
         path = unfinished_trace(self.output)
-        wanted = sum(window < windows for window in self.rows) * self.model.hyper.layers
+        records = sum(window < windows for window in self.rows) * self.model.hyper.layers
         if not path.exists():
-            return wanted == 0
+            return records == 0
         with path.open("r+b") as stream:
-            for _ in range(wanted):
+            for _ in range(records):
                 if _next_frame(stream) is None:
                     return False
             stream.truncate(stream.tell())

@@ -108,16 +108,16 @@ class _Quantization:
 
     def _type_of(self, info: TensorInfo) -> int:
         """What to write a tensor as: vectors, quantised matrices, rows of partial blocks stay as they are."""
-        wanted = self.row_type if self.row_type.is_float else _FINER.get(info.name, self.row_type)
+        row_type = self.row_type if self.row_type.is_float else _FINER.get(info.name, self.row_type)
         matrix = len(info.shape) > 1 and not _AS_IT_IS.search(info.name)
         floats = info.row_type in {int(kind) for kind in RowType if kind.is_float}
-        whole = info.shape[-1] % block_shape(wanted)[0] == 0
-        return int(wanted) if matrix and floats and whole else info.row_type
+        whole = info.shape[-1] % block_shape(row_type)[0] == 0
+        return int(row_type) if matrix and floats and whole else info.row_type
 
     def _pieces(self, info: TensorInfo) -> Iterator[npt.NDArray[np.uint8]]:
         """The rows in their new type, some at a time."""
         columns = info.shape[-1]
-        kind, wanted = RowType(info.row_type), RowType(self.types[info.name])
+        kind, target = RowType(info.row_type), RowType(self.types[info.name])
         squares, first = [], 0
         for piece in self._rows(info):
             values = dequantize(piece.reshape(-1), kind, len(piece), columns)
@@ -127,8 +127,8 @@ class _Quantization:
                     f"{self.source.path}: tensor {info.name} has a value that is not finite in row {row}"
                 )
             first += len(piece)
-            made = quantize(values, wanted)
-            back = dequantize(made.reshape(-1), wanted, len(piece), columns)
+            made = quantize(values, target)
+            back = dequantize(made.reshape(-1), target, len(piece), columns)
             squares.append((_square(back - values), _square(values)))
             yield made
         self.squares[info.name.removesuffix(".weight").rpartition(".")[2]] += squares

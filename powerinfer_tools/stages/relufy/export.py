@@ -93,8 +93,8 @@ def source_matrix(model: Model, index: int, kind: str) -> Floats:
 
 def _places(index: int) -> dict[str, tuple[int, str]]:
     """The layer's FFN tensors in the source, and which matrix each is."""
-    found = {}
+    places = {}
     for name in source_names(index):
         kind = next(kind for kind in ("gate", "up", "down") if f"ffn_{kind}." in name)
-        found[name] = (index, kind)
-    return found
+        places[name] = (index, kind)
+    return places

@@ -36,13 +36,13 @@ def fit_down_projections(
     own = teacher.clone()
     for index in range(network.hyper.layers):
         with torch.no_grad():
-            read, wanted = _advance(network, index, teacher, own)
+            read, target = _advance(network, index, teacher, own)
             ffn = student.ffn(index)
             if index >= done and density is not None:
                 ffn.rescale(neuron_scales(ffn, read.flatten(0, 1), density))
             hidden, down = torch.cat([ffn.hidden(read[piece]) for piece in _pieces(read)]), ffn.down
             if index >= done:
-                _fit(down, hidden.flatten(0, 1), wanted.flatten(0, 1))
+                _fit(down, hidden.flatten(0, 1), target.flatten(0, 1))
             for piece in _pieces(own):
                 own[piece] = network.add_ffn(index, own[piece], down.forward(hidden[piece]))
         finished(index + 1)
@@ -59,20 +59,20 @@ def _advance(network: Network, index: int, teacher: Tensor, own: Tensor) -> tupl
     to the dense model's stream, or, where a norm follows the FFN, so that no sum of rows reaches that, what
     the dense FFN gives.
     """
-    reads, wanted = [], []
+    reads, targets = [], []
     for piece in _pieces(teacher):
         read, teacher[piece] = network.through_attention(index, teacher[piece])
         out = network.dense_ffn(index, read)
         teacher[piece] = network.add_ffn(index, teacher[piece], out)
         read, own[piece] = network.through_attention(index, own[piece])
         reads.append(read)
-        wanted.append(teacher[piece] - own[piece] if network.post_norms[index] is None else out.float())
-    return torch.cat(reads), torch.cat(wanted)
+        targets.append(teacher[piece] - own[piece] if network.post_norms[index] is None else out.float())
+    return torch.cat(reads), torch.cat(targets)
 
 
-def _fit(down: TrainedMatrix, hidden: Tensor, wanted: Tensor) -> None:
-    """Move ``down`` to the least squares of ``wanted`` (tokens, width) by ``hidden`` (tokens, neurons)."""
-    missing = wanted - down.forward(hidden).float()
+def _fit(down: TrainedMatrix, hidden: Tensor, target: Tensor) -> None:
+    """Move ``down`` to the least squares of ``target`` (tokens, width) by ``hidden`` (tokens, neurons)."""
+    missing = target - down.forward(hidden).float()
     rows = hidden.float()
     gram = rows.T @ rows
     penalty = RIDGE * gram.diagonal().mean() + 1e-12

@@ -308,9 +308,9 @@ class _Run:
         interrupts.check()
 
     def _work(self) -> str:
-        asked = replace(self.options, threads=None, restart=False, corpus=(), save_delta=None)
+        options = replace(self.options, threads=None, restart=False, corpus=(), save_delta=None)
         windows = hashlib.sha256(self.train.tobytes()).hexdigest()
-        text = json.dumps([vars(asked) | {"output": "", "model": "", "corpus": ""}, windows], default=str)
+        text = json.dumps([vars(options) | {"output": "", "model": "", "corpus": ""}, windows], default=str)
         return hashlib.sha256((text + self.model.fingerprint + __version__).encode()).hexdigest()
 
     def _checkpoint(self) -> None:
@@ -331,17 +331,21 @@ class _Run:
         if self.options.restart or not path.exists():
             return
         try:
-            found = Checkpoint.load(path)
+            checkpoint = Checkpoint.load(path)
         except FormatError as error:
             self.progress.note(f"interrupted work is not usable and is begun anew ({error})")
             return
-        if found.work != self._work():
+        if checkpoint.work != self._work():
             self.progress.note(f"{path.name} is of other work (model, corpus or options differ); begun anew")
             return
-        self.layers_done, self.step, self.seconds = found.layers_done, found.step, found.seconds
-        self.control.weight, self.control.start = found.pressure, found.first_density
-        self.dense_perplexity, self.history = found.dense_perplexity, list(found.history)
-        self._restore(found.tensors)
+        self.layers_done, self.step, self.seconds = (
+            checkpoint.layers_done,
+            checkpoint.step,
+            checkpoint.seconds,
+        )
+        self.control.weight, self.control.start = checkpoint.pressure, checkpoint.first_density
+        self.dense_perplexity, self.history = checkpoint.dense_perplexity, list(checkpoint.history)
+        self._restore(checkpoint.tensors)
         self.progress.note(f"going on after {self.layers_done} layers and {self.step} steps")
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -138,9 +138,9 @@ class Student:
 
     def ffn(self, index: int) -> StudentFFN:
         """The FFN of layer ``index``."""
-        found = self.ffns[index]
-        assert isinstance(found, StudentFFN)
-        return found
+        ffn = self.ffns[index]
+        assert isinstance(ffn, StudentFFN)
+        return ffn
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
         """Layer ``index``'s FFN, as :data:`~powerinfer_tools.stages.relufy.network.FFN`."""

@@ -157,13 +157,13 @@ class _Choice:
         tokenizer = Tokenizer.from_gguf(self.model.source)
         bos = tokenizer.bos_id if tokenizer.adds_bos else None
         every = windows(tokenizer.encode(self.options.text), self.options.context, None, bos)
-        wanted = 2 * self.options.windows
-        if len(every) < wanted:
+        count = 2 * self.options.windows
+        if len(every) < count:
             raise ThresholdError(
-                f"the text has {len(every)} windows of {self.options.context} tokens, and {wanted} are "
+                f"the text has {len(every)} windows of {self.options.context} tokens, and {count} are "
                 "needed: half to choose on, half to measure on; give more text, or a smaller --windows"
             )
-        some = [every[i * len(every) // wanted] for i in range(wanted)]
+        some = [every[i * len(every) // count] for i in range(count)]
         return some[::2], some[1::2]
 
     def _sample(self) -> list[Sample]:
@@ -266,14 +266,14 @@ class _Choice:
             Alternating(self.engine, self.engine.session, thin),
             Alternating(self.engine, self.dense, dense),
         )
-        found = divergence(*ways, self.measured_on, self.progress)
+        cost = divergence(*ways, self.measured_on, self.progress)
         thin()
         return ThresholdCost(
-            dense_perplexity=found.base_perplexity,
-            perplexity=found.perplexity,
-            ratio_error=found.ratio_error,
-            kl=found.mean_kl,
-            tokens=found.positions,
+            dense_perplexity=cost.base_perplexity,
+            perplexity=cost.perplexity,
+            ratio_error=cost.ratio_error,
+            kl=cost.mean_kl,
+            tokens=cost.positions,
         )
 
     def _ffn_share(self, densities: Sequence[float]) -> float:

@@ -46,10 +46,10 @@ def settings(data: LayerData, made: Fit, nbytes: int) -> list[Setting]:
         limits = np.quantile(expected, [1 - float(one.mean()) for one in named])
         named += [expected > limit for limit in limits]
         thresholds += [loss.thresholds(float(limit)) for limit in limits]
-    found = [Setting(None, data.gate_bytes + float(active.mean()) * data.other_bytes, 0.0)]
+    choices = [Setting(None, data.gate_bytes + float(active.mean()) * data.other_bytes, 0.0)]
     for values, some, error in zip(thresholds, named, data.missing(named), strict=True):
-        found.append(Setting(values, nbytes + data.rows_touched(some, active), error))
-    return found
+        choices.append(Setting(values, nbytes + data.rows_touched(some, active), error))
+    return choices
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def sensitivities(
     several layers cost together is about the sum of what each costs.
     """
     progress.start("measuring each layer's share", 2 * len(layers), "settings")
-    found = []
+    costs = []
     for index, options in enumerate(layers):
         points = []
         for trial in (min(options[1:], key=lambda option: option.error), options[1]):
@@ -90,9 +90,9 @@ def sensitivities(
             points.append((trial.error, meter.measure(alone, windows).divergence))
             progress.advance(1)
         errors, divergences = zip(*points, strict=True)
-        found.append(Sensitivity(errors, divergences))
+        costs.append(Sensitivity(errors, divergences))
     progress.finish()
-    return found
+    return costs
 
 
 def allocate(

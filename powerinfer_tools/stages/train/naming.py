@@ -57,12 +57,12 @@ def fit(made: LowRank | SignBits, learn: Floats, true: Floats) -> Fit:
 def level_for(normal: Floats, active: Bools, recall: float) -> float:
     """The highest level at which ``normal`` (t, neurons) finds the share ``recall`` of the ``active``."""
     low, high = float(normal.min()) - 1.0, float(normal.max()) + 1.0
-    wanted = recall * max(1, int(active.sum()))
+    needed = recall * max(1, int(active.sum()))
     of_active = np.sort(normal[active])
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        found = len(of_active) - np.searchsorted(of_active, middle, side="right")
-        low, high = (middle, high) if found >= wanted else (low, middle)
+        hits = len(of_active) - np.searchsorted(of_active, middle, side="right")
+        low, high = (middle, high) if hits >= needed else (low, middle)
     return low
 
 

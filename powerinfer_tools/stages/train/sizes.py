@@ -43,14 +43,14 @@ def candidates(data: LayerData, row_type: RowType, recall: float) -> list[Candid
     neurons, width = data.gate.shape
     learn, some = data.learn.inputs, data.check.first(_TRIED_RECORDS)
     true, factors = data.gates(learn), factorize(data.gate, learn)
-    found = []
+    sizes = []
     for rank in ranks(width, row_type):
         normal = fit(cut(factors, rank, row_type), learn, true).normal(some.inputs)
         reached = quality(normal > level_for(normal, some.active, recall), some.active)
         size = nbytes(rank, width, neurons, row_type)
         rows = data.gate_bytes + data.other_bytes
-        found.append(Candidate(size, size + reached.predicted_density * rows, rank))
-    return found
+        sizes.append(Candidate(size, size + reached.predicted_density * rows, rank))
+    return sizes
 
 
 def sign_candidates(data: LayerData) -> list[Candidate]:

@@ -150,17 +150,17 @@ class _Run:
     def _sizes(self) -> list[Candidate]:
         layers, recall = self.model.hyper.layers, self.options.recall or _SIZING_RECALL
         self.progress.start("trying ranks", layers, "layers")
-        found = []
+        sizes = []
         for index in range(layers):
             data = self._layer(index)
-            found.append(
+            sizes.append(
                 sign_candidates(data)
                 if self.options.method == "sign"
                 else candidates(data, self.row_type, recall)
             )
             self.progress.advance(1)
         self.progress.finish()
-        return choose(found, int(self.options.budget * self.model.source.nbytes))
+        return choose(sizes, int(self.options.budget * self.model.source.nbytes))
 
     def _made(self, index: int, rank: int) -> Fit:
         data = self._layer(index)
@@ -179,8 +179,8 @@ class _Run:
         if made is None:
             from powerinfer_tools.stages.train.tuning import Tuning, tune
 
-            asked = Tuning(device=self.options.device, seed=self.options.seed)
-            made = tune(start, data, recall, self.row_type, asked)
+            tuning = Tuning(device=self.options.device, seed=self.options.seed)
+            made = tune(start, data, recall, self.row_type, tuning)
             finished.keep(made)
         return made
 
@@ -188,17 +188,17 @@ class _Run:
         self, fits: Sequence[Fit], chosen: Sequence[Candidate], meter: Meter | None
     ) -> list[Floats | None]:
         """Of every layer; None: gate-first."""
-        options, found = [], []
+        options, levels = [], []
         for index, made in enumerate(fits):
             data = self._layer(index)
             if self.options.recall is not None:
                 check = data.check
                 level = level_for(made.normal(check.inputs), check.active, self.options.recall)
-                found.append(made.threshold(level))
+                levels.append(made.threshold(level))
             else:
                 options.append(settings(data, made, int(chosen[index].price)))
         if self.options.recall is not None:
-            return list(found)
+            return list(levels)
         assert meter is not None
         third = range(len(self.windows) // 3)
         best: list[Setting] = allocate(meter, third, options, self.options.max_increase, self.progress)
@@ -249,10 +249,10 @@ class _Run:
         text = self.options.text.read_text(encoding="utf-8", errors="replace")
         bos = tokenizer.bos_id if tokenizer.adds_bos else None
         length = self.trace.header.window
-        found = windows(tokenizer.encode(text), length, self.options.windows, bos)
-        if len(found) < 3:
+        windows_of_text = windows(tokenizer.encode(text), length, self.options.windows, bos)
+        if len(windows_of_text) < 3:
             raise TrainError(f"{self.options.text} has fewer than 3 windows of {length} tokens")
-        return found
+        return windows_of_text
 
     def _meter(self, fits: Sequence[Fit]) -> Meter | None:
         if not self.windows:

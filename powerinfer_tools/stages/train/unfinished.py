@@ -33,8 +33,8 @@ class FinishedLayer:
         self.path = unfinished_layers(options.output) / f"layer-{data.index}.safetensors"
         assert isinstance(start.made, LowRank)
         self._shapes = {"in": start.made.inward.shape, "out": start.made.outward.shape}
-        asked = (data.model.fingerprint, data.trace.header.corpus_hashes, options.seed, options.device)
-        digest = hashlib.sha256(json.dumps([*asked, recall, data.index]).encode())
+        settings = (data.model.fingerprint, data.trace.header.corpus_hashes, options.seed, options.device)
+        digest = hashlib.sha256(json.dumps([*settings, recall, data.index]).encode())
         for array in (start.made.inward, start.made.outward, start.mean, start.deviation):
             digest.update(np.ascontiguousarray(array).tobytes())
         self._work = digest.hexdigest()

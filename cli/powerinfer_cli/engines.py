@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def said(notices: Callable[[], Sequence[str]]) -> Iterator[None]:
-    """Say the notices there are now, and at the end those that came since."""
+    """Print the present notices, and at the end any new ones."""
     count = 0
     try:
         for notice in notices():

@@ -22,7 +22,7 @@ VERSION = 1
 EXPERTS_VERSION = 2
 #: Of those whose experts are in part on disk alone.
 DISK_VERSION = 3
-#: Of those that have layers with one FFN besides.
+#: Of plans whose models have layers with one FFN besides.
 MIXED_VERSION = 4
 _READ = (VERSION, EXPERTS_VERSION, DISK_VERSION, MIXED_VERSION)
 FORMAT = "powerinfer-plan"

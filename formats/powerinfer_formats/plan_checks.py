@@ -91,8 +91,8 @@ def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Require) -> 
 
 
 def _check_experts(plan: Plan, require: Require) -> None:
-    """Experts are whole groups of neurons, in the one mode that they have; and are said where there are
-    some."""
+    """Experts are whole groups of neurons, in the one mode that they have. A plan of a model with experts
+    describes them."""
     experts = plan.model.experts
     if experts is not None:
         _check_expert_sizes(plan, experts, require)

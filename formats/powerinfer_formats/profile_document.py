@@ -19,7 +19,7 @@ class Corpus:
 class CorpusPosition:
     """How far an unfinished profile has come.
 
-    ``work`` is a SHA-256 of what was asked for (corpus, options), so that only the same command takes it up
+    ``work`` is a SHA-256 of the command's corpus and options, so that only the same command takes it up
     again; ``windows`` whole windows of it have been counted.
     """
 

@@ -295,7 +295,7 @@ class BlockWriter:
                 builder.activate(gate, None, gate, kind, cut)
                 kind, cut = "relu", 0.0
         if w.skips:
-            assert observed is None, "gate-first does not compute what there is to observe"
+            assert observed is None, "gate-first does not compute what an observer counts"
             least = np.full(w.gate.rows, cut, np.float32) if cut else None
             builder.sparse_ffn(
                 gate, b.normed, b.normed_acts, w.bundle, b.block_out, up, kind, threshold=least, cut=cut

@@ -34,6 +34,8 @@ def load_cold_ffn(model: Model, index: int, pool: Pool, part: Part) -> ColdFFN:
     """Lay out ``part`` of layer ``index``, which has no experts."""
     layer, ffn, mode = model.layers[index], model.layers[index].ffn, part.mode
     if isinstance(ffn, DenseFFN):
+        if part.hot_neurons:
+            return _NoneFFN()
         deviations = model.hyper.facts[index].deviations
         rest = (layer.ffn_bias, layer.ffn_factor_bias, layer.ffn_inner_norm, deviations)
         return _ColumnsFFN(
@@ -258,7 +260,7 @@ def write_recall_check(
     writer: BlockWriter,
     buffers: Buffers,
 ) -> RecallCheck | None:
-    """Append, right after the operations of ``ffn``, those that compute what its predictor should have found;
+    """Append, right after the operations of ``ffn``, operations that compute the truth of its predictions;
     None for an FFN without one."""
     layer = model.layers[index].ffn
     if not isinstance(ffn, _PredictedFFN) or not isinstance(layer, SplitLayer):

@@ -69,7 +69,7 @@ class ColdFFN(Protocol):
         """Whether one of ``count`` tokens, whose experts are chosen, needs something that is here."""
 
     def scores(self, count: int) -> tuple[Floats, Floats]:
-        """Where a router that is on the hot device leaves what it says of ``count`` tokens: of experts, and
+        """Buffers for the scores of ``count`` tokens by a router on the hot device: of experts, and
         of the shared one."""
 
     def hot_routes(self, count: int) -> list[Route]:

@@ -130,7 +130,7 @@ class HotSteps:
             tell(self._host.timeline, index, launch=(chosen, time.perf_counter()))
 
     def _name(self, part: ColdPart, count: int) -> None:
-        """Where the device predicts, what it says of the cold neurons becomes their scores."""
+        """Where the device predicts, its answer for the cold neurons becomes their scores."""
         neurons = part.ffn.neurons
         if neurons and self._hot.has_predictor(part.index):
             assert self._buffers.scores is not None

@@ -55,7 +55,7 @@ def routed_buffers(hyper: Hyperparameters, buffers: Buffers, *, gated: bool) -> 
 
 
 class RoutedFFN(Plain):
-    """The experts of one layer, those that the kernels compute laid out for them; others (``hot``, by number)
+    """The experts of one layer. Those of the C kernels are laid out for them; others (``hot``, by number)
     are a hot side's, and with ``scored_there`` the router is. With ``residency``, they are read from disk as
     those of layer ``index``. Choices are added to ``observed``. ``skips``: neurons of routed experts that are
     zero are not read, with the same bits."""

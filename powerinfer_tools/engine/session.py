@@ -245,7 +245,7 @@ class Session(Closing):
         return positions
 
     def fork(self, context: int | None = None) -> "Session":
-        """A new session that holds the same tokens, of the same context unless told otherwise. Raises as
+        """A new session that holds the same tokens, of the same context by default. Raises as
         :meth:`Weights.session` and :meth:`copy_prefix` do."""
         other = self._weights.session(self.context if context is None else context, self.kv_type)
         try:

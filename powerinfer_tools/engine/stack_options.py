@@ -16,7 +16,7 @@ class StackOptions:
     none).
 
     ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
-    compute beside every prediction what it should have found. ``thresholds``: of each layer of a
+    also compute the truth of every prediction. ``thresholds``: of each layer of a
     source model. ``residency``: where experts are that are read from disk, and what memory they get
     (``budget``). ``packed``: weights that other layouts of the model share. ``progress`` hears of what takes
     long.

@@ -61,7 +61,7 @@ class Timeline:
 
 
 def tell(timeline: Timeline | None, layer: int | None, **parts: tuple[float, float]) -> None:
-    """What the CPU did from when to when, where it is to be told."""
+    """Record spans of CPU time, if a timeline is kept."""
     if timeline is not None:
         for name, (start, end) in parts.items():
             timeline.add("CPU", name, layer, start, end)

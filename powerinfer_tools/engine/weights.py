@@ -55,7 +55,7 @@ class Weights(Closing):
     model is dense). ``device`` "none" computes everything in the C kernels; "cpu" and "cuda" give the hot
     part of a split file to torch on that device, and ``vram`` limits it to that many bytes by moving the
     split point. ``observed`` counters, one of each layer, are added to by every forward pass of a source
-    model. ``check_recall`` computes beside every prediction what it should have found, for the report;
+    model. ``check_recall`` also computes the truth of every prediction, for the report;
     results stay the same bits. ``thresholds`` of each layer of a source model leave neurons out, as they say
     at the time of each pass. ``ram``: the memory that the process may take; experts that do not fit are read
     from disk, see :mod:`powerinfer_tools.engine.residency`. ``beside``: other weights of the same model, in

@@ -25,7 +25,7 @@ _SPELLINGS = _spellings()
 
 
 def sampler_chain(names: Sequence[str]) -> tuple[str, ...]:
-    """``names`` as this program writes them, without those that would do nothing. Raises SamplingError for
+    """``names`` as this program writes them, without samplers that would do nothing. Raises SamplingError for
     one that is not known."""
     chain = []
     for name in names:

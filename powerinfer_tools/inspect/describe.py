@@ -1,4 +1,4 @@
-"""What a file is and holds: told from its content, not from its name."""
+"""What a file is and holds, judged by its content, not by its name."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping

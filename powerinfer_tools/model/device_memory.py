@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerinfer_tools.model.counting import HEAD_ROWS
-from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.tensors import Stack, Weight
 
 _F32 = 4
@@ -66,12 +66,11 @@ class ExpertWidths:
     taken: int
 
     @classmethod
-    def of(cls, layers: Sequence[ExpertsFFN], used: int) -> "ExpertWidths":
-        """Of a model whose tokens take ``used`` experts."""
-        shared = [layer.shared.up.rows for layer in layers if layer.shared is not None]
+    def of(cls, layers: Sequence[ExpertsFFN | DenseFFN], used: int) -> "ExpertWidths":
+        """Of a model whose tokens take ``used`` experts; a dense FFN is one that every token takes."""
         return cls(
-            width=layers[0].router.columns,
-            neurons=max([layer.up.rows // layer.router.rows for layer in layers] + shared),
+            width=input_matrices(layers[0])[0].columns,
+            neurons=max(map(_most_neurons, layers)),
             inputs=len({weight.row_type.is_float for layer in layers for weight in input_matrices(layer)}),
             taken=used + 1,
         )
@@ -82,8 +81,18 @@ class ExpertWidths:
         return max(self.width, self.neurons)
 
 
-def input_matrices(layer: ExpertsFFN) -> list[Weight | Stack]:
+def _most_neurons(layer: ExpertsFFN | DenseFFN) -> int:
+    """Neurons of the layer's widest expert."""
+    if isinstance(layer, DenseFFN):
+        return layer.up.rows
+    shared = 0 if layer.shared is None else layer.shared.up.rows
+    return max(layer.up.rows // layer.router.rows, shared)
+
+
+def input_matrices(layer: ExpertsFFN | DenseFFN) -> list[Weight | Stack]:
     """The matrices that the layer's input is multiplied with: gates and ups."""
+    if isinstance(layer, DenseFFN):
+        return [*layer.matrices[:-1]]
     shared = [] if layer.shared is None else [*layer.shared.matrices[:-1]]
     return [*layer.stacks[:-1], *shared]
 

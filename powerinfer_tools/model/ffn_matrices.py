@@ -31,8 +31,13 @@ class DenseFFN:
 
     @property
     def matrices(self) -> tuple[Weight, ...]:
-        """All that there are: gate, up and down, or up and down."""
+        """Gate, up and down, or up and down."""
         return (self.first, self.down) if self.factor is None else (self.first, self.factor, self.down)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(weight.nbytes for weight in self.matrices)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class ExpertsFFN:
     @property
     def shared_nbytes(self) -> int:
         """Bytes of the expert that every token takes."""
-        return 0 if self.shared is None else sum(weight.nbytes for weight in self.shared.matrices)
+        return 0 if self.shared is None else self.shared.nbytes
 
     @property
     def router_nbytes(self) -> int:

@@ -129,8 +129,6 @@ class Model:
     def placement_limit(self) -> str | None:
         """Why nothing of the model is computed on a hot device; None where its FFNs can be."""
         routing = self.hyper.routing
-        if routing is not None and self._mixed:
-            return "dense layers beside experts"
         return "experts that read what is weighed" if routing is not None and routing.weigh_input else None
 
     @property

@@ -21,7 +21,7 @@ _TOP_DEVIATIONS = 1.6448533535003662
 
 
 def read_layers(keys: Keys) -> int:
-    """Those that compute the next token: files count layers for further ones, which come last, among them."""
+    """The layers that compute the next token. Files also count layers for further tokens, which come last."""
     keys.blocks = keys.integer("block_count", high=4096)
     return keys.blocks - keys.integer("nextn_predict_layers", 0, low=0, high=keys.blocks - 1)
 

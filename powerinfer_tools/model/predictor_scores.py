@@ -1,4 +1,4 @@
-"""What predictors say in numpy, and the way from those that train makes to those of a split file."""
+"""Scores of predictors in numpy, and how predictors of ``train`` become those of a split file."""
 
 import numpy as np
 import numpy.typing as npt

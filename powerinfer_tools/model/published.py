@@ -203,7 +203,7 @@ DTYPES: dict[str, TensorType] = {row_type.name.lower(): TensorType(row_type) for
 def published_shape(name: str, dtype: str = "q4_0") -> ModelShape:
     """The shape ``name`` with every matrix stored as ``dtype``.
 
-    Raises PlanError listing the names or types that there are, and for a dtype whose blocks do not fit.
+    Raises PlanError with a list of the names or types, and for a dtype whose blocks do not fit.
     """
     model = PUBLISHED.get(name.lower())
     if model is None:

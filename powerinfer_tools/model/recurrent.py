@@ -287,7 +287,7 @@ def _time_mixing(tensors: Tensors, s: RecurrentSizes, prefix: str) -> TimeMixing
     width, name = s.inner, f"{prefix}.time_mix"
     first = prefix == "blk.0"
     gated = tensors.has(f"{name}_g1.weight")
-    if first:  # its values are those that others mix in
+    if first:  # other layers mix its values in
         for part in ("v0", "v1", "v2"):
             tensors.leave_out(f"{name}_{part}.weight")
     parts = 6 if gated else 5

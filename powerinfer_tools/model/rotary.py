@@ -34,7 +34,7 @@ class RopeFactors:
     short: Table | None = None
 
     def of(self, rope: Rope, capacity: int) -> Table | None:
-        """Those that hold for up to ``capacity`` positions."""
+        """The factors for up to ``capacity`` positions."""
         if not rope.factored or self.every is not None:
             return self.every if rope.factored else None
         return self.long if capacity > rope.original else self.short

@@ -71,7 +71,7 @@ def default_down_type(ffn: DenseFFN) -> RowType:
 
 def split_in_memory(model: Model, predictors: Sequence[LayerPredictor], row_type: str) -> Model:
     """``model`` as its split file would be opened, all neurons cold and in the source's order; mode predicted
-    where there is a predictor, else gate-first. Rows are read in the source when they are asked for.
+    in layers with a predictor, else gate-first. Rows are read from the source when they are needed.
     """
     layers = tuple(_split_layer(model, index, made, row_type) for index, made in enumerate(predictors))
     header = SplitHeader(

@@ -119,15 +119,15 @@ class Tensors:
         self.gguf = gguf
 
     def leave_out(self, name: str) -> None:
-        """Count a tensor among those that are used."""
+        """Mark a tensor as used."""
         self.gguf.expected.add(name)
 
     def leave_out_matching(self, pattern: str) -> None:
-        """Count all tensors of such names among those that are used."""
+        """Mark all tensors of such names as used."""
         self.gguf.expected.update(fnmatch.filter(self.gguf.tensors, pattern))
 
     def leave_out_layer(self, index: int) -> None:
-        """Count all tensors of a layer among those that are used."""
+        """Mark all tensors of a layer as used."""
         self.gguf.expected.update(name for name in self.gguf.tensors if name.startswith(f"blk.{index}."))
 
     def refuse_unused(self) -> None:

@@ -25,7 +25,7 @@ def question(work: Callable[[], Result]) -> tuple[asyncio.Future[Result], Callab
         result, error = None, None
         try:
             result = work()
-        except Exception as fault:  # noqa: BLE001  whatever it is, it is told to who asked
+        except Exception as fault:  # noqa: BLE001  whatever it is, the caller gets it
             error = fault
         if not loop.is_closed():
             loop.call_soon_threadsafe(tell, result, error)

@@ -161,7 +161,7 @@ class Batcher:
                     break
                 self._call_between()
                 self._step()
-            except Exception as error:  # noqa: BLE001  whatever it is: those concerned are told, the thread goes on
+            except Exception as error:  # noqa: BLE001  whatever it is: the requests concerned fail with it, the thread goes on
                 self._fail(tuple(self._active) or tuple(self._waiting.clear()), error)
         self._call_between()
         with self._changed:
@@ -169,7 +169,7 @@ class Batcher:
         self._fail([*self._active, *left], unavailable("the server is shutting down", 5))
 
     def _admit(self) -> bool:
-        """Give places to those that wait, once there is something to do; False at the end."""
+        """Give places to waiting requests, once there is work; False at the end."""
         with self._changed:
             while not self._closing:
                 self._changes = False
@@ -255,7 +255,7 @@ class Batcher:
         started = time.perf_counter()
         try:
             rows = self._slots.step([work for _, work in pieces])
-        except Exception as error:  # noqa: BLE001  whatever it is, those in this pass are told and others go on
+        except Exception as error:  # noqa: BLE001  whatever it is: the requests of this pass fail with it, others go on
             self._fail([ticket for ticket, _ in pieces], error)
             return
         self.figures.passed(pieces, time.perf_counter() - started)

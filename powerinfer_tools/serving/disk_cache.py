@@ -22,7 +22,7 @@ _WAITING = 4
 
 class DiskCache:
     """Blocks of ``slots`` in ``store``; ``identity`` says all that their bits depend on. When that changes,
-    as it does where a hot device is lost, nothing is restored or saved any more. ``say`` is told once when
+    as it does where a hot device is lost, nothing is restored or saved any more. ``say`` is called once when
     nothing more can be written."""
 
     def __init__(
@@ -130,7 +130,7 @@ class DiskCache:
             done(length)
 
     def _held(self, place: Place, prompt: Sequence[int], prefixes: Sequence[tuple[int, bytes]]) -> int:
-        """Fill the slot from the blocks of ``prefixes`` as far as they fit; returns the tokens that it holds."""
+        """Fill the slot from the blocks of ``prefixes`` as far as they fit; returns its length."""
         for end, key in reversed(prefixes):
             state, length = None, self._sliced(end)
             if length <= place.length:

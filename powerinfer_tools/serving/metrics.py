@@ -76,7 +76,9 @@ class _Figures(Collector):
             "powerinfer:layer_density", "Share of a layer's neurons, or experts, computed.", labels=labels
         )
         hot = GaugeMetricFamily(
-            "powerinfer:layer_hot_share", "Share of those that the hot device computed.", labels=labels
+            "powerinfer:layer_hot_share",
+            "Share of the computed neurons that the hot device computed.",
+            labels=labels,
         )
         for index, layer in enumerate(self.report.get("layers", ())):
             for metric, value in ((density, layer["density"]), (hot, layer["hot_share"])):

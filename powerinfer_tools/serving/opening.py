@@ -41,7 +41,7 @@ def open_service(
     service: Service, engine: Engine, options: ServeOptions, say: Callable[[str], None] = lambda text: None
 ) -> Callable[[], None]:
     """Let ``service`` serve the model of ``engine``; returns what ends that, and closes the engine. ``say``
-    is told what the user should know. Raises ModelError and PrefixStoreError."""
+    receives what the user should know. Raises ModelError and PrefixStoreError."""
     tokenizer = Tokenizer.from_gguf(engine.model.source)
     model = served_model(engine, tokenizer, options.alias)
     count = slot_count(engine.session, engine.weights, options.parallel, options.kv_memory)

@@ -75,7 +75,7 @@ class Places:
 
     @property
     def idle(self) -> list[Place]:
-        """Those that nobody uses."""
+        """The places that nobody uses."""
         return [place for place in self.all if not place.busy and not place.saving]
 
     def take(self, prompt: Sequence[int], *, reuse: bool) -> tuple[Place, int]:

@@ -63,7 +63,7 @@ class PrefixStore:
         return sum(self._sizes.values())
 
     def get(self, key: bytes, tokens: Sequence[int], nbytes: int) -> bytes | None:
-        """The block of ``nbytes`` with ``key`` and ``tokens``. None where there is none, or what there is is
+        """The block of ``nbytes`` with ``key`` and ``tokens``. None where it is missing, or the file is
         damaged; that is removed."""
         path = self._path(key)
         try:

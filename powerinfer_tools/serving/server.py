@@ -70,7 +70,7 @@ class _Server(uvicorn.Server):
 
 class Serving:
     """A server. ``load`` makes ``service`` ready, in a thread while /health says so, and returns what ends
-    it; ``listening`` is told the port."""
+    it; ``listening`` receives the port."""
 
     def __init__(
         self,
@@ -137,6 +137,6 @@ class Serving:
     def _open(self) -> None:
         try:
             self._close = self._load()
-        except BaseException as error:  # noqa: BLE001  told to whoever started the server
+        except BaseException as error:  # noqa: BLE001  passed to whoever started the server
             self.failure = error
             self._server.should_exit = True

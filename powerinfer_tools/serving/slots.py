@@ -80,7 +80,7 @@ class BlockSlots(Protocol):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint; 0 where blocks are all that there is."""
+        """Bytes of a checkpoint; 0 where blocks suffice."""
         ...
 
     def block_bytes(self, count: int) -> int:

@@ -1,8 +1,9 @@
 """Which tokens end a generation and which are control tokens, by the rules that llama.cpp applies.
 
-GGUF files name a few special ids, but many control tokens can only be told by their text, and converters have
-marked some of them as ordinary. The tables here are the texts that llama.cpp knows; following them exactly
-matters twice: a missed end token makes a model babble, a wrong type changes how a prompt is tokenised.
+GGUF files name a few special ids, but many control tokens can only be recognised by their text, and
+converters have marked some of them as ordinary. The tables here are the texts that llama.cpp knows; following
+them exactly matters twice: a missed end token makes a model babble, a wrong type changes how a prompt is
+tokenised.
 """
 
 from collections.abc import Mapping, MutableSequence

@@ -11,9 +11,9 @@ class ThoughtFormat:
     closer: str
 
 
-#: Qwen, DeepSeek, GLM, MiniMax, Nemotron, SmolLM and others; told from the text alone.
+#: Qwen, DeepSeek, GLM, MiniMax, Nemotron, SmolLM and others; recognised in the text alone.
 THINK = ThoughtFormat("<think>", "</think>")
-#: Those that are told by the chat template: Mistral's, Seed-OSS, Command A, Apertus, Gemma 4.
+#: Named by the chat template: Mistral's, Seed-OSS, Command A, Apertus, Gemma 4.
 FORMATS = (
     ThoughtFormat("[THINK]", "[/THINK]"),
     ThoughtFormat("<seed:think>", "</seed:think>"),

@@ -63,10 +63,10 @@ class HotSide(Protocol):
 
     @property
     def seconds(self) -> float:
-        """Time the device has worked, so far as that was to be told."""
+        """Time the device has worked, as far as it was measured."""
 
     def time(self, *, on: bool) -> None:
-        """Whether :attr:`spans` and :attr:`seconds` are to be told of what is queued from here on; a device
+        """Whether :attr:`spans` and :attr:`seconds` cover what is queued from here on; a device
         for which that costs nothing tells them anyway."""
 
     @property

@@ -1,6 +1,6 @@
 """Everything that is placed on a device, put together from a split file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 
 import torch
@@ -12,7 +12,7 @@ from powerinfer_kernels.triton_layout import PLANAR_TYPES, SPLIT_ROWS
 from powerinfer_tools.engine.hot.backend import Backend, Exchange, FFNsApart
 from powerinfer_tools.engine.hot.devices import Device
 from powerinfer_tools.engine.hot.expert_parts import ExpertParts, chosen, chunk_floats, routers_of
-from powerinfer_tools.engine.hot.experts import HotExperts
+from powerinfer_tools.engine.hot.experts import HotExperts, WholeFFN
 from powerinfer_tools.engine.hot.head import HotHead
 from powerinfer_tools.engine.hot.hot_blocks import HotBlocks, head
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
@@ -66,16 +66,17 @@ def rest_floats(neurons: int, width: int) -> int:
     return -(-neurons // 64) * 64 + -(-neurons // SPLIT_ROWS) * width
 
 
-def _neuron_layers(model: Model) -> Sequence[SplitLayer]:
-    """The layers whose neurons can be placed."""
-    return model.split.layers if model.split is not None else ()
+def _neuron_layers(model: Model) -> list[SplitLayer | None]:
+    """The neurons of each layer; None where the units are experts."""
+    ffns = (layer.ffn for layer in model.layers)
+    return [ffn if isinstance(ffn, SplitLayer) else None for ffn in ffns]
 
 
 def _matrices(model: Model, units: HotUnits) -> list[Weight]:
     """All that is placed as a whole."""
     moved = [layer for layer, on_device in zip(model.layers, units.attention, strict=True) if on_device]
     matrices = [matrix for layer in moved for matrix in _attention_matrices(layer.attention)]
-    for layer, counts, on_device in zip(experts_of(model), units.experts, units.attention, strict=False):
+    for layer, counts, on_device in zip(experts_of(model), units.experts, units.attention, strict=True):
         matrices += [matrix for ffn in chosen(layer, counts).values() for matrix in ffn.matrices]
         matrices += routers_of(layer) if on_device else []
     return [*matrices, model.head] if units.head else matrices
@@ -83,7 +84,8 @@ def _matrices(model: Model, units: HotUnits) -> list[Weight]:
 
 def _all_fused(model: Model, units: HotUnits) -> bool:
     """Whether no row takes more memory than it has when it is unpacked."""
-    layers = [layer for layer, count in zip(_neuron_layers(model), units.neurons, strict=False) if count]
+    pairs = zip(_neuron_layers(model), units.neurons, strict=True)
+    layers = [layer for layer, count in pairs if layer is not None and count]
     kinds = {RowType(layer.type_of(kind)) for layer in layers for kind in layer.kinds}
     kinds |= {matrix.row_type for matrix in _matrices(model, units)}
     kinds |= {
@@ -158,50 +160,50 @@ class _Parts:
     def experts(self) -> ExpertParts | None:
         """Of a model that has some."""
         layers = experts_of(self.model)
-        if not layers:
+        if self.hyper.routing is None:
             return None
         return ExpertParts(
             layers, self.hyper, self.units, self.work.tokens, self.form, self.device, self.chunk
         )
 
     @cached_property
-    def ffns(self) -> list[HotFFN | HotExperts | None]:
+    def ffns(self) -> list[HotFFN | WholeFFN | HotExperts | None]:
         """The hot neurons, or experts, of each layer."""
-        if self.experts is not None:
-            return [*self.experts.experts]
         activation = (self.hyper.activation, self.hyper.activation_cut)
+        experts = [None] * self.hyper.layers if self.experts is None else self.experts.experts
         return [
-            self.form.ffn(layer, count, activation) if count else None
-            for layer, count in zip(self.layers, self.units.neurons, strict=True)
+            self.form.ffn(layer, count, activation) if layer is not None and count else others
+            for layer, count, others in zip(self.layers, self.units.neurons, experts, strict=True)
         ]
 
     @cached_property
     def predictor_parts(self) -> PredictorParts:
         """What predictors share."""
-        named = [layer for layer in self.layers if self.units.names(layer.index)]
+        named = self._naming
         tokens, checks = self.work.tokens, self.work.check_recall
         return PredictorParts(named, self.hyper, tokens, self.form, self.device, self.chunk, checks=checks)
 
     @cached_property
     def predictors(self) -> list[HotPredictor | None]:
         """The predictor of each layer that has it here."""
-        if self.experts is not None:
-            return [None] * self.hyper.layers
-        return [
-            self.predictor_parts.predictor(layer, count) if self.units.names(layer.index) else None
-            for layer, count in zip(self.layers, self.units.neurons, strict=True)
-        ]
+        made = [None] * self.hyper.layers
+        for layer in self._naming:
+            made[layer.index] = self.predictor_parts.predictor(layer, self.units.neurons[layer.index])
+        return made
+
+    @property
+    def _naming(self) -> list[SplitLayer]:
+        """The layers whose predictor is here."""
+        return [layer for layer in self.layers if layer is not None and self.units.names(layer.index)]
 
     @cached_property
     def chunk(self) -> Tensor:
         """Flat space for a chunk of unpacked rows of any matrix."""
         width, routing = self.hyper.width, self.hyper.routing
+        least = min(self._rows_at_once, max(self.units.neurons)) * width
         if routing is not None and any(self.units.experts):
-            least = chunk_floats(experts_of(self.model), routing.used)
-        else:
-            least = min(self._rows_at_once, max(self.units.neurons, default=0)) * width
-        predictors = [layer.predictor for layer in self.layers if self.units.names(layer.index)]
-        for predictor in predictors:
+            least = max(least, chunk_floats(experts_of(self.model), routing.used))
+        for predictor in (layer.predictor for layer in self._naming):
             rank = predictor.rank if isinstance(predictor, SplitLowRank) else 0
             least = max(least, CHUNK_ROWS * max(width, rank))
         return self.memory.floats(max(least, self._rows_at_once * max(self._chunks, default=0) // CHUNK_ROWS))
@@ -218,13 +220,13 @@ class _Parts:
         """Neurons, and rows of a matrix, that are unpacked at a time."""
         if not self.form.fused or not _all_fused(self.model, self.units):
             return CHUNK_ROWS
-        neurons = min(CHUNK_ROWS, max(self.units.neurons, default=0))
+        neurons = min(CHUNK_ROWS, max(self.units.neurons))
         return rows_at_once([neurons * self.hyper.width, *self._chunks], self.work.tokens)
 
     @cached_property
     def scratch(self) -> Scratch:
         """What the neurons of one layer need while they are computed."""
-        most, tokens, width = max(self.units.neurons, default=0), self.work.tokens, self.hyper.width
+        most, tokens, width = max(self.units.neurons), self.work.tokens, self.hyper.width
         chunk = min(self._rows_at_once, most)
         gate, up = (self.memory.floats(tokens * chunk) for _ in range(2))
         rest = self.memory.floats(rest_floats(most, width))
@@ -277,17 +279,16 @@ class _Parts:
     def _float_rows(self, *, on_device: bool) -> set[bool]:
         """Whether what reads the FFN's input, in layers whose attention is here (or is not), is of float
         types: both answers where some is and some not; none where nothing reads it."""
-        if self.experts is not None:
-            return self.experts.float_rows(on_device=on_device)
+        kinds = set[bool]() if self.experts is None else self.experts.float_rows(on_device=on_device)
         layers = self._used(on_device=on_device)
-        kinds = {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
+        kinds |= {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
         predictors = (layer.predictor for layer in layers if self.units.names(layer.index))
         return kinds | {reads_floats(predictor) for predictor in predictors if predictor is not None}
 
     def _used(self, *, on_device: bool) -> list[SplitLayer]:
         """The layers with hot neurons whose attention is here (or is not)."""
-        units = zip(self.layers, self.units.neurons, self.units.attention, strict=False)
-        return [layer for layer, count, moved in units if count and moved == on_device]
+        units = zip(self.layers, self.units.neurons, self.units.attention, strict=True)
+        return [layer for layer, count, moved in units if layer is not None and count and moved == on_device]
 
     def _exchange(self) -> tuple[Exchange, bool]:
         out, *inputs = self.exchanged
@@ -310,10 +311,10 @@ class _Parts:
 
     def _hot_layer(self, index: int) -> HotLayer:
         ffn, reads, rounds = self.ffns[index], False, self.stream_floats[0].apart
-        if self.experts is not None:
-            cold = self.experts.cold(index)
+        layer = self.layers[index]
+        if layer is None:
+            cold = self.experts is not None and self.experts.cold(index)
         else:
-            layer = self.layers[index]
             cold = not isinstance(ffn, HotFFN) or ffn.neurons < layer.neurons
             reads = reads_stream(layer.predictor) and not self.units.names(index)
         return HotLayer(

@@ -15,7 +15,7 @@ import torch
 
 from powerinfer_kernels import Activations
 from powerinfer_tools.engine.hot.devices import Device, Steps, Ticket
-from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts
+from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts, WholeFFN
 from powerinfer_tools.engine.hot.head import HotHead
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Scratch
 from powerinfer_tools.engine.hot.mapped import copy, through
@@ -58,7 +58,7 @@ class Exchange:
         if self.device_in.exact is not self.device_in.rounded:
             crossing(here.exact, target.exact)
 
-    def out(self, hot: HotFFN | HotExperts, tokens: int) -> torch.Tensor:
+    def out(self, hot: HotFFN | WholeFFN | HotExperts, tokens: int) -> torch.Tensor:
         """Where ``hot`` writes its sum: to the host at once, if it writes each value once."""
         direct = self.window_out is not None and tokens == 1 and isinstance(hot, HotFFN) and hot.fused
         target = self.window_out if direct and self.window_out is not None else self.device_out
@@ -84,7 +84,7 @@ class FFNsApart:
     None where no expert is hot.
     """
 
-    layers: Sequence[HotFFN | HotExperts | None]
+    layers: Sequence[HotFFN | WholeFFN | HotExperts | None]
     exchange: Exchange
     scratch: Scratch
     rounded: bool
@@ -172,7 +172,7 @@ class Backend:
     def _once(self, layer: int) -> list[Steps]:
         """What is the same for every single token; nothing where that depends on the experts it takes."""
         hot, exchange = self.layers[layer], self._exchange
-        if isinstance(hot, HotFFN):
+        if isinstance(hot, HotFFN | WholeFFN):
             return self._steps(layer, 1)
         if hot is None or hot.stack is None or self._dispatch is None:
             return []
@@ -192,6 +192,7 @@ class Backend:
             return [(*first, *self._dispatch.steps(hot, routes, inputs, out), *last)]
         predictor, named = self.predictors[layer], None
         if predictor is not None:
+            assert isinstance(hot, HotFFN)
             x = inputs.exact
             if predictor.scorer.residual:
                 here, x = (end[:tokens] for end in self._stream)
@@ -203,5 +204,6 @@ class Backend:
         if predictor is None or named is None:
             return [(*first, *rest)]
         if predictor.checks:
+            assert isinstance(hot, HotFFN)
             rest = (("recall", partial(hot.count, inputs, self._scratch, named, predictor.counts)), *rest)
         return [first, rest]

@@ -14,7 +14,7 @@ from powerinfer_tools.progress import Progress
 
 
 class Rehearsing(Protocol):
-    """A device on which work can be tried without what it computes."""
+    """A device on which work can be tried and its results dropped."""
 
     def rehearsal(self) -> AbstractContextManager[None]:
         """Within it, what is recorded or prepared is run once, and nothing is kept."""

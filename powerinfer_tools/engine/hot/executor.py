@@ -20,7 +20,7 @@ from powerinfer_tools.engine.hot import Span, loss
 from powerinfer_tools.engine.hot.backend import Backend
 from powerinfer_tools.engine.hot.cache import fill
 from powerinfer_tools.engine.hot.devices import Ticket, arithmetic
-from powerinfer_tools.engine.hot.experts import HotExperts
+from powerinfer_tools.engine.hot.experts import HotExperts, WholeFFN
 from powerinfer_tools.engine.hot.faults import DeviceLost, MemoryEnded
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from powerinfer_tools.engine.hot.prediction import HotPredictor
@@ -75,7 +75,7 @@ class TorchHotSide:
         self._hot: list[int] = []
         self._hot_experts: list[frozenset[int]] = []
         for ffn in ffns:
-            self._hot.append(ffn.neurons if isinstance(ffn, HotFFN) else 0)
+            self._hot.append(ffn.neurons if isinstance(ffn, HotFFN | WholeFFN) else 0)
             self._hot_experts.append(frozenset(ffn.experts if isinstance(ffn, HotExperts) else ()))
 
     @property

@@ -15,10 +15,11 @@ from powerinfer_tools.engine.hot.experts import (
     HotExperts,
     HotRouter,
     RouterScores,
+    WholeFFN,
 )
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, PartRows
 from powerinfer_tools.engine.hot.loading import Form
-from powerinfer_tools.engine.hot.placement import HotCounts, HotUnits
+from powerinfer_tools.engine.hot.placement import Experts, HotCounts, HotUnits
 from powerinfer_tools.engine.hot.products import Product
 from powerinfer_tools.engine.hot.routes import SHARED
 from powerinfer_tools.model.device_memory import ExpertWidths, experts_scratch_floats, input_matrices
@@ -30,12 +31,12 @@ Tensor = torch.Tensor
 
 
 class ExpertParts:
-    """What ``units`` place of ``layers``, and the memory that they share; each piece is taken from the form's
-    memory once. ``chunk``: flat space for unpacked rows."""
+    """What ``units`` place of ``layers`` (None: neurons are the units), and the memory that they share; each
+    piece is taken from the form's memory once. ``chunk``: flat space for unpacked rows."""
 
     def __init__(
         self,
-        layers: Sequence[ExpertsFFN],
+        layers: Sequence[Experts | None],
         hyper: Hyperparameters,
         units: HotUnits,
         tokens: int,
@@ -47,20 +48,17 @@ class ExpertParts:
         self._layers, self._hyper, self._units, self._tokens = layers, hyper, units, tokens
         self._form, self._device, self._chunk, self._memory = form, device, chunk, form.memory
         self._routing = hyper.routing
-        self._widths = ExpertWidths.of(layers, hyper.routing.used)
+        self._widths = widths_of(layers, hyper.routing.used)
 
     def take_all(self) -> None:
         """Take the memory of everything, in a fixed order."""
         _ = self.experts, self.dispatch, self.routers
 
     @cached_property
-    def experts(self) -> list[HotExperts | None]:
-        """Those of each layer that has some, or whose attention is here."""
+    def experts(self) -> list[HotExperts | WholeFFN | None]:
+        """Those of each layer that has some, or whose attention and router are here."""
         units = zip(self._layers, self._units.experts, self._units.attention, strict=True)
-        return [
-            self._of_layer(layer, counts) if counts or on_device else None
-            for layer, counts, on_device in units
-        ]
+        return [self._of_layer(layer, counts, routes=on_device) for layer, counts, on_device in units]
 
     @cached_property
     def dispatch(self) -> Dispatch | None:
@@ -100,16 +98,18 @@ class ExpertParts:
                 windows,
                 self._chunk,
             )
-            if on_device
+            if on_device and isinstance(layer, ExpertsFFN)
             else None
             for layer, on_device in zip(self._layers, self._units.attention, strict=True)
         ]
 
     def cold(self, index: int) -> bool:
         """Whether some experts of layer ``index`` are the host's."""
-        layer, counts = self._layers[index], self._units.experts[index]
-        every = HotCounts(layer.router.rows, layer.shared is not None)
-        return counts != every
+        layer = self._layers[index]
+        every = HotCounts(1, shared=False)
+        if isinstance(layer, ExpertsFFN):
+            every = HotCounts(layer.router.rows, layer.shared is not None)
+        return self._units.experts[index] != every
 
     def float_rows(self, *, on_device: bool) -> set[bool]:
         """Whether what reads the input of layers whose attention is here (or is not) is of float types: both
@@ -118,18 +118,33 @@ class ExpertParts:
         for layer, counts, moved in zip(
             self._layers, self._units.experts, self._units.attention, strict=True
         ):
-            if moved == on_device and (counts or moved):
+            if layer is None or moved != on_device:
+                continue
+            routed = isinstance(layer, ExpertsFFN)
+            if counts or (moved and routed):
                 kinds |= {weight.row_type.is_float for weight in input_matrices(layer)}
-            if moved and on_device:
+            if moved and isinstance(layer, ExpertsFFN):
                 kinds |= {weight.row_type.is_float for weight in routers_of(layer)}
         return kinds
 
-    def _of_layer(self, layer: ExpertsFFN, counts: HotCounts) -> HotExperts:
+    def _of_layer(
+        self, layer: Experts | None, counts: HotCounts, *, routes: bool
+    ) -> HotExperts | WholeFFN | None:
+        """Its hot experts, with a router if only none (``routes``)."""
+        if isinstance(layer, ExpertsFFN):
+            return self._routed(layer, counts) if counts or routes else None
+        if layer is None or not counts:
+            return None
+        assert self.dispatch is not None
+        return WholeFFN(self._expert(layer), self.dispatch.scratch)
+
+    def _routed(self, layer: ExpertsFFN, counts: HotCounts) -> HotExperts:
         """Its hot experts; those that a router chooses as one matrix of each kind where fused kernels read
         them."""
         hot, kinds = chosen(layer, counts), [stack.row_type for stack in layer.stacks]
         shared = {SHARED: self._expert(hot.pop(SHARED))} if SHARED in hot else {}
-        if not (self._form.fused and hot and all(kind in PLANAR_TYPES for kind in kinds)):
+        fused = self._form.fused and len(kinds) == 3 and all(kind in PLANAR_TYPES for kind in kinds)
+        if not (fused and hot):
             return HotExperts(shared | {number: self._expert(ffn) for number, ffn in hot.items()})
         products = [self._form.product(_first(stack, layer, len(hot))) for stack in layer.stacks]
         wholes = [product.rows for product in products]
@@ -155,15 +170,22 @@ class ExpertParts:
         return self._hyper.activation, self._hyper.activation_cut
 
     def _expert(self, ffn: DenseFFN) -> HotExpert:
-        gate, up, down = (self._form.product(weight) for weight in ffn.matrices)
-        return HotExpert(gate, up, down, self._activation)
+        gate, *up, down = (self._form.product(weight) for weight in ffn.matrices)
+        return HotExpert(gate, up[0] if up else None, down, self._activation)
 
     def _staging(self, *shape: int) -> Tensor:
         return self._device.staging(0, *shape[1:]) if self._memory.counting else self._device.staging(*shape)
 
 
-def chosen(layer: ExpertsFFN, counts: HotCounts) -> dict[int, DenseFFN]:
+def widths_of(layers: Sequence[Experts | None], used: int) -> ExpertWidths:
+    """What scratch depends on, where tokens take ``used`` experts of a layer."""
+    return ExpertWidths.of([layer for layer in layers if layer is not None], used)
+
+
+def chosen(layer: Experts | None, counts: HotCounts) -> dict[int, DenseFFN]:
     """What is hot of a layer, by number."""
+    if not isinstance(layer, ExpertsFFN):
+        return {} if layer is None or not counts else {SHARED: layer}
     assert layer.units is not None
     experts = {expert: layer.expert(expert) for expert in layer.units.order[: counts.experts].tolist()}
     if counts.shared:
@@ -178,11 +200,13 @@ def _first(stack: Stack, layer: ExpertsFFN, count: int) -> Weight:
     return whole.part(f"{count} experts", 0, stack.rows // layer.router.rows * count)
 
 
-def routers_of(layer: ExpertsFFN) -> list[Weight]:
-    """The router, and what weighs the shared expert where there is one."""
+def routers_of(layer: Experts | None) -> list[Weight]:
+    """The router, if the layer has one, and what weighs the shared expert where there is one."""
+    if not isinstance(layer, ExpertsFFN):
+        return []
     return [layer.router] if layer.shared_gate is None else [layer.router, layer.shared_gate]
 
 
-def chunk_floats(layers: Sequence[ExpertsFFN], used: int) -> int:
+def chunk_floats(layers: Sequence[Experts | None], used: int) -> int:
     """Flat space that unpacked rows of experts need."""
-    return experts_scratch_floats(ExpertWidths.of(layers, used), 1)["chunk"]
+    return experts_scratch_floats(widths_of(layers, used), 1)["chunk"]

@@ -1,5 +1,11 @@
 """The hot experts of one layer on a device, and its router where the layer's attention is there.
 
+Experts have a form of their own beside that of :mod:`~powerinfer_tools.engine.hot.hot_ffn`. A sorted neuron
+has a row of the down projection, so that a layer splits between any two neurons, and idle rows are not read.
+An expert keeps the matrices of the source bit for bit: its down projection has a row for each output, in
+blocks that reach over neurons, and it is placed and computed as a whole. A dense FFN whose neurons are not
+sorted is one expert that every token takes, with weight one: :class:`WholeFFN`.
+
 Which experts a token takes is known only while it is computed: the caller routes, and says for each expert
 which tokens take it and with what weight. Sums are made expert by expert in that order, so they do not depend
 on what else is in a batch but for the order of float32 sums within matrix products.
@@ -18,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from powerinfer_tools.engine.hot.devices import Steps
-from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, activate
+from powerinfer_tools.engine.hot.hot_ffn import FusedRows, Inputs, Joining, Scratch, activate
 from powerinfer_tools.engine.hot.mapped import copy, through
 from powerinfer_tools.engine.hot.products import Product
 from powerinfer_tools.engine.hot.routes import SHARED, Route
@@ -63,28 +69,62 @@ class HotExpert:
     """One expert; ``activation`` has its name, and the cut of fatrelu."""
 
     gate: Product
-    up: Product
+    up: Product | None
     down: Product
     activation: tuple[str, float]
 
     def compute(self, inputs: Inputs, scratch: ExpertScratch, out: Tensor) -> None:
-        """out (T, width) = (act(gate · x) · (up · x)) · downᵀ."""
+        """out (T, width) = (act(gate · x) · (up · x)) · downᵀ; without ``up``, act(gate · x) · downᵀ."""
         tokens, neurons = len(out), self.gate.count
         gate = scratch.gate[: tokens * neurons].view(tokens, neurons)
-        if tokens == 1 and isinstance(self.gate.rows, FusedRows) and isinstance(self.up.rows, FusedRows):
+        gate_rows, up_rows = self.gate.rows, (self.up or self.gate).rows
+        if tokens == 1 and isinstance(gate_rows, FusedRows) and isinstance(up_rows, FusedRows):
             from powerinfer_kernels import triton_launch
 
-            x_gate, x_up = (inputs.taken_by(part.rows.row_type) for part in (self.gate, self.up))
-            triton_launch.hidden(
-                x_gate, x_up, self.gate.rows.planar, self.up.rows.planar, self.activation, gate
-            )
+            x_gate, x_up = (inputs.taken_by(rows.row_type) for rows in (gate_rows, up_rows))
+            factor = None if self.up is None else up_rows.planar
+            triton_launch.hidden(x_gate, x_up, gate_rows.planar, factor, self.activation, gate)
             hidden = gate
         else:
-            up = scratch.up[: tokens * neurons].view(tokens, neurons)
             self.gate.times(inputs, scratch.chunk, gate)
-            self.up.times(inputs, scratch.chunk, up)
+            up = None
+            if self.up is not None:
+                up = scratch.up[: tokens * neurons].view(tokens, neurons)
+                self.up.times(inputs, scratch.chunk, up)
             hidden = activate(gate, up, *self.activation)
         self.down.times(Inputs(hidden, hidden), scratch.chunk, out)
+
+
+@dataclass(frozen=True)
+class WholeFFN:
+    """A dense FFN with the matrices of the source, ``scratch`` being that of experts. It is used like a
+    :class:`~powerinfer_tools.engine.hot.hot_ffn.HotFFN` without a predictor."""
+
+    expert: HotExpert
+    scratch: ExpertScratch
+
+    @property
+    def neurons(self) -> int:
+        """All of the layer's."""
+        return self.expert.gate.count
+
+    @property
+    def fused(self) -> bool:
+        """Its sum is delivered by a step of its own."""
+        return False
+
+    def compute(
+        self,
+        inputs: Inputs,
+        scratch: Scratch,
+        out: Tensor,
+        named: Tensor | None = None,
+        joins: Joining | None = None,
+    ) -> None:
+        """out (T, width)."""
+        assert named is None
+        assert joins is None
+        self.expert.compute(inputs, self.scratch, out)
 
 
 @dataclass(frozen=True)

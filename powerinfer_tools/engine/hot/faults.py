@@ -4,7 +4,7 @@ from powerinfer_tools.errors import HardwareError
 
 
 class OutOfDeviceMemory(HardwareError):
-    """The device has no room for what was asked."""
+    """The device has no room for an allocation."""
 
 
 class DeviceLost(HardwareError):

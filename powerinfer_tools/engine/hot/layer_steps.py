@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from powerinfer_tools.engine.hot.devices import Steps
-from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts, HotRouter
+from powerinfer_tools.engine.hot.experts import Dispatch, HotExperts, HotRouter, WholeFFN
 from powerinfer_tools.engine.hot.hot_blocks import HotBlocks
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN, Inputs, Joining, Scratch
 from powerinfer_tools.engine.hot.mapped import copy, through
@@ -59,7 +59,7 @@ class HotLayer:
     them."""
 
     blocks: HotBlocks
-    ffn: HotFFN | HotExperts | None
+    ffn: HotFFN | WholeFFN | HotExperts | None
     predictor: HotPredictor | None
     router: HotRouter | None
     cold: bool
@@ -178,7 +178,7 @@ class LayerSteps:
 
     def _hot(self, layer: HotLayer, tokens: int, normed: Inputs) -> Steps:
         """The hot neurons; which experts there are to compute is not known yet."""
-        if not isinstance(layer.ffn, HotFFN):
+        if not isinstance(layer.ffn, HotFFN | WholeFFN):
             return ()
         m, named = self._memory, None
         if layer.predictor is not None:
@@ -187,6 +187,7 @@ class LayerSteps:
         out = (m.hot if joins is None else m.x)[:tokens]
         steps: Steps = (("hot", partial(layer.ffn.compute, normed, m.ffn, out, named, joins)),)
         if layer.predictor is not None and layer.predictor.checks and named is not None:
+            assert isinstance(layer.ffn, HotFFN)
             count = partial(layer.ffn.count, normed, m.ffn, named, layer.predictor.counts)
             steps = (("recall", count), *steps)
         return steps

@@ -130,7 +130,10 @@ def _packed(source: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> n
     return repack(np.ascontiguousarray(source), row_type, len(source), columns)
 
 
-def unpacked_values(layers: Sequence[SplitLayer], hot: Sequence[int], matrices: Sequence[Weight]) -> int:
+def unpacked_values(
+    layers: Sequence[SplitLayer | None], hot: Sequence[int], matrices: Sequence[Weight]
+) -> int:
     """Values of all rows that are placed."""
-    neurons = sum(len(layer.kinds) * layer.width * count for layer, count in zip(layers, hot, strict=True))
+    pairs = [(layer, count) for layer, count in zip(layers, hot, strict=True) if layer is not None]
+    neurons = sum(len(layer.kinds) * layer.width * count for layer, count in pairs)
     return neurons + sum(matrix.rows * matrix.columns for matrix in matrices)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot.assembly import assemble
 from powerinfer_tools.engine.hot.backend import Backend
@@ -155,7 +156,7 @@ def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotU
         attention=attention,
         predictors=predictors,
         head=devices.head == "gpu",
-        routed=model.hyper.routing is not None,
+        are_neurons=tuple(isinstance(layer.ffn, SplitLayer) for layer in model.layers),
         shared=tuple(units.shared_hot for units in model.split.units),
     )
 
@@ -175,7 +176,9 @@ def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, has_budg
     if units == planned or limit is None or (has_budget and only_ffns):
         return []
     fitting, every = (sum(some.hot) + sum(some.shared) for some in (units, planned))
-    parts = [f"{fitting} of the plan's {every} hot {'experts' if units.routed else 'neurons'}"]
+    kinds = {True: "neurons", False: "experts"}
+    names = " and ".join(kinds[neurons] for neurons in sorted({*units.are_neurons}, reverse=True))
+    parts = [f"{fitting} of the plan's {every} hot {names}"]
     if units.attention != planned.attention:
         parts.append(f"{sum(units.attention)} of its {sum(planned.attention)} attention blocks")
     if units.head != planned.head:

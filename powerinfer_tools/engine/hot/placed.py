@@ -51,7 +51,7 @@ class Named:
         """The buffer of that name, in all forms where something reads the ``rounded`` ones."""
         exact = self.floats(name, width)
         if not rounded or width % BLOCK:
-            # Rows of a quantised matrix are whole blocks: there is nothing that would read a rounded form.
+            # Rows of a quantised matrix are whole blocks: nothing would read a rounded form.
             return Inputs(exact, exact)
         return Inputs(exact, self.floats(f"{name}, rounded", width), self._codes(name, width))
 

@@ -5,14 +5,17 @@ from dataclasses import dataclass, replace
 from operator import mul
 from typing import Self
 
+from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.model import device_memory as memory
 from powerinfer_tools.model.counting import Footprint
 from powerinfer_tools.model.device_memory import ExpertWidths, HotSize, Widths
-from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters, Rope
 from powerinfer_tools.model.loading import Model
 
+#: The experts of a layer, or the one that its FFN is.
+Experts = ExpertsFFN | DenseFFN
 #: Each piece starts on such a boundary of the device's memory.
 ALIGNMENT = 256
 
@@ -43,33 +46,34 @@ class HotCounts:
 
 @dataclass(frozen=True)
 class HotUnits:
-    """What is on the hot device: the first ``hot`` neurons of each layer, or of its experts where ``routed``,
-    and ``shared``, the expert that every token takes, of some; the attention blocks of some, which take the
-    router along; the ``predictors`` of some that have neurons there; and the output norm with the head or
-    not."""
+    """What is on the hot device: the first ``hot`` units of each layer, which ``are_neurons`` of an FFN
+    that is sorted, or experts (another FFN is one); ``shared``, the expert that every token takes, of some;
+    the attention blocks of some, which take the router along; the ``predictors`` of some that have neurons
+    there; and the output norm with the head or not."""
 
     hot: tuple[int, ...]
     attention: tuple[bool, ...]
     predictors: tuple[bool, ...]
-    head: bool = False
-    routed: bool = False
-    shared: tuple[bool, ...] = ()
+    head: bool
+    are_neurons: tuple[bool, ...]
+    shared: tuple[bool, ...]
 
     @classmethod
     def only(cls, hot: Sequence[int], *, routed: bool) -> Self:
-        """So many neurons, or experts, of each layer, and nothing else."""
+        """So many neurons, or experts where ``routed``, of each layer, and nothing else."""
         none = (False,) * len(hot)
-        return cls(tuple(hot), none, none, routed=routed, shared=none)
+        return cls(tuple(hot), none, none, False, (not routed,) * len(hot), none)
 
     @property
     def neurons(self) -> tuple[int, ...]:
-        """Hot neurons of each layer; none of a mixture of experts."""
-        return () if self.routed else self.hot
+        """Hot neurons of each layer; 0 where its units are experts."""
+        return tuple(map(mul, self.hot, self.are_neurons))
 
     @property
     def experts(self) -> tuple[HotCounts, ...]:
-        """Hot experts of each layer of a mixture."""
-        return tuple(map(HotCounts, self.hot, self.shared)) if self.routed else ()
+        """Hot experts of each layer; none where its units are neurons."""
+        units = zip(self.hot, self.shared, self.are_neurons, strict=True)
+        return tuple(HotCounts(0 if neurons else hot, shared) for hot, shared, neurons in units)
 
     def names(self, layer: int) -> bool:
         """Whether the predictor of ``layer`` is there. It speaks for hot neurons first: without any, the host
@@ -87,57 +91,70 @@ class HotUnits:
 
 @dataclass(frozen=True)
 class FFNSizes:
-    """Bytes of the FFNs of a split file on the hot device, by layer: of ``each`` neuron, or expert, of the
-    expert that every token takes and of the predictor; ``scratch`` of a layer with so many hot neurons, or
-    experts, and of predictors."""
+    """Bytes of the FFNs of a split file on the hot device, by layer: of ``each`` unit, of the expert that
+    every token takes and of the predictor. ``are_neurons``: what units are, as in :class:`HotUnits`;
+    ``routed``: whether a router chooses among them. ``neuron_scratch`` of a layer with so many hot neurons;
+    scratch of experts and of predictors."""
 
     each: tuple[int, ...]
     shared: tuple[int, ...]
     predictors: tuple[int, ...]
-    scratch: Callable[[int], int]
+    are_neurons: tuple[bool, ...]
+    routed: tuple[bool, ...]
+    neuron_scratch: Callable[[int], int]
+    experts_scratch: int
     predictor_scratch: int
-    routed: bool
 
     @classmethod
     def of(cls, model: Model, tokens: int) -> Self:
         """For batches of up to ``tokens`` tokens."""
-        hyper, split, none = model.hyper, model.split, (0,) * model.hyper.layers
-        assert split is not None
-        if hyper.routing is None:
-            return cls(
-                each=tuple(layer.neuron_bytes for layer in split.layers),
-                shared=none,
-                predictors=tuple(layer.predictor.nbytes if layer.predictor else 0 for layer in split.layers),
-                scratch=lambda most: memory.neuron_scratch_bytes(hyper.width, most, tokens),
-                predictor_scratch=memory.predictor_scratch_bytes(hyper.width, hyper.neurons, tokens),
-                routed=False,
-            )
-        experts = experts_of(model)
-        scratch = memory.experts_scratch_bytes(ExpertWidths.of(experts, hyper.routing.used), tokens)
+        hyper, ffns = model.hyper, [layer.ffn for layer in model.layers]
+        experts = [ffn for ffn in ffns if not isinstance(ffn, SplitLayer)]
         return cls(
-            each=tuple(layer.expert_nbytes for layer in experts),
-            shared=tuple(layer.shared_nbytes for layer in experts),
-            predictors=none,
-            scratch=lambda most: scratch,
-            predictor_scratch=0,
-            routed=True,
+            each=tuple(map(_unit_bytes, ffns)),
+            shared=tuple(ffn.shared_nbytes if isinstance(ffn, ExpertsFFN) else 0 for ffn in ffns),
+            predictors=tuple(
+                ffn.predictor.nbytes if isinstance(ffn, SplitLayer) and ffn.predictor else 0 for ffn in ffns
+            ),
+            are_neurons=tuple(isinstance(ffn, SplitLayer) for ffn in ffns),
+            routed=tuple(isinstance(ffn, ExpertsFFN) for ffn in ffns),
+            neuron_scratch=lambda most: memory.neuron_scratch_bytes(hyper.width, most, tokens),
+            experts_scratch=0
+            if hyper.routing is None
+            else memory.experts_scratch_bytes(ExpertWidths.of(experts, hyper.routing.used), tokens),
+            predictor_scratch=memory.predictor_scratch_bytes(hyper.width, hyper.neurons, tokens),
         )
 
     def size(self, hot: Sequence[int], shared: Sequence[bool], predictors: Sequence[bool]) -> HotSize:
         """Of the first ``hot`` of each layer and of the experts in ``shared``; with the ``predictors`` of
         layers that have some."""
-        weights = sum(map(mul, self.each, hot)) + sum(map(mul, self.shared, shared))
-        if not weights:
+        nbytes = [
+            count * each + there * one
+            for count, each, there, one in zip(hot, self.each, shared, self.shared, strict=True)
+        ]
+        if not any(nbytes):
             return HotSize(0, 0)
         named = [count > 0 and on_device for count, on_device in zip(hot, predictors, strict=True)]
-        scratch = self.scratch(max(hot)) + (self.predictor_scratch if any(named) else 0)
+        scratch = self.predictor_scratch if any(named) else 0
+        if neurons := max(map(mul, hot, self.are_neurons)):
+            scratch += self.neuron_scratch(neurons)
+        if any(size and not neurons for size, neurons in zip(nbytes, self.are_neurons, strict=True)):
+            scratch += self.experts_scratch
         more = sum(map(mul, self.predictors, named))
-        return HotSize(weights + more, scratch, experts=weights if self.routed else 0)
+        return HotSize(sum(nbytes) + more, scratch, experts=sum(map(mul, nbytes, self.routed)))
 
 
-def experts_of(model: Model) -> list[ExpertsFFN]:
-    """The experts of each layer; empty for a model without."""
-    return [layer.feeds for layer in model.layers if isinstance(layer.feeds, ExpertsFFN)]
+def experts_of(model: Model) -> list[Experts | None]:
+    """The experts of each layer; None where its units are neurons."""
+    ffns = (layer.ffn for layer in model.layers)
+    return [None if isinstance(ffn, SplitLayer) else ffn for ffn in ffns]
+
+
+def _unit_bytes(ffn: SplitLayer | Experts) -> int:
+    """Bytes of a neuron, or of an expert that a router chooses, or of an FFN that is one."""
+    if isinstance(ffn, SplitLayer):
+        return ffn.neuron_bytes
+    return ffn.expert_nbytes if isinstance(ffn, ExpertsFFN) else ffn.nbytes
 
 
 def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from powerinfer_tools.engine.hot.devices import Device, Steps
-from powerinfer_tools.engine.hot.experts import HotExperts, HotRouter
+from powerinfer_tools.engine.hot.experts import HotExperts, HotRouter, WholeFFN
 from powerinfer_tools.engine.hot.head import HotHead
 from powerinfer_tools.engine.hot.hot_ffn import HotFFN
 from powerinfer_tools.engine.hot.layer_steps import HotLayer, LayerSteps, StreamMemory
@@ -74,7 +74,7 @@ class HotStream:
         """Attention of layer ``index``, then its FFN's input and hot part; where the FFN is the host's,
         attention alone."""
         layer = self._layer(index)
-        self._some_hot = isinstance(layer.ffn, HotFFN)
+        self._some_hot = isinstance(layer.ffn, HotFFN | WholeFFN)
         comes, self._comes = self._comes, False
         if self._alone:
             return self._stretches(self._plan.opening[index]) if comes else []

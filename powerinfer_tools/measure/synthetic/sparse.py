@@ -40,7 +40,7 @@ from powerinfer_tools.measure.synthetic.random_blocks import BALANCED, BLOCKS, b
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
-#: Row types whose first block can be set: those that this program quantises to.
+#: Row types whose first block can be set, because this program quantises to them.
 SPARSE_TYPES = tuple(row_type.name for row_type in WRITTEN_TYPES)
 #: Columns of the constant block.
 _BLOCK = 32

@@ -40,7 +40,7 @@ class ArchitectureSpec:
     """One model family of pre-norm decoder transformers.
 
     ``gated``: the FFN is act(gate)·up, else act(up); ``fused_gate``: the rows of gate and up are one tensor
-    ``ffn_up``, in this order; ``neurons_divisor``: the files say so many times the neurons that there are.
+    ``ffn_up``, in this order; ``neurons_divisor``: the files give the number of neurons times this.
     ``parallel``: attention and FFN read the same residual stream, and both are added to it: never, always,
     where the key ``use_parallel_residual`` says it, or where the FFN has no norm of its own; where it has
     none, it reads what attention reads. ``attention_norms`` are the tensors that may normalise the input of

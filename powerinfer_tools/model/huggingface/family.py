@@ -56,20 +56,19 @@ class Family:
 
     ``spellings``: what the "model." in front of stored names may be instead. ``sliding``: which layers see
     only ``sliding_window`` positions, where ``layer_types`` does not say. ``flags``: truth values, as GGUF
-    key, name (or what reads it) and what it is without being named. ``fixed``: settings of which one
-    value is supported (null and absent count as it); ``same``: settings that must equal another; ``reasons``:
-    what other values of those would mean. ``ignored``: beginnings of tensor names that no text
-    model needs. ``rotary_share``: the part of a head that is rotated, where ``rotary_name`` does not say;
+    key, name (or what reads it) and what it is without being named. ``fixed``: settings of which one value is
+    supported (null and absent count as it); ``same``: settings that must equal another; ``reasons``: what
+    other values of those would mean. ``ignored``: beginnings of tensor names that no text model needs.
+    ``rotary_share``: the part of a head that is rotated, where ``rotary_name`` does not say;
     ``natively_paired``: values that are rotated together are stored as GGUF has them; ``rotary_values`` names
     how many values of a head are rotated; ``constants``: GGUF keys that are the same in all models;
     ``further_layers``: there may be layers that predict further tokens, which are left out; ``head_names``:
     what the head may be called beside ``lm_head.weight``; ``rotary_layers``: the list that has a 1 for each
     layer with rotary positions. ``activations``: names that mean something else in this family.
     ``layer_list``: what lists the kinds of layers; ``recurrent``: which layers mix tokens without attention,
-    where it does not say; ``window_name``: the setting with the length of windows, or of chunks;
-    ``numbers``: GGUF keys with a number for each layer ← tensors of one value; ``lists``: the same ←
-    settings; ``without_experts``: the family where there are none, which ``has_experts`` tells, or a count
-    of 0."""
+    where it does not say; ``window_name``: the setting with the length of windows, or of chunks; ``numbers``:
+    GGUF keys with a number for each layer ← tensors of one value; ``lists``: the same ← settings;
+    ``without_experts``: the family of models without experts, decided by ``has_experts``, or a count of 0."""
 
     model_type: str
     classes: tuple[str, ...]

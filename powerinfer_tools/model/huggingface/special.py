@@ -29,7 +29,7 @@ class Settings:
 
     @classmethod
     def read(cls, folder: Path, model: Config) -> "Settings":
-        """Read what there is. Raises FormatError."""
+        """Read the files of the directory. Raises FormatError."""
         return cls(
             optional(folder / "tokenizer_config.json"),
             optional(folder / "generation_config.json"),

@@ -26,7 +26,7 @@ from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.stages.original.torch_folder import Floats, layer_files, load_counts, load_predictor
 from powerinfer_tools.stages.train.low_rank import as_stored
 
-#: What the predictors' ``method`` says of those that were taken over.
+#: The ``method`` of predictors that were taken over.
 METHOD = "imported"
 
 

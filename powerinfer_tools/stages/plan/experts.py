@@ -106,7 +106,7 @@ def expert_frequencies(index: int, layer: LayerShape, inputs: Inputs) -> Vector:
 
 
 def _choices(layer: LayerShape) -> _Choices:
-    """Hot counts ascending, the shared expert first; then those that leave the shared expert cold."""
+    """Hot counts ascending, first with the shared expert hot, then with it cold."""
     experts = experts_of(layer)
     counts = np.arange(experts.count + 1, dtype=np.int64)
     if not experts.shared:

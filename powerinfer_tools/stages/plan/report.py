@@ -140,7 +140,7 @@ def _beside(plan: Plan) -> list[str]:
 
 
 def _unit_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    """What every unit takes on both sides, then what is used and what there is, in bytes."""
+    """Bytes of every unit on both sides, then bytes used and available."""
     memory = plan.memory
     sizes = {
         "neurons" if plan.model.experts is None else "experts": (

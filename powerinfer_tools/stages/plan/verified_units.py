@@ -74,7 +74,7 @@ class VerifiedUnits:
             else FFN(layer, neuron_bytes(layer), frequencies, shape.exact_zeros, predictor)
             for layer, frequencies, predictor in zip(shape.layers, known, shapes, strict=True)
         ]
-        #: Dense, and where some layer has exact zeros, those that leave them out.
+        #: Dense, and where some layer has exact zeros, the modes that skip them.
         self.modes = ["dense"]
         if shape.exact_zeros and shape.ffn_layers:
             self.modes += ["gate-first", *(["predicted"] if all(shapes) else [])]

@@ -63,8 +63,8 @@ def shard_of(files: Sequence[CorpusFile], shard: int, count: int) -> list[Corpus
 def documents(file: CorpusFile, progress: Progress) -> Iterator[str]:
     """The documents of one file: its whole text, or one for each line of a ``.jsonl`` file.
 
-    Bytes that are not UTF-8 become U+FFFD and are told once per file; a JSON line that holds no text is an
-    error with its number.
+    Bytes that are not UTF-8 become U+FFFD and are reported once per file; a JSON line that holds no text is
+    an error with its number.
     """
     data = _read(file.path)
     try:

@@ -229,7 +229,7 @@ class _Run:
             yield Window(window.file, piece)
 
     def _work(self) -> str:
-        """What was asked for, as a hash: only the same work is taken up again."""
+        """A hash of corpus and options: only the same work is taken up again."""
         facts = [
             self.model.fingerprint,
             [[file.name, file.sha256] for file in self.files],

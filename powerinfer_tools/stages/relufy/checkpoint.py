@@ -15,7 +15,8 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``work`` is a hash of what was asked for; ``tensors`` all that training changes, by name."""
+    """``work`` is a hash of model, corpus and options; ``tensors`` holds all that training changes, by
+    name."""
 
     work: str
     layers_done: int

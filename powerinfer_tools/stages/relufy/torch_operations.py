@@ -165,7 +165,7 @@ class TorchOperations(WithoutRecurrence[Tensor, Weight | Tensor], WithoutStreams
         expert: Callable[[int, Tensor], Tensor],
         choice_bias: Vector | None,
     ) -> Tensor:
-        """Every expert computes every token; those that it does not take count nothing."""
+        """Every expert computes every token, with weight zero where the token does not take it."""
         assert routing.plain, "models with other routers are refused"
         assert choice_bias is None, "models with other routers are refused"
         weights = scores.float().softmax(-1)

@@ -35,7 +35,7 @@ class Setting:
 
 def settings(data: LayerData, made: Fit, nbytes: int) -> list[Setting]:
     """Gate-first, then ``made`` (of ``nbytes``) at each of :data:`RECALLS`; then naming as many neurons, but
-    those that are expected to cost most, where that can be told. Which rule is better is measured."""
+    those that are expected to cost most, where that is known. Which rule is better is measured."""
     normal, active = made.normal(data.check.inputs), data.check.active
     levels = [level_for(normal, active, recall) for recall in RECALLS]
     named = [normal > level for level in levels]

@@ -105,7 +105,8 @@ class LayerData:
 
     def rows_touched(self, named: Bools, active: Bools) -> float:
         """Mean bytes of rows that a token reads where the neurons ``named`` are computed and ``active`` is
-        the truth, both (t, neurons): the gates of the named ones, the other rows of those that are both."""
+        the truth, both (t, neurons): the gates of the named neurons, the other rows of neurons that are
+        both."""
         return float(named.mean()) * self.gate_bytes + float((named & active).mean()) * self.other_bytes
 
     def unit_losses(self) -> Floats:

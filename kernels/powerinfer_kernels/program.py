@@ -22,47 +22,8 @@ from .state import KVSlot, RecurrentSlot, Slot, Span, State
 _UNBOUNDED = 1 << 31
 
 
-class Op(IntEnum):
-    """`pi_op_kind` of program.h."""
-
-    EMBED = 0
-    RMS_NORM = 1
-    LAYER_NORM = 2
-    QUANTIZE = 3
-    MATMUL = 4
-    ROPE = 5
-    STORE_KV = 6
-    ATTENTION = 7
-    ACTIVATE = 8
-    ADD = 9
-    SUM_ROWS = 10
-    SPARSE_FFN = 11
-    OBSERVE = 12
-    KEEP_LARGE = 13
-    SIGN_CODE = 14
-    SIGN_SCORES = 15
-    MULTIPLY = 16
-    MAP = 17
-    L2_NORM = 18
-    KEEP_TOP = 19
-    COPY = 20
-    SCALE_BY_POSITION = 21
-    HEAD_MATMUL = 22
-    ROUTE = 23
-    EXPERT_GATHER = 24
-    EXPERT_MATMUL = 25
-    EXPERT_ACTIVATE = 26
-    EXPERT_SUM = 27
-    EXPERT_COUNT = 28
-    CONVOLVE = 29
-    SCAN_CHANNELS = 30
-    SCAN_HEADS = 31
-    DELTA_NET = 32
-    GENERAL_DELTA = 33
-    COMBINE = 34
-    FETCH = 35
-    EXPERT_ROWS = 36
-    EXPERT_COLUMNS = 37
+#: Operations by name, numbered as operations.h lists them.
+Op: Any = IntEnum("Op", [(name, number) for number, name in enumerate(_kernels.operations())])  # type: ignore[misc]
 
 
 class Program:
@@ -137,7 +98,7 @@ class OperationList:
         self.max_tokens = max_tokens
         self._capacity = _UNBOUNDED
         self.slots: list[Slot] = []
-        self._operations: list[tuple[Op, tuple[Any, ...], tuple[int, ...], tuple[float, ...]]] = []
+        self._operations: list[tuple[int, tuple[Any, ...], tuple[int, ...], tuple[float, ...]]] = []
 
     def mark(self) -> int:
         """Index of the next operation: a point where a run can begin or end."""
@@ -168,7 +129,7 @@ class OperationList:
         return Program(handle, len(self._operations), self.slots)
 
     def _append(
-        self, kind: Op, objects: tuple[Any, ...], integers: tuple[int, ...], floats: tuple[float, ...] = ()
+        self, kind: int, objects: tuple[Any, ...], integers: tuple[int, ...], floats: tuple[float, ...] = ()
     ) -> None:
         self._operations.append((kind, objects, integers, floats))
 

@@ -27,7 +27,8 @@ from comparison_table import print_lines
 
 from powerinfer_formats.errors import FormatError
 from powerinfer_tools.errors import PowerInferError
-from powerinfer_tools.measure.synthetic.models import Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.models import write_synthetic
+from powerinfer_tools.measure.synthetic.shapes import Shape
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.stages.original.export import ExportOptions, export
 from powerinfer_tools.text import Tokenizer

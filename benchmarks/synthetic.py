@@ -8,7 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, write_synthetic
+from powerinfer_tools.measure.synthetic.models import TYPES, write_synthetic
+from powerinfer_tools.measure.synthetic.shapes import SHAPES
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """What a run cost: the figures printed when it ends, and the object that --json prints."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from powerinfer_cli.console import say
@@ -90,65 +91,84 @@ def _mode_parts(session: "Session") -> list[str]:
 
 def say_summary(figures: dict[str, Any]) -> None:
     """The figures in a few lines on standard error."""
+    for part in (_speed_lines, _mode_lines, _disk_lines, _cost_lines, _time_lines, _memory_lines):
+        for line in part(figures):
+            say(line)
+
+
+def _speed_lines(figures: dict[str, Any]) -> Iterator[str]:
     reused = f" ({figures['reused_tokens']} more reused)" if figures["reused_tokens"] else ""
-    memory = figures["memory"]
-    vram = f", {format_size(memory['vram'])} on the device" if memory["vram"] else ""
-    if memory["vram_peak"] is not None:
-        vram += f" as planned, at most {format_size(memory['vram_peak'])} held there"
-    timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in figures["timings"].items())
     speed = f"{figures['prompt_tokens_per_second']:.1f} tok/s"
-    say(f"prompt: {figures['prompt_tokens']} tokens{reused}, {speed}")
-    speed = f"{figures['decode_tokens_per_second']:.1f} tok/s"
-    say(f"decode: {figures['decode_tokens']} tokens, {speed}")
+    yield f"prompt: {figures['prompt_tokens']} tokens{reused}, {speed}"
+    yield f"decode: {figures['decode_tokens']} tokens, {figures['decode_tokens_per_second']:.1f} tok/s"
     if figures["drafts"] is not None:
-        say(drafts_line(figures["drafts"]))
+        yield drafts_line(figures["drafts"])
     share, rate = figures["bandwidth_share"], figures["bandwidth_bytes_per_second"]
-    size = format_size(round(figures["bytes_per_token"]))
     of = (
         f"{share:.0%} of the {rate / 1e9:.1f} GB/s measured"
         if rate
         else "bandwidth not measured: too little memory"
     )
-    say(f"traffic: {size} a token, {of}")
+    yield f"traffic: {format_size(round(figures['bytes_per_token']))} a token, {of}"
+
+
+def _mode_lines(figures: dict[str, Any]) -> Iterator[str]:
     experts = figures["experts"]
     computed = f"{experts['used']} of {experts['count']} experts a token, " if experts else ""
-    say(
+    yield (
         f"mode: {figures['mode']}, {computed}density {figures['density']:.3f}, device {figures['device']}, "
         f"{figures['threads']} threads, {figures['isa']}"
     )
+
+
+def _disk_lines(figures: dict[str, Any]) -> Iterator[str]:
     disk = figures["disk"]
-    if disk is not None:
-        say(
-            f"experts: {disk['hits']:,} of {disk['taken']:,} in memory when taken ({disk['hit_share']:.1%}), "
-            f"{disk['late']:,} on their way; {format_size(disk['memory_bytes'])} from memory, "
-            f"{format_size(disk['read_bytes'])} from disk, {disk['moved']:,} made room for others"
-        )
-        say(
-            f"read ahead: {disk['ahead_used']:,} of {disk['ahead']:,} experts that were expected were taken; "
-            f"waited for the disk {disk['wait_seconds']:.2f} s"
-        )
+    if disk is None:
+        return
+    yield (
+        f"experts: {disk['hits']:,} of {disk['taken']:,} in memory when taken ({disk['hit_share']:.1%}), "
+        f"{disk['late']:,} on their way; {format_size(disk['memory_bytes'])} from memory, "
+        f"{format_size(disk['read_bytes'])} from disk, {disk['moved']:,} made room for others"
+    )
+    yield (
+        f"read ahead: {disk['ahead_used']:,} of {disk['ahead']:,} experts that were expected were taken; "
+        f"waited for the disk {disk['wait_seconds']:.2f} s"
+    )
+
+
+def _cost_lines(figures: dict[str, Any]) -> Iterator[str]:
+    """What modes that are not exact leave out, and what that costs."""
     if figures["recall"] is not None:
-        say(
+        yield (
             f"recall: predictors found {figures['recall']:.2%} of the active neurons by naming "
             f"{figures['predicted_density']:.2%} of all"
         )
     if figures["prediction_cost"] is not None:
         cost = figures["prediction_cost"]
         more = cost["predicted_perplexity"] / cost["perplexity"] - 1
-        say(f"predicting costs: {more:+.2%} of perplexity, as measured when the predictors were made")
+        yield f"predicting costs: {more:+.2%} of perplexity, as measured when the predictors were made"
     cost = figures["threshold_cost"]
     if cost:
-        say(
+        yield (
             f"thresholded: perplexity {cost['perplexity_increase']:+.2%} ± {cost['error']:.2%}, KL "
             f"{cost['kl']:.1e}, as measured when the thresholds were chosen ({cost['allowed']:.2%} allowed)"
         )
-    say(f"time: {timings}")
+
+
+def _time_lines(figures: dict[str, Any]) -> Iterator[str]:
+    yield "time: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in figures["timings"].items())
     if figures["overlap"] is not None:
-        say(f"overlap: {figures['overlap']:.0%} of the hot side's time passed while the CPU computed")
-    parts = ("weights", "kv_cache", "scratch")
+        yield f"overlap: {figures['overlap']:.0%} of the hot side's time passed while the CPU computed"
+
+
+def _memory_lines(figures: dict[str, Any]) -> Iterator[str]:
+    memory, parts = figures["memory"], ("weights", "kv_cache", "scratch")
+    vram = f", {format_size(memory['vram'])} on the device" if memory["vram"] else ""
+    if memory["vram_peak"] is not None:
+        vram += f" as planned, at most {format_size(memory['vram_peak'])} held there"
     sizes = ", ".join(f"{part.replace('kv_', 'KV ')} {format_size(memory[part])}" for part in parts)
     cache = "" if figures["kv_type"] == "f16" else f", KV cache of {figures['kv_type']}"
-    say(f"memory: {format_size(memory['total'])} ({sizes}){vram}{cache}")
-    say(f"load: weights laid out for the kernels in {figures['load_seconds']:.2f} s")
+    yield f"memory: {format_size(memory['total'])} ({sizes}){vram}{cache}"
+    yield f"load: weights laid out for the kernels in {figures['load_seconds']:.2f} s"
     if "seed" in figures:
-        say(f"seed: {figures['seed']}, logits {figures['logits_hash']}")
+        yield f"seed: {figures['seed']}, logits {figures['logits_hash']}"

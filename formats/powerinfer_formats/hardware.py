@@ -222,83 +222,90 @@ def _toml_string(text: str) -> str:
 
 
 def _check(profile: HardwareProfile, file: str | os.PathLike[str]) -> None:
-    def require(condition: bool, path: str, problem: str) -> None:
-        if not condition:
-            raise BadField(file, f"{path} {problem}")
-
-    def positive(record: object, table: str, *names: str) -> None:
-        for name in names:
-            value = getattr(record, name)
-            require(value > 0, f"{table}.{name}", f"is {value}, expected more than 0")
-
-    def not_negative(record: object, table: str, *names: str) -> None:
-        for name in names:
-            value = getattr(record, name)
-            require(value >= 0, f"{table}.{name}", f"is {value}, expected 0 or more")
-
-    require(
-        _DATE.fullmatch(profile.machine.date) is not None, "machine.date", "is not of the form YYYY-MM-DD"
-    )
-    positive(profile.cpu, "cpu", "cores", "bandwidth_bytes_per_s", "ram_bytes")
-    cpu = profile.cpu
-    _check_densities("cpu.sparse_densities", cpu.sparse_densities, file)
-    _check_rates(
-        "cpu.sparse_bandwidth_bytes_per_s", cpu.sparse_bandwidth_bytes_per_s, cpu.sparse_densities, file
-    )
+    checks, cpu, gpu, link = _Checks(file), profile.cpu, profile.gpu, profile.link
+    dated = _DATE.fullmatch(profile.machine.date) is not None
+    checks.require(dated, "machine.date", "is not of the form YYYY-MM-DD")
+    checks.positive(cpu, "cpu", "cores", "bandwidth_bytes_per_s", "ram_bytes")
+    checks.densities("cpu.sparse_densities", cpu.sparse_densities)
+    checks.rates("cpu.sparse_bandwidth_bytes_per_s", cpu.sparse_bandwidth_bytes_per_s, cpu.sparse_densities)
     for index, curve in enumerate(profile.ffn):
-        path = f"ffn[{index}]"
-        positive(curve, path, "width", "neurons", "dense_bytes_per_s")
-        not_negative(curve, path, "overhead_seconds", "columns_bytes_per_s")
-        for name in ("gate_type", "up_type", "down_type"):
-            kind = getattr(curve, name)
-            valid = kind in TensorType.__members__ or (name == "gate_type" and kind == NO_GATE)
-            require(valid, f"{path}.{name}", f"is {kind!r}, not a known row type")
-        _check_densities(f"{path}.densities", curve.densities, file)
-        for name in ("gate_first_bytes_per_s", "predicted_bytes_per_s"):
-            _check_rates(f"{path}.{name}", getattr(curve, name), curve.densities, file)
+        checks.curve(f"ffn[{index}]", curve)
     for index, rate in enumerate(profile.kernel):
         path = f"kernel[{index}]"
-        valid = rate.row_type in TensorType.__members__
-        require(valid, f"{path}.row_type", f"is {rate.row_type!r}, not a known row type")
-        positive(rate, path, "products_bytes_per_s", "sums_bytes_per_s")
+        checks.row_type(f"{path}.row_type", rate.row_type)
+        checks.positive(rate, path, "products_bytes_per_s", "sums_bytes_per_s")
     for index, spread in enumerate(profile.spread):
         path = f"spread[{index}]"
-        positive(spread, path, "passes")
-        require(0 <= spread.low <= spread.median <= spread.high, path, "is not 0 <= low <= median <= high")
+        checks.positive(spread, path, "passes")
+        ordered = 0 <= spread.low <= spread.median <= spread.high
+        checks.require(ordered, path, "is not 0 <= low <= median <= high")
     if profile.disk is not None:
-        disk = profile.disk
-        positive(disk, "disk", "stream_bytes_per_s")
+        checks.disk(profile.disk)
+    checks.require((gpu is None) == (link is None), "gpu and link", "go together: one of them is missing")
+    if gpu is not None and link is not None:
+        checks.positive(gpu, "gpu", "vram_bytes", "bandwidth_bytes_per_s")
+        checks.not_negative(gpu, "gpu", "launch_seconds", "sync_seconds")
+        checks.positive(link, "link", "bandwidth_bytes_per_s")
+        checks.not_negative(link, "link", "latency_seconds")
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """Rules for the tables of ``file``; each raises ``BadField``."""
+
+    file: str | os.PathLike[str]
+
+    def require(self, condition: bool, path: str, problem: str) -> None:
+        if not condition:
+            raise BadField(self.file, f"{path} {problem}")
+
+    def positive(self, record: object, table: str, *names: str) -> None:
+        for name in names:
+            value = getattr(record, name)
+            self.require(value > 0, f"{table}.{name}", f"is {value}, expected more than 0")
+
+    def not_negative(self, record: object, table: str, *names: str) -> None:
+        for name in names:
+            value = getattr(record, name)
+            self.require(value >= 0, f"{table}.{name}", f"is {value}, expected 0 or more")
+
+    def row_type(self, path: str, kind: str, *others: str) -> None:
+        valid = kind in TensorType.__members__ or kind in others
+        self.require(valid, path, f"is {kind!r}, not a known row type")
+
+    def curve(self, path: str, curve: FFNCurve) -> None:
+        self.positive(curve, path, "width", "neurons", "dense_bytes_per_s")
+        self.not_negative(curve, path, "overhead_seconds", "columns_bytes_per_s")
+        self.row_type(f"{path}.gate_type", curve.gate_type, NO_GATE)
+        self.row_type(f"{path}.up_type", curve.up_type)
+        self.row_type(f"{path}.down_type", curve.down_type)
+        self.densities(f"{path}.densities", curve.densities)
+        for name in ("gate_first_bytes_per_s", "predicted_bytes_per_s"):
+            self.rates(f"{path}.{name}", getattr(curve, name), curve.densities)
+
+    def disk(self, disk: DiskInfo) -> None:
+        self.positive(disk, "disk", "stream_bytes_per_s")
         sizes = disk.read_bytes
         ascending = all(below < above for below, above in zip((0, *sizes), sizes, strict=False))
-        require(bool(sizes) and ascending, "disk.read_bytes", "is not a list of ascending sizes above 0")
+        self.require(bool(sizes) and ascending, "disk.read_bytes", "is not a list of ascending sizes above 0")
         for name in ("single_reads_per_s", "deep_reads_per_s"):
             rates = getattr(disk, name)
             fits = len(rates) == len(sizes) and all(rate > 0 for rate in rates)
-            require(fits, f"disk.{name}", f"is not a list of {len(sizes)} numbers above 0")
-    require(
-        (profile.gpu is None) == (profile.link is None), "gpu and link", "go together: one of them is missing"
-    )
-    if profile.gpu is not None and profile.link is not None:
-        positive(profile.gpu, "gpu", "vram_bytes", "bandwidth_bytes_per_s")
-        not_negative(profile.gpu, "gpu", "launch_seconds", "sync_seconds")
-        positive(profile.link, "link", "bandwidth_bytes_per_s")
-        not_negative(profile.link, "link", "latency_seconds")
+            self.require(fits, f"disk.{name}", f"is not a list of {len(sizes)} numbers above 0")
 
+    def densities(self, path: str, densities: tuple[float, ...]) -> None:
+        if not densities:
+            raise BadField(self.file, f"{path} has no points, expected at least one")
+        for index, density in enumerate(densities):
+            previous = densities[index - 1] if index else 0.0
+            if not previous < density <= 1:
+                raise BadField(
+                    self.file, f"{path}[{index}] is {density}, expected more than {previous}, up to 1"
+                )
 
-def _check_densities(path: str, densities: tuple[float, ...], file: str | os.PathLike[str]) -> None:
-    if not densities:
-        raise BadField(file, f"{path} has no points, expected at least one")
-    for index, density in enumerate(densities):
-        previous = densities[index - 1] if index else 0.0
-        if not previous < density <= 1:
-            raise BadField(file, f"{path}[{index}] is {density}, expected more than {previous}, up to 1")
-
-
-def _check_rates(
-    path: str, rates: tuple[float, ...], densities: tuple[float, ...], file: str | os.PathLike[str]
-) -> None:
-    if len(rates) != len(densities):
-        raise BadField(file, f"{path} has {len(rates)} points for {len(densities)} densities")
-    for index, rate in enumerate(rates):
-        if rate <= 0:
-            raise BadField(file, f"{path}[{index}] is {rate}, expected more than 0")
+    def rates(self, path: str, rates: tuple[float, ...], densities: tuple[float, ...]) -> None:
+        if len(rates) != len(densities):
+            raise BadField(self.file, f"{path} has {len(rates)} points for {len(densities)} densities")
+        for index, rate in enumerate(rates):
+            if rate <= 0:
+                raise BadField(self.file, f"{path}[{index}] is {rate}, expected more than 0")

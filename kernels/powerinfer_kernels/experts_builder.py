@@ -26,6 +26,9 @@ MAX_EXPERTS = 1024
 EXACT_ZEROS = ("relu", "relu2", "drelu", "fatrelu")
 #: Matrices of experts by number; None for one that is not here.
 Matrices = Sequence[Matrix | None]
+#: The arrays of :class:`Activations`, or None where nothing is rounded.
+_Quantized = tuple[Array | None, Array | None, Array | None]
+_NONE: _Quantized = (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -168,16 +171,8 @@ class ExpertOperations(VectorOperations):
         self._check("src", src, width)
         self._check("out", out, width, written=True)
         self._check_buffers(choice, buffers, width, neurons)
-        first = [m for m in types[:2] if m is not None]
-        floats = weigh_input or any(m.row_type.is_float for m in first)
-        quantized = not all(m.row_type.is_float for m in first)
-        token = self._quantized("activations", activations, width, self.max_tokens) if quantized else _NONE
-        pairs = self.max_tokens * choice.used
-        rows = self._quantized("rows_acts", buffers.rows_acts, width, pairs) if quantized else _NONE
-        hidden_quantized = not types[2].row_type.is_float
-        hidden = (
-            self._quantized("hidden_acts", buffers.hidden_acts, neurons, pairs) if hidden_quantized else _NONE
-        )
+        floats = weigh_input or any(m.row_type.is_float for m in types[:2] if m is not None)
+        token, rows, hidden = self._rounded_inputs(choice, activations, types, buffers)
         here, sparse = _handles(weights.gate), types[2].layout == Layout.PICKED_COLUMNS
         if sparse and kind not in EXACT_ZEROS:
             raise KernelError(f"no neuron of {kind} can be left out: it has no exact zeros")
@@ -219,15 +214,13 @@ class ExpertOperations(VectorOperations):
             (*integers, activation_number(kind), neurons),
             (activation_cut(kind, cut),),
         )
-        product, down = (buffers.gate, *hidden), _handles(weights.down)
+        down, added = _handles(weights.down), (weights.down_bias, buffers.out)
         if sparse:
-            objects = (choice.chosen, down, *hidden, weights.down_bias, buffers.out)
-            self._append(Op.EXPERT_COLUMNS, objects, integers)
+            self._append(Op.EXPERT_COLUMNS, (choice.chosen, down, *hidden, *added), integers)
         else:
+            product = (buffers.gate, *hidden)
             self._append(
-                Op.EXPERT_MATMUL,
-                (choice.chosen, down, *product, *product, weights.down_bias, buffers.out),
-                (*integers, 0, 0),
+                Op.EXPERT_MATMUL, (choice.chosen, down, *product, *product, *added), (*integers, 0, 0)
             )
         self._append(
             Op.EXPERT_SUM,
@@ -362,15 +355,28 @@ class ExpertOperations(VectorOperations):
         if buffers.up is not None:
             check_array("up", buffers.up, np.float32, (pairs, neurons), written=True)
 
-    def _quantized(
-        self, name: str, activations: Activations | None, columns: int, rows: int
-    ) -> tuple[Array, Array, Array]:
+    def _rounded_inputs(
+        self,
+        choice: Choice,
+        activations: Activations | None,
+        types: tuple[Matrix, Matrix | None, Matrix],
+        buffers: ExpertBuffers,
+    ) -> tuple[_Quantized, _Quantized, _Quantized]:
+        """What is rounded of tokens, of pairs and of their hidden values, where matrices of these `types`
+        read it."""
+        width, neurons, pairs = types[2].rows, types[0].rows, self.max_tokens * choice.used
+        token = rows = hidden = _NONE
+        if not all(m.row_type.is_float for m in types[:2] if m is not None):
+            token = self._quantized("activations", activations, width, self.max_tokens)
+            rows = self._quantized("rows_acts", buffers.rows_acts, width, pairs)
+        if not types[2].row_type.is_float:
+            hidden = self._quantized("hidden_acts", buffers.hidden_acts, neurons, pairs)
+        return token, rows, hidden
+
+    def _quantized(self, name: str, activations: Activations | None, columns: int, rows: int) -> _Quantized:
         if activations is None or activations.columns != columns or activations.max_tokens < rows:
             raise KernelError(f"{name} must be activations for {rows} rows of {columns} values")
         return (activations.q, activations.d, activations.s)
-
-
-_NONE = (None, None, None)
 
 
 def _handles(matrices: Matrices) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from powerinfer_cli.app import create_app
 from powerinfer_tools.engine import from_disk
-from powerinfer_tools.measure.synthetic.models import SHAPES, Shape
+from powerinfer_tools.measure.synthetic.shapes import SHAPES, Shape
 from tiny_models import CASES, make_tiny_model
 
 APP = create_app()

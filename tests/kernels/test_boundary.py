@@ -207,11 +207,6 @@ def wrong_arrays(array: Any) -> Iterator[tuple[str, Any]]:
 OPERATIONS = _kernels.operations()
 
 
-def test_the_numbers_of_both_sides_are_one_list() -> None:
-    assert tuple(op.name for op in sorted(Op)) == OPERATIONS
-    assert [int(op) for op in sorted(Op)] == list(range(len(OPERATIONS)))
-
-
 def test_every_operation_has_a_right_call(builder: ProgramBuilder, steps: dict[Op, Step]) -> None:
     assert {op.name for op in steps} == set(OPERATIONS)
     for step in builder._operations:

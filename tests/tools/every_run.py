@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from powerinfer_formats.profile import Profile
-from powerinfer_tools.measure.synthetic.models import Shape
+from powerinfer_tools.measure.synthetic.shapes import Shape
 from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
 from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from powerinfer_tools.stages.threshold import ThresholdOptions, run_threshold

@@ -16,6 +16,7 @@ from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.measure.synthetic import models
 from powerinfer_tools.measure.synthetic.random_blocks import random_rows
+from powerinfer_tools.measure.synthetic.shapes import Shape
 from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.text import Tokenizer
@@ -135,8 +136,8 @@ def _write(family: str, mixture: str, folder: Path) -> Path:
     return path
 
 
-def _shape(family: str) -> models.Shape:
-    return models.Shape(
+def _shape(family: str) -> Shape:
+    return Shape(
         family,
         layers=2,
         width=256,

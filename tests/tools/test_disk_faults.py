@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from powerinfer_tools.measure.synthetic.models import Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.models import write_synthetic
+from powerinfer_tools.measure.synthetic.shapes import Shape
 from powerinfer_tools.measure.synthetic.topics import Topics
 
 #: 128 experts of 324 KiB, three reads each.

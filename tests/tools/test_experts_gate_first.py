@@ -10,7 +10,8 @@ from powerinfer_kernels import available_isas
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.measure.synthetic.cache import Request
-from powerinfer_tools.measure.synthetic.models import Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.models import write_synthetic
+from powerinfer_tools.measure.synthetic.shapes import Shape
 from powerinfer_tools.measure.synthetic.sparse import Sparsity
 from powerinfer_tools.model.loading import load_model
 

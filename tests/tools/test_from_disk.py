@@ -22,7 +22,8 @@ from powerinfer_tools.engine import weights as weights_module
 from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
 from powerinfer_tools.engine.residency import Budget, Residency
 from powerinfer_tools.errors import ModelError, ProfileError
-from powerinfer_tools.measure.synthetic.models import Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.models import write_synthetic
+from powerinfer_tools.measure.synthetic.shapes import Shape
 from powerinfer_tools.measure.synthetic.topics import Topics, text
 from powerinfer_tools.model.architectures import ARCHITECTURES
 from powerinfer_tools.model.loading import Model, load_model

@@ -15,8 +15,9 @@ from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.measure import ffn_speedup as ffn_benchmarking
 from powerinfer_tools.measure import random_ffns as ffn_layers
 from powerinfer_tools.measure.synthetic.cache import Request, cached, clear
-from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.models import TYPES, write_synthetic
 from powerinfer_tools.measure.synthetic.recurrent import Recurrence
+from powerinfer_tools.measure.synthetic.shapes import SHAPES, Shape
 from powerinfer_tools.measure.synthetic.sparse import (
     OVERSHOOT,
     SPARSE_TYPES,

@@ -14,7 +14,8 @@ from powerinfer_tools.errors import ModelError
 from powerinfer_tools.measure.bench_rows import bench
 from powerinfer_tools.measure.synthetic import cache
 from powerinfer_tools.measure.synthetic.cache import Request, weight_bytes
-from powerinfer_tools.measure.synthetic.models import SHAPES, Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.models import write_synthetic
+from powerinfer_tools.measure.synthetic.shapes import SHAPES, Shape
 from powerinfer_tools.measure.synthetic.sparse import Sparsity
 from powerinfer_tools.model.loading import load_model
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from powerinfer_tools import detect
 from powerinfer_tools.engine.memory import MARGIN
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.measure.synthetic.models import SHAPES, TYPES, Shape, tensors_of, write_synthetic
+from powerinfer_tools.measure.synthetic.models import TYPES, tensors_of, write_synthetic
+from powerinfer_tools.measure.synthetic.shapes import SHAPES, Shape
 from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
 from powerinfer_tools.measure.synthetic.topics import Topics
 from powerinfer_tools.model.architectures import RELU_FAMILY

@@ -35,8 +35,9 @@ from powerinfer_formats.split_predictors import declare_low_rank
 from powerinfer_kernels import WRITTEN_TYPES, RowType, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.measure.synthetic.models import Shape, Tensor, add_metadata, tensors_of
+from powerinfer_tools.measure.synthetic.models import Tensor, add_metadata, tensors_of
 from powerinfer_tools.measure.synthetic.random_blocks import BALANCED, BLOCKS, balance
+from powerinfer_tools.measure.synthetic.shapes import Shape
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]

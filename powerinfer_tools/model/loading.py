@@ -129,7 +129,7 @@ class Model:
     def placement_limit(self) -> str | None:
         """Why nothing of the model is computed on a hot device; None where its FFNs can be."""
         routing = self.hyper.routing
-        return "experts that read what is weighed" if routing is not None and routing.weigh_input else None
+        return "experts whose input is weighed" if routing is not None and routing.weigh_input else None
 
     @property
     def attention_limit(self) -> str | None:

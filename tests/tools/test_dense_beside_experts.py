@@ -9,61 +9,21 @@ import pytest
 
 from engine_logits import logits
 from hybrid_families import EXPERTS, NEURONS
-from hybrid_profiles import TOKENS, made
-from plan_cases import granted
+from hybrid_profiles import TOKENS
+from mixed_splits import GROUP, Split, planned
 from powerinfer_formats.errors import BadField
 from powerinfer_formats.plan import Plan
-from powerinfer_formats.profile import Profile
 from powerinfer_formats.split import SplitFile
 from powerinfer_formats.split_layout import KEY_VERSION, source_names
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.observation import counters
 from powerinfer_tools.errors import ConvertError, ModelError
 from powerinfer_tools.inspect.describe import describe
-from powerinfer_tools.measure.hardware.presets import PC_LOW
 from powerinfer_tools.model.loading import load_model
-from powerinfer_tools.model.shapes import shape_of_model
-from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from powerinfer_tools.stages.plan import verification, verified_units
-from powerinfer_tools.stages.plan.planner import PlanOptions
 from powerinfer_tools.stages.plan.report import render_plan
-from powerinfer_tools.stages.plan.request import make_plan
 
 CASES = ("deepseek2", "deepseek2-lite", "dots1", "lfm2moe", "llama4", "glm-dsa", "mimo2")
-GROUP = 8
-
-
-def planned(path: Path, profile: Profile) -> Plan:
-    """By the planner, for a machine with an accelerator."""
-    model = load_model(path)
-    try:
-        shape = shape_of_model(model)
-    finally:
-        model.close()
-    return make_plan(shape, profile, PC_LOW, granted(40_000), PlanOptions(context=len(TOKENS), group=GROUP))
-
-
-class Split:
-    """A split file as the planner, or ``change``, wants it."""
-
-    def __init__(self, folder: Path, case: str, activation: str | None = None) -> None:
-        self.source, self.saved, self.profile = made(folder, case, activation)
-        self.plan, self.folder = planned(self.source, self.profile), folder
-        self.facts = load_model(self.source).hyper.facts
-        self.dense = [index for index, facts in enumerate(self.facts) if facts.ffn == "dense"]
-        self.routed = [index for index, facts in enumerate(self.facts) if facts.ffn == "experts"]
-
-    def convert(self, plan: Plan | None = None, **options: object) -> Path:
-        file, output = self.folder / "plan.json", self.folder / "split.powerinfer.gguf"
-        (plan or self.plan).save(file)
-        convert(ConvertOptions(self.source, self.saved, file, output, **options))  # type: ignore[arg-type]
-        return output
-
-    def changed(self, index: int, **changes: object) -> Plan:
-        """The plan with another layer."""
-        layers = list(self.plan.layers)
-        layers[index] = replace(layers[index], **changes)  # type: ignore[arg-type]
-        return replace(self.plan, layers=tuple(layers))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,7 +34,6 @@ def test_a_split_file_has_the_bits_of_its_source(case: str, tmp_path: Path) -> N
     plan = made.plan
     assert plan.version == 4
     assert plan.memory.vram_used == 0
-    assert "places nothing of models with dense layers beside experts on an accelerator" in plan.verdict
     path = made.convert()
     assert Plan.load(made.folder / "plan.json") == plan
     experts = plan.model.experts
@@ -105,12 +64,28 @@ def test_a_split_file_has_the_bits_of_its_source(case: str, tmp_path: Path) -> N
     split.close()
 
 
-def test_no_part_is_computed_on_a_device(tmp_path: Path) -> None:
-    path = Split(tmp_path, "dots1").convert()
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_planner_places_layers_of_both_kinds(activation: str | None, tmp_path: Path) -> None:
+    made = Split(tmp_path, "dots1", activation)
+    plan = planned(made.source, made.profile, vram=1 << 22)
+    assert plan.memory.vram_used <= plan.memory.vram_capacity
+    for index, layer in enumerate(plan.layers):
+        assert (layer.hot_neurons, layer.attention) == (plan.neurons_of(index), "gpu")
+    np.testing.assert_array_equal(
+        logits(made.convert(plan), TOKENS, device="none"), logits(made.convert(), TOKENS)
+    )
+
+
+def test_experts_that_read_what_is_weighed_are_not_placed(tmp_path: Path) -> None:
+    made = Split(tmp_path, "llama4")
+    plan = planned(made.source, made.profile, vram=1 << 22)
+    assert plan.memory.vram_used == 0
+    assert "places nothing of models with experts whose input is weighed" in plan.verdict
+    path = made.convert()
     engine = Engine(load_model(path), threads=1, device="cpu")
     notices = engine.weights.notices
     engine.close()
-    assert any("does not compute models with dense layers beside experts" in notice for notice in notices)
+    assert any("does not compute models with experts whose input is weighed" in notice for notice in notices)
     np.testing.assert_array_equal(logits(path, TOKENS, device="cpu"), logits(path, TOKENS))
 
 
@@ -245,4 +220,4 @@ def test_the_cost_model_is_verified_on_the_cpu(
         ("none", mode, 0.0) for mode in modes
     ]
     assert all(0 < row.predicted_seconds < 60 and 0 < row.measured_seconds < 60 for row in found.rows)
-    assert "places nothing of models with dense layers beside experts" in found.notes[0]
+    assert "splits are not timed where dense layers stand beside experts" in found.notes[0]

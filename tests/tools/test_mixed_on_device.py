@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from engine_logits import logits
+from fake_gpus import FakeGpu, LatestGpu, on
 from hybrid_families import EXPERTS
-from mixed_splits import Split
+from mixed_splits import GROUP, Split
 from powerinfer_formats.plan import Plan
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine.hot.opening import planned_units
 from powerinfer_tools.engine.hot.placement import Workload, fit, units_size
+from powerinfer_tools.model.device_memory import budget_for
 from powerinfer_tools.model.loading import load_model
 
 TOKENS = [3, 41, 7, 7, 12, 0, 49, 25, 30, 2, 18, 5]
@@ -63,7 +65,7 @@ def test_what_is_hot_is_reported_and_counted(activation: str | None, dense: str,
     made = Split(tmp_path, "dots1", activation)
     neurons = made.facts[0].neurons if dense == "whole" else 16
     path = made.convert(placed(made, dense=neurons, experts=2, attention=True))
-    engine = Engine(load_model(path), threads=1, device="cpu", context=32)
+    engine = Engine(load_model(path), threads=1, device="cpu", context=32, batch=8)
     engine.prefill(TOKENS)
     engine.decode(1)
     shares, hot = engine.weights.stack.layer_shares(), engine.weights.stack.hot
@@ -72,7 +74,7 @@ def test_what_is_hot_is_reported_and_counted(activation: str | None, dense: str,
     assert hot.hot_experts(0) == frozenset()
     held = hot.nbytes
     units = planned_units(engine.model)
-    size = units_size(engine.model, units, Workload(512, 32))
+    size = units_size(engine.model, units, Workload(8, 32))
     assert held == size.total
     # A token reads every hot byte of the dense layer, and of experts those that the router chooses.
     assert size.experts == 2 * sum(layer.ffn.expert_nbytes for layer in engine.model.layers[1:])  # type: ignore[union-attr]
@@ -96,3 +98,36 @@ def test_less_memory_takes_units_of_both_kinds(tmp_path: Path) -> None:
     for part in (4, 6):
         options = {"device": "cpu", "vram": total * part // 8, "batch": 8, "context": 32}
         near(logits(path, TOKENS, **options), expected)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_budget_holds_what_is_allocated(
+    activation: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Split(tmp_path, "dots1", activation)
+    expected = logits(made.source, TOKENS)
+    whole = made.facts[0].neurons
+    path = made.convert(placed(made, dense=whole, experts=EXPERTS, attention=True))
+    model = load_model(path)
+    total = units_size(model, planned_units(model), Workload(8, 32)).total
+    model.close()
+    for room in (total, total - 1, total * 3 // 4):
+        gpu, budget = FakeGpu(1 << 30), budget_for(room)
+        on(monkeypatch, gpu)
+        options = {"device": "cuda", "vram": budget, "batch": 8, "context": 32}
+        near(logits(path, TOKENS, **options), expected)
+        assert all(asked <= budget for asked in gpu.asked)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_work_that_is_done_late_has_the_same_bits(
+    activation: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is done at the latest moment that is allowed, and in order."""
+    made = Split(tmp_path, "dots1", activation)
+    whole = made.facts[0].neurons
+    for dense, experts in ((whole, 2), (whole // GROUP * GROUP if activation else 0, EXPERTS)):
+        path = made.convert(placed(made, dense=dense, experts=experts, attention=True))
+        expected = logits(path, TOKENS, device="cpu", batch=5)
+        on(monkeypatch, LatestGpu())
+        np.testing.assert_array_equal(logits(path, TOKENS, device="cuda", batch=5), expected)

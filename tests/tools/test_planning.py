@@ -15,6 +15,7 @@ from plan_cases import NEURONS_ONLY, granted, machine, shape, skewed_frequencies
 from powerinfer_formats.block_types import TensorType
 from powerinfer_formats.hardware import FFNCurve, HardwareProfile
 from powerinfer_formats.plan import Plan
+from powerinfer_formats.split import SplitLayer
 from powerinfer_tools.errors import HardwareError, PlanError
 from powerinfer_tools.measure.hardware.presets import PC_HIGH, PC_LOW, PRESETS
 from powerinfer_tools.model.device_memory import budget_for, overhead
@@ -101,10 +102,12 @@ def test_memory_agrees_with_the_engines_own_counts() -> None:
     from powerinfer_tools.engine.hot import placement
     from powerinfer_tools.stages.plan import memory
 
-    layer = SimpleNamespace(neuron_bytes=NEURON, predictor=None)
+    layout: Any = SimpleNamespace(row_sizes=(NEURON,))
+    none: Any = None
+    ffn = SplitLayer(0, "dense", 512, 0, 256, order=none, layout=layout, hot=(), cold=none)
     model: Any = SimpleNamespace(
         hyper=SimpleNamespace(routing=None, width=256, neurons=512, layers=4),
-        split=SimpleNamespace(layers=[layer] * 4),
+        layers=[SimpleNamespace(ffn=ffn)] * 4,
     )
     size = placement.FFNSizes.of(model, 512).size([512] * 4, [False] * 4, [False] * 4)
     assert size.weights == 4 * 512 * NEURON

@@ -25,7 +25,7 @@ from powerinfer_tools.model.shapes import LayerShape
 from powerinfer_tools.stages.plan import costs
 from powerinfer_tools.stages.plan.costs import BlockSeconds, Machine
 from powerinfer_tools.stages.plan.ffn_levels import FFNWay, expected
-from powerinfer_tools.stages.plan.levels import Inputs, LayerWays, LevelOptions, check_frequencies
+from powerinfer_tools.stages.plan.levels import Inputs, LayerWays, LevelOptions, check_frequencies, ffn_sync
 from powerinfer_tools.stages.plan.memory import (
     expert_bytes,
     experts_of,
@@ -84,6 +84,8 @@ def expert_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
     )
 
     def sync_seconds(way: FFNWay, block_hot: bool) -> Vector:
+        if not layer.routed:  # nothing is chosen
+            return ffn_sync(layer, way.hot, machine, options.home, block_hot, predictor_hot=False)
         return _sync(layer, choices, seconds, machine, options, block_hot)
 
     return LayerWays([way], frequencies, _router_seconds(layer, machine), sync_seconds)
@@ -119,6 +121,8 @@ def _choices(layer: LayerShape) -> _Choices:
 def _router_seconds(layer: LayerShape, machine: Machine) -> BlockSeconds:
     """The router is beside attention: no expert can begin before."""
     router, gpu = router_bytes(layer), machine.gpu
+    if not layer.routed:
+        return BlockSeconds(0.0, 0.0)
     on_gpu = math.inf if gpu is None else router.vram / gpu.bandwidth + gpu.launch_seconds
     return BlockSeconds(router.ram / machine.bandwidth, on_gpu)
 

@@ -204,7 +204,7 @@ def neuron_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
     )
 
     def sync_seconds(way: FFNWay, block_hot: bool) -> Vector:
-        return _sync(layer, way.hot, machine, options.home, block_hot, way.predictor_hot)
+        return ffn_sync(layer, way.hot, machine, options.home, block_hot, way.predictor_hot)
 
     return LayerWays(ways, ffn.frequencies, BlockSeconds(0.0, 0.0), sync_seconds)
 
@@ -299,7 +299,7 @@ def check_frequencies(index: int, frequencies: Vector, neurons: int) -> None:
         raise PlanError(f"layer {index}: activation frequencies are not sorted hottest first")
 
 
-def _sync(
+def ffn_sync(
     layer: LayerShape, hot: Integers, machine: Machine, home: Home, block_hot: bool, predictor_hot: bool
 ) -> Vector:
     """Synchronisations of a layer: one for each piece that leaves the home of the residual stream. Attention

@@ -121,7 +121,7 @@ def predicted_scratch_bytes(shape: ModelShape, batch: int) -> int:
 
 
 def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
-    """Scratch of the hot side for neurons, or experts, whichever takes more: see
+    """Scratch of the hot side for neurons and for experts: see
     :mod:`~powerinfer_tools.model.device_memory`."""
     neurons = neuron_scratch_bytes(shape.width, shape.most_neurons, batch) if shape.ffn_layers else 0
     experts = [(layer, layer.experts) for layer in shape.layers if layer.experts is not None]
@@ -134,7 +134,7 @@ def gpu_scratch_bytes(shape: ModelShape, batch: int) -> int:
         inputs=len({matrix.row_type in FLOAT_TYPES for matrix in products}),
         taken=max(some.used for _, some in experts) + 1,
     )
-    return max(neurons, experts_scratch_bytes(widths, batch))
+    return neurons + experts_scratch_bytes(widths, batch)
 
 
 def gpu_attention_scratch_bytes(shape: ModelShape, workload: Workload) -> int:

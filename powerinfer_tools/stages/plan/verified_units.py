@@ -88,9 +88,17 @@ class VerifiedUnits:
         others = {layer for layer in self.shape.layers if not layer.routed}
         return len(others) <= 1 >= len(set(self.shape.expert_layers))
 
+    @property
+    def _unsplit(self) -> str | None:
+        """Why no split of the model is timed, if so."""
+        if (limit := self.shape.placement_limit) is not None:
+            return f"this version places nothing of models with {limit}: there are no splits"
+        mixed = self.shape.routed and len(self.shape.expert_layers) < len(self.shape.layers)
+        return "splits are not timed where dense layers stand beside experts" if mixed else None
+
     def shares(self) -> list[float]:
         """Those of the splits with a hot side: none without torch."""
-        if torch_version() is None or self.shape.placement_limit is not None:
+        if torch_version() is None or self._unsplit is not None:
             return []
         if not self.shape.routed:
             return [_ENDS[0], *HOT_SHARES, _ENDS[1]]
@@ -158,8 +166,8 @@ class VerifiedUnits:
     def notes(self, rows: Sequence[VerifyRow], *, calibrated: bool) -> tuple[str, ...]:
         """What is left out, and how far the tokens are from the profile."""
         if not calibrated:
-            if (limit := self.shape.placement_limit) is not None:
-                return (f"this version places nothing of models with {limit}: there are no splits",)
+            if (unsplit := self._unsplit) is not None:
+                return (unsplit,)
             few = "there are too few experts for splits with a hot side"
             return (NO_TORCH if torch_version() is None else few,)
         pairs = [(row.predicted_choices, row.measured_choices) for row in rows]

@@ -44,15 +44,16 @@ static cpu_flags read_cpu_flags(void) {
 
 static int has(unsigned word, unsigned bits) { return (word & bits) == bits; }
 
-static int has_avx2(cpu_flags f) {
+/* inline: a build of few instruction sets leaves some of these unused. */
+static inline int has_avx2(cpu_flags f) {
     return has(f.xcr0, XCR0_SSE_AVX) && has(f.leaf1_ecx, bit_AVX | bit_FMA | bit_F16C) && has(f.leaf7_ebx, bit_AVX2);
 }
 
 enum { LEAF7_1_AVXVNNI = 1 << 4 }; /* older compilers have no name for it */
 
-static int has_avxvnni(cpu_flags f) { return has_avx2(f) && has(f.leaf7_1_eax, LEAF7_1_AVXVNNI); }
+static inline int has_avxvnni(cpu_flags f) { return has_avx2(f) && has(f.leaf7_1_eax, LEAF7_1_AVXVNNI); }
 
-static int has_avx512(cpu_flags f) {
+static inline int has_avx512(cpu_flags f) {
     return has_avx2(f) && has(f.xcr0, XCR0_AVX512) &&
            has(f.leaf7_ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) &&
            has(f.leaf7_ecx, bit_AVX512VNNI);

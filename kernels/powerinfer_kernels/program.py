@@ -22,8 +22,9 @@ from .state import KVSlot, RecurrentSlot, Slot, Span, State
 _UNBOUNDED = 1 << 31
 
 
+_numbered: Any = IntEnum  # mypy wants the names of an enum in the source
 #: Operations by name, numbered as operations.h lists them.
-Op: Any = IntEnum("Op", [(name, number) for number, name in enumerate(_kernels.operations())])  # type: ignore[misc]
+Op: Any = _numbered("Op", [(name, number) for number, name in enumerate(_kernels.operations())])
 
 
 class Program:

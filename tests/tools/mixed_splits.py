@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hybrid_profiles import TOKENS, made
 from plan_cases import granted
+from powerinfer_formats.hardware import HardwareProfile
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_tools.measure.hardware.presets import PC_LOW
@@ -15,9 +16,20 @@ from powerinfer_tools.stages.plan.planner import PlanOptions
 from powerinfer_tools.stages.plan.request import make_plan
 
 GROUP = 8
+#: An accelerator that pays for the smallest model: no wait, and a CPU that is far slower.
+EAGER = replace(
+    PC_LOW,
+    cpu=replace(
+        PC_LOW.cpu,
+        bandwidth_bytes_per_s=1e6,
+        sparse_bandwidth_bytes_per_s=tuple(1e6 for _ in PC_LOW.cpu.sparse_densities),
+    ),
+    gpu=replace(PC_LOW.gpu, launch_seconds=0.0, sync_seconds=0.0),  # type: ignore[type-var]
+    link=replace(PC_LOW.link, latency_seconds=0.0),  # type: ignore[type-var]
+)
 
 
-def planned(path: Path, profile: Profile, vram: int = 0) -> Plan:
+def planned(path: Path, profile: Profile, vram: int = 0, hardware: HardwareProfile = PC_LOW) -> Plan:
     """By the planner, for a machine with an accelerator, of which ``vram`` bytes may be taken."""
     model = load_model(path)
     try:
@@ -25,7 +37,7 @@ def planned(path: Path, profile: Profile, vram: int = 0) -> Plan:
     finally:
         model.close()
     options = PlanOptions(context=len(TOKENS), group=GROUP)
-    return make_plan(shape, profile, PC_LOW, granted(vram), options)
+    return make_plan(shape, profile, hardware, granted(vram), options)
 
 
 class Split:

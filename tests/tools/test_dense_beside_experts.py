@@ -10,7 +10,7 @@ import pytest
 from engine_logits import logits
 from hybrid_families import EXPERTS, NEURONS
 from hybrid_profiles import TOKENS
-from mixed_splits import GROUP, Split, planned
+from mixed_splits import EAGER, GROUP, Split, planned
 from powerinfer_formats.errors import BadField
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.split import SplitFile
@@ -67,7 +67,7 @@ def test_a_split_file_has_the_bits_of_its_source(case: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_the_planner_places_layers_of_both_kinds(activation: str | None, tmp_path: Path) -> None:
     made = Split(tmp_path, "dots1", activation)
-    plan = planned(made.source, made.profile, vram=1 << 22)
+    plan = planned(made.source, made.profile, vram=1 << 22, hardware=EAGER)
     assert plan.memory.vram_used <= plan.memory.vram_capacity
     for index, layer in enumerate(plan.layers):
         assert (layer.hot_neurons, layer.attention) == (plan.neurons_of(index), "gpu")

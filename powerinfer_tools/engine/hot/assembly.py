@@ -186,7 +186,7 @@ class _Parts:
     @cached_property
     def predictors(self) -> list[HotPredictor | None]:
         """The predictor of each layer that has it here."""
-        made = [None] * self.hyper.layers
+        made: list[HotPredictor | None] = [None] * self.hyper.layers
         for layer in self._naming:
             made[layer.index] = self.predictor_parts.predictor(layer, self.units.neurons[layer.index])
         return made

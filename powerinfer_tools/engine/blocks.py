@@ -97,10 +97,10 @@ class FFNOutput:
 @dataclass(frozen=True)
 class ThresholdedRows:
     """FFN over the neurons whose ``factor``, act(gate) or up, is larger than ``threshold`` (neurons,):
-    ``known`` are its rows, and the bundle has the others."""
+    ``first`` are its rows, and the bundle has the others."""
 
     factor: str
-    known: Matrix
+    first: Matrix
     threshold: Floats
     bundle: Bundle
 
@@ -333,16 +333,16 @@ class BlockWriter:
             cut=self.hyper.activation_cut,
         )
 
-    def ffn_thresholded(self, w: ThresholdedRows, known: Floats, h: Floats) -> None:
+    def ffn_thresholded(self, w: ThresholdedRows, values: Floats, h: Floats) -> None:
         """The FFN over the neurons whose known factor is large, into ``block_out``; the last two are scratch
         (T, neurons)."""
         self.label("ffn")
         b, builder, kind = self.buffers, self.builder, self.hyper.activation
-        builder.matmul(w.known, b.normed, b.normed_acts, known)
+        builder.matmul(w.first, b.normed, b.normed_acts, values)
         if w.factor == "gate":
-            builder.activate(known, None, known, kind)
+            builder.activate(values, None, values, kind)
         builder.thresholded_ffn(
-            known, w.factor, w.threshold, b.normed, b.normed_acts, w.bundle, b.block_out, h, kind
+            values, w.factor, w.threshold, b.normed, b.normed_acts, w.bundle, b.block_out, h, kind
         )
 
     def ffn_truth(self, w: GateAndUp, gate: Floats, up: Floats) -> None:

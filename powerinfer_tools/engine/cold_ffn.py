@@ -173,15 +173,15 @@ class _ThresholdedFFN(_BundledFFN):
 
     @property
     def whole(self) -> tuple[Matrix, ...]:
-        return (self.weights.known,)
+        return (self.weights.first,)
 
     @property
     def beside(self) -> int:
         return self.weights.threshold.nbytes
 
     def write(self, writer: BlockWriter, buffers: Buffers, output: FFNOutput) -> None:
-        known, h = narrowed(buffers.gate, self.neurons), narrowed(buffers.up, self.neurons)
-        writer.ffn_thresholded(self.weights, known, h)
+        values, h = narrowed(buffers.gate, self.neurons), narrowed(buffers.up, self.neurons)
+        writer.ffn_thresholded(self.weights, values, h)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _load_thresholded(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
     return _ThresholdedFFN(
         ThresholdedRows(
             factor=threshold.factor,
-            known=part.packed.rows(pool, layer, threshold.factor, first),
+            first=part.packed.rows(pool, layer, threshold.factor, first),
             threshold=threshold.values[first:].copy(),
             bundle=part.packed.bundle(pool, layer, first, rest),
         )

@@ -34,7 +34,7 @@ class RecallCheck:
     scores: Floats
     threshold: Floats
     hidden: Floats
-    found: int = 0
+    hits: int = 0
     active: int = 0
     named: int = 0
     neurons: int = 0
@@ -45,7 +45,7 @@ class RecallCheck:
         active = self.hidden[:tokens] != 0
         missed = self.scores[:tokens] <= self.threshold
         self.active += int(np.count_nonzero(active))
-        self.found += int(np.count_nonzero(active & ~missed))
+        self.hits += int(np.count_nonzero(active & ~missed))
         self.named += missed.size - int(np.count_nonzero(missed))
         self.neurons += missed.size
 
@@ -58,7 +58,7 @@ class Counted(Protocol):
         """Neurons that contribute anything."""
 
     @property
-    def found(self) -> int:
+    def hits(self) -> int:
         """Those of them that were predicted."""
 
     @property
@@ -75,7 +75,7 @@ class HotFound:
     """What the hot device has counted of one layer."""
 
     active: int
-    found: int
+    hits: int
     named: int
     neurons: int
 
@@ -83,4 +83,4 @@ class HotFound:
 def recall_of(checks: Sequence[Counted]) -> float | None:
     """Share of the active neurons that were predicted; None where nothing was checked or active."""
     active = sum(check.active for check in checks)
-    return sum(check.found for check in checks) / active if active else None
+    return sum(check.hits for check in checks) / active if active else None

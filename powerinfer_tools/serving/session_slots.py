@@ -40,7 +40,7 @@ class SessionSlots:
 
     def step(self, work: Sequence[Work]) -> list[Logits]:
         """One pass over tokens of different slots."""
-        rows = [len(piece.tokens) if piece.wanted is Wanted.ALL else 1 for piece in work]
+        rows = [len(piece.tokens) if piece.logits is Wanted.ALL else 1 for piece in work]
         parts = [
             Part(self.sessions[piece.slot], piece.tokens, count)
             for piece, count in zip(work, rows, strict=True)
@@ -48,7 +48,7 @@ class SessionSlots:
         logits, first = self._weights.step(parts), 0
         result = []
         for piece, count in zip(work, rows, strict=True):
-            result.append(logits[first : first + (0 if piece.wanted is Wanted.NONE else count)])
+            result.append(logits[first : first + (0 if piece.logits is Wanted.NONE else count)])
             first += count
         return result
 

@@ -22,7 +22,7 @@ class Work:
 
     slot: int
     tokens: Sequence[int]
-    wanted: Wanted
+    logits: Wanted
 
 
 class Slots(Protocol):

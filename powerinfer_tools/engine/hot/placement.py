@@ -129,8 +129,8 @@ class FFNSizes:
         """Of the first ``hot`` of each layer and of the experts in ``shared``; with the ``predictors`` of
         layers that have some."""
         nbytes = [
-            count * each + there * one
-            for count, each, there, one in zip(hot, self.each, shared, self.shared, strict=True)
+            count * each + shared_hot * one
+            for count, each, shared_hot, one in zip(hot, self.each, shared, self.shared, strict=True)
         ]
         if not any(nbytes):
             return HotSize(0, 0)

@@ -94,8 +94,8 @@ class Machine:
     def ffn_curve(self, width: int, types: tuple[str, ...], neurons: int) -> FFNCurve | None:
         """The curve measured on rows of this width and these types, of the nearest number of neurons; None
         where there is none."""
-        known = [curve for curve in self.ffn_curves if curve.width == width and curve.types == types]
-        return min(known, key=lambda curve: abs(curve.neurons - neurons), default=None)
+        curves = [curve for curve in self.ffn_curves if curve.width == width and curve.types == types]
+        return min(curves, key=lambda curve: abs(curve.neurons - neurons), default=None)
 
 
 def _check_gpu(gpu: Gpu) -> None:

@@ -97,14 +97,14 @@ def expert_frequencies(index: int, layer: LayerShape, inputs: Inputs) -> Vector:
     experts = experts_of(layer)
     if inputs.frequencies is None:
         return np.full(experts.count, experts.used / experts.count)
-    known = inputs.frequencies[index]
-    check_frequencies(index, known, experts.count)
-    if abs(float(known.sum()) - experts.used) > _TOLERANCE * experts.count:
+    shares = inputs.frequencies[index]
+    check_frequencies(index, shares, experts.count)
+    if abs(float(shares.sum()) - experts.used) > _TOLERANCE * experts.count:
         raise PlanError(
-            f"layer {index}: experts are taken {known.sum():.4f} times a token, and the model says "
+            f"layer {index}: experts are taken {shares.sum():.4f} times a token, and the model says "
             f"{experts.used}; the profile is of another model, or damaged"
         )
-    return known
+    return shares
 
 
 def _choices(layer: LayerShape) -> _Choices:

@@ -62,9 +62,9 @@ def _check_profile(shape: ModelShape, profile: "Profile") -> None:
             f"{shape.name} ({shape.fingerprint[:12]}…); make one with powerinfer profile"
         )
     if shape.routed != (profile.activation == ROUTING):
-        counted, wanted = ("neurons", "experts") if shape.routed else ("experts", "neurons")
+        counted, needed = ("neurons", "experts") if shape.routed else ("experts", "neurons")
         raise PlanError(
-            f"the profile of {profile.model_name} counts {counted}, {shape.name} has {wanted}; make one with "
+            f"the profile of {profile.model_name} counts {counted}, {shape.name} has {needed}; make one with "
             "powerinfer profile"
         )
     suitable = profile.layers == len(shape.layers) and all(

@@ -88,13 +88,13 @@ def _steps(problem: Problem, hulls: list[Integers]) -> list[tuple[float, int, in
 
 def _lower_hulls(problem: Problem) -> list[Integers]:
     """The hull of every unit; equal units share one."""
-    known: dict[tuple[bytes, bytes], Integers] = {}
+    computed: dict[tuple[bytes, bytes], Integers] = {}
     hulls = []
     for unit in problem.units:
         key = (unit.value.tobytes(), unit.vram.tobytes())
-        if key not in known:
-            known[key] = _lower_hull(unit)
-        hulls.append(known[key])
+        if key not in computed:
+            computed[key] = _lower_hull(unit)
+        hulls.append(computed[key])
     return hulls
 
 

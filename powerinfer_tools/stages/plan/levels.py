@@ -163,11 +163,11 @@ def layer_levels(
     block = costs.attention_seconds(shape, layer, machine, inputs.workload)
     block = BlockSeconds(block.cpu + made.router.cpu, block.gpu + made.router.gpu)
     here = memory.attention_bytes(layer) + memory.kv_cache_bytes(shape, inputs.workload)
-    there = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, inputs.workload)
+    on_gpu = memory.gpu_attention_bytes(layer) + memory.gpu_cache_bytes(shape, inputs.workload)
     router = router_bytes(layer)
     places = [(False, block.cpu, SideBytes(0, here + router.ram))]
     if machine.gpu is not None and "attention" in options.engine.placeable:
-        places.append((True, block.gpu, SideBytes(there + router.vram, 0)))
+        places.append((True, block.gpu, SideBytes(on_gpu + router.vram, 0)))
     return joined(
         [
             _table(index, units, made, way, nbytes, seconds, block_hot)
@@ -180,16 +180,17 @@ def layer_levels(
 def neuron_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
     """Those of the neurons of layer ``index``, in groups."""
     shape, machine, engine = inputs.shape, inputs.machine, options.engine
-    layer, known = shape.layers[index], None if inputs.frequencies is None else inputs.frequencies[index]
-    if known is not None:
-        check_frequencies(index, known, layer.neurons)
+    layer = shape.layers[index]
+    frequencies = None if inputs.frequencies is None else inputs.frequencies[index]
+    if frequencies is not None:
+        check_frequencies(index, frequencies, layer.neurons)
     on_gpu = machine.gpu is not None and "ffn" in engine.placeable
     hot = hot_counts(layer.neurons, options.group) if on_gpu else np.zeros(1, dtype=np.int64)
     ffn = FFN(
         layer=layer,
         sizes=inputs.sizes[index],
-        frequencies=np.ones(layer.neurons) if known is None else known,
-        skips=shape.exact_zeros and known is not None,
+        frequencies=np.ones(layer.neurons) if frequencies is None else frequencies,
+        skips=shape.exact_zeros and frequencies is not None,
         predictor=inputs.predictors[index] if inputs.predictors else None,
         threshold=inputs.thresholds[index] if inputs.thresholds else None,
         columns=not on_gpu,

@@ -80,11 +80,13 @@ def solve(problem: Problem, start: Sequence[int], options: SolverOptions = Solve
     first = _run(classes, problem, start, options, reserve=0.0)
     if first.status == "infeasible":
         raise PlanError("the solver calls the placement problem infeasible, although the start fits")
-    found = first.choice
-    if found is not None and not problem.fits(found):
+    solution = first.choice
+    if solution is not None and not problem.fits(solution):
         # Rows hold up to a tolerance: the choice is a few bytes too large. Ask again for a little less.
-        found = _run(classes, problem, start, options, reserve=_RESERVE).choice
-    candidates = [tuple(start)] if found is None or not problem.fits(found) else [found, tuple(start)]
+        solution = _run(classes, problem, start, options, reserve=_RESERVE).choice
+    candidates = (
+        [tuple(start)] if solution is None or not problem.fits(solution) else [solution, tuple(start)]
+    )
     choice = min(candidates, key=problem.value)
     value = problem.value(choice)
     return Solution(choice, value, min(first.bound, value), first.status, first.nodes)
@@ -260,19 +262,19 @@ def _status(highs: Any) -> Status:
     import highspy
 
     status = highs.getModelStatus()
-    known: dict[Any, Status] = {
+    names: dict[Any, Status] = {
         highspy.HighsModelStatus.kOptimal: "optimal",
         highspy.HighsModelStatus.kSolutionLimit: "node limit",
         highspy.HighsModelStatus.kIterationLimit: "node limit",
         highspy.HighsModelStatus.kTimeLimit: "time limit",
         highspy.HighsModelStatus.kInfeasible: "infeasible",
     }
-    if status not in known:
+    if status not in names:
         raise PlanError(
             f"the solver gave up: {highs.modelStatusToString(status)} (this is a fault of the planner, "
             "a placement that fits is known)"
         )
-    return known[status]
+    return names[status]
 
 
 def _read_choice(values: Vector, classes: list[_Class], start: Sequence[int]) -> tuple[int, ...] | None:

@@ -100,35 +100,35 @@ def best_placement(
     if objective == "time" and inputs.machine.gpu is not None and inputs.shape.ffn_layers:
         still = replace(engine, placeable=engine.placeable - {"ffn"})
         tries.append((replace(options, engine=still), tries[-1][1]))
-    found, refusals = list[Placement](), list[PlanError]()
+    placements, refusals = list[Placement](), list[PlanError]()
     for tried, left in tries:
         try:
-            found.append(_placement(inputs, left, tried, objective, solver))
+            placements.append(_placement(inputs, left, tried, objective, solver))
         except PlanError as error:
             if "ffn" in tried.engine.placeable or not refusals:  # else it lacks what could have fitted
                 refusals.append(error)
-    if not found:
+    if not placements:
         raise refusals[-1]
-    return min(found, key=lambda placement: placement.solution.value)
+    return min(placements, key=lambda placement: placement.solution.value)
 
 
 def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...]:
     """Tables of all layers, then of the head. Equal layers share one table's arrays."""
-    known: dict[tuple[LayerShape, NeuronBytes, bytes, PredictorShape | None], LevelTable] = {}
+    computed: dict[tuple[LayerShape, NeuronBytes, bytes, PredictorShape | None], LevelTable] = {}
     tables = []
     for index, layer in enumerate(inputs.shape.layers):
         frequencies = None if inputs.frequencies is None else inputs.frequencies[index]
         predictor = inputs.predictors[index] if inputs.predictors else None
         counted = b"" if frequencies is None else frequencies.tobytes()
         key = (layer, inputs.sizes[index], counted, predictor)
-        if key not in known:
+        if key not in computed:
             ways = neuron_ways if layer.experts is None else expert_ways
-            known[key] = layer_levels(index, inputs, options, ways)
+            computed[key] = layer_levels(index, inputs, options, ways)
             disk = inputs.machine.disk if layer.routed else None
             if options.from_disk and disk is not None:
                 shares = expert_frequencies(index, layer, inputs)
-                known[key] = with_disk(known[key], layer, shares, disk)
-        tables.append(replace(known[key], unit=f"layer {index}"))
+                computed[key] = with_disk(computed[key], layer, shares, disk)
+        tables.append(replace(computed[key], unit=f"layer {index}"))
     return (*tables, head_levels(inputs.shape, inputs.machine, inputs.workload.batch, options))
 
 

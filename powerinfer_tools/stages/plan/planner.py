@@ -259,7 +259,7 @@ def _memory_use(
     on_cpu = dict(on_gpu)
     moved = 0
     for index, (table, k) in enumerate(zip(placement.tables, placement.solution.choice, strict=True)):
-        there = bool(table.block_hot[k])
+        block_hot = bool(table.block_hot[k])
         if index == len(shape.layers):
             on_gpu["head"] += int(table.vram[k])
             on_cpu["head"] += int(table.ram[k])
@@ -268,16 +268,16 @@ def _memory_use(
         ffn = table.ffn_bytes(ffn_units(layer, inputs.sizes[index]), int(k))
         on_gpu["ffn"] += ffn.vram
         on_cpu["ffn"] += ffn.ram
-        moved += there
-        if there:
+        moved += block_hot
+        if block_hot:
             on_gpu["attention"] += memory.gpu_attention_bytes(layer)
             on_gpu["kv_cache"] += memory.gpu_cache_bytes(shape, workload)
         else:
             on_cpu["attention"] += memory.attention_bytes(layer)
             on_cpu["kv_cache"] += memory.kv_cache_bytes(shape, workload)
         if layer.experts is not None:
-            side, router = on_gpu if there else on_cpu, router_bytes(layer)
-            side["router"] = side.get("router", 0) + (router.vram if there else router.ram)
+            side, router = on_gpu if block_hot else on_cpu, router_bytes(layer)
+            side["router"] = side.get("router", 0) + (router.vram if block_hot else router.ram)
         (on_gpu if table.predictor_hot[k] else on_cpu)["predictors"] += int(table.predictor_bytes[k])
     if any(on_gpu.values()):
         on_gpu["scratch"] = scratch.neurons + (scratch.attention if moved else 0)

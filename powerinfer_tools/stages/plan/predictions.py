@@ -53,19 +53,19 @@ def sensitivity(
 ) -> dict[str, float]:
     """Tokens per second of the best plan with one more GiB of VRAM (where there is a GPU), of RAM (where the
     plan reads ``from_disk``), and with memory of the CPU that is 1.25 times as fast."""
-    found = {}
+    speeds = {}
     gpu = machine.gpu
     if gpu is not None:
         larger = replace(machine, gpu=replace(gpu, vram_bytes=gpu.vram_bytes + GIB))
         more = replace(budgets, vram=None if budgets.vram is None else budgets.vram + GIB)
-        found["vram_plus_1_gib"] = _speed(plan_outcome(shape, frequencies, larger, more, options))
+        speeds["vram_plus_1_gib"] = _speed(plan_outcome(shape, frequencies, larger, more, options))
     if from_disk:
         ram = int(machine.ram_bytes * (1 - RAM_MARGIN_SHARE)) if budgets.ram is None else budgets.ram
         more = replace(budgets, ram=ram + GIB)
-        found["ram_plus_1_gib"] = _speed(plan_outcome(shape, frequencies, machine, more, options))
+        speeds["ram_plus_1_gib"] = _speed(plan_outcome(shape, frequencies, machine, more, options))
     faster = _with_faster_memory(machine)
-    found["ram_bandwidth_times_1.25"] = _speed(plan_outcome(shape, frequencies, faster, budgets, options))
-    return found
+    speeds["ram_bandwidth_times_1.25"] = _speed(plan_outcome(shape, frequencies, faster, budgets, options))
+    return speeds
 
 
 def all_in_memory(
@@ -111,7 +111,7 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
     room = outcome.memory.vram_capacity - overhead(outcome.memory.vram_capacity)
     room -= memory.gpu_scratch_bytes(shape, workload.batch)
     room -= memory.gpu_attention_scratch_bytes(shape, workload)
-    there = 0
+    on_gpu = 0
     for layer, size in zip(shape.layers, outcome.sizes, strict=True):
         units, router = ffn_units(layer, size), router_bytes(layer)
         whole = units.whole.vram + router.vram + memory.gpu_attention_bytes(layer)
@@ -119,7 +119,7 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
         block = costs.attention_seconds(shape, layer, machine, workload)
         if machine.gpu is not None and whole <= room:
             room -= whole
-            there += 1
+            on_gpu += 1
             parts["attention"] += block.gpu + router.vram / machine.gpu.bandwidth
             launched = costs.FFN_LAUNCHES * units.products * machine.gpu.launch_seconds
             parts["hot"] += units.token.vram / machine.gpu.bandwidth + launched
@@ -128,8 +128,8 @@ def _layer_offload(outcome: Outcome) -> dict[str, float]:
         curve = machine.ffn_curve(layer.width, size.types, layer.up.rows)
         parts["cold"] += float(costs.dense_seconds(np.array([float(units.token.ram)]), machine, curve)[0])
     head = costs.head_seconds(shape, machine)
-    head_there = there == len(shape.layers) and memory.gpu_head_bytes(shape, workload.batch) <= room
+    head_there = on_gpu == len(shape.layers) and memory.gpu_head_bytes(shape, workload.batch) <= room
     parts["head"] = head.gpu if head_there else head.cpu
-    if machine.gpu is not None and there:
+    if machine.gpu is not None and on_gpu:
         parts["sync"] = costs.sync_seconds(machine.gpu, shape.width)
     return parts

@@ -108,29 +108,29 @@ def make_plan(
     those that may be used. The plan of a shape, which no file belongs to, counts on an engine that places
     every unit; where this version cannot, its speed stands beside.
     """
-    known = model_frequencies(shape, profile)
+    frequencies = model_frequencies(shape, profile)
     if offered is not None:
-        known = replace(known, predictors=offered.layers)
+        frequencies = replace(frequencies, predictors=offered.layers)
     if thresholds is not None:
-        known = replace(known, thresholds=thresholds.layers)
+        frequencies = replace(frequencies, thresholds=thresholds.layers)
     options = replace(options, engine=_engine_for(shape))
     machine = machine_of(hardware)
-    outcome = plan_outcome(shape, known, machine, budgets, options)
+    outcome = plan_outcome(shape, frequencies, machine, budgets, options)
     plan = plan_of(outcome, hardware, profile)
     beside = predictions(outcome)
     if shape.fingerprint is None and options.engine != THIS_VERSION:
-        today = plan_outcome(shape, known, machine, budgets, replace(options, engine=THIS_VERSION))
+        today = plan_outcome(shape, frequencies, machine, budgets, replace(options, engine=THIS_VERSION))
         beside["powerinfer-this-version"] = predictions(today)["powerinfer"]
     from_disk = outcome.memory.disk_used > 0
     if from_disk:
-        beside["all-in-memory"] = all_in_memory(shape, known, machine, budgets, options)
+        beside["all-in-memory"] = all_in_memory(shape, frequencies, machine, budgets, options)
     return replace(
         plan,
         predictions=beside,
-        sensitivity=sensitivity(shape, known, machine, budgets, options, from_disk=from_disk),
+        sensitivity=sensitivity(shape, frequencies, machine, budgets, options, from_disk=from_disk),
         provenance=replace(
             plan.provenance,
-            predictors=offered.note if offered else _published_note(known),
+            predictors=offered.note if offered else _published_note(frequencies),
             thresholds=thresholds.note if thresholds else "",
         ),
     )
@@ -155,8 +155,8 @@ def _offered(request: PlanRequest, shape: ModelShape) -> Offer | None:
     return offer(request.predictors, shape, request.max_ppl_increase)
 
 
-def _published_note(known: Frequencies) -> str:
-    if not any(known.predictors):
+def _published_note(frequencies: Frequencies) -> str:
+    if not any(frequencies.predictors):
         return "none"
     return f"{100 * PREDICTOR_SHARE:g} % of the model's weights in {PREDICTOR_TYPE.name}, as published"
 

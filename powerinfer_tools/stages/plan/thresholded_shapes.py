@@ -12,16 +12,16 @@ from powerinfer_tools.model.shapes import ModelShape, NeuronBytes
 
 @dataclass(frozen=True)
 class ThresholdShape:
-    """Mode thresholded in one layer: the rows of ``known``, 0 gate or 1 up, are read for all neurons, the
+    """Mode thresholded in one layer: the rows of ``factor``, 0 gate or 1 up, are read for all neurons, the
     others for a share ``density`` of them, alike for hot and cold ones. The threshold itself, four bytes a
     neuron, does not count."""
 
-    known: int
+    factor: int
     density: float
 
     def always_bytes(self, sizes: NeuronBytes, width: int) -> int:
         """Bytes of a neuron that are read for every token."""
-        return packed_row_bytes(TensorType[sizes.types[self.known]], width)
+        return packed_row_bytes(TensorType[sizes.types[self.factor]], width)
 
 
 Thresholds = tuple[ThresholdShape | None, ...]
@@ -52,7 +52,7 @@ def offer_thresholds(path: Path, shape: ModelShape, max_ppl_increase: float) -> 
     )
     cost = file.header.cost
     increase = cost.perplexity / cost.dense_perplexity - 1
-    told = f"measured to change the perplexity by {100 * increase:+.2f} % over {cost.tokens:,} tokens"
+    measured = f"measured to change the perplexity by {100 * increase:+.2f} % over {cost.tokens:,} tokens"
     used = sum(layer is not None for layer in layers)
     if not used:
         return ThresholdOffer((), f"{path.name}: not used, every layer is dense in it")
@@ -60,5 +60,5 @@ def offer_thresholds(path: Path, shape: ModelShape, max_ppl_increase: float) -> 
         return ThresholdOffer((), f"{path.name}: not used, --max-ppl-increase is 0 (exact modes only)")
     if increase > max_ppl_increase:
         allowed = f"more than the {100 * max_ppl_increase:g} % that --max-ppl-increase allows"
-        return ThresholdOffer((), f"{path.name}: not used, {told}, {allowed}")
-    return ThresholdOffer(layers, f"{path.name}: for {used} of {len(layers)} layers, {told}")
+        return ThresholdOffer((), f"{path.name}: not used, {measured}, {allowed}")
+    return ThresholdOffer(layers, f"{path.name}: for {used} of {len(layers)} layers, {measured}")

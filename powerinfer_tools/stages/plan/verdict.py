@@ -112,13 +112,13 @@ def _from_disk(outcome: Outcome) -> str:
         float(table.disk_seconds[k]) / seconds_of(layer, disk) * expert_bytes(layer).vram
         for layer, table, k in pairs
     )
-    known = "by the profile" if outcome.frequencies.layers is not None else "if all are taken equally often"
+    basis = "by the profile" if outcome.frequencies.layers is not None else "if all are taken equally often"
     computing = sum(
         float(t.computing_seconds[k])
         for t, k in zip(placement.tables, placement.solution.choice, strict=True)
     )
     return (
-        f"{absent:,} of {experts:,} experts are on disk alone: {known}, a token reads {taken / 1e6:,.1f} MB "
+        f"{absent:,} of {experts:,} experts are on disk alone: {basis}, a token reads {taken / 1e6:,.1f} MB "
         f"of them, which takes {1e3 * reading:.1f} ms beside {1e3 * computing:.1f} ms of computing; a text "
         "that stays with a topic reads less."
     )

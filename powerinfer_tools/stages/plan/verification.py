@@ -69,8 +69,8 @@ def verify(
     with scratch_folder("verify") as folder:
         source = load_model(model)
         try:
-            known = None if predictors is None else Predictors.load(predictors)
-            grid = Grid(verified(source, Profile.load(profile), known))
+            trained = None if predictors is None else Predictors.load(predictors)
+            grid = Grid(verified(source, Profile.load(profile), trained))
         finally:
             source.close()
         split = folder / "all-hot.powerinfer.gguf"

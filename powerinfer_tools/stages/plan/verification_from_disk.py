@@ -70,13 +70,13 @@ def verify_from_disk(request: PlanRequest, *, progress: Progress | None = None) 
         shape = shape_of_model(source)
     finally:
         source.close()
-    known = model_frequencies(shape, Profile.load(profile)).layers
-    assert known is not None  # there is a profile
+    frequencies = model_frequencies(shape, Profile.load(profile)).layers
+    assert frequencies is not None  # there is a profile
     progress.start("measuring", len(budgets), "budgets")
     rows = []
     for budget in budgets:
         plan = plan_request(replace(request, ram_bytes=budget))
-        rows.append(_row(shape, known, plan, _run(model, profile, budget, request.threads), disk))
+        rows.append(_row(shape, frequencies, plan, _run(model, profile, budget, request.threads), disk))
         progress.advance(1)
     progress.finish()
     off = max(abs(row.predicted_choices - row.measured_choices) for row in rows)  # type: ignore[operator]
@@ -119,7 +119,7 @@ def _disk(engine: Engine) -> DiskReport:
     return report
 
 
-def _row(shape: ModelShape, known: Sequence[Vector], plan: Plan, run: _Run, disk: Disk) -> VerifyRow:
+def _row(shape: ModelShape, frequencies: Sequence[Vector], plan: Plan, run: _Run, disk: Disk) -> VerifyRow:
     whole = plan.predictions["all-in-memory"] if plan.memory.disk_used else plan.predicted
     layer = shape.expert_layers[0]
     every = len(shape.expert_layers) * experts_of(layer).count * expert_bytes(layer).ram
@@ -132,15 +132,15 @@ def _row(shape: ModelShape, known: Sequence[Vector], plan: Plan, run: _Run, disk
         # Tokens differ in what they miss, so times are means, as the bytes are.
         measured_seconds=float(np.mean(run.times)),
         spread=median(run.times) / float(np.quantile(run.times, QUANTILE)) - 1,
-        predicted_choices=_expected(shape, known, plan),
+        predicted_choices=_expected(shape, frequencies, plan),
         measured_choices=run.hits / run.taken,
     )
 
 
-def _expected(shape: ModelShape, known: Sequence[Vector], plan: Plan) -> float:
+def _expected(shape: ModelShape, shares_by_layer: Sequence[Vector], plan: Plan) -> float:
     """The share of what routers choose that the experts in memory have, by the profile."""
     shares = []
-    for layer, frequencies, placed in zip(shape.layers, known, plan.layers, strict=True):
+    for layer, frequencies, placed in zip(shape.layers, shares_by_layer, plan.layers, strict=True):
         if not layer.routed:
             continue
         resident = len(frequencies) - placed.disk_bytes // expert_bytes(layer).ram

@@ -64,15 +64,15 @@ class VerifiedUnits:
 
     def __init__(self, model: Model, profile: Profile, predictors: Predictors | None) -> None:
         self.shape = shape = shape_of_model(model)
-        known = model_frequencies(shape, profile).layers
-        assert known is not None  # there is a profile
-        self._frequencies = known
+        by_layer = model_frequencies(shape, profile).layers
+        assert by_layer is not None  # there is a profile
+        self._frequencies = by_layer
         shapes = predictor_shapes(predictors) if predictors else (None,) * len(shape.layers)
         self.ffns = [
             None
             if layer.experts is not None
             else FFN(layer, neuron_bytes(layer), frequencies, shape.exact_zeros, predictor)
-            for layer, frequencies, predictor in zip(shape.layers, known, shapes, strict=True)
+            for layer, frequencies, predictor in zip(shape.layers, by_layer, shapes, strict=True)
         ]
         #: Dense, and where some layer has exact zeros, the modes that skip them.
         self.modes = ["dense"]
@@ -160,7 +160,9 @@ class VerifiedUnits:
     def expected_choices(self, hot: int) -> float:
         """The share of the routers' choices that the busiest ``hot`` experts have by the profile."""
         frequencies = [self._frequencies[index] for index in self._routed]
-        shares = [float(known[:hot].sum() / known.sum()) for known in frequencies]
+        shares = [
+            float(shares_of_layer[:hot].sum() / shares_of_layer.sum()) for shares_of_layer in frequencies
+        ]
         return sum(shares) / len(shares)
 
     def notes(self, rows: Sequence[VerifyRow], *, calibrated: bool) -> tuple[str, ...]:
@@ -218,7 +220,7 @@ def _text(model: Model, profile: Profile) -> Text:
     routing, layers = model.hyper.routing, model.hyper.layers
     assert routing is not None
     routed = [facts.ffn == "experts" for facts in model.hyper.facts]
-    seen = [counters(routing.experts, histogram=False) if there else None for there in routed]
+    seen = [counters(routing.experts, histogram=False) if has_router else None for has_router in routed]
     random, tokens = np.random.default_rng(_SEED), [model.source.get("tokenizer.ggml.bos_token_id", int, 1)]
     before = [np.zeros(0, np.uint64)] * layers
     engine = Engine(model, context=PROMPT + DECODED, batch=1, observed=seen)

@@ -262,7 +262,7 @@ class Batcher:
         urgent = False
         for (ticket, work), logits in zip(pieces, rows, strict=True):
             urgent |= ticket.sequence.in_prompt  # its first token is waited for, and the pass took long
-            urgent |= self._advance(ticket, work.tokens, work.wanted, logits)
+            urgent |= self._advance(ticket, work.tokens, work.logits, logits)
         self._hand_over(urgent=urgent)
 
     def _write(self, tickets: list[Ticket]) -> None:
@@ -330,7 +330,7 @@ class Batcher:
         assert ticket.place is not None
         return count if self._disk is None else self._disk.piece(ticket.place, count)
 
-    def _advance(self, ticket: Ticket, tokens: Seq[int], wanted: Wanted, logits: Logits) -> bool:
+    def _advance(self, ticket: Ticket, tokens: Seq[int], extent: Wanted, logits: Logits) -> bool:
         """Take in what a pass computed for one request; whether its asker is to be told at once."""
         sequence = ticket.sequence
         assert ticket.place is not None
@@ -339,7 +339,7 @@ class Batcher:
             self._disk.checkpoint(ticket.place)
         before = len(sequence.tokens)
         try:
-            if wanted is Wanted.ALL:
+            if extent is Wanted.ALL:
                 after = len(sequence.job.prompt) - len(sequence.pending) + 1
                 targets = sequence.job.prompt[after : after + len(logits)]
                 sequence.score_prompt(logits[: len(targets)], targets)

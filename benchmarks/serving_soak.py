@@ -74,8 +74,8 @@ async def soak(pid: int, arguments: argparse.Namespace) -> list[int]:
 
     def goes_on(number: int) -> bool:
         if arguments.seconds:
-            return time.monotonic() - started < arguments.seconds
-        return number < arguments.requests
+            return bool(time.monotonic() - started < arguments.seconds)
+        return bool(number < arguments.requests)
 
     async def user(seed: int) -> None:
         chooser = random.Random(seed)  # noqa: S311

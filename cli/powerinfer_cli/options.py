@@ -179,7 +179,7 @@ class Placement:
         int | None,
         size_option(
             "--ram",
-            "Memory that the process may take; experts beyond it are read from disk as they are needed. "
+            "Memory that the process may take; experts, or FFNs, beyond it are read from disk as needed. "
             "Without it: what is free.",
             "Placement",
         ),

@@ -103,6 +103,18 @@ def command(
         Literal["time", "frequency"],
         typer.Option("--objective", help="Least time per token, or most activity on the accelerator."),
     ] = "time",
+    prompt: Annotated[
+        int,
+        typer.Option(
+            "--prompt",
+            min=0,
+            metavar="N",
+            help="Tokens of prompt of the request whose time counts; 0: single tokens alone.",
+        ),
+    ] = 1000,
+    generate: Annotated[
+        int, typer.Option("--generate", min=1, metavar="N", help="Tokens that the request generates.")
+    ] = 300,
     list_names: Annotated[
         bool, typer.Option("--list", help="Name the shapes, row types and machines that are known, and end.")
     ] = False,
@@ -159,6 +171,8 @@ def command(
         context=ctx,
         kv_type=kv_type,
         objective=objective,
+        prompt=prompt,
+        generate=generate,
         group=group,
         threads=common.threads,
     )

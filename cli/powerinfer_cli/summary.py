@@ -74,7 +74,7 @@ def say_chat_line(session: "Session") -> None:
 def disk_line(disk: "DiskReport") -> str:
     """What was read from disk, in a few words."""
     size = format_size(disk.read_bytes)
-    return f"experts: {disk.hit_share:.0%} in memory when taken, {size} read from disk"
+    return f"{disk.what}: {disk.hit_share:.0%} in memory when taken, {size} read from disk"
 
 
 def _mode_parts(session: "Session") -> list[str]:
@@ -126,12 +126,12 @@ def _disk_lines(figures: dict[str, Any]) -> Iterator[str]:
     if disk is None:
         return
     yield (
-        f"experts: {disk['hits']:,} of {disk['taken']:,} in memory when taken ({disk['hit_share']:.1%}), "
+        f"{disk['what']}: {disk['hits']:,} of {disk['taken']:,} in memory when taken ({disk['hit_share']:.1%}), "
         f"{disk['late']:,} on their way; {format_size(disk['memory_bytes'])} from memory, "
         f"{format_size(disk['read_bytes'])} from disk, {disk['moved']:,} made room for others"
     )
     yield (
-        f"read ahead: {disk['ahead_used']:,} of {disk['ahead']:,} experts that were expected were taken; "
+        f"read ahead: {disk['ahead_used']:,} of {disk['ahead']:,} that were expected were taken; "
         f"waited for the disk {disk['wait_seconds']:.2f} s"
     )
 

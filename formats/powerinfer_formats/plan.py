@@ -20,7 +20,7 @@ from powerinfer_formats.records import RecordReader, dump_json, parse_json, read
 VERSION = 1
 #: Of plans for models with experts.
 EXPERTS_VERSION = 2
-#: Of those whose experts are in part on disk alone.
+#: Of those with experts, or dense FFNs, that are on disk alone.
 DISK_VERSION = 3
 #: Of plans whose models have layers with one FFN besides.
 MIXED_VERSION = 4
@@ -166,6 +166,18 @@ class PlanPrediction:
 
 
 @dataclass(frozen=True)
+class PlanRequested:
+    """The request that the plan was made for, tokens of prompt and of answer, and what it is expected to
+    take: the prompt, and all of it. Where ``objective`` is time, the solver's values are those seconds for
+    each generated token."""
+
+    prompt_tokens: int
+    generate_tokens: int
+    prompt_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class PlanProvenance:
     """The profile behind the plan: hashes of its corpora, tokens, and what was counted
     (:attr:`~powerinfer_formats.profile.Profile.counting`, empty in plans of earlier versions); ``source``
@@ -205,6 +217,7 @@ class Plan:
     provenance: PlanProvenance = field(default=PlanProvenance("none"))
     predictions: Mapping[str, PlanPrediction] = field(default_factory=dict)
     sensitivity: Mapping[str, float] = field(default_factory=dict)
+    request: PlanRequested | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -249,6 +262,8 @@ class Plan:
             fields = _without_experts(fields)
         elif self.model.experts.dense is None:
             del fields["model"]["experts"]["dense"]
+        if self.request is None:
+            del fields["request"]
         if not self.memory.disk_used:
             fields = _without_disk(fields)
         return {"format": FORMAT, "version": self.version, **fields}

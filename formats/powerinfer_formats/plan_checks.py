@@ -52,6 +52,9 @@ def check_plan(plan: Plan, file: str | os.PathLike[str]) -> None:
     for name, prediction in plan.predictions.items():
         path = f"predictions.{name}.tokens_per_second"
         require(prediction.tokens_per_second > 0, path, "is not positive")
+    if plan.request is not None:
+        for name, number in vars(plan.request).items():
+            require(number > 0, f"request.{name}", "is not positive")
     for name, speed in plan.sensitivity.items():
         require(speed > 0, f"sensitivity.{name}", "is not positive")
     require(plan.provenance.corpus_tokens >= 0, "provenance.corpus_tokens", "is negative")
@@ -101,8 +104,8 @@ def _check_experts(plan: Plan, require: Require) -> None:
         has_shared = own is not None and own.shared_neurons > 0
         problem = "is missing" if has_shared else "is there, but no shared expert is"
         require(has_shared == (layer.shared_expert is not None), f"layers[{index}].shared_expert", problem)
-        suits = own is not None or layer.disk_bytes == 0
-        require(suits, f"layers[{index}].disk_bytes", "is there, but experts alone are read from disk")
+        suits = plan.model.experts is None or own is not None or layer.disk_bytes == 0
+        require(suits, f"layers[{index}].disk_bytes", "is there, but beside experts they alone are on disk")
         suits = own is None or layer.mode == "dense"
         require(suits, f"layers[{index}].mode", f"is {layer.mode!r}, experts are computed dense")
 

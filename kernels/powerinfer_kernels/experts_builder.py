@@ -250,6 +250,18 @@ class ExpertOperations(VectorOperations):
         sizes = [size for group, one in groups for size in (group, one.experts, one.used)]
         self._append(Op.FETCH, (units.handle, *chosen), (*sizes, *[0] * 3 * none))
 
+    def fetch_all(self, units: Units, unit: int, ahead: Sequence[int] = ()) -> None:
+        """Wait until `unit` is in memory, which every token takes, having asked for units `ahead`, up to two,
+        to be read meanwhile. Must stand before operations on absent matrices."""
+        groups = (unit, *ahead)
+        if len(groups) > 1 + UNITS_AHEAD:
+            raise KernelError(f"{len(ahead)} units ahead, of {UNITS_AHEAD} at most")
+        if not all(0 <= one < units.count for one in groups):
+            raise KernelError(f"units {groups} are not all among {units.count}")
+        sizes = [size for one in groups for size in (one, 1, 1)]
+        none = 1 + UNITS_AHEAD - len(groups)
+        self._append(Op.FETCH, (units.handle, *[None] * (1 + UNITS_AHEAD)), (*sizes, *[0] * 3 * none))
+
     def count_experts(
         self,
         choice: Choice,

@@ -22,6 +22,7 @@ from powerinfer_tools.engine.blocks import (
 from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.cold_side import ColdFFN, Computed, Part, Plain
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
+from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedWeights
 from powerinfer_tools.engine.predictor_programs import NamedElsewhere, lay_out, named_elsewhere
@@ -33,6 +34,8 @@ from powerinfer_tools.model.loading import Model
 def load_cold_ffn(model: Model, index: int, pool: Pool, part: Part) -> ColdFFN:
     """Lay out ``part`` of layer ``index``, which has no experts."""
     layer, ffn, mode = model.layers[index], model.layers[index].ffn, part.mode
+    if part.on_disk is not None:
+        return _PassingFFN(part.on_disk.columns(index), part.observed, disk=part.on_disk, layer=index)
     if isinstance(ffn, DenseFFN):
         if part.hot_neurons:
             return _NoneFFN()
@@ -77,6 +80,25 @@ class _ColumnsFFN(Plain):
 
     def write(self, writer: BlockWriter, buffers: Buffers, output: FFNOutput) -> None:
         writer.ffn_columns(self.weights, output, self.observed, self.thresholds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PassingFFN(_ColumnsFFN):
+    """One that is read from disk into memory that is counted there."""
+
+    disk: LayersOnDisk
+    layer: int
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def bytes_per_token(self, computed: Computed) -> float:
+        return float(self.weights.nbytes)
+
+    def choose(self, writer: BlockWriter, first: int) -> int:
+        self.disk.write_fetch(writer, self.layer)
+        return writer.label("ffn")
 
 
 class _BundledFFN(Plain, ABC):

@@ -12,10 +12,12 @@ from powerinfer_formats.profile import ROUTING, Profile
 from powerinfer_formats.shard_names import model_name
 from powerinfer_kernels import Pool
 from powerinfer_tools.detect import available_ram_bytes, resident_bytes
+from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
 from powerinfer_tools.engine.memory import MARGIN, require_memory
-from powerinfer_tools.engine.residency import Budget, Residency, too_little
+from powerinfer_tools.engine.residency import Residency
+from powerinfer_tools.engine.units_on_disk import Budget, UnitsOnDisk
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model
 
@@ -40,9 +42,9 @@ class RamOptions:
 
 @dataclass(frozen=True)
 class FromDisk:
-    """A model whose experts are read from disk, and what is to be said about that."""
+    """A model whose experts, or FFNs, are read from disk, and what is to be said about that."""
 
-    residency: Residency
+    residency: UnitsOnDisk
     budget: Budget
     notices: tuple[str, ...]
 
@@ -70,6 +72,7 @@ def open_from_disk(
         if (
             not available
             or size.weights + size.cache - shared + MARGIN <= available
+            or model.hyper.routing is None  # read as a whole for every token: only where that is asked for
             or not _can(model, device)
         ):
             if device != "cuda":  # the layers judge it when they know what the GPU holds
@@ -80,9 +83,10 @@ def open_from_disk(
         return None
     elif not _can(model, device):
         raise ModelError(_refusal(model, size, ram, device))
-    residency = Residency(model, pool)
+    routed = model.hyper.routing is not None
+    residency = Residency(model, pool) if routed else LayersOnDisk(model, pool)
     try:
-        frequencies, notices = expert_frequencies(model, options)
+        frequencies, notices = expert_frequencies(model, options) if routed else (None, ())
         disk = _fit(model, residency, frequencies, size, ram, batch)
         budget = replace(disk.budget, static=options.placing == "static")
         return replace(disk, budget=budget, notices=(*disk.notices, *notices))
@@ -136,7 +140,12 @@ class _Size:
         # Rows of the embedding are read in the mapped file, whose pages count as this process's.
         self.weights = self._counted.packed_nbytes + body.table_bytes + body.vector_bytes + head.vector_bytes
         self.cache = self._counted.session_bytes(context, kv_type)
-        self.always = self.weights - body.expert_bytes
+        self._experts = body.expert_bytes
+
+    def always(self, residency: UnitsOnDisk) -> int:
+        """Weights that are in memory whatever is read from disk."""
+        dense = isinstance(residency, LayersOnDisk)
+        return max(0, self.weights - (residency.whole_bytes if dense else self._experts))
 
     def scratch(self, batch: int) -> int:
         """Buffers of passes of ``batch`` tokens."""
@@ -146,11 +155,12 @@ class _Size:
 
 
 def _can(model: Model, device: str) -> bool:
-    return device == "none" and any(isinstance(layer.feeds, ExpertsFFN) for layer in model.layers)
+    kinds = (ExpertsFFN,) if model.hyper.routing is not None else (DenseFFN,)
+    return device == "none" and any(isinstance(layer.feeds, kinds) for layer in model.layers)
 
 
 def _refusal(model: Model, size: _Size, ram: int, device: str) -> str:
-    why = "only experts are read from disk, and it has none"
+    why = "of a split file without experts nothing is read from disk; run its source"
     if device != "none":
         why = f"with --device {device} nothing is read from disk"
     return (
@@ -161,37 +171,34 @@ def _refusal(model: Model, size: _Size, ram: int, device: str) -> str:
 
 def _fit(
     model: Model,
-    residency: Residency,
+    residency: UnitsOnDisk,
     use: npt.NDArray[np.float64] | None,
     size: _Size,
     ram: int,
     batch: int,
 ) -> FromDisk:
     """The longest passes whose experts all have a slot and whose buffers leave memory to them."""
-    held = resident_bytes() + size.always + size.always // 32 + size.cache + _SLACK
+    always = size.always(residency)
+    held = resident_bytes() + always + always // 32 + size.cache + _SLACK
 
     def budget_of(tokens: int) -> Budget:
         nbytes = ram - held - size.scratch(tokens)
         return Budget(nbytes, tokens, use)
 
     def does(tokens: int) -> bool:
-        left = budget_of(tokens).nbytes - residency.readers_bytes
-        return left > 0 and min(residency.slots(left)) >= residency.least(tokens) + residency.least(1)
+        return residency.suffices(budget_of(tokens).nbytes - residency.readers_bytes, tokens)
 
     def small(tokens: int) -> bool:
         return size.scratch(tokens) <= ram * _SCRATCH_SHARE
 
     tokens = _longest(batch, lambda count: does(count) and small(count)) or _longest(batch, does)
     if tokens is None:
-        raise ModelError(too_little(model, residency, budget_of(1)))
+        raise ModelError(residency.too_little(budget_of(1)))
     budget = budget_of(tokens)
-    slots = residency.slots(budget.nbytes - residency.readers_bytes)
-    units = residency.units.count
-    notice = (
-        f"{size.weights // _MIB} MiB of weights do not fit in {ram // _MIB} MiB: {sum(slots)} of {units} "
-        f"experts ({sum(slots) / units:.0%}) are in memory at a time, the others are read from disk as they "
-        "are needed"
-    )
+    nbytes = budget.nbytes - residency.readers_bytes
+    residency.prepare(nbytes)
+    said = residency.notice(nbytes)
+    notice = f"{size.weights // _MIB} MiB of weights do not fit in {ram // _MIB} MiB: {said}"
     return FromDisk(residency, budget, (notice,))
 
 

@@ -1,79 +1,49 @@
 """Experts of a model larger than memory: all of them stay on disk, some are in memory as well, and the others
-are read when a token takes them, or a layer earlier, where the next router is likely to choose them.
+are read when a token takes them, or two layers earlier, where their router is likely to choose them.
 
 What is in memory follows use. A wrong guess costs bandwidth; the sums are those of the model in memory, bit
 for bit, because the program is the same and waits for what its routers chose.
 """
 
 import math
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.mapped_file import MappedFile
-from powerinfer_kernels import UNITS_AHEAD, Choice, KernelError, Matrix, Part, Pool, Units, UnitsFile
+from powerinfer_kernels import UNITS_AHEAD, Choice, KernelError, Matrix
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Floats
-from powerinfer_tools.engine.disk_report import DiskReport
+from powerinfer_tools.engine.units_on_disk import READERS, Budget, UnitsOnDisk
 from powerinfer_tools.engine.values import Value
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.hyperparameter_types import Routing
 from powerinfer_tools.model.loading import Model
-from powerinfer_tools.model.tensors import Weight
 
-#: Threads that read: enough to keep a disk's queue filled with reads of a quarter of a MiB.
-READERS = 8
 #: Tokens after which a use counts half.
 HALF_LIFE = 16.0
 #: Of what tokens take, published adaptive caches had 95 % with 30 % of the experts in memory: a share s of
 #: the experts has 1 - (1 - s)^PUBLISHED_SKEW.
 PUBLISHED_SKEW = math.log(1 - 0.95) / math.log(1 - 0.3)
-_MIB = 1 << 20
 #: What is read to see how fast the disk is, where no profile says what to read.
 _TRIED_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What experts may take: ``nbytes`` of memory for slots and readers, passes of up to ``batch`` tokens;
-    ``use``: the share of tokens that took each expert (layers, experts), where that is known. With ``static``
-    those used most stay, and only a small rest of the slots changes hands."""
+class Residency(UnitsOnDisk):
+    """The experts of all layers of a model as units on disk."""
 
-    nbytes: int
-    batch: int
-    use: npt.NDArray[np.float64] | None = None
-    static: bool = False
+    what = "experts"
 
-
-class Residency:
-    """The experts of all layers of ``model`` as units on disk; :meth:`open` gives them memory. Raises
-    ModelError where an expert is not in a file as it is computed with."""
-
-    def __init__(self, model: Model, pool: Pool) -> None:
-        self.model, self._pool = model, pool
-        self.units = Units()
+    def _add_units(self) -> None:
         self._columns: dict[int, dict[int, DenseColumns]] = {}
         self._first: dict[int, int] = {}
         self._routers: dict[int, Matrix] = {}
         self._ahead: list[Choice] = []
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(self.model.layers):
             if isinstance(layer.feeds, ExpertsFFN):
                 self._add(index, layer.feeds)
-        #: What speed to expect, in words for the user, once it is open.
-        self.expectation = ""
-        self._files: list[UnitsFile] = []
-        self._is_open = False
-        try:
-            for mapping in model.source.mappings:
-                self._files.append(UnitsFile(*mapping.open_for_reading()))
-        except BaseException:
-            self.close()
-            raise
 
     def _add(self, index: int, ffn: ExpertsFFN) -> None:
         self._first[index], self._columns[index] = self.units.count, {}
@@ -86,42 +56,26 @@ class Residency:
             columns = DenseColumns(gate.matrix, None if up is None else up.matrix, down.matrix)
             self._columns[index][number] = columns
 
-    def _absent(self, weight: Weight | None) -> Part | None:
-        if weight is None:
-            return None
-        place = self.model.source.place_of(weight.data)
-        if place is None:
-            raise ModelError(
-                f"{self.model.path}: {weight.name} is not in the file as it is computed with, so it cannot "
-                "be read from disk while the model runs; give the model more memory, or convert it to GGUF"
-            )
-        matrix = Matrix.absent(self._pool, weight.row_type, weight.rows, weight.columns)
-        return Part(matrix, weight.row_type, *place)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that slots and readers take."""
-        return self.units.nbytes if self._is_open else 0
-
-    @property
-    def whole_bytes(self) -> int:
-        """Memory that all units would take."""
-        return sum(count * size for count, size in self.units.kinds)
-
-    @property
-    def readers_bytes(self) -> int:
-        """Memory that the readers take."""
-        return READERS * self.units.staging_bytes
-
-    def slots(self, nbytes: int) -> tuple[int, ...]:
-        """How many units of each kind ``nbytes`` of slots hold: the same share of every kind."""
-        share = min(1.0, nbytes / self.whole_bytes)
-        return tuple(int(count * share) for count, _ in self.units.kinds)
-
     def least(self, batch: int) -> int:
         """Slots of each kind that a pass of ``batch`` tokens needs."""
         routing = _routing(self.model)
         return min(routing.experts, batch * routing.used)
+
+    def suffices(self, nbytes: int, tokens: int) -> bool:
+        """One token more than the pass has: what is read ahead needs room."""
+        return nbytes > 0 and min(self.slots(nbytes)) >= self.least(tokens) + self.least(1)
+
+    def least_bytes(self, tokens: int) -> int:
+        """As many of each kind as the tokens of a pass may take of one layer."""
+        return self.least(tokens) * sum(size for _, size in self.units.kinds) + self.readers_bytes
+
+    def notice(self, nbytes: int) -> str:
+        """How many are in memory."""
+        slots, units = sum(self.slots(nbytes)), self.units.count
+        return (
+            f"{slots} of {units} experts ({slots / units:.0%}) are in memory at a time, the others are read "
+            "from disk as they are needed"
+        )
 
     def experts(self, layer: int) -> dict[int, DenseColumns]:
         """The matrices of the experts of ``layer``, which hold something after a fetch."""
@@ -167,7 +121,7 @@ class Residency:
         there, or too little, and where a file cannot be read."""
         slots, least = self.slots(budget.nbytes - self.readers_bytes), self.least(budget.batch)
         if min(slots) < min(least, min(count for count, _ in self.units.kinds)):
-            raise ModelError(too_little(self.model, self, budget))
+            raise ModelError(self.too_little(budget))
         self.units.open(self._files, slots, READERS, HALF_LIFE)
         self._is_open = True
         self.drop_pages()
@@ -224,27 +178,6 @@ class Residency:
         size = f"a token takes {token_bytes / 1e6:,.0f} MB of experts"
         return f"{size}; the disk brings {rate / 1e9:.2f} GB/s: {speeds}"
 
-    def drop_pages(self) -> None:
-        """Give back the pages of the file that were read through its mapping."""
-        mappings: Sequence[MappedFile] = self.model.source.mappings
-        for mapping, file in zip(mappings, self._files, strict=True):
-            mapping.drop_pages(file.descriptor)
-
-    def report(self) -> DiskReport:
-        """What was read so far, and what was there."""
-        c = self.units.counters()
-        return DiskReport(
-            taken=c.taken,
-            hits=c.hits,
-            late=c.late,
-            ahead=c.ahead,
-            ahead_used=c.ahead_used,
-            read_bytes=c.read_bytes,
-            memory_bytes=c.hit_bytes,
-            moved=c.moved,
-            wait_seconds=c.wait_nanoseconds / 1e9,
-        )
-
     def taken(self) -> npt.NDArray[np.int64]:
         """Tokens that took each expert so far, (layers, experts); zeros for layers without."""
         taken, experts = self.units.taken(), _routing(self.model).experts
@@ -252,27 +185,6 @@ class Residency:
         for layer, first in self._first.items():
             counts[layer] = taken[first : first + experts]
         return counts
-
-    def problem(self) -> str | None:
-        """Why experts cannot be read, in words for the user; None while nothing failed."""
-        fault = self.units.fault() if self._is_open else None
-        if fault is None:
-            return None
-        path = self.model.source.mappings[fault.file].path
-        return (
-            f"{path}: {fault.nbytes} bytes at {fault.offset} could not be read while the model ran: "
-            f"{fault.reason}"
-        )
-
-    def close(self) -> None:
-        """End the readers, and give the memory back."""
-        files, self._files = self._files, []
-        if self._is_open:
-            self._is_open = False
-            self.units.close()
-            return
-        for descriptor, _ in files:
-            os.close(descriptor)
 
 
 def write_scores(
@@ -303,16 +215,6 @@ def write_choice(
         normalized=routing.normalized,
         scale=routing.scale,
         shared=shared,
-    )
-
-
-def too_little(model: Model, residency: Residency, budget: Budget) -> str:
-    """Why the memory for experts does not do."""
-    least = residency.least(budget.batch)
-    needed = least * sum(size for _, size in residency.units.kinds) + residency.readers_bytes
-    return (
-        f"{model.path}: {max(0, budget.nbytes) // _MIB} MiB are left for experts beside what every token "
-        f"needs; reading them from disk takes {needed // _MIB + 1} MiB at least"
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedWeights
-from powerinfer_tools.engine.residency import Budget, Residency
+from powerinfer_tools.engine.units_on_disk import Budget, UnitsOnDisk
 from powerinfer_tools.progress import Progress
 
 
@@ -17,9 +17,8 @@ class StackOptions:
 
     ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
     also compute the truth of every prediction. ``thresholds``: of each layer of a
-    source model. ``residency``: where experts are that are read from disk, and what memory they get
-    (``budget``). ``packed``: weights that other layouts of the model share. ``progress`` hears of what takes
-    long.
+    source model. ``residency``: what is read from disk, and the memory that it gets (``budget``).
+    ``packed``: weights that other layouts of the model share. ``progress`` hears of what takes long.
     """
 
     batch: int
@@ -31,7 +30,7 @@ class StackOptions:
     observed: Sequence[LayerCounters | None] | None = None
     check_recall: bool = False
     thresholds: Sequence[FactorThresholds] | None = None
-    residency: Residency | None = None
+    residency: UnitsOnDisk | None = None
     budget: Budget | None = None
     packed: PackedWeights = field(default_factory=PackedWeights)
     progress: Progress | None = None

@@ -12,9 +12,11 @@ from powerinfer_tools.engine.cold_ffn import load_cold_ffn, write_recall_check
 from powerinfer_tools.engine.cold_side import ColdFFN, Part
 from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot_steps import ColdPart, Host, HotSteps
+from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.program_operations import Inputs, ProgramOperations
 from powerinfer_tools.engine.recall import RecallCheck
+from powerinfer_tools.engine.residency import Residency
 from powerinfer_tools.engine.routed import RoutedFFN, routed_buffers
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
@@ -149,6 +151,7 @@ class StackWriter:
         """What is computed here of the FFN, or the experts, of layer ``index``, and whether some of it is the
         hot device's."""
         options, hot, observed = self._options, self._hot, self._observed(index)
+        disk = options.residency
         neurons = hot.hot_neurons(index) if hot else 0
         experts = hot.hot_experts(index) if hot else frozenset[int]()
         if self.routed is not None and isinstance(layer.feeds, ExpertsFFN):
@@ -159,7 +162,7 @@ class StackWriter:
                 self.routed,
                 experts,
                 scored_there=self._attention_there(index),
-                residency=options.residency,
+                residency=disk if isinstance(disk, Residency) else None,
                 observed=observed,
                 skips=self._modes[index] == "gate-first",
             )
@@ -173,6 +176,7 @@ class StackWriter:
                 alone=neurons == 0,
                 observed=observed,
                 thresholds=options.thresholds[index] if options.thresholds else None,
+                on_disk=disk if isinstance(disk, LayersOnDisk) else None,
             )
             ffn = load_cold_ffn(self._model, index, self._pool, part)
         self.cold[index] = ffn

@@ -57,10 +57,10 @@ class Weights(Closing):
     split point. ``observed`` counters, one of each layer, are added to by every forward pass of a source
     model. ``check_recall`` also computes the truth of every prediction, for the report;
     results stay the same bits. ``thresholds`` of each layer of a source model leave neurons out, as they say
-    at the time of each pass. ``ram``: the memory that the process may take; experts that do not fit are read
-    from disk, see :mod:`powerinfer_tools.engine.residency`. ``beside``: other weights of the same model, in
-    another mode: what both lay out alike is packed once. ``progress`` hears of GPU kernels that have to be
-    compiled.
+    at the time of each pass. ``ram``: the memory that the process may take; what does not fit is read from
+    disk, experts and FFNs of dense models, see :mod:`powerinfer_tools.engine.units_on_disk`. ``beside``:
+    other weights of the same model, in another mode: what both lay out alike is packed once. ``progress``
+    hears of GPU kernels that have to be compiled.
     """
 
     def __init__(
@@ -157,8 +157,9 @@ class Weights(Closing):
             )
         if self.stack.serves_one and (self._sessions or kv_type != self.kv_type):
             if self.stack.residency is not None:
+                what = self.stack.residency.what
                 raise ModelError(
-                    f"{self.model.path}: experts that are read from disk have the memory that a second "
+                    f"{self.model.path}: {what} that are read from disk have the memory that a second "
                     f"session, or a cache of a type other than {self.kv_type}, would take"
                 )
             raise ModelError(

@@ -340,9 +340,9 @@ def test_what_is_free_decides(synthetic: Path, monkeypatch: pytest.MonkeyPatch) 
         Engine(load_model(synthetic), context=64)
 
 
-def test_dense_models_and_hot_sides_are_refused(tmp_path: Path, synthetic: Path) -> None:
+def test_too_little_memory_and_hot_sides_are_refused(tmp_path: Path, synthetic: Path) -> None:
     dense = make_tiny_model(tmp_path, CASES["llama-Q4_0"])
-    with pytest.raises(ModelError, match="only experts are read from disk, and it has none"):
+    with pytest.raises(ModelError, match="0 MiB are left for FFNs beside what every token needs"):
         Engine(load_model(dense.path), ram=RamOptions(1 << 20))
     with pytest.raises(ModelError, match="with --device cpu nothing is read from disk"):
         Engine(load_model(synthetic), device="cpu", ram=RamOptions(1 << 20))

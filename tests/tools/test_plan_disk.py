@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from expert_models import PreparedExperts
-from plan_cases import NEURONS_ONLY, expert_shape, machine, routing_frequencies, shape
+from plan_cases import NEURONS_ONLY, expert_shape, granted, machine, routing_frequencies, shape
 from powerinfer_formats.errors import BadField
 from powerinfer_formats.hardware import CpuInfo, DiskInfo, HardwareProfile, MachineInfo
 from powerinfer_formats.plan import Plan
@@ -18,7 +18,7 @@ from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
 from powerinfer_tools.engine.residency import Budget, Residency
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.loading import Model, load_model
-from powerinfer_tools.model.shapes import ModelShape, shape_of_model
+from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model
 from powerinfer_tools.stages.plan import PlanRequest, render_plan, verification_from_disk
 from powerinfer_tools.stages.plan.costs import Disk, Machine
 from powerinfer_tools.stages.plan.disk_levels import buffer_bytes
@@ -27,7 +27,7 @@ from powerinfer_tools.stages.plan.memory import expert_bytes
 from powerinfer_tools.stages.plan.milp import SolverOptions
 from powerinfer_tools.stages.plan.planner import Budgets, Outcome, PlanOptions, plan_outcome
 from powerinfer_tools.stages.plan.request import make_plan, plan_request
-from powerinfer_tools.stages.plan.verdict import time_parts
+from powerinfer_tools.stages.plan.verdict import time_parts, verdict
 from powerinfer_tools.stages.plan.verification_from_disk import verify_from_disk
 
 #: Bytes of an expert of `expert_shape`: two matrices of 128 rows of 256 in Q4_1, and one of 256 rows of 128.
@@ -125,8 +125,30 @@ def test_what_cannot_be_read_from_disk_says_why() -> None:
         outcome(model, room(model, 0) - buffer_bytes(model), on=with_disk())
     dense = shape(4, 4096)
     options = PlanOptions(context=1024, batch=16, engine=NEURONS_ONLY)
-    with pytest.raises(PlanError, match=r"no locality .* at 0.62 GB/s allows 79 tok/s at most"):
-        plan_outcome(dense, Frequencies(None, "none"), with_disk(), Budgets(None, 6 << 20), options)
+    with pytest.raises(PlanError, match=r"no locality .* Beside an accelerator nothing of it is read"):
+        plan_outcome(
+            dense, Frequencies(None, "none"), with_disk(gpu=True), granted(2_500_000, 6 << 20), options
+        )
+
+
+def test_a_dense_model_passes_through_memory() -> None:
+    """As many FFNs as fit are in memory; a token takes as long as the disk brings the others."""
+    model = shape(8, 4096)
+    options = PlanOptions(context=1024, batch=16, engine=NEURONS_ONLY, solver=SolverOptions(gap=0.0))
+    known, ffn = Frequencies(None, "none"), 4096 * neuron_bytes(model.layers[0]).total
+    whole = plan_outcome(model, known, with_disk(), Budgets(None, 1 << 30), options)
+    for stays in (0, 1, 3):
+        ram = whole.memory.ram_used + buffer_bytes(model) - (8 - stays) * ffn
+        made = plan_outcome(model, known, with_disk(), Budgets(None, ram), options)
+        assert made.memory.ram_used <= ram
+        assert made.memory.disk_used == (8 - stays) * ffn
+        reading = (8 - stays) * 3 * 4096 * 160 / DISK.bandwidth(256 << 10)
+        assert sum(
+            float(t.disk_seconds[k])
+            for t, k in zip(made.placement.tables, made.placement.solution.choice, strict=True)
+        ) == pytest.approx(reading, rel=1e-9)
+        assert f"The FFNs of {8 - stays} of 8 layers are on disk alone" in verdict(made)
+        assert "A dense model has no locality" in verdict(made)
 
 
 def hardware() -> HardwareProfile:

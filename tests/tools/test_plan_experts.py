@@ -86,7 +86,7 @@ def test_no_plan_exceeds_its_budgets_or_loses_to_a_simple_placement(
     assert result.memory.ram_used <= result.memory.ram_capacity
     solution = result.placement.solution
     assert solution.bound <= solution.value
-    assert len(result.placement.greedy) == 5
+    assert len(result.placement.greedy) == 6
     for value in result.placement.greedy.values():
         assert value is None or solution.value <= value
 

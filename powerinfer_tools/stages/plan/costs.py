@@ -66,6 +66,7 @@ class Machine:
     gpu: Gpu | None = None
     ffn_curves: tuple[FFNCurve, ...] = ()
     disk: Disk | None = None
+    cores: int = 1
     _densities: Vector = field(init=False, repr=False, compare=False)
     _bandwidths: Vector = field(init=False, repr=False, compare=False)
 

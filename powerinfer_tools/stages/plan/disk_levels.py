@@ -1,4 +1,4 @@
-"""Levels whose experts are in part on disk alone: the third tier.
+"""Levels whose experts, or dense FFN, are on disk alone, in part or as a whole: the third tier.
 
 Of a layer's cold experts the busiest are in RAM; what a token takes of the others is read. By the profile it
 takes f_i of expert i (its frequency), so the bytes read are Σ f_i · bytes over the experts on disk. Reads go
@@ -6,23 +6,27 @@ two layers ahead of need, and so beside all computing: a token takes as long as 
 """
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.modes import MODES
 from powerinfer_kernels.units import PIECE_BYTES
-from powerinfer_tools.engine.residency import READERS
+from powerinfer_tools.engine.layers_on_disk import PASSING
+from powerinfer_tools.engine.units_on_disk import READERS
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import LayerShape, ModelShape
 from powerinfer_tools.stages.plan.costs import Disk
+from powerinfer_tools.stages.plan.ffn_units import FFNUnits
 from powerinfer_tools.stages.plan.levels import LevelTable
 from powerinfer_tools.stages.plan.memory import expert_bytes, experts_of
 
 Integers = npt.NDArray[np.int64]
-GIB = 1 << 30
+Arrays = dict[str, Any]
 DISK_UNKNOWN = (
-    "Experts can be read from disk; how fast is not known here: measure with powerinfer doctor --measure -m "
-    "MODEL, and plan again"
+    "What does not fit can be read from disk; how fast is not known here: measure with powerinfer doctor "
+    "--measure -m MODEL, and plan again"
 )
 #: Numbers of experts in RAM that are tried, beside all: these parts of the cold ones.
 STEPS = 32
@@ -31,23 +35,55 @@ _HOT_STEP = 8
 
 
 def with_disk(
-    table: LevelTable, layer: LayerShape, frequencies: npt.NDArray[np.float64], disk: Disk
+    table: LevelTable,
+    layer: LayerShape,
+    units: FFNUnits,
+    frequencies: npt.NDArray[np.float64],
+    disk: Disk,
+    passes: int = 0,
 ) -> LevelTable:
     """The levels of ``table``, and each (of many, every eighth) with parts of its cold experts on ``disk``
-    alone; ``frequencies`` of the layer's experts, descending."""
+    alone; ``frequencies`` of the layer's experts, descending. A dense FFN is there as a whole or not. A
+    prompt of ``passes`` batches reads all of them in each."""
+    if layer.experts is None:
+        return _with_ffn_on_disk(table, layer, units, disk, passes)
     levels, resident = _grid(table, layer)
     each, hot = expert_bytes(layer), table.hot[levels] // layer.up.rows
     active = np.concatenate([np.zeros(1), np.cumsum(frequencies)])
     missed = active[-1] - active[hot + resident]
-    more = {
-        field.name: getattr(table, field.name)[levels]
-        for field in fields(LevelTable)
-        if field.name not in ("unit", "total_activations")
-    }
+    more = _levels_of(table, levels)
     absent = (len(frequencies) - hot - resident) * each.ram
     more["ram"] = more["ram"] - absent
     more["disk"] = absent
     more["disk_seconds"] = missed * seconds_of(layer, disk)
+    reading = passes * absent / each.ram * seconds_of(layer, disk)
+    more["prompt_seconds"] = np.maximum(more["prompt_seconds"], reading)
+    return _joined(table, more)
+
+
+def _with_ffn_on_disk(
+    table: LevelTable, layer: LayerShape, units: FFNUnits, disk: Disk, passes: int
+) -> LevelTable:
+    """The level of the source's own form on the CPU, once more with the FFN on disk."""
+    plain = (table.hot == 0) & (table.block_hot == 0) & (table.mode == MODES.index("dense"))
+    levels = np.flatnonzero(plain & (table.predictor_hot == 0))[:1]
+    if not len(levels):
+        return table
+    more, absent = _levels_of(table, levels), units.whole.ram
+    reading = seconds_of(layer, disk)
+    more["disk"] = np.full(1, absent)
+    more["ram"] = more["ram"] - absent
+    more["disk_seconds"] = np.full(1, reading)
+    more["prompt_seconds"] = np.maximum(more["prompt_seconds"], passes * reading)
+    return _joined(table, more)
+
+
+def _levels_of(table: LevelTable, levels: Integers) -> Arrays:
+    names = (field.name for field in fields(LevelTable) if field.name not in ("unit", "total_activations"))
+    return {name: getattr(table, name)[levels] for name in names}
+
+
+def _joined(table: LevelTable, more: Arrays) -> LevelTable:
     joined = {name: np.concatenate([getattr(table, name), values]) for name, values in more.items()}
     return replace(table, **joined)  # type: ignore[arg-type]  # the fields that hold arrays
 
@@ -71,21 +107,20 @@ def seconds_of(layer: LayerShape, disk: Disk) -> float:
 
 
 def buffer_bytes(shape: ModelShape) -> int:
-    """RAM that reading takes: buffers of the readers, and slots for the experts of two tokens of a layer."""
-    widest = max(2 * _piece(matrix) for layer in shape.expert_layers for matrix in layer.ffn)
-    passing = max(2 * experts_of(layer).used * expert_bytes(layer).ram for layer in shape.expert_layers)
-    return READERS * widest + passing
+    """RAM that reading takes: buffers of the readers, and slots for the experts of two tokens of a layer, or
+    for FFNs that pass through."""
+    layers = [layer for layer in shape.layers if layer.routed] if shape.routed else shape.layers
+    widest = max(2 * _piece(matrix) for layer in layers for matrix in layer.ffn)
+    return READERS * widest + max(_passing(layer) for layer in layers)
 
 
-def no_locality(shape: ModelShape, disk: Disk) -> str:
-    """What reading a dense model from disk would come to, in words."""
-    nbytes = sum(matrix.nbytes for layer in shape.layers for matrix in layer.ffn)
-    rate = disk.bandwidth(PIECE_BYTES)
-    return (
-        "A dense model has no locality that a disk could use: every token takes all of its weights. Reading "
-        f"the {nbytes / GIB:.1f} GiB of its FFNs at {rate / 1e9:.2f} GB/s allows {rate / nbytes:.2g} tok/s "
-        "at most, and is not done"
-    )
+def _passing(layer: LayerShape) -> int:
+    if layer.experts is None:
+        return PASSING * sum(matrix.packed_nbytes for matrix in layer.ffn)
+    return 2 * layer.experts.used * expert_bytes(layer).ram
+
+
+NO_LOCALITY = "A dense model has no locality that a disk could use: every token takes all of its weights."
 
 
 def _piece(matrix: MatrixShape) -> int:

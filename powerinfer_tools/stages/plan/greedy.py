@@ -65,6 +65,18 @@ def whole_layers_then_top_k(tables: Sequence[LevelTable], vram_capacity: int) ->
     return top_k(tables, vram_capacity, start=whole_layers(tables, vram_capacity))
 
 
+def attention_hot(tables: Sequence[LevelTable], vram_capacity: int) -> Choice:
+    """Attention of the first layers, as long as it fits, and every FFN on the CPU."""
+    choice, used = [], 0
+    for table in tables:
+        cold = np.flatnonzero((table.block_hot == 1) & (table.hot == 0) & (table.disk == 0))
+        first = int(cold[0]) if len(cold) and table.total_activations > 0 else 0
+        fits = used + int(table.vram[first]) <= vram_capacity
+        choice.append(first if fits else 0)
+        used += int(table.vram[choice[-1]])
+    return tuple(choice)
+
+
 def greedy_choices(tables: Sequence[LevelTable], problem: Problem) -> dict[str, Choice]:
     """All simple placements by name. Some may break the RAM budget; ask ``problem.fits``."""
     capacity = problem.vram_capacity
@@ -72,6 +84,7 @@ def greedy_choices(tables: Sequence[LevelTable], problem: Problem) -> dict[str, 
         "cpu only": nothing_hot(tables),
         "top-k": top_k(tables, capacity),
         "whole layers": whole_layers(tables, capacity),
+        "FFNs on the CPU": attention_hot(tables, capacity),
         "whole layers, then top-k": whole_layers_then_top_k(tables, capacity),
     }
     choices = {}

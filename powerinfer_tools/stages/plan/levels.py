@@ -20,7 +20,7 @@ from powerinfer_tools.stages.plan.capabilities import Capabilities
 from powerinfer_tools.stages.plan.costs import BlockSeconds, Machine
 from powerinfer_tools.stages.plan.ffn_levels import FFN, FFNWay, expected, ffn_ways
 from powerinfer_tools.stages.plan.ffn_units import FFNUnits, ffn_units
-from powerinfer_tools.stages.plan.memory import SideBytes, Workload, router_bytes
+from powerinfer_tools.stages.plan.memory import TOKENS_ALONE, RequestSize, SideBytes, Workload, router_bytes
 from powerinfer_tools.stages.plan.thresholded_shapes import Thresholds
 
 Vector = npt.NDArray[np.float64]
@@ -52,7 +52,7 @@ class LevelTable:
     or head; hot and cold sides run at the same time, after a predictor on the accelerator; one on the CPU is
     a part of the cold side) and in total; ``activations``: expected number of active hot neurons.
     ``disk``: bytes that would be in RAM and are on disk alone, ``disk_seconds`` of reading what a token takes
-    of them, which goes on beside all computing.
+    of them, which goes on beside all computing; ``prompt_seconds`` of the whole prompt.
     ``shared_hot``: 1 where the expert that every token takes is on the accelerator; ``uneven_seconds``: by
     how much the slower side is expected to take longer than its mean, because tokens take hot and cold
     experts in uneven numbers.
@@ -79,6 +79,7 @@ class LevelTable:
     uneven_seconds: Vector
     disk: Integers
     disk_seconds: Vector
+    prompt_seconds: Vector
     total_activations: float
 
     @property
@@ -125,12 +126,13 @@ class LevelTable:
 @dataclass(frozen=True)
 class LevelOptions:
     """``engine``: what may leave the CPU; ``home``: where the residual stream lives between layers;
-    ``from_disk``: experts may be on disk alone."""
+    ``from_disk``: experts may be on disk alone; ``size``: of the requests that are to be fast."""
 
     group: int
     engine: Capabilities
     home: Home = "cpu"
     from_disk: bool = False
+    size: RequestSize = TOKENS_ALONE
 
 
 def hot_counts(neurons: int, group: int) -> Integers:
@@ -246,6 +248,7 @@ def _table(
         uneven_seconds=np.zeros(levels) if way.uneven_seconds is None else way.uneven_seconds,
         disk=np.zeros(levels, dtype=np.int64),
         disk_seconds=np.zeros(levels),
+        prompt_seconds=np.zeros(levels),
         total_activations=float(active[-1]) * units.neurons + units.shared_neurons,
     )
 
@@ -275,6 +278,7 @@ def head_levels(shape: ModelShape, machine: Machine, batch: int, options: LevelO
         uneven_seconds=none,
         disk=zero,
         disk_seconds=none,
+        prompt_seconds=none,
         total_activations=0.0,
     )
     if machine.gpu is None or "head" not in options.engine.placeable:

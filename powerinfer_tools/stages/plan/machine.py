@@ -21,6 +21,7 @@ def machine_of(profile: HardwareProfile) -> Machine:
         gpu=_gpu(profile, share),
         ffn_curves=profile.ffn,
         disk=_disk(profile),
+        cores=cpu.cores,
     )
 
 

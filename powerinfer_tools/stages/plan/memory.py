@@ -28,6 +28,25 @@ _F32 = 4
 
 
 @dataclass(frozen=True)
+class RequestSize:
+    """What a user asks for: tokens of prompt, processed ``batch`` at a time, and tokens that are
+    generated."""
+
+    prompt: int = 0
+    generate: int = 1
+    batch: int = 512
+
+    @property
+    def passes(self) -> int:
+        """Batches of the prompt."""
+        return -(-self.prompt // self.batch)
+
+
+#: No prompt.
+TOKENS_ALONE = RequestSize()
+
+
+@dataclass(frozen=True)
 class Workload:
     """What the memory is for: ``context`` positions in a KV cache of ``kv_type``, prompts in pieces of
     ``batch`` tokens."""

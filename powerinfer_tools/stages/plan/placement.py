@@ -13,6 +13,7 @@ from powerinfer_tools.model.predictor_shapes import PredictorShape
 from powerinfer_tools.model.shapes import LayerShape, NeuronBytes
 from powerinfer_tools.stages.plan.disk_levels import with_disk
 from powerinfer_tools.stages.plan.experts import expert_frequencies, expert_ways
+from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.greedy import fastest_alike, greedy_choices
 from powerinfer_tools.stages.plan.hull import relax
 from powerinfer_tools.stages.plan.levels import (
@@ -26,6 +27,7 @@ from powerinfer_tools.stages.plan.levels import (
 )
 from powerinfer_tools.stages.plan.milp import Solution, SolverOptions, solve
 from powerinfer_tools.stages.plan.problem import Problem, Unit
+from powerinfer_tools.stages.plan.prompts import with_prompt
 
 Vector = npt.NDArray[np.float64]
 
@@ -66,6 +68,11 @@ class Placement:
     def seconds(self) -> float:
         """Time of one token."""
         return sum(float(t.seconds[k]) for t, k in zip(self.tables, self.solution.choice, strict=True))
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Time of the prompt; 0 where none is counted."""
+        return sum(float(t.prompt_seconds[k]) for t, k in zip(self.tables, self.solution.choice, strict=True))
 
     @property
     def uses_predictors(self) -> bool:
@@ -123,20 +130,26 @@ def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...
         key = (layer, inputs.sizes[index], counted, predictor)
         if key not in computed:
             ways = neuron_ways if layer.experts is None else expert_ways
-            computed[key] = layer_levels(index, inputs, options, ways)
-            disk = inputs.machine.disk if layer.routed else None
+            table = layer_levels(index, inputs, options, ways)
+            units = ffn_units(layer, inputs.sizes[index])
+            computed[key] = with_prompt(table, inputs.shape, layer, units, inputs.machine, options.size)
+            disk = inputs.machine.disk if layer.routed or not inputs.shape.routed else None
             if options.from_disk and disk is not None:
-                shares = expert_frequencies(index, layer, inputs)
-                computed[key] = with_disk(computed[key], layer, shares, disk)
+                shares = expert_frequencies(index, layer, inputs) if layer.routed else np.ones(layer.neurons)
+                computed[key] = with_disk(computed[key], layer, units, shares, disk, options.size.passes)
         tables.append(replace(computed[key], unit=f"layer {index}"))
     return (*tables, head_levels(inputs.shape, inputs.machine, inputs.workload.batch, options))
 
 
-def as_problem(tables: Sequence[LevelTable], capacities: Capacities, objective: Objective) -> Problem:
-    """The tables as a problem: values are seconds, or active neurons that are left to the CPU."""
+def as_problem(
+    tables: Sequence[LevelTable], capacities: Capacities, objective: Objective, generate: int = 1
+) -> Problem:
+    """The tables as a problem: values are seconds of a generated token and of its share of the prompt, or
+    active neurons that are left to the CPU."""
     units = []
     for table in tables:
-        value = table.seconds if objective == "time" else table.total_activations - table.activations
+        seconds = table.seconds + table.prompt_seconds / generate
+        value = seconds if objective == "time" else table.total_activations - table.activations
         units.append(Unit(table.unit, value, table.vram, table.ram))
     return Problem(tuple(units), capacities.vram, capacities.ram)
 
@@ -145,7 +158,7 @@ def _placement(
     inputs: Inputs, capacities: Capacities, options: LevelOptions, objective: Objective, solver: SolverOptions
 ) -> Placement:
     tables = level_tables(inputs, options)
-    problem = as_problem(tables, capacities, objective)
+    problem = as_problem(tables, capacities, objective, options.size.generate)
     choices = greedy_choices(tables, problem)
     greedy = {
         name: problem.value(choice) if problem.fits(choice) else None for name, choice in choices.items()

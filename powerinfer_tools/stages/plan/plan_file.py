@@ -66,8 +66,17 @@ def plan_of(outcome: Outcome, hardware: HardwareProfile, profile: Profile | None
             seconds=time_parts(outcome) | {"total": outcome.placement.seconds},
         ),
         verdict=verdict(outcome),
+        request=_request(outcome),
         provenance=_provenance(outcome, profile),
     )
+
+
+def _request(outcome: Outcome) -> file.PlanRequested | None:
+    options, placement = outcome.options, outcome.placement
+    if not options.prompt:
+        return None
+    seconds = placement.prompt_seconds + options.generate * placement.seconds
+    return file.PlanRequested(options.prompt, options.generate, placement.prompt_seconds, seconds)
 
 
 def _layer(outcome: Outcome, index: int) -> file.LayerPlan:

@@ -18,11 +18,11 @@ from powerinfer_tools.model.shapes import ModelShape, NeuronBytes, neuron_bytes
 from powerinfer_tools.stages.plan import memory
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION, Capabilities
 from powerinfer_tools.stages.plan.costs import Machine
-from powerinfer_tools.stages.plan.disk_levels import DISK_UNKNOWN, buffer_bytes, no_locality
+from powerinfer_tools.stages.plan.disk_levels import DISK_UNKNOWN, NO_LOCALITY, buffer_bytes
 from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.frequencies import Frequencies
 from powerinfer_tools.stages.plan.levels import Inputs, LevelOptions
-from powerinfer_tools.stages.plan.memory import Workload, router_bytes, unit_bytes
+from powerinfer_tools.stages.plan.memory import RequestSize, Workload, router_bytes, unit_bytes
 from powerinfer_tools.stages.plan.milp import SolverOptions
 from powerinfer_tools.stages.plan.placement import (
     Capacities,
@@ -53,9 +53,11 @@ class PlanOptions:
     """How to plan. ``context`` None: 4,096 or the trained context, whichever is less. ``down_type``: row type
     of the transposed down projection, None for convert's default. ``max_ppl_increase``: what predictors or
     thresholds may cost, a share of the perplexity; the caller leaves out those that cost more. ``engine``:
-    what the engine can do."""
+    what the engine can do. ``prompt``, ``generate``: tokens of the requests that are to be fast."""
 
     objective: Objective = "time"
+    prompt: int = 0
+    generate: int = 1
     group: int = 64
     context: int | None = None
     batch: int = 512
@@ -126,7 +128,8 @@ def plan_outcome(
             f"{sum(fixed.values()):,}"
         )
     capacities = Capacities(max(0, vram - overhead(vram) - scratch.neurons), room, scratch.attention)
-    levels = LevelOptions(options.group, options.engine)
+    size = RequestSize(options.prompt, options.generate, workload.batch)
+    levels = LevelOptions(options.group, options.engine, size=size)
     try:
         placement = best_placement(inputs, capacities, levels, options.objective, options.solver)
     except DoesNotFit as error:
@@ -156,8 +159,8 @@ def _with_disk(
     shape, disk = inputs.shape, inputs.machine.disk
     if disk is None:
         raise PlanError(f"{refusal}. {DISK_UNKNOWN}")
-    if not shape.routed:
-        raise PlanError(f"{refusal}. {no_locality(shape, disk)}")
+    if not shape.routed and inputs.machine.gpu is not None and capacities.vram:
+        raise PlanError(f"{refusal}. {NO_LOCALITY} Beside an accelerator nothing of it is read from disk")
     buffers = buffer_bytes(shape)
     left = replace(capacities, ram=capacities.ram - buffers)
     if left.ram < 0:
@@ -214,6 +217,11 @@ def _workload(shape: ModelShape, options: PlanOptions) -> Workload:
 
 
 def _check_options(options: PlanOptions, frequencies: Frequencies) -> None:
+    if options.prompt < 0 or options.generate < 1:
+        raise PlanError(
+            f"a request of {options.prompt} tokens and {options.generate} generated ones cannot be priced: a "
+            "prompt may be empty, and one token must be generated"
+        )
     if options.group < 1:
         raise PlanError(f"group {options.group} is not a positive number of neurons")
     if options.objective == "frequency" and frequencies.layers is None:

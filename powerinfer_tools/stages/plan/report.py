@@ -121,7 +121,27 @@ def _totals(plan: Plan) -> list[str]:
         "",
         f"expected: {predicted.tokens_per_second:.2f} tok/s, ms per token: {parts}",
         f"limited by: {predicted.limited_by}",
+        *_request(plan),
     ]
+
+
+def _request(plan: Plan) -> list[str]:
+    """What the request takes, here and placed in simpler ways within the same budgets."""
+    request = plan.request
+    if request is None:
+        return []
+    lines = [
+        f"a request of {request.prompt_tokens:,} tokens and {request.generate_tokens:,} generated: "
+        f"{request.seconds:.1f} s",
+        f"of which the prompt: {request.prompt_seconds:.1f} s (the rate of batches is assumed, not measured)",
+    ]
+    others = {name: request.generate_tokens * value for name, value in plan.solver.greedy.items()}
+    if plan.objective == "time" and others:
+        best = min(others, key=lambda name: others[name])
+        said = f"the best of the simple placements, {best!r}, takes {others[best]:.1f} s"
+        same = others[best] <= request.seconds * 1.001
+        lines.append(f"{said}: it is taken" if same else said)
+    return lines
 
 
 def _beside(plan: Plan) -> list[str]:
@@ -167,6 +187,8 @@ def _solver(plan: Plan) -> list[str]:
     solver, time = plan.solver, plan.objective == "time"
 
     def shown(value: float) -> str:
+        if time and plan.request is not None:
+            return f"{plan.request.generate_tokens * value:.2f} s a request"
         if time:
             return f"{1 / value:.2f} tok/s" if value > 0 else "–"
         return f"{value:.1f} activations left to the CPU per token"

@@ -30,7 +30,8 @@ class PlanRequest:
     perplexity is within ``max_ppl_increase`` (a share); a shape has predictors of the published size unless
     ``no_predictors``.
     ``hardware``: a file or a preset's name; None: this machine's stored profile. Bytes None: what the machine
-    has, less a margin. ``context`` None: 4,096 or what the model was trained for, whichever is less.
+    has, less a margin. ``prompt``, ``generate``: tokens of the request whose time counts. ``context`` None:
+    4,096 or what the model was trained for, whichever is less.
     """
 
     model: Path | None = None
@@ -47,6 +48,8 @@ class PlanRequest:
     context: int | None = None
     kv_type: Literal["f16", "q8_0"] = "f16"
     objective: Literal["time", "frequency"] = "time"
+    prompt: int = 0
+    generate: int = 1
     group: int = 64
     threads: int | None = None
 
@@ -69,6 +72,8 @@ def plan_request(request: PlanRequest) -> Plan:
         Budgets(request.vram_bytes, _ram(request, hardware.profile)),
         PlanOptions(
             objective=request.objective,
+            prompt=request.prompt,
+            generate=request.generate,
             group=request.group,
             context=request.context,
             kv_type=request.kv_type,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from powerinfer_formats.modes import MODES
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
-from powerinfer_tools.stages.plan.disk_levels import seconds_of
+from powerinfer_tools.stages.plan.disk_levels import NO_LOCALITY, seconds_of
 from powerinfer_tools.stages.plan.greedy import fastest_alike, nothing_hot
 from powerinfer_tools.stages.plan.levels import LevelTable
 from powerinfer_tools.stages.plan.memory import expert_bytes, experts_of
@@ -61,7 +61,7 @@ def limit_of(parts: dict[str, float], *, moved: bool) -> str:
         "cold": "CPU memory bandwidth (cold neurons)",
         "sync": "synchronisation between CPU and GPU",
         "head": f"{side} (output head)",
-        "disk": "the disk (experts that are not in memory)",
+        "disk": "the disk (what is not in memory)",
     }
     total = sum(parts.values())
     return f"{reasons[name]}: {100 * parts[name] / total:.0f} % of the time"
@@ -91,7 +91,9 @@ def verdict(outcome: Outcome) -> str:
             text = "Fits whole, yet both sides working at once are faster than the GPU alone: "
         text += f"{_hot_units(outcome)}{_activity(outcome)}: {speed:.1f} tok/s, "
         text += f"{speed / cpu_only:.2f} × the {cpu_only:.1f} of the CPU alone."
-        if speed < cpu_only:
+        if speed < cpu_only and outcome.options.objective == "time":
+            text += " Single tokens are slower so than on the CPU alone, and the whole request is faster."
+        elif speed < cpu_only:
             text += " Here that is slower than the CPU alone; --objective time is never."
     return " ".join(
         part for part in (text, _from_disk(outcome), *_not_exact(outcome), _stays(outcome)) if part
@@ -104,23 +106,29 @@ def _from_disk(outcome: Outcome) -> str:
     if not placement.disk_bytes or disk is None:
         return ""
     every = zip(outcome.shape.layers, placement.tables, placement.solution.choice, strict=False)
-    pairs = [unit for unit in every if unit[0].routed]
+    pairs = [unit for unit in every if unit[0].routed or not outcome.shape.routed]
+    reading = sum(float(table.disk_seconds[k]) for _, table, k in pairs)
+    computing = sum(
+        float(t.computing_seconds[k])
+        for t, k in zip(placement.tables, placement.solution.choice, strict=True)
+    )
+    beside = f"takes {1e3 * reading:.1f} ms beside {1e3 * computing:.1f} ms of computing"
+    if not outcome.shape.routed:
+        absent = sum(table.disk[k] > 0 for _, table, k in pairs)
+        return (
+            f"{NO_LOCALITY} The FFNs of {absent} of {len(pairs)} layers are on disk alone, and reading them "
+            f"{beside}: disk speed over their size."
+        )
     absent = sum(int(table.disk[k]) // expert_bytes(layer).ram for layer, table, k in pairs)
     experts = sum(experts_of(layer).count for layer, _, _ in pairs)
-    reading = sum(float(table.disk_seconds[k]) for _, table, k in pairs)
     taken = sum(
         float(table.disk_seconds[k]) / seconds_of(layer, disk) * expert_bytes(layer).vram
         for layer, table, k in pairs
     )
     basis = "by the profile" if outcome.frequencies.layers is not None else "if all are taken equally often"
-    computing = sum(
-        float(t.computing_seconds[k])
-        for t, k in zip(placement.tables, placement.solution.choice, strict=True)
-    )
     return (
         f"{absent:,} of {experts:,} experts are on disk alone: {basis}, a token reads {taken / 1e6:,.1f} MB "
-        f"of them, which takes {1e3 * reading:.1f} ms beside {1e3 * computing:.1f} ms of computing; a text "
-        "that stays with a topic reads less."
+        f"of them, which {beside}; a text that stays with a topic reads less."
     )
 
 

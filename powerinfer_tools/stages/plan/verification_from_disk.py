@@ -60,6 +60,8 @@ def verify_from_disk(request: PlanRequest, *, progress: Progress | None = None) 
     assert model is not None
     assert profile is not None
     progress, first = progress or Silent(), plan_request(request)
+    if first.model.experts is None:
+        raise PlanError(f"{model}: --verify --ram measures models with experts")
     disk = machine_of(find_hardware(request.hardware, wants_gpu=False).profile).disk
     if not first.memory.disk_used or disk is None:
         raise PlanError(f"{model}: fits in memory, so nothing is read from disk")

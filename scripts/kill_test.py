@@ -2,11 +2,12 @@
 
     python scripts/kill_test.py --kills 100 [--seed 1] [--only convert]
 
-A stage runs to its end first. Then it is killed (SIGKILL) again and again, at any moment or while it writes.
-What must hold each time: a file under a final name is the one from before or the complete new one, inputs are
-untouched, and nothing else is there but unfinished files, by their documented names. Every few kills the same
-command runs to its end: it must work, write what it wrote the first time, and leave nothing unfinished.
-Equal seeds choose equal moments; what a moment hits depends on the machine.
+A stage runs to its end first. Then it is killed (SIGKILL) again and again, at any moment or while it
+writes. What must hold each time: a file under a final name is the one from before or the complete new one,
+inputs are untouched, and nothing else is there but unfinished files, by their documented names; the text of
+a model is a beginning of the whole one. Every few kills the same command runs to its end: it must work,
+write what it wrote the first time, and leave nothing unfinished. Equal seeds choose equal moments; what a
+moment hits depends on the machine.
 """
 
 import argparse
@@ -34,6 +35,8 @@ _BEING_WRITTEN = (".*.partial", "*.incomplete")
 _REPOSITORY = "o/relu-GGUF"
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _CACHE = "cache/hub/models--o--relu-GGUF"
+#: Memory of a run of sparse.powerinfer.gguf with half of its neurons.
+NEURONS_RAM = 48 << 20
 #: Kills between two runs to the end.
 _RERUN = 5
 #: Share of kills that wait until something is being written.
@@ -52,6 +55,8 @@ class Stage:
     beside: tuple[str, ...] = ()
     #: Words that a run to the end says on one of its lines.
     says: str = ""
+    #: Whether standard output is the text of a model, of which a kill may leave a beginning alone.
+    text: bool = False
 
 
 STAGES: dict[str, Stage] = {
@@ -88,6 +93,13 @@ STAGES: dict[str, Stage] = {
         ("moe.learnt.safetensors",),
         timed=("moe.learnt.safetensors",),
         says="read from disk",
+        text=True,
+    ),
+    "neurons": Stage(
+        "run --raw -m sparse.powerinfer.gguf -p the -n 24 --temp 0 -t 1 --ram {neurons}",
+        (),
+        says="read from disk",
+        text=True,
     ),
 }
 
@@ -99,6 +111,13 @@ class Place:
     folder: Path
     inputs: dict[str, bytes] = field(default_factory=dict)
     results: dict[str, bytes] = field(default_factory=dict)
+    #: What a run to the end printed.
+    printed: bytes = b""
+
+    @property
+    def output(self) -> Path:
+        """Standard output of the last command."""
+        return self.folder.parent / f"{self.folder.name}.out"
 
 
 class Fault(Exception):
@@ -121,9 +140,9 @@ def forked(folder: Path, work: Callable[[], int]) -> int:
         os.chdir(folder)
         (folder / "tmp").mkdir(exist_ok=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
-        log = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for number, kind in ((1, "out"), (2, "log")):
+            path = folder.parent / f"{folder.name}.{kind}"
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         code = work()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -138,8 +157,9 @@ def command(words: str) -> Callable[[], int]:
         from powerinfer_cli.app import create_app
         from powerinfer_tools.detect import resident_bytes
 
-        # What this process has already, and half of the experts of moe.gguf (27 MiB).
-        arguments = words.format(ram=resident_bytes() + (48 << 20)).split()
+        # What this process has already, and half of the experts of moe.gguf (27 MiB), or of the neurons.
+        ram = resident_bytes() + (48 << 20)
+        arguments = words.format(ram=ram, neurons=resident_bytes() + NEURONS_RAM).split()
         create_app((arguments[0],))(arguments, prog_name="powerinfer")
         return 0
 
@@ -159,9 +179,13 @@ def run_to_the_end(place: Place, stage: Stage) -> float:
     if code != 0:
         log = (place.folder.parent / f"{place.folder.name}.log").read_text()
         raise Fault(f"ended with {code}:\n{log[-2000:]}")
-    said = (place.folder.parent / f"{place.folder.name}.log").read_text()
+    printed = place.output.read_bytes()
+    said = (place.folder.parent / f"{place.folder.name}.log").read_text() + printed.decode()
     if stage.says not in said:
         raise Fault(f"a run to the end did not say {stage.says!r}:\n{said[-2000:]}")
+    if stage.text and (not printed or printed != (place.printed or printed)):
+        raise Fault(f"printed {printed!r}, and before {place.printed!r}")
+    place.printed = printed
     now = contents(place.folder)
     for name in stage.outputs:
         if name not in now:
@@ -194,6 +218,8 @@ def is_being_written(folder: Path) -> bool:
 
 def judge(place: Place, stage: Stage) -> list[str]:
     """The unfinished files after a kill. Raises Fault."""
+    if stage.text and not place.printed.startswith(place.output.read_bytes()):
+        raise Fault(f"printed {place.output.read_bytes()!r}, which is no beginning of {place.printed!r}")
     now = contents(place.folder)
     for name, data in place.inputs.items():
         if now.pop(name, None) != data:
@@ -213,7 +239,7 @@ def judge(place: Place, stage: Stage) -> list[str]:
 def kill_once(place: Place, stage: Stage, rng: random.Random, seconds: float) -> bool:
     """Start the command and kill it; False where it had ended before."""
     child = forked(place.folder, command(stage.words))
-    if rng.random() < _WRITING:
+    if stage.outputs and rng.random() < _WRITING:
         end = time.monotonic() + 2 * seconds + 5
         while time.monotonic() < end and not is_being_written(place.folder):
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -263,7 +289,20 @@ def prepare(folder: Path) -> None:
     make_tiny_model(folder, replace(relu, activation="silu"), "silu")
     experts = replace(CASES["qwen3moe"], experts=32, neurons=384, width=128, row_type="F16")
     make_tiny_model(folder, experts, "moe")
+    make_sparse(folder / "sparse.powerinfer.gguf")
     (folder / "text.txt").write_text(TEXT)
+
+
+def make_sparse(path: Path) -> None:
+    """A split file of which a tenth of the neurons fires, with the vocabulary of the tiny models."""
+    from dataclasses import replace
+
+    from powerinfer_tools.measure.synthetic.models import SHAPES
+    from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
+
+    sizes = {"layers": 6, "width": 512, "heads": 8, "kv_heads": 2, "head_dim": 64, "neurons": 4096}
+    shape = replace(SHAPES["mistral-7b"], **sizes, vocabulary=2048)
+    write_sparse(path, "sparse", shape, "Q4_0", Sparsity(0.1, 0.3))
 
 
 def make_inputs(folder: Path) -> None:

@@ -126,8 +126,8 @@ def _disk_lines(figures: dict[str, Any]) -> Iterator[str]:
     if disk is None:
         return
     yield (
-        f"{disk['what']}: {disk['hits']:,} of {disk['taken']:,} in memory when taken ({disk['hit_share']:.1%}), "
-        f"{disk['late']:,} on their way; {format_size(disk['memory_bytes'])} from memory, "
+        f"{disk['what']}: {disk['hits']:,} of {disk['taken']:,} in memory when taken "
+        f"({disk['hit_share']:.1%}), {disk['late']:,} on their way; {format_size(disk['memory_bytes'])} from memory, "
         f"{format_size(disk['read_bytes'])} from disk, {disk['moved']:,} made room for others"
     )
     yield (

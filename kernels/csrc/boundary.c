@@ -74,6 +74,11 @@ static int later_fit(const pi_given *m, int k, const int64_t *i) {
     return units_fit(m, i) || (!given(m, k) && !i[0] && !i[1] && !i[2]);
 }
 
+/* Layer i[0] has i[1] neurons. */
+static int records_fit(const pi_given *m, const int64_t *i) {
+    return m->records && below(i[0], pi_records_layers(m->records)) && i[1] == pi_records_neurons(m->records, i[0]);
+}
+
 /* A bundle may have rows that the operation does not read: other operations share it. */
 static int sparse_fits(const int64_t *i, const pi_given *m) {
     const int by_value = i[2] == PI_BY_VALUE, by_up = i[2] == PI_BY_UP_SIZE;
@@ -228,6 +233,7 @@ int pi_note_weights(pi_given *m, PyObject *object) {
         const units_object *units = (units_object *)object;
         m->units = units->units ? pi_units_count(units->units) : 0;
     }
+    if (PyObject_TypeCheck(object, pi_records_type)) m->records = ((records_object *)object)->records;
     if (!PyTuple_Check(object)) return 0;
     m->all_there = 1;
     for (Py_ssize_t k = 0; k < PyTuple_Size(object); k++) {
@@ -301,6 +307,8 @@ int pi_judge_object(pi_given *m, const pi_op_shape *shape, int k, PyObject *obje
         if (!m->rows || !PyObject_TypeCheck(object, pi_matrix_type)) return fault(shape, k, "is no Matrix");
         return laid_out(word, object) ? 0 : fault(shape, k, "has another layout");
     case 'U': return m->units && PyObject_TypeCheck(object, pi_units_type) ? 0 : fault(shape, k, "is no open Units");
+    case 'R':
+        return m->records && PyObject_TypeCheck(object, pi_records_type) ? 0 : fault(shape, k, "are no open Records");
     case 'B': return m->rows && PyObject_TypeCheck(object, pi_bundle_type) ? 0 : fault(shape, k, "is no Bundle");
     case 'L':
         if (!PyTuple_Check(object)) return fault(shape, k, "is no tuple of Matrix objects");

@@ -28,6 +28,7 @@ typedef struct { /* what an operation was given */
     int32_t row_type;
     const pi_bundle *bundle;
     int64_t units; /* how many there are */
+    const pi_records *records;
     int all_there; /* no None in a tuple of matrices */
 } pi_given;
 

@@ -79,6 +79,38 @@ void pi_place_sum(int32_t type, const uint8_t code[32], int64_t block, const pi_
     }
 }
 
+/* The same as pi_decode_codes and then place_product or pi_place_sum, word by word, for types whose bytes have the order
+ * in which they are wanted: `low` are those of one block. 1 where that was so. */
+static int place_words(int32_t type, const uint8_t *low, int64_t block, int64_t blocks, int is_sum, const pi_planar *at,
+                       uint8_t *out) {
+    if (type != PI_Q4_0 && type != PI_Q4_1 && type != PI_Q8_0) return 0;
+    if (is_sum) {
+        const int64_t half = block / 2, unit = block % 2;
+        uint8_t *to = out + at->codes;
+        for (int c = 0; c < 8; c++) {
+            const int64_t lane = 2 * c + unit;
+            if (type == PI_Q8_0) {
+                const uint8_t words[2][2] = {{(uint8_t)(low[c] ^ 128), low[8 + c]},
+                                             {(uint8_t)(low[16 + c] ^ 128), low[24 + c]}};
+                memcpy(to + 64 * half + sum_word(0, lane), words[0], 2);
+                memcpy(to + 64 * half + sum_word(1, lane), words[1], 2);
+                continue;
+            }
+            const int first = low[c], second = low[8 + c];
+            const uint8_t word[2] = {(uint8_t)((first & 15) | (second & 15) << 4),
+                                     (uint8_t)((first >> 4) | ((second >> 4) ^ 8) << 4)};
+            memcpy(to + 32 * (half - half % 2) + sum_word(half % 2, lane), word, 2);
+        }
+        return 1;
+    }
+    const int64_t group = block / PI_GROUP_BLOCKS, left = blocks - group * PI_GROUP_BLOCKS;
+    const int64_t line = 4 * (left < PI_GROUP_BLOCKS ? left : PI_GROUP_BLOCKS);
+    const int lines = pi_group_lines(type);
+    uint8_t *to = out + at->codes + 4 * PI_GROUP_BLOCKS * lines * group + 4 * (block % PI_GROUP_BLOCKS);
+    for (int j = 0; j < lines; j++) memcpy(to + j * line, low + 4 * j, 4);
+    return 1;
+}
+
 /* Stored block b of a row in its form. */
 static void pack_block(const uint8_t *p, int32_t type, int64_t b, int64_t blocks, int is_sum, const pi_planar *at,
                        uint8_t *out) {
@@ -92,6 +124,7 @@ static void pack_block(const uint8_t *p, int32_t type, int64_t b, int64_t blocks
         const int64_t block = b * subs + sub, group = block / PI_GROUP_BLOCKS;
         const int64_t left = blocks - group * PI_GROUP_BLOCKS;
         const int in_group = left < PI_GROUP_BLOCKS ? (int)left : PI_GROUP_BLOCKS;
+        if (place_words(type, p + pi_layout_of(type).nibbles, block, blocks, is_sum, at, out)) continue;
         pi_decode_codes(type, p, sub, code);
         if (is_sum)
             pi_place_sum(type, code, block, at, out);

@@ -227,7 +227,8 @@ PyMODINIT_FUNC PyInit__kernels(void) {
         add_type(module, &pi_pool_spec, &pi_pool_type) < 0 || add_type(module, &pi_matrix_spec, &pi_matrix_type) < 0 ||
         add_type(module, &pi_bundle_spec, &pi_bundle_type) < 0 ||
         add_type(module, &pi_program_spec, &pi_program_type) < 0 ||
-        add_type(module, &pi_state_spec, &pi_state_type) < 0 || add_type(module, &pi_units_spec, &pi_units_type) < 0) {
+        add_type(module, &pi_state_spec, &pi_state_type) < 0 || add_type(module, &pi_units_spec, &pi_units_type) < 0 ||
+        add_type(module, &pi_records_spec, &pi_records_type) < 0) {
         Py_DECREF(module);
         return NULL;
     }

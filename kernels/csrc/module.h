@@ -8,11 +8,14 @@
 #include "memory.h"
 #include "pool.h"
 #include "program.h"
+#include "records.h"
 #include "units.h"
 
 extern PyObject *pi_kernel_error; /* powerinfer_kernels.KernelError */
-extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type, *pi_state_type, *pi_units_type;
-extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec, pi_state_spec, pi_units_spec;
+extern PyTypeObject *pi_pool_type, *pi_matrix_type, *pi_bundle_type, *pi_program_type, *pi_state_type, *pi_units_type,
+    *pi_records_type;
+extern PyType_Spec pi_pool_spec, pi_matrix_spec, pi_bundle_spec, pi_program_spec, pi_state_spec, pi_units_spec,
+    pi_records_spec;
 
 typedef struct {
     PyObject_HEAD pi_pool *pool; /* NULL: closed */
@@ -29,6 +32,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD pi_bundle bundle;
     pi_memory memory;
+    int absent; /* its rows are on disk */
 } bundle_object;
 
 typedef struct {
@@ -36,6 +40,12 @@ typedef struct {
     PyObject *matrices;            /* what was opened, which keeps the matrices alive */
     int users;                     /* runs and loads in progress; changed with the GIL held only */
 } units_object;
+
+typedef struct {
+    PyObject_HEAD pi_records *records; /* NULL: not open */
+    PyObject *bundles;                 /* what was opened, which keeps the bundles alive */
+    int users;                         /* as of units */
+} records_object;
 
 enum { PI_READ_AHEAD = 64 << 10 /* kernels may prefetch past the end of weights, and read within a line of it */ };
 

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "operations.h"
+#include "records.h"
 #include "units.h"
 
 #define PI_OPERATION_NUMBER(NAME, objects, integers, floats, condition) PI_OP_##NAME,
@@ -127,6 +128,12 @@ typedef struct {
 /* What a sparse FFN selects neurons by: a predictor's scores or the gate, which have to be above the threshold; or the
  * known factor of the product, act(gate) or up, whose size has to be. */
 enum { PI_BY_VALUE, PI_BY_GATE_SIZE, PI_BY_UP_SIZE };
+enum { PI_FEW_TOKENS = 8 /* up to here rows that some token selects are read, once; beyond, nearly all are */ };
+
+/* Whether a sparse FFN reads the rows of all its neurons, of which its tokens select `selected`. */
+static inline int pi_reads_all(int64_t tokens, int64_t selected, int64_t neurons) {
+    return tokens > PI_FEW_TOKENS || (tokens > 1 && selected * 4 > neurons * 3);
+}
 
 typedef struct { /* which neurons: those whose `select` is above `threshold` (NULL: zero) */
     int32_t kind, rule;
@@ -293,6 +300,14 @@ typedef struct {            /* units that the next operations read, and those of
     pi_unit_demand now, next[PI_UNITS_AHEAD];
 } pi_fetch;
 
+typedef struct {                /* records of the neurons that a sparse FFN is going to read */
+    pi_records *const *records; /* NULL: closed meanwhile */
+    const float *select, *threshold;
+    int64_t layer, neurons;
+    int32_t rule;
+    int ahead; /* a guess: nothing waits for them */
+} pi_fetch_records;
+
 typedef struct {
     pi_op_kind kind;
     int independent; /* the next operation, a matmul, neither reads nor writes what this one writes */
@@ -332,6 +347,7 @@ typedef struct {
         pi_sign_code sign_code;
         pi_sign_scores sign_scores;
         pi_fetch fetch;
+        pi_fetch_records fetch_records;
     } u;
 } pi_op;
 

@@ -4,7 +4,7 @@
  *
  * `integers` and `floats` are how many it takes. `objects` has a word for each object, a letter and what follows:
  *   f float32   d float64   i int32   l int64   w uint32   q uint64   b int8   u bytes of rows
- *   M Matrix    B Bundle    U Units    L tuple of Matrix objects of one size and type, or None
+ *   M Matrix    B Bundle    U Units    R Records    L tuple of Matrix objects of one size and type, or None
  *   -  of picked rows    |  of picked columns    (else of tiles)
  *   !  the operation writes it      ?  it may be None
  *   =  how many elements it has: a product of
@@ -78,6 +78,8 @@
     X(EXPERT_ROWS, "i=T*i1 L-=i0 f=T*c+ " PI_ACTS("c") "f=T*i1*c " PI_ACTS("i1*c") "f?=i0*r f=T*i1*r f!=T*i1*r", 5, 1, \
       experts_fit(i, m) && i[4] == m->rows && has_input(m, m->row_type, 2) && has_input(m, m->row_type, 6))            \
     X(EXPERT_COLUMNS, "i=T*i1 L|=i0 " PI_ACTS("i1*c") "f?=i0*r f!=T*i1*r", 3, 0,                                       \
-      experts_fit(i, m) && given(m, 2) && given(m, 3) && given(m, 4))
+      experts_fit(i, m) && given(m, 2) && given(m, 3) && given(m, 4))                                                  \
+    X(FETCH_RECORDS, "R f=T*i1 f?=i1", 4, 0,                                                                           \
+      records_fit(m, i) && below(i[2], 3) && below(i[3], 2) && (!i[2] || given(m, 2)))
 
 #endif

@@ -35,6 +35,7 @@ int pi_op_is_vector(const pi_op *op) {
     case PI_OP_SIGN_SCORES:
     case PI_OP_HEAD_MATMUL:
     case PI_OP_FETCH:
+    case PI_OP_FETCH_RECORDS:
     case PI_OP_EXPERT_GATHER:
     case PI_OP_EXPERT_MATMUL:
     case PI_OP_EXPERT_ROWS:
@@ -327,6 +328,7 @@ void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     case PI_OP_SIGN_SCORES: sign_scores(op, run, worker, slot); break;
     case PI_OP_HEAD_MATMUL: pi_head_matmul_execute(op, run, worker, slot); break;
     case PI_OP_FETCH: fetch(op, run, worker); break;
+    case PI_OP_FETCH_RECORDS: pi_fetch_records_execute(op, run, worker); break;
     case PI_OP_ROUTE: pi_route_execute(op, run, worker); break;
     case PI_OP_EXPERT_GATHER: pi_expert_gather_execute(op, run, worker); break;
     case PI_OP_EXPERT_MATMUL: pi_expert_matmul_execute(op, run, worker, slot); break;

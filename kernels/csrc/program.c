@@ -107,7 +107,7 @@ static void run_on_thread(void *argument, pi_worker *worker) {
             pi_barrier(worker);
             slot = 0;
             /* Nobody changes it before the barrier that follows: all threads see the same. */
-            if (op->kind == PI_OP_FETCH && run->unfetched) break;
+            if ((op->kind == PI_OP_FETCH || op->kind == PI_OP_FETCH_RECORDS) && run->unfetched) break;
         }
         if (clock) {
             int64_t after = now();

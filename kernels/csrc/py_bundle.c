@@ -4,6 +4,8 @@
 
 #include "boundary.h"
 
+#include <sys/mman.h>
+
 PyTypeObject *pi_bundle_type;
 
 typedef struct {
@@ -32,12 +34,12 @@ static void pack_on_thread(void *argument, pi_worker *worker) {
             pack_row(job, row);
 }
 
-/* Offsets and stride of the parts that have a source; the bytes of a record. */
-static int64_t lay_out(pi_bundle *b, const Py_buffer *views, const int *types, int64_t offsets[PI_PARTS]) {
+/* Offsets and stride of the parts that are `there`; the bytes of a record. */
+static int64_t lay_out(pi_bundle *b, const int *there, const int *types, int64_t offsets[PI_PARTS]) {
     int64_t record = 0;
     for (int k = 0; k < PI_PARTS; k++) {
         offsets[k] = record;
-        if (!views[k].obj) continue;
+        if (!there[k]) continue;
         b->part[k] = (pi_rows){
             .row_type = pi_form_of(types[k]), .table = pi_table_of(types[k]), .rows = b->rows, .columns = b->columns};
         record += pi_planar_of(b->part[k].row_type, b->columns, k == PI_DOWN).bytes;
@@ -45,21 +47,49 @@ static int64_t lay_out(pi_bundle *b, const Py_buffer *views, const int *types, i
     return pi_round_up(record, 64);
 }
 
-static int fill(bundle_object *object, pool_object *pool, const Py_buffer *views, const int *types) {
+/* Gives the parts that are `there` their places; the bytes of all records, or -1 with an error set. */
+static int64_t place(bundle_object *object, const int *there, const int *types) {
     pi_bundle *b = &object->bundle;
-    int64_t offsets[PI_PARTS], stride = lay_out(b, views, types, offsets);
+    int64_t offsets[PI_PARTS], stride = lay_out(b, there, types, offsets);
     if (pi_memory_map(&object->memory, (size_t)(b->rows * stride) + PI_READ_AHEAD) < 0) {
         PyErr_NoMemory();
         return -1;
     }
-    pack_job job = {.types = types, .bundle = b};
     for (int k = 0; k < PI_PARTS; k++) {
-        if (!views[k].obj) continue;
+        if (!there[k]) continue;
         b->part[k].data = (const uint8_t *)object->memory.data + offsets[k];
         b->part[k].stride = stride;
-        job.source[k] = views[k].buf;
     }
+    return b->rows * stride;
+}
+
+static int fill(bundle_object *object, pool_object *pool, const Py_buffer *views, const int *types) {
+    pack_job job = {.types = types, .bundle = &object->bundle};
+    int there[PI_PARTS];
+    for (int k = 0; k < PI_PARTS; k++) there[k] = views[k].obj != NULL;
+    if (place(object, there, types) < 0) return -1;
+    for (int k = 0; k < PI_PARTS; k++)
+        if (there[k]) job.source[k] = views[k].buf;
     return pi_pool_object_run(pool, pack_on_thread, &job);
+}
+
+/* Addresses for rows that records.h brings; small pages, so that those of single records can be given back. */
+static int reserve(bundle_object *object, PyObject **wanted, const int *types) {
+    int there[PI_PARTS], any = 0;
+    for (int k = 0; k < PI_PARTS; k++) {
+        there[k] = wanted[k] != Py_None;
+        any |= there[k];
+        if (there[k] && pi_rows_bytes(types[k], object->bundle.rows, object->bundle.columns) < 0) return -1;
+    }
+    if (!any) {
+        PyErr_SetString(pi_kernel_error, "a bundle of no rows at all");
+        return -1;
+    }
+    const int64_t bytes = place(object, there, types);
+    if (bytes < 0) return -1;
+    madvise(object->memory.data, (size_t)bytes, MADV_NOHUGEPAGE);
+    object->absent = 1;
+    return 0;
 }
 
 /* The source of one part in `view`; 0, or -1 with an error set. */
@@ -77,14 +107,18 @@ static int bundle_init(PyObject *self, PyObject *args, PyObject *keywords) {
     PyObject *pool, *source[PI_PARTS];
     Py_buffer views[PI_PARTS] = {{0}};
     long long rows, columns;
-    int types[PI_PARTS], failed = 0;
+    int types[PI_PARTS], failed = 0, absent = 0;
     (void)keywords;
-    if (!PyArg_ParseTuple(args, "O!(OOO)(iii)LL", pi_pool_type, &pool, source, source + 1, source + 2, types, types + 1,
-                          types + 2, &rows, &columns))
+    if (!PyArg_ParseTuple(args, "O!(OOO)(iii)LL|p", pi_pool_type, &pool, source, source + 1, source + 2, types,
+                          types + 1, types + 2, &rows, &columns, &absent))
         return -1;
     if (object->memory.data) {
         PyErr_SetString(pi_kernel_error, "the bundle exists already");
         return -1;
+    }
+    if (absent) {
+        object->bundle = (pi_bundle){.rows = rows, .columns = columns};
+        return reserve(object, source, types);
     }
     int sources = 0;
     for (int k = 0; k < PI_PARTS && !failed; k++) {

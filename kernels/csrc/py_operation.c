@@ -154,6 +154,9 @@ pi_op pi_op_of(pi_op_kind kind, const pi_given *a) {
     case PI_OP_FETCH:
         op.u.fetch = (pi_fetch){p[0], {p[1], i[0], i[1], i[2]}, {{p[2], i[3], i[4], i[5]}, {p[3], i[6], i[7], i[8]}}};
         break;
+    case PI_OP_FETCH_RECORDS:
+        op.u.fetch_records = (pi_fetch_records){p[0], p[1], p[2], i[0], i[1], (int32_t)i[2], (int)i[3]};
+        break;
     case PI_OP_SCALE_BY_POSITION: op.u.scale_by_position = (pi_scale_by_position){p[0], p[1], i[0]}; break;
     default: /* SPARSE_FFN */
         op.u.sparse_ffn = (pi_sparse_ffn){.kind = (int32_t)i[0],

@@ -14,6 +14,7 @@ typedef struct {
     int64_t view_count, views_capacity;
     PyObject *weights;        /* list of the Matrix, Bundle and Units objects */
     units_object *units;      /* the one that is fetched from, or NULL */
+    records_object *records;  /* as well */
     const pi_matrix ***lists; /* of matrices, which operations point to */
     int64_t list_count, lists_capacity;
     int sealed, complete;
@@ -73,6 +74,13 @@ static int take_object(program_object *self, const pi_op_shape *shape, int k, Py
         }
         self->units = (units_object *)object;
         m->p[k] = &self->units->units;
+    } else if (PyObject_TypeCheck(object, pi_records_type)) {
+        if (self->records && self->records != (records_object *)object) {
+            PyErr_SetString(pi_kernel_error, "a program fetches from one object alone");
+            return -1;
+        }
+        self->records = (records_object *)object;
+        m->p[k] = &self->records->records;
     } else if (PyObject_TypeCheck(object, pi_matrix_type))
         m->p[k] = &((matrix_object *)object)->matrix;
     else
@@ -257,9 +265,11 @@ static int run_marked(program_object *self, pool_object *pool, int64_t first, in
     int error = 0, failed = check_operations(program, first, last, count) < 0 || pi_pool_object_enter(pool) < 0;
     if (!failed) {
         if (self->units) self->units->users++;
+        if (self->records) self->records->users++;
         Py_BEGIN_ALLOW_THREADS error = pi_program_run(program, pool->pool, pool->kernels, first, last, count);
         Py_END_ALLOW_THREADS pi_pool_object_leave(pool);
         if (self->units) self->units->users--;
+        if (self->records) self->records->users--;
     }
     pi_spans_leave(spans, count);
     if (failed) return -1;

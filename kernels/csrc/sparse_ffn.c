@@ -8,10 +8,7 @@
 #include <math.h>
 #include <string.h>
 
-enum {
-    NEURONS_AT_ONCE = PI_TILE,
-    FEW_TOKENS = 8, /* up to here rows that some token selects are read, once; beyond, nearly all are */
-};
+enum { NEURONS_AT_ONCE = PI_TILE };
 
 /* What a neuron contributes; the same products as `activate` makes. */
 static inline float contribution(int32_t kind, float gate, float up) {
@@ -298,7 +295,7 @@ static int execute_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker
     const int64_t neurons = op->bundle->rows, width = op->bundle->columns;
     selected_union u = list_union(op, run, &at);
     int64_t tile;
-    if (u.neurons * 4 > neurons * 3) return 1;
+    if (pi_reads_all(run->tokens, u.neurons, neurons)) return 1;
     if (op->gate) confirm_union(op, run, worker, slot, &at, &u);
     pi_share share = pi_share_open(worker, slot, (u.neurons + PI_TILE - 1) / PI_TILE);
     while ((tile = pi_share_next(&share)) >= 0) contribute_union(op, run, tile, &at, u.neurons);
@@ -322,6 +319,45 @@ void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int 
         __atomic_fetch_add(&s->counted->total, run->tokens * s->bundle->rows, __ATOMIC_RELAXED);
     if (run->tokens == 1)
         execute_listed(s, run, worker, slot);
-    else if (run->tokens > FEW_TOKENS || execute_union(s, run, worker, slot))
+    else if (run->tokens > PI_FEW_TOKENS || execute_union(s, run, worker, slot))
         execute_all(s, run, worker, slot);
+}
+
+/* ---- rows that are on disk ---- */
+
+/* The neurons that some token selects: the list of them, or NULL for all that there are. */
+static const int32_t *list_selected(const pi_fetch_records *f, const pi_run *run, pi_records *records, int64_t *count) {
+    int32_t *list = pi_records_list(records);
+    uint8_t *mark = pi_records_marks(records);
+    int64_t (*select)(const float *, const float *, int64_t, int32_t *) =
+        f->rule == PI_BY_VALUE ? run->kernels->list_active : run->kernels->list_large;
+    if (run->tokens == 1) {
+        *count = select(f->select, f->threshold, f->neurons, list);
+        return list;
+    }
+    if (pi_reads_all(run->tokens, 0, f->neurons)) return NULL;
+    memset(mark, 0, (size_t)f->neurons);
+    for (int64_t t = 0; t < run->tokens; t++) {
+        const int64_t one = select(f->select + t * f->neurons, f->threshold, f->neurons, list);
+        for (int64_t k = 0; k < one; k++) mark[list[k]] = 1;
+    }
+    *count = 0;
+    for (int64_t i = 0; i < f->neurons; i++) {
+        list[*count] = (int32_t)i;
+        *count += mark[i];
+    }
+    return pi_reads_all(run->tokens, *count, f->neurons) ? NULL : list;
+}
+
+/* The first thread waits; the barrier that follows makes the others wait for it. */
+void pi_fetch_records_execute(const pi_op *op, pi_run *run, const pi_worker *worker) {
+    const pi_fetch_records *f = &op->u.fetch_records;
+    if (pi_worker_thread(worker) != 0) return;
+    pi_records *records = *f->records;
+    int64_t count = 0;
+    const int32_t *list = records ? list_selected(f, run, records, &count) : NULL;
+    if (f->ahead && records) {
+        if (list) pi_records_ahead(records, f->layer, list, count);
+    } else
+        run->unfetched = !records || pi_records_fetch(records, f->layer, list, count) < 0;
 }

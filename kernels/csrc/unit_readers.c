@@ -4,11 +4,7 @@
 #include "arithmetic.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
-#include <unistd.h>
-
-enum { PAGE = 4096 };
 
 /* ---- queues ---- */
 
@@ -68,38 +64,11 @@ static int next_piece(pi_units *s, piece *p) {
     return 1;
 }
 
-static int was_changed(const source *file) {
-    struct stat is;
-    if (fstat(file->descriptor, &is) < 0) return errno;
-    return is.st_size != file->stamp.st_size || is.st_mtim.tv_sec != file->stamp.st_mtim.tv_sec ||
-                   is.st_mtim.tv_nsec != file->stamp.st_mtim.tv_nsec
-               ? PI_UNIT_CHANGED
-               : 0;
-}
-
-/* Reads the piece into `staging`; where its rows begin there goes to `rows`. 0, or what failed. */
-static int read_piece(const source *file, const piece *p, uint8_t *staging, const uint8_t **rows) {
-    const int64_t first = file->direct ? p->offset / PAGE * PAGE : p->offset, skip = p->offset - first;
-    const int64_t wanted = file->direct ? (skip + p->bytes + PAGE - 1) / PAGE * PAGE : p->bytes;
-    int64_t done = 0;
-    while (done < skip + p->bytes) {
-        const ssize_t count = pread(file->descriptor, staging + done, (size_t)(wanted - done), first + done);
-        if (count < 0 && errno == EINTR) continue;
-        if (count < 0) return errno;
-        if (count == 0) return PI_UNIT_SHORT;
-        done += count;
-        if (file->direct && done % PAGE && done < skip + p->bytes) return PI_UNIT_SHORT;
-    }
-    if (!file->direct) posix_fadvise(file->descriptor, first, wanted, POSIX_FADV_DONTNEED);
-    *rows = staging + skip;
-    return was_changed(file);
-}
-
 static int bring(pi_units *s, const piece *p, uint8_t *staging) {
     const pi_unit_part *part = &s->parts[p->part];
     const pi_matrix *m = part->matrix;
     const uint8_t *rows = NULL;
-    const int failed = read_piece(&s->files[part->file], p, staging, &rows);
+    const int failed = pi_disk_read(&s->files[part->file], p->offset, p->bytes, staging, &rows);
     if (failed) return failed;
     const int64_t left = m->rows - p->tile * PI_TILE, all = p->tiles * PI_TILE;
     pi_pack_tiles(rows, part->row_type, left < all ? left : all, m->columns, 0, p->tiles, p->out);
@@ -154,5 +123,5 @@ int pi_readers_start(pi_units *s) {
 }
 
 int64_t pi_reader_bytes(const pi_unit_part *part) {
-    return part->piece_tiles * PI_TILE * pi_row_bytes(part->row_type, part->matrix->columns) + 2 * PAGE;
+    return part->piece_tiles * PI_TILE * pi_row_bytes(part->row_type, part->matrix->columns) + 2 * PI_PAGE;
 }

@@ -35,15 +35,10 @@ typedef struct {
     int64_t *holder; /* the unit of each slot, -1 */
 } slot_kind;
 
-typedef struct {
-    int descriptor, direct;
-    struct stat stamp;
-} source;
-
 struct pi_units {
     pthread_mutex_t lock;
     pthread_cond_t work, arrived; /* for the readers; for who waits */
-    source *files;
+    pi_disk_file *files;
     slot_kind *kinds;
     unit *units;
     pi_unit_part *parts;

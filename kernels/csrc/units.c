@@ -307,11 +307,8 @@ static int make(pi_units *s, const int *descriptors, const int *direct, const pi
     s->parts = calloc((size_t)part_count + 1, sizeof *s->parts);
     s->threads = calloc((size_t)s->policy.threads + 1, sizeof *s->threads);
     if (!s->files || !s->kinds || !s->units || !s->pinned || !s->parts || !s->threads) return -1;
-    for (int i = 0; i < s->file_count; i++) {
-        if (fstat(descriptors[i], &s->files[i].stamp) < 0) return -1;
-        s->files[i].descriptor = descriptors[i];
-        s->files[i].direct = direct[i];
-    }
+    for (int i = 0; i < s->file_count; i++)
+        if (pi_disk_file_note(&s->files[i], descriptors[i], direct[i]) < 0) return -1;
     for (int k = 0; k < s->kind_count; k++)
         if (make_kind(&s->kinds[k], kinds[k]) < 0) return -1;
     for (int64_t i = 0; i < s->count; i++) s->units[i] = (unit){.is = units[i], .slot = -1, .next = -1};

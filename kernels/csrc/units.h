@@ -7,10 +7,9 @@
 #ifndef PI_UNITS_H
 #define PI_UNITS_H
 
+#include "disk_read.h"
 #include "kernels.h"
 #include "memory.h"
-
-#include <sys/stat.h>
 
 typedef struct pi_units pi_units;
 
@@ -43,17 +42,6 @@ typedef struct {
     int64_t moved;            /* units that gave up their slot */
     int64_t wait_nanoseconds; /* that programs waited */
 } pi_unit_counters;
-
-enum {                       /* pi_unit_fault.error, beside the numbers of errno */
-       PI_UNIT_SHORT = -1,   /* the file ends before the unit */
-       PI_UNIT_CHANGED = -2, /* the file was written to since it was opened */
-};
-
-typedef struct {
-    int error; /* 0: none */
-    int32_t file;
-    int64_t offset, bytes;
-} pi_unit_fault;
 
 /* How slots change hands: the unit taken longest ago goes, or the one with the least use, where a use counts half after
  * `half_life` tokens (0: the unit taken longest ago). */

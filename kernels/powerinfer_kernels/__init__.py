@@ -10,6 +10,7 @@ from .matrix import Bundle, Layout, Matrix, Plain, dequantize, quantize, repack
 from .pool import Pool, available_isas, read_bandwidth
 from .program import Program
 from .program_builder import HISTOGRAM_BINS, ProgramBuilder
+from .records import LayerOfRecords, Records, RecordsOf
 from .row_types import WRITTEN_TYPES, RowType, block_shape, packed_row_bytes, row_bytes
 from .signs import Signs, pack_signs, sign_code_words
 from .state import KVSlot, RecurrentSlot, Slot, Span, State
@@ -32,6 +33,7 @@ __all__ = [
     "KVCache",
     "KVSlot",
     "KernelError",
+    "LayerOfRecords",
     "Layout",
     "Matrix",
     "Part",
@@ -39,6 +41,8 @@ __all__ = [
     "Pool",
     "Program",
     "ProgramBuilder",
+    "Records",
+    "RecordsOf",
     "RecurrentSlot",
     "RowMatrix",
     "RowType",

@@ -149,7 +149,11 @@ class Bundle:
         rows: int,
         columns: int,
         unread: int = 0,
+        *,
+        is_absent: bool = False,
     ) -> None:
+        #: Whether the rows are on disk, and in memory when they are wanted (`Records`).
+        self.is_absent = is_absent
         self.handle = handle
         self.types = types
         self.rows = rows
@@ -179,6 +183,18 @@ class Bundle:
         handle = _kernels.Bundle(pool.handle, sources, numbers, rows, columns)  # type: ignore[arg-type]
         return cls(handle, types, rows, columns)  # type: ignore[arg-type]
 
+    @classmethod
+    def absent(
+        cls, pool: Pool, rows: int, columns: int, types: tuple[int | None, int | None, int | None]
+    ) -> "Bundle":
+        """Of rows of these types (gate, up, down; None: not there), which `Records` bring from disk:
+        addresses for all of them, and memory for none. Raises KernelError as `pack` does."""
+        kinds = tuple(None if kind is None else as_row_type(kind) for kind in types)
+        numbers = tuple(0 if kind is None else int(kind) for kind in kinds)
+        there = tuple(None if kind is None else True for kind in kinds)
+        handle = _kernels.Bundle(pool.handle, there, numbers, rows, columns, True)  # type: ignore[arg-type]
+        return cls(handle, kinds, rows, columns, is_absent=True)  # type: ignore[arg-type]
+
     def only(self, *, gate: bool = False, up: bool = False, down: bool = False) -> "Bundle":
         """The same records, for operations that read no other rows of them. Raises KernelError for rows that
         they do not have."""
@@ -188,7 +204,8 @@ class Bundle:
         left = [kind for want, kind in zip(parts, self.types, strict=True) if not want and kind is not None]
         unread = self._unread + self.rows * sum(packed_row_bytes(kind, self.columns) for kind in left)
         types = tuple(kind if want else None for want, kind in zip(parts, self.types, strict=True))
-        return Bundle(self.handle, types, self.rows, self.columns, unread)  # type: ignore[arg-type]
+        options = {"is_absent": self.is_absent}
+        return Bundle(self.handle, types, self.rows, self.columns, unread, **options)  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from .buffers import Activations, RowMatrix
 from .checks import Floats, check_apart, check_apart_or_same, check_array, check_positive
 from .matrix import Bundle, Matrix
 from .program import Op
+from .records import RecordsOf
 from .recurrent_builder import RecurrentOperations
 from .signs import Signs, sign_code_words
 from .state import KVSlot
@@ -254,6 +255,27 @@ class ProgramBuilder(RecurrentOperations):
         check_apart("h", h, {"known": known, "src": src, "threshold": threshold})
         objects = (known, threshold, *inputs, bundle.handle, out, h, None, None)
         self._append(Op.SPARSE_FFN, objects, (activation_number(kind), 0, 1 + FACTORS.index(factor)), (0.0,))
+
+    def fetch_records(
+        self,
+        of: RecordsOf,
+        select: Floats,
+        threshold: Floats | None = None,
+        *,
+        neurons: int,
+        factor: str | None = None,
+        ahead: bool = False,
+    ) -> None:
+        """Wait until the rows of the neurons are in memory that the sparse FFN after it reads: those whose
+        `select` is above `threshold` ([neurons]; None: above zero), or where `select` is a known `factor`
+        those where it is larger. A few tokens need the union of theirs, more than 8 all that there are.
+        `ahead`: they are a guess, and nothing waits for them."""
+        self._check("select", select, neurons)
+        if threshold is not None:
+            check_array("threshold", threshold, np.float32, (neurons,))
+        rule = 0 if factor is None else 1 + FACTORS.index(factor)
+        objects = (of.records.handle, select, threshold)
+        self._append(Op.FETCH_RECORDS, objects, (of.layer, neurons, rule, int(ahead)))
 
     def keep_large(self, value: Floats, threshold: Floats, out: Floats) -> None:
         """out = 0 where |value| is not above `threshold` [width]; a NaN counts as above. `out` may be

@@ -71,6 +71,14 @@ class UnitsFault:
 _REASONS = {-1: "the file ends there", -2: "the file was changed since it was opened"}
 
 
+def fault_of(fault: tuple[int, int, int, int] | None) -> UnitsFault | None:
+    """`pi_unit_fault` in words."""
+    if fault is None:
+        return None
+    error, *where = fault
+    return UnitsFault(_REASONS.get(error) or os.strerror(error), *where)
+
+
 class Units:
     """Units in the order in which they were added, numbered from 0. `open` gives them slots in memory, as
     many of each kind as wanted; units of one kind have slots of one size."""
@@ -150,11 +158,7 @@ class Units:
 
     def fault(self) -> UnitsFault | None:
         """The first fault; after it nothing is read any more."""
-        fault = self.handle.fault()
-        if fault is None:
-            return None
-        error, *where = fault
-        return UnitsFault(_REASONS.get(error) or os.strerror(error), *where)
+        return fault_of(self.handle.fault())
 
     @property
     def nbytes(self) -> int:

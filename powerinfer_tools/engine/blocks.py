@@ -6,6 +6,7 @@ Nothing here depends on the number of tokens or on the thread count.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from powerinfer_kernels import (
     Matrix,
     Pool,
     ProgramBuilder,
+    RecordsOf,
 )
 from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
@@ -62,12 +64,23 @@ class DenseColumns:
         return sum(matrix.nbytes for matrix in (*self.products, self.down))
 
 
+class RowsOnDisk(Protocol):
+    """Where the rows of one layer's neurons come from, if not from memory."""
+
+    @property
+    def records(self) -> RecordsOf:
+        """The layer."""
+
+    def write_ahead(self, writer: "BlockWriter") -> None:
+        """Append what asks for rows of the next layer, those that it is likely to need."""
+
+
 @dataclass(frozen=True)
 class NeuronRows:
     """FFN with one row of ``down`` per neuron: the split file's form.
 
     With ``skips`` (gate-first) up rows lie in the bundle, with the down rows, and only those of neurons with
-    a positive gate are read.
+    a positive gate are read. ``disk``: where they come from, if not from memory.
     """
 
     gate: Matrix
@@ -75,6 +88,7 @@ class NeuronRows:
     bundle: Bundle
     skips: bool
     bias: Floats | None = None
+    disk: RowsOnDisk | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class PredictedRows:
     predictor: Predictor
     bundle: Bundle
     bias: Floats | None = None
+    disk: RowsOnDisk | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,7 @@ class ThresholdedRows:
     first: Matrix
     threshold: Floats
     bundle: Bundle
+    disk: RowsOnDisk | None = None
 
 
 @dataclass
@@ -297,6 +313,7 @@ class BlockWriter:
         if w.skips:
             assert observed is None, "gate-first does not compute what an observer counts"
             least = np.full(w.gate.rows, cut, np.float32) if cut else None
+            self._fetch(w.disk, gate, least)
             builder.sparse_ffn(
                 gate, b.normed, b.normed_acts, w.bundle, b.block_out, up, kind, threshold=least, cut=cut
             )
@@ -318,6 +335,7 @@ class BlockWriter:
         b, builder = self.buffers, self.builder
         self.label("predictor")
         w.predictor.write(builder, scores)
+        self._fetch(w.disk, scores, w.predictor.threshold)
         self.label("ffn")
         builder.sparse_ffn(
             scores,
@@ -341,9 +359,21 @@ class BlockWriter:
         builder.matmul(w.first, b.normed, b.normed_acts, values)
         if w.factor == "gate":
             builder.activate(values, None, values, kind)
+        self._fetch(w.disk, values, w.threshold, w.factor)
         builder.thresholded_ffn(
             values, w.factor, w.threshold, b.normed, b.normed_acts, w.bundle, b.block_out, h, kind
         )
+
+    def _fetch(
+        self, disk: RowsOnDisk | None, select: Floats, threshold: Floats | None, factor: str | None = None
+    ) -> None:
+        """Wait for the rows that the sparse FFN after it reads, where they are on ``disk``."""
+        if disk is None:
+            return
+        self.label("disk")
+        self.builder.fetch_records(disk.records, select, threshold, neurons=select.shape[1], factor=factor)
+        disk.write_ahead(self)
+        self.label("ffn")
 
     def ffn_truth(self, w: GateAndUp, gate: Floats, up: Floats) -> None:
         """What every neuron would contribute, act(gate)·up, into ``gate`` (T, neurons); ``up`` is scratch."""

@@ -3,6 +3,7 @@ on. Experts, of which a dense FFN is one that every token takes with weight one,
 :mod:`powerinfer_tools.engine.routed`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from powerinfer_tools.engine.blocks import (
     FFNOutput,
     NeuronRows,
     PredictedRows,
+    RowsOnDisk,
     ThresholdedRows,
     pack_columns,
 )
@@ -23,9 +25,10 @@ from powerinfer_tools.engine.buffers import Buffers, Floats, narrowed
 from powerinfer_tools.engine.cold_side import ColdFFN, Computed, Part, Plain
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
+from powerinfer_tools.engine.neurons_on_disk import NeuronsOnDisk, OfLayer
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedWeights
-from powerinfer_tools.engine.predictor_programs import NamedElsewhere, lay_out, named_elsewhere
+from powerinfer_tools.engine.predictor_programs import NamedElsewhere, Predictor, lay_out, named_elsewhere
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import Model
@@ -34,7 +37,7 @@ from powerinfer_tools.model.loading import Model
 def load_cold_ffn(model: Model, index: int, pool: Pool, part: Part) -> ColdFFN:
     """Lay out ``part`` of layer ``index``, which has no experts."""
     layer, ffn, mode = model.layers[index], model.layers[index].ffn, part.mode
-    if part.on_disk is not None:
+    if isinstance(part.on_disk, LayersOnDisk):
         return _PassingFFN(part.on_disk.columns(index), part.observed, disk=part.on_disk, layer=index)
     if isinstance(ffn, DenseFFN):
         if part.hot_neurons:
@@ -125,7 +128,8 @@ class _BundledFFN(Plain, ABC):
 
     @property
     def nbytes(self) -> int:
-        return self.beside + self.bundle.nbytes + sum(matrix.nbytes for matrix in self.whole)
+        held = 0 if self.bundle.is_absent else self.bundle.nbytes  # what is read from disk counts there
+        return self.beside + held + sum(matrix.nbytes for matrix in self.whole)
 
     @property
     def quantized(self) -> bool:
@@ -225,9 +229,19 @@ def _load_rows(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
     skips, first, packed = part.mode == "gate-first", part.hot_neurons, part.packed
     dense = layer.kinds[:1] if skips else layer.kinds[:-1]
     matrices = [packed.rows(pool, layer, kind, first) for kind in dense]
-    bundle = packed.bundle(pool, layer, first, layer.kinds[len(dense) :])
+    bundle, disk = _bundle(layer, pool, part, layer.kinds[len(dense) :])
     up = matrices[1] if len(matrices) == 2 else None
-    return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first)), part.observed)
+    return _RowsFFN(NeuronRows(matrices[0], up, bundle, skips, _bias(layer, first), disk), part.observed)
+
+
+def _bundle(
+    layer: SplitLayer, pool: Pool, part: Part, kinds: Sequence[str]
+) -> tuple[Bundle, RowsOnDisk | None]:
+    """The rows of ``kinds`` of the neurons that are computed here, and where they come from, if not from
+    memory."""
+    if isinstance(part.on_disk, NeuronsOnDisk):
+        return part.on_disk.bundle(layer.index), OfLayer(part.on_disk, layer.index, part.tokens)
+    return part.packed.bundle(pool, layer, part.hot_neurons, kinds), None
 
 
 def _load_columns(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
@@ -241,13 +255,14 @@ def _load_columns(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
 def _load_thresholded(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
     threshold, first = layer.threshold, part.hot_neurons
     assert threshold is not None
-    rest = [kind for kind in layer.kinds if kind != threshold.factor]
+    bundle, disk = _bundle(layer, pool, part, [kind for kind in layer.kinds if kind != threshold.factor])
     return _ThresholdedFFN(
         ThresholdedRows(
             factor=threshold.factor,
             first=part.packed.rows(pool, layer, threshold.factor, first),
             threshold=threshold.values[first:].copy(),
-            bundle=part.packed.bundle(pool, layer, first, rest),
+            bundle=bundle,
+            disk=disk,
         )
     )
 
@@ -255,12 +270,18 @@ def _load_thresholded(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
 def _load_predicted(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
     assert layer.predictor is not None
     first = part.hot_neurons
-    here = None if part.named else lay_out(layer.predictor, pool, first, layer.width, part.tokens)
+    here: Predictor | None = None
+    if isinstance(part.on_disk, NeuronsOnDisk):
+        here = part.on_disk.predictor(layer.index, part.tokens)
+    elif not part.named:
+        here = lay_out(layer.predictor, pool, first, layer.width, part.tokens)
+    bundle, disk = _bundle(layer, pool, part, layer.kinds)
     return _PredictedFFN(
         PredictedRows(
             predictor=here or named_elsewhere(layer.neurons - first),
-            bundle=part.packed.bundle(pool, layer, first, layer.kinds),
+            bundle=bundle,
             bias=_bias(layer, first),
+            disk=disk,
         )
     )
 

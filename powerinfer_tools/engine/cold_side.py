@@ -9,6 +9,7 @@ from powerinfer_tools.engine.buffers import Buffers, Floats
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.hot.routes import SHARED, Route
 from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
+from powerinfer_tools.engine.neurons_on_disk import NeuronsOnDisk
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedWeights
 
@@ -83,7 +84,7 @@ class Part:
     ``hot_neurons``, which the hot device computes, and in mode predicted names, too, where they are
     ``named`` there. ``alone``: no hot device takes part, so that the result may go into the residual stream
     at once. ``observed`` and ``thresholds``: of a source model, what counts, and what is left out.
-    ``packed``: what other layouts of the model share. ``on_disk``: where it is read from, whole."""
+    ``packed``: what other layouts of the model share. ``on_disk``: where it is read from."""
 
     mode: str
     tokens: int
@@ -93,7 +94,7 @@ class Part:
     alone: bool = False
     observed: LayerCounters | None = None
     thresholds: FactorThresholds | None = None
-    on_disk: LayersOnDisk | None = None
+    on_disk: LayersOnDisk | NeuronsOnDisk | None = None
 
 
 class Plain:

@@ -1,6 +1,6 @@
 """Whether a model runs from disk, and what its experts then get of the memory that it may take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,12 +10,15 @@ import numpy.typing as npt
 
 from powerinfer_formats.profile import ROUTING, Profile
 from powerinfer_formats.shard_names import model_name
+from powerinfer_formats.split import SplitLayer
 from powerinfer_kernels import Pool
 from powerinfer_tools.detect import available_ram_bytes, resident_bytes
 from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
 from powerinfer_tools.engine.memory import MARGIN, require_memory
+from powerinfer_tools.engine.modes import layer_modes
+from powerinfer_tools.engine.neurons_on_disk import NeuronsOnDisk
 from powerinfer_tools.engine.residency import Residency
-from powerinfer_tools.engine.units_on_disk import Budget, UnitsOnDisk
+from powerinfer_tools.engine.weights_on_disk import Budget, WeightsOnDisk
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.footprint import footprint_of
@@ -44,7 +47,7 @@ class RamOptions:
 class FromDisk:
     """A model whose experts, or FFNs, are read from disk, and what is to be said about that."""
 
-    residency: UnitsOnDisk
+    residency: WeightsOnDisk
     budget: Budget
     notices: tuple[str, ...]
 
@@ -58,6 +61,7 @@ def open_from_disk(
     kv_type: str,
     batch: int,
     device: str,
+    mode: str | None = None,
     shared: int = 0,
 ) -> FromDisk | None:
     """How ``model`` runs from disk; None where all of it fits in the memory that it may take, ``shared``
@@ -72,7 +76,7 @@ def open_from_disk(
         if (
             not available
             or size.weights + size.cache - shared + MARGIN <= available
-            or model.hyper.routing is None  # read as a whole for every token: only where that is asked for
+            or not _by_itself(model, mode)
             or not _can(model, device)
         ):
             if device != "cuda":  # the layers judge it when they know what the GPU holds
@@ -83,16 +87,49 @@ def open_from_disk(
         return None
     elif not _can(model, device):
         raise ModelError(_refusal(model, size, ram, device))
-    routed = model.hyper.routing is not None
-    residency = Residency(model, pool) if routed else LayersOnDisk(model, pool)
+    residency = _on_disk(model, pool, mode)
     try:
-        frequencies, notices = expert_frequencies(model, options) if routed else (None, ())
+        frequencies, notices = _frequencies(model, options)
         disk = _fit(model, residency, frequencies, size, ram, batch)
         budget = replace(disk.budget, static=options.placing == "static")
         return replace(disk, budget=budget, notices=(*disk.notices, *notices))
     except BaseException:
         residency.close()
         raise
+
+
+def _on_disk(model: Model, pool: Pool, mode: str | None) -> WeightsOnDisk:
+    if model.hyper.routing is not None:
+        return Residency(model, pool)
+    return LayersOnDisk(model, pool) if model.is_source else NeuronsOnDisk(model, pool, mode)
+
+
+def _frequencies(
+    model: Model, options: RamOptions
+) -> tuple[Sequence[npt.NDArray[np.float64]] | None, tuple[str, ...]]:
+    """How often each unit is taken, by layer, as far as that is known, and what is to be said."""
+    if model.hyper.routing is not None:
+        table, notices = expert_frequencies(model, options)
+        return None if table is None else list(table), notices
+    return (None, ()) if model.split is None else neuron_frequencies(model, options)
+
+
+def neuron_frequencies(
+    model: Model, options: RamOptions
+) -> tuple[Sequence[npt.NDArray[np.float64]] | None, tuple[str, ...]]:
+    """The share of tokens for which each neuron of a split file was active, in its order, by the profile of
+    its source; None without one. Raises ModelError for a named profile that is of another model, FormatError
+    for one that cannot be read."""
+    path, split = options.profile or profile_beside(model.path), model.split
+    assert split is not None
+    if not path.exists() and options.profile is None:
+        return None, ()
+    profile = Profile.load(path)
+    if profile.fingerprint == split.source_fingerprint:
+        return [profile.frequency(layer.index)[layer.order] for layer in split.layers], ()
+    if options.profile is not None:
+        raise ModelError(f"{model.path}: {path} is the profile of another model ({profile.model_name})")
+    return None, ()
 
 
 def expert_frequencies(
@@ -142,10 +179,10 @@ class _Size:
         self.cache = self._counted.session_bytes(context, kv_type)
         self._experts = body.expert_bytes
 
-    def always(self, residency: UnitsOnDisk) -> int:
+    def always(self, residency: WeightsOnDisk) -> int:
         """Weights that are in memory whatever is read from disk."""
-        dense = isinstance(residency, LayersOnDisk)
-        return max(0, self.weights - (residency.whole_bytes if dense else self._experts))
+        routed = isinstance(residency, Residency)
+        return max(0, self.weights - (self._experts if routed else residency.whole_bytes))
 
     def scratch(self, batch: int) -> int:
         """Buffers of passes of ``batch`` tokens."""
@@ -155,12 +192,21 @@ class _Size:
 
 
 def _can(model: Model, device: str) -> bool:
-    kinds = (ExpertsFFN,) if model.hyper.routing is not None else (DenseFFN,)
+    """Whether some of the weights can be read from disk, but for what is said when that is tried."""
+    kinds = (ExpertsFFN,) if model.hyper.routing is not None else (DenseFFN, SplitLayer)
     return device == "none" and any(isinstance(layer.feeds, kinds) for layer in model.layers)
 
 
+def _by_itself(model: Model, mode: str | None) -> bool:
+    """Whether it is read from disk without being asked for: not where every token takes all of it."""
+    if model.hyper.routing is not None:
+        return True
+    split, modes = model.split, layer_modes(model, mode)
+    return split is not None and "dense" not in modes and not any(layer.hot_neurons for layer in split.layers)
+
+
 def _refusal(model: Model, size: _Size, ram: int, device: str) -> str:
-    why = "of a split file without experts nothing is read from disk; run its source"
+    why = "it has no FFNs that could be read from disk"
     if device != "none":
         why = f"with --device {device} nothing is read from disk"
     return (
@@ -171,8 +217,8 @@ def _refusal(model: Model, size: _Size, ram: int, device: str) -> str:
 
 def _fit(
     model: Model,
-    residency: UnitsOnDisk,
-    use: npt.NDArray[np.float64] | None,
+    residency: WeightsOnDisk,
+    use: Sequence[npt.NDArray[np.float64]] | None,
     size: _Size,
     ram: int,
     batch: int,

@@ -12,7 +12,8 @@ import numpy as np
 
 from powerinfer_kernels import UNITS_AHEAD, KernelError
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns
-from powerinfer_tools.engine.units_on_disk import READERS, Budget, UnitsOnDisk
+from powerinfer_tools.engine.units_on_disk import READERS, UnitsOnDisk
+from powerinfer_tools.engine.weights_on_disk import Budget
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from powerinfer_kernels import UNITS_AHEAD, Choice, KernelError, Matrix
 from powerinfer_tools.engine.blocks import BlockWriter, DenseColumns, pack
 from powerinfer_tools.engine.buffers import Floats
-from powerinfer_tools.engine.units_on_disk import READERS, Budget, UnitsOnDisk
+from powerinfer_tools.engine.units_on_disk import READERS, UnitsOnDisk
 from powerinfer_tools.engine.values import Value
+from powerinfer_tools.engine.weights_on_disk import Budget
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.hyperparameter_types import Routing

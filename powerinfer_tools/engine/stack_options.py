@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from powerinfer_tools.engine.factor_thresholds import FactorThresholds
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedWeights
-from powerinfer_tools.engine.units_on_disk import Budget, UnitsOnDisk
+from powerinfer_tools.engine.weights_on_disk import Budget, WeightsOnDisk
 from powerinfer_tools.progress import Progress
 
 
@@ -30,7 +30,7 @@ class StackOptions:
     observed: Sequence[LayerCounters | None] | None = None
     check_recall: bool = False
     thresholds: Sequence[FactorThresholds] | None = None
-    residency: UnitsOnDisk | None = None
+    residency: WeightsOnDisk | None = None
     budget: Budget | None = None
     packed: PackedWeights = field(default_factory=PackedWeights)
     progress: Progress | None = None

@@ -13,6 +13,7 @@ from powerinfer_tools.engine.cold_side import ColdFFN, Part
 from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot_steps import ColdPart, Host, HotSteps
 from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
+from powerinfer_tools.engine.neurons_on_disk import NeuronsOnDisk
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.program_operations import Inputs, ProgramOperations
 from powerinfer_tools.engine.recall import RecallCheck
@@ -176,7 +177,7 @@ class StackWriter:
                 alone=neurons == 0,
                 observed=observed,
                 thresholds=options.thresholds[index] if options.thresholds else None,
-                on_disk=disk if isinstance(disk, LayersOnDisk) else None,
+                on_disk=disk if isinstance(disk, LayersOnDisk | NeuronsOnDisk) else None,
             )
             ffn = load_cold_ffn(self._model, index, self._pool, part)
         self.cold[index] = ffn

@@ -58,7 +58,7 @@ class Weights(Closing):
     model. ``check_recall`` also computes the truth of every prediction, for the report;
     results stay the same bits. ``thresholds`` of each layer of a source model leave neurons out, as they say
     at the time of each pass. ``ram``: the memory that the process may take; what does not fit is read from
-    disk, experts and FFNs of dense models, see :mod:`powerinfer_tools.engine.units_on_disk`. ``beside``:
+    disk, experts, FFNs and neurons, see :mod:`powerinfer_tools.engine.weights_on_disk`. ``beside``:
     other weights of the same model, in another mode: what both lay out alike is packed once. ``progress``
     hears of GPU kernels that have to be compiled.
     """
@@ -98,6 +98,7 @@ class Weights(Closing):
                 kv_type=kv_type,
                 batch=self.batch,
                 device=device,
+                mode=mode,
                 shared=self.packed.nbytes,
             )
             options = StackOptions(

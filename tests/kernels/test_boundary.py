@@ -15,11 +15,14 @@ from powerinfer_kernels import (
     Bundle,
     KernelError,
     KVCache,
+    LayerOfRecords,
     Layout,
     Matrix,
     Part,
     Pool,
     ProgramBuilder,
+    Records,
+    RecordsOf,
     RowType,
     Signs,
     State,
@@ -136,6 +139,16 @@ def disk(b: ProgramBuilder, pool: Pool) -> Units:
     return units
 
 
+def neurons(b: ProgramBuilder, pool: Pool) -> Records:
+    """Rows of neurons that are read from a file."""
+    records, bundle = Records(), Bundle.absent(pool, NEURONS, WIDTH, (None, 0, 0))
+    with tempfile.TemporaryFile() as file:
+        layer = LayerOfRecords(bundle, 0, 0, 2 * WIDTH * 4, (None, 0, WIDTH * 4), 0)
+        records.open([UnitsFile(os.dup(file.fileno()), False)], [layer], 100, 1)
+    b.fetch_records(RecordsOf(records, 0), floats(TOKENS, NEURONS), floats(NEURONS), neurons=NEURONS)
+    return records
+
+
 def recurrent(b: ProgramBuilder) -> None:
     x, y = floats(TOKENS, WIDTH), floats(TOKENS, WIDTH)
     b.convolve(x, floats(4, WIDTH), floats(WIDTH), y, b.recurrent_slot(3 * WIDTH))
@@ -157,10 +170,11 @@ def builder(pool: Pool) -> Iterator[ProgramBuilder]:
     attention(made)
     matrices(made, pool)
     experts(made, pool)
-    units = disk(made, pool)
+    units, records = disk(made, pool), neurons(made, pool)
     recurrent(made)
     yield made
     units.close()
+    records.close()
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +254,7 @@ def test_what_is_written_must_be_writable(name: str, steps: dict[Op, Step]) -> N
             messages.append(refusal(step, replaced(step[1], k, frozen)))
     refused = [message for message in messages if message]
     assert all("cannot be written" in message for message in refused)
-    assert refused or name in ("STORE_KV", "FETCH")  # which write into the session's state, and units, alone
+    assert refused or name in ("STORE_KV", "FETCH", "FETCH_RECORDS")  # these write elsewhere
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

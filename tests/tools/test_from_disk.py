@@ -20,7 +20,8 @@ from powerinfer_tools import detect
 from powerinfer_tools.engine import Engine, from_disk
 from powerinfer_tools.engine import weights as weights_module
 from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
-from powerinfer_tools.engine.residency import Budget, Residency
+from powerinfer_tools.engine.residency import Residency
+from powerinfer_tools.engine.weights_on_disk import Budget
 from powerinfer_tools.errors import ModelError, ProfileError
 from powerinfer_tools.measure.synthetic.models import write_synthetic
 from powerinfer_tools.measure.synthetic.shapes import Shape

@@ -13,7 +13,7 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.engine import weights as weights_module
 from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
 from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
-from powerinfer_tools.engine.units_on_disk import Budget
+from powerinfer_tools.engine.weights_on_disk import Budget
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.measure.synthetic.models import Shape, write_synthetic
 from powerinfer_tools.model.loading import Model, load_model

@@ -15,7 +15,8 @@ from powerinfer_formats.plan import Plan
 from powerinfer_kernels import Pool
 from powerinfer_tools.engine import from_disk, weights
 from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
-from powerinfer_tools.engine.residency import Budget, Residency
+from powerinfer_tools.engine.residency import Residency
+from powerinfer_tools.engine.weights_on_disk import Budget
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model

@@ -44,12 +44,12 @@ def with_prompt(
     if not size.prompt:
         return table
     gpu = machine.gpu
-    hot = _ffn_seconds(table, layer, units, machine, size, there=True)
-    cold = _ffn_seconds(table, layer, units, machine, size, there=False)
+    hot = _ffn_seconds(table, layer, units, machine, size, on_gpu=True)
+    cold = _ffn_seconds(table, layer, units, machine, size, on_gpu=False)
     block = np.where(
         table.block_hot > 0,
-        0.0 if gpu is None else _block_seconds(shape, layer, machine, size, there=True),
-        _block_seconds(shape, layer, machine, size, there=False),
+        0.0 if gpu is None else _block_seconds(shape, layer, machine, size, on_gpu=True),
+        _block_seconds(shape, layer, machine, size, on_gpu=False),
     )
     seconds = block + np.maximum(hot, cold)
     if gpu is not None:
@@ -60,7 +60,13 @@ def with_prompt(
 
 
 def _ffn_seconds(
-    table: LevelTable, layer: LayerShape, units: FFNUnits, machine: Machine, size: RequestSize, *, there: bool
+    table: LevelTable,
+    layer: LayerShape,
+    units: FFNUnits,
+    machine: Machine,
+    size: RequestSize,
+    *,
+    on_gpu: bool,
 ) -> Vector:
     """What one side computes of the FFN."""
     hot, shared = table.hot / (units.count * units.neurons), table.shared_hot.astype(np.float64)
@@ -68,28 +74,28 @@ def _ffn_seconds(
     taken = (
         (table.activations - shared * units.shared_neurons) / total if layer.experts and total > 0 else hot
     )
-    nbytes = units.each.vram if there else units.each.ram
-    others = units.shared.vram if there else units.shared.ram
-    share, work, also = (hot, taken, shared) if there else (1 - hot, 1 - taken, 1 - shared)
+    nbytes = units.each.vram if on_gpu else units.each.ram
+    others = units.shared.vram if on_gpu else units.shared.ram
+    share, work, also = (hot, taken, shared) if on_gpu else (1 - hot, 1 - taken, 1 - shared)
     # Of the units of a batch, as many as its tokens can take.
     reached = min(1.0, size.batch * units.taken / units.count)
     read = share * units.count * reached * nbytes + also * others
     each = _macs(layer.ffn) * (units.taken if layer.experts else 1)
     macs = work * each + also * (_macs(layer.experts.shared) if layer.experts else 0)
-    return _longer(read, macs, machine, size, there=there)
+    return _longer(read, macs, machine, size, on_gpu=on_gpu)
 
 
 def _block_seconds(
-    shape: ModelShape, layer: LayerShape, machine: Machine, size: RequestSize, *, there: bool
+    shape: ModelShape, layer: LayerShape, machine: Machine, size: RequestSize, *, on_gpu: bool
 ) -> float:
     """Attention: its matrices, and every token with those before it."""
-    nbytes = gpu_attention_bytes(layer) if there else attention_bytes(layer)
+    nbytes = gpu_attention_bytes(layer) if on_gpu else attention_bytes(layer)
     macs = _macs(layer.attention) + shape.heads * shape.head_dim * (layer.window or size.prompt)
-    return float(_longer(np.array([float(nbytes)]), np.array([float(macs)]), machine, size, there=there)[0])
+    return float(_longer(np.array([float(nbytes)]), np.array([float(macs)]), machine, size, on_gpu=on_gpu)[0])
 
 
-def _longer(nbytes: Vector, macs: Vector, machine: Machine, size: RequestSize, *, there: bool) -> Vector:
-    if there:
+def _longer(nbytes: Vector, macs: Vector, machine: Machine, size: RequestSize, *, on_gpu: bool) -> Vector:
+    if on_gpu:
         if machine.gpu is None:
             return np.zeros(len(nbytes))
         bandwidth, rate = machine.gpu.bandwidth, GPU_MACS_PER_BYTE * machine.gpu.bandwidth

@@ -1,0 +1,102 @@
+"""Rows of neurons that stay on disk: those that programs name are in memory (records.h)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _kernels
+from ._kernels import KernelError
+from .checks import check_positive
+from .matrix import Bundle
+from .units import UnitCounters, UnitsFault, UnitsFile, fault_of
+
+PAGE = 4096
+_AT_ONCE = 256 << 10
+
+
+class LayerOfRecords(NamedTuple):
+    """The records of one layer, one after the other from byte `offset` of a file on, `nbytes` each. `bundle`
+    was made by `Bundle.absent`; `rows` say where in a record its gate, up and down rows are, None for those
+    that it has not. The first `fixed` stay in memory as long as what a pass takes fits beside them."""
+
+    bundle: Bundle
+    file: int
+    offset: int
+    nbytes: int
+    rows: tuple[int | None, int | None, int | None]
+    fixed: int
+
+
+@dataclass(frozen=True)
+class RecordsOf:
+    """One layer of records, for operations."""
+
+    records: "Records"
+    layer: int
+
+
+class Records:
+    """The rows of layers' neurons on disk; `open` gives them memory."""
+
+    def __init__(self) -> None:
+        self.handle = _kernels.Records()
+
+    def open(
+        self, files: Sequence[UnitsFile], layers: Sequence[LayerOfRecords], pages: int, threads: int
+    ) -> None:
+        """Make room for `pages` of 4,096 bytes of records, to be read by `threads`. Raises KernelError where
+        the system has not the memory, or a number is impossible; the files are then left open."""
+        check_positive(threads=threads, pages=pages)
+        self.handle.open(
+            tuple((file.descriptor, file.direct) for file in files),
+            tuple(_given(layer) for layer in layers),
+            pages,
+            threads,
+        )
+
+    def load(self, layer: int, neurons: npt.NDArray[np.int32]) -> None:
+        """Read `neurons` (ascending) of `layer`, those that are not there. Raises KernelError after a fault,
+        and where they do not fit."""
+        if not self.handle.load(layer, np.ascontiguousarray(neurons, np.int32)):
+            raise KernelError("weights on disk could not be brought into memory")
+
+    def reset(self) -> None:
+        """Count from here on."""
+        self.handle.reset()
+
+    def taken(self, layer: int) -> npt.NDArray[np.int64]:
+        """Passes that took each neuron of `layer` so far."""
+        return np.frombuffer(self.handle.taken(layer), np.int64)
+
+    def counters(self) -> UnitCounters:
+        """What happened so far, to neurons."""
+        return UnitCounters(*self.handle.counters())
+
+    def fault(self) -> UnitsFault | None:
+        """The first fault; after it nothing is read any more."""
+        return fault_of(self.handle.fault())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the records and the reading threads."""
+        return self.handle.nbytes
+
+    def close(self) -> None:
+        """End the threads, close the files, give the memory back. KernelError while a program runs."""
+        self.handle.close()
+
+
+def staging_bytes(record_bytes: int) -> int:
+    """Memory of one reading thread for records of that size."""
+    return (max(1, _AT_ONCE // record_bytes) + 1) * record_bytes + 2 * PAGE
+
+
+def _given(layer: LayerOfRecords) -> tuple[object, ...]:
+    types = tuple(-1 if kind is None else int(kind) for kind in layer.bundle.types)
+    if [kind < 0 for kind in types] != [row is None for row in layer.rows]:
+        raise KernelError("records have other rows than their bundle")
+    places = tuple(row or 0 for row in layer.rows)
+    return (layer.bundle.handle, layer.file, layer.offset, layer.nbytes, places, types, layer.fixed)

@@ -297,7 +297,7 @@ def make_sparse(path: Path) -> None:
     """A split file of which a tenth of the neurons fires, with the vocabulary of the tiny models."""
     from dataclasses import replace
 
-    from powerinfer_tools.measure.synthetic.models import SHAPES
+    from powerinfer_tools.measure.synthetic.shapes import SHAPES
     from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
 
     sizes = {"layers": 6, "width": 512, "heads": 8, "kv_heads": 2, "head_dim": 64, "neurons": 4096}

@@ -127,8 +127,9 @@ def _disk_lines(figures: dict[str, Any]) -> Iterator[str]:
         return
     yield (
         f"{disk['what']}: {disk['hits']:,} of {disk['taken']:,} in memory when taken "
-        f"({disk['hit_share']:.1%}), {disk['late']:,} on their way; {format_size(disk['memory_bytes'])} from memory, "
-        f"{format_size(disk['read_bytes'])} from disk, {disk['moved']:,} made room for others"
+        f"({disk['hit_share']:.1%}), {disk['late']:,} on their way; "
+        f"{format_size(disk['memory_bytes'])} from memory, {format_size(disk['read_bytes'])} from disk, "
+        f"{disk['moved']:,} made room for others"
     )
     yield (
         f"read ahead: {disk['ahead_used']:,} of {disk['ahead']:,} that were expected were taken; "

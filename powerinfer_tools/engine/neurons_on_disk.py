@@ -38,7 +38,8 @@ _TRIED = 512
 
 
 class NeuronsOnDisk(WeightsOnDisk):
-    """The rows of the neurons of all layers that are computed by single neurons in ``mode`` (None: what the file says)."""
+    """The rows of the neurons of all layers that are computed by single neurons in ``mode``; None: that which
+    the file says."""
 
     what = "neurons"
 

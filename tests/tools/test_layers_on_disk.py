@@ -15,7 +15,8 @@ from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
 from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
 from powerinfer_tools.engine.weights_on_disk import Budget
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.measure.synthetic.models import Shape, write_synthetic
+from powerinfer_tools.measure.synthetic.models import write_synthetic
+from powerinfer_tools.measure.synthetic.shapes import Shape
 from powerinfer_tools.model.loading import Model, load_model
 from tiny_models import CASES, FAMILY_CASES, make_tiny_model
 

@@ -15,7 +15,7 @@ from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
 from powerinfer_tools.engine.neurons_on_disk import NeuronsOnDisk
 from powerinfer_tools.engine.weights_on_disk import Budget
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.measure.synthetic.models import SHAPES
+from powerinfer_tools.measure.synthetic.shapes import SHAPES
 from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
 from powerinfer_tools.model.loading import Model, load_model
 

@@ -1,5 +1,7 @@
 """How many tokens to draft: what pays, by the acceptance and the cost of batches measured so far."""
 
+from collections.abc import Iterator
+
 #: Most tokens drafted at a time.
 MOST = 15
 #: Share of the time of decoding that drafts which turn out wrong may cost.
@@ -10,6 +12,9 @@ _GUESS = 0.2
 _NEW, _KEEP = 0.3, 0.9
 #: Passes worth of time that gains may pay for later losses.
 _SAVINGS = 4.0
+#: Change of a single token's time, as a share of it, from which on a choice is made anew: it takes longer than looking
+#: a text up.
+_STALE = 0.1
 
 
 class DraftLength:
@@ -24,6 +29,8 @@ class DraftLength:
         self._drafting = 0.0  # seconds to draft one token
         self._right, self._tried = 1.0, 2.0
         self._saved = self._spent = 0.0
+        self._chosen: dict[int, int] = {}  # most → what pays, by what was measured until then
+        self._chosen_by = 0.0  # seconds of a single token then
 
     @property
     def single(self) -> float | None:
@@ -35,12 +42,20 @@ class DraftLength:
         single, most = self.single, min(most, MOST)
         if single is None or most < 1 or self._saved < -ALLOWED * self._spent:
             return 0
+        if abs(single - self._chosen_by) > _STALE * self._chosen_by:
+            self._chosen, self._chosen_by = {}, single
+        if most not in self._chosen:
+            self._chosen[most] = self._fastest(single, most)
+        return self._chosen[most]
+
+    def _fastest(self, single: float, most: int) -> int:
+        """How many tokens to draft, of 1 to ``most``; 2 to learn more, where none pays."""
         share = self._right / self._tried
         best, fastest = 0, 1 / single
         expected = 1.0
-        for count in range(1, most + 1):
+        for count, seconds in enumerate(self._seconds(most), 1):
             expected += share**count
-            rate = expected / (self._seconds(count + 1) + count * self._drafting)
+            rate = expected / (seconds + count * self._drafting)
             if rate > fastest:
                 best, fastest = count, rate
         return best or min(2, most)
@@ -54,6 +69,7 @@ class DraftLength:
         self._spent += seconds + drafting
         if not drafted:
             return
+        self._chosen.clear()
         self._drafting += _NEW * (drafting / drafted - self._drafting)
         self._right = _KEEP * self._right + accepted
         self._tried = _KEEP * self._tried + min(accepted + 1, drafted)
@@ -61,14 +77,16 @@ class DraftLength:
         gain = (accepted + 1) * single - seconds - drafting
         self._saved = min(self._saved + gain, _SAVINGS * single)
 
-    def _seconds(self, tokens: int) -> float:
-        """What a pass of so many tokens takes: as measured, else along the line between the nearest that
-        were."""
-        if tokens in self._cost:
-            return self._cost[tokens]
-        below = max(count for count in self._cost if count < tokens)
-        above = min((count for count in self._cost if count > tokens), default=None)
-        if above is None:
-            return self._cost[below] + (tokens - below) * _GUESS * self._cost[1]
-        part = (tokens - below) / (above - below)
-        return self._cost[below] + part * (self._cost[above] - self._cost[below])
+    def _seconds(self, most: int) -> Iterator[float]:
+        """What passes of 1 to ``most`` tokens more than one take: as measured, else along the line between the
+        nearest that were."""
+        measured = sorted(self._cost.items())
+        below, above = measured[0], 0
+        for tokens in range(2, most + 2):
+            while above < len(measured) and measured[above][0] < tokens:
+                below, above = measured[above], above + 1
+            if above < len(measured):
+                slope = (measured[above][1] - below[1]) / (measured[above][0] - below[0])
+            else:
+                slope = _GUESS * self._cost[1]
+            yield below[1] + (tokens - below[0]) * slope

@@ -191,16 +191,24 @@ class Drafter:
 
     def _pass_over(self, token: int) -> Floats:
         """``token`` and the guesses that seem to pay."""
-        started, session = time.perf_counter(), self._session
-        most = min(session.context - len(self._tokens), session.most_verified) - 1
+        self._tokens.append(token)
+        try:
+            return self._verified()
+        except BaseException:
+            self._tokens.pop()
+            raise
+
+    def _verified(self) -> Floats:
+        """:meth:`_pass_over` the last token of the text."""
+        started, session, text = time.perf_counter(), self._session, self._tokens
+        most = min(session.context - len(text) + 1, session.most_verified) - 1
         length, guesses = self.length.choose(min(most, MOST)), list[int]()
         if length:
-            guesses = self._proposer.propose([*self._tokens, token], length)
+            guesses = self._proposer.propose(text, length)
         drafting = time.perf_counter() - started
         self._before = session.checkpoint() if guesses else None
-        rows = session.verify([token, *guesses])
+        rows = session.verify([text[-1], *guesses])
         taken = time.perf_counter() - started
-        self._tokens.append(token)
         self._ahead, self._rows = guesses, rows
         self._pass = (len(guesses), taken - drafting, drafting)
         counters = self.counters

@@ -213,7 +213,7 @@ def _converted(source: Path, folder: Path) -> Path:
     plan, out = folder / f"{source.stem}.plan.json", folder / f"{source.stem}.powerinfer.gguf"
     _cli("profile", "-m", str(model), "--corpus", str(CORPUS), "--tokens", "512")
     _cli("plan", "-m", str(model), "--hardware", str(_hardware()), "-o", str(plan))
-    _cli("convert", "-m", str(model), "--plan", str(plan), "-o", str(out))
+    _cli("convert", "-m", str(model), "--plan", str(plan), "-o", str(out), "--anyway")
     return out
 
 

@@ -70,6 +70,14 @@ def command(
             "profile.",
         ),
     ] = False,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway",
+            help="Write a file that is larger than its source, although its plan skips no neuron and uses no "
+            "accelerator.",
+        ),
+    ] = False,
     output: opt.Output = None,
     quant: Annotated[
         Literal["auto", WrittenType],
@@ -96,7 +104,7 @@ def command(
     """Convert a model."""
     source = find_model(model)
     if form == "powerinfer":
-        opt.refuse_beside(ctx, "--format powerinfer", "plan", "profile", "other_profile")
+        opt.refuse_beside(ctx, "--format powerinfer", "plan", "profile", "other_profile", "anyway")
         if all_active:
             opt.refuse_beside(ctx, "--all-active", "predictors", "trace")
         write_original(source, output, quant, predictors, trace, all_active=all_active, as_json=common.json)
@@ -107,7 +115,7 @@ def command(
     predictor_file = optional_input(predictors, source, PREDICTORS_SUFFIX, made_by="train")
     threshold_file = optional_input(thresholds, source, THRESHOLDS_SUFFIX, made_by="threshold")
     path = output_file(output, source, SPLIT_SUFFIX)
-    say_verdict(source, plan_file)
+    say_verdict(source, plan_file, anyway=anyway or bool(predictor_file or threshold_file))
     from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 
     chosen = None if quant == "auto" else quant
@@ -127,13 +135,24 @@ def command(
     show(report, as_json=common.json)
 
 
-def say_verdict(source: Path, plan_file: Path) -> None:
-    """What the split file will be on this machine, before it is written."""
+def say_verdict(source: Path, plan_file: Path, *, anyway: bool) -> None:
+    """What the split file will be on this machine, before it is written.
+
+    Raises ConvertError, unless ``anyway``, for one that takes more room than its source for nothing.
+    """
     from powerinfer_formats.plan import Plan
+    from powerinfer_tools.errors import ConvertError
     from powerinfer_tools.inspect.advice import split_verdict
 
-    if verdict := split_verdict(source, Plan.load(plan_file)):
-        say(f"the split file: {verdict}")
+    verdict = split_verdict(source, Plan.load(plan_file))
+    if verdict.in_vain and not anyway:
+        raise ConvertError(
+            f"{plan_file} computes every layer dense on the CPU, so the split file would have the source's "
+            f"speed and take {verdict.growth:.2f} × its bytes: run {source} as it is (--anyway writes the "
+            "file)"
+        )
+    if verdict.text:
+        say(f"the split file: {verdict.text}")
 
 
 def write_original(

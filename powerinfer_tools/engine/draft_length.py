@@ -12,8 +12,8 @@ _GUESS = 0.2
 _NEW, _KEEP = 0.3, 0.9
 #: Passes worth of time that gains may pay for later losses.
 _SAVINGS = 4.0
-#: Change of a single token's time, as a share of it, from which on a choice is made anew: it takes longer than looking
-#: a text up.
+#: Change of a single token's time, as a share of it, from which on a choice is made anew: choosing takes
+#: longer than looking a text up.
 _STALE = 0.1
 
 
@@ -78,8 +78,8 @@ class DraftLength:
         self._saved = min(self._saved + gain, _SAVINGS * single)
 
     def _seconds(self, most: int) -> Iterator[float]:
-        """What passes of 1 to ``most`` tokens more than one take: as measured, else along the line between the
-        nearest that were."""
+        """What passes of 1 to ``most`` tokens more than one take: as measured, else along the line between
+        the nearest that were."""
         measured = sorted(self._cost.items())
         below, above = measured[0], 0
         for tokens in range(2, most + 2):

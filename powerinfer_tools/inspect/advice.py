@@ -10,12 +10,14 @@ from typing import Any
 
 from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
+from powerinfer_formats.split_layout import bundle_layout
 from powerinfer_tools import detect
 from powerinfer_tools.engine.memory import MARGIN
 from powerinfer_tools.measure.hardware.store import find_hardware
 from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.loading import Model, load_model
-from powerinfer_tools.model.shapes import ModelShape, neuron_bytes, shape_of_model
+from powerinfer_tools.model.matrices import FLOAT_TYPES
+from powerinfer_tools.model.shapes import LayerShape, ModelShape, shape_of_model, stored_down_type
 from powerinfer_tools.stages.plan import costs
 from powerinfer_tools.stages.plan.costs import Machine
 from powerinfer_tools.stages.plan.frequencies import Frequencies, model_frequencies
@@ -25,6 +27,8 @@ from powerinfer_tools.stages.plan.planner import DEFAULT_CONTEXT, Budgets, PlanO
 
 #: A preparation is recommended from this gain on: below it, the spread of a run hides it.
 WORTH = 1.1
+#: A split file that gains nothing may be so much larger than its source.
+WASTE = 1.02
 #: What the time of a profile is estimated by: tokens that it reads, and how much faster a prompt is than
 #: single tokens (2 to 6 times were measured, docs/LOG.md).
 PROFILE_TOKENS, PROMPT_SPEEDUP = 47_000, 3.0
@@ -89,31 +93,58 @@ def advise(path: Path, *, profile: Path | None = None, hardware: str | None = No
         model.close()
 
 
-def split_verdict(path: Path, plan: Plan) -> str:
-    """What the split file that ``plan`` describes will be on this machine, beside its source at ``path``: its
-    size, and its speed where it is not the machine that the plan is for. One line, before it is written."""
+@dataclass(frozen=True)
+class SplitVerdict:
+    """What the split file of a plan will be on this machine, in words for the user (empty: nothing to say).
+    ``growth``: its bytes over the source's. ``in_vain``: it is larger, skips nothing and places nothing on an
+    accelerator."""
+
+    text: str = ""
+    growth: float = 1.0
+    in_vain: bool = False
+
+
+def split_verdict(path: Path, plan: Plan) -> SplitVerdict:
+    """The split file that ``plan`` describes, beside its source at ``path``, before it is written: its size,
+    and its speed where it is not the machine that the plan is for."""
     model = load_model(path)
     try:
         if not model.is_source:
-            return ""  # convert refuses it
-        shape = shape_of_model(model)
+            return SplitVerdict()  # convert refuses it
+        shape, size = shape_of_model(model), model.source.nbytes
     finally:
         model.close()
-    parts = []
-    if shape.ffn_layers:
-        source = sum(matrix.nbytes for layer in shape.ffn_layers for matrix in layer.ffn)
-        split = sum(neuron_bytes(layer).total * layer.neurons for layer in shape.ffn_layers)
-        parts.append(f"its FFN takes {split / max(source, 1):.2f} × the bytes of the source's")
     hot = sum(layer.hot_neurons for layer in plan.layers)
+    sparse = {layer.mode for layer in plan.layers} - {"dense"}
+    parts, growth = [], 1.0
+    if shape.ffn_layers:
+        growth += sum(
+            _split_bytes(layer, columns=not hot and planned.mode == "dense")
+            - sum(matrix.nbytes for matrix in layer.ffn)
+            for layer, planned in zip(shape.layers, plan.layers, strict=False)
+            if layer.experts is None
+        ) / max(size, 1)
+        parts.append(f"it takes {growth:.2f} × the bytes of its source")
     if hot and detect.nvidia_driver() is None:
         parts.append(
             f"{hot:,} of its neurons are planned for {plan.hardware.gpu or 'an accelerator'}, which this "
             "machine does not have: here all of them are computed on the CPU"
         )
-    sparse = {layer.mode for layer in plan.layers} - {"dense"}
     if not sparse and (not hot or detect.nvidia_driver() is None):
         parts.append("no neuron is skipped, so here it is no faster than the source (powerinfer bench A B)")
-    return "; ".join(parts)
+    elsewhere = hot or any(unit.device == "gpu" for unit in plan.units)
+    elsewhere = elsewhere or any(layer.attention == "gpu" for layer in plan.layers)
+    return SplitVerdict("; ".join(parts), growth, not sparse and not elsewhere and growth > WASTE)
+
+
+def _split_bytes(layer: LayerShape, *, columns: bool) -> int:
+    """Of a layer's FFN in a split file: records, and with ``columns`` the source's down projection again."""
+    down, transposed = layer.down, layer.down_transposed
+    stored = stored_down_type(down.row_type, None, transposed=transposed)
+    gate = None if layer.gate is None else layer.gate.row_type
+    records = bundle_layout(gate, layer.up.row_type, stored, layer.up.columns).record_bytes * layer.neurons
+    kept = columns and not transposed and down.row_type not in FLOAT_TYPES
+    return records + (down.nbytes if kept else 0)
 
 
 def dense_seconds(shape: ModelShape, machine: Machine, workload: Workload) -> float:

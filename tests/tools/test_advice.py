@@ -96,6 +96,19 @@ def test_a_split_file_says_what_it_will_be_here(silu: Prepared, tmp_path: Path) 
     hot = [silu.neurons // 2] * silu.layers
     silu.save_plan(tmp_path / "plan.json", hot)
     verdict = split_verdict(silu.tiny.path, Plan.load(tmp_path / "plan.json"))
-    assert "× the bytes of the source's" in verdict
-    assert "which this machine does not have" in verdict
-    assert "no neuron is skipped" in verdict
+    assert "× the bytes of its source" in verdict.text
+    assert "which this machine does not have" in verdict.text
+    assert "no neuron is skipped" in verdict.text
+    assert not verdict.in_vain  # it may be for another machine
+
+
+def test_a_split_file_that_only_takes_more_room_is_in_vain(silu: Prepared, tmp_path: Path) -> None:
+    none = [0] * silu.layers
+    silu.save_plan(tmp_path / "plan.json", none)
+    verdict = split_verdict(silu.tiny.path, Plan.load(tmp_path / "plan.json"))
+    split = silu.split(none)
+    written = split.stat().st_size / silu.tiny.path.stat().st_size
+    assert verdict.in_vain == (written > 1.02)
+    assert verdict.growth == pytest.approx(written, abs=0.15)  # records are padded, headers are written
+    silu.save_plan(tmp_path / "plan.json", none, mode="gate-first")
+    assert not split_verdict(silu.tiny.path, Plan.load(tmp_path / "plan.json")).in_vain

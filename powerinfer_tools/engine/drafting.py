@@ -236,5 +236,5 @@ class Drafter:
             return 0.0
         started = time.perf_counter()
         session.restore(self._before)
-        session.forward(self._tokens[session.position :])
+        session.forward(self._tokens[session.position :], guesses=True)
         return time.perf_counter() - started

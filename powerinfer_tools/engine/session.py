@@ -32,7 +32,7 @@ class Shared(Protocol):
     def session(self, context: int | None = None, kv_type: str | None = None) -> "Session":
         """A new session."""
 
-    def forward(self, parts: "Sequence[tuple[Session, Sequence[int]]]") -> None:
+    def forward(self, parts: "Sequence[tuple[Session, Sequence[int]]]", *, guesses: bool = False) -> None:
         """One pass over tokens of sessions, which then hold them."""
 
     def logits(self, rows: slice | list[int]) -> Floats:
@@ -169,7 +169,7 @@ class Session(Closing):
         self.require_room(len(tokens))
         assert len(tokens) <= self.most_verified
         started, counters = time.perf_counter(), self.counters
-        count = self.forward(tokens)
+        count = self.forward(tokens, guesses=True)
         logits = self._weights.logits(slice(0, count))
         counters.decode_tokens += 1
         counters.decode_passes += 1
@@ -193,9 +193,10 @@ class Session(Closing):
             for row in range(max(0, first - start), count, HEAD_ROWS):
                 yield self._weights.logits(slice(row, min(row + HEAD_ROWS, count)))
 
-    def forward(self, tokens: Sequence[int]) -> int:
-        """Run up to a batch of ``tokens`` through the layers; returns their number."""
-        self._weights.forward([(self, tokens)])
+    def forward(self, tokens: Sequence[int], *, guesses: bool = False) -> int:
+        """Run up to a batch of ``tokens`` through the layers; returns their number. Of ``guesses``, and of
+        what is read again because of them, recurrences remember no end of a prompt."""
+        self._weights.forward([(self, tokens)], guesses=guesses)
         return len(tokens)
 
     def rewind(self, position: int) -> int:

@@ -213,15 +213,16 @@ class Weights(Closing):
         """Raise ModelError unless all ``logits`` are finite."""
         require_finite(logits, self.model)
 
-    def forward(self, parts: Sequence[tuple[Session, Sequence[int]]]) -> None:
+    def forward(self, parts: Sequence[tuple[Session, Sequence[int]]], *, guesses: bool = False) -> None:
         """One pass over up to ``batch`` tokens; the sessions then hold them. Without any check but that of
-        the ids, for what drives single sessions."""
+        the ids, for what drives single sessions. Several tokens are a prompt, whose end recurrences
+        remember, but for ``guesses``."""
         spans = tuple(Span(session.state, session.position, len(tokens)) for session, tokens in parts)
         tokens = parts[0][1] if len(parts) == 1 else [token for _, some in parts for token in some]
         self.stack.forward(tokens, Places(spans))
         for session, some in parts:
             session.position += len(some)
-            if len(some) > 1:
+            if len(some) > 1 and not guesses:
                 session.keep()
 
     def logits(self, rows: slice | list[int]) -> Floats:

@@ -155,6 +155,7 @@ def test_recurrent_layers_go_back_to_where_guesses_were_wrong(family: str, tmp_p
             counters = engine.drafter.counters
             assert counters.tokens == COUNT - 1 == engine.report().decode_tokens
             assert 0 < counters.accepted < counters.drafted
+            assert engine.rewind(len(PROMPT)) == len(PROMPT)  # guesses do not take the prompt's place
     model.close()
 
 

@@ -1,6 +1,7 @@
 """The sums of a profile while it is being made."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,14 @@ class Tally:
         routing = model.hyper.routing
         units = [_units(model, facts) for facts in model.hyper.facts]
         histogram = routing is None and not model.exact_zeros
+        # Squares of all layers lie in one array each, so that a window is closed in a few calls of numpy.
+        self._open, self._closed = np.zeros((2, sum(units))), np.zeros((2, sum(units)))
+        open_parts = _parts(self._open, units)
         self.counters: Sequence[LayerCounters] = tuple(
-            counters(count, histogram=histogram) for count in units
+            replace(counters(count, histogram=histogram), gate_squares=gate, up_squares=up)
+            for count, (gate, up) in zip(units, open_parts, strict=True)
         )
-        self._squares: list[tuple[Squares, Squares]] = [(np.zeros(count), np.zeros(count)) for count in units]
+        self._squares = _parts(self._closed, units)
         kinds = [facts.ffn for facts in model.hyper.facts]
         self._whole = [i for i, kind in enumerate(kinds) if routing and kind == "dense" and units[i] == 1]
         self._none = [index for index, kind in enumerate(kinds) if kind == "none"]
@@ -53,12 +58,8 @@ class Tally:
             counted = self.counters[layer]
             counted.counts[:] += np.uint64(tokens)
             counted.gate_squares[:] = counted.up_squares[:] = tokens
-        for layer, counted in enumerate(self.counters):
-            gate, up = self._squares[layer]
-            gate += round_squares(counted.gate_squares)
-            up += round_squares(counted.up_squares)
-            counted.gate_squares[:] = 0.0
-            counted.up_squares[:] = 0.0
+        self._closed += round_squares(self._open)
+        self._open[:] = 0.0
         self.file_tokens[file] += tokens
 
     def sums(self) -> tuple[LayerSums, ...]:
@@ -84,6 +85,12 @@ class Tally:
             squares[1][:] = sums.up_squares
         for entry in profile.corpus:
             self.file_tokens[names.index(entry.name)] = entry.tokens
+
+
+def _parts(squares: Squares, units: Sequence[int]) -> list[tuple[Squares, Squares]]:
+    """Views of ``squares`` (2, all units) for each layer: of gates, and of ups."""
+    ends = np.cumsum(units)[:-1]
+    return list(zip(np.split(squares[0], ends), np.split(squares[1], ends), strict=True))
 
 
 def _units(model: Model, facts: LayerFacts) -> int:

@@ -62,11 +62,11 @@ lint: $(STAMPS)/requirements  ## ruff and clang-format
 types: $(STAMPS)/requirements  ## mypy --strict
 	$(BIN)/mypy
 
-bench: setup model  ## memory, kernels, tok/s of the demo model, beside llama.cpp where it is installed; JSON in build/
+bench: setup model bench-table  ## the table, and memory, kernels and tok/s beside llama-cpp-python; JSON in build/
 	$(BIN)/python benchmarks/compare.py -m $(MODEL) --kernels --json build/bench.json $(BENCH_ARGS)
 
-bench-table: setup model  ## what sparsity, split files and drafts earn: interleaved ratios; PIECES="ffn token …"
-	$(BIN)/python benchmarks/whole_table.py $(PIECES) --json build/table.json $(BENCH_ARGS)
+bench-table: setup model  ## ratios of every claim, for AVX2 and AVX-512 (an hour, 12 GB); PIECES="ffn token …"
+	$(BIN)/python benchmarks/whole_table.py $(PIECES) --isa all --json build/table.json $(TABLE_ARGS)
 
 docs: setup-dev  ## docs/cli.md, from the --help of every command
 	$(BIN)/python scripts/write_cli_docs.py docs/cli.md

@@ -22,20 +22,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from comparison_table import print_lines
 
-from powerinfer_kernels import Pool, RowType
+from powerinfer_kernels import Pool, RowType, available_isas
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.measure.bench_comparison import compare
 from powerinfer_tools.measure.ffn_speedup import bench_ffn
 from powerinfer_tools.measure.synthetic.cache import Request, cached, default_cache
 from powerinfer_tools.measure.synthetic.sparse import Sparsity
-from powerinfer_tools.model.loading import load_model
+from powerinfer_tools.model import reference
+from powerinfer_tools.model.loading import Model, load_model
+from powerinfer_tools.quality.perplexity import perplexity, windows
+from powerinfer_tools.text.tokenizer import Tokenizer
 
 DEMO = Path("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 RELU_SPLIT = DEMO.with_name(f"{DEMO.stem}.relu.powerinfer.gguf")
 CORPUS = Path("powerinfer_tools/data/corpus/us-declaration-of-independence.txt")
 _ROUNDS = 3
+#: Instruction sets that a table is made for.
+_TABLE_ISAS = ("avx512", "avx2", "neon")
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,32 @@ class Settings:
     threads: int
     llama_bench: str | None
     rounds: int
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """The float64 reference as what gives logits of a window."""
+
+    model: Model
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.hyper.vocabulary
+
+    def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[npt.NDArray[np.float32]]:
+        yield reference.forward(self.model, list(tokens))[first:].astype(np.float32)
+
+
+def exactness(settings: Settings) -> Iterator[Line]:
+    """Perplexity of the demo model by the float64 reference, over that by the engine."""
+    model = load_model(DEMO)
+    tokens = Tokenizer.from_gguf(model.source).encode(CORPUS.read_text(encoding="utf-8"))
+    pieces = windows(tokens, 256, 6, None)
+    with Engine(model, threads=settings.threads, context=256) as engine:
+        ours, exact = (perplexity(scorer, pieces).perplexity for scorer in (engine, _Exact(model)))
+    model.close()
+    name = f"perplexity {ours:.3f}, in float64 {exact:.3f} ({ours / exact - 1:+.2%})"
+    yield Line(name, "0.9995", *(3 * [exact / ours]))
 
 
 def _line(what: str, wanted: str, ratios: Sequence[float]) -> Line:
@@ -198,6 +231,7 @@ PIECES: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "peer-large": peer_large,
     "experts": experts,
     "long": long,
+    "exactness": exactness,
 }
 
 
@@ -316,7 +350,7 @@ def _peer_speeds(settings: Settings, model: Path, prompt: int, generate: int) ->
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"of {', '.join(PIECES)}; default: all")
-    parser.add_argument("--isa", help="instruction sets in turn, such as avx2,avx512; default: the best")
+    parser.add_argument("--isa", help="instruction sets in turn, or all; default: the best")
     parser.add_argument("--llama-bench", default=shutil.which("llama-bench"), help="a llama-bench built here")
     parser.add_argument("-t", "--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("-r", "--rounds", type=int, default=_ROUNDS)
@@ -335,7 +369,8 @@ def main() -> int:
     if options.isa:  # an engine keeps the instruction set that it was imported with
         given = sys.argv[1:]
         rest = [word for i, word in enumerate(given) if "--isa" not in (word, given[i - 1] if i else "")]
-        for isa in options.isa.split(","):
+        every = [isa for isa in available_isas() if isa in _TABLE_ISAS]
+        for isa in every if options.isa == "all" else options.isa.split(","):
             environment = {**os.environ, "POWERINFER_ISA": isa}
             if code := subprocess.run(
                 [sys.executable, __file__, *rest], env=environment, check=False
@@ -352,6 +387,8 @@ def main() -> int:
             print_lines([(line.what, f"{line.ratio:.2f}", f"{line.low:.2f} to {line.high:.2f}", line.wanted)])
             sys.stdout.flush()
     if options.json:
+        if isa := os.environ.get("POWERINFER_ISA"):
+            options.json = options.json.with_stem(f"{options.json.stem}-{isa}")
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(
             json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8"

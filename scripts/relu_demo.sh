@@ -54,4 +54,8 @@ for mode in dense gate-first predicted; do
     show powerinfer run -v --raw -m "$stem.powerinfer.gguf" --mode "$mode" -p "The capital of France is" -n "$answer" --temp 0
 done
 
+step "8. What has it earned? Whole tokens of each mode against the original model, in turn."
+show powerinfer bench "$source" "$stem.powerinfer.gguf@dense" "$stem.powerinfer.gguf@gate-first" \
+    "$stem.powerinfer.gguf@predicted" -p 0 -n "$answer" -r 5
+
 step "The next step is yours:  .venv/bin/powerinfer run -m $stem.powerinfer.gguf -i"

@@ -95,7 +95,7 @@ def windows(tokens: Sequence[int], context: int, chunks: int | None, bos: int | 
     return [[bos, *piece[1:]] for piece in pieces] if bos is not None else pieces
 
 
-def perplexity(engine: Engine, pieces: Sequence[list[int]], progress: Progress | None = None) -> Perplexity:
+def perplexity(engine: Scorer, pieces: Sequence[list[int]], progress: Progress | None = None) -> Perplexity:
     """Perplexity over ``pieces`` (from :func:`windows`): the second half of each is scored.
 
     exp of the mean of -ln p(token | the tokens of its window before it). Forgets the engine's cache.

@@ -102,6 +102,11 @@ PI_DECODE int64_t pi_sum_scratch_bytes(int64_t columns) {
 
 /* Adds the 32 codes of block `block` to a sum row whose bytes were zero. */
 void pi_place_sum(int32_t type, const uint8_t code[32], int64_t block, const pi_planar *at, uint8_t *out);
+/* Floats of the terms of one chunk (kernels.h: sum_chunk): a sum per column, in whole lines, then a scale and a minimum
+ * per unit. y = fma(scale, sum, y) + minimum; of float rows the sums alone are added. */
+PI_DECODE int64_t pi_sum_terms(int64_t columns) {
+    return pi_round_up(columns, PI_LINE_COLUMNS) + 2 * pi_sum_units(columns);
+}
 /* Writes one plain GGUF row in planar form; `out` has pi_planar_of(...).bytes zeroed bytes. */
 void pi_pack_planar(const uint8_t *row, int32_t type, int64_t columns, int is_sum, uint8_t *out);
 

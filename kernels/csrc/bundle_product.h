@@ -15,18 +15,26 @@ typedef struct { /* 16 rows; where fewer are left the last one fills up */
     int present;
 } row_group;
 
+static inline const uint8_t *row_at(const pi_rows *w, const int32_t *index, int64_t k) {
+    return w->data + (int64_t)(index ? index[k] : k) * w->stride;
+}
+
+/* Row k of the list; past its end those of `ahead`, and past that one's the last one again. */
+static inline const uint8_t *next_row(const pi_rows *w, const int32_t *index, int64_t count, int64_t k,
+                                      const pi_ahead *ahead) {
+    if (k < count || !ahead || ahead->count == 0) return row_at(w, index, k < count ? k : count - 1);
+    const int64_t beyond = k - count;
+    return row_at(ahead->rows, ahead->index, beyond < ahead->count ? beyond : ahead->count - 1);
+}
+
 static __attribute__((unused)) row_group group_at(const pi_rows *w, const int32_t *index, int64_t count, int64_t first,
-                                                  int64_t end) {
+                                                  int64_t end, const pi_ahead *ahead) {
     row_group g = {.table = w->table};
-    const int64_t last = count - 1;
     g.present = end - first < PI_TILE ? (int)(end - first) : PI_TILE;
+    const int64_t then = first + PI_TILE, gap = then > count ? then - count : 0;
     for (int r = 0; r < PI_TILE; r++) {
-        const int64_t k = first + (r < g.present ? r : g.present - 1), then = first + PI_TILE + r;
-        g.row[r] = w->data + (int64_t)(index ? index[k] : k) * w->stride;
-        g.next[r] = w->data + (int64_t)(index         ? index[then < last ? then : last]
-                                        : then < last ? then
-                                                      : last) *
-                                  w->stride;
+        g.row[r] = row_at(w, index, first + (r < g.present ? r : g.present - 1));
+        g.next[r] = next_row(w, index, count, then + r - gap, ahead);
     }
     return g;
 }

@@ -9,11 +9,14 @@ void PI_FN(quantize_acts)(const float *x, int64_t columns, int8_t *q, float *d, 
 void PI_FN(matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens, int64_t tile0,
                    int64_t tile1, const float *bias, int accumulate, float *out, int64_t out_stride);
 void PI_FN(product_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t begin, int64_t end,
-                         const float *x, const pi_acts *a, int64_t token, float *out);
+                         const pi_ahead *ahead, const float *x, const pi_acts *a, int64_t token, float *out);
 void PI_FN(product_many_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t tile0, int64_t tile1,
                               const float *x, const pi_acts *a, int64_t tokens, float *out, int64_t stride);
 void PI_FN(sum_rows)(const pi_rows *r, const int32_t *index, const float *h, int64_t count, int64_t column0,
                      int64_t column1, void *scratch, float *y);
+int PI_FN(sum_chunk)(const pi_rows *r, const int32_t *index, const float *h, int64_t count, const pi_ahead *ahead,
+                     void *scratch, float *y, float *terms);
+void PI_FN(add_terms)(const pi_rows *r, const float *terms, int64_t column0, int64_t column1, float *y);
 void PI_FN(sum_all_rows)(const pi_rows *r, const float *h, int64_t tokens, int64_t column0, int64_t column1, float *y);
 void PI_FN(sum_columns)(const pi_matrix *m, const int8_t *q, const float *d, const float *s, int64_t line0,
                         int64_t line1, float *y);

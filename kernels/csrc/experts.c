@@ -136,7 +136,7 @@ static void pick_rows(const pi_expert_rows *e, const pi_run *run, const pi_rows 
     const int64_t count = list_rows(gate, e->cut, begin, end, index);
     const int64_t after = list_rows(gate, e->cut, end, min64(rows->rows, end + BEYOND), index + count);
     memset(out + begin, 0, sizeof(float) * (size_t)(end - begin));
-    run->kernels->product_rows(rows, index, count + after, 0, count, same ? m->token_src : m->src,
+    run->kernels->product_rows(rows, index, count + after, 0, count, NULL, same ? m->token_src : m->src,
                                same ? &m->token_acts : &m->acts, row, product);
     for (int64_t k = 0; k < count; k++) out[index[k]] = bias ? product[k] + bias[index[k]] : product[k];
 }

@@ -98,6 +98,12 @@ typedef struct { /* rows of neurons one after the other (bundle.h); `data` of a 
     pi_rows part[PI_PARTS];
 } pi_bundle;
 
+typedef struct { /* rows that are read next: asked for while others are computed. `count` 0: none */
+    const pi_rows *rows;
+    const int32_t *index;
+    int64_t count;
+} pi_ahead;
+
 typedef struct { /* quantised activations: q [T, columns], d and s [T, columns / PI_BLOCK]; s = Σq, an exact integer */
     int8_t *q;
     float *d;
@@ -152,16 +158,23 @@ typedef struct pi_kernels {
     void (*quantize_acts)(const float *x, int64_t columns, int8_t *q, float *d, float *s);
     void (*matmul)(const pi_matrix *m, const float *x, const pi_acts *a, int64_t token0, int64_t tokens, int64_t tile0,
                    int64_t tile1, const float *bias, int accumulate, float *out, int64_t out_stride);
-    /* out[k] = row index[k] of product rows · activations, k in [begin, end); rows up to `count` are asked for ahead. */
+    /* out[k] = row index[k] of product rows · activations, k in [begin, end); rows up to `count` are asked for ahead, and
+     * then those of `ahead`. */
     void (*product_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t begin, int64_t end,
-                         const float *x, const pi_acts *a, int64_t token, float *out);
+                         const pi_ahead *ahead, const float *x, const pi_acts *a, int64_t token, float *out);
     /* out[t · stride + k] of rows index[k] (NULL: row k) for tokens [0, tokens), k of tiles of 16 below `count`. */
     void (*product_many_rows)(const pi_rows *w, const int32_t *index, int64_t count, int64_t tile0, int64_t tile1,
                               const float *x, const pi_acts *a, int64_t tokens, float *out, int64_t stride);
     /* y[column0, column1) += Σ_k h[k] row index[k] of sum rows (`index` NULL: row k); scratch: pi_sum_scratch_bytes. */
     void (*sum_rows)(const pi_rows *r, const int32_t *index, const float *h, int64_t count, int64_t column0,
                      int64_t column1, void *scratch, float *y);
-    /* The same over all rows for tokens [0, tokens) of h [tokens, rows] and y [tokens, columns]. */
+    /* As sum_rows over all columns for neurons of one chunk; `terms` not NULL: what would be added to y goes there,
+     * pi_sum_terms numbers (bundle.h). 0: there is none. */
+    int (*sum_chunk)(const pi_rows *r, const int32_t *index, const float *h, int64_t count, const pi_ahead *ahead,
+                     void *scratch, float *y, float *terms);
+    /* Adds terms of sum_chunk to y[column0, column1). */
+    void (*add_terms)(const pi_rows *r, const float *terms, int64_t column0, int64_t column1, float *y);
+    /* As sum_rows over all rows, for tokens [0, tokens) of h [tokens, rows] and y [tokens, columns]. */
     void (*sum_all_rows)(const pi_rows *r, const float *h, int64_t tokens, int64_t column0, int64_t column1, float *y);
     /* y[rows of lines of 128] += Σ columns · activations of one token, over picked columns; y as in matmul's order. */
     void (*sum_columns)(const pi_matrix *m, const int8_t *q, const float *d, const float *s, int64_t line0,

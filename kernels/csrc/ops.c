@@ -212,6 +212,10 @@ uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker) {
     return run->program->scratch + run->program->scratch_bytes * pi_worker_thread(worker);
 }
 
+uint8_t *pi_shared_scratch(const pi_run *run) {
+    return run->program->scratch + run->program->scratch_bytes * run->program->scratch_threads;
+}
+
 /* The first position that the query at `position` sees. */
 static int64_t first_seen(const pi_attention *a, int64_t position) {
     int64_t first = a->window ? max64(0, position + 1 - a->window) : 0;

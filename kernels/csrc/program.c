@@ -54,10 +54,13 @@ int pi_program_prepare(pi_program *program) {
         const pi_op *op = &program->ops[i];
         int64_t bytes = pi_op_scratch_bytes(op);
         if (bytes > program->scratch_bytes) program->scratch_bytes = bytes;
+        bytes = op->kind == PI_OP_SPARSE_FFN ? pi_sparse_ffn_shared_bytes(&op->u.sparse_ffn) : 0;
+        if (bytes > program->shared_bytes) program->shared_bytes = bytes;
         if (op->independent && (i + 1 == program->count || program->ops[i + 1].kind != op->kind))
             program->ops[i].independent = 0;
     }
     program->scratch_bytes = (program->scratch_bytes + 4095) / 4096 * 4096;
+    program->shared_bytes = (program->shared_bytes + 4095) / 4096 * 4096;
     program->nanoseconds = calloc((size_t)program->count + 1, sizeof(int64_t));
     program->spans = calloc((size_t)program->max_tokens, sizeof(pi_span));
     program->places = calloc((size_t)program->max_tokens, sizeof(pi_place));
@@ -79,7 +82,7 @@ void pi_program_free(pi_program *program) {
 
 static int grow_scratch(pi_program *program, int threads) {
     if (threads <= program->scratch_threads || program->scratch_bytes == 0) return 0;
-    uint8_t *scratch = aligned_alloc(4096, (size_t)(program->scratch_bytes * threads));
+    uint8_t *scratch = aligned_alloc(4096, (size_t)(program->scratch_bytes * threads + program->shared_bytes));
     if (!scratch) return ENOMEM;
     free(program->scratch);
     program->scratch = scratch;

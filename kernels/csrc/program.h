@@ -43,7 +43,8 @@ typedef struct {
     _Atomic int no_expert; /* an operation of this run met a choice that names none */
     pi_neurons *neurons;   /* [count]: of each operation, zeros but for the sparse ones */
     int64_t scratch_bytes; /* what one thread needs at most */
-    uint8_t *scratch;      /* [scratch_threads, scratch_bytes] */
+    int64_t shared_bytes;  /* what all threads of an operation share */
+    uint8_t *scratch;      /* [scratch_threads, scratch_bytes], and the shared bytes */
     int scratch_threads;
     pi_slot_spec *slots; /* [slot_count] */
     int64_t slot_count;
@@ -84,11 +85,13 @@ int pi_op_slot(const pi_op *op, int64_t *slot);
 void pi_op_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot);
 int64_t pi_op_scratch_bytes(const pi_op *op);
 uint8_t *pi_scratch_of(const pi_run *run, const pi_worker *worker);
+uint8_t *pi_shared_scratch(const pi_run *run);
 /* Sets columns [begin, end) of [tokens, width] to zero. */
 void pi_clear_columns(float *out, int64_t width, int64_t tokens, int64_t begin, int64_t end);
 void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot); /* sparse_ffn.c */
 void pi_fetch_records_execute(const pi_op *op, pi_run *run, const pi_worker *worker);  /* the same */
 int64_t pi_sparse_ffn_scratch_bytes(const pi_sparse_ffn *op);
+int64_t pi_sparse_ffn_shared_bytes(const pi_sparse_ffn *op);
 void pi_observe_execute(const pi_op *op, pi_run *run, pi_worker *worker); /* observe.c */
 
 void pi_vector_execute(const pi_op *op, pi_run *run, pi_worker *worker); /* vector_ops.c */

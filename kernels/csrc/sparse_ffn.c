@@ -2,13 +2,10 @@
  * predictor names and whose gates confirm it, or those whose known factor, act(gate) or up, is large (thresholded). The
  * listed neurons' products go to `h` without gaps, in ascending order. An FFN of two matrices has gate and down rows:
  * the activation reads its first matrix, and there is nothing to multiply the result with. */
-#include "bundle.h"
-#include "program.h"
+#include "sparse_ffn.h"
 
 #include <math.h>
 #include <string.h>
-
-enum { NEURONS_AT_ONCE = PI_TILE };
 
 /* What a neuron contributes; the same products as `activate` makes. */
 static inline float contribution(int32_t kind, float gate, float up) {
@@ -21,11 +18,11 @@ static inline float contribution(int32_t kind, float gate, float up) {
 
 /* The same where neurons are picked by the size of a factor, `select`: [begin, end) of at most 16 neurons. */
 static void thresholded(const pi_sparse_ffn *op, const pi_run *run, const int32_t *index, int64_t count, int64_t begin,
-                        int64_t end) {
+                        int64_t end, const pi_ahead *ahead) {
     const float *select = op->select;
-    float *h = op->h, known[NEURONS_AT_ONCE];
+    float *h = op->h, known[PI_NEURONS_AT_ONCE];
     const pi_rows *rest = &op->bundle->part[op->rule == PI_BY_GATE_SIZE ? PI_UP : PI_GATE];
-    run->kernels->product_rows(rest, index, count, begin, end, op->src, &op->acts, 0, h);
+    run->kernels->product_rows(rest, index, count, begin, end, ahead, op->src, &op->acts, 0, h);
     for (int64_t k = begin; k < end; k++) known[k - begin] = select[index[k]];
     if (op->rule == PI_BY_UP_SIZE)
         run->kernels->activate(op->kind, op->cut, h + begin, known, end - begin, h + begin);
@@ -35,12 +32,12 @@ static void thresholded(const pi_sparse_ffn *op, const pi_run *run, const int32_
 
 /* Neurons [begin, end) of the list, whose gates are positive: h[k] = contribution of index[k]. */
 static void contributions(const pi_sparse_ffn *op, const pi_run *run, const int32_t *index, const float *gate,
-                          int64_t count, int64_t begin, int64_t end) {
+                          int64_t count, int64_t begin, int64_t end, const pi_ahead *ahead) {
     const pi_rows *up = &op->bundle->part[PI_UP];
     const float *select = op->select;
     float *h = op->h;
     const int gated = up->data != NULL;
-    if (gated) run->kernels->product_rows(up, index, count, begin, end, op->src, &op->acts, 0, h);
+    if (gated) run->kernels->product_rows(up, index, count, begin, end, ahead, op->src, &op->acts, 0, h);
     for (int64_t k = begin; k < end; k++) {
         const float g = gate ? gate[k] : select[index[k]];
         /* Gates in scratch are above the cut. No second look at them: it would hide a row that was read in vain. */
@@ -48,24 +45,21 @@ static void contributions(const pi_sparse_ffn *op, const pi_run *run, const int3
     }
 }
 
-typedef struct {
-    int64_t begin, end;
-} columns_part;
+void pi_contribute(const pi_sparse_ffn *op, const pi_run *run, const pi_list_scratch *at, int64_t count, int64_t begin,
+                   int64_t end, const pi_ahead *ahead) {
+    if (op->rule == PI_BY_VALUE)
+        contributions(op, run, at->index, op->gate ? at->gate : NULL, count, begin, end, ahead);
+    else
+        thresholded(op, run, at->index, count, begin, end, ahead);
+}
 
-static columns_part columns_of(const pi_sparse_ffn *op, const pi_worker *worker) {
+pi_columns_part pi_columns_of(const pi_sparse_ffn *op, const pi_worker *worker) {
     int64_t units = (op->bundle->columns + PI_LINE_COLUMNS - 1) / PI_LINE_COLUMNS;
     int64_t thread = pi_worker_thread(worker), threads = pi_worker_threads(worker);
     int64_t end = units * (thread + 1) / threads * PI_LINE_COLUMNS;
-    return (columns_part){units * thread / threads * PI_LINE_COLUMNS,
-                          end < op->bundle->columns ? end : op->bundle->columns};
+    return (pi_columns_part){units * thread / threads * PI_LINE_COLUMNS,
+                             end < op->bundle->columns ? end : op->bundle->columns};
 }
-
-/* One thread's scratch: the list of neurons, the gate of each where it confirms, and what sum_rows needs. */
-typedef struct {
-    int32_t *index;
-    float *gate;
-    uint8_t *sums;
-} list_scratch;
 
 static int64_t list_bytes(const pi_sparse_ffn *op) {
     return pi_round_up(op->bundle->rows * (int64_t)sizeof(int32_t), 64);
@@ -75,25 +69,15 @@ int64_t pi_sparse_ffn_scratch_bytes(const pi_sparse_ffn *op) {
     return 2 * list_bytes(op) + pi_sum_scratch_bytes(op->bundle->columns);
 }
 
-static list_scratch scratch_of(const pi_sparse_ffn *op, const pi_run *run, const pi_worker *worker) {
+static pi_list_scratch scratch_of(const pi_sparse_ffn *op, const pi_run *run, const pi_worker *worker) {
     uint8_t *at = pi_scratch_of(run, worker);
-    return (list_scratch){(int32_t *)(void *)at, (float *)(void *)(at + list_bytes(op)), at + 2 * list_bytes(op)};
+    return (pi_list_scratch){(int32_t *)(void *)at, (float *)(void *)(at + list_bytes(op)), at + 2 * list_bytes(op)};
 }
 
-/* Of `count` named neurons, those whose gates turn out to be positive, with those gates in scratch: rows of the others
- * need not be read any further. As many as they are. */
-static int64_t list_confirmed(const pi_sparse_ffn *op, const pi_run *run, pi_worker *worker, int slot, int64_t count,
-                              const list_scratch *at) {
-    float *gate = op->gate;
-    int64_t chunk, kept = 0;
-    pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
-    while ((chunk = pi_share_next(&share)) >= 0) {
-        int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
-        run->kernels->product_rows(&op->bundle->part[PI_GATE], at->index, count, begin, end < count ? end : count,
-                                   op->src, &op->acts, 0, gate);
-    }
-    pi_barrier(worker);
-    for (int64_t k = 0; k < count; k++) {
+int64_t pi_keep_confirmed(const pi_sparse_ffn *op, int64_t begin, int64_t end, const pi_list_scratch *at) {
+    const float *gate = op->gate;
+    int64_t kept = begin;
+    for (int64_t k = begin; k < end; k++) {
         const int32_t neuron = at->index[k];
         const float g = gate[k] + (op->bias ? op->bias[neuron] : 0.0f);
         at->index[kept] = neuron;
@@ -103,22 +87,37 @@ static int64_t list_confirmed(const pi_sparse_ffn *op, const pi_run *run, pi_wor
     return kept;
 }
 
+/* Of the whole list of named neurons, whose gates all threads compute, those that are confirmed: as many as they are. */
+static int64_t list_confirmed(const pi_sparse_ffn *op, const pi_run *run, pi_worker *worker, int slot, int64_t count,
+                              const pi_list_scratch *at) {
+    int64_t chunk;
+    pi_share share = pi_share_open(worker, slot, (count + PI_NEURONS_AT_ONCE - 1) / PI_NEURONS_AT_ONCE);
+    while ((chunk = pi_share_next(&share)) >= 0) {
+        int64_t begin = chunk * PI_NEURONS_AT_ONCE, end = begin + PI_NEURONS_AT_ONCE;
+        run->kernels->product_rows(&op->bundle->part[PI_GATE], at->index, count, begin, end < count ? end : count, NULL,
+                                   op->src, &op->acts, 0, op->gate);
+    }
+    pi_barrier(worker);
+    return pi_keep_confirmed(op, 0, count, at);
+}
+
 /* One token. Every thread makes the whole list for itself: that costs less than a barrier for handing it around. */
 static void execute_listed(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
-    const list_scratch at = scratch_of(op, run, worker);
-    const columns_part columns = columns_of(op, worker);
+    const pi_list_scratch at = scratch_of(op, run, worker);
+    const pi_columns_part columns = pi_columns_of(op, worker);
     int64_t (*list)(const float *, const float *, int64_t, int32_t *) =
         op->rule == PI_BY_VALUE ? run->kernels->list_active : run->kernels->list_large;
     int64_t named = list(op->select, op->threshold, op->bundle->rows, at.index), chunk;
+    if (pi_chunks_are_even(op, at.index, named, pi_worker_threads(worker))) {
+        pi_execute_chunks(op, run, worker, slot, named, &at);
+        return;
+    }
     int64_t count = op->gate ? list_confirmed(op, run, worker, slot, named, &at) : named;
-    pi_share share = pi_share_open(worker, slot, (count + NEURONS_AT_ONCE - 1) / NEURONS_AT_ONCE);
+    pi_share share = pi_share_open(worker, slot, (count + PI_NEURONS_AT_ONCE - 1) / PI_NEURONS_AT_ONCE);
     while ((chunk = pi_share_next(&share)) >= 0) {
-        int64_t begin = chunk * NEURONS_AT_ONCE, end = begin + NEURONS_AT_ONCE;
+        int64_t begin = chunk * PI_NEURONS_AT_ONCE, end = begin + PI_NEURONS_AT_ONCE;
         if (end > count) end = count;
-        if (op->rule == PI_BY_VALUE)
-            contributions(op, run, at.index, op->gate ? at.gate : NULL, count, begin, end);
-        else
-            thresholded(op, run, at.index, count, begin, end);
+        pi_contribute(op, run, &at, count, begin, end, NULL);
     }
     pi_barrier(worker);
     if (columns.begin < columns.end) {
@@ -185,7 +184,7 @@ static selection contribute_tile(const pi_sparse_ffn *op, const pi_run *run, int
 }
 
 static void execute_all(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
-    const columns_part columns = columns_of(op, worker);
+    const pi_columns_part columns = pi_columns_of(op, worker);
     int64_t width = op->bundle->columns, tile;
     selection found = {0, 0};
     pi_share share = pi_share_open(worker, slot, (op->bundle->rows + PI_TILE - 1) / PI_TILE);
@@ -215,7 +214,7 @@ static inline int is_selected(const pi_sparse_ffn *op, int64_t token, int32_t ne
 }
 
 /* Lists the neurons that any token selects in at->index; at->gate is used up. */
-static selected_union list_union(const pi_sparse_ffn *op, const pi_run *run, const list_scratch *at) {
+static selected_union list_union(const pi_sparse_ffn *op, const pi_run *run, const pi_list_scratch *at) {
     selected_union u = {0};
     const int64_t neurons = op->bundle->rows;
     uint8_t *mark = (uint8_t *)at->gate;
@@ -237,7 +236,7 @@ static selected_union list_union(const pi_sparse_ffn *op, const pi_run *run, con
 
 /* Gates of the union; keeps the neurons that one of the tokens that named them confirms, with their former positions,
  * where their gates lie, in at->gate. */
-static void confirm_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot, const list_scratch *at,
+static void confirm_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot, const pi_list_scratch *at,
                           selected_union *u) {
     const int64_t neurons = op->bundle->rows;
     int32_t *position = (int32_t *)at->gate;
@@ -264,7 +263,7 @@ static void confirm_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worke
 }
 
 /* h[t, k] = contribution of neuron index[k] to token t, zero where that does not select it; k of one tile. */
-static void contribute_union(const pi_sparse_ffn *op, const pi_run *run, int64_t tile, const list_scratch *at,
+static void contribute_union(const pi_sparse_ffn *op, const pi_run *run, int64_t tile, const pi_list_scratch *at,
                              int64_t count) {
     const int64_t neurons = op->bundle->rows, first = tile * PI_TILE;
     const int64_t n = count - first < PI_TILE ? count - first : PI_TILE;
@@ -290,8 +289,8 @@ static void contribute_union(const pi_sparse_ffn *op, const pi_run *run, int64_t
 
 /* 1 when the union is so large that it is better to read all rows: then nothing has been computed. */
 static int execute_union(const pi_sparse_ffn *op, pi_run *run, pi_worker *worker, int slot) {
-    const list_scratch at = scratch_of(op, run, worker);
-    const columns_part columns = columns_of(op, worker);
+    const pi_list_scratch at = scratch_of(op, run, worker);
+    const pi_columns_part columns = pi_columns_of(op, worker);
     const int64_t neurons = op->bundle->rows, width = op->bundle->columns;
     selected_union u = list_union(op, run, &at);
     int64_t tile;

@@ -169,6 +169,34 @@ def test_only_active_rows_are_read(isa: str, row_type: RowType, active: int) -> 
 
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("row_type", list(RowType), ids=lambda t: t.name)
+def test_chunks_by_thread_have_the_bits_of_columns_by_thread(isa: str, row_type: RowType) -> None:
+    """Eight chunks of neurons, the last one smaller and one of them idle. One and two threads take whole
+    chunks, since none has more than a third of a thread's active neurons; three share columns."""
+    rng = np.random.default_rng(8)
+    neurons, columns = 4000, columns_of(row_type)
+    rows = {kind: random_rows(rng, row_type, neurons, columns) for kind in ("gate", "up", "down")}
+    x = rng.standard_normal(columns).astype(np.float32)
+    gate = products(rows["gate"], row_type, x)
+    allowed = np.flatnonzero((gate > 0) & (np.arange(neurons) // 512 != 3))
+    chosen = np.sort(rng.permutation(allowed)[:900])
+    assert 6 * np.bincount(chosen // 512).max() <= len(chosen) < 9 * np.bincount(chosen // 512).max()
+    only = np.where(np.isin(np.arange(neurons), chosen), gate, -1).astype(np.float32)
+    h = np.maximum(only, np.float32(0)) * products(rows["up"], row_type, x)
+    want = reference.accumulated(rows["down"], row_type, h)
+    in_vain = np.flatnonzero(gate <= 0)[::40]
+    scores = np.full(neurons, 0.25, np.float32)
+    scores[chosen] = scores[in_vain] = 1.0
+    for kind, data in rows.items():
+        read = np.union1d(chosen, in_vain) if kind == "gate" else chosen
+        data[np.setdiff1d(np.arange(neurons), read)] = 0xFF
+    listed = {kind: rows[kind] for kind in ("up", "down")}
+    for threads in (1, 2, 3):
+        np.testing.assert_array_equal(sparse_ffn(isa, only, x, listed, row_type, threads), want)
+        np.testing.assert_array_equal(sparse_ffn(isa, gate, x, rows, row_type, threads, scores), want)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("row_type", list(RowType), ids=lambda t: t.name)
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5, 8, 9, 17, 65])
 def test_odd_widths(isa: str, row_type: RowType, blocks: int) -> None:
     """Rows that end within a line, or a group of lines, have the bits of the emulation."""

@@ -29,23 +29,24 @@ TYPES = (RowType.F32, RowType.BF16, RowType.Q4_0, RowType.Q8_0, RowType.Q5_K)
 class Case:
     """One FFN and its input; neurons 0 … 9 have a tiny known factor for every token."""
 
-    def __init__(self, factor: str, row_type: RowType, seed: int = 3) -> None:
+    def __init__(self, factor: str, row_type: RowType, seed: int = 3, neurons: int = NEURONS) -> None:
+        self.neurons = neurons
         rng = np.random.default_rng(seed)
         self.factor, self.row_type = factor, row_type
         self.columns = 83 if row_type.is_float else 256
         self.rest = "up" if factor == "gate" else "gate"
-        self.rows = {kind: random_rows(rng, row_type, NEURONS, self.columns) for kind in (self.rest, "down")}
+        self.rows = {kind: random_rows(rng, row_type, neurons, self.columns) for kind in (self.rest, "down")}
         self.x = filled(rng, MOST, self.columns)
-        self.known = filled(rng, MOST, NEURONS)
+        self.known = filled(rng, MOST, neurons)
         self.known[:, :10] *= 1e-3
-        self.threshold = np.abs(rng.standard_normal(NEURONS)).astype(np.float32)
+        self.threshold = np.abs(rng.standard_normal(neurons)).astype(np.float32)
         self.threshold[:10] = 1.0
 
     def poisoned(self) -> dict[str, U8]:
         """The rows, those of the first ten neurons all ones: NaN in float rows and in every scale."""
         rows = {kind: data.copy() for kind, data in self.rows.items()}
         for data in rows.values():
-            data.reshape(NEURONS, -1)[:10] = 0xFF
+            data.reshape(self.neurons, -1)[:10] = 0xFF
         return rows
 
     def selected(self, tokens: int) -> npt.NDArray[np.bool_]:
@@ -67,7 +68,7 @@ def run(case: Case, kind: str, isa: str, threads: int, tokens: int) -> tuple[F32
         builder.quantize(case.x, acts)
     with Pool(threads, isa) as pool:
         rows = {name: (data, case.row_type) for name, data in case.poisoned().items()}
-        bundle = Bundle.pack(pool, NEURONS, case.columns, **rows)
+        bundle = Bundle.pack(pool, case.neurons, case.columns, **rows)
         builder.thresholded_ffn(case.known, case.factor, case.threshold, case.x, acts, bundle, out, h, kind)
         program = builder.build()
         program.run(pool, 0, builder.mark(), tokens, 0)
@@ -84,8 +85,8 @@ def dense(case: Case, kind: str, tokens: int) -> F32:
     if acts is not None:
         builder.quantize(case.x, acts)
     with Pool(1) as pool:
-        matrix = Matrix.pack(pool, case.rows[case.rest], case.row_type, NEURONS, case.columns)
-        down = Bundle.pack(pool, NEURONS, case.columns, down=(case.rows["down"], case.row_type))
+        matrix = Matrix.pack(pool, case.rows[case.rest], case.row_type, neurons, case.columns)
+        down = Bundle.pack(pool, case.neurons, case.columns, down=(case.rows["down"], case.row_type))
         builder.matmul(matrix, case.x, acts, other)
         if case.factor == "up":
             builder.activate(other, case.known, h, kind)
@@ -115,6 +116,21 @@ def test_bits_are_those_of_dense_with_zeros(factor: str, row_type: RowType, toke
             np.testing.assert_array_equal(got, want)
             assert active == case.selected(tokens).sum()
             assert total == tokens * NEURONS
+
+
+@pytest.mark.parametrize("row_type", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("factor", ["gate", "up"])
+def test_chunks_by_thread_have_the_bits_of_dense(factor: str, row_type: RowType) -> None:
+    """So many neurons that one and two threads take chunks of them; three share columns."""
+    case = Case(factor, row_type, neurons=4000)
+    want = dense(case, "silu", 1)
+    selected = np.flatnonzero(case.selected(1)[0])
+    assert 6 * np.bincount(selected // 512).max() <= len(selected) < 9 * np.bincount(selected // 512).max()
+    for isa in available_isas():
+        for threads in (1, 2, 3):
+            got, active, total = run(case, "silu", isa, threads, 1)
+            np.testing.assert_array_equal(got, want)
+            assert (active, total) == (len(selected), 4000)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -85,7 +85,7 @@ def dense(case: Case, kind: str, tokens: int) -> F32:
     if acts is not None:
         builder.quantize(case.x, acts)
     with Pool(1) as pool:
-        matrix = Matrix.pack(pool, case.rows[case.rest], case.row_type, neurons, case.columns)
+        matrix = Matrix.pack(pool, case.rows[case.rest], case.row_type, case.neurons, case.columns)
         down = Bundle.pack(pool, case.neurons, case.columns, down=(case.rows["down"], case.row_type))
         builder.matmul(matrix, case.x, acts, other)
         if case.factor == "up":

@@ -36,7 +36,7 @@ _REPOSITORY = "o/relu-GGUF"
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _CACHE = "cache/hub/models--o--relu-GGUF"
 #: Memory of a run of sparse.powerinfer.gguf with half of its neurons.
-NEURONS_RAM = 48 << 20
+NEURONS_RAM = 62 << 20
 #: Kills between two runs to the end.
 _RERUN = 5
 #: Share of kills that wait until something is being written.
@@ -96,7 +96,7 @@ STAGES: dict[str, Stage] = {
         text=True,
     ),
     "neurons": Stage(
-        "run --raw -m sparse.powerinfer.gguf -p the -n 24 --temp 0 -t 1 --ram {neurons}",
+        "run --raw -m sparse.powerinfer.gguf -p the -n 24 --temp 0 -t 1 -c 64 --ram {neurons}",
         (),
         says="read from disk",
         text=True,

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from powerinfer_tools.measure.synthetic.models import write_synthetic
-from powerinfer_tools.measure.synthetic.shapes import Shape
+from powerinfer_tools.measure.synthetic.shapes import SHAPES, Shape
+from powerinfer_tools.measure.synthetic.sparse import Sparsity, write_sparse
 from powerinfer_tools.measure.synthetic.topics import Topics
 
 #: 128 experts of 324 KiB, three reads each.
@@ -60,7 +62,8 @@ static ssize_t read_at(int file, void *to, size_t bytes, off_t offset) {
     static ssize_t (*real)(int, void *, size_t, off_t);
     if (!real) *(void **)&real = dlsym(RTLD_NEXT, "pread64");
     const char *every = getenv("TEST_FAIL_EVERY"), *shorter = getenv("TEST_SHORT");
-    if (bytes >= 16384) {
+    const char *least = getenv("TEST_LEAST");
+    if (bytes >= (least ? (size_t)atol(least) : 16384)) {
         const long number = ++count;
         if (every && number % atol(every) == 0) return errno = EIO, -1;
         if (shorter && number % 3 == 0) return errno = EINTR, -1;
@@ -130,6 +133,29 @@ def test_a_disk_that_fails_now_and_then(model: Path, expected: list[str], shim: 
     given = ended.stdout.split()
     assert given == expected[: len(given)]
     assert (len(given) > 0) == (every > 200)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 layers of 4,096 neurons, a tenth of which fires; single ones are read in two pages or three."""
+    path = tmp_path_factory.mktemp("faults") / "sparse.powerinfer.gguf"
+    sizes = {"layers": 6, "width": 512, "heads": 8, "kv_heads": 2, "head_dim": 64, "neurons": 4096}
+    shape = replace(SHAPES["mistral-7b"], **sizes, vocabulary=2048)  # type: ignore[arg-type]
+    write_sparse(path, "test", shape, "Q4_0", Sparsity(0.1, 0.3))
+    return path
+
+
+@pytest.mark.parametrize("every", [100, 3000])
+def test_a_disk_that_fails_under_single_neurons(sparse: Path, shim: str, every: int) -> None:
+    """The same of a sparse model: while neurons are tried at the beginning, or later on."""
+    expected = run(sparse, 0)
+    assert expected.stderr.strip() == "in memory"
+    failing = {"LD_PRELOAD": shim, "TEST_FAIL_EVERY": str(every), "TEST_LEAST": "4096"}
+    ended = run(sparse, half(sparse), **failing)
+    assert "could not be read while the model ran: Input/output error" in one_line(ended, sparse)
+    printed = ended.stdout.split()
+    assert printed == expected.stdout.split()[: len(printed)]
+    assert (len(printed) > 0) == (every > 1000)
 
 
 def test_short_reads_are_read_on(model: Path, expected: list[str], shim: str) -> None:

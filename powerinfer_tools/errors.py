@@ -74,6 +74,10 @@ class EvaluationError(PowerInferError):
     """What was asked for cannot be evaluated: no such task, or one that does not fit the model."""
 
 
+class AddressError(PowerInferError):
+    """The server cannot listen where it was to."""
+
+
 class CorpusError(PowerInferError):
     """The corpus is missing, empty or unreadable."""
 

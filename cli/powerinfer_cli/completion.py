@@ -76,6 +76,12 @@ def begin(
         say(notice)
     if not chat:
         return session.stream(model.tokenize(text, special=prompt.special), **options)
+    if not text.strip() and prompt.system is None:
+        from powerinfer_tools.errors import PowerInferError
+
+        raise PowerInferError(
+            "the message is empty: give one with -p, chat with -i, or begin a text with --raw"
+        )
     messages: list[Message] = [{"role": "user", "content": text}]
     if prompt.system is not None:
         messages.insert(0, {"role": "system", "content": prompt.system})

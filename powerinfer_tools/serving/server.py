@@ -13,6 +13,7 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
+from powerinfer_tools.errors import AddressError
 from powerinfer_tools.serving.app import create_app
 from powerinfer_tools.serving.service import Service
 
@@ -31,6 +32,17 @@ class Address:
     certificate: Path | None = None
     key: Path | None = None
     drain_seconds: float = 30.0
+
+    def listen(self) -> socket.socket:
+        """A socket there, before anything is loaded. Raises AddressError."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            return socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            raise AddressError(
+                f"cannot listen on {self.host}, port {self.port}: {error.strerror}; choose another --host or "
+                "--port"
+            ) from None
 
     def url(self, port: int) -> str:
         """The address for people, with the port that was taken."""
@@ -79,7 +91,7 @@ class Serving:
         load: Callable[[], Callable[[], None]],
         listening: Callable[[int], None] = lambda port: None,
     ) -> None:
-        self._service, self._load = service, load
+        self._service, self._address, self._load = service, address, load
         self._close: Callable[[], None] | None = None
         self.failure: BaseException | None = None
         app = create_app(service)
@@ -87,8 +99,6 @@ class Serving:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                host=address.host,
-                port=address.port,
                 ssl_certfile=address.certificate,
                 ssl_keyfile=address.key,
                 log_config=None,
@@ -108,11 +118,11 @@ class Serving:
         self._told(port)
 
     def run(self) -> None:
-        """Serve until a signal comes. Raises what kept the model from loading."""
-        before = sys.getswitchinterval()
+        """Serve until a signal comes. Raises AddressError, and what kept the model from loading."""
+        before, listener = sys.getswitchinterval(), self._address.listen()
         sys.setswitchinterval(SWITCH_SECONDS)
         try:
-            self._server.run()
+            self._server.run(sockets=[listener])
         finally:
             sys.setswitchinterval(before)
         if self.failure is not None:

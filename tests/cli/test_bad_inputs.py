@@ -31,6 +31,7 @@ WRONG_USE = [
     ("eval -m x", "--text"),
     ("bench --csv --json", "choose one of --csv and --json"),
     ("bench -r 0", "--repetitions"),
+    ("bench -p 0 -n 0", "nothing to measure"),
     ("bench -m x --shape mistral-7b", "choose one of --model and --shape"),
     ("bench --shape mistral-7b --ffn 64x64", "choose one of --shape and --ffn"),
     ("bench --ffn 4096", "is not WIDTHxNEURONS"),
@@ -127,6 +128,12 @@ def test_no_model_anywhere_says_how_to_name_one(powerinfer: Command, tmp_path: P
     ended = powerinfer("run", "-p", "Hello", cwd=tmp_path, HOME=str(tmp_path), XDG_DATA_HOME=str(tmp_path))
     assert ended.code == 1
     assert "-m FILE or $POWERINFER_MODEL" in one_line(ended.err)
+
+
+def test_an_empty_message_has_no_answer(powerinfer: Command, smollm2: Path) -> None:
+    ended = powerinfer("run", "-m", smollm2, "-p", " ", "-n", "1")
+    assert (ended.code, ended.out) == (1, "")
+    assert "the message is empty" in one_line(ended.err)
 
 
 MISSING_INPUTS = [

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from powerinfer_tools.errors import AddressError
+from powerinfer_tools.serving.server import Address, Serving
 from powerinfer_tools.serving.service import Settings
 from powerinfer_tools.text.chat import ChatTemplate
 from powerinfer_tools.text.template_worker import WORKER
@@ -179,6 +181,16 @@ def test_the_worker_that_renders_templates_cannot_start(
     assert "/nonexistent" not in response.text
     monkeypatch.undo()
     assert server.chat("after", max_tokens=1)
+
+
+def test_an_address_that_cannot_be_had_is_said_before_the_model_is_loaded(server: Served) -> None:
+    taken = int(urlsplit(server.url).port or 0)
+    for host, port, why in (("127.0.0.1", taken, "Address already in use"), ("1.2.3.4.5", 1, "not known")):
+        loaded = list[bool]()
+        serving = Serving(server.service, Address(host, port), lambda: loaded.append(True) or (lambda: None))  # noqa: B023
+        with pytest.raises(AddressError, match=f"cannot listen on {host}, port {port}: .*{why}"):
+            serving.run()
+        assert not loaded
 
 
 def test_a_template_that_loops(server: Served) -> None:

@@ -179,7 +179,7 @@ class BlockWriter:
 
     @property
     def activation(self) -> Activation:
-        """That of the layer's FFN."""
+        """The activation of the layer's FFN."""
         return blocks.activation_of(self.hyper, self.layer or 0)
 
     @property

@@ -59,15 +59,15 @@ class Counted(Protocol):
 
     @property
     def hits(self) -> int:
-        """Those of them that were predicted."""
+        """Active neurons that were predicted."""
 
     @property
     def named(self) -> int:
-        """All that were predicted."""
+        """Neurons that were predicted."""
 
     @property
     def neurons(self) -> int:
-        """All that there are."""
+        """All neurons."""
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ class _Weights:
 
     @cached_property
     def up(self) -> Matrix:
-        """What its result is multiplied with."""
+        """The rows whose products the result of the activation is multiplied with."""
         return Matrix.pack(self._pool, *self._rows["up"], *self._size)
 
     @cached_property

@@ -40,7 +40,7 @@ class HotSize:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of weights, cache and scratch."""
         return self.weights + self.cache + self.scratch
 
 
@@ -137,7 +137,7 @@ def experts_scratch_floats(widths: ExpertWidths, tokens: int) -> dict[str, int]:
 
 
 def experts_scratch_bytes(widths: ExpertWidths, tokens: int) -> int:
-    """All of it, with twice the chunk besides, for the steps of unpacking it, and the products of a chunk."""
+    """Bytes of all pieces, of two more chunks for the steps of unpacking, and of the products of a chunk."""
     pieces = experts_scratch_floats(widths, tokens)
     products = tokens * min(CHUNK_ROWS, widths.longest_row)
     return _F32 * (sum(pieces.values()) + 2 * pieces["chunk"] + products)

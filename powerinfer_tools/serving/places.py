@@ -37,7 +37,7 @@ class Place:
 
     @property
     def reusable(self) -> npt.NDArray[np.int32]:
-        """Those at the start that another request may begin with."""
+        """Tokens at the start that another request may begin with."""
         return self.tokens if self._slice is None else self._tokens[: self._sliced]
 
     def add(self, tokens: Sequence[int]) -> None:

@@ -274,7 +274,7 @@ class TorchHotSide:
         return [] if stream is None else [held[:, first : first + count] for held in stream.caches]
 
     def _predictor(self, layer: int) -> HotPredictor | None:
-        """That of ``layer``, where it is here."""
+        """The predictor of ``layer``, if it is on the device."""
         stream = self._backend.stream.layers[layer] if self._backend.stream else None
         return self._backend.predictors[layer] if stream is None else stream.predictor
 

@@ -56,7 +56,7 @@ class ExpertParts:
 
     @cached_property
     def experts(self) -> list[HotExperts | WholeFFN | None]:
-        """Those of each layer that has some, or whose attention and router are here."""
+        """The hot experts of each layer that has some, or whose attention and router are here."""
         units = zip(self._layers, self._units.experts, self._units.attention, strict=True)
         return [self._of_layer(layer, counts, routes=on_device) for layer, counts, on_device in units]
 
@@ -81,7 +81,7 @@ class ExpertParts:
 
     @cached_property
     def routers(self) -> list[HotRouter | None]:
-        """Those of layers whose attention is here."""
+        """The routers of layers whose attention is here."""
         if not any(self._units.attention):
             return [None] * len(self._layers)
         shapes = ((self._tokens, self._routing.experts), (self._tokens, 1))

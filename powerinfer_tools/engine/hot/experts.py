@@ -269,7 +269,7 @@ class Dispatch:
             copy(source[:count], target[:count])
 
     def _read(self) -> None:
-        """Those of one token, as whole numbers: the second row is no float."""
+        """The routes of one token, copied as whole numbers: the second row is no float."""
         assert self.window is not None
         through(*(end.view(torch.int32)[:, : self.taken] for end in (self.window, self.device)))
 

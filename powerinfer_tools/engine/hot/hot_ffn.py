@@ -123,11 +123,11 @@ class Inputs:
     codes: Tensor | None = None
 
     def first(self, tokens: int) -> "Inputs":
-        """Those of the first ``tokens`` tokens, which are all that there are now."""
+        """The inputs of the first ``tokens`` tokens, all tokens of the batch."""
         return Inputs(self.exact[:tokens], self.rounded[:tokens], self.codes if tokens == 1 else None)
 
     def between(self, first: int, last: int) -> "Inputs":
-        """Those of some tokens."""
+        """The inputs of some tokens of the batch."""
         alone = len(self.exact) == 1
         return Inputs(self.exact[first:last], self.rounded[first:last], self.codes if alone else None)
 

@@ -87,7 +87,7 @@ class LayerParts:
     merge_cold: Steps
 
     def merge(self, *, hot: bool, cold: bool) -> Steps:
-        """That of the sides that computed something."""
+        """The merge of the sides that computed something."""
         if hot and cold:
             return self.merge_both
         return self.merge_hot if hot else self.merge_cold
@@ -225,7 +225,7 @@ class LayerSteps:
         return partial(through if windows else copy, source, target)
 
     def _windows(self, tokens: int) -> Landing | None:
-        """Those of a single token; many are copied in bulk."""
+        """The windows for a single token; many tokens are copied in bulk."""
         return self._memory.windows if tokens == 1 else None
 
 

@@ -60,7 +60,8 @@ class AddedToken:
 
 
 def added_tokens(folder: Path, config: Config) -> list[AddedToken]:
-    """Those of added_tokens.json and of ``config``, which is tokenizer_config.json. Raises FormatError."""
+    """The added tokens of added_tokens.json and of ``config``, which is tokenizer_config.json. Raises
+    FormatError."""
     tokens: dict[int, AddedToken] = {}
     document = optional(folder / "added_tokens.json")
     for text in document.values:

@@ -180,7 +180,7 @@ def layer_levels(
 
 
 def neuron_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
-    """Those of the neurons of layer ``index``, in groups."""
+    """The ways to compute the neurons of layer ``index``, which are placed in groups."""
     shape, machine, engine = inputs.shape, inputs.machine, options.engine
     layer = shape.layers[index]
     frequencies = None if inputs.frequencies is None else inputs.frequencies[index]

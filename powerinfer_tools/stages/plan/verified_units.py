@@ -97,7 +97,7 @@ class VerifiedUnits:
         return "splits are not timed where dense layers stand beside experts" if mixed else None
 
     def shares(self) -> list[float]:
-        """Those of the splits with a hot side: none without torch."""
+        """The hot shares of the splits that are timed: none without torch."""
         if torch_version() is None or self._unsplit is not None:
             return []
         if not self.shape.routed:

@@ -238,20 +238,20 @@ def test_a_pass_that_fails_leaves_the_others(server: Served) -> None:
     """A stream that has begun ends with an error event; the engine is used again at once."""
     batcher = server.service.batcher
     assert batcher is not None
-    step, passes = batcher._slots.step, 0
+    write, passes = batcher._slots.write, 0
 
-    def fail_later(work: Any) -> Any:
+    def fail_later(slots: Any, tokens: Any) -> Any:
         nonlocal passes
         passes += 1
         if passes == 5:
             raise MemoryError("made to fail")
-        return step(work)
+        return write(slots, tokens)
 
-    batcher._slots.step = fail_later  # type: ignore[method-assign]
+    batcher._slots.write = fail_later  # type: ignore[method-assign]
     try:
         events = list(server.events("/v1/completions", **STREAM))
     finally:
-        batcher._slots.step = step  # type: ignore[method-assign]
+        batcher._slots.write = write  # type: ignore[method-assign]
     assert json.loads(events[-2])["error"] == {
         "message": "the server failed on this request",
         "type": "server_error",

@@ -38,9 +38,9 @@ OURS, THEIRS = "powerinfer", "llama-server"
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as text, and how many tokens to answer."""
+    """A prompt as text or as ids of tokens, and how many tokens to answer."""
 
-    prompt: str
+    prompt: str | list[int]
     tokens: int
 
 
@@ -82,12 +82,18 @@ def words(count: int, seed: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=count))  # noqa: S311
 
 
-def questions(count: int, seed: int, part: float = 1.0) -> list[Question]:
-    """Different prompts, so that no cache helps; ``part`` makes them and their answers shorter."""
+def token_ids(count: int, seed: int) -> list[int]:
+    """So many tokens."""
+    return random.Random(seed).choices(range(1000, 20000), k=count)  # noqa: S311
+
+
+def questions(count: int, seed: int, part: float = 1.0, *, ids: bool = False) -> list[Question]:
+    """Different prompts, so that no cache helps; ``part`` makes them and their answers shorter. As ``ids``,
+    where the tokenizer of a synthetic model would cut words into letters."""
     chooser = random.Random(seed)  # noqa: S311
     lengths = [(chooser.randrange(32, 513), chooser.randrange(64, 257)) for _ in range(count)]
     return [
-        Question(words(int(prompt * part), 1000 * seed + number), int(answer * part))
+        Question((token_ids if ids else words)(int(prompt * part), 1000 * seed + number), int(answer * part))
         for number, (prompt, answer) in enumerate(lengths)
     ]
 
@@ -225,10 +231,11 @@ async def measure(
     """All levels, the servers in turn."""
     results = []
     for name, port in ports.items():
-        await load(name, port, 2, questions(2, seed=99, part=0.2))  # warm
+        await load(name, port, 2, questions(2, seed=99, part=0.2, ids=arguments.ids))  # warm
     for users in arguments.users:
         for turn in range(arguments.rounds):
-            asked = questions(max(arguments.requests, users), 1000 * users + turn, arguments.part)
+            count = max(arguments.requests, users)
+            asked = questions(count, 1000 * users + turn, arguments.part, ids=arguments.ids)
             order = list(ports.items())
             for name, port in order if turn % 2 == 0 else reversed(order):
                 results.append(figures := await load(name, port, users, asked, pids))
@@ -336,6 +343,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--llama-args", default="", help="more arguments for it")
     parser.add_argument("--users", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=16, help="requests of a level, at least one a user")
+    parser.add_argument("--ids", action="store_true", help="prompts as token ids, for synthetic models")
     parser.add_argument("--part", type=float, default=1.0, help="of the lengths, where time is short")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--single", type=int, default=0, help="rounds of one user against bench")

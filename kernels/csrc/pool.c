@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sched.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -117,6 +118,7 @@ void pi_barrier(pi_worker *w) {
 static void *thread_main(void *argument) {
     pi_worker *w = argument;
     pi_pool *pool = w->pool;
+    prctl(PR_SET_NAME, "pi-pool"); /* so that they can be told from other threads of the process */
     pi_enter_arithmetic();
     for (;;) {
         wait_for_change(&pool->run, w->last_run, &pool->run_sleepers, 0);

@@ -35,7 +35,8 @@ _WORTH_LOADING = 64
 
 
 class Batcher:
-    """Computes requests on ``slots``, at most ``parallel`` at a time. Start it, and close it."""
+    """Computes requests on ``slots``, at most ``parallel`` at a time. Start it, and close it. Its thread
+    calls ``prepare`` first."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Batcher:
         limits: QueueLimits | None = None,
         figures: Figures | None = None,
         disk: DiskCache | None = None,
+        prepare: Callable[[], object] = lambda: None,
     ) -> None:
         self.figures = figures or Figures()
         self.context = slots.context
@@ -54,7 +56,7 @@ class Batcher:
         self._slots, self._tokenizer, self._disk = slots, tokenizer, disk
         self._waiting: FairQueue[Ticket] = FairQueue(limits or QueueLimits())
         self._active: list[Ticket] = []
-        self._outbox = Outbox()
+        self._outbox, self._prepare = Outbox(), prepare
         self._changed = threading.Condition()
         self._between: list[Callable[[], None]] = []
         self._closing = self._draining = False
@@ -155,6 +157,7 @@ class Batcher:
         self._changed.notify()
 
     def _run(self) -> None:
+        self._prepare()
         while True:
             try:
                 if not self._admit():

@@ -12,6 +12,7 @@ from powerinfer_tools.engine import Engine
 from powerinfer_tools.serving.batcher import Batcher
 from powerinfer_tools.serving.disk_cache import DiskCache
 from powerinfer_tools.serving.fair_queue import QueueLimits
+from powerinfer_tools.serving.own_cores import spread
 from powerinfer_tools.serving.prefix_store import PrefixStore
 from powerinfer_tools.serving.served_model import ServedModel
 from powerinfer_tools.serving.service import Service
@@ -47,7 +48,14 @@ def open_service(
     count = slot_count(engine.session, engine.weights, options.parallel, options.kv_memory)
     slots = SessionSlots(engine.weights, engine.session, count)
     disk = None if options.cache_dir is None else _disk_cache(model, slots, options, say)
-    batcher = Batcher(slots, tokenizer, parallel=options.parallel, limits=options.limits, disk=disk)
+    batcher = Batcher(
+        slots,
+        tokenizer,
+        parallel=options.parallel,
+        limits=options.limits,
+        disk=disk,
+        prepare=lambda: _spread(engine),
+    )
     batcher.start()
     service.model, service.batcher = model, batcher
     service.report = lambda: _report(engine, slots)
@@ -59,6 +67,15 @@ def open_service(
         engine.close()
 
     return close
+
+
+def _spread(engine: Engine) -> None:
+    """Cores of their own for the threads of ``engine``, where nothing else has work beside them: neither
+    torch nor what reads from disk. Called by the thread that computes, before it does."""
+    weights = engine.weights
+    if weights.head is not None and not weights.stack.has_hot_side and weights.stack.residency is None:
+        weights.head.logits(weights.stack.x[:1])  # a run starts the threads
+        spread(engine.threads)
 
 
 def _disk_cache(

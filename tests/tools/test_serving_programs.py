@@ -182,7 +182,7 @@ def test_llama_benchy(server: Served, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     run(
         tmp_path, "llama-benchy", "--base-url", f"{server.url}/v1", "--model", "tiny", "--tokenizer",
-        str(tmp_path), "--book-url", f"{server.url}/openapi.json", "--pp", "64", "--tg", "8", "--runs", "2",
+        str(tmp_path), "--book-url", f"{server.url}/openapi.json", "--pp", "64", "--tg", "256", "--runs", "2",
         "--concurrency", "1", "2", "--exact-tg", "--skip-coherence", "--enable-prefix-caching", "--depth",
         "32", "--exit-on-first-fail", "--save-result", str(result), "--format", "json",
     )  # fmt: skip

@@ -5,8 +5,8 @@ neighbours.
 A split file has a layer's neurons hottest first, so what stays is its beginning: most of what fits. The rest
 of the memory follows use. What a token needs is known exactly before a row is read, from its gates
 (gate-first) or from its predictor, and the sums are those of the model in memory, bit for bit. In mode
-predicted, what the next layer's predictor names by the present residual stream is read meanwhile. Prompts of
-more than eight tokens need nearly all neurons of a layer, and read them.
+predicted, what the next layer's predictor names by the present residual stream is read meanwhile, where cores
+are left for that. Prompts of more than eight tokens need nearly all neurons of a layer, and read them.
 """
 
 import time
@@ -16,7 +16,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from powerinfer_formats.split import SplitLayer
-from powerinfer_kernels import Bundle, KernelError, LayerOfRecords, Pool, Records, RecordsOf
+from powerinfer_kernels import (
+    Bundle,
+    KernelError,
+    LayerOfRecords,
+    Pool,
+    Records,
+    RecordsOf,
+    physical_cores,
+)
 from powerinfer_kernels.records import PAGE, staging_bytes
 from powerinfer_tools.engine.blocks import BlockWriter
 from powerinfer_tools.engine.modes import layer_modes
@@ -95,9 +103,10 @@ class NeuronsOnDisk(WeightsOnDisk):
             self._predictors[index] = lay_out(layer.predictor, self._pool, 0, layer.width, tokens)
         return self._predictors.get(index)
 
-    def predicts(self, index: int) -> bool:
-        """Whether layer ``index`` is computed with its predictor, which is in memory then."""
-        return self._modes[index] == "predicted"
+    def foresees(self, index: int) -> bool:
+        """Whether neurons of layer ``index`` are read ahead: its predictor is in memory, as it is computed
+        with that, and readers have cores that do not compute. Where they had none, that was a loss."""
+        return self._modes[index] == "predicted" and spare_cores(self._pool) > 0
 
     def after(self, index: int) -> int | None:
         """The next layer whose neurons are on disk."""
@@ -192,6 +201,11 @@ class NeuronsOnDisk(WeightsOnDisk):
         return f"{said}; by the profile a token takes {missing:,.0f}: at most {rate / missing:.3g} tok/s"
 
 
+def spare_cores(pool: Pool) -> int:
+    """Cores that this process may use, and ``pool`` does not."""
+    return max(0, physical_cores() - pool.threads)
+
+
 @dataclass(frozen=True)
 class OfLayer:
     """Layer ``index`` of those on ``disk``, for passes of up to ``tokens``: a
@@ -210,7 +224,7 @@ class OfLayer:
         """Append what asks for the neurons that the next layer's predictor names by the residual stream as
         it is now, before this layer's sum; where it has one."""
         index = self.disk.after(self.index)
-        if index is None or not self.disk.predicts(index):
+        if index is None or not self.disk.foresees(index):
             return
         predictor = self.disk.predictor(index, self.tokens)
         assert predictor is not None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from powerinfer_kernels import Pool
-from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine import Engine, neurons_on_disk
 from powerinfer_tools.engine import weights as weights_module
 from powerinfer_tools.engine.from_disk import FromDisk, RamOptions
 from powerinfer_tools.engine.neurons_on_disk import NeuronsOnDisk
@@ -70,7 +70,11 @@ def rows(path: Path, mode: str, placing: str = "adaptive") -> tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize("mode", ["gate-first", "predicted"])
-def test_bits_are_those_in_memory_for_five_budgets(path: Path, mode: str, budget: dict[str, float]) -> None:
+def test_bits_are_those_in_memory_for_five_budgets(
+    path: Path, mode: str, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a mode with predictors read ahead."""
+    monkeypatch.setattr(neurons_on_disk, "spare_cores", lambda _: 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights_module, "open_from_disk", lambda *_, **__: None)
         expected, _ = rows(path, mode)
@@ -82,6 +86,7 @@ def test_bits_are_those_in_memory_for_five_budgets(path: Path, mode: str, budget
         report = engine.final  # type: ignore[attr-defined]
         assert report.what == "neurons"
         assert report.taken > report.hits > 0 or share > 1
+        assert (report.ahead > 0) == (mode == "predicted") or share > 0.5
         read.append(report.read_bytes)
     assert read == sorted(read, reverse=True)
     assert read[-1] == 0
@@ -98,7 +103,7 @@ def test_the_busiest_are_there_from_the_beginning(path: Path, budget: dict[str, 
 SCRIPT = """
 import sys
 from powerinfer_tools.detect import resident_bytes
-from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine import Engine, neurons_on_disk
 from powerinfer_tools.engine.from_disk import RamOptions
 from powerinfer_tools.model.loading import load_model
 path, ram = sys.argv[1], int(sys.argv[2])

@@ -14,7 +14,7 @@ _NEW, _KEEP = 0.3, 0.9
 _SAVINGS = 4.0
 #: Change of a single token's time, as a share of it, from which on a choice is made anew: choosing takes
 #: longer than looking a text up.
-_STALE = 0.1
+_STALE = 0.25
 
 
 class DraftLength:

@@ -105,7 +105,8 @@ class LayerPlan:
     """One layer. ``hot_activation_share`` is the share of all activations that the hot neurons make, or of
     what routers choose that hot experts are; ``predictor`` is where the predictor lives, in mode predicted
     only, ``shared_expert`` where the expert that every token takes does. Bytes are those of the neurons;
-    ``disk_bytes`` would be in RAM, and are on disk alone."""
+    ``disk_bytes`` would be in RAM, and are on disk alone. ``neurons`` are said where layers with one FFN
+    differ: 0 of a layer without."""
 
     index: int
     hot_neurons: int
@@ -118,6 +119,7 @@ class LayerPlan:
     predictor: Device | None = None
     shared_expert: Device | None = None
     disk_bytes: int = 0
+    neurons: int | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,9 @@ class Plan:
             del fields["request"]
         if not self.memory.disk_used:
             fields = _without_disk(fields)
+        for layer in fields["layers"]:
+            if layer["neurons"] is None:
+                del layer["neurons"]
         return {"format": FORMAT, "version": self.version, **fields}
 
     @property
@@ -279,14 +284,15 @@ class Plan:
         return VERSION if experts is None else EXPERTS_VERSION
 
     def experts_of(self, layer: int) -> PlanExperts | None:
-        """The experts of ``layer``; None where it has one FFN."""
+        """The experts of ``layer``; None where it has one FFN, or none."""
         experts = self.model.experts
         dense = experts is not None and experts.dense is not None and layer in experts.dense.layers
-        return None if dense else experts
+        return None if dense or self.layers[layer].neurons == 0 else experts
 
     def neurons_of(self, layer: int) -> int:
         """Neurons of ``layer`` that are placed."""
-        return self._dense(layer).neurons
+        own = self.layers[layer].neurons
+        return self._dense(layer).neurons if own is None else own
 
     def group_of(self, layer: int) -> int:
         """How many neurons of ``layer`` are placed together: those of an expert where it has some."""

@@ -79,6 +79,8 @@ def _check_sums(plan: Plan, require: Require) -> None:
 def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Require) -> None:
     path = f"layers[{index}]"
     require(layer.index == index, f"{path}.index", f"is {layer.index}, expected {index}")
+    own, most = layer.neurons, 0 if plan.model.experts else plan.model.neurons
+    require(own is None or 0 <= own <= most, f"{path}.neurons", f"is {own}, expected 0 to {most}")
     hot, neurons, group = layer.hot_neurons, plan.neurons_of(index), plan.group_of(index)
     fits = 0 <= hot <= neurons and (hot % group == 0 or hot == neurons)
     require(fits, f"{path}.hot_neurons", f"is {hot}, expected a multiple of {group} up to {neurons}, or all")

@@ -163,7 +163,7 @@ class SplitFile:
         header = checker.header()
         layers = {index: checker.layer(index, header) for index in header.row_layers}
         orders = (
-            layers[index].order if index in layers else checker.experts(index)
+            layers[index].order if index in layers else checker.experts(index, header)
             for index in range(sizes.layers)
         )
         return cls(gguf, header, tuple(orders), tuple(layers.values()))
@@ -237,20 +237,28 @@ class _Checker(HeaderReader):
 
     def __init__(self, gguf: ModelSource, sizes: SplitSizes) -> None:
         super().__init__(gguf, sizes)
-        self.neurons, self.width = sizes.ffn_neurons, sizes.width
+        self.width = sizes.width
 
-    def experts(self, index: int) -> NDArray[np.int32]:
-        """The order of the experts of one layer, whose matrices must be there, too; an FFN is one."""
+    def experts(self, index: int, header: SplitHeader) -> NDArray[np.int32]:
+        """The order of the experts of one layer, whose matrices must be there, too; an FFN is one, and a
+        layer without has none."""
         if not self.sizes.routed(index):
-            return np.zeros(1, np.int32)
+            if not self.sizes.neurons_of(index):
+                for name in (names.order_name(index), names.bundle_name(index)):
+                    self.absent(name, "the layer has no FFN")
+            return np.zeros(min(1, self.sizes.neurons_of(index)), np.int32)
         for kind in names.KINDS:
             self.absent(names.source_experts_name(index, kind), "experts are in the order of the plan")
+            if kind == "gate" and not header.expert_gate:
+                self.absent(names.experts_name(index, kind), "the file's experts have no gate")
+                continue
             shape = self.sizes.matrices(kind)
             self.gguf.tensor(names.experts_name(index, kind), shape=shape, types=frozenset(BLOCK_SHAPES))
         return self.permutation(names.expert_order_name(index), self.sizes.experts, "experts")
 
     def layer(self, index: int, header: SplitHeader) -> SplitLayer:
-        hot, cold = header.hot_neurons[index], self.neurons - header.hot_neurons[index]
+        neurons, hot = self.sizes.neurons_of(index), header.hot_neurons[index]
+        cold = neurons - hot
         types = header.types[index]
         gate_type = types[0] if len(types) == len(names.KINDS) else None
         try:
@@ -270,10 +278,10 @@ class _Checker(HeaderReader):
         return SplitLayer(
             index=index,
             mode=header.modes[index],
-            neurons=self.neurons,
+            neurons=neurons,
             hot_neurons=hot,
             width=self.width,
-            order=self.permutation(names.order_name(index), self.neurons, "neurons"),
+            order=self.permutation(names.order_name(index), neurons, "neurons"),
             layout=layout,
             hot=hot_rows,
             cold=self._rows(names.bundle_name(index), cold, record, TensorType.I8, record),
@@ -292,7 +300,8 @@ class _Checker(HeaderReader):
             return None
         if header.modes[index] != "dense":
             self.absent(name, f"the layer's mode is {header.modes[index]}")
-        rows = self.gguf.tensor(name, shape=(self.width, self.neurons), types=set(BLOCK_SHAPES))
+        shape = (self.width, self.sizes.neurons_of(index))
+        rows = self.gguf.tensor(name, shape=shape, types=set(BLOCK_SHAPES))
         row_type = TensorType(self.gguf.info(name).row_type)
         return DownColumns(row_type, rows.reshape(self.width, -1))
 
@@ -300,7 +309,7 @@ class _Checker(HeaderReader):
         name = names.bias_name(index)
         if gated:
             self.absent(name, "FFNs with a gate have no bias")
-        return self._vector(name) if name in self.gguf.tensors else None
+        return self._vector(name, self.sizes.neurons_of(index)) if name in self.gguf.tensors else None
 
     def _threshold(self, index: int, header: SplitHeader, *, gated: bool) -> SplitThreshold | None:
         """What the header says; a layer of mode thresholded has one."""
@@ -309,11 +318,11 @@ class _Checker(HeaderReader):
             self.fail(names.KEY_MODE, f"is thresholded for layer {index}, which has no thresholds")
         if factor != "none" and not gated:
             self.fail(KEY_FACTORS, f"is {factor} for layer {index}, which has no gate")
-        return read_threshold(self.gguf, index, factor, self.neurons)
+        return read_threshold(self.gguf, index, factor, self.sizes.neurons_of(index))
 
-    def _vector(self, name: str) -> NDArray[np.float32]:
+    def _vector(self, name: str, neurons: int) -> NDArray[np.float32]:
         """One finite value for each neuron."""
-        values = self.gguf.tensor(name, shape=(self.neurons,), types={TensorType.F32}).view("<f4")
+        values = self.gguf.tensor(name, shape=(neurons,), types={TensorType.F32}).view("<f4")
         if not np.isfinite(values).all():
             raise errors.BadValue(self.gguf.path, f"tensor {name!r} has values that are not finite")
         return values
@@ -323,7 +332,8 @@ class _Checker(HeaderReader):
         kind = header.prediction.kinds[index] if header.prediction else "none"
         if kind == "none" and header.modes[index] == "predicted":
             self.fail(names.KEY_MODE, f"is predicted for layer {index}, which has no predictor")
-        return read_predictor(self.gguf, index, kind, neurons=self.neurons, width=self.width)
+        neurons = self.sizes.neurons_of(index)
+        return read_predictor(self.gguf, index, kind, neurons=neurons, width=self.width)
 
     def _rows(self, name: str, rows: int, columns: int, row_type: TensorType, size: int) -> NDArray[np.uint8]:
         if rows == 0:

@@ -37,11 +37,13 @@ def read_sizes(gguf: ModelSource) -> SplitSizes:
     layers, experts = size("block_count"), size("expert_count", None if claims else 0)
     layers -= size("nextn_predict_layers", 0)  # which predict further tokens
     if not experts:
-        return SplitSizes(layers, size("feed_forward_length"), size("embedding_length"))
-    routed = (f"blk.{layer}.ffn_gate_inp.weight" in gguf.tensors for layer in range(layers))
-    dense = {
-        layer for layer, has_router in enumerate(routed) if not has_router and version == names.MIXED_VERSION
-    }
+        each = _each(gguf, f"{architecture}.feed_forward_length", layers)
+        neurons = max(each) if each else size("feed_forward_length")
+        return SplitSizes(layers, neurons, size("embedding_length"), each=each)
+    each = _each(gguf, f"{architecture}.feed_forward_length", layers)
+    others = {layer for layer in range(layers) if f"blk.{layer}.ffn_gate_inp.weight" not in gguf.tensors}
+    without = {layer for layer in others if each and not each[layer]}
+    dense = others - without if version == names.MIXED_VERSION else set[int]()
     shared = size("expert_shared_feed_forward_length", 0) > 0
     return SplitSizes(
         layers,
@@ -51,7 +53,20 @@ def read_sizes(gguf: ModelSource) -> SplitSizes:
         shared or any(name.endswith(".ffn_up_shexp.weight") for name in gguf.tensors),
         frozenset(dense),
         size("feed_forward_length") if dense else 0,
+        frozenset(without),
     )
+
+
+def _each(gguf: ModelSource, key: str, layers: int) -> tuple[int, ...]:
+    """The neurons of the FFN of each layer where the file says them one by one; those that predict further
+    tokens come last."""
+    listed = gguf.metadata.get(key)
+    if not isinstance(listed, np.ndarray):
+        return ()
+    each = tuple(map(int, listed[:layers])) if listed.dtype.kind in "iu" else ()
+    if len(each) < layers or min(each) < 0 or not 0 < max(each) < 1 << 31:
+        raise errors.BadValue(gguf.path, f"metadata {key!r} does not say the neurons of each layer")
+    return each
 
 
 class HeaderReader(KeyReader):
@@ -66,7 +81,7 @@ class HeaderReader(KeyReader):
         """All that the file says. Raises ``FormatError``."""
         gguf, version = self.gguf, self._version()
         if not self.sizes.experts:
-            self._sorted = frozenset(range(self.layers))
+            self._sorted = frozenset(filter(self.sizes.neurons_of, range(self.layers)))
         elif names.KEY_GROUP in gguf.metadata:
             self._sorted = self.sizes.dense
         units = self._neurons() if self._sorted else self._no_neurons()
@@ -108,7 +123,9 @@ class HeaderReader(KeyReader):
             if others.get(part) is not None:
                 self.fail(key, "is there, but models with experts have neither predictors nor thresholds")
         hot = self._counts(names.KEY_HOT_EXPERTS, self._units)
-        each = [sizes.neurons if sizes.routed(layer) else sizes.dense_neurons for layer in range(self.layers)]
+        each = [
+            sizes.neurons if sizes.routed(layer) else sizes.neurons_of(layer) for layer in range(self.layers)
+        ]
         return {
             "experts": sizes.experts,
             "group": sizes.neurons,
@@ -116,6 +133,7 @@ class HeaderReader(KeyReader):
                 count * size + more for count, size, more in zip(hot, each, neurons, strict=True)
             ),
             "hot_shared": self._hot_shared(),
+            "expert_gate": bool(self.gguf.get(names.KEY_EXPERT_GATE, bool, default=True)),
             "dense": tuple(sorted(sizes.dense)),
             "dense_neurons": sizes.dense_neurons,
             "dense_group": others["group"],
@@ -123,7 +141,9 @@ class HeaderReader(KeyReader):
 
     def _units(self, layer: int) -> int:
         """How many experts a layer has; an FFN that is not sorted is one."""
-        return 0 if layer in self._sorted else self.sizes.experts if self.sizes.routed(layer) else 1
+        if self.sizes.routed(layer):
+            return self.sizes.experts
+        return 0 if layer in self._sorted else min(1, self.sizes.neurons_of(layer))
 
     def _no_neurons(self) -> dict[str, Any]:
         """The same fields as of neurons, where none are sorted."""
@@ -139,8 +159,8 @@ class HeaderReader(KeyReader):
     def _neurons(self) -> dict[str, Any]:
         """What is said of groups of neurons alone, as fields of the header."""
         gguf, group = self.gguf, self.gguf.get(names.KEY_GROUP, int)
-        if not 1 <= group <= self.sizes.ffn_neurons:
-            self.fail(names.KEY_GROUP, f"is {group}, expected 1 to {self.sizes.ffn_neurons}")
+        if not 1 <= group <= self.sizes.most_neurons:
+            self.fail(names.KEY_GROUP, f"is {group}, expected 1 to {self.sizes.most_neurons}")
         return {
             "group": group,
             "hot_neurons": self._hot_neurons(group),
@@ -212,7 +232,7 @@ class HeaderReader(KeyReader):
     def _hot_neurons(self, group: int) -> tuple[int, ...]:
         hot = self.integers(names.KEY_HOT_NEURONS)
         for layer, count in enumerate(self.per_layer(names.KEY_HOT_NEURONS, hot)):
-            neurons = self.sizes.ffn_neurons if layer in self._sorted else 0
+            neurons = self.sizes.neurons_of(layer) if layer in self._sorted else 0
             if count > neurons or (count % group and count != neurons):
                 self.fail(
                     names.KEY_HOT_NEURONS,

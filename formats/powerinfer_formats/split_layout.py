@@ -45,6 +45,8 @@ KEY_CORPUS_TOKENS = "powerinfer.corpus_tokens"
 # Only in files of experts.
 KEY_HOT_EXPERTS = "powerinfer.hot_experts"
 KEY_HOT_SHARED = "powerinfer.hot_shared_experts"
+# Only in those whose experts have no gate.
+KEY_EXPERT_GATE = "powerinfer.expert_gate"
 # Only in files with predictors.
 KEY_PREDICTORS = "powerinfer.predictors"
 KEY_PREDICTOR_RECALL = "powerinfer.predictor_recall"
@@ -122,7 +124,9 @@ def source_experts_name(layer: int, kind: str) -> str:
 class SplitSizes:
     """What a split file must fit: layers; the neurons of the FFN of each, or of each of its ``experts`` (0:
     the model has none); the model's width; whether every token takes a shared expert besides. In a model with
-    experts, the layers ``dense`` have one FFN of ``dense_neurons`` instead."""
+    experts, the layers ``dense`` have one FFN of ``dense_neurons`` instead, and those ``without`` nothing.
+    Where FFNs differ, ``each`` has the neurons of every layer, 0 of one without, and the others are the
+    most."""
 
     layers: int
     neurons: int
@@ -131,15 +135,23 @@ class SplitSizes:
     shared: bool = False
     dense: frozenset[int] = frozenset()
     dense_neurons: int = 0
+    without: frozenset[int] = frozenset()
+    each: tuple[int, ...] = ()
 
     def routed(self, layer: int) -> bool:
         """Whether ``layer`` has experts."""
-        return self.experts > 0 and layer not in self.dense
+        return self.experts > 0 and layer not in self.dense | self.without
 
     @property
-    def ffn_neurons(self) -> int:
-        """Neurons of a layer without experts."""
+    def most_neurons(self) -> int:
+        """Neurons of a layer with one FFN; the most where they differ."""
         return self.dense_neurons if self.experts else self.neurons
+
+    def neurons_of(self, layer: int) -> int:
+        """Neurons of the one FFN of ``layer``; 0 where it has experts, or nothing."""
+        if self.routed(layer) or layer in self.without:
+            return 0
+        return self.each[layer] if self.each else self.most_neurons
 
     def matrices(self, kind: str) -> tuple[int, int, int]:
         """Shape of the matrices of all experts of a layer: [experts, neurons, width], or [experts, width,
@@ -232,11 +244,12 @@ class SplitHeader:
     on the CPU.
 
     ``types`` are (gate, up, down), without gate (up, down), the same for both parts of a layer, and nothing
-    of a layer whose neurons are not sorted, which has the source's matrices. ``requantization_error`` is
-    ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection, 0 of such a layer. Where all are, both are
-    empty, like ``activation``. ``prediction`` is None in a file without predictors, ``thresholding`` in one
-    without thresholds. ``columns``: layers may have the source's own down projection, see
-    :func:`columns_name`.
+    of a layer whose neurons are not sorted, which has the source's matrices, or no FFN.
+    ``requantization_error`` is ‖D' − D‖ / ‖D‖ (Frobenius) of the transposed down projection, 0 of such a
+    layer. Where all are, both are empty, like ``activation``.
+    ``prediction`` is None in a file without predictors, ``thresholding`` in one without thresholds.
+    ``columns``: layers may have the source's own down projection, see :func:`columns_name`. ``expert_gate``:
+    experts have gate matrices.
     """
 
     source_fingerprint: str
@@ -258,6 +271,7 @@ class SplitHeader:
     dense: tuple[int, ...] = ()
     dense_neurons: int = 0
     dense_group: int = 0
+    expert_gate: bool = True
 
     @property
     def version(self) -> int:
@@ -271,7 +285,7 @@ class SplitHeader:
         """The layers whose neurons are sorted."""
         if self.experts:
             return self.dense if self.dense_group else ()
-        return tuple(range(len(self.hot_neurons)))
+        return tuple(layer for layer, types in enumerate(self.types) if types)
 
     def unit_neurons(self, layer: int) -> int:
         """Neurons of a unit of ``layer``: one, or those of an expert, or of a whole FFN."""
@@ -302,6 +316,7 @@ class SplitHeader:
             (neurons, KEY_FFN_TYPES, types, ValueType.UINT32),
             (experts, KEY_HOT_EXPERTS, hot_experts, ValueType.UINT32),
             (bool(self.hot_shared), KEY_HOT_SHARED, [int(hot) for hot in self.hot_shared], ValueType.UINT32),
+            (not self.expert_gate, KEY_EXPERT_GATE, False, ValueType.BOOL),
             (True, KEY_TOOL_VERSION, self.tool_version, None),
             (neurons, KEY_REQUANTIZATION_ERROR, self.requantization_error, ValueType.FLOAT32),
             (True, KEY_CORPUS_HASHES, self.corpus_hashes, ValueType.STRING),
@@ -344,7 +359,7 @@ def declare_split_layer(
 
 def declare_experts(writer: GGUFWriter, layer: int, sizes: SplitSizes, types: Sequence[TensorType]) -> None:
     """Declare the tensors of one layer of experts, in the order in which their data has to be written: the
-    order of experts, then gate, up and down of ``types``."""
+    order of experts, then gate, up and down (up and down without gate) of ``types``."""
     writer.declare(expert_order_name(layer), TensorType.I32, (sizes.experts,))
-    for kind, row_type in zip(KINDS, types, strict=True):
+    for kind, row_type in zip(KINDS[-len(types) :], types, strict=True):
         writer.declare(experts_name(layer, kind), row_type, sizes.matrices(kind))

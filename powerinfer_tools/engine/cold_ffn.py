@@ -30,6 +30,7 @@ from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.packed import PackedWeights
 from powerinfer_tools.engine.predictor_programs import NamedElsewhere, Predictor, lay_out, named_elsewhere
 from powerinfer_tools.engine.recall import GateAndUp, RecallCheck
+from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import Model
 
@@ -39,10 +40,15 @@ def load_cold_ffn(model: Model, index: int, pool: Pool, part: Part) -> ColdFFN:
     layer, ffn, mode = model.layers[index], model.layers[index].ffn, part.mode
     if isinstance(part.on_disk, LayersOnDisk):
         return _PassingFFN(part.on_disk.columns(index), part.observed, disk=part.on_disk, layer=index)
+    deviations = model.hyper.facts[index].deviations
+    if part.hot_neurons and deviations is not None:
+        raise ModelError(
+            f"{model.path}: layer {index} has neurons on the hot side, which does not compute gates that "
+            "depend on all neurons; plan again"
+        )
     if isinstance(ffn, DenseFFN):
         if part.hot_neurons:
             return _NoneFFN()
-        deviations = model.hyper.facts[index].deviations
         rest = (layer.ffn_bias, layer.ffn_factor_bias, layer.ffn_inner_norm, deviations)
         return _ColumnsFFN(
             pack_columns(partial(part.packed.of, pool), ffn, *rest), part.observed, part.thresholds
@@ -55,7 +61,7 @@ def load_cold_ffn(model: Model, index: int, pool: Pool, part: Part) -> ColdFFN:
     if mode == "thresholded":
         return _load_thresholded(ffn, pool, part)
     if mode == "dense" and part.alone and ffn.columns is not None:
-        return _load_columns(ffn, pool, part)
+        return _load_columns(ffn, pool, part, deviations)
     return _load_rows(ffn, pool, part)
 
 
@@ -244,12 +250,13 @@ def _bundle(
     return part.packed.bundle(pool, layer, part.hot_neurons, kinds), None
 
 
-def _load_columns(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:
+def _load_columns(layer: SplitLayer, pool: Pool, part: Part, deviations: float | None) -> ColdFFN:
     """All neurons in the source's order, with its own down projection: the source's form, speed and bits."""
     gate, *up = (part.packed.columns(pool, layer, kind) for kind in layer.kinds[:-1])
     down = part.packed.columns(pool, layer, "down")
     bias = None if layer.bias is None else layer.bias[np.argsort(layer.order)].astype(np.float32)
-    return _ColumnsFFN(DenseColumns(gate, up[0] if up else None, down, bias), part.observed)
+    weights = DenseColumns(gate, up[0] if up else None, down, bias, deviations=deviations)
+    return _ColumnsFFN(weights, part.observed)
 
 
 def _load_thresholded(layer: SplitLayer, pool: Pool, part: Part) -> ColdFFN:

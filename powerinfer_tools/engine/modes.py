@@ -33,7 +33,7 @@ def layer_modes(model: Model, choice: str | None) -> tuple[str, ...]:
 
 def _mode(model: Model, index: int, choice: str) -> str:
     """The mode of one layer where ``choice`` is wanted."""
-    if isinstance(model.layers[index].ffn, ExpertsFFN):
+    if isinstance(model.layers[index].feeds, ExpertsFFN):
         return "gate-first" if choice == "gate-first" and picks_in_experts(model) else "dense"
     layer = model.split.layer(index) if model.split else None
     if layer is None or choice == "dense":
@@ -47,7 +47,7 @@ def _mode(model: Model, index: int, choice: str) -> str:
 
 def picks_in_experts(model: Model) -> bool:
     """Whether single neurons of experts can be left out, in every layer that has experts."""
-    downs = [layer.ffn.down for layer in model.layers if isinstance(layer.ffn, ExpertsFFN)]
+    downs = [layer.feeds.down for layer in model.layers if isinstance(layer.feeds, ExpertsFFN)]
     return (
         bool(downs)
         and model.hyper.activation in RELU_FAMILY

@@ -190,8 +190,12 @@ class Hyperparameters:
             return "attention heads that differ between layers"
         if len({(facts.head_dim, facts.value_dim) for facts in attending}) > 1:
             return "attention heads whose width differs between layers"
-        dense = {facts.neurons for facts in self.facts if facts.ffn == "dense"}
-        return "FFNs of sizes that differ between layers" if len(dense) > 1 else None
+        return "FFNs of sizes that differ between layers" if self.uneven_ffns else None
+
+    @property
+    def uneven_ffns(self) -> bool:
+        """Whether FFNs have more or fewer neurons than others."""
+        return len({facts.neurons for facts in self.facts if facts.ffn == "dense"}) > 1
 
     @property
     def query_width(self) -> int:

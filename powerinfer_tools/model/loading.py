@@ -103,12 +103,9 @@ class Model:
         are. What mixes tokens does not matter."""
         hyper, routing = self.hyper, self.hyper.routing
         what = {
-            "layers without FFN": any(layer.feeds is None for layer in self.layers),
-            "FFNs of sizes that differ between layers": len(
-                {facts.neurons for facts in hyper.facts if facts.ffn == "dense"}
-            )
-            > 1,
-            "gates that depend on all neurons": any(f.deviations is not None for f in hyper.facts),
+            "layers none of which has an FFN": all(layer.feeds is None for layer in self.layers),
+            "FFNs of sizes that differ between layers beside experts": routing is not None
+            and hyper.uneven_ffns,
             "xIELU activations": bool(hyper.xielu),
             "norms inside blocks": self.spec.inner_norms,
             "biases of gated FFNs or experts": any(self._biased(layer) for layer in self.layers),
@@ -129,6 +126,8 @@ class Model:
     def placement_limit(self) -> str | None:
         """Why nothing of the model is computed on a hot device; None where its FFNs can be."""
         routing = self.hyper.routing
+        if routing is not None and any(facts.ffn == "none" for facts in self.hyper.facts):
+            return "layers without FFN beside experts"
         return "experts whose input is weighed" if routing is not None and routing.weigh_input else None
 
     @property
@@ -152,6 +151,8 @@ class Model:
             return "layers without keys of their own"
         if any(facts.head_dim != self.hyper.head_dim for facts in self.hyper.facts):
             return "attention heads whose width differs between layers"
+        if any((f.heads, f.kv_heads) != (self.hyper.heads, self.hyper.kv_heads) for f in self.hyper.facts):
+            return "attention heads that differ between layers"
         return None
 
     def _refuse_first(self, what: dict[str, bool], error: type[Exception], stage: str) -> None:
@@ -307,7 +308,8 @@ def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparamete
 
 def _split_view(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
     routing = hyper.routing
-    sizes = SplitSizes(hyper.layers, hyper.neurons, hyper.width)
+    each = tuple(facts.neurons if facts.ffn == "dense" else 0 for facts in hyper.facts)
+    sizes = SplitSizes(hyper.layers, hyper.neurons, hyper.width, each=each if len(set(each)) > 1 else ())
     if routing is not None:
         dense = {index: facts.neurons for index, facts in enumerate(hyper.facts) if facts.ffn == "dense"}
         sizes = replace(
@@ -316,6 +318,8 @@ def _split_view(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameter
             shared=routing.shared_neurons > 0,
             dense=frozenset(dense),
             dense_neurons=max(dense.values(), default=0),
+            without=frozenset(index for index, facts in enumerate(hyper.facts) if facts.ffn == "none"),
+            each=(),
         )
     if is_original(gguf):
         return read_original(gguf, sizes, activation=hyper.activation, gated=spec.gated)
@@ -324,7 +328,7 @@ def _split_view(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameter
 
 def _split(gguf: ModelSource, spec: ArchitectureSpec, hyper: Hyperparameters) -> SplitFile | None:
     split = _split_view(gguf, spec, hyper)
-    if split and split.gated != spec.gated:
+    if split and (split.gated if split.layers else split.header.expert_gate) != spec.gated:
         raise ModelError(
             f"{gguf.path}: has {'' if split.gated else 'no '}gate rows, "
             f"the architecture {spec.name} has {'some' if spec.gated else 'none'}"

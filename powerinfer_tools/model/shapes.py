@@ -43,7 +43,8 @@ class LayerShape:
     """One layer. ``gate`` is None for an FFN of two matrices; ``vector_bytes`` counts norms and biases;
     ``window`` is how many positions attention looks back, 0 for all of them; ``down_transposed``: the file
     has the down projection with a row for each neuron. With ``experts``, gate, up and down are those of
-    one."""
+    one; without FFN, they have no rows. ``top_alone``: its gate keeps the largest alone, which makes zeros,
+    and depends on all neurons, so that they are computed together, on the CPU."""
 
     attention: tuple[MatrixShape, ...]
     gate: MatrixShape | None
@@ -53,6 +54,7 @@ class LayerShape:
     window: int = 0
     down_transposed: bool = False
     experts: ExpertsShape | None = None
+    top_alone: bool = False
 
     @property
     def routed(self) -> bool:
@@ -79,8 +81,9 @@ class LayerShape:
 
     @property
     def counted(self) -> int:
-        """How many units a profile counts: neurons, or experts."""
-        return self.experts.count if self.experts else self.up.rows
+        """How many units a profile counts: neurons, or experts; one that never is active where there is no
+        FFN."""
+        return self.experts.count if self.experts else self.up.rows or 1
 
     @property
     def width(self) -> int:
@@ -143,6 +146,10 @@ class ModelShape:
         """Whether inactive neurons contribute exactly nothing, so that skipping them is exact."""
         return self.activation in RELU_FAMILY
 
+    def has_zeros(self, layer: int) -> bool:
+        """Whether inactive neurons of ``layer`` contribute exactly nothing."""
+        return self.layers[layer].neurons > 0 and (self.exact_zeros or self.layers[layer].top_alone)
+
     @property
     def expert_layers(self) -> tuple[LayerShape, ...]:
         """The layers that have a router."""
@@ -151,7 +158,7 @@ class ModelShape:
     @property
     def ffn_layers(self) -> tuple[LayerShape, ...]:
         """The layers whose FFN is placed in groups of its neurons."""
-        return tuple(layer for layer in self.layers if layer.experts is None)
+        return tuple(layer for layer in self.layers if layer.experts is None and layer.neurons)
 
     @property
     def routed(self) -> bool:
@@ -267,17 +274,22 @@ def shape_of_model(model: "Model") -> ModelShape:
 
 
 def _layer_of_model(model: "Model", counted: "ModelFootprint", index: int) -> LayerShape:
-    mixing, feeding = counted.mixing[index], counted.feeding[index]
+    mixing, feeding, facts = counted.mixing[index], counted.feeding[index], model.hyper.facts[index]
+    attention, vectors = tuple(mixing.matrices), mixing.vector_bytes + feeding.vector_bytes
+    if model.layers[index].feeds is None:
+        none = MatrixShape(TensorType.F32, 0, model.hyper.width)
+        return LayerShape(attention, none if model.spec.gated else None, none, none, vectors, facts.window)
     ffn, experts = _ffn_of_model(model, index)
     return LayerShape(
-        attention=tuple(mixing.matrices),
+        attention=attention,
         gate=None if ffn.gate is None else _matrix(ffn.gate),
         up=_matrix(ffn.up),
         down=_matrix(ffn.down),
-        vector_bytes=mixing.vector_bytes + feeding.vector_bytes,
-        window=model.hyper.facts[index].window,
+        vector_bytes=vectors,
+        window=facts.window,
         down_transposed=ffn.transposed,
         experts=experts,
+        top_alone=facts.deviations is not None,
     )
 
 

@@ -13,7 +13,7 @@ from hybrid_profiles import TOKENS, made
 from plan_cases import granted
 from powerinfer_formats.split import SplitFile
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.errors import ConvertError, ProfileError
+from powerinfer_tools.errors import ConvertError, ModelError, ProfileError
 from powerinfer_tools.measure.hardware.presets import PC_LOW
 from powerinfer_tools.model.loading import load_model
 from powerinfer_tools.model.reference import ffn_matrices
@@ -21,11 +21,12 @@ from powerinfer_tools.model.shapes import shape_of_model
 from powerinfer_tools.stages.convert.conversion import ConvertOptions, convert
 from powerinfer_tools.stages.plan.planner import PlanOptions
 from powerinfer_tools.stages.plan.request import make_plan
-from small_plans import plan_for
 
 #: Of neurons, and of experts.
 NEURONS = ("jamba", "lfm2", "falcon-h1", "qwen35", "minicpm3", "plm", "arwkv7", "plamo2", "talkie")
-EXPERTS = ("qwen35moe", "qwen3next")
+EXPERTS = ("qwen35moe", "qwen3next", "nemotron_h_moe")
+#: Some layers have no FFN, or one of another size, or one whose gate depends on all neurons.
+UNEVEN = ("nemotron_h", "deci", "openelm", "gemma4", "gemma3n")
 
 
 @pytest.mark.parametrize("case", ["plm", "nemotron_h"])
@@ -60,13 +61,14 @@ def test_a_dense_layer_beside_experts_is_one_that_every_token_takes(case: str, t
             assert profile.counts(index).tolist() == expected[kind]
 
 
-@pytest.mark.parametrize("case", [*NEURONS, *EXPERTS])
+@pytest.mark.parametrize("case", [*NEURONS, *UNEVEN, "rwkv7", *EXPERTS])
 def test_a_split_file_has_the_bits_of_its_source(case: str, tmp_path: Path) -> None:
     """Planned, converted, and run on the CPU alone and with a hot side."""
     path, saved, profile = made(tmp_path, case)
     shape = shape_of_model(load_model(path))
     options = PlanOptions(objective="frequency", context=len(TOKENS), group=4, batch=16)
-    plan = make_plan(shape, profile, PC_LOW, granted(40_000), options)
+    budget = granted(80_000 if case == "gemma4" else 40_000)
+    plan = make_plan(shape, profile, PC_LOW, budget, options)
     assert all(layer.attention == "cpu" for layer in plan.layers)
     plan.save(tmp_path / "plan.json")
     output = tmp_path / "planned.powerinfer.gguf"
@@ -83,12 +85,20 @@ def test_a_split_file_has_the_bits_of_its_source(case: str, tmp_path: Path) -> N
     assert case in EXPERTS or any(hot)
 
 
-def test_what_is_zero_is_skipped_with_the_same_bits(tmp_path: Path) -> None:
-    """Squared ReLU behind latent attention: rows of inactive neurons are not read."""
-    path, saved, profile = made(tmp_path, "plm")
-    model = load_model(path)
-    plan = plan_for(profile, [0, 0], mode="gate-first", group=4, width=model.hyper.width)
-    plan.save(tmp_path / "plan.json")
+@pytest.mark.parametrize("case", ["plm", "rwkv7", "nemotron_h", "gemma3n"])
+def test_what_is_zero_is_skipped_with_the_same_bits(case: str, tmp_path: Path) -> None:
+    """Squared ReLU behind what mixes tokens otherwise, also beside layers without FFN, and a gate that keeps
+    its largest: rows of inactive neurons are not read."""
+    path, saved, profile = made(tmp_path, case)
+    shape = shape_of_model(load_model(path))
+    options = PlanOptions(context=len(TOKENS), group=4, batch=16)
+    plan = make_plan(shape, profile, PC_LOW, granted(0), options)
+    layers = [
+        replace(layer, mode="gate-first" if shape.has_zeros(index) else "dense")
+        for index, layer in enumerate(plan.layers)
+    ]
+    assert sum(layer.mode == "gate-first" for layer in layers) == {"nemotron_h": 1}.get(case, 2)
+    replace(plan, layers=tuple(layers)).save(tmp_path / "plan.json")
     output = tmp_path / "cold.powerinfer.gguf"
     convert(ConvertOptions(path, saved, tmp_path / "plan.json", output))
     expected = logits(output, TOKENS, mode="dense")
@@ -100,9 +110,7 @@ def test_what_is_zero_is_skipped_with_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "what"),
     [
-        ("nemotron_h", "layers without FFN"),
-        ("openelm", "FFNs of sizes that differ between layers"),
-        ("gemma3n", "gates that depend on all neurons"),
+        ("mamba2", "layers none of which has an FFN"),
         ("granitehybrid", "biases of gated FFNs or experts"),
         ("gpt-oss", "biases of gated FFNs or experts"),
     ],
@@ -112,6 +120,20 @@ def test_convert_says_what_it_does_not_sort(case: str, what: str, tmp_path: Path
     options = ConvertOptions(path, tmp_path / "no.safetensors", tmp_path / "no.json", tmp_path / "out.gguf")
     with pytest.raises(ConvertError, match=f"convert does not take models with {what}; run, eval and bench"):
         convert(options)
+
+
+def test_gates_that_depend_on_all_neurons_have_no_part_elsewhere(tmp_path: Path) -> None:
+    """A plan that has some on the accelerator is none of ours, and the engine says so."""
+    path, saved, profile = made(tmp_path, "gemma3n")
+    shape = shape_of_model(load_model(path))
+    plan = make_plan(shape, profile, PC_LOW, granted(0), PlanOptions(context=len(TOKENS), group=4, batch=16))
+    layers = [replace(layer, hot_neurons=4) for layer in plan.layers]
+    replace(plan, layers=tuple(layers)).save(tmp_path / "plan.json")
+    output = tmp_path / "hot.powerinfer.gguf"
+    convert(ConvertOptions(path, saved, tmp_path / "plan.json", output))
+    with pytest.raises(ModelError, match="layer 0 has neurons on the hot side, which does not compute gates"):
+        Engine(load_model(output), device="cpu")
+    Engine(load_model(output)).close()
 
 
 def test_profile_says_what_it_does_not_count(tmp_path: Path) -> None:

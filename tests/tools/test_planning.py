@@ -107,7 +107,7 @@ def test_memory_agrees_with_the_engines_own_counts() -> None:
     ffn = SplitLayer(0, "dense", 512, 0, 256, order=none, layout=layout, hot=(), cold=none)
     model: Any = SimpleNamespace(
         hyper=SimpleNamespace(routing=None, width=256, neurons=512, layers=4),
-        layers=[SimpleNamespace(ffn=ffn)] * 4,
+        layers=[SimpleNamespace(feeds=ffn)] * 4,
     )
     size = placement.FFNSizes.of(model, 512).size([512] * 4, [False] * 4, [False] * 4)
     assert size.weights == 4 * 512 * NEURON

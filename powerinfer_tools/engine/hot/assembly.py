@@ -67,8 +67,8 @@ def rest_floats(neurons: int, width: int) -> int:
 
 
 def _neuron_layers(model: Model) -> list[SplitLayer | None]:
-    """The neurons of each layer; None where the units are experts."""
-    ffns = (layer.ffn for layer in model.layers)
+    """The neurons of each layer; None where the units are experts, or there is no FFN."""
+    ffns = (layer.feeds for layer in model.layers)
     return [ffn if isinstance(ffn, SplitLayer) else None for ffn in ffns]
 
 

@@ -156,7 +156,7 @@ def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotU
         attention=attention,
         predictors=predictors,
         head=devices.head == "gpu",
-        are_neurons=tuple(isinstance(layer.ffn, SplitLayer) for layer in model.layers),
+        are_neurons=tuple(isinstance(layer.feeds, SplitLayer) for layer in model.layers),
         shared=tuple(units.shared_hot for units in model.split.units),
     )
 

@@ -108,8 +108,8 @@ class FFNSizes:
     @classmethod
     def of(cls, model: Model, tokens: int) -> Self:
         """For batches of up to ``tokens`` tokens."""
-        hyper, ffns = model.hyper, [layer.ffn for layer in model.layers]
-        experts = [ffn for ffn in ffns if not isinstance(ffn, SplitLayer)]
+        hyper, ffns = model.hyper, [layer.feeds for layer in model.layers]
+        experts = [ffn for ffn in ffns if ffn is not None and not isinstance(ffn, SplitLayer)]
         return cls(
             each=tuple(map(_unit_bytes, ffns)),
             shared=tuple(ffn.shared_nbytes if isinstance(ffn, ExpertsFFN) else 0 for ffn in ffns),
@@ -145,13 +145,15 @@ class FFNSizes:
 
 
 def experts_of(model: Model) -> list[Experts | None]:
-    """The experts of each layer; None where its units are neurons."""
-    ffns = (layer.ffn for layer in model.layers)
+    """The experts of each layer; None where its units are neurons, or there is no FFN."""
+    ffns = (layer.feeds for layer in model.layers)
     return [None if isinstance(ffn, SplitLayer) else ffn for ffn in ffns]
 
 
-def _unit_bytes(ffn: SplitLayer | Experts) -> int:
-    """Bytes of a neuron, or of an expert that a router chooses, or of an FFN that is one."""
+def _unit_bytes(ffn: SplitLayer | Experts | None) -> int:
+    """Bytes of a neuron, or of an expert that a router chooses, or of an FFN that is one; none without."""
+    if ffn is None:
+        return 0
     if isinstance(ffn, SplitLayer):
         return ffn.neuron_bytes
     return ffn.expert_nbytes if isinstance(ffn, ExpertsFFN) else ffn.nbytes

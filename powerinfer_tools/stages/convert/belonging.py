@@ -53,7 +53,9 @@ class Inputs:
             )
         for layer, facts in enumerate(hyper.facts):
             beside = routing is not None and facts.ffn == "dense"
-            count = facts.neurons if routing is None or beside else routing.experts
+            count = facts.neurons if facts.ffn == "dense" else 1
+            if routing is not None and facts.ffn == "experts":
+                count = routing.experts
             if not suits(profile, layer, count, beside_experts=beside):
                 raise ConvertError(
                     f"the profile counts {profile.neurons(layer)} {'neurons' if beside else units} in layer "
@@ -74,16 +76,21 @@ class Inputs:
                 f"{self.model.name} has {_sizes(routing is not None, experts, hyper.neurons)} in "
                 f"{hyper.layers}; plan again"
             )
+        each = [0 if facts.ffn == "none" else facts.neurons for facts in hyper.facts]
+        sizes_differ = any(
+            plan.neurons_of(index) != each[index]
+            for index, facts in enumerate(hyper.facts)
+            if facts.ffn != "experts"
+        )
         dense = tuple(
             i for i, facts in enumerate(hyper.facts) if routing is not None and facts.ffn == "dense"
         )
         planned = of_plan.dense if of_plan is not None else None
-        sizes_differ = any(plan.neurons_of(index) != hyper.facts[index].neurons for index in dense)
         in_part = planned is not None and not self.model.exact_zeros and planned.group != planned.neurons
         if (() if planned is None else planned.layers) != dense or sizes_differ or in_part:
             raise ConvertError(
-                f"the plan has experts in other layers than {self.model.name}, or other groups of neurons in "
-                "those without; plan again"
+                f"the plan has experts in other layers than {self.model.name}, or other numbers or "
+                "other groups of neurons in those without; plan again"
             )
 
 

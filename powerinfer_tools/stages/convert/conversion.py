@@ -191,6 +191,7 @@ class _Conversion:
             dense=() if dense is None else dense.layers,
             dense_neurons=0 if dense is None else dense.neurons,
             dense_group=dense.group if dense is not None and any(self.layers.types) else 0,
+            expert_gate=routing is None or self.model.spec.gated,
         )
 
     def _unchanged(self) -> list[tuple[str, str]]:

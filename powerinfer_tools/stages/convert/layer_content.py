@@ -56,7 +56,7 @@ def layer_content(
 
 
 def _layout(layer: LayerWeights, quant: str | None) -> BundleLayout | None:
-    if isinstance(layer.ffn, ExpertsFFN):
+    if layer.feeds is None or isinstance(layer.feeds, ExpertsFFN):
         return None
     ffn = layer.source_ffn
     return ffn_layout(ffn, down_type(ffn, quant, ffn.up.columns))
@@ -102,8 +102,9 @@ class LayerContent:
 
     @property
     def down_type(self) -> str:
-        """Row type of the first layer's down projections."""
-        layer, layout = self.model.layers[0], self.layouts[0]
+        """Row type of the down projections of the first layer that has some."""
+        first = next(i for i, layer in enumerate(self.model.layers) if layer.feeds is not None)
+        layer, layout = self.model.layers[first], self.layouts[first]
         if layout is not None:
             return layout.types[-1].name
         down = layer.ffn.down if isinstance(layer.ffn, ExpertsFFN) else layer.source_ffn.down
@@ -126,7 +127,7 @@ class LayerContent:
 
     def declare(self, writer: GGUFWriter, index: int) -> None:
         """Declare the tensors of one layer, in the order of :meth:`write`."""
-        hyper, ffn, layout = self.model.hyper, self.model.layers[index].ffn, self.layouts[index]
+        hyper, ffn, layout = self.model.hyper, self.model.layers[index].feeds, self.layouts[index]
         order = self._order(index)
         if isinstance(ffn, ExpertsFFN):
             types = [TensorType(stack.row_type) for stack in ffn.stacks]
@@ -153,12 +154,12 @@ class LayerContent:
 
     def write(self, writer: GGUFWriter, index: int) -> float:
         """Write the data of the tensors of one layer; ‖D′ − D‖ / ‖D‖ of its down projection."""
-        layout, ffn, order = self.layouts[index], self.model.layers[index].ffn, self._order(index)
+        layout, ffn, order = self.layouts[index], self.model.layers[index].feeds, self._order(index)
         if layout is not None:
             return self._write_neurons(writer, index, layout, order)
         if isinstance(ffn, ExpertsFFN):
             writer.write(expert_order_name(index), order.astype("<i4"))
-            for kind, stack in zip(KINDS, ffn.stacks, strict=True):
+            for kind, stack in zip(KINDS[-len(ffn.stacks) :], ffn.stacks, strict=True):
                 for expert in order.tolist():
                     matrix = stack.matrix(f"expert {expert}", expert, len(order))
                     writer.write(experts_name(index, kind), matrix.data)
@@ -182,7 +183,7 @@ class LayerContent:
 
     def _order(self, index: int) -> Order:
         """The units of a layer, hottest first."""
-        ffn = self.model.layers[index].ffn
+        ffn = self.model.layers[index].feeds
         units = ffn.router.rows if isinstance(ffn, ExpertsFFN) else self.model.hyper.facts[index].neurons
         return order_of(self.profile, index, units)
 

@@ -46,8 +46,10 @@ def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequenci
     """
     if profile is not None:
         _check_profile(shape, profile)
-        units = enumerate(layer.counted for layer in shape.layers)
-        layers = tuple(frequencies_of(profile, index, count) for index, count in units)
+        layers = tuple(
+            frequencies_of(profile, index, layer.counted) if layer.neurons else np.zeros(0)
+            for index, layer in enumerate(shape.layers)
+        )
         return Frequencies(layers, f"profile of {profile.tokens:,} tokens")
     if shape.sparsity is not None:
         curve = published_frequencies(shape.layers[0].neurons, shape.sparsity)

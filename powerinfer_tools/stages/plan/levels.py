@@ -187,12 +187,13 @@ def neuron_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
     if frequencies is not None:
         check_frequencies(index, frequencies, layer.neurons)
     on_gpu = machine.gpu is not None and "ffn" in engine.placeable
-    hot = hot_counts(layer.neurons, options.group) if on_gpu else np.zeros(1, dtype=np.int64)
+    movable = on_gpu and not layer.top_alone
+    hot = hot_counts(layer.neurons, options.group) if movable else np.zeros(1, dtype=np.int64)
     ffn = FFN(
         layer=layer,
         sizes=inputs.sizes[index],
         frequencies=np.ones(layer.neurons) if frequencies is None else frequencies,
-        skips=shape.exact_zeros and frequencies is not None,
+        skips=shape.has_zeros(index) and frequencies is not None,
         predictor=inputs.predictors[index] if inputs.predictors else None,
         threshold=inputs.thresholds[index] if inputs.thresholds else None,
         columns=not on_gpu,
@@ -298,7 +299,7 @@ def check_frequencies(index: int, frequencies: Vector, neurons: int) -> None:
     """Raise PlanError unless there is a share for each of ``neurons`` (or experts), descending."""
     if frequencies.shape != (neurons,):
         raise PlanError(f"layer {index}: {frequencies.shape} frequencies for {neurons} neurons")
-    if not np.isfinite(frequencies).all() or frequencies.min() < 0 or frequencies.max() > 1:
+    if not ((frequencies >= 0) & (frequencies <= 1)).all():
         raise PlanError(f"layer {index}: activation frequencies must be numbers from 0 to 1")
     if np.any(np.diff(frequencies) > 0):
         raise PlanError(f"layer {index}: activation frequencies are not sorted hottest first")

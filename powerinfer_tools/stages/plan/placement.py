@@ -134,7 +134,7 @@ def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...
             units = ffn_units(layer, inputs.sizes[index])
             computed[key] = with_prompt(table, inputs.shape, layer, units, inputs.machine, options.size)
             disk = inputs.machine.disk if layer.routed or not inputs.shape.routed else None
-            if options.from_disk and disk is not None:
+            if options.from_disk and disk is not None and layer.neurons:
                 shares = expert_frequencies(index, layer, inputs) if layer.routed else np.ones(layer.neurons)
                 computed[key] = with_disk(computed[key], layer, units, shares, disk, options.size.passes)
         tables.append(replace(computed[key], unit=f"layer {index}"))

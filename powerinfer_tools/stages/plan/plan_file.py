@@ -8,6 +8,7 @@ from powerinfer_formats.modes import MODES
 from powerinfer_formats.plan import PlanDense, PlanExperts
 from powerinfer_formats.profile import Profile
 from powerinfer_tools import __version__
+from powerinfer_tools.model.shapes import LayerShape, ModelShape
 from powerinfer_tools.stages.plan.capabilities import THIS_VERSION
 from powerinfer_tools.stages.plan.ffn_units import ffn_units
 from powerinfer_tools.stages.plan.memory import experts_of
@@ -104,7 +105,14 @@ def _layer(outcome: Outcome, index: int) -> file.LayerPlan:
         predictor=None if mode != "predicted" else "gpu" if table.predictor_hot[k] else "cpu",
         disk_bytes=int(table.disk[k]),
         shared_expert=None if not has_shared else "gpu" if table.shared_hot[k] else "cpu",
+        neurons=_own_neurons(outcome.shape, shape),
     )
+
+
+def _own_neurons(shape: ModelShape, layer: LayerShape) -> int | None:
+    """Those of a layer with one FFN, where such layers differ, or without FFN."""
+    sizes = {other.neurons for other in shape.layers if not other.routed}
+    return layer.neurons if not layer.routed and (len(sizes) > 1 or not layer.neurons) else None
 
 
 def _experts(outcome: Outcome) -> PlanExperts | None:
@@ -112,7 +120,7 @@ def _experts(outcome: Outcome) -> PlanExperts | None:
     if not shape.routed:
         return None
     experts = experts_of(shape.expert_layers[0])
-    dense = [index for index, layer in enumerate(shape.layers) if not layer.routed]
+    dense = [index for index, layer in enumerate(shape.layers) if not layer.routed and layer.neurons]
     others = None
     if dense:
         neurons = shape.layers[dense[0]].neurons

@@ -178,6 +178,7 @@ def _smallest_unit(
         if layer.experts is None
         else (unit_bytes(layer), "one expert")
         for size, layer in zip(sizes, shape.layers, strict=True)
+        if layer.neurons
     ]
     return min(units, key=lambda unit: unit[0])
 

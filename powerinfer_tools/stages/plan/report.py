@@ -54,7 +54,7 @@ def _row(plan: Plan, first: int, last: int) -> tuple[str, ...]:
     return (
         name,
         _hot(plan, layer, hot),
-        f"{100 * layer.hot_neurons / plan.neurons_of(first):.1f} %",
+        f"{100 * layer.hot_neurons / max(1, plan.neurons_of(first)):.1f} %",
         activity,
         *cells,
     )

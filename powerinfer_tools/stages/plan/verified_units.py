@@ -84,9 +84,9 @@ class VerifiedUnits:
 
     @property
     def alike(self) -> bool:
-        """Whether all layers with a router are, and all others."""
+        """Whether all layers with a router are, and all others, each of which has an FFN."""
         others = {layer for layer in self.shape.layers if not layer.routed}
-        return len(others) <= 1 >= len(set(self.shape.expert_layers))
+        return len(others) <= 1 >= len(set(self.shape.expert_layers)) and all(o.neurons for o in others)
 
     @property
     def _unsplit(self) -> str | None:
@@ -116,7 +116,7 @@ class VerifiedUnits:
         device keeps experts as they are and unpacks them for every use; all splits are on one side of it."""
         from powerinfer_tools.engine.hot.assembly import UNPACKED_LIMIT
 
-        layer, count = self.shape.layers[0], self._count
+        layer, count = self.shape.expert_layers[0], self._count
         low, high = (round(share * count) for share in _ENDS)
         low, high = max(1, low), min(count - 1, high)
         values = len(self.shape.layers) * sum(matrix.rows * matrix.columns for matrix in layer.ffn)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 
@@ -26,6 +27,14 @@ def first_line(docstring: str | None) -> str:
 
 class HelpfulCommand(TyperCommand):
     """A command whose help lists options under headings."""
+
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        """Read the command line; what is wrong with a value is said without the name of its Python class."""
+        try:
+            return super().make_context(*arguments, **settings)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, grouped."""

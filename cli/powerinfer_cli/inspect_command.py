@@ -75,6 +75,8 @@ def command(
     from powerinfer_tools.inspect import describe
 
     description = describe(path)
+    if description.kind == "damaged model" and description.fault is not None:
+        raise description.fault
     curves = profile_curves(description) if description.profile is not None else None
     if curves is None and (chart is not None or layer is not None):
         raise typer.BadParameter(
@@ -91,12 +93,8 @@ def command(
         emit_json(json_value(description, curves, path, with_tensors=tensors))
     else:
         show(description, path, with_tensors=tensors)
-    if description.kind == "damaged model" and description.fault is not None:
-        raise description.fault
-    if common.json:
-        return
-    if curves is not None:
-        show_curve(curves, layer)
+        if curves is not None:
+            show_curve(curves, layer)
 
 
 def show_families(*, as_json: bool) -> None:

@@ -305,6 +305,8 @@ class ExpertOperations(VectorOperations):
         for matrix in matrices:
             if (matrix.rows, matrix.columns, matrix.row_type) != (one.rows, one.columns, one.row_type):
                 raise KernelError("the matrices of heads must be of one size and type")
+            if matrix.scale != 1.0:
+                raise KernelError("the matrices of heads are times no scale")
         src_width, out_width = self._width("src", src), self._width("out", out)
         self._check("out", out, out_width, written=True)
         check_apart("out", out, {"src": src})
@@ -335,6 +337,8 @@ class ExpertOperations(VectorOperations):
             present = [matrix for matrix in matrices if matrix is not None]
             if len(matrices) != choice.experts or [m is not None for m in matrices] != here or not present:
                 raise KernelError(f"{name} must have a matrix of every expert that is here, and one at least")
+            if any(m.scale != 1.0 for m in present):
+                raise KernelError("the matrices of experts are times no scale")
             sizes = {(m.rows, m.columns, m.row_type, m.layout) for m in present}
             if len(sizes) > 1:
                 raise KernelError(f"the {name} matrices of experts must be of one size, type and layout")

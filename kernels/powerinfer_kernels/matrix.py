@@ -95,12 +95,15 @@ class Matrix:
         rows: int,
         columns: int,
         layout: Layout = Layout.TILES,
+        scale: float = 1.0,
     ) -> None:
         self.handle = handle
         self.row_type = row_type
         self.rows = rows
         self.columns = columns
         self.layout = layout
+        #: What products are times, before a bias is added: an operation of its own after each.
+        self.scale = scale
 
     @classmethod
     def pack(
@@ -111,13 +114,15 @@ class Matrix:
         rows: int,
         columns: int,
         layout: Layout = Layout.TILES,
+        scale: float = 1.0,
     ) -> "Matrix":
         """Packs plain rows (any buffer of exactly rows × row_bytes bytes) with the threads of `pool`. The
         size of tiles is `packed_row_bytes` of rows rounded up to 16; of other layouts it is a little more.
-        Raises KernelError for wrong sizes, an unknown type, or one that is not `possible` in `layout`."""
+        `scale` is what products are times, in programs. Raises KernelError for wrong sizes, an unknown type,
+        or one that is not `possible` in `layout`."""
         data = _rows_of(source, row_type, rows, columns)
         handle = _kernels.Matrix(pool.handle, data, row_type, rows, columns, layout)
-        return cls(handle, as_row_type(row_type), rows, columns, layout)
+        return cls(handle, as_row_type(row_type), rows, columns, layout, scale)
 
     @classmethod
     def absent(cls, pool: Pool, row_type: int, rows: int, columns: int) -> "Matrix":

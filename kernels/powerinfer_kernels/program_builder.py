@@ -66,13 +66,21 @@ class ProgramBuilder(RecurrentOperations):
         """out (+)= matrix · input + bias: `src` for float row types, `activations` for the others.
 
         `independent`: the next operation is a matmul that neither reads nor writes `out`, so no thread
-        waits between.
+        waits between. A matrix that is times a scale is multiplied by it afterwards, and adds to nothing.
         """
         self._check("out", out, matrix.rows, written=True)
         if bias is not None:
             check_array("bias", bias, np.float32, (matrix.rows,))
         inputs = self._inputs(matrix.row_type.is_float, src, activations, matrix.columns)
         check_apart("out", out, {"src": src})
+        if matrix.scale != 1.0:
+            if accumulate:
+                raise KernelError("a product that is times a scale is not added as it is computed")
+            self._append(Op.MATMUL, (matrix.handle, *inputs, None, out), (0, 0))
+            self.scale(out, matrix.scale)
+            if bias is not None:
+                self.add(bias, out)
+            return
         flags = (int(accumulate), int(independent))
         self._append(Op.MATMUL, (matrix.handle, *inputs, bias, out), flags)
 

@@ -148,7 +148,8 @@ class Labels:
 
 def pack(pool: Pool, weight: Weight, layout: Layout = Layout.TILES) -> Matrix:
     """The rows of ``weight`` for the dense kernels, or in another layout (a copy in huge pages)."""
-    return Matrix.pack(pool, weight.data, weight.row_type, weight.rows, weight.columns, layout)
+    shape = (weight.row_type, weight.rows, weight.columns)
+    return Matrix.pack(pool, weight.data, *shape, layout, weight.scale)
 
 
 def pack_columns(

@@ -22,7 +22,8 @@ class PackedWeights:
     def of(self, pool: Pool, weight: Weight) -> Matrix:
         """``weight`` with its rows interleaved for the dense kernels (a copy in huge pages)."""
         if id(weight) not in self._matrices:
-            made = Matrix.pack(pool, weight.data, weight.row_type, weight.rows, weight.columns)
+            shape = (weight.row_type, weight.rows, weight.columns)
+            made = Matrix.pack(pool, weight.data, *shape, scale=weight.scale)
             self._matrices[id(weight)] = (weight, made)
         return self._matrices[id(weight)][1]
 

@@ -220,7 +220,7 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
     def join(self, x: Value, y: Value, factor: float = 1.0) -> Value:
         """In place of ``x``; a product that waits is added as it is computed."""
         last = self._waiting[-1] if self._waiting else None
-        if last is not None and last.out is y and factor == 1.0:
+        if last is not None and last.out is y and factor == 1.0 and last.matrix.scale == 1.0:
             del self._waiting[-1]
             self.flush()
             self._round(last)

@@ -82,6 +82,11 @@ class RoutedFFN(Plain):
         self._buffers, self._hot, self._residency, self._observed = routed, hot, residency, observed
         self._source = routed.normed
         self._router: Matrix | None = None
+        if any(scale is not None for scale in ffn.scales):
+            raise ModelError(
+                f"{model.path}: layer {index} has routed experts whose matrices have a scale each (NVFP4), "
+                "which are not computed; dense models with such rows are"
+            )
         if residency is not None and skips:
             raise ModelError(
                 f"{model.path}: experts that are read from disk are computed whole; leave out --mode "

@@ -1,6 +1,6 @@
 """The FFNs of source models, and experts of both kinds of file: matrices, as views of the file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from powerinfer_formats.split import SplitFile, SplitUnits
 from powerinfer_formats.split_layout import experts_name, source_experts_name
@@ -48,7 +48,8 @@ class ExpertsFFN:
     expert that every token takes, times the sigmoid of ``shared_gate`` (1, width), where there is one.
     ``router_bias`` (experts,) is added to scores, ``choice_bias`` to what experts are chosen by, and not to
     their weights; ``biases`` of gate, up and down (experts, rows) to each expert's products. ``beside_norm``
-    normalises a layer's input for experts that read that."""
+    normalises a layer's input for experts that read that. ``scales`` (experts,) of gate, up and down, by the
+    experts' numbers, are what each matrix is times."""
 
     router: Weight
     gate: Stack | None
@@ -61,6 +62,13 @@ class ExpertsFFN:
     choice_bias: Vector | None = None
     beside_norm: Norm | None = None
     biases: tuple[Table | None, Table | None, Table | None] = (None, None, None)
+    scales: tuple[Vector | None, Vector | None, Vector | None] = (None, None, None)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether some matrix of an expert is times a scale."""
+        shared = () if self.shared is None else self.shared.matrices
+        return any(one is not None for one in self.scales) or any(one.scale != 1.0 for one in shared)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -86,7 +94,14 @@ class ExpertsFFN:
         """The expert of that number, as views."""
         count = self.router.rows
         position = index if self.units is None else self.units.positions[index]
-        *gate, up, down = (stack.matrix(f"expert {index}", position, count) for stack in self.stacks)
+        *gate, up, down = (
+            replace(matrix, scale=1.0 if scale is None else float(scale[index]))
+            for matrix, scale in zip(
+                (stack.matrix(f"expert {index}", position, count) for stack in self.stacks),
+                self.scales[3 - len(self.stacks) :],
+                strict=True,
+            )
+        )
         return DenseFFN(gate[0] if gate else None, up, down)
 
 
@@ -124,6 +139,7 @@ def read_ffn(
         choice_bias=_choice_bias(tensors, prefix, experts),
         beside_norm=tensors.norm(spec, f"{prefix}.{spec.beside_norm}", width) if spec.beside_norm else None,
         biases=_expert_biases(tensors, spec, prefix, experts, (neurons, neurons, width)),
+        scales=_expert_scales(tensors, prefix, (*names, name(index, "down")), experts),
     )
 
 
@@ -140,6 +156,17 @@ def _expert_biases(
     gate, up, down = (
         tensors.table(name, (experts, size)) if spec.gated_biases and tensors.has(name) else None
         for name, size in zip(names, rows, strict=True)
+    )
+    return gate, up, down
+
+
+def _expert_scales(
+    tensors: Tensors, prefix: str, names: tuple[str, str, str], experts: int
+) -> tuple[Vector | None, Vector | None, Vector | None]:
+    """Of gate, up and down; a split file has them by the source's names, whatever the order of the rows."""
+    gate, up, down = (
+        tensors.scales(name, experts, f"{prefix}.ffn_{kind}_exps") if tensors.has(name) else None
+        for kind, name in zip(("gate", "up", "down"), names, strict=True)
     )
     return gate, up, down
 

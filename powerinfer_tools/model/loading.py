@@ -17,11 +17,11 @@ from powerinfer_formats.split import SplitFile, SplitSizes
 from powerinfer_formats.split_devices import SplitDevices, all_on_cpu
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.architectures import RELU_FAMILY, ArchitectureSpec, architecture
-from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters
 from powerinfer_tools.model.hyperparameters import read_hyperparameters
 from powerinfer_tools.model.layer_loading import load_layer
-from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights
+from powerinfer_tools.model.layer_weights import AttentionWeights, LayerWeights, mixing_weights
 from powerinfer_tools.model.original import is_original, read_original
 from powerinfer_tools.model.rotary import RopeFactors
 from powerinfer_tools.model.sources import open_source
@@ -109,6 +109,7 @@ class Model:
             "xIELU activations": bool(hyper.xielu),
             "norms inside blocks": self.spec.inner_norms,
             "biases of gated FFNs or experts": any(self._biased(layer) for layer in self.layers),
+            "FFNs or experts whose matrices have a scale": any(map(_is_scaled_ffn, self.layers)),
             "dense FFNs beside experts": self.spec.dense_beside != "none" and routing is not None,
             "a scale of what experts add": self.spec.shared_factor != 1.0 and routing is not None,
         }
@@ -176,6 +177,7 @@ class Model:
             "attention in chunks": hyper.chunked,
             "value heads of another width": hyper.value_dim != hyper.head_dim,
             "scaled values": hyper.value_scale != 1.0,
+            "matrices that have a scale": self._scaled,
             "norms inside blocks": self.spec.inner_norms,
             "xIELU activations": bool(hyper.xielu),
             "norms after blocks that have an epsilon of their own": self.spec.post_norm_eps > 0,
@@ -206,6 +208,12 @@ class Model:
             raise error(f"{self.path}: {stage} does not take models with {what}; run, eval and bench do")
 
     @property
+    def _scaled(self) -> bool:
+        """Whether some matrix is times a scale, as those of NVFP4 rows are."""
+        matrices = [self.head, *(one for layer in self.layers for one in mixing_weights(layer))]
+        return any(one.scale != 1.0 for one in matrices) or any(map(_is_scaled_ffn, self.layers))
+
+    @property
     def _mixed(self) -> bool:
         return any(facts.ffn != "experts" for facts in self.hyper.facts)
 
@@ -224,6 +232,13 @@ class Model:
         self.source.close()
 
 
+def _is_scaled_ffn(layer: LayerWeights) -> bool:
+    """Whether matrices of a source model's FFN, or of experts, are times a scale."""
+    if isinstance(layer.feeds, ExpertsFFN):
+        return layer.feeds.is_scaled
+    return isinstance(layer.feeds, DenseFFN) and any(one.scale != 1.0 for one in layer.feeds.matrices)
+
+
 def load_model(path: str | Path) -> Model:
     """Open and check the model in ``path``: a GGUF file, a split file made by convert, or a model of the
     original PowerInfer.
@@ -232,13 +247,14 @@ def load_model(path: str | Path) -> Model:
     """
     gguf = open_source(path)
     try:
-        return _build(gguf)
+        return build_model(gguf)
     except BaseException:
         gguf.close()
         raise
 
 
-def _build(gguf: ModelSource) -> Model:
+def build_model(gguf: ModelSource) -> Model:
+    """The model that an opened source holds. Raises as :func:`load_model` does."""
     spec = _resolved(architecture(gguf.get("general.architecture", str), str(gguf.path)), gguf)
     tensors = Tensors(gguf)
     embedding_shape = tensors.shape("token_embd.weight")
@@ -249,7 +265,7 @@ def _build(gguf: ModelSource) -> Model:
     learnt = spec.position_offset is not None
     positions = tensors.shape("position_embd.weight")[0] if learnt else 0
     hyper = read_hyperparameters(gguf, spec, embedding_shape[0], positions)
-    embedding = tensors.matrix("token_embd.weight", hyper.vocabulary, hyper.width)
+    embedding = tensors.table_of_rows("token_embd.weight", hyper.vocabulary, hyper.width)
     head = embedding
     if tensors.has("output.weight"):
         head = tensors.matrix("output.weight", hyper.vocabulary, hyper.width)
@@ -262,7 +278,7 @@ def _build(gguf: ModelSource) -> Model:
         embedding_norm=_embedding_norm(tensors, spec, hyper),
         head=head,
         head_bias=tensors.optional("output.bias", hyper.vocabulary) if spec.head_bias else None,
-        positions=tensors.matrix("position_embd.weight", positions, hyper.width) if learnt else None,
+        positions=tensors.table_of_rows("position_embd.weight", positions, hyper.width) if learnt else None,
         output_norm=tensors.norm(spec, spec.output_norm, hyper.width),
         rope_factors=_rope_factors(tensors, spec, hyper),
         layers=tuple(load_layer(tensors, spec, hyper, split, i) for i in range(hyper.layers)),

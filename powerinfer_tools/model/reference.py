@@ -190,7 +190,8 @@ class NumpyOperations(RecurrentArrays):
 
 def matrix(weight: Weight) -> Array:
     """``weight`` as float64 (rows, columns)."""
-    return dequantize(weight.data, weight.row_type, weight.rows, weight.columns).astype(np.float64)
+    rows = dequantize(weight.data, weight.row_type, weight.rows, weight.columns).astype(np.float64)
+    return rows if weight.scale == 1.0 else rows * weight.scale
 
 
 def normalize(x: Array, norm: Norm, eps: float) -> Array:

@@ -5,7 +5,7 @@ No weight is copied. Which tensors a model has is not known here: :mod:`powerinf
 
 import fnmatch
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,15 @@ MATRIX_TYPES = frozenset(int(row_type) for row_type in RowType)
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix of ``rows`` × ``columns`` as plain rows of blocks; ``data`` is uint8, all rows in order."""
+    """A matrix of ``rows`` × ``columns`` as plain rows of blocks, times ``scale``; ``data`` is uint8, all
+    rows in order."""
 
     name: str
     row_type: RowType
     rows: int
     columns: int
     data: npt.NDArray[np.uint8]
+    scale: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -40,13 +42,13 @@ class Weight:
     def rows_at(self, places: npt.NDArray[np.int64]) -> "Weight":
         """A copy of the rows at ``places``."""
         data = self.data.reshape(self.rows, -1)[places]
-        return Weight(self.name, self.row_type, len(places), self.columns, data.reshape(-1))
+        return replace(self, rows=len(places), data=data.reshape(-1))
 
     def part(self, what: str, first: int, rows: int) -> "Weight":
         """A view of ``rows`` rows from ``first`` on; ``what`` is added to the name for people."""
         size = self.nbytes // self.rows
         data = self.data[first * size : (first + rows) * size]
-        return Weight(f"{self.name} ({what})", self.row_type, rows, self.columns, data)
+        return replace(self, name=f"{self.name} ({what})", rows=rows, data=data)
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,27 @@ class Tensors:
         return tuple(self.gguf.tensors[name].shape)
 
     def matrix(self, name: str, rows: int, columns: int) -> Weight:
-        """A matrix of a type that the kernels compute with. Raises FormatError for another shape or type."""
+        """A matrix of a type that the kernels compute with, times its scale where the file has one. Raises
+        FormatError for another shape or type."""
+        plain, scales = self.table_of_rows(name, rows, columns), self.scales(name, 1)
+        return plain if scales is None else replace(plain, scale=float(scales[0]))
+
+    def table_of_rows(self, name: str, rows: int, columns: int) -> Weight:
+        """The same of what is read row by row, and has no scale."""
         data = self.gguf.tensor(name, shape=(rows, columns), types=MATRIX_TYPES)
         row_type = RowType(self.gguf.tensors[name].row_type)
         return Weight(name, row_type, rows, columns, np.frombuffer(data, dtype=np.uint8))
+
+    def scales(self, name: str, count: int, base: str = "") -> Vector | None:
+        """What the ``count`` matrices of a tensor of NVFP4 rows are times, one for each, from the tensors
+        that are called ``base``, else as itself is. Elsewhere such tensors are refused as unexpected.
+        Scales of inputs beside them are for products of 4-bit inputs, and change nothing here."""
+        base = base or name.removesuffix(".weight")
+        if self.gguf.tensors[name].row_type != RowType.NVFP4:
+            return None
+        if self.has(f"{base}.input_scale"):
+            self.vector(f"{base}.input_scale", count)
+        return self.optional(f"{base}.scale", count)
 
     def stack(self, name: str, count: int, rows: int, columns: int) -> Stack:
         """``count`` matrices as one, their rows one after the other."""

@@ -22,6 +22,7 @@ WRONG_USE = [
     ("run -p a --vram 12x", "'12x' is not an amount of memory"),
     ("run -p a --device tpu", "--device"),
     ("run -p a --mode sparse", "--mode"),
+    ("run -p a --reasoning maybe", "Invalid value for '--reasoning': 'maybe' is not one of 'show', 'hide'"),
     ("bench --shape smollm2-135m --mode predicted", "say with --density"),
     ("bench -m a --layers 2", "is for --shape"),
     ("bench -m a --type q8_0", "is for --shape and --ffn"),
@@ -116,6 +117,18 @@ def test_a_truncated_model_is_1(powerinfer: Command, smollm2: Path, tmp_path: Pa
     ended = powerinfer("run", "-m", path, "-p", "Hello", "-n", "1")
     assert (ended.code, ended.out) == (1, "")
     assert "cut.gguf" in one_line(ended.err)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_truncated_model_is_not_described(
+    powerinfer: Command, smollm2: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Beyond its error, as what its header says is not what is there."""
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(smollm2.read_bytes()[:2_000_000])
+    ended = powerinfer("inspect", *options, path)
+    assert (ended.code, ended.out) == (1, "")
+    assert "it is incomplete: fetch or copy it again" in one_line(ended.err)
 
 
 def test_a_directory_is_no_model(powerinfer: Command, tmp_path: Path) -> None:

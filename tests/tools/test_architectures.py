@@ -11,6 +11,7 @@ from hybrid_families import FAMILIES
 from powerinfer_formats.gguf_reader import GGUFFile
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.inspect.families import supported_families
 from powerinfer_tools.model.architectures import ARCHITECTURES, REFUSED, architecture
 from powerinfer_tools.model.hyperparameter_types import Rope, Yarn
 from powerinfer_tools.model.loading import load_model
@@ -75,6 +76,12 @@ def test_the_page_of_families_is_what_the_table_says() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text(encoding="utf-8") == module.page()
+
+
+def test_the_page_of_zeros_names_every_family_that_has_them() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "zeros.md").read_text(encoding="utf-8")
+    missing = [row.name for row in supported_families() if row.true_zeros and f"`{row.name}`" not in text]
+    assert not missing
 
 
 def test_minicpm_without_its_scales_has_those_of_its_first_models(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from powerinfer_formats import errors
 from powerinfer_formats.errors import FormatError
-from powerinfer_tools.errors import PowerInferError
+from powerinfer_tools.errors import ModelError, PowerInferError
 from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.rope import read_rope
 from powerinfer_tools.model.loading import load_model
@@ -272,3 +272,40 @@ def test_rotary_settings_mean_what_they_mean_to_transformers(tmp_path: Path, val
     if rope.factors is not None:
         frequencies = frequencies / rope.factors
     np.testing.assert_allclose(LlamaRotaryEmbedding(theirs).inv_freq.numpy(), frequencies, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"residual_multiplier": 0.5}, "residual_multiplier is 0.5, which is not supported in models of the"),
+        ({"attn_logit_cap": 30.0}, "attn_logit_cap is 30.0"),
+        ({"sliding_window": 64}, "sliding_window is 64"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 3}}, r"rope_scaling\.warp is 3"),
+        ({"extra": {"deep": [1] * 99}}, "extra is {'deep': "),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(copy: Path, changes: dict[str, object], text: str) -> None:
+    configure(copy, **changes)
+    with pytest.raises(ModelError, match=text):
+        load_model(copy)
+
+
+def test_settings_that_change_nothing(copy: Path) -> None:
+    """As writers of directories leave them: of training, of generation, of programs, and null."""
+    configure(
+        copy,
+        attn_logit_cap=None,
+        attention_dropout=0.1,
+        initializer_range=0.02,
+        pad_token_id=0,
+        pretraining_tp=1,
+        rope_interleaved=False,
+        sliding_window=0,
+        temperature=0.7,
+        torch_dtype="bfloat16",
+        unsloth_fixed=True,
+        use_cache=True,
+        **{"transformers.js_config": {"dtype": "q4"}},
+    )
+    load_model(copy).close()

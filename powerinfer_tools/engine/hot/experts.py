@@ -78,7 +78,8 @@ class HotExpert:
         tokens, neurons = len(out), self.gate.count
         gate = scratch.gate[: tokens * neurons].view(tokens, neurons)
         gate_rows, up_rows = self.gate.rows, (self.up or self.gate).rows
-        if tokens == 1 and isinstance(gate_rows, FusedRows) and isinstance(up_rows, FusedRows):
+        fused = tokens == 1 and self.gate.is_fused and (self.up or self.gate).is_fused
+        if fused and isinstance(gate_rows, FusedRows) and isinstance(up_rows, FusedRows):
             from powerinfer_kernels import triton_launch
 
             x_gate, x_up = (inputs.taken_by(rows.row_type) for rows in (gate_rows, up_rows))

@@ -49,7 +49,7 @@ class Multiplied:
     @property
     def fused(self) -> bool:
         """Whether a fused kernel does it."""
-        return isinstance(self.product.rows, FusedRows) and len(self.out) == 1
+        return self.product.is_fused and len(self.out) == 1
 
     @property
     def taken(self) -> Tensor:

@@ -82,7 +82,8 @@ class Form:
         """A whole matrix."""
         source = weight.data.reshape(weight.rows, -1)
         rows = self.rows(source, weight.row_type, weight.columns)
-        return Product(rows, weight.rows, weight.columns, None if bias is None else self.vector(bias))
+        added = None if bias is None else self.vector(bias)
+        return Product(rows, weight.rows, weight.columns, added, weight.scale)
 
     def vector(self, values: npt.NDArray[np.float32]) -> Tensor:
         """float32 (values,)."""

@@ -11,12 +11,18 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix (count, columns), and what is added to its products (count,), if anything."""
+    """A matrix (count, columns), times ``scale``, and what is added to its products (count,), if anything."""
 
     rows: Rows
     count: int
     columns: int
     bias: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a fused kernel makes the whole product of a single token."""
+        return isinstance(self.rows, FusedRows) and self.scale == 1.0
 
     @property
     def rounds(self) -> bool:
@@ -28,13 +34,21 @@ class Product:
         if isinstance(self.rows, FusedRows) and len(out) == 1:
             from powerinfer_kernels import triton_launch
 
-            triton_launch.matvec(inputs.taken_by(self.rows.row_type), self.rows.planar, out, self.bias)
+            bias = self.bias if self.is_fused else None
+            triton_launch.matvec(inputs.taken_by(self.rows.row_type), self.rows.planar, out, bias)
+            if not self.is_fused:
+                self._finish(out)
             return
         source = inputs.of(self.rows)
         if isinstance(self.rows, UnpackedRows):
             torch.mm(source, self.rows.data.T, out=out)
         else:
             self._chunked(source, chunk, out)
+        self._finish(out)
+
+    def _finish(self, out: Tensor) -> None:
+        if self.scale != 1.0:
+            out *= self.scale
         if self.bias is not None:
             out += self.bias
 

@@ -1,5 +1,6 @@
 """Checked access to a JSON file of someone else's: each value by name, type and range."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ _MAX_TOKENS = 1 << 22
 class Config:
     """An object of a JSON file. A value of null counts as absent. Errors are ``BadField``, with the path."""
 
-    def __init__(self, file: Path, values: Any, path: str = "") -> None:
+    def __init__(self, file: Path, values: Any, path: str = "", read: set[str] | None = None) -> None:
         self.file, self.path = file, path
+        #: Names that somebody asked for, with their paths: those of the whole document.
+        self._read = set[str]() if read is None else read
         if type(values) is not dict:
             raise BadField(file, f"{path.rstrip('.') or 'the document'} is not an object")
         self.values: dict[str, Any] = values
@@ -30,7 +33,18 @@ class Config:
 
     def get(self, name: str) -> Any:
         """The value as it stands; None where there is none."""
+        self._read.add(f"{self.path}{name}")
         return self.values.get(name)
+
+    def unread(self) -> Iterator[tuple[str, Any]]:
+        """Names here and in sections that were read, with their paths, and their values, which nobody asked
+        for; null counts as absent."""
+        for name, value in self.values.items():
+            path = f"{self.path}{name}"
+            if path not in self._read and value is not None:
+                yield path, value
+            elif path in self._read and type(value) is dict:
+                yield from Config(self.file, value, f"{path}.", self._read).unread()
 
     def has(self, name: str) -> bool:
         """Whether there is a value."""
@@ -83,7 +97,7 @@ class Config:
 
     def section(self, name: str) -> "Config":
         """An object inside; empty where there is none."""
-        return Config(self.file, self._value(name, {}), f"{self.path}{name}.")
+        return Config(self.file, self._value(name, {}), f"{self.path}{name}.", self._read)
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.get(name)

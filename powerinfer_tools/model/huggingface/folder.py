@@ -30,6 +30,7 @@ from powerinfer_tools.model.huggingface.hyperparameters import add_hyperparamete
 from powerinfer_tools.model.huggingface.origins import TYPES, Origin, as_float32
 from powerinfer_tools.model.huggingface.parts import mxfp4_rows
 from powerinfer_tools.model.huggingface.planner import Planner
+from powerinfer_tools.model.huggingface.unread import refuse_unread
 from powerinfer_tools.model.huggingface.vocabulary import add_vocabulary, tokenizer_files
 
 CONFIG_FILE = "config.json"
@@ -77,6 +78,9 @@ class ModelFolder(ModelSource):
             add_vocabulary(metadata, folder, whole, plan["token_embd.weight"][0].shape[0])
             source = cls(folder, weights, metadata, shape.heads, plan, scales)
             source.notices = tuple(planner.notices)
+            refuse_unread(config, family)
+            if config is not whole:
+                refuse_unread(whole, family)
             return source
         except BaseException:
             weights.close()

@@ -192,10 +192,11 @@ def _limited_layers(family: Family, config: Config, layers: int) -> list[bool]:
     kinds = _kinds(family, config, layers)
     if not kinds:
         # A window of null switches it off; where the name is missing, the family's own holds, if it has one.
-        named = "sliding_window" in config.values
+        rule, named = family.sliding, "sliding_window" in config.values
+        if rule is None:
+            return [False] * layers
         off = not config.has("sliding_window") if named else not family.window
-        rule = family.sliding
-        return [rule is not None and not off and rule(config, index) for index in range(layers)]
+        return [not off and rule(config, index) for index in range(layers)]
     return [kind in _LIMITED for kind in kinds]
 
 

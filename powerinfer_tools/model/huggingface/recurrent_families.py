@@ -96,6 +96,7 @@ _LFM2_FAMILY = Family(
     norm_eps=1e-5,
     recurrent=_lfm2_convolves,
     fixed=(("conv_bias", False),),
+    same=(("theta", "rope_theta"),),
 )
 
 # --- gated delta nets --------------------------------------------------------------------------------------

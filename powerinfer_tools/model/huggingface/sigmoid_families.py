@@ -41,6 +41,8 @@ _SPARSE_SIZES = (
     Setting("expert_group_used_count", "topk_group", 1, high=4096),
 )
 _SIGMOID = (("expert_gating_func", 2),)
+#: The same in words, where a file has them.
+_SIGMOID_SAID = (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"))
 _SCALED = (Real("expert_weights_scale", "routed_scaling_factor", 1.0),)
 _CHOSEN = (("expert_weights_norm", "norm_topk_prob", True),)
 
@@ -180,7 +182,7 @@ SIGMOIDS = (
         reals=(Real("expert_weights_scale", "routed_scaling_factor", 2.5),),
         constants=_SIGMOID,
         further_layers=True,
-        fixed=(("rope_interleave", True), ("attention_bias", False)),
+        fixed=(*_SIGMOID_SAID, ("rope_interleave", True), ("attention_bias", False)),
     ),
     Family(
         "minimax_m2",
@@ -203,6 +205,7 @@ SIGMOIDS = (
         rope_base=5e6,
         constants=_SIGMOID,
         further_layers=True,
+        fixed=_SIGMOID_SAID[:1],
     ),
     Family(
         "glm4_moe_lite",
@@ -217,7 +220,7 @@ SIGMOIDS = (
         reals=(Real("expert_weights_scale", "routed_scaling_factor", 1.8),),
         constants=_SIGMOID,
         further_layers=True,
-        fixed=(("rope_interleave", True), ("attention_bias", False)),
+        fixed=(*_SIGMOID_SAID, ("rope_interleave", True), ("attention_bias", False)),
     ),
     # A softmax chooses; groups of experts would be judged by their best one.
     Family(
@@ -231,7 +234,12 @@ SIGMOIDS = (
         flags=(("expert_weights_norm", "norm_topk_prob", False),),
         reals=_SCALED,
         constants=(("expert_gating_func", 1),),
-        fixed=(("attention_bias", False), ("topk_method", "greedy"), ("norm_topk_prob", False)),
+        fixed=(
+            ("attention_bias", False),
+            ("scoring_func", "softmax"),
+            ("topk_method", "greedy"),
+            ("norm_topk_prob", False),
+        ),
     ),
     Family(
         "exaone_moe",

@@ -231,6 +231,8 @@ def refuse_unread(config: Config, family: Family) -> None:
         name = path.removeprefix(config.path) if path.startswith(config.path) else path
         if family.sliding is not None and name in _OF_WINDOWS:
             continue
+        if name.startswith("rope_parameters") and config.has("rope_scaling"):
+            continue  # which goes before it
         if _changes_nothing(name, value):
             continue
         text = repr(value)

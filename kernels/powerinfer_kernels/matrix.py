@@ -125,13 +125,14 @@ class Matrix:
         return cls(handle, as_row_type(row_type), rows, columns, layout, scale)
 
     @classmethod
-    def absent(cls, pool: Pool, row_type: int, rows: int, columns: int) -> "Matrix":
+    def absent(cls, pool: Pool, row_type: int, rows: int, columns: int, scale: float = 1.0) -> "Matrix":
         """A matrix without memory, which is in a unit's while that is there (`Units`). Raises KernelError as
         :meth:`pack` does."""
         check_positive(rows=rows, columns=columns)
         row_bytes(row_type, columns)
         supported = computable(row_type)
-        return cls(_kernels.Matrix(pool.handle, None, supported, rows, columns), supported, rows, columns)
+        handle = _kernels.Matrix(pool.handle, None, supported, rows, columns)
+        return cls(handle, supported, rows, columns, scale=scale)
 
     @property
     def nbytes(self) -> int:

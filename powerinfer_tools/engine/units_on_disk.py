@@ -32,7 +32,7 @@ class UnitsOnDisk(WeightsOnDisk):
                 f"{self.model.path}: {weight.name} is not in the file as it is computed with, so it cannot "
                 "be read from disk while the model runs; give the model more memory, or convert it to GGUF"
             )
-        matrix = Matrix.absent(self._pool, weight.row_type, weight.rows, weight.columns)
+        matrix = Matrix.absent(self._pool, weight.row_type, weight.rows, weight.columns, weight.scale)
         return Part(matrix, weight.row_type, *place)
 
     @property

@@ -80,7 +80,7 @@ class ModelFolder(ModelSource):
             source.notices = tuple(planner.notices)
             refuse_unread(config, family)
             if config is not whole:
-                refuse_unread(whole, family)
+                refuse_unread(whole, family, text=config.path)
             return source
         except BaseException:
             weights.close()

@@ -167,13 +167,22 @@ CHANGES_NOTHING = (
     "moe_layer_freq",
     "moe_layer_interval",
     "moe_layer_start_index",
+    "max_position_embeddings",
+    "max_window_layers",  # windows themselves are refused
+    "multi_query",
+    "num_attention_heads",
+    "num_dense_layers",
+    "num_key_value_heads",
     "num_kv_heads",
+    "num_ln_in_parallel_attn",
+    "rms_norm_eps",  # of norms that the family has not
     "original_max_position_embeddings",
     "rope_parameters.max_position_embeddings",
     "rope_scaling.max_position_embeddings",
     # Of rotary scaling of other types, which writers leave behind.
     "rope_*.beta_fast",
     "rope_*.beta_slow",
+    "rope_*.factor",
     "rope_*.original_max_position_embeddings",
     # What FP8 and MXFP4 weights were made with: each has its scales beside it.
     "quantization_config*",
@@ -225,18 +234,35 @@ _OF_WINDOWS = (
 )
 
 
-def refuse_unread(config: Config, family: Family) -> None:
-    """Raise ModelError for a setting that nobody read and that may change what the model computes."""
+#: Of experts, in families that have none.
+_OF_EXPERTS = (
+    "moe_*",
+    "n_group",
+    "n_routed_experts",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "routed_scaling_factor",
+    "topk_group",
+)
+
+
+def refuse_unread(config: Config, family: Family, *, text: str = "") -> None:
+    """Raise ModelError for a setting that nobody read and that may change what the model computes. ``text``:
+    where the section of the text model is, whose settings are left to another call."""
+    routed = any(setting.key == "expert_count" for setting in family.settings)
     for path, value in config.unread():
-        name = path.removeprefix(config.path) if path.startswith(config.path) else path
-        if family.sliding is not None and name in _OF_WINDOWS:
+        name = path.removeprefix(config.path)
+        if text and path.startswith(text):
+            continue
+        if (family.sliding is not None or config.has(family.layer_list)) and name in _OF_WINDOWS:
             continue
         if name.startswith("rope_parameters") and config.has("rope_scaling"):
             continue  # which goes before it
-        if _changes_nothing(name, value):
+        if _changes_nothing(name, value) or (not routed and _is_like(name, _OF_EXPERTS)):
             continue
-        text = repr(value)
-        shown = text if len(text) <= 60 else f"{text[:57]}…"
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}…"
         raise ModelError(
             f"{config.file}: {path} is {shown}, which is not supported in models of the type "
             f"{family.model_type}"
@@ -246,4 +272,8 @@ def refuse_unread(config: Config, family: Family) -> None:
 def _changes_nothing(name: str, value: Any) -> bool:
     if name in NEUTRAL:
         return any(value == one and type(value) is type(one) for one in NEUTRAL[name])
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in CHANGES_NOTHING)
+    return _is_like(name, CHANGES_NOTHING)
+
+
+def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -75,8 +75,11 @@ def command(
     from powerinfer_tools.inspect import describe
 
     description = describe(path)
-    if description.kind == "damaged model" and description.fault is not None:
-        raise description.fault
+    fault = description.fault if description.kind == "damaged model" else None
+    if fault is not None:
+        if common.json:  # what its header says, for programs
+            emit_json(json_value(description, None, path, with_tensors=tensors))
+        raise fault
     curves = profile_curves(description) if description.profile is not None else None
     if curves is None and (chart is not None or layer is not None):
         raise typer.BadParameter(

@@ -128,16 +128,14 @@ def test_kinds_of_vocabularies_are_judged_without_reading_tokens() -> None:
         require_supported({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "whitespace"})
 
 
-def test_the_command_ends_with_1_for_a_damaged_file_after_saying_what_it_was(
-    smollm2: Path, tmp_path: Path
-) -> None:
+def test_the_command_ends_with_1_for_a_damaged_file(smollm2: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     with smollm2.open("rb") as file:
         path.write_bytes(file.read(2_000_000))
     app = create_app(("inspect",))
     ended = CliRunner().invoke(app, ["inspect", str(path)])
     assert ended.exit_code == 1
-    assert "bytes of attention" in ended.stdout
+    assert ended.stdout == ""
     assert "it is incomplete" in ended.stderr
     assert (
         json.loads(CliRunner().invoke(app, ["inspect", str(path), "--json"]).stdout)["verdict"]["runs"]

@@ -33,10 +33,12 @@ class Opened:
         self.pools = self.closed = self.bundles = 0
         pack, close, start, bundle = Matrix.pack, Pool.close, Pool.__init__, Bundle.pack
 
-        def packing(pool: Pool, source: object, row_type: int, rows: int, columns: int) -> Matrix:
+        def packing(
+            pool: Pool, source: object, row_type: int, rows: int, columns: int, *, scale: float = 1.0
+        ) -> Matrix:
             self.packed[source.__array_interface__["data"][0], rows] += 1  # type: ignore[attr-defined]
             self.shapes[rows, columns] += 1
-            return pack(pool, source, row_type, rows, columns)
+            return pack(pool, source, row_type, rows, columns, scale=scale)
 
         def bundling(*args: object, **rows: object) -> Bundle:
             self.bundles += 1

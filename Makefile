@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev model test clients ray demo relu-demo lint types bench bench-table docs site wheel unpinned sanitize fuzz kill-test clean distclean FORCE
+.PHONY: help setup setup-dev model test clients ray demo relu-demo lint types bench bench-table docs site wheel unpinned sanitize neon fuzz kill-test clean distclean FORCE
 
 # The first Python that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell \
@@ -81,6 +81,9 @@ wheel: setup-dev  ## one wheel for Python 3.11 and later on any Linux with the s
 
 sanitize: setup-dev  ## the kernels' tests under ASan and UBSan, the thread pool's under TSan
 	bash scripts/sanitize.sh
+
+neon: setup-dev  ## the kernels' tests with NEON in an emulator, on Debian for x86-64
+	bash scripts/neon.sh
 
 unpinned: model  ## a short pipeline with the newest packages that pyproject.toml allows, in an environment of its own
 	PYTHON="$(PYTHON)" bash scripts/unpinned.sh $(MODEL)

@@ -1,4 +1,4 @@
-"""What the host does at the points of a pass where the hot device joins in."""
+"""The host's work at the points of a pass where the hot device takes part."""
 
 import time
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ class Host(Protocol):
 
     @property
     def timeline(self) -> Timeline | None:
-        """What the pass is recorded in, if at all."""
+        """The timeline that the pass is recorded in, if any."""
 
     def run(self, first: int, last: int, count: int, places: Places | None = None) -> None:
-        """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``places``; None: the
-        operations do not ask where tokens stand."""
+        """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``places``. None: the
+        operations do not depend on the positions of tokens."""
 
 
 @dataclass(frozen=True)
 class ColdPart:
-    """What the host computes of the FFN of layer ``index``: operations [first, ready) choose experts, and
-    [ready, last) leave the sum of what is cold in ``block_out``."""
+    """The host's part of the FFN of layer ``index``: operations [first, ready) choose experts, and
+    [ready, last) leave the sum of the cold part in ``block_out``."""
 
     index: int
     ffn: ColdFFN
@@ -42,8 +42,8 @@ class HotSteps:
         self._hot, self._buffers, self._host = hot, buffers, host
 
     def here(self, part: ColdPart, count: int, places: Places) -> None:
-        """A layer whose attention is the host's, and which has chosen its experts: the sum of both sides is
-        left in ``block_out``, the hot one added last."""
+        """Run the FFN of a layer whose attention the host computes, and whose experts are chosen. The sum of
+        both sides is left in ``block_out``; the hot part is added last."""
         buffers, index, begun = self._buffers, part.index, time.perf_counter()
         assert buffers.hot_out is not None
         routes, works = part.ffn.hot_routes(count), part.ffn.works(count)
@@ -66,8 +66,8 @@ class HotSteps:
             tell(self._host.timeline, index, wait=(launched, named))
 
     def there(self, part: ColdPart, arrives: bool, count: int, places: Places) -> None:
-        """A layer which leaves the residual stream on the device; ``arrives``: the stream is still here. The
-        sum of what is cold, if a token needs it, goes there."""
+        """Run a layer that leaves the residual stream on the device; ``arrives``: the stream is still on the
+        host. If a token needs the cold part, its sum is sent to the device."""
         buffers, index, begun = self._buffers, part.index, time.perf_counter()
         if arrives:
             self._hot.enter(buffers.x[:count], places.position)
@@ -88,7 +88,7 @@ class HotSteps:
         self._hot.merge(index, buffers.block_out[:count] if works else None, count)
 
     def attention(self, index: int, arrives: bool, count: int, places: Places) -> None:
-        """The attention of layer ``index`` alone; the residual stream comes back."""
+        """Run only the attention of layer ``index`` on the device; the residual stream comes back."""
         started = time.perf_counter()
         if arrives:
             self._hot.enter(self._buffers.x[:count], places.position)
@@ -97,7 +97,7 @@ class HotSteps:
         tell(self._host.timeline, index, wait=(started, time.perf_counter()))
 
     def leave(self, count: int, places: Places) -> None:
-        """The residual stream comes back."""
+        """Bring the residual stream back from the device."""
         started = time.perf_counter()
         self._hot.leave(self._buffers.x[:count])
         tell(self._host.timeline, None, wait=(started, time.perf_counter()))
@@ -110,7 +110,7 @@ class HotSteps:
         return logits
 
     def keep_spans(self) -> None:
-        """What the device did goes to the timeline, if there is one."""
+        """Add the device's work to the timeline, if there is one."""
         timeline = self._host.timeline
         if timeline is not None:
             for layer, span in self._hot.spans:
@@ -118,7 +118,8 @@ class HotSteps:
         self._hot.spans.clear()
 
     def _choose(self, part: ColdPart, count: int) -> None:
-        """By what the device's router says, the experts of the layer; its hot ones are begun there."""
+        """Choose the experts of the layer by the scores of the device's router, and begin the hot experts
+        there."""
         index, started = part.index, time.perf_counter()
         self._hot.router_scores(index, *part.ffn.scores(count))
         arrived = time.perf_counter()
@@ -130,7 +131,7 @@ class HotSteps:
             tell(self._host.timeline, index, launch=(chosen, time.perf_counter()))
 
     def _name(self, part: ColdPart, count: int) -> None:
-        """Where the device predicts, its answer for the cold neurons becomes their scores."""
+        """Where the device predicts, take its answer for the cold neurons as their scores."""
         neurons = part.ffn.neurons
         if neurons and self._hot.has_predictor(part.index):
             assert self._buffers.scores is not None

@@ -1,4 +1,5 @@
-"""What share of each layer's neurons was computed, and where, from the counters that programs keep anyway."""
+"""The share of each layer's neurons that was computed, and where, from the counters that every program
+keeps."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ Parts = Iterable[tuple[int, int, str, int | None]]
 
 @dataclass(frozen=True)
 class LayerShare:
-    """The FFN of one layer. Its ``units`` are neurons or experts, of which ``hot`` are on the hot device.
+    """The FFN of one layer. Its ``units`` are neurons or experts; ``hot`` of them are on the hot device.
 
-    ``density`` is the mean share of them that a token had computed, ``hot_share`` the part of that which the
-    hot device computed: both None before the first token, and ``hot_share`` also where hot and cold experts
-    take turns, which is not counted.
+    ``density`` is the mean share of the units that are computed for a token. ``hot_share`` is the part of
+    that share that the hot device computed. Both are None before the first token; ``hot_share`` is also None
+    where hot and cold experts take turns, which is not counted.
     """
 
     mode: str
@@ -37,8 +38,8 @@ def layer_shares(
     counted: npt.NDArray[np.int64],
     tokens: int,
 ) -> list[LayerShare]:
-    """Of every layer, over ``tokens``. ``counted`` int64 (operations,
-    3) are a program's counters of its ``parts``, see :meth:`powerinfer_kernels.Program.neurons`."""
+    """The shares of every layer, over ``tokens``. ``counted`` int64 (operations, 3) are a program's counters
+    of its ``parts``, see :meth:`powerinfer_kernels.Program.neurons`."""
     passed = dict.fromkeys(range(model.hyper.layers), 0)
     for first, last, _, layer in parts:
         if layer is not None:

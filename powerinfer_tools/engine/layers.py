@@ -1,4 +1,4 @@
-"""All layers of a model: runs their program, and stops where a hot device or a router joins in."""
+"""All layers of a model: runs their program, and stops where a hot device or a router takes part."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import Model
 
 Floats = npt.NDArray[np.float32]
-#: Tokens after which pages of a mapped table of embeddings are given back, where memory is short.
+#: Number of tokens after which pages of a mapped embedding table are released, where memory is short.
 DROP_TOKENS = 512
-#: What looks on: layer, normalised FFN input, act(gate)·up.
+#: An observer of FFNs; its arguments are the layer, the normalised FFN input, and act(gate)·up.
 Watch = Callable[[int, Floats, Floats], None]
 
 
@@ -42,7 +42,7 @@ class LayerStack:
         predicted = frozenset(i for i, mode in enumerate(self._modes) if mode == "predicted")
         work = Workload(options.batch, options.context, options.kv_type, predicted, options.check_recall)
         self._hot, self._notices = _open_hot(model, options, work)
-        #: What each forward pass is recorded in, if at all.
+        #: The timeline that each forward pass is recorded in, if any.
         self.timeline: Timeline | None = None
         self.device = options.device if self._hot else "none"
         try:
@@ -73,7 +73,7 @@ class LayerStack:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all forward passes so far."""
+        """Number of tokens in all forward passes so far."""
         return self._tokens
 
     @property
@@ -98,20 +98,20 @@ class LayerStack:
 
     @property
     def has_hot_side(self) -> bool:
-        """Whether a hot device computes a part."""
+        """Whether a hot device computes a part of the model."""
         return self._hot is not None
 
     @property
     def serves_one(self) -> bool:
-        """Whether there is room for one session alone: the hot device computes attention and has one cache,
-        or experts are read from disk and have the memory that others would take."""
+        """Whether there is room for only one session: either the hot device computes attention and has one
+        cache, or experts are read from disk and use the memory that other sessions would need."""
         if self.residency is not None:
             return True
         return self._hot is not None and any(map(self._hot.has_attention, range(self.model.hyper.layers)))
 
     @property
     def hot(self) -> HotSide | None:
-        """What the hot device computes; None without one."""
+        """The hot device's part of the model; None without a hot device."""
         return self._hot
 
     @property
@@ -121,17 +121,17 @@ class LayerStack:
 
     @property
     def notices(self) -> Sequence[str]:
-        """What the hot side had to do otherwise than asked, in words for the user."""
+        """Where the hot side had to deviate from the request, in words for the user."""
         return self._hot.notices if self._hot else self._notices
 
     @property
     def vram_peak_bytes(self) -> int | None:
-        """The most that the hot device held; None where it is not counted."""
+        """The most bytes that the hot device held; None where they are not counted."""
         return self._hot.peak_bytes if self._hot else None
 
     @property
     def vram_bytes(self) -> int:
-        """What the hot device holds, in bytes."""
+        """The memory that the hot device holds, in bytes."""
         return self._hot.nbytes if self._hot else 0
 
     @property
@@ -143,7 +143,8 @@ class LayerStack:
         return self._buffers.nbytes + tables + routed
 
     def new_state(self, context: int, kv_type: str) -> State:
-        """What a session of ``context`` positions keeps outside the hot device. Raises ModelError."""
+        """The state that a session of ``context`` positions keeps outside the hot device. Raises
+        ModelError."""
         return allocate_state(self.model, self._program.slots, context, kv_type)
 
     def forward(self, tokens: Sequence[int], places: Places) -> int:
@@ -167,7 +168,7 @@ class LayerStack:
         return count
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raise ModelError for ids that the vocabulary has not."""
+        """Raise ModelError for ids outside the vocabulary."""
         vocabulary = self.model.hyper.vocabulary
         for token in tokens:
             if not 0 <= token < vocabulary:
@@ -193,14 +194,14 @@ class LayerStack:
         return count
 
     def known_factors(self, tokens: int) -> tuple[Floats, Floats]:
-        """act(gate) and up of the FFN that ran last, (tokens, neurons) each: views, for who looks on while a
-        source model runs with thresholds."""
+        """act(gate) and up of the FFN that ran last, (tokens, neurons) each: views, for an observer of a
+        source model that runs with thresholds."""
         assert self._buffers.scores is not None
         return self._buffers.scores[:tokens], self._buffers.up[:tokens]
 
     def set_thresholds(self, layer: int, values: Floats | None) -> None:
-        """Replace the thresholds (neurons) of the predictor of ``layer``, where it has one, from the next run
-        on; None names every neuron, which is exact."""
+        """Replace the thresholds (neurons) of the predictor of ``layer``, if it has one, from the next run
+        on. With None, every neuron is named, which is exact."""
         held = predictor_thresholds(self._written.cold[layer])
         if held is not None:
             held[:] = -np.inf if values is None else values
@@ -212,7 +213,7 @@ class LayerStack:
 
     def weight_bytes_per_pass(self) -> float:
         """Mean bytes of weights that a forward pass touched so far, whatever its number of tokens: an expert
-        counts once where some token of a batch takes it."""
+        counts once if any token of a batch takes it."""
         computed = self._computed()
         return self._besides_ffns + sum(ffn.bytes_per_pass(computed) for ffn in self._written.cold.values())
 
@@ -224,16 +225,17 @@ class LayerStack:
 
     @property
     def _besides_ffns(self) -> int:
-        """Bytes that a token touches besides: experts of both sides that it takes count as cold."""
+        """Bytes that a token touches outside the cold FFNs. The experts that it takes, on both sides, count
+        as cold."""
         tables = (self.model.embedding, self.model.positions)
         embedded = sum(table.nbytes // table.rows for table in tables if table is not None)
         hot = self._hot.weight_bytes if self._hot else 0
         return self._written.ops.weight_bytes + self._head_bytes + embedded + hot
 
     def density(self) -> float:
-        """Share of FFN neurons that were computed so far; dense layers are computed whole, and hot neurons
-        where the hot device does not predict. With experts, the share of them that a token takes, times that
-        of their neurons where those that are zero are left out."""
+        """Share of FFN neurons that were computed so far. All neurons of dense layers are computed, and all
+        hot neurons where the hot device does not predict. With experts, it is the share of the experts that a
+        token takes, times the share of their neurons that are computed where zero neurons are left out."""
         if self.model.hyper.routing is not None:
             return self.model.hyper.routing.share * self._computed().confirmed
         neurons = sum(facts.neurons for facts in self.model.hyper.facts if facts.ffn == "dense")
@@ -243,31 +245,31 @@ class LayerStack:
         return 1.0 - skipped / every if every else 1.0
 
     def layer_shares(self) -> list[LayerShare]:
-        """What share of each layer's neurons was computed so far, and where."""
+        """The share of each layer's neurons that was computed so far, and where."""
         parts, counted = self._written.writer.labels.parts(0, self._length), self._program.neurons()
         return layer_shares(self.model, self._modes, self._hot, parts, counted, self._tokens)
 
     def recall(self) -> float | None:
-        """Share of the active neurons, hot and cold, that were predicted so far; None where it is not checked
-        or nothing was predicted."""
+        """Share of the active neurons, hot and cold, that were predicted so far; None if recall is not
+        checked or nothing was predicted."""
         return recall_of([counts for layer in self._counted().values() for counts in layer])
 
     def recall_by_layer(self) -> list[float | None] | None:
-        """The same of every layer, None for those that are not predicted; None where it is not checked."""
+        """The recall of each layer, None for a layer without predictions; None if recall is not checked."""
         if not self._check_recall:
             return None
         return [recall_of(counts) for counts in self._counted().values()]
 
     def predicted_density(self) -> float | None:
-        """Share of their neurons that predictors named so far; None where it is not checked or nothing was
+        """Share of their neurons that predictors named so far; None if recall is not checked or nothing was
         predicted."""
         counted = [counts for layer in self._counted().values() for counts in layer]
         every = sum(counts.neurons for counts in counted)
         return sum(counts.named for counts in counted) / every if every else None
 
     def _counted(self) -> dict[int, list[Counted]]:
-        """What predictors found, layer by layer: of neurons that are computed here, and of hot ones where the
-        hot device predicts."""
+        """The counters of predictors, layer by layer: for neurons that the host computes, and for hot neurons
+        where the hot device predicts."""
         counted = {layer: list[Counted]() for layer in range(self.model.hyper.layers)}
         for layer, check in zip(self._written.checked, self._checks, strict=True):
             counted[layer].append(check)
@@ -282,7 +284,7 @@ class LayerStack:
     def seconds(self) -> dict[str, float]:
         """Time by part so far, in seconds."""
         times = self._written.writer.labels.seconds([int(n) for n in self._program.nanoseconds()])
-        if self._hot and self._hot.seconds:  # a GPU tells them while a timeline is kept
+        if self._hot and self._hot.seconds:  # a GPU reports seconds while a timeline is kept
             times["hot"] = self._hot.seconds
             times["waiting"] = self._hot.waiting_seconds
         return times
@@ -299,7 +301,7 @@ class LayerStack:
         return 0 if self.head_matrix is None else self.head_matrix.nbytes
 
     def _place(self, tokens: Sequence[int], places: Places) -> None:
-        """Say which tokens come, and where they stand."""
+        """Set the tokens of the next pass, and their positions."""
         positions, row = self._buffers.positions, 0
         self._buffers.tokens[: len(tokens)] = tokens
         if positions is None:
@@ -324,7 +326,7 @@ class LayerStack:
 
     def run(self, first: int, last: int, count: int, places: Places | None = None) -> None:
         """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``places`` (None: the
-        operations do not ask where tokens stand), and look on where that was asked for."""
+        operations do not depend on the positions of tokens), and call the observer if one was given."""
         for check in self._checks:
             if first < check.after <= last:
                 self._run(first, check.after, count, places)
@@ -347,8 +349,8 @@ class LayerStack:
 
 
 def _open_hot(model: Model, options: StackOptions, work: Workload) -> tuple[HotSide | None, Sequence[str]]:
-    """The hot side, if there is to be one, and what must be said. Raises ModelError where what is not in a
-    GPU's memory does not fit in the machine's."""
+    """The hot side, if one was requested, and notices for the user. Raises ModelError if the part outside the
+    GPU's memory does not fit in the machine's memory."""
     side, notices = open_hot_side(model, options.device, options.vram, work, options.progress)
     if options.device == "cuda":
         try:

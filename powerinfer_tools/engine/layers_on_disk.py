@@ -1,9 +1,10 @@
-"""A dense model larger than memory: the FFNs of some layers stay in memory, those of the others pass through
-it, read two ahead of need.
+"""A dense model larger than memory: the FFNs of some layers stay in memory. The FFNs of the other layers pass
+through memory, and are read two ahead of need.
 
-Every token takes every FFN, so there is nothing to learn: as many as fit stay, spread evenly over the layers,
-so that the disk reads while those are computed. Decoding is as fast as the disk brings the others, or as
-computing. Bits are those of the model in memory: the program waits for what it computes with.
+Every token takes every FFN, so there is nothing to learn. As many FFNs as fit stay in memory, spread evenly
+over the layers, so that the disk reads while they are computed. Decoding is as fast as the disk brings the
+other FFNs, or as fast as computing. The results have the same bits as with the model in memory, because the
+program waits for the weights that it computes with.
 """
 
 import time
@@ -17,7 +18,7 @@ from powerinfer_tools.engine.weights_on_disk import Budget
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 
-#: Slots of each kind for FFNs that pass through: the one computed with, and those read ahead.
+#: Slots of each kind for FFNs that pass through: one for the FFN in use, the others for reading ahead.
 PASSING = 1 + UNITS_AHEAD
 
 
@@ -53,7 +54,7 @@ class LayersOnDisk(UnitsOnDisk):
         return nbytes > 0 and all(have >= want for have, want in zip(self.slots(nbytes), least, strict=True))
 
     def least_bytes(self, tokens: int) -> int:
-        """The slots that FFNs pass through."""
+        """The bytes of the slots that FFNs pass through."""
         least = zip(self._least(), self.units.kinds, strict=True)
         return sum(count * size for count, (_, size) in least) + self.readers_bytes
 
@@ -69,19 +70,19 @@ class LayersOnDisk(UnitsOnDisk):
         self._fixed = frozenset(stays)
 
     def notice(self, nbytes: int) -> str:
-        """How many stay in memory, once that is decided."""
+        """How many FFNs stay in memory, once that is decided."""
         return (
             f"the FFNs of {len(self._fixed)} of {self.units.count} layers stay in memory, the others are "
             "read from disk for every token"
         )
 
     def columns(self, layer: int) -> DenseColumns:
-        """The matrices of the FFN of ``layer``, which hold something after a fetch."""
+        """The matrices of the FFN of ``layer``; they hold its weights after a fetch."""
         return self._columns[layer]
 
     def write_fetch(self, writer: BlockWriter, layer: int) -> None:
-        """Append what brings the FFN of ``layer`` into memory, and asks for the next ones that pass
-        through, also of the token after this one."""
+        """Append the operation that brings the FFN of ``layer`` into memory, and requests the next FFNs that
+        pass through, including those of the token after this one."""
         unit = self._unit[layer]
         after = [(unit + 1 + step) % self.units.count for step in range(self.units.count - 1)]
         ahead = [other for other in after if other not in self._fixed][:UNITS_AHEAD]
@@ -89,8 +90,8 @@ class LayersOnDisk(UnitsOnDisk):
         writer.builder.fetch_all(self.units, unit, ahead)
 
     def open(self, budget: Budget) -> None:
-        """Make room, and read what stays. Raises ModelError where the memory is not there, or too little,
-        and where a file cannot be read."""
+        """Allocate memory, and read the FFNs that stay. Raises ModelError if the memory is not available or
+        too small, or a file cannot be read."""
         nbytes = budget.nbytes - self.readers_bytes
         if not self.suffices(nbytes, budget.batch):
             raise ModelError(self.too_little(budget))

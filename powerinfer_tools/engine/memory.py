@@ -9,8 +9,8 @@ MARGIN = 256 << 20
 
 
 def require_session_memory(model: Model, context: int, kv_type: str, promised: int, available: int) -> None:
-    """Raise ModelError when what one more session keeps exceeds the ``available`` bytes (0: unknown)
-    without those that are ``promised`` to others."""
+    """Raise ModelError when the state of one more session exceeds the ``available`` bytes (0: unknown) less
+    the bytes that are ``promised`` to other sessions."""
     cache = footprint_of(model).session_bytes(context, kv_type)
     if not available or cache + promised + MARGIN <= available:
         return
@@ -23,8 +23,8 @@ def require_session_memory(model: Model, context: int, kv_type: str, promised: i
 
 
 def require_memory(model: Model, context: int, kv_type: str, available: int, elsewhere: int = 0) -> None:
-    """Raise ModelError when packed weights and KV cache exceed ``available`` bytes (0: unknown), but for
-    those that are ``elsewhere``, in the memory of a GPU.
+    """Raise ModelError when packed weights and KV cache, less the bytes ``elsewhere`` (in the memory of a
+    GPU), exceed ``available`` bytes (0: unknown).
 
     The file itself stays mapped, with the embedding in it, and its pages can be dropped.
     """

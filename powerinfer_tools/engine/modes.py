@@ -1,5 +1,5 @@
-"""Which modes a model allows: gate-first and predicted, which skip neurons, need an activation with exact
-zeros; thresholded is for the others."""
+"""The modes that a model allows. The modes gate-first and predicted skip neurons, and need an activation with
+exact zeros; mode thresholded is for other activations."""
 
 from powerinfer_formats.modes import MODES
 from powerinfer_kernels import Layout
@@ -10,11 +10,11 @@ from powerinfer_tools.model.loading import Model
 
 
 def layer_modes(model: Model, choice: str | None) -> tuple[str, ...]:
-    """The mode of each layer: ``choice``, else what a split file says, else dense. Where predicted is asked
-    for, layers without a predictor are gate-first; where thresholded is, layers without thresholds are dense.
-    A layer that keeps the source's down projection, because dense was found to be faster there, is dense in
-    mode gate-first, too, and so is one without zeros: both have the same bits in every layer. Layers with
-    experts are dense, or gate-first where that is asked for and their neurons can be picked.
+    """The mode of each layer: ``choice``, else the mode in a split file, else dense. With predicted, layers
+    without a predictor are gate-first. With thresholded, layers without thresholds are dense. A layer that
+    keeps the source's down projection, because dense was found to be faster there, is dense in mode
+    gate-first, too; so is a layer without zeros. Dense and gate-first have the same bits in every layer.
+    Layers with experts are dense, or gate-first if that is requested and their neurons can be picked.
 
     Raises ModelError for a mode that the model does not allow.
     """
@@ -32,7 +32,7 @@ def layer_modes(model: Model, choice: str | None) -> tuple[str, ...]:
 
 
 def _mode(model: Model, index: int, choice: str) -> str:
-    """The mode of one layer where ``choice`` is wanted."""
+    """The mode of one layer when ``choice`` is requested."""
     if isinstance(model.layers[index].feeds, ExpertsFFN):
         return "gate-first" if choice == "gate-first" and picks_in_experts(model) else "dense"
     layer = model.split.layer(index) if model.split else None

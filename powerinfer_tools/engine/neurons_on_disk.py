@@ -2,11 +2,12 @@
 busiest neurons are in memory as well. The others are read when a token needs them, one by one or in runs of
 neighbours.
 
-A split file has a layer's neurons hottest first, so what stays is its beginning: most of what fits. The rest
-of the memory follows use. What a token needs is known exactly before a row is read, from its gates
-(gate-first) or from its predictor, and the sums are those of the model in memory, bit for bit. In mode
-predicted, what the next layer's predictor names by the present residual stream is read meanwhile, where cores
-are left for that. Prompts of more than eight tokens need nearly all neurons of a layer, and read them.
+A split file stores a layer's neurons hottest first, so the beginning of each layer stays in memory and takes
+most of it. The rest of the memory follows use. The neurons that a token needs are known exactly before a row
+is read, from its gates (gate-first) or from its predictor, and the sums equal those of the model in memory,
+bit for bit. In mode predicted, the next layer's predictor is applied to the present residual stream, and the
+neurons that it names are read meanwhile, if cores are free for that. Prompts of more than eight tokens need
+nearly all neurons of a layer, and read them.
 """
 
 import time
@@ -34,20 +35,20 @@ from powerinfer_tools.engine.weights_on_disk import Budget, WeightsOnDisk
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import Model
 
-#: Threads that read: more brought no more records a second (docs/LOG.md).
+#: Threads that read: more threads did not read more records a second (docs/LOG.md).
 READERS = 8
-#: Share of the memory whose records stay, the others follow use. Where neurons fire independently of the
+#: Share of the memory for records that stay; the rest follows use. Where neurons fire independently of the
 #: token before, as in synthetic models, all should stay; a page kept for one record costs twice its bytes.
 _STAYS = 0.9
-#: Beside the largest layer, which a prompt needs at once.
+#: Memory in addition to the largest layer, which a prompt needs at once.
 _SLACK = 2 << 20
 #: Single records that are read to see how fast the disk is.
 _TRIED = 512
 
 
 class NeuronsOnDisk(WeightsOnDisk):
-    """The rows of the neurons of all layers that are computed by single neurons in ``mode``; None: that which
-    the file says."""
+    """The rows of the neurons of all layers that are computed by single neurons in ``mode`` (None: the file's
+    mode)."""
 
     what = "neurons"
 
@@ -71,7 +72,7 @@ class NeuronsOnDisk(WeightsOnDisk):
         return self._records
 
     def _place(self, layer: SplitLayer, mode: str) -> tuple[int, int]:
-        """The file that the records of ``layer`` are in, and from which byte on."""
+        """The file that holds the records of ``layer``, and the offset of their first byte."""
         path = self.model.path
         if mode == "dense":
             raise ModelError(
@@ -93,7 +94,7 @@ class NeuronsOnDisk(WeightsOnDisk):
         return self._bundles[self._at(index)]
 
     def records(self, index: int) -> RecordsOf:
-        """What brings them into memory."""
+        """The records of layer ``index``, by which its rows are brought into memory."""
         return RecordsOf(self._records, self._at(index))
 
     def predictor(self, index: int, tokens: int) -> Predictor | None:
@@ -104,8 +105,9 @@ class NeuronsOnDisk(WeightsOnDisk):
         return self._predictors.get(index)
 
     def foresees(self, index: int) -> bool:
-        """Whether neurons of layer ``index`` are read ahead: its predictor is in memory, as it is computed
-        with that, and readers have cores that do not compute. Where they had none, that was a loss."""
+        """Whether neurons of layer ``index`` are read ahead. This requires that the layer is computed with a
+        predictor, which is then in memory, and that readers have cores that do not compute. Without such
+        cores, reading ahead was slower."""
         return self._modes[index] == "predicted" and spare_cores(self._pool) > 0
 
     def after(self, index: int) -> int | None:
@@ -180,7 +182,7 @@ class NeuronsOnDisk(WeightsOnDisk):
         self._records.reset()
 
     def _expected(self, resident: Sequence[int], use: Sequence[np.ndarray] | None) -> str:
-        """How fast the disk brings single neurons, by reading some, and what that allows."""
+        """How fast the disk reads single neurons, measured by reading some, and the speed this allows."""
         tried, started = 0, time.perf_counter()
         for at, (count, layer) in enumerate(zip(resident, self._layers, strict=True)):
             some = np.unique(
@@ -202,13 +204,13 @@ class NeuronsOnDisk(WeightsOnDisk):
 
 
 def spare_cores(pool: Pool) -> int:
-    """Cores that this process may use, and ``pool`` does not."""
+    """Cores that this process may use and that ``pool`` does not use."""
     return max(0, physical_cores() - pool.threads)
 
 
 @dataclass(frozen=True)
 class OfLayer:
-    """Layer ``index`` of those on ``disk``, for passes of up to ``tokens``: a
+    """Layer ``index`` of the layers on ``disk``, for passes of up to ``tokens``: a
     :class:`~powerinfer_tools.engine.blocks.RowsOnDisk`."""
 
     disk: NeuronsOnDisk
@@ -221,8 +223,8 @@ class OfLayer:
         return self.disk.records(self.index)
 
     def write_ahead(self, writer: BlockWriter) -> None:
-        """Append what asks for the neurons that the next layer's predictor names by the residual stream as
-        it is now, before this layer's sum; where it has one."""
+        """Append the operations that request the neurons of the next layer, if it has a predictor. The
+        predictor names them by the present residual stream, before this layer's sum is added."""
         index = self.disk.after(self.index)
         if index is None or not self.disk.foresees(index):
             return
@@ -249,8 +251,8 @@ class OfLayer:
 
 
 def _kinds(layer: SplitLayer, mode: str) -> tuple[str | None, ...]:
-    """The kinds of rows that stand as gate, up and down in the bundle; what the activation reads are gate
-    rows there, whatever the file calls them."""
+    """The kinds of rows that serve as gate, up and down in the bundle. The rows that feed the activation are
+    the bundle's gate rows, whatever the file calls them."""
     gate, *up, down = layer.kinds
     whole = (gate, up[0] if up else None, down)
     if mode == "gate-first":
@@ -267,7 +269,7 @@ def _types(layer: SplitLayer, mode: str) -> tuple[int | None, int | None, int | 
 
 
 def _rows(layer: SplitLayer, bundle: Bundle) -> tuple[int | None, int | None, int | None]:
-    """Where in a record the rows of ``bundle`` are."""
+    """The places of the rows of ``bundle`` in a record."""
     first, *rest = layer.layout.offsets
     every = (first, rest[0] if len(rest) == 2 else None, rest[-1])
     gate, up, down = (

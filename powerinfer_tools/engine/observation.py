@@ -1,4 +1,4 @@
-"""Counters of what every FFN neuron contributed, filled by the kernels while a model runs."""
+"""Counters of the contributions of every FFN neuron, filled by the kernels while a model runs."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class LayerCounters:
     """Counters of one layer's neurons; the kernels add to them in place.
 
     ``counts`` uint64 [n]: tokens for which the contribution act(gate)·up was not exactly zero. ``histogram``
-    uint32 [n, bins] of its size, or None. ``gate_squares`` and ``up_squares`` float64 [n]: sums
-    of the squares of both factors.
+    uint32 [n, bins] of the contribution's size, or None. ``gate_squares`` and ``up_squares`` float64 [n]:
+    sums of the squares of both factors.
     """
 
     counts: npt.NDArray[np.uint64]

@@ -1,4 +1,4 @@
-"""Weights of a model laid out for the kernels, for all that computes with them."""
+"""Weights of a model laid out for the kernels, shared by all their users."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,8 @@ _PARTS = ("gate", "up", "down")
 
 
 class PackedWeights:
-    """Each packed when it is first asked for: whoever runs the same model in another mode shares them."""
+    """Each weight is packed when it is first requested. Another run of the same model, in another mode,
+    shares the packed weights."""
 
     def __init__(self) -> None:
         self._matrices: dict[int, tuple[Weight, Matrix]] = {}
@@ -32,14 +33,14 @@ class PackedWeights:
         return self._matrix(pool, layer, kind, first)
 
     def columns(self, pool: Pool, layer: SplitLayer, kind: str) -> Matrix:
-        """The same with all neurons in the source's order; "down" are the rows of the source's own down
-        projection, which ``layer`` must have."""
+        """All rows of one kind, with the neurons in the source's order; "down" stands for the rows of the
+        source's own down projection, which ``layer`` must have."""
         return self._matrix(pool, layer, kind, None)
 
     def bundle(self, pool: Pool, layer: SplitLayer, first: int, kinds: Sequence[str]) -> Bundle:
-        """The rows of ``kinds`` of all neurons from position ``first`` on: those of a bundle with more kinds,
-        where there is one. What the activation reads are a bundle's gate rows, whatever the file calls
-        them."""
+        """The rows of ``kinds`` of all neurons from position ``first`` on. If a bundle with more kinds
+        exists, its rows are used. The rows that feed the activation are a bundle's gate rows, whatever the
+        file calls them."""
         place = dict(zip(layer.kinds, ("gate", *layer.kinds[1:]), strict=True))
         parts = {place[kind]: True for kind in kinds}
         made = self._bundles.setdefault((id(layer), first), [])
@@ -56,7 +57,7 @@ class PackedWeights:
 
     @property
     def nbytes(self) -> int:
-        """Of all that were packed, in bytes."""
+        """Size of all packed weights, in bytes."""
         matrices = sum(made.nbytes for _, made in (*self._matrices.values(), *self._rows.values()))
         return matrices + sum(made.nbytes for several in self._bundles.values() for _, made in several)
 

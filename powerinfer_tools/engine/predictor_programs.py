@@ -21,7 +21,7 @@ from powerinfer_tools.engine.buffers import Buffers, Floats, activations
 
 
 class Predictor(Protocol):
-    """Says of each neuron a score; those above their threshold are computed."""
+    """Gives each neuron a score; neurons above their threshold are computed."""
 
     @property
     def threshold(self) -> Floats:
@@ -36,18 +36,18 @@ class Predictor(Protocol):
         """Whether it reads the quantised input."""
 
     def prepare(self, builder: ProgramBuilder, buffers: Buffers) -> None:
-        """Append what reads the FFN's normalised input, or the residual stream that its norm has read; in a
-        parallel layer, attention follows."""
+        """Append the operations that read the FFN's normalised input, or the residual stream that its norm
+        has read. In a parallel layer, attention follows."""
 
     def write(self, builder: ProgramBuilder, scores: Floats) -> None:
-        """Append the operations from there to ``scores`` (T, neurons)."""
+        """Append the operations that follow :meth:`prepare` and end in ``scores`` (T, neurons)."""
 
 
 @dataclass(frozen=True)
 class LowRankPredictor:
     """outward · a(inward · x). ``low`` (T, rank) is scratch for the input's short form, ``low_acts`` its
     quantised copy (None where ``outward`` is of a float type). ``residual``: x is the residual stream, not
-    the normalised input; ``relu``: a sets what is negative to 0."""
+    the normalised input; ``relu``: a sets negative values to 0."""
 
     inward: Matrix
     outward: Matrix
@@ -110,7 +110,7 @@ class SignPredictor:
 
 @dataclass(frozen=True)
 class NamedElsewhere:
-    """The hot device predicts: its scores are 1 and 0, and are there already."""
+    """The hot device predicts: its scores are 1 and 0, and are already in the buffer."""
 
     threshold: Floats
     nbytes: int = 0
@@ -124,7 +124,7 @@ class NamedElsewhere:
 
 
 def named_elsewhere(neurons: int) -> NamedElsewhere:
-    """Of ``neurons`` cold ones."""
+    """The hot device's predictor as seen by the host, for ``neurons`` cold neurons."""
     return NamedElsewhere(np.zeros(neurons, np.float32))
 
 

@@ -1,8 +1,8 @@
 """The vocabulary of :mod:`powerinfer_tools.model.operations` as a program of the C kernels.
 
-Values are named buffers. A product is only noted when it is asked for, and written when the next operation
-needs the program: so products that wait for the same input follow each other without a barrier, inputs are
-quantised once, and a product that joins the residual stream is added to it as it is computed.
+Values are named buffers. A product is only noted when it is requested, and written when the next operation
+needs the program. So products of the same input follow each other without a barrier, inputs are quantised
+once, and a product for the residual stream is added to it as it is computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from powerinfer_tools.model.tensors import Norm, Vector, Weight
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is said before each run: ids of the tokens, and their rows of the table of learnt positions."""
+    """The inputs set before each run: ids of the tokens, and their rows of the table of learnt positions."""
 
     tokens: Integers
     positions: Integers | None
@@ -44,9 +44,9 @@ class _Product:
 
 
 class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
-    """Appends operations to ``builder``. Matrices of the model are packed as they come; those that are packed
-    already are taken as they are. :mod:`powerinfer_tools.engine.routed` writes experts, which are one
-    operation of the kernels over all that tokens choose."""
+    """Appends operations to ``builder``. Matrices of the model are packed on first use; matrices that are
+    already packed are taken as they are. :mod:`powerinfer_tools.engine.routed` writes experts, which are one
+    operation of the kernels over all chosen experts."""
 
     place = "a program of single blocks"
 
@@ -66,14 +66,15 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         self._tables, self._slots, self._growths = tables, slots, growths or {}
         self._waiting: list[_Product] = []
         self._rounded: set[int] = set()
-        #: Bytes of the matrices that are multiplied with.
+        #: Bytes of the matrices in the products.
         self.weight_bytes = 0
-        #: What looks on at the next activation, and the neurons that it leaves out.
+        #: The counters that observe the next activation, and the thresholds below which it drops neurons.
         self.observed: LayerCounters | None = None
         self.thresholds: FactorThresholds | None = None
 
     def flush(self) -> ProgramBuilder:
-        """Write the products that wait; whoever appends to the program by himself does it through this."""
+        """Write the pending products. Code that appends to the program directly uses the builder returned
+        here."""
         waiting, self._waiting = self._waiting, []
         for product in waiting:
             self._round(product)
@@ -82,29 +83,29 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         return self._builder
 
     def changed(self, floats: Floats) -> None:
-        """``floats`` hold something else from here on."""
+        """Note that ``floats`` hold new values from here on."""
         self._rounded.discard(place(floats))
 
     def round(self, floats: Floats) -> None:
-        """Quantise ``floats``, where that was not done since they changed."""
+        """Quantise ``floats``, unless that was done since they last changed."""
         acts = self._scratch.copy(floats)
         if acts is not None and place(floats) not in self._rounded:
             self.flush().quantize(floats, acts)
             self._rounded.add(place(floats))
 
     def rounded(self, floats: Floats) -> Activations | None:
-        """Where :meth:`round` leaves what it makes."""
+        """The buffer in which :meth:`round` leaves its result."""
         return self._scratch.copy(floats)
 
     def embed(self, name: str, table: Weight, scale: float) -> Value:
-        """From the file as it is."""
+        """Rows are read from the file as it is."""
         assert self._inputs is not None
         x = self._scratch.named(name, table.columns)
         self._rows(table, self._inputs.tokens, x, scale)
         return Value(x)
 
     def embed_positions(self, x: Value, table: Weight, offset: int) -> Value:
-        """Which rows is said before each run, ``offset`` included."""
+        """The row numbers, ``offset`` included, are set before each run."""
         assert self._inputs is not None
         assert self._inputs.positions is not None
         rows = self._scratch.named("block_out", table.columns)
@@ -112,7 +113,7 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         return self.join(x, Value(rows))
 
     def norm(self, name: str, x: Value, norm: Norm, eps: float) -> Value:
-        """In place where the name is that of ``x``."""
+        """In place if ``name`` is the name of ``x``."""
         builder, out = self.flush(), self._scratch.named(name, x.floats.shape[1])
         if norm.kind == "rms":
             builder.rms_norm(x.floats, norm.weight, out, eps)
@@ -173,7 +174,7 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         return Value(out)
 
     def activate(self, gate: Value, up: Value | None, how: Activation) -> Value:
-        """In place of ``gate``, after what looks on."""
+        """In place of ``gate``, after the counters have observed it."""
         builder, factor = self.flush(), None if up is None else up.floats
         if self.observed is not None:
             builder.observe(gate.floats, factor, how.kind, **vars(self.observed), cut=how.cut)
@@ -218,7 +219,7 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         return Value(out)
 
     def join(self, x: Value, y: Value, factor: float = 1.0) -> Value:
-        """In place of ``x``; a product that waits is added as it is computed."""
+        """In place of ``x``; a pending product is added as it is computed."""
         last = self._waiting[-1] if self._waiting else None
         if last is not None and last.out is y and factor == 1.0 and last.matrix.scale == 1.0:
             del self._waiting[-1]
@@ -283,7 +284,7 @@ class ProgramOperations(RecurrentOperations, WithoutExperts[Value]):
         return any(place(product.out.floats) == place(x.floats) for product in self._waiting)
 
     def _round(self, product: _Product) -> None:
-        """Quantise what a product reads, where its matrix needs that."""
+        """Quantise the input of a product, if its matrix needs that."""
         acts = self._scratch.copy(product.source)
         if product.matrix.row_type.is_float or acts is None or place(product.source) in self._rounded:
             return

@@ -12,8 +12,8 @@ from powerinfer_tools.engine.buffers import Floats
 
 @dataclass(frozen=True)
 class GateAndUp:
-    """All gate and up rows of the neurons that a predictor speaks for; without gate, ``gate`` are the up rows
-    and ``up`` is None. ``bias`` (neurons) is added to the gate's products."""
+    """All gate and up rows of the neurons that a predictor scores. Without a gate projection, ``gate`` holds
+    the up rows and ``up`` is None. ``bias`` (neurons) is added to the products of ``gate``."""
 
     gate: Matrix
     up: Matrix | None
@@ -22,12 +22,12 @@ class GateAndUp:
 
 @dataclass
 class RecallCheck:
-    """Counts, for one layer, the active neurons, those of them that were predicted (``found``), all that
-    were (``named``) and all that there are, over tokens.
+    """Counts, for one layer and over tokens, the active neurons, the active neurons that were predicted
+    (``found``), all predicted neurons (``named``) and all neurons.
 
-    After the operations before ``after`` have run, ``scores`` and ``hidden`` (tokens, neurons) hold what the
-    predictor said and act(gate)·up: a neuron is predicted where its score is above ``threshold`` (neurons,),
-    and active where it contributes anything. The result of the layer does not depend on this.
+    After the operations before ``after`` have run, ``scores`` and ``hidden`` (tokens, neurons) hold the
+    predictor's scores and act(gate)·up. A neuron is predicted if its score is above ``threshold`` (neurons,),
+    and active if it contributes anything. The result of the layer does not depend on this.
     """
 
     after: int
@@ -40,7 +40,7 @@ class RecallCheck:
     neurons: int = 0
 
     def count(self, tokens: int) -> None:
-        """Look at the first ``tokens`` rows. A score that is not a number counts as above, as it does for
+        """Count the first ``tokens`` rows. A score that is NaN counts as above its threshold, as it does in
         the kernels."""
         active = self.hidden[:tokens] != 0
         missed = self.scores[:tokens] <= self.threshold
@@ -72,7 +72,7 @@ class Counted(Protocol):
 
 @dataclass(frozen=True)
 class HotFound:
-    """What the hot device has counted of one layer."""
+    """The hot device's counts for one layer."""
 
     active: int
     hits: int

@@ -1,5 +1,5 @@
-"""The recurrent part of the vocabulary as a program of the C kernels: what is kept from token to token lies
-in slots of the session's state."""
+"""The recurrent part of the vocabulary as a program of the C kernels. Values that are kept from token to
+token are in slots of the session's state."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ class RecurrentOperations(ABC):
 
     @abstractmethod
     def flush(self) -> ProgramBuilder:
-        """The program, with everything written that waited."""
+        """The program, after all pending products were written."""
 
     @abstractmethod
     def changed(self, floats: Floats) -> None:
-        """``floats`` hold something else from here on."""
+        """Note that ``floats`` hold new values from here on."""
 
     def part(self, name: str, x: Value, first: int, count: int) -> Value:
         """A copy."""

@@ -1,4 +1,4 @@
-"""What an engine tells about its own work."""
+"""An engine's report about its own work."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from powerinfer_tools.model.loading import Model
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the engine holds, by purpose; ``vram`` is what was planned for the hot device and allocated,
-    ``vram_peak`` the most that its allocator held, or that was gone of its memory (None: not counted)."""
+    """Bytes that the engine holds, by purpose. ``vram`` is the memory planned for the hot device and
+    allocated. ``vram_peak`` is the most that its allocator held, or that was missing from its free memory
+    (None: not counted)."""
 
     weights: int
     kv_cache: int
@@ -28,8 +29,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class DraftReport:
-    """What drafts did: how many tokens were guessed, and how many of them ``accepted``; ``passes`` over the
-    layers and the tokens of a pass; ``speed_up`` against token by token. None: nothing was decoded so."""
+    """Counters of drafts: how many tokens were guessed, and how many of them were ``accepted``; ``passes``
+    over the layers, and the tokens of a pass; ``speed_up`` relative to decoding token by token. None: nothing
+    was decoded that way."""
 
     drafted: int
     accepted: int
@@ -54,7 +56,7 @@ class DraftReport:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """The counters of one session, and of the weights that it uses, since they were made.
+    """The counters of one session, and of the weights that it uses, since their creation.
 
     ``bytes_per_token`` is the mean number of bytes of weights and KV cache that one decoded token had to
     touch; ``density`` the mean share of FFN neurons computed, or of routed experts that a token takes;
@@ -144,8 +146,8 @@ class EngineReport:
 
 
 def costs_of(model: Model, modes: Collection[str]) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-    """What predicting and thresholds cost in quality, as measured when they were made; None for each that
-    ``modes`` do not use or that was not measured."""
+    """The quality cost of predictors and of thresholds, as measured when they were made. Either is None if
+    ``modes`` do not use it or it was not measured."""
     header = model.split.header if model.split is not None else None
     predicted = thresholded = None
     if header is not None and header.prediction is not None and "predicted" in modes:

@@ -1,8 +1,8 @@
 """Experts of a model larger than memory: all of them stay on disk, some are in memory as well, and the others
 are read when a token takes them, or two layers earlier, where their router is likely to choose them.
 
-What is in memory follows use. A wrong guess costs bandwidth; the sums are those of the model in memory, bit
-for bit, because the program is the same and waits for what its routers chose.
+The experts in memory follow use. A wrong guess costs bandwidth. The sums equal those of the model in memory,
+bit for bit, because the program is the same and waits for the experts that its routers chose.
 """
 
 import math
@@ -23,12 +23,12 @@ from powerinfer_tools.model.ffn_matrices import ExpertsFFN
 from powerinfer_tools.model.hyperparameter_types import Routing
 from powerinfer_tools.model.loading import Model
 
-#: Tokens after which a use counts half.
+#: Number of tokens after which a use counts half.
 HALF_LIFE = 16.0
-#: Of what tokens take, published adaptive caches had 95 % with 30 % of the experts in memory: a share s of
-#: the experts has 1 - (1 - s)^PUBLISHED_SKEW.
+#: Published adaptive caches with 30 % of the experts in memory held 95 % of the experts that tokens took. So
+#: a share s of the experts is taken to hold 1 - (1 - s)^PUBLISHED_SKEW.
 PUBLISHED_SKEW = math.log(1 - 0.95) / math.log(1 - 0.3)
-#: What is read to see how fast the disk is, where no profile says what to read.
+#: Bytes that are read to measure the disk's speed, if no profile says which experts to read.
 _TRIED_BYTES = 64 << 20
 
 
@@ -63,15 +63,16 @@ class Residency(UnitsOnDisk):
         return min(routing.experts, batch * routing.used)
 
     def suffices(self, nbytes: int, tokens: int) -> bool:
-        """One token more than the pass has: what is read ahead needs room."""
+        """Whether there is room for one token more than the pass has, as experts that are read ahead need
+        room."""
         return nbytes > 0 and min(self.slots(nbytes)) >= self.least(tokens) + self.least(1)
 
     def least_bytes(self, tokens: int) -> int:
-        """As many of each kind as the tokens of a pass may take of one layer."""
+        """The bytes of as many experts of each kind as the tokens of a pass may take in one layer."""
         return self.least(tokens) * sum(size for _, size in self.units.kinds) + self.readers_bytes
 
     def notice(self, nbytes: int) -> str:
-        """How many are in memory."""
+        """How many experts are in memory."""
         slots, units = sum(self.slots(nbytes)), self.units.count
         return (
             f"{slots} of {units} experts ({slots / units:.0%}) are in memory at a time, the others are read "
@@ -79,7 +80,7 @@ class Residency(UnitsOnDisk):
         )
 
     def experts(self, layer: int) -> dict[int, DenseColumns]:
-        """The matrices of the experts of ``layer``, which hold something after a fetch."""
+        """The matrices of the experts of ``layer``; they hold weights after a fetch."""
         return self._columns[layer]
 
     def router(self, layer: int) -> Matrix:
@@ -91,8 +92,9 @@ class Residency(UnitsOnDisk):
         return self._routers[layer]
 
     def write_fetch(self, writer: BlockWriter, layer: int, choice: Choice) -> None:
-        """Append what brings the experts that ``choice`` names into memory, and asks for those that the next
-        two layers are likely to take: what their routers say of the residual stream as it is now."""
+        """Append the operations that bring the experts in ``choice`` into memory, and request the experts
+        that the next two layers are likely to take: their routers are applied to the present residual
+        stream."""
         later = sorted(index for index in self._first if index > layer)[:UNITS_AHEAD]
         ahead = [
             (self._first[index], self._write_guess(writer, index, distance, choice))
@@ -118,8 +120,8 @@ class Residency(UnitsOnDisk):
         return self._ahead[distance]
 
     def open(self, budget: Budget) -> None:
-        """Make room, and read the experts that were used most. Raises ModelError where the memory is not
-        there, or too little, and where a file cannot be read."""
+        """Allocate memory, and read the experts that were used most. Raises ModelError if the memory is not
+        available or too small, or a file cannot be read."""
         slots, least = self.slots(budget.nbytes - self.readers_bytes), self.least(budget.batch)
         if min(slots) < min(least, min(count for count, _ in self.units.kinds)):
             raise ModelError(self.too_little(budget))
@@ -129,13 +131,13 @@ class Residency(UnitsOnDisk):
         self._load(budget, slots, least)
 
     def _load(self, budget: Budget, slots: Sequence[int], least: int) -> None:
-        """Read the most used experts into the slots, or where that is not known as many as tell how fast the
-        disk is; of a static placement, all but those that change hands are to stay."""
+        """Read the most used experts into the slots. If use is not known, read only enough experts to measure
+        the disk's speed. With a static placement, all experts stay but a small rest that changes hands."""
         use, started = np.zeros(self.units.count), time.perf_counter()
         for layer, first in self._first.items():
             if budget.use is not None:
                 use[first : first + len(budget.use[layer])] = budget.use[layer]
-        # What a unit's counts come to when it is used so often for ever: a geometric sum.
+        # The limit of a unit's count under constant use: a geometric sum.
         self.units.set_use(use * HALF_LIFE / np.log(2))
         order = np.argsort(-use, kind="stable")
         kinds = np.array([self.units.kind_of(unit) for unit in range(self.units.count)])
@@ -156,8 +158,8 @@ class Residency(UnitsOnDisk):
         self.expectation = self._expected(rate, sum(slots) / self.units.count, hit_share)
 
     def _expected(self, rate: float, resident: float, hit_share: float | None) -> str:
-        """How fast the disk lets the model decode, which computing may be slower than: ``hit_share`` of the
-        experts that the profile's tokens took are in memory, and ``resident`` of all."""
+        """How fast the disk lets the model decode; computing may be slower. ``hit_share`` is the share in
+        memory of the experts that the profile's tokens took, ``resident`` the share of all experts."""
         routing = _routing(self.model)
         token_bytes = self.whole_bytes * routing.used / routing.experts
 

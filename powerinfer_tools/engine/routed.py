@@ -1,6 +1,6 @@
 """A layer of routed experts, as operations of the program: the router's choice, then all chosen experts at
-once, added up in ascending order, which makes a token's sum the same in every batch. Experts that a hot side
-computes are no operations here, and neither is the router of a layer whose attention it computes.
+once, added up in ascending order, which makes a token's sum the same in every batch. Experts on a hot side
+have no operations here. Neither does the router of a layer whose attention the hot side computes.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from powerinfer_tools.model.loading import Model
 class RoutedBuffers:
     """Buffers that the routed layers of a model share; float32 [tokens, …]."""
 
-    normed: Floats  # (T, width): the FFN's input, which is that of experts, too
-    scores: Floats  # (T, experts): what the router says
+    normed: Floats  # (T, width): the input of the FFN and of its experts
+    scores: Floats  # (T, experts): the router's scores
     shared_score: Floats  # (T, 1): before the sigmoid
     shared_weight: Floats  # (T, 1)
     choice: Choice
@@ -34,13 +34,13 @@ class RoutedBuffers:
 
     @property
     def nbytes(self) -> int:
-        """Size of what is not among the model's other buffers, in bytes."""
+        """Size in bytes of the buffers that are not among the model's other buffers."""
         return self.pairs.nbytes + self.choice.chosen.nbytes + self.choice.weights.nbytes
 
 
 def routed_buffers(hyper: Hyperparameters, buffers: Buffers, *, gated: bool) -> RoutedBuffers | None:
-    """Buffers for as many tokens as ``buffers`` have; None for a model without experts. ``gated``: they have
-    up beside the rows that the activation reads."""
+    """Buffers for as many tokens as ``buffers``; None for a model without experts. ``gated``: the experts
+    have an up projection beside the gate."""
     routing, tokens = hyper.routing, buffers.scratch.tokens
     if routing is None:
         return None
@@ -55,10 +55,10 @@ def routed_buffers(hyper: Hyperparameters, buffers: Buffers, *, gated: bool) -> 
 
 
 class RoutedFFN(Plain):
-    """The experts of one layer. Those of the C kernels are laid out for them; others (``hot``, by number)
-    are a hot side's, and with ``scored_there`` the router is. With ``residency``, they are read from disk as
-    those of layer ``index``. Choices are added to ``observed``. ``skips``: neurons of routed experts that are
-    zero are not read, with the same bits."""
+    """The experts of one layer, laid out for the C kernels. The experts ``hot`` (by number) are on a hot side
+    instead; with ``scored_there``, so is the router. With ``residency``, experts are read from disk as the
+    experts of layer ``index``. Choices are added to ``observed``. ``skips``: zero neurons of routed experts
+    are not read, with the same bits."""
 
     work = "experts"
 
@@ -116,17 +116,17 @@ class RoutedFFN(Plain):
 
     @property
     def nbytes(self) -> int:
-        """But for experts that are read from disk."""
+        """Size of the weights without the experts that are read from disk, in bytes."""
         if self._residency is not None:
             return self._always
         return self._always + self._routed_bytes
 
     def bytes_per_token(self, computed: Computed) -> float:
-        """On both sides, but for a router that is there."""
+        """Bytes on both sides, without a router on the hot side."""
         return self._touched(self._routing.used, computed)
 
     def bytes_per_pass(self, computed: Computed) -> float:
-        """Of an expert once, however many tokens take it."""
+        """Bytes of each expert count once, however many tokens take it."""
         passes, taken = self._totals.tolist()
         return self._touched(taken / passes if passes else self._routing.used, computed)
 
@@ -219,7 +219,7 @@ class RoutedFFN(Plain):
         return routes
 
     def _write_router(self, writer: BlockWriter, source: Floats) -> None:
-        """Append the router alone, where it is here, over ``source``."""
+        """Append the router alone, over ``source``, if the host computes it."""
         writer.label("router")
         if self._router is not None:
             write_scores(writer, self._router, self._ffn, source, self._buffers.scores)
@@ -239,7 +239,7 @@ class RoutedFFN(Plain):
 
     @property
     def _whole(self) -> list[Matrix]:
-        """What every token is multiplied with, but the shared expert's down projection."""
+        """The matrices that every token is multiplied with, except the shared expert's down projection."""
         shared = () if self._shared is None else self._shared.products
         return [matrix for matrix in (self._router, self._shared_gate, *shared) if matrix is not None]
 
@@ -254,7 +254,7 @@ class RoutedFFN(Plain):
 
 
 def _hot_bytes(ffn: ExpertsFFN, routing: Routing, hot: frozenset[int]) -> tuple[int, int]:
-    """Bytes of the experts that are not here: of those that are routed, and of the shared one."""
+    """Bytes of the experts on the hot side: of the routed experts, and of the shared expert."""
     size = sum(stack.nbytes for stack in ffn.stacks) // routing.experts
     shared = 0 if ffn.shared is None else sum(weight.nbytes for weight in ffn.shared.matrices)
     return size * len(hot - {SHARED}), shared if SHARED in hot else 0

@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Shared(Protocol):
-    """What a session needs of the weights that it shares with others."""
+    """The interface of the weights that a session shares with other sessions."""
 
     model: Model
     batch: int
@@ -33,23 +33,23 @@ class Shared(Protocol):
         """A new session."""
 
     def forward(self, parts: "Sequence[tuple[Session, Sequence[int]]]", *, guesses: bool = False) -> None:
-        """One pass over tokens of sessions, which then hold them."""
+        """Run one pass over tokens of sessions; the sessions then hold these tokens."""
 
     def logits(self, rows: slice | list[int]) -> Floats:
         """Logits of some tokens of the last pass."""
 
     def forget(self, session: "Session") -> None:
-        """The session is closed."""
+        """Forget a session that is closed."""
 
 
 @dataclass
 class SessionCounters:
-    """What a session has processed by itself; seconds are wall time."""
+    """Counters of one session's own work; seconds are wall time."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_tokens: int = 0
-    #: Passes over the layers that those tokens took: fewer, where drafts were verified.
+    #: Passes over the layers for the decoded tokens: fewer than tokens if drafts were verified.
     decode_passes: int = 0
     decode_seconds: float = 0.0
     #: Bytes of KV cache that decoded tokens read.
@@ -58,26 +58,26 @@ class SessionCounters:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A place in a text, and what recurrent layers had kept of it there."""
+    """A position in a text, and the state of the recurrent layers there."""
 
     position: int
     recurrent: tuple[npt.NDArray[np.float32], ...]
 
 
 class Session(Closing):
-    """Tokens and what is kept of them; made by :meth:`Weights.session`. ``position`` is the number of tokens
-    it holds, ``context`` how many fit."""
+    """Tokens and the state that they left; made by :meth:`Weights.session`. ``position`` is the number of
+    tokens that the session holds, ``context`` the number that fits."""
 
     def __init__(self, weights: Shared, state: State, context: int, kv_type: str) -> None:
         self._weights, self._state = weights, state
         self.context, self.kv_type, self.position = context, kv_type, 0
         self.counters = SessionCounters()
-        #: What recurrences held at the end of the last prompt, and how many tokens those were (0: none).
+        #: The recurrent state at the end of the last prompt, and the number of tokens until there (0: none).
         self._kept = [np.zeros_like(values) for values in state.recurrent]
         self._kept_at = 0
 
     def keep(self) -> None:
-        """Remember what recurrences hold, so that the session can go back to here."""
+        """Remember the recurrent state, so that the session can return to this position."""
         for kept, values in zip(self._kept, self._state.recurrent, strict=True):
             kept[:] = values
         self._kept_at = self.position if self._kept else 0
@@ -95,12 +95,12 @@ class Session(Closing):
 
     @property
     def touched_bytes(self) -> int:
-        """About how many bytes of them what the session holds takes."""
+        """About how many bytes of the buffers the tokens in the session occupy."""
         return self.nbytes * self.position // self.context
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> Floats:
-        """Process ``tokens`` after what is held; logits (vocabulary,) after the last of them, valid until the
-        next call.
+        """Process ``tokens`` after the tokens already held; logits (vocabulary,) after the last of them,
+        valid until the next call.
 
         Raises ContextFull (with nothing changed) when they do not fit.
         """
@@ -145,27 +145,29 @@ class Session(Closing):
         return None
 
     def checkpoint(self) -> "Checkpoint | None":
-        """What :meth:`restore` goes back to where a recurrence cannot be rewound; None without one."""
+        """The state that :meth:`restore` returns to, as a recurrence cannot be rewound; None without a
+        recurrence."""
         if not self._state.recurrent:
             return None
         return Checkpoint(self.position, tuple(values.copy() for values in self._state.recurrent))
 
     def restore(self, checkpoint: "Checkpoint") -> None:
-        """Forget all tokens since ``checkpoint``, which this session made, with the bits that it had then."""
+        """Forget all tokens since ``checkpoint``, which this session made; the state has the same bits as
+        then."""
         for values, kept in zip(self._state.recurrent, checkpoint.recurrent, strict=True):
             values[:] = kept
         self.position = checkpoint.position
         if self._kept_at > self.position:
-            self._kept_at = 0  # of tokens that are forgotten
+            self._kept_at = 0  # the kept state includes forgotten tokens
 
     @property
     def most_verified(self) -> int:
-        """Most tokens of :meth:`verify`."""
+        """The largest number of tokens for :meth:`verify`."""
         return min(HEAD_ROWS, self._weights.batch)
 
     def verify(self, tokens: Sequence[int]) -> Floats:
-        """Logits (tokens, vocabulary) after one more token and after each guess behind it, in one pass; valid
-        until the next call. Counts as one decoded token. Raises ContextFull."""
+        """Logits (tokens, vocabulary) after one more token and after each guess that follows it, in one pass;
+        valid until the next call. Counts as one decoded token. Raises ContextFull."""
         self.require_room(len(tokens))
         assert len(tokens) <= self.most_verified
         started, counters = time.perf_counter(), self.counters
@@ -179,8 +181,8 @@ class Session(Closing):
         return logits
 
     def process(self, tokens: Sequence[int], rows: int) -> Iterator[Floats]:
-        """Process ``tokens`` after what is held; logits (vocabulary,) after each of the last ``rows``, each
-        valid until the next one is asked for. Raises ContextFull."""
+        """Process ``tokens`` after the tokens already held. Yields logits (vocabulary,) after each of the
+        last ``rows`` tokens; each array is valid until the next is requested. Raises ContextFull."""
         for logits in self.logits_from(tokens, len(tokens) - rows):
             yield from logits
 
@@ -194,14 +196,16 @@ class Session(Closing):
                 yield self._weights.logits(slice(row, min(row + HEAD_ROWS, count)))
 
     def forward(self, tokens: Sequence[int], *, guesses: bool = False) -> int:
-        """Run up to a batch of ``tokens`` through the layers; returns their number. Of ``guesses``, and of
-        what is read again because of them, recurrences remember no end of a prompt."""
+        """Run up to a batch of ``tokens`` through the layers; returns their number. With ``guesses`` (guessed
+        tokens, or tokens read again because of wrong guesses), the recurrent state is not kept as the end of
+        a prompt."""
         self._weights.forward([(self, tokens)], guesses=guesses)
         return len(tokens)
 
     def rewind(self, position: int) -> int:
-        """Forget everything from ``position`` on; where a recurrence holds more, all behind the last prompt,
-        or everything, as it cannot go back to any other place. Returns how many tokens are held then."""
+        """Forget everything from ``position`` on. If a recurrence holds more tokens, forget everything after
+        the last prompt, or everything, as its state cannot return to any other position. Returns the number
+        of tokens that remain."""
         if not 0 <= position <= self.position:
             raise ValueError(f"cannot rewind to {position}: the cache holds {self.position} tokens")
         if position != self.position and self._state.recurrent:
@@ -210,8 +214,8 @@ class Session(Closing):
         return position
 
     def _restore(self, source: "Session", position: int) -> int:
-        """Take over what recurrences of ``source`` held at the end of its last prompt, or nothing where that
-        is behind ``position``; returns how many tokens that is."""
+        """Copy the recurrent state of ``source`` at the end of its last prompt, or nothing if that is after
+        ``position``; returns the number of tokens in the copied state."""
         start = source._kept_at if source._kept_at <= position else 0
         for values, kept in zip(self._state.recurrent, source._kept, strict=True):
             values[:] = kept if start else 0
@@ -220,11 +224,12 @@ class Session(Closing):
         return start
 
     def copy_prefix(self, source: "Session", positions: int) -> int:
-        """Hold the first ``positions`` tokens of ``source``, bit for bit, in place of what was held; where a
-        recurrence of ``source`` holds more, those of its last prompt, or none. Returns how many.
+        """Replace the contents by the first ``positions`` tokens of ``source``, bit for bit. If a recurrence
+        of ``source`` holds more tokens, take the tokens up to the end of its last prompt, or none. Returns
+        the number of tokens.
 
-        Raises ValueError where ``source`` has fewer or is of other weights, ContextFull where they do not
-        fit, ModelError where the two caches differ in type.
+        Raises ValueError if ``source`` holds fewer tokens or belongs to other weights, ContextFull if the
+        tokens do not fit, ModelError if the two caches differ in type.
         """
         if source._weights is not self._weights or not 0 <= positions <= source.position:
             raise ValueError(f"the other session has not {positions} tokens of the same weights")
@@ -257,11 +262,11 @@ class Session(Closing):
         return other
 
     def is_open_on(self, weights: Shared) -> bool:
-        """Whether it is a session of ``weights`` that is open."""
+        """Whether this is an open session of ``weights``."""
         return self._weights is weights and self.context > 0
 
     def require_room(self, tokens: int) -> None:
-        """Raise ContextFull unless so many more tokens fit."""
+        """Raise ContextFull unless ``tokens`` more tokens fit."""
         if self.position + tokens > self.context:
             raise ContextFull(
                 f"{tokens} more tokens do not fit: the context holds {self.context} and {self.position} "
@@ -269,7 +274,7 @@ class Session(Closing):
             )
 
     def close(self) -> None:
-        """Give the buffers back. The session cannot be used afterwards; closing it again does nothing."""
+        """Release the buffers. The session cannot be used afterwards; closing it again does nothing."""
         if self.context:
             self._weights.forget(self)
             self._state, self._kept = State([]), []

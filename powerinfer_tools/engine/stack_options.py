@@ -15,10 +15,11 @@ class StackOptions:
     """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None:
     none).
 
-    ``observed``: counters of each layer that every forward pass adds to; for source models. ``check_recall``:
-    also compute the truth of every prediction. ``thresholds``: of each layer of a
-    source model. ``residency``: what is read from disk, and the memory that it gets (``budget``).
-    ``packed``: weights that other layouts of the model share. ``progress`` hears of what takes long.
+    ``observed``: counters of each layer, to which every forward pass adds; for source models.
+    ``check_recall``: also compute which neurons are really active, to check every prediction. ``thresholds``:
+    thresholds of each layer of a source model. ``residency``: the weights that are read from disk, and the
+    memory that they get (``budget``). ``packed``: weights shared with other layouts of the model.
+    ``progress`` is told about steps that take long.
     """
 
     batch: int

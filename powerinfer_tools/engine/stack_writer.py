@@ -1,4 +1,4 @@
-"""Writes all layers of a model as one program, with the points where a hot device or a router joins in."""
+"""Writes all layers of a model as one program, with the points where a hot device or a router takes part."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from powerinfer_tools.model.rotary import growth_tables, rope_tables
 
 @dataclass(frozen=True)
 class Stop:
-    """Operations [ready, needed) of one layer that are not simply run one after the other: ``work`` runs
-    them, called with the number of tokens and their places."""
+    """Operations [ready, needed) of one layer that are not simply run one after the other. ``work`` runs
+    them; its arguments are the number of tokens and their places."""
 
     ready: int
     needed: int
@@ -37,7 +37,7 @@ class Stop:
 
 
 class StackWriter:
-    """What the program of a model consists of; ``host`` runs it."""
+    """The parts of a model's program; ``host`` runs it."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class StackWriter:
         self.away = False
         self.routed = routed_buffers(model.hyper, self.buffers, gated=model.spec.gated)
         self.ffn_ends: list[int] = []
-        #: The FFN, or experts, of each layer that has some, as far as they are computed here.
+        #: By layer: the part of its FFN, or of its experts, that the host computes.
         self.cold: dict[int, ColdFFN] = {}
         self.checks: list[RecallCheck] = []
         self.checked: list[int] = []
@@ -107,8 +107,8 @@ class StackWriter:
         return self._hot is not None and self._hot.has_attention(index)
 
     def _write_layer(self, index: int, layer: LayerWeights) -> None:
-        """In a parallel layer the FFN's input is ready before attention, which the hot device then works
-        beside, too."""
+        """In a parallel layer the FFN's input is ready before attention, so the hot device also works during
+        attention."""
         ffn, some_hot = self._cold_ffn(index, layer)
         writer, parallel, on_device = self.writer, self._model.hyper.parallel, self._attention_there(index)
         if on_device and (some_hot or isinstance(layer.feeds, ExpertsFFN)):
@@ -134,8 +134,8 @@ class StackWriter:
         writer.merge(output)
 
     def _write_there(self, index: int, ffn: ColdFFN) -> None:
-        """A layer that leaves the residual stream on the hot device, and its router, if it has one: only what
-        is cold is computed here."""
+        """Write a layer whose residual stream, and router, if any, are on the hot device: the host computes
+        only the cold part."""
         assert self.beside is not None
         writer, arrives = self.writer, not self.away
         first = writer.mark()
@@ -149,8 +149,8 @@ class StackWriter:
         self.away = True
 
     def _cold_ffn(self, index: int, layer: LayerWeights) -> tuple[ColdFFN, bool]:
-        """What is computed here of the FFN, or the experts, of layer ``index``, and whether some of it is the
-        hot device's."""
+        """The host's part of the FFN, or of the experts, of layer ``index``, and whether the hot device
+        computes a part, too."""
         options, hot, observed = self._options, self._hot, self._observed(index)
         disk = options.residency
         neurons = hot.hot_neurons(index) if hot else 0
@@ -184,7 +184,7 @@ class StackWriter:
         return ffn, neurons > 0 or bool(experts)
 
     def _write_cold(self, index: int, ffn: ColdFFN, output: FFNOutput) -> None:
-        """The operations of ``ffn``, and what looks on."""
+        """Append the operations of ``ffn``, and its observers."""
         ffn.write(self.writer, self.buffers, output)
         if self._options.check_recall:
             check = write_recall_check(
@@ -208,7 +208,7 @@ class StackWriter:
         self.writer.mix(index, layer)
 
     def _bring_back(self) -> None:
-        """From here on, the residual stream is needed outside the hot device."""
+        """Fetch the residual stream from the hot device: from here on, the host needs it."""
         if self.beside and self.away:
             here = self.writer.mark()
             self.stops.append(Stop(here, here, self.beside.leave))

@@ -1,4 +1,4 @@
-"""When each part of one token was at work, in the JSON that Perfetto and Chrome's tracing show."""
+"""The times at which each part of one token ran, in the JSON that Perfetto and Chrome's tracing show."""
 
 import json
 import os
@@ -14,7 +14,7 @@ TRACKS = ("CPU", "hot side")
 @dataclass(frozen=True)
 class Event:
     """``name`` ran on ``track`` from ``start`` to ``end``, in seconds of ``time.perf_counter``; ``layer`` is
-    None for what belongs to none."""
+    None for work outside the layers."""
 
     track: str
     name: str
@@ -30,15 +30,16 @@ class Timeline:
         self.events: list[Event] = []
 
     def restart(self) -> None:
-        """Forget all: another token begins."""
+        """Forget all events: another token begins."""
         self.events.clear()
 
     def add(self, track: str, name: str, layer: int | None, start: float, end: float) -> None:
-        """One event more."""
+        """Add one event."""
         self.events.append(Event(track, name, layer, start, end))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace-event form (microseconds since the first event) to ``path``, whole or not."""
+        """Write the trace-event form (microseconds since the first event) to ``path``, completely or not at
+        all."""
         zero = min((event.start for event in self.events), default=0.0)
         rows: list[dict[str, Any]] = [
             {"ph": "M", "name": "thread_name", "pid": 1, "tid": index, "args": {"name": track}}

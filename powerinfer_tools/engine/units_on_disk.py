@@ -21,7 +21,7 @@ class UnitsOnDisk(WeightsOnDisk):
 
     @abstractmethod
     def _add_units(self) -> None:
-        """Say what the units are."""
+        """Declare the units."""
 
     def _absent(self, weight: Weight | None) -> Part | None:
         if weight is None:

@@ -1,4 +1,4 @@
-"""What a value of the vocabulary is in a program of the C kernels."""
+"""Values of the vocabulary in a program of the C kernels."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,5 @@
-"""A model packed once: what all its sessions share, and passes over tokens of several of them."""
+"""A model packed once: the weights that all its sessions share, and passes over tokens of several
+sessions."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -32,13 +33,13 @@ Floats = npt.NDArray[np.float32]
 DEFAULT_CONTEXT = 4096
 DEFAULT_BATCH = 512
 
-#: What is read to measure the bandwidth: well beyond any cache.
+#: Bytes that are read to measure the bandwidth: well beyond any cache.
 BANDWIDTH_BYTES = 256 << 20
 
 
 class Part(NamedTuple):
-    """What one session wants of a step: ``tokens`` after what it holds, and logits after the last ``rows`` of
-    them."""
+    """One session's part of a step: ``tokens`` to process after the tokens it holds, and logits after the
+    last ``rows`` of them."""
 
     session: Session
     tokens: Sequence[int]
@@ -47,20 +48,21 @@ class Part(NamedTuple):
 
 class Weights(Closing):
     """One packed model, for any number of sessions. Not thread-safe; results do not depend on ``threads``,
-    ``batch`` or ``isa``, nor on what else is in a pass.
+    ``batch`` or ``isa``, nor on the other tokens of a pass.
 
     ``context`` is the longest that a session may have (None: the model's, up to :data:`DEFAULT_CONTEXT`), and
-    ``kv_type`` the type of their caches where a session does not say; "q8_0" halves them, at a small cost in
-    precision. ``batch`` is the most tokens of one pass. ``mode`` None takes what the file says (a source
+    ``kv_type`` the default type of the sessions' caches; "q8_0" halves them, at a small cost in
+    precision. ``batch`` is the most tokens of one pass. ``mode`` None takes the file's mode (a source
     model is dense). ``device`` "none" computes everything in the C kernels; "cpu" and "cuda" give the hot
     part of a split file to torch on that device, and ``vram`` limits it to that many bytes by moving the
     split point. ``observed`` counters, one of each layer, are added to by every forward pass of a source
-    model. ``check_recall`` also computes the truth of every prediction, for the report;
-    results stay the same bits. ``thresholds`` of each layer of a source model leave neurons out, as they say
-    at the time of each pass. ``ram``: the memory that the process may take; what does not fit is read from
-    disk, experts, FFNs and neurons, see :mod:`powerinfer_tools.engine.weights_on_disk`. ``beside``:
-    other weights of the same model, in another mode: what both lay out alike is packed once. ``progress``
-    hears of GPU kernels that have to be compiled.
+    model. ``check_recall`` also computes which neurons are really active, and the report compares
+    them with the predictions; results keep the same bits. ``thresholds`` of each layer of a source model
+    leave neurons out, by their values at the time of each pass. ``ram``: the memory that the process may
+    take. Experts, FFNs and neurons that do not fit are read from disk, see
+    :mod:`powerinfer_tools.engine.weights_on_disk`. ``beside``: other weights of the same model, in another
+    mode; weights with the same layout in both are packed once. ``progress`` is told about GPU kernels that
+    have to be compiled.
     """
 
     def __init__(
@@ -134,9 +136,9 @@ class Weights(Closing):
         return (*self._notices, *([] if disk is None else [disk.expectation]), *self.stack.notices)
 
     def read_bandwidth(self) -> float:
-        """Measure the machine's read bandwidth with these threads, in bytes per second; 0 where memory is too
-        short for it, or given to experts that are read from disk: a measurement must not end what it
-        measures."""
+        """Measure the machine's read bandwidth with these threads, in bytes per second. Returns 0 if memory
+        is too short for the measurement, or is given to experts that are read from disk: a measurement must
+        not crash the run that it measures."""
         if self.stack.residency is not None:
             return 0.0
         available = available_ram_bytes()
@@ -175,14 +177,14 @@ class Weights(Closing):
         return session
 
     def step(self, parts: Iterable[Part | tuple[Session, Sequence[int]]]) -> Floats:
-        """Process tokens of several sessions, each after what its session holds, in as few passes as
-        ``batch`` allows; logits (rows, vocabulary) after the last token of each part, or the last ``rows`` of
-        them, in the order of the parts.
+        """Process tokens of several sessions, each part after the tokens that its session holds, in as few
+        passes as ``batch`` allows. Returns logits (rows, vocabulary) after the last token of each part, or
+        after its last ``rows`` tokens, in the order of the parts.
 
-        Every session gets the bits that it would get alone. Valid until the next call. Raises ContextFull,
-        ModelError for ids outside the vocabulary, and ValueError for a session that comes twice, is closed or
-        of other weights, and for parts without tokens or with more rows than tokens: all with nothing
-        changed.
+        Every session gets the bits that it would get alone. The logits are valid until the next call. Raises
+        ContextFull, ModelError for ids outside the vocabulary, and ValueError for a session that occurs
+        twice, is closed or belongs to other weights, and for parts without tokens or with more rows than
+        tokens. In each case nothing is changed.
         """
         work = [Part(*part) for part in parts]
         self._check(work)
@@ -196,10 +198,10 @@ class Weights(Closing):
         return self._passes(work, rows)
 
     def write(self, sessions: Sequence[Session], tokens: Sequence[int]) -> Floats:
-        """What :meth:`step` gives for one more token of each of ``sessions``, with less around it: for texts
-        that are written a token at a time. The sessions, up to HEAD_ROWS, are open and different, and no hot
-        device computes. :meth:`check` each row when it is used: then it comes from memory once, not twice.
-        Raises ContextFull and ModelError with nothing changed."""
+        """The logits of :meth:`step` for one more token of each of ``sessions``, with less overhead: for
+        texts that are written a token at a time. The sessions, up to HEAD_ROWS, must be open and different,
+        and there must be no hot device. Call :meth:`check` on each row when the row is used, so that it is
+        read from memory once, not twice. Raises ContextFull and ModelError with nothing changed."""
         for session in sessions:
             session.require_room(1)
         spans = tuple(Span(session.state, session.position, 1) for session in sessions)
@@ -214,9 +216,9 @@ class Weights(Closing):
         require_finite(logits, self.model)
 
     def forward(self, parts: Sequence[tuple[Session, Sequence[int]]], *, guesses: bool = False) -> None:
-        """One pass over up to ``batch`` tokens; the sessions then hold them. Without any check but that of
-        the ids, for what drives single sessions. Several tokens are a prompt, whose end recurrences
-        remember, but for ``guesses``."""
+        """Run one pass over up to ``batch`` tokens; the sessions then hold them. Only the ids are checked:
+        the method is for code that drives single sessions. Several tokens are a prompt, and the recurrent
+        state at its end is kept, except with ``guesses``."""
         spans = tuple(Span(session.state, session.position, len(tokens)) for session, tokens in parts)
         tokens = parts[0][1] if len(parts) == 1 else [token for _, some in parts for token in some]
         self.stack.forward(tokens, Places(spans))
@@ -226,8 +228,8 @@ class Weights(Closing):
                 session.keep()
 
     def logits(self, rows: slice | list[int]) -> Floats:
-        """Logits (rows, vocabulary) of up to HEAD_ROWS tokens of the last pass; of a hot device's head, a
-        slice. Valid until the next call."""
+        """Logits (rows, vocabulary) of up to HEAD_ROWS tokens of the last pass; for a head on a hot device,
+        ``rows`` is a slice. Valid until the next call."""
         if self.head is None:
             assert isinstance(rows, slice)
             logits = self.stack.hot_logits(rows.start, rows.stop)
@@ -237,7 +239,7 @@ class Weights(Closing):
         return logits
 
     def forget(self, session: Session) -> None:
-        """The session is closed."""
+        """Forget a session that is closed."""
         self._sessions.remove(session)
 
     def close(self) -> None:
@@ -259,7 +261,7 @@ class Weights(Closing):
             self.stack.check_tokens(tokens)
 
     def _wanted(self, work: Sequence[Part]) -> list[int]:
-        """Where the rows whose logits are wanted stand in a single pass."""
+        """The indices, within a single pass, of the rows whose logits are wanted."""
         logit_rows, end = list[int](), 0
         for part in work:
             end += len(part.tokens)
@@ -267,7 +269,7 @@ class Weights(Closing):
         return logit_rows
 
     def _one_by_one(self, work: Sequence[Part], rows: int) -> Floats:
-        """Each session by itself, as torch's sums may depend on the size of a batch."""
+        """Process each session by itself, as torch's sums may depend on the size of a batch."""
         out, at = np.empty((rows, self.vocabulary), np.float32), 0
         for session, tokens, count in work:
             for row in session.process(tokens, count):
@@ -276,7 +278,7 @@ class Weights(Closing):
         return out
 
     def _passes(self, work: Sequence[Part], rows: int) -> Floats:
-        """Pass by pass, each with as many tokens as fit, in order."""
+        """Process the work pass by pass, in order, each pass with as many tokens as fit."""
         out, at = np.empty((rows, self.vocabulary), np.float32), 0
         for parts, logit_rows in _cut(work, self.batch):
             self.forward(parts)
@@ -288,7 +290,7 @@ class Weights(Closing):
 
 
 def _cut(work: Sequence[Part], batch: int) -> Iterable[tuple[list[tuple[Session, Sequence[int]]], list[int]]]:
-    """Passes of up to ``batch`` tokens: what they take of each session, and the rows whose logits are
+    """Passes of up to ``batch`` tokens: each session's tokens in the pass, and the rows whose logits are
     wanted."""
     parts, logit_rows, used = list[tuple[Session, Sequence[int]]](), list[int](), 0
     for session, tokens, rows in work:

@@ -1,5 +1,5 @@
-"""Weights of a model that stay on disk, and are in memory in part: what experts, whole FFNs and single
-neurons have in common (residency.py, layers_on_disk.py, neurons_on_disk.py)."""
+"""Weights of a model that stay on disk, and are partly in memory: the common interface of experts, whole FFNs
+and single neurons (residency.py, layers_on_disk.py, neurons_on_disk.py)."""
 
 import os
 from abc import ABC, abstractmethod
@@ -17,9 +17,9 @@ from powerinfer_tools.model.loading import Model
 
 @dataclass(frozen=True)
 class Budget:
-    """What weights on disk may take: ``nbytes`` of memory for those that are there and for readers, passes of
-    up to ``batch`` tokens; ``use``: the share of tokens that took each expert, or neuron (of each layer),
-    where that is known. With ``static`` those used most stay, and only a small rest changes hands."""
+    """The memory that weights on disk may take: ``nbytes`` for the weights in memory and for readers, with
+    passes of up to ``batch`` tokens. ``use``: the share of tokens that took each expert, or neuron (of each
+    layer), if known. With ``static`` the most used units stay, and only a small rest changes hands."""
 
     nbytes: int
     batch: int
@@ -28,15 +28,15 @@ class Budget:
 
 
 class WeightsOnDisk(ABC):
-    """Weights of ``model`` that are read from its files; :meth:`open` gives them memory. Raises ModelError
-    where one is not in a file as it is computed with."""
+    """Weights of ``model`` that are read from its files; :meth:`open` gives them memory. Raises ModelError if
+    a weight is not stored in a file in the form that is computed with."""
 
-    #: What is read, in the plural, for the user.
+    #: The name of the units, in the plural, for the user.
     what: str
 
     def __init__(self, model: Model, pool: Pool) -> None:
         self.model, self._pool = model, pool
-        #: What speed to expect, in words for the user, once it is open.
+        #: The speed to expect, in words for the user, once the weights are open.
         self.expectation = ""
         self._files: list[UnitsFile] = []
         self._is_open = False
@@ -50,32 +50,32 @@ class WeightsOnDisk(ABC):
 
     @abstractmethod
     def _lay_out(self) -> Units | Records:
-        """Say what is on disk."""
+        """Describe the units or records on disk."""
 
     @abstractmethod
     def open(self, budget: Budget) -> None:
-        """Make room, and read what is to be there from the beginning. Raises ModelError where the memory is
-        not there, or too little, and where a file cannot be read."""
+        """Allocate memory, and read the weights that are needed from the beginning. Raises ModelError if the
+        memory is not available or too small, or a file cannot be read."""
 
     def prepare(self, nbytes: int) -> None:  # noqa: B027
-        """Before the program is written: there will be ``nbytes`` for what is read."""
+        """Prepare for ``nbytes`` of memory for the weights, before the program is written."""
 
     @abstractmethod
     def suffices(self, nbytes: int, tokens: int) -> bool:
-        """Whether ``nbytes`` do for passes of ``tokens``."""
+        """Whether ``nbytes`` suffice for passes of ``tokens``."""
 
     @abstractmethod
     def least_bytes(self, tokens: int) -> int:
-        """What is needed at least, readers included, for passes of ``tokens``."""
+        """The least memory, in bytes, readers included, for passes of ``tokens``."""
 
     @abstractmethod
     def notice(self, nbytes: int) -> str:
-        """What is in memory with ``nbytes``, in words for the user."""
+        """The units in memory with ``nbytes``, in words for the user."""
 
     @property
     @abstractmethod
     def whole_bytes(self) -> int:
-        """Memory that all of it would take."""
+        """Memory that all the weights would take."""
 
     @property
     @abstractmethod
@@ -83,7 +83,7 @@ class WeightsOnDisk(ABC):
         """Memory that the readers take."""
 
     def too_little(self, budget: Budget) -> str:
-        """Why the memory does not do."""
+        """Why the memory does not suffice."""
         least = self.least_bytes(budget.batch) >> 20
         return (
             f"{self.model.path}: {max(0, budget.nbytes) >> 20} MiB are left for {self.what} beside what "
@@ -102,7 +102,7 @@ class WeightsOnDisk(ABC):
             mapping.drop_pages(file.descriptor)
 
     def report(self) -> DiskReport:
-        """What was read so far, and what was there."""
+        """The counters of reads so far, and of weights that were already in memory."""
         c = self._store.counters()
         return DiskReport(
             what=self.what,
@@ -129,7 +129,7 @@ class WeightsOnDisk(ABC):
         )
 
     def close(self) -> None:
-        """End the readers, and give the memory back."""
+        """Stop the readers, and release the memory."""
         files, self._files = self._files, []
         if self._is_open:
             self._is_open = False

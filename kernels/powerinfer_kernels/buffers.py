@@ -16,14 +16,14 @@ _LINE = 64
 _HUGE_PAGE = 2 << 20
 _READ_AHEAD = 32  # bytes that attention may read past the last value: PI_CACHE_READ_AHEAD of kernels.h
 MAX_HEAD_DIM = 1024
-#: What a KV cache may hold.
+#: The types of a KV cache.
 KV_KINDS = ("f16", "q8_0")
 MAX_ELEMENTS = 1 << 46  # keeps every product of sizes within 64 bits
 
 
 def aligned(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """A zeroed, C-contiguous array that starts on a cache line; from 2 MiB on, on huge pages where the
-    system has them. Raises KernelError for negative sizes or more memory than there is."""
+    system has them. Raises KernelError for negative sizes, and if there is not enough memory."""
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     kind = np.dtype(dtype)
     if any(size < 0 for size in sizes) or math.prod(sizes) > MAX_ELEMENTS:
@@ -54,8 +54,8 @@ class Activations:
     """Activations in blocks of 32 with one scale each: the input of products with quantised weights.
 
     q int8 [max_tokens, columns], d float32 [max_tokens, columns / 32] (the scale), s float32 of the same
-    shape (Σ q, which, times d, pays for the minimum of a weight block). Raises KernelError unless columns
-    is a multiple of 32.
+    shape (Σ q; d · s is the factor of a weight block's minimum). Raises KernelError unless columns is a
+    multiple of 32.
     """
 
     def __init__(self, max_tokens: int, columns: int) -> None:
@@ -124,11 +124,12 @@ class KVCache:
 
     @property
     def buffers(self) -> tuple[Any, Any, Any, Any]:
-        """`arrays` as the C extension takes them: values with what may be read past their end."""
+        """`arrays` in the form for the C extension: values include the bytes that may be read past their
+        end."""
         return (self.keys, self._value_space, self.key_scales, self.value_scales)
 
     def copy_positions(self, source: "KVCache", positions: int) -> None:
-        """Take over the first `positions` of `source`, bit for bit. Raises KernelError where the two differ
+        """Copy the first `positions` of `source`, bit for bit. Raises KernelError if the two caches differ
         in type or shape, or one is shorter."""
         mine, other = (
             (self.kind, self.kv_heads, self.head_dim, self.value_dim),
@@ -151,7 +152,7 @@ class KVCache:
 
 
 class RowMatrix:
-    """Rows of weights where they lie (a mapped file, say), `stride` bytes apart: for work on single rows.
+    """Rows of weights used in place (in a mapped file, say), `stride` bytes apart: for work on single rows.
 
     Keeps a reference to `data` and copies nothing. Raises KernelError when the type is unknown, `columns`
     are not whole blocks, the stride is shorter than a row, or `data` is too short for all rows.
@@ -170,12 +171,12 @@ class RowMatrix:
         needed = (rows - 1) * self.stride + width
         if self.data.nbytes < needed:
             raise KernelError(f"{rows} rows need {needed} bytes, the buffer has {self.data.nbytes}")
-        # What a row's numbers need: float32, else half precision; scales of MXFP4 are bytes.
+        # Alignment that a row's numbers need: float32, else half precision; scales of MXFP4 are bytes.
         alignment = {RowType.F32: 4, RowType.MXFP4: 1}.get(self.row_type, 2)
         if self.data.ctypes.data % alignment or self.stride % alignment:
             raise KernelError(f"rows of {self.row_type.name} must start at multiples of {alignment} bytes")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, what lies between them included."""
+        """Bytes of all rows, including the gaps between them."""
         return self.rows * self.stride

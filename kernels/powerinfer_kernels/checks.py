@@ -1,4 +1,4 @@
-"""Checks of arrays before their addresses go to C: type, shape, layout, and what may overlap."""
+"""Checks of arrays before their addresses go to C: type, shape, layout, and permitted overlaps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +16,8 @@ Floats = npt.NDArray[np.float32]
 def check_array(
     name: str, array: Any, dtype: npt.DTypeLike, shape: tuple[int, ...], written: bool = False
 ) -> None:
-    """Raises KernelError unless `array` has exactly this type and shape, is C-contiguous and aligned, and,
-    where it is `written` to, writable."""
+    """Raises KernelError unless `array` has exactly this type and shape, is C-contiguous and aligned, and is
+    writable if it is `written`."""
     expected = np.dtype(dtype)
     if not isinstance(array, np.ndarray) or array.dtype != expected or array.shape != shape:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -47,7 +47,7 @@ def check_apart_or_same(name: str, array: Array, others: Mapping[str, Array | No
 
 def as_bytes(name: str, source: Any) -> Bytes:
     """A flat uint8 view of any C-contiguous buffer (memoryview, mmap, bytes, array), without copying. Raises
-    KernelError for what is none."""
+    KernelError for any other object."""
     try:
         view = memoryview(source)
         return np.frombuffer(view.cast("B") if view.nbytes else b"", dtype=np.uint8)

@@ -1,7 +1,7 @@
-"""Mixtures of experts in a program: the router's choice, and what the chosen experts compute.
+"""Mixtures of experts in a program: the router's choice, and the computation of the chosen experts.
 
-Every array is [max_tokens, width] float32 unless said otherwise. A token and one of its experts are a pair;
-arrays of pairs are [max_tokens · used, width], and hold what one expert computes in neighbouring rows.
+Every array is [max_tokens, width] float32 unless stated otherwise. A token and one of its experts are a pair;
+arrays of pairs are [max_tokens · used, width], and the rows of one expert are neighbours.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from .program import Op
 from .units import UNITS_AHEAD, Units
 from .vector_builder import VectorOperations, activation_cut, activation_number, finite
 
-#: How a router's scores become weights, by the number that C knows it by.
+#: How a router's scores become weights, in the order of the numbers in C.
 ROUTER_KINDS = ("softmax", "sigmoid")
 MAX_EXPERTS = 1024
-#: Activations of which a neuron is zero where its gate is not above the cut.
+#: Activations that make a neuron zero where its gate is not above the cut.
 EXACT_ZEROS = ("relu", "relu2", "drelu", "fatrelu")
-#: Matrices of experts by number; None for one that is not here.
+#: Matrices of experts by number; None for an expert that is computed elsewhere.
 Matrices = Sequence[Matrix | None]
 #: The arrays of :class:`Activations`, or None where nothing is rounded.
 _Quantized = tuple[Array | None, Array | None, Array | None]
@@ -33,7 +33,7 @@ _NONE: _Quantized = (None, None, None)
 
 @dataclass(frozen=True)
 class Choice:
-    """What a router chose: `chosen` int32 [max_tokens, used], ascending, and `weights` float32 of that
+    """A router's choice: `chosen` int32 [max_tokens, used], ascending, and `weights` float32 of the same
     shape."""
 
     experts: int
@@ -43,7 +43,8 @@ class Choice:
 
     @classmethod
     def new(cls, max_tokens: int, experts: int, used: int) -> "Choice":
-        """Room for the choice of up to `max_tokens` tokens. KernelError unless 0 < used ≤ experts ≤ 1024."""
+        """Arrays for the choice of up to `max_tokens` tokens. KernelError unless 0 < used ≤ experts ≤
+        1024."""
         check_positive(max_tokens=max_tokens, experts=experts, used=used)
         if used > experts or experts > MAX_EXPERTS:
             raise KernelError(f"cannot choose {used} of {experts} experts (at most {MAX_EXPERTS})")
@@ -54,10 +55,11 @@ class Choice:
 @dataclass(frozen=True)
 class ExpertWeights:
     """Σ over the chosen experts of weight · down(act(gate) · up), with biases [experts, rows] or without;
-    where there is no `up`, act(gate) alone. Experts that are None in `down` are computed elsewhere.
+    act(gate) alone if there is no `up`. Experts that are None in `down` are computed elsewhere.
 
-    Where `up` are picked rows and `down` are picked columns, only those of neurons with a gate above the cut
-    are read, with the same bits. The activation must be zero below it (`EXACT_ZEROS`)."""
+    If the layout of `up` is picked rows and that of `down` is picked columns, only rows and columns of
+    neurons with a gate above the cut are read, with the same bits. The activation must be zero below the cut
+    (`EXACT_ZEROS`)."""
 
     gate: Matrices
     up: Matrices | None
@@ -69,7 +71,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class ExpertBuffers:
-    """Scratch of pairs, which layers may share: their input, both products, and the output."""
+    """Scratch arrays of pairs, which layers may share: the pairs' input, both products, and the output."""
 
     rows: Floats  # (P, width)
     rows_acts: Activations | None
@@ -118,11 +120,11 @@ class ExpertOperations(VectorOperations):
         """Choose the experts of each token by the router's `scores` [max_tokens, experts], in double.
 
         p = softmax(scores) or sigmoid(scores); the `used` experts with the largest p + `bias` [experts]
-        (ties: the lower number), among the `groups_used` groups of experts whose two largest such values
-        have the largest sums (arXiv 2412.19437). An expert weighs scale · p, divided before by the sum over
-        the chosen (at least 2^-14) where `normalized`: with softmax and without bias that is the softmax
-        over the chosen. Where a score is not a number no weight is. `shared` are the scores [max_tokens, 1]
-        of a shared expert and room for their sigmoids.
+        (ties: the lower number) are chosen, among the `groups_used` groups of experts whose two largest
+        values of p + `bias` have the largest sums (arXiv 2412.19437). The weight of an expert is scale · p.
+        If `normalized`, p is first divided by the sum over the chosen experts (at least 2^-14); with softmax
+        and without bias, that is the softmax over the chosen experts. If a score is NaN, so are all weights.
+        `shared` are the scores [max_tokens, 1] of a shared expert and an array for their sigmoids.
         """
         if kind not in ROUTER_KINDS:
             raise KernelError(f"router {kind!r} is not one of {', '.join(ROUTER_KINDS)}")
@@ -164,8 +166,8 @@ class ExpertOperations(VectorOperations):
         weigh_input: bool = False,
     ) -> None:
         """out (+)= Σ weight · expert(src), in ascending order of experts; with `weigh_input` each expert
-        reads weight · src instead. Experts that are not here count for nothing. `activations` are `src`
-        rounded, where a row type needs them. A token's bits do not depend on the others."""
+        reads weight · src instead. Experts that are computed elsewhere contribute nothing. `activations` are
+        `src` rounded, if a row type needs them. A token's bits do not depend on the other tokens."""
         types = self._check_experts(choice, weights)
         width, neurons = types[2].rows, types[0].rows
         self._check("src", src, width)
@@ -235,9 +237,9 @@ class ExpertOperations(VectorOperations):
         choice: Choice,
         ahead: Sequence[tuple[int, Choice]] = (),
     ) -> None:
-        """Wait until the experts of `choice`, which are units from `first` on, are in memory, having asked
-        for those of `ahead` (first unit, choice), of up to two later layers, to be read meanwhile. Must stand
-        before operations on absent matrices."""
+        """Wait until the experts of `choice`, which are units from `first` on, are in memory. Before waiting,
+        request the experts of `ahead` (first unit, choice), of up to two later layers, to be read meanwhile.
+        Must come before operations on absent matrices."""
         groups = ((first, choice), *ahead)
         if len(groups) > 1 + UNITS_AHEAD:
             raise KernelError(f"units of {len(ahead)} layers ahead, of {UNITS_AHEAD} at most")
@@ -251,8 +253,8 @@ class ExpertOperations(VectorOperations):
         self._append(Op.FETCH, (units.handle, *chosen), (*sizes, *[0] * 3 * none))
 
     def fetch_all(self, units: Units, unit: int, ahead: Sequence[int] = ()) -> None:
-        """Wait until `unit` is in memory, which every token takes, having asked for units `ahead`, up to two,
-        to be read meanwhile. Must stand before operations on absent matrices."""
+        """Wait until `unit`, which every token takes, is in memory. Before waiting, request the units
+        `ahead`, up to two, to be read meanwhile. Must come before operations on absent matrices."""
         groups = (unit, *ahead)
         if len(groups) > 1 + UNITS_AHEAD:
             raise KernelError(f"{len(ahead)} units ahead, of {UNITS_AHEAD} at most")
@@ -270,9 +272,9 @@ class ExpertOperations(VectorOperations):
         gate_squares: npt.NDArray[np.float64] | None = None,
         up_squares: npt.NDArray[np.float64] | None = None,
     ) -> None:
-        """Add to `totals` int64 [2] one run and the experts that some token of it took; and, where given, to
-        `counts` uint64 [experts] the tokens of each, to both squares float64 [experts] their squared weights
-        and ones."""
+        """Add one run, and the number of experts that any of its tokens took, to `totals` int64 [2]. Where
+        given: add each expert's number of tokens to `counts` uint64 [experts], and their squared weights and
+        ones to the two arrays of squares, float64 [experts]."""
         self._check_choice(choice)
         check_array("totals", totals, np.int64, (2,), written=True)
         parts = (counts, gate_squares, up_squares)
@@ -326,7 +328,7 @@ class ExpertOperations(VectorOperations):
         check_array("weights", choice.weights, np.float32, shape, written)
 
     def _check_experts(self, choice: Choice, w: ExpertWeights) -> tuple[Matrix, Matrix | None, Matrix]:
-        """One matrix of each kind, which all others equal in size and type."""
+        """One matrix of each kind; all others of that kind have the same size and type."""
         self._check_choice(choice)
         here = [matrix is not None for matrix in w.down]
         some: list[Matrix | None] = []
@@ -378,8 +380,8 @@ class ExpertOperations(VectorOperations):
         types: tuple[Matrix, Matrix | None, Matrix],
         buffers: ExpertBuffers,
     ) -> tuple[_Quantized, _Quantized, _Quantized]:
-        """What is rounded of tokens, of pairs and of their hidden values, where matrices of these `types`
-        read it."""
+        """The rounded forms of tokens, of pairs and of their hidden values, where matrices of these `types`
+        read them."""
         width, neurons, pairs = types[2].rows, types[0].rows, self.max_tokens * choice.used
         token = rows = hidden = _NONE
         if not all(m.row_type.is_float for m in types[:2] if m is not None):

@@ -15,8 +15,8 @@ def grid(row_type: RowType) -> npt.NDArray[np.int64]:
 
 
 def grid_numbers(row_type: RowType) -> bytes:
-    """uint8 [points, values of a point]: which of the type's magnitudes, in ascending order. Raises
-    KernelError where the gguf package is not installed."""
+    """uint8 [points, values of a point]: the index of each value among the type's magnitudes in ascending
+    order. Raises KernelError where the gguf package is not installed."""
     return _numbers(row_type)[0].astype(np.uint8).tobytes()
 
 

@@ -25,10 +25,11 @@ class Plain:
     def requantize(
         self, begin: int, end: int, to: int, out: Bytes, *, by_columns: bool = False
     ) -> tuple[float, float]:
-        """Writes rows [begin, end) to `out`, uint8 [end - begin, row bytes of type `to`], whose rows may lie
-        apart: of what `dequantize` reads, what `quantize` makes. ``by_columns``: columns, whole blocks of
-        their type, become rows. Returns Σ of squares of what that changes, and of the values. No other thread
-        is kept waiting. Raises KernelError for wrong sizes and types."""
+        """Converts rows [begin, end) to type `to`, as `dequantize` followed by `quantize`. The result goes to
+        `out`, uint8 [end - begin, row bytes of type `to`], which may have gaps between its rows.
+        ``by_columns``: columns, whole blocks of their type, become rows. Returns Σ of the squared changes of
+        values, and Σ of the squared values. Other threads are not blocked. Raises KernelError for wrong sizes
+        and types."""
         data = _rows_of(self.source, self.row_type, self.rows, self.columns)
         shape = (self.rows, self.columns)
         return _kernels.requantize(
@@ -36,8 +37,8 @@ class Plain:
         )
 
     def first_not_finite(self) -> int | None:
-        """The first row with a NaN or an infinity, by the scales of its blocks where those decide. Raises
-        KernelError for wrong sizes or an unknown type."""
+        """The first row with a NaN or an infinity, judged by the scales of its blocks if they are sufficient.
+        Raises KernelError for wrong sizes or an unknown type."""
         data = _rows_of(self.source, self.row_type, self.rows, self.columns)
         row = _kernels.first_not_finite(choose_isa(), data, self.row_type, self.rows, self.columns)
         return None if row < 0 else row
@@ -57,16 +58,16 @@ def _rows_of(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
 
 
 class Layout(IntEnum):
-    """How weights lie in memory: interleaved tiles of 16 rows; or so that single rows, or single columns, can
-    be left out."""
+    """The layout of weights in memory: interleaved tiles of 16 rows, or a layout that allows single rows, or
+    single columns, to be left out."""
 
     TILES = 0
     PICKED_ROWS = 1
     PICKED_COLUMNS = 2
 
     def possible(self, row_type: int, rows: int) -> bool:
-        """Whether `rows` rows of this type can lie so. Columns can be picked of types whose blocks have a
-        scale of half precision and codes that are numbers, in multiples of 32 rows."""
+        """Whether `rows` rows of this type can have this layout. Columns can be picked if the type's blocks
+        have a half-precision scale and codes that are numbers, and `rows` is a multiple of 32."""
         return self != Layout.PICKED_COLUMNS or (row_type in _PICKED_COLUMNS and rows % 32 == 0)
 
 
@@ -102,7 +103,7 @@ class Matrix:
         self.rows = rows
         self.columns = columns
         self.layout = layout
-        #: What products are times, before a bias is added: an operation of its own after each.
+        #: Factor of products, before a bias is added: a separate operation after each product.
         self.scale = scale
 
     @classmethod
@@ -118,16 +119,16 @@ class Matrix:
     ) -> "Matrix":
         """Packs plain rows (any buffer of exactly rows × row_bytes bytes) with the threads of `pool`. The
         size of tiles is `packed_row_bytes` of rows rounded up to 16; of other layouts it is a little more.
-        `scale` is what products are times, in programs. Raises KernelError for wrong sizes, an unknown type,
-        or one that is not `possible` in `layout`."""
+        `scale` is the factor of products in programs. Raises KernelError for wrong sizes, an unknown type,
+        or a type that is not `possible` in `layout`."""
         data = _rows_of(source, row_type, rows, columns)
         handle = _kernels.Matrix(pool.handle, data, row_type, rows, columns, layout)
         return cls(handle, as_row_type(row_type), rows, columns, layout, scale)
 
     @classmethod
     def absent(cls, pool: Pool, row_type: int, rows: int, columns: int, scale: float = 1.0) -> "Matrix":
-        """A matrix without memory, which is in a unit's while that is there (`Units`). Raises KernelError as
-        :meth:`pack` does."""
+        """A matrix without memory of its own. It uses the memory of a unit (`Units`) while that unit is in
+        memory. Raises KernelError as :meth:`pack` does."""
         check_positive(rows=rows, columns=columns)
         row_bytes(row_type, columns)
         supported = computable(row_type)
@@ -141,11 +142,11 @@ class Matrix:
 
 
 class Bundle:
-    """The rows of neurons, neuron by neuron: gate, up and down rows of one lie together, in memory of their
-    own on huge pages. For work on single neurons.
+    """The rows of neurons, neuron by neuron: gate, up and down rows of one neuron lie together, in memory of
+    their own on huge pages. For work on single neurons.
 
     Made by `Bundle.pack`; the sources are not needed afterwards. `types` are the row types of (gate, up,
-    down), None for what the bundle has not.
+    down), None for a kind that the bundle does not have.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Bundle:
         *,
         is_absent: bool = False,
     ) -> None:
-        #: Whether the rows are on disk, and in memory when they are wanted (`Records`).
+        #: Whether the rows are on disk, and are read into memory when they are needed (`Records`).
         self.is_absent = is_absent
         self.handle = handle
         self.types = types
@@ -193,8 +194,8 @@ class Bundle:
     def absent(
         cls, pool: Pool, rows: int, columns: int, types: tuple[int | None, int | None, int | None]
     ) -> "Bundle":
-        """Of rows of these types (gate, up, down; None: not there), which `Records` bring from disk:
-        addresses for all of them, and memory for none. Raises KernelError as `pack` does."""
+        """A bundle of rows of these types (gate, up, down; None: no such rows) that `Records` read from disk.
+        All rows have addresses, but none has memory yet. Raises KernelError as `pack` does."""
         kinds = tuple(None if kind is None else as_row_type(kind) for kind in types)
         numbers = tuple(0 if kind is None else int(kind) for kind in kinds)
         there = tuple(None if kind is None else True for kind in kinds)
@@ -202,8 +203,8 @@ class Bundle:
         return cls(handle, kinds, rows, columns, is_absent=True)  # type: ignore[arg-type]
 
     def only(self, *, gate: bool = False, up: bool = False, down: bool = False) -> "Bundle":
-        """The same records, for operations that read no other rows of them. Raises KernelError for rows that
-        they do not have."""
+        """The same records, for operations that read only the given kinds of rows. Raises KernelError for
+        kinds that the records do not have."""
         parts = (gate, up, down)
         if any(want and kind is None for want, kind in zip(parts, self.types, strict=True)):
             raise KernelError("the bundle has no such rows")
@@ -239,7 +240,7 @@ def dequantize(source: Any, row_type: int, rows: int, columns: int) -> Floats:
 
 def repack(source: Any, row_type: int, rows: int, columns: int) -> Bytes:
     """uint8 [rows, packed_row_bytes] of plain rows: a copy, for most types. Types that are packed for size
-    come in the form in which they are computed, 4-bit codes with one scale for 16 or 32 columns
+    are returned in the form that kernels compute with: 4-bit codes with one scale for 16 or 32 columns
     (transcode.h). Raises KernelError for wrong sizes or an unknown type."""
     data = _rows_of(source, row_type, rows, columns)
     out: Bytes = np.empty((rows, packed_row_bytes(row_type, columns)), np.uint8)

@@ -16,8 +16,8 @@ def available_isas() -> tuple[str, ...]:
 
 
 def choose_isa(isa: str | None = None) -> str:
-    """`isa`, else the environment variable POWERINFER_ISA, else the best available one. Raises KernelError,
-    with the names that are available, when the wanted one is not."""
+    """`isa`, else the environment variable POWERINFER_ISA, else the best available instruction set. Raises
+    KernelError, with the available names, when the requested instruction set is not available."""
     available = available_isas()
     name = isa if isa is not None else os.environ.get(ISA_VARIABLE) or available[0]
     if name not in available:
@@ -58,8 +58,8 @@ def read_bandwidth(
     pool: Pool, nbytes: int = 256 << 20, seconds: float = 0.2, huge_pages: bool = True
 ) -> float:
     """Bytes per second at which the pool's threads read `nbytes` of memory together: the best pass within
-    `seconds`, on huge pages, as weights lie, or on normal ones. Choose `nbytes` well above the last-level
-    cache. Raises KernelError for sizes that are not positive."""
+    `seconds`. The memory is on huge pages, like weights, or on normal pages. Choose `nbytes` well above the
+    last-level cache. Raises KernelError for sizes that are not positive."""
     if nbytes <= 0 or not seconds >= 0:
         raise KernelError(f"read_bandwidth needs a positive size and time, got {nbytes} bytes, {seconds} s")
     return _kernels.read_bandwidth(pool.handle, nbytes, seconds, huge_pages)

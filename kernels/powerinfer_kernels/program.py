@@ -1,6 +1,6 @@
-"""Programs: lists of operations that the C extension executes in one call, and how such a list is gathered.
+"""Programs: lists of operations that the C extension executes in one call, and the code that collects them.
 
-What operations there are and what each must check: :mod:`.program_builder`.
+:mod:`.program_builder` has the operations and their checks.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Program:
     def __init__(self, handle: _kernels.Program, operations: int, slots: Sequence[Slot] = ()) -> None:
         self._handle = handle
         self.operations = operations
-        #: What the state of a session needs.
+        #: The slots that the state of a session needs.
         self.slots = tuple(slots)
 
     def run(
@@ -57,7 +57,7 @@ class Program:
 
     def run_spans(self, pool: Pool, first: int, last: int, spans: Sequence[Span]) -> None:
         """:meth:`run` for the tokens of several sessions, in the order of `spans`. Every token gets the bits
-        that it would get alone. A state may come once."""
+        that it would get alone. A state may occur once."""
         packed = tuple(
             (None if state is None else state.handle, position, count) for state, position, count in spans
         )
@@ -68,7 +68,7 @@ class Program:
         return np.frombuffer(self._handle.nanoseconds(), np.int64)
 
     def neurons(self) -> npt.NDArray[np.int64]:
-        """Neurons of each operation that were active, confirmed and looked at, see below: int64
+        """Numbers of neurons of each operation that were active, confirmed and examined, see below: int64
         [operations, 3]; zeros for operations that are not sparse."""
         return np.frombuffer(self._handle.neurons(), np.int64).reshape(-1, 3)
 
@@ -77,12 +77,12 @@ class Program:
         return int(self.neurons()[:, 0].sum())
 
     def confirmed_neurons(self) -> int:
-        """Those of them whose gate was above the cut: of the others no more than the gate row was needed.
-        Where nothing but the gate or a size selects, all of them."""
+        """The active neurons whose gate was above the cut; for the other active neurons, only the gate row
+        was needed. Where neurons are selected by their gate or by a size alone, all active neurons."""
         return int(self.neurons()[:, 1].sum())
 
     def total_neurons(self) -> int:
-        """Neurons that sparse operations looked at."""
+        """Neurons that sparse operations examined."""
         return int(self.neurons()[:, 2].sum())
 
     def reset_counters(self) -> None:
@@ -91,8 +91,8 @@ class Program:
 
 
 class OperationList:
-    """Operations gathered for a program, and the checks that many of them share: all raise KernelError
-    for arrays that do not fit."""
+    """Operations collected for a program, and the checks that many of them share. All checks raise
+    KernelError for arrays that do not fit."""
 
     def __init__(self, max_tokens: int) -> None:
         check_positive(max_tokens=max_tokens)
@@ -163,7 +163,7 @@ class OperationList:
     def _both_inputs(
         self, row_types: Sequence[RowType | None], src: Floats, activations: Activations | None, columns: int
     ) -> tuple[Array | None, ...]:
-        """(src, q, d, s) for rows of several types: `src` always, the others where a type is quantised."""
+        """(src, q, d, s) for rows of several types: `src` always, the others if any type is quantised."""
         self._check("src", src, columns)
         if all(kind is None or kind.is_float for kind in row_types):
             return (src, None, None, None)
@@ -172,7 +172,7 @@ class OperationList:
     def _inputs(
         self, is_float: bool, src: Floats, activations: Activations | None, columns: int
     ) -> tuple[Array | None, ...]:
-        """(src, q, d, s) with None for what the row type does not use."""
+        """(src, q, d, s) with None for arrays that the row type does not use."""
         if is_float:
             self._check("src", src, columns)
             return (src, None, None, None)

@@ -22,13 +22,13 @@ from .vector_builder import ZERO_KINDS, activation_cut, activation_number, finit
 ROPE_STYLES = ("norm", "neox")
 #: Bins of a histogram of contributions: four to an octave from 2^-16 to 2^16.
 HISTOGRAM_BINS = 128
-#: Factors of a neuron's product by whose size it can be selected, by the number that C knows them by.
+#: The factors of a neuron's product that can select it by their size, in the order of the numbers in C.
 FACTORS = ("gate", "up")
 
 
 class ProgramBuilder(RecurrentOperations):
-    """Appends operations after checking every type, shape and overlap, so that C need not. All methods raise
-    KernelError for arrays that do not fit."""
+    """Appends operations after checking every type, shape and overlap, so that C need not check them. All
+    methods raise KernelError for arrays that do not fit."""
 
     def embed(
         self,
@@ -66,7 +66,8 @@ class ProgramBuilder(RecurrentOperations):
         """out (+)= matrix · input + bias: `src` for float row types, `activations` for the others.
 
         `independent`: the next operation is a matmul that neither reads nor writes `out`, so no thread
-        waits between. A matrix that is times a scale is multiplied by it afterwards, and adds to nothing.
+        waits between. If the matrix has a scale, the product is multiplied by it afterwards, and cannot be
+        added to `out`.
         """
         self._check("out", out, matrix.rows, written=True)
         if bias is not None:
@@ -88,7 +89,7 @@ class ProgramBuilder(RecurrentOperations):
         self, x: Floats, cos: Any, sin: Floats, heads: int, head_dim: int, style: str, offset: int = 0
     ) -> None:
         """Rotate pairs of each head in place by the angles of the position; cos and sin [capacity, rotary /
-        2], a factor of the magnitude included where a family has one.
+        2] include a factor of the magnitude if a family has one.
 
         Style "norm" pairs (2i, 2i + 1), "neox" (i, i + rotary / 2), both counted from `offset` on.
         """
@@ -133,9 +134,9 @@ class ProgramBuilder(RecurrentOperations):
         this run's positions already; out [max_tokens, heads · value_dim].
 
         scores = scale · q·k, softcapped (c · tanh(s / c)) where softcap > 0, less `slopes` [heads] times the
-        distance of the key (ALiBi); with a window only the last `window` positions, the query's own among
-        them, are seen; with chunks only those of the query's own chunk. `sinks` [heads] are scores of no key
-        that take part in the sum of the exponentials alone.
+        distance of the key (ALiBi). With a window, a query sees only the last `window` positions, its own
+        included; with chunks, only the positions of its own chunk. `sinks` [heads] are scores that belong to
+        no key and appear only in the sum of the exponentials.
         """
         check_positive(heads=heads)
         if heads % slot.kv_heads:
@@ -155,8 +156,8 @@ class ProgramBuilder(RecurrentOperations):
         self._append(Op.ATTENTION, (q, out, sinks, slopes), integers, floats)
 
     def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str, cut: float = 0.0) -> None:
-        """out = act(gate) · up, or act(gate) without `up`. `out` may be either input. Here and below, `cut`
-        is what a gate must be above with fatrelu, and the largest gate and |up| with swiglu_oai."""
+        """out = act(gate) · up, or act(gate) without `up`. `out` may be either input. Here and below, with
+        fatrelu `cut` is the value that a gate must exceed; with swiglu_oai it limits gate and |up|."""
         width = self._width("gate", gate)
         if up is not None:
             self._check("up", up, width)
@@ -197,11 +198,11 @@ class ProgramBuilder(RecurrentOperations):
         `threshold` ([neurons]; None: above zero).
 
         Gate-first: `select` is the gate and the bundle has up and down rows. Predicted: `select` are a
-        predictor's scores, the bundle has gate rows too, `gate` is scratch, and `bias` [neurons], if given,
-        is added to their products. A bundle without up rows is that of an FFN of two matrices: Σ_i
-        act(gate_i) · down_i. Same bits as matmul,
-        activate and sum_rows over all neurons where no active one is left out. `h` and `gate` [max_tokens,
-        neurons] are scratch. When decoding, rows of other neurons are not read.
+        predictor's scores, the bundle also has gate rows, `gate` is scratch, and `bias` [neurons], if given,
+        is added to the products of the gate rows. A bundle without up rows belongs to an FFN of two matrices:
+        Σ_i act(gate_i) · down_i. If no active neuron is left out, the bits equal those of matmul, activate
+        and sum_rows over all neurons. `h` and `gate` [max_tokens, neurons] are scratch. When decoding, rows
+        of other neurons are not read.
         """
         if kind not in ZERO_KINDS:
             raise KernelError(f"sparse_ffn needs an activation with exact zeros, {kind!r} has none")
@@ -243,10 +244,10 @@ class ProgramBuilder(RecurrentOperations):
     ) -> None:
         """out = Σ_i act(gate_i) · up_i · down_i over the neurons with |known_i| above `threshold` [neurons].
 
-        `known` holds one of :data:`FACTORS`: act(gate), and the bundle has up and down rows; or up, and it
-        has gate and down rows. Same bits as matmul, activate and sum_rows over all neurons with the others'
-        products set to zero. `h` [max_tokens, neurons] is scratch. When decoding, rows of other neurons are
-        not read.
+        `known` holds one of :data:`FACTORS`: either act(gate), with up and down rows in the bundle; or up,
+        with gate and down rows in the bundle. The bits equal those of matmul, activate and sum_rows over all
+        neurons with the products of the other neurons set to zero. `h` [max_tokens, neurons] is scratch. When
+        decoding, rows of other neurons are not read.
         """
         if factor not in FACTORS:
             raise KernelError(f"{factor!r} is not one of the factors {', '.join(FACTORS)}")
@@ -274,10 +275,10 @@ class ProgramBuilder(RecurrentOperations):
         factor: str | None = None,
         ahead: bool = False,
     ) -> None:
-        """Wait until the rows of the neurons are in memory that the sparse FFN after it reads: those whose
-        `select` is above `threshold` ([neurons]; None: above zero), or where `select` is a known `factor`
-        those where it is larger. A few tokens need the union of theirs, more than 8 all that there are.
-        `ahead`: they are a guess, and nothing waits for them."""
+        """Wait until the neurons' rows that the next sparse FFN reads are in memory. These are the neurons
+        whose `select` is above `threshold` ([neurons]; None: above zero); if `select` is a known `factor`,
+        the neurons where its magnitude is above. Up to 8 tokens need the union of their neurons, more tokens
+        need all neurons. `ahead`: the neurons are a guess, and nothing waits for them."""
         self._check("select", select, neurons)
         if threshold is not None:
             check_array("threshold", threshold, np.float32, (neurons,))
@@ -305,7 +306,7 @@ class ProgramBuilder(RecurrentOperations):
         up_squares: npt.NDArray[np.float64],
         cut: float = 0.0,
     ) -> None:
-        """Count what each neuron contributes, c = act(gate) · up, for every token of a run; without `up`,
+        """Count the contribution of each neuron, c = act(gate) · up, for every token of a run; without `up`,
         act(gate) · 1.
 
         Adds to `counts` uint64 [n] where c ≠ 0, to `histogram` uint32 [n, 128] of |c| (four bins to an
@@ -331,7 +332,7 @@ class ProgramBuilder(RecurrentOperations):
 
     def sign_scores(self, signs: Signs, code: npt.NDArray[np.uint32], out: Floats) -> None:
         """out = step · Σ_j s_ij · q_j for each of the rows of `signs`, s_ij = ±1; exact but for the product
-        with the step. `code` is what `sign_code` wrote."""
+        with the step. `code` is the result of `sign_code`."""
         check_array("code", code, np.uint32, (self.max_tokens, sign_code_words(signs.columns)))
         self._check("out", out, signs.rows, written=True)
         self._append(Op.SIGN_SCORES, (signs.words, code, out), (signs.rows, signs.columns))

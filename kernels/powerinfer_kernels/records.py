@@ -1,4 +1,4 @@
-"""Rows of neurons that stay on disk: those that programs name are in memory (records.h)."""
+"""Rows of neurons that stay on disk; programs bring the neurons that they name into memory (records.h)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ _AT_ONCE = 256 << 10
 
 class LayerOfRecords(NamedTuple):
     """The records of one layer, one after the other from byte `offset` of a file on, `nbytes` each. `bundle`
-    was made by `Bundle.absent`; `rows` say where in a record its gate, up and down rows are, None for those
-    that it has not. The first `fixed` stay in memory as long as what a pass takes fits beside them."""
+    was made by `Bundle.absent`. `rows` are the places of the gate, up and down rows in a record, None for a
+    kind that it does not have. The first `fixed` records stay in memory as long as the records that a pass
+    takes fit beside them."""
 
     bundle: Bundle
     file: int
@@ -47,8 +48,8 @@ class Records:
     def open(
         self, files: Sequence[UnitsFile], layers: Sequence[LayerOfRecords], pages: int, threads: int
     ) -> None:
-        """Make room for `pages` of 4,096 bytes of records, to be read by `threads`. Raises KernelError where
-        the system has not the memory, or a number is impossible; the files are then left open."""
+        """Allocate `pages` of 4,096 bytes for records, to be read by `threads`. Raises KernelError if the
+        system does not have the memory, or a number is impossible; the files are then left open."""
         check_positive(threads=threads, pages=pages)
         self.handle.open(
             tuple((file.descriptor, file.direct) for file in files),
@@ -58,13 +59,13 @@ class Records:
         )
 
     def load(self, layer: int, neurons: npt.NDArray[np.int32]) -> None:
-        """Read `neurons` (ascending) of `layer`, those that are not there. Raises KernelError after a fault,
-        and where they do not fit."""
+        """Read the `neurons` (ascending) of `layer` that are not in memory yet. Raises KernelError after a
+        fault, and if they do not fit."""
         if not self.handle.load(layer, np.ascontiguousarray(neurons, np.int32)):
             raise KernelError("weights on disk could not be brought into memory")
 
     def reset(self) -> None:
-        """Count from here on."""
+        """Reset the counters."""
         self.handle.reset()
 
     def taken(self, layer: int) -> npt.NDArray[np.int64]:
@@ -72,11 +73,11 @@ class Records:
         return np.frombuffer(self.handle.taken(layer), np.int64)
 
     def counters(self) -> UnitCounters:
-        """What happened so far, to neurons."""
+        """The counters so far; the units are neurons."""
         return UnitCounters(*self.handle.counters())
 
     def fault(self) -> UnitsFault | None:
-        """The first fault; after it nothing is read any more."""
+        """The first fault; nothing is read after a fault."""
         return fault_of(self.handle.fault())
 
     @property
@@ -85,12 +86,12 @@ class Records:
         return self.handle.nbytes
 
     def close(self) -> None:
-        """End the threads, close the files, give the memory back. KernelError while a program runs."""
+        """End the threads, close the files, release the memory. KernelError while a program runs."""
         self.handle.close()
 
 
 def staging_bytes(record_bytes: int) -> int:
-    """Memory of one reading thread for records of that size."""
+    """Bytes of memory that one reading thread needs for records of this size."""
     return (max(1, _AT_ONCE // record_bytes) + 1) * record_bytes + 2 * PAGE
 
 

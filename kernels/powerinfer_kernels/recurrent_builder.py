@@ -1,5 +1,5 @@
-"""Recurrent blocks in a program: short convolutions, state space models, delta nets. What they keep from
-token to token lies in a slot of the session's state.
+"""Recurrent blocks in a program: short convolutions, state space models, delta nets. Their state is kept from
+token to token in a slot of the session's state.
 
 Every array is [max_tokens, width] float32 unless said otherwise.
 """
@@ -32,7 +32,7 @@ class RecurrentOperations(ExpertOperations):
         silu: bool = False,
     ) -> None:
         """out_t = bias + Σ_j weight_j · src_{t − length + 1 + j}, channel by channel over the columns of
-        `src` from src_first on, and silu of that where asked for. weight [length, width]; the slot holds the
+        `src` from src_first on, followed by silu if requested. weight [length, width]; the slot holds the
         length − 1 inputs before."""
         src_width, width = self._width("src", src), self._width("out", out)
         self._check("out", out, width, written=True)

@@ -1,4 +1,4 @@
-"""Every operation once more in float64 numpy, as plainly as possible: what all kernels are compared with.
+"""Every operation in float64 numpy, as plainly as possible: the reference for all kernels.
 
 Arrays are [tokens, width] unless said otherwise. Nothing here is fast, and nothing here rounds.
 """
@@ -11,7 +11,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 #: Neurons whose down rows are summed into one partial sum.
 CHUNK = 512
-#: Largest magnitude in the code of a sign predictor's input, and the root mean squares that it stands for.
+#: Largest magnitude in the code of a sign predictor's input, and its value in root mean squares.
 SIGN_LARGEST, SIGN_RANGE = 15, 3
 
 
@@ -57,8 +57,8 @@ def keep_top(x: Array, deviations: float) -> Array:
 
 
 def combine(x: Array, coefficients: Array, width: int) -> Array:
-    """Of vectors of `width` values side by side, a of them in a row, others: out_b = Σ_a coefficients[b, a]
-    · x_a; coefficients [T, made · a]."""
+    """Linear combinations of vectors of `width` values that lie side by side, a of them in a row: out_b = Σ_a
+    coefficients[b, a] · x_a; coefficients [T, made · a]."""
     parts = x.reshape(len(x), -1, width)
     out: Array = coefficients.reshape(len(x), -1, parts.shape[1]) @ parts
     return out.reshape(len(x), -1)
@@ -97,8 +97,8 @@ def quantize_activations(x: Array) -> tuple[Array, Array]:
 
 
 def quantized_cache(x: Array) -> Array:
-    """What a q8_0 KV cache keeps of x [..., C]: round(x / d) · float16(d), d = max|x| / 127 of blocks of
-    32."""
+    """The values of x [..., C] after storage in a q8_0 KV cache: round(x / d) · float16(d), d = max|x| / 127
+    of blocks of 32."""
     blocks = x.reshape(*x.shape[:-1], -1, 32)
     d = np.abs(blocks).max(axis=-1, keepdims=True) / 127
     codes = np.rint(blocks / np.where(d > 0, d, 1.0))
@@ -137,10 +137,11 @@ def attention(
     """Causal softmax(scale · q kᵀ) v, one key head for several query heads (arXiv 1706.03762, 2305.13245).
 
     q [T, heads, dim]; keys [positions, kv_heads, dim]; values [positions, kv_heads, value_dim]; token t
-    stands at `position` + t and sees the last `window` positions (0: all) up to its own, and with `chunk` > 0
-    none before the last multiple of it. softcap c > 0: scores become c · tanh(score / c). `slopes` [heads]
-    times the distance of a key is taken from its score (ALiBi, arXiv 2108.12409). `sinks` [heads]: scores of
-    no key, in the softmax's denominator alone (arXiv 2309.17453). [T, heads, value_dim]
+    is at `position` + t and sees the last `window` positions (0: all) up to its own, and with `chunk` > 0
+    no position before the last multiple of `chunk`. softcap c > 0: scores become c · tanh(score / c).
+    `slopes` [heads] times the distance of a key is subtracted from its score (ALiBi, arXiv 2108.12409).
+    `sinks` [heads]: scores that belong to no key, in the softmax's denominator alone (arXiv 2309.17453). [T,
+    heads, value_dim]
     """
     group = q.shape[1] // keys.shape[1]
     out = np.zeros((*q.shape[:2], values.shape[2]))
@@ -207,7 +208,7 @@ def activate(gate: Array, up: Array | None, kind: str, cut: float = 0.0) -> Arra
 
 
 def sum_rows(h: Array, rows: Array) -> Array:
-    """Σ_i h_i row_i, [T, columns], in chunks of 512 rows: the order that the kernels keep."""
+    """Σ_i h_i row_i, [T, columns], in chunks of 512 rows: the order of the kernels."""
     out = np.zeros((len(h), rows.shape[1]))
     for first in range(0, len(rows), CHUNK):
         out += h[:, first : first + CHUNK] @ rows[first : first + CHUNK]
@@ -245,7 +246,7 @@ def sign_scores(x: Array, signs: Array) -> Array:
 
 
 def sparse_ffn(gate: Array, x: Array, up: Array | None, down: Array, kind: str, cut: float = 0.0) -> Array:
-    """FFN over the neurons with a gate above `cut` alone: the others contribute exactly nothing. Without `up`
-    rows, `gate` is the first of two matrices' product."""
+    """FFN over only the neurons with a gate above `cut`: the others contribute exactly nothing. Without `up`
+    rows, the FFN has two matrices, and `gate` is the product of the first."""
     hidden = np.where(gate > cut, activate(gate, None if up is None else x @ up.T, kind, cut), 0.0)
     return sum_rows(hidden, down)

@@ -1,5 +1,5 @@
-"""Routers, experts and matrices of single heads in float64, as plainly as possible: what the kernels are
-compared with. Arrays are [tokens, width] unless said otherwise."""
+"""Routers, experts and matrices of single heads in float64, as plainly as possible: the reference for the
+kernels. Arrays are [tokens, width] unless stated otherwise."""
 
 from collections.abc import Sequence
 
@@ -25,9 +25,10 @@ def route(
 ) -> tuple[npt.NDArray[np.int64], Array]:
     """(experts, ascending, and weights, both [T, used]) by `scores` [T, experts].
 
-    p = softmax(scores) or sigmoid(scores); chosen are the largest p + bias, ties to the lower number, of
-    those groups whose two largest such values have the largest sums (arXiv 2412.19437 section 2.1.2); weights
-    are scale · p, divided before by their sum, at least 2^-14, where `normalized`.
+    p = softmax(scores) or sigmoid(scores). The experts with the largest p + bias (ties: the lower number) are
+    chosen, among the groups whose two largest values of p + bias have the largest sums (arXiv 2412.19437
+    section 2.1.2). Weights are scale · p; if `normalized`, p is first divided by the sum over the chosen
+    experts, at least 2^-14.
     """
     if kind == "softmax":
         p = np.exp(scores - scores.max(axis=1, keepdims=True))

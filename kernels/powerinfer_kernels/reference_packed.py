@@ -1,6 +1,6 @@
-"""The densely packed rows in readable numpy: what their bytes mean. Companion of reference_quants.
+"""The densely packed rows in readable numpy: the meaning of their bytes. Companion of reference_quants.
 
-Blocks of 256 columns, unless another number is said; d is an f16 of the block, s an integer of 16 or 32
+Blocks have 256 columns, unless another number is given; d is an f16 of the block, s an integer of 16 or 32
 columns:
 
     Q2_K              d · s · c − dmin · m            c 0…3; s, m 4-bit numbers of 16 columns
@@ -15,7 +15,7 @@ columns:
     IQ1_S, IQ1_M      d / 8 · (2s + 1) · (8t ± 1)     grids of 8 ternary t; s, sign of 32 (S), of 16 and 8
     TQ1_0, TQ2_0      d · t                           t −1, 0, 1 (TQ2_0: and 2)
 
-(GGUF's block formats, as ggml's reference dequantisation reads them.) Powers of two are counted to the scale:
+(GGUF's block formats, as ggml's reference dequantisation reads them.) Powers of two are part of the scale:
 every value is scale · s · code in float32 without rounding, but for the minimum of Q2_K.
 """
 

@@ -1,6 +1,6 @@
-"""Quantised rows in readable numpy: what their bytes mean, and the arithmetic of the kernels bit by bit.
+"""Quantised rows in readable numpy: the meaning of their bytes, and the arithmetic of the kernels bit by bit.
 
-A block of 32 columns holds unsigned codes c, and a weight is worth
+A block of 32 columns holds unsigned codes c. The value of a weight is
 
     Q8_0         d · c                      c int8, d f16
     Q4_0, Q5_0   d · (c − 8), d · (c − 16)  d f16
@@ -47,7 +47,7 @@ class Blocks:
     scale: F32  # [rows, B]
     minimum: F32 | None  # [rows, B]
     sub: I64 | F32 | None = None  # [rows, B, 2], the scales of the halves (float32 only for NVFP4)
-    sub_minimum: I64 | None = None  # [rows, B, 2], what `minimum` is multiplied with
+    sub_minimum: I64 | None = None  # [rows, B, 2], factors of `minimum`
 
 
 def _f16(data: U8, at: int) -> F32:

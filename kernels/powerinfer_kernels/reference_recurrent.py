@@ -1,5 +1,5 @@
-"""Recurrent blocks in float64, token by token: what the kernels are compared with. Arrays are [tokens, width]
-unless said otherwise; each function returns the outputs and the state after the last token."""
+"""Recurrent blocks in float64, token by token: the reference for the kernels. Arrays are [tokens, width]
+unless stated otherwise; each function returns the outputs and the state after the last token."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Weights of which only the signs are kept: one bit each."""
+"""The signs of weights, one bit each; the magnitudes are not stored."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def pack_signs(values: npt.NDArray[np.float32]) -> Bytes:
 class Signs:
     """Signs of weights [rows, columns] as words of 32 columns, 16 rows beside each other.
 
-    `source`: any buffer of exactly rows × ceil(columns / 8) bytes, as `pack_signs` makes them. Raises
+    `source`: any buffer of exactly rows × ceil(columns / 8) bytes, in the form of `pack_signs`. Raises
     KernelError for another size. The source is not needed afterwards.
     """
 
@@ -50,5 +50,5 @@ class Signs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed signs: what one product reads."""
+        """Bytes of the packed signs, all of which one product reads."""
         return self.words.nbytes

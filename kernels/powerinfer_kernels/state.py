@@ -1,7 +1,7 @@
-"""What a session keeps from token to token: a list of slots, each a buffer of a known type.
+"""The state that a session keeps from token to token: a list of slots, each a buffer of a known type.
 
-Operations of a program name a slot by its index (:class:`KVSlot`, :class:`RecurrentSlot`); every token of a
-run brings the :class:`State` that they work on.
+Operations of a program name a slot by its index (:class:`KVSlot`, :class:`RecurrentSlot`). Every token of a
+run comes with the :class:`State` that the operations work on.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class RecurrentSlot:
 
 
 Slot = KVSlot | RecurrentSlot
-#: What lies in a slot: a cache, or float32 values of a recurrence.
+#: The contents of a slot: a cache, or float32 values of a recurrence.
 Buffer = KVCache | Floats
 
 
@@ -69,7 +69,7 @@ class State:
 
     @property
     def handle(self) -> _kernels.State:
-        """What the C extension works on."""
+        """The C extension's object for this state."""
         return self._handle
 
     @property
@@ -88,8 +88,8 @@ class State:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def copy_positions(self, source: "State", positions: int) -> None:
-        """Take over the keys and values of the first ``positions`` of ``source``, bit for bit, and what its
-        recurrences hold now. Raises KernelError where the two differ in kind, or lack room."""
+        """Copy the keys and values of the first ``positions`` of ``source``, bit for bit, and the present
+        values of its recurrences. Raises KernelError if the two states differ in kind, or lack room."""
         if len(self.buffers) != len(source.buffers):
             raise KernelError("the two states have different slots")
         for mine, other in zip(self.buffers, source.buffers, strict=True):

@@ -35,7 +35,7 @@ def _read_quota(folder: Path) -> float | None:
 
 
 def _cgroup_folders(cgroups: Path) -> list[Path]:
-    """The process's cgroup folders and their parents, where quotas may stand."""
+    """The process's cgroup folders and their parents, which may contain quotas."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -55,8 +55,8 @@ def _cgroup_folders(cgroups: Path) -> list[Path]:
 
 def physical_cores(cpus: Path = _CPUS, cgroups: Path = _CGROUPS) -> int:
     """Cores that this process may use, at least 1: distinct physical cores among the CPUs of its affinity
-    mask, at most the CPU quota of its cgroups (rounded down). The arguments are where Linux shows them;
-    tests pass others."""
+    mask, at most the CPU quota of its cgroups (rounded down). The default arguments are the folders in which
+    Linux shows CPUs and cgroups; tests pass other folders."""
     cores = len({_core_of(cpu, cpus) for cpu in os.sched_getaffinity(0)})
     quotas = [quota for folder in _cgroup_folders(cgroups) if (quota := _read_quota(folder)) is not None]
     return max(1, min([cores, *(int(quota) for quota in quotas)]))

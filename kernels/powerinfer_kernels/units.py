@@ -1,4 +1,4 @@
-"""Weights that stay on disk, unit by unit: which of them are in memory follows use (units.h)."""
+"""Weights that stay on disk, in units; use decides which units are in memory (units.h)."""
 
 import os
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from .row_types import row_bytes
 
 _TILE = 16
 _PAGE = 4096
-#: Later groups of units that a program can ask for ahead of need.
+#: Number of later groups of units that a program can request ahead of need.
 UNITS_AHEAD = 2
-#: Bytes that one read brings: enough for the full rate of a disk, few enough to share a unit among threads.
+#: Bytes of one read: enough for the full rate of a disk, few enough to share a unit among threads.
 PIECE_BYTES = 256 << 10
 
 
@@ -41,10 +41,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class UnitCounters:
-    """What happened so far. `taken` units, added up over passes, of which `hits` were in memory and `late` on
-    their way; `ahead` were asked for ahead of need, of which `ahead_used` were taken then; `read_bytes` came
-    from files, `hit_bytes` were in memory; `moved` units made room for others; programs waited for
-    `wait_nanoseconds`."""
+    """Counters so far. `taken`: units that were taken, added up over passes; `hits` of these were in memory,
+    and `late` were still being read. `ahead` units were requested ahead of need, and `ahead_used` of these
+    were then taken. `read_bytes` came from files, `hit_bytes` were in memory; `moved` units made room for
+    others; programs waited for `wait_nanoseconds`."""
 
     taken: int
     hits: int
@@ -59,8 +59,8 @@ class UnitCounters:
 
 @dataclass(frozen=True)
 class UnitsFault:
-    """Why units cannot be read: `reason`, in the file of that index, where `nbytes` from `offset` on were
-    asked for."""
+    """Why units cannot be read: `reason`, for a read of `nbytes` from `offset` on in the file with index
+    `file`."""
 
     reason: str
     file: int
@@ -81,7 +81,7 @@ def fault_of(fault: tuple[int, int, int, int] | None) -> UnitsFault | None:
 
 class Units:
     """Units in the order in which they were added, numbered from 0. `open` gives them slots in memory, as
-    many of each kind as wanted; units of one kind have slots of one size."""
+    many of each kind as requested; units of one kind have slots of one size."""
 
     def __init__(self) -> None:
         self.handle = _kernels.Units()
@@ -90,11 +90,11 @@ class Units:
 
     @property
     def count(self) -> int:
-        """How many were added."""
+        """Number of units that were added."""
         return len(self._units)
 
     def add(self, parts: Sequence[Part]) -> int:
-        """One more unit; returns its number. Raises KernelError for no parts."""
+        """Add a unit; returns its number. Raises KernelError for no parts."""
         if not parts:
             raise KernelError("a unit needs a matrix at least")
         size = _round(sum(_round(part.matrix.nbytes, 64) for part in parts), _PAGE)
@@ -121,11 +121,12 @@ class Units:
         return max((_piece_tiles(tile) * tile for tile in tiles), default=0) + 2 * _PAGE
 
     def open(self, files: Sequence[UnitsFile], slots: Sequence[int], threads: int, half_life: float) -> None:
-        """Make room for `slots` units of each kind, to be read by `threads`. Where room is needed the unit of
-        least use goes, of which a use counts half after `half_life` tokens; 0: the unit taken longest ago.
+        """Allocate slots for `slots` units of each kind, to be read by `threads`. If a slot is needed, the
+        unit of least use is dropped; a use counts half after `half_life` tokens. 0: the unit taken longest
+        ago is dropped.
 
-        Raises KernelError where the system has not the memory, or a number is impossible; the files are then
-        left open.
+        Raises KernelError if the system does not have the memory, or a number is impossible; the files are
+        then left open.
         """
         check_positive(threads=threads)
         if len(slots) != len(self._sizes) or not half_life >= 0:
@@ -137,15 +138,15 @@ class Units:
         )
 
     def load(self, units: npt.NDArray[np.int32], *, fixed: bool = False) -> int:
-        """Read units into free slots, in that order, as many as fit, and wait; returns how many are there.
-        `fixed` ones stay. Raises KernelError after a fault."""
+        """Read units into free slots, in that order, as many as fit, and wait; returns how many are in
+        memory. With `fixed`, they stay. Raises KernelError after a fault."""
         done = self.handle.load(np.ascontiguousarray(units, np.int32), fixed)
         if done < 0:
             raise KernelError("weights on disk could not be brought into memory")
         return done
 
     def set_use(self, use: npt.NDArray[np.float64]) -> None:
-        """Take each unit to have been used so often, by so many tokens just now."""
+        """Set the use of each unit, in numbers of tokens, as if they had just taken it."""
         self.handle.set_use(np.ascontiguousarray(use, np.float64))
 
     def taken(self) -> npt.NDArray[np.int64]:
@@ -153,11 +154,11 @@ class Units:
         return np.frombuffer(self.handle.taken(), np.int64)
 
     def counters(self) -> UnitCounters:
-        """What happened so far."""
+        """The counters so far."""
         return UnitCounters(*self.handle.counters())
 
     def fault(self) -> UnitsFault | None:
-        """The first fault; after it nothing is read any more."""
+        """The first fault; nothing is read after a fault."""
         return fault_of(self.handle.fault())
 
     @property
@@ -166,7 +167,7 @@ class Units:
         return self.handle.nbytes
 
     def close(self) -> None:
-        """End the threads, close the files, give the memory back. KernelError while a program runs."""
+        """End the threads, close the files, release the memory. KernelError while a program runs."""
         self.handle.close()
 
 

@@ -1,4 +1,4 @@
-"""The hot side: what a device other than the C kernels computes.
+"""The hot side: the part of a model that a device computes instead of the C kernels.
 
 This module imports no torch; :func:`open_hot_side` does, when a device is asked for.
 """
@@ -25,7 +25,7 @@ DEVICES = ("none", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of work: from when to when, in seconds of ``time.perf_counter``."""
+    """The start and end of a piece of work, in seconds of ``time.perf_counter``."""
 
     name: str
     start: float
@@ -33,29 +33,31 @@ class Span:
 
 
 class HotSide(Protocol):
-    """Computes what a plan places on a device, while the caller computes the rest.
+    """Computes the part of a model that a plan places on a device, while the caller computes the rest.
 
-    Of layers whose attention is the caller's, the first neurons of the FFN, or some experts: :meth:`launch`,
-    :meth:`collect`. Layers whose attention is here leave the residual stream here: :meth:`enter`, then for
-    each layer :meth:`begin`, :meth:`ffn_input` (where the caller computes cold neurons) and :meth:`merge`,
-    then :meth:`leave`. Where all of a layer's neurons are the caller's, :meth:`leave` follows :meth:`begin`.
+    If the caller computes a layer's attention, the device computes the first neurons of its FFN, or some of
+    its experts: :meth:`launch`, :meth:`collect`. If the device computes the attention, the residual stream
+    stays on the device: :meth:`enter`, then for each layer :meth:`begin`, :meth:`ffn_input` (if the caller
+    computes cold neurons) and :meth:`merge`, then :meth:`leave`. If the caller computes all of a layer's
+    neurons, :meth:`leave` follows :meth:`begin`.
 
-    Which experts tokens take is the caller's choice: where the attention of their layer is here, by what
-    :meth:`router_scores` says after :meth:`begin`, with :meth:`experts` for those that are here and
-    :meth:`ffn_input` for others. Sums of experts are made in the order of the routes.
+    The caller chooses the experts that tokens take. If the attention of their layer is on the device, it
+    chooses by the result of :meth:`router_scores` after :meth:`begin`, and then calls :meth:`experts` for the
+    experts on the device and :meth:`ffn_input` for the others. Sums of experts are made in the order of the
+    routes.
     """
 
     @property
     def nbytes(self) -> int:
-        """Device memory that was planned for and allocated, in bytes."""
+        """Device memory that was planned and allocated, in bytes."""
 
     @property
     def weight_bytes(self) -> int:
-        """The part of it that every token reads as weights, in bytes: without experts."""
+        """The part of the device memory that every token reads as weights, in bytes: without experts."""
 
     @property
     def stored_bytes(self) -> int:
-        """The part of it that holds weights and KV cache, in bytes."""
+        """The part of the device memory that holds weights and KV cache, in bytes."""
 
     @property
     def peak_bytes(self) -> int | None:
@@ -66,21 +68,21 @@ class HotSide(Protocol):
         """Time the device has worked, as far as it was measured."""
 
     def time(self, *, on: bool) -> None:
-        """Whether :attr:`spans` and :attr:`seconds` cover what is queued from here on; a device
-        for which that costs nothing tells them anyway."""
+        """Set whether :attr:`spans` and :attr:`seconds` cover the work that is queued from here on; a device
+        for which timing costs nothing always measures."""
 
     @property
     def waiting_seconds(self) -> float:
-        """Time the caller has waited for what is in :attr:`seconds`."""
+        """Time the caller has waited for the work in :attr:`seconds`."""
 
     @property
     def notices(self) -> Sequence[str]:
-        """What had to be done otherwise than asked, each once, in words for the user."""
+        """Deviations from the request, each once, in words for the user."""
 
     @property
     def spans(self) -> list[tuple[int | None, Span]]:
-        """What the device did when, of everything that was waited for, with its layer (of many layers that
-        are one piece of work, the first); the caller clears it."""
+        """The spans of all work that was waited for, each with its layer (the first one if many layers are
+        one piece of work); the caller clears the list."""
 
     @property
     def has_head(self) -> bool:
@@ -88,16 +90,16 @@ class HotSide(Protocol):
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What decides the bits of its sums, besides the model and the mode, as JSON values."""
+        """The facts, besides the model and the mode, that determine the bits of the sums, as JSON values."""
 
     def cache_bytes(self, count: int) -> int:
         """Bytes of ``count`` positions of the KV caches that are here."""
 
     def cache_block(self, first: int, count: int) -> bytes:
-        """What these hold of ``count`` positions from ``first`` on."""
+        """The contents of the KV caches that are here, for ``count`` positions from ``first`` on."""
 
     def restore_cache(self, first: int, count: int, data: bytes) -> None:
-        """Put such a block back."""
+        """Restore a block that :meth:`cache_block` returned."""
 
     def has_attention(self, layer: int) -> bool:
         """Whether the attention block of ``layer``, with its KV cache, is here."""
@@ -116,8 +118,9 @@ class HotSide(Protocol):
         """Hot neurons that predictors did not name so far, over all tokens."""
 
     def predicted(self, layer: int) -> tuple[int, int, int] | None:
-        """Of the hot neurons of ``layer``, over all tokens: how many the predictor here did not name, and
-        where that is counted, how many were active, and how many of those it named; None without one."""
+        """Counts of the hot neurons of ``layer``, over all tokens: neurons that the predictor here did not
+        name, and, if that is counted, active neurons and active neurons that it named. None without a
+        predictor."""
 
     def launch(
         self,
@@ -127,46 +130,48 @@ class HotSide(Protocol):
         x: Floats,
         routes: Sequence[Route] = (),
     ) -> None:
-        """Begin ``layer`` for input rows ``normed`` (tokens, width), of which ``acts`` is the quantised
-        copy, made from the rows ``x`` of the residual stream. None may change before :meth:`collect`, but
-        ``x`` after :meth:`named`. ``routes``, where the layer has experts: all that go to those here, at
-        least one."""
+        """Begin ``layer`` for input rows ``normed`` (tokens, width), made from the rows ``x`` of the residual
+        stream; ``acts`` is the quantised copy of ``normed``. None of these may change before :meth:`collect`,
+        except ``x`` after :meth:`named`. ``routes``, if the layer has experts: all routes to experts on the
+        device, at least one."""
 
     def named(self, layer: int, out: Floats) -> None:
-        """Wait until it is known which cold neurons of ``layer`` are named (after :meth:`ffn_input`, it is
-        known), and write 1 for them and 0 for the others to ``out`` (tokens, cold neurons)."""
+        """Wait until the predictor has named the cold neurons of ``layer`` (after :meth:`ffn_input`, it has),
+        and write 1 for the named neurons and 0 for the others to ``out`` (tokens, cold neurons)."""
 
     def collect(self, out: Floats) -> None:
         """Wait for the launched layer and write its sum (tokens, width) to ``out``."""
 
     def enter(self, x: Floats, position: int) -> None:
-        """The residual stream ``x`` (tokens, width) comes here; its first row stands at ``position``."""
+        """Send the residual stream ``x`` (tokens, width) to the device; its first row is at ``position``."""
 
     def begin(self, layer: int, tokens: int, position: int) -> None:
         """Begin ``layer``: attention, its FFN's input, its hot neurons."""
 
     def ffn_input(self, layer: int, normed: Floats, shown: Floats) -> None:
         """Wait for the normalised input of the begun ``layer``'s FFN, and write it to ``normed``
-        (tokens, width); where a predictor of the caller reads the stream itself, that to ``shown``."""
+        (tokens, width). If a predictor of the caller reads the stream itself, write the stream to
+        ``shown``."""
 
     def router_scores(self, layer: int, experts: Floats, shared: Floats) -> None:
-        """Wait for what the router of the begun ``layer`` says, and write it to ``experts``
-        (tokens, experts), and to ``shared`` (tokens, 1) that of the expert that every token takes, before
-        the sigmoid."""
+        """Wait for the router's scores of the begun ``layer``, and write them to ``experts``
+        (tokens, experts). Write the score of the shared expert, which every token takes, to ``shared``
+        (tokens, 1), before the sigmoid."""
 
     def experts(self, layer: int, routes: Sequence[Route], tokens: int) -> None:
         """Begin the experts of the begun ``layer`` that are here, for ``routes`` (at least one)."""
 
     def merge(self, layer: int, cold: Floats | None, tokens: int) -> None:
-        """The sum of the begun layer's FFN joins the stream: that of the hot neurons, or experts, and
-        ``cold`` (tokens, width), which may be changed at once; None where nothing was computed there."""
+        """Add the sum of the begun layer's FFN to the stream: the sum of the hot neurons, or experts, and
+        ``cold`` (tokens, width), the caller's sum (None: the caller computed nothing). The caller may change
+        ``cold`` at once."""
 
     def leave(self, x: Floats) -> None:
         """Wait for the residual stream and write it to ``x`` (tokens, width)."""
 
     def logits(self, x: Floats | None, first: int, last: int) -> Floats:
-        """Logits (rows, vocabulary) of the rows ``first`` to ``last`` of the stream: ``x`` (rows, width), or
-        the stream that stayed here where that is None. Valid until the next call."""
+        """Logits (rows, vocabulary) of the rows ``first`` to ``last`` of the stream: ``x`` (rows, width), or,
+        if ``x`` is None, the stream on the device. Valid until the next call."""
 
     def close(self) -> None:
         """Free the device memory."""
@@ -175,13 +180,12 @@ class HotSide(Protocol):
 def open_hot_side(
     model: Model, device: str, vram: int | None, work: "Workload", progress: Progress | None = None
 ) -> tuple[HotSide | None, Sequence[str]]:
-    """The hot side of ``model`` on ``device``, or None where nothing is to be computed there, and what must
-    be said: where a GPU cannot be used, the C kernels compute everything.
+    """The hot side of ``model`` on ``device``, or None if nothing is to be computed there, and notices for
+    the user. If a GPU cannot be used, the C kernels compute everything.
 
-    ``vram`` limits its bytes by moving the split point of layers; ``progress`` hears of kernels that have to
-    be compiled. Raises HardwareError for an unknown device,
-    a missing torch, a limit beyond what is free, or a model that has
-    not been split.
+    ``vram`` limits its bytes by moving the split point of layers; ``progress`` is told about kernels that
+    have to be compiled. Raises HardwareError for an unknown device, a missing torch, a limit beyond the free
+    memory, or a model that has not been split.
     """
     if device not in DEVICES:
         raise HardwareError(f"device {device!r} is not one of {', '.join(DEVICES)}")

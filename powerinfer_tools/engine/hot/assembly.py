@@ -45,8 +45,8 @@ def assemble(
     fused: bool,
     rehearse: Callable[[Callable[[], None]], None] | None = None,
 ) -> tuple[Backend, list[str]]:
-    """``units`` on ``device``, in one block of its memory; with the Triton kernels where ``fused`` and a row
-    type has them. Second, the row types that have not. ``rehearse`` gets all of its work, with a small batch,
+    """``units`` on ``device``, in one block of its memory, with Triton kernels if ``fused`` and the row type
+    has them. Second, the row types without such kernels. ``rehearse`` gets all the work, with a small batch,
     before any of it is recorded. Raises OutOfDeviceMemory."""
     values = unpacked_values(_neuron_layers(model), units.neurons, _matrices(model, units))
     unpack = device.free_bytes() is None and 4 * values <= UNPACKED_LIMIT
@@ -73,7 +73,7 @@ def _neuron_layers(model: Model) -> list[SplitLayer | None]:
 
 
 def _matrices(model: Model, units: HotUnits) -> list[Weight]:
-    """All that is placed as a whole."""
+    """All matrices that are placed as a whole."""
     moved = [layer for layer, on_device in zip(model.layers, units.attention, strict=True) if on_device]
     matrices = [matrix for layer in moved for matrix in _attention_matrices(layer.attention)]
     for layer, counts, on_device in zip(experts_of(model), units.experts, units.attention, strict=True):
@@ -121,7 +121,7 @@ class _Parts:
             self.head.write(self.head.rows)
 
     def _take_layer(self, layer: HotLayer) -> None:
-        """What its blocks ask for when they are written."""
+        """Take the memory that the layer's blocks request when they are written."""
         x, hot, cold = self.stream_floats[1]
         layer.blocks.mix(x)
         if layer.ffn is not None:
@@ -234,8 +234,8 @@ class _Parts:
 
     @cached_property
     def exchanged(self) -> list[Tensor]:
-        """The device's ends of what passes for layers whose attention is the host's: the output, and the
-        input in one form or in both."""
+        """The device's buffers for the exchange in layers whose attention the host computes: the output, and
+        the input in one form or in both."""
         kinds = self._float_rows(on_device=False)
         tokens = self.work.tokens if kinds else 0
         return [self.memory.floats(tokens, self.hyper.width) for _ in range(1 + max(1, len(kinds)))]
@@ -277,8 +277,9 @@ class _Parts:
         )
 
     def _float_rows(self, *, on_device: bool) -> set[bool]:
-        """Whether what reads the FFN's input, in layers whose attention is here (or is not), is of float
-        types: both answers where some is and some not; none where nothing reads it."""
+        """Whether the readers of the FFN's input are of float types, in layers whose attention is on the
+        device (or is not). Both answers if some readers are and some are not; none if there are no
+        readers."""
         kinds = set[bool]() if self.experts is None else self.experts.float_rows(on_device=on_device)
         layers = self._used(on_device=on_device)
         kinds |= {RowType(layer.type_of(kind)).is_float for layer in layers for kind in layer.kinds[:-1]}
@@ -331,7 +332,7 @@ class _Parts:
         tokens = self.work.tokens
         ends = [self.device.staging(tokens, self.hyper.width) for _ in range(3)]
         places = self.device.staging(2 * tokens).view(torch.int64)
-        places.zero_()  # a token that is recorded stands at the first position
+        places.zero_()  # the recorded token is at the first position
         host = [*ends, places]
         reached = [self.form.window(self.device, end) for end in host]
         windows = [end for end in reached if end is not None]

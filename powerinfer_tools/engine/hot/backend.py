@@ -1,4 +1,4 @@
-"""All that is on one device, and how its work is queued.
+"""Everything that is on one device, and the code that queues its work.
 
 A layer whose attention is the host's is three steps in the device's queue (copy in, compute, copy out) and
 one wait; nothing else synchronises. Layers whose attention is on the device are
@@ -28,8 +28,9 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the two sides exchange, float32 (T, width): inputs and output, on the host and on the device;
-    ``window_in`` and ``window_out``: the host's ends as kernels reach them, if they do."""
+    """The buffers that the two sides exchange, float32 (T, width): inputs and output, on the host and on the
+    device. ``window_in`` and ``window_out``: the host's buffers as tensors that kernels can access, if
+    possible."""
 
     host_in: Inputs
     host_out: torch.Tensor
@@ -39,7 +40,7 @@ class Exchange:
     window_out: torch.Tensor | None = None
 
     def stage(self, normed: Floats, acts: Activations | None) -> None:
-        """Put the inputs where the device copies them from."""
+        """Put the inputs into the buffers that the device copies from."""
         tokens = len(normed)
         exact, rounded = self.host_in.exact, self.host_in.rounded
         shared = exact is rounded
@@ -59,13 +60,13 @@ class Exchange:
             crossing(here.exact, target.exact)
 
     def out(self, hot: HotFFN | WholeFFN | HotExperts, tokens: int) -> torch.Tensor:
-        """Where ``hot`` writes its sum: to the host at once, if it writes each value once."""
+        """The buffer for the sum of ``hot``: the host's own, if ``hot`` writes each value once."""
         direct = self.window_out is not None and tokens == 1 and isinstance(hot, HotFFN) and hot.fused
         target = self.window_out if direct and self.window_out is not None else self.device_out
         return target[:tokens]
 
     def deliver(self, out: torch.Tensor) -> Steps:
-        """``out`` to the host; nothing where it is there."""
+        """The steps that copy ``out`` to the host; none if it is there already."""
         if out.data_ptr() == self.host_out.data_ptr():
             return ()
         if self.window_out is not None and len(out) == 1:
@@ -110,7 +111,7 @@ class Backend:
             self._head_decode = device.recorded(head.arriving(1))
 
     def prepare(self, tokens: int) -> None:
-        """Take now what batches of ``tokens`` take, and begin counting."""
+        """Allocate now the memory that batches of ``tokens`` need, and begin counting."""
         for index, layer in enumerate(self.layers):
             routes = layer.busiest(tokens) if isinstance(layer, HotExperts) else ()
             for steps in self._steps(index, tokens, routes) if layer else ():
@@ -122,13 +123,14 @@ class Backend:
         if self.head is not None:
             self.device.prepare(self.head.arriving(len(self.head.logits)))
         for predictor in predictors:
-            # Whatever the runs so far had as input has been counted.
+            # The runs so far, with arbitrary input, have been counted.
             self.device.prepare((("reset", predictor.forget),))
 
     def launch(
         self, layer: int, normed: Floats, acts: Activations | None, x: Floats, routes: Sequence[Route]
     ) -> list[Ticket]:
-        """Queue one layer; the last ticket is that of its sum, one before it says which neurons are named."""
+        """Queue one layer. The last ticket belongs to its sum; a ticket before it, if any, belongs to the
+        naming of neurons."""
         self._exchange.stage(normed, acts if self._rounded else None)
         tokens = len(normed)
         if self._reads_stream(layer):
@@ -145,8 +147,8 @@ class Backend:
         return result
 
     def logits(self, x: Floats | None, first: int, last: int) -> list[Ticket]:
-        """Queue the head for rows of the stream: ``x`` (last - first, width), or rows ``first`` to ``last``
-        of the device's own where that is None; of a single token that is queued already."""
+        """Queue the head for rows of the stream: ``x`` (last - first, width), or, if ``x`` is None, rows
+        ``first`` to ``last`` of the device's own stream. For a single token, that is queued already."""
         assert self.head is not None
         if x is None:
             assert self.stream is not None
@@ -170,7 +172,7 @@ class Backend:
         return predictor is not None and predictor.scorer.residual
 
     def _once(self, layer: int) -> list[Steps]:
-        """What is the same for every single token; nothing where that depends on the experts it takes."""
+        """The steps that are the same for every single token; none if they depend on the token's experts."""
         hot, exchange = self.layers[layer], self._exchange
         if isinstance(hot, HotFFN | WholeFFN):
             return self._steps(layer, 1)
@@ -181,7 +183,7 @@ class Backend:
         return [(*first, *work, *exchange.deliver(exchange.device_out[:1]))]
 
     def _steps(self, layer: int, tokens: int, routes: Sequence[Route] = ()) -> list[Steps]:
-        """One piece of work, or where the device predicts, two."""
+        """One piece of work, or two if the device predicts."""
         hot, exchange = self.layers[layer], self._exchange
         assert hot is not None
         inputs, out = exchange.device_in.first(tokens), exchange.out(hot, tokens)

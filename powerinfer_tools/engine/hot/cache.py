@@ -1,8 +1,9 @@
 """The KV cache of one layer on a device, and attention over it.
 
-It holds what the C kernels' cache holds: half-precision values, or with "q8_0" codes with one half-precision
-scale for each 32 values of a head. A position is written anew when it comes again, and none is read before it
-has been written: so to forget the end of a text, the caller only has to go back.
+It has the contents of the C kernels' cache: half-precision values, or with "q8_0" codes with one
+half-precision scale for each 32 values of a head. A position is rewritten when it occurs again, and no
+position is read before it has been written. So the caller forgets the end of a text by continuing from an
+earlier position.
 """
 
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ class Attending:
 
     @property
     def plain(self) -> bool:
-        """Whether the fused kernels look so, too."""
+        """Whether the fused kernels support this kind of attention."""
         return self.slopes is None and self.sinks is None and not self.chunk
 
     def attend(
@@ -87,9 +88,9 @@ class Attending:
         out: Tensor,
         most: int = QUERIES_AT_ONCE,
     ) -> None:
-        """out (T, heads · head_dim) = softmax(scale · q kᵀ) v for queries that stand at ``position`` and
-        after it, each seeing the positions up to its own; ``space`` is flat scratch for the scores of as many
-        queries as fit there, and at ``most`` of so many."""
+        """out (T, heads · head_dim) = softmax(scale · q kᵀ) v for queries at ``position`` and after it; each
+        sees the positions up to its own. ``space`` is flat scratch for scores: as many queries are computed
+        at a time as fit in it, but at most ``most``."""
         step = max(1, min(most, len(space) // (self.heads * (position + len(query)))))
         for first in range(0, len(query), step):
             last = min(first + step, len(query))
@@ -129,8 +130,8 @@ class Attending:
         return sums.view(kv_heads, group, tokens, -1).permute(2, 0, 1, 3).reshape(tokens, -1)
 
     def _weights(self, scores: Tensor, apart: Tensor) -> Tensor:
-        """Make exp(score - largest) of ``scores``, which are ``apart`` by head in (kv_heads, group, T, …);
-        their sums (kv_heads, group · T, 1), with what no position takes."""
+        """Turn ``scores`` into exp(score - largest) in place; ``apart`` is a view of them by head,
+        (kv_heads, group, T, …). Returns their sums (kv_heads, group · T, 1), including the sinks."""
         largest = scores.amax(dim=-1, keepdim=True)
         if self.sinks is None:
             scores.sub_(largest).exp_()
@@ -141,7 +142,8 @@ class Attending:
         return (apart.sum(dim=-1, keepdim=True) + (sinks - largest).exp()).view(len(scores), -1, 1)
 
     def _hide(self, scores: Tensor, position: int, begin: int) -> None:
-        """Leave to the t-th query what it sees; ``scores`` (…, T, positions from ``begin`` on)."""
+        """Hide from the t-th query the positions that it does not see; ``scores`` (…, T, positions from
+        ``begin`` on)."""
         stands, keys = _places(scores, position, begin)
         hidden = keys > stands
         if self.window:
@@ -161,7 +163,7 @@ def fill(parts: Sequence[Tensor], data: bytes) -> None:
 
 
 def _places(scores: Tensor, position: int, begin: int) -> tuple[Tensor, Tensor]:
-    """Where the queries (T, 1) and the keys (1, positions) of ``scores`` (…, T, positions) stand."""
+    """The positions of the queries (T, 1) and of the keys (1, positions) of ``scores`` (…, T, positions)."""
     tokens, count = scores.shape[-2:]
     stands = torch.arange(position, position + tokens, device=scores.device)[:, None]
     return stands, torch.arange(begin, begin + count, device=scores.device)[None, :]

@@ -1,8 +1,8 @@
-"""How far the kernels are that a first start compiles.
+"""The progress of compiling kernels at a first start.
 
-Triton compiles a kernel when it is first launched, for the row types and widths at hand, and keeps the result
-on disk. How many there will be is known beforehand from a rehearsal, in which all work is done but for
-kernels that are not there yet. What is only loaded from disk is not worth a word.
+Triton compiles a kernel when it is first launched, for the row types and widths in use, and keeps the result
+on disk. A rehearsal finds the number of kernels beforehand: it runs all the work, except kernels that do not
+exist yet. Kernels that are only loaded from disk are not reported.
 """
 
 import time
@@ -29,7 +29,7 @@ class Compilation:
         self._began: float | None = None
 
     def count(self, device: Rehearsing, work: Callable[[], object]) -> None:
-        """How many kernels ``work`` needs that this process has not."""
+        """Count the kernels that ``work`` needs and that this process does not have yet."""
         from triton import knobs
 
         missing = set[tuple[object, ...]]()

@@ -93,7 +93,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
     count = len(blocks)
     low = blocks[:, :128].reshape(count, 2, 2, 32)
     low = torch.cat((low & 15, low >> 4), dim=2)  # (blocks, half, 4, 32)
-    # Not torch.tensor([0, 2, 4, 6]): what comes from the host's memory cannot be recorded into a CUDA graph.
+    # Not torch.tensor([0, 2, 4, 6]): a copy from the host's memory cannot be recorded into a CUDA graph.
     shifts = torch.arange(0, 8, 2, device=blocks.device, dtype=torch.uint8)[None, None, :, None]
     high = ((blocks[:, 128:192].reshape(count, 2, 1, 32) >> shifts) & 3) << 4
     quants = (low | high).to(torch.int8).reshape(count, 16, 16) - 32
@@ -172,7 +172,7 @@ _IQ2 = _points(8, 25, 43)
 _IQ1 = (-7, 1, 9, 0, -9, -1, 7, 0, *(0,) * 8)
 
 _FLOAT_VIEWS = {RowType.F32: torch.float32, RowType.F16: torch.float16, RowType.BF16: torch.bfloat16}
-# Bytes of a block, and what unpacks it.
+# Bytes of a block, and the function that unpacks it.
 _UNPACK: dict[RowType, tuple[int, Callable[[Tensor], Tensor]]] = {
     RowType.Q8_0: (34, _q8_0),
     RowType.Q4_0: (18, _q4_0),

@@ -1,4 +1,4 @@
-"""Devices that the hot side runs on: a queue of work that goes on while the caller does something else.
+"""Devices that the hot side runs on: a queue of work that runs while the caller does something else.
 
 Everything that differs between CUDA and torch's CPU device is here: memory, pinned buffers, the queue (a
 stream, or a thread of its own), and the ticket that says when queued work is done and how long it took.
@@ -34,7 +34,7 @@ from powerinfer_tools.errors import HardwareError
 Steps = Sequence[tuple[str, Work]]
 #: Set to 0, launches are not recorded into CUDA graphs.
 GRAPHS_VARIABLE = "POWERINFER_CUDA_GRAPHS"
-#: There under WSL, where the driver keeps what is queued back until it is asked how far it is.
+#: Exists under WSL, where the driver holds queued work back until it is asked for its progress.
 WSL_DEVICE = Path("/dev/dxg")
 
 
@@ -48,7 +48,8 @@ class Ticket(Protocol):
 
 @cache
 def arithmetic(device: torch.device) -> tuple[str | int, ...]:
-    """What decides the bits of sums on ``device``: itself, and what computes on it."""
+    """The facts that determine the bits of sums on ``device``: the device itself, and the software that
+    computes on it."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -69,10 +70,10 @@ class Device(Protocol):
         """Where its tensors are."""
 
     def free_bytes(self) -> int | None:
-        """Memory that can be had now; None where it is not limited."""
+        """Memory that is available now; None where it is not limited."""
 
     def peak_bytes(self) -> int | None:
-        """The most that torch ever took of it; None where that is not counted."""
+        """The most memory that torch ever took; None where that is not counted."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 (nbytes,) on the device. Raises OutOfDeviceMemory."""
@@ -81,19 +82,19 @@ class Device(Protocol):
         """A float32 tensor in memory of the host, from which copies need not be waited for."""
 
     def window(self, host: torch.Tensor) -> torch.Tensor | None:
-        """What :meth:`staging` gave as a tensor of the device, over the same memory; None where its kernels
-        cannot reach that."""
+        """A tensor of :meth:`staging` as a tensor of the device, over the same memory; None where the
+        device's kernels cannot access that memory."""
 
     def recorded(self, steps: Steps) -> Steps:
-        """The same steps in the form that is quickest to queue, after having run them once."""
+        """Run the steps once, and return them in the form that is quickest to queue."""
 
     def prepare(self, steps: Steps) -> None:
         """Run ``steps`` once and wait, where a first run takes longer or takes memory, so that a later one
         does not. Raises OutOfDeviceMemory and DeviceLost."""
 
     def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
-        """Queue ``steps`` after everything that was queued before. Without ``awaited``, the caller waits for
-        something that is queued later, if for anything. Raises DeviceLost."""
+        """Queue ``steps`` after everything that was queued before. Without ``awaited``, the caller does not
+        wait for these steps, but at most for later ones. Raises DeviceLost."""
 
     def close(self) -> None:
         """End the queue."""
@@ -184,15 +185,15 @@ class CudaDevice:
     def _begin_queue(self) -> None:
         self._stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._clock, self._marks = Clock(self._stream), Marks(self._stream)
-        # What steps allocate while they work lies in one place for all graphs: they never run at once.
+        # All graphs share one pool for the memory that steps allocate: they never run at the same time.
         self._pool = torch.cuda.graph_pool_handle()
 
     def free_bytes(self) -> int | None:
-        """What the driver says."""
+        """Free memory as reported by the driver."""
         return int(torch.cuda.mem_get_info(self.torch_device)[0])
 
     def peak_bytes(self) -> int | None:
-        """What torch's allocator has held at most."""
+        """The most memory that torch's allocator has held."""
         return int(torch.cuda.max_memory_reserved(self.torch_device))
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -203,7 +204,7 @@ class CudaDevice:
             raise OutOfDeviceMemory(f"{nbytes} bytes cannot be had, {self.free_bytes()} are free") from None
 
     def staging(self, *shape: int) -> torch.Tensor:
-        """Pinned memory of the host; where there is none to be had, memory that copies are waited for."""
+        """Pinned memory of the host; if none is available, pageable memory, for which copies block."""
         try:
             return torch.empty(shape, dtype=torch.float32, pin_memory=True)
         except RuntimeError as error:
@@ -213,7 +214,7 @@ class CudaDevice:
             return torch.empty(shape, dtype=torch.float32)
 
     def window(self, host: torch.Tensor) -> torch.Tensor | None:
-        """See :class:`Device`. The first is tried: what a kernel writes to it has to be there."""
+        """See :class:`Device`. The first window is tested: a value that a kernel writes must arrive."""
         if self._windows is False or not host.is_pinned():
             return None
         try:
@@ -228,9 +229,10 @@ class CudaDevice:
         return view
 
     def recorded(self, steps: Steps) -> Steps:
-        """One CUDA graph of all steps. Where it cannot be recorded, they stay as they are, which is said. The
-        run before it compiles kernels, loads them, and makes room for what libraries keep, none of which may
-        happen while a graph is recorded. Raises OutOfDeviceMemory, KernelRefused and DeviceLost."""
+        """One CUDA graph of all steps. If it cannot be recorded, the steps stay as they are, and a notice
+        says so. The run before the recording compiles kernels, loads them, and lets libraries allocate
+        memory; none of that may happen while a graph is recorded. Raises OutOfDeviceMemory, KernelRefused and
+        DeviceLost."""
         self.prepare(steps)
         if not self._graphs or self._rehearses:
             return steps
@@ -271,8 +273,8 @@ class CudaDevice:
             self._rehearses = False
 
     def submit(self, steps: Steps, *, awaited: bool = True) -> Ticket:
-        """Queue them on the stream. Where a launch finds no memory, what torch holds in reserve goes back to
-        the driver, and that launch is queued once more.
+        """Queue the steps on the stream. If a launch finds no memory, torch's reserve is returned to the
+        driver, and that launch is queued once more.
         """
         try:
             ticket = self._run(steps, _twice, awaited=awaited)
@@ -285,8 +287,8 @@ class CudaDevice:
         return ticket
 
     def close(self) -> None:
-        """Wait for what is queued, and give the memory back to the driver, so far as nothing holds it."""
-        # A device that was lost has said so already.
+        """Wait for queued work, and return all memory that is no longer in use to the driver."""
+        # The loss of a device has been reported already.
         with suppress(RuntimeError):
             self._stream.synchronize()
             torch.cuda.empty_cache()
@@ -326,7 +328,7 @@ class CudaDevice:
         return Timed([name for name, _ in steps], events, self._clock)
 
     def _try(self, view: torch.Tensor, host: torch.Tensor) -> None:
-        """Raise RuntimeError if what a kernel writes to ``view`` is not in ``host`` when it is done."""
+        """Raise RuntimeError if a value that a kernel writes to ``view`` is not in ``host`` afterwards."""
         host.zero_()
         with torch.cuda.stream(self._stream):
             view.fill_(1)
@@ -372,14 +374,15 @@ def full_precision() -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-#: What a graph of several steps is called in a trace: the first of these that is among them.
+#: Names of graphs of several steps in a trace: a graph has the first of these names that one of its steps
+#: has.
 _GRAPH_NAMES = ("attention", "hot", "merge", "head")
 
 
 def cuda_problem() -> str | None:
     """Why no CUDA device can be used, in words; None where one can. Tries a small piece of work on it."""
     with warnings.catch_warnings():
-        # What torch warns of here is what is said below.
+        # Torch's warnings here have the same content as the text below.
         warnings.simplefilter("ignore")
         available = torch.cuda.is_available()
     if not available:
@@ -400,7 +403,7 @@ def cuda_problem() -> str | None:
 
 
 def _capability() -> str:
-    """In brackets, where a GPU that does not work still says it."""
+    """The compute capability in brackets, if a GPU that does not work still reports it."""
     try:
         major, minor = torch.cuda.get_device_capability(0)
     except RuntimeError:

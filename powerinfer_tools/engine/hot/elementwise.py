@@ -1,7 +1,7 @@
 """Norms, rotary positions and the rounding of activations in torch operations, on any device.
 
-The steps are those of the C kernels, so that a block gives the same whichever side computes it, but for the
-order of float32 sums. None takes a number from the host's memory, which a CUDA graph could not record.
+The steps are the same as in the C kernels, so a block has the same result on either side, except for the
+order of float32 sums. No step reads a number from the host's memory, which a CUDA graph could not record.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 Tensor = torch.Tensor
 #: Values that share a scale, and the largest code.
 BLOCK, LARGEST_CODE = 32, 127
-#: Below it, one over a scale could overflow: such a block is all zeros.
+#: The reciprocal of a smaller scale could overflow: a block with a smaller scale is all zeros.
 LEAST_SCALE = 2.0**-126
 
 
@@ -27,8 +27,8 @@ class HotNorm:
     fused: bool = False
 
     def into(self, x: Tensor, exact: Tensor, rounded: Tensor | None, codes: Tensor | None = None) -> None:
-        """exact (T, width) = norm(x), may be in place; ``rounded``: as the integer kernels take it; ``codes``
-        of a single token: the same as fused kernels take it."""
+        """exact (T, width) = norm(x), may be in place; ``rounded``: the form for the integer kernels;
+        ``codes``, of a single token: the form for fused kernels."""
         if self.fused and x.is_contiguous():
             self._fused(x, exact, rounded, codes)
             return
@@ -55,14 +55,14 @@ class HotNorm:
     def _fused(self, x: Tensor, exact: Tensor, rounded: Tensor | None, codes: Tensor | None) -> None:
         from powerinfer_kernels.triton_launch import normalize
 
-        # Rows, or parts of rows, one after the other are what one row of many parts is.
+        # Successive rows, or parts of rows, are treated as the parts of one row.
         x, exact = x.view(1, -1), exact.view(1, -1)
         rounded = None if rounded is None else rounded.view(1, -1)
         normalize(x, self.weight, self.bias, self.eps, exact, rounded, codes, layer=self.kind == "layer")
 
 
 def round_activations(x: Tensor, out: Tensor) -> None:
-    """out (T, columns) = what the integer kernels take for x: codes times scales, block by block
+    """out (T, columns) = x in the form for the integer kernels: codes times scales, block by block
     (quantize.inc)."""
     blocks = x.reshape(len(x), -1, BLOCK)
     codes, scale = block_codes(blocks)

@@ -1,9 +1,9 @@
 """The hot side in torch: one executor for CUDA and for the CPU device.
 
 The caller computes cold neurons (or experts) while the device works. If the device is lost, its neurons,
-experts and the head move to torch's CPU device, which takes up the same piece of work again from the same
-input, so no token is computed wrongly; that is said once. A KV cache that was on the device is lost with it,
-and so is the text: that is an error.
+experts and the head move to torch's CPU device. The CPU device repeats the same piece of work from the same
+input, so no token is computed wrongly; a notice says so once. A KV cache on the device is lost with the
+device, and so is the text: that is an error.
 """
 
 import time
@@ -30,7 +30,7 @@ from powerinfer_tools.engine.hot.stretches import Queued
 from powerinfer_tools.model.device_memory import HotSize
 
 Floats = npt.NDArray[np.float32]
-#: Of what the head queues: its input, the head, its output.
+#: The layers of the steps that the head queues: its input, the head, its output.
 _NO_LAYER = (None, None, None)
 
 
@@ -45,8 +45,8 @@ class _Launched:
 
 
 class TorchHotSide:
-    """What of a model is on a device; ``spare`` makes the backend that takes over from a lost one, None where
-    nothing can."""
+    """The part of a model on a device; ``spare`` makes the backend that replaces a lost one, None if nothing
+    can replace it."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class TorchHotSide:
         notices: Sequence[str],
         taken: int = 0,
     ) -> None:
-        """``taken``: bytes of the device's memory that are gone since before the first of them was asked for;
-        0 where that is not known."""
+        """``taken``: bytes by which the device's free memory has fallen since before the first allocation; 0
+        if unknown."""
         self._backend, self._spare, self._size, self._taken = backend, spare, size, taken
         self._running: _Launched | None = None
         self._queued: list[Queued] = []
@@ -184,7 +184,7 @@ class TorchHotSide:
         self._running = _Launched(layer, normed, acts, x, routes, tickets)
 
     def named(self, layer: int, out: Floats) -> None:
-        """Wait for what the predictor of the begun layer says of its cold neurons."""
+        """Wait for the predictor's answer for the cold neurons of the begun layer."""
         running = self._running
         if running is not None:
             self._finish(running, 1)
@@ -201,7 +201,7 @@ class TorchHotSide:
 
     def enter(self, x: Floats, position: int) -> None:
         """The residual stream comes here; see :class:`powerinfer_tools.engine.hot.HotSide`."""
-        # What the last pass copied from the host may be overwritten from here on.
+        # The host's buffers of the last pass may be overwritten from here on.
         self._wait(len(self._queued))
         self._queue(lambda stream: stream.enter(x, position))
 
@@ -221,7 +221,7 @@ class TorchHotSide:
             shown[...] = residual
 
     def router_scores(self, layer: int, experts: Floats, shared: Floats) -> None:
-        """Wait for what the begun layer's router says."""
+        """Wait for the scores of the begun layer's router."""
         self._wait_for_input()
         stream = self._backend.stream
         assert stream is not None
@@ -253,7 +253,7 @@ class TorchHotSide:
             return self._logits(x, first, last)
 
     def close(self) -> None:
-        """Free the device memory and end the queue; what was counted can be asked for still."""
+        """Free the device memory and end the queue; the counters can still be read."""
         try:
             self._counted = [self.predicted(layer) for layer in range(len(self._hot))]
         except (RuntimeError, DeviceLost):
@@ -296,7 +296,7 @@ class TorchHotSide:
         return self._backend.launch(run.layer, run.normed, run.acts, run.x, run.routes)
 
     def _wait_for_input(self) -> None:
-        """The hot part is queued behind it, and goes on."""
+        """Wait for the FFN's input; the hot part is queued after it, and continues."""
         count, self._before_turn = self._before_turn, 0
         self._wait(count)
 
@@ -326,7 +326,7 @@ class TorchHotSide:
         self._waited(started, spans)
 
     def _waited(self, started: float, spans: Sequence[Sequence[Span]]) -> None:
-        """Since ``started``, which is counted where it is known how long the device worked meanwhile."""
+        """Count the waiting time since ``started``, if it is known how long the device worked meanwhile."""
         if any(spans):
             self.waiting_seconds += time.perf_counter() - started
 
@@ -346,7 +346,7 @@ class TorchHotSide:
             )
         if self._spare is None:
             raise error
-        # What a lost device has counted is lost with it.
+        # The counters of a lost device are lost with it.
         lost, self._backend, self._spare = self._backend, self._spare(), None
         self._queued, self._before_turn = [], 0
         self.notices.append(f"{what} ({error}); torch computes its part on the CPU from here on")

@@ -31,8 +31,9 @@ Tensor = torch.Tensor
 
 
 class ExpertParts:
-    """What ``units`` place of ``layers`` (None: neurons are the units), and the memory that they share; each
-    piece is taken from the form's memory once. ``chunk``: flat space for unpacked rows."""
+    """The experts of ``layers`` that ``units`` place on the device (None: the layer's units are neurons), and
+    the memory that they share; each piece is taken from the form's memory once. ``chunk``: flat space for
+    unpacked rows."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class ExpertParts:
 
     @cached_property
     def dispatch(self) -> Dispatch | None:
-        """What all hot experts share."""
+        """The memory that all hot experts share."""
         if not any(self._units.experts):
             return None
         width, neurons, count = self._hyper.width, self._widths.neurons, self._tokens
@@ -73,7 +74,7 @@ class ExpertParts:
         shape = (2, count * self._widths.taken)
         host, device = self._staging(*shape), self._memory.floats(*shape)
         if not self._memory.counting:
-            # What a graph that is recorded finds there takes no expert.
+            # While a graph is recorded, the buffer holds routes to no expert.
             host[0].zero_()
             host[1].view(torch.int32).fill_(-1)
             device.copy_(host)
@@ -104,7 +105,7 @@ class ExpertParts:
         ]
 
     def cold(self, index: int) -> bool:
-        """Whether some experts of layer ``index`` are the host's."""
+        """Whether the host computes some experts of layer ``index``."""
         layer = self._layers[index]
         every = HotCounts(1, shared=False)
         if isinstance(layer, ExpertsFFN):
@@ -112,8 +113,9 @@ class ExpertParts:
         return self._units.experts[index] != every
 
     def float_rows(self, *, on_device: bool) -> set[bool]:
-        """Whether what reads the input of layers whose attention is here (or is not) is of float types: both
-        answers where some is and some not; none where nothing reads it."""
+        """Whether the readers of the FFN's input are of float types, in layers whose attention is on the
+        device (or is not). Both answers if some readers are and some are not; none if there are no
+        readers."""
         kinds = set()
         for layer, counts, moved in zip(
             self._layers, self._units.experts, self._units.attention, strict=True
@@ -130,7 +132,7 @@ class ExpertParts:
     def _of_layer(
         self, layer: Experts | None, counts: HotCounts, *, routes: bool
     ) -> HotExperts | WholeFFN | None:
-        """Its hot experts, with a router if only none (``routes``)."""
+        """The hot experts of a layer, or None. With ``routes`` (its router is here), the set may be empty."""
         if isinstance(layer, ExpertsFFN):
             return self._routed(layer, counts) if counts or routes else None
         if layer is None or not counts:
@@ -139,8 +141,8 @@ class ExpertParts:
         return WholeFFN(self._expert(layer), self.dispatch.scratch)
 
     def _routed(self, layer: ExpertsFFN, counts: HotCounts) -> HotExperts:
-        """Its hot experts; those that a router chooses as one matrix of each kind where fused kernels read
-        them."""
+        """The hot experts of a layer with a router. If fused kernels read the routed experts, these are one
+        matrix of each kind."""
         hot, kinds = chosen(layer, counts), [stack.row_type for stack in layer.stacks]
         shared = {SHARED: self._expert(hot.pop(SHARED))} if SHARED in hot else {}
         fused = self._form.fused and len(kinds) == 3 and all(kind in PLANAR_TYPES for kind in kinds)
@@ -178,12 +180,12 @@ class ExpertParts:
 
 
 def widths_of(layers: Sequence[Experts | None], used: int) -> ExpertWidths:
-    """What scratch depends on, where tokens take ``used`` experts of a layer."""
+    """The sizes that scratch depends on, where tokens take ``used`` experts of a layer."""
     return ExpertWidths.of([layer for layer in layers if layer is not None], used)
 
 
 def chosen(layer: Experts | None, counts: HotCounts) -> dict[int, DenseFFN]:
-    """What is hot of a layer, by number."""
+    """The hot experts of a layer, by number."""
     if not isinstance(layer, ExpertsFFN):
         return {} if layer is None or not counts else {SHARED: layer}
     assert layer.units is not None
@@ -201,7 +203,7 @@ def _first(stack: Stack, layer: ExpertsFFN, count: int) -> Weight:
 
 
 def routers_of(layer: Experts | None) -> list[Weight]:
-    """The router, if the layer has one, and what weighs the shared expert where there is one."""
+    """The router, if the layer has one, and the gate of the shared expert, if there is one."""
     if not isinstance(layer, ExpertsFFN):
         return []
     return [layer.router] if layer.shared_gate is None else [layer.router, layer.shared_gate]

@@ -1,17 +1,17 @@
-"""The hot experts of one layer on a device, and its router where the layer's attention is there.
+"""The hot experts of one layer on a device, and its router if the layer's attention is there.
 
-Experts have a form of their own beside that of :mod:`~powerinfer_tools.engine.hot.hot_ffn`. A sorted neuron
+Experts have a different form than the neurons of :mod:`~powerinfer_tools.engine.hot.hot_ffn`. A sorted neuron
 has a row of the down projection, so that a layer splits between any two neurons, and idle rows are not read.
 An expert keeps the matrices of the source bit for bit: its down projection has a row for each output, in
 blocks that reach over neurons, and it is placed and computed as a whole. A dense FFN whose neurons are not
 sorted is one expert that every token takes, with weight one: :class:`WholeFFN`.
 
-Which experts a token takes is known only while it is computed: the caller routes, and says for each expert
-which tokens take it and with what weight. Sums are made expert by expert in that order, so they do not depend
-on what else is in a batch but for the order of float32 sums within matrix products.
+The experts of a token are known only while it is computed: the caller routes, and passes for each expert the
+tokens that take it and their weights. Sums are made expert by expert in that order, so they do not depend on
+the other tokens of a batch, except for the order of float32 sums within matrix products.
 
-A single token's experts are computed by two launches of fused kernels, where there are any: which experts
-they are is read on the device, so that a CUDA graph can hold them.
+A single token's experts are computed by two launches of fused kernels, if available. The numbers of the
+experts are read on the device, so that a CUDA graph can hold the launches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -98,15 +98,15 @@ class HotExpert:
 
 @dataclass(frozen=True)
 class WholeFFN:
-    """A dense FFN with the matrices of the source, ``scratch`` being that of experts. It is used like a
-    :class:`~powerinfer_tools.engine.hot.hot_ffn.HotFFN` without a predictor."""
+    """A dense FFN with the matrices of the source; ``scratch`` is the scratch memory of experts. It is used
+    like a :class:`~powerinfer_tools.engine.hot.hot_ffn.HotFFN` without a predictor."""
 
     expert: HotExpert
     scratch: ExpertScratch
 
     @property
     def neurons(self) -> int:
-        """All of the layer's."""
+        """All neurons of the layer."""
         return self.expert.gate.count
 
     @property
@@ -130,8 +130,8 @@ class WholeFFN:
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """The hot experts that a router chooses from, as one planar matrix of each kind; ``places``: where each
-    of them is in these."""
+    """The hot experts that a router chooses from, as one planar matrix of each kind; ``places``: the place of
+    each expert in these matrices."""
 
     gate: "PlanarRows"
     up: "PlanarRows"
@@ -151,14 +151,14 @@ class ExpertStack:
 
 @dataclass(frozen=True)
 class HotExperts:
-    """The hot experts of one layer, by number; none where its attention alone is here. ``stack``: those that
-    are not shared, where fused kernels read them."""
+    """The hot experts of one layer, by number; none if only its attention is on the device. ``stack``: the
+    experts other than the shared one, if fused kernels read them."""
 
     experts: Mapping[int, HotExpert]
     stack: ExpertStack | None = None
 
     def busiest(self, tokens: int) -> list[Route]:
-        """Routes that take as much memory at a time as any: all of ``tokens`` to the widest expert."""
+        """The routes that need the most memory at a time: all of ``tokens`` to the widest expert."""
         widest = max(self.experts, key=lambda number: self.experts[number].gate.count)
         return [Route(widest, range(tokens), [0.0] * tokens)]
 
@@ -174,7 +174,7 @@ class HotExperts:
             if len(out) > 1:
                 source = scratch.taken.first(count)
                 _gather(inputs, tokens, source, rounded=expert.gate.rounds)
-            # What was gathered is needed no more when the output of the expert is written.
+            # The gathered input is no longer needed when the output of the expert is written.
             result = scratch.taken.exact[:count]
             expert.compute(source, scratch, result)
             result.mul_(weights[:, None])
@@ -182,7 +182,7 @@ class HotExperts:
 
     def compute_one(self, inputs: Inputs, routes: Routes, scratch: ExpertScratch, out: Tensor) -> None:
         """:meth:`compute` for one token: ``routes`` have the shared expert first, then places in the stack,
-        -1 for none, so that the same work does for every token."""
+        -1 for none, so that the same work suits every token."""
         assert self.stack is not None
         shared, stack = self.experts.get(SHARED), self.stack
         if shared is None:
@@ -198,7 +198,7 @@ class HotExperts:
 
 
 def _gather(inputs: Inputs, tokens: Tensor, out: Inputs, *, rounded: bool) -> None:
-    """The rows ``tokens`` of both forms, or where all experts take one of them, of that."""
+    """Gather the rows ``tokens`` of both forms, or of the only form that all experts take."""
     if out.apart:
         torch.index_select(inputs.exact, 0, tokens, out=out.exact)
         torch.index_select(inputs.rounded, 0, tokens, out=out.rounded)
@@ -208,9 +208,10 @@ def _gather(inputs: Inputs, tokens: Tensor, out: Inputs, *, rounded: bool) -> No
 
 @dataclass(frozen=True)
 class Dispatch:
-    """What the hot experts of all layers share: scratch, and which tokens take which of them, on both sides:
-    float32 (2, T · ``taken``), weights, then rows of tokens as int32; ``taken``: most experts of a token, the
-    shared one among them. ``window``: the host's end as kernels reach it, if they do."""
+    """The memory that the hot experts of all layers share: scratch, and the routes of tokens to experts, on
+    both sides: float32 (2, T · ``taken``), weights, then rows of tokens as int32. ``taken``: the most experts
+    of a token, the shared one included. ``window``: the host's buffer as a tensor that kernels can access, if
+    possible."""
 
     host: Tensor
     window: Tensor | None
@@ -228,7 +229,7 @@ class Dispatch:
         )
 
     def steps_of_one(self, experts: HotExperts, inputs: Inputs, out: Tensor) -> Steps:
-        """The same for one token, whatever it takes: :meth:`stage_one` says."""
+        """The same for one token, whatever experts it takes: :meth:`stage_one` sets them."""
         routes = Routes(self._there.weights[: self.taken], self._there.tokens[: self.taken])
         return (
             ("copy in", partial(self._copy_in, self.taken) if self.window is None else self._read),
@@ -236,7 +237,7 @@ class Dispatch:
         )
 
     def stage_one(self, experts: HotExperts, routes: Sequence[Route]) -> None:
-        """Say what the token takes for :meth:`steps_of_one`."""
+        """Set the experts that the token takes in :meth:`steps_of_one`."""
         assert experts.stack is not None
         weights, places = (part[: self.taken] for part in self._here)
         weights[:], places[:], slot = 0.0, -1, 1
@@ -277,7 +278,7 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class RouterScores:
-    """What routers say, float32 (T, experts), and of the expert that every token takes, before the sigmoid,
+    """The scores of routers, float32 (T, experts), and the score of the shared expert, before the sigmoid,
     (T, 1)."""
 
     experts: Tensor
@@ -286,9 +287,9 @@ class RouterScores:
 
 @dataclass(frozen=True)
 class HotRouter:
-    """The router of a layer whose attention is here; the caller chooses by what it says. ``here`` and
-    ``host`` are the device's and the host's ends, ``windows`` the latter as kernels reach them, if they do;
-    ``chunk`` flat scratch."""
+    """The router of a layer whose attention is on the device; the caller chooses by its scores. ``here`` and
+    ``host`` are the device's and the host's buffers; ``windows`` are the host's buffers as tensors that
+    kernels can access, if possible; ``chunk`` is flat scratch."""
 
     router: Product
     shared: Product | None

@@ -1,4 +1,4 @@
-"""What can go wrong on a device of the hot side. This module imports no torch."""
+"""Faults of a device of the hot side. This module imports no torch."""
 
 from powerinfer_tools.errors import HardwareError
 
@@ -12,11 +12,11 @@ class DeviceLost(HardwareError):
 
 
 class KernelRefused(HardwareError):
-    """A fused kernel could not be compiled, loaded or launched: the plain-torch form has to do."""
+    """A fused kernel could not be compiled, loaded or launched: the plain-torch form has to be used."""
 
 
 class MemoryEnded(DeviceLost):
-    """The device ran out of memory in the middle of a run; what it holds is whole."""
+    """The device ran out of memory in the middle of a run; the data in its memory is intact."""
 
 
 def first_line(error: BaseException) -> str:

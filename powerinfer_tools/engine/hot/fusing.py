@@ -21,8 +21,8 @@ def fusing_problem() -> str | None:
 
 
 def tried(where: torch.device) -> str | None:
-    """What a small product by a fused kernel on ``where`` runs into. That a compiler, a header or a part of
-    the driver is missing shows only when a kernel is built and launched."""
+    """The problem of a small product by a fused kernel on ``where``, if any. A missing compiler, header or
+    part of the driver is noticed only when a kernel is built and launched."""
     from powerinfer_kernels import triton_launch
 
     columns, count = 32, 8

@@ -14,9 +14,9 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class HotHead:
-    """``rows`` (rows, width) is where rows of the host's stream arrive; ``logits`` (rows, vocabulary) the
-    output; ``landing`` and ``host`` are the host's ends of copies of both; ``write`` says what to launch for
-    rows of the stream."""
+    """``rows`` (rows, width) receives rows of the host's stream; ``logits`` (rows, vocabulary) is the output;
+    ``landing`` and ``host`` are the host's buffers for copies of both; ``write`` gives the launches for rows
+    of the stream."""
 
     write: Callable[[Tensor], Work]
     rows: Tensor

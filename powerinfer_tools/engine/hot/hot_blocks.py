@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class HotBlocks:
-    """Layer ``index`` of ``model``; ``rounds``: something reads the FFN's input as the integer kernels round
+    """Layer ``index`` of ``model``; ``rounds``: the FFN's input is also needed as the integer kernels round
     it."""
 
     model: Model
@@ -28,7 +28,7 @@ class HotBlocks:
     rounds: bool
 
     def mix(self, x: Tensor) -> Written:
-        """What mixes tokens joins the residual stream ``x`` (T, width)."""
+        """Add the output of the token mixer to the residual stream ``x`` (T, width)."""
         ops, model = self._writer(x), self.model
         layer = model.layers[self.index]
         blocks.mix(ops, model.spec, model.hyper, self.index, layer, HotValue("x", x), Along())
@@ -40,8 +40,8 @@ class HotBlocks:
         return self.model.layers[self.index].ffn_norm is not None
 
     def ffn_input(self, x: Tensor, shown: Tensor | None = None) -> Work:
-        """The buffers "normed", of the stream ``x`` (T, width); the exact one is ``shown`` where that is
-        given."""
+        """Work that fills the buffers "normed" from the stream ``x`` (T, width); ``shown``, if given,
+        replaces the exact one."""
         layer = self.model.layers[self.index]
         elsewhere = {} if shown is None else {"normed": shown}
         ops = HotOperations(self.placed, self.named, len(x), elsewhere)
@@ -61,7 +61,7 @@ class HotBlocks:
 
     def merge(self, x: Tensor, sums: list[Tensor]) -> Work:
         """As the host merges: cold part + hot part + bias, its norm, then to the stream ``x`` (T, width);
-        ``sums`` of one side or of both, the first of which may be overwritten."""
+        ``sums`` of one side or of both; the first may be overwritten."""
         if self.placed.fused and len(x) == 1 and (joins := self.joins) is not None:
             return partial(_join, x, sums, joins)
         ops, layer, hyper = self._writer(x), self.model.layers[self.index], self.model.hyper

@@ -1,8 +1,8 @@
 """The hot neurons of one layer on a device, and the scratch memory that all layers share.
 
-One token goes through fused Triton kernels where there are any; more tokens, and row types or devices without
-such kernels, through float32 rows, unpacked chunk by chunk, and torch's matrix products. Both have the same
-results but for the order of float32 sums.
+One token goes through fused Triton kernels, if available. More tokens, and row types or devices without such
+kernels, go through float32 rows, unpacked chunk by chunk, and torch's matrix products. Both have the same
+results, except for the order of float32 sums.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class Rows(Protocol):
         """float32 (last - first, columns); may lie in ``space`` (at least as many, columns)."""
 
     def some(self, index: Tensor, columns: int) -> Tensor | None:
-        """float32 (k, columns) of the rows ``index`` int64 (k,), of which no other is read; None where this
-        form cannot be read so."""
+        """float32 (k, columns) of the rows ``index`` int64 (k,), without reading other rows; None if this
+        form cannot be read that way."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class FusedRows:
 
 @dataclass(frozen=True)
 class PartRows:
-    """Some rows of a planar matrix, from ``first`` on; those who launch kernels on it know better ways."""
+    """Some rows of a planar matrix, from ``first`` on; code that launches kernels on it has faster ways."""
 
     whole: FusedRows
     first: int
@@ -114,9 +114,9 @@ class PartRows:
 
 @dataclass(frozen=True)
 class Inputs:
-    """float32 (T, width): the normalised input, and the same as the integer kernels round it. Where all gate
-    and up rows take one of them, the other is the same tensor. ``codes``: of a single token, what fused
-    kernels take in place of the rounded form, int32 (1, ``code_words(width)``)."""
+    """float32 (T, width): the normalised input, and its form rounded for the integer kernels. If all gate and
+    up rows take one form, both are the same tensor. ``codes``: of a single token, the input of fused kernels
+    in place of the rounded form, int32 (1, ``code_words(width)``)."""
 
     exact: Tensor
     rounded: Tensor
@@ -178,9 +178,9 @@ class Joining:
 
 @dataclass(frozen=True)
 class HotFFN:
-    """One layer's hot neurons. ``gate`` are the rows that the activation reads; an FFN of two matrices has no
-    other factor, and ``up`` is None. ``bias`` is added to their products; ``activation`` has its name, and
-    the cut of fatrelu."""
+    """One layer's hot neurons. The activation reads the products of ``gate``; an FFN of two matrices has no
+    other factor, and ``up`` is None. ``bias`` is added to the products of ``gate``; ``activation`` is the
+    name of the activation, and the cut of fatrelu."""
 
     gate: Rows
     up: Rows | None
@@ -202,9 +202,9 @@ class HotFFN:
         named: Tensor | None = None,
         joins: Joining | None = None,
     ) -> None:
-        """out (T, width) = Σ over the hot neurons of act(gate · x + bias) · (up · x) · down row; of those
-        that are not 0 in ``named`` uint8 (T, neurons), where there is one. Fused kernels can also let it join
-        ``out`` at once.
+        """out (T, width) = Σ over the hot neurons of act(gate · x + bias) · (up · x) · down row; with
+        ``named`` uint8 (T, neurons), over the neurons that are not 0 there. Fused kernels can also add the
+        sum to ``out`` at once.
 
         One token reads no row of another neuron, on the host and in the fused kernels; other ways compute
         them and leave them out.
@@ -215,7 +215,7 @@ class HotFFN:
             return
         assert joins is None
         if alone and named is not None and out.device.type == "cpu":
-            # How many are named decides sizes here: a device that works behind the host would have to wait.
+            # Sizes here depend on the number of named neurons: an asynchronous device would have to wait.
             self._gathered(inputs, scratch, out, named)
         else:
             self._chunked(inputs, scratch, out, named)
@@ -289,7 +289,7 @@ class HotFFN:
 
 
 def activate(gate: Tensor, up: Tensor | None, kind: str, cut: float) -> Tensor:
-    """act(gate) · up, or act(gate); ``cut`` is that of fatrelu. Both may be overwritten."""
+    """act(gate) · up, or act(gate); ``cut`` is the cut of fatrelu. Both inputs may be overwritten."""
     functional = torch.nn.functional
     match kind:
         case "silu":

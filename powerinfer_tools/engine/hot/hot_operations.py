@@ -1,8 +1,8 @@
 """The vocabulary of :mod:`powerinfer_tools.model.operations` as work of a device, in torch operations and
 Triton kernels.
 
-A block is written once for each size of a batch, and run as often as it is needed. Values are named buffers.
-What follows decides the form of a launch: a norm also writes its output as the integer kernels round it where
+A block is written once for each batch size, and run as often as needed. Values are named buffers. The form of
+a launch depends on the operations after it: a norm also writes its output rounded for the integer kernels if
 a matrix reads that; see also :func:`~powerinfer_tools.engine.hot.launches.fewer`.
 """
 
@@ -41,8 +41,8 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class HotValue:
-    """float32 (T, width) in a buffer of the device, by the ``name`` of that buffer; ``made``: the norm that
-    it comes from, or attention, where nothing has changed it since."""
+    """float32 (T, width) in a buffer of the device, by the ``name`` of that buffer; ``made``: the norm, or
+    the attention, that produced it, if nothing has changed it since."""
 
     name: str
     floats: Tensor
@@ -51,8 +51,9 @@ class HotValue:
 
 @dataclass(frozen=True)
 class Written:
-    """What a block launches: all of it in ``before``, where that is the same work for every position; else
-    up to ``attend``, which the host tells where the first token stands, and ``after`` it."""
+    """The launches of a block: all of them in ``before``, if they are the same for every position. Otherwise
+    ``before`` ends at ``attend``, which the host gives the position of the first token, and ``after`` has the
+    launches after it."""
 
     before: Work
     attend: Callable[[int], None] | None
@@ -65,8 +66,8 @@ class HotOperations(
     WithoutRecurrence[HotValue, Weight],
     WithoutStreams[HotValue],
 ):
-    """Writes work for batches of ``tokens`` over what is ``placed``, with values in ``named`` buffers but for
-    those that are ``elsewhere``."""
+    """Writes work for batches of ``tokens`` over the ``placed`` weights and caches. Values are in ``named``
+    buffers, except the values in ``elsewhere``."""
 
     place = "the hot side"
 
@@ -79,7 +80,7 @@ class HotOperations(
         self._rounded: set[HotValue] = set()
 
     def written(self) -> Written:
-        """All that was written."""
+        """All launches that were written."""
         launches = fewer(self._launches)
         places = [i for i, launch in enumerate(launches) if isinstance(launch, HostAttended)]
         if not places:
@@ -90,7 +91,7 @@ class HotOperations(
         return Written(Launches(launches[:at]), attend.at, Launches(launches[at + 1 :]))
 
     def round(self, x: HotValue, reader: Product | None = None) -> Inputs:
-        """x in all forms, for ``reader`` or what reads it outside of the vocabulary."""
+        """x in all forms, for ``reader``, or for readers outside the vocabulary."""
         named = self._named.inputs(x.name, x.floats.shape[1], rounded=True).first(self._tokens)
         inputs = Inputs(x.floats, named.rounded, named.codes)
         if x not in self._rounded:
@@ -104,7 +105,7 @@ class HotOperations(
         return inputs
 
     def norm(self, name: str, x: HotValue, norm: Norm, eps: float) -> HotValue:
-        """In place where the name is that of ``x``."""
+        """In place if ``name`` is the name of ``x``."""
         out = self._buffer(name, x.floats.shape[1])
         made = Normed(self._placed.norm(norm, eps), x.floats, out)
         self._launches.append(made)
@@ -136,7 +137,7 @@ class HotOperations(
     def attend(
         self, query: HotValue, key: HotValue | None, value: HotValue | None, how: Attention
     ) -> HotValue:
-        """Over the cache of the layer. Fused kernels read on the device where a single token stands."""
+        """Over the cache of the layer. Fused kernels read the position of a single token on the device."""
         assert key is not None
         assert value is not None, "layers without keys stay on the CPU"
         p = self._placed

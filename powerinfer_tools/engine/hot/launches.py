@@ -1,5 +1,5 @@
-"""What a block launches on a device, in an order that says what depends on what; and fewer launches for the
-same work, where fused kernels do several things at once for a single token."""
+"""The launches of a block on a device, in the order of their dependencies; and fewer launches for the same
+work, where fused kernels do several things at once for a single token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ MOST_PRODUCTS = 3
 
 @dataclass(eq=False)
 class Normed:
-    """out = norm(x), also in the ``rounded`` forms, where something takes them."""
+    """out = norm(x), also in the ``rounded`` forms, if they are read."""
 
     norm: HotNorm
     x: Tensor
@@ -53,7 +53,7 @@ class Multiplied:
 
     @property
     def taken(self) -> Tensor:
-        """What a fused kernel takes of the inputs."""
+        """The input that a fused kernel takes."""
         return self.inputs.taken_by(self.product.rows.row_type)
 
     def __call__(self) -> None:
@@ -123,7 +123,7 @@ class Rotation:
     fused: bool
 
     def with_keys(self, other: object) -> "Rotation | None":
-        """Both at once, where ``other`` turns by the same angles."""
+        """Both at once, if ``other`` rotates by the same angles."""
         if not isinstance(other, Rotation) or len(self.parts) > 1:
             return None
         if (other.rotary, other.first, other.head_dim) != (self.rotary, self.first, self.head_dim):
@@ -148,9 +148,9 @@ class Rotation:
 
 @dataclass(eq=False)
 class Attended:
-    """Attention of one token by fused kernels, which read on the device where it stands, and keep its key and
-    value; also in the ``rounded`` forms, where something takes them. ``rotation``: of queries and keys before
-    it."""
+    """Attention of one token by fused kernels, which read its position on the device, and store its key and
+    value. The output is also in the ``rounded`` forms, if they are read. ``rotation``: the rotation of
+    queries and keys before it."""
 
     query: Tensor
     key: Tensor
@@ -164,7 +164,7 @@ class Attended:
     rotation: Rotation | None = None
 
     def after(self, rotation: Rotation) -> "Attended | None":
-        """Both at once, where that is what it rotates."""
+        """Both at once, if ``rotation`` rotates this attention's queries and keys."""
         turned = [x for x, _ in rotation.parts]
         same = len(turned) == 2 and turned[0] is self.query and turned[1] is self.key
         return replace(self, rotation=rotation) if same and rotation.fused and self.rotation is None else None
@@ -188,14 +188,14 @@ class Attended:
 
 @dataclass(frozen=True, eq=False)
 class HostAttended:
-    """Attention of queries whose first stands where the host says."""
+    """Attention of queries whose first position is given by the host."""
 
     looks: Callable[[int, Tensor, Tensor], None]
     scores: Tensor
     out: Tensor
 
     def at(self, position: int) -> None:
-        """The first query stands at ``position``."""
+        """Set the ``position`` of the first query."""
         self.looks(position, self.scores, self.out)
 
     def __call__(self) -> None:
@@ -204,7 +204,7 @@ class HostAttended:
 
 
 def fewer(launches: Sequence[Work]) -> list[Work]:
-    """The same work: what one launch can do that follows another is done by that."""
+    """The same work with fewer launches: a launch is merged into the one before it where possible."""
     out: list[Work] = []
     for launch in launches:
         both = _both(out[-1], launch) if out else None

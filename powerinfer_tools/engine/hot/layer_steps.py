@@ -1,5 +1,5 @@
-"""The steps of layers whose attention is on the device, for batches of any size, and what passes between both
-sides: by copies, or for a single token by kernels that reach the host's memory themselves."""
+"""The steps of layers whose attention is on the device, for batches of any size, and the exchange between
+both sides: by copies, or for a single token by kernels that access the host's memory themselves."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Landing:
-    """What passes between both sides, float32 (T, width): the residual stream, the FFN's input, the cold
-    side's sum; and ``positions`` int64 (T,). In memory of the host, or the same seen from the device."""
+    """The buffers that both sides exchange, float32 (T, width): the residual stream, the FFN's input, the
+    cold side's sum; and ``positions`` int64 (T,). They are in the host's memory, or are views of it from the
+    device."""
 
     stream: Tensor
     normed: Tensor
@@ -67,7 +68,7 @@ class HotLayer:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing comes from the host before the next layer."""
+        """Whether the host sends nothing before the next layer."""
         return self.ffn is not None and not self.cold and self.router is None
 
 
@@ -94,11 +95,11 @@ class LayerParts:
 
     @property
     def merges(self) -> list[Steps]:
-        """All that there are."""
+        """All merges."""
         return [steps for steps in (self.merge_both, self.merge_hot, self.merge_cold) if steps]
 
     def attention(self, position: int) -> Steps:
-        """Of tokens whose first stands at ``position``."""
+        """The attention of tokens, the first of which is at ``position``."""
         if self.attend is None:
             return self.before
         return (*self.before, ("attention", partial(self.attend, position)), *self.after)
@@ -147,22 +148,22 @@ class LayerSteps:
         )
 
     def experts(self, experts: HotExperts, routes: Sequence[Route], tokens: int) -> Steps:
-        """The hot ones that tokens take."""
+        """The steps of the hot experts that tokens take."""
         m = self._memory
         assert m.dispatch is not None
         return m.dispatch.steps(experts, routes, m.normed.first(tokens), m.hot[:tokens])
 
     def experts_of_one(self, layer: HotLayer) -> Steps:
-        """What is the same for the hot experts of every single token; nothing where it is not."""
+        """The steps of hot experts that are the same for every single token; none if they differ."""
         m, experts = self._memory, layer.ffn
         if not isinstance(experts, HotExperts) or experts.stack is None or m.dispatch is None:
             return ()
         return m.dispatch.steps_of_one(experts, m.normed.first(1), m.hot[:1])
 
     def _input(self, layer: HotLayer, tokens: int, normed: Inputs) -> Steps:
-        """The FFN's input, and what is made of it before any neuron or expert can be computed."""
+        """The FFN's input, and the steps on it before any neuron or expert can be computed."""
         m, windows = self._memory, self._windows(tokens)
-        # The norm's own kernel tells the host where nothing here reads what it writes.
+        # The norm's kernel writes to the host directly if nothing on the device reads its exact output.
         tells = layer.cold and windows is not None and m.only_rounded and layer.blocks.norms_input
         shown = windows.normed[:tokens] if tells and windows is not None else None
         steps: Steps = (("hot", layer.blocks.ffn_input(m.x[:tokens], shown)),)
@@ -177,7 +178,7 @@ class LayerSteps:
         return (*steps, *self.leave(tokens)) if layer.cold and layer.shows_stream else steps
 
     def _hot(self, layer: HotLayer, tokens: int, normed: Inputs) -> Steps:
-        """The hot neurons; which experts there are to compute is not known yet."""
+        """The hot neurons; the experts to compute are not known yet."""
         if not isinstance(layer.ffn, HotFFN | WholeFFN):
             return ()
         m, named = self._memory, None
@@ -198,7 +199,7 @@ class LayerSteps:
         return layer.blocks.joins if whole and tokens == 1 else None
 
     def _merge(self, layer: HotLayer, tokens: int, *, hot: bool, cold: bool) -> Steps:
-        """The sums of the sides that computed something join the stream; nothing where that cannot be."""
+        """Add the sums of the sides that computed something to the stream; no steps if that cannot happen."""
         experts = layer.ffn if isinstance(layer.ffn, HotExperts) else None
         possible = (
             (hot and cold == layer.cold)
@@ -218,7 +219,7 @@ class LayerSteps:
         return (*back, ("merge", layer.blocks.merge(m.x[:tokens], sums)))
 
     def _crossing(self, tokens: int, end: str, here: Tensor, *, out: bool) -> Work:
-        """``here`` to the host's ``end`` of that name, or from there."""
+        """Copy ``here`` to the host's buffer named ``end`` (``out``), or from that buffer."""
         windows = self._windows(tokens)
         there_end: Tensor = getattr(windows or self._memory.host, end)[:tokens]
         source, target = (here[:tokens], there_end) if out else (there_end, here[:tokens])

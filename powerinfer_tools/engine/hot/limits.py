@@ -1,4 +1,4 @@
-"""What the blocks in torch do not compute: it stays on the CPU."""
+"""The limits of the blocks in torch: work that they do not support stays on the CPU."""
 
 from powerinfer_tools.model.loading import Model
 

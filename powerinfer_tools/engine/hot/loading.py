@@ -1,5 +1,5 @@
-"""Putting what is placed on a device there: one block of memory, given out piece by piece, and in it each
-matrix in the form that the device reads quickest."""
+"""Loading the placed weights onto a device: one block of memory, given out piece by piece, with each matrix
+in the form that the device reads quickest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,7 +69,8 @@ class Form:
     not_fused: set[str] = field(default_factory=set)
 
     def window(self, device: Device, host: Tensor) -> Tensor | None:
-        """The host's end of an exchange as kernels reach it: where there are fused ones, and they do."""
+        """The host's buffer of an exchange as a tensor that kernels can access; None without fused kernels,
+        or if they cannot access it."""
         return device.window(host) if self.fused and not self.memory.counting and host.numel() else None
 
     def ffn(self, layer: SplitLayer, count: int, activation: Activation) -> HotFFN:

@@ -1,11 +1,11 @@
-"""What is left of a device that was lost. This module imports nothing.
+"""The remains of a lost device. This module imports nothing.
 
-The driver refuses every call after it, also those of destructors (graphs, events, memory), and an exception
-in a destructor aborts the process. So what holds such objects is kept until the process ends, and a process
-that lost a device ends without destructors.
+After the loss the driver refuses every call, also calls from destructors (graphs, events, memory), and an
+exception in a destructor aborts the process. So the owners of such objects are kept until the process ends,
+and a process that lost a device ends without destructors.
 """
 
-#: What must not be destroyed.
+#: Objects that must not be destroyed.
 _kept: list[object] = []
 _lost = False
 

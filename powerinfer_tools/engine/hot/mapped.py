@@ -9,7 +9,8 @@ _TYPES = {torch.float32: "<f4", torch.int64: "<i8", torch.int32: "<i4", torch.ui
 
 
 class _Memory:
-    """What torch asks of an array in memory that the GPU reaches; keeps ``host`` alive."""
+    """The interface that torch expects of an array in memory that the GPU can access; keeps ``host``
+    alive."""
 
     def __init__(self, host: torch.Tensor) -> None:
         self.host = host
@@ -30,11 +31,11 @@ def mapped(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def through(source: torch.Tensor, target: torch.Tensor) -> None:
-    """target = source, by a kernel: torch's own copy would be a node of another kind, for memory of one side,
-    and one of both is the host's. A product with one changes no bit."""
+    """target = source, by a kernel: torch's own copy would be a graph node for memory of one side only, but
+    one of the two tensors is in the host's memory. A product with 1 changes no bit."""
     torch.mul(source, 1, out=target)
 
 
 def copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """target = source, one of which is the host's: not waited for."""
+    """target = source, without waiting; one of the two is in the host's memory."""
     target.copy_(source, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Marks in a CUDA stream: what was queued before one is done once it has been reached.
+"""Marks in a CUDA stream: once a mark has been reached, all work queued before it is done.
 
-Each piece of work has its ticket. Where times are asked for, an event with a time stands before its first
-step and after each. Where they are not, only work that somebody waits for has an event, and one wait is
-enough for all that was queued before it.
+Each piece of work has its ticket. If times are requested, an event with a time is recorded before its first
+step and after each step. Otherwise only work that somebody waits for has an event, and one wait is enough for
+all work that was queued before it.
 """
 
 import time
@@ -30,7 +30,7 @@ class Marks:
         self._queued = self._reached = 0
 
     def after(self, *, awaited: bool) -> "Passed":
-        """The ticket of what was queued last; with an event of its own if somebody waits for it."""
+        """The ticket of the work that was queued last; with an event of its own if somebody waits for it."""
         self._queued += 1
         return Passed(self, self._queued, self._recorded() if awaited else None)
 

@@ -1,4 +1,4 @@
-"""Opening the hot side: which device, what of the plan fits on it, and what must be said."""
+"""Opening the hot side: the device, the part of the plan that fits on it, and notices for the user."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +20,7 @@ from powerinfer_tools.model.loading import Model
 from powerinfer_tools.progress import Progress
 
 _MIB = 1 << 20
-#: Times that units are fitted into a budget, by what the time before took.
+#: Number of attempts to fit units into a budget, each corrected by the memory that the previous one took.
 _FITS = 5
 
 
@@ -145,7 +145,8 @@ def _prepared(
 
 
 def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotUnits:
-    """What the split file's plan places on the hot device, predictors in ``predicted`` layers alone."""
+    """The units that the split file's plan places on the hot device, with predictors only in ``predicted``
+    layers."""
     devices = model.devices
     here = attention_limit(model) is None
     attention = tuple(device == "gpu" and here for device in devices.attention)
@@ -162,7 +163,7 @@ def planned_units(model: Model, predicted: frozenset[int] = frozenset()) -> HotU
 
 
 def _limits(model: Model) -> list[str]:
-    """What of the plan torch does not compute, in words."""
+    """The parts of the plan that torch does not compute, in words."""
     limit = attention_limit(model)
     if limit is None or "gpu" not in model.devices.attention:
         return []
@@ -170,8 +171,8 @@ def _limits(model: Model) -> list[str]:
 
 
 def _left_out(planned: HotUnits, units: HotUnits, limit: int | None, *, has_budget: bool) -> list[str]:
-    """What of the plan does not fit, in words; of neurons (or experts) that give way to a budget that was
-    ``has_budget`` for nothing needs to be said."""
+    """The parts of the plan that do not fit, in words. Nothing is said about neurons (or experts) that give
+    way to a requested budget (``has_budget``)."""
     only_ffns = (units.attention, units.head) == (planned.attention, planned.head)
     if units == planned or limit is None or (has_budget and only_ffns):
         return []

@@ -1,5 +1,5 @@
-"""What the blocks of a model have on a device: weights and KV caches, each put there when a block first asks
-for it, and buffers by name."""
+"""The data of a model's blocks on a device: weights and KV caches, each loaded when a block first requests
+it, and buffers by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class Rotary:
 
 
 class Named:
-    """Buffers float32 (rows, width) by name and width, taken from ``memory`` when they are first named;
-    ``fused``: what is rounded of a single token is kept as fused kernels take it, too."""
+    """Buffers float32 (rows, width) by name and width, taken from ``memory`` when they are first named.
+    ``fused``: rounded values of a single token are also kept in the form for fused kernels."""
 
     def __init__(self, memory: Arena, rows: int, *, fused: bool) -> None:
         self._memory, self.rows, self._fused = memory, rows, fused
@@ -79,7 +79,7 @@ class Placed:
             self.positions.copy_(torch.zeros(work.tokens, dtype=torch.int64))
 
     def product(self, weight: Weight, bias: Vector | None) -> Product:
-        """A matrix, and what is added to its products."""
+        """A matrix, and the bias that is added to its products."""
         return self._once(("product", id(weight), id(bias)), lambda: self._form.product(weight, bias))
 
     def vector(self, values: Vector) -> Tensor:
@@ -128,7 +128,7 @@ class Placed:
         )
 
     def caches(self) -> list[Tensor]:
-        """What all caches hold, (kv_heads, context, …) each, in the order of the layers."""
+        """The contents of all caches, (kv_heads, context, …) each, in the order of the layers."""
         held = sorted((key[1], made) for key, (made,) in self._held.items() if key[0] == "cache")
         parts = (part for _, cache in held for part in (cache.keys, cache.values))
         return [tensor for part in parts for tensor in (part.data, part.scales) if tensor is not None]
@@ -144,7 +144,8 @@ class Placed:
         return self._once(("attending", how.layer), make)
 
     def scores(self, how: Attention) -> Tensor:
-        """Flat space for scores, or for what fused kernels keep of one token in place of them."""
+        """Flat space for scores, or for the partial results of fused kernels, which replace the scores of one
+        token."""
 
         def make() -> Tensor:
             queries = min(device_memory.QUERIES_AT_ONCE, self._work.tokens)
@@ -158,8 +159,9 @@ class Placed:
         return self._once(("scores", how.heads, how.value_dim), make)
 
     def room_for_scores(self, scores: Tensor, tokens: int) -> tuple[Tensor, int]:
-        """Space for the scores of a batch, and most queries that it is used for at a time: where there are
-        fused kernels, that of unpacked rows if it is larger, which nothing else uses meanwhile."""
+        """Space for the scores of a batch, and the largest number of queries that it is used for at a time.
+        With fused kernels, the space of unpacked rows is used if it is larger, as nothing else uses it
+        meanwhile."""
         if self.fused and len(self.chunk) > len(scores):
             return self.chunk, tokens
         return scores, device_memory.QUERIES_AT_ONCE

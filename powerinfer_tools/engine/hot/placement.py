@@ -1,4 +1,4 @@
-"""What of a model is on the hot device: what the plan says, or less where memory is short."""
+"""The part of a model on the hot device: as in the plan, or less if memory is short."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +14,17 @@ from powerinfer_tools.model.footprint import footprint_of
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters, Rope
 from powerinfer_tools.model.loading import Model
 
-#: The experts of a layer, or the one that its FFN is.
+#: The experts of a layer, or its dense FFN, which counts as one expert.
 Experts = ExpertsFFN | DenseFFN
-#: Each piece starts on such a boundary of the device's memory.
+#: Each piece starts at a multiple of so many bytes in the device's memory.
 ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What memory is for: batches of up to ``tokens``, ``context`` positions in a cache of ``kv_type``;
-    ``predicted`` layers are computed in this mode; with ``check_recall`` it is counted what their predictors
-    find."""
+    """The work that memory is needed for: batches of up to ``tokens``, ``context`` positions in a cache of
+    ``kv_type``; ``predicted`` layers are computed in this mode; with ``check_recall`` the hits of their
+    predictors are counted."""
 
     tokens: int
     context: int
@@ -35,7 +35,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class HotCounts:
-    """Of one layer: how many of its hottest experts are hot, and whether the shared one is."""
+    """The number of hot experts of one layer (its hottest ones), and whether its shared expert is hot."""
 
     experts: int
     shared: bool
@@ -60,7 +60,7 @@ class HotUnits:
 
     @classmethod
     def only(cls, hot: Sequence[int], *, routed: bool) -> Self:
-        """So many neurons, or experts where ``routed``, of each layer, and nothing else."""
+        """The first ``hot`` neurons (with ``routed``: experts) of each layer, and nothing else."""
         none = (False,) * len(hot)
         return cls(tuple(hot), none, none, False, (not routed,) * len(hot), none)
 
@@ -76,8 +76,8 @@ class HotUnits:
         return tuple(HotCounts(0 if neurons else hot, shared) for hot, shared, neurons in units)
 
     def names(self, layer: int) -> bool:
-        """Whether the predictor of ``layer`` is there. It speaks for hot neurons first: without any, the host
-        predicts for itself."""
+        """Whether the predictor of ``layer`` is on the device. Its purpose is to predict hot neurons: if
+        there are none, the host predicts for itself."""
         return self.predictors[layer] and self.hot[layer] > 0
 
     @property
@@ -182,7 +182,7 @@ def units_size(model: Model, units: HotUnits, work: Workload) -> HotSize:
 
 
 def widths_of(hyper: Hyperparameters) -> Widths:
-    """What scratch memory depends on."""
+    """The sizes that scratch memory depends on."""
     return Widths(hyper.width, hyper.query_width, hyper.kv_width, hyper.heads, hyper.vocabulary)
 
 
@@ -197,13 +197,14 @@ def attention_bytes(model: Model, index: int) -> int:
 
 
 def fit(model: Model, planned: HotUnits, limit: int | None, work: Workload) -> HotUnits:
-    """What of ``planned`` fits in ``limit`` bytes (None: all of it).
+    """The part of ``planned`` that fits in ``limit`` bytes (None: all of it).
 
-    Neurons, or experts, give way first: groups of neurons, or single experts, are taken off the layer with
-    the largest hot share, again and again, so that all layers keep similar shares; within a layer the coldest
-    go first, since they are sorted. Then shared experts do, from the last layer on, which every token takes.
-    Where the rest does not fit without any, the head goes, then attention blocks from the last layer on,
-    until it does; what room is left then is for neurons (or experts) again.
+    Neurons, or experts, give way first: groups of neurons, or single experts, are repeatedly removed from the
+    layer with the largest hot share, so that all layers keep similar shares. Within a layer the coldest are
+    removed first, since they are sorted. Then the shared experts, which every token takes, are removed, from
+    the last layer on. If the rest does not fit even without experts and neurons, the head is removed, then
+    attention blocks from the last layer on, until it fits; the remaining room is then used for neurons (or
+    experts) again.
     """
     if limit is None:
         return planned

@@ -1,7 +1,8 @@
-"""Predictors on a device: which neurons of a layer to compute, for both sides.
+"""Predictors on a device: they name the neurons of a layer to compute, for both sides.
 
-The side that runs a predictor decides for both. Inputs are rounded as the integer kernels round them, so a
-neuron is named here and not there only where its score is within the error of float32 sums of its threshold.
+The side that runs a predictor decides for both. Inputs are rounded as by the integer kernels. So the device
+and the host can name different neurons only if a score differs from its threshold by no more than the error
+of float32 sums.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ SIGN_LARGEST, SIGN_RANGE = 15.0, 3.0
 
 
 class Scorer(Protocol):
-    """Says of each neuron a score."""
+    """Gives each neuron a score."""
 
     @property
     def residual(self) -> bool:
@@ -37,7 +38,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class HotLowRank:
-    """outward · a(inward · x); ``relu``: a sets what is negative to 0. ``low`` (TOKENS_AT_ONCE, rank) is the
+    """outward · a(inward · x); ``relu``: a sets negative values to 0. ``low`` (TOKENS_AT_ONCE, rank) is the
     input's short form, exact and rounded; ``chunk`` flat scratch."""
 
     inward: Product
@@ -85,7 +86,7 @@ class HotSigns:
 class HotPredictor:
     """One layer's predictor. ``scores`` (TOKENS_AT_ONCE, neurons) and ``stream`` (TOKENS_AT_ONCE, width), the
     residual stream exact and rounded, are scratch; ``counts`` int64 (3,): hot neurons not named,
-    and with ``checks`` those that were active, and those of them that were named."""
+    and with ``checks`` active hot neurons, and active hot neurons that were named."""
 
     scorer: Scorer
     threshold: Tensor
@@ -124,15 +125,16 @@ class HotPredictor:
 
 @dataclass(frozen=True)
 class Naming:
-    """Where it is kept which neurons are named, one layer at a time: flat uint8, on the device and (of the
-    cold ones) on the host; ``window``: the latter as kernels reach it, if they do."""
+    """The buffers for the named neurons, one layer at a time: flat uint8, on the device and (for cold
+    neurons) on the host. ``window``: the host's buffer as a tensor that kernels can access, if possible."""
 
     device: Tensor
     host: Tensor
     window: Tensor | None = None
 
     def steps(self, predictor: HotPredictor, inputs: Inputs, x: Tensor, *, cold: bool) -> Steps:
-        """Name the neurons for ``inputs`` (T, width); tell the host of those that are ``cold``."""
+        """Name the neurons for ``inputs`` (T, width); with ``cold``, send the named cold neurons to the
+        host."""
         named = self._whole(predictor, len(x))
         name = ("predictor", partial(predictor.name, inputs, x, named))
         if not cold:

@@ -52,7 +52,7 @@ class PredictorParts:
         self._memory = form.memory
 
     def predictor(self, layer: SplitLayer, hot: int) -> HotPredictor:
-        """The predictor of ``layer``, ``hot`` of whose neurons are here."""
+        """The predictor of ``layer``, which has ``hot`` neurons on the device."""
         predictor = layer.predictor
         assert predictor is not None
         counts = self._memory.typed(torch.int64, 3)

@@ -1,4 +1,4 @@
-"""Matrices on a device that inputs are multiplied with: those of attention, predictors and the head."""
+"""Products with matrices on a device: the matrices of attention, predictors and the head."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix (count, columns), times ``scale``, and what is added to its products (count,), if anything."""
+    """A matrix (count, columns), times ``scale``, and the bias of its products (count,), if any."""
 
     rows: Rows
     count: int

@@ -1,9 +1,9 @@
-"""What a router chose, as both sides say it. This module imports no torch."""
+"""A router's choice in the form that both sides use. This module imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: The number that the expert has which every token takes.
+#: The number of the shared expert, which every token takes.
 SHARED = -1
 
 

@@ -1,10 +1,10 @@
 """Layers whose attention is on the device: the residual stream stays there as long as such layers follow.
 
-Of a layer with cold neurons, the FFN's normalised input goes to the host, and the cold side's sum comes back.
-Everything is queued in order, so the host waits for that input alone, and for the stream when it leaves. Of a
-layer with experts, the host waits for what the router says, too, and queues the hot experts that tokens take;
-where they take no others, nothing comes back. What a single token takes is queued ahead, up to the host's
-next turn: see :mod:`powerinfer_tools.engine.hot.stretches`.
+In a layer with cold neurons, the FFN's normalised input goes to the host, and the cold side's sum comes back.
+Everything is queued in order, so the host waits only for that input, and for the stream when it leaves. In a
+layer with experts, the host also waits for the router's scores, and queues the hot experts that tokens take;
+if they take no other experts, nothing comes back. The work of a single token is queued ahead, up to the
+host's next turn: see :mod:`powerinfer_tools.engine.hot.stretches`.
 """
 
 from collections.abc import Sequence
@@ -47,13 +47,13 @@ class HotStream:
 
     @property
     def caches(self) -> list[Tensor]:
-        """What the KV caches of all layers hold, (kv_heads, context, …) each."""
+        """The contents of the KV caches of all layers, (kv_heads, context, …) each."""
         placed = next(layer.blocks.placed for layer in self.layers if layer is not None)
         return placed.caches()
 
     @property
     def to_the_end(self) -> bool:
-        """Whether it is still here after the last layer."""
+        """Whether the stream is still on the device after the last layer."""
         last = self.layers[-1]
         return last is not None and last.ffn is not None
 
@@ -91,7 +91,7 @@ class HotStream:
         return normed, stream
 
     def prepare(self, tokens: int) -> None:
-        """Take now what batches of ``tokens`` take."""
+        """Allocate now the memory that batches of ``tokens`` need."""
         for layer in self.layers:
             if layer is not None:
                 parts = self._steps.parts(layer, tokens)
@@ -102,7 +102,7 @@ class HotStream:
                     self._device.prepare(steps)
 
     def router(self, index: int) -> HotRouter:
-        """What speaks of the experts of layer ``index``."""
+        """The router of layer ``index``."""
         router = self._layer(index).router
         assert router is not None
         return router

@@ -1,8 +1,9 @@
-"""What a single token takes on the device, in as few pieces as the host's turns leave.
+"""The device's work for a single token, in as few pieces as the host's turns allow.
 
-The host has a turn where it computes cold neurons, or chooses experts, of a layer. What comes after a turn is
-the same for every token: the merge of that layer, all layers after it that have nothing cold, and the next
-layer's attention up to what the host reads in its turn, or the head. Each such stretch is one CUDA graph.
+The host has a turn where it computes cold neurons, or chooses experts, of a layer. The work after a turn is
+the same for every token: the merge of that layer, all following layers without a cold part, and the next
+layer's attention up to the data that the host reads in its turn, or the head. Each such stretch is one CUDA
+graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ class Queued:
 
 @dataclass(frozen=True)
 class Item:
-    """A step of a layer; or ``attend``, which the host tells where the token stands."""
+    """A step of a layer; or ``attend``, to which the host gives the token's position."""
 
     layer: int | None
     name: str
@@ -98,15 +99,15 @@ class TokenPlan:
                 self._after_turn(index, layer, parts)
 
     def _stays(self, index: int) -> bool:
-        """Whether the stream is here when layer ``index`` begins: the caller takes it back where it computes
-        what follows, or an FFN that reads the same stream as attention."""
+        """Whether the stream is on the device when layer ``index`` begins. The caller takes it back if it
+        computes the next layer, or an FFN that reads the same stream as attention."""
         before, layer = self._layers[index - 1] if index else None, self._layers[index]
         if before is None or before.ffn is None or layer is None:
             return False
         return not (self._parallel and layer.ffn is None)
 
     def _begin(self, index: int, before: list[Item]) -> list[Stretch]:
-        """``before`` and layer ``index``, up to the host's turn, and what goes on in that."""
+        """``before`` and layer ``index``, up to the host's turn, and the device's work during that turn."""
         layer, parts = self._layers[index], self._parts[index]
         assert layer is not None
         assert parts is not None
@@ -120,7 +121,7 @@ class TokenPlan:
         return self._stretches([*before, *first], rest)
 
     def _next(self, index: int, before: list[Item]) -> list[Stretch]:
-        """``before``, which ends layer ``index``, and what follows it."""
+        """``before``, which ends layer ``index``, and the work after it."""
         if index + 1 < len(self._layers) and self._stays(index + 1):
             return self._begin(index + 1, before)
         if index + 1 < len(self._layers) or self._head is None:
@@ -130,7 +131,7 @@ class TokenPlan:
     def _after_turn(self, index: int, layer: HotLayer, parts: LayerParts) -> None:
         chosen = _items(index, self._steps.experts_of_one(layer))
         if chosen and not layer.cold:
-            # No expert is the host's, so a token takes some of these, and nothing else comes.
+            # The host has no experts, so a token takes some of these, and the host sends nothing else.
             self.experts[index] = self._next(index, [*chosen, *_items(index, parts.merge_hot)])
             return
         if chosen:
@@ -141,7 +142,7 @@ class TokenPlan:
                 self.closing[index, hot, cold] = self._next(index, merge)
 
     def _stretches(self, awaited: list[Item], rest: Sequence[Item] = ()) -> list[Stretch]:
-        """What the host is to wait for, and what goes on meanwhile."""
+        """The work that the host waits for, and the work that continues meanwhile."""
         made = [Stretch(self._device, awaited, awaited=True)] if awaited else []
         return [*made, Stretch(self._device, rest, awaited=False)] if rest else made
 

@@ -1,4 +1,4 @@
-"""Work of a device, and in which pieces it can be done again."""
+"""Work of a device, and the pieces in which it can be repeated."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ Work = Callable[[], None]
 
 @dataclass(frozen=True)
 class Launches:
-    """Work in pieces. One that found no memory has done nothing, and can be done again; all of them cannot,
-    since some add to what is there."""
+    """Work in pieces. A piece that found no memory has done nothing, and can be repeated. The whole work
+    cannot be repeated, since some pieces add to existing values."""
 
     pieces: Sequence[Work]
 
@@ -20,5 +20,5 @@ class Launches:
 
 
 def pieces_of(work: Work) -> Sequence[Work]:
-    """What can be done again by itself."""
+    """The pieces that can be repeated individually."""
     return work.pieces if isinstance(work, Launches) else (work,)

@@ -1,1 +1,1 @@
-"""What a model is, as data: architectures, hyper-parameters, tensors, shapes, and reading them from files."""
+"""Models as data: architectures, hyper-parameters, tensors, shapes, and reading them from files."""

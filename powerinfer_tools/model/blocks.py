@@ -1,8 +1,8 @@
 """The blocks of a model: the forward pass, written once in the vocabulary of
 :mod:`powerinfer_tools.model.operations`.
 
-Everything comes from the architecture row, the hyper-parameters and the weights; nothing here knows what
-computes. A block returns what it adds to the residual stream.
+Everything comes from the architecture row, the hyper-parameters and the weights; nothing here depends on the
+device that computes. A block returns its addend to the residual stream.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ W = TypeVar("W")
 
 @dataclass(frozen=True)
 class FFN(Generic[W]):
-    """The matrices of an FFN: the rows that the activation reads (``first``), those that its result is
-    multiplied with (None without a gate), and down (width, neurons), which may read what is normalised
-    again. With ``deviations``, only gates so many standard deviations above the mean count."""
+    """The matrices of an FFN: the rows whose products the activation reads (``first``), the rows whose
+    products multiply its result (None without a gate), and down (width, neurons), whose input may be
+    normalised again. With ``deviations``, only gates so many standard deviations above the mean count."""
 
     first: W
     factor: W | None
@@ -59,7 +59,7 @@ def embedding(ops: Operations[V, Weight], model: Model) -> V:
 
 
 def along(ops: Operations[V, Weight], model: Model, x: V) -> Along[V]:
-    """What runs beside the residual stream, which begins as ``x``."""
+    """The values that run beside the residual stream, which begins as ``x``."""
     made, eps = Along[V](), model.hyper.norm_eps
     if model.inputs is not None:
         made.inputs = layer_inputs(ops, model.inputs, x, eps)
@@ -71,7 +71,7 @@ def along(ops: Operations[V, Weight], model: Model, x: V) -> Along[V]:
 
 
 def merged(ops: Operations[V, Weight], model: Model, x: V, beside: Along[V]) -> V:
-    """What the head reads."""
+    """The input of the head."""
     if model.streams is None or beside.streams is None:
         return x
     return end(ops, model.streams, beside.streams)
@@ -158,8 +158,8 @@ def attention(
 
 
 def keys_and_values(ops: Operations[V, Weight], w: AttentionWeights, normed: V) -> tuple[V | None, V | None]:
-    """None in a layer that reads those of an earlier one; values are the keys where there is no matrix for
-    them."""
+    """Keys and values; None in a layer that reads the keys and values of an earlier layer. Without a matrix
+    for values, the keys are the values."""
     if w.key is None:
         return None, None
     key = ops.linear("key", normed, w.key, w.key_bias)
@@ -169,7 +169,8 @@ def keys_and_values(ops: Operations[V, Weight], w: AttentionWeights, normed: V) 
 
 
 def gated(ops: Operations[V, Weight], how: Activation, w: AttentionWeights, gate: V, attended: V) -> V:
-    """What was attended times act(gate), which has a value for each of its values or for each head."""
+    """The result of attention times act(gate), which has a value for each value of the result, or for each
+    head."""
     assert w.gate is not None
     if w.gate.rows == w.output.columns:
         return ops.activate(gate, attended, how)
@@ -185,8 +186,8 @@ def mix(
     x: V,
     along: Along[V],
 ) -> V:
-    """The residual stream after what mixes the tokens of ``layer``: attention, a recurrent block, both
-    beside each other, or nothing."""
+    """The residual stream after the token mixer of ``layer``: attention, a recurrent block, both in parallel,
+    or nothing."""
     eps, out, beside = hyper.norm_eps, None, None
     if w.streams is not None:
         assert along.streams is not None
@@ -226,7 +227,7 @@ def qk_normed(
 
 
 def ffn_input(ops: Operations[V, W], norm: Norm | None, eps: float, x: V, shift: Table | None = None) -> V:
-    """What the matrices of an FFN read; with ``shift``, a mixture with that of the token before."""
+    """The input of an FFN's matrices; with ``shift``, it is mixed with the input of the token before."""
     if shift is not None and norm is not None:
         normed = ops.norm("shifted", x, norm, eps)
         return ops.convolve("normed", normed, shift, None, 0, silu=False)

@@ -1,7 +1,7 @@
-"""What a profile says of a layer's units, which are its neurons or its experts.
+"""A profile's counts of a layer's units, which are its neurons or its experts.
 
-Beside experts, it may count the neurons of a layer that has one FFN as one expert, which every token takes:
-then all of them are alike.
+In a model with experts, a profile may count a layer with one FFN as one expert, which every token takes: then
+all of its neurons have the same count.
 """
 
 import numpy as np
@@ -11,8 +11,8 @@ from powerinfer_formats.profile import Profile
 
 
 def suits(profile: Profile, layer: int, units: int, *, beside_experts: bool) -> bool:
-    """Whether ``profile`` counts the ``units`` of ``layer``; ``beside_experts``: it has one FFN, and others
-    have experts."""
+    """Whether ``profile`` counts the ``units`` of ``layer``; ``beside_experts``: the layer has one FFN, and
+    other layers have experts."""
     return profile.neurons(layer) == units or (beside_experts and profile.neurons(layer) == 1)
 
 

@@ -1,4 +1,4 @@
-"""What a model takes: bytes and operations, counted by going through its blocks.
+"""The bytes and operations of a model, counted by going through its blocks.
 
 :class:`CountingOperations` implements the vocabulary of :mod:`powerinfer_tools.model.operations` and computes
 nothing: a value is a buffer's name and width. The planner, the hot side, the engine's checks of memory and
@@ -39,8 +39,8 @@ def quantised_bytes(columns: int) -> int:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """What one layer keeps of each position: keys and values of ``kv_heads`` heads; ``window``: how many
-    positions it reads at most, 0 for all."""
+    """The keys and values of ``kv_heads`` heads that one layer keeps for each position; ``window``: the most
+    positions that it reads, 0 for all."""
 
     kv_heads: int
     head_dim: int
@@ -67,12 +67,13 @@ class KeyValues:
 
 @dataclass
 class Footprint:
-    """What was counted. ``matrices`` are multiplied with; ``table_bytes`` are read row by row, as in the
-    file; ``vector_bytes`` of norms, biases and other small weights; ``caches`` of the layers that attend;
-    ``state_bytes`` that recurrent layers keep of a text; ``buffers`` of activations, float32 values of one
-    token by name, and which of them have a quantised copy, by name and width; ``pair_bytes`` of a token for
-    the experts that it takes; ``expert_bytes``: the part of the matrices of which a token reads only what a
-    router chooses, packed; ``operations`` by name; ``products``: multiplications of one token."""
+    """The counts. ``matrices`` are the matrices of products; ``table_bytes`` are read row by row, as in the
+    file; ``vector_bytes`` are norms, biases and other small weights; ``caches`` are the caches of layers with
+    attention; ``state_bytes`` is the state that recurrent layers keep of a text; ``buffers`` are activations,
+    float32 values of one token by name, with the quantised copies that exist, by name and width;
+    ``pair_bytes`` of a token for the experts that it takes; ``expert_bytes``: the packed size of the experts'
+    matrices, of which a token reads only the chosen experts; ``operations`` by name; ``products``:
+    multiplications of one token."""
 
     matrices: list[MatrixShape] = field(default_factory=list)
     table_bytes: int = 0
@@ -90,7 +91,7 @@ class Footprint:
 
     @classmethod
     def sum(cls, parts: "Iterable[Footprint]") -> "Footprint":
-        """Of blocks that are computed one after the other, and share their buffers."""
+        """The footprint of blocks that are computed one after the other, and share their buffers."""
         total = cls()
         for part in parts:
             total.matrices += part.matrices
@@ -154,7 +155,7 @@ class Counted:
 
 
 class CountingOperations:
-    """Adds to :attr:`counted`. ``aliases``: names whose buffers are those of other names."""
+    """Adds to :attr:`counted`. ``aliases``: names that share the buffers of other names."""
 
     def __init__(self, aliases: dict[str, str] | None = None) -> None:
         self.counted, self._aliases = Footprint(), aliases or {}
@@ -378,18 +379,18 @@ class CountingOperations:
         return x
 
     def tokens(self, *, with_positions: bool) -> None:
-        """What is said of each token before a pass: its id, and its row in a table of positions."""
+        """The inputs set for each token before a pass: its id, and its row in a table of positions."""
         self.made("tokens", 2 if with_positions else 1)
 
     def rows(self, name: str, x: Counted, matrix: MatrixShape) -> Counted:
-        """As :meth:`linear`, for a matrix of which only the shape is there."""
+        """As :meth:`linear`, for a matrix that is given by its shape alone."""
         self._count("linear")
         self.matrices(matrix)
         self.counted.rounded.add((self._buffer(x.name), x.width))
         return self.made(name, matrix.rows)
 
     def matrices(self, *matrices: MatrixShape) -> None:
-        """Matrices that are multiplied with."""
+        """Add matrices of products."""
         self.counted.matrices += matrices
         self.counted.products += sum(matrix.rows * matrix.columns for matrix in matrices)
 

@@ -1,8 +1,8 @@
-"""What the hot side needs of a device's memory beside weights and KV cache: the one place that says it, for
-the planner, for ``--vram``, and for what is allocated.
+"""The device memory that the hot side needs besides weights and KV cache. The planner, ``--vram`` and the
+allocation all use the numbers of this module.
 
-Weights lie as in the file, without padding; pieces begin on boundaries of 256 bytes, which :func:`overhead`
-pays for.
+Weights are stored as in the file, without padding; pieces begin on boundaries of 256 bytes, which
+:func:`overhead` pays for.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ CHUNK_ROWS = 512
 QUERIES_AT_ONCE, KEYS_AT_ONCE = 16, 512
 #: Tokens whose scores a predictor holds at a time.
 TOKENS_AT_ONCE = 32
-#: Part of a GPU's budget that is for what is not asked for by name: code and CUDA graphs, which the driver
-#: places, and what allocators round up. Stated, not measured; see :func:`overhead`.
+#: Part of a GPU's budget for memory that is not requested by name: code and CUDA graphs, which the driver
+#: places, and the rounding of allocators. Stated, not measured; see :func:`overhead`.
 OVERHEAD = 32 << 20
-#: A budget that is small keeps this part of itself, as few units are placed in it.
+#: Divisor for small budgets: an eighth of the budget is overhead, as few units are placed in it.
 _OVERHEAD_PART = 8
 #: Left free of a GPU's memory, besides, when no budget is given.
 MARGIN = 256 << 20
@@ -31,7 +31,7 @@ MARGIN = 256 << 20
 @dataclass(frozen=True)
 class HotSize:
     """Bytes on the hot device: weights, the KV cache of its attention blocks, and scratch. ``experts``: the
-    part of the weights of which a token reads only what a router chooses."""
+    experts' part of the weights, of which a token reads only the experts that a router chooses."""
 
     weights: int
     scratch: int
@@ -46,7 +46,7 @@ class HotSize:
 
 @dataclass(frozen=True)
 class Widths:
-    """What scratch memory depends on, in values."""
+    """The sizes that scratch memory depends on, in values."""
 
     width: int
     query_width: int
@@ -57,8 +57,9 @@ class Widths:
 
 @dataclass(frozen=True)
 class ExpertWidths:
-    """What the scratch of experts depends on, in values: the model's width, most neurons of an expert that
-    may be hot, kinds of input (exact, rounded), and experts of a token with the shared one."""
+    """The sizes that the scratch of experts depends on, in values: the model's width, the most neurons of an
+    expert that may be hot, the kinds of input (exact, rounded), and the experts of a token, the shared one
+    included."""
 
     width: int
     neurons: int
@@ -157,8 +158,9 @@ def attention_scratch_bytes(widths: Widths, tokens: int, context: int) -> int:
 
 
 def router_scratch_bytes(width: int, experts: int, tokens: int) -> int:
-    """What routers of layers whose attention is on the device say of ``tokens`` tokens, with as much again
-    for a chunk's products, and the sum of hot experts. Rows are unpacked where those of attention are."""
+    """The scores of ``tokens`` tokens by routers of layers whose attention is on the device, with as much
+    again for a chunk's products, and the sum of hot experts. Rows are unpacked in the same space as rows of
+    attention."""
     return _F32 * tokens * (2 * (experts + 1) + width)
 
 

@@ -23,27 +23,27 @@ _Result = TypeVar("_Result")
 
 
 def on_threads(work: Callable[[_Task], _Result], tasks: Iterable[_Task]) -> Iterator[_Result]:
-    """``work`` of every task in order, on a thread per core; for work that leaves Python's lock alone."""
+    """``work`` of every task in order, on a thread per core; for work that releases Python's lock."""
     with ThreadPoolExecutor(physical_cores()) as threads:
         yield from threads.map(work, tasks)
 
 
 @dataclass(frozen=True)
 class DownRows:
-    """The rows of ``ffn`` as ``row_type``, neurons in the source's order; the source's bits where it has
-    such."""
+    """The rows of ``ffn`` as ``row_type``, neurons in the source's order; if the source has rows of this
+    type, their bits are kept."""
 
     ffn: DenseFFN
     row_type: RowType
 
     @property
     def neurons(self) -> int:
-        """How many there are."""
+        """Number of neurons."""
         return self.ffn.down.rows if self.ffn.transposed else self.ffn.down.columns
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one."""
+        """Bytes of one row."""
         down = self.ffn.down
         return row_bytes(self.row_type, down.columns if self.ffn.transposed else down.rows)
 
@@ -54,8 +54,9 @@ class DownRows:
         return [(first, min(first + step, self.neurons)) for first in range(0, self.neurons, step)]
 
     def write(self, first: int, end: int, out: Bytes) -> tuple[float, float]:
-        """Neurons [first, end) into ``out`` [end - first, bytes of a row], whose rows may lie apart; Σ of
-        squares of what rounding takes from them, and of the down projection's values."""
+        """Write neurons [first, end) to ``out`` [end - first, bytes of a row], which may have gaps between
+        its rows. Returns Σ of the squared rounding errors, and Σ of the squared values of the down
+        projection."""
         if self.ffn.transposed and self.ffn.down.row_type == self.row_type:
             out[:] = self._plain.source.reshape(self.neurons, -1)[first:end]
             return 0.0, 0.0
@@ -68,7 +69,7 @@ class DownRows:
 
 
 def relative_error(sums: Iterable[tuple[float, float]]) -> float:
-    """‖D′ − D‖ / ‖D‖ (Frobenius) of the down projection D and rows D′, from what :meth:`DownRows.write` says
-    of all strips."""
+    """‖D′ − D‖ / ‖D‖ (Frobenius) of the down projection D and rows D′, from the results of
+    :meth:`DownRows.write` for all strips."""
     lost, norm = (math.fsum(column) for column in zip(*sums, strict=True))
     return math.sqrt(lost / norm) if norm else 0.0

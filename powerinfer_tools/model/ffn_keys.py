@@ -1,4 +1,4 @@
-"""Keys of FFNs: activation, neurons, experts and how they are chosen."""
+"""Keys of FFNs: activation, neurons, experts and their routing."""
 
 import math
 from typing import Literal
@@ -46,8 +46,8 @@ def read_routing(keys: Keys, spec: ArchitectureSpec, width: int) -> Routing | No
 
 
 def _shared_neurons(keys: Keys, spec: ArchitectureSpec, width: int) -> int:
-    """Of the expert that every token takes: files say it, or how many routed ones it is as large as, or it is
-    a dense FFN beside them."""
+    """The neurons of the expert that every token takes. Files give this number, or the number of routed
+    experts of the same total size, or the expert is a dense FFN beside the routed experts."""
     if spec.dense_beside == "square":
         return width
     if spec.dense_beside == "optional":
@@ -74,14 +74,15 @@ def _router_kind(keys: Keys, spec: ArchitectureSpec) -> Literal["softmax", "sigm
 
 
 def read_neurons(keys: Keys, spec: ArchitectureSpec, routing: Routing | None, layers: int) -> int:
-    """Mixtral's files say the size of an expert as that of an FFN."""
+    """The neurons of an FFN, or of an expert. Mixtral's files store the size of an expert under the key for
+    the size of an FFN."""
     if spec.recurrent_layers == "all" and spec.single_blocks:
         keys.ignore("feed_forward_length")
         return 1  # of no FFN at all
     if routing is not None:
         neurons = keys.integer("expert_feed_forward_length", 0, low=0, high=1 << 22)
         if neurons:
-            keys.raw("feed_forward_length")  # that of dense layers, of which there are none
+            keys.raw("feed_forward_length")  # the size of dense layers, but there are none
             return neurons
     neurons = max(read_dense_neurons(keys, layers)) // spec.neurons_divisor
     return neurons or keys.refuse("feed_forward_length is 0")
@@ -99,7 +100,7 @@ def read_activation(gguf: ModelSource, spec: ArchitectureSpec) -> str:
 
 
 def read_xielu(keys: Keys, layers: int) -> tuple[tuple[float, float, float, float], ...]:
-    """The constants of each layer: files have what a softplus makes positive."""
+    """The constants of each layer: files store the inputs of the softplus that makes them positive."""
     positive, negative, beta, eps = (
         keys.reals(f"xielu.{name}", layers) for name in ("alpha_p", "alpha_n", "beta", "eps")
     )
@@ -112,7 +113,7 @@ def _softplus(x: float) -> float:
 
 
 def read_activation_cut(gguf: ModelSource, activation: str) -> float:
-    """The number that an activation function has beside its name; 0 without one. Raises ModelError."""
+    """The constant of an activation function, such as a cut; 0 without one. Raises ModelError."""
     if activation == "swiglu_oai":
         return 7.0
     if activation != "fatrelu":

@@ -26,7 +26,7 @@ class DenseFFN:
 
     @property
     def factor(self) -> Weight | None:
-        """The rows whose products the activation's result is multiplied with: up of a gated FFN."""
+        """The rows whose products multiply the activation's result: up of a gated FFN."""
         return None if self.gate is None else self.up
 
     @property
@@ -66,7 +66,7 @@ class ExpertsFFN:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether some matrix of an expert is times a scale."""
+        """Whether some matrix of an expert has a scale."""
         shared = () if self.shared is None else self.shared.matrices
         return any(one is not None for one in self.scales) or any(one.scale != 1.0 for one in shared)
 
@@ -87,7 +87,7 @@ class ExpertsFFN:
 
     @property
     def router_nbytes(self) -> int:
-        """Bytes of the router, with what weighs the shared expert."""
+        """Bytes of the router, including the gate of the shared expert."""
         return self.router.nbytes + (0 if self.shared_gate is None else self.shared_gate.nbytes)
 
     def expert(self, index: int) -> DenseFFN:

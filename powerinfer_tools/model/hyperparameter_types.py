@@ -1,4 +1,4 @@
-"""What a model is in numbers: rotary positions, recurrent and latent sizes, layers, routing."""
+"""The numbers of a model: rotary positions, recurrent and latent sizes, layers, routing."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from powerinfer_tools.model.architectures import RopeStyle
 @dataclass(frozen=True)
 class Yarn:
     """YaRN (arXiv 2309.00071): pairs that turn more than ``fast`` times in ``original`` positions are not
-    scaled, those that turn less than ``slow`` times are, and the others in part."""
+    scaled, pairs that turn less than ``slow`` times are scaled, and the others are scaled in part."""
 
     original: int
     fast: float
@@ -42,7 +42,7 @@ class PositionScale:
     offset: int
 
 
-#: What mixes the tokens of a layer: "both" beside each other, or nothing.
+#: The token mixer of a layer: attention, a recurrent block, "both" in parallel, or "none".
 Mixer = Literal["attention", "recurrent", "both", "none"]
 
 
@@ -83,11 +83,11 @@ class StreamSizes:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """In what a layer differs from others: ``window`` is how many positions attention looks back (0: all of
-    them), ``rope`` None without rotary positions; what mixes tokens; what its FFN is; heads of queries and of
-    keys, their values, and neurons of a dense FFN; how queries grow with their position. ``cache``: the layer
-    whose keys and values it reads (None: its own). ``deviations``: how many standard deviations above the
-    mean a gate must be (None: any counts)."""
+    """The properties that differ between layers: ``window`` is the number of positions that attention looks
+    back (0: all of them), ``rope`` None without rotary positions; the token mixer; the kind of FFN; heads of
+    queries and of keys, their values, and neurons of a dense FFN; how queries grow with their position.
+    ``cache``: the layer whose keys and values it reads (None: its own). ``deviations``: how many standard
+    deviations above the mean a gate must be (None: any counts)."""
 
     window: int
     rope: Rope | None
@@ -105,12 +105,13 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Routing:
-    """Experts of a layer: how many there are and how many a token takes; ``normalized``: the weights of those
-    are divided by their sum. ``shared_neurons``: of the expert that every token takes (0: there is none).
+    """Experts of a layer: their number, and the number that a token takes; ``normalized``: the weights of the
+    chosen experts are divided by their sum. ``shared_neurons``: the neurons of the expert that every token
+    takes (0: there is none).
 
-    ``kind``: weights are the softmax or the sigmoids of scores; times ``scale``. Experts are chosen among
-    those of the ``groups_used`` best of ``groups``. ``weigh_input``: each expert reads weight · x, and its
-    output counts as it is.
+    ``kind``: weights are the softmax or the sigmoids of scores, times ``scale``. Experts are chosen from the
+    ``groups_used`` best of ``groups`` groups. ``weigh_input``: each expert reads weight · x, and its output
+    is not weighted again.
     """
 
     experts: int
@@ -130,14 +131,14 @@ class Routing:
 
     @property
     def share(self) -> float:
-        """Share of the experts that a router chooses from which a token takes."""
+        """The share of the routed experts that a token takes."""
         return self.used / self.experts
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Sizes and constants of one model; widths are counted in values. ``neurons`` are those of a layer's FFN,
-    or of one expert where there is ``routing``.
+    """Sizes and constants of one model; widths are counted in values. ``neurons`` is the number of neurons of
+    a layer's FFN, or of one expert if there is ``routing``.
 
     ``facts`` has what differs between layers. ``parallel``: attention and FFN read the same residual stream;
     what they add is times ``residual_scale``. ``qkv_limit`` clamps queries, keys and values, ``alibi`` is the
@@ -184,7 +185,7 @@ class Hyperparameters:
 
     @property
     def uneven(self) -> str | None:
-        """What differs between layers and is usually the same in all."""
+        """The property that differs between layers, though it is usually the same in all."""
         attending = [facts for facts in self.facts if facts.mixer in ("attention", "both")]
         if len({(facts.heads, facts.kv_heads) for facts in attending}) > 1:
             return "attention heads that differ between layers"

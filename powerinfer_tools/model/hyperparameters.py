@@ -44,9 +44,9 @@ def read_hyperparameters(
 ) -> Hyperparameters:
     """Read the hyper-parameters of ``spec``'s family.
 
-    ``vocabulary`` is the number of rows of the embedding, ``positions`` that of the table of positions (0:
-    there is none). Raises ModelError for values that make no model,
-    and FormatError (from the reader) for missing keys or keys of the wrong type.
+    ``vocabulary`` is the number of rows of the embedding, ``positions`` the number of rows of the table of
+    positions (0: there is none). Raises ModelError for values that make no model, and FormatError (from the
+    reader) for missing keys or keys of the wrong type.
     """
     keys = Keys(gguf, spec.name)
     layers, width = read_layers(keys), keys.integer("embedding_length", high=1 << 20)
@@ -168,7 +168,8 @@ def _facts(
     for index, (window, rotated) in enumerate(zip(windows, read_rotated(keys, spec, layers), strict=True)):
         turned = rotated and (window or not windowed or (spec.rope_in_dense and index < first))
         rope = (local if window else wide) if turned else None
-        # A layer has experts where it has a router: keys that say it are not read alike by all families.
+        # A layer has experts if it has a router: the keys for this have different meanings in different
+        # families.
         experts = routed and f"blk.{index}.ffn_gate_inp.weight" in keys.gguf.tensors
         if step and index >= first and experts != ((index + 1) % step == 0):
             has = "has" if experts else "has no"
@@ -194,7 +195,7 @@ def _facts(
 
 def _norm_eps(keys: Keys, spec: ArchitectureSpec) -> float:
     if spec.norm == "rms":
-        keys.ignore("attention.layer_norm_epsilon")  # of norms that the family has not
+        keys.ignore("attention.layer_norm_epsilon")  # of norms that the family does not have
         default = () if spec.default_norm_eps is None else (spec.default_norm_eps,)
         return keys.real("attention.layer_norm_rms_epsilon", *default, high=1.0)
     keys.ignore("attention.layer_norm_rms_epsilon")

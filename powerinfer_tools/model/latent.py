@@ -1,8 +1,8 @@
 """Multi-head latent attention (arXiv 2405.04434): its weights, and its block.
 
-Keys and values are one vector of low rank for all heads, which is kept; each head's part of the matrix that
-would make its keys is applied to its query, and that of its values to what was attended. Files that have both
-parts as one matrix make keys and values of each head, and keep those.
+Keys and values are one vector of low rank for all heads, which is kept. The matrix that would make a head's
+keys is applied to its query instead, and the matrix for its values is applied to the result of attention.
+With files that have both as one matrix, the keys and values of each head are computed and kept.
 """
 
 from dataclasses import dataclass, replace
@@ -88,7 +88,7 @@ def latent_attention(
 
 
 def _expanded(ops: Operations[V, Weight], heads: int, s: LatentSizes, both: V, latent: V) -> tuple[V, V]:
-    """Keys, to each of which the same rotary part belongs, and values."""
+    """Keys and values; the keys of all heads have the same rotary part."""
     step = s.plain + s.value
     plain = (HeadPart(both, 0, step, s.plain),) if s.plain else ()
     key = ops.gather_heads("key", heads, (*plain, HeadPart(latent, s.rank, 0, s.rotary)))

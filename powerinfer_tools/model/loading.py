@@ -1,7 +1,8 @@
 """A model as the engine sees it: checked hyper-parameters and typed views of its weights.
 
-Everything a file can get wrong is found here or in the reader; after :func:`load_model` the engine trusts. No
-weight is copied: views point into the mapped file. This module does not know how weights are computed with.
+Every error in a file is found here or in the reader; after :func:`load_model` the engine trusts the model. No
+weight is copied: views point into the mapped file. This module does not know how weights are used in
+computing.
 """
 
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ class Model:
 
     @property
     def devices(self) -> SplitDevices:
-        """Where the plan of a split file has what is no neuron and no expert."""
+        """The devices of a split file's plan for everything except neurons and experts."""
         return all_on_cpu(self.hyper.layers) if self.split is None else self.split.devices
 
     @property
@@ -99,8 +100,8 @@ class Model:
         self._refuse_first({"xIELU activations": bool(self.hyper.xielu)}, error, stage)
 
     def require_placeable(self, error: type[Exception], stage: str) -> None:
-        """Raise ``error`` for a model whose FFNs or experts are not sorted by ``stage``, and name what they
-        are. What mixes tokens does not matter."""
+        """Raise ``error``, naming the FFNs or experts, for a model whose FFNs or experts ``stage`` does not
+        sort. Token mixers do not matter."""
         hyper, routing = self.hyper, self.hyper.routing
         what = {
             "layers none of which has an FFN": all(layer.feeds is None for layer in self.layers),
@@ -163,7 +164,7 @@ class Model:
 
     @cached_property
     def unusual(self) -> str | None:
-        """What the model has that not every stage knows: the first that there is, by name."""
+        """The name of the first feature of the model that not every stage supports; None without any."""
         hyper, routing = self.hyper, self.hyper.routing
         what = {
             "recurrent layers": hyper.recurrent is not None,
@@ -209,7 +210,7 @@ class Model:
 
     @property
     def _scaled(self) -> bool:
-        """Whether some matrix is times a scale, as those of NVFP4 rows are."""
+        """Whether some matrix has a scale, as matrices of NVFP4 rows do."""
         matrices = [self.head, *(one for layer in self.layers for one in mixing_weights(layer))]
         return any(one.scale != 1.0 for one in matrices) or any(map(_is_scaled_ffn, self.layers))
 
@@ -218,7 +219,7 @@ class Model:
         return any(facts.ffn != "experts" for facts in self.hyper.facts)
 
     def require_one_ffn(self, error: type[Exception], stage: str) -> None:
-        """Raise ``error`` for a model with experts, or with what :meth:`require_plain` names."""
+        """Raise ``error`` for a model with experts, or with a feature that :meth:`require_plain` refuses."""
         self.require_plain(error, stage)
         if self.hyper.routing is not None:
             raise error(
@@ -297,7 +298,7 @@ def build_model(gguf: ModelSource) -> Model:
 
 
 def _resolved(spec: ArchitectureSpec, gguf: ModelSource) -> ArchitectureSpec:
-    """The row, with what it leaves to the file."""
+    """The architecture row, completed with the settings that it leaves to the file."""
     if spec.norm_by_key and gguf.get(f"{spec.name}.attention.layer_norm_rms_epsilon", float, 0.0):
         return replace(spec, norm="rms")
     return spec

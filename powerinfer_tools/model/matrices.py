@@ -1,4 +1,4 @@
-"""Matrices by their sizes alone: what they take in a file, as rows, and as the tiles of the CPU kernels."""
+"""Matrices by their sizes alone: their bytes in a file, as rows, and as the tiles of the CPU kernels."""
 
 from dataclasses import dataclass
 

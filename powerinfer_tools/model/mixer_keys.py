@@ -1,4 +1,4 @@
-"""Keys of what mixes the tokens of each layer: attention, heads, recurrent and latent sizes."""
+"""Keys of the token mixer of each layer: attention, heads, recurrent and latent sizes."""
 
 import math
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def read_layers(keys: Keys) -> int:
 
 
 def read_mixers(keys: Keys, spec: ArchitectureSpec, layers: int) -> tuple[Mixer, ...]:
-    """What mixes tokens in each layer: the file lists recurrent layers, gives them no key heads, or leaves
-    attention to every p-th layer."""
+    """The token mixer of each layer: the file lists recurrent layers, gives them no key heads, or has
+    attention in every p-th layer only."""
     only: Mixer = "attention"
     if spec.recurrent == "none":
         return _attending(keys, layers)
@@ -156,8 +156,8 @@ def read_latent_sizes(keys: Keys) -> LatentSizes:
 
 
 def read_latent_scale(keys: Keys, latent: LatentSizes) -> float:
-    """1 / √(a head's keys), and with YaRN times the square of what it does to the magnitude of positions,
-    which these families leave to the scores."""
+    """1 / √(values of a head's keys); with YaRN, times the square of its factor for the magnitude of
+    positions, which these families apply to the scores."""
     factor = keys.real("rope.scaling.factor", 0.0) or 1.0
     magnitude = 1.0 + keys.real("rope.scaling.yarn_log_multiplier", 0.0) * math.log(max(factor, 1.0))
     magnitude *= keys.factor("rope.scaling.attn_factor")
@@ -221,8 +221,8 @@ def read_streams(keys: Keys, spec: ArchitectureSpec) -> StreamSizes | None:
 
 
 def read_deviations(keys: Keys, spec: ArchitectureSpec, layers: int) -> list[float | None]:
-    """How many standard deviations above the mean gates must be; None where any counts, of which files say
-    −∞. Raises ModelError."""
+    """How many standard deviations above the mean gates must be; None where every gate counts, for which
+    files have −∞. Raises ModelError."""
     values = keys.raw("activation_sparsity_scale") if spec.top_layers else None
     if values is None:
         return [_TOP_DEVIATIONS if index < spec.top_layers else None for index in range(layers)]
@@ -236,7 +236,7 @@ def read_deviations(keys: Keys, spec: ArchitectureSpec, layers: int) -> list[flo
 def read_attention_scale(
     keys: Keys, spec: ArchitectureSpec, layers: int, width: int, heads: int, head_dim: int
 ) -> float:
-    """What scores are multiplied with. Raises ModelError."""
+    """The factor of the scores. Raises ModelError."""
     if spec.output_scale:
         keys.ignore(
             "router_logit_softcapping", "attention.temperature_length"

@@ -1,11 +1,11 @@
 """The vocabulary that the blocks of a model are written in: one method for each operation.
 
-Who implements it says what a value is: a buffer of the program that the C kernels run, a numpy array of
-float64, a torch tensor, a count of bytes. Shapes are those of a batch of T tokens: a value of width n is
-[T, n]. ``name`` says what a value is for; an implementer with memory of its own may give values of one name
-the same memory, so a value is used up when the next of its name is made.
+Each implementation defines the type of values: a buffer of the program that the C kernels run, a numpy array
+of float64, a torch tensor, a count of bytes. Shapes are given for a batch of T tokens: a value of width n is
+[T, n]. ``name`` is the purpose of a value. An implementation with memory of its own may give all values of
+one name the same memory, so a value becomes invalid when the next value of its name is made.
 
-A method that changes a value may do it in place: what it was given is used up, but for the residual stream,
+A method that changes a value may do it in place: its arguments become invalid, except the residual stream,
 the values that :meth:`Operations.norm` and :meth:`Operations.linear` read, and weights.
 """
 
@@ -63,8 +63,8 @@ class HeadPart(Generic[V]):
 
 
 class Operations(Protocol[V, W]):
-    """What blocks are made of. Matrices of a model are given as ``W``; what is read row by row, norms and
-    biases as they are in the file."""
+    """The operations that blocks consist of. Matrices of a model are given as ``W``; tables that are read row
+    by row, norms and biases are given as they are in the file."""
 
     def embed(self, name: str, table: Weight, scale: float) -> V:
         """Row token(t) of ``table`` (vocabulary, n), times ``scale``; the residual stream is called x."""

@@ -1,4 +1,4 @@
-"""A model of which only the sizes are there, so that its blocks can be gone through without a file."""
+"""A model that consists of sizes alone, so that its blocks can be traversed without a file."""
 
 import numpy as np
 
@@ -14,13 +14,12 @@ from powerinfer_tools.model.shapes import LayerShape, ModelShape
 from powerinfer_tools.model.tensors import Norm, Stack, Weight
 
 _NOTHING = np.empty(0, np.uint8)
-#: Families differ in what they compute, not in what their buffers and matrices take.
+#: Families differ in their computations, not in the sizes of their buffers and matrices.
 _SPEC = ArchitectureSpec("outline", rope_style="norm")
 
 
 def body_footprint(shape: ModelShape) -> Footprint:
-    """Embedding and layers of ``shape``, counted as those of a model are; norms and biases are not among
-    them."""
+    """Embedding and layers of ``shape``, counted as in a model, but without norms and biases."""
     if shape.counted is not None:
         return shape.counted.body
     ops = CountingOperations()

@@ -1,4 +1,4 @@
-"""Hardware profiles: what a machine is, what it reaches, and where that is kept."""
+"""Hardware profiles: the description of a machine, its measured speeds, and the place where they are kept."""
 
 from powerinfer_tools.measure.hardware.diagnosis import Diagnosis, describe_machine, diagnose
 from powerinfer_tools.measure.hardware.presets import PRESETS

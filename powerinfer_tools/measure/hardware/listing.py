@@ -31,7 +31,7 @@ def measured_lines(profile: HardwareProfile) -> Lines:
 
 
 def _curve_lines(curve: FFNCurve, path: str, spreads: _Spreads) -> Lines:
-    """Dense speed, and that of the sparse modes as a multiple of it."""
+    """Dense speed, and the speed of the sparse modes as a multiple of it."""
     dense = _rate(curve.dense_bytes_per_s, spreads.get(f"{path}.dense_bytes_per_s"))
     lines = [(f"FFN {curve.width}x{curve.neurons}", f"{'/'.join(curve.types)}: dense {dense}")]
     if curve.columns_bytes_per_s:

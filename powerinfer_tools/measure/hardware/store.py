@@ -11,7 +11,7 @@ from powerinfer_tools.errors import HardwareError
 from powerinfer_tools.measure.hardware.presets import PRESETS
 
 PATH_VARIABLE = "POWERINFER_HARDWARE"
-#: Seconds that are spent on measuring a machine of which no profile is stored.
+#: Seconds that are spent on measuring a machine without a stored profile.
 QUICK_SECONDS = 1.0
 
 

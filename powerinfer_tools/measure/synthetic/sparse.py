@@ -1,4 +1,4 @@
-"""Split files of ReLU models with random weights, of which a chosen share of neurons fires.
+"""Split files of ReLU models with random weights, in which a chosen share of neurons fires.
 
 The first block of the residual stream is constant: every embedding has ones there, and what attention and
 FFN add is too small to move it. A gate row has −shift spread over that block, and its product with the rest
@@ -54,7 +54,7 @@ _RAREST = 1e-4
 PREDICTOR_SHARE = 0.07
 #: How many neurons a predictor names, over those that fire: it finds 97 % of them at a density of 0.1.
 OVERSHOOT = 1.25
-#: Deviation of what a predictor does not see of a gate, over that of what it sees.
+#: Standard deviation of the part of a gate that a predictor does not see, relative to the part that it sees.
 _UNSEEN = 0.15
 
 

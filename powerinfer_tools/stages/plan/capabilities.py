@@ -1,6 +1,6 @@
 """What an engine can do with an accelerator: the one place that says which units a plan may move.
 
-Plans of models are made for :data:`THIS_VERSION`, so that what they promise can be run. Plans of
+Plans of models are made for :data:`THIS_VERSION`, so that the plans can be run. Plans of
 shapes, which no engine will ever be given, are made for :data:`ALL_PLACED`; where this version can do less,
 they say so, and its speed stands beside them.
 """

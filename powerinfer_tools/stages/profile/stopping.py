@@ -16,7 +16,7 @@ from powerinfer_tools.engine.observation import LayerCounters
 
 #: The share of units that is chosen: about what an accelerator gets of a model that does not fit.
 SHARE = 0.3
-#: What the halves may differ by in what they cover.
+#: The largest difference in coverage between the halves.
 TOLERANCE = 0.03
 #: Tokens of the first half that is looked at.
 LEAST = 2048

@@ -1,4 +1,4 @@
-"""What relufy is asked for, and what it reached."""
+"""The options of relufy, and its results."""
 
 from dataclasses import dataclass
 from pathlib import Path

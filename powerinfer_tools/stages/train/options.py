@@ -1,4 +1,4 @@
-"""What train is asked for, and what it made."""
+"""The options of train, and its results."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -58,7 +58,17 @@ def make_split(run: Run, source: Path, folder: Path) -> Path | None:
             60.0,
         ),
         "convert": (
-            ["convert", *model, "--profile", str(profile), "--plan", str(plan), "-o", str(output)],
+            [
+                "convert",
+                *model,
+                "--profile",
+                str(profile),
+                "--plan",
+                str(plan),
+                "-o",
+                str(output),
+                "--anyway",
+            ],
             60.0,
         ),
     }

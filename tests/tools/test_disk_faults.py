@@ -145,7 +145,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("every", [100, 3000])
+@pytest.mark.parametrize("every", [100, 1500])
 def test_a_disk_that_fails_under_single_neurons(sparse: Path, shim: str, every: int) -> None:
     """The same of a sparse model: while neurons are tried at the beginning, or later on."""
     expected = run(sparse, 0)

@@ -427,14 +427,14 @@ def test_a_silent_stream_is_pinged(tiny: TinyModel, monkeypatch: pytest.MonkeyPa
         served.ready()
         batcher = served.service.batcher
         assert batcher is not None
-        go, step = threading.Event(), batcher._slots.step
+        go, write = threading.Event(), batcher._slots.write
         body = {"prompt": "x", "max_tokens": 3, "stream": True, "temperature": 0}
         with served.http.stream(
             "POST", f"{served.url}/v1/completions", json=body | {"max_tokens": 400}
         ) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
-            batcher._slots.step = lambda work: (go.wait(), step(work))[1]  # type: ignore[method-assign]
+            batcher._slots.write = lambda *work: (go.wait(), write(*work))[1]  # type: ignore[method-assign]
             assert any(line == ": ping" for line in lines)
             go.set()
 

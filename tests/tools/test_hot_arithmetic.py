@@ -9,6 +9,7 @@ from powerinfer_tools.engine.hot import cache as hot_cache
 from powerinfer_tools.engine.hot.cache import Attending, HeldVectors, HotCache
 from powerinfer_tools.engine.hot.elementwise import HotNorm, rotate, round_activations
 from powerinfer_tools.engine.hot.hot_ffn import FileRows, Inputs, UnpackedRows
+from powerinfer_tools.engine.hot.loading import Arena, Form
 from powerinfer_tools.engine.hot.products import Product
 
 EPS = np.finfo(np.float32).eps
@@ -117,3 +118,15 @@ def test_a_product_is_the_same_in_chunks_and_unpacked() -> None:
         out = torch.empty(5, 1100)
         Product(kept, 1100, 64, bias).times(Inputs(x, x), chunk, out)
         assert np.abs(out.numpy() - expected).max() <= 65 * EPS * 64 * 16
+
+
+def test_products_do_not_depend_on_where_rows_lie_in_memory() -> None:
+    """Products of torch round by the address of a matrix: an unpacked one begins at a multiple of 64 bytes,
+    wherever NumPy had room for its source."""
+    memory = Arena()
+    memory.fill(torch.empty(0, dtype=torch.uint8))
+    form = Form(memory, fused=False, unpack=True)
+    source = RANDOM.standard_normal((36, 64)).astype(np.float32).view(np.uint8)
+    kept = [form.rows(source, RowType.F32, 64) for _ in range(16)]
+    assert all(isinstance(rows, UnpackedRows) and rows.data.data_ptr() % 64 == 0 for rows in kept)
+    assert all(torch.equal(rows.chunk(0, 36, torch.empty(0)), kept[0].data) for rows in kept)

@@ -102,12 +102,9 @@ class Form:
         """Rows of a matrix, uint8 (rows, row bytes), on the device."""
         counting = self.memory.counting
         if self.unpack:
-            placed = (
-                torch.empty(0)
-                if counting
-                else dequantize(torch.from_numpy(_packed(source, row_type, columns)), row_type, columns)
+            return UnpackedRows(
+                row_type, torch.empty(0) if counting else _unpacked(source, row_type, columns)
             )
-            return UnpackedRows(row_type, placed)
         placed = self.memory.take(len(source) * packed_row_bytes(row_type, columns))
         if self.fused and row_type in PLANAR_TYPES:
             from powerinfer_kernels.triton_launch import PlanarRows
@@ -130,6 +127,13 @@ class Form:
 def _packed(source: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> npt.NDArray[np.uint8]:
     """The rows in the form in which they are computed."""
     return repack(np.ascontiguousarray(source), row_type, len(source), columns)
+
+
+def _unpacked(source: npt.NDArray[np.uint8], row_type: RowType, columns: int) -> Tensor:
+    """The rows as float32 (rows, columns), in memory that begins at a multiple of 64 bytes: products of torch
+    on the CPU round otherwise where a matrix begins elsewhere, and NumPy's memory begins anywhere."""
+    values = dequantize(torch.from_numpy(_packed(source, row_type, columns)), row_type, columns)
+    return values.clone() if row_type is RowType.F32 else values
 
 
 def unpacked_values(

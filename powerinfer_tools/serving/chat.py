@@ -60,7 +60,7 @@ class Answer:
         self._events = sse.Chunks(self.around(_CHUNK))
 
     def take(self, step: Step) -> list[dict[str, Any]]:
-        """Remember what ``step`` adds; the deltas that say it."""
+        """Remember the additions of ``step``; returns the deltas that express them."""
         choice, deltas = self.choices[step.index], list[dict[str, Any]]()
         for part in step.parts:
             if isinstance(part, Content):
@@ -87,7 +87,7 @@ class Answer:
         return [{"tool_calls": [opening]}, {"tool_calls": [arguments]}]
 
     def figures(self) -> dict[str, Any]:
-        """Usage, timings and, asked for, hashes."""
+        """Usage, timings and, if asked for, hashes."""
         ends = [choice.ended for choice in self.choices if choice.ended is not None]
         result: dict[str, Any] = {"usage": usage(ends), "timings": timings(ends[0])}
         if self.run.request.logits_hash:
@@ -95,7 +95,7 @@ class Answer:
         return result
 
     def around(self, kind: str) -> dict[str, Any]:
-        """What is around the choices."""
+        """The fields around the choices."""
         return {
             "id": self.id,
             "object": kind,
@@ -119,7 +119,7 @@ class Answer:
         return self.around("chat.completion") | {"choices": choices} | self.figures()
 
     async def chunks(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
-        """One event a token, after one for the role and before one for the end."""
+        """One event per token, after one for the role and before one for the end."""
         begun = set[int]()
         options = self.run.request.stream_options
         async for step in self.run.steps(tickets):

@@ -21,7 +21,7 @@ from powerinfer_tools.serving.streams import merged
 from powerinfer_tools.serving.tickets import Ticket
 from powerinfer_tools.serving.translation import Completion, completion_jobs
 
-#: Probabilities of more tokens than this are written by a thread.
+#: With more tokens than this, a thread writes their probabilities.
 _MANY_SCORES = 256
 
 
@@ -69,7 +69,7 @@ class Answer:
 
     @property
     def around(self) -> dict[str, Any]:
-        """What is around the choices."""
+        """The fields around the choices."""
         return {
             "id": self.id,
             "object": "text_completion",
@@ -79,7 +79,7 @@ class Answer:
         }
 
     def figures(self) -> dict[str, Any]:
-        """Usage, timings and, asked for, hashes."""
+        """Usage, timings and, if asked for, hashes."""
         ends = [choice.ended for choice in self.choices if choice.ended is not None]
         result: dict[str, Any] = {
             "usage": usage(ends, len(self.completion.jobs)),
@@ -108,7 +108,7 @@ class Answer:
         return self.around | {"choices": choices} | self.figures()
 
     async def chunks(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
-        """One event a token."""
+        """One event per token."""
         events = sse.Chunks(self.around)
         for choice in self.choices:
             if choice.text:

@@ -1,17 +1,17 @@
-"""What a request can do wrong, as the error object that OpenAI's clients read."""
+"""The faults of requests, as the error object that OpenAI's clients read."""
 
 from typing import Any
 
 from powerinfer_tools.errors import PowerInferError, RendererFailed
 
-#: Longest message that is sent back: a client's own text may be quoted in it.
+#: The longest message that is sent back: it may quote a client's own text.
 _MESSAGE = 500
 
 
 class RequestFault(PowerInferError):
     """A request that is answered by an HTTP error.
 
-    ``kind`` is OpenAI's ``type``, ``code`` a word for programs, ``retry_after`` seconds after which another
+    ``kind`` is OpenAI's ``type`` and ``code`` a word for programs. After ``retry_after`` seconds another
     attempt makes sense.
     """
 
@@ -28,7 +28,7 @@ class RequestFault(PowerInferError):
         self.status, self.kind, self.code, self.retry_after = status, kind, code, retry_after
 
     def body(self) -> dict[str, Any]:
-        """The JSON that says it."""
+        """The fault as JSON."""
         return {"error": {"message": str(self), "type": self.kind, "code": self.code}}
 
     @property
@@ -39,7 +39,7 @@ class RequestFault(PowerInferError):
 
 
 def overloaded(message: str, retry_after: int) -> RequestFault:
-    """The server has no place left to wait."""
+    """The server's queue is full."""
     return RequestFault(message, status=503, kind="server_error", code="overloaded", retry_after=retry_after)
 
 
@@ -58,7 +58,7 @@ def unavailable(message: str, retry_after: int = 1) -> RequestFault:
 
 
 def too_long(prompt: int, context: int) -> RequestFault:
-    """A prompt that does not fit, with room for one token. Clients know this fault by llama.cpp's words."""
+    """The prompt, with room for one token, does not fit. Clients recognise this fault by llama.cpp's words."""
     return RequestFault(
         f"the prompt has {prompt} tokens, which exceeds the available context size of {context}: shorten it, "
         "or serve with a larger context (-c)",
@@ -67,10 +67,10 @@ def too_long(prompt: int, context: int) -> RequestFault:
 
 
 def internal(message: str = "the server failed on this request") -> RequestFault:
-    """A fault of the server's own; details are in its log."""
+    """A fault of the server itself; details are in its log."""
     return RequestFault(message, status=500, kind="server_error", code="internal_error")
 
 
 def is_clients_fault(error: Exception) -> bool:
-    """Whether the request is wrong, and not the server."""
+    """Whether the request is at fault rather than the server."""
     return isinstance(error, PowerInferError) and not isinstance(error, RendererFailed)

@@ -1,4 +1,4 @@
-"""What an answer must look like: response formats, grammars, and calls that must be made."""
+"""The required form of an answer: response formats, grammars, and mandatory tool calls."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -20,7 +20,7 @@ from powerinfer_tools.serving.sse import encode, encode_slowly
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
-#: Bodies longer than this are read by a thread, so that the loop goes on meanwhile.
+#: Bodies longer than this are parsed by a thread, so that the event loop goes on meanwhile.
 _LONG = 1 << 15
 _OPEN = frozenset({"/", "/health", "/v1/health", "/favicon.ico"})
 _STATIC = "/static/"
@@ -32,8 +32,8 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
 
 
 async def long_answer(make: Callable[[], Any]) -> Response:
-    """A JSON response whose value takes a while to make and to encode: a thread does, so that the loop goes
-    on."""
+    """A JSON response whose value takes a while to make and to encode: a thread does both, so that the event
+    loop goes on."""
 
     def work() -> bytes:
         return encode_slowly(make())
@@ -42,7 +42,7 @@ async def long_answer(make: Callable[[], Any]) -> Response:
 
 
 def fault_of(error: Exception) -> RequestFault:
-    """The fault that stands for ``error``."""
+    """The fault that clients get for ``error``."""
     if isinstance(error, RequestFault):
         return error
     if isinstance(error, RendererFailed):
@@ -65,7 +65,7 @@ def refusal(error: Exception) -> Response:
 
 
 async def read(request: Request, kind: type[Body], service: Service) -> Body:
-    """The body as ``kind``. Raises RequestFault where it is too long, too slow, no JSON, or not that."""
+    """The body as ``kind``. Raises RequestFault if it is too long, too slow, not JSON, or not of that kind."""
     data = await read_body(request, service.settings.body_bytes, service.settings.body_seconds)
     if len(data) > _LONG:
         return await anyio.to_thread.run_sync(_parse, data, kind)
@@ -88,7 +88,7 @@ def _describe(error: ValidationError) -> str:
 
 
 async def read_body(request: Request, limit: int, seconds: float) -> bytes:
-    """The body. Raises RequestFault where it is longer than ``limit`` bytes or takes over ``seconds``."""
+    """The body. Raises RequestFault if it is longer than ``limit`` bytes or takes over ``seconds``."""
     too_large = RequestFault(f"the body is longer than {limit} bytes", status=413, code="body_too_large")
     announced = request.headers.get("content-length", "0")
     if announced.isascii() and announced.isdigit() and int(announced) > limit:
@@ -129,7 +129,7 @@ async def _left(request: Request) -> None:
 
 
 class Gate:
-    """Around all endpoints: keys, faults as JSON, and one log entry a request."""
+    """Wraps all endpoints: keys, faults as JSON, and one log entry per request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -188,13 +188,13 @@ class Gate:
 
 
 def given_key(request: Request) -> str:
-    """The key that a request shows, in OpenAI's or in Anthropic's header."""
+    """The key in a request's headers, in OpenAI's or in Anthropic's form."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
 
 
 def client_of(request: Request) -> str:
-    """Who takes a turn in the queue: the key, else the address."""
+    """The client for whom the request queues: the key, else the address."""
     return given_key(request) or (request.client.host if request.client else "")
 
 

@@ -1,4 +1,4 @@
-"""One generation as the batcher takes it, and what comes out of it."""
+"""The batcher's input, one generation, and its output, the events of that generation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Job:
-    """Continue ``prompt``. ``client`` is whose turn it takes in the queue.
+    """Continue ``prompt``. The job takes a turn of ``client`` in the queue.
 
     ``bias`` is added to logits by token. ``top_logprobs`` None gives no probabilities, 0 the chosen token's
-    alone. ``score_prompt``: also the probability of every prompt token. ``grammar`` is what the text must
-    keep to. ``reuse``: whether what an earlier request left in a cache may be used.
+    alone. ``score_prompt``: also the probability of every prompt token. ``grammar`` constrains the text.
+    ``reuse``: whether the cached tokens of an earlier request may be used.
     """
 
     prompt: Sequence[int]
@@ -42,7 +42,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Token:
-    """One token was generated. ``text`` is what it completes, which may be nothing."""
+    """One token was generated. ``text`` is the text that it completes, which may be empty."""
 
     token: int
     text: str
@@ -51,14 +51,14 @@ class Token:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """ln p of each prompt token; of the first one None."""
+    """ln p of each prompt token; None for the first one."""
 
     scores: tuple[TokenScore | None, ...]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The text has ended; ``rest`` is what was held back. Times in seconds."""
+    """The text has ended; ``rest`` is the text that was held back. Times in seconds."""
 
     outcome: Outcome
     rest: str

@@ -26,7 +26,7 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def chat_request(body: MessagesRequest) -> ChatRequest:
-    """The same request as OpenAI's API says it."""
+    """The same request in the form of OpenAI's API."""
     system = [{"role": "system", "content": _text(body.system)}] if body.system else []
     turns = [message for turn in body.messages for message in _messages(turn)]
     choice = body.tool_choice
@@ -56,7 +56,7 @@ def chat_request(body: MessagesRequest) -> ChatRequest:
 
 
 def _messages(turn: Turn) -> list[dict[str, Any]]:
-    """A turn may hold results of tools, which are messages of their own in front of its text."""
+    """A turn may hold results of tools: these become messages of their own in front of its text."""
     if isinstance(turn.content, str):
         return [{"role": turn.role, "content": turn.content}]
     results = [

@@ -1,4 +1,4 @@
-"""GET /metrics, in Prometheus' text form: llama.cpp's names, and what else there is to see."""
+"""GET /metrics, in Prometheus' text form: llama.cpp's metrics by its names, and further ones."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +14,13 @@ from powerinfer_tools.serving.service import Service
 
 
 class _Figures(Collector):
-    """The batcher's figures, and what the engine reports."""
+    """The batcher's figures, and the engine's report."""
 
     def __init__(self, service: Service, report: dict[str, Any]) -> None:
         self.service, self.report = service, report
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics now."""
+        """The current values of all metrics."""
         _, batcher = self.service.ready()
         figures = batcher.figures
         for name, text, value in (

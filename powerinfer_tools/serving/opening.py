@@ -1,4 +1,4 @@
-"""From an engine to what is served."""
+"""From an engine to a served model."""
 
 import json
 import math
@@ -26,9 +26,9 @@ DEFAULT_CACHE_BYTES = 8 << 30
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """``alias`` is the model's name for clients, else the file's; ``parallel`` requests are computed at a
-    time; ``kv_memory`` bytes hold the caches of these and of conversations that may go on; the folder
-    ``cache_dir`` keeps the starts of texts, up to ``cache_bytes``, for when the server is started again."""
+    """``alias`` is the model's name for clients, by default the file's. ``parallel`` requests are computed at
+    a time. ``kv_memory`` bytes hold the caches of these requests and of conversations that may go on. The folder
+    ``cache_dir`` keeps the starts of texts, up to ``cache_bytes``, for the next start of the server."""
 
     alias: str | None = None
     parallel: int = 8
@@ -41,8 +41,8 @@ class ServeOptions:
 def open_service(
     service: Service, engine: Engine, options: ServeOptions, say: Callable[[str], None] = lambda text: None
 ) -> Callable[[], None]:
-    """Let ``service`` serve the model of ``engine``; returns what ends that, and closes the engine. ``say``
-    receives what the user should know. Raises ModelError and PrefixStoreError."""
+    """Let ``service`` serve the model of ``engine``. Returns a function that ends the serving and closes the
+    engine. ``say`` receives messages for the user. Raises ModelError and PrefixStoreError."""
     tokenizer = Tokenizer.from_gguf(engine.model.source)
     model = served_model(engine, tokenizer, options.alias)
     count = slot_count(engine.session, engine.weights, options.parallel, options.kv_memory)
@@ -70,8 +70,8 @@ def open_service(
 
 
 def _spread(engine: Engine) -> None:
-    """Cores of their own for the threads of ``engine``, where nothing else has work beside them: neither
-    torch nor what reads from disk. Called by the thread that computes, before it does."""
+    """Give the threads of ``engine`` cores of their own, if no other threads work beside them: neither
+    torch's nor those that read from disk. Called by the computing thread before it computes."""
     weights = engine.weights
     if weights.head is not None and not weights.stack.has_hot_side and weights.stack.residency is None:
         weights.head.logits(weights.stack.x[:1])  # a run starts the threads
@@ -93,7 +93,7 @@ def _disk_cache(
 
 
 def _report(engine: Engine, slots: SessionSlots) -> dict[str, Any]:
-    """What the engine reports, with the caches of all slots, and the layers."""
+    """The engine's report, with the caches of all slots, and the layers."""
     report = engine.report().as_dict()
     memory = dict(report["memory"])
     memory["total"] += slots.nbytes - memory["kv_cache"]
@@ -103,7 +103,7 @@ def _report(engine: Engine, slots: SessionSlots) -> dict[str, Any]:
 
 
 def served_model(engine: Engine, tokenizer: Tokenizer, alias: str | None) -> ServedModel:
-    """What endpoints know of the model of ``engine``."""
+    """The model of ``engine`` as endpoints see it."""
     model, report = engine.model, engine.report()
     source = model.source.metadata.get("tokenizer.chat_template")
     return ServedModel(

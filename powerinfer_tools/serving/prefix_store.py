@@ -1,8 +1,8 @@
 """Blocks of caches in files: the prefix cache that outlives the server.
 
-A block is what a model keeps of :data:`BLOCK` successive tokens at the start of a text. Its key is a hash of
-the identity (all that the bits depend on), of the blocks before it and of its own tokens, so equal keys mean
-equal bits. A file is judged before it is used: owner and kind, length, key, tokens, and a hash of all of it.
+A block is the cached state of :data:`BLOCK` successive tokens at the start of a text. Its key is a hash of
+the identity (everything the bits depend on), of the blocks before it and of its own tokens, so equal keys
+mean equal bits. A file is checked before it is used: owner and kind, length, key, tokens, and a hash of it all.
 """
 
 import hashlib
@@ -42,11 +42,11 @@ def keys(identity: bytes, tokens: Sequence[int]) -> Iterator[bytes]:
 
 
 class PrefixStore:
-    """The blocks in ``folder``, at most ``limit`` bytes: those not used for longest are removed. Not
+    """The blocks in ``folder``, at most ``limit`` bytes: the least recently used ones are removed. Not
     thread-safe.
 
-    Raises PrefixStoreError where the folder cannot be made, or others may write into it: what it holds
-    becomes part of answers.
+    Raises PrefixStoreError if the folder cannot be created, or if other users may write into it: its contents
+    become part of answers.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -63,8 +63,8 @@ class PrefixStore:
         return sum(self._sizes.values())
 
     def get(self, key: bytes, tokens: Sequence[int], nbytes: int) -> bytes | None:
-        """The block of ``nbytes`` with ``key`` and ``tokens``. None where it is missing, or the file is
-        damaged; that is removed."""
+        """The block of ``nbytes`` with ``key`` and ``tokens``. None if it is missing or its file is damaged;
+        a damaged file is removed."""
         path = self._path(key)
         try:
             data = _read(path, _HEAD.size + 4 * BLOCK + nbytes)
@@ -139,7 +139,7 @@ def _digest(ids: bytes, block: bytes) -> bytes:
 
 
 def _read(path: Path, expected: int) -> bytes | None:
-    """The file, if it is a regular one of our own of the expected length; nothing else is read."""
+    """The file, if it is a regular file of our own with the expected length; nothing else is read."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -150,7 +150,7 @@ def _read(path: Path, expected: int) -> bytes | None:
 
 
 def _judged(data: bytes, key: bytes, tokens: Sequence[int], nbytes: int) -> bytes | None:
-    """The block in ``data``, if every field is what it must be."""
+    """The block in ``data``, if every field has the value it must have."""
     *said, digest = _HEAD.unpack_from(data)
     ids = _ids(tokens)
     block = data[_HEAD.size + len(ids) :]

@@ -23,7 +23,7 @@ from powerinfer_tools.serving.tickets import Ticket
 
 
 def chat_request(body: ResponsesRequest) -> ChatRequest:
-    """The same request as chat completions say it."""
+    """The same request in the form of chat completions."""
     if body.previous_response_id is not None:
         raise RequestFault(
             "previous_response_id: responses are not stored; send the whole conversation", code="unsupported"
@@ -82,7 +82,7 @@ class Answer:
         self._number = -1
 
     def whole(self) -> dict[str, Any]:
-        """The answer in one piece, complete or as far as it has come."""
+        """The answer in one piece, complete or as far as it has been generated."""
         ended = self.ended
         length = ended is not None and finish_reason(ended) == "length"
         status = "in_progress" if ended is None else "incomplete" if length else "completed"

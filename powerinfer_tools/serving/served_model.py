@@ -1,4 +1,4 @@
-"""What endpoints know of the model that is served."""
+"""The served model as endpoints see it."""
 
 import hashlib
 import time
@@ -13,10 +13,10 @@ from powerinfer_tools.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model by its public name, with what turns text into tokens and back.
+    """The model by its public name, with its tokenizer.
 
-    ``identity`` names the weights, ``mode`` how FFN layers are computed, ``kv_type`` what caches hold: all
-    that decides the bits of an answer.
+    ``identity`` names the weights, ``mode`` says how FFN layers are computed, and ``kv_type`` is the type of
+    the cached values. Together these decide the bits of an answer.
     """
 
     name: str
@@ -33,7 +33,8 @@ class ServedModel:
 
     @cached_property
     def system_fingerprint(self) -> str:
-        """Equal where equal requests with a seed get equal answers: model, mode, cache type and version."""
+        """Built from model, mode, cache type and version. Servers with equal fingerprints give equal answers to
+        equal requests with a seed."""
         parts = "\n".join((self.identity, self.mode, self.kv_type, __version__))
         return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:12]
 

@@ -1,4 +1,4 @@
-"""What all endpoints work with: the model, the batcher, and the settings of the server."""
+"""The objects shared by all endpoints: the model, the batcher, and the settings of the server."""
 
 import time
 from collections.abc import Callable
@@ -14,8 +14,8 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server speaks to clients. Without ``keys`` everybody may ask; ``origins`` are web pages of
-    other hosts that may."""
+    """How the server speaks to clients. Without ``keys`` everybody may send requests; ``origins`` are the web
+    pages of other hosts that may."""
 
     keys: frozenset[str] = frozenset()
     origins: tuple[str, ...] = ()
@@ -26,7 +26,8 @@ class Settings:
 
 @dataclass
 class Service:
-    """``model`` and ``batcher`` are None while the model is loading; ``failure`` says that it cannot be."""
+    """``model`` and ``batcher`` are None while the model is loading; ``failure`` says why it cannot be
+    loaded."""
 
     settings: Settings
     log: Callable[[dict[str, Any]], None]
@@ -37,7 +38,7 @@ class Service:
     started: float = field(default_factory=time.time)
 
     def ready(self) -> tuple[ServedModel, Batcher]:
-        """Both, or a RequestFault (503) that says why not."""
+        """The model and the batcher. Raises RequestFault (503), which says why they are not ready."""
         if self.draining:
             raise unavailable("the server is shutting down", 5)
         if self.model is None or self.batcher is None:
@@ -47,7 +48,7 @@ class Service:
         return self.model, self.batcher
 
     async def reported(self) -> dict[str, Any]:
-        """What the engine reports, between two passes: it may have to ask the hot device. Raises
+        """The engine's report, made between two passes, since it may have to ask the hot device. Raises
         RequestFault as :meth:`ready` does."""
         _, batcher = self.ready()
         return await batcher.between_passes(self.report)

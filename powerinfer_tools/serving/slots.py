@@ -1,4 +1,4 @@
-"""What the batcher needs of an engine: some caches, and one pass over tokens of several of them."""
+"""The batcher's interface to an engine: a number of caches, and one pass over tokens of several of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from powerinfer_tools.serving.jobs import Logits
 
 
 class Wanted(Enum):
-    """Which logits of a piece of work are of use."""
+    """Which logits of a piece of work are wanted."""
 
     NONE = 0
     LAST = 1
@@ -18,7 +18,7 @@ class Wanted(Enum):
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens that follow what slot ``slot`` holds."""
+    """Tokens that follow the tokens in slot ``slot``."""
 
     slot: int
     tokens: Sequence[int]
@@ -30,28 +30,28 @@ class Slots(Protocol):
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of slots."""
         ...
 
     @property
     def context(self) -> int:
-        """Tokens that each can hold."""
+        """Tokens that each slot can hold."""
         ...
 
     @property
     def fixed_slice(self) -> int | None:
-        """Where bits depend on how a prompt is cut into passes: the length of every piece but the last,
-        counted from the start. What another request left can be used in such pieces alone."""
+        """The length of every piece of a prompt but the last, counted from its start, where bits depend on
+        how a prompt is cut into passes. Cached tokens of another request are then reused only in whole pieces."""
         ...
 
     def step(self, work: Sequence[Work]) -> list[Logits]:
-        """Process the tokens of different slots; for each the logits wanted (0, 1 or k rows, vocabulary),
-        valid until the next call. The bits of each do not depend on the others."""
+        """Process the tokens of different slots. Returns for each the logits it wants (0, 1 or k rows,
+        vocabulary), valid until the next call. The bits of each do not depend on the others."""
         ...
 
     def write(self, slots: Sequence[int], tokens: Sequence[int]) -> Logits:
-        """What :meth:`step` gives for one token of each of different slots, in few instructions; logits
-        (slots, vocabulary), each to be checked before it is used. Where ``fixed_slice`` is None."""
+        """The result of :meth:`step` for one token of each of different slots, in few instructions: logits
+        (slots, vocabulary), each to be checked before use. Only if ``fixed_slice`` is None."""
         ...
 
     def check(self, logits: Logits) -> None:
@@ -59,19 +59,19 @@ class Slots(Protocol):
         ...
 
     def rewind(self, slot: int, position: int) -> int:
-        """Forget what the slot holds from ``position`` on, or from an earlier one where it must; returns how
-        many tokens it holds then."""
+        """Forget the slot's tokens from ``position`` on, or from an earlier position if it must. Returns how
+        many tokens remain."""
         ...
 
     def copy(self, source: int, target: int, count: int) -> int:
-        """Make ``target`` hold the first ``count`` tokens of ``source``, or fewer where it must; returns how
-        many."""
+        """Make ``target`` hold the first ``count`` tokens of ``source``, or fewer if it must. Returns how
+        many it holds."""
         ...
 
 
 class BlockSlots(Protocol):
-    """Slots whose contents can be taken out and put back: blocks of tokens, and where a recurrence keeps more
-    than tokens, a checkpoint of it. Other slots may be computed meanwhile."""
+    """Slots whose contents can be taken out and put back: blocks of tokens and, where a recurrence has state
+    beyond tokens, a checkpoint of it. Other slots may be computed meanwhile."""
 
     @property
     def fixed_slice(self) -> int | None:
@@ -88,18 +88,18 @@ class BlockSlots(Protocol):
         ...
 
     def block(self, slot: int, first: int, count: int) -> bytes:
-        """What the slot holds of ``count`` tokens from ``first`` on."""
+        """The slot's contents for ``count`` tokens from ``first`` on."""
         ...
 
     def checkpoint(self, slot: int) -> bytes:
-        """What recurrences of the slot hold after its last token."""
+        """The state of the slot's recurrences after its last token."""
         ...
 
     def restore(self, slot: int, first: int, count: int, data: bytes) -> None:
-        """Put a block where it belongs; :meth:`hold` makes it count."""
+        """Write a block to its place in the slot; it takes effect with :meth:`hold`."""
         ...
 
     def hold(self, slot: int, count: int, checkpoint: bytes | None) -> None:
-        """The first ``count`` tokens have been restored, and this is the checkpoint after them; None where
-        there are none."""
+        """Declare the first ``count`` tokens restored, with the checkpoint after them; None if the model has
+        no checkpoints."""
         ...

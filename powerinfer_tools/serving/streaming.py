@@ -15,7 +15,7 @@ from powerinfer_tools.serving.http import fault_of
 from powerinfer_tools.serving.jobs import Ended
 from powerinfer_tools.serving.tickets import Ticket
 
-#: For so long the status of the response waits for the first token, so that a failure can still be one.
+#: How long the status of the response waits for the first token, so that a failure can still set it.
 FIRST_SECONDS = 5.0
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -28,7 +28,7 @@ async def stream_response(
     *,
     done: bool = True,
 ) -> Response:
-    """``chunks`` with pings; ``done``: after a failure, too, the stream ends with [DONE].
+    """``chunks`` with pings. With ``done`` the stream ends with [DONE], also after a failure.
 
     Requests are cancelled when the client leaves or the stream ends early.
     """
@@ -39,7 +39,7 @@ async def stream_response(
         if gone.done() and not first.done():
             raise ClientDisconnect
         if first.done():
-            first.result()  # raises what the request failed with
+            first.result()  # raises the error with which the request failed
     except BaseException:
         for ticket in tickets:
             ticket.cancel()
@@ -52,8 +52,8 @@ async def stream_response(
 
 
 class EventStream(Response):
-    """Sends events as they come, those that come together in one piece, and a comment when none has come for
-    long. Sending is one task and pinging another, so that pings cost a token nothing."""
+    """Sends events as they come: events that come together in one piece, and a comment if none has come for
+    long. Sending is one task and pinging another, so that pings do not slow down a token."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers=_HEADERS, media_type="text/event-stream")
@@ -62,7 +62,7 @@ class EventStream(Response):
         self._last = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all, or as much as the client stays for."""
+        """Send everything, or as much as possible until the client leaves."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         tasks = [asyncio.ensure_future(work) for work in (self._send(send), _left(receive), self._ping(send))]
         sending = tasks[0]

@@ -8,9 +8,9 @@ from powerinfer_tools.serving.tickets import Ticket
 
 
 async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:
-    """(number of the answer, event) as they come, until all have ended. Leaving early cancels all.
+    """(number of the answer, event) as events come, until all answers have ended. Leaving early cancels all.
 
-    Raises what made one of them fail.
+    Raises the error that made one of them fail.
     """
     left = set(range(len(tickets)))
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()

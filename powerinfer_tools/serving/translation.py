@@ -22,7 +22,7 @@ _SEEDS = 1 << 64
 def generation_options(
     request: Generating, max_tokens: int | None, stops: Sequence[str] = (), *, show_special: bool = False
 ) -> GenerationOptions:
-    """How to generate; what the request leaves open is as in `run`. Raises SamplingError."""
+    """How to generate; options that the request does not set are as in `run`. Raises SamplingError."""
     options = {
         "temperature": request.temperature,
         "top_k": request.top_k,
@@ -48,14 +48,14 @@ def generation_options(
 
 
 def _samplers(names: list[str] | str | None) -> tuple[str, ...] | None:
-    """Samplers by their names, or as llama.cpp has it by letters. Raises SamplingError."""
+    """Samplers by their names or, as in llama.cpp, by letters. Raises SamplingError."""
     if names is None:
         return None
     return chain_of_letters(names) if isinstance(names, str) else sampler_chain(names)
 
 
 def biases(request: Generating, tokenizer: Tokenizer) -> Mapping[int, float]:
-    """``logit_bias`` by token. Raises RequestFault for what is no token of this model."""
+    """``logit_bias`` by token. Raises RequestFault for a key that is not a token of this model."""
     result = {}
     for text, bias in (request.logit_bias or {}).items():
         if not text.isascii() or not text.isdigit() or int(text) >= tokenizer.vocabulary:
@@ -67,7 +67,7 @@ def biases(request: Generating, tokenizer: Tokenizer) -> Mapping[int, float]:
 
 
 def copies(job: Job, count: int) -> list[Job]:
-    """``count`` jobs for as many answers; with a seed, each of them has the next one."""
+    """``count`` jobs for as many answers; if there is a seed, each job has the seed after the last one's."""
     seed = job.options.sampling.seed
     if seed is None:
         return [job] * count
@@ -83,20 +83,20 @@ def copies(job: Job, count: int) -> list[Job]:
 
 
 def require_short(text: str, model: ServedModel) -> None:
-    """Refuse text that cannot fit whatever its tokens are, before it is tokenised."""
+    """Refuse, before tokenisation, text that is too long to fit whatever its tokens are."""
     longest = max_token_bytes(model.tokenizer)
     if len(text) > model.context * longest:
         raise too_long(-(-len(text) // longest), model.context)
 
 
 def max_token_bytes(tokenizer: Tokenizer) -> int:
-    """Bytes of the longest token, or more."""
+    """An upper bound on the bytes of the longest token."""
     return max(map(len, tokenizer.tokens.texts)) * 4
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A request for completions as jobs: ``per_prompt`` of each prompt, in order."""
+    """A request for completions as jobs: ``per_prompt`` jobs for each prompt, in order."""
 
     jobs: list[list[Job]]
     echoed: list[str]

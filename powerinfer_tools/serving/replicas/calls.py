@@ -1,4 +1,4 @@
-"""One HTTP request as a message between processes, and the web application asked with it directly."""
+"""One HTTP request as a message between processes, and a direct call of the web application with it."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 @dataclass(frozen=True)
 class Call:
-    """A request whose body has arrived. Header names are in small letters."""
+    """A request whose body has arrived. Header names are in lower case."""
 
     method: str
     path: str
@@ -19,7 +19,7 @@ class Call:
     body: bytes
 
     def scope(self) -> Scope:
-        """What an ASGI application is called with."""
+        """The scope with which an ASGI application is called."""
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -38,14 +38,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Start:
-    """How an answer begins."""
+    """The beginning of an answer: status and headers."""
 
     status: int
     headers: tuple[tuple[bytes, bytes], ...]
 
 
 async def answered(app: ASGIApp, call: Call) -> AsyncGenerator[Start | bytes, None]:
-    """``Start``, then the body in pieces as they come. Closing the generator is the client's leaving."""
+    """``Start``, then the body in pieces as they come. Closing the generator means that the client has left."""
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     gone = asyncio.Event()
     arrived = False

@@ -1,19 +1,19 @@
-"""Which conversation a request belongs to, so that its turns find the same replica, and their cache."""
+"""The conversation of a request, so that all its turns reach the same replica and find their cache there."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-#: A client may say it itself.
+#: The header by which a client names the session itself.
 SESSION_HEADER = "x-session-id"
-#: Of a text without turns, so much of its start.
+#: How much of the start of a text without turns makes its key.
 _START = 1024
 
 
 def conversation_key(headers: Mapping[str, str], body: bytes) -> str:
-    """A key that all turns of a conversation share: the session that the client names, else a hash of the
-    messages up to the first one of the user; of a text, of its start. "" where the body is none of these."""
+    """A key that all turns of a conversation share. It is the session that the client names, else a hash: of
+    the messages up to the first one of the user or, for a text, of its start. "" if the body is none of these."""
     if headers.get(SESSION_HEADER):
         return f"session {headers[SESSION_HEADER]}"
     try:
@@ -37,7 +37,7 @@ def _start(request: dict[str, Any]) -> Any:
 
 
 def _opening(turns: list[Any]) -> list[Any]:
-    """The messages before the first answer; of token ids, the first ones."""
+    """The messages before the first answer; for token ids, the first ids."""
     for index, turn in enumerate(turns[:_START]):
         if isinstance(turn, dict) and turn.get("role") == "user":
             return turns[: index + 1]

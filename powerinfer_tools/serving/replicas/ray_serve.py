@@ -1,8 +1,9 @@
 """The server as a Ray Serve application: replicas of the model, and a front that finds the right one.
 
-All turns of a conversation go to the same replica, whose prefix cache has its start (Ray's consistent
-hashing). A request whose replica dies before it has answered anything is given to another one; an answer
-under way ends with an error event. Ray starts replicas, watches their health, and scales them by load.
+All turns of a conversation go to the same replica, whose prefix cache holds the start of that conversation
+(Ray's consistent hashing). If a replica dies before it has answered anything, its request goes to another
+one; an answer under way ends with an error event. Ray starts replicas, watches their health, and scales them
+by load.
 """
 
 import asyncio
@@ -27,10 +28,10 @@ from powerinfer_tools.serving.replicas.conversations import conversation_key
 from powerinfer_tools.serving.server import SWITCH_SECONDS
 from powerinfer_tools.serving.service import MIB, Service, Settings
 
-#: How many replicas a request is given to at most, one after another, and the pause between.
+#: How many replicas a request is given to at most, one after another, and the pause between attempts.
 _ATTEMPTS = 6
 _PAUSE_SECONDS = 0.5
-#: Seconds that load is averaged over at the least: Ray tells of it every ten.
+#: Least number of seconds over which load is averaged: Ray reports load every ten seconds.
 _LEAST_LOOK_BACK = 12.0
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -73,7 +74,7 @@ class AppOptions(BaseModel):
 
 
 class Replica:
-    """One copy of the model and all endpoints on it."""
+    """One copy of the model, and all endpoints on it."""
 
     def __init__(self, options: AppOptions) -> None:
         from ray import serve
@@ -113,7 +114,7 @@ class Replica:
             await pieces.aclose()
 
     def check_health(self) -> None:
-        """Ray asks now and then, and replaces a replica for which this fails."""
+        """Called by Ray now and then: it replaces a replica whose check fails."""
         self._service.ready()
 
     def __del__(self) -> None:
@@ -121,7 +122,7 @@ class Replica:
 
 
 class Front:
-    """Takes requests, and gives each to the replica of its conversation."""
+    """Accepts requests and passes each to the replica of its conversation."""
 
     def __init__(self, replicas: Any, options: AppOptions) -> None:
         self._replicas, self._limit = replicas, options.body_bytes
@@ -156,7 +157,7 @@ class Front:
 
     @staticmethod
     async def _begun(handle: Any, call: Call) -> tuple[Any, Start]:
-        """An answer that has begun. A replica that dies before is replaced by the next one."""
+        """An answer that has begun. A replica that dies before that is replaced by the next one."""
         from ray.exceptions import RayActorError
         from ray.serve.exceptions import BackPressureError
 
@@ -175,7 +176,7 @@ class Front:
 
 
 async def _rest(pieces: Any, start: Start) -> AsyncGenerator[bytes, None]:
-    """The body. Where a replica dies in the middle of a stream, an event says so."""
+    """The body. If a replica dies in the middle of a stream, an event says so."""
     finished = False
     try:
         async for piece in pieces:

@@ -5,7 +5,7 @@
     with powerinfer.load("model.gguf") as model:
         print(model.generate("The capital of France is", max_tokens=16).text)
 
-What stands in ``__all__`` is the public interface; everything else of this project may change.
+The names in ``__all__`` are the public interface; everything else of this project may change.
 """
 
 from powerinfer.conversation import Conversation

@@ -22,7 +22,7 @@ class Conversation:
         self.set_options(**options)
 
     def set_options(self, **options: Unpack[GenerateOptions]) -> None:
-        """Generate by these from now on; draws begin anew from their seed. Raises as :meth:`Session.stream`
+        """Use these options from now on; draws begin anew from their seed. Raises as :meth:`Session.stream`
         does."""
         checked = generation_options(options)
         self._options = options
@@ -46,8 +46,8 @@ class Conversation:
         return first + [message for exchange in self._exchanges for message in exchange]
 
     def stream(self, text: str) -> TextStream:
-        """The answer to ``text``, piece by piece. Raises as :meth:`Session.stream_chat` does, with nothing
-        changed."""
+        """The answer to ``text``, piece by piece. Raises as :meth:`Session.stream_chat` does, and then leaves
+        the conversation unchanged."""
         question: Message = {"role": "user", "content": text}
         return self._session._stream_turn(
             [*self.messages, question],
@@ -61,11 +61,11 @@ class Conversation:
         return self.stream(text).finish()
 
     def undo(self) -> str | None:
-        """Take back the last exchange; its question, or None where there is none."""
+        """Remove the last exchange; returns its question, or None if there is no exchange."""
         return self._exchanges.pop()[0]["content"] if self._exchanges else None
 
     def regenerate(self) -> TextStream | None:
-        """Another answer to the last question in place of the first, or None where there is none."""
+        """A new answer to the last question in place of the old one, or None if there is no question."""
         if not self._exchanges:
             return None
         last = self._exchanges.pop()
@@ -80,8 +80,8 @@ class Conversation:
         self._exchanges.clear()
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation to ``path``: as JSON (a list of role and content) where it ends so, else as
-        text."""
+        """Write the conversation to ``path``: as JSON (a list of role and content) if the name ends in that
+        way, else as text."""
         from powerinfer_formats.atomic import write_atomic
 
         with write_atomic(path) as stream:
@@ -89,11 +89,11 @@ class Conversation:
 
     @property
     def _is_formed(self) -> bool:
-        """Whether answers keep to a grammar, which begins anew with each of them."""
+        """Whether answers conform to a grammar, which begins anew with each of them."""
         return "json_schema" in self._options or "grammar" in self._options
 
     def _ended(self, question: Message, generation: Generation, parser: Callable[[], PartsParser]) -> None:
-        """Templates place what was thought, or leave it out, as their models are used to."""
+        """Add the exchange. Reasoning has its own field: templates place it, or omit it, as models expect."""
         if not generation.text and generation.outcome is not Outcome.END:
             return
         reasoning, answer = split(generation.text, parser)

@@ -1,4 +1,4 @@
-"""What guesses the next tokens of a model's sessions, so that several are verified in one pass."""
+"""Drafts: guesses of the next tokens of a model's sessions, so that one pass verifies several tokens."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,8 +14,8 @@ Draft = Literal["ngram"]
 class Drafts:
     """Drafts for sessions of ``large``: from the text so far ("ngram"), or by the smaller model at ``path``.
 
-    Raises ModelError where the vocabularies differ or memory does not suffice, FormatError for a file that
-    cannot be read, ValueError for both at once.
+    Raises ModelError if the vocabularies differ or memory does not suffice, FormatError for a file that
+    cannot be read, ValueError if both are given.
     """
 
     def __init__(self, large: Model, weights: Weights, draft: Draft | None, path: Path | None) -> None:
@@ -35,8 +35,8 @@ class Drafts:
                 raise
 
     def attach(self, engine: Engine) -> None:
-        """``engine``, whose session is empty, verifies drafts from now on. Raises ModelError where results
-        may depend on the size of a batch."""
+        """``engine``, whose session is empty, verifies drafts from now on. Raises ModelError if results may
+        depend on the size of a batch."""
         if self._draft is not None:
             engine.draft_with(TextLookup())
         elif self._weights is not None:

@@ -1,5 +1,5 @@
-"""What can go wrong. Every error of the engine is a :class:`PowerInferError`; a damaged or unreadable file is
-a :class:`FormatError`."""
+"""The errors. Every error of the engine is a :class:`PowerInferError`; a damaged or unreadable file raises a
+:class:`FormatError`."""
 
 from powerinfer_formats.errors import FormatError
 from powerinfer_tools.errors import (

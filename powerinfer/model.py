@@ -1,4 +1,4 @@
-"""A model that is loaded, and ready to generate."""
+"""A loaded model, ready to generate."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -49,20 +49,20 @@ def load(
 ) -> "Model":
     """Load a model: a GGUF file, a split file, or a Hugging Face folder.
 
-    ``threads`` None takes the machine's cores. ``context`` is the most tokens of a session (None: the model's
-    own, up to 4096). ``mode`` None takes what the file says. ``device`` gives the hot part of a split file to
-    torch, limited to ``vram`` bytes. ``kv_type`` "q8_0" halves the KV cache at a small cost in precision.
-    ``ram`` is the memory that the process may take (None: what is free): experts beyond it are read from disk
-    as they are needed, and ``placement`` says whether those that stay follow use, or the profile beside the
-    model. ``learn`` names a profile, to which the experts that were taken are added at the end.
-    ``draft`` "ngram" guesses the next tokens from the text so far, ``draft_model`` with a smaller model of
-    the same vocabulary: faster where the guesses come true, and the same text. ``check_recall`` also computes
-    what predictors should have found, for :meth:`Session.report`. ``progress`` hears of GPU kernels that
-    have to be compiled, which a first start does. Nothing but ``mode``, ``device``, ``vram``
-    and ``kv_type`` changes a result.
+    ``threads`` None takes the machine's cores. ``context`` is the maximum number of tokens of a session
+    (None: the model's own, up to 4096). ``mode`` None takes the file's mode. ``device`` gives the hot part of
+    a split file to torch, limited to ``vram`` bytes. ``kv_type`` "q8_0" halves the KV cache at a small cost
+    in precision. ``ram`` is the memory that the process may take (None: all that is free). Experts beyond it
+    are read from disk as they are needed; ``placement`` says whether the choice of the experts that stay in
+    memory follows use, or the profile beside the model. ``learn`` names a profile; at the end, the experts
+    taken are added to it. ``draft`` "ngram" guesses the next tokens from the text so far; ``draft_model``
+    guesses them with a smaller model of the same vocabulary. The text stays the same, and comes faster where
+    guesses are right. ``check_recall`` also computes the neurons that predictors should have found, for
+    :meth:`Session.report`. ``progress`` is told of GPU kernels that have to be compiled, as on a first start.
+    Only ``mode``, ``device``, ``vram`` and ``kv_type`` change results.
 
     Raises FormatError for a file that cannot be read, ModelError for one that cannot be run or does not fit
-    in memory, HardwareError for a device that is not there.
+    in memory, and HardwareError if the device does not exist.
     """
     loaded = load_model(Path(path))
     with ExitStack() as opened:
@@ -111,12 +111,12 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What the file calls the model."""
+        """The model's name in the file."""
         return self._loaded.name
 
     @property
     def context(self) -> int:
-        """The most tokens of a session."""
+        """The maximum number of tokens of a session."""
         return self._weights.context
 
     @property
@@ -131,22 +131,22 @@ class Model:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the file brings a chat template. :meth:`chat` writes plain turns where it does not."""
+        """Whether the file has a chat template. Without one, :meth:`chat` writes plain turns."""
         return has_chat_template(self._loaded.source)
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What could not be done as asked, and what is done instead."""
+        """Requests that could not be met as asked, and what is done instead."""
         return (*self._loaded.source.notices, *self._weights.notices)
 
     def text_notices(self, *, chat: bool) -> tuple[str, ...]:
-        """The same about the tokeniser, and for a ``chat`` about the template. Raises TokenizerError."""
+        """Notices about the tokeniser and, for a ``chat``, about the template. Raises TokenizerError."""
         notice = self._template.notice if chat else None
         return (*self._tokenizer.notices, *([] if notice is None else [notice]))
 
     def session(self, context: int | None = None) -> Session:
-        """A session of up to ``context`` tokens (None: the model's). Raises ModelError where memory does not
-        suffice, and for a second one where the device computes attention; TokenizerError."""
+        """A session of up to ``context`` tokens (None: the model's). Raises TokenizerError. Raises ModelError
+        if memory does not suffice, and for a second session if the device computes attention."""
         engine = Engine(self._loaded, weights=self._weights, session=self._weights.session(context))
         try:
             self._drafts.attach(engine)
@@ -184,8 +184,8 @@ class Model:
         return np.concatenate(rows) if rows else np.empty((0, self.vocabulary), np.float32)
 
     def tokenize(self, text: str, *, special: bool = False, begin: bool | None = None) -> list[int]:
-        """Ids of ``text``. ``special``: control tokens written in it are taken as such. ``begin``: whether
-        the model's first token comes in front (None: where the model asks for it). Raises TokenizerError."""
+        """Ids of ``text``. ``special``: control tokens written in it count as such. ``begin``: whether the
+        model's first token comes in front (None: if the model asks for it). Raises TokenizerError."""
         return self._tokenizer.encode(text, parse_special=special, add_bos=begin)
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
@@ -193,7 +193,7 @@ class Model:
         return self._tokenizer.decode(tokens, show_special=special)
 
     def read_bandwidth(self) -> float:
-        """Measure how fast the model's threads read memory now, in bytes per second; 0 where memory does not
+        """Measure how fast the model's threads read memory now, in bytes per second; 0 if memory does not
         suffice to measure it."""
         return self._weights.read_bandwidth()
 
@@ -211,7 +211,7 @@ class Model:
 
     @staticmethod
     def _ending(session: Session, begin: Any) -> TextStream:
-        """What ``begin`` returns, which closes the session when it ends."""
+        """The stream that ``begin`` returns; at its end it closes the session."""
         try:
             stream: TextStream = begin()
         except BaseException:

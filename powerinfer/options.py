@@ -1,4 +1,4 @@
-"""How text is generated, and what a conversation consists of."""
+"""Options for generating text, and the turns of a conversation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -23,14 +23,14 @@ class Message(TypedDict):
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Keywords of everything that generates.
+    """Keywords of every function that generates.
 
-    ``max_tokens`` (-1: until the model ends its text), ``stop`` strings that end it, and ``ignore_eos`` to go
-    on after end-of-text tokens. ``temperature`` 0 takes the likeliest token; ``seed`` None draws a fresh one.
-    Order and defaults of the filters are llama.cpp's; ``samplers`` names others, or another order. Text
-    keeps to a ``json_schema`` (an object, or its text) or a ``grammar`` (GBNF or Lark), where one is given.
-    ``logit_bias`` is added to the logits of token ids before everything else; -inf rules one out.
-    ``progress`` hears how far the prompt is.
+    ``max_tokens`` limits the text (-1: until the model ends it), ``stop`` strings end it, and with
+    ``ignore_eos`` it goes on after end-of-text tokens. ``temperature`` 0 takes the likeliest token; ``seed``
+    None draws a fresh seed. Order and defaults of the filters are llama.cpp's; ``samplers`` names other
+    filters, or another order. If a ``json_schema`` (an object, or its text) or a ``grammar`` (GBNF or Lark)
+    is given, the text conforms to it. ``logit_bias`` is added to the logits of token ids before everything
+    else; -inf rules a token out. ``progress`` is told how much of the prompt has been processed.
     """
 
     max_tokens: int
@@ -57,7 +57,7 @@ _SAMPLING = frozenset(field.name for field in fields(SamplingOptions))
 
 
 def generation_options(options: GenerateOptions, stops: Sequence[str] = ()) -> GenerationOptions:
-    """The engine's form of ``options``, with ``stops`` beside their own.
+    """The engine's form of ``options``, with ``stops`` added to their own stop strings.
 
     Raises SamplingError for a value out of range, PowerInferError for an empty stop string, TypeError for a
     keyword that does not exist.
@@ -80,7 +80,7 @@ def generation_options(options: GenerateOptions, stops: Sequence[str] = ()) -> G
 
 
 def form_of(options: GenerateOptions, tokenizer: Tokenizer) -> "Grammar | None":
-    """What the text must keep to, if anything. Raises SamplingError."""
+    """The grammar that the text must conform to, if any. Raises SamplingError."""
     if "json_schema" not in options and "grammar" not in options:
         return None
     from powerinfer_tools.generate.constraints import Grammar

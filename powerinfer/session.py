@@ -29,8 +29,8 @@ Floats = npt.NDArray[np.float32]
 
 
 class Session:
-    """Tokens that a model has processed, and what it keeps of them. Made by :meth:`Model.session`; sessions
-    of one model share its weights. Not for two threads at once, and neither are two sessions of one model."""
+    """Tokens that a model has processed, with their cached state. Made by :meth:`Model.session`; sessions of
+    one model share its weights. Not for two threads at once, which also holds for two sessions of a model."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, template: Template) -> None:
         self._engine, self._tokenizer, self._template = engine, tokenizer, template
@@ -46,7 +46,7 @@ class Session:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Ids of all tokens that are held."""
+        """Ids of all tokens in the session."""
         return tuple(self._held)
 
     @property
@@ -60,9 +60,9 @@ class Session:
         return self._engine.session.nbytes
 
     def prefill(self, tokens: Sequence[int]) -> Floats:
-        """Process ``tokens`` after what is held; logits float32 (vocabulary,) after the last of them.
+        """Process ``tokens`` after the session's tokens; logits float32 (vocabulary,) after the last of them.
 
-        Raises ContextFull where they do not fit, ModelError for an id outside the vocabulary.
+        Raises ContextFull if they do not fit, ModelError for an id outside the vocabulary.
         """
         logits = self._engine.prefill(list(tokens)).copy()
         self._held += tokens
@@ -75,29 +75,29 @@ class Session:
         return logits
 
     def logits(self, tokens: Sequence[int]) -> Floats:
-        """Process ``tokens`` after what is held; logits (tokens, vocabulary) after each of them. Raises as
-        :meth:`prefill` does."""
+        """Process ``tokens`` after the session's tokens; logits (tokens, vocabulary) after each of them.
+        Raises as :meth:`prefill` does."""
         rows = [rows.copy() for rows in self._engine.logits(list(tokens))]
         self._held += tokens
         return np.concatenate(rows) if rows else np.empty((0, self._tokenizer.vocabulary), np.float32)
 
     def rewind(self, position: int) -> int:
-        """Forget every token from ``position`` on, or all of a family that cannot go back; returns how many
-        are held then. Raises ValueError where fewer than ``position`` are held."""
+        """Forget every token from ``position`` on, or all tokens if the model's family cannot go back.
+        Returns how many remain. Raises ValueError if the session has fewer than ``position`` tokens."""
         held = self._engine.rewind(position)
         del self._held[held:]
         return held
 
     def fork(self) -> "Session":
-        """Another session that holds the same tokens, and goes on with the same bits, without drafts. Raises
-        ModelError where memory does not suffice."""
+        """Another session with the same tokens, which goes on with the same bits, without drafts. Raises
+        ModelError if memory does not suffice."""
         other = Session(self._engine.fork(), self._tokenizer, self._template)
         other._held = list(self._held)
         return other
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> TextStream:
-        """Continue what is held with ``prompt``, text or ids; text begins with the model's first token where
-        nothing is held. Control tokens written in text are text.
+        """Continue the session's tokens with ``prompt``, text or ids. In an empty session, text begins with
+        the model's first token. Control tokens written in text are text.
 
         Raises ContextFull, SamplingError, TokenizerError and ModelError.
         """
@@ -112,8 +112,8 @@ class Session:
     def stream_chat(
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]
     ) -> TextStream:
-        """The answer to a conversation, by the model's template. Of what is held, the part that the
-        conversation begins with is reused, and the rest forgotten.
+        """The answer to a conversation, by the model's template. Of the session's tokens, the part with which
+        the conversation begins is reused, and the rest is forgotten.
 
         Raises ChatTemplateError, and as :meth:`stream` does.
         """
@@ -150,15 +150,15 @@ class Session:
         sampler: Sampler | None = None,
         on_end: Callable[[Generation, Callable[[], PartsParser]], None] | None = None,
     ) -> TextStream:
-        """:meth:`stream_chat`, with the draws of a ``sampler`` that goes on from turn to turn; ``on_end`` is
-        called with the generation when it has ended, and with what makes parsers of its text."""
+        """:meth:`stream_chat`, with the draws of a ``sampler`` that goes on from turn to turn. ``on_end`` is
+        called with the finished generation and with a function that makes parsers of its text."""
         ids = self._template.ids(list(messages))
         if len(ids) >= self.context:
             raise ContextFull(
                 f"the conversation has {len(ids)} tokens and the context {self.context}: "
                 "undo the last exchange, start anew, or ask for a larger context (-c)"
             )
-        pairs = zip(self._held, ids[:-1], strict=False)  # the last token is needed anew for its logits
+        pairs = zip(self._held, ids[:-1], strict=False)  # the last token is processed again for its logits
         self.rewind(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
         source = getattr(self._template, "source", None)
         tail = self._tokenizer.decode(ids[-8:], show_special=True)
@@ -178,7 +178,7 @@ class Session:
         )
 
     def _is_control(self, text: str) -> bool:
-        """Whether ``text`` is a token that is not shown as a rule."""
+        """Whether ``text`` is a token that is normally not shown."""
         return self._tokenizer.tokens.ids.get(text) in self._tokenizer.control_ids
 
     def _stream(
@@ -192,7 +192,7 @@ class Session:
         parser: Callable[[], PartsParser] | None = None,
         marked: bool = False,
     ) -> TextStream:
-        """``marked``: what takes the text apart needs control tokens in it."""
+        """``marked``: the parser of the text needs its control tokens."""
 
         def ended(generation: Generation) -> None:
             self._held += generation.fed

@@ -1,4 +1,4 @@
-"""Text as it comes, and what came in the end."""
+"""Text as it comes, and the result at its end."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,14 +13,14 @@ Ended = Literal["end", "stop", "limit", "context", "interrupted"]
 
 @dataclass(frozen=True)
 class Generated:
-    """A text that was generated.
+    """A generated text.
 
-    ``tokens`` are its ids, without an end token. ``ended`` says why: the model's "end", a "stop" string, the
-    "limit" of tokens, a full "context", or "interrupted". ``prompt_tokens`` were processed and
-    ``reused_tokens`` held already. ``seed`` repeats the text; ``logits_hash`` is that of the last logits: the
-    same on every machine, for any number of threads. ``explanation`` says in words why it ended;
-    ``statistics`` what it cost. Of answers in a chat, ``reasoning`` is what the model thought, and ``answer``
-    what it said then; else all of the text is the answer.
+    ``tokens`` are its ids, without an end token. ``ended`` says why it ended: the model's "end", a "stop"
+    string, the "limit" of tokens, a full "context", or "interrupted". ``prompt_tokens`` were processed, and
+    ``reused_tokens`` were already in the session. ``seed`` repeats the text. ``logits_hash`` is the hash of
+    the last logits: it is the same on every machine, for any number of threads. ``explanation`` says in words
+    why the text ended, and ``statistics`` what it cost. For answers in a chat, ``reasoning`` is the model's
+    reasoning, and ``answer`` the answer after it; otherwise the whole text is the answer.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Generated:
 
 class TextStream(Iterator[str]):
     """Iterate for pieces of text; :meth:`close`, or leaving the ``with`` block, stops early. ``result`` is
-    what came so far."""
+    the text so far."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TextStream(Iterator[str]):
         self._on_first: Callable[[], None] | None = None
 
     def on_first(self, action: Callable[[], None]) -> None:
-        """Do this before the first piece is given out."""
+        """Call this function before the first piece is given out."""
         self._on_first = action
 
     def __next__(self) -> str:
@@ -73,8 +73,8 @@ class TextStream(Iterator[str]):
         self.close()
 
     def parts(self) -> Iterator[Part]:
-        """What is left, piece by piece, taken apart: ``Reasoning`` and ``Content``, and in the notation of
-        some models a ``Call`` of a function. Not to be mixed with iterating for text."""
+        """The rest of the answer, piece by piece, taken apart: ``Reasoning`` and ``Content`` and, in the
+        notation of some models, a ``Call`` of a function. Not to be mixed with iterating for text."""
         parser = None if self._parser is None else self._parser()
         for piece in self:
             yield from [Content(piece)] if parser is None else parser.push(piece)
@@ -82,7 +82,7 @@ class TextStream(Iterator[str]):
 
     @property
     def result(self) -> Generated:
-        """The text and what is known of it; ``ended`` is "interrupted" until it has."""
+        """The text so far with its figures; ``ended`` is "interrupted" until the text has ended."""
         done = self._generation
         reasoning, answer = split(done.text, self._parser)
         return Generated(
@@ -100,7 +100,7 @@ class TextStream(Iterator[str]):
         )
 
     def finish(self) -> Generated:
-        """Everything that is left, and the result."""
+        """Generate the rest, and return the result."""
         for _ in self:
             pass
         return self.result

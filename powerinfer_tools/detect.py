@@ -1,4 +1,4 @@
-"""What this machine is: processor, memory, accelerator. Looks, measures nothing.
+"""The machine's processor, memory and accelerator, as the system reports them; nothing is measured.
 
 torch is imported only by :func:`cuda_device`, when the caller asks for it.
 """
@@ -37,24 +37,24 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 
 def ram_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process may use: the machine's, or the least limit of the cgroups that it is in. 0
-    where the system won't say."""
+    """Memory that this process may use: the machine's, or the least limit of its cgroups. 0 if the system
+    does not tell."""
     total = _meminfo(root, "MemTotal")
     limits = [limit for limit, _ in _memory_limits(root)]
     return min([value for value in (total, *limits) if value > 0], default=0)
 
 
 def available_ram_bytes(root: Path = Path("/")) -> int:
-    """Memory that can be had without swapping: in the machine as a whole, and within each cgroup that this
-    process is in. 0 where the system won't say; at least 1 where it does."""
+    """Memory available without swapping: in the machine as a whole, and within each cgroup of this process. 0
+    if the system does not tell; at least 1 if it does."""
     available = _meminfo(root, "MemAvailable")
     remaining = [max(1, limit - used) for limit, used in _memory_limits(root)]
     return min([value for value in (available, *remaining) if value > 0], default=0)
 
 
 def resident_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process takes now, with the pages of files that it has mapped; 0 where the system
-    won't say."""
+    """Memory that this process takes now, including the pages of its mapped files; 0 if the system does not
+    tell."""
     match = re.search(r"^VmRSS:\s*(\d+) kB", _text(root / "proc/self/status"), re.MULTILINE)
     return int(match.group(1)) * 1024 if match else 0
 
@@ -78,7 +78,7 @@ def nvidia_driver(root: Path = Path("/")) -> str | None:
 
 
 def torch_version() -> str | None:
-    """Version of torch where it is installed; does not import it."""
+    """Version of torch if it is installed; does not import it."""
     try:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -103,7 +103,7 @@ def cuda_device() -> CudaDevice | str:
 
 def _memory_limits(root: Path) -> list[tuple[int, int]]:
     """Limit and use, in bytes, of each cgroup on the way from this process's own to the root, version 1 or 2.
-    Pages of files do not count as used: they are dropped where memory is short."""
+    Pages of files do not count as used: the system drops them when memory is short."""
     limits = []
     for folder in _memory_groups(root):
         for limit_name, used_name, files in (

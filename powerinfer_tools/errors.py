@@ -5,7 +5,7 @@ import sys
 
 
 def how_to_install(package: str) -> str:
-    """The command that installs an optional package where this program runs, whatever ``PATH`` says.
+    """The command that installs an optional package into this program's environment, whatever ``PATH`` says.
 
     powerinfer itself is named nowhere: it is published in no index.
     """
@@ -47,7 +47,7 @@ class ProfileError(PowerInferError):
 
 
 class TrainError(PowerInferError):
-    """Predictors cannot be made from what there is."""
+    """Predictors cannot be made from the available data."""
 
 
 class ThresholdError(PowerInferError):
@@ -59,7 +59,7 @@ class PlanError(PowerInferError):
 
 
 class HardwareError(PowerInferError):
-    """The hardware profile is missing, or the device asked for is not there."""
+    """The hardware profile is missing, or the requested device does not exist."""
 
 
 class ConvertError(PowerInferError):
@@ -71,11 +71,11 @@ class OtherProfile(ConvertError):
 
 
 class EvaluationError(PowerInferError):
-    """What was asked for cannot be evaluated: no such task, or one that does not fit the model."""
+    """The evaluation asked for is impossible: no such task, or one that does not fit the model."""
 
 
 class AddressError(PowerInferError):
-    """The server cannot listen where it was to."""
+    """The server cannot listen at the given address."""
 
 
 class CorpusError(PowerInferError):
@@ -83,8 +83,8 @@ class CorpusError(PowerInferError):
 
 
 class ImportFailed(PowerInferError):
-    """A file of another program cannot be taken over."""
+    """A file of another program cannot be imported."""
 
 
 class HubError(PowerInferError):
-    """A model of the hub cannot be had, found in its cache, or removed from it."""
+    """A model of the hub cannot be fetched, found in the cache, or removed from it."""

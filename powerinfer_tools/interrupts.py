@@ -8,13 +8,13 @@ from types import FrameType
 
 
 class Interrupts:
-    """What came in while signals were held back."""
+    """Signals that arrived while they were held back."""
 
     def __init__(self) -> None:
         self.pending = False
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if one is pending; call where the work is in a consistent state."""
+        """Raise KeyboardInterrupt if one is pending; call this when the work is in a consistent state."""
         if self.pending:
             self.pending = False
             raise KeyboardInterrupt
@@ -45,9 +45,9 @@ def deferred_interrupts() -> Iterator[Interrupts]:
 
 
 def guard_mapped_files(code: int) -> None:
-    """From now on, a mapped file that another program shortens ends the process when it is read, with exit
-    code ``code`` and a line that names it. What was being written is incomplete and never gets its final
-    name."""
+    """From now on, reading a mapped file that another program has shortened ends the process, with exit code
+    ``code`` and a line that names the file. A file being written at that time stays incomplete and never gets
+    its final name."""
     from powerinfer_kernels import guard_mapped_files as guard
 
     guard(code)

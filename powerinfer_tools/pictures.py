@@ -1,4 +1,4 @@
-"""Pictures as PNG or SVG files; with matplotlib, which is an extra."""
+"""Pictures as PNG or SVG files, drawn with the optional package matplotlib."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +15,8 @@ class DrawingError(PowerInferError):
 
 
 def require_drawable(path: Path) -> None:
-    """Raises DrawingError for an ending other than .png and .svg, a folder that is not there, and where
-    matplotlib is not installed: to be known before long work whose result is drawn."""
+    """Raises DrawingError for an ending other than .png and .svg, for a missing folder, and if matplotlib is
+    not installed. Call this before long work whose result is to be drawn."""
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise DrawingError(

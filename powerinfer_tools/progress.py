@@ -1,4 +1,4 @@
-"""How a stage tells of its progress without knowing who listens (a terminal, a log, a test)."""
+"""How a stage reports its progress without knowing the receiver (a terminal, a log, a test)."""
 
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Progress that nobody listens to."""
+    """Progress without a receiver."""
 
     def start(self, description: str, total: int | None, unit: str) -> None:
         """Ignore."""

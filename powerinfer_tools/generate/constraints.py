@@ -1,6 +1,6 @@
-"""Text that keeps to a grammar or a JSON schema: llguidance says before each token which ones may come.
+"""Text that conforms to a grammar or a JSON schema: before each token, llguidance says which tokens may come.
 
-Sampling otherwise stays what it is: tokens that would leave the grammar are ruled out before penalties and
+Otherwise sampling is unchanged: tokens that would violate the grammar are ruled out before penalties and
 filters see them.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Longest grammar or schema that is compiled, in characters.
 MAX_CHARACTERS = 1 << 16
 _DETAIL = 300
-#: As Python's json writes. Where any white space may come, small models write nothing else.
+#: Separators as Python's json writes them. If any white space may come, small models write nothing else.
 _SPACING: "JsonCompileOptions" = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -70,7 +70,7 @@ class Grammar:
             raise SamplingError(f"the grammar has {len(text)} characters, at most {MAX_CHARACTERS} fit")
         try:
             lark = any_to_lark(text)
-        except Exception as error:  # noqa: BLE001  a translator of text from outside; any fault is the text's
+        except Exception as error:  # noqa: BLE001  it translates text from outside; any fault is the text's
             raise SamplingError(f"the grammar is not valid: {_one_line(str(error))}") from None
         return cls(tokenizer, LLMatcher.grammar_from_lark(lark))
 
@@ -80,7 +80,7 @@ class Grammar:
 
 
 class ConstrainedSampler(Sampler):
-    """A sampler that keeps to a grammar. Every token that it gives counts as taken."""
+    """A sampler that obeys a grammar. Every token that it returns counts as part of the text."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class ConstrainedSampler(Sampler):
         return bool(self._matcher.is_stopped())
 
     def sample(self, logits: Logits) -> int:
-        """The next token. Raises SamplingError as a sampler does, and where no token fits the grammar."""
+        """The next token. Raises SamplingError as a sampler does, and if no token fits the grammar."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
         if self._matcher.is_error():
@@ -114,7 +114,7 @@ class ConstrainedSampler(Sampler):
 
 
 def require_llguidance() -> None:
-    """Raise SamplingError where the package is missing."""
+    """Raise SamplingError if the package is missing."""
     from importlib.util import find_spec
 
     if find_spec("llguidance") is None:
@@ -122,7 +122,7 @@ def require_llguidance() -> None:
 
 
 class _Facade:
-    """What llguidance asks of a tokeniser."""
+    """The methods that llguidance needs of a tokeniser."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         ends = sorted(tokenizer.eos_ids)

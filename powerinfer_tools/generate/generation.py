@@ -1,6 +1,6 @@
 """Generating text: from a prompt's ids to pieces of text, with every way to end it.
 
-Works with anything that has the engine's few methods, and knows nothing of models or kernels.
+Works with any object that has the engine's few methods, and is independent of models and kernels.
 """
 
 import time
@@ -23,7 +23,7 @@ Logits = npt.NDArray[np.float32]
 
 
 class TokenEngine(Protocol):
-    """What generating needs of an engine."""
+    """The methods of an engine that generating needs."""
 
     @property
     def context(self) -> int:
@@ -44,8 +44,8 @@ class TokenEngine(Protocol):
         ...
 
     def rewind(self, position: int) -> int:
-        """Forget the KV cache from `position` on, or from an earlier one; returns how many tokens are
-        held."""
+        """Forget the KV cache from `position` on, or from an earlier position; returns how many tokens
+        remain."""
         ...
 
 
@@ -80,7 +80,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of generated text. `token` is the one that completed it; the last piece has none."""
+    """A piece of generated text. `token` is the token that completed it; the last piece has none."""
 
     text: str
     token: int | None
@@ -118,9 +118,9 @@ def logits_hash(logits: Logits) -> str:
 class Generation(Iterator[Piece]):
     """One generation under way: iterate for pieces of text, `close` to stop early.
 
-    tokens: generated ids, without an end token. text: what came out so far. fed: ids that are in the engine's
-    cache because of this generation. outcome: None while it runs. However it ends, the engine can be used on:
-    rewind it to a position up to where it was plus len(fed).
+    tokens: generated ids, without an end token. text: the text so far. fed: ids that this generation has put
+    into the engine's cache. outcome: None while it runs. However it ends, the engine can be used again:
+    rewind it to a position of at most its earlier position plus len(fed).
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Generation(Iterator[Piece]):
         yield Piece(rest, None)
 
     def _choose(self) -> int | None:
-        """The next token; None, with the outcome set, where there is none."""
+        """The next token; None, with the outcome set, if there is none."""
         started = time.perf_counter()
         statistics = self.statistics
         if self.options.max_tokens == 0:
@@ -233,7 +233,7 @@ class Generation(Iterator[Piece]):
 
     def _feed(self, token: int) -> None:
         started = time.perf_counter()
-        self._logits = None  # the engine overwrites them: an interrupt in there must not leave a wrong hash
+        self._logits = None  # the engine overwrites them: an interrupt there must not leave a wrong hash
         self._logits = self._engine.decode(token)
         self.fed.append(token)
         self.statistics.decoded += 1
@@ -263,9 +263,9 @@ def generate(
     *,
     progress: Progress | None = None,
 ) -> Generation:
-    """Continue `prompt_ids` after what is in the engine's cache.
+    """Continue `prompt_ids` after the tokens in the engine's cache.
 
-    Raises PowerInferError for an empty prompt; iterating raises ContextFull where the prompt does not fit.
+    Raises PowerInferError for an empty prompt; iterating raises ContextFull if the prompt does not fit.
     A context that fills up while generating is an outcome, not an error.
     """
     return Generation(engine, tokenizer, prompt_ids, options or GenerationOptions(), progress=progress)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from powerinfer_tools.errors import SamplingError
 
-#: What is applied where nothing else is said.
+#: The samplers that are applied by default.
 DEFAULT_SAMPLERS = ("penalties", "top_k", "typ_p", "top_p", "min_p", "temperature")
-#: Samplers of llama.cpp that do nothing unless their own options turn them on, which are not known here.
+#: Samplers of llama.cpp that do nothing unless their own options, which do not exist here, turn them on.
 _OFF = ("dry", "top_n_sigma", "xtc")
 _LETTERS = {
     "e": "penalties", "k": "top_k", "y": "typ_p", "p": "top_p", "m": "min_p", "t": "temperature",
@@ -25,8 +25,8 @@ _SPELLINGS = _spellings()
 
 
 def sampler_chain(names: Sequence[str]) -> tuple[str, ...]:
-    """``names`` as this program writes them, without samplers that would do nothing. Raises SamplingError for
-    one that is not known."""
+    """``names`` in this program's spelling, without samplers that would do nothing. Raises SamplingError for
+    an unknown name."""
     chain = []
     for name in names:
         canonical = _SPELLINGS.get(name.strip().lower())

@@ -1,8 +1,8 @@
 """Choosing the next token from logits, in llama.cpp's order and with its defaults.
 
 Order: logit bias → repeat, frequency and presence penalty → top-k → typical-p → top-p → min-p → temperature
-→ draw; all between the bias and the draw in another order, or left out, where that is asked for. Each sees
-what the one before it left. Numpy only; knows nothing of engines or text.
+→ draw. On request, the steps between the bias and the draw come in another order, or are left out. Each step
+sees the tokens that the one before it left. Numpy only; independent of engines and text.
 """
 
 import math
@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 _Scores = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
 
-#: Scores beyond this are as good as certain.
+#: Scores beyond this are practically certain.
 _LARGE = 1e8
 _RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (-math.inf, math.inf, "a number (0 or less is greedy)"),
@@ -40,10 +40,10 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 class SamplingOptions:
     """How to choose a token. Raises SamplingError, naming the option, for a value out of range.
 
-    temperature 0 or less is greedy: the highest logit that penalties and filters leave (typical_p alone may
-    take out the highest), the lowest id among equals. seed None or -1 draws a fresh one, which `Sampler.seed`
-    tells. logit_bias: pairs of a token id and what is added to its logit before everything else; -inf rules
-    it out. samplers: what is applied, in this order; options of others count for nothing.
+    temperature 0 or less is greedy: the highest logit that penalties and filters leave (only typical_p may
+    take out the highest), the lowest id among equals. seed None or -1 draws a fresh seed, given by
+    `Sampler.seed`. logit_bias: pairs of a token id and a value added to its logit before everything else;
+    -inf rules the token out. samplers: those applied, in this order; options of others have no effect.
     """
 
     temperature: float = 0.8
@@ -81,8 +81,8 @@ class SamplingOptions:
 
     @property
     def takes_highest(self) -> bool:
-        """Whether the highest logit is taken whatever the others are: it is greedy, and no filter takes out
-        the likeliest, nor do penalties come after the first."""
+        """Whether the highest logit is taken whatever the others are: sampling is greedy, no filter takes out
+        the likeliest token, and penalties, if any, come first."""
         return self.greedy and self.typical_p >= 1 and "penalties" not in self.samplers[1:]
 
     @property
@@ -111,19 +111,19 @@ class Sampler:
         self._recent: deque[int] = deque(maxlen=options.repeat_last_n if options.repeat_last_n >= 0 else None)
         self._banned = np.array(sorted(banned), np.int64)
         self._never = frozenset(banned)
-        #: Whether the highest logit as it comes is taken, unless it is banned.
+        #: Whether the highest of the unchanged logits is taken, unless its token is banned.
         self._takes_first = options.takes_highest and not options.penalises and not options.logit_bias
 
     def accept(self, tokens: Iterable[int]) -> None:
-        """Tokens that are now part of the text, prompt included: what penalties look back at."""
+        """Add tokens to the text, prompt included, on which penalties are based."""
         self._recent.extend(tokens)
 
     def sample(self, logits: Logits) -> int:
-        """The next token. logits: float32 [vocabulary], left as they are; -inf rules a token out.
+        """The next token. logits: float32 [vocabulary], not changed; -inf rules a token out.
 
         Raises SamplingError for NaN, +inf, or when every token is ruled out.
         """
-        if self._takes_first:  # nothing need be copied
+        if self._takes_first:  # nothing needs to be copied
             best = int(logits.argmax())
             if math.isfinite(logits[best]) and best not in self._never:
                 return best
@@ -142,7 +142,7 @@ class Sampler:
         return int(ids[min(place, len(ids) - 1)])
 
     def probabilities(self, logits: Logits) -> tuple[_Ids, _Scores]:
-        """The tokens that `sample` may give, best first, and how probable each is; nothing is drawn."""
+        """The tokens that `sample` may return, best first, with their probabilities; nothing is drawn."""
         return self._filtered(self._adjusted(logits))
 
     def _adjusted(self, logits: Logits) -> Logits:
@@ -164,8 +164,8 @@ class Sampler:
         return self.options.penalises and len(self._recent) > 0
 
     def _filtered(self, logits: Logits) -> tuple[_Ids, _Scores]:
-        """What the samplers leave, best first, and how probable each is; penalties that come first are in
-        ``logits`` already."""
+        """The tokens that the samplers leave, best first, with their probabilities. Penalties that come first
+        are already in ``logits``."""
         options, names = self.options, self.options.samplers
         names = names[1:] if names[:1] == ("penalties",) else names
         first = names[:1] == ("top_k",)
@@ -183,7 +183,7 @@ class Sampler:
         return ids, softmax(scores)
 
     def _penalised(self, ids: _Ids, scores: _Scores) -> tuple[_Ids, _Scores]:
-        """Penalties on what is left, the best first again."""
+        """Apply penalties to the tokens that are left, and sort these again, best first."""
         if not self._penalises:
             return ids, scores
         place = {int(token): at for at, token in enumerate(ids)}
@@ -209,8 +209,8 @@ def _filter(name: str, scores: _Scores, options: SamplingOptions) -> _Ids:
 
 
 def _tempered(ids: _Ids, scores: _Scores, temperature: float, *, keep_size: bool) -> tuple[_Ids, _Scores]:
-    """Scores at a temperature, less the best one unless the ``keep_size`` matters; of a temperature of 0 or
-    less, the best alone."""
+    """Scores at a temperature, minus the best one unless ``keep_size`` is set; for a temperature of 0 or
+    less, the best score alone."""
     if temperature <= 0:
         return ids[:1], scores[:1]
     best = scores.max()
@@ -239,8 +239,7 @@ def penalise(logits: Logits, recent: Collection[int], options: SamplingOptions) 
 def highest(logits: Logits, count: int) -> _Ids:
     """Ids of the `count` highest logits (0: of all) above -inf, best first, the lowest id first among equals.
 
-    Exact and the same on every machine, which a bare argpartition is not where logits are equal at the
-    border.
+    Exact and the same on every machine. A plain argpartition is not if logits are equal at the border.
     """
     if count == 0 or count >= len(logits):
         candidates = np.flatnonzero(logits > -np.inf)
@@ -252,7 +251,7 @@ def highest(logits: Logits, count: int) -> _Ids:
 
 
 def _lower_bound(logits: Logits, count: int) -> np.float32:
-    """A value that at least `count` logits reach and few more than that do.
+    """A value that at least `count` logits reach, and few more than `count`.
 
     The count-th highest among the maxima of separate groups is such a value, and finding it takes one cheap
     pass over a large vocabulary.

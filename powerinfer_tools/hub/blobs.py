@@ -1,8 +1,8 @@
-"""One file of the hub, fetched into the cache's ``blobs``: goes on where it was interrupted, and is judged by
-its hash before it gets its name.
+"""One file of the hub, fetched into the cache's ``blobs``. An interrupted transfer is resumed, and the file's
+hash is checked before the file gets its name.
 
-The ``huggingface_hub`` package fetches files, too, but begins anew after an interruption and does not compare
-hashes; its function for the transfer itself (retries, redirects, ranges) is used.
+The ``huggingface_hub`` package fetches files, too, but starts over after an interruption and does not compare
+hashes. Only its function for the transfer itself (retries, redirects, ranges) is used.
 """
 
 import errno
@@ -35,7 +35,7 @@ class Blob:
 
 
 def fetch(blob: Blob, folder: Path, headers: dict[str, Any], progress: Progress) -> int:
-    """Make ``folder``/``digest`` the file's bytes; gives how many were fetched.
+    """Fetch the file to ``folder``/``digest``; returns how many bytes were fetched.
 
     Raises HubError; errors of the transfer are the hub package's.
     """
@@ -87,7 +87,7 @@ def _transfer(blob: Blob, stream: BinaryIO, had: int, headers: dict[str, Any], p
         counted = _Counted(stream, had, progress)
         http_get(
             blob.url,
-            counted,  # type: ignore[arg-type]  # what it needs of a file
+            counted,  # type: ignore[arg-type]  # it has the methods that are needed of a file
             resume_size=had,
             headers=dict(headers),
             expected_size=blob.size,
@@ -108,7 +108,7 @@ def _transfer(blob: Blob, stream: BinaryIO, had: int, headers: dict[str, Any], p
 
 
 class _Counted:
-    """A file that tells of its progress, in megabytes."""
+    """A file that reports its progress, in megabytes."""
 
     def __init__(self, stream: BinaryIO, had: int, progress: Progress) -> None:
         self._stream, self._progress, self._told = stream, progress, 0

@@ -1,4 +1,4 @@
-"""What of the hub is in its cache: found, listed and removed without any network.
+"""Models in the hub's cache: found, listed and removed without any network.
 
 The layout is the hub package's: ``models--OWNER--NAME`` with ``refs/main`` (the commit), ``snapshots/COMMIT``
 (files by name, links) and ``blobs`` (their bytes).
@@ -18,8 +18,8 @@ from powerinfer_tools.hub.reference import Reference
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A whole model in the cache. ``path``: file, first shard, or directory; ``current``: of the commit that
-    was pulled last."""
+    """A complete model in the cache. ``path``: file, first shard, or directory. ``current``: whether it
+    belongs to the commit that was pulled last."""
 
     reference: str
     path: Path
@@ -36,8 +36,8 @@ def hub_cache() -> Path:
 
 
 def find_cached(reference: Reference, cache: Path | None = None) -> Path | None:
-    """The model's file, first shard or directory, where all of it has been fetched. Raises HubError where the
-    cache has several that are meant."""
+    """The model's file, first shard or directory, if all of it has been fetched. Raises HubError if several
+    models in the cache match."""
     folder = (cache or hub_cache()) / reference.folder_name
     commit = _text(folder / "refs/main").strip()
     snapshot = folder / "snapshots" / commit
@@ -54,19 +54,19 @@ def find_cached(reference: Reference, cache: Path | None = None) -> Path | None:
 
 
 def list_models(cache: Path | None = None) -> list[LocalModel]:
-    """All whole models, by name."""
+    """All complete models, by name."""
     models = [model for _, _, model in _models(cache)]
     return sorted(models, key=lambda model: (model.reference.lower(), not model.current))
 
 
 def incomplete_bytes(cache: Path | None = None) -> int:
-    """Bytes of files whose fetching was interrupted."""
+    """Bytes of partially fetched files."""
     return sum(file.stat().st_size for file in (cache or hub_cache()).glob("models--*/blobs/*.incomplete"))
 
 
 def remove(reference: Reference, *, everything: bool = False, cache: Path | None = None) -> int:
-    """Remove the model, in all commits; of several of a repository the one that is named, or all with
-    ``everything``. Gives the bytes that are free now. Raises HubError."""
+    """Remove the model, in all commits. If a repository has several models, the named one is removed, or all
+    with ``everything``. Returns the number of bytes freed. Raises HubError."""
     cached = [(revision, offer) for revision, offer, model in _models(cache, reference.repository)]
     partial = (cache or hub_cache()) / reference.folder_name / "blobs"
     if not cached and not any(partial.glob("*.incomplete")):
@@ -92,7 +92,7 @@ def remove(reference: Reference, *, everything: bool = False, cache: Path | None
 
 
 def _models(cache: Path | None, repository: str = "") -> Iterator[tuple[Any, Offer, LocalModel]]:
-    """Revision, offer, and what it is for people, of every model in the cache."""
+    """Every model in the cache: its revision, its offer, and its entry for users."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
@@ -112,7 +112,7 @@ def _models(cache: Path | None, repository: str = "") -> Iterator[tuple[Any, Off
 
 
 def _whole(snapshot: Path) -> list[Offer]:
-    """The models of which no file is missing."""
+    """The models without missing files."""
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
     whole = []
     for offer in offers(names):
@@ -154,7 +154,7 @@ def _remove_all(reference: Reference, cache: Path | None) -> int:
 
 
 def _remove_files(models: list[tuple[Any, Offer]]) -> int:
-    """Unlink the files of ``models``, and the bytes that no other name has."""
+    """Unlink the files of ``models``, and the blobs to which no other name refers."""
     blobs = set()
     for revision, offer in models:
         for name in offer.files:

@@ -1,4 +1,4 @@
-"""Errors of the hub's package in a sentence, with what to do about them."""
+"""Errors of the hub's package in one sentence, with advice on what to do."""
 
 from powerinfer_tools.errors import HubError
 
@@ -10,7 +10,7 @@ _MEANINGS = {
 
 
 def hub_error(error: Exception, name: str, endpoint: str) -> HubError | None:
-    """What ``error`` of fetching the model ``name`` means; None for an error that is not about the hub."""
+    """The meaning of an ``error`` in fetching the model ``name``; None for an error not about the hub."""
     from huggingface_hub import errors
 
     log_in = "set HF_TOKEN (or: hf auth login)"
@@ -34,13 +34,13 @@ def hub_error(error: Exception, name: str, endpoint: str) -> HubError | None:
     for kinds, sentence in sentences:
         if isinstance(error, kinds):
             return HubError(sentence)
-    if isinstance(error, OSError) and error.errno is None:  # the transfer ended, and the sizes differ
+    if isinstance(error, OSError) and error.errno is None:  # the transfer ended with a different size
         return HubError(f"{name}: the connection ended early; the same command goes on from there")
     return None
 
 
 def first_line(error: Exception) -> str:
-    """The first line of its text that says something, else its kind."""
+    """The first line of the error's text that says something, else its kind."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line), type(error).__name__)[:200]
 

@@ -1,4 +1,4 @@
-"""Which models a repository offers, by the names of its files: GGUF files by quantisation, or a directory."""
+"""The models of a repository, by the names of its files: GGUF files by quantisation, or a directory."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from powerinfer_tools.hub.reference import Reference
 
 SAFETENSORS = "safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-#: What a directory of a model may have beside its weights.
+#: Files that a model's directory may have beside its weights.
 FOLDER_FILES = (
     "config.json",
     "generation_config.json",
@@ -24,7 +24,7 @@ FOLDER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-#: Labels that are taken where none is named, the first that there is.
+#: If no label is named, the first of these that the repository has is taken.
 PREFERRED = (
     "Q4_K_M", "Q4_0", "MXFP4", "Q4_K_S", "UD-Q4_K_XL", "Q4_1", "IQ4_NL", "IQ4_XS", "Q5_K_M", "Q5_K_S", "Q5_0",
     "Q6_K", "Q8_0", "Q3_K_M", "BF16", "F16", SAFETENSORS,
@@ -33,15 +33,15 @@ _LABEL = re.compile(
     r"(?:^|[-_.])((?:UD-)?(?:I?Q\d(?:_\w+)?|TQ\d_\d|BF16|F16|FP16|F32|FP32|MXFP4(?:_MOE)?|NVFP4))$",
     re.IGNORECASE,
 )
-#: Files that are no language model, though their names end in ``.gguf``.
+#: Files that are not language models, though their names end in ``.gguf``.
 _OTHERS = re.compile(r"mmproj|imatrix|[-_.]lora\b", re.IGNORECASE)
 _SHOWN = 24
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One model: ``files`` by their names in the repository, the first of a set in front. ``missing``: files
-    of the set that are not there."""
+    """One model: ``files`` by their names in the repository, the first file of a set in front. ``missing``:
+    files of the set that the repository lacks."""
 
     label: str
     files: tuple[str, ...]
@@ -95,7 +95,7 @@ def choose(offered: list[Offer], reference: Reference) -> Offer:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a file of that name lies in the repository, wherever it is put."""
+    """Whether ``name`` is a plain relative path, so that the file stays inside any folder it is put into."""
     parts = name.split("/")
     return bool(
         name.isprintable() and len(name) <= 255 and all(part and not part.startswith(".") for part in parts)

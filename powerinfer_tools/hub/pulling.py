@@ -21,8 +21,8 @@ _MAX_SHARDS = 1024
 
 @dataclass(frozen=True)
 class Pulled:
-    """A model that is in the cache. ``path``: its file, the first of its shards, or its directory;
-    ``fetched_bytes``: what came over the network, of ``nbytes``."""
+    """A model in the cache. ``path``: its file, the first of its shards, or its directory. Of its ``nbytes``,
+    ``fetched_bytes`` came over the network."""
 
     reference: str
     path: Path
@@ -39,10 +39,10 @@ def pull(
     endpoint: str | None = None,
     cache: Path | None = None,
 ) -> Pulled:
-    """Fetch what of the model is not in the cache yet.
+    """Fetch the model's files that are not yet in the cache.
 
-    ``endpoint`` and ``cache`` are, where they are not given, those of the hub's package: HF_ENDPOINT and
-    HF_HUB_CACHE. Raises HubError: no network, no such model or file, no access, no space, damage on the way.
+    ``endpoint`` and ``cache`` default to the settings of the hub's package: HF_ENDPOINT and HF_HUB_CACHE.
+    Raises HubError: no network, no such model or file, no access, no space, damage in transit.
     """
     from huggingface_hub import constants, errors
 
@@ -57,14 +57,14 @@ def pull(
 
 @dataclass(frozen=True)
 class _Remote:
-    """Size and hash of a file, as the hub says them."""
+    """Size and hash of a file, as the hub gives them."""
 
     size: int
     digest: str
 
     @classmethod
     def of(cls, file: Any) -> "_Remote":
-        """Of an entry of the hub's list. Raises ValueError for one that says neither."""
+        """Size and hash from an entry of the hub's list. Raises ValueError for an entry with neither."""
         digest = file.lfs.sha256 if file.lfs is not None else file.blob_id
         if type(file.size) is not int or type(digest) is not str or not _DIGEST.fullmatch(digest):
             raise ValueError("a file without size and hash")
@@ -88,7 +88,7 @@ class _Hub:
         offer = choose(offers(self.files), self.reference)
         names = list(offer.files)
         fetched, paths = 0, []
-        for name in names:  # grows by the shards that an index names
+        for name in names:  # the shards that an index names are added
             amount, path = self._file(name)
             fetched += amount
             paths.append(path)
@@ -138,7 +138,7 @@ class _Hub:
         return named
 
     def _file(self, name: str) -> tuple[int, Path]:
-        """Fetch one file; how much came over the network, and its place in the snapshot."""
+        """Fetch one file. Returns the bytes that came over the network, and its path in the snapshot."""
         from huggingface_hub import constants, hf_hub_download, hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 

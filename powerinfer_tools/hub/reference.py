@@ -1,4 +1,4 @@
-"""How a model of the hub is named: ``OWNER/NAME``, and which of its files: ``OWNER/NAME:QUANT``."""
+"""Names of the hub's models: ``OWNER/NAME``, or with one of its files ``OWNER/NAME:QUANT``."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> "Reference":
-        """The reference that ``text`` is. Raises HubError."""
+        """``text`` as a reference. Raises HubError."""
         name = text.strip()
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)

@@ -18,7 +18,7 @@ _FINISH = {
 
 
 def new_id(prefix: str) -> str:
-    """A name that no other answer has."""
+    """An id that no other answer has."""
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
@@ -41,7 +41,7 @@ def usage(ends: Sequence[Ended], prompts: int = 1) -> dict[str, Any]:
 
 
 def timings(ended: Ended) -> dict[str, Any]:
-    """Speeds as llama.cpp says them, of one answer."""
+    """The speeds of one answer, in llama.cpp's form."""
     read = ended.prompt_tokens - ended.reused_tokens
     read_ms, write_ms = 1e3 * ended.prompt_seconds, 1e3 * ended.decode_seconds
     return {
@@ -75,15 +75,15 @@ def _entry(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def finite(value: float) -> float:
-    """JSON has no infinity: a token that is ruled out has this instead."""
+    """JSON has no infinity: a token that is ruled out gets this value instead."""
     return max(value, -9999.0)
 
 
 def completion_logprobs(
     scores: Sequence[TokenScore | None], tokens: Sequence[int], offset: int, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Probabilities in the form of the older completions: parallel lists. ``offset`` is where the text of the
-    first token begins."""
+    """Probabilities in the form of the older completions: parallel lists. The text of the first token begins
+    at ``offset``."""
     texts = [tokenizer.token_text(token) for token in tokens]
     offsets = [offset]
     for text in texts[:-1]:
@@ -97,7 +97,7 @@ def completion_logprobs(
 
 
 def _top(entry: TokenScore, tokenizer: Tokenizer) -> dict[str, float]:
-    """By text; of tokens that read the same, the likelier one stays."""
+    """The probabilities by text; of tokens with equal text, the likelier one stays."""
     result: dict[str, float] = {}
     for token, logprob in entry.top:
         result.setdefault(tokenizer.token_text(token), finite(logprob))

@@ -15,7 +15,7 @@ from powerinfer_tools.serving.service import Service
 
 
 def create_app(service: Service) -> Starlette:
-    """All endpoints on ``service``, whose model may come later."""
+    """All endpoints on ``service``, whose model may be loaded later."""
     info = Information(service)
     chatting, completing = chat.endpoint(service), completions.endpoint(service)
     routes = [
@@ -25,7 +25,7 @@ def create_app(service: Service) -> Starlette:
         Route("/v1/models/{name:path}", info.model),
         Route("/v1/chat/completions", chatting, methods=["POST"]),
         Route("/v1/completions", completing, methods=["POST"]),
-        # As llama.cpp has them, for clients whose base URL lacks /v1.
+        # The same paths as llama.cpp's, for clients whose base URL lacks /v1.
         Route("/models", info.models),
         Route("/chat/completions", chatting, methods=["POST"]),
         Route("/completions", completing, methods=["POST"]),
@@ -57,6 +57,6 @@ def create_app(service: Service) -> Starlette:
 
 
 def _raise(request: Request, error: Exception) -> Response:
-    """Leave faults to the gate, which answers all of them alike."""
+    """Leave faults to the gate, which answers all of them in the same way."""
     del request
     raise error

@@ -8,13 +8,13 @@ Result = TypeVar("Result")
 
 
 def question(work: Callable[[], Result]) -> tuple[asyncio.Future[Result], Callable[[], None]]:
-    """What the running loop waits for, and what the other thread is to call: it does ``work`` and tells the
-    loop the result, or the error."""
+    """A future that the running loop waits for, and a function for the other thread to call: it does
+    ``work`` and tells the loop the result, or the error."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Result] = loop.create_future()
 
     def tell(result: Result | None, error: Exception | None) -> None:
-        if answer.done():  # nobody waits any more
+        if answer.done():  # nobody waits for the result any more
             return
         if error is not None:
             answer.set_exception(error)

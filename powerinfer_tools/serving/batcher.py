@@ -1,8 +1,8 @@
 """Continuous batching: requests join and leave a running batch at every token.
 
 One thread owns the slots. Each pass takes one token of every text that is being written and a slice of the
-prompts that are being read, so that a long prompt holds nobody up for long. What a request gets does not
-depend on its company: the engine promises that of bits, and each request has a sampler of its own.
+prompts that are being read, so that a long prompt delays nobody for long. The answer to a request does not
+depend on the other requests: the engine guarantees equal bits, and each request has a sampler of its own.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ from powerinfer_tools.serving.slots import Slots, Wanted, Work
 from powerinfer_tools.serving.tickets import Ticket
 from powerinfer_tools.text.tokenizer import Tokenizer
 
-#: Prompt tokens in a pass that also writes, and in one that does not.
+#: Prompt tokens in a pass that also generates tokens, and in one that does not.
 SLICE_AMONG_OTHERS = 64
 SLICE_ALONE = 256
-#: Tokens more than memory has that make it worth while to ask the disk.
+#: The disk is asked if it holds at least this many tokens more than memory.
 _WORTH_LOADING = 64
 
 
@@ -60,23 +60,23 @@ class Batcher:
         self._changed = threading.Condition()
         self._between: list[Callable[[], None]] = []
         self._closing = self._draining = False
-        #: Whether something is to be done before the next pass.
+        #: Whether there is something to do before the next pass.
         self._changes = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def submit(self, job: Job, after: Ticket | None = None) -> Ticket:
-        """Let ``job`` wait for its turn; one ``after`` another begins when that one's prompt is processed.
+        """Queue ``job``. A job that comes ``after`` another begins once that job's prompt is processed.
 
-        Raises RequestFault where the prompt cannot fit or too many requests are waiting.
+        Raises RequestFault if the prompt cannot fit or too many requests are waiting.
         """
         return self.submit_all([job], after)[0]
 
     def submit_all(self, jobs: Seq[Job], after: Ticket | None = None) -> list[Ticket]:
-        """All ``jobs`` or none; they share the start of their prompts where they are equal."""
+        """Queue all ``jobs`` or none; where the starts of their prompts are equal, they share these."""
         for job in jobs:
             if len(job.prompt) > self.context:
                 raise too_long(len(job.prompt), self.context)
@@ -115,7 +115,7 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether it works."""
+        """Whether the batcher is running."""
         return self._thread.is_alive()
 
     def retry_after(self) -> int:
@@ -124,8 +124,8 @@ class Batcher:
         return max(1, round(per_request * (1 + len(self._waiting) / self.parallel)))
 
     async def between_passes(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns, called by the thread that computes, when it is not computing. Raises
-        RequestFault at the end."""
+        """The result of ``work``, called by the computing thread between two passes. Raises RequestFault once
+        the batcher is ending."""
         answer, call = question(work)
         with self._changed:
             if self._closing:
@@ -135,7 +135,7 @@ class Batcher:
         return await answer
 
     async def drain(self, seconds: float) -> bool:
-        """Take no more requests and wait for those under way; whether all ended in time."""
+        """Accept no more requests and wait for the ones under way. Returns whether all ended in time."""
         with self._changed:
             self._draining = True
         until = time.monotonic() + seconds
@@ -152,7 +152,7 @@ class Batcher:
             self._thread.join()
 
     def _change(self) -> None:
-        """Something is to be done; called with the lock held."""
+        """Note that there is something to do; called with the lock held."""
         self._changes = True
         self._changed.notify()
 
@@ -210,7 +210,7 @@ class Batcher:
         self.figures.began(reused)
 
     def _restored(self, ticket: Ticket, held: int) -> None:
-        """The disk has given what it has; called by its thread."""
+        """The blocks on disk have been restored; called by the disk's thread."""
         with self._changed:
             assert ticket.place is not None
             if held > ticket.place.length:
@@ -221,7 +221,7 @@ class Batcher:
             self._change()
 
     def _saved(self, place: Place) -> None:
-        """The disk has what a place holds; called by its thread."""
+        """A place's tokens have been saved to disk; called by the disk's thread."""
         with self._changed:
             place.saving = False
             self._change()
@@ -254,7 +254,7 @@ class Batcher:
             self._pass(self._plan(active, writing))
 
     def _pass(self, pieces: list[tuple[Ticket, Work]]) -> None:
-        """One pass over prompts, and texts beside them."""
+        """One pass over prompts, and over the texts that are being generated meanwhile."""
         started = time.perf_counter()
         try:
             rows = self._slots.step([work for _, work in pieces])
@@ -264,13 +264,13 @@ class Batcher:
         self.figures.passed(pieces, time.perf_counter() - started)
         urgent = False
         for (ticket, work), logits in zip(pieces, rows, strict=True):
-            urgent |= ticket.sequence.in_prompt  # its first token is waited for, and the pass took long
+            urgent |= ticket.sequence.in_prompt  # its client awaits the first token, and the pass took long
             urgent |= self._advance(ticket, work.tokens, work.logits, logits)
         self._hand_over(urgent=urgent)
 
     def _write(self, tickets: list[Ticket]) -> None:
-        """One token after another of each text, until something else is to be done. Little happens between
-        two passes, since the engine waits meanwhile; texts of tokens are made when they are handed over."""
+        """One token after another of each text, until there is something else to do. Little happens between
+        two passes, since the engine waits meanwhile; tokens become text when they are handed over."""
         slots = [ticket.place.slot for ticket in tickets if ticket.place is not None]
         urgent = False
         while not urgent:
@@ -289,7 +289,7 @@ class Batcher:
                 break
 
     def _wrote(self, ticket: Ticket, tokens: Seq[int], logits: Logits) -> bool:
-        """:meth:`_advance`; the logits are read here for the first time, and are in the cache afterwards."""
+        """:meth:`_advance`; the logits are read here for the first time, and are then in the CPU cache."""
         try:
             self._slots.check(logits)
         except PowerInferError as error:
@@ -298,7 +298,7 @@ class Batcher:
         return self._advance(ticket, tokens, Wanted.LAST, logits)
 
     def _hand_over(self, *, urgent: bool) -> None:
-        """Tell the askers what there is, where somebody waits for it or it is due."""
+        """Hand the pending events over, where somebody waits for them or they are due."""
         if not urgent and not self._outbox.due:
             return
         for ticket in self._active:
@@ -310,14 +310,14 @@ class Batcher:
             self._outbox.add(ticket, event)
 
     def _plan(self, active: list[Ticket], writing: list[Ticket]) -> list[tuple[Ticket, Work]]:
-        """What the next pass computes: a token of each text, and slices of prompts."""
+        """The work of the next pass: a token of each text, and slices of prompts."""
         reading = [ticket for ticket in active if ticket.sequence.in_prompt]
         pieces = [(ticket, _work(ticket, 1)) for ticket in writing]
         if self._slots.fixed_slice is not None:
             return pieces + [(ticket, _work(ticket, self._slots.fixed_slice)) for ticket in reading[:1]]
         room = SLICE_AMONG_OTHERS if writing else SLICE_ALONE
         counts: dict[Ticket, int] = {}
-        if reading:  # the one that came first never stands still; else the shortest is done first
+        if reading:  # the oldest prompt always advances; after it, the shortest goes first
             counts[reading[0]] = min(len(reading[0].sequence.pending), room // 4)
             room -= counts[reading[0]]
         for ticket in sorted(reading, key=lambda ticket: len(ticket.sequence.pending)):
@@ -329,12 +329,12 @@ class Batcher:
         ]
 
     def _piece(self, ticket: Ticket, count: int) -> int:
-        """How many of ``count`` tokens may be computed before what a recurrence holds is to be kept."""
+        """How many of ``count`` tokens may be computed before the state of a recurrence has to be saved."""
         assert ticket.place is not None
         return count if self._disk is None else self._disk.piece(ticket.place, count)
 
     def _advance(self, ticket: Ticket, tokens: Seq[int], extent: Wanted, logits: Logits) -> bool:
-        """Take in what a pass computed for one request; whether its asker is to be told at once."""
+        """Take the results of a pass for one request. Returns whether its client has to be told at once."""
         sequence = ticket.sequence
         assert ticket.place is not None
         ticket.place.add(tokens)
@@ -350,7 +350,7 @@ class Batcher:
             if sequence.pending:
                 return False
             events = sequence.choose(logits[-1])
-        except Exception as error:  # noqa: BLE001  it is this request's alone
+        except Exception as error:  # noqa: BLE001  it concerns this request alone
             self._leave(ticket, None)
             self._tell(ticket, *sequence.told(), Failed(error))
             return True

@@ -1,4 +1,4 @@
-"""An answer as blocks one after another: how the newer APIs say text, reasoning and calls."""
+"""An answer as a sequence of blocks, the newer APIs' form for text, reasoning and calls."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ class Blocks:
         return any(block.kind == "call" for block in self.all)
 
     def take(self, parts: Iterable[Part]) -> list[Change]:
-        """What ``parts`` change."""
+        """The changes made by ``parts``."""
         return [change for part in parts for change in self._take(part)]
 
     def close(self) -> list[Change]:
-        """Close what is open."""
+        """Close the open block."""
         block, self._open = self._open, None
         return [] if block is None else [Change("close", block)]
 

@@ -1,6 +1,6 @@
 """A chat request on its way: prompt, jobs, and the parts of its answers as they come.
 
-The endpoints that speak different dialects stand on this.
+The endpoints for the different API dialects are built on this module.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +22,7 @@ from powerinfer_tools.text.tool_formats import format_of
 
 @dataclass(frozen=True)
 class Step:
-    """What one token, or the end of the text, adds to answer ``index``."""
+    """The additions of one token, or of the end of the text, to answer ``index``."""
 
     index: int
     parts: Sequence[Part]
@@ -31,7 +31,7 @@ class Step:
 
 
 class ChatRun:
-    """One request. Making it renders and tokenises, which takes a while: not in the event loop."""
+    """One request. Its construction renders and tokenises, which takes a while: not for the event loop."""
 
     def __init__(self, request: ChatRequest, model: ServedModel, client: str) -> None:
         self.request, self.model = request, model
@@ -68,7 +68,7 @@ class ChatRun:
         return parts_parser(source, self._tail, self._tools, formed=self._formed, forced=self._forced)
 
     async def steps(self, tickets: Sequence[Ticket]) -> AsyncIterator[Step]:
-        """What comes, until all answers have ended."""
+        """The steps as they come, until all answers have ended."""
         async for index, event in merged(tickets):
             parser = self.parsers[index]
             if isinstance(event, Token):
@@ -78,6 +78,6 @@ class ChatRun:
 
 
 def _is_control(text: str, model: ServedModel) -> bool:
-    """Whether ``text`` is a token that is not shown as a rule."""
+    """Whether ``text`` is a token that is normally not shown."""
     token = model.tokenizer.tokens.ids.get(text)
     return token is not None and token in model.tokenizer.control_ids

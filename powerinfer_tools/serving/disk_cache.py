@@ -1,9 +1,9 @@
 """The prefix cache on disk at work: blocks are restored into a place before its request begins, and saved
 when a request has left it, each by a thread of its own, so that no pass waits for a file.
 
-A recurrence keeps no tokens, but one state that every token changes. Where a family has one, its state at the
-end of a block is saved beside the block, while the place is there: a prompt then begins after the last block
-whose state was saved.
+A recurrence keeps no tokens, but one state that every token changes. If a family has a recurrence, its state
+at the end of a block is saved beside the block when the place has reached that token. A prompt then begins
+after the last block whose state was saved.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from powerinfer_tools.serving.places import Place
 from powerinfer_tools.serving.prefix_store import BLOCK, PrefixStore, keys
 from powerinfer_tools.serving.slots import BlockSlots
 
-#: States that may wait to be written; further ones are not kept.
+#: How many states may wait to be written; further states are not saved.
 _WAITING = 4
 
 
 class DiskCache:
-    """Blocks of ``slots`` in ``store``; ``identity`` says all that their bits depend on. When that changes,
-    as it does where a hot device is lost, nothing is restored or saved any more. ``say`` is called once when
-    nothing more can be written."""
+    """Blocks of ``slots`` in ``store``. ``identity`` states everything that their bits depend on. If it
+    changes, for example because a hot device is lost, nothing is restored or saved any more. ``say`` is
+    called once when nothing more can be written."""
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class DiskCache:
         self._full = False
 
     def stored(self, prompt: Sequence[int]) -> int:
-        """How many tokens at the start of ``prompt`` seem to be there, whole blocks; the last token of the
-        prompt is needed anew. Waits for nothing."""
+        """How many tokens at the start of ``prompt`` seem to be on disk, in whole blocks. The prompt's last
+        token is not counted, since it has to be processed again. Does not block."""
         length = 0
         for end, key in self._ends(prompt[:-1]) if self._usable else ():
             if key not in self._store:
@@ -53,7 +53,7 @@ class DiskCache:
         return self._sliced(length)
 
     def lacks(self, place: Place) -> bool:
-        """Whether ``place`` has blocks that are not there. Waits for nothing."""
+        """Whether ``place`` has blocks that are not on disk. Does not block."""
         tokens = place.reusable.tolist()
         return self._saves and any(key not in self._store for _, key in self._ends(tokens))
 
@@ -62,8 +62,8 @@ class DiskCache:
         return min(count, BLOCK - place.length % BLOCK) if self._recurrent else count
 
     def checkpoint(self, place: Place) -> None:
-        """Save what a recurrence holds where a block ends there, unless too many wait already. Copies it, and
-        waits for nothing."""
+        """Save the state of a recurrence if a block ends there, unless too many states are already waiting.
+        Copies the state, and does not block."""
         if not self._recurrent or not place.length or place.length % BLOCK or not self._saves:
             return
         tokens = place.reusable.tolist()
@@ -75,13 +75,13 @@ class DiskCache:
             self._saver.submit(self._save_state, _of_state(key), tokens[-BLOCK:], state)
 
     def restore(self, place: Place, prompt: Sequence[int], done: Callable[[int], None]) -> None:
-        """Fill ``place``, which holds the first tokens of ``prompt``, with the blocks that follow; ``done``
-        is told in another thread how many tokens it holds then. Nobody else may use it meanwhile."""
+        """Fill ``place``, which holds the first tokens of ``prompt``, with the blocks that follow. ``done``
+        is called in another thread with the number of tokens then in it. Nobody else may use it meanwhile."""
         self._loader.submit(self._restore, place, list(prompt), done)
 
     def save(self, place: Place, done: Callable[[], None]) -> None:
-        """Write the blocks of ``place`` that are not there; ``done`` is called in another thread. What it
-        holds must stay meanwhile."""
+        """Write the blocks of ``place`` that are not on disk; ``done`` is called in another thread. The
+        place's contents must not change meanwhile."""
         self._saver.submit(self._save, place, done)
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class DiskCache:
         return [(BLOCK * (index + 1), key) for index, key in enumerate(made)]
 
     def _sliced(self, length: int) -> int:
-        """What of the first ``length`` tokens can be used."""
+        """How many of the first ``length`` tokens can be used."""
         step = self._slots.fixed_slice
         return length if step is None else length // step * step
 
@@ -124,7 +124,7 @@ class DiskCache:
                 self._slots.restore(place.slot, end - BLOCK, BLOCK, block)
                 prefixes.append((end, key))
             length = self._held(place, prompt, prefixes)
-        except Exception as error:  # noqa: BLE001  the request is computed without what could not be read
+        except Exception as error:  # noqa: BLE001  the request is computed without the blocks that could not be read
             self._tell(f"a block of the prefix cache could not be restored: {error!r}")
         finally:
             done(length)
@@ -177,5 +177,5 @@ class DiskCache:
 
 
 def _of_state(key: bytes) -> bytes:
-    """The key of what a recurrence holds at the end of the block with ``key``."""
+    """The key of a recurrence's state at the end of the block with ``key``."""
     return hashlib.sha256(key + b"state").digest()

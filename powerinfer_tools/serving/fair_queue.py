@@ -9,11 +9,11 @@ from powerinfer_tools.serving.faults import overloaded, too_many
 
 
 class Waiting(Protocol):
-    """What a queue needs of its entries."""
+    """The interface of a queue's entries."""
 
     @property
     def client(self) -> str:
-        """Who it comes from."""
+        """The client that the entry comes from."""
         ...
 
 
@@ -22,7 +22,7 @@ Entry = TypeVar("Entry", bound=Waiting)
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """How many requests may wait: in all, and of one client."""
+    """How many requests may wait: in all, and per client."""
 
     waiting: int = 256
     per_client: int = 64
@@ -40,7 +40,7 @@ class FairQueue(Generic[Entry]):
         return self._count
 
     def require_room(self, client: str, count: int, retry_after: int) -> None:
-        """Raise RequestFault (429 or 503) where ``count`` more requests of ``client`` must not wait."""
+        """Raise RequestFault (429 or 503) if ``count`` more requests of ``client`` may not wait."""
         if self._count + count > self._limits.waiting:
             raise overloaded(f"{self._count} requests are waiting, more than fit", retry_after)
         if len(self._of.get(client, ())) + count > self._limits.per_client:
@@ -51,12 +51,12 @@ class FairQueue(Generic[Entry]):
             )
 
     def push(self, entry: Entry) -> None:
-        """Let ``entry`` wait."""
+        """Add ``entry`` to the queue."""
         self._of.setdefault(entry.client, deque()).append(entry)
         self._count += 1
 
     def pop(self, ready: Callable[[Entry], bool]) -> Entry | None:
-        """The next one that is ``ready``; its client goes to the end of the round."""
+        """The next entry that is ``ready``; its client goes to the end of the round."""
         for client in list(self._of):
             entries = self._of[client]
             chosen = next((entry for entry in entries if ready(entry)), None)
@@ -68,7 +68,7 @@ class FairQueue(Generic[Entry]):
         return None
 
     def remove(self, entry: Entry) -> bool:
-        """Take ``entry`` out; whether it was waiting."""
+        """Remove ``entry``; returns whether it was waiting."""
         entries = self._of.get(entry.client)
         if entries is None or entry not in entries:
             return False
@@ -79,7 +79,7 @@ class FairQueue(Generic[Entry]):
         return True
 
     def clear(self) -> list[Entry]:
-        """Take all out."""
+        """Remove and return all entries."""
         entries = [entry for waiting in self._of.values() for entry in waiting]
         self._of.clear()
         self._count = 0

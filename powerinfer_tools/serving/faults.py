@@ -58,7 +58,7 @@ def unavailable(message: str, retry_after: int = 1) -> RequestFault:
 
 
 def too_long(prompt: int, context: int) -> RequestFault:
-    """The prompt, with room for one token, does not fit. Clients recognise this fault by llama.cpp's words."""
+    """The prompt, with room for one token, does not fit. Clients know this fault by llama.cpp's words."""
     return RequestFault(
         f"the prompt has {prompt} tokens, which exceeds the available context size of {context}: shorten it, "
         "or serve with a larger context (-c)",

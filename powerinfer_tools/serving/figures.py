@@ -1,4 +1,4 @@
-"""What the batcher counts, for /metrics and for the page. Written by its thread, read by others."""
+"""The batcher's counters, for /metrics and for the page. Written by its thread, read by others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 from powerinfer_tools.serving.jobs import Ended
 from powerinfer_tools.serving.slots import Work
 
-#: Weight of the newest request in the mean time of one.
+#: Weight of the newest request in the mean time of a request.
 _NEWEST = 0.1
 
 
 @dataclass
 class Figures:
-    """Totals since the start; seconds of a pass are shared by its prompt and its text by tokens."""
+    """Totals since the start. The seconds of a pass are divided between prompts and texts by their tokens."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -30,7 +30,7 @@ class Figures:
     step_seconds: float = 0.0
 
     def began(self, reused: int) -> None:
-        """A request got a place, with ``reused`` tokens in it."""
+        """A request got a place that held ``reused`` of its tokens."""
         self.cached_tokens += reused
 
     def passed(self, pieces: Sequence[tuple[Any, Work]], seconds: float) -> None:

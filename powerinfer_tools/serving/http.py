@@ -65,7 +65,7 @@ def refusal(error: Exception) -> Response:
 
 
 async def read(request: Request, kind: type[Body], service: Service) -> Body:
-    """The body as ``kind``. Raises RequestFault if it is too long, too slow, not JSON, or not of that kind."""
+    """The body as ``kind``. Raises RequestFault if it is too long, too slow, not JSON, or not a ``kind``."""
     data = await read_body(request, service.settings.body_bytes, service.settings.body_seconds)
     if len(data) > _LONG:
         return await anyio.to_thread.run_sync(_parse, data, kind)

@@ -25,7 +25,7 @@ class Information:
         self.service = service
 
     async def health(self, request: Request) -> Response:
-        """200 where requests are taken; 503 while loading and while ending."""
+        """200 if requests are accepted; 503 while loading and while ending."""
         del request
         self.service.ready()
         return answer({"status": "ok"})
@@ -71,7 +71,7 @@ class Information:
         return answer({"content": text, "prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:
-        """What lm-eval asks before it tokenises here."""
+        """The answer that lm-eval asks for before it tokenises through this server."""
         del request
         model, _ = self.service.ready()
         tokens = model.tokenizer.tokens
@@ -99,7 +99,7 @@ class Information:
         return answer({"prompt": await anyio.to_thread.run_sync(render)})
 
     async def props(self, request: Request) -> Response:
-        """What is served, and how."""
+        """The served model, and the settings of the server."""
         del request
         model, batcher = self.service.ready()
         tokens = model.tokenizer.tokens
@@ -128,13 +128,13 @@ class Information:
         )
 
     async def slots(self, request: Request) -> Response:
-        """Who has which place."""
+        """Which request has which place."""
         del request
         model, batcher = self.service.ready()
         return answer([_slot(place, model.context) for place in batcher.places.all])
 
     async def machine(self, request: Request) -> Response:
-        """The machine at work, for the page: what the engine reports, and the queue."""
+        """The machine at work, for the page: the engine's report, and the queue."""
         del request
         model, batcher = self.service.ready()
         report = await self.service.reported()

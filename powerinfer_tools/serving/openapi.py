@@ -86,7 +86,7 @@ def _post(kind: type[BaseModel], text: str, stream: bool) -> dict[str, Any]:
 def _responses(*, stream: bool) -> dict[str, Any]:
     kinds: dict[str, Any] = {"application/json": {}}
     if stream:
-        kinds["text/event-stream"] = {}  # 3.1 has no word for the schema of an event
+        kinds["text/event-stream"] = {}  # OpenAPI 3.1 has no field for the schema of an event
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     faults = {status: {"description": text, "content": error} for status, text in _STATUSES.items()}
     return {"200": {"description": "The answer.", "content": kinds}} | faults

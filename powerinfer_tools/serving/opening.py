@@ -27,8 +27,8 @@ DEFAULT_CACHE_BYTES = 8 << 30
 @dataclass(frozen=True)
 class ServeOptions:
     """``alias`` is the model's name for clients, by default the file's. ``parallel`` requests are computed at
-    a time. ``kv_memory`` bytes hold the caches of these requests and of conversations that may go on. The folder
-    ``cache_dir`` keeps the starts of texts, up to ``cache_bytes``, for the next start of the server."""
+    a time. ``kv_memory`` bytes hold the caches of these requests and of conversations that may go on. The
+    folder ``cache_dir`` keeps the starts of texts, up to ``cache_bytes``, for the server's next start."""
 
     alias: str | None = None
     parallel: int = 8

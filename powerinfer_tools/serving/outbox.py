@@ -8,22 +8,22 @@ from typing import Protocol
 
 from powerinfer_tools.serving.jobs import Event
 
-#: A token waits at most for so long for others that go with it. To wake a loop takes about as much time for
-#: one as for several, since the engine leaves nothing of the loop in the caches, and nobody reads faster.
+#: The longest time that a token waits for others to be sent with it. Waking a loop takes about as much time
+#: for one token as for several, since the engine evicts the loop from the CPU caches. Nobody reads faster.
 HOLD_SECONDS = 1 / 25
 
 
 class Recipient(Protocol):
-    """Who waits for events, in a loop."""
+    """A receiver of events, in an event loop."""
 
     loop: asyncio.AbstractEventLoop
 
     def deliver(self, event: Event) -> None:
-        """Called in that loop."""
+        """Called in that event loop."""
 
 
 class Outbox:
-    """Keeps events in order and hands them over together, when it is told to or they are due. Used by one
+    """Keeps events in order and hands them over together, on request or when they are due. Used by one
     thread. ``clock`` gives seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,9 +1,9 @@
-"""Which slot a request gets, and how much of its prompt a slot holds already.
+"""Which slot a request gets, and how much of its prompt a slot already holds.
 
-A slot that is left keeps its tokens until it is needed: the caches of idle slots are the prefix cache. A
-prompt begins in the slot with the longest common start, or in another one with a copy of that start. Reuse is
-exact, since the bits of a token do not depend on how the tokens before it were cut into passes; where they
-do, whole slices of prompts are what is used again.
+An idle slot keeps its tokens until it is needed: the caches of idle slots are the prefix cache. A prompt
+begins in the slot with the longest common start, or in another one with a copy of that start. Reuse is exact,
+since the bits of a token do not depend on how the tokens before it were cut into passes; where they do, only
+whole slices of prompts are reused.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ _WORTH_COPYING = 16
 
 
 class Place:
-    """One slot: the tokens it holds, and whether a request is using it, or it is being saved. ``fixed_slice``
-    is that of the slots."""
+    """One slot: its tokens, and whether a request is using it, or it is being saved. ``fixed_slice`` is the
+    same as the slots'."""
 
     def __init__(self, slot: int, context: int, fixed_slice: int | None = None) -> None:
         self.slot = slot
@@ -37,23 +37,23 @@ class Place:
 
     @property
     def reusable(self) -> npt.NDArray[np.int32]:
-        """Tokens at the start that another request may begin with."""
+        """The tokens at the start that another request may reuse."""
         return self.tokens if self._slice is None else self._tokens[: self._sliced]
 
     def add(self, tokens: Sequence[int]) -> None:
-        """These have been processed in one pass."""
+        """Add tokens that have been processed in one pass."""
         self._tokens[self.length : self.length + len(tokens)] = tokens
         if self._sliced == self.length and len(tokens) == self._slice:
             self._sliced += len(tokens)
         self.length += len(tokens)
 
     def become(self, tokens: npt.NDArray[np.int32]) -> None:
-        """The cache holds these now, which were :attr:`reusable`."""
+        """The cache now holds these tokens, which were :attr:`reusable`."""
         self._tokens[: len(tokens)] = tokens
         self.length = self._sliced = len(tokens)
 
     def cut(self, length: int) -> None:
-        """The cache holds no more than the first ``length``."""
+        """The cache holds at most the first ``length`` tokens."""
         self.length, self._sliced = length, min(self._sliced, length)
 
     def common(self, tokens: npt.NDArray[np.int32]) -> int:
@@ -79,8 +79,8 @@ class Places:
         return [place for place in self.all if not place.busy and not place.saving]
 
     def take(self, prompt: Sequence[int], *, reuse: bool) -> tuple[Place, int]:
-        """A slot for ``prompt``, and how many of its tokens are in it. There must be an idle one."""
-        tokens = np.asarray(prompt[:-1], np.int32)  # the last one is needed anew for its logits
+        """A slot for ``prompt``, and how many of its tokens it holds. There must be an idle slot."""
+        tokens = np.asarray(prompt[:-1], np.int32)  # the last token has to be processed again for its logits
         idle = sorted(self.idle, key=lambda place: (place.length > 0, place.last_use))
         target, kept = idle[0], 0
         if reuse:
@@ -93,11 +93,11 @@ class Places:
         return target, kept
 
     def release(self, place: Place) -> None:
-        """Nobody uses it any more; its tokens stay."""
+        """Free the place; its tokens stay."""
         place.busy = False
 
     def forget(self, place: Place) -> None:
-        """What the cache holds is not certain any more."""
+        """The contents of the cache are no longer certain."""
         place.cut(self._slots.rewind(place.slot, 0))
         place.busy = False
 
@@ -111,7 +111,7 @@ class Places:
         target = others[0] if others else idle[0]
         if target is donor or common < _WORTH_COPYING:
             return target, self._cut(target, target.common(tokens))
-        self._cut(target, 0)  # should the copy fail in the middle
+        self._cut(target, 0)  # in case the copy fails in the middle
         kept = self._slots.copy(donor.slot, target.slot, common)
         target.become(donor.tokens[:kept].copy())
         return target, kept

@@ -2,7 +2,7 @@
 
 A block is the cached state of :data:`BLOCK` successive tokens at the start of a text. Its key is a hash of
 the identity (everything the bits depend on), of the blocks before it and of its own tokens, so equal keys
-mean equal bits. A file is checked before it is used: owner and kind, length, key, tokens, and a hash of it all.
+mean equal bits. Before use, a file is checked: owner and kind, length, key, tokens, and a hash of all this.
 """
 
 import hashlib

@@ -27,7 +27,7 @@ def prompt_ids(
     tools: Sequence[Tool] | None,
     settings: Mapping[str, Any] | None,
 ) -> list[int]:
-    """The prompt as token ids. Raises ChatTemplateError, or RequestFault where it does not fit."""
+    """The prompt as token ids. Raises ChatTemplateError, or RequestFault if it does not fit."""
     turns, context = conversation(messages, model, tools, settings)
     require_short("".join(str(turn["content"]) for turn in turns), model)
     ids = model.template.ids(turns, context)
@@ -52,7 +52,7 @@ def conversation(
     tools: Sequence[Tool] | None,
     settings: Mapping[str, Any] | None,
 ) -> tuple[list[dict[str, Any]], TemplateInputs]:
-    """What the template is rendered with."""
+    """The variables with which the template is rendered."""
     source = model.template_source or ""
     turns = [_turn(message, source) for message in messages]
     described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
@@ -98,7 +98,7 @@ def _text(content: str | list[TextPart] | None) -> str:
 
 
 def _object(arguments: str | dict[str, Any] | None) -> Any:
-    """Templates write arguments as JSON themselves, so they get the values."""
+    """The arguments as values: templates write them as JSON themselves."""
     if not isinstance(arguments, str):
         return arguments or {}
     try:
@@ -108,7 +108,7 @@ def _object(arguments: str | dict[str, Any] | None) -> Any:
 
 
 def _spelled_out(turns: Sequence[dict[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """For templates that know no tools: they stand in the system prompt, calls and results in messages."""
+    """For templates without tools: these are put into the system prompt, calls and results into messages."""
     result = [_plain(turn) for turn in turns]
     if tools:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)

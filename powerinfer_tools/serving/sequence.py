@@ -1,4 +1,4 @@
-"""The state of one generation that is computed a step at a time, in company."""
+"""The state of one generation that is computed a step at a time, together with others."""
 
 import time
 from collections.abc import Sequence as Seq
@@ -14,11 +14,11 @@ from powerinfer_tools.text.tokenizer import Tokenizer
 
 
 class Sequence:
-    """Prompt tokens still to be processed, then one token after another; the same choices as
-    :class:`~powerinfer_tools.generate.generation.Generation` makes from the same logits.
+    """Prompt tokens still to be processed, then one token after another. From the same logits it makes the
+    same choices as :class:`~powerinfer_tools.generate.generation.Generation`.
 
-    ``pending`` are the tokens that the engine must process next: what is left of the prompt, then the token
-    chosen last. ``outcome`` is None while it runs.
+    ``pending`` are the tokens that the engine must process next: the rest of the prompt, then the token
+    chosen last. ``outcome`` is None while the generation runs.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, context: int) -> None:
@@ -44,7 +44,7 @@ class Sequence:
         return not self.tokens and self.outcome is None
 
     def begin(self, reused: int) -> None:
-        """It has a place, whose cache holds the first ``reused`` tokens of the prompt."""
+        """The request got a place, whose cache holds the first ``reused`` tokens of the prompt."""
         self.reused = reused
         del self.pending[:reused]
         self._began = time.perf_counter()
@@ -59,8 +59,8 @@ class Sequence:
         self._scores += [score(row, token, top) for row, token in zip(rows, targets, strict=True)]
 
     def choose(self, logits: Logits) -> list[Event]:
-        """Take the next token from the logits after all tokens so far; returns what has to be told at once:
-        other tokens wait for :meth:`told`."""
+        """Choose the next token from the logits after all tokens so far. Returns the events that have to be
+        sent at once; other tokens wait for :meth:`told`."""
         if not self.tokens:
             self._first = time.perf_counter()
         events: list[Event] = []
@@ -92,7 +92,7 @@ class Sequence:
         return self.end(None)
 
     def end(self, hashed: str | None) -> Ended:
-        """What there is to say at the end."""
+        """The events at the end of the text."""
         assert self.outcome is not None
         finished = self._stops.found is not None
         rest = "" if finished else self._stops.push(self._stream.finish()) + self._stops.finish()
@@ -146,7 +146,7 @@ def _sampler(job: Job, tokenizer: Tokenizer) -> Sampler:
 
 
 def score(logits: Logits, token: int, top: int) -> TokenScore:
-    """ln softmax(logits) in float64, of ``token`` and of the ``top`` likeliest ones (lowest id first among
+    """ln softmax(logits) in float64, of ``token`` and of the ``top`` likeliest tokens (lowest id first among
     equals)."""
     values = logits.astype(np.float64)
     values -= values.max()

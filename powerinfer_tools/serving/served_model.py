@@ -33,8 +33,8 @@ class ServedModel:
 
     @cached_property
     def system_fingerprint(self) -> str:
-        """Built from model, mode, cache type and version. Servers with equal fingerprints give equal answers to
-        equal requests with a seed."""
+        """A hash of model, mode, cache type and version. Servers with equal fingerprints give equal answers
+        to equal requests with a seed."""
         parts = "\n".join((self.identity, self.mode, self.kv_type, __version__))
         return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:12]
 

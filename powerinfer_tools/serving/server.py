@@ -17,15 +17,15 @@ from powerinfer_tools.errors import AddressError
 from powerinfer_tools.serving.app import create_app
 from powerinfer_tools.serving.service import Service
 
-#: Connections that the kernel holds before they are accepted.
+#: How many connections the kernel queues before they are accepted.
 _BACKLOG = 2048
-#: How long a thread of Python may run while the batcher waits for its turn, and the other way round.
+#: How long a Python thread may run while the batcher waits for its turn, and the other way round.
 SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen; with both files, over TLS. ``drain_seconds`` are left to requests at the end."""
+    """Where to listen; over TLS if both files are given. At the end, requests have ``drain_seconds`` left."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -34,7 +34,7 @@ class Address:
     drain_seconds: float = 30.0
 
     def listen(self) -> socket.socket:
-        """A socket there, before anything is loaded. Raises AddressError."""
+        """A socket at that address, before anything is loaded. Raises AddressError."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             return socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
@@ -51,14 +51,15 @@ class Address:
 
 
 class _Server(uvicorn.Server):
-    """SIGTERM and SIGINT end it in order; a second one at once. The process then ends as any other."""
+    """SIGTERM and SIGINT end the server in order; a second signal ends it at once. The process then ends
+    like any other."""
 
     def __init__(self, config: uvicorn.Config, listening: Callable[[int], None]) -> None:
         super().__init__(config)
         self._listening = listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
+        """Listen, and report the address."""
         await super().startup(sockets)
         if self.started:
             self._listening(int(self.servers[0].sockets[0].getsockname()[1]))
@@ -81,8 +82,8 @@ class _Server(uvicorn.Server):
 
 
 class Serving:
-    """A server. ``load`` makes ``service`` ready, in a thread while /health says so, and returns what ends
-    it; ``listening`` receives the port."""
+    """A server. ``load`` makes ``service`` ready, in a thread, while /health reports that it is loading, and
+    returns a function that ends the service. ``listening`` receives the port."""
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class Serving:
             self._listens,
         )
         self._told = listening
-        #: The port that it listens on, once it does.
+        #: The port on which the server listens, once it does.
         self.port: int | None = None
 
     def _listens(self, port: int) -> None:
@@ -118,7 +119,7 @@ class Serving:
         self._told(port)
 
     def run(self) -> None:
-        """Serve until a signal comes. Raises AddressError, and what kept the model from loading."""
+        """Serve until a signal comes. Raises AddressError, and the error that kept the model from loading."""
         before, listener = sys.getswitchinterval(), self._address.listen()
         sys.setswitchinterval(SWITCH_SECONDS)
         try:
@@ -129,7 +130,7 @@ class Serving:
             raise self.failure
 
     def stop(self) -> None:
-        """End in order, from another thread."""
+        """End the server in order, from another thread."""
         self._server.should_exit = True
 
     @contextlib.asynccontextmanager

@@ -15,9 +15,9 @@ from powerinfer_tools.serving.slots import Wanted, Work
 
 
 class SessionSlots:
-    """A session for each slot; all are computed in one pass. ``first`` is a session that is open already.
+    """A session for each slot; all are computed in one pass. ``first`` is a session that is already open.
 
-    Raises ModelError where memory does not suffice for ``count``.
+    Raises ModelError if memory does not suffice for ``count`` slots.
     """
 
     def __init__(self, weights: Weights, first: Session, count: int) -> None:
@@ -30,12 +30,12 @@ class SessionSlots:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of slots."""
         return len(self.sessions)
 
     @property
     def fixed_slice(self) -> int | None:
-        """The batch of the engine where torch computes, whose sums depend on how many tokens there are."""
+        """The engine's batch size if torch computes, since its sums depend on the number of tokens."""
         return self._weights.batch if self._weights.stack.has_hot_side else None
 
     def step(self, work: Sequence[Work]) -> list[Logits]:
@@ -73,8 +73,8 @@ class SessionSlots:
 
     @property
     def layout(self) -> list[Any]:
-        """What decides where the bytes of a block belong, and which bits they are where torch computes a
-        part: JSON values."""
+        """Everything that decides where the bytes of a block belong and, where torch computes a part, which
+        bits they are: JSON values."""
         state, hot = self.sessions[0].state, self._weights.stack.hot
         caches = [(cache.kind, cache.kv_heads, cache.head_dim, cache.value_dim) for cache in state.caches]
         device = None if hot is None else [hot.identity, hot.cache_bytes(16)]
@@ -95,14 +95,14 @@ class SessionSlots:
         return self._host_bytes(count) + (0 if hot is None else hot.cache_bytes(count))
 
     def block(self, slot: int, first: int, count: int) -> bytes:
-        """What the slot holds of ``count`` tokens from ``first`` on, layer by layer; then what the hot device
-        holds, which serves one slot alone where it holds anything."""
+        """The slot's contents for ``count`` tokens from ``first`` on, layer by layer, and after these the hot
+        device's contents. A hot device that holds anything serves only one slot."""
         hot = self._weights.stack.hot
         here = [piece.tobytes() for piece in self._pieces(slot, first, count)]
         return b"".join((*here, b"" if hot is None else hot.cache_block(first, count)))
 
     def restore(self, slot: int, first: int, count: int, data: bytes) -> None:
-        """Put a block where it belongs."""
+        """Write a block to its place in the slot."""
         hot, here = self._weights.stack.hot, self._host_bytes(count)
         _fill(self._pieces(slot, first, count), data[:here])
         if hot is not None and len(data) > here:
@@ -114,7 +114,7 @@ class SessionSlots:
         if checkpoint is not None:
             _fill(session.state.recurrent, checkpoint)
         session.position = count
-        session.keep()  # what was remembered is of another text
+        session.keep()  # the remembered tokens belong to another text
 
     def _host_bytes(self, count: int) -> int:
         return sum(piece.nbytes for piece in self._pieces(0, 0, count))

@@ -41,7 +41,7 @@ class Slots(Protocol):
     @property
     def fixed_slice(self) -> int | None:
         """The length of every piece of a prompt but the last, counted from its start, where bits depend on
-        how a prompt is cut into passes. Cached tokens of another request are then reused only in whole pieces."""
+        how a prompt is cut into passes. Another request's tokens are then reused only in whole pieces."""
         ...
 
     def step(self, work: Sequence[Work]) -> list[Logits]:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-#: After so many silent seconds a comment keeps proxies and clients from giving up.
+#: After this many silent seconds, a comment keeps proxies and clients from giving up.
 PING_SECONDS = 10.0
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -22,7 +22,7 @@ def named(event: str, value: Any) -> bytes:
 
 
 class Chunks:
-    """Events that differ in their choices: what is ``around`` them is encoded once, not for each token."""
+    """Events that differ only in their choices: the fields ``around`` these are encoded only once."""
 
     def __init__(self, around: dict[str, Any]) -> None:
         self._start = b"data: " + encode(around)[:-1] + b',"choices":'
@@ -36,14 +36,14 @@ class Chunks:
 
 
 def encode(value: Any) -> bytes:
-    """Compact JSON in one line, for clients that take these for its end, too: U+0085, U+2028 and U+2029. NaN
-    and infinity are never written."""
+    """Compact JSON in one line, also for clients to which U+0085, U+2028 and U+2029 end a line. NaN and
+    infinity are never written."""
     return _as_line(_ENCODER.encode(value))
 
 
 def encode_slowly(value: Any) -> bytes:
-    """The same bytes as :func:`encode`, made in small steps between which other threads run: the encoder in
-    C holds them up until it has finished."""
+    """The same bytes as :func:`encode`, made in small steps so that other threads run between them: the
+    encoder in C blocks these until it has finished."""
     return _as_line("".join(_ENCODER.iterencode(value)))
 
 

@@ -1,4 +1,4 @@
-"""A request under way, as its asker sees it."""
+"""A request under way, as seen by the code that submitted it."""
 
 import asyncio
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Ticket:
 
     @property
     def client(self) -> str:
-        """Whose turn it takes."""
+        """The client whose turn it takes."""
         return self.sequence.job.client
 
     @property
@@ -41,10 +41,10 @@ class Ticket:
         self._deliver = lambda event: queue.put_nowait((index, event))
 
     def deliver(self, event: Event) -> None:
-        """Called in the loop of the asker."""
+        """Called in the event loop that reads this ticket."""
         self._deliver(event)
 
     def cancel(self) -> None:
-        """Nobody wants the rest. Its place is free before the next token is computed."""
+        """Drop the rest of the request. Its place is free before the next token is computed."""
         if not self.finished and not self.cancelled:
             self._drop(self)

@@ -1,8 +1,8 @@
 """Cutting added tokens out of a text as the ``tokenizers`` package does, for vocabularies of Hugging Face.
 
-At each place from the left the longest token is taken; a token may swallow the white space beside it, or be
-taken only where it is a word of its own. Tokens marked as normalised are looked for in a second pass: in the
-text that is left, normalised as the model's text is, and by their own text normalised likewise.
+At each position from the left, the longest token is taken. A token may swallow the white space beside it, or
+be taken only where it is a word of its own. Tokens marked as normalised are searched in a second pass over the
+remaining text. In this pass that text is normalised like the model's text, and so are the tokens' own texts.
 """
 
 import re
@@ -16,7 +16,7 @@ from powerinfer_tools.text.score_merging import SPACE
 from powerinfer_tools.text.special_tokens import TokenType, can_control
 from powerinfer_tools.text.vocabulary import AddedTokens, Vocabulary
 
-#: White space as Unicode has it; Python's own `isspace` also counts four separators of ASCII.
+#: White space as Unicode defines it; Python's own `isspace` also counts four ASCII separators.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
@@ -26,12 +26,12 @@ _LETTER_SYMBOLS = ((0x24B6, 0x24E9), (0x1F130, 0x1F149), (0x1F150, 0x1F169), (0x
 
 
 class NormalizedText(str):
-    """A piece that has the space in front already which the vocabulary wants."""
+    """A piece that already has the leading space that the vocabulary wants."""
 
 
 @dataclass(frozen=True)
 class _Finder:
-    """Tokens by their text, and for each first character the lengths that tokens have, longest first."""
+    """Tokens by their text, and the lengths of tokens by their first character, longest first."""
 
     tokens: Mapping[str, int]
     lengths: Mapping[str, tuple[int, ...]]
@@ -62,7 +62,7 @@ class _Finder:
 
 
 class LeftmostPartition:
-    """The partition of a vocabulary with `added` tokens; the same face as `SpecialPartition`."""
+    """The partition of a vocabulary with `added` tokens; the same interface as `SpecialPartition`."""
 
     def __init__(self, vocabulary: Vocabulary, added: AddedTokens, normalize: Callable[[str], str]) -> None:
         self._vocabulary, self._added, self._normalize = vocabulary, added, normalize
@@ -70,11 +70,11 @@ class LeftmostPartition:
         self._finder = cache(self._make_finder)
 
     def split(self, text: str, *, parse_special: bool) -> list[Fragment]:
-        """`text` as fragments in order; control tokens count where `parse_special` says so."""
+        """`text` as fragments in order; control tokens count if `parse_special` is set."""
         return self._split(text, self._special if parse_special else self._ordinary)
 
     def split_message(self, text: str) -> list[Fragment]:
-        """`text` of a user in a chat as fragments: tokens that can control one are text."""
+        """A chat user's `text` as fragments: tokens that can control a chat are text."""
         return self._split(text, self._harmless)
 
     @staticmethod
@@ -122,7 +122,7 @@ class LeftmostPartition:
 
     def _cut(self, text: str, finder: _Finder) -> list[Fragment]:
         parts: list[Fragment] = []
-        behind = 0  # where the token before ended, with the white space that it took
+        behind = 0  # the end of the token before, with the white space that it took
         for start, end, token in finder.matches(text):
             if token in self._added.single_word and not _is_word(text, start, end):
                 continue

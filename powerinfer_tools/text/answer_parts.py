@@ -32,7 +32,7 @@ def said(part: Part) -> str:
 
 
 class PartsParser(Protocol):
-    """``push`` text, get parts; ``finish`` at the end. ``called``: whether there was a call."""
+    """``push`` text and get parts; ``finish`` at the end. ``called``: whether there was a call."""
 
     called: bool
 
@@ -51,8 +51,8 @@ def parts_parser(
     formed: bool = False,
     forced: bool = False,
 ) -> PartsParser:
-    """What takes apart answers to prompts of ``template`` that end with ``tail``. ``formed``: the answer
-    keeps to a grammar, and thinks nothing; ``forced``: that is a call."""
+    """The parser of answers to prompts of ``template`` that end with ``tail``. ``formed``: the answer conforms
+    to a grammar, and has no reasoning; ``forced``: it is a call."""
     if writes_channels(template) and not formed:
         return ChannelParser()
     formats = thought_formats(template)
@@ -61,14 +61,14 @@ def parts_parser(
 
 
 class Cutter:
-    """Finds markers in text that arrives in pieces; keeps back what could become the beginning of one."""
+    """Finds markers in text that arrives in pieces; holds back text that could be the beginning of one."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def push(self, text: str, marker: str) -> tuple[str, bool]:
-        """Text before ``marker`` that is certain by now, and whether the marker was there. What follows the
-        marker is kept for the next call."""
+        """The text that is now certain to lie before ``marker``, and whether the marker was found. The text after
+        the marker is kept for the next call."""
         self._held += text
         place = self._held.find(marker)
         if place >= 0:
@@ -80,21 +80,21 @@ class Cutter:
         return before, False
 
     def put_back(self, text: str) -> None:
-        """Look at ``text`` before what is kept."""
+        """Put ``text`` back, in front of the kept text."""
         self._held = text + self._held
 
     def rest(self) -> str:
-        """What is kept, now that nothing more comes."""
+        """The kept text, now that nothing more comes."""
         rest, self._held = self._held, ""
         return rest
 
 
 class AnswerParser:
-    """``push`` text, get parts; ``finish`` at the end.
+    """``push`` text and get parts; ``finish`` at the end.
 
-    ``formats`` of reasoning that an answer may begin with; ``opened``: the prompt ended with the opening of
-    this one. ``tools``: None where there are none. ``forced``: with tools, the whole answer is a call,
-    without markers.
+    ``formats``: the formats of reasoning with which an answer may begin. ``opened``: the format whose opening
+    marker ended the prompt. ``tools``: None if there are no tools. ``forced``: with tools, the whole answer is
+    a call, without markers.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class AnswerParser:
         return [Content(text)] if text else []
 
     def _advance(self, text: str, parts: list[Part]) -> str:
-        """One step of the automaton; returns text that has not been looked at."""
+        """One step of the automaton; returns the text that has not been examined yet."""
         if self._state == "start":
             self._begin(text)
         elif self._state == "think":
@@ -145,7 +145,7 @@ class AnswerParser:
         return ""
 
     def _begin(self, text: str) -> None:
-        """The first characters tell reasoning and bare calls from an answer."""
+        """The first characters distinguish reasoning and bare calls from an answer."""
         self._collected += text
         seen = self._collected.lstrip()
         if not seen or any(one.opener.startswith(seen) for one in self._formats):
@@ -208,15 +208,15 @@ class AnswerParser:
 
 
 _RECIPIENT = re.compile(r"to=([\w.-]{1,80})")
-#: What ends the text of a channel.
+#: The markers that end the text of a channel.
 _ENDS = re.compile(r"<\|(?:end|return|call|start|channel)\|>")
 _MARKERS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>", "<|message|>")
 
 
 class ChannelParser:
-    """Of answers in channels: "<|channel|>", a header, "<|message|>" and the text of it, one after the other
-    (OpenAI's harmony response format). What is to "functions.NAME" is a call; the channel "analysis" is
-    reasoning, and everything else the answer. Text without any header is the answer."""
+    """The parser of answers in channels: "<|channel|>", a header, "<|message|>" and the channel's text, one
+    after the other (OpenAI's harmony response format). Text addressed to "functions.NAME" is a call, the channel
+    "analysis" is reasoning, and everything else is the answer. Text without any header is the answer."""
 
     def __init__(self) -> None:
         self._held, self._header, self._inside, self._began = "", "", False, False
@@ -239,7 +239,7 @@ class ChannelParser:
         return parts
 
     def _advance(self, parts: list[Part]) -> bool:
-        """One step; whether there may be another."""
+        """One step; returns whether there may be another."""
         if self._inside:
             return self._take_text(parts)
         place = self._held.find("<|message|>")

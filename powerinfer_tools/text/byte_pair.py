@@ -1,8 +1,8 @@
 """Byte-level byte-pair encoding on the `tokenizers` package, set up to agree with llama.cpp.
 
 The texts of such a vocabulary write each byte as one printable character (the mapping of GPT-2). `tokenizers`
-requires that every part and result of a merge is a token; llama.cpp does not. So what is missing gets an id
-past the vocabulary, and such ids are taken apart again after encoding.
+requires that every part and result of a merge is a token; llama.cpp does not. So missing parts and results get
+ids past the vocabulary, and these ids are taken apart again after encoding.
 """
 
 import re
@@ -14,7 +14,7 @@ from powerinfer_tools.errors import TokenizerError
 from powerinfer_tools.text.vocabulary import Vocabulary
 
 _CHUNK = 1 << 16
-# Between these two characters every supported pre-tokeniser cuts, before the space.
+# Every supported pre-tokeniser cuts between these two characters, before the space.
 _SAFE_CUT = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
 
@@ -60,7 +60,7 @@ def _parse_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
         if cut < 0 or cut == len(merge) - 1:
             raise TokenizerError(f"tokenizer.ggml.merges[{index}] is {merge!r}, expected two parts")
         pair = (merge[:cut], merge[cut + 1 :])
-        if pair not in seen:  # of equal merges the first has the rank
+        if pair not in seen:  # of equal merges, the first one's rank counts
             seen.add(pair)
             pairs.append(pair)
     return pairs
@@ -69,10 +69,10 @@ def _parse_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
 def _missing_tokens(
     ids: Mapping[str, int], merges: Sequence[tuple[str, str]]
 ) -> tuple[dict[int, tuple[int, ...]], dict[str, int]]:
-    """What each id past the vocabulary stands for in the end, and the ids of texts that are no tokens.
+    """The final ids for each id past the vocabulary, and the ids of texts that are not tokens.
 
-    In the end such a text becomes the ids of its ASCII characters that are tokens, and the rest vanishes:
-    that is what llama.cpp makes of it.
+    In the end, a text that is not a token becomes the ids of its ASCII characters that are tokens; its other
+    characters vanish. llama.cpp does the same.
     """
     needed = set(byte_characters()).union(chain.from_iterable(merges), map("".join, merges)) - ids.keys()
     extra = {text: len(ids) + index for index, text in enumerate(sorted(needed))}

@@ -1,7 +1,7 @@
 """Classes of characters for the patterns of pre-tokenisers: parts of regular expressions.
 
-llama.cpp classifies characters by Unicode 15.1, the regular expressions of `tokenizers` by 16.0. What 16.0
-added is left out here; otherwise a text with one of those characters would be cut differently.
+llama.cpp classifies characters by Unicode 15.1, the regular expressions of `tokenizers` by 16.0. The
+characters that 16.0 added are left out here; otherwise a text with one of them would be cut differently.
 """
 
 _LATER_LETTERS = (
@@ -35,16 +35,16 @@ SYMBOL = rf"[\p{{S}}&&[^{_LATER_SYMBOLS}]]"
 LETTER_OR_MARK = rf"(?:{LETTER}|{MARK})"
 #: Neither white space, letter nor number.
 OTHER = rf"[[^\s\p{{L}}\p{{N}}]{_LATER_LETTERS}{_LATER_NUMBERS}]"
-#: One of these may lead a word: no end of a line, letter or number.
+#: One of these may lead a word: anything but the end of a line, a letter or a number.
 LEADER = rf"[[^\r\n\p{{L}}\p{{N}}]{_LATER_LETTERS}{_LATER_NUMBERS}]"
-#: The same where words have marks in them, and are led by anything but letters, punctuation and symbols.
+#: The same if words may contain marks, and are led by anything but letters, punctuation and symbols.
 OTHER_BUT_MARKS = rf"(?!{MARK}){OTHER}"
 LEADER_BUT_SIGNS = rf"(?![\r\n]|{LETTER}|{PUNCTUATION}|{SYMBOL})(?m:.)"
 
-# Letters as llama.cpp tells capitals from small ones: a letter that is not ASCII counts as either.
+# Letters as llama.cpp distinguishes upper from lower case: a letter that is not ASCII counts as either.
 CAPITAL = rf"(?![a-z]){LETTER}"
 SMALL = rf"(?![A-Z]){LETTER}"
-#: The letters with two cases that DeepSeek's first vocabularies know.
+#: The letters with two cases in DeepSeek's first vocabularies.
 CASED = (
     r"\x{41}-\x{5A}\x{61}-\x{7A}\x{B5}\x{C0}-\x{D6}\x{D8}-\x{F6}\x{F8}-\x{1BA}\x{1BC}-\x{1BF}"
     r"\x{1C4}-\x{293}\x{295}-\x{2AF}\x{370}-\x{373}\x{376}\x{377}\x{37B}-\x{37D}\x{37F}\x{386}"
@@ -62,10 +62,10 @@ CASED = (
     r"\x{104B0}-\x{104D3}\x{104D8}-\x{104FB}\x{10C80}-\x{10CB2}\x{10CC0}-\x{10CF2}\x{118A0}-\x{118DF}"
     r"\x{1E900}-\x{1E943}"
 )
-#: Chinese characters, of letters and others.
+#: Chinese characters, both letters and others.
 HAN = (
     r"[\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}\x{2A700}-\x{2EBEF}"
     r"\x{2F800}-\x{2FA1F}]"
 )
-#: Ideographs and kana, as the pattern of DeepSeek-V3 has them.
+#: Ideographs and kana, as in the pattern of DeepSeek-V3.
 IDEOGRAPH_OR_KANA = r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]"

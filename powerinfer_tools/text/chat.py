@@ -1,4 +1,4 @@
-"""Chat messages → token ids, by the template that the model's file carries.
+"""Chat messages → token ids, by the template in the model's file.
 
 The template is a program from an untrusted file: it is rendered in Jinja's immutable sandbox, in a process
 with limits on time, memory and output (see `template_child.py`).
@@ -24,8 +24,8 @@ Role = Literal["system", "user", "assistant"]
 MAX_TEMPLATE_CHARACTERS = 1 << 18
 MAX_SECONDS = 2.0
 _MEMORY_BYTES = 512 << 20
-_OUTPUT_CHARACTERS = 1 << 20  # beyond four times what the messages hold
-_START_SECONDS = 10.0  # for the process to come up on a busy machine
+_OUTPUT_CHARACTERS = 1 << 20  # beyond four times the size of the messages
+_START_SECONDS = 10.0  # for the process to start on a busy machine
 _DETAIL = 300
 
 
@@ -44,8 +44,8 @@ name, tool_calls, tool_call_id, reasoning_content."""
 
 @dataclass(frozen=True)
 class TemplateInputs:
-    """What a prompt is made of beside the messages: tools as JSON schemas, documents, settings that templates
-    read (such as enable_thinking), and whether the assistant's answer begins at the end of it."""
+    """The parts of a prompt besides the messages: tools as JSON schemas, documents, settings that templates
+    read (such as enable_thinking), and whether the assistant's answer begins at the end of the prompt."""
 
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
@@ -61,16 +61,16 @@ class Template(Protocol):
 
     @property
     def notice(self) -> str | None:
-        """What the user should know about this template, if anything."""
+        """A notice for the user about this template, if there is any."""
         ...
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Strings that end an answer beside the model's own end tokens."""
+        """Strings that end an answer, besides the model's own end tokens."""
         ...
 
     def render(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> str:
-        """The prompt as text, up to where the assistant's answer begins."""
+        """The prompt as text, up to the beginning of the assistant's answer."""
         ...
 
     def ids(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> list[int]:
@@ -96,7 +96,7 @@ class ChatTemplate:
 
     @classmethod
     def from_gguf(cls, gguf: MetadataSource, tokenizer: Tokenizer) -> "ChatTemplate":
-        """The template in `tokenizer.chat_template`. Raises ChatTemplateError where there is none."""
+        """The template in `tokenizer.chat_template`. Raises ChatTemplateError if there is none."""
         source = gguf.metadata.get("tokenizer.chat_template")
         if source is None:
             raise ChatTemplateError(
@@ -113,7 +113,7 @@ class ChatTemplate:
         return stand_ins.undo(text)
 
     def ids(self, messages: Sequence[Turn], inputs: TemplateInputs = _NOTHING_MORE) -> list[int]:
-        """The prompt as token ids. Control tokens are those that the template writes. Raises
+        """The prompt as token ids. Only the template's own text becomes control tokens. Raises
         ChatTemplateError."""
         text, stand_ins = self._render(messages, inputs)
         ids = self._tokenizer.encode(text, add_bos=False, parse_special=True, stand_ins=stand_ins)
@@ -143,7 +143,7 @@ class ChatTemplate:
 
 
 class PlainTemplate:
-    """For models without a template: turns as "User: …" and "Assistant: …", which it says.
+    """For models without a template: turns as "User: …" and "Assistant: …", with a notice about that.
 
     Nothing is assumed about control tokens; a base model may still follow the pattern.
     """
@@ -173,12 +173,12 @@ class PlainTemplate:
 
 
 def has_chat_template(gguf: MetadataSource) -> bool:
-    """Whether the model brings a chat template of its own."""
+    """Whether the model has a chat template of its own."""
     return gguf.metadata.get("tokenizer.chat_template") is not None
 
 
 def chat_template(gguf: MetadataSource, tokenizer: Tokenizer) -> Template:
-    """The model's own template, or the plain one, whose `notice` says so, where it has none."""
+    """The model's own template; if it has none, the plain one, whose `notice` says so."""
     if not has_chat_template(gguf):
         return PlainTemplate(tokenizer)
     return ChatTemplate.from_gguf(gguf, tokenizer)
@@ -205,7 +205,7 @@ def _text(content: Any) -> str:
 
 
 def _with_one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """Templates write the beginning-of-text token themselves or leave it to us: one either way."""
+    """Exactly one beginning-of-text token, whether the template writes it itself or leaves it to us."""
     bos = tokenizer.bos_id
     if bos is not None and tokenizer.adds_bos and ids[:1] != [bos]:
         return [bos, *ids]

@@ -1,4 +1,4 @@
-r"""RWKV's vocabulary: at each place of a text, the longest token that stands there, in bytes.
+r"""RWKV's vocabulary: at each position of a text, the longest token that matches there, in bytes.
 
 Token texts are written as Python writes bytes: \n, \xe2, \\ and so on.
 """
@@ -14,15 +14,15 @@ _WRITTEN = {b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 
 class LongestMatchEncoder:
-    """Text without special tokens → ids. Control tokens are no part of what is matched: text never becomes
-    one. Raises TokenizerError for a byte that the vocabulary cannot express."""
+    """Text without special tokens → ids. Control tokens are not among the tokens that are matched: text never
+    becomes one. Raises TokenizerError for a byte that the vocabulary cannot express."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         pairs = zip(vocabulary.texts, vocabulary.types, strict=True)
         self._ids = {
             token_bytes(text): token for token, (text, type_) in enumerate(pairs) if type_ == TokenType.NORMAL
         }
-        #: Lengths of the tokens that begin with these two bytes, or are this one, the longest first.
+        #: Lengths of the tokens that begin with these two bytes, or consist of this one byte, longest first.
         self._lengths: dict[bytes, list[int]] = {}
         for token in self._ids:
             self._lengths.setdefault(token[:2], []).append(len(token))
@@ -43,7 +43,7 @@ class LongestMatchEncoder:
 
 
 def token_bytes(text: str) -> bytes:
-    """The bytes that a token's text is written for."""
+    """The bytes that a token's text denotes."""
     return _ESCAPE.sub(_written, text.encode())
 
 

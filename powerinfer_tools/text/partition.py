@@ -1,7 +1,8 @@
 """Cutting special tokens out of a text before it is tokenised, in llama.cpp's order.
 
-The longest special token is looked for first, in the whole text; then the next in what is left, and so on.
-That differs from scanning once and taking the longest at each place: `abcd` beats `xab` in "xabcd".
+The longest special token is searched first, in the whole text; then the next longest in the remaining text,
+and so on. This differs from one scan that takes the longest token at each position: `abcd` beats `xab` in
+"xabcd".
 """
 
 from collections import defaultdict
@@ -15,12 +16,12 @@ from powerinfer_tools.text.vocabulary import Vocabulary
 Fragment = str | int
 """A piece of text still to be tokenised, or the id of a special token."""
 
-_WHITE_SPACE = " \t\n\v\f\r"  # what C's isspace() accepts: other Unicode spaces are kept
+_WHITE_SPACE = " \t\n\v\f\r"  # the characters that C's isspace() accepts: other Unicode spaces are kept
 _PREFIX = 4
 
 
 class SpecialPartition:
-    """Finds user-defined tokens always, control and unknown tokens only where the caller trusts the text."""
+    """Always finds user-defined tokens, but control and unknown tokens only if the caller trusts the text."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._texts = vocabulary.texts
@@ -37,7 +38,7 @@ class SpecialPartition:
         self._all = self._group(np.flatnonzero(always | trusted).tolist())
 
     def _group(self, tokens: Sequence[int]) -> dict[str, list[int]]:
-        """Tokens by the first characters of their text, so that a text without those is passed quickly.
+        """Tokens by the first characters of their text, so that a text without these is passed quickly.
 
         Some vocabularies have thousands of special tokens, but in a few dozen groups.
         """
@@ -51,7 +52,7 @@ class SpecialPartition:
         return self._split(text, self._all if parse_special else self._always)
 
     def split_message(self, text: str) -> list[Fragment]:
-        """`text` of a user in a chat as fragments: tokens that can control one are text."""
+        """A chat user's `text` as fragments: tokens that can control a chat are text."""
         return self._split(text, self._in_messages)
 
     def _split(self, text: str, groups: Mapping[str, Sequence[int]]) -> list[Fragment]:

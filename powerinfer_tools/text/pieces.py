@@ -54,10 +54,10 @@ def _byte_value(text: str) -> bytes:
 
 
 class StreamDecoder:
-    """Turns ids into text one by one: `push` returns what is complete so far, `finish` what is left.
+    """Turns ids into text one by one: `push` returns the text that is complete so far, `finish` the rest.
 
-    A character whose bytes are spread over several tokens comes out with its last one; bytes that are no
-    UTF-8 come out as U+FFFD.
+    A character whose bytes are spread over several tokens comes out with the last of these tokens; bytes that
+    are not valid UTF-8 come out as U+FFFD.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class StreamDecoder:
         return "".join(map(self.push, tokens))
 
     def finish(self) -> str:
-        """The rest (an unfinished character as U+FFFD); the decoder can be used anew afterwards."""
+        """The rest (an unfinished character as U+FFFD); afterwards the decoder can be used again."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest

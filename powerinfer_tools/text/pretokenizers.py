@@ -1,8 +1,7 @@
 """Pre-tokenisers: how a byte-level vocabulary splits text into words before merging, by the name in the file.
 
 Each family is a list of patterns applied one after another; each pattern cuts the pieces so far into its
-matches and what lies between them. Names and families are those of llama.cpp, with whose ids we agree
-exactly.
+matches and the text between them. Names and families are llama.cpp's; the ids agree exactly with llama.cpp's.
 """
 
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ _LINES_AND_SLASHES = rf" ?{OTHER}+[\r\n/]*|{_LINES_AND_SPACES}"
 _TEKKEN = rf"{LEADER}?{_CASED_WORD}|{NUMBER}|{_LINES_AND_SLASHES}"
 _GPT4O = rf"{LEADER}?{_CASED_WORD}(?:{_CONTRACTIONS})?|{NUMBER}{{1,3}}|{_LINES_AND_SLASHES}"
 _GRANITE = rf"{LEADER}?{_CASED_WORD_WITH_MARKS}(?:{_CONTRACTIONS})?|{NUMBER}{{1,3}}|{_LINES_AND_SLASHES}"
-# llama.cpp does not tell capitals from small letters here.
+# llama.cpp does not distinguish upper from lower case here.
 _LETTERS = rf"{LEADER}?{LETTER_OR_MARK}+(?:{_CONTRACTIONS})?"
 _TINY_AYA = rf"{_LETTERS}|{NUMBER}{{1,3}}|{_LINES_AND_SLASHES}"
 _YOUTU = rf"{_LETTERS}|{NUMBER}|{_LINES_AND_SLASHES}"
@@ -59,7 +58,7 @@ _YOUTU_SCRIPTS = (
     r"|[\x{FF01}\x{2026}\x{201C}\x{201D}\x{2018}\x{2019}\x{2014}\x{FF1A}\x{FF1B}\x{FF0C}\x{3001}-\x{303F}\x{FE30}-\x{FE4F}]+"
     rf"|[\x{{3105}}-\x{{312F}}]+|{IDEOGRAPH_OR_KANA}+"
 )
-# Numbers in groups of three, counted from their end, the first group with what stands before it.
+# Numbers in groups of three, counted from their end; the first group includes the text before it.
 _GROUPS_OF_THREE = rf"(?:(?!{NUMBER})(?m:.))*{NUMBER}{{1,3}}(?=(?:{NUMBER}{{3}})*(?!{NUMBER}))"
 _AFMOE_SCRIPTS = (
     r"[\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{F900}-\x{FAFF}\x{3040}-\x{30FF}\x{FF65}-\x{FF9F}\x{2F00}-\x{2FDF}"
@@ -90,13 +89,13 @@ _LINES = r"[^\n]+|\n+"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One family: its patterns in order, and what else the family's name implies.
+    """One family: its patterns in order, and the other properties that its name implies.
 
-    ignore_merges: a word that is a token as a whole is taken as such, whatever the merges say.
-    add_bos: whether a beginning-of-text token is added when the file does not say.
-    names_bos: whether there is such a token when the file names none.
-    raw: tokens are written in characters, with "▁" for a space, not in the characters of bytes.
-    may_lack_merges: a file without merges has each word as a token, or its bytes.
+    ignore_merges: a word that is a token as a whole becomes that token, whatever the merges say.
+    add_bos: whether a beginning-of-text token is added if the file does not say.
+    names_bos: whether there is a beginning-of-text token if the file names none.
+    raw: tokens are written in characters, with "▁" for a space, not in the characters for bytes.
+    may_lack_merges: in a file without merges each word is a token, or else its bytes are.
     """
 
     patterns: tuple[str, ...]
@@ -163,8 +162,8 @@ def supported_names() -> tuple[str, ...]:
 def pre_tokenizer(name: str) -> PreTokenizer:
     """The family called `name` in `tokenizer.ggml.pre`.
 
-    Raises TokenizerError for an unknown one: a wrong guess would tokenise almost right, worse than not at
-    all.
+    Raises TokenizerError for an unknown family: a wrong guess would tokenise almost correctly, which is worse
+    than not at all.
     """
     try:
         return _BY_NAME[name]

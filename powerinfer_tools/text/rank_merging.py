@@ -1,7 +1,7 @@
-"""SPM vocabularies with ranked merges, as tokenizer.json of the Llama 2 kind has them.
+"""SPM vocabularies with ranked merges, as in a tokenizer.json of the Llama 2 kind.
 
-Which neighbours may be joined, and which first, is a list there, not the score of what they make: the two
-agree for most texts, but not for all. `tokenizers` does the work.
+A list says which neighbours may be joined, and in which order. Without the list, the score of the resulting
+token decides. The two rules agree for most texts, but not for all. `tokenizers` does the work.
 """
 
 import re
@@ -14,7 +14,7 @@ from powerinfer_tools.text.words import WordEncoder
 
 
 class RankEncoder(WordEncoder):
-    """Characters without a token are spelt in bytes, else they become the unknown token, else they vanish."""
+    """Characters without a token are written in bytes, else become the unknown token, else vanish."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         from tokenizers import Tokenizer, models
@@ -40,7 +40,7 @@ class RankEncoder(WordEncoder):
 
 
 class LineEncoder(RankEncoder):
-    """Gemma 4's: no merge reaches over the end of a line, and a run of line ends may be one token."""
+    """Gemma 4's vocabulary: no merge crosses the end of a line, and a run of line ends may be one token."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary)

@@ -1,9 +1,9 @@
 """SPM vocabularies: merging neighbours by the score of the token that they make.
 
 Of all neighbours whose joined text is a token, the pair with the highest score is joined first, the leftmost
-of equals; what is no token at the end is written as bytes. This is llama.cpp's rule, and gives its ids.
-`tokenizers` has no model for it: its BPE wants ranked pairs (a 260,000-token vocabulary has millions of
-possible ones), its Unigram searches for the best path, which is not the same.
+of equals; text that is not a token at the end is written as bytes. This is llama.cpp's rule, and gives its
+ids. `tokenizers` has no model for it: its BPE needs ranked pairs (a 260,000-token vocabulary has millions of
+possible pairs), and its Unigram searches for the best path, which is not the same.
 """
 
 import heapq
@@ -33,7 +33,7 @@ class ScoreEncoder(WordEncoder):
         keys, ids = self._keys, self._ids
         if len(word) < 2:
             return self._spell(word)
-        pieces = list(word)  # joined text at its first character's place, "" where it was joined away
+        pieces = list(word)  # a joined text is at its first character's place, with "" at its other places
         before, after = list(range(-1, len(word) - 1)), [*range(1, len(word)), -1]
         # A candidate is one number that orders as (score descending, place, length of the joined text). It is
         # stale when the text that now stands there and the next have another length; if not, they make the

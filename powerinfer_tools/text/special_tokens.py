@@ -30,9 +30,8 @@ _END_TEXTS = (
     "<｜end▁of▁sentence｜>", "[e~[",
 )  # fmt: skip
 
-# Fill-in-the-middle roles: metadata keys that name the token, and texts that stand in where no key does.
-# Prefix, suffix and middle only become control tokens; padding, repository and file separator also end a
-# text.
+# Fill-in-the-middle roles: the metadata keys that name the token, and the texts used if no key does. Prefix,
+# suffix and middle only become control tokens; padding, repository and file separator also end a text.
 _FILL_ROLES: tuple[tuple[bool, tuple[str, ...], tuple[str, ...]], ...] = (
     (False, ("prefix_token_id", "fim_pre_token_id"), (
         "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
@@ -53,8 +52,8 @@ _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 
 def can_control(text: str, type_: int) -> bool:
-    """Whether a token with this text may be what a chat template builds turns of: all control tokens, and
-    others spelt like most of them, which files or the table above call user-defined."""
+    """Whether a chat template may build turns from a token with this text: all control tokens, and tokens
+    spelt like most of these that files or the table above call user-defined."""
     if type_ in (TokenType.CONTROL, TokenType.UNKNOWN):
         return True
     return type_ == TokenType.USER_DEFINED and text[:2] in ("<|", "<｜") and text[-2:] in ("|>", "｜>")
@@ -66,7 +65,7 @@ def settle_types_and_ends(
     """Correct the types of control-looking tokens in place and return all end-of-generation ids.
 
     `named` holds the ids that metadata names, by key without the `tokenizer.ggml.` prefix (defaults filled
-    in). Where several texts could take one fill-in-the-middle role, the lowest id takes it.
+    in). If several texts could take one fill-in-the-middle role, the lowest id takes it.
     """
     ends: set[int] = set()
     for is_end, keys, texts in _FILL_ROLES:
@@ -90,7 +89,7 @@ def settle_types_and_ends(
 
 
 def _drop_false_ends(ids: Mapping[str, int], types: MutableSequence[int], ends: set[int]) -> None:
-    """Two texts of the table above are ordinary in families that have better ones."""
+    """Two texts of the table above are ordinary tokens in families that have better ones."""
 
     def any_ends(*texts: str) -> bool:
         return any(ids.get(text) in ends for text in texts)

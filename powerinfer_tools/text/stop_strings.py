@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on up to the first stop string; keeps back what could still become the beginning of one.
+    """Passes text on up to the first stop string; holds back text that could still be the beginning of one.
 
-    The first is the one that is complete earliest, the longest of several that end together; so the result
-    does not depend on how the text is cut into pieces.
+    The first stop string is the one that is complete earliest, and the longest of several that end together.
+    So the result does not depend on how the text is cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -16,8 +16,8 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """The part of all text so far that is now certain to lie before any stop string, less what was given
-        out.
+        """The part of all text so far that now certainly lies before any stop string, without the text already
+        returned.
 
         Sets `found` when a stop string is complete; nothing comes out after that.
         """
@@ -38,7 +38,7 @@ class StopStrings:
         return certain
 
     def finish(self) -> str:
-        """What was kept back, now that no more text comes."""
+        """The text that was held back, now that no more text comes."""
         rest, self._held = self._held, ""
         return rest
 

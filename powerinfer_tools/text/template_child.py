@@ -5,9 +5,9 @@ A template is a program that came with a downloaded file. Jinja's sandbox keeps 
 but not from looping forever or from filling the memory, also within a single C call; only the limits of a
 process do that. This file is run as a script and imports nothing of the project.
 
-Text that comes from users must not become a control token. So every character of it that control tokens are
-made of is replaced by a stand-in, one for one, before the template sees it (`UserText`): whatever the
-template does with the text, its origin stays visible in each character of the result.
+Users' text must not become a control token. So before the template sees it, each of its characters that also
+occurs in control tokens is replaced by a stand-in, one for one (`UserText`). Whatever the template does with
+the text, its origin stays visible in each character of the result.
 
 Request (JSON): template, variables, own (variables that are not a user's), stand_ins (character → stand-in),
 letters (those of them that only get one where a text may be the inside of a control token), controls (texts
@@ -36,29 +36,29 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
-_TO_STAND_IN: dict[int, str] = {}  # of characters that get one everywhere
-_TO_STAND_IN_ALL: dict[int, str] = {}  # and of letters, too
+_TO_STAND_IN: dict[int, str] = {}  # for characters that get one everywhere
+_TO_STAND_IN_ALL: dict[int, str] = {}  # and for letters, too
 _TO_TRUE: dict[int, str] = {}
 _HTML = {"&": "&amp;", ">": "&gt;", "<": "&lt;", "'": "&#39;", '"': "&#34;"}
 
 
 def true(value: Any) -> Any:
-    """`value` as its author wrote it, where it is text (or a tuple of texts)."""
+    """`value` as its author wrote it, if it is text (or a tuple of texts)."""
     if isinstance(value, tuple):
         return tuple(map(true, value))
     return str.translate(value, _TO_TRUE) if isinstance(value, str) else value
 
 
 def marked(value: Any) -> Any:
-    """`value`, as UserText where it is plain text that holds stand-ins."""
+    """`value`, as UserText if it is plain text that holds stand-ins."""
     if type(value) is str and not value.isascii() and not _TO_TRUE.keys().isdisjoint(map(ord, value)):
         return UserText(value)
     return value
 
 
 class UserText(str):
-    """Text with stand-ins. Templates may look into it: it compares and searches as what it stands for, and
-    what is cut out of it or put together with it keeps its stand-ins."""
+    """Text with stand-ins. Templates may look into it: it compares and searches like the text it stands for,
+    and parts cut out of it or text joined with it keep their stand-ins."""
 
     def __str__(self) -> str:
         return self
@@ -146,7 +146,7 @@ def _as_written(name: str) -> Callable[..., Any]:
 
 
 def _as_marked(name: str) -> Callable[..., Any]:
-    """A method that makes longer text of it."""
+    """A method that makes a longer text from it."""
     method = getattr(str, name)
 
     def call(self: str, *arguments: Any) -> Any:
@@ -157,7 +157,7 @@ def _as_marked(name: str) -> Callable[..., Any]:
 
 
 def _as_cased(name: str) -> Callable[..., Any]:
-    """A method that changes letters. Where that changes their number, all that can be gets a stand-in."""
+    """A method that changes letters. If that changes their number, every possible character gets a stand-in."""
     method = getattr(str, name)
 
     def call(self: str) -> str:
@@ -184,10 +184,10 @@ for _kind, _names in (
 
 
 def from_user(value: Any, controls: str, role: bool = False) -> Any:
-    """`value`, which is a user's, with stand-ins in all of its texts.
+    """A user's `value`, with stand-ins in all of its texts.
 
-    A text that is the inner part of a control token, such as "im_end", gets them for every character: a
-    template may put brackets around it. Only roles are what templates do that with for good reasons.
+    A text that is the inner part of a control token, such as "im_end", gets a stand-in for every character: a
+    template may put brackets around it. Roles are the only texts with which templates do that for good reasons.
     """
     if isinstance(value, dict):
         return {
@@ -202,13 +202,13 @@ def from_user(value: Any, controls: str, role: bool = False) -> Any:
 
 
 class Refusal(Exception):
-    """Raised by `raise_exception`, with which templates reject messages."""
+    """Raised by `raise_exception`, the function by which templates reject messages."""
 
 
 class GenerationBlock(Extension):
     """`{% generation %}…{% endgeneration %}` marks an answer for training; here only its body matters."""
 
-    tags = {"generation"}  # noqa: RUF012  how Jinja's extensions declare themselves
+    tags = {"generation"}  # noqa: RUF012  Jinja's extensions declare themselves in this way
 
     def parse(self, parser: Parser) -> Node:
         """Parse the block into a call that returns its body."""
@@ -237,7 +237,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The filter that chat templates expect, as transformers defines it: not escaped for HTML."""
+    """The filter that chat templates expect, as transformers defines it: without escapes for HTML."""
     text = json.dumps(
         value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )  # fmt: skip
@@ -246,7 +246,7 @@ def tojson(
 
 def safe(value: Any) -> Markup:
     """The filter that marks text as not to be escaped."""
-    return Markup(str.__str__(value) if isinstance(value, UserText) else value)  # noqa: S704  it is no HTML
+    return Markup(str.__str__(value) if isinstance(value, UserText) else value)  # noqa: S704  it is not HTML
 
 
 def replace(value: Any, old: str, new: str, count: int | None = None) -> str:
@@ -256,7 +256,7 @@ def replace(value: Any, old: str, new: str, count: int | None = None) -> str:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """A character outside ASCII as JSON escapes it; a stand-in for one of ASCII stays as it is."""
+    """A character outside ASCII as JSON escapes it; a stand-in for an ASCII character stays as it is."""
     character = true(match[0])
     return match[0] if character.isascii() else json.dumps(character)[1:-1]
 
@@ -287,7 +287,7 @@ def make_dict(*args: Any, **items: Any) -> dict[Any, Any]:
 
 
 def joined(parts: Iterable[Any]) -> str:
-    """Parts of a text as one; a user's characters stay marked as such."""
+    """Parts of a text joined into one; a user's characters stay marked."""
     text: str = marked("".join(map(str, parts)))
     return text
 
@@ -301,7 +301,7 @@ def _keeping_marks(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, set up as templates of Hugging Face models expect, and keeping marks of users' text."""
+    """The sandbox, set up as templates of Hugging Face models expect; it keeps the marks of users' text."""
 
     concat = staticmethod(joined)
 
@@ -329,7 +329,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 def render(template: str, variables: dict[str, Any], output_characters: int) -> dict[str, str]:
-    """The answer to a request: rendering stops where the output becomes too long."""
+    """The answer to a request: rendering stops when the output becomes too long."""
     pieces: list[str] = []
     room = output_characters
     try:
@@ -346,7 +346,7 @@ def render(template: str, variables: dict[str, Any], output_characters: int) -> 
         return {"fault": "security", "detail": str(error)}
     except MemoryError:
         return {"fault": "memory", "detail": ""}
-    except Exception as error:  # noqa: BLE001  a template can raise anything; all of it is the template's fault
+    except Exception as error:  # noqa: BLE001  a template can raise anything, and is always at fault
         return {"fault": "error", "detail": true(f"{type(error).__name__}: {error}")}
     return {"text": "".join(map(str.__str__, pieces))}
 
@@ -381,8 +381,8 @@ def answer_one(request: dict[str, Any]) -> bytes:
 
 
 def answer_apart(data: bytes) -> bytes:
-    """The same, by a fork of this process. What ends without an answer is a fault of its own: {"ended": the
-    return code, as subprocess counts}."""
+    """The same, by a fork of this process. A fork that ends without an answer is a fault of its own: {"ended":
+    the return code, in subprocess's convention}."""
     reading, writing = os.pipe()
     fork = os.fork()
     if fork == 0:
@@ -402,7 +402,7 @@ def answer_apart(data: bytes) -> bytes:
 
 
 def main() -> None:
-    """Answer requests, each behind its length (8 bytes, little-endian), until there are no more."""
+    """Answer requests, each preceded by its length (8 bytes, little-endian), until there are no more."""
     while header := sys.stdin.buffer.read(8):
         data = sys.stdin.buffer.read(int.from_bytes(header, "little"))
         answer = answer_apart(data)

@@ -1,7 +1,7 @@
 """The process that renders chat templates: started once, asked many times.
 
-It forks for each request, so that what a template does (loop, fill the memory, be killed) ends with that one
-fork. A worker that has died is started anew. See `template_child.py`, which is what runs there.
+It forks for each request, so that the effects of a template (endless loops, full memory, a kill) end with that
+one fork. A worker that has died is started anew. The process runs `template_child.py`.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ class TemplateWorker:
 
     @property
     def pid(self) -> int | None:
-        """The process, once there is one."""
+        """The process, once it exists."""
         return None if self._process is None else self._process.pid
 
     def render(self, request: bytes, seconds: float) -> bytes:
-        """What the child answers to `request`. Raises WorkerLost, and OSError where no process starts."""
+        """The child's answer to `request`. Raises WorkerLost, and OSError if no process can be started."""
         with self._lock:
             try:
                 return self._ask(request, seconds)
@@ -49,7 +49,7 @@ class TemplateWorker:
                 self._stop()
                 if lost.slow:
                     raise
-            return self._ask(request, seconds)  # it had died before, or somebody killed it meanwhile
+            return self._ask(request, seconds)  # the process had died before, or was killed meanwhile
 
     def close(self) -> None:
         """End the process; the next request starts another."""
@@ -78,7 +78,7 @@ class TemplateWorker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C at the terminal is for us
+                start_new_session=True,  # Ctrl-C at the terminal is meant for this process
             )
         return self._process
 
@@ -87,7 +87,7 @@ class TemplateWorker:
         if process is None:
             return
         with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it forked, too
+            os.killpg(process.pid, signal.SIGKILL)  # including the processes that it forked
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
@@ -110,5 +110,5 @@ def _read(descriptor: int, count: int, deadline: float) -> bytes:
     return bytes(data)
 
 
-#: The one that all templates of this process share.
+#: The worker that all templates of this process share.
 WORKER = TemplateWorker()

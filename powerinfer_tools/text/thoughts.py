@@ -1,4 +1,4 @@
-"""How families of models write what they think before they answer, and cutting it out of their text."""
+"""How families of models write their reasoning before the answer, and how to cut it out of their text."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class ThoughtFormat:
     closer: str
 
 
-#: Qwen, DeepSeek, GLM, MiniMax, Nemotron, SmolLM and others; recognised in the text alone.
+#: Qwen, DeepSeek, GLM, MiniMax, Nemotron, SmolLM and others; recognised by the text alone.
 THINK = ThoughtFormat("<think>", "</think>")
 #: Named by the chat template: Mistral's, Seed-OSS, Command A, Apertus, Gemma 4.
 FORMATS = (
@@ -24,7 +24,7 @@ FORMATS = (
 
 
 def thought_formats(template: str | None) -> tuple[ThoughtFormat, ...]:
-    """The formats that answers to a chat template may begin with."""
+    """The formats with which answers to a chat template may begin."""
     source = (template or "").replace("\\n", "\n")
     return (THINK, *(one for one in FORMATS if one.opener.strip() in source and one.closer in source))
 

@@ -22,7 +22,7 @@ class Tokenizer:
     """Text ↔ token ids of one vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        # Building the encoder is all that merges are for; they are hundreds of thousands of strings.
+        # Merges are only needed to build the encoder, and are hundreds of thousands of strings.
         self.tokens = replace(vocabulary, merges=())
         self._encoder = _encoder(vocabulary)
         self._normalize = _normalizer(vocabulary)
@@ -41,7 +41,7 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return len(self.tokens)
 
     @property
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What a user should know about this vocabulary: oddities that were passed over, not silently."""
+        """Notices for the user about oddities of this vocabulary that were tolerated."""
         return self.tokens.notices
 
     def encode(
@@ -80,11 +80,11 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of `text`.
 
-        add_bos: whether to put the model's beginning-of-text token in front (and, where the model asks for
-        it, its end-of-text token behind); None does as the model says. parse_special: whether control tokens
-        written in the text (`<|im_start|>`) are taken as such; not for text that is not trusted. stand_ins:
-        what marks the parts that are not trusted; they are undone once control tokens are cut out. Raises
-        TokenizerError for text with lone surrogates and for add_bos without such a token.
+        add_bos: whether to put the model's beginning-of-text token in front (and, if the model asks for it,
+        its end-of-text token behind); None does what the model asks for. parse_special: whether control tokens
+        written in the text (`<|im_start|>`) count as control tokens; not for untrusted text. stand_ins: the
+        marks of untrusted parts; they are undone once control tokens are cut out. Raises TokenizerError for
+        text with lone surrogates, and for add_bos if the model has no beginning-of-text token.
         """
         _check_encodable(text)
         if parse_special:
@@ -128,7 +128,7 @@ class Tokenizer:
         rule = self.tokens.space_prefix
         if rule == "never" or (rule == "first-unless-space" and not first):
             return fragment
-        # SPM writes a space as "▁" by then, so that a "▁" of the text counts as one.
+        # SPM writes a space as "▁" at this point, so that a "▁" of the text counts as a space.
         spaced = fragment.startswith((" ", SPACE) if self.tokens.kind == "spm" else " ")
         return fragment if rule != "always" and spaced else f" {fragment}"
 
@@ -143,13 +143,13 @@ class Tokenizer:
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """Tokens that are no text: control tokens and those that end a generation."""
+        """Tokens that are not text: control tokens and tokens that end a generation."""
         types = enumerate(self.tokens.types)
         hidden = {token for token, kind in types if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
         return frozenset(hidden | self.tokens.end_ids)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, of control tokens as written. Raises TokenizerError."""
+        """The bytes of one token; control tokens as written. Raises TokenizerError."""
         return self._pieces.of(token, show_special=True)
 
     def token_text(self, token: int) -> str:
@@ -172,7 +172,7 @@ def _normalizer(vocabulary: Vocabulary) -> Callable[[str], str]:
         return str
     from tokenizers import normalizers
 
-    # Not Python's own: that one knows the characters of another version of Unicode.
+    # Not Python's own function, which knows the characters of another version of Unicode.
     normalize: Callable[[str], str] = normalizers.NFC().normalize_str
     return normalize
 

@@ -1,7 +1,7 @@
-"""How families of models write the calls of tools, and reading them back.
+"""How families of models write calls of tools, and how to read these.
 
-A format has markers around calls; what stands between is read by whichever of a few notations it is in. Text
-that looks like a call and cannot be read as one stays text.
+A format has markers around calls; the text between the markers is read in whichever of a few notations it is
+written. Text that looks like a call but cannot be read as one stays text.
 """
 
 import json
@@ -22,7 +22,7 @@ class Call:
 @dataclass(frozen=True)
 class ToolFormat:
     """``opener`` begins calls and ``closer`` ends them ("" : the end of the answer). ``bare``: an answer that
-    begins with ``{`` is calls, too. ``marker`` is text of templates of such models."""
+    begins with ``{`` consists of calls, too. ``marker`` occurs in the templates of models with this format."""
 
     name: str
     marker: str
@@ -44,12 +44,12 @@ HERMES = next(entry for entry in FORMATS if entry.name == "hermes")
 
 
 def format_of(template: str | None) -> ToolFormat:
-    """The format that a chat template is made for; Hermes' where it knows of none."""
+    """The format for which a chat template is made; Hermes' if the template knows none."""
     return next((entry for entry in FORMATS if template and entry.marker in template), HERMES)
 
 
 def parse_calls(text: str) -> list[Call] | None:
-    """The calls in ``text``, or None where it is not made of calls."""
+    """The calls in ``text``, or None if it does not consist of calls."""
     for reader in _READERS:
         calls = reader(text.strip())
         if calls:
@@ -90,7 +90,7 @@ def _as_json(arguments: Any) -> str:
 
 
 def _value(text: str) -> Any:
-    """A parameter written as text: JSON where it is that, else the text itself."""
+    """A parameter written as text: its value if it is JSON, else the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -12,8 +12,8 @@ from powerinfer_tools.text.pretokenizers import PreTokenizer, pre_tokenizer
 from powerinfer_tools.text.special_tokens import TokenType, settle_types_and_ends
 
 Kind = Literal["bpe", "spm", "rwkv"]
-#: Where a space is put in front of text: nowhere; of every piece between special tokens; of those that do not
-#: begin with one; of the first alone, if it does not begin with one.
+#: Which pieces between special tokens get a space in front: none; every one; each that does not begin with a
+#: space; the first alone, if it does not begin with a space.
 SpacePrefix = Literal["never", "always", "unless-space", "first-unless-space"]
 
 _SPECIAL_KEYS = (
@@ -21,7 +21,7 @@ _SPECIAL_KEYS = (
     "prefix_token_id", "suffix_token_id", "middle_token_id", "fim_pre_token_id", "fim_suf_token_id",
     "fim_mid_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id",
 )  # fmt: skip
-# What llama.cpp assumes where a file does not name these ids.
+# llama.cpp's values for ids that a file does not name.
 _DEFAULT_IDS: Mapping[Kind, Mapping[str, int]] = {
     "bpe": {"bos_token_id": 11, "eos_token_id": 11},
     "spm": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
@@ -31,7 +31,7 @@ _ABSENT = object()
 
 
 class MetadataSource(Protocol):
-    """What is needed of an opened GGUF file."""
+    """The parts of an opened GGUF file that are needed."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -41,8 +41,8 @@ class MetadataSource(Protocol):
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Ids of tokens that are cut out of a text before it is split into words, as ``tokenizers`` does it:
-    those that are looked for in normalised text, and those that have to be words of their own."""
+    """Ids of tokens that are cut out of a text before it is split into words, as in ``tokenizers``: tokens
+    that are searched in normalised text, and tokens that have to be words of their own."""
 
     ids: frozenset[int]
     normalized: frozenset[int]
@@ -54,10 +54,10 @@ class Vocabulary:
     """Token `i` has text `texts[i]`, type `types[i]` (a TokenType) and, in an SPM vocabulary, `scores[i]`.
 
     Each character of a byte-level (bpe) text stands for one byte; SPM texts write a space as "▁"; RWKV's are
-    written as Python writes bytes. An SPM vocabulary with merges is merged by their rank, without by scores.
-    ``normalizer`` comes before all else. ``added``: which tokens are cut out of texts by the rules of
-    ``tokenizers``; None: all that are not ordinary, by llama.cpp's. ``absent``: control tokens that the model
-    has no row for.
+    written as Python writes bytes. An SPM vocabulary with merges is merged by their rank, one without merges by
+    scores. ``normalizer`` comes before everything else. ``added``: the tokens that are cut out of texts by the
+    rules of ``tokenizers``; None: all tokens that are not ordinary are cut out, by llama.cpp's rules.
+    ``absent``: control tokens for which the model has no row.
     """
 
     kind: Kind
@@ -95,7 +95,7 @@ def require_supported(metadata: Mapping[str, Any]) -> None:
 
 
 class _Reader:
-    """Reads one file's metadata; collects what a user should know in `notices`."""
+    """Reads one file's metadata; collects messages for the user in `notices`."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.metadata = metadata
@@ -136,7 +136,7 @@ class _Reader:
         return value
 
     def pre(self) -> PreTokenizer | None:
-        """How words are cut; None for SPM and for RWKV's, which cuts none."""
+        """How text is cut into words; None for SPM and for RWKV's vocabulary, which does not cut."""
         model = self.value("model")
         if model in ("llama", "rwkv"):
             return None
@@ -162,7 +162,7 @@ class _Reader:
         values = self.value(key)
         if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
             raise TokenizerError(f"tokenizer.ggml.{key} is not an array of strings")
-        values = list(values)  # at once: the reader decodes its strings each time that they are asked for
+        values = list(values)  # all at once: the reader decodes its strings each time they are read
         if set(map(type, values)) <= {str}:
             return values
         try:
@@ -225,13 +225,13 @@ class _Reader:
         return named
 
     def merges(self, pre: PreTokenizer | None) -> list[str]:
-        """The merges; an SPM vocabulary only has some where its file wants ranks rather than scores."""
+        """The merges; an SPM vocabulary has merges only if its file asks for ranks rather than scores."""
         if (pre is None or pre.may_lack_merges) and "tokenizer.ggml.merges" not in self.metadata:
             return []
         return self.strings("merges")
 
     def own(self, key: str, type_: type[Any], default: Any) -> Any:
-        """A value that only files of ours have."""
+        """A value that only files written by this program have."""
         value = self.metadata.get(f"powerinfer.tokenizer.{key}", default)
         if not isinstance(value, type_):
             raise TokenizerError(f"powerinfer.tokenizer.{key} is not of type {type_.__name__}")
@@ -290,7 +290,7 @@ class _Reader:
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Special tokens that swallow the white space on their left or right.
 
-        GGUF does not carry these attributes; llama.cpp knows two families by name, our files name the ids.
+        GGUF has no field for these attributes; llama.cpp knows two families by name, our files name the ids.
         """
         own = [self.own_ids(f"strips_{side}", len(types)) for side in ("left", "right")]
         if any(own) or "powerinfer.tokenizer.added_token_ids" in self.metadata:

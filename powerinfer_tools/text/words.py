@@ -1,4 +1,4 @@
-"""What encoders of SPM vocabularies share: words that can be merged apart, and a cache of them."""
+"""Shared by encoders of SPM vocabularies: words that can be merged separately, and a cache of them."""
 
 import re
 from abc import ABC, abstractmethod
@@ -39,10 +39,10 @@ class WordEncoder(ABC):
 
 
 def _cut_pattern(vocabulary: Vocabulary) -> re.Pattern[str]:
-    """Matches (emptily) where a text can be cut into words that are merged apart from each other.
+    """Matches (as an empty match) where a text can be cut into words that are merged separately.
 
-    A cut before "▁" is safe after every character that no token holds directly before a "▁": no merge reaches
-    over it. So each distinct word has to be merged only once.
+    A cut before "▁" is safe after every character that no token has directly before a "▁": no merge reaches
+    across such a cut. So each distinct word has to be merged only once.
     """
     bridges = set(re.findall(f"[^{SPACE}\\n](?={SPACE})", "\n".join(vocabulary.texts)))
     if any(f"\n{SPACE}" in text for text in vocabulary.texts):

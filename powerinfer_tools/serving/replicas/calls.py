@@ -45,7 +45,7 @@ class Start:
 
 
 async def answered(app: ASGIApp, call: Call) -> AsyncGenerator[Start | bytes, None]:
-    """``Start``, then the body in pieces as they come. Closing the generator means that the client has left."""
+    """``Start``, then the body in pieces as they come. Closing the generator means that the client left."""
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     gone = asyncio.Event()
     arrived = False

@@ -13,7 +13,7 @@ _START = 1024
 
 def conversation_key(headers: Mapping[str, str], body: bytes) -> str:
     """A key that all turns of a conversation share. It is the session that the client names, else a hash: of
-    the messages up to the first one of the user or, for a text, of its start. "" if the body is none of these."""
+    the messages up to the first one of the user or, for a text, of its start. "" if the body is neither."""
     if headers.get(SESSION_HEADER):
         return f"session {headers[SESSION_HEADER]}"
     try:

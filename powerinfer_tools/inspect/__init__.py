@@ -1,4 +1,4 @@
-"""Looking into files: what one holds, and the activation curve of a profile."""
+"""Looking into files: their contents, and the activation curve of a profile."""
 
 from powerinfer_tools.inspect.chart import terminal_chart
 from powerinfer_tools.inspect.curve import Curves, activation_curves, summarize_profile

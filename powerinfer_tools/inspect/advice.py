@@ -1,7 +1,7 @@
-"""What to do with a model on a machine: run it as it is, or prepare it first, and what either gives.
+"""Advice on a model on a machine: run it as it is, or prepare it first, and the gain of either.
 
-Everything comes from the model's header, the machine's hardware profile and, where there is one, the model's
-profile; speeds are predictions of the plan's cost model. Nothing is computed with the weights.
+Everything comes from the model's header, the machine's hardware profile and, if there is one, the model's
+profile. Speeds are predictions of the plan's cost model. Nothing is computed with the weights.
 """
 
 from dataclasses import dataclass, replace
@@ -25,19 +25,19 @@ from powerinfer_tools.stages.plan.machine import machine_of
 from powerinfer_tools.stages.plan.memory import Workload
 from powerinfer_tools.stages.plan.planner import DEFAULT_CONTEXT, Budgets, PlanOptions, plan_outcome
 
-#: A preparation is recommended from this gain on: below it, the spread of a run hides it.
+#: A preparation is recommended from this gain on: the spread of a run hides smaller gains.
 WORTH = 1.1
-#: A split file that gains nothing may be so much larger than its source.
+#: The largest size, relative to its source, that is accepted of a split file without a gain.
 WASTE = 1.02
-#: What the time of a profile is estimated by: tokens that it reads, and how much faster a prompt is than
-#: single tokens (2 to 6 times were measured, docs/LOG.md).
+#: The basis for estimating the time of a profile: the tokens that it reads, and how much faster a prompt is
+#: than single tokens (2 to 6 times were measured, docs/LOG.md).
 PROFILE_TOKENS, PROMPT_SPEEDUP = 47_000, 3.0
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run the model. ``tokens_per_second`` None: it depends on a profile that is not there.
-    ``minutes``: what the ``commands`` that prepare it take, roughly."""
+    """One way to run the model. ``tokens_per_second`` None: it depends on a profile that does not exist.
+    ``minutes``: roughly how long the ``commands`` that prepare it take."""
 
     name: str
     tokens_per_second: float | None
@@ -50,7 +50,7 @@ class Way:
 @dataclass(frozen=True)
 class Advice:
     """Facts (sizes in bytes), ways to run, and the ``verdict`` in one or two sentences. ``fits``: weights and
-    KV cache are below the memory that is free (``free_bytes``; 0: unknown)."""
+    KV cache are below the free memory (``free_bytes``; 0: unknown)."""
 
     model: str
     family: str
@@ -74,8 +74,8 @@ class Advice:
 
 
 def advise(path: Path, *, profile: Path | None = None, hardware: str | None = None) -> Advice:
-    """Advice on the model at ``path``, with its ``profile`` if there is one, for this machine or the one that
-    ``hardware`` names.
+    """Advice on the model at ``path``, with its ``profile`` if there is one, for this machine or for the
+    machine that ``hardware`` names.
 
     Raises ModelError, FormatError, HardwareError, and PlanError for a profile of another model.
     """
@@ -95,7 +95,7 @@ def advise(path: Path, *, profile: Path | None = None, hardware: str | None = No
 
 @dataclass(frozen=True)
 class SplitVerdict:
-    """What the split file of a plan will be on this machine, in words for the user (empty: nothing to say).
+    """What to expect of a plan's split file on this machine, in words for the user (empty: nothing to say).
     ``growth``: its bytes over the source's. ``in_vain``: it is larger, skips nothing and places nothing on an
     accelerator."""
 
@@ -105,8 +105,8 @@ class SplitVerdict:
 
 
 def split_verdict(path: Path, plan: Plan) -> SplitVerdict:
-    """The split file that ``plan`` describes, beside its source at ``path``, before it is written: its size,
-    and its speed where it is not the machine that the plan is for."""
+    """The split file of ``plan`` compared with its source at ``path``, before it is written: its size, and
+    its speed if this machine is not the one for which the plan was made."""
     model = load_model(path)
     try:
         if not model.is_source:
@@ -138,7 +138,7 @@ def split_verdict(path: Path, plan: Plan) -> SplitVerdict:
 
 
 def _split_bytes(layer: LayerShape, *, columns: bool) -> int:
-    """Of a layer's FFN in a split file: records, and with ``columns`` the source's down projection again."""
+    """Bytes of a layer's FFN in a split file: records and, with ``columns``, the source's down projection."""
     down, transposed = layer.down, layer.down_transposed
     stored = stored_down_type(down.row_type, None, transposed=transposed)
     gate = None if layer.gate is None else layer.gate.row_type

@@ -1,4 +1,4 @@
-"""A curve as text: dots of a braille pattern, two by four to a character."""
+"""A curve as text: dots of braille patterns, two by four per character."""
 
 from powerinfer_tools.inspect.curve import Curve
 
@@ -14,7 +14,7 @@ def terminal_chart(curve: Curve, width: int = 60, height: int = 16) -> str:
     previous = 0
     for column in range(columns):
         level = round(curve.activity(column / (columns - 1)) * (rows - 1))
-        # Where the curve is steep, the dots between two columns keep it one line.
+        # Where the curve is steep, dots between two columns keep the line connected.
         for dot in range(min(previous + 1, level) if column else level, level + 1):
             row = rows - 1 - dot
             cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]

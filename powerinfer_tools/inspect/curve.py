@@ -1,7 +1,7 @@
 """The activation curve: which share of the neurons makes which share of the activity.
 
-Neurons are sorted by how often they were active, busiest first; the curve at x is the share of all
-activations that the first x of the neurons made. A straight line would mean that all neurons are alike.
+Neurons are sorted by how often they were active, busiest first. The curve at x is the share of all
+activations made by the first share x of the neurons. A straight line would mean that all neurons are alike.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ class Curve:
         return cls(name, np.concatenate(([0.0], np.cumsum(descending) / total)))
 
     def activity(self, share: float) -> float:
-        """Share of the activity that ``share`` of the neurons makes, by linear interpolation."""
+        """The share of the activity made by ``share`` of the neurons, by linear interpolation."""
         return float(
             np.interp(share * (len(self.cumulative) - 1), np.arange(len(self.cumulative)), self.cumulative)
         )
 
     def neurons_for(self, activity: float) -> float:
-        """Smallest share of the neurons that makes at least ``activity`` of the activity."""
+        """The smallest share of the neurons that makes at least ``activity`` of the activity."""
         # Rounding may leave the last sum a few units in the last place below 1.
         reached = np.flatnonzero(self.cumulative >= activity - 1e-12)
         return float(reached[0] / (len(self.cumulative) - 1)) if len(reached) else 1.0
@@ -57,7 +57,7 @@ class Curves:
     layers: tuple[Curve, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values: shares of neurons, and the curves' values there."""
+        """Plain JSON values: shares of neurons, and the curves' values at these."""
         return {
             "neurons": list(SHARES),
             "model": self.model.points(),

@@ -1,4 +1,4 @@
-"""What a file is and holds, judged by its content, not by its name."""
+"""The kind and contents of a file, judged by its content, not by its name."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ SHOWN_ITEMS = 8
 
 
 class UnknownFile(PowerInferError):
-    """The file is of no kind that powerinfer reads."""
+    """The file is not of a kind that powerinfer reads."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """Look into ``path``. Raises FormatError for a damaged file and UnknownFile for one of another kind."""
+    """Examine ``path``. Raises FormatError for a damaged file and UnknownFile for a file of another kind."""
     if path.is_dir():
         return _describe_model(path)
     with path.open("rb") as file:
@@ -104,7 +104,8 @@ def _describe_model(path: Path) -> Description:
 
 
 def _describe_refused(path: Path, error: Exception) -> Description:
-    """A model that cannot be opened: what its header says, and why. Raises ``error`` if it says nothing."""
+    """A model that cannot be opened: its header's contents, and the reason. Raises ``error`` if the header
+    says nothing."""
     metadata: dict[str, Any] = {}
     if path.is_dir():
         config = _config(path)
@@ -158,7 +159,7 @@ def _model_facts(
 
 
 def _shown(value: Any) -> Any:
-    """A metadata value for output: long arrays by their length only."""
+    """A metadata value for output; of a long array only its length."""
     if isinstance(value, StringArray | np.ndarray):
         if len(value) > SHOWN_ITEMS:
             return f"[{len(value)} items]"

@@ -7,9 +7,9 @@ from powerinfer_tools.pictures import Picture
 
 
 def draw_curves(curves: Curves, path: Path, title: str) -> None:
-    """Write the picture to ``path`` (.png or .svg): the model's curve over those of its layers.
+    """Write the picture to ``path`` (.png or .svg): the model's curve on top of its layers' curves.
 
-    Raises DrawingError for another ending, and where matplotlib is not installed.
+    Raises DrawingError for another ending, and if matplotlib is not installed.
     """
     picture = Picture(path, (7, 5))
     axes = picture.axes

@@ -1,4 +1,4 @@
-"""Which model families run, from the architecture table."""
+"""The model families that can run, from the architecture table."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,9 @@ from powerinfer_tools.model.architectures import ARCHITECTURES, RELU_FAMILY, Arc
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """One family. ``name``: the value of ``general.architecture``; ``true_zeros``: its activation makes exact
-    zeros (a file may say another activation); ``ffn``: dense, or experts, too; ``mixer``: what mixes tokens.
+    """One family. ``name``: the value of ``general.architecture``. ``true_zeros``: its activation makes exact
+    zeros (a file may name another activation). ``ffn``: dense, or also experts. ``mixer``: the operation that
+    mixes tokens.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """What can be done with a model's file, from its header alone.
 
-Whether it runs, what it takes, what to expect. Nothing is measured, and no matrix is read.
+It says whether the model runs, how much memory it takes, and which speed to expect. Nothing is measured, and
+no matrix is read.
 """
 
 from collections import Counter
@@ -30,7 +31,7 @@ from powerinfer_tools.stages.plan.memory import Workload
 from powerinfer_tools.stages.plan.planner import DEFAULT_CONTEXT
 from powerinfer_tools.text.vocabulary import require_supported
 
-#: Parts of a model by the beginnings of its tensors' names behind "blk.N.", the first that fits.
+#: Parts of a model by the beginnings of its tensors' names after "blk.N."; the first match counts.
 _PARTS = (
     ("experts", ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")),
     ("router", ("ffn_gate_inp", "exp_probs_b")),
@@ -43,11 +44,10 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """``reason``: why it does not run; ``parts``: bytes in the file; ``memory_bytes``: weights as they are
-    computed with, and ``packed`` those of its matrices by row type; ``products``: multiplications of a token;
-    ``cache_bytes`` of keys and values for ``context`` tokens; ``fits``: both are below the
-    memory that is free; ``tokens_per_second``: predicted, where this machine has been measured. None: not
-    known."""
+    """``reason``: why the model does not run. ``parts``: bytes in the file. ``memory_bytes``: the weights in
+    the form used for computing; ``packed``: those of its matrices, by row type. ``products``: multiplications
+    per token. ``cache_bytes``: keys and values for ``context`` tokens. ``fits``: weights and cache are below
+    the free memory. ``tokens_per_second``: predicted, if this machine has been measured. None: not known."""
 
     family: str
     runs: bool
@@ -65,12 +65,12 @@ class Verdict:
     tokens_per_second: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without what is not known."""
+        """Plain JSON values, without unknown ones."""
         return {name: value for name, value in vars(self).items() if value is not None and value != ""}
 
 
 def judge(path: Path, family: str, tensors: Mapping[str, TensorInfo]) -> Verdict:
-    """The verdict on the model at ``path``, which holds ``tensors`` and says that it is of ``family``."""
+    """The verdict on the model at ``path``, which contains ``tensors`` and names ``family`` as its family."""
     parts, memory = weigh(tensors)
     try:
         model = load_model(path)
@@ -128,8 +128,8 @@ def _accepted(model: Model, parts: dict[str, int]) -> Verdict:
 
 
 def _expected(model: Model, context: int) -> float | None:
-    """Tokens per second of decoding, by this machine's stored profile; None without one, and for a model that
-    the cost model does not know."""
+    """Tokens per second of decoding, by this machine's stored profile; None without a profile, and for a
+    model that the cost model does not know."""
     stored = default_profile_path()
     if not stored.is_file():
         return None
@@ -162,7 +162,7 @@ def _part(name: str) -> str:
 
 
 def _memory(info: TensorInfo) -> int:
-    """Bytes of a tensor in memory, rewritten as the kernels read it."""
+    """Bytes of a tensor in memory, rewritten in the form that the kernels read."""
     if info.row_type not in MATRIX_TYPES or len(info.shape) < 2:
         return info.nbytes
     return MatrixShape(TensorType(info.row_type), prod(info.shape[:-1]), info.shape[-1]).nbytes

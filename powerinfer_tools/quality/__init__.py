@@ -1,1 +1,1 @@
-"""What a change costs: perplexity, comparison with another model, and the tasks of lm-eval."""
+"""The cost of a change in quality: perplexity, comparison with another model, and the tasks of lm-eval."""

@@ -14,8 +14,8 @@ Floats = npt.NDArray[np.float32]
 
 
 class Alternating:
-    """Scores windows in ``session``, one of those of ``engine``'s weights; ``prepare`` sets what differs from
-    other ways, and is called before each pass, so that passes of several ways may take turns."""
+    """Scores windows in ``session``, one of the sessions on ``engine``'s weights. ``prepare`` sets what
+    differs between the ways. It is called before each pass, so that passes of several ways may alternate."""
 
     def __init__(self, engine: Engine, session: Session, prepare: Callable[[], None]) -> None:
         self._engine, self._session, self._prepare = engine, session, prepare
@@ -27,7 +27,7 @@ class Alternating:
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits."""
+        """The number of logits."""
         return self._engine.vocabulary
 
     def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[Floats]:

@@ -1,4 +1,4 @@
-"""The modes of one file side by side: how far each is from computing every neuron, on the same text."""
+"""The modes of one file side by side: how much each differs from dense mode, on the same text."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ from powerinfer_tools.progress import Progress
 from powerinfer_tools.quality.perplexity import divergence, perplexity
 
 BASELINE = "dense"
-#: Modes by how many rows of a neuron lie in its bundle, most first: a bundle serves the modes after its own.
+#: Modes by how many rows of a neuron its bundle has, most first: a bundle also serves all later modes.
 _BUNDLED = ("predicted", "thresholded", "gate-first")
 _NO_RECALL = {
     "dense": "every neuron is computed",
@@ -24,13 +24,13 @@ _NO_RECALL = {
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One mode over the scored tokens of a text; figures are None where the file does not allow the mode,
-    and ``note`` says why (or why there is no recall).
+    """One mode over the scored tokens of a text. Figures are None if the file does not allow the mode;
+    ``note`` then says why (or why there is no recall).
 
-    ``kl`` is the mean of KL(dense ‖ mode) in nats a token, ``top1_agreement`` the share of tokens for which
+    ``kl`` is the mean of KL(dense ‖ mode) in nats per token, ``top1_agreement`` the share of tokens for which
     both have the same first choice, ``density`` the mean share of neurons computed, ``recall`` the share of
-    active neurons that predictors found, ``identical`` whether all logits are the bits of dense.
-    ``perplexity_ratio`` is over dense, its error that of the mean of paired differences.
+    active neurons that predictors found, and ``identical`` whether all logits have the same bits as dense.
+    ``perplexity_ratio`` is relative to dense; its error is the error of the mean of paired differences.
     """
 
     mode: str
@@ -52,7 +52,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row for each mode asked for. The baseline is dense of the same file."""
+    """A row for each mode asked for. The baseline is dense mode of the same file."""
 
     rows: tuple[Fidelity, ...]
     positions: int
@@ -63,7 +63,7 @@ class Comparison:
 
 
 def refusal(model: Model, mode: str) -> str | None:
-    """Why ``model`` does not run in ``mode``, and what to do; None where it does."""
+    """Why ``model`` does not run in ``mode``, and what to do about it; None if it does run."""
     try:
         layer_modes(model, mode)
     except ModelError as error:
@@ -78,11 +78,11 @@ def compare_modes(
     pieces: Sequence[list[int]],
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run ``pieces`` of text in every one of ``modes``, dense beside it.
+    """Run ``pieces`` of text in every one of ``modes``, with dense mode for comparison.
 
     ``open_engine(mode=…, check_recall=…, beside=…)`` makes an engine on ``model``, which shares its weights
-    with those beside it: each is packed once in each form, and one bundle of neurons serves all modes.
-    Raises ModelError where the only modes asked for beside dense are not to be had.
+    with the engines ``beside`` it: weights are packed once in each form, and one bundle of neurons serves all
+    modes. Raises ModelError if all modes asked for other than dense are unavailable.
     """
     reasons = {mode: refusal(model, mode) for mode in modes}
     others = [mode for mode in modes if mode != BASELINE]
@@ -97,7 +97,7 @@ def compare_modes(
                 open_engine(mode=mode, check_recall=mode == "predicted", beside=weights)
             )
 
-        # The first that is opened has rows of the most kinds in its bundles: they serve all others.
+        # The engine opened first has the most kinds of rows in its bundles: they serve all others.
         richest = next((mode for mode in _BUNDLED if mode in allowed), None)
         most = None if richest is None else opened(richest, None)
         base = opened(BASELINE, most)
@@ -115,7 +115,7 @@ def compare_modes(
 
 
 def _baseline(base: Engine, pieces: Sequence[list[int]], progress: Progress | None) -> Fidelity:
-    """The row of dense: by definition it does not differ from itself."""
+    """The row of dense mode: by definition it does not differ from itself."""
     result = perplexity(base, pieces, progress)
     return Fidelity(
         mode=BASELINE,

@@ -20,7 +20,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of a text; ``running`` after each window, ``tokens`` how many were scored."""
+    """Perplexity of a text. ``running``: its value after each window. ``tokens``: how many were scored."""
 
     perplexity: float
     standard_error: float
@@ -36,12 +36,13 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model is from another over the same positions.
+    """How much a model differs from another over the same positions.
 
     ``mean_kl`` is the mean of KL(base ‖ model) in nats, ``same_top`` the share of positions where both would
     choose the same token greedily, ``ratio`` the model's perplexity over the base's, ``identical`` whether
-    all logits have the same bits. Errors are standard errors of the means, as if positions were independent;
-    that of the ratio is of the mean of paired differences, so it is much smaller than those of the two.
+    all logits have the same bits. Errors are standard errors of the means, as if positions were independent.
+    The ratio's error is the error of the mean of paired differences, so it is much smaller than the errors of
+    the two perplexities.
     """
 
     mean_kl: float
@@ -63,7 +64,7 @@ class Divergence:
 
 
 class Scorer(Protocol):
-    """What says logits of windows of text: an engine, or one of several ways of running one."""
+    """A source of logits for windows of text: an engine, or one of several ways of running one."""
 
     @property
     def model(self) -> Model:
@@ -71,7 +72,7 @@ class Scorer(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits."""
+        """The number of logits."""
 
     def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[Floats]:
         """Logits (k, vocabulary) of successive positions from ``first`` on, for a fresh window of
@@ -120,8 +121,8 @@ def perplexity(engine: Scorer, pieces: Sequence[list[int]], progress: Progress |
 def divergence(
     engine: Scorer, base: Scorer, pieces: Sequence[list[int]], progress: Progress | None = None
 ) -> Divergence:
-    """Divergence of ``engine`` from ``base``, which computes by itself or in turn with it, over the scored
-    positions of ``pieces``."""
+    """Divergence of ``engine`` from ``base`` over the scored positions of ``pieces``. ``base`` computes by
+    itself or alternates with ``engine``."""
     if engine.vocabulary != base.vocabulary:
         raise ModelError(
             f"{engine.model.path} has {engine.vocabulary} tokens and {base.model.path} {base.vocabulary}: "

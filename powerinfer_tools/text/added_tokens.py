@@ -1,8 +1,8 @@
 """Cutting added tokens out of a text as the ``tokenizers`` package does, for vocabularies of Hugging Face.
 
 At each position from the left, the longest token is taken. A token may swallow the white space beside it, or
-be taken only where it is a word of its own. Tokens marked as normalised are searched in a second pass over the
-remaining text. In this pass that text is normalised like the model's text, and so are the tokens' own texts.
+be taken only where it is a word of its own. Tokens marked as normalised are searched in a second pass over
+the remaining text. In this pass that text is normalised like the model's text, and so are the tokens' texts.
 """
 
 import re

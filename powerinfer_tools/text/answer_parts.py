@@ -51,8 +51,8 @@ def parts_parser(
     formed: bool = False,
     forced: bool = False,
 ) -> PartsParser:
-    """The parser of answers to prompts of ``template`` that end with ``tail``. ``formed``: the answer conforms
-    to a grammar, and has no reasoning; ``forced``: it is a call."""
+    """The parser of answers to prompts of ``template`` that end with ``tail``. ``formed``: the answer
+    conforms to a grammar, and has no reasoning; ``forced``: it is a call."""
     if writes_channels(template) and not formed:
         return ChannelParser()
     formats = thought_formats(template)
@@ -67,8 +67,8 @@ class Cutter:
         self._held = ""
 
     def push(self, text: str, marker: str) -> tuple[str, bool]:
-        """The text that is now certain to lie before ``marker``, and whether the marker was found. The text after
-        the marker is kept for the next call."""
+        """The text that now certainly lies before ``marker``, and whether the marker was found. The text
+        after the marker is kept for the next call."""
         self._held += text
         place = self._held.find(marker)
         if place >= 0:
@@ -93,8 +93,8 @@ class AnswerParser:
     """``push`` text and get parts; ``finish`` at the end.
 
     ``formats``: the formats of reasoning with which an answer may begin. ``opened``: the format whose opening
-    marker ended the prompt. ``tools``: None if there are no tools. ``forced``: with tools, the whole answer is
-    a call, without markers.
+    marker ended the prompt. ``tools``: None if there are no tools. ``forced``: with tools, the whole answer
+    is a call, without markers.
     """
 
     def __init__(
@@ -215,8 +215,8 @@ _MARKERS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>", "<|
 
 class ChannelParser:
     """The parser of answers in channels: "<|channel|>", a header, "<|message|>" and the channel's text, one
-    after the other (OpenAI's harmony response format). Text addressed to "functions.NAME" is a call, the channel
-    "analysis" is reasoning, and everything else is the answer. Text without any header is the answer."""
+    after the other (OpenAI's harmony response format). Text addressed to "functions.NAME" is a call, the
+    channel "analysis" is reasoning, everything else is the answer. Text without any header is the answer."""
 
     def __init__(self) -> None:
         self._held, self._header, self._inside, self._began = "", "", False, False

@@ -1,8 +1,8 @@
 """Byte-level byte-pair encoding on the `tokenizers` package, set up to agree with llama.cpp.
 
 The texts of such a vocabulary write each byte as one printable character (the mapping of GPT-2). `tokenizers`
-requires that every part and result of a merge is a token; llama.cpp does not. So missing parts and results get
-ids past the vocabulary, and these ids are taken apart again after encoding.
+requires that every part and result of a merge is a token; llama.cpp does not. So missing parts and results
+get ids past the vocabulary, and these ids are taken apart again after encoding.
 """
 
 import re

@@ -36,8 +36,8 @@ class ScoreEncoder(WordEncoder):
         pieces = list(word)  # a joined text is at its first character's place, with "" at its other places
         before, after = list(range(-1, len(word) - 1)), [*range(1, len(word)), -1]
         # A candidate is one number that orders as (score descending, place, length of the joined text). It is
-        # stale when the text that now stands there and the next have another length; if not, they make the
-        # same token.
+        # stale if the text now at that place and the next one together have another length; otherwise they
+        # make the same token.
         heap = [
             keys[token] + (left << _LENGTH_BITS)
             for left, pair in enumerate(map(str.__add__, word, word[1:]))

@@ -16,8 +16,8 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """The part of all text so far that now certainly lies before any stop string, without the text already
-        returned.
+        """The part of all text so far that now certainly lies before any stop string, without the text
+        already returned.
 
         Sets `found` when a stop string is complete; nothing comes out after that.
         """

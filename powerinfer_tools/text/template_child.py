@@ -157,7 +157,7 @@ def _as_marked(name: str) -> Callable[..., Any]:
 
 
 def _as_cased(name: str) -> Callable[..., Any]:
-    """A method that changes letters. If that changes their number, every possible character gets a stand-in."""
+    """A method that changes letters. If their number changes, every character that can gets a stand-in."""
     method = getattr(str, name)
 
     def call(self: str) -> str:
@@ -187,7 +187,7 @@ def from_user(value: Any, controls: str, role: bool = False) -> Any:
     """A user's `value`, with stand-ins in all of its texts.
 
     A text that is the inner part of a control token, such as "im_end", gets a stand-in for every character: a
-    template may put brackets around it. Roles are the only texts with which templates do that for good reasons.
+    template may put brackets around it. Roles are the only texts that templates treat so for good reasons.
     """
     if isinstance(value, dict):
         return {
@@ -381,8 +381,8 @@ def answer_one(request: dict[str, Any]) -> bytes:
 
 
 def answer_apart(data: bytes) -> bytes:
-    """The same, by a fork of this process. A fork that ends without an answer is a fault of its own: {"ended":
-    the return code, in subprocess's convention}."""
+    """The same, by a fork of this process. An end without an answer is a fault of its own: {"ended": the
+    return code, in subprocess's convention}."""
     reading, writing = os.pipe()
     fork = os.fork()
     if fork == 0:

@@ -1,7 +1,7 @@
 """The process that renders chat templates: started once, asked many times.
 
-It forks for each request, so that the effects of a template (endless loops, full memory, a kill) end with that
-one fork. A worker that has died is started anew. The process runs `template_child.py`.
+It forks for each request, so that the effects of a template (endless loops, full memory, a kill) end with
+that one fork. A worker that has died is started anew. The process runs `template_child.py`.
 """
 
 import contextlib

@@ -81,10 +81,10 @@ class Tokenizer:
         """Ids of `text`.
 
         add_bos: whether to put the model's beginning-of-text token in front (and, if the model asks for it,
-        its end-of-text token behind); None does what the model asks for. parse_special: whether control tokens
-        written in the text (`<|im_start|>`) count as control tokens; not for untrusted text. stand_ins: the
-        marks of untrusted parts; they are undone once control tokens are cut out. Raises TokenizerError for
-        text with lone surrogates, and for add_bos if the model has no beginning-of-text token.
+        its end-of-text token behind); None does what the model asks for. parse_special: whether control
+        tokens written in the text (`<|im_start|>`) count as control tokens; not for untrusted text.
+        stand_ins: the marks of untrusted parts; they are undone once control tokens are cut out. Raises
+        TokenizerError for text with lone surrogates, and for add_bos without such a token.
         """
         _check_encodable(text)
         if parse_special:

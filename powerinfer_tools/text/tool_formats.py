@@ -22,7 +22,7 @@ class Call:
 @dataclass(frozen=True)
 class ToolFormat:
     """``opener`` begins calls and ``closer`` ends them ("" : the end of the answer). ``bare``: an answer that
-    begins with ``{`` consists of calls, too. ``marker`` occurs in the templates of models with this format."""
+    begins with ``{`` consists of calls, too. ``marker`` occurs in templates of models with this format."""
 
     name: str
     marker: str

@@ -54,9 +54,9 @@ class Vocabulary:
     """Token `i` has text `texts[i]`, type `types[i]` (a TokenType) and, in an SPM vocabulary, `scores[i]`.
 
     Each character of a byte-level (bpe) text stands for one byte; SPM texts write a space as "▁"; RWKV's are
-    written as Python writes bytes. An SPM vocabulary with merges is merged by their rank, one without merges by
-    scores. ``normalizer`` comes before everything else. ``added``: the tokens that are cut out of texts by the
-    rules of ``tokenizers``; None: all tokens that are not ordinary are cut out, by llama.cpp's rules.
+    written as Python writes bytes. An SPM vocabulary with merges is merged by their rank, one without merges
+    by scores. ``normalizer`` comes before everything else. ``added``: the tokens that are cut out of texts by
+    the rules of ``tokenizers``; None: all tokens that are not ordinary are cut out, by llama.cpp's rules.
     ``absent``: control tokens for which the model has no row.
     """
 

@@ -15,12 +15,12 @@ from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.quality.perplexity import log_probabilities
 from powerinfer_tools.text import Tokenizer
 
-#: Tokens to generate where a task does not say: lm-eval's own number.
+#: Tokens to generate if a task does not say: lm-eval's own number.
 _GENERATED = 256
 
 
 class PowerInferLM(LM):  # type: ignore[misc]  # lm-eval ships no types
-    """Answers lm-eval's requests with ``engine``; texts become tokens as the model's own ``tokenizer`` says.
+    """Answers lm-eval's requests with ``engine``; the model's own ``tokenizer`` turns texts into tokens.
 
     A text that is longer than the engine's context loses its beginning.
     """
@@ -38,7 +38,7 @@ class PowerInferLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         return [self._rolling(*request.args) for request in self._counted(requests)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What the model goes on with, up to a stop string."""
+        """The model's continuations, up to a stop string."""
         return [self._generate(*request.args) for request in self._counted(requests)]
 
     def _counted(self, requests: Sequence[Any]) -> Iterator[Any]:
@@ -50,10 +50,10 @@ class PowerInferLM(LM):  # type: ignore[misc]  # lm-eval ships no types
 
     def _parted(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Ids of both together, and where the continuation begins. Spaces at the end of the context belong to
-        the continuation, whose first word has them in front."""
+        the continuation, as they precede its first word."""
         stripped = context.rstrip()
         whole = self._encode(context + continuation)
-        # A token that spans the border counts as the continuation's.
+        # A token that spans the border counts as part of the continuation.
         first = min(len(self._encode(stripped)), len(whole) - 1) if stripped else 0
         start = self._start() if not stripped or self.tokenizer.adds_bos else []
         return start + whole, len(start) + first
@@ -62,7 +62,7 @@ class PowerInferLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         return self.tokenizer.encode(text, add_bos=False)
 
     def _start(self) -> list[int]:
-        """The token in front of a text that nothing comes before."""
+        """The token in front of a text without a context."""
         tokens = self.tokenizer.tokens
         start = tokens.bos_id if tokens.bos_id is not None else tokens.eos_id
         if start is None:
@@ -70,7 +70,7 @@ class PowerInferLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         return [start]
 
     def _score(self, ids: list[int], first: int) -> tuple[float, bool]:
-        """Sum of ln p over ids[first:], and whether each was the likeliest."""
+        """Sum of ln p over ids[first:], and whether each of these was the likeliest."""
         excess = max(0, len(ids) - 1 - self.engine.context)
         if excess >= first:
             raise EvaluationError(

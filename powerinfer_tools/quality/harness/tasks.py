@@ -14,7 +14,7 @@ from powerinfer_tools.errors import EvaluationError, how_to_install
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.text import Tokenizer
 
-#: Resamplings for the standard errors of metrics that are no means.
+#: Resamplings for the standard errors of metrics that are not means.
 _BOOTSTRAPS = 1000
 
 
@@ -39,10 +39,11 @@ def run_tasks(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[TaskScore, ...]:
-    """Scores of the tasks ``names``: those that the task files (YAML) in ``folder`` define, and nothing is
-    fetched; without a folder lm-eval's own, which fetch their data. ``limit``: only the first questions.
+    """Scores of the tasks ``names``. With a ``folder``, its task files (YAML) define the tasks, and nothing
+    is fetched; without one, they are lm-eval's own, which fetch their data. ``limit``: only the first
+    questions.
 
-    Task files may hold code, which lm-eval runs. Raises EvaluationError where lm-eval is not installed, knows
+    Task files may contain code, which lm-eval runs. Raises EvaluationError if lm-eval is not installed, knows
     no such task, or cannot run it.
     """
     if folder is not None:
@@ -87,7 +88,7 @@ def _check_names(names: Sequence[str], tasks: Sequence[str], folder: Path | None
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
-    """Metrics stand as "acc,none" (metric and filter) beside "acc_stderr,none"."""
+    """Metrics are named like "acc,none" (metric and filter), beside "acc_stderr,none"."""
     for task, values in results["results"].items():
         samples = int(results["n-samples"][task]["effective"]) if task in results["n-samples"] else 0
         for key, value in values.items():
@@ -102,6 +103,6 @@ def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
 
 @contextlib.contextmanager
 def _off_standard_output() -> Iterator[None]:
-    """What lm-eval prints goes to standard error: standard output is for the result."""
+    """Send lm-eval's output to standard error: standard output is for the result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from powerinfer_formats.errors import BeingWritten, CannotWrite, NotARegularFile
 
-# What the operating system says when a file cannot be filled; anything else is not about our file.
+# The operating system's errors for a file that cannot be filled; other errors are not about our file.
 _WRITE_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 
@@ -31,9 +31,9 @@ def partial_path(path: str | os.PathLike[str]) -> Path:
 def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes ``path`` when the block ends without an exception.
 
-    On any exception (``KeyboardInterrupt`` included) the temporary file is removed and whatever stood
-    under ``path`` before is untouched. Raises ``NotARegularFile`` where ``path`` is a directory or device,
-    ``BeingWritten`` where another process holds it, ``CannotWrite`` where the system refuses.
+    On any exception (``KeyboardInterrupt`` included) the temporary file is removed, and an earlier file at
+    ``path`` is untouched. Raises ``NotARegularFile`` if ``path`` is a directory or device, ``BeingWritten``
+    if another process holds it, ``CannotWrite`` if the system refuses.
     """
     final = Path(path)
     if final.exists() and not final.is_file():
@@ -54,7 +54,7 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
-    """Raise now what :func:`write_atomic` would raise after the work; what stands there stays as it is."""
+    """Raise now the errors that :func:`write_atomic` would raise after the work; an existing file stays."""
     with suppress(_Unwritten), write_atomic(path):
         raise _Unwritten
 

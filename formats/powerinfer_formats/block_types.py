@@ -1,6 +1,6 @@
 """The tensor types that ggml defines: their names and how many bytes a block of values takes.
 
-All of them can be listed and sized; which of them can be computed with is the kernels' business. The
+All of them can be listed and sized; the kernels decide which of them can be used for computing. The
 numbers are ggml's (``ggml_type`` in ggml.h and the block structs of ggml-common.h).
 """
 
@@ -52,7 +52,7 @@ class TensorType(IntEnum):
     Q1_0 = 41
 
 
-#: The types that stages write rows of.
+#: The types in which stages write rows.
 WrittenType = Literal["Q8_0", "Q4_0", "F16", "BF16", "F32"]
 
 

@@ -1,4 +1,4 @@
-"""An unfinished profile: the sums so far and how far in the corpus that is. What Ctrl-C leaves behind."""
+"""An unfinished profile, as Ctrl-C leaves it behind: the sums so far, and the position in the corpus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CorpusPosition", "ProfileCheckpoint"]
 
 @dataclass(frozen=True, eq=False)
 class ProfileCheckpoint:
-    """``profile`` holds what has been counted, ``position`` where to go on."""
+    """``profile`` holds the counts so far, ``position`` says where to go on."""
 
     profile: Profile
     position: CorpusPosition

@@ -1,4 +1,4 @@
-"""What turns a model's FFNs into other ones: small integers that are added to its weights.
+"""A delta turns a model's FFNs into other ones: small integers that are added to its weights.
 
 All values are integers times powers of two, so that sums of products are exact in double precision, in
 whatever order they are added: the same delta makes the same model, bit for bit, on every machine.
@@ -54,9 +54,10 @@ class DeltaQuality:
 
 @dataclass(frozen=True)
 class DeltaHeader:
-    """What the delta belongs to and makes.
+    """The model to which the delta belongs, and the model that it makes.
 
-    ``cut`` is what a gate must be above with fatrelu. With ``rank`` 0 gate and up change by whole matrices.
+    ``cut``: with fatrelu, a gate must be above this value. With ``rank`` 0, gate and up change by whole
+    matrices.
     """
 
     fingerprint: str
@@ -89,8 +90,8 @@ class Scaled:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What is added to a matrix: ``outward`` (rows, columns), or outward · inwardᵀ with ``inward`` (columns,
-    rank)."""
+    """The change added to a matrix: ``outward`` (rows, columns), or outward · inwardᵀ with ``inward``
+    (columns, rank)."""
 
     outward: Scaled
     inward: Scaled | None = None
@@ -105,9 +106,9 @@ class Change:
 class Delta:
     """``changes`` holds, for every layer, the change of each of ``KINDS``.
 
-    ``scales``, with fatrelu alone, holds for every layer what each neuron's row of gate is multiplied by, and
-    its row of up divided by, before the change (neurons, float32): so one ``cut`` is a threshold of each
-    neuron's own.
+    ``scales`` exists only with fatrelu. It holds a factor for each neuron of every layer (neurons, float32).
+    Before the change, the neuron's row of gate is multiplied by this factor, and its row of up is divided by
+    it. So one ``cut`` acts as a separate threshold for each neuron.
     """
 
     header: DeltaHeader
@@ -154,7 +155,7 @@ class Delta:
 
 
 def _unpack(where: Path, target: IO[bytes]) -> None:
-    """Write what the frame at ``where`` holds to ``target``, once its head fits what it announces."""
+    """Write the content of the frame at ``where`` to ``target``, once its header fits the announced size."""
     if where.exists() and not where.is_file():
         raise errors.NotARegularFile(where, "is not a regular file")
     try:

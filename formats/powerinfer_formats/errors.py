@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class FormatError(Exception):
-    """A file is not what it has to be. ``file`` is the file, ``problem`` the sentence about it."""
+    """A file breaks the rules of its format. ``file`` is the file, ``problem`` the sentence about it."""
 
     def __init__(self, file: str | os.PathLike[str], problem: str) -> None:
         super().__init__(file, problem)
@@ -66,7 +66,7 @@ class UnsupportedVersion(FormatError):
 
 
 class TruncatedFile(FormatError):
-    """The file ends before what its own counts and lengths announce."""
+    """The file is shorter than its own counts and lengths announce."""
 
 
 class FileChanged(FormatError):
@@ -129,7 +129,7 @@ class BadAlignment(FormatError):
 
 
 class MissingKey(FormatError):
-    """A metadata key that has to be there is not."""
+    """A required metadata key is missing."""
 
 
 class WrongKeyType(FormatError):
@@ -200,7 +200,7 @@ class TensorPastEnd(FormatError):
 
 
 class MissingTensor(FormatError):
-    """A tensor that has to be there is not."""
+    """A required tensor is missing."""
 
 
 class UnexpectedTensor(FormatError):
@@ -231,7 +231,7 @@ class BadSafetensors(FormatError):
 
 
 class BadProtobuf(FormatError):
-    """A SentencePiece model that is not the protocol buffer it has to be."""
+    """A SentencePiece model that is not a valid protocol buffer of that kind."""
 
 
 class BadFrame(FormatError):

@@ -21,7 +21,7 @@ def file_type_number(name: str) -> int:
 
 
 def file_type_name(number: object) -> str | None:
-    """What ``number`` stands for (``MOSTLY_Q4_0``), or None for a value that is no such number."""
+    """The name for ``number`` (``MOSTLY_Q4_0``), or None for a number without a name."""
     from gguf import LlamaFileType
 
     names = {int(kind): kind.name for kind in LlamaFileType}

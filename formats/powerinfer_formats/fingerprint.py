@@ -1,4 +1,4 @@
-"""What names a model: a hash that changes with its weights and costs milliseconds to compute."""
+"""A model's fingerprint: a hash that changes with its weights and takes milliseconds to compute."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(source: ModelSource) -> str:
-    """SHA-256 (64 hex digits) over what identifies the model and three samples of every tensor.
+    """SHA-256 (64 hex digits) over the model's identity and three samples of every tensor.
 
     Hashed are the source's ``identity`` (of a GGUF file: bytes [0, end of the directory)), then for each
     tensor of n bytes, in directory order, up to 4,096 bytes at its start, from (n − 4096)//2 and at its end
-    (the whole tensor each time where n ≤ 4096). Reading all of a 40 GB file to name it would take minutes;
-    two models that differ in anything but a few unsampled weights differ here.
+    (the whole tensor each time if n ≤ 4096). Reading all of a 40 GB file to name it would take minutes. Two
+    models have different fingerprints unless they differ only in a few unsampled weights.
     """
     digest = hashlib.sha256()
     for part in source.identity():

@@ -1,4 +1,4 @@
-"""zstd frames of untrusted files: what one unpacks to is bounded before anything is unpacked."""
+"""zstd frames of untrusted files: the unpacked size is limited before anything is unpacked."""
 
 import os
 from pathlib import Path
@@ -8,13 +8,13 @@ import zstandard
 
 from powerinfer_formats.errors import BadFrame
 
-#: A frame may unpack to this without a question, and beyond it to so many times its own size.
+#: The size to which any frame may unpack; beyond it, a frame may unpack to so many times its own size.
 FREE_BYTES, MAX_RATIO = 64 << 20, 1000
 _CHUNK = 1 << 20
 
 
 def require_ratio(path: Path, packed: int, plain: int) -> None:
-    """Raise ``BadFrame`` for a frame that says that it is much larger than data of its kind could be."""
+    """Raise ``BadFrame`` for a frame that announces a much larger size than data of its kind could have."""
     if plain > FREE_BYTES and plain > MAX_RATIO * packed:
         raise BadFrame(path, f"{packed} bytes announce {plain}: over {MAX_RATIO} times as many")
 
@@ -53,7 +53,7 @@ class FrameReader:
         return data
 
     def copy_to(self, target: IO[bytes]) -> None:
-        """Write all that is left to ``target``. Raises ``BadFrame``."""
+        """Write the whole rest to ``target``. Raises ``BadFrame``."""
         while self.left:
             target.write(self.take(min(_CHUNK, self.left)))
         if self._read(1):

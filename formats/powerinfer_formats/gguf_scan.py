@@ -1,7 +1,7 @@
 """Judges the header and the tensor directory of a GGUF file. Knows nothing of models.
 
-Faults in what nothing is computed from are no errors but notices: bytes behind the last tensor, truth values
-above 1, and strings that are not UTF-8 where no tokenizer reads them.
+Faults in data that does not affect any computation are notices, not errors: bytes after the last tensor,
+truth values above 1, and strings that are not UTF-8, unless a tokenizer reads them.
 
 Works on any buffer, so that tests need no files. Everything is checked before it is used: counts against
 the bytes that are left, lengths against caps and the end, sizes in whole numbers of any length.
@@ -27,7 +27,7 @@ from powerinfer_formats.string_array import LossyText, StringArray, scan_strings
 Number = int | float | bool
 Value = Number | str | NDArray[np.generic] | StringArray
 
-# What the first four bytes say when they are not GGUF's own.
+# The meaning of the first four bytes if they are not GGUF's own.
 _KNOWN_MAGICS = {
     b"lmgg": "a ggml file from before GGUF",
     b"fmgg": "a ggml file from before GGUF",
@@ -68,8 +68,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """All that precedes the tensor data; ``directory_end`` is the length of header and directory.
-    ``notices``: what is wrong with the file and was read nevertheless."""
+    """Everything before the tensor data; ``directory_end`` is the length of header and directory.
+    ``notices``: faults with which the file was read nevertheless."""
 
     magic: bytes
     version: int
@@ -207,7 +207,7 @@ def _check_version(cursor: _Cursor) -> int:
 
 
 def scan_entry(data: bytes, file: str) -> Entry:
-    """The one metadata entry that ``data`` is. Raises the named ``FormatError`` of the first fault."""
+    """``data`` as one metadata entry. Raises the named ``FormatError`` of the first fault."""
     return _read_entry(_Cursor(data, file))
 
 

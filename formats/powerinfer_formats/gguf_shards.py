@@ -29,7 +29,7 @@ _SHOWN_NAMES = 4
 
 
 def open_gguf(path: str | os.PathLike[str], *, magics: Collection[bytes] = (layout.MAGIC,)) -> ModelSource:
-    """The model of the GGUF file at ``path``; of one shard, that of the whole set.
+    """The model of the GGUF file at ``path``; for one shard, the model of the whole set.
 
     Raises ``FormatError``: as ``GGUFFile.open`` does, and ``MissingShard`` or ``BadShard`` about a set.
     """
@@ -40,7 +40,7 @@ def open_gguf(path: str | os.PathLike[str], *, magics: Collection[bytes] = (layo
 
 
 class ShardedGGUF(ModelSource):
-    """The validated, mapped files of a set; use :func:`open_gguf`. ``path`` is that of the first file."""
+    """The validated, mapped files of a set; use :func:`open_gguf`. ``path`` is the path of the first file."""
 
     def __init__(self, files: tuple[GGUFFile, ...]) -> None:
         tensors = {name: info for file in files for name, info in file.tensors.items()}
@@ -169,7 +169,7 @@ def _check(files: list[GGUFFile]) -> None:
 
 
 def _check_keys(file: GGUFFile, expected: dict[str, int]) -> None:
-    """Every file of a set says all three; one that is whole, as a merged file is, says that it is 0 or 1."""
+    """Every file of a set has all three keys; in a whole file, such as a merged one, the count is 0 or 1."""
     whole = expected[KEY_COUNT] == 1
     for key, expected_value in expected.items():
         value = _integer(file, key, expected_value if whole else None)
@@ -178,7 +178,7 @@ def _check_keys(file: GGUFFile, expected: dict[str, int]) -> None:
 
 
 def _check_metadata(first: GGUFFile, file: GGUFFile) -> None:
-    """A later shard may repeat what the first says, and may say nothing else."""
+    """A later shard may only repeat entries of the first."""
     for key, entry in file.entries.items():
         if file is first or key in SHARD_KEYS or key == layout.ALIGNMENT_KEY:
             continue

@@ -1,7 +1,7 @@
 """Writes a GGUF file tensor after tensor, in pieces of any size or row by row, and its header last.
 
-Peak memory is the header plus one piece, whatever the model's size. What is written is judged by the same
-rules as what is read, so a file from here always opens in ``gguf_reader``.
+Peak memory is the header plus one piece, whatever the model's size. Output is checked by the same rules as
+input, so a file written here always opens in ``gguf_reader``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GGUFWriter:
 
     Order of use: ``add``/``copy_metadata`` and ``declare`` in any order, then ``write`` every declared
     tensor completely, in the order of declaration; or ``write_rows``, whose tensors may take turns. A call
-    out of order raises ``WriteOrder``. What ``replace`` changes may come as late as the last data.
+    out of order raises ``WriteOrder``. ``replace`` may be called until the last data is written.
     """
 
     def __init__(

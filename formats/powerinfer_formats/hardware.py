@@ -1,4 +1,5 @@
-"""The hardware profile: what a machine can do, a small TOML file. Bytes, seconds, bytes per second.
+"""The hardware profile: the measured speeds and sizes of a machine, a small TOML file. Units are bytes,
+seconds and bytes per second.
 
 Measured by ``powerinfer doctor --measure`` or written by hand; ``SPEC.md`` has every field.
 """
@@ -18,7 +19,7 @@ from powerinfer_formats.errors import BadDocument, BadField, UnsupportedVersion
 from powerinfer_formats.records import RecordReader, read_text, to_plain
 
 VERSION = 2
-#: Versions that are read: a file of version 1 is one of version 2 without what came later.
+#: Versions that are read: a file of version 1 is a file of version 2 without the fields added later.
 _READ = (1, VERSION)
 #: In place of a gate type: an FFN of up and down rows.
 NO_GATE = "none"
@@ -131,7 +132,7 @@ class DiskInfo:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far the passes lay apart that a figure was measured in: the lowest, the median and the highest of
+    """The spread of a figure over the passes that measured it: the lowest, the median and the highest of
     ``passes``, in the figure's unit. ``figure`` is its path, such as ``ffn[0].gate_first_bytes_per_s[2]``."""
 
     figure: str
@@ -183,7 +184,7 @@ class HardwareProfile:
         return profile
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` atomically; raises ``BadField`` rather than write what ``load`` would refuse."""
+        """Write ``path`` atomically; raises ``BadField`` rather than write a file that ``load`` refuses."""
         text = self.to_toml()
         type(self).parse(text, Path(path))
         with write_atomic(path) as stream:

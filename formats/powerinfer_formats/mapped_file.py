@@ -1,6 +1,5 @@
-"""A file mapped for reading. The size is checked when it is opened. One that another program shortens later
-ends the process at the next read behind its end; what a program does about that it says in
-``before_mapping``."""
+"""A file mapped for reading. The size is checked when it is opened. If another program shortens the file
+later, the next read beyond its end ends the process; a program can prepare for that in ``before_mapping``."""
 
 from __future__ import annotations
 
@@ -24,14 +23,14 @@ before_mapping: list[Callable[[], None]] = []
 
 
 class MappedFile(mmap.mmap):
-    """A mapped file that knows whether it was changed since."""
+    """A mapped file that knows whether it has been changed since it was mapped."""
 
     path: Path
     stamp: tuple[int, int, int, int]
     address: int
 
     def offset_of(self, data: NDArray[np.uint8]) -> int | None:
-        """Where in the file the bytes of a contiguous view are; None for an array that is none of its."""
+        """Where in the file the bytes of a contiguous view are; None for an array that is no view of it."""
         start = int(data.__array_interface__["data"][0]) - self.address
         inside = 0 <= start <= start + data.nbytes <= len(self)
         return start if inside and data.flags.c_contiguous else None
@@ -68,7 +67,7 @@ class MappedFile(mmap.mmap):
             now = _stamp(Path(self.path).stat())
         except OSError:
             now = None
-        # A file of another number took its place: what is mapped is still the old one, whole.
+        # A file with another number took its place: the mapping still has the old file, complete.
         if now is not None and now[:2] == self.stamp[:2] and now != self.stamp:
             raise FileChanged(self.path, "was changed while it was read; nothing was made of it")
 

@@ -11,7 +11,7 @@ from powerinfer_formats.gguf_scan import Entry, scan_entry
 
 
 class Metadata:
-    """Entries in the order they are added, each encoded and read back: what a file cannot hold is refused."""
+    """Entries in the order they are added. Each is encoded and read back: invalid values are refused."""
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = os.fspath(file)

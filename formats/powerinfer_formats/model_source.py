@@ -1,6 +1,7 @@
-"""What every stage reads a model through: metadata by key and tensors by name, both in GGUF's terms.
+"""The interface by which stages read a model: metadata by key and tensors by name, both in GGUF's terms.
 
-A GGUF file is one; other containers present themselves as one, so that no stage asks where a model came from.
+A GGUF file is a model source; other containers present themselves as one, so that no stage asks where a model
+came from.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class ModelSource(ABC):
             {key: entry.value for key, entry in entries.items()}
         )
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
-        #: Names of the tensors that were asked for with the shape that they must have.
+        #: Names of the tensors that were requested with a required shape.
         self.expected: set[str] = set()
-        #: What a user should know about how the file is read.
+        #: Messages for the user about how the file is read.
         self.notices: tuple[str, ...] = ()
 
     def __enter__(self) -> Self:
@@ -76,13 +77,13 @@ class ModelSource(ABC):
 
     @abstractmethod
     def require_unchanged(self) -> None:
-        """Raises ``FileChanged`` where a file is no longer what it was when it was opened: what was made of
-        its weights may be of two models."""
+        """Raises ``FileChanged`` if a file has changed since it was opened: results computed from its weights
+        may then mix two models."""
 
     @property
     @abstractmethod
     def container(self) -> str:
-        """What holds the model, for people."""
+        """The container of the model, in words for users."""
 
     @property
     @abstractmethod
@@ -109,14 +110,14 @@ class ModelSource(ABC):
 
     @abstractmethod
     def identity(self) -> Iterator[bytes | memoryview]:
-        """All bytes that say what the model is, but for the weights: what a fingerprint begins with."""
+        """All bytes that define the model, except for the weights: a fingerprint begins with these."""
 
     @abstractmethod
     def _bytes_of(self, info: TensorInfo) -> NDArray[np.uint8]:
         """The bytes of a tensor of this model: uint8 [nbytes], read-only."""
 
     def _pieces_of(self, info: TensorInfo) -> tuple[NDArray[np.uint8], ...]:
-        """The same in the pieces that it is stored in."""
+        """The same, in the pieces in which it is stored."""
         return (self._bytes_of(info),)
 
     def _title(self, info: TensorInfo) -> str:

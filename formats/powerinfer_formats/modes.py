@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-#: Dense and gate-first are exact; predicted leaves out what predictors miss, thresholded what has a small
-#: factor. See SPEC.md, section 2.
+#: Dense and gate-first are exact; predicted leaves out neurons that predictors miss, thresholded neurons with
+#: a small factor. See SPEC.md, section 2.
 Mode = Literal["dense", "gate-first", "predicted", "thresholded"]
 #: All of them, exact ones first.
 MODES: tuple[Mode, ...] = get_args(Mode)

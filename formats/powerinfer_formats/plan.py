@@ -1,6 +1,6 @@
-"""The plan: what is placed where, how each layer is computed, and what that is expected to give. A JSON file.
+"""The plan: what is placed where, how each layer is computed, and the expected result. A JSON file.
 
-Bytes, seconds, neurons. The planner makes plans; this module only knows what a consistent one looks like.
+Units are bytes, seconds and neurons. The planner makes plans; this module only checks their consistency.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from powerinfer_formats.plan_checks import check_plan
 from powerinfer_formats.records import RecordReader, dump_json, parse_json, read_text, to_plain
 
 VERSION = 1
-#: Of plans for models with experts.
+#: The version of plans for models with experts.
 EXPERTS_VERSION = 2
-#: Of those with experts, or dense FFNs, that are on disk alone.
+#: The version of plans with experts, or dense FFNs, that are on disk alone.
 DISK_VERSION = 3
-#: Of plans whose models have layers with one FFN besides.
+#: The version of plans whose models also have layers with one FFN.
 MIXED_VERSION = 4
 _READ = (VERSION, EXPERTS_VERSION, DISK_VERSION, MIXED_VERSION)
 FORMAT = "powerinfer-plan"
@@ -77,8 +77,8 @@ class PlanHardware:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the plan may use: bytes on both sides, positions of context in a KV cache of ``kv_type``, and by
-    which share the perplexity may grow (0: exact modes only)."""
+    """The plan's budgets: bytes on both sides, positions of context in a KV cache of ``kv_type``, and the
+    share by which the perplexity may grow (0: exact modes only)."""
 
     vram_bytes: int
     ram_bytes: int
@@ -133,8 +133,8 @@ class PlanUnit:
 
 @dataclass(frozen=True)
 class PlanMemory:
-    """Bytes used and there, on both sides; ``disk_used``: those that are on disk alone, as they would be in
-    RAM."""
+    """Bytes used and available, on both sides. ``disk_used``: the bytes on disk alone, counted as they would
+    be in RAM."""
 
     vram_used: int
     vram_capacity: int
@@ -160,7 +160,7 @@ class PlanSolver:
 
 @dataclass(frozen=True)
 class PlanPrediction:
-    """What to expect. ``seconds`` of one token by part."""
+    """The expected speed. ``seconds``: the time of one token by part."""
 
     tokens_per_second: float
     limited_by: str
@@ -169,9 +169,9 @@ class PlanPrediction:
 
 @dataclass(frozen=True)
 class PlanRequested:
-    """The request that the plan was made for, tokens of prompt and of answer, and what it is expected to
-    take: the prompt, and all of it. Where ``objective`` is time, the solver's values are those seconds for
-    each generated token."""
+    """The request for which the plan was made: tokens of prompt and of answer, and the expected seconds for
+    the prompt and for the whole request. If ``objective`` is time, the solver's values are the latter seconds
+    per generated token."""
 
     prompt_tokens: int
     generate_tokens: int
@@ -290,12 +290,12 @@ class Plan:
         return None if dense or self.layers[layer].neurons == 0 else experts
 
     def neurons_of(self, layer: int) -> int:
-        """Neurons of ``layer`` that are placed."""
+        """The number of neurons of ``layer`` that are placed."""
         own = self.layers[layer].neurons
         return self._dense(layer).neurons if own is None else own
 
     def group_of(self, layer: int) -> int:
-        """How many neurons of ``layer`` are placed together: those of an expert where it has some."""
+        """How many neurons of ``layer`` are placed together: the neurons of an expert if it has experts."""
         return self._dense(layer).group
 
     def _dense(self, layer: int) -> PlanDense:
@@ -319,7 +319,7 @@ class Plan:
 
 
 def _without_experts(document: dict[str, Any]) -> dict[str, Any]:
-    """A plan's fields as version 1 has them."""
+    """A plan's fields as in version 1."""
     model = {name: value for name, value in document["model"].items() if name != "experts"}
     layers = [
         {name: value for name, value in layer.items() if name != "shared_expert"}
@@ -329,7 +329,7 @@ def _without_experts(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_disk(document: dict[str, Any]) -> dict[str, Any]:
-    """A plan's fields where nothing is on disk alone."""
+    """A plan's fields if nothing is on disk alone."""
     layers = [
         {name: value for name, value in layer.items() if name != "disk_bytes"} for layer in document["layers"]
     ]

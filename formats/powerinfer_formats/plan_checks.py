@@ -1,4 +1,4 @@
-"""What must be true of a plan beyond the types of its fields."""
+"""The rules for plans beyond the types of their fields."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from powerinfer_formats.errors import BadField
 if TYPE_CHECKING:
     from powerinfer_formats.plan import LayerPlan, Plan, PlanDense, PlanExperts
 
-#: Says what must hold at a place of the file, and what it is otherwise.
+#: States a condition at a place of the file, and the fault if it does not hold.
 Require = Callable[[bool, str, str], None]
 
 
 def check_plan(plan: Plan, file: str | os.PathLike[str]) -> None:
-    """Raise ``BadField`` for what types cannot say."""
+    """Raise ``BadField`` for violations of rules that types cannot express."""
 
     def require(condition: bool, path: str, problem: str) -> None:
         if not condition:
@@ -61,7 +61,7 @@ def check_plan(plan: Plan, file: str | os.PathLike[str]) -> None:
 
 
 def _check_sums(plan: Plan, require: Require) -> None:
-    """The memory that is used is that of the layers and of the units on that side, to the byte."""
+    """The used memory is the sum over the layers and the units on that side, to the byte."""
     placed = {"gpu": 0, "cpu": 0}
     for unit in plan.units:
         placed[unit.device] += unit.bytes

@@ -21,15 +21,15 @@ Floats = NDArray[np.float32]
 _Tensor = tuple[str, tuple[int, ...]]
 #: Types that the matrices can have in a split file.
 RowTypeName = Literal["Q8_0", "Q4_0", "F16", "F32"]
-#: What a layer's predictor is; ``none``: the layer's neurons are not predicted.
+#: The kinds of a layer's predictor; ``none``: the layer's neurons are not predicted.
 Kind = Literal["none", "low-rank", "residual-relu", "sign"]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What a predictor reached on tokens that it was not made from. ``density`` is the true share of active
-    neurons, ``predicted_density`` the predicted one, ``recall`` the share of active neurons that were
-    predicted, ``precision`` that of predicted ones that are active."""
+    """A predictor's quality on tokens from which it was not made. ``density`` is the true share of active
+    neurons, ``predicted_density`` the predicted share, ``recall`` the share of active neurons that were
+    predicted, ``precision`` the share of predicted neurons that are active."""
 
     density: float
     predicted_density: float
@@ -54,11 +54,11 @@ class PredictorInfo:
 
 @dataclass(frozen=True)
 class PredictionCost:
-    """What predicting costs in quality, measured with the engine: perplexity of the model as it is and with
+    """The cost of predicting in quality, measured with the engine: perplexity of the model as it is, and with
     predictors in every layer that has one, over the same tokens of the text with this hash, and the mean
     Kullback-Leibler divergence between the two, in nats a token.
 
-    ``max_increase`` is the relative increase of perplexity that was asked for, None where recall was.
+    ``max_increase`` is the relative increase of perplexity that was asked for, None if recall was asked for.
     """
 
     max_increase: float | None
@@ -77,10 +77,10 @@ class PredictionCost:
 
 @dataclass(frozen=True)
 class PredictorsHeader:
-    """What the predictors are of, how they were made, how good each layer's is, and what they cost.
+    """The predictors' model, how they were made, how good each layer's predictor is, and their cost.
 
-    ``target_recall`` is None where recall was chosen layer by layer, or not at all; ``cost`` is None where no
-    text was given to measure it on. ``test_records`` is 0 where nothing was measured.
+    ``target_recall`` is None if recall was chosen layer by layer, or not at all. ``cost`` is None if no text
+    was given to measure it on. ``test_records`` is 0 if nothing was measured.
     """
 
     fingerprint: str

@@ -33,12 +33,12 @@ MAX_TOKENS = (1 << 32) - 1  # what a histogram's uint32 can count
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Sums over ``tokens`` tokens, ``sums[layer]``, and what they are of.
+    """Sums over ``tokens`` tokens, ``sums[layer]``, and their origin.
 
     ``fingerprint`` and ``model_name`` say which model; ``activation`` and ``exact_zeros`` what active means:
     a contribution that is not zero (ReLU family), or one at or above the layer's threshold, chosen so that
     the mean density is nearest to ``target_density``. ``window`` is the number of tokens that were read at
-    once; ``corpus`` what was read.
+    once; ``corpus`` lists the files that were read.
     """
 
     fingerprint: str
@@ -118,8 +118,8 @@ class Profile:
 
     @property
     def counting(self) -> str:
-        """What was counted, and over how much at once: plans made of profiles that say the same of the same
-        corpora agree."""
+        """What was counted, and over how many tokens at once: plans from profiles with the same value for the
+        same corpora agree."""
         what = f"neurons active at a density of {self.target_density:g}"
         if self.activation == ROUTING:
             what = "experts"
@@ -140,7 +140,7 @@ class Profile:
         return cls(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` atomically; raises ``FormatError`` rather than write what ``load`` would refuse."""
+        """Write ``path`` atomically; raises ``FormatError`` for content that ``load`` would refuse."""
         from powerinfer_formats.profile_file import save_profile
 
         save_profile(self, Path(path), None)

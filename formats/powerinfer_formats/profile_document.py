@@ -46,5 +46,5 @@ class ProfileDocument:
 
 
 def corpus_key(entry: Corpus) -> tuple[str, str]:
-    """What corpora are sorted by."""
+    """The key by which corpora are sorted."""
     return entry.name, entry.sha256

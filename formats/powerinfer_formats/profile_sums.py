@@ -1,4 +1,4 @@
-"""What a profile adds up for the neurons of one layer, and how the sums stay exact."""
+"""The sums of a profile for the neurons of one layer, and how they stay exact."""
 
 from __future__ import annotations
 

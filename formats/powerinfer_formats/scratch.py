@@ -1,7 +1,7 @@
-"""A folder for what is needed meanwhile: removed at the end, or by the next process where this one is killed.
+"""A folder for temporary files: removed at the end, or by the next process if this one is killed.
 
-It lies in the folder for temporary files, under a name that says whose it is, and is locked while it is in
-use: a folder of that name without a lock belongs to nobody any more.
+It is in the system's folder for temporary files, under a name that says to whom it belongs. It is locked
+while it is in use: a folder of that name without a lock no longer belongs to anybody.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ class SplitFile:
 
     @cached_property
     def units(self) -> tuple[SplitUnits, ...]:
-        """What is placed of each layer, whichever kind it is of."""
+        """The units of each layer, of either kind."""
         header, shared = self.header, self.header.hot_shared or (False,) * len(self.orders)
         return tuple(
             SplitUnits(
@@ -211,7 +211,7 @@ class SplitFile:
 
     @property
     def devices(self) -> SplitDevices:
-        """Where all else is, as planned."""
+        """Where everything else is, as planned."""
         return self.header.devices or all_on_cpu(len(self.orders))
 
     def layer(self, index: int) -> SplitLayer | None:
@@ -312,7 +312,7 @@ class _Checker(HeaderReader):
         return self._vector(name, self.sizes.neurons_of(index)) if name in self.gguf.tensors else None
 
     def _threshold(self, index: int, header: SplitHeader, *, gated: bool) -> SplitThreshold | None:
-        """What the header says; a layer of mode thresholded has one."""
+        """The thresholds as in the header; a layer of mode thresholded has some."""
         factor = header.thresholding.factors[index] if header.thresholding else "none"
         if factor == "none" and header.modes[index] == "thresholded":
             self.fail(names.KEY_MODE, f"is thresholded for layer {index}, which has no thresholds")
@@ -328,7 +328,7 @@ class _Checker(HeaderReader):
         return values
 
     def _predictor(self, index: int, header: SplitHeader) -> SplitPredictor | None:
-        """What the header says; a layer of mode predicted has one."""
+        """The predictor as in the header; a layer of mode predicted has one."""
         kind = header.prediction.kinds[index] if header.prediction else "none"
         if kind == "none" and header.modes[index] == "predicted":
             self.fail(names.KEY_MODE, f"is predicted for layer {index}, which has no predictor")

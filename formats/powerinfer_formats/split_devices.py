@@ -1,4 +1,4 @@
-"""Where a split file's plan puts what is no neuron: attention with its KV cache, predictors, the head."""
+"""Where a split file's plan puts everything but neurons: attention with its KV cache, predictors, head."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class SplitDevices:
 
     @property
     def all_cpu(self) -> bool:
-        """Whether none of it is on the hot device."""
+        """Whether no part is on the hot device."""
         return {*self.attention, *self.predictor, self.head} == {"cpu"}
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add the keys; a file that has all of it on the CPU says nothing."""
+        """Add the keys; a file with all parts on the CPU has none."""
         if self.all_cpu:
             return
         writer.add(KEY_ATTENTION, self.attention, ValueType.STRING)
@@ -40,12 +40,12 @@ class SplitDevices:
 
 
 def all_on_cpu(layers: int) -> SplitDevices:
-    """What a file says that says nothing."""
+    """The meaning of a file without the keys."""
     return SplitDevices(("cpu",) * layers, ("cpu",) * layers, "cpu")
 
 
 def read_devices(gguf: ModelSource, layers: int) -> SplitDevices:
-    """What the header says. Raises ``FormatError``."""
+    """The devices in the header. Raises ``FormatError``."""
     keys = (KEY_ATTENTION, KEY_PREDICTOR, KEY_HEAD)
     if not any(key in gguf.metadata for key in keys):
         return all_on_cpu(layers)

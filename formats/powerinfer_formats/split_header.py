@@ -1,4 +1,4 @@
-"""Reading what a split file says about itself: every key judged against the sizes that its model has."""
+"""Reading a split file's description of itself: every key is checked against the sizes of its model."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class HeaderReader(KeyReader):
         self._sorted = frozenset[int]()  # the layers whose neurons are sorted
 
     def header(self) -> SplitHeader:
-        """All that the file says. Raises ``FormatError``."""
+        """The whole header. Raises ``FormatError``."""
         gguf, version = self.gguf, self._version()
         if not self.sizes.experts:
             self._sorted = frozenset(filter(self.sizes.neurons_of, range(self.layers)))

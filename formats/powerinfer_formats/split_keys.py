@@ -18,7 +18,7 @@ _HASH_DIGITS = frozenset("0123456789abcdef")
 
 
 class KeyReader:
-    """Typed access to what one file says of a model of so many layers."""
+    """Typed access to the keys of one file, for a model of so many layers."""
 
     def __init__(self, gguf: ModelSource, layers: int) -> None:
         self.gguf = gguf

@@ -1,6 +1,6 @@
 """The layout of a split file: its keys, its tensor names, and where the rows of a neuron lie in a bundle.
 
-Shared by what writes split files and what reads them, so that the two cannot disagree. The units of a layer
+Shared by the writer and the reader of split files, so that the two cannot disagree. The units of a layer
 are groups of its neurons, or its experts.
 """
 
@@ -54,7 +54,7 @@ KEY_PREDICTOR_DENSITY = "powerinfer.predictor_density"
 # Only where it was measured.
 KEY_PREDICTION_COST = "powerinfer.prediction_cost"
 
-#: What a layer's predictor can be, each with the endings of its tensors' names; thresholds come last.
+#: The kinds of a layer's predictor, each with the endings of its tensors' names; thresholds come last.
 PREDICTOR_TENSORS = {
     "none": (),
     "low-rank": ("in.weight", "out.weight", "threshold"),

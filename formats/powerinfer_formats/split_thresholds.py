@@ -1,4 +1,4 @@
-"""The thresholds in a split file: by which factor neurons are selected, and what that costs."""
+"""The thresholds in a split file: the factor by which neurons are selected, and the cost in quality."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def threshold_name(layer: int) -> str:
 
 
 def read_thresholding(gguf: ModelSource, layers: int) -> SplitThresholding | None:
-    """What the header says; None where it says nothing. Raises ``FormatError``."""
+    """The thresholding in the header; None if there is none. Raises ``FormatError``."""
     if KEY_FACTORS not in gguf.metadata:
         if KEY_COST in gguf.metadata:
             raise errors.BadValue(gguf.path, f"metadata {KEY_COST!r} is there, but no threshold is")

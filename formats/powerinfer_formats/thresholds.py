@@ -1,4 +1,4 @@
-"""Thresholds: which neurons of a smooth activation may be left out, and what that costs."""
+"""Thresholds: which neurons of a smooth activation may be left out, and the cost of leaving them out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Factor = Literal["none", "gate", "up"]
 
 @dataclass(frozen=True)
 class ThresholdCost:
-    """What leaving neurons out costs, on text that nothing was chosen on: ``dense_perplexity`` and
+    """The cost of leaving neurons out, on text that was not used for the choice: ``dense_perplexity`` and
     ``perplexity`` without and with thresholds, ``ratio_error`` the standard error of their ratio (of paired
     differences), ``kl`` the mean Kullback-Leibler divergence from dense in nats a token, ``tokens`` how many
     were scored."""

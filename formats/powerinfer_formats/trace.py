@@ -35,7 +35,7 @@ _LEVEL = 1
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What a trace is of. ``chunks`` are the numbers of records that were sampled together, in order."""
+    """The origin of a trace. ``chunks`` are the numbers of records that were sampled together, in order."""
 
     fingerprint: str
     model_name: str

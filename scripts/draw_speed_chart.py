@@ -1,7 +1,7 @@
-"""Draw docs/pictures/speed.svg from the table in docs/LOG.md that compares with llama.cpp.
+"""Draw docs/pictures/speed.svg from the tables in docs/LOG.md that compare with llama.cpp.
 
-The figures are read from the log and stand nowhere else, so that the chart shows what was measured. A test
-compares the file with what this would draw.
+The figures are read from the log, so that the chart shows what was measured. A test compares the file with
+the drawing of this script.
 
 Usage: python scripts/draw_speed_chart.py [FILE]
 """
@@ -13,17 +13,24 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENTRY = "## 2026-11-24: AVX-512, bundles, and prefetch in two steps"
-#: (model and test as the log has them) → label. The column is that of two threads.
+#: The entries of the log with the figures: the newest, and an older one for what was not measured again.
+STILL = "## 2026-11-30: measured on a still machine, beside llama.cpp and its server"
+OLDER = "## 2026-11-24: AVX-512, bundles, and prefetch in two steps"
+#: (entry, row of its table, number of the ratio in the row's last cell) → label. Two threads throughout.
 BARS = {
-    ("SmolLM2 Q4_1", "prompt, 512 tokens"): "SmolLM2-135M, prompt of 512 tokens",
-    ("SmolLM2 Q4_1", "decode, 128 tokens"): "SmolLM2-135M, decode",
-    ("SmolLM2 Q4_1, both AVX2 only", "decode"): "SmolLM2-135M, decode, both AVX2 only",
-    ("qwen2.5-0.5b Q4_K_M, synthetic", "decode, 32 tokens"): "Qwen2.5-0.5B shape, decode",
-    ("mistral-7b Q4_0, synthetic, dense", "decode, 16 tokens"): "Mistral-7B shape, decode",
-    ("the same, density 0.1, gate-first", "decode, 16 tokens"): "the same, ReLU, a tenth active, exact",
+    (STILL, "SmolLM2-135M Q4_1, prompt of 128 / decode, against llama.cpp", 0): "SmolLM2-135M, prompt",
+    (STILL, "SmolLM2-135M Q4_1, prompt of 128 / decode, against llama.cpp", 1): "SmolLM2-135M, decode",
+    (OLDER, "SmolLM2 Q4_1, both AVX2 only, decode", 0): "SmolLM2-135M, decode, both AVX2 only",
+    (STILL, "qwen2.5-0.5b shape, Q4_K_M", 1): "Qwen2.5-0.5B shape, decode",
+    (STILL, "mistral-7b shape, 8 layers, Q4_0 (prompt of 32)", 1): "Mistral-7B shape, decode",
+    (
+        OLDER,
+        "the same, density 0.1, gate-first, decode, 16 tokens",
+        0,
+    ): "Mistral-7B shape, ReLU, decode, exact",
+    (STILL, "qwen3-30b-a3b shape, 4 layers, Q4_0 (prompt of 64)", 1): "Qwen3-30B-A3B shape, decode",
 }
-WIDTH, LEFT, ROW, TOP, UNIT = 760, 300, 34, 58, 56.0
+WIDTH, LEFT, ROW, TOP, UNIT = 760, 300, 34, 58, 50.0
 
 
 @dataclass(frozen=True)
@@ -35,18 +42,24 @@ class Ratio:
     high: float
 
 
-def ratios(log: str) -> dict[tuple[str, str], Ratio]:
-    """The rows of the entry's first table, two threads. A row without a model belongs to the one above."""
-    entry = log.split(ENTRY, 1)[1].split("\n## ", 1)[0]
-    rows: dict[tuple[str, str], Ratio] = {}
+def ratios(log: str, heading: str) -> dict[str, list[Ratio]]:
+    """The ratios in the last cell of each row of one entry's tables, by the row's name.
+
+    A row is named by its first cell; in a table of four columns (model, test, one thread, two threads) by the
+    first two, and a row without a model belongs to the model above it.
+    """
+    entry = log.split(f"{heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows: dict[str, list[Ratio]] = {}
     model = ""
     for line in entry.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) != 4:
+        if len(cells) not in (3, 4):
             continue
         model = cells[0] or model
-        if match := re.match(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", cells[3]):
-            rows.setdefault((model, cells[1]), Ratio(*(float(value) for value in match.groups())))
+        name = model if len(cells) == 3 else f"{model}, {cells[1]}"
+        figures = re.findall(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", cells[-1])
+        if figures:
+            rows.setdefault(name, [Ratio(*(float(value) for value in figure)) for figure in figures])
     return rows
 
 
@@ -66,8 +79,11 @@ def bar(index: int, label: str, ratio: Ratio) -> str:
 
 def chart(log: str) -> str:
     """The picture as SVG. Raises KeyError where the log lacks a row."""
-    rows = ratios(log)
-    bars = "".join(bar(index, label, rows[key]) for index, (key, label) in enumerate(BARS.items()))
+    tables = {heading: ratios(log, heading) for heading in (STILL, OLDER)}
+    bars = "".join(
+        bar(index, label, tables[heading][row][place])
+        for index, ((heading, row, place), label) in enumerate(BARS.items())
+    )
     height = TOP + len(BARS) * ROW + 22
     one = LEFT + UNIT
     return (
@@ -80,7 +96,7 @@ def chart(log: str) -> str:
         f'<path d="M{one:.1f} {TOP - 10}V{height - 20}" stroke="#b33" stroke-dasharray="4 3"/>\n'
         f'<text x="{one:.1f}" y="{TOP - 14}" text-anchor="middle" fill="#b33">llama.cpp</text>\n'
         f'<text x="14" y="{height - 6}" font-size="12">Medians of interleaved runs, lines: the range. '
-        "Shapes have random weights. docs/LOG.md, 2026-11-24</text>\n"
+        "Shapes have random weights. docs/LOG.md, 2026-11-30; AVX2 and ReLU: 2026-11-24</text>\n"
         "</svg>\n"
     )
 

@@ -55,10 +55,11 @@ def load(
     in precision. ``ram`` is the memory that the process may take (None: all that is free). Experts beyond it
     are read from disk as they are needed; ``placement`` says whether the choice of the experts that stay in
     memory follows use, or the profile beside the model. ``learn`` names a profile; at the end, the experts
-    taken are added to it. ``draft`` "ngram" guesses the next tokens from the text so far; ``draft_model``
-    guesses them with a smaller model of the same vocabulary. The text stays the same, and comes faster where
-    guesses are right. ``check_recall`` also computes the neurons that predictors should have found, for
-    :meth:`Session.report`. ``progress`` is told of GPU kernels that have to be compiled, as on a first start.
+    or neurons taken are added to it. ``draft`` "ngram" guesses the next tokens from the text so far;
+    ``draft_model`` guesses them with a smaller model of the same vocabulary. The text stays the same, and
+    comes faster where guesses are right. ``check_recall`` also computes the neurons that predictors
+    should have found, for :meth:`Session.report`. ``progress`` is told of GPU kernels that have to be
+    compiled, as on a first start.
     Only ``mode``, ``device``, ``vram`` and ``kv_type`` change results.
 
     Raises FormatError for a file that cannot be read, ModelError for one that cannot be run or does not fit
@@ -67,7 +68,7 @@ def load(
     loaded = load_model(Path(path))
     with ExitStack() as opened:
         opened.callback(loaded.close)
-        learning = None if learn is None else _learning(loaded, Path(learn))
+        learning = None if learn is None else _learning(loaded, Path(learn), mode, device)
         weights = Weights(
             loaded,
             threads=threads,
@@ -89,10 +90,10 @@ def load(
         return Model(loaded, weights, drafts, opened.pop_all())
 
 
-def _learning(loaded: LoadedModel, path: Path) -> "Learning":
+def _learning(loaded: LoadedModel, path: Path, mode: str | None, device: str) -> "Learning":
     from powerinfer_tools.stages.profile.learning import Learning
 
-    return Learning(loaded, path)
+    return Learning(loaded, path, mode, beside=device != "none")
 
 
 class Model:

@@ -207,7 +207,8 @@ def command(
         opt.in_panel("Placement")(
             "--learn",
             metavar="FILE",
-            help="Count which experts are taken, and add that to the profile in this file at the end.",
+            help="Count which experts, or neurons of a split file in mode gate-first, are taken, and add "
+            "that to the profile in this file at the end.",
         ),
     ] = None,
     verbosity: opt.Verbosity,

@@ -312,7 +312,8 @@ class BlockWriter:
                 builder.activate(gate, None, gate, kind, cut)
                 kind, cut = "relu", 0.0
         if w.skips:
-            assert observed is None, "gate-first does not compute what an observer counts"
+            if observed is not None:  # up rows are not computed for all: each counts as a factor of one
+                builder.observe(gate, None, kind, **vars(observed), cut=cut)
             least = np.full(w.gate.rows, cut, np.float32) if cut else None
             self._fetch(w.disk, gate, least)
             builder.sparse_ffn(

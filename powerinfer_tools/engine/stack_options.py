@@ -15,7 +15,7 @@ class StackOptions:
     """How to lay a model out: tokens at a time, context, mode (None: the file's), device, VRAM limit (None:
     none).
 
-    ``observed``: counters of each layer, to which every forward pass adds; for source models.
+    ``observed``: counters of each layer, to which every forward pass adds, for source models and gate-first.
     ``check_recall``: also compute which neurons are really active, to check every prediction. ``thresholds``:
     thresholds of each layer of a source model. ``residency``: the weights that are read from disk, and the
     memory that they get (``budget``). ``packed``: weights shared with other layouts of the model.

@@ -56,8 +56,9 @@ class Weights(Closing):
     model is dense). ``device`` "none" computes everything in the C kernels; "cpu" and "cuda" give the hot
     part of a split file to torch on that device, and ``vram`` limits it to that many bytes by moving the
     split point. ``observed`` counters, one of each layer, are added to by every forward pass of a source
-    model. ``check_recall`` also computes which neurons are really active, and the report compares
-    them with the predictions; results keep the same bits. ``thresholds`` of each layer of a source model
+    model, or of layers in mode gate-first. ``check_recall`` also computes which neurons are really active,
+    and the report compares them with the predictions; results keep the same bits. ``thresholds`` of each
+    layer of a source model
     leave neurons out, by their values at the time of each pass. ``ram``: the memory that the process may
     take. Experts, FFNs and neurons that do not fit are read from disk, see
     :mod:`powerinfer_tools.engine.weights_on_disk`. ``beside``: other weights of the same model, in another

@@ -192,7 +192,9 @@ def test_what_is_taken_is_learnt(tmp_path: Path, slots: dict[str, float]) -> Non
         assert all(profile.counts(layer).sum() == total * used for layer in range(profile.layers))
     assert len(profile.corpus) == 2
     dense = make_tiny_model(tmp_path_factory_folder(tmp_path), CASES["llama-Q4_0"])
-    with pytest.raises(ProfileError, match="--learn counts experts, and this model has none"):
+    with pytest.raises(
+        ProfileError, match="--learn counts experts, and neurons of split files, and this is neither"
+    ):
         powerinfer.load(dense.path, learn=path)
     with pytest.raises(ProfileError, match="another model than"):
         powerinfer.load(

@@ -4,8 +4,10 @@
 each key below the family's prefix, gives it other values, adds keys and tensors that the file has not, and
 leaves out tensors. What then still opens is computed by the float64 reference, and by PROGRAM, called as
 ``PROGRAM FILE COUNT SEED LOGITS``: it prints the ids of COUNT pseudo-random tokens and writes their logits,
-float32 (tokens, vocabulary). Prints a line for each variant that opens here and of which PROGRAM computes
-something else; ``--alone`` also those that PROGRAM refuses. Exit status 1 where something differs.
+float32 (tokens, vocabulary). Keys that change nothing here are changed together, so that PROGRAM is asked
+once, and one by one where that is not what it computes of the model itself. Prints a line for each variant
+that opens here and of which PROGRAM computes something else; ``--alone`` also those that PROGRAM refuses;
+``--keys`` leaves out tensors. Exit status 1 where something differs.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+Logits = npt.NDArray[np.floating[Any]]
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in (".", "formats", "kernels")]
@@ -88,8 +92,8 @@ def _entry(key: str, value: Any) -> Entry:
     return Entry(key, _TYPES[type(value)], None, value, 0, 0)
 
 
-def variants(gguf: GGUFFile, names: dict[str, list[Any]]) -> Iterator[Variant]:
-    """All that differ from ``gguf`` in one thing; ``names`` are keys without prefix, with values to try."""
+def key_variants(gguf: GGUFFile, names: dict[str, list[Any]]) -> Iterator[Variant]:
+    """All that differ from ``gguf`` in one key; ``names`` are keys without prefix, with values to try."""
     prefix = str(gguf.metadata["general.architecture"])
     own = {key.removeprefix(f"{prefix}."): key for key in gguf.metadata if key.startswith(f"{prefix}.")}
     for short, key in own.items():
@@ -99,10 +103,10 @@ def variants(gguf: GGUFFile, names: dict[str, list[Any]]) -> Iterator[Variant]:
     for short, values in names.items():
         for value in values if short not in own else ():
             yield Variant(f"{short} = {_shown(value)}", (), {f"{prefix}.{short}": value})
-    yield from _tensor_variants(gguf)
 
 
-def _tensor_variants(gguf: GGUFFile) -> Iterator[Variant]:
+def tensor_variants(gguf: GGUFFile) -> Iterator[Variant]:
+    """All that differ from ``gguf`` in one tensor."""
     layers = [int(found[1]) for name in gguf.tensors if (found := re.match(r"blk\.(\d+)\.", name))]
     picked = {min(layers, default=0), max(layers, default=0)}
     known = {template.format(bid=layer) for template in constants.TENSOR_NAMES.values() for layer in picked}
@@ -202,13 +206,12 @@ def _templates(holder: type) -> Iterator[str]:
             yield from _templates(value)
 
 
-def computed(program: str, path: Path) -> tuple[list[int], npt.NDArray[np.float32]] | None:
-    """Ids and logits of the other program; None where it refuses the file."""
-    out = path.with_suffix(".f32")
+def computed(program: str, path: Path, out: Path) -> tuple[list[int], npt.NDArray[np.float32]] | None:
+    """Ids and logits of the other program, which writes ``out``; None where it refuses the file."""
     out.unlink(missing_ok=True)
     command = [program, str(path), str(TOKENS), str(SEED), str(out)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
         return None
     if result.returncode or not out.exists():
@@ -217,31 +220,70 @@ def computed(program: str, path: Path) -> tuple[list[int], npt.NDArray[np.float3
     return ids, np.fromfile(out, np.float32).reshape(len(ids), -1)
 
 
-def examine(path: Path, program: str, work: Path, names: dict[str, list[Any]]) -> Iterator[tuple[str, str]]:
+@dataclass(frozen=True)
+class Case:
+    """A model, what is computed of it here and by ``program``, and where changed files are written."""
+
+    gguf: GGUFFile
+    program: str
+    work: Path
+    model: Model
+    ids: list[int]
+    own: Logits
+
+    def judge(self, variant: Variant, own: Logits) -> tuple[str, str]:
+        """What came of a variant of which ``own`` is computed here."""
+        file = self.work / "variant.gguf"
+        write(self.gguf, variant, file)
+        result = computed(self.program, file, self.work / "logits.f32")
+        if result is None or result[1].shape != own.shape or not result[1].std() > 0:
+            return "alone", variant.text
+        error = float(np.abs(own - result[1]).max()) / float(result[1].std())
+        return ("same" if error < SAME else "differs"), f"{variant.text}: {error:.4f}"
+
+    def judge_together(self, group: list[Variant]) -> Iterator[tuple[str, str]]:
+        """The same of variants that change nothing here, and change one key each: those that change nothing
+        there are asked about together."""
+        together = Variant("", sum((one.without for one in group), ()), {})
+        for one in group:
+            together.keys.update(one.keys)
+        kind, text = self.judge(together, self.own)
+        if len(group) == 1:
+            yield kind, f"{group[0].text}{text}"
+        elif kind == "same":
+            yield from (("same", one.text) for one in group)
+        else:
+            half = len(group) // 2
+            yield from self.judge_together(group[:half])
+            yield from self.judge_together(group[half:])
+
+
+def examine(
+    path: Path, program: str, work: Path, names: dict[str, list[Any]], *, tensors: bool
+) -> Iterator[tuple[str, str]]:
     """(kind, text) of each variant: refused, same, alone, differs, or unequal where the model itself is."""
     gguf = GGUFFile.open(path)
-    plain = computed(program, path)
+    plain = computed(program, path, work / "logits.f32")
     if plain is None:
         yield "no logits", "the program refuses the model itself"
         return
-    unchanged = build_model(gguf)
-    own = forward(unchanged, plain[0])
-    for variant in (Variant("as it is"), *variants(gguf, names)):
-        file = work / "variant.gguf"
+    model = build_model(gguf)
+    case = Case(gguf, program, work, model, plain[0], forward(model, plain[0]))
+    yield case.judge(Variant("as it is"), case.own)
+    unread: dict[str, list[Variant]] = {}
+    for variant in (*key_variants(gguf, names), *(tensor_variants(gguf) if tensors else ())):
         try:
-            model = build_model(Changed(gguf, variant))
-            same = variant.keys and _is_same(model, unchanged)
-            got = own if same else forward(model, plain[0])
+            changed = build_model(Changed(gguf, variant))
+            if (variant.keys or variant.without) and _is_same(changed, model):
+                unread.setdefault((*variant.without, *variant.keys)[0], []).append(variant)
+                continue
+            own = forward(changed, plain[0])
         except (ModelError, FormatError) as error:
             yield "refused", f"{variant.text}: {error}"
             continue
-        write(gguf, variant, file)
-        theirs = computed(program, file)
-        if theirs is None or theirs[1].shape != got.shape or not theirs[1].std() > 0:
-            yield "alone", variant.text
-            continue
-        error = float(np.abs(got - theirs[1]).max()) / float(theirs[1].std())
-        yield "same" if error < SAME else "differs", f"{variant.text}: {error:.4f}"
+        yield case.judge(variant, own)
+    for group in itertools.zip_longest(*unread.values()):
+        yield from case.judge_together([one for one in group if one is not None])
 
 
 def _is_same(model: Model, other: Model) -> bool:
@@ -256,6 +298,7 @@ def main() -> int:
     parser.add_argument("program")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--alone", action="store_true", help="also print what the program refuses")
+    parser.add_argument("--keys", action="store_true", help="change no tensors")
     options = parser.parse_args()
     keys, counts = known_keys(options.models), Counter[str]()
     for name in options.names or sorted(path.stem for path in options.models.glob("*.gguf")):
@@ -265,7 +308,7 @@ def main() -> int:
         except (ModelError, FormatError):
             continue
         with tempfile.TemporaryDirectory() as work:
-            for kind, text in examine(path, options.program, Path(work), keys):
+            for kind, text in examine(path, options.program, Path(work), keys, tensors=not options.keys):
                 own[kind] += 1
                 if kind == "differs" or (options.alone and kind == "alone"):
                     print(f"{name}: {kind}: {text}", flush=True)

@@ -221,6 +221,21 @@ class Model:
     def require_one_ffn(self, error: type[Exception], stage: str) -> None:
         """Raise ``error`` for a model with experts, or with a feature that :meth:`require_plain` refuses."""
         self.require_plain(error, stage)
+        self._refuse_experts(error, stage)
+
+    def require_predictable(self, error: type[Exception], stage: str) -> None:
+        """Raise ``error`` for a model that has not an FFN of one size in every layer, whose neurons can be
+        sorted; what mixes tokens does not matter."""
+        self._refuse_experts(error, stage)
+        what = {
+            "layers without FFN": any(layer.feeds is None for layer in self.layers),
+            "FFNs of sizes that differ between layers": self.hyper.uneven_ffns,
+            "gates that depend on all neurons": any(f.deviations is not None for f in self.hyper.facts),
+        }
+        self._refuse_first(what, error, stage)
+        self.require_placeable(error, stage)
+
+    def _refuse_experts(self, error: type[Exception], stage: str) -> None:
         if self.hyper.routing is not None:
             raise error(
                 f"{self.path}: {stage} does not take mixtures of experts, of which a token computes "

@@ -85,6 +85,19 @@ def test_a_split_file_has_the_bits_of_its_source(case: str, tmp_path: Path) -> N
     assert case in EXPERTS or any(hot)
 
 
+@pytest.mark.parametrize("case", ["nemotron_h", "nemotron_h_moe", "deci"])
+def test_the_time_of_a_prompt_counts_layers_without_ffn(case: str, tmp_path: Path) -> None:
+    """A plan for a request is what the command makes; more tokens of prompt take longer."""
+    path, _, profile = made(tmp_path, case)
+    shape, seconds = shape_of_model(load_model(path)), []
+    for prompt in (16, 32):
+        options = PlanOptions(context=64, group=4, batch=16, prompt=prompt)
+        request = make_plan(shape, profile, PC_LOW, granted(0), options).request
+        assert request is not None
+        seconds.append(request.prompt_seconds)
+    assert 0 < seconds[0] < seconds[1]
+
+
 @pytest.mark.parametrize("case", ["plm", "rwkv7", "nemotron_h", "gemma3n"])
 def test_what_is_zero_is_skipped_with_the_same_bits(case: str, tmp_path: Path) -> None:
     """Squared ReLU behind what mixes tokens otherwise, also beside layers without FFN, and a gate that keeps

@@ -68,7 +68,9 @@ def _ffn_seconds(
     *,
     on_gpu: bool,
 ) -> Vector:
-    """What one side computes of the FFN."""
+    """What one side computes of the FFN, where the layer has one."""
+    if not units.count:
+        return np.zeros(len(table.hot))
     hot, shared = table.hot / (units.count * units.neurons), table.shared_hot.astype(np.float64)
     total = table.total_activations - units.shared_neurons
     taken = (

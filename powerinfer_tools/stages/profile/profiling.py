@@ -76,7 +76,7 @@ def run_profile(options: ProfileOptions, progress: Progress | None = None) -> Pr
             )
         model.require_countable(ProfileError, "profile")
         if options.trace:
-            model.require_one_ffn(ProfileError, "profile --trace")
+            model.require_predictable(ProfileError, "profile --trace")
         if options.trace and not model.exact_zeros:
             raise ProfileError(
                 f"{options.model}: --trace records which neurons are exactly zero, and "

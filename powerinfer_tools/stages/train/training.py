@@ -64,7 +64,7 @@ def require_trainable(path: Path) -> None:
 def _check_model(model: Model) -> None:
     if not model.is_source:
         raise TrainError(f"{model.path} is a split file; train on the source model that it was made from")
-    model.require_one_ffn(TrainError, "train")
+    model.require_predictable(TrainError, "train")
     if not model.exact_zeros:
         raise TrainError(
             f"{model.path}: {model.hyper.activation} has no exact zeros, so there are no active neurons to "

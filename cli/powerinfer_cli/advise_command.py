@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 HELP = """Say whether preparing a model pays on this machine, or whether to just run it.
 
 Reads the model's header, this machine's hardware profile (doctor --measure; without one, this machine is
-measured for a second) and, if there is one, the model's profile. Prints what fits where, what each way of
-running is expected to give, and a verdict with the commands. Speeds are predictions; bench measures.
+measured for a second) and the model's profile, if it exists. Prints which parts fit where, the expected speed
+of each way of running, and a verdict with the commands. Speeds are predictions; bench measures.
 
 \b
 Examples:
@@ -35,12 +35,13 @@ def command(
         typer.Option(
             "--hardware",
             metavar="FILE|PRESET",
-            help="Another machine: a hardware profile, pc-high or pc-low. Without it: this one.",
+            help="Advise for another machine: a hardware profile, pc-high or pc-low. Without it: for "
+            "this one.",
         ),
     ] = None,
     common: opt.Common,
 ) -> None:
-    """Advise on a model."""
+    """Say whether preparing a model pays on this machine."""
     path = find_model(model)
     counted = optional_input(profile, path, PROFILE_SUFFIX, made_by="profile")
     from powerinfer_tools.inspect.advice import advise

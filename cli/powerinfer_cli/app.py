@@ -32,13 +32,14 @@ COMMANDS = (
 
 ABOUT = """Fast, exact and measured inference of local language models on a CPU and an accelerator.
 
-Find out which neurons a model really uses (profile), decide what goes where (plan), write a split file
-(convert), and run it. Each stage reads files, writes one file, and finds the previous stage's file beside the
-model.
+Most models need no preparation: run them. To prepare a model, find out which neurons it really uses
+(profile), decide what goes where (plan), and write a split file (convert). Each stage reads files, writes one
+file, and finds the previous stage's file beside the model. advise says whether this pays.
 
 \b
 Examples:
   powerinfer run -p "Why is the sky blue?"
+  powerinfer advise -m model.gguf
   powerinfer profile -m model.gguf --corpus book.txt
   powerinfer plan -m model.gguf --vram 4GiB
   powerinfer convert -m model.gguf

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 HELP = """Measure tokens per second: rows ppN (a prompt of N tokens) and tgN (N tokens generated one by one).
 
 Each row is the mean of the repetitions ± their standard deviation, with the share of this machine's measured
-memory bandwidth that it used; of experts, the bytes count that are taken. The rows compare with
-llama-bench's. Several files (or one file in several modes, FILE@MODE) run in turn, and each one's speed is
-printed as a ratio to the first's.
+memory bandwidth that the run used (of experts, only those that were taken count). The rows can be compared
+with those of llama-bench. Several files, or one file in several modes (FILE@MODE), run in turn, and each
+speed is printed as a ratio to the first.
 
 \b
 Examples:
@@ -48,7 +48,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[FILE[@MODE]...]",
-            help="Files to measure against the first of them, in turn.",
+            help="Files to measure in turn; ratios are to the first one.",
             show_default=False,
         ),
     ] = None,
@@ -73,7 +73,7 @@ def command(
     placement: opt.Placement,
     common: opt.Common,
 ) -> None:
-    """Benchmark a model."""
+    """Measure tokens per second."""
     if as_csv and common.json:
         raise typer.BadParameter("choose one of --csv and --json", param_hint="--csv")
     if not prompt and not generate and not synthetic.ffn and not synthetic.clear_cache:

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 HELP = """Write the split file: neurons, or experts, sorted hottest first, as the plan says.
 
-Takes plan, profile and, if there are any, predictors and thresholds from beside the model. Gate and up rows
-keep their bits; the down projection is transposed and quantised again, and what that costs is measured and
-printed. Experts keep all their bits.
+Takes the plan and the profile, and predictors and thresholds if they exist, from beside the model. Gate and
+up rows keep their bits. The down projection is transposed and quantised again, and the error of this is
+measured and printed. Experts keep all their bits.
 
-With --format powerinfer, writes NAME.original.powerinfer.gguf for the original PowerInfer instead: a ReLU
-model of the families that it knows, without a plan, and with predictors in its form. Those of train are
-brought into it with the trace beside the model, and measured on it.
+--format powerinfer writes NAME.original.powerinfer.gguf for the original PowerInfer instead: a ReLU model of
+the families that it supports, without a plan. Predictors of train are converted into its form with the trace
+beside the model, and measured on it.
 
 \b
 Examples:
@@ -66,16 +66,16 @@ def command(
         bool,
         typer.Option(
             "--other-profile",
-            help="Convert although the plan was made from another profile: its hot counts, the order of this "
-            "profile.",
+            help="Convert even if the plan was made from another profile: hot counts come from the "
+            "plan, the order of neurons from this profile.",
         ),
     ] = False,
     anyway: Annotated[
         bool,
         typer.Option(
             "--anyway",
-            help="Write a file that is larger than its source, although its plan skips no neuron and uses no "
-            "accelerator.",
+            help="Write the file even if it is larger than its source and its plan skips no neuron "
+            "and uses no accelerator.",
         ),
     ] = False,
     output: opt.Output = None,
@@ -83,13 +83,15 @@ def command(
         Literal["auto", WrittenType],
         typer.Option(
             "--quant",
-            help="Type of the transposed down projection; auto: Q8_0 where the source is quantised. "
-            "With --format powerinfer: F16 or Q4_0, of all FFN matrices.",
+            help="Type of the transposed down projection; auto: Q8_0 if the source is quantised. With"
+            " --format powerinfer: type of all FFN matrices, F16 or Q4_0.",
         ),
     ] = "auto",
     form: Annotated[
         Literal["split", "powerinfer"],
-        typer.Option("--format", help="A split file, or a model of the original PowerInfer."),
+        typer.Option(
+            "--format", help="split: a split file; powerinfer: a model for the original PowerInfer."
+        ),
     ] = "split",
     trace: Annotated[
         Path | None,
@@ -97,11 +99,13 @@ def command(
     ] = None,
     all_active: Annotated[
         bool,
-        _exporting("--all-active", help="No predictors: every neuron is computed, which is exact and slow."),
+        _exporting(
+            "--all-active", help="Write no predictors: every neuron is computed, which is exact and slow."
+        ),
     ] = False,
     common: opt.Common,
 ) -> None:
-    """Convert a model."""
+    """Write the split file of a plan."""
     source = find_model(model)
     if form == "powerinfer":
         opt.refuse_beside(ctx, "--format powerinfer", "plan", "profile", "other_profile", "anyway")

@@ -10,12 +10,12 @@ from powerinfer_cli.console import emit_json, progress, say
 from powerinfer_cli.files import find_model
 from powerinfer_cli.tables import print_facts
 
-HELP = """Look at this machine: processor, instruction sets, memory, accelerator.
+HELP = """Show this machine's processor, instruction sets, memory and accelerator.
 
-With --measure, measure memory bandwidth (also of scattered reads) and the speed of sparse FFNs, and of a CUDA
-device its memory, the link to it, what launches and waits cost, and its kernels by row type. All of it, with
-the lowest, the median and the highest of the passes, goes into the hardware profile that plan uses. With -m,
-the FFNs measured are those of the model, and so is the disk that holds it: streams, and single reads.
+--measure measures memory bandwidth, also of scattered reads, and the speed of sparse FFNs. Of a CUDA device,
+it measures its memory, the link to it, the cost of launches and waits, and its kernels by row type. The
+lowest, the median and the highest of the passes go into the hardware profile that plan uses. With -m, it
+measures FFNs of the model's own shape, and the disk that holds the model: streams, and single reads.
 
 \b
 Examples:
@@ -36,7 +36,8 @@ def command(
             "--model",
             "-m",
             metavar="FILE",
-            help="Measure FFNs of this source model's shape; may be repeated. Without it: 4096x14336, Q4_0.",
+            help="Measure FFNs of this source model's shape, and its disk; may be repeated. Without "
+            "it: 4096x14336 in Q4_0.",
         ),
     ] = None,
     output: Annotated[
@@ -45,12 +46,12 @@ def command(
             "--output",
             "-o",
             metavar="FILE",
-            help="Hardware profile to write. Without it: where plan looks for it.",
+            help="Hardware profile to write. Without it: the file that plan reads.",
         ),
     ] = None,
     common: opt.Common,
 ) -> None:
-    """Diagnose this machine."""
+    """Show this machine, or measure it."""
     if model and not measure:
         raise typer.BadParameter("only --measure looks at a model", param_hint="--model")
     models = [find_model(path) for path in model or ()]

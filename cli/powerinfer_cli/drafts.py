@@ -20,8 +20,8 @@ class Drafts:
         _drafts(
             "--draft",
             metavar="ngram",
-            help="Guess that what followed the last few tokens before follows them again; the text stays the "
-            "same, bit for bit.",
+            help="Guess several tokens at once: those that followed the last few tokens earlier in "
+            "the text. The text stays the same, bit for bit.",
         ),
     ] = None
     draft_model: Annotated[
@@ -29,7 +29,8 @@ class Drafts:
         _drafts(
             "--draft-model",
             metavar="FILE",
-            help="Guess with a smaller model of the same vocabulary; the text stays the same, bit for bit.",
+            help="Guess with a smaller model that has the same vocabulary. The text stays the same, "
+            "bit for bit.",
         ),
     ] = None
 

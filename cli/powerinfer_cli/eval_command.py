@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from powerinfer_tools.model.loading import Model
     from powerinfer_tools.progress import Progress
 
-HELP = """Measure perplexity on a text, and how far predictions are from another model's or between modes.
+HELP = """Measure perplexity on a text, and the divergence from another model or between modes.
 
-Counted as llama.cpp counts it: windows of --ctx tokens that don't overlap, each beginning with BOS where the
-model adds one; the second half of each window is scored. --compare runs one file in several modes and says
-what each changes: a row of perplexity, KL divergence from dense, share of equal first choices, density, and
-the recall of predictors. Alone it takes every mode; the file's exact ones give the same bits. --tasks asks
-multiple-choice questions instead (EleutherAI's lm-eval, extra lm-eval): accuracy ± its standard error, with
---compare for every mode.
+Perplexity is counted as in llama.cpp: windows of --ctx tokens that do not overlap, each beginning with BOS if
+the model adds one; the second half of each window is scored. --compare runs one file in several modes
+(without a value: in all of them). For each mode it prints perplexity, KL divergence from dense, the share of
+equal first choices, density, and the recall of predictors. --tasks asks multiple-choice questions instead
+(EleutherAI's lm-eval, extra lm-eval) and prints the accuracy ± its standard error; with --compare, for every
+mode.
 
 \b
 Examples:
@@ -66,7 +66,7 @@ def command(
     against: Annotated[
         Path | None,
         typer.Option(
-            "--against", metavar="FILE", help="Model to compare with: KL divergence from it, token by token."
+            "--against", metavar="FILE", help="Model to compare with: prints the KL divergence from it."
         ),
     ] = None,
     compare: Annotated[
@@ -81,7 +81,7 @@ def command(
     placement: opt.Placement,
     common: opt.Common,
 ) -> None:
-    """Evaluate a model on a text, or on tasks."""
+    """Measure perplexity, divergence, or accuracy on tasks."""
     if (text is None) is not bool(tasks.names):
         raise typer.BadParameter("give a text to score, or --tasks", param_hint="--text")
     path = find_model(model)

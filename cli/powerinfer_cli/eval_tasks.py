@@ -23,18 +23,19 @@ class Tasks:
 
     tasks: Annotated[
         str | None,
-        _tasks("--tasks", metavar="NAMES", help="Tasks of lm-eval, separated by commas, instead of a text."),
+        _tasks("--tasks", metavar="NAMES", help="Tasks of lm-eval instead of a text, separated by commas."),
     ] = None
     tasks_dir: Annotated[
         Path | None,
         _tasks(
             "--tasks-dir",
             metavar="DIR",
-            help="Take tasks from the YAML files in DIR, without network. They may hold code.",
+            help="Take tasks from the YAML files in DIR, without network. These files may contain "
+            "code, which is run.",
         ),
     ] = None
     limit: Annotated[
-        int | None, _tasks("--limit", min=1, metavar="N", help="Ask only the first N questions of each.")
+        int | None, _tasks("--limit", min=1, metavar="N", help="Ask only the first N questions of each task.")
     ] = None
 
     @property

@@ -15,12 +15,12 @@ from powerinfer_cli.tables import print_facts, print_table
 if TYPE_CHECKING:
     from powerinfer_tools.inspect import Curves, Description
 
-HELP = """Show what a file holds: a model, a split file, a profile, a plan or a hardware profile.
+HELP = """Show the contents of a file: a model, a split file, a profile, a plan or a hardware profile.
 
-For a model, also of a family that does not run or damaged, whether it runs and if not why, its true zeros,
-bytes by part, what it takes in memory here, and what to expect: from its header, without reading weights.
-For a profile, the activation curve: which share of the neurons makes which share of the activity. With
---tokenize, a model's token ids of a text ("-" reads it from standard input).
+Of a model, it shows whether the model runs here, and if not, why; whether it has true zeros; its bytes by
+part, its memory here, and the expected speed. It reads only the header, so it also works for damaged files
+and for families that do not run. Of a profile, it shows the activation curve: the share of activity by share
+of neurons. --tokenize prints a model's token ids of a text ("-" reads the text from standard input).
 
 \b
 Examples:
@@ -33,22 +33,20 @@ Examples:
 
 def command(
     *,
-    path: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="File or model directory to look into.")
-    ] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="FILE", help="File or model directory.")] = None,
     families: Annotated[
         bool, typer.Option("--families", help="List the model families that run, and end.")
     ] = False,
     tokenize: Annotated[
         str | None,
-        typer.Option("--tokenize", metavar="TEXT|-", help="Print the model's token ids of this text."),
+        typer.Option("--tokenize", metavar="TEXT|-", help="Print the model's token ids for this text."),
     ] = None,
     bos: Annotated[
-        bool, typer.Option("--bos", help="With --tokenize: begin as a prompt would, with BOS.")
+        bool, typer.Option("--bos", help="With --tokenize: begin with BOS, like a prompt.")
     ] = False,
     special: Annotated[
         bool,
-        typer.Option("--special", help="With --tokenize: read control tokens such as <|im_start|> as such."),
+        typer.Option("--special", help="With --tokenize: text such as <|im_start|> becomes a control token."),
     ] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     layer: Annotated[
@@ -63,7 +61,7 @@ def command(
     ] = None,
     common: opt.Common,
 ) -> None:
-    """Inspect a file."""
+    """Show the contents of a file."""
     if families:
         show_families(as_json=common.json)
         return

@@ -7,8 +7,8 @@ from powerinfer_cli.tables import print_table
 
 HELP = """List the models that were fetched from the Hugging Face hub, by this program or another.
 
-Looks into the hub's cache (HF_HOME) and nowhere else. The names are what -hf and rm take; models of which a
-file is missing are left out.
+Reads only the hub's cache (HF_HOME). -hf and rm take the names that it prints. Incomplete models are left
+out.
 
 \b
 Examples:

@@ -66,7 +66,7 @@ Thresholds = Annotated[
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else there.")
+    bool, typer.Option("--json", help="Print one JSON value, and nothing else, on standard output.")
 ]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="POWERINFER_DEBUG")
@@ -74,7 +74,7 @@ Debug = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", "-t", min=1, max=1024, metavar="N", help="CPU threads. Without it: one a core."
+        "--threads", "-t", min=1, max=1024, metavar="N", help="CPU threads. Without it: one for each core."
     ),
 ]
 Window = Annotated[
@@ -93,7 +93,7 @@ class ModelChoice:
             "-hf",
             "--hf-repo",
             metavar="OWNER/NAME[:QUANT]",
-            help="Model of the Hugging Face hub, instead of -m: from its cache, else fetched into it.",
+            help="Model of the Hugging Face hub, instead of -m; fetched if it is not in the hub's cache.",
             show_default=False,
         ),
     ] = None
@@ -129,8 +129,8 @@ class Verbosity:
         Reasoning,
         typer.Option(
             "--reasoning",
-            help="What the model thinks before it answers: shown (dimmed in a terminal, elsewhere between "
-            "the markers that the model writes), or hidden.",
+            help="Show or hide the model's reasoning before its answer. It is dimmed in a terminal; "
+            "elsewhere, it stands between the model's own markers.",
         ),
     ] = "show"
 
@@ -148,21 +148,26 @@ class Placement:
         Device,
         typer.Option(
             "--device",
-            help="Where the hot side of a split file runs: through torch on cuda or cpu, or none: all in C.",
+            help="Where the hot side of a split file runs: cuda or cpu (both through torch), or none:"
+            " everything in C.",
             rich_help_panel="Placement",
         ),
     ] = "none"
     vram: Annotated[
         int | None,
-        size_option("--vram", "Memory of the device to use; less than planned moves the split.", "Placement"),
+        size_option(
+            "--vram",
+            "Memory of the device to use. With less than planned, fewer neurons are hot.",
+            "Placement",
+        ),
     ] = None
     mode: Annotated[
         Mode,
         typer.Option(
             "--mode",
-            help="How FFN layers are computed; auto: as the file says. Dense and gate-first are exact, "
-            "predicted leaves out neurons that the file's predictors miss, thresholded those with a small "
-            "factor.",
+            help="How FFN layers are computed; auto: the modes of the file's plan. dense and "
+            "gate-first are exact; predicted leaves out neurons that the file's predictors do "
+            "not name; thresholded leaves out neurons with a small factor.",
             rich_help_panel="Placement",
         ),
     ] = "auto"
@@ -170,7 +175,7 @@ class Placement:
         KVType,
         typer.Option(
             "--kv-type",
-            help="What the KV cache holds; q8_0 takes half the memory and is not exact.",
+            help="Type of the KV cache; q8_0 takes half the memory and is not exact.",
             rich_help_panel="Placement",
         ),
     ] = "f16"
@@ -179,8 +184,8 @@ class Placement:
         int | None,
         size_option(
             "--ram",
-            "Memory that the process may take; experts, or FFNs, beyond it are read from disk as needed. "
-            "Without it: what is free.",
+            "Memory that the process may take; experts and FFNs that do not fit are read from disk "
+            "when needed. Without it: the free memory.",
             "Placement",
         ),
     ] = None
@@ -188,8 +193,8 @@ class Placement:
         Placing,
         typer.Option(
             "--placement",
-            help="Which experts stay in memory where not all fit: adaptive follows what tokens take, static "
-            "keeps those that the profile counted most.",
+            help="Which experts stay in memory if not all fit: adaptive keeps the recently used ones,"
+            " static those that the profile counted most.",
             rich_help_panel="Placement",
         ),
     ] = "adaptive"
@@ -209,7 +214,8 @@ class Synthetic:
         typer.Option(
             "--shape",
             metavar="NAME",
-            help="Measure random weights of a real shape, such as mistral-7b; an unknown name lists all.",
+            help="Measure random weights of a real shape, such as mistral-7b; an unknown name lists "
+            "all shapes.",
             rich_help_panel="Synthetic models",
         ),
     ] = None
@@ -218,7 +224,7 @@ class Synthetic:
         typer.Option(
             "--ffn",
             metavar="WxN",
-            help="Measure one FFN of width W and N neurons alone, by density.",
+            help="Measure only one FFN of width W with N neurons, by density.",
             rich_help_panel="Synthetic models",
         ),
     ] = None
@@ -236,7 +242,8 @@ class Synthetic:
         typer.Option(
             "--density",
             metavar="SHARE",
-            help="Share of neurons that fire; with --ffn a list. Without it, --shape is the dense model.",
+            help="Share of neurons that fire; with --ffn, a list of shares. Without it, --shape makes"
+            " the dense model.",
             rich_help_panel="Synthetic models",
         ),
     ] = None
@@ -246,8 +253,8 @@ class Synthetic:
             "--skew",
             min=0.0,
             metavar="S",
-            help="How much neurons differ in how often they fire, or experts in how often they are chosen. "
-            "Without it: 0, or 0.5 with --locality.",
+            help="How unequally often neurons fire, or experts are chosen; 0: equally. Without it: 0,"
+            " or 0.5 with --locality.",
             rich_help_panel="Synthetic models",
         ),
     ] = None
@@ -257,8 +264,8 @@ class Synthetic:
             "--locality",
             min=1.0,
             metavar="N",
-            help="Tokens for which a text stays with a topic, whose experts it prefers, such as 64. Without "
-            "it: experts are chosen equally often, whatever came before.",
+            help="Number of tokens, such as 64, for which a text stays with a topic that prefers "
+            "certain experts. Without it: all experts are chosen equally often.",
             rich_help_panel="Synthetic models",
         ),
     ] = None
@@ -268,7 +275,7 @@ class Synthetic:
             "--layers",
             min=1,
             metavar="N",
-            help="Fewer layers, where all have no room.",
+            help="Fewer layers, if there is no room for all.",
             rich_help_panel="Synthetic models",
         ),
     ] = None
@@ -277,7 +284,7 @@ class Synthetic:
         typer.Option(
             "--cache-dir",
             metavar="DIR",
-            help="Where models of --shape are kept. Without it: $POWERINFER_CACHE, else the user's cache.",
+            help="Folder for the models of --shape. Without it: $POWERINFER_CACHE, else the user's cache.",
             rich_help_panel="Synthetic models",
         ),
     ] = None
@@ -286,7 +293,7 @@ class Synthetic:
         typer.Option(
             "--keep",
             metavar="FILE",
-            help="Keep the model of --shape in this file instead; the dense form loads in llama.cpp.",
+            help="Write the model of --shape to this file instead; llama.cpp loads the dense form.",
             rich_help_panel="Synthetic models",
         ),
     ] = None

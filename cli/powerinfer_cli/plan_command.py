@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 HELP = """Decide which neurons, or experts, are hot (on the accelerator) and which are cold (on the CPU).
 
-Writes NAME.plan.json and prints what is where within the budgets, the speed to expect and what limits it.
-Takes the model's profile and, if there are any, predictors from beside the model. Modes are exact unless
---max-ppl-increase allows predictors a measured loss. With --shape, no model is needed: a plan for a model and
-a machine that are not here.
+Writes NAME.plan.json. Prints the placement within the budgets, the expected speed and the limiting resource.
+Takes the profile, and predictors and thresholds if they exist, from beside the model. Modes are exact unless
+--max-ppl-increase allows a measured loss. --shape plans for a model of which you have no file, and --hardware
+for a machine that you do not have.
 
 \b
 Examples:
@@ -48,7 +48,9 @@ def command(
     model: opt.ModelChoice,
     shape: Annotated[
         str | None,
-        typer.Option("--shape", metavar="NAME", help="Plan for a model's shape alone, instead of a file."),
+        typer.Option(
+            "--shape", metavar="NAME", help="Plan for the shape of a well-known model, without a file."
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="With --shape: row type of its matrices.")
@@ -57,7 +59,7 @@ def command(
     predictors: opt.Predictors = None,
     thresholds: opt.Thresholds = None,
     no_predictors: Annotated[
-        bool, typer.Option("--no-predictors", help="Plan without predictors, even if there are any.")
+        bool, typer.Option("--no-predictors", help="Plan without predictors, even if they exist.")
     ] = False,
     max_ppl_increase: Annotated[
         float,
@@ -66,8 +68,8 @@ def command(
             min=0.0,
             max=1.0,
             metavar="SHARE",
-            help="By how much predictors or thresholds may raise the perplexity: 0.01 is 1 %. 0: exact modes "
-            "only.",
+            help="Relative increase of perplexity that predictors or thresholds may cause: 0.01 is 1 "
+            "%; 0: exact modes only.",
         ),
     ] = 0.0,
     output: opt.Output = None,
@@ -75,7 +77,9 @@ def command(
     ram: Annotated[
         int | None,
         opt.size_option(
-            "--ram", "Memory of the machine to use; experts beyond it are on disk. Without it: what is free."
+            "--ram",
+            "Memory of the machine to use; experts that do not fit stay on disk. Without it:"
+            " the free memory.",
         ),
     ] = None,
     ctx: Annotated[
@@ -96,12 +100,16 @@ def command(
         typer.Option(
             "--hardware",
             metavar="FILE|PRESET",
-            help="Profile: a file, pc-high or pc-low. Without it: this machine's (doctor --measure).",
+            help="Hardware profile to plan for: a file, pc-high or pc-low. Without it: this machine's"
+            " (doctor --measure).",
         ),
     ] = None,
     objective: Annotated[
         Literal["time", "frequency"],
-        typer.Option("--objective", help="Least time per token, or most activity on the accelerator."),
+        typer.Option(
+            "--objective",
+            help="time: least time for the request; frequency: most activity on the accelerator.",
+        ),
     ] = "time",
     prompt: Annotated[
         int,
@@ -109,35 +117,38 @@ def command(
             "--prompt",
             min=0,
             metavar="N",
-            help="Tokens of prompt of the request whose time counts; 0: single tokens alone.",
+            help="The plan minimises the time of a request with a prompt of N tokens; 0: only of "
+            "generated tokens.",
         ),
     ] = 1000,
     generate: Annotated[
-        int, typer.Option("--generate", min=1, metavar="N", help="Tokens that the request generates.")
+        int, typer.Option("--generate", min=1, metavar="N", help="Tokens that this request generates.")
     ] = 300,
     list_names: Annotated[
-        bool, typer.Option("--list", help="Name the shapes, row types and machines that are known, and end.")
+        bool, typer.Option("--list", help="List the known shapes, row types and machines, and end.")
     ] = False,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Measure the model here in a grid of splits and modes, beside what the cost model predicts; "
-            "with a --ram that it does not fit in, from disk. Writes no plan.",
+            help="Measure the model here with several splits and modes, and compare with the cost "
+            "model's predictions. If --ram is too small for the model, from disk. Writes no "
+            "plan.",
         ),
     ] = False,
     chart: Annotated[
         Path | None,
         typer.Option(
-            "--chart", metavar="FILE", help="Draw the plan beside other placements into a .png or .svg file."
+            "--chart", metavar="FILE", help="Draw the plan and other placements into a .png or .svg file."
         ),
     ] = None,
     group: Annotated[
-        int, typer.Option("--group", min=1, metavar="N", help="Neurons that move together.")
+        int,
+        typer.Option("--group", min=1, metavar="N", help="Neurons in a group; groups are placed as a whole."),
     ] = 64,
     common: opt.Common,
 ) -> None:
-    """Plan the placement of a model's neurons."""
+    """Decide what runs where, and predict the speed."""
     if list_names:
         show_names(as_json=common.json)
         return

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 HELP = """Run a corpus through a model and count which neurons are active.
 
-Writes NAME.profile.safetensors: counts and histograms per neuron, with the corpus' hashes. Windows come from
-all over the corpus, and when the tokens have doubled without changing what a plan would place, it stops and
-says so; --tokens reads as many as it says. Interrupted work is taken up again by the same command.
-Profiles of parts of a corpus merge into the profile of the whole.
+Writes NAME.profile.safetensors: counts and histograms of every neuron, with the corpus' hashes. It reads
+windows from all over the corpus, and stops when both halves of the tokens would place nearly the same
+neurons; --tokens N reads N tokens instead. The same command resumes interrupted work. Profiles of parts of a
+corpus can be merged into the profile of the whole.
 
-With --import, takes over counts of the original PowerInfer instead: a folder of activation_0.pt and so on,
-which does not say how many tokens were counted. Needs torch.
+--import takes over counts of the original PowerInfer instead: a folder of activation_0.pt and so on, which
+does not say how many tokens were counted. Needs torch.
 
 \b
 Examples:
@@ -67,8 +67,8 @@ def profile(
             "--tokens",
             min=1,
             metavar="N",
-            help="Read so many tokens of the corpus; with --import: the tokens that were counted. "
-            "Without it: until more would change nothing.",
+            help="Read N tokens of the corpus; with --import: the number of tokens that were counted."
+            " Without it: read until more tokens would change nothing.",
         ),
     ] = None,
     density: Annotated[
@@ -78,7 +78,7 @@ def profile(
             min=0.001,
             max=0.999,
             metavar="SHARE",
-            help="Share of contributions to count as active, where the activation has no exact zeros.",
+            help="For activations without exact zeros: share of contributions that count as active.",
         ),
     ] = 0.2,
     trace: Annotated[
@@ -96,7 +96,7 @@ def profile(
         typer.Option(
             "--shard",
             metavar="I/N",
-            help="Profile only the I-th of N parts of the corpus, in whole files; profile merge joins them.",
+            help="Profile only part I of N parts of the corpus (whole files); profile merge joins the parts.",
         ),
     ] = None,
     ray: Annotated[
@@ -104,17 +104,17 @@ def profile(
         typer.Option(
             "--ray",
             metavar="ADDRESS",
-            help="Share the corpus out, in whole files, over the machines of the Ray cluster at ADDRESS "
-            "(auto: the one this machine belongs to; local: this machine alone).",
+            help="Distribute the corpus, in whole files, over the machines of the Ray cluster at "
+            "ADDRESS (auto: the cluster of this machine; local: only this machine).",
         ),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget interrupted work and begin anew.")
+        bool, typer.Option("--restart", help="Discard interrupted work and start again.")
     ] = False,
     folder: Annotated[
         Path | None,
         opt.in_panel("Import")(
-            "--import", metavar="DIR", help="Take over activation_0.pt, activation_1.pt … of this folder."
+            "--import", metavar="DIR", help="Take over activation_0.pt, activation_1.pt … from this folder."
         ),
     ] = None,
     common: opt.Common,

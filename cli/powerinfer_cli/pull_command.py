@@ -10,11 +10,11 @@ from powerinfer_cli.sizes import format_size
 
 HELP = """Fetch a model of the Hugging Face hub, or bring it up to date.
 
-OWNER/NAME alone takes the usual quantisation (Q4_K_M, else the next that there is); :QUANT names one, or a
-file; :safetensors takes the directory of weights. Files go into the hub's own cache (HF_HOME), which other
-programs share. What is there is not fetched again; an interrupted download goes on where it was; every file's
-hash is checked. HF_TOKEN names you to gated and private models. Prints the path; commands with -m find it by
--hf without any network.
+OWNER/NAME alone takes Q4_K_M, or the nearest quantisation that the repository has. :QUANT names a
+quantisation or a file, and :safetensors takes the directory of weights. Files go into the hub's own cache
+(HF_HOME), which other programs share. Cached files are not fetched again, an interrupted download is resumed,
+and every file's hash is checked. HF_TOKEN gives access to gated and private models. Prints the path. Other
+commands take the model by -hf, without network.
 
 \b
 Examples:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 HELP = """Write a float model (a Hugging Face directory or a GGUF file) as a GGUF file of fewer bits.
 
-The file, NAME.TYPE.gguf, is a source model: profile it, plan and convert it, or run it as it is. Embedding
-and output head get Q8_0 at the least; vectors, and rows that are not whole blocks, stay what they are. What
-quantising changes is measured and printed.
+The file, NAME.TYPE.gguf, is a source model: run it, or profile, plan and convert it. Embedding and output
+head get at least Q8_0. Vectors, and rows that are not whole blocks, keep their type. The error of the
+quantisation is measured and printed.
 
 \b
 Examples:
@@ -37,7 +37,7 @@ def command(
     output: opt.Output = None,
     common: opt.Common,
 ) -> None:
-    """Quantise a float model."""
+    """Write a float model with fewer bits."""
     source = find_model(model)
     path = output_file(output, source, f".{row_type}.gguf")
     from powerinfer_tools.stages.quantize.quantization import quantize_model

@@ -19,11 +19,11 @@ CLASS = CorpusCommand
 HELP = """Turn a gated SiLU or GELU model into one with true zeros, so that skipping neurons becomes exact.
 
 Replaces the activation, fits every layer's down projection to it, then distils the dense model's next-token
-predictions while pressing the density down. Only FFN weights change. The result is a GGUF file that every
-other stage takes; it answers differently from the source, by as much as is printed. Interrupted work is taken
-up again by the same command. Needs torch.
+predictions while it lowers the density. Only FFN weights change. The result is a GGUF file for every other
+stage. It answers differently from the source; the difference is measured and printed. The same command
+resumes interrupted work. Needs torch.
 
-What was learned can be kept as a small file (--save-delta), from which --delta makes the same model again,
+--save-delta keeps the result of the training as a small file, from which --delta makes the same model again,
 bit for bit, without text, training or torch.
 
 \b
@@ -48,23 +48,28 @@ def command(
     output: opt.Output = None,
     delta: Annotated[
         Path | None,
-        typer.Option("--delta", metavar="FILE", help="Make the model of this delta; nothing is trained."),
+        typer.Option("--delta", metavar="FILE", help="Make the model from this delta, without training."),
     ] = None,
     save_delta: Annotated[
         Path | None,
-        typer.Option("--save-delta", metavar="FILE", help="Also write what was learned as a delta."),
+        typer.Option(
+            "--save-delta", metavar="FILE", help="Also write the result of the training as a delta."
+        ),
     ] = None,
     chart: Annotated[
         Path | None,
         typer.Option(
-            "--chart", metavar="FILE", help="Draw perplexity and zeros by tokens into a .png or .svg file."
+            "--chart",
+            metavar="FILE",
+            help="Draw perplexity and zeros over the training into a .png or .svg file.",
         ),
     ] = None,
     activation: Annotated[
         Literal["relu", "drelu", "fatrelu"],
         typer.Option(
             "--activation",
-            help="relu(gate)·up; with more zeros: relu(gate)·relu(up), or gate·up above a threshold of gate.",
+            help="relu: relu(gate)·up. With more zeros: drelu, relu(gate)·relu(up); fatrelu, gate·up "
+            "if gate is above a threshold.",
         ),
     ] = "relu",
     cut: Annotated[
@@ -73,15 +78,13 @@ def command(
             "--cut",
             min=0.0,
             metavar="X",
-            help="The threshold of fatrelu.  [default: one for each neuron, by what it contributes, so that "
-            "--density of them are active]",
+            help="The threshold of fatrelu.  [default: one for each neuron, by its contribution, so "
+            "that --density of them are active]",
         ),
     ] = None,
     density: Annotated[
         float,
-        typer.Option(
-            "--density", min=0.01, max=1.0, metavar="SHARE", help="Share of active neurons to aim at."
-        ),
+        typer.Option("--density", min=0.01, max=1.0, metavar="SHARE", help="Target share of active neurons."),
     ] = 0.2,
     steps: Annotated[
         int, _training("--steps", min=1, metavar="N", help="Steps of distillation of the whole model.")
@@ -92,10 +95,10 @@ def command(
             "--fit-windows",
             min=0,
             metavar="N",
-            help="Windows of text that the down projections are fitted to before, in closed form.",
+            help="Windows of text for the closed-form fit of the down projections, before the distillation.",
         ),
     ] = 32,
-    batch: Annotated[int, _training("--batch", min=1, metavar="N", help="Windows in a step.")] = 4,
+    batch: Annotated[int, _training("--batch", min=1, metavar="N", help="Windows in one step.")] = 4,
     window: opt.Window = 512,
     rank: Annotated[
         int,
@@ -119,18 +122,18 @@ def command(
             "--patience", min=0, metavar="N", help="Stop after N checks without a better model; 0: never."
         ),
     ] = 0,
-    seed: Annotated[int, _training("--seed", min=0, metavar="N", help="Order of the text.")] = 0,
+    seed: Annotated[int, _training("--seed", min=0, metavar="N", help="Seed for the order of the text.")] = 0,
     device: Annotated[Literal["cpu", "cuda"], _training("--device", help="Where torch trains.")] = "cpu",
     quant: Annotated[
         WrittenType,
-        typer.Option("--quant", help="Type of the new FFN weights; the others keep their bits."),
+        typer.Option("--quant", help="Type of the new FFN weights; all other weights keep their bits."),
     ] = "Q8_0",
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget interrupted work and begin anew.")
+        bool, typer.Option("--restart", help="Discard interrupted work and start again.")
     ] = False,
     common: opt.Common,
 ) -> None:
-    """Turn a model into one with true zeros."""
+    """Turn a SiLU or GELU model into a ReLU model."""
     source = find_model(model)
     if delta is not None:
         if corpus or save_delta or chart:

@@ -8,10 +8,10 @@ from powerinfer_cli import options as opt
 from powerinfer_cli.console import emit_json, say
 from powerinfer_cli.sizes import format_size
 
-HELP = """Remove a model that was fetched from the Hugging Face hub, with what was fetched of it in part.
+HELP = """Remove a model that was fetched from the Hugging Face hub, and its partial downloads.
 
-The cache is the hub's own: other programs that use the model fetch it again. Files that a stage wrote beside
-the model go with it where all of a repository is removed.
+The cache is the hub's own: other programs that use the model fetch it again. If a whole repository is
+removed, files that a stage wrote beside its models are removed, too.
 
 \b
 Examples:

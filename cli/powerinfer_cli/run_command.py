@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 HELP = """Generate text from a prompt, or chat with the model.
 
-The prompt comes from -p, from a file (-f) or from standard input. A model with a chat template answers it as
-a message; --raw continues the text as it is, which is what a model without a template does anyway. -i is a
-chat: /help lists its commands, Ctrl-C stops an answer, and at the prompt the program. Text goes to standard
-output, one line of summary to standard error (-v: all figures, -q: nothing).
+The prompt comes from -p, from a file (-f) or from standard input. A model with a chat template answers the
+prompt as a message. --raw continues the text as it is, and so does a model without a template. -i starts a
+chat: /help lists its commands, and Ctrl-C stops the answer or, at the prompt, the program. Text goes to
+standard output, and one line of summary to standard error (-v: all figures, -q: nothing).
 
 \b
 Examples:
@@ -42,7 +42,7 @@ _form = opt.in_panel("Form")
 class Prompt:
     """Where the prompt comes from and what becomes of it."""
 
-    prompt: Annotated[str | None, _prompt("--prompt", "-p", metavar="TEXT", help="Prompt.")] = None
+    prompt: Annotated[str | None, _prompt("--prompt", "-p", metavar="TEXT", help="The prompt.")] = None
     file: Annotated[
         Path | None, _prompt("--file", "-f", metavar="FILE", help="Read the prompt from a file; - is stdin.")
     ] = None
@@ -51,8 +51,8 @@ class Prompt:
         bool | None,
         _prompt(
             "--chat/--raw",
-            help="Put the prompt into the chat template, or continue it as it is. Without either: the "
-            "template, if the model has one.",
+            help="Answer the prompt through the chat template, or continue it as it is. Without "
+            "either: through the template, if the model has one.",
             show_default=False,
         ),
     ] = None
@@ -60,7 +60,7 @@ class Prompt:
         bool,
         _prompt(
             "--special",
-            help="Read control tokens such as <|im_start|> in the prompt as such, and continue it as it is.",
+            help="Text such as <|im_start|> in the prompt becomes a control token; implies --raw.",
         ),
     ] = False
     system: Annotated[
@@ -85,7 +85,7 @@ class Length:
         list[str] | None,
         _length("--stop", "-r", metavar="TEXT", help="Stop before this text; may be repeated."),
     ] = None
-    ignore_eos: Annotated[bool, _length("--ignore-eos", help="Go on after end-of-text tokens.")] = False
+    ignore_eos: Annotated[bool, _length("--ignore-eos", help="Continue after end-of-text tokens.")] = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Form:
     ] = None
     grammar: Annotated[
         Path | None,
-        _form("--grammar", metavar="FILE", help="Generate text by this grammar, in GBNF or Lark."),
+        _form("--grammar", metavar="FILE", help="Generate text that follows this grammar, in GBNF or Lark."),
     ] = None
 
     @property
@@ -117,20 +117,30 @@ class Sampling:
             "--temp",
             metavar="T",
             callback=opt.finite,
-            help="Temperature; 0 or less takes the likeliest token.",
+            help="Temperature; 0 or less: always the likeliest token.",
         ),
     ] = 0.8
-    top_k: Annotated[int, _sampling("--top-k", metavar="K", help="Keep the K likeliest; 0 or less: all.")] = (
-        40
-    )
+    top_k: Annotated[
+        int, _sampling("--top-k", metavar="K", help="Keep the K likeliest tokens; 0 or less: all.")
+    ] = 40
     top_p: Annotated[
         float,
-        _sampling("--top-p", min=0.0, max=1.0, metavar="P", help="Keep the likeliest that make P; 1: all."),
+        _sampling(
+            "--top-p",
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Keep the likeliest tokens up to a total probability of P; 1: all.",
+        ),
     ] = 0.95
     min_p: Annotated[
         float,
         _sampling(
-            "--min-p", min=0.0, max=1.0, metavar="P", help="Keep those P times as likely as the likeliest."
+            "--min-p",
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Keep tokens at least P times as likely as the likeliest one.",
         ),
     ] = 0.05
     typical: Annotated[
@@ -140,27 +150,37 @@ class Sampling:
         float, _sampling("--repeat-penalty", min=0.01, metavar="X", help="Penalise repeated tokens; 1: off.")
     ] = 1.0
     repeat_last_n: Annotated[
-        int, _sampling("--repeat-last-n", min=-1, metavar="N", help="Look back N tokens for them; -1: all.")
+        int,
+        _sampling("--repeat-last-n", min=-1, metavar="N", help="Penalties count the last N tokens; -1: all."),
     ] = 64
     frequency_penalty: Annotated[
         float,
-        _sampling("--frequency-penalty", metavar="X", help="Penalise tokens by how often they came; 0: off."),
+        _sampling(
+            "--frequency-penalty", metavar="X", help="Penalise tokens by how often they occurred; 0: off."
+        ),
     ] = 0.0
     presence_penalty: Annotated[
-        float, _sampling("--presence-penalty", metavar="X", help="Penalise tokens that came at all; 0: off.")
+        float,
+        _sampling("--presence-penalty", metavar="X", help="Penalise tokens that occurred at all; 0: off."),
     ] = 0.0
     samplers: Annotated[
         str | None,
         _sampling(
             "--samplers",
             metavar="NAMES",
-            help="What is applied, in this order; the default: "
+            help="Samplers to apply, in this order. Without it: "
             "penalties;top_k;typ_p;top_p;min_p;temperature.",
         ),
     ] = None
     seed: Annotated[
         int | None,
-        _sampling("--seed", "-s", min=-1, metavar="N", help="Repeats a run. Without it, or -1: random."),
+        _sampling(
+            "--seed",
+            "-s",
+            min=-1,
+            metavar="N",
+            help="Seed; the same seed repeats a run. Without it, or -1: random.",
+        ),
     ] = None
     logit_bias: Annotated[
         list[str] | None,
@@ -179,7 +199,7 @@ Trace = Annotated[
     typer.Option(
         "--trace",
         metavar="FILE",
-        help="Write when each part of the last token was at work, as JSON for Perfetto or chrome://tracing.",
+        help="Write a timeline of the last token, as JSON for Perfetto or chrome://tracing.",
     ),
 ]
 
@@ -198,8 +218,8 @@ def command(
         bool,
         opt.in_panel("Placement")(
             "--check-recall",
-            help="Also compute what predictors should have found, and print how much of it they did; "
-            "slow, the text stays the same.",
+            help="Also compute which neurons are active, and print the recall of the predictors. "
+            "Slow; the text stays the same.",
         ),
     ] = False,
     learn: Annotated[
@@ -207,8 +227,8 @@ def command(
         opt.in_panel("Placement")(
             "--learn",
             metavar="FILE",
-            help="Count which experts, or neurons of a split file in mode gate-first, are taken, and add "
-            "that to the profile in this file at the end.",
+            help="Count which experts are taken, or which neurons of a split file in mode gate-first. At the "
+            "end, add the counts to the profile in this file.",
         ),
     ] = None,
     verbosity: opt.Verbosity,

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 HELP = """Serve the model over HTTP, as OpenAI's API does.
 
-Editors, agents and web front ends talk to http://127.0.0.1:8080/v1; /health, /metrics and /props are for
-operators. Requests are computed together, and the answer to each is bit for bit what it would be alone.
-SIGTERM and Ctrl-C end it when the requests under way are answered.
+Editors, agents and web front ends use http://127.0.0.1:8080/v1; /health, /metrics and /props are for
+operators. Requests are computed together, and each answer has the bits that it would have alone. SIGTERM and
+Ctrl-C end the server when the requests under way are answered.
 
 \b
 Examples:
@@ -39,7 +39,7 @@ class Network:
     """Where the server listens, and to whom."""
 
     host: Annotated[
-        str, _network("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: all.")
+        str, _network("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: all addresses.")
     ] = "127.0.0.1"
     port: Annotated[int, _network("--port", min=0, max=65535, metavar="N", help="Port; 0: any free one.")] = (
         8080
@@ -50,23 +50,27 @@ class Network:
             "--api-key",
             metavar="KEY",
             envvar="POWERINFER_API_KEY",
-            help="Key that clients must show; may be repeated.",
+            help="Key that clients must send; may be repeated.",
         ),
     ] = None
     api_key_file: Annotated[
-        Path | None, _network("--api-key-file", metavar="FILE", help="A file of such keys, one a line.")
+        Path | None, _network("--api-key-file", metavar="FILE", help="File with keys, one on each line.")
     ] = None
     cors: Annotated[
         list[str] | None,
-        _network("--cors", metavar="ORIGIN", help="Let pages of this origin in; may be repeated; * is all."),
+        _network("--cors", metavar="ORIGIN", help="Allow web pages of this origin; may be repeated; *: all."),
     ] = None
     tls_cert: Annotated[
         Path | None, _network("--tls-cert", metavar="FILE", help="Certificate chain, for HTTPS.")
     ] = None
-    tls_key: Annotated[Path | None, _network("--tls-key", metavar="FILE", help="Its private key.")] = None
+    tls_key: Annotated[
+        Path | None, _network("--tls-key", metavar="FILE", help="Private key of the certificate.")
+    ] = None
     drain: Annotated[
         float,
-        _network("--drain", min=0.0, metavar="S", help="Seconds for the requests under way at the end."),
+        _network(
+            "--drain", min=0.0, metavar="S", help="Longest time to finish requests at the end, in seconds."
+        ),
     ] = 30.0
 
 
@@ -86,25 +90,32 @@ class Load:
         int | None,
         opt.size_option(
             "--kv-memory",
-            "Memory for the caches of requests, and of conversations that may go on. Without it: of twice as "
-            "many as are computed at a time.",
+            "Memory for the KV caches of requests and of earlier conversations. Without it: enough "
+            "for twice --parallel requests.",
             "Load",
         ),
     ] = None
     cache_dir: Annotated[
         Path | None,
-        _load("--cache-dir", metavar="DIR", help="Keep the starts of texts in this folder, too, for the next "
-              "start of the server."),
+        _load("--cache-dir", metavar="DIR", help="Also keep the prefix cache in this folder, so that "
+                                                 "it survives a restart of the server."),
     ] = None  # fmt: skip
     cache_size: Annotated[
-        int | None, opt.size_option("--cache-size", "Size of that folder. Without it: 8 GiB.", "Load")
+        int | None,
+        opt.size_option("--cache-size", "Largest size of the --cache-dir folder. Without it: 8 GiB.", "Load"),
     ] = None
     queue: Annotated[
-        int, _load("--queue", min=1, metavar="N", help="Requests that may wait; more are sent away (503).")
+        int,
+        _load("--queue", min=1, metavar="N", help="Requests that may wait; further ones are refused (503)."),
     ] = 256
     per_client: Annotated[
         int,
-        _load("--per-client", min=1, metavar="N", help="Of them, of one client; more are sent away (429)."),
+        _load(
+            "--per-client",
+            min=1,
+            metavar="N",
+            help="Waiting requests of one client; further ones are refused (429).",
+        ),
     ] = 64
     max_body: Annotated[
         int | None, opt.size_option("--max-body", "Longest request body. Without it: 4 MiB.", "Load")

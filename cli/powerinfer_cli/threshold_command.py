@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 HELP = """Choose which neurons of a SiLU or GELU model may be left out, within a budget of perplexity.
 
-Such models have no exact zeros, so leaving neurons out changes answers: this is never on by itself. One
-factor of act(gate)·up is computed for all neurons, and other rows are read only where it is large. The budget
-goes, layer by layer, where it saves most; half of the text is chosen on, the other half says what it costs.
-Writes NAME.thresholds.safetensors; convert takes it into the split file, for run --mode thresholded.
+These models have no exact zeros, so leaving neurons out changes answers, and only happens when you ask for
+it. One factor of act(gate)·up is computed for all neurons, and the other rows of a neuron are read only if
+this factor is large. The budget is spent in the layers where it saves most: thresholds are chosen on one half
+of the text, and their cost is measured on the other half. Writes NAME.thresholds.safetensors; convert copies
+it into the split file, for run --mode thresholded.
 
 \b
 Examples:
+  powerinfer profile   -m model.gguf --corpus texts/
   powerinfer threshold -m model.gguf --text book.txt --max-ppl-increase 1%
+  powerinfer plan      -m model.gguf
   powerinfer convert   -m model.gguf
   powerinfer run       -m model.powerinfer.gguf --mode thresholded
 """
@@ -42,7 +45,13 @@ def command(
     *,
     model: opt.ModelChoice,
     text: Annotated[
-        Path, typer.Option("--text", "-f", metavar="FILE", help="Text to choose and measure on; - is stdin.")
+        Path,
+        typer.Option(
+            "--text",
+            "-f",
+            metavar="FILE",
+            help="Text to choose thresholds and measure their cost on; - is stdin.",
+        ),
     ],
     max_ppl_increase: Annotated[
         float,
@@ -50,14 +59,16 @@ def command(
             "--max-ppl-increase",
             parser=share_value,
             metavar="SHARE",
-            help="How much perplexity may grow: 1% or 0.01.",
+            help="Allowed relative increase of perplexity: 1% or 0.01.",
         ),
     ],
     profile: opt.Profile = None,
     ctx: opt.Window = 512,
     windows: Annotated[
         int,
-        typer.Option("--windows", min=1, max=1024, metavar="N", help="Windows to choose on, and to measure."),
+        typer.Option(
+            "--windows", min=1, max=1024, metavar="N", help="Windows to choose on, and as many to measure on."
+        ),
     ] = 4,
     output: opt.Output = None,
     allow_over_budget: Annotated[
@@ -68,7 +79,7 @@ def command(
     ] = False,
     common: opt.Common,
 ) -> None:
-    """Choose neurons to leave out within a budget."""
+    """Choose neurons to leave out (SiLU, GELU models)."""
     source = find_model(model)
     profile_path = stage_input(profile, source, PROFILE_SUFFIX, made_by="profile")
     path = output_file(output, source, THRESHOLDS_SUFFIX)

@@ -32,18 +32,18 @@ _importing = opt.in_panel("Import")
 
 HELP = """Make small predictors of which neurons will be active, one for each layer.
 
-Reads NAME.trace.zst, which profile --trace makes, and writes NAME.predictors.safetensors. Each gate is cut to
-the rank that matters for the inputs seen (a singular value decomposition weighted by their covariance); ranks
-are shared out between layers where they save the most bytes, within --budget. With --method sign, they
-are the signs of the gate's weights, held against the input: one bit a weight, nothing to size or train.
+Reads NAME.trace.zst, which profile --trace writes, and writes NAME.predictors.safetensors. A predictor is a
+low-rank approximation of the layer's gate (a singular value decomposition weighted by the covariance of the
+inputs). Layers get ranks where these save the most bytes, within --budget. With --method sign, a predictor is
+the signs of the gate's weights, one bit each, without training.
 
-What is predicted, and how surely, is then chosen for each layer: as many bytes saved as perplexity on a text
-allows, measured with the engine in the mode that will run; layers that would cost too much stay gate-first,
-which is exact. Or name a --recall for all layers. What came of it, on text and tokens that were used for
-nothing else, is printed and stored in the file.
+Each layer then gets the threshold that saves the most bytes within the allowed increase of perplexity,
+measured with the engine on a text. Layers that would cost too much stay gate-first, which is exact. --recall
+sets one recall for all layers instead. The result is measured on text that was not used for any choice,
+printed, and stored in the file.
 
-With --import, takes over the predictors of the original PowerInfer instead: a folder of model_0.pt,
-model_1.pt and so on. Needs torch.
+--import takes over the predictors of the original PowerInfer instead: a folder of model_0.pt, model_1.pt and
+so on. Needs torch.
 
 \b
 Examples:
@@ -66,7 +66,7 @@ class Aim:
             "--max-ppl-increase",
             min=0.0,
             metavar="SHARE",
-            help="Relative increase of perplexity that predicting may cause. Without it: 0.001.",
+            help="Relative increase of perplexity that predictors may cause. Without it: 0.001.",
         ),
     ] = None
     recall: Annotated[
@@ -76,7 +76,7 @@ class Aim:
             min=0.01,
             max=0.9999,
             metavar="SHARE",
-            help="Share of active neurons to be found in every layer, whatever it costs in perplexity.",
+            help="Share of active neurons to find in every layer, whatever the cost in perplexity.",
         ),
     ] = None
     budget: Annotated[
@@ -86,7 +86,8 @@ class Aim:
             min=0.001,
             max=1.0,
             metavar="SHARE",
-            help="Most that predictors may weigh, as a share of the model; those of sign have one size.",
+            help="Largest size of all predictors, as a share of the model's; with --method sign, "
+            "their size is fixed.",
         ),
     ] = 0.1
     text: Annotated[
@@ -94,7 +95,8 @@ class Aim:
         _aim(
             "--text",
             metavar="FILE",
-            help="Text to measure perplexity on, not the profile's. Without it: a piece of Newton's Opticks.",
+            help="Text to measure perplexity on; must not be the profile's. Without it: a part of "
+            "Newton's Opticks.",
         ),
     ] = None
     windows: Annotated[
@@ -103,8 +105,8 @@ class Aim:
             "--windows",
             min=3,
             metavar="N",
-            help="Windows of the text to use, as long as the profile's: a third to choose by, the rest to "
-            "measure on.",
+            help="Windows of the text to use, as long as the profile's: a third to choose on, the "
+            "others to measure on.",
         ),
     ] = 12
 
@@ -117,23 +119,25 @@ class Making:
         Literal["svd", "sign", "tuned"],
         _making(
             "--method",
-            help="svd: by the decomposition alone, no training; sign: the signs of the gate's weights, one "
-            "bit each, no training; tuned: from the decomposition by gradients, in torch, "
-            "layer by layer. Interrupted, the same command goes on after the last finished layer.",
+            help="svd: the decomposition, without training; sign: the signs of the gate's weights, "
+            "without training; tuned: the decomposition, then trained further in torch, layer by"
+            " layer. If interrupted, the same command continues after the last finished layer.",
         ),
     ] = "svd"
     row_type: Annotated[
         Literal["Q8_0", "Q4_0", "F16", "F32"],
         _making(
             "--type",
-            help="Row type of the predictors in the split file (with --import: F16); of no matter to sign.",
+            help="Row type of the predictors in the split file (with --import: F16); not for --method sign.",
         ),
     ] = "Q4_0"
-    device: Annotated[Literal["cpu", "cuda"], _making("--device", help="Where torch tunes.")] = "cpu"
-    seed: Annotated[int, _making("--seed", min=0, metavar="N", help="Of the choice of records.")] = 0
-    restart: Annotated[bool, _making("--restart", help="Forget layers that interrupted work has tuned.")] = (
-        False
-    )
+    device: Annotated[
+        Literal["cpu", "cuda"], _making("--device", help="Device for torch, with --method tuned.")
+    ] = "cpu"
+    seed: Annotated[int, _making("--seed", min=0, metavar="N", help="Seed for the choice of records.")] = 0
+    restart: Annotated[
+        bool, _making("--restart", help="Discard layers that an interrupted run has trained.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -142,14 +146,14 @@ class Import:
 
     folder: Annotated[
         Path | None,
-        _importing("--import", metavar="DIR", help="Take over model_0.pt, model_1.pt … of this folder."),
+        _importing("--import", metavar="DIR", help="Take over model_0.pt, model_1.pt … from this folder."),
     ] = None
     threshold: Annotated[
         float | None,
         _importing(
             "--threshold",
             metavar="X",
-            help="Score from which its neurons count as active (default: what its config.json says, or 0).",
+            help="Score from which a neuron counts as active (default: from its config.json, else 0).",
         ),
     ] = None
 
@@ -168,7 +172,7 @@ def command(
         typer.Option(
             "--chart",
             metavar="FILE",
-            help="Draw what the predictors would find at other thresholds, by how many neurons they name, "
+            help="Draw the recall of the predictors against the number of neurons that they name, "
             "into a .png or .svg file.",
         ),
     ] = None,
@@ -177,7 +181,7 @@ def command(
     imported: Import,
     common: opt.Common,
 ) -> None:
-    """Make predictors."""
+    """Make predictors of active neurons (ReLU models)."""
     if aim.recall is not None and aim.max_increase is not None:
         raise typer.BadParameter("choose one of --recall and --max-ppl-increase", param_hint="--recall")
     source = find_model(model)

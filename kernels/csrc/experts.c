@@ -83,6 +83,16 @@ void pi_expert_gather_execute(const pi_op *op, const pi_run *run, const pi_worke
     }
 }
 
+/* The products of one expert for `count` pairs, rows from `row` on, times its scale, and its bias added. */
+static void scale_products(const pi_run *run, float scale, const float *bias, int64_t count, int64_t row, int64_t end,
+                           int64_t rows, float *out) {
+    for (int64_t pair = 0; pair < count; pair++) {
+        float *products = out + pair * rows + row;
+        run->kernels->scale(scale, end - row, products);
+        if (bias) run->kernels->add(bias + row, end - row, products);
+    }
+}
+
 void pi_expert_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     const pi_expert_matmul *m = &op->u.expert_matmul;
     const pi_order o = order_of(&m->choice, run, worker);
@@ -102,10 +112,14 @@ void pi_expert_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, i
         const int is_float = pi_row_is_float(w->row_type);
         const float *src = same ? m->token_src : m->src;
         const pi_acts *acts = same ? &m->token_acts : &m->acts;
+        const int64_t end = min64(m->tiles, tile + m->chunk);
+        float *out = m->out + first * w->rows;
         /* With one row for all, the output's place still is the pair's. */
-        run->kernels->matmul(w, is_float ? src : NULL, is_float ? NULL : acts, same ? 0 : first, count, tile,
-                             min64(m->tiles, tile + m->chunk), bias, 0, same ? m->out + first * w->rows : m->out,
-                             w->rows);
+        run->kernels->matmul(w, is_float ? src : NULL, is_float ? NULL : acts, same ? 0 : first, count, tile, end,
+                             m->scales ? NULL : bias, 0, same ? out : m->out, w->rows);
+        if (m->scales)
+            scale_products(run, m->scales[expert], bias, count, tile * PI_TILE, min64(w->rows, end * PI_TILE), w->rows,
+                           out);
     }
 }
 

@@ -138,8 +138,11 @@ enum pi_activation {
     PI_SIGMOID,
     PI_SOFTPLUS,
     PI_SWIGLU_OAI,
+    PI_SWIGLU_CLAMPED,
+    PI_CLAMPED_SILU,
     PI_ACTIVATIONS,
-    PI_OAI_UP = PI_ACTIVATIONS /* what PI_SWIGLU_OAI does to up */
+    PI_OAI_UP = PI_ACTIVATIONS, /* what PI_SWIGLU_OAI does to up */
+    PI_CLAMPED_UP               /* and the two after it */
 };
 
 /* Functions of single values with up to four constants a, b, c, d. */
@@ -187,7 +190,8 @@ typedef struct pi_kernels {
     void (*rope)(float *x, const float *cos, const float *sin, int64_t heads, int64_t head_dim, int64_t half, int neox);
     void (*add)(const float *x, int64_t count, float *out);
     void (*scale)(float factor, int64_t count, float *x);
-    /* `cut`: what a gate must be above with PI_FATRELU; the largest gate and |up| with PI_SWIGLU_OAI. */
+    /* `cut`: what a gate must be above with PI_FATRELU; the largest gate (PI_CLAMPED_SILU: silu of it) and |up| with the
+     * clamped ones. */
     void (*activate)(int32_t kind, float cut, const float *gate, const float *up, int64_t count, float *out);
     /* out[i] *= x[(first + i) / repeat] */
     void (*multiply)(const float *x, int64_t repeat, int64_t first, int64_t count, float *out);

@@ -14,11 +14,22 @@ static const float ones[CHUNK] = {
 #undef PI_ONES
 };
 
+/* The activation that makes a neuron's factor of up; -1 where up itself is. */
+static int32_t kind_of_factor(const pi_observe *o) {
+    switch (o->kind) {
+    case PI_DRELU: return PI_RELU;
+    case PI_SWIGLU_OAI: return o->up ? PI_OAI_UP : -1;
+    case PI_SWIGLU_CLAMPED:
+    case PI_CLAMPED_SILU: return o->up ? PI_CLAMPED_UP : -1;
+    default: return -1;
+    }
+}
+
 static void observe_chunk(const pi_observe *o, const pi_kernels *kernels, int64_t token, int64_t first, int64_t count) {
     float act[CHUNK], factor[CHUNK];
     int32_t bins[CHUNK];
     const float *up = o->up ? o->up + token * o->width + first : ones;
-    int32_t on_up = o->kind == PI_DRELU ? PI_RELU : o->kind == PI_SWIGLU_OAI && o->up ? PI_OAI_UP : -1;
+    const int32_t on_up = kind_of_factor(o);
     kernels->activate(o->kind, o->cut, o->gate + token * o->width + first, NULL, count, act);
     if (on_up >= 0) kernels->activate(on_up, o->cut, up, NULL, count, factor);
     const float *factors = on_up >= 0 ? factor : up;

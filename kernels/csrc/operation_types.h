@@ -220,7 +220,8 @@ typedef struct {
     pi_expert_choice choice;
     const float *token_src, *src; /* of tokens, which a single token reads where `of_tokens`, and of pairs */
     pi_acts token_acts, acts;
-    const float *bias; /* [experts, rows], or NULL */
+    const float *bias;   /* [experts, rows], or NULL */
+    const float *scales; /* [experts], what the products of each are times before the bias; or NULL */
     float *out;
     int64_t tiles, chunk;
     int of_tokens;

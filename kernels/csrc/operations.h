@@ -56,7 +56,7 @@
     X(EXPERT_GATHER, "i=T*i1 f=T*i1 L=i0 f=T*i3 " PI_ACTS("i3") "f!=T*i1*i3 " PI_ACTS_OUT("T*i1*i3"), 6, 0,            \
       experts_fit(i, m) && given(m, 8) <= given(m, 4) && together(m, 4) && together(m, 8) &&                           \
           (!given(m, 8) || divides(PI_BLOCK, i[3])))                                                                   \
-    X(EXPERT_MATMUL, "i=T*i1 L=i0 f=T*c+ " PI_ACTS("c") "f=T*i1*c " PI_ACTS("i1*c") "f?=i0*r f!=T*i1*r", 5, 0,         \
+    X(EXPERT_MATMUL, "i=T*i1 L=i0 f=T*c+ " PI_ACTS("c") "f=T*i1*c " PI_ACTS("i1*c") "f?=i0*r f?=i0 f!=T*i1*r", 5, 0,   \
       experts_fit(i, m) && has_input(m, m->row_type, 2) && has_input(m, m->row_type, 6))                               \
     X(EXPERT_ACTIVATE, "i=T*i1 L=i0 f=T*i1*i4 f?=T*i1*i4 f!=T*i1*i4 " PI_ACTS_OUT("T*i1*i4"), 5, 1,                    \
       experts_fit(i, m) && below(i[3], PI_ACTIVATIONS) && together(m, 5) && (!given(m, 5) || divides(PI_BLOCK, i[4]))) \

@@ -29,7 +29,8 @@ static pi_op expert_matmul_of(void *const *p, const int64_t *i) {
                                             .src = p[6],
                                             .acts = acts_of(p + 7, first->columns),
                                             .bias = p[10],
-                                            .out = p[11],
+                                            .scales = p[11],
+                                            .out = p[12],
                                             .tiles = first->tiles,
                                             .chunk = chunk_of(first),
                                             .of_tokens = (int)i[3]};
@@ -38,7 +39,7 @@ static pi_op expert_matmul_of(void *const *p, const int64_t *i) {
 
 /* Its `tiles` are rows: single ones are picked. */
 static pi_op expert_rows_of(void *const *p, const int64_t *i, float cut) {
-    void *const product[] = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[12]};
+    void *const product[] = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], NULL, p[12]};
     const int64_t integers[] = {i[0], i[1], i[2], i[3], 0};
     const pi_op matmul = expert_matmul_of(product, integers);
     pi_op op = {.kind = PI_OP_EXPERT_ROWS};

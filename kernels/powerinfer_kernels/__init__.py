@@ -16,10 +16,11 @@ from .signs import Signs, pack_signs, sign_code_words
 from .state import KVSlot, RecurrentSlot, Slot, Span, State
 from .topology import physical_cores
 from .units import UNITS_AHEAD, Part, UnitCounters, Units, UnitsFault, UnitsFile
-from .vector_builder import ACTIVATION_KINDS
+from .vector_builder import ACTIVATION_KINDS, CLAMPED_KINDS
 
 __all__ = [
     "ACTIVATION_KINDS",
+    "CLAMPED_KINDS",
     "HISTOGRAM_BINS",
     "KV_KINDS",
     "ROUTER_KINDS",

@@ -55,7 +55,8 @@ class Choice:
 @dataclass(frozen=True)
 class ExpertWeights:
     """Σ over the chosen experts of weight · down(act(gate) · up), with biases [experts, rows] or without;
-    act(gate) alone if there is no `up`. Experts that are None in `down` are computed elsewhere.
+    act(gate) alone if there is no `up`. Experts that are None in `down` are computed elsewhere. Products of
+    a matrix that has a scale are times that, before the bias.
 
     If the layout of `up` is picked rows and that of `down` is picked columns, only rows and columns of
     neurons with a gate above the cut are read, with the same bits. The activation must be zero below the cut
@@ -200,7 +201,7 @@ class ExpertOperations(VectorOperations):
                 independent = int(index == 0 and up is not None and not sparse)
                 self._append(
                     Op.EXPERT_MATMUL,
-                    (choice.chosen, _handles(matrices), *inputs, bias, result),
+                    (choice.chosen, _handles(matrices), *inputs, bias, _scales(matrices), result),
                     (*integers, of_tokens, independent),
                 )
         self._append(
@@ -216,13 +217,15 @@ class ExpertOperations(VectorOperations):
             (*integers, activation_number(kind), neurons),
             (activation_cut(kind, cut),),
         )
-        down, added = _handles(weights.down), (weights.down_bias, buffers.out)
+        down, bias = _handles(weights.down), weights.down_bias
         if sparse:
-            self._append(Op.EXPERT_COLUMNS, (choice.chosen, down, *hidden, *added), integers)
+            self._append(Op.EXPERT_COLUMNS, (choice.chosen, down, *hidden, bias, buffers.out), integers)
         else:
             product = (buffers.gate, *hidden)
             self._append(
-                Op.EXPERT_MATMUL, (choice.chosen, down, *product, *product, *added), (*integers, 0, 0)
+                Op.EXPERT_MATMUL,
+                (choice.chosen, down, *product, *product, bias, _scales(weights.down), buffers.out),
+                (*integers, 0, 0),
             )
         self._append(
             Op.EXPERT_SUM,
@@ -339,8 +342,8 @@ class ExpertOperations(VectorOperations):
             present = [matrix for matrix in matrices if matrix is not None]
             if len(matrices) != choice.experts or [m is not None for m in matrices] != here or not present:
                 raise KernelError(f"{name} must have a matrix of every expert that is here, and one at least")
-            if any(m.scale != 1.0 for m in present):
-                raise KernelError("the matrices of experts are times no scale")
+            if present[0].layout != Layout.TILES and any(m.scale != 1.0 for m in present):
+                raise KernelError("picked rows and columns of experts are times no scale")
             sizes = {(m.rows, m.columns, m.row_type, m.layout) for m in present}
             if len(sizes) > 1:
                 raise KernelError(f"the {name} matrices of experts must be of one size, type and layout")
@@ -395,6 +398,12 @@ class ExpertOperations(VectorOperations):
         if activations is None or activations.columns != columns or activations.max_tokens < rows:
             raise KernelError(f"{name} must be activations for {rows} rows of {columns} values")
         return (activations.q, activations.d, activations.s)
+
+
+def _scales(matrices: Matrices) -> Floats | None:
+    """What the products with each matrix are times, [experts]; None where that is 1."""
+    scales = np.array([1.0 if matrix is None else matrix.scale for matrix in matrices], np.float32)
+    return None if (scales == 1.0).all() else scales
 
 
 def _handles(matrices: Matrices) -> tuple[Any, ...]:

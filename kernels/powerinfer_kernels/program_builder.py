@@ -157,7 +157,7 @@ class ProgramBuilder(RecurrentOperations):
 
     def activate(self, gate: Floats, up: Floats | None, out: Floats, kind: str, cut: float = 0.0) -> None:
         """out = act(gate) · up, or act(gate) without `up`. `out` may be either input. Here and below, with
-        fatrelu `cut` is the value that a gate must exceed; with swiglu_oai it limits gate and |up|."""
+        fatrelu `cut` is the value that a gate must exceed; with `CLAMPED_KINDS` it limits gate and |up|."""
         width = self._width("gate", gate)
         if up is not None:
             self._check("up", up, width)

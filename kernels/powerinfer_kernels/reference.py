@@ -165,7 +165,8 @@ def act(gate: Array, kind: str, cut: float = 0.0) -> Array:
     """The activation function alone. silu: x / (1 + e^-x); gelu_tanh: x (1 + tanh(√(2/π) (x + 0.044715
     x³))) / 2; gelu_erf: x (1 + erf(x / √2)) / 2 (arXiv 1606.08415); relu, drelu: max(x, 0); relu2: max(x,
     0)²; fatrelu: x where it is above `cut`, else 0 (arXiv 2402.13516); sigmoid: 1 / (1 + e^-x); softplus:
-    log(1 + e^x); swiglu_oai: g / (1 + e^(-1.702 g)) with g = min(x, cut) (gpt-oss)."""
+    log(1 + e^x); swiglu_oai: g / (1 + e^(-1.702 g)) with g = min(x, cut) (gpt-oss); swiglu_clamped:
+    silu(min(x, cut)); clamped_silu: min(silu(x), cut)."""
     positive: Array = np.maximum(gate, 0)
     share: Array
     with np.errstate(over="ignore"):
@@ -189,6 +190,10 @@ def act(gate: Array, kind: str, cut: float = 0.0) -> Array:
             case "swiglu_oai":
                 clamped = np.minimum(gate, cut)
                 return np.asarray(clamped / (1 + np.exp(-1.702 * clamped)))
+            case "swiglu_clamped":
+                return act(np.minimum(gate, cut), "silu")
+            case "clamped_silu":
+                return np.minimum(act(gate, "silu"), cut)
             case _:
                 raise ValueError(f"no activation is called {kind!r}")
     return gate * share
@@ -196,7 +201,7 @@ def act(gate: Array, kind: str, cut: float = 0.0) -> Array:
 
 def activate(gate: Array, up: Array | None, kind: str, cut: float = 0.0) -> Array:
     """act(gate) · up; without `up`, act(gate). drelu: relu(gate) · relu(up) (arXiv 2406.05955); swiglu_oai:
-    act(gate) · (u + 1), u = up within ± cut."""
+    act(gate) · (u + 1), u = up within ± cut; swiglu_clamped, clamped_silu: act(gate) · u."""
     if up is None:
         return act(gate, kind, cut)
     factor: Array = up
@@ -204,6 +209,8 @@ def activate(gate: Array, up: Array | None, kind: str, cut: float = 0.0) -> Arra
         factor = np.maximum(up, 0)
     if kind == "swiglu_oai":
         factor = np.clip(up, -cut, cut) + 1
+    if kind in ("swiglu_clamped", "clamped_silu"):
+        factor = np.clip(up, -cut, cut)
     return act(gate, kind, cut) * factor
 
 

@@ -13,7 +13,8 @@ from .program import Op, OperationList
 
 #: Activation functions by the number that C knows them by: out = act(gate) · up; drelu: relu(gate) ·
 #: relu(up); fatrelu: gate · up where the gate is above a cut; swiglu_oai: g σ(1.702 g) · (u + 1) with
-#: g = min(gate, cut) and u = up within ± cut.
+#: g = min(gate, cut) and u = up within ± cut; swiglu_clamped: silu(g) · u; clamped_silu: min(silu(gate),
+#: cut) · u.
 ACTIVATION_KINDS = (
     "silu",
     "gelu_tanh",
@@ -25,7 +26,11 @@ ACTIVATION_KINDS = (
     "sigmoid",
     "softplus",
     "swiglu_oai",
+    "swiglu_clamped",
+    "clamped_silu",
 )
+#: Those that limit gate and up by a cut.
+CLAMPED_KINDS = frozenset({"swiglu_oai", "swiglu_clamped", "clamped_silu"})
 #: Those whose result is exactly zero wherever the gate is not positive.
 ZERO_KINDS = frozenset({"relu", "relu2", "drelu", "fatrelu"})
 _MAP_SCALE, _MAP_SOFTCAP, _MAP_CLAMP, _MAP_XIELU = range(4)
@@ -210,9 +215,9 @@ def activation_number(kind: str) -> int:
 
 def activation_cut(kind: str, cut: float) -> float:
     """`cut`, where it goes with the activation function."""
-    if kind == "swiglu_oai":
+    if kind in CLAMPED_KINDS:
         if not 0 < cut < float("inf"):
-            raise KernelError(f"swiglu_oai needs a positive cut, got {cut}")
+            raise KernelError(f"{kind} needs a positive cut, got {cut}")
     elif not 0 <= cut < float("inf") or (cut and kind != "fatrelu"):
         raise KernelError(f"a cut of {cut} does not go with {kind}: fatrelu has one, not negative, alone")
     return float(cut)

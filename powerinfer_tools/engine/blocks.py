@@ -180,7 +180,7 @@ class BlockWriter:
 
     @property
     def activation(self) -> Activation:
-        """The activation of the layer's FFN."""
+        """The activation of the layer's FFN, or of the expert that every token takes."""
         return blocks.activation_of(self.hyper, self.layer or 0)
 
     @property
@@ -230,12 +230,20 @@ class BlockWriter:
         if quantized:
             self.ops.round(normed.floats)
 
-    def expert_input(self, norm: Norm) -> Floats:
-        """Where the normalised input of a layer is, for experts that read that."""
+    def normed(self, name: str, norm: Norm) -> Floats:
+        """Where the residual stream is that experts or their router read, normalised for them."""
         self.label("ffn")
-        normed = self.ops.norm("expert_input", self._x, norm, self.eps)
+        normed = self.ops.norm(name, self._x, norm, self.eps)
         self.ops.round(normed.floats)
         return normed.floats
+
+    def post_norm(self, name: str, norm: Norm) -> Floats:
+        """``block_out`` normalised, in the buffer of that name."""
+        return self.ops.norm(name, Value(self.buffers.block_out), norm, self.eps).floats
+
+    def add_to_block(self, part: Floats) -> None:
+        """``block_out`` plus ``part``."""
+        self.ops.join(Value(self.buffers.block_out), Value(part))
 
     def scale_block(self, factor: float) -> None:
         """``block_out`` times ``factor``."""
@@ -283,7 +291,7 @@ class BlockWriter:
     ) -> None:
         """Σ weight · expert(``source``) over what was chosen, into ``block_out``, or added to what it
         holds."""
-        b, how = self.buffers, self.activation
+        b, how = self.buffers, blocks.activation_of(self.hyper, self.layer or 0, routed=True)
         self.builder.experts(
             choice,
             source,

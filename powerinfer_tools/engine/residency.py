@@ -113,6 +113,8 @@ class Residency(UnitsOnDisk):
             self._ahead.append(Choice.new(len(like.chosen), like.experts, like.used))
         writer.label("router")
         source, norm = Value(writer.buffers.x), weights.ffn_norm
+        if ffn.norms is not None:
+            norm = ffn.norms.router
         if norm is not None and not writer.spec.early_router:
             source = writer.ops.norm("normed_ahead", source, norm, writer.eps)
         write_scores(writer, self.router(layer), ffn, source.floats, scores)

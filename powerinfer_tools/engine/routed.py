@@ -15,8 +15,9 @@ from powerinfer_tools.engine.cold_side import Computed, Plain
 from powerinfer_tools.engine.hot.routes import SHARED, Route
 from powerinfer_tools.engine.observation import LayerCounters
 from powerinfer_tools.engine.residency import Residency, write_choice, write_scores
+from powerinfer_tools.engine.values import Value
 from powerinfer_tools.errors import ModelError
-from powerinfer_tools.model.ffn_matrices import ExpertsFFN
+from powerinfer_tools.model.ffn_matrices import ExpertNorms, ExpertsFFN
 from powerinfer_tools.model.hyperparameter_types import Hyperparameters, Routing
 from powerinfer_tools.model.loading import Model
 
@@ -82,10 +83,10 @@ class RoutedFFN(Plain):
         self._buffers, self._hot, self._residency, self._observed = routed, hot, residency, observed
         self._source = routed.normed
         self._router: Matrix | None = None
-        if any(scale is not None for scale in ffn.scales):
+        if skips and any(scale is not None for scale in ffn.scales):
             raise ModelError(
-                f"{model.path}: layer {index} has routed experts whose matrices have a scale each (NVFP4), "
-                "which are not computed; dense models with such rows are"
+                f"{model.path}: layer {index} has routed experts whose matrices have a scale each, which "
+                "are computed whole; leave out --mode gate-first"
             )
         if residency is not None and skips:
             raise ModelError(
@@ -149,11 +150,14 @@ class RoutedFFN(Plain):
         if self._spec.early_router:
             self._write_router(writer, writer.buffers.x)
         if self._ffn.beside_norm is not None:
-            self._source = writer.expert_input(self._ffn.beside_norm)
+            self._source = writer.normed("expert_input", self._ffn.beside_norm)
 
     def choose(self, writer: BlockWriter, first: int) -> int:
         """See :class:`ColdFFN`."""
-        if not self._spec.early_router:
+        if self._ffn.norms is not None:
+            self._write_router(writer, writer.normed("router_input", self._ffn.norms.router))
+            self._source = writer.normed("expert_input", self._ffn.norms.experts)
+        elif not self._spec.early_router:
             self._write_router(writer, self._source)
         scratch, seen, shared = self._buffers, self._observed, None
         writer.label("router")
@@ -171,22 +175,39 @@ class RoutedFFN(Plain):
 
     def write(self, writer: BlockWriter, buffers: Buffers, output: FFNOutput) -> None:
         """See :class:`ColdFFN`."""
+        if self._ffn.norms is not None:
+            self._write_normed(writer, buffers, self._ffn.norms)
+            return
         if self._shared is not None:
             writer.expert(self._shared, buffers.normed, "block_out")
             if self._ffn.shared_gate is not None:
                 width = buffers.block_out.shape[1]
                 writer.builder.multiply(self._buffers.shared_weight, buffers.block_out, width)
         if self._experts:
-            writer.experts(
-                self._weights(),
-                self._buffers.choice,
-                self._buffers.pairs,
-                self._source,
-                accumulate=self._shared is not None,
-                weigh_input=self._routing.weigh_input,
-            )
+            self._write_routed(writer, accumulate=self._shared is not None)
         if self._ffn.shared is not None:
             writer.scale_block(self._spec.shared_factor)
+
+    def _write_normed(self, writer: BlockWriter, buffers: Buffers, norms: ExpertNorms) -> None:
+        """The experts and the FFN beside them, each normalised by itself."""
+        self._write_routed(writer, accumulate=False)
+        routed = writer.post_norm("experts_out", norms.experts_out)
+        if self._shared is None:
+            writer.ops.copy("block_out", Value(routed))
+            return
+        writer.expert(self._shared, buffers.normed, "block_out")
+        writer.post_norm("block_out", norms.dense_out)
+        writer.add_to_block(routed)
+
+    def _write_routed(self, writer: BlockWriter, *, accumulate: bool) -> None:
+        writer.experts(
+            self._weights(),
+            self._buffers.choice,
+            self._buffers.pairs,
+            self._source,
+            accumulate=accumulate,
+            weigh_input=self._routing.weigh_input,
+        )
 
     def works(self, count: int) -> bool:
         """See :class:`ColdFFN`."""

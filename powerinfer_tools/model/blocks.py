@@ -250,15 +250,16 @@ def experts(
     ops: Operations[V, Weight],
     spec: ArchitectureSpec,
     hyper: Hyperparameters,
+    layer: int,
     w: ExpertsFFN,
     normed: V,
-    routed_by: V,
-    read: V,
+    inputs: tuple[V, V],
 ) -> V:
-    """The router, which reads ``routed_by``, the experts that it chooses, which read ``read``, and the one
-    that every token takes, which reads ``normed``, times a sigmoid where it has a gate."""
-    routing, how = hyper.routing, activation_of(hyper)
+    """The router and the experts that it chooses, which read ``inputs``, and the one that every token takes,
+    which reads ``normed``, times a sigmoid where it has a gate."""
+    routing, how, eps = hyper.routing, activation_of(hyper, layer, routed=True), hyper.norm_eps
     assert routing is not None
+    routed_by, read = inputs
 
     def expert(index: int, x: V) -> V:
         biases = [None if one is None else one[index] for one in w.biases]
@@ -269,12 +270,37 @@ def experts(
 
     scores = ops.linear("scores", routed_by, w.router, w.router_bias)
     out = ops.experts(scores, read, routing, expert, w.choice_bias)
+    if w.norms is not None:
+        out = ops.norm("experts_out", out, w.norms.experts_out, eps)
     if w.shared is None:
         return out
-    shared = ffn(ops, how, dense_of(w.shared), normed, "shared_out")
+    shared = ffn(ops, activation_of(hyper, layer), dense_of(w.shared), normed, "shared_out")
+    if w.norms is not None:
+        shared = ops.norm("shared_out", shared, w.norms.dense_out, eps)
     if w.shared_gate is not None:
         shared = ops.weigh(shared, ops.linear("shared_score", normed, w.shared_gate))
     return scaled(ops, ops.join(out, shared), spec.shared_factor)
+
+
+def expert_inputs(
+    ops: Operations[V, Weight],
+    spec: ArchitectureSpec,
+    eps: float,
+    w: ExpertsFFN,
+    normed: V,
+    x: V,
+    before: V | None,
+) -> tuple[V, V]:
+    """What the router reads, and what the experts do: ``normed``, or the residual stream ``x`` or the layer's
+    input ``before``, normalised for them."""
+    if w.norms is not None:
+        router = ops.norm("router_input", x, w.norms.router, eps)
+        return router, ops.norm("expert_input", x, w.norms.experts, eps)
+    read = normed
+    if w.beside_norm is not None:
+        assert before is not None
+        read = ops.norm("expert_input", before, w.beside_norm, eps)
+    return (read if before is None or not spec.early_router else before), read
 
 
 def scaled(ops: Operations[V, W], x: V, factor: float) -> V:
@@ -287,8 +313,10 @@ def dense_of(w: DenseFFN, bias: Vector | None = None, down_bias: Vector | None =
     return FFN(w.first, w.factor, w.down, bias, down_bias)
 
 
-def activation_of(hyper: Hyperparameters, layer: int = 0) -> Activation:
-    """The activation of the FFN of ``layer``."""
+def activation_of(hyper: Hyperparameters, layer: int = 0, *, routed: bool = False) -> Activation:
+    """The activation of the FFN of ``layer``, or of experts that its router chooses."""
+    if limit := hyper.facts[layer].limits[0 if routed else 1]:
+        return Activation(hyper.clamp, limit)
     if hyper.xielu:
         return Activation(hyper.activation, constants=hyper.xielu[layer])
     return Activation(hyper.activation, hyper.activation_cut)

@@ -11,6 +11,9 @@ from powerinfer_tools.model.keys import Keys
 from powerinfer_tools.model.mixer_keys import read_dense_neurons
 from powerinfer_tools.model.original import is_original, original_activation
 
+#: Limits up to here are none.
+_LEAST_LIMIT = 1e-6
+
 
 def read_routing(keys: Keys, spec: ArchitectureSpec, width: int) -> Routing | None:
     """How experts are chosen; None in a family without them. Raises ModelError."""
@@ -106,6 +109,21 @@ def read_xielu(keys: Keys, layers: int) -> tuple[tuple[float, float, float, floa
     )
     rows = zip(positive, negative, beta, eps, strict=True)
     return tuple((_softplus(p), b + _softplus(n), b, e) for p, n, b, e in rows)
+
+
+def read_limits(keys: Keys, spec: ArchitectureSpec, layers: int) -> list[tuple[float, float]]:
+    """What gates of routed experts, and of other FFNs, are limited to, layer by layer; 0 where they are not.
+    Raises ModelError."""
+    if not spec.clamp:
+        return [(0.0, 0.0)] * layers
+    parts = []
+    for part in ("exp", "shexp"):
+        key = f"swiglu_clamp_{part}"
+        values = [0.0] * layers if keys.raw(key) is None else keys.reals(key, layers)
+        if any(value < 0 for value in values):
+            keys.refuse(f"{key} holds a limit below 0")
+        parts.append([value if value > _LEAST_LIMIT else 0.0 for value in values])
+    return list(zip(*parts, strict=True))
 
 
 def _softplus(x: float) -> float:

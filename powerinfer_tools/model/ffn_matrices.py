@@ -1,6 +1,9 @@
 """The FFNs of source models, and experts of both kinds of file: matrices, as views of the file."""
 
+import math
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from powerinfer_formats.split import SplitFile, SplitUnits
 from powerinfer_formats.split_layout import experts_name, source_experts_name
@@ -41,6 +44,22 @@ class DenseFFN:
 
 
 @dataclass(frozen=True)
+class ExpertNorms:
+    """Norms of experts beside a dense FFN (Gemma 4): of what the ``router`` and the ``experts`` read of the
+    residual stream, and of what the dense FFN and the experts add."""
+
+    router: Norm
+    experts: Norm
+    dense_out: Norm
+    experts_out: Norm
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(norm.nbytes for norm in (self.router, self.experts, self.dense_out, self.experts_out))
+
+
+@dataclass(frozen=True)
 class ExpertsFFN:
     """The experts of one layer: ``router`` (experts, width), by the experts' numbers; the rows of all experts
     one after the other, in the order of ``units`` where there are some, in ``gate`` and ``up``
@@ -49,7 +68,7 @@ class ExpertsFFN:
     ``router_bias`` (experts,) is added to scores, ``choice_bias`` to what experts are chosen by, and not to
     their weights; ``biases`` of gate, up and down (experts, rows) to each expert's products. ``beside_norm``
     normalises a layer's input for experts that read that. ``scales`` (experts,) of gate, up and down, by the
-    experts' numbers, are what each matrix is times."""
+    experts' numbers, are what each matrix is times. ``norms``: where the experts have their own."""
 
     router: Weight
     gate: Stack | None
@@ -63,6 +82,7 @@ class ExpertsFFN:
     beside_norm: Norm | None = None
     biases: tuple[Table | None, Table | None, Table | None] = (None, None, None)
     scales: tuple[Vector | None, Vector | None, Vector | None] = (None, None, None)
+    norms: ExpertNorms | None = None
 
     @property
     def is_scaled(self) -> bool:
@@ -139,7 +159,19 @@ def read_ffn(
         choice_bias=_choice_bias(tensors, prefix, experts),
         beside_norm=tensors.norm(spec, f"{prefix}.{spec.beside_norm}", width) if spec.beside_norm else None,
         biases=_expert_biases(tensors, spec, prefix, experts, (neurons, neurons, width)),
-        scales=_expert_scales(tensors, prefix, (*names, name(index, "down")), experts),
+        scales=_expert_scales(tensors, spec, prefix, (*names, name(index, "down")), experts),
+        norms=_expert_norms(tensors, prefix, width) if spec.expert_norms else None,
+    )
+
+
+def _expert_norms(tensors: Tensors, prefix: str, width: int) -> ExpertNorms:
+    """What the router reads is also divided by the root of the width."""
+    router = tensors.vector(f"{prefix}.ffn_gate_inp.scale", width) / np.float32(math.sqrt(width))
+    return ExpertNorms(
+        router=Norm("rms", router),
+        experts=Norm("rms", tensors.vector(f"{prefix}.pre_ffw_norm_2.weight", width)),
+        dense_out=Norm("rms", tensors.vector(f"{prefix}.post_ffw_norm_1.weight", width)),
+        experts_out=Norm("rms", tensors.vector(f"{prefix}.post_ffw_norm_2.weight", width)),
     )
 
 
@@ -161,13 +193,16 @@ def _expert_biases(
 
 
 def _expert_scales(
-    tensors: Tensors, prefix: str, names: tuple[str, str, str], experts: int
+    tensors: Tensors, spec: ArchitectureSpec, prefix: str, names: tuple[str, str, str], experts: int
 ) -> tuple[Vector | None, Vector | None, Vector | None]:
-    """Of gate, up and down; a split file has them by the source's names, whatever the order of the rows."""
+    """Of gate, up and down; a split file has them by the source's names, whatever the order of the rows. In
+    families whose experts have their own norms, down has one whatever its type."""
     gate, up, down = (
         tensors.scales(name, experts, f"{prefix}.ffn_{kind}_exps") if tensors.has(name) else None
         for kind, name in zip(("gate", "up", "down"), names, strict=True)
     )
+    if spec.expert_norms:
+        down = tensors.optional(f"{prefix}.ffn_down_exps.scale", experts)
     return gate, up, down
 
 

@@ -102,7 +102,7 @@ def layer_footprint(
     mixing, feeding, x = _operations(hyper), _operations(hyper), Counted("x", hyper.width)
     along = Along() if along is None else along
     blocks.mix(mixing, spec, hyper, index, w, x, along)
-    _feed(feeding, spec, hyper, w, x)
+    _feed(feeding, spec, hyper, index, w, x)
     blocks.finish(mixing, hyper, w, x, along)
     return mixing.counted, feeding.counted
 
@@ -122,18 +122,21 @@ def _operations(hyper: Hyperparameters) -> CountingOperations:
 
 
 def _feed(
-    ops: CountingOperations, spec: ArchitectureSpec, hyper: Hyperparameters, layer: LayerWeights, x: Counted
+    ops: CountingOperations,
+    spec: ArchitectureSpec,
+    hyper: Hyperparameters,
+    index: int,
+    layer: LayerWeights,
+    x: Counted,
 ) -> None:
     """The FFN of a layer that has one."""
-    ffn, how = layer.feeds, blocks.activation_of(hyper)
+    ffn, how = layer.feeds, blocks.activation_of(hyper, index)
     if ffn is None:
         return
     normed = blocks.ffn_input(ops, layer.ffn_norm, hyper.norm_eps, x, layer.ffn_shift)
     if isinstance(ffn, ExpertsFFN):
-        read = normed
-        if ffn.beside_norm is not None:
-            read = ops.norm("expert_input", x, ffn.beside_norm, hyper.norm_eps)
-        out = blocks.experts(ops, spec, hyper, ffn, normed, x if spec.early_router else read, read)
+        inputs = blocks.expert_inputs(ops, spec, hyper.norm_eps, ffn, normed, x, x)
+        out = blocks.experts(ops, spec, hyper, index, ffn, normed, inputs)
     elif isinstance(ffn, DenseFFN):
         dense = blocks.dense_of(ffn, layer.ffn_bias, layer.ffn_down_bias)
         out = blocks.ffn(ops, how, dense, normed)

@@ -49,13 +49,15 @@ Mixer = Literal["attention", "recurrent", "both", "none"]
 @dataclass(frozen=True)
 class RecurrentSizes:
     """Sizes of recurrent layers: ``length`` of the convolution, ``inner`` width, values of ``state`` per
-    channel, ``heads`` (of a selective scan: the rank of its steps), ``groups`` that share what enters."""
+    channel, ``heads`` (of a selective scan: the rank of its steps), ``groups`` that share what enters.
+    ``bound``: the least logarithm of a decay (0: there is no such bound)."""
 
     length: int
     inner: int
     state: int
     heads: int
     groups: int
+    bound: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class LayerFacts:
     back (0: all of them), ``rope`` None without rotary positions; the token mixer; the kind of FFN; heads of
     queries and of keys, their values, and neurons of a dense FFN; how queries grow with their position.
     ``cache``: the layer whose keys and values it reads (None: its own). ``deviations``: how many standard
-    deviations above the mean a gate must be (None: any counts)."""
+    deviations above the mean a gate must be (None: any counts). ``limits``: of gates in routed experts, and
+    in other FFNs (0: none)."""
 
     window: int
     rope: Rope | None
@@ -101,6 +104,7 @@ class LayerFacts:
     value_dim: int = 0
     cache: int | None = None
     deviations: float | None = None
+    limits: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,8 @@ class Hyperparameters:
     be above with fatrelu, and the largest gate with swiglu_oai (0 with others). ``dense_neurons`` are those
     of FFNs in layers without experts, where others have some. ``chunked``: windows are chunks of positions.
     ``further_layers`` of the file predict further tokens, and are left out. ``input_size``: values of each
-    layer's own input (0: there is none). Where heads and neurons differ
+    layer's own input (0: there is none). ``clamp``: the activation of layers whose gates are limited. Where
+    heads and neurons differ
     between layers, those here are the most, and ``uneven`` names what differs."""
 
     layers: int
@@ -182,6 +187,12 @@ class Hyperparameters:
     further_layers: int
     input_size: int = 0
     streams: StreamSizes | None = None
+    clamp: str = ""
+
+    @property
+    def limited(self) -> bool:
+        """Whether gates of some layer are limited."""
+        return any(any(facts.limits) for facts in self.facts)
 
     @property
     def uneven(self) -> str | None:

@@ -8,6 +8,7 @@ from powerinfer_tools.model.architectures import ArchitectureSpec
 from powerinfer_tools.model.ffn_keys import (
     read_activation,
     read_activation_cut,
+    read_limits,
     read_neurons,
     read_routing,
     read_xielu,
@@ -100,6 +101,7 @@ def read_hyperparameters(
         if spec.layer_inputs
         else 0,
         streams=read_streams(keys, spec),
+        clamp=spec.clamp,
     )
     keys.refuse_unread()
     return hyper
@@ -161,6 +163,7 @@ def _facts(
     first = keys.integer("leading_dense_block_count", 0, low=0, high=layers)
     windows = read_windows(keys, spec, layers)
     caches, deviations = read_caches(keys, spec, windows), read_deviations(keys, spec, layers)
+    limits = read_limits(keys, spec, layers)
     wide, local = read_ropes(keys, spec, sizes.key, sizes.local_key, local=any(windows))
     windowed = spec.rope_in_windows_alone and any(windows)
     scale = read_position_scale(keys, spec, windowed=any(windows))
@@ -188,6 +191,7 @@ def _facts(
                 value_dim=sizes.local_value if window else sizes.value,
                 cache=caches[index],
                 deviations=deviations[index],
+                limits=limits[index],
             )
         )
     return tuple(facts)

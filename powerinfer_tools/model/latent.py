@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from powerinfer_tools.model.hyperparameter_types import LatentSizes, LayerFacts
-from powerinfer_tools.model.operations import Attention, HeadPart, Operations
+from powerinfer_tools.model.operations import Activation, Attention, HeadPart, Operations
 from powerinfer_tools.model.tensors import Norm, Tensors, Weight
 
 V = TypeVar("V")
@@ -30,9 +30,12 @@ class LatentWeights:
     both: Weight | None  # keys and values head by head, (heads · (plain + value), rank)
     output: Weight
     sizes: LatentSizes
+    gate: Weight | None = None  # (heads, width): its sigmoid multiplies what each head attended
 
 
-def read_latent(tensors: Tensors, sizes: LatentSizes, heads: int, width: int, prefix: str) -> LatentWeights:
+def read_latent(
+    tensors: Tensors, sizes: LatentSizes, heads: int, width: int, prefix: str, *, gated: bool = False
+) -> LatentWeights:
     """The weights of a layer. Raises FormatError and ModelError."""
     s, low = sizes, sizes.query_rank
     name = "attn_q_b" if low else "attn_q"
@@ -56,6 +59,7 @@ def read_latent(tensors: Tensors, sizes: LatentSizes, heads: int, width: int, pr
         both=both,
         output=tensors.matrix(f"{prefix}.attn_output.weight", width, heads * s.value),
         sizes=s,
+        gate=tensors.matrix_or_row(f"{prefix}.attn_gate.weight", heads, width) if gated else None,
     )
 
 
@@ -79,12 +83,20 @@ def latent_attention(
         query = ops.scale_by_position(query, growth)
     if w.both is not None:
         key, value = _expanded(ops, how.heads, s, ops.linear("expanded", value, w.both), latent)
-        return ops.linear("block_out", ops.attend(query, key, value, how), w.output)
+        result = ops.attend(query, key, value, how)
+        return ops.linear("block_out", _gated(ops, w, normed, result), w.output)
     query = ops.per_head("query", query, w.keys, s.rotary)
     key = ops.replace_first(latent, value)
     attended = ops.attend(query, key, value, replace(how, value_dim=s.rank))
     result = ops.per_head("attended_heads", attended, w.values, 0)
-    return ops.linear("block_out", result, w.output)
+    return ops.linear("block_out", _gated(ops, w, normed, result), w.output)
+
+
+def _gated(ops: Operations[V, Weight], w: LatentWeights, normed: V, result: V) -> V:
+    if w.gate is None:
+        return result
+    gate = ops.activate(ops.linear("attention_gate", normed, w.gate), None, Activation("sigmoid"))
+    return ops.times(result, gate, w.sizes.value)
 
 
 def _expanded(ops: Operations[V, Weight], heads: int, s: LatentSizes, both: V, latent: V) -> tuple[V, V]:

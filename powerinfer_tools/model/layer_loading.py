@@ -125,7 +125,8 @@ def _attends(
     tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparameters, index: int
 ) -> AttentionWeights | LatentWeights:
     if hyper.latent is not None:
-        return read_latent(tensors, hyper.latent, hyper.heads, hyper.width, f"blk.{index}")
+        gated = spec.attention_gate == "matrix"
+        return read_latent(tensors, hyper.latent, hyper.heads, hyper.width, f"blk.{index}", gated=gated)
     return _attention(tensors, spec, hyper, index)
 
 
@@ -199,7 +200,7 @@ def _head_norm(
         )
         return Norm(spec.norm, np.ones(dim, np.float32)) if present else None
     required = spec.qk_norm in ("heads", "row")
-    if spec.qk_norm_optional and not tensors.has(f"{name}.weight"):
+    if spec.qk_norm_optional and not tensors.has(f"{name.replace('_k_norm', '_q_norm')}.weight"):
         return None
     return tensors.optional_norm(spec, name, heads * dim if spec.qk_norm == "row" else dim, required=required)
 

@@ -113,6 +113,7 @@ class Model:
             "FFNs or experts whose matrices have a scale": any(map(_is_scaled_ffn, self.layers)),
             "dense FFNs beside experts": self.spec.dense_beside != "none" and routing is not None,
             "a scale of what experts add": self.spec.shared_factor != 1.0 and routing is not None,
+            "limited gates": hyper.limited,
         }
         self._refuse_first(what, error, stage)
 
@@ -127,9 +128,13 @@ class Model:
     @property
     def placement_limit(self) -> str | None:
         """Why nothing of the model is computed on a hot device; None where its FFNs can be."""
-        routing = self.hyper.routing
-        if routing is not None and any(facts.ffn == "none" for facts in self.hyper.facts):
+        hyper, routing = self.hyper, self.hyper.routing
+        if routing is not None and any(facts.ffn == "none" for facts in hyper.facts):
             return "layers without FFN beside experts"
+        if hyper.limited:
+            return "limited gates"
+        if routing is not None and self.spec.expert_norms:
+            return "experts that have norms of their own"
         return "experts whose input is weighed" if routing is not None and routing.weigh_input else None
 
     @property
@@ -195,6 +200,7 @@ class Model:
             "layers without FFN": any(layer.feeds is None for layer in self.layers),
             "dense FFNs beside experts": self.spec.dense_beside != "none" and routing is not None,
             "a scale of what experts add": self.spec.shared_factor != 1.0 and routing is not None,
+            "limited gates": hyper.limited,
             str(hyper.uneven): hyper.uneven is not None,
             "scaled residuals": hyper.residual_scale != 1.0,
             "this kind of router": routing is not None and not routing.plain,
@@ -278,7 +284,9 @@ def build_model(gguf: ModelSource) -> Model:
         raise ModelError(
             f"{gguf.path}: token_embd.weight has shape {embedding_shape}, not (vocabulary, width)"
         )
-    learnt = spec.position_offset is not None
+    learnt = spec.position_offset is not None and (
+        not spec.positions_optional or tensors.has("position_embd.weight")
+    )
     positions = tensors.shape("position_embd.weight")[0] if learnt else 0
     hyper = read_hyperparameters(gguf, spec, embedding_shape[0], positions)
     embedding = tensors.table_of_rows("token_embd.weight", hyper.vocabulary, hyper.width)

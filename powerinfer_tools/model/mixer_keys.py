@@ -110,7 +110,7 @@ def read_recurrent_sizes(
         state = keys.integer("kda.head_dim", high=1 << 12)
         heads = max(keys.integers("attention.head_count", layers, low=0, high=4096)) or 1
         length = keys.integer("ssm.conv_kernel", low=2, high=64)
-        return RecurrentSizes(length, heads * state, state, heads, heads)
+        return RecurrentSizes(length, heads * state, state, heads, heads, _decay_bound(keys, spec))
     if kind == "time mixing":
         size = keys.integer("wkv.head_size", high=1 << 10)
         if width % size:
@@ -135,6 +135,15 @@ def read_recurrent_sizes(
             "values"
         )
     return sizes
+
+
+def _decay_bound(keys: Keys, spec: ArchitectureSpec) -> float:
+    """0 without one. Raises ModelError."""
+    if not spec.bounded_decay:
+        return 0.0
+    if not keys.flag("kda.safe_gate", default=True):
+        keys.refuse("kda.safe_gate is off, which is not supported")
+    return keys.real("kda.gate_lower_bound", low=-1e3, high=-1e-3)
 
 
 def read_latent_sizes(keys: Keys) -> LatentSizes:

@@ -67,7 +67,7 @@ def read_ropes(
     base = keys.real("rope.freq_base", spec.default_rope_base, low=1.0)
     if alpha := keys.real("rope.scaling.alpha", 0.0, high=1e6) if spec.rope_alpha else 0.0:
         base *= alpha ** (head_dim / (head_dim - 2))  # NTK-aware scaling
-    wide = _scaled(keys, Rope(style, dim, base))
+    wide = _scaled(keys, Rope(style, dim // 2 if spec.half_rope else dim, base))
     if spec.latent and wide.yarn is not None:
         # that of the scores is
         wide = replace(wide, magnitude=keys.factor("rope.scaling.attn_factor"))
@@ -78,7 +78,8 @@ def read_ropes(
     if not local:
         return wide, wide
     if not spec.local_rope_base:
-        return wide, replace(wide, dim=local_dim, base=local_base)
+        factored = wide.factored and not spec.half_rope
+        return wide, replace(wide, dim=local_dim, base=local_base, factored=factored)
     magnitude = keys.factor("rope.scaling.attn_factor")
     return wide, Rope(style, local_dim, local_base, factored=False, magnitude=magnitude)
 
@@ -90,7 +91,7 @@ def read_trained_context(keys: Keys, spec: ArchitectureSpec, positions: int) -> 
         chosen = keys.integer("attention.indexer.top_k", high=1 << 31)
         context = min(context, chosen * keys.integer("attention.indexer.block_size", 1, high=1 << 20))
         keys.ignore(*(f"attention.indexer.{name}" for name in _INDEXER_SIZES))
-    if spec.position_offset is None:
+    if spec.position_offset is None or (spec.positions_optional and not positions):
         return context
     if positions <= spec.position_offset:
         raise ModelError(

@@ -79,12 +79,13 @@ class DeltaNet:
 @dataclass(frozen=True)
 class ChannelDeltaNet:
     """Kimi delta attention (arXiv 2510.26692): a delta net whose state decays by rows; queries, keys and
-    values (inner, width) have a convolution each, decays and the gate (inner, width) are of low rank."""
+    values (inner, width) have a convolution each; decays and the gate (inner, width) are products of two
+    matrices of low rank, or of one matrix."""
 
     projections: tuple[Weight, Weight, Weight]
     kernels: tuple[Table, Table, Table]
-    step: tuple[Weight, Weight]  # (state, width), (inner, state)
-    gate: tuple[Weight, Weight]
+    step: tuple[Weight, ...]  # (state, width), (inner, state)
+    gate: tuple[Weight, ...]
     rate: Weight  # (heads, width)
     step_bias: Vector  # (inner,)
     decay: Vector  # (inner,): that of each head, for each of its channels
@@ -246,22 +247,24 @@ def _channel_delta_net(tensors: Tensors, s: RecurrentSizes, prefix: str, width: 
             tensors.matrix(f"{value}.weight", s.inner, width),
         ),
         kernels=(next(kernels), next(kernels), next(kernels)),
-        step=(
-            tensors.matrix(f"{prefix}.ssm_f_a.weight", rank, width),
-            tensors.matrix(f"{prefix}.ssm_f_b.weight", s.inner, rank),
-        ),
-        gate=(
-            tensors.matrix(f"{prefix}.ssm_g_a.weight", rank, width),
-            tensors.matrix(f"{prefix}.ssm_g_b.weight", s.inner, rank),
-        ),
-        rate=tensors.matrix(f"{prefix}.ssm_beta.weight", s.heads, width)
-        if len(tensors.shape(f"{prefix}.ssm_beta.weight")) == 2
-        else tensors.row(f"{prefix}.ssm_beta.weight", width),
+        step=_factors(tensors, f"{prefix}.ssm_f", s.inner, rank, width),
+        gate=_factors(tensors, f"{prefix}.ssm_g", s.inner, rank, width),
+        rate=tensors.matrix_or_row(f"{prefix}.ssm_beta.weight", s.heads, width),
         step_bias=tensors.vector(f"{prefix}.ssm_dt.bias", s.inner),
         decay=np.repeat(decay, rank),
         norm=Norm("rms", tensors.vector(f"{prefix}.ssm_norm.weight", rank)),
         outward=tensors.matrix(f"{prefix}.attn_output.weight", width, s.inner),
         sizes=s,
+    )
+
+
+def _factors(tensors: Tensors, name: str, rows: int, rank: int, width: int) -> tuple[Weight, ...]:
+    """A matrix (rows, width), or the two of low rank that make it, the one that reads the input first."""
+    if not tensors.has(f"{name}_b.weight"):
+        return (tensors.matrix(f"{name}_a.weight", rows, width),)
+    return (
+        tensors.matrix(f"{name}_a.weight", rank, width),
+        tensors.matrix(f"{name}_b.weight", rows, rank),
     )
 
 

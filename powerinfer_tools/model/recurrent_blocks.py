@@ -98,14 +98,24 @@ def _channel_delta_net(ops: Operations[V, Weight], w: ChannelDeltaNet, normed: V
         mixed = ops.linear("mixed", normed, matrix)
         parts.append(ops.convolve(f"convolved_{kind}", mixed, kernel, None, 0, silu=True))
     query, key, value = parts
-    gate = ops.linear("mixer_gate", ops.linear("low", normed, w.gate[0]), w.gate[1])
-    decay = ops.linear("decays", ops.linear("low_steps", normed, w.step[0]), w.step[1])
-    decay = ops.times(ops.activate(ops.plus(decay, w.step_bias), None, _SOFTPLUS), w.decay)
+    gate = _product(ops, ("low", "mixer_gate"), normed, w.gate)
+    decay = ops.plus(_product(ops, ("low_steps", "decays"), normed, w.step), w.step_bias)
+    if s.bound:
+        decay = ops.scale(ops.activate(ops.times(decay, w.decay), None, _SIGMOID), s.bound)
+    else:
+        decay = ops.times(ops.activate(decay, None, _SOFTPLUS), w.decay)
     rate = ops.activate(ops.linear("rates", normed, w.rate), None, _SIGMOID)
     both = ops.gather_heads("unit_keys", 1, (HeadPart(query, 0, 0, s.inner), HeadPart(key, 0, 0, s.inner)))
     both = ops.unit_heads(both, 2 * s.heads, eps)
     out = ops.delta_net("scanned", both, value, decay, rate, s, interleaved=True)
     return ops.activate(gate, ops.norm_heads(out, s.heads, w.norm, eps), _SIGMOID)
+
+
+def _product(ops: Operations[V, Weight], names: tuple[str, str], x: V, matrices: tuple[Weight, ...]) -> V:
+    """x times one or two matrices."""
+    for name, matrix in zip(names[-len(matrices) :], matrices, strict=True):
+        x = ops.linear(name, x, matrix)
+    return x
 
 
 def _delta_net(ops: Operations[V, Weight], w: DeltaNet, normed: V, eps: float) -> V:

@@ -227,12 +227,8 @@ def ffn_block(
     ops, eps = NumpyOperations([0] * len(x)), hyper.norm_eps
     normed = blocks.ffn_input(ops, layer.ffn_norm, eps, x, layer.ffn_shift)
     if isinstance(layer.ffn, ExpertsFFN):
-        read = normed
-        if layer.ffn.beside_norm is not None:
-            assert before is not None
-            read = normalize(before, layer.ffn.beside_norm, eps)
-        routed_by = read if before is None or not model.spec.early_router else before
-        out = blocks.experts(ops, model.spec, hyper, layer.ffn, normed, routed_by, read)
+        inputs = blocks.expert_inputs(ops, model.spec, eps, layer.ffn, normed, x, before)
+        out = blocks.experts(ops, model.spec, hyper, index, layer.ffn, normed, inputs)
     else:
         first, factor, down = ffn_matrices(layer)
         how = blocks.activation_of(hyper, index)

@@ -56,7 +56,7 @@ def rotary_angles(rope: Rope, capacity: int, factors: RopeFactors) -> npt.NDArra
     exponents = np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim
     plain, divisors = rope.base**-exponents, factors.of(rope, capacity)
     if divisors is not None:
-        plain = plain / divisors.astype(np.float64)
+        plain = plain / divisors[: len(plain)].astype(np.float64)
     kept = 0.0 if rope.yarn is None else _unscaled_shares(rope, rope.yarn)
     frequencies = plain / rope.scale * (1.0 - kept) + plain * kept
     return np.outer(np.arange(capacity, dtype=np.float64), frequencies)

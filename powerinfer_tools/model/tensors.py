@@ -198,6 +198,12 @@ class Tensors:
         """A vector as a matrix of one row."""
         return Weight(name, RowType.F32, 1, columns, self.vector(name, columns).view(np.uint8))
 
+    def matrix_or_row(self, name: str, rows: int, columns: int) -> Weight:
+        """A matrix; of one row, the file may have left out the first number."""
+        if rows == 1 and self.has(name) and len(self.shape(name)) == 1:
+            return self.row(name, columns)
+        return self.matrix(name, rows, columns)
+
     def vector(self, name: str, size: int) -> Vector:
         """``size`` values, float32. Raises ModelError where one is not finite."""
         return self.table(name, (size,))

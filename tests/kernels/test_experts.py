@@ -129,14 +129,20 @@ class Mixture:
         self.biases: tuple[np.ndarray | None, ...] = (None, None, None)
         if options.pop("biased", False):
             self.biases = tuple(normal(rng, 5, rows) for rows, _ in shapes)
+        scaled = options.pop("scaled", False)
+        self.scales = rng.uniform(0.5, 2.0, (3, 5)) if scaled else np.ones((3, 5))
+        self.scales = self.scales.astype(np.float32).astype(np.float64)
         self.gated = options.pop("gated", True)
         self.elsewhere = options.pop("elsewhere", ())
         self.options = options
 
     def exact(self) -> np.ndarray:
         rows = [
-            [dequantize(m, self.row_type, *shape).astype(np.float64) for m in kind]
-            for kind, shape in zip(self.data, self.shapes, strict=True)
+            [
+                scale * dequantize(m, self.row_type, *shape).astype(np.float64)
+                for m, scale in zip(kind, scales, strict=True)
+            ]
+            for kind, shape, scales in zip(self.data, self.shapes, self.scales, strict=True)
         ]
         chosen, weights = route(self.scores.astype(np.float64), 2, normalized=True)
         for expert in self.elsewhere:
@@ -163,10 +169,14 @@ class Mixture:
         with Pool(threads, isa) as pool:
             gate, up, down = (
                 [
-                    None if e in self.elsewhere else Matrix.pack(pool, m, self.row_type, *shape, layout)
+                    None
+                    if e in self.elsewhere
+                    else Matrix.pack(pool, m, self.row_type, *shape, layout, float(scales[e]))
                     for e, m in enumerate(kind)
                 ]
-                for kind, shape, layout in zip(self.data, self.shapes, layouts, strict=True)
+                for kind, shape, layout, scales in zip(
+                    self.data, self.shapes, layouts, self.scales, strict=True
+                )
             )
             biases = (self.biases[0], self.biases[1] if self.gated else None, self.biases[2])
             weights = ExpertWeights(gate, up if self.gated else None, down, *biases)
@@ -199,6 +209,8 @@ class Mixture:
         (RowType.Q4_1, 64, 160, "swiglu_oai", {"biased": True, "cut": 7.0}),
         (RowType.BF16, 34, 20, "silu", {"weigh_input": True}),
         (RowType.Q6_K, 256, 256, "gelu_tanh", {"weigh_input": True}),
+        (RowType.Q8_0, 96, 160, "clamped_silu", {"cut": 9.0, "scaled": True, "elsewhere": (2,)}),
+        (RowType.F32, 36, 50, "swiglu_clamped", {"cut": 0.5, "scaled": True, "biased": True}),
     ],
     ids=lambda v: getattr(v, "name", None),
 )

@@ -9,6 +9,7 @@ import pytest
 
 from powerinfer_kernels import (
     ACTIVATION_KINDS,
+    CLAMPED_KINDS,
     Activations,
     Bundle,
     KernelError,
@@ -128,8 +129,8 @@ def test_rope_on_a_slice_of_each_head() -> None:
 
 
 def cut_of(kind: str) -> float:
-    """What swiglu_oai cannot be without."""
-    return 7.0 if kind == "swiglu_oai" else 0.0
+    """What clamped kinds cannot be without."""
+    return 7.0 if kind in CLAMPED_KINDS else 0.0
 
 
 @pytest.mark.parametrize("kind", ACTIVATION_KINDS)
@@ -165,8 +166,9 @@ def test_activate_at_the_limits(kind: str) -> None:
     assert got[1] == got[5] == 0
     if kind == "sigmoid":
         assert (got[0], got[3], got[4]) == (1, 0.5, 1)
-    elif kind == "swiglu_oai":
-        assert got[0] == got[4] == pytest.approx(7, rel=1e-5)
+    elif kind in CLAMPED_KINDS:
+        top = 7 / (1 + np.exp(-7)) if kind == "swiglu_clamped" else 7
+        assert got[0] == got[4] == pytest.approx(top, rel=1e-5)
         assert got[3] == 0
     else:
         assert got[0] == np.inf
@@ -605,7 +607,7 @@ def test_observe(kind: str) -> None:
     np.testing.assert_array_equal(histogram, runs * expected)
     np.testing.assert_array_equal(counts, runs * (product != 0).sum(axis=0))
     factor = np.maximum(up, 0) if kind == "drelu" else up
-    if kind == "swiglu_oai":
-        factor = np.clip(up, -7, 7) + np.float32(1)
+    if kind in CLAMPED_KINDS:
+        factor = np.clip(up, -7, 7) + np.float32(kind == "swiglu_oai")
     for got, values in zip(squares, (act, factor), strict=True):
         np.testing.assert_allclose(got, runs * (values.astype(np.float64) ** 2).sum(axis=0), rtol=1e-14)

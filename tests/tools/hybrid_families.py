@@ -14,6 +14,7 @@ EXPERTS, USED, EXPERT_NEURONS, SHARED = 5, 2, 28, 24
 INNER, STATE, RECURRENT_HEADS, GROUPS, LENGTH = 48, 10, 4, 2, 4
 RANK, QUERY_RANK, PLAIN, ROTARY, VALUE = 18, 22, 14, 6, 10
 INPUT, STREAMS, LOCAL_DIM = 10, 3, 14
+_EXPERT_NORMS = ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -109,6 +110,15 @@ def _llama4_shared() -> Shapes:
     return {f"ffn_{kind}_shexp.weight": shape for kind, shape in rows.items()}
 
 
+def _normed_experts(*, together: bool) -> Shapes:
+    """What layers of Gemma 4 with experts have beside their FFN: the rows of gate and up of all experts
+    ``together`` or apart, and a scale of each expert's down matrix."""
+    shapes = _experts(together=together)
+    del shapes["ffn_norm.weight"]
+    names = ("ffn_gate_inp.scale", *(f"{name}.weight" for name in _EXPERT_NORMS))
+    return shapes | dict.fromkeys(names, (WIDTH,)) | {"ffn_down_exps.scale": (EXPERTS,)}
+
+
 def _fused(shapes: Shapes) -> Shapes:
     """Queries, keys and values as one tensor."""
     names = [f"attn_{kind}.weight" for kind in "qkv"]
@@ -183,7 +193,8 @@ def _delta_net(*, interleaved: bool, older: bool = False) -> Shapes:
     return shapes | {f"ssm_{kind}.weight": (RECURRENT_HEADS, WIDTH) for kind in ("alpha", "beta")}
 
 
-def _channel_delta_net() -> Shapes:
+def _channel_delta_net(*, low: bool = True) -> Shapes:
+    """Decays and the gate are products of ``low`` rank, or of full rank."""
     inner = HEADS * STATE
     shapes: Shapes = {
         "attn_norm.weight": (WIDTH,),
@@ -198,6 +209,8 @@ def _channel_delta_net() -> Shapes:
             f"attn_{kind}.weight": (inner, WIDTH),
             f"ssm_conv1d_{kind}.weight": (inner, 1, LENGTH),
         }
+    if not low:
+        return shapes | {f"ssm_{kind}_a.weight": (inner, WIDTH) for kind in "fg"}
     for kind in "fg":
         shapes |= {f"ssm_{kind}_a.weight": (STATE, WIDTH), f"ssm_{kind}_b.weight": (inner, STATE)}
     return shapes
@@ -523,6 +536,84 @@ FAMILIES = {
         },
         (_gemma(dim=LOCAL_DIM, kv_heads=3), _gemma(values=False)) * 2,
         more={"rope_freqs.weight": (DIM // 2,)},
+    ),
+    # Experts beside the FFN, each with norms of their own; the last layer has none.
+    "gemma4-experts": RandomFamily(
+        "gemma4",
+        _GEMMA
+        | _GEMMA4
+        | _EXPERTS
+        | {"attention.shared_kv_layers": 0, "embedding_length_per_layer_input": 0},
+        (
+            _gemma(dim=LOCAL_DIM) | _normed_experts(together=True),
+            _gemma(values=False) | _normed_experts(together=False) | {"layer_output_scale.weight": (1,)},
+            _gemma(dim=LOCAL_DIM) | _normed_experts(together=True),
+            _gemma(),
+        ),
+        more={"rope_freqs.weight": (DIM // 2,)},
+    ),
+    # Gates of heads, layers that turn half as much, heads that differ between layers, limited gates.
+    "step35": RandomFamily(
+        "step35",
+        _HEADS
+        | _EXPERTS
+        | {
+            "attention.head_count": [3, 4, 2],
+            "attention.head_count_kv": [1, 2, 1],
+            "attention.sliding_window": 5,
+            "attention.sliding_window_pattern": [0, 1, 0],
+            "rope.dimension_count": DIM,
+            "rope.dimension_count_swa": DIM - 4,
+            "rope.freq_base_swa": 500.0,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "expert_shared_feed_forward_length": SHARED,
+            "swiglu_clamp_exp": [0.0, 0.0, 0.5],
+            "swiglu_clamp_shexp": [0.0, 0.4, 0.3],
+        },
+        (
+            _attention(norms=True) | {"attn_gate.weight": (HEADS, WIDTH)} | _ffn(),
+            _attention(norms=True, heads=4, kv_heads=2)
+            | {"attn_gate.weight": (4, WIDTH)}
+            | _experts(chosen=True)
+            | _shared(gated=False),
+            _attention(heads=2) | {"attn_gate.weight": (2, WIDTH)} | _experts() | _shared(gated=False),
+        ),
+        more={"rope_freqs.weight": ((DIM - 4) // 2,), "output.weight": (VOCABULARY, WIDTH)},
+    ),
+    "maple": RandomFamily(
+        "maple",
+        _HEADS
+        | _EXPERTS
+        | {
+            "attention.sliding_window": 5,
+            "attention.sliding_window_pattern": [1, 0],
+            "swiglu_clamp_exp": [0.4, 0.7],
+        },
+        (_attention(norms=True) | _experts(),) * 2,
+        more={"output.weight": (VOCABULARY, WIDTH)},
+    ),
+    # A bound of decays, gates of full rank and of latent attention's heads, limited gates.
+    "bailingmoe3": RandomFamily(
+        "bailingmoe3",
+        _LATENT
+        | _EXPERTS
+        | {
+            "attention.head_count": HEADS,
+            "attention.head_count_kv": [1, 0],
+            "attention.q_lora_rank": QUERY_RANK,
+            "expert_gating_func": 2,
+            "ssm.conv_kernel": LENGTH,
+            "kda.head_dim": STATE,
+            "kda.gate_lower_bound": -5.0,
+            "expert_shared_feed_forward_length": SHARED,
+            "swiglu_clamp_exp": [0.0, 0.5],
+            "swiglu_clamp_shexp": [0.0, 0.4],
+        },
+        (
+            _latent(low=True) | {"attn_gate.weight": (HEADS, WIDTH)} | _ffn(),
+            _channel_delta_net(low=False) | _experts(chosen=True) | _shared(gated=False),
+        ),
     ),
     "plamo2": RandomFamily(
         "plamo2",

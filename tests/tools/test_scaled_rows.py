@@ -100,8 +100,8 @@ def test_other_rows_have_no_scale(source: TinyModel, tmp_path: Path) -> None:
         load_model(path)
 
 
-def test_routed_experts_with_scales_are_refused_where_they_run(tmp_path: Path) -> None:
-    """The float64 reference computes them."""
+def test_routed_experts_with_scales(tmp_path: Path) -> None:
+    """The products of each expert are times its scales, whatever the threads, batch and ISA."""
     source = make_tiny_model(tmp_path, EXPERTS)
     scaled, plain = (
         with_scales(source.path, tmp_path / "s"),
@@ -109,8 +109,19 @@ def test_routed_experts_with_scales_are_refused_where_they_run(tmp_path: Path) -
     )
     expected = forward(load_model(plain), list(range(3, 9)))
     assert np.array_equal(forward(load_model(scaled), list(range(3, 9))), expected)
-    with pytest.raises(ModelError, match="layer 0 has routed experts whose matrices have a scale each"):
-        Engine(load_model(scaled), threads=1)
+    tokens = source.tokens(12)
+    expected, got = forward(load_model(scaled), tokens)[5:], logits(scaled, tokens)
+    relative = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+    assert relative <= 2 * 0.005 * np.sqrt(7 * source.spec.layers + 1)
+    for options in ({"threads": 2}, {"batch": 4}, *({"isa": isa} for isa in available_isas())):
+        assert np.array_equal(logits(scaled, tokens, **options), got)
+
+
+def test_neurons_of_experts_with_scales_are_not_left_out(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path, replace(EXPERTS, activation="relu", row_type="Q8_0"))
+    path = with_scales(source.path, tmp_path / "s", only="ffn_gate_exps")
+    with pytest.raises(ModelError, match="layer 0 has routed experts whose matrices have a scale each, whi"):
+        Engine(load_model(path), threads=1, mode="gate-first")
 
 
 @pytest.fixture(scope="module")

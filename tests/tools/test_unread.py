@@ -250,6 +250,8 @@ def test_keys_and_tensors_of_every_family_one_by_one(name: str, tmp_path: Path) 
     assert set(unmissed) - known <= ({"attention.head_count_kv"} if prefix in _LATENT else set())
     for tensor in [one for one in gguf.tensors if one.startswith("blk.1.") or not one.startswith("blk.")]:
         scale = f"{tensor.removesuffix('.weight')}.scale"
+        if scale in gguf.tensors or tensor.endswith(".scale"):
+            continue
         path_of_more = changed(path, tmp_path / "more.gguf", tensors={scale: np.ones(1, np.float32)})
         with pytest.raises(ModelError, match=f"unexpected tensor {scale}".replace(".", r"\.")):
             load_model(path_of_more)

@@ -258,6 +258,30 @@ ROWS = (
     ArchitectureSpec(
         "arctic", rope_style="norm", routed=True, dense_beside="square", beside_norm="ffn_norm_exps"
     ),
+    # Step 3.5: gates of attention's heads; layers without a window turn half as many values; gates of the
+    # last layers are limited.
+    ArchitectureSpec(
+        "step35",
+        rope_style="neox",
+        qk_norm="heads",
+        qk_norm_optional=True,
+        half_rope=True,
+        attention_gate="matrix",
+        routed=True,
+        shared_expert=True,
+        expert_weights_norm=False,
+        router="file or sigmoid",
+        clamp="clamped_silu",
+    ),
+    # Maple: rotary positions where there is a window alone; limited gates.
+    ArchitectureSpec(
+        "maple",
+        rope_style="neox",
+        qk_norm="heads",
+        rope_in_windows_alone=True,
+        routed=True,
+        clamp="swiglu_clamped",
+    ),
     # SmallThinker (arXiv 2507.20984): ReLU experts, whose router reads the layer's input; three local layers
     # with rotary positions to a global one without, which comes first.
     ArchitectureSpec(

@@ -54,15 +54,20 @@ ROWS = (
         ffn_norm="attn_norm",
         logit_scale="times",
     ),
-    # MPT: positions are in the scores alone, by distance (arXiv 2108.12409).
+    # MPT: positions are in the scores, by distance (arXiv 2108.12409), or learnt.
     ArchitectureSpec(
         "mpt",
         rope_style="none",
+        position_offset=0,
+        positions_optional=True,
         activation="gelu_tanh",
         norm="layer",
         gated=False,
         clamped_qkv=True,
         alibi=True,
+        qk_norm="row",
+        qk_norm_optional=True,
+        left_out=("blk.*.attn_k_norm.weight", "blk.*.attn_k_norm.bias"),  # not used without those of queries
     ),
     # BLOOM (arXiv 2211.05100).
     ArchitectureSpec(

@@ -104,6 +104,22 @@ ROWS = (
         shared_expert=True,
         router="file or sigmoid",
     ),
+    # Ling 3 (Bailing MoE 3): the same with a bound of decays, matrices of full rank, gates of attention's
+    # heads and limited gates.
+    ArchitectureSpec(
+        "bailingmoe3",
+        rope_style="norm",
+        halves_with_sections=True,
+        recurrent="channel delta net",
+        bounded_decay=True,
+        latent=True,
+        attention_gate="matrix",
+        routed=True,
+        shared_expert=True,
+        expert_weights_norm=False,
+        router="file",
+        clamp="clamped_silu",
+    ),
     # LFM2 with experts; the first layers have none.
     ArchitectureSpec(
         "lfm2moe",

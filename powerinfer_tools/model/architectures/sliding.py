@@ -91,7 +91,8 @@ ROWS = (
         mixed_scale=0.5**0.5,
         top_layers=10,
     ),
-    # Gemma 4: heads of layers without a window are wider, and the last layers have no keys.
+    # Gemma 4: heads of layers without a window are wider, and the last layers may have no keys. Layers may
+    # have experts beside their FFN.
     ArchitectureSpec(
         "gemma4",
         rope_style="neox",
@@ -105,5 +106,8 @@ ROWS = (
         layer_inputs=True,
         shares_caches=True,
         output_scales=True,
+        routed=True,
+        dense_beside="optional",
+        expert_norms=True,
     ),
 )

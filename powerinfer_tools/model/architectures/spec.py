@@ -208,5 +208,15 @@ class ArchitectureSpec:
     #: Gates of the first so many layers count if they are among the largest 5 %, where the file does not say
     #: how many deviations they must be above the mean.
     top_layers: int = 0
+    #: Files may lack the table of learnt positions.
+    positions_optional: bool = False
+    #: The activation of FFNs in layers whose gates the file limits; "": no file does.
+    clamp: str = ""
+    #: The router, the experts and the dense FFN beside them have norms of their own.
+    expert_norms: bool = False
+    #: Layers without a window turn half of the values that the file says.
+    half_rope: bool = False
+    #: Decays of a channel delta net have a lower bound, which the file says.
+    bounded_decay: bool = False
     #: Models of so many experts have no norms of queries and keys.
     unnormed_experts: int = 0

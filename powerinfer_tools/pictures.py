@@ -29,18 +29,20 @@ def require_drawable(path: Path) -> None:
 
 
 class Picture:
-    """An empty figure for ``path``; draw on ``axes``, then :meth:`write`.
+    """An empty figure for ``path``; draw on ``axes``, then :meth:`write`. With two ``panels``, the
+    second, below, is ``more``.
 
     Raises DrawingError as :func:`require_drawable` does.
     """
 
-    def __init__(self, path: Path, size: tuple[float, float]) -> None:
+    def __init__(self, path: Path, size: tuple[float, float], panels: int = 1) -> None:
         require_drawable(path)
         from matplotlib.figure import Figure
 
         self._path, self._kind = path, path.suffix.lower()
         self._figure = Figure(figsize=size, layout="constrained")
-        self.axes: Any = self._figure.add_subplot()
+        self.axes: Any = self._figure.add_subplot(panels, 1, 1)
+        self.more: Any = self._figure.add_subplot(panels, 1, 2) if panels > 1 else None
 
     def write(self) -> None:
         """Write the file, whole or not at all."""

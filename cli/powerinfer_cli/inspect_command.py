@@ -20,7 +20,8 @@ HELP = """Show the contents of a file: a model, a split file, a profile, a plan 
 Of a model, it shows whether the model runs here, and if not, why; whether it has true zeros; its bytes by
 part, its memory here, and the expected speed. It reads only the header, so it also works for damaged files
 and for families that do not run. Of a profile, it shows the activation curve: the share of activity by share
-of neurons. --tokenize prints a model's token ids of a text ("-" reads the text from standard input).
+of neurons; and, if the neurons inside experts were counted, the share of them that is active, by layer.
+--tokenize prints a model's token ids of a text ("-" reads the text from standard input).
 
 \b
 Examples:
@@ -94,6 +95,8 @@ def command(
         emit_json(json_value(description, curves, path, with_tensors=tensors))
     else:
         show(description, path, with_tensors=tensors)
+        if curves is not None and curves.inside:
+            show_inside(curves)
         if curves is not None:
             show_curve(curves, layer)
 
@@ -212,6 +215,23 @@ def fact_lines(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 def shortened(text: str, limit: int = 120) -> str:
     """``text`` cut to fit a line: chat templates are pages long."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def show_inside(curves: "Curves") -> None:
+    """Zeros inside experts, layer by layer."""
+    rows = [
+        (
+            str(layer.layer),
+            str(len(layer.shares)),
+            f"{layer.mean:.1%}",
+            f"{layer.shares.min():.1%}",
+            f"{layer.shares.max():.1%}",
+            f"{layer.curve.neurons_for(0.8):.1%}",
+        )
+        for layer in curves.inside
+    ]
+    headings = ("layer", "experts", "active when taken", "least active", "most active", "make 80%")
+    print_table(headings, rows, "Neurons inside experts")
 
 
 def show_curve(curves: "Curves", layer: int | None) -> None:

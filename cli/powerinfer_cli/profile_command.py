@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 HELP = """Run a corpus through a model and count which neurons are active.
 
-Writes NAME.profile.safetensors: counts and histograms of every neuron, with the corpus' hashes. It reads
-windows from all over the corpus, and stops when both halves of the tokens would place nearly the same
-neurons; --tokens N reads N tokens instead. The same command resumes interrupted work. Profiles of parts of a
-corpus can be merged into the profile of the whole.
+Writes NAME.profile.safetensors: counts and histograms of every neuron, with the corpus' hashes. In a mixture
+of experts it counts how often tokens take each expert and, if the activation makes true zeros, how often each
+neuron of a taken expert is active. It reads windows from all over the corpus, and stops when both halves of
+the tokens would place nearly the same neurons; --tokens N reads N tokens instead. The same command resumes
+interrupted work. Profiles of parts of a corpus can be merged into the profile of the whole.
 
 --import takes over counts of the original PowerInfer instead: a folder of activation_0.pt and so on, which
 does not say how many tokens were counted. Needs torch.
@@ -221,6 +222,9 @@ def show(result: "Profile", path: Path, traced: Path | None, *, as_json: bool) -
         f"{result.tokens:,} tokens; {summary['density']:.1%} of the {units} are active for a token; "
         f"the busiest {summary['neurons_for_80_percent']:.1%} make 80% of the activity"
     )
+    if "active_in_experts" in summary:
+        active = summary["active_in_experts"]
+        emit(f"inside an expert that a token takes, {active:.1%} of the neurons are active")
 
 
 def subcommands() -> typer.Typer:

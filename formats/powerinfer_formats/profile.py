@@ -20,13 +20,10 @@ from numpy.typing import NDArray
 from powerinfer_formats import profile_document as document
 from powerinfer_formats.errors import CannotMerge
 from powerinfer_formats.histogram import active_counts, lower_edge, threshold_bin
-from powerinfer_formats.profile_document import Corpus
-from powerinfer_formats.profile_sums import LayerSums, add_sums, round_squares
+from powerinfer_formats.profile_document import ROUTING, Corpus
+from powerinfer_formats.profile_sums import ExpertSums, LayerSums, add_sums, round_squares
 
-__all__ = ["ROUTING", "Corpus", "LayerSums", "Profile", "round_squares"]
-
-#: The ``activation`` of a profile whose neurons are experts, active where a token takes them.
-ROUTING = "routing"
+__all__ = ["ROUTING", "Corpus", "ExpertSums", "LayerSums", "Profile", "round_squares"]
 
 MAX_TOKENS = (1 << 32) - 1  # what a histogram's uint32 can count
 
@@ -63,6 +60,11 @@ class Profile:
     def neurons(self, layer: int) -> int:
         """Number of neurons of a layer."""
         return len(self.sums[layer].gate_squares)
+
+    def expert_neurons(self, layer: int) -> int:
+        """Number of neurons of each expert of a layer; 0 where neurons inside experts were not counted."""
+        inside = self.sums[layer].inside
+        return 0 if inside is None else inside.active.shape[1]
 
     @cached_property
     def threshold_bins(self) -> tuple[int, ...]:
@@ -107,6 +109,34 @@ class Profile:
     def density(self, layer: int) -> float:
         """Mean share of the layer's neurons that is active for a token."""
         return float(self.frequency(layer).mean())
+
+    def expert_density(self, layer: int) -> NDArray[np.float64] | None:
+        """Mean share of each expert's neurons that is active for a token that takes it: float64 [experts],
+        the layer's mean for an expert that no token took; None where that was not counted."""
+        inside, mean = self.sums[layer].inside, self.density_inside(layer)
+        if inside is None or mean is None:
+            return None
+        tokens = inside.tokens.astype(np.float64)
+        shares = inside.active.sum(axis=1, dtype=np.uint64) / np.maximum(tokens, 1.0) / inside.active.shape[1]
+        return np.where(tokens > 0, shares, mean)
+
+    def density_inside(self, layer: int) -> float | None:
+        """Mean share of an expert's neurons that is active for a token that takes it; None where that was not
+        counted."""
+        inside = self.sums[layer].inside
+        if inside is None or not inside.tokens.any():
+            return None
+        every = int(inside.tokens.sum(dtype=np.uint64)) * int(inside.active.shape[1])
+        return int(inside.active.sum(dtype=np.uint64)) / every
+
+    def order_inside(self, layer: int) -> NDArray[np.int32] | None:
+        """The neurons of each expert by descending count, ties by index: int32 [experts, neurons]; None where
+        that was not counted."""
+        inside = self.sums[layer].inside
+        if inside is None:
+            return None
+        most = inside.active.max(axis=1, keepdims=True)
+        return np.argsort(most - inside.active, axis=1, kind="stable").astype(np.int32)
 
     def gate_rms(self, layer: int) -> NDArray[np.float64]:
         """Root mean square of act(gate·x): float64 [neurons]."""
@@ -163,6 +193,7 @@ class Profile:
         first = profiles[0]
         for other in profiles[1:]:
             _check_same(first, other)
+        _check_experts(profiles)
         corpus = sorted((entry for p in profiles for entry in p.corpus), key=document.corpus_key)
         for entry, following in pairwise(corpus):
             if (entry.name, entry.sha256) == (following.name, following.sha256):
@@ -178,6 +209,16 @@ class Profile:
             tool_version=", ".join(sorted({v for p in profiles for v in p.tool_version.split(", ")})),
             sums=tuple(add_sums([p.sums[layer] for p in profiles]) for layer in range(first.layers)),
         )
+
+
+def _check_experts(profiles: Sequence[Profile]) -> None:
+    """Of profiles with the same layers."""
+    for layer in range(profiles[0].layers):
+        sizes = {profile.expert_neurons(layer) for profile in profiles} - {0}
+        if len(sizes) > 1:
+            raise CannotMerge(
+                "profiles", f"differ in the neurons of the experts of layer {layer}: {sorted(sizes)}"
+            )
 
 
 _MUST_AGREE = ("fingerprint", "architecture", "activation", "exact_zeros", "window", "target_density")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: The ``activation`` of a profile whose neurons are experts, active where a token takes them.
+ROUTING = "routing"
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -29,7 +32,11 @@ class CorpusPosition:
 
 @dataclass(frozen=True)
 class ProfileDocument:
-    """The fields of ``Profile`` that are not arrays, and the number of neurons of each layer."""
+    """The fields of ``Profile`` that are not arrays, and the number of neurons of each layer.
+
+    ``expert_neurons``: neurons of each expert whose neurons were counted, by layer; 0 for a layer without
+    such experts, empty where no layer has any.
+    """
 
     fingerprint: str
     model_name: str
@@ -43,6 +50,7 @@ class ProfileDocument:
     tool_version: str
     neurons: tuple[int, ...]
     checkpoint: CorpusPosition | None
+    expert_neurons: tuple[int, ...] = ()
 
 
 def corpus_key(entry: Corpus) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 
 from powerinfer_formats.errors import BadDocument, BadField, BadValue, UnfinishedProfile, UnsupportedVersion
 from powerinfer_formats.histogram import BINS, active_counts, lower_edge, threshold_bin
-from powerinfer_formats.profile_document import CorpusPosition, ProfileDocument, corpus_key
-from powerinfer_formats.profile_sums import SQUARE_GRID, SQUARE_LIMIT, LayerSums
+from powerinfer_formats.profile_document import ROUTING, CorpusPosition, ProfileDocument, corpus_key
+from powerinfer_formats.profile_sums import SQUARE_GRID, SQUARE_LIMIT, ExpertSums, LayerSums
 from powerinfer_formats.records import RecordReader, dump_json, parse_json, to_plain
 from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, write_safetensors
 
@@ -42,8 +43,12 @@ def save_profile(profile: Profile, path: Path, position: CorpusPosition | None) 
         tool_version=profile.tool_version,
         neurons=tuple(profile.neurons(layer) for layer in range(profile.layers)),
         checkpoint=position,
+        expert_neurons=_expert_neurons(profile),
     )
-    text = dump_json({"format": FORMAT, "version": VERSION, **to_plain(document)}, indent=None)
+    plain = to_plain(document)
+    if not document.expert_neurons:
+        del plain["expert_neurons"]
+    text = dump_json({"format": FORMAT, "version": VERSION, **plain}, indent=None)
     _check_document(_parse(text, path), path)
     tensors: dict[str, NDArray[Any]] = {}
     for layer, sums in enumerate(profile.sums):
@@ -54,6 +59,9 @@ def save_profile(profile: Profile, path: Path, position: CorpusPosition | None) 
         tensors[f"blk.{layer}.up_squares"] = sums.up_squares
         if sums.histogram is not None:
             tensors[f"blk.{layer}.histogram"] = sums.histogram
+        if sums.inside is not None:
+            tensors[f"blk.{layer}.expert_tokens"] = sums.inside.tokens
+            tensors[f"blk.{layer}.expert_active"] = sums.inside.active
     tensors["thresholds"] = profile.thresholds
     write_safetensors(path, text, tensors)
 
@@ -92,7 +100,9 @@ def _load(path: Path, *, counts_alone: bool = False) -> tuple[dict[str, Any], Co
         if stored != expected:
             raise BadValue(path, f"thresholds[{layer}] is {stored}, the histograms give {expected}")
     fields = {
-        name: getattr(document, name) for name in vars(document) if name not in ("neurons", "checkpoint")
+        name: getattr(document, name)
+        for name in vars(document)
+        if name not in ("neurons", "checkpoint", "expert_neurons")
     }
     return {**fields, "sums": tuple(every)}, document.checkpoint
 
@@ -119,7 +129,19 @@ def _take_layer(
         histogram = reader.take(f"blk.{layer}.histogram", "U32", (neurons, BINS))
     gate = reader.take(f"blk.{layer}.gate_squares", "F64", (neurons,))
     up = reader.take(f"blk.{layer}.up_squares", "F64", (neurons,))
-    return LayerSums(counts if histogram is None else None, histogram, gate, up), counts
+    inside, each = None, document.expert_neurons[layer] if document.expert_neurons else 0
+    if each:
+        inside = ExpertSums(
+            tokens=reader.take(f"blk.{layer}.expert_tokens", "U64", (neurons,)),
+            active=reader.take(f"blk.{layer}.expert_active", "U32", (neurons, each)),
+        )
+    return LayerSums(counts if histogram is None else None, histogram, gate, up, inside), counts
+
+
+def _expert_neurons(profile: Profile) -> tuple[int, ...]:
+    """As in :class:`ProfileDocument`."""
+    counts = tuple(profile.expert_neurons(layer) for layer in range(profile.layers))
+    return counts if any(counts) else ()
 
 
 def _check_document(document: ProfileDocument, path: Path) -> None:
@@ -141,6 +163,7 @@ def _check_document(document: ProfileDocument, path: Path) -> None:
     require(1 <= len(document.neurons) <= MAX_LAYERS, "neurons", f"has {len(document.neurons)} layers")
     for layer, neurons in enumerate(document.neurons):
         require(1 <= neurons <= MAX_NEURONS, f"neurons[{layer}]", f"is {neurons}")
+    _check_expert_neurons(document, require)
     for index, entry in enumerate(document.corpus):
         require(_is_digest(entry.sha256), f"corpus[{index}].sha256", "is not 64 hexadecimal digits")
         require(entry.tokens >= 0 and entry.bytes >= 0, f"corpus[{index}]", "has a negative size")
@@ -151,6 +174,18 @@ def _check_document(document: ProfileDocument, path: Path) -> None:
     if document.checkpoint is not None:
         require(_is_digest(document.checkpoint.work), "checkpoint.work", "is not 64 hexadecimal digits")
         require(document.checkpoint.windows >= 0, "checkpoint.windows", "is negative")
+
+
+def _check_expert_neurons(document: ProfileDocument, require: Callable[[bool, str, str], None]) -> None:
+    counts = document.expert_neurons
+    if not counts:
+        return
+    layers = len(document.neurons)
+    require(len(counts) == layers, "expert_neurons", f"has {len(counts)} layers, expected {layers}")
+    require(document.activation == ROUTING, "expert_neurons", "is of a profile that does not count experts")
+    require(any(counts), "expert_neurons", "has nothing but zeros")
+    for layer, neurons in enumerate(counts):
+        require(0 <= neurons <= MAX_NEURONS, f"expert_neurons[{layer}]", f"is {neurons}")
 
 
 def _check_sums(document: ProfileDocument, layer: int, sums: LayerSums, path: Path) -> None:
@@ -180,6 +215,24 @@ def _check_sums(document: ProfileDocument, layer: int, sums: LayerSums, path: Pa
         require(inside, name, "has a value that is negative, not finite or above 2^37")
         on_grid = bool((np.rint(squares / SQUARE_GRID) * SQUARE_GRID == squares).all())
         require(on_grid, name, "has a value that is not a multiple of 2^-16 (see round_squares)")
+    if sums.inside is not None:
+        _check_inside(sums.inside, sums.counts, (neurons, document.expert_neurons[layer]), require)
+
+
+def _check_inside(
+    inside: ExpertSums,
+    counts: NDArray[np.uint64] | None,
+    shape: tuple[int, int],
+    require: Callable[[bool, str, str], None],
+) -> None:
+    """``counts`` [experts]: the tokens that took each expert."""
+    tokens, active = inside.tokens, inside.active
+    require(tokens.shape == shape[:1], "expert_tokens", f"has the shape {tokens.shape}")
+    require(active.shape == shape, "expert_active", f"has the shape {active.shape}")
+    within = counts is not None and bool((tokens <= counts).all())
+    require(within, "expert_tokens", "has more tokens of an expert than took it")
+    possible = bool((active <= tokens[:, None]).all())
+    require(possible, "expert_active", "has a neuron that was active for more tokens than were counted")
 
 
 def _check_counts(

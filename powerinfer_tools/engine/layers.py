@@ -57,6 +57,7 @@ class LayerStack:
         made = StackWriter(model, pool, options, self._modes, self._hot, self)
         self._written, self._buffers, self._stops = made, made.buffers, made.stops
         self._checks, self._check_recall = made.checks, options.check_recall
+        self._pauses = made.pauses
         self._tokens = 0
         self._length = made.writer.mark()
         #: The head's rows; None where the hot device has them.
@@ -326,12 +327,12 @@ class LayerStack:
 
     def run(self, first: int, last: int, count: int, places: Places | None = None) -> None:
         """Run the operations from ``first`` to ``last`` over ``count`` tokens at ``places`` (None: the
-        operations do not depend on the positions of tokens), and call the observer if one was given."""
-        for check in self._checks:
-            if first < check.after <= last:
-                self._run(first, check.after, count, places)
-                check.count(count)
-                first = check.after
+        operations do not depend on the positions of tokens), with the pauses between them."""
+        for pause in self._pauses:
+            if first < pause.after <= last:
+                self._run(first, pause.after, count, places)
+                pause.count(count)
+                first = pause.after
         if first < last:
             self._run(first, last, count, places)
 

@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 from powerinfer_kernels import HISTOGRAM_BINS
 
+_BYTE = 255
+
 
 @dataclass(frozen=True)
 class LayerCounters:
@@ -21,6 +23,52 @@ class LayerCounters:
     histogram: npt.NDArray[np.uint32] | None
     gate_squares: npt.NDArray[np.float64]
     up_squares: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ExpertCounters(LayerCounters):
+    """Counters of one layer's experts, and of the neurons inside them. ``seen`` uint64 [experts]: tokens that
+    took the expert and whose neurons were counted; ``active`` uint32 [experts, n]: for how many of them the
+    contribution act(gate)·up of a neuron was not exactly zero."""
+
+    seen: npt.NDArray[np.uint64]
+    active: npt.NDArray[np.uint32]
+
+
+def expert_counters(experts: int, neurons: int) -> ExpertCounters:
+    """Counters at zero for a layer of ``experts`` with ``neurons`` each."""
+    return ExpertCounters(
+        **vars(counters(experts, histogram=False)),
+        seen=np.zeros(experts, np.uint64),
+        active=np.zeros((experts, neurons), np.uint32),
+    )
+
+
+@dataclass(frozen=True)
+class NeuronsInside:
+    """Counts the neurons inside the experts of one layer.
+
+    After the operations before ``after`` have run, ``chosen`` int32 [tokens, used] holds each token's
+    experts, and ``hidden`` float32 [pairs, n] the contributions of their neurons: pairs of a token and an
+    expert are sorted by expert. All experts must be computed here.
+    """
+
+    after: int
+    chosen: npt.NDArray[np.int32]
+    hidden: npt.NDArray[np.float32]
+    into: ExpertCounters
+
+    def count(self, tokens: int) -> None:
+        """Count the pairs of the first ``tokens`` tokens."""
+        pairs = np.bincount(self.chosen[:tokens].ravel(), minlength=len(self.into.seen))
+        ends = np.cumsum(pairs)
+        self.into.seen[:] += pairs.astype(np.uint64)
+        for expert in np.flatnonzero(pairs).tolist():
+            first, end = int(ends[expert] - pairs[expert]), int(ends[expert])
+            for begin in range(first, end, _BYTE):
+                active = self.hidden[begin : min(end, begin + _BYTE)] != 0
+                # A sum of at most 255 ones fits a byte, which numpy adds many at a time.
+                self.into.active[expert] += active.view(np.uint8).sum(axis=0, dtype=np.uint8)
 
 
 def counters(neurons: int, *, histogram: bool) -> LayerCounters:

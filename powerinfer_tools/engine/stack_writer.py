@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from powerinfer_kernels import Pool, ProgramBuilder
 from powerinfer_tools.engine.blocks import BlockWriter, FFNOutput
@@ -14,7 +15,7 @@ from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot_steps import ColdPart, Host, HotSteps
 from powerinfer_tools.engine.layers_on_disk import LayersOnDisk
 from powerinfer_tools.engine.neurons_on_disk import NeuronsOnDisk
-from powerinfer_tools.engine.observation import LayerCounters
+from powerinfer_tools.engine.observation import ExpertCounters, LayerCounters, NeuronsInside
 from powerinfer_tools.engine.program_operations import Inputs, ProgramOperations
 from powerinfer_tools.engine.recall import RecallCheck
 from powerinfer_tools.engine.residency import Residency
@@ -34,6 +35,17 @@ class Stop:
     ready: int
     needed: int
     work: Callable[[int, Places], None]
+
+
+class Pause(Protocol):
+    """Work of Python on the buffers, for which a run is interrupted after the operations before ``after``."""
+
+    @property
+    def after(self) -> int:
+        """The operation before which the work is done."""
+
+    def count(self, tokens: int) -> None:
+        """Do it for the first ``tokens`` rows."""
 
 
 class StackWriter:
@@ -85,6 +97,8 @@ class StackWriter:
         self.cold: dict[int, ColdFFN] = {}
         self.checks: list[RecallCheck] = []
         self.checked: list[int] = []
+        #: The checks and everything else that interrupts a run, in order.
+        self.pauses: list[Pause] = []
         self.beside = HotSteps(hot, self.buffers, host) if hot else None
         self._write()
 
@@ -193,6 +207,12 @@ class StackWriter:
             if check is not None:
                 self.checks.append(check)
                 self.checked.append(index)
+                self.pauses.append(check)
+        observed = self._observed(index)
+        if isinstance(observed, ExpertCounters):
+            assert self.routed is not None
+            here, chosen = self.writer.mark(), self.routed.choice.chosen
+            self.pauses.append(NeuronsInside(here, chosen, self.routed.pairs.gate, observed))
         self.ffn_ends.append(self.writer.mark())
 
     def _observed(self, index: int) -> LayerCounters | None:

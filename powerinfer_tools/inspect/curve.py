@@ -26,7 +26,7 @@ class Curve:
     cumulative: Doubles
 
     @classmethod
-    def of(cls, name: str, counts: npt.NDArray[np.uint64]) -> "Curve":
+    def of(cls, name: str, counts: npt.NDArray[np.uint64] | npt.NDArray[np.uint32]) -> "Curve":
         """The curve of neurons that were active ``counts`` times."""
         descending = np.sort(counts)[::-1].astype(np.float64)
         total = max(float(descending.sum()), 1.0)
@@ -49,27 +49,63 @@ class Curve:
         return [self.activity(share) for share in shares]
 
 
+@dataclass(frozen=True, eq=False)
+class Inside:
+    """The neurons inside the experts of ``layer``: ``mean`` share of an expert's neurons that is active for a
+    token that takes it, ``shares`` [experts] of each, and the ``curve`` of all its experts' neurons."""
+
+    layer: int
+    mean: float
+    shares: Doubles
+    curve: Curve
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "layer": self.layer,
+            "active": self.mean,
+            "least": float(self.shares.min()),
+            "most": float(self.shares.max()),
+            "neurons_for_80_percent": self.curve.neurons_for(0.8),
+        }
+
+
 @dataclass(frozen=True)
 class Curves:
-    """The curves of a profile: of all neurons together, and of each layer's."""
+    """The curves of a profile: of all neurons together, and of each layer's; ``inside`` experts, of the
+    layers whose experts' neurons were counted."""
 
     model: Curve
     layers: tuple[Curve, ...]
+    inside: tuple[Inside, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: shares of neurons, and the curves' values at these."""
-        return {
+        values = {
             "neurons": list(SHARES),
             "model": self.model.points(),
             "layers": [layer.points() for layer in self.layers],
         }
+        if self.inside:
+            values["inside_experts"] = [layer.curve.points() for layer in self.inside]
+        return values
 
 
 def activation_curves(profile: Profile) -> Curves:
     """The curves of ``profile``."""
     counts = [profile.counts(layer) for layer in range(profile.layers)]
     layers = tuple(Curve.of(f"layer {index}", layer) for index, layer in enumerate(counts))
-    return Curves(Curve.of("model", np.concatenate(counts)), layers)
+    inside = (inside_experts(profile, index) for index in range(profile.layers))
+    return Curves(Curve.of("model", np.concatenate(counts)), layers, tuple(one for one in inside if one))
+
+
+def inside_experts(profile: Profile, layer: int) -> Inside | None:
+    """What the neurons inside the experts of ``layer`` did; None where that was not counted."""
+    sums, shares = profile.sums[layer].inside, profile.expert_density(layer)
+    mean = profile.density_inside(layer)
+    if sums is None or shares is None or mean is None:
+        return None
+    return Inside(layer, mean, shares, Curve.of(f"inside layer {layer}", sums.active.ravel()))
 
 
 def summarize_profile(profile: Profile) -> dict[str, Any]:
@@ -77,7 +113,7 @@ def summarize_profile(profile: Profile) -> dict[str, Any]:
     curves = activation_curves(profile)
     densities = [profile.density(layer) for layer in range(profile.layers)]
     neurons = [profile.neurons(layer) for layer in range(profile.layers)]
-    return {
+    summary = {
         "model": profile.model_name,
         "fingerprint": profile.fingerprint,
         "architecture": profile.architecture,
@@ -100,3 +136,14 @@ def summarize_profile(profile: Profile) -> dict[str, Any]:
             for index in range(profile.layers)
         ],
     }
+    if curves.inside:
+        summary["active_in_experts"] = _mean_inside(profile)
+        summary["inside_experts"] = [layer.as_dict() for layer in curves.inside]
+    return summary
+
+
+def _mean_inside(profile: Profile) -> float:
+    """The share of the neurons of the experts that tokens took that was active, of all layers."""
+    sums = [layer.inside for layer in profile.sums if layer.inside is not None]
+    every = sum(int(one.tokens.sum(dtype=np.uint64)) * int(one.active.shape[1]) for one in sums)
+    return sum(int(one.active.sum(dtype=np.uint64)) for one in sums) / max(every, 1)

@@ -1,6 +1,8 @@
 """Every stage that takes a mixture of experts, by its command; and what the others say."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,25 @@ def test_bench_of_a_made_up_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         done = ended(*words, *more)
         assert done.exit_code == 1
         assert "small has experts whose activation makes no zeros" in " ".join(done.stderr.split())
+
+
+def test_zeros_inside_experts_are_counted_and_shown(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_tiny_model(tmp_path, replace(CASES["mixtral"], activation="relu"))
+    words = ("profile", "-m", "tiny.gguf", "--corpus", str(place / "text.txt"), "--tokens", "300")
+    shown = ended(*words, "--threads", "1").stdout
+    active = re.search(r"inside an expert that a token takes, ([0-9.]+)% of the neurons are active", shown)
+    assert active is not None
+    facts = stage(*words)
+    assert round(100 * facts["active_in_experts"], 1) == float(active[1])
+    assert [layer["layer"] for layer in facts["inside_experts"]] == [0, 1, 2]
+    told = ended("inspect", "tiny.profile.safetensors", "--chart", "curve.png").stdout
+    assert "Neurons inside experts" in told
+    assert f"{facts['inside_experts'][1]['active']:.1%}" in told
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    assert "Neurons inside experts" not in ended("inspect", str(place / "tiny.profile.safetensors")).stdout
 
 
 def test_bench_of_experts_that_leave_neurons_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

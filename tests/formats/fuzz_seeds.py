@@ -9,7 +9,7 @@ from gguf_bytes import VALID
 from powerinfer_formats.gguf_layout import ValueType
 from powerinfer_formats.records import dump_json
 from powerinfer_formats.trace import encode_frame, write_trace
-from profiles import make_profile
+from profiles import make_expert_profile, make_profile
 from sentencepiece_bytes import sentencepiece_bytes
 from test_delta import make as make_delta
 from test_hardware import TEXT
@@ -68,6 +68,7 @@ def seeds() -> dict[str, list[bytes]]:
         make_delta().save(folder / "delta")
         make_delta(activation="fatrelu").save(folder / "delta2")
         make_profile().save(folder / "profile")
+        make_expert_profile().save(folder / "expert profile")
         make_predictors().save(folder / "predictors")
         PLAN.save(folder / "plan")
         write_trace(folder / "trace", header(), [encode_frame(*record) for record in records()])
@@ -86,7 +87,7 @@ def seeds() -> dict[str, list[bytes]]:
         "rope": [dump_json(_ROPE).encode(), b'{"rope_scaling": {"type": "linear", "factor": 2}}'],
         "delta": [files["delta"], files["delta2"]],
         "trace": [files["trace"]],
-        "profile": [files["profile"]],
+        "profile": [files["profile"], files["expert profile"]],
         "plan": [files["plan"]],
         "hardware": [TEXT.encode()],
         "predictors": [files["predictors"]],

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from powerinfer_formats.histogram import BINS, contribution_bins
-from powerinfer_formats.profile import Corpus, LayerSums, Profile, round_squares
+from powerinfer_formats.profile import ROUTING, Corpus, ExpertSums, LayerSums, Profile, round_squares
 
 LAYERS, NEURONS, WINDOW = 2, 24, 16
 
@@ -60,3 +60,23 @@ def make_profile(seed: int = 0, tokens: int = 64, *, exact_zeros: bool = False, 
         "sums": tuple(sums_of(gate[i], up[i], exact_zeros=exact_zeros) for i in range(LAYERS)),
     }
     return Profile(**(given | fields))
+
+
+#: Of :func:`make_expert_profile`: experts, neurons in each, and experts that a token takes.
+EXPERTS, INSIDE, USED = 5, 7, 2
+
+
+def make_expert_profile(seed: int = 0, tokens: int = 64, **fields: Any) -> Profile:
+    """A profile of two layers of experts and, first, a dense one; neurons inside experts are counted."""
+    rng = np.random.default_rng(seed)
+    sums = [LayerSums(np.array([tokens], np.uint64), None, *np.full((2, 1), float(tokens)))]
+    for _ in range(2):
+        chosen = np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :USED]
+        counts = np.bincount(chosen.ravel(), minlength=EXPERTS).astype(np.uint64)
+        active = np.zeros((EXPERTS, INSIDE), np.uint32)
+        for expert in chosen.ravel():
+            active[expert] += rng.random(INSIDE) < 0.4
+        squares = (counts * 0.25, counts.astype(np.float64))
+        sums.append(LayerSums(counts, None, *squares, ExpertSums(counts.copy(), active)))
+    given: dict[str, Any] = {"activation": ROUTING, "sums": tuple(sums)}
+    return make_profile(seed, tokens, exact_zeros=True, **(given | fields))

@@ -12,7 +12,7 @@ from powerinfer_formats.plan import Plan
 from powerinfer_formats.profile import Profile
 from powerinfer_formats.records import dump_json
 from powerinfer_formats.split import SplitFile
-from profiles import make_profile
+from profiles import make_expert_profile
 from split_files import NEURONS, write_split
 from test_hardware import TEXT
 from test_plan import PLAN
@@ -45,7 +45,7 @@ def split_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture(scope="module")
 def profile_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("profile") / "p"
-    make_profile(exact_zeros=True).save(path)
+    make_expert_profile().save(path)
     return path.read_bytes()
 
 
@@ -79,6 +79,8 @@ def test_profiles(tmp_path: Path, profile_bytes: bytes, changes: Changes) -> Non
     for layer in range(profile.layers):
         assert 0 <= profile.density(layer) <= 1
         assert sorted(profile.order(layer).tolist()) == list(range(profile.neurons(layer)))
+        inside = profile.density_inside(layer)
+        assert inside is None or 0 <= inside <= 1
 
 
 @SETTINGS

@@ -1,5 +1,6 @@
 """Looking into files, and the activation curve, worked out by hand on a profile of a few neurons."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from powerinfer_formats.delta import Change, Delta, DeltaHeader, Scaled
 from powerinfer_formats.errors import FormatError
 from powerinfer_formats.predictors import LowRank, PredictorInfo, Predictors, PredictorsHeader, Quality
-from powerinfer_formats.profile import Corpus, LayerSums, Profile
+from powerinfer_formats.profile import Corpus, ExpertSums, LayerSums, Profile
 from powerinfer_formats.records import to_plain
 from powerinfer_formats.trace import TraceHeader, encode_frame, write_trace
 from powerinfer_tools.errors import PowerInferError
@@ -195,3 +196,32 @@ def test_families_are_those_of_the_table() -> None:
     assert not rows["llama"].true_zeros
     assert rows["deepseek2"].mixer == "latent attention"
     assert rows["mamba"].mixer == "selective scan"
+
+
+def expert_profile() -> Profile:
+    """Two layers of two experts of two neurons, the first without zeros counted."""
+    whole = profile_of([8, 2], [6, 4])
+    inside = ExpertSums(np.array([6, 4], np.uint64), np.array([[6, 0], [1, 1]], np.uint32))
+    return replace(whole, activation="routing", sums=(whole.sums[0], replace(whole.sums[1], inside=inside)))
+
+
+def test_zeros_inside_experts_are_told_by_layer() -> None:
+    profile = expert_profile()
+    curves, summary = activation_curves(profile), summarize_profile(profile)
+    assert [layer.layer for layer in curves.inside] == [1]
+    assert summary["active_in_experts"] == 8 / 20
+    assert summary["inside_experts"] == [
+        {"layer": 1, "active": 0.4, "least": 0.25, "most": 0.5, "neurons_for_80_percent": 0.5}
+    ]
+    assert curves.as_dict()["inside_experts"][0][50] == pytest.approx(7 / 8)
+    assert "inside_experts" not in activation_curves(profile_of([1])).as_dict()
+    assert "active_in_experts" not in summarize_profile(profile_of([1]))
+
+
+def test_zeros_inside_experts_are_drawn_below(tmp_path: Path) -> None:
+    draw_curves(activation_curves(expert_profile()), tmp_path / "with.svg", "small")
+    draw_curves(activation_curves(profile_of([8, 2], [6, 4])), tmp_path / "without.svg", "small")
+    with_inside, without = ((tmp_path / f"{name}.svg").read_text() for name in ("with", "without"))
+    assert (with_inside.count('id="axes_'), without.count('id="axes_')) == (2, 1)
+    bars = with_inside.count("#0969da") - without.count("#0969da")
+    assert bars >= 1

@@ -33,7 +33,7 @@ class Learning:
         self._routed = model.hyper.routing is not None
         if not self._routed:
             _check_neurons(model, mode, beside=beside)
-        self._model, self._path, self._tally = model, path, Tally(model, 1)
+        self._model, self._path, self._tally = model, path, Tally(model, 1, inside=False)
         self._base = Profile.load(path) if path.exists() else None
         if self._base is not None and self._base.fingerprint != model.fingerprint:
             raise ProfileError(

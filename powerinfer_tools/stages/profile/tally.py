@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from powerinfer_formats.profile import LayerSums, Profile, round_squares
+from powerinfer_formats.profile import ExpertSums, LayerSums, Profile, round_squares
 from powerinfer_formats.profile_sums import add_sums
-from powerinfer_tools.engine.observation import LayerCounters, counters
+from powerinfer_tools.engine.observation import ExpertCounters, LayerCounters, counters, expert_counters
+from powerinfer_tools.model.architectures import RELU_FAMILY
 from powerinfer_tools.model.hyperparameter_types import LayerFacts
 from powerinfer_tools.model.loading import Model
 
@@ -16,22 +17,30 @@ Squares = npt.NDArray[np.float64]
 
 
 class Tally:
-    """Counters that the kernels fill, and the sums of squares of all windows closed so far.
+    """Counters that the kernels fill, and the sums of squares of all windows closed so far. ``inside``: the
+    neurons inside experts are counted, too, where their activation makes exact zeros.
 
     Squares are rounded window by window (see :func:`powerinfer_formats.profile.round_squares`), which is what
     makes merged shards equal to the whole.
     """
 
-    def __init__(self, model: Model, files: int) -> None:
+    def __init__(self, model: Model, files: int, *, inside: bool = True) -> None:
         routing = model.hyper.routing
         units = [_units(model, facts) for facts in model.hyper.facts]
         histogram = routing is None and not model.exact_zeros
         # Squares of all layers lie in one array each, so that a window is closed in a few calls of numpy.
         self._open, self._closed = np.zeros((2, sum(units))), np.zeros((2, sum(units)))
         open_parts = _parts(self._open, units)
+        inside = inside and model.hyper.activation in RELU_FAMILY
+        fresh = [
+            expert_counters(count, model.hyper.neurons)
+            if inside and facts.ffn == "experts"
+            else counters(count, histogram=histogram)
+            for count, facts in zip(units, model.hyper.facts, strict=True)
+        ]
         self.counters: Sequence[LayerCounters] = tuple(
-            replace(counters(count, histogram=histogram), gate_squares=gate, up_squares=up)
-            for count, (gate, up) in zip(units, open_parts, strict=True)
+            replace(made, gate_squares=gate, up_squares=up)
+            for made, (gate, up) in zip(fresh, open_parts, strict=True)
         )
         self._squares = _parts(self._closed, units)
         kinds = [facts.ffn for facts in model.hyper.facts]
@@ -70,6 +79,9 @@ class Tally:
                 histogram=None if counted.histogram is None else counted.histogram.copy(),
                 gate_squares=_saturated(gate),
                 up_squares=_saturated(up),
+                inside=ExpertSums(counted.seen.copy(), counted.active.copy())
+                if isinstance(counted, ExpertCounters)
+                else None,
             )
             for counted, (gate, up) in zip(self.counters, self._squares, strict=True)
         )
@@ -81,6 +93,9 @@ class Tally:
                 counted.histogram[:] = sums.histogram
             elif sums.counts is not None:
                 counted.counts[:] = sums.counts
+            if isinstance(counted, ExpertCounters) and sums.inside is not None:
+                counted.seen[:] = sums.inside.tokens
+                counted.active[:] = sums.inside.active
             squares[0][:] = sums.gate_squares
             squares[1][:] = sums.up_squares
         for entry in profile.corpus:

@@ -136,13 +136,13 @@ def test_escape_stops_an_answer(page: Any, server: Served, monkeypatch: pytest.M
 
     batcher = server.service.batcher
     assert batcher is not None
-    step = batcher._slots.step
+    write = batcher._slots.write
 
-    def slow(work: Any) -> Any:
+    def slow(slots: Any, tokens: Any) -> Any:
         time.sleep(0.02)
-        return step(work)
+        return write(slots, tokens)
 
-    monkeypatch.setattr(batcher._slots, "step", slow)
+    monkeypatch.setattr(batcher._slots, "write", slow)
     page.execute_script(
         "const field = document.querySelector('#max_tokens'); field.value = '8000';"
         "field.dispatchEvent(new Event('change'))"

@@ -77,7 +77,7 @@ def command(
     if as_csv and common.json:
         raise typer.BadParameter("choose one of --csv and --json", param_hint="--csv")
     if not prompt and not generate and not synthetic.ffn and not synthetic.clear_cache:
-        raise typer.BadParameter("with -p 0, too, there is nothing to measure", param_hint="-n")
+        raise typer.BadParameter("with -p 0 and -n 0 there is nothing to measure", param_hint="-n")
     check_choice(files, model, synthetic, placement.mode)
     if files and len(files) > 1:
         if as_csv:

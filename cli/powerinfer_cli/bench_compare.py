@@ -21,7 +21,7 @@ def parse_contender(text: str) -> tuple[Path, Mode | None]:
         return Path(text), None
     if mode not in get_args(Mode):
         raise typer.BadParameter(
-            f"{text}: {mode!r} is no mode; choose one of {', '.join(get_args(Mode))}", param_hint="FILE"
+            f"{text}: {mode!r} is not a mode; choose one of {', '.join(get_args(Mode))}", param_hint="FILE"
         )
     return Path(name), cast(Mode, mode)
 

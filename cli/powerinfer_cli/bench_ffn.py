@@ -27,7 +27,7 @@ def parse_densities(text: str) -> list[float]:
         densities = []
     if not densities or not all(0 < density <= 1 for density in densities):
         raise typer.BadParameter(
-            f"{text!r} is no list of shares above 0 and up to 1, such as 0.1,0.5", param_hint="--density"
+            f"{text!r} is not a list of shares above 0 and up to 1, such as 0.1,0.5", param_hint="--density"
         )
     return densities
 

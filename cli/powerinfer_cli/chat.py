@@ -94,19 +94,19 @@ class Loop:
         """Answer the last question anew."""
         answer = self.conversation.regenerate()
         if answer is None:
-            say("nothing has been asked yet")
+            say("there is no question yet")
         else:
             stream(answer, self.reasoning)
 
     def undo(self, _: str) -> None:
         """Take back the last exchange."""
         question = self.conversation.undo()
-        say("nothing to take back" if question is None else f"taken back: {question}")
+        say("there is no exchange to take back" if question is None else f"taken back: {question}")
 
     def reset(self, _: str) -> None:
         """Forget the conversation."""
         self.conversation.reset()
-        say("the conversation is forgotten")
+        say("the conversation was discarded")
 
     def system(self, text: str) -> None:
         """Show the system prompt, or set it."""

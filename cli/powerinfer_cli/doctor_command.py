@@ -53,7 +53,7 @@ def command(
 ) -> None:
     """Show this machine, or measure it."""
     if model and not measure:
-        raise typer.BadParameter("only --measure looks at a model", param_hint="--model")
+        raise typer.BadParameter("has an effect only with --measure", param_hint="--model")
     models = [find_model(path) for path in model or ()]
     from powerinfer_tools.measure.hardware import diagnose
 

@@ -43,11 +43,15 @@ class Drafts:
 def check_drafts(drafts: Drafts, *, traced: bool) -> None:
     """Refuse what contradicts itself."""
     if drafts.draft not in (None, "ngram"):
-        raise typer.BadParameter(f"{drafts.draft!r} is not ngram, the only one", param_hint="--draft")
+        raise typer.BadParameter(
+            f"{drafts.draft!r} is not a kind of draft; the only one is ngram", param_hint="--draft"
+        )
     if drafts.draft is not None and drafts.draft_model is not None:
         raise typer.BadParameter("choose one of --draft and --draft-model", param_hint="--draft")
     if drafts.given and traced:
-        raise typer.BadParameter("a timeline is of one token; leave out the drafts", param_hint="--trace")
+        raise typer.BadParameter(
+            "a timeline shows one token at a time; leave out the drafts", param_hint="--trace"
+        )
 
 
 def drafts_line(figures: dict[str, Any]) -> str:

@@ -100,5 +100,5 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        say(f"{path}: not UTF-8 at byte {error.start}; what cannot be read becomes U+FFFD")
+        say(f"{path}: not UTF-8 at byte {error.start}; invalid bytes become U+FFFD")
         return data.decode("utf-8", "replace")

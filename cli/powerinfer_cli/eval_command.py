@@ -88,7 +88,7 @@ def command(
     base = find_model(against) if against is not None else None
     modes = modes_of(compare) if compare is not None else ()
     if modes and (base is not None or placement.mode != "auto"):
-        raise typer.BadParameter("goes without --against and without --mode", param_hint="--compare")
+        raise typer.BadParameter("cannot be combined with --against or --mode", param_hint="--compare")
     from powerinfer_cli.engines import engines_of, opened_engine, read_text
 
     listener = progress()

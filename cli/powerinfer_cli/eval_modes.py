@@ -24,7 +24,7 @@ def modes_of(text: str) -> tuple[str, ...]:
     for mode in modes:
         if mode not in MODES:
             raise typer.BadParameter(
-                f"{mode!r} is no mode; known are {', '.join(MODES)}", param_hint="--compare"
+                f"{mode!r} is not a mode; choose one of {', '.join(MODES)}", param_hint="--compare"
             )
     return modes
 

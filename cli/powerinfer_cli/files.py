@@ -38,7 +38,7 @@ def find_model(choice: Path | ModelChoice | None) -> Path:
     """
     if isinstance(choice, ModelChoice) and choice.hf is not None:
         if choice.model is not None:
-            raise typer.BadParameter("-m and -hf name two models", param_hint="-hf")
+            raise typer.BadParameter("choose one of -m and -hf", param_hint="-hf")
         return _hub_model(choice.hf)
     named = choice.model if isinstance(choice, ModelChoice) else choice
     if named is not None:

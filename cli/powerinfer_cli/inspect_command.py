@@ -67,7 +67,7 @@ def command(
         show_families(as_json=common.json)
         return
     if path is None:
-        raise typer.BadParameter("name a file, or ask for --families", param_hint="FILE")
+        raise typer.BadParameter("name a file, or use --families", param_hint="FILE")
     if tokenize is not None:
         show_tokens(path, tokenize, with_bos=bos, parse_special=special, as_json=common.json)
         return

@@ -34,4 +34,4 @@ def command(*, common: opt.Common) -> None:
     else:
         say(f"no model in {hub_cache()}; fetch one with: powerinfer pull OWNER/NAME")
     if partial:
-        say(f"{format_size(partial)} of interrupted downloads: pull goes on with them, rm removes them")
+        say(f"{format_size(partial)} of interrupted downloads: pull resumes them, rm removes them")

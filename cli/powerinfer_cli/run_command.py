@@ -293,10 +293,10 @@ def check_form(form: Form, prompt: Prompt, length: Length) -> None:
     if form.grammar is not None and form.json_schema is not None:
         raise typer.BadParameter("choose one of --json-schema and --grammar", param_hint=option)
     if prompt.interactive:
-        raise typer.BadParameter("a chat has no form; choose one of -i and this", param_hint=option)
+        raise typer.BadParameter("has no effect in a chat; leave out -i", param_hint=option)
     if length.ignore_eos:
         raise typer.BadParameter(
-            "the form says where the text ends; leave out --ignore-eos", param_hint=option
+            "has no effect with a schema or grammar, which says where the text ends", param_hint=option
         )
 
 
@@ -310,7 +310,7 @@ def parsed_bias(text: str) -> tuple[int, float]:
         return int(text[:digits]), bias
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is no token id with what is added, such as 15043+1 or 15043-inf",
+            f"{text!r} is not a token id with a bias, such as 15043+1 or 15043-inf",
             param_hint="--logit-bias",
         ) from None
 

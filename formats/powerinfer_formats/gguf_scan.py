@@ -99,7 +99,7 @@ def scan_header(buffer: bytes | memoryview, file: str, magics: Collection[bytes]
     for _ in range(entry_count):
         entry = _read_entry(cursor)
         if entry.key in entries:
-            raise errors.DuplicateKey(file, f"metadata key {entry.key!r} is there twice")
+            raise errors.DuplicateKey(file, f"metadata key {entry.key!r} occurs twice")
         entries[entry.key] = entry
     alignment = _alignment(entries, file)
     rows = _read_directory(cursor, tensor_count)
@@ -315,7 +315,7 @@ def _read_directory(cursor: _Cursor, count: int) -> list[_Row]:
     for _ in range(count):
         row = _read_row(cursor)
         if row.name in names:
-            raise errors.DuplicateTensor(cursor.file, f"tensor {row.name!r} is there twice")
+            raise errors.DuplicateTensor(cursor.file, f"tensor {row.name!r} occurs twice")
         names.add(row.name)
         rows.append(row)
     return rows
@@ -387,7 +387,7 @@ def _place_tensors(rows: list[_Row], cursor: _Cursor, alignment: int) -> dict[st
             raise errors.TensorPastEnd(
                 file,
                 f"tensor {row.name!r} needs bytes {base + row.relative} to {last_end}, "
-                f"the file ends at {end}; it is incomplete: fetch or copy it again",
+                f"the file ends at {end}; the file is incomplete: fetch or copy it again",
             )
         tensors[row.name] = TensorInfo(row.name, row.row_type, row.shape, base + row.relative, row.nbytes)
         previous, expected = row.relative, aligned(row.relative + row.nbytes, alignment)
@@ -407,4 +407,6 @@ def _check_offset(row: _Row, previous: int, expected: int, alignment: int, file:
     if row.relative < expected:
         raise fault(errors.OverlappingTensors, f"inside the tensor before it, which reaches to {expected}")
     if row.relative > expected:
-        raise fault(errors.GapBetweenTensors, f"expected {expected}: bytes in between belong to no tensor")
+        raise fault(
+            errors.GapBetweenTensors, f"expected {expected}: the bytes between them belong to no tensor"
+        )

@@ -69,7 +69,7 @@ class MappedFile(mmap.mmap):
             now = None
         # A file with another number took its place: the mapping still has the old file, complete.
         if now is not None and now[:2] == self.stamp[:2] and now != self.stamp:
-            raise FileChanged(self.path, "was changed while it was read; nothing was made of it")
+            raise FileChanged(self.path, "was changed while it was read; no output was written")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -46,7 +46,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CannotRead(where, f"cannot be opened: {reason}") from None
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise BadDocument(where, f"is larger than {MAX_DOCUMENT_BYTES} bytes, which no such file is")
+        raise BadDocument(where, f"is larger than {MAX_DOCUMENT_BYTES} bytes, more than any such file has")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def parse_json(text: str, file: str | os.PathLike[str]) -> Any:
         if len(result) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} is there twice")
+            raise ValueError(f"the key {twice!r} occurs twice")
         return result
 
     try:
@@ -163,7 +163,7 @@ class RecordReader:
         try:
             return float(value)
         except OverflowError:
-            raise self.fail(path, "is larger than any number here can be") from None
+            raise self.fail(path, "is larger than the largest number allowed here") from None
 
     def _union(self, kind: Any, value: Any, path: str) -> Any:
         """Only ``X | None`` is used: a value that may be absent."""
@@ -189,7 +189,9 @@ class RecordReader:
         fields = {field.name: field for field in dataclasses.fields(kind)}
         for key in value:
             if key not in fields:
-                raise self.fail(_join(path, key), f"is not a known field, known are {', '.join(fields)}")
+                raise self.fail(
+                    _join(path, key), f"is not a known field; the known fields are {', '.join(fields)}"
+                )
         record: dict[str, Any] = {}
         for name, field in fields.items():
             if name in value:

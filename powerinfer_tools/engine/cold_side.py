@@ -127,7 +127,7 @@ class Plain:
 
     def scores(self, count: int) -> tuple[Floats, Floats]:
         """There is no router."""
-        raise AssertionError("nothing is chosen in a dense FFN")
+        raise AssertionError("a dense FFN has no experts to choose")
 
     def hot_routes(self, count: int) -> list[Route]:
         """All tokens take all of it."""

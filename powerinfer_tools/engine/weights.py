@@ -168,7 +168,7 @@ class Weights(Closing):
                 )
             raise ModelError(
                 f"{self.model.path}: the {self.stack.device} device computes attention, and holds one cache "
-                f"of type {self.kv_type}: no second session can be open, and none of another type"
+                f"of type {self.kv_type}: no second session can be open, nor one of another type"
             )
         untaken = [held.nbytes - held.touched_bytes for held in self._sessions]
         if untaken:
@@ -252,10 +252,10 @@ class Weights(Closing):
 
     def _check(self, work: Sequence[Part]) -> None:
         if not work or len({id(part.session) for part in work}) != len(work):
-            raise ValueError("a step takes at least one session, and each session once")
+            raise ValueError("a step needs at least one session, and each session only once")
         for session, tokens, rows in work:
             if not session.is_open_on(self):
-                raise ValueError("the session is closed, or of other weights")
+                raise ValueError("the session is closed, or belongs to other weights")
             if not 1 <= rows <= len(tokens):
                 raise ValueError(f"{rows} rows of logits after {len(tokens)} tokens")
             session.require_room(len(tokens))

@@ -72,7 +72,7 @@ def _require_space(folder: Path, nbytes: int, blob: Blob) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise HubError(
-            f"{blob.name} needs {_size(nbytes)} more in {folder}, where {_size(free)} are free: make room "
+            f"{blob.name} needs {_size(nbytes)} more in {folder}, where {_size(free)} are free; make room "
             "(powerinfer rm), or set HF_HOME to a folder on another disk"
         )
 
@@ -100,7 +100,7 @@ def _transfer(blob: Blob, stream: BinaryIO, had: int, headers: dict[str, Any], p
         raise
     except KeyboardInterrupt:
         progress.note(
-            f"{_size(stream.tell())} of {_size(blob.size)} are kept; the same command goes on from there"
+            f"{_size(stream.tell())} of {_size(blob.size)} are kept; the same command continues from there"
         )
         raise
     finally:
@@ -147,8 +147,8 @@ def _verify(blob: Blob, stream: BinaryIO, partial: Path) -> None:
     if digest.hexdigest() != blob.digest:
         partial.unlink(missing_ok=True)
         raise HubError(
-            f"{blob.name} was damaged on the way: its hash is {digest.hexdigest()[:16]}…, the hub says "
-            f"{blob.digest[:16]}…; what was fetched has been removed, try again"
+            f"{blob.name} was damaged during the download: its hash is {digest.hexdigest()[:16]}…, the hub "
+            f"says {blob.digest[:16]}…; the download was removed; try again"
         )
 
 

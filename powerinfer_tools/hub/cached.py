@@ -70,13 +70,16 @@ def remove(reference: Reference, *, everything: bool = False, cache: Path | None
     cached = [(revision, offer) for revision, offer, model in _models(cache, reference.repository)]
     partial = (cache or hub_cache()) / reference.folder_name / "blobs"
     if not cached and not any(partial.glob("*.incomplete")):
-        raise HubError(f"{reference.repository} is not in the cache; powerinfer list shows what is")
+        raise HubError(
+            f"{reference.repository} is not in the cache; powerinfer list shows the models that are"
+        )
     labels = {offer.label for _, offer in cached}
     if not reference.quant and (everything or len(labels) <= 1):
         return _remove_all(reference, cache)
     if not reference.quant:
         raise HubError(
-            f"{reference.repository} is there as {', '.join(sorted(labels))}: name one, or remove all (--all)"
+            f"{reference.repository} is in the cache as {', '.join(sorted(labels))}: name one of them, or "
+            "remove all (--all)"
         )
     matching = []
     for revision, offer in cached:

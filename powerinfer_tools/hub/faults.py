@@ -35,7 +35,7 @@ def hub_error(error: Exception, name: str, endpoint: str) -> HubError | None:
         if isinstance(error, kinds):
             return HubError(sentence)
     if isinstance(error, OSError) and error.errno is None:  # the transfer ended with a different size
-        return HubError(f"{name}: the connection ended early; the same command goes on from there")
+        return HubError(f"{name}: the connection ended early; the same command continues from there")
     return None
 
 

@@ -125,7 +125,7 @@ def test_a_truncated_model_is_not_described(powerinfer: Command, smollm2: Path, 
     path.write_bytes(smollm2.read_bytes()[:2_000_000])
     ended = powerinfer("inspect", path)
     assert (ended.code, ended.out) == (1, "")
-    assert "it is incomplete: fetch or copy it again" in one_line(ended.err)
+    assert "the file is incomplete: fetch or copy it again" in one_line(ended.err)
 
 
 def test_a_directory_is_no_model(powerinfer: Command, tmp_path: Path) -> None:

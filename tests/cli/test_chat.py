@@ -89,7 +89,7 @@ def test_regen_replaces_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     conversation = Conversation(["hello", "held"])
     run(conversation, "/regen", "one", "/regen")
     assert conversation.said == [("user", "one"), ("assistant", "held")]
-    assert capsys.readouterr() == ("hello\nheld\n", "nothing has been asked yet\n")
+    assert capsys.readouterr() == ("hello\nheld\n", "there is no question yet\n")
 
 
 def test_undo_and_reset(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,8 +98,8 @@ def test_undo_and_reset(capsys: pytest.CaptureFixture[str]) -> None:
     assert conversation.said == [("system", "lower")]
     assert capsys.readouterr().err.splitlines() == [
         "taken back: one",
-        "nothing to take back",
-        "the conversation is forgotten",
+        "there is no exchange to take back",
+        "the conversation was discarded",
     ]
 
 

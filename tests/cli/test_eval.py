@@ -75,7 +75,7 @@ def test_tasks_in_every_mode(powerinfer: Command, folder: Path, tmp_path: Path) 
     ("words", "code", "expected"),
     [
         (("-m", "tiny.gguf", "--compare", "predicted"), 1, "powerinfer convert"),
-        (("-m", "tiny.gguf", "--compare", "dense,magic"), 2, "'magic' is no mode"),
+        (("-m", "tiny.gguf", "--compare", "dense,magic"), 2, "'magic' is not a mode"),
         (("-m", "tiny.gguf", "--compare", "--against", "tiny.gguf"), 2, "--against"),
         (("-m", "tiny.gguf", "--compare", "--mode", "dense"), 2, "--mode"),
     ],

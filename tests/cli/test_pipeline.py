@@ -340,7 +340,7 @@ def test_bench_compares_files_and_modes_in_turn(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("bench", "model.gguf@fast", "model.gguf"), "'fast' is no mode"),
+        (("bench", "model.gguf@fast", "model.gguf"), "'fast' is not a mode"),
         (("bench", "model.gguf", "model.gguf", "--csv"), "choose --json"),
         (("bench", "model.gguf", "-m", "model.gguf"), "choose one of FILE and --model"),
         (("bench", "model.gguf", "nothing.gguf"), "no such file"),

@@ -193,7 +193,11 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], None], type[errors.FormatError], s
     (edited("solver", "greedy", value=[]), errors.BadField, r"solver\.greedy is a list"),
     (edited("solver", "greedy", "layers", value="x"), errors.BadField, r"solver\.greedy\.layers is 'x'"),
     (edited("predicted", "tokens_per_second", value=0), errors.BadField, "tokens_per_second is not positive"),
-    (edited("predicted", "tokens_per_second", value=10**400), errors.BadField, "larger than any number"),
+    (
+        edited("predicted", "tokens_per_second", value=10**400),
+        errors.BadField,
+        "larger than the largest number",
+    ),
     (
         edited("predictions", "cpu", "tokens_per_second", value=0.0),
         errors.BadField,
@@ -229,7 +233,7 @@ TEXTS: list[tuple[bytes, type[errors.FormatError], str]] = [
     (b"", errors.BadDocument, "not valid JSON"),
     (b"[]", errors.BadDocument, "not a plan"),
     (b"{", errors.BadDocument, "not valid JSON"),
-    (b'{"a": 1, "b": {"c": 1, "c": 2}}', errors.BadDocument, "'c' is there twice"),
+    (b'{"a": 1, "b": {"c": 1, "c": 2}}', errors.BadDocument, "'c' occurs twice"),
     (b'{"a": NaN}', errors.BadDocument, "NaN is not JSON"),
     (b'{"a": -Infinity}', errors.BadDocument, "-Infinity is not JSON"),
     (b'{"a": 1} {}', errors.BadDocument, "not valid JSON"),

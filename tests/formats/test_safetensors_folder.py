@@ -54,7 +54,7 @@ def test_what_the_package_writes_is_read() -> None:
         (header(b" {}"), errors.BadSafetensors, "does not begin with"),
         (header(b"{\xff}"), errors.InvalidUTF8, "at byte 1"),
         (header(b"{"), errors.BadDocument, "not valid JSON"),
-        (header(b'{"a":1,"a":1}'), errors.BadDocument, "'a' is there twice"),
+        (header(b'{"a":1,"a":1}'), errors.BadDocument, "'a' occurs twice"),
         (header(b'{"a":' + b"[" * 100_000), errors.BadDocument, "nested too deeply"),
         (header({"__metadata__": {"a": 1}}, 0), errors.BadSafetensors, "__metadata__"),
         (header({"__metadata__": []}, 0), errors.BadSafetensors, "__metadata__"),

@@ -446,5 +446,5 @@ def test_stages_that_start_from_a_source_refuse_a_split_file(shared: PreparedExp
         run_profile(ProfileOptions(path, (tmp_path / "t.txt",), tmp_path / "o"))
     with pytest.raises(ModelError, match="experts run in mode dense alone"):
         Engine(load_model(path), mode="gate-first")
-    with pytest.raises(HardwareError, match="is not a split file, so nothing can be placed on cpu"):
+    with pytest.raises(HardwareError, match="is not a split file, so no part of it can be placed on cpu"):
         Engine(load_model(shared.tiny.path), device="cpu")

@@ -116,7 +116,7 @@ def test_small_files_have_hashes_of_git(hub: SmallHub, cache: Path) -> None:
     hub.lfs = False
     assert fetch(hub, cache, "o/gguf:Q8_0").path.read_bytes() == GGUF["m-Q8_0.gguf"]
     hub.damaged.add("m-Q4_K_M.gguf")
-    with pytest.raises(HubError, match="damaged on the way"):
+    with pytest.raises(HubError, match="damaged during the download"):
         fetch(hub, cache, "o/gguf")
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_download_goes_on_where_it_was(
     listener = InterruptedAt(2)
     with pytest.raises(KeyboardInterrupt):
         fetch(hub, cache, "o/gguf", listener)
-    assert listener.notes == ["2.0 MB of 5.1 MB are kept; the same command goes on from there"]
+    assert listener.notes == ["2.0 MB of 5.1 MB are kept; the same command continues from there"]
     assert not names(cache / "models--o--gguf/snapshots")
     assert [path.suffix for path in (cache / "models--o--gguf/blobs").iterdir()] == [".incomplete"]
     assert find_cached(Reference.parse("o/gguf"), cache) is None
@@ -170,7 +170,9 @@ def test_a_connection_that_is_cut_is_taken_up_again(
 
 def test_a_file_that_is_damaged_on_the_way_is_not_kept(hub: SmallHub, cache: Path) -> None:
     hub.damaged.add("m-Q8_0.gguf")
-    with pytest.raises(HubError, match=r"m-Q8_0\.gguf was damaged on the way: its hash is .* the hub says"):
+    with pytest.raises(
+        HubError, match=r"m-Q8_0\.gguf was damaged during the download: its hash is .* the hub says"
+    ):
         fetch(hub, cache, "o/gguf:Q8_0")
     assert not names(cache / "models--o--gguf")
 
@@ -206,7 +208,7 @@ def test_a_disk_without_room_is_said_before(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1_000_000))
-    with pytest.raises(HubError, match=r"needs 5\.1 MB more in .*blobs, where 1\.0 MB are free: make room"):
+    with pytest.raises(HubError, match=r"needs 5\.1 MB more in .*blobs, where 1\.0 MB are free; make room"):
         fetch(hub, cache, "o/gguf")
     assert not hub.bodies("m-Q4_K_M.gguf")
 
@@ -317,7 +319,9 @@ def test_models_are_listed_and_removed_one_by_one(hub: SmallHub, cache: Path) ->
         "o/gguf:Q8_0",
         "o/gguf:UD-Q2_K_XL",
     ]
-    with pytest.raises(HubError, match=r"there as Q8_0, UD-Q2_K_XL: name one, or remove all \(--all\)"):
+    with pytest.raises(
+        HubError, match=r"in the cache as Q8_0, UD-Q2_K_XL: name one of them, or remove all \(--all\)"
+    ):
         remove(Reference.parse("o/gguf"), cache=cache)
     with pytest.raises(HubError, match=r"has no Q4_0 in the cache; there are: Q8_0, UD-Q2_K_XL"):
         remove(Reference.parse("o/gguf:Q4_0"), cache=cache)

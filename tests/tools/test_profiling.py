@@ -136,7 +136,7 @@ def test_interrupted_work_goes_on(model_path: Path, corpus: Path, tmp_path: Path
 
     listener = Count()
     assert same(run_profile(asked, listener), expected)
-    assert any("going on after" in note for note in listener.notes)
+    assert any("continuing after" in note for note in listener.notes)
     assert not checkpoint_path(asked.output).exists()
 
 

@@ -379,7 +379,7 @@ def test_interrupted_work_goes_on_to_the_same_model(
     assert checkpoint_path(broken).exists()
     notes = Notes()
     run_relufy(options(tiny.path, corpus, broken, threads=1), notes)
-    assert any("going on after 3 layers" in note for note in notes.notes)
+    assert any("continuing after 3 layers" in note for note in notes.notes)
     assert not checkpoint_path(broken).exists()
     assert broken.read_bytes() == whole.read_bytes()
 
@@ -392,11 +392,11 @@ def test_a_checkpoint_of_other_or_damaged_work_is_not_used(
         run_relufy(options(tiny.path, corpus, output), Notes("after", 1))
     notes = Notes()
     run_relufy(options(tiny.path, corpus, output, steps=4), notes)
-    assert any("is of other work" in note for note in notes.notes)
+    assert any("belongs to other work" in note for note in notes.notes)
     checkpoint_path(output).write_bytes(b"\x08" + bytes(30))
     notes = Notes()
     run_relufy(options(tiny.path, corpus, output, steps=4), notes)
-    assert any("is begun anew" in note for note in notes.notes)
+    assert any("starting again" in note for note in notes.notes)
 
 
 def test_patience_ends_work_that_gains_nothing(tiny: TinyModel, corpus: Path, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_lost_records_are_noticed(asked: ProfileOptions) -> None:
     listener = Listen()
     listener.count = 100
     run_profile(asked, listener)
-    assert any("begun anew" in note for note in listener.notes)
+    assert any("starting again" in note for note in listener.notes)
     with TraceFile(asked.trace_output) as trace:
         assert trace.header.records == RECORDS
 

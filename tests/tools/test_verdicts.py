@@ -83,7 +83,7 @@ def test_a_file_that_is_cut_off_is_described_by_its_header(smollm2: Path, tmp_pa
     assert description.kind == "damaged model"
     assert isinstance(description.fault, TensorPastEnd)
     assert len(description.tensors) == 272
-    assert "it is incomplete: fetch or copy it again" in description.facts["verdict"]["reason"]
+    assert "the file is incomplete: fetch or copy it again" in description.facts["verdict"]["reason"]
     path.write_bytes(path.read_bytes()[:500])  # inside the metadata
     assert describe(path).facts["architecture"] == "llama"
     assert describe(path).tensors == ()
@@ -136,7 +136,7 @@ def test_the_command_ends_with_1_for_a_damaged_file(smollm2: Path, tmp_path: Pat
     ended = CliRunner().invoke(app, ["inspect", str(path)])
     assert ended.exit_code == 1
     assert ended.stdout == ""
-    assert "it is incomplete" in ended.stderr
+    assert "the file is incomplete" in ended.stderr
     assert (
         json.loads(CliRunner().invoke(app, ["inspect", str(path), "--json"]).stdout)["verdict"]["runs"]
         is False

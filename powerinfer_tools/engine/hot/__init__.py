@@ -193,7 +193,7 @@ def open_hot_side(
         return None, ()
     if not model.is_split:
         raise HardwareError(
-            f"{model.path} is not a split file, so nothing can be placed on {device}; make one with "
+            f"{model.path} is not a split file, so no part of it can be placed on {device}; make one with "
             "powerinfer plan and powerinfer convert, or use --device none"
         )
     if (limit := model.placement_limit) is not None:

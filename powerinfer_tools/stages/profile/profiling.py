@@ -187,7 +187,7 @@ class _Run:
                     saved = time.monotonic()
                 if interrupts.pending:
                     self.progress.note(
-                        f"stopped after {self.tally.tokens} tokens; the same command goes on from there"
+                        f"stopped after {self.tally.tokens} tokens; the same command continues from there"
                     )
                 interrupts.check()
 
@@ -249,17 +249,19 @@ class _Run:
         try:
             checkpoint = ProfileCheckpoint.load(path)
         except FormatError as error:
-            self.progress.note(f"interrupted work is not usable and is begun anew ({error})")
+            self.progress.note(f"interrupted work is not usable; starting again ({error})")
             return
         if checkpoint.position.work != self._work():
-            self.progress.note(f"{path.name} is of other work (model, corpus or options differ); begun anew")
+            self.progress.note(
+                f"{path.name} belongs to other work (model, corpus or options differ); starting again"
+            )
             return
         if self.trace is not None and not self.trace.resume(checkpoint.position.windows):
-            self.progress.note("the records of the interrupted trace are not there; begun anew")
+            self.progress.note("the records of the interrupted trace are missing; starting again")
             return
         self.tally.restore(checkpoint.profile, [file.name for file in self.files])
         self.done = checkpoint.position.windows
-        self.progress.note(f"going on after {self.tally.tokens} tokens")
+        self.progress.note(f"continuing after {self.tally.tokens} tokens")
 
     def _checkpoint(self) -> None:
         if self.done:

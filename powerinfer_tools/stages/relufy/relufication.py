@@ -237,7 +237,7 @@ class _Run:
             if self.step % options.validate_every == 0 or self.step == options.steps:
                 self._record()
                 if self._stalled():
-                    self.progress.note("no better model for a while: stopped early")
+                    self.progress.note("stopped early: no better model after the last checks")
                     break
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self._checkpoint()
@@ -304,7 +304,7 @@ class _Run:
     def _pause(self, interrupts: Interrupts) -> None:
         if interrupts.pending:
             self._checkpoint()
-            self.progress.note("stopped; the same command goes on from here")
+            self.progress.note("stopped; the same command continues from here")
         interrupts.check()
 
     def _work(self) -> str:
@@ -333,10 +333,12 @@ class _Run:
         try:
             checkpoint = Checkpoint.load(path)
         except FormatError as error:
-            self.progress.note(f"interrupted work is not usable and is begun anew ({error})")
+            self.progress.note(f"interrupted work is not usable; starting again ({error})")
             return
         if checkpoint.work != self._work():
-            self.progress.note(f"{path.name} is of other work (model, corpus or options differ); begun anew")
+            self.progress.note(
+                f"{path.name} belongs to other work (model, corpus or options differ); starting again"
+            )
             return
         self.layers_done, self.step, self.seconds = (
             checkpoint.layers_done,
@@ -346,7 +348,7 @@ class _Run:
         self.control.weight, self.control.start = checkpoint.pressure, checkpoint.first_density
         self.dense_perplexity, self.history = checkpoint.dense_perplexity, list(checkpoint.history)
         self._restore(checkpoint.tensors)
-        self.progress.note(f"going on after {self.layers_done} layers and {self.step} steps")
+        self.progress.note(f"continuing after {self.layers_done} layers and {self.step} steps")
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = dict(self.student.ffns.state_dict())

@@ -10,7 +10,7 @@ from powerinfer_cli.console import emit_json, progress, say
 from powerinfer_cli.corpus_option import CorpusCommand
 from powerinfer_cli.files import find_model, output_file
 from powerinfer_cli.tables import print_facts
-from powerinfer_formats.block_types import WrittenType
+from powerinfer_formats.block_types import RelufiedType
 
 if TYPE_CHECKING:
     from powerinfer_tools.stages.relufy import DeltaReport, RelufyReport
@@ -48,7 +48,11 @@ def command(
     output: opt.Output = None,
     delta: Annotated[
         Path | None,
-        typer.Option("--delta", metavar="FILE", help="Make the model from this delta, without training."),
+        typer.Option(
+            "--delta",
+            metavar="FILE",
+            help="Make the model from this delta, without training; with --corpus, train on from it.",
+        ),
     ] = None,
     save_delta: Annotated[
         Path | None,
@@ -87,7 +91,13 @@ def command(
         typer.Option("--density", min=0.01, max=1.0, metavar="SHARE", help="Target share of active neurons."),
     ] = 0.2,
     steps: Annotated[
-        int, _training("--steps", min=1, metavar="N", help="Steps of distillation of the whole model.")
+        int,
+        _training(
+            "--steps",
+            min=0,
+            metavar="N",
+            help="Steps of distillation of the whole model; 0 with --delta: only round again.",
+        ),
     ] = 400,
     fit_windows: Annotated[
         int,
@@ -125,9 +135,13 @@ def command(
     seed: Annotated[int, _training("--seed", min=0, metavar="N", help="Seed for the order of the text.")] = 0,
     device: Annotated[Literal["cpu", "cuda"], _training("--device", help="Where torch trains.")] = "cpu",
     quant: Annotated[
-        WrittenType,
-        typer.Option("--quant", help="Type of the new FFN weights; all other weights keep their bits."),
-    ] = "Q8_0",
+        RelufiedType | None,
+        typer.Option(
+            "--quant",
+            help="Type of the new gate and up rows; down gets Q8_0 if they have 4 or 5 bits. All other "
+            "weights keep their bits.  [default: the source's type if it has 4 or 5 bits, else Q8_0]",
+        ),
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard interrupted work and start again.")
     ] = False,
@@ -135,9 +149,9 @@ def command(
 ) -> None:
     """Turn a SiLU or GELU model into a ReLU model."""
     source = find_model(model)
-    if delta is not None:
-        if corpus or save_delta or chart:
-            raise typer.BadParameter("a delta is applied as it is: no --corpus, --save-delta, --chart")
+    if delta is not None and not corpus:
+        if save_delta or chart:
+            raise typer.BadParameter("without --corpus a delta is applied as it is: no --save-delta, --chart")
         rebuild(source, delta, output, as_json=common.json)
         return
     if not corpus:
@@ -169,6 +183,7 @@ def command(
         threads=common.threads,
         seed=seed,
         restart=restart,
+        start=delta,
         save_delta=save_delta,
     )
     report = run_relufy(options, progress())

@@ -54,6 +54,8 @@ class TensorType(IntEnum):
 
 #: The types in which stages write rows.
 WrittenType = Literal["Q8_0", "Q4_0", "F16", "BF16", "F32"]
+#: The types that relufy writes gate and up in.
+RelufiedType = Literal["Q4_1", "Q4_0", "Q5_1", "Q5_0", "Q8_0", "F16", "BF16", "F32"]
 
 
 @dataclass(frozen=True)

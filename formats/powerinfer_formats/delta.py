@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from powerinfer_formats import errors
 from powerinfer_formats.atomic import write_atomic
-from powerinfer_formats.block_types import WrittenType
+from powerinfer_formats.block_types import RelufiedType, WrittenType
 from powerinfer_formats.frames import FrameReader, require_one_frame, require_ratio
 from powerinfer_formats.records import RecordReader, dump_json, parse_json
 from powerinfer_formats.safetensors_file import SafetensorsReader, open_safetensors, safetensors_parts
 
-FORMAT, VERSION = "powerinfer-delta", 2
+FORMAT, VERSION = "powerinfer-delta", 3
 KINDS = ("gate", "up", "down")
 #: Unpacked: a change of every FFN weight of a model of some 4 billion, a byte each.
 MAX_BYTES = 1 << 32
@@ -32,6 +32,8 @@ MAX_HEADER_BYTES = 16 << 20
 #: |exponent| of a column, and the spread of a low-rank product's exponents: 14 bits of a product, at most
 #: 2^12 terms, and this spread stay within the 53 bits of a double.
 MAX_EXPONENT, MAX_SPREAD, MAX_RANK = 63, 27, 1 << 12
+#: Types of gate and up whose rounding passes errors on, so that the delta says how.
+PASSED_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 #: Scales of neurons lie between this and one over it.
 MIN_SCALE = 2.0**-20
 _MAGIC = b"\x28\xb5\x2f\xfd"
@@ -57,14 +59,15 @@ class DeltaHeader:
     """The model to which the delta belongs, and the model that it makes.
 
     ``cut``: with fatrelu, a gate must be above this value. With ``rank`` 0, gate and up change by whole
-    matrices.
+    matrices. ``row_type`` is the type of gate and up, ``down_type`` the type of down.
     """
 
     fingerprint: str
     model_name: str
     activation: Literal["relu", "drelu", "fatrelu"]
     cut: float
-    row_type: WrittenType
+    row_type: RelufiedType
+    down_type: WrittenType
     layers: int
     width: int
     neurons: int
@@ -103,17 +106,29 @@ class Change:
 
 
 @dataclass(frozen=True, eq=False)
+class Passing:
+    """How rounding gate and up of a layer knows what they read: ``shares`` (width, width), zero up to the
+    diagonal, is what columns *j* after column *i* get of its error, negative; the inputs of a column have
+    about the mean square 2^``sizes`` (width)."""
+
+    shares: Scaled
+    sizes: Codes
+
+
+@dataclass(frozen=True, eq=False)
 class Delta:
     """``changes`` holds, for every layer, the change of each of ``KINDS``.
 
     ``scales`` exists only with fatrelu. It holds a factor for each neuron of every layer (neurons, float32).
     Before the change, the neuron's row of gate is multiplied by this factor, and its row of up is divided by
     it. So one ``cut`` acts as a separate threshold for each neuron.
+    ``passings`` exists only with a row type of ``PASSED_TYPES``, one for every layer.
     """
 
     header: DeltaHeader
     changes: tuple[Mapping[str, Change], ...] = field(repr=False)
     scales: tuple[NDArray[np.float32], ...] = field(default=(), repr=False)
+    passings: tuple[Passing, ...] = field(default=(), repr=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -129,8 +144,9 @@ class Delta:
                     for layer in range(header.layers)
                 )
                 scales = tuple(_take_scales(reader, header, layer) for layer in _scaled_layers(header))
+                passings = tuple(_take_passing(reader, header, layer) for layer in _passing_layers(header))
                 reader.finish()
-        return cls(header, changes, scales)
+        return cls(header, changes, scales, passings)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``path`` atomically."""
@@ -143,6 +159,10 @@ class Delta:
                     if scaled is not None:
                         tensors[_name(layer, kind, part)] = np.ascontiguousarray(scaled.codes)
                         tensors[_name(layer, kind, part + "_exponent")] = scaled.exponents
+        for layer, passing in enumerate(self.passings):
+            tensors[_name(layer, "input", "passing")] = np.ascontiguousarray(passing.shares.codes)
+            tensors[_name(layer, "input", "passing_exponent")] = passing.shares.exponents
+            tensors[_name(layer, "input", "size")] = passing.sizes
         document = dump_json({"format": FORMAT, "version": VERSION, **vars(self.header)}, indent=None)
         content = b"".join(safetensors_parts(document, tensors))
         with write_atomic(path) as stream:
@@ -231,6 +251,21 @@ def _read_header(reader: SafetensorsReader, where: Path) -> DeltaHeader:
 
 def _scaled_layers(header: DeltaHeader) -> range:
     return range(header.layers if header.activation == "fatrelu" else 0)
+
+
+def _passing_layers(header: DeltaHeader) -> range:
+    return range(header.layers if header.row_type in PASSED_TYPES else 0)
+
+
+def _take_passing(reader: SafetensorsReader, header: DeltaHeader, layer: int) -> Passing:
+    width = header.width
+    shares = _take(reader, layer, "input", "passing", (width, width))
+    if np.tril(shares.codes).any():
+        raise errors.BadValue(reader.path, f"layer {layer}: errors are passed on to columns before their own")
+    sizes = reader.take(_name(layer, "input", "size"), "I8", (width,))
+    if int(np.abs(sizes.astype(np.int16)).max()) > MAX_EXPONENT:
+        raise errors.BadValue(reader.path, f"layer {layer}: a size of inputs is beyond ±{MAX_EXPONENT}")
+    return Passing(shares, sizes)
 
 
 def _take_scales(reader: SafetensorsReader, header: DeltaHeader, layer: int) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """The vocabulary in float64, as plainly as possible: what every engine path is compared with.
 
-Weights are dequantised exactly; activations are never rounded. Slow, and meant for small models in tests.
+Weights are dequantised exactly; activations are rounded only where asked for. Slow, and meant for small
+models in tests.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from powerinfer_formats.split import SplitLayer, SplitPredictor
 from powerinfer_formats.split_predictors import SplitSigns
-from powerinfer_kernels import RowType, dequantize, reference, reference_experts
+from powerinfer_kernels import RowType, dequantize, reference, reference_experts, reference_quants
 from powerinfer_tools.model import blocks
 from powerinfer_tools.model.ffn_matrices import DenseFFN, ExpertsFFN
 from powerinfer_tools.model.hyperparameter_types import PositionScale, Rope, Routing
@@ -26,20 +27,30 @@ Array = npt.NDArray[np.float64]
 NO_FACTORS = RopeFactors()
 
 
-def forward(model: Model, tokens: list[int], *, half_cache: bool = False, predicted: bool = False) -> Array:
+def forward(
+    model: Model,
+    tokens: list[int],
+    *,
+    half_cache: bool = False,
+    predicted: bool = False,
+    rounded: bool = False,
+) -> Array:
     """Logits (tokens, vocabulary), float64, of every position of ``tokens``, of a source or a split file.
 
     ``half_cache`` rounds keys and values to half precision, as the engine's cache does. ``predicted``
-    computes only the neurons that a split file's predictors name.
+    computes only the neurons that a split file's predictors name. ``rounded`` rounds what quantised matrices
+    of a source read to 8 bits, as the engine does.
     """
-    ops = NumpyOperations(tokens, model.rope_factors, half_cache=half_cache)
+    ops = NumpyOperations(tokens, model.rope_factors, half_cache=half_cache, rounded=rounded)
     x = blocks.embedding(ops, model)
     along = blocks.along(ops, model, x)
     for index, layer in enumerate(model.layers):
         before, x = x, blocks.mix(ops, model.spec, model.hyper, index, layer, x, along)
         if layer.feeds is not None:
             read = before if model.hyper.parallel else x
-            added = ffn_block(model, layer, read, index=index, predicted=predicted, before=before)
+            added = ffn_block(
+                model, layer, read, index=index, predicted=predicted, before=before, rounded=rounded
+            )
             x = ops.join(x, added, model.hyper.residual_scale)
         x = blocks.finish(ops, model.hyper, layer, x, along)
     return blocks.head(ops, model, model.head, blocks.merged(ops, model, x, along))
@@ -49,9 +60,15 @@ class NumpyOperations(RecurrentArrays):
     """The vocabulary in float64. A matrix is the file's, or an array (rows, columns)."""
 
     def __init__(
-        self, tokens: list[int], rope_factors: RopeFactors = NO_FACTORS, *, half_cache: bool = False
+        self,
+        tokens: list[int],
+        rope_factors: RopeFactors = NO_FACTORS,
+        *,
+        half_cache: bool = False,
+        rounded: bool = False,
     ) -> None:
-        self._tokens, self._rope_factors, self._half_cache = tokens, rope_factors, half_cache
+        self._tokens, self._rope_factors = tokens, rope_factors
+        self._half_cache, self._rounded = half_cache, rounded
         #: Keys and values of each layer, for later ones that have none.
         self._kept: dict[int, tuple[Array, Array]] = {}
 
@@ -73,6 +90,8 @@ class NumpyOperations(RecurrentArrays):
 
     def linear(self, name: str, x: Array, weight: Weight | Array, bias: Vector | None = None) -> Array:
         rows = matrix(weight) if isinstance(weight, Weight) else weight
+        if self._rounded and isinstance(weight, Weight) and not RowType(weight.row_type).is_float:
+            x = in_8_bits(x)
         return _plus(x @ rows.T, bias)
 
     def rotate(self, x: Array, heads: int, head_dim: int, rope: Rope, first: int = 0) -> Array:
@@ -194,6 +213,14 @@ def matrix(weight: Weight) -> Array:
     return rows if weight.scale == 1.0 else rows * weight.scale
 
 
+def in_8_bits(x: Array) -> Array:
+    """``x`` (tokens, columns) as products with quantised rows see it."""
+    codes, scales, _ = reference_quants.quantize_activations(x.astype(np.float32))
+    parts = codes.reshape(*scales.shape, -1).astype(np.float64)
+    out: Array = (parts * scales[..., None].astype(np.float64)).reshape(x.shape)
+    return out
+
+
 def normalize(x: Array, norm: Norm, eps: float) -> Array:
     """x / sqrt(mean(x²) + eps) · weight + bias over the last axis (arXiv 1910.07467); with a "layer" norm x
     is x − mean(x) (arXiv 1607.06450)."""
@@ -219,31 +246,40 @@ def ffn_block(
     index: int = 0,
     predicted: bool = False,
     before: Array | None = None,
+    rounded: bool = False,
 ) -> Array:
     """What one layer's FFN adds to the residual stream ``x`` (tokens, width); with ``predicted``, of the
     neurons that the layer's predictor names alone: the weights of the others may be anything. ``before`` is
     the layer's input, which some families' routers or experts read."""
     hyper = model.hyper
-    ops, eps = NumpyOperations([0] * len(x)), hyper.norm_eps
+    ops, eps = NumpyOperations([0] * len(x), rounded=rounded), hyper.norm_eps
     normed = blocks.ffn_input(ops, layer.ffn_norm, eps, x, layer.ffn_shift)
     if isinstance(layer.ffn, ExpertsFFN):
         inputs = blocks.expert_inputs(ops, model.spec, eps, layer.ffn, normed, x, before)
         out = blocks.experts(ops, model.spec, hyper, index, layer.ffn, normed, inputs)
     else:
-        first, factor, down = ffn_matrices(layer)
         how = blocks.activation_of(hyper, index)
         if not predicted:
             biases = (layer.ffn_bias, layer.ffn_down_bias, layer.ffn_factor_bias)
             deviations = hyper.facts[index].deviations
-            w = blocks.FFN(first, factor, down.T, *biases, layer.ffn_inner_norm, eps, deviations)
+            w = blocks.FFN(*_matrices(layer), *biases, layer.ffn_inner_norm, eps, deviations)
             out = blocks.ffn(ops, how, w, normed)
         else:
+            first, factor, down = ffn_matrices(layer)
             gate = ops.linear("gate", normed, first, layer.ffn_bias)
             hidden = ops.activate(gate, None if factor is None else normed @ factor.T, how)
             named = predicted_neurons(layer, x, normed)
             sums = [row[some] @ down[some] for row, some in zip(hidden, named, strict=True)]
             out = _plus(np.stack(sums), layer.ffn_down_bias)
     return blocks.post_normed(ops, out, layer.ffn_post_norm, hyper.post_norm_eps)
+
+
+def _matrices(layer: LayerWeights) -> tuple[Weight | Array, Weight | Array | None, Weight | Array]:
+    """As blocks take them: those of a source as they are, whose types say whether inputs are rounded."""
+    if isinstance(layer.ffn, DenseFFN):
+        return layer.ffn.first, layer.ffn.factor, layer.ffn.down
+    first, factor, down = ffn_matrices(layer)
+    return first, factor, down.T
 
 
 def predicted_neurons(layer: LayerWeights, x: Array, normed: Array) -> npt.NDArray[np.bool_]:

@@ -66,7 +66,7 @@ def seeds() -> dict[str, list[bytes]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_delta().save(folder / "delta")
-        make_delta(activation="fatrelu").save(folder / "delta2")
+        make_delta(activation="fatrelu", row_type="Q4_1").save(folder / "delta2")
         make_profile().save(folder / "profile")
         make_expert_profile().save(folder / "expert profile")
         make_predictors().save(folder / "predictors")

@@ -11,7 +11,16 @@ import pytest
 import zstandard
 
 from powerinfer_formats import errors, frames
-from powerinfer_formats.delta import KINDS, Change, Delta, DeltaHeader, DeltaQuality, Scaled
+from powerinfer_formats.delta import (
+    KINDS,
+    PASSED_TYPES,
+    Change,
+    Delta,
+    DeltaHeader,
+    DeltaQuality,
+    Passing,
+    Scaled,
+)
 
 LAYERS, WIDTH, NEURONS = 2, 7, 11
 
@@ -29,6 +38,7 @@ def make(rank: int = 3, **changes: Any) -> Delta:
         activation="relu",
         cut=0.0,
         row_type="Q8_0",
+        down_type="Q8_0",
         layers=LAYERS,
         width=WIDTH,
         neurons=NEURONS,
@@ -51,7 +61,15 @@ def make(rank: int = 3, **changes: Any) -> Delta:
     header = replace(header, **changes)
     fat = range(LAYERS if header.activation == "fatrelu" else 0)
     scales = tuple(np.exp(rng.normal(size=NEURONS)).astype(np.float32) for _ in fat)
-    return Delta(header, layers, scales)
+    passed = range(LAYERS if header.row_type in PASSED_TYPES else 0)
+    return Delta(header, layers, scales, tuple(passing(rng) for _ in passed))
+
+
+def passing(rng: np.random.Generator) -> Passing:
+    shares = scaled(rng, WIDTH, WIDTH)
+    return Passing(
+        Scaled(np.triu(shares.codes, 1), shares.exponents), rng.integers(-9, 9, WIDTH).astype(np.int8)
+    )
 
 
 @pytest.mark.parametrize(("rank", "activation"), [(0, "relu"), (3, "relu"), (3, "fatrelu")])
@@ -66,8 +84,37 @@ def test_what_was_written_is_read(tmp_path: Path, rank: int, activation: str) ->
     assert len(found.scales) == (LAYERS if activation == "fatrelu" else 0)
     for one, other in zip(made.scales, found.scales, strict=True):
         assert np.array_equal(one, other)
+    assert len(found.passings) == 0
     made.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "d").read_bytes()
+
+
+def test_what_rounding_passes_on_is_read(tmp_path: Path) -> None:
+    made = make(activation="fatrelu", row_type="Q4_1")
+    made.save(tmp_path / "d")
+    found = Delta.load(tmp_path / "d")
+    assert len(found.passings) == LAYERS
+    for one, other in zip(made.passings, found.passings, strict=True):
+        assert np.array_equal(one.shares.values(), other.shares.values())
+        assert np.array_equal(one.sizes, other.sizes)
+
+
+def test_faults_of_what_rounding_passes_on(tmp_path: Path) -> None:
+    made = make(row_type="Q5_0")
+    Delta(made.header, made.changes).save(tmp_path / "d")
+    with pytest.raises(errors.MissingTensor, match="input_passing"):
+        Delta.load(tmp_path / "d")
+    Delta(replace(made.header, row_type="Q8_0"), made.changes, (), made.passings).save(tmp_path / "d")
+    with pytest.raises(errors.UnexpectedTensor, match="input_"):
+        Delta.load(tmp_path / "d")
+    made.passings[1].sizes[3] = 64
+    made.save(tmp_path / "d")
+    with pytest.raises(errors.BadValue, match="layer 1: a size of inputs is beyond"):
+        Delta.load(tmp_path / "d")
+    made.passings[0].shares.codes[4, 4] = 1
+    made.save(tmp_path / "d")
+    with pytest.raises(errors.BadValue, match="layer 0: errors are passed on to columns before"):
+        Delta.load(tmp_path / "d")
 
 
 def test_products_are_exact_in_any_order() -> None:
@@ -100,6 +147,7 @@ def test_products_are_exact_in_any_order() -> None:
         (errors.BadField, {"cut": 0.5}),
         (errors.BadField, {"activation": "fatrelu", "cut": -0.5}),
         (errors.BadField, {"row_type": "Q6_K"}),
+        (errors.BadField, {"down_type": "Q4_1"}),
         (errors.BadField, {"fingerprint": "AB" * 32}),
         (errors.BadField, {"result_sha256": "ab"}),
         (errors.WrongShape, {"neurons": NEURONS + 1}),

@@ -181,7 +181,9 @@ def test_a_delta_is_recognised(tmp_path: Path) -> None:
     def scaled(rows: int, columns: int) -> Scaled:
         return Scaled(np.ones((rows, columns), np.int8), np.zeros(columns, np.int8))
 
-    header = DeltaHeader("ab" * 32, "tiny", "relu", 0.0, "Q8_0", 1, 4, 9, 0, "cd" * 32, 5, ("a",), (), "0")
+    header = DeltaHeader(
+        "ab" * 32, "tiny", "relu", 0.0, "Q8_0", "Q8_0", 1, 4, 9, 0, "cd" * 32, 5, ("a",), (), "0"
+    )
     whole = {"gate": Change(scaled(9, 4)), "up": Change(scaled(9, 4)), "down": Change(scaled(4, 9))}
     Delta(header, (whole,)).save(tmp_path / "a")
     described = describe(tmp_path / "a")

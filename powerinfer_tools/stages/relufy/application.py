@@ -1,7 +1,6 @@
 """The relufied model from its source and a delta, bit for bit, without torch."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,16 @@ from powerinfer_formats.errors import OtherModel
 from powerinfer_kernels import RowType
 from powerinfer_tools.errors import ConvertError, ModelError
 from powerinfer_tools.model.loading import Model, load_model
-from powerinfer_tools.stages.relufy.export import Changed, Floats, export, rescaled
+from powerinfer_tools.stages.relufy.error_passing import round_rows
+from powerinfer_tools.stages.relufy.export import (
+    Bytes,
+    FFNTypes,
+    Floats,
+    Rows,
+    export,
+    rescaled,
+    source_matrix,
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,11 @@ def apply_delta(source: Path, path: Path, output: Path) -> DeltaReport:
     header = delta.header
     model = load_model(source)
     try:
-        _require(model, delta, path)
+        require_shape(model, delta, path)
         unchecked = output.with_name(f".{output.name}.unchecked.partial")
         try:
-            row_type = RowType[header.row_type]
-            changed = addition(delta.changes, delta.scales)
-            export(model, changed, (header.activation, header.cut), row_type, unchecked)
+            types = FFNTypes(RowType[header.row_type], RowType[header.down_type])
+            export(model, rows_of(model, delta, types), (header.activation, header.cut), types, unchecked)
             if file_sha256(unchecked) != header.result_sha256:
                 raise ConvertError(f"{path} made other bits than it was to make, so {output} was not written")
             unchecked.replace(output)
@@ -58,15 +65,22 @@ def apply_delta(source: Path, path: Path, output: Path) -> DeltaReport:
     return DeltaReport(str(output), header, own)
 
 
-def addition(changes: Sequence[Mapping[str, Change]], scales: Sequence[Floats] = ()) -> Changed:
-    """What a delta does to a matrix: a change that is exact in double precision, one product or quotient for
-    a value whose neuron has a scale, one sum, and a rounding to float32."""
+def changed(base: Floats, kind: str, scales: Floats | None, change: Change) -> Floats:
+    """``base``, the source's ``kind``, after ``change``: that is exact in double precision, one product or
+    quotient for a value whose neuron has a scale, one sum, and a rounding to float32."""
+    return (rescaled(base, kind, scales) + change.values()).astype(np.float32)
 
-    def changed(index: int, kind: str, base: Floats) -> Floats:
-        start = rescaled(base, kind, scales[index] if scales else None)
-        return (start + changes[index][kind].values()).astype(np.float32)
 
-    return changed
+def rows_of(model: Model, delta: Delta, types: FFNTypes) -> Rows:
+    """The rows that ``delta`` makes of ``model``."""
+
+    def rows(index: int, kind: str) -> Bytes:
+        scales = delta.scales[index] if delta.scales else None
+        values = changed(source_matrix(model, index, kind), kind, scales, delta.changes[index][kind])
+        passing = delta.passings[index] if delta.passings and kind != "down" else None
+        return round_rows(values, types.of(kind), passing)
+
+    return rows
 
 
 def file_sha256(path: Path) -> str:
@@ -75,7 +89,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _require(model: Model, delta: Delta, path: Path) -> None:
+def require_shape(model: Model, delta: Delta, path: Path) -> None:
+    """Raise OtherModel unless ``delta``, read from ``path``, was made for ``model``; ModelError for a split
+    file."""
     if model.is_split:
         raise ModelError(f"{model.path} is a split file; start from the source model")
     delta.require_model(model.fingerprint, model.name, path)

@@ -1,71 +1,95 @@
-"""What a student has learned, rounded to the small integers of a delta."""
+"""What a student has learned, rounded to the rows that are written and to the small integers of a delta."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from powerinfer_formats.delta import KINDS, Change
+from powerinfer_formats.delta import Change, Passing
+from powerinfer_kernels import dequantize
 from powerinfer_tools.model.loading import Model
-from powerinfer_tools.stages.relufy.export import rescaled, source_matrix
+from powerinfer_tools.stages.relufy.application import changed
+from powerinfer_tools.stages.relufy.error_passing import PASSING_TYPES, Doubles, passing_of, round_rows
+from powerinfer_tools.stages.relufy.export import Bytes, FFNTypes, rescaled, source_matrix
+from powerinfer_tools.stages.relufy.fitting import advance, fit, pieces
 from powerinfer_tools.stages.relufy.network import Network, Tensor
 from powerinfer_tools.stages.relufy.rounding import Floats, round_factors, round_matrix
 from powerinfer_tools.stages.relufy.student import Student, TrainedMatrix, as_array
 
 
-def round_changes(
-    model: Model, network: Network, student: Student, tokens: Tensor
-) -> tuple[dict[str, Change], ...]:
-    """Round all that ``student`` has changed, and leave it with the rounded changes.
+@dataclass(frozen=True)
+class Rounded:
+    """For every layer, by kind, the rows to write and the changes that make them."""
 
-    ``tokens`` (windows, positions) show how large the inputs of every matrix are.
-    """
-    sizes = _input_sizes(network, student, tokens)
-    changes = []
-    for index in range(model.hyper.layers):
-        layer = {}
-        for kind in KINDS:
-            matrix: TrainedMatrix = getattr(student.ffn(index), kind)
-            base = rescaled(source_matrix(model, index, kind), kind, student.scales(index))
-            size = sizes[index][1 if kind == "down" else 0]
-            layer[kind] = _rounded(matrix, base, size)
-        changes.append(layer)
-    return tuple(changes)
-
-
-def _rounded(matrix: TrainedMatrix, base: npt.NDArray[np.float64], input_rms: Floats) -> Change:
-    if not matrix.rank:
-        change = round_matrix((as_array(matrix.values) - base).astype(np.float32), input_rms)
-        _assign(matrix.values, base + change.values())
-        return change
-    change = round_factors(as_array(matrix.outward), as_array(matrix.inward))
-    assert change.inward is not None
-    _assign(matrix.outward, change.outward.values())
-    _assign(matrix.inward, change.inward.values().T)
-    return change
-
-
-def _assign(parameter: Tensor, values: np.ndarray) -> None:
-    parameter.data.copy_(torch.from_numpy(np.ascontiguousarray(values, np.float32)))
+    rows: tuple[Mapping[str, Bytes], ...]
+    changes: tuple[Mapping[str, Change], ...]
+    passings: tuple[Passing, ...]
 
 
 @torch.no_grad()
-def _input_sizes(network: Network, student: Student, tokens: Tensor) -> list[tuple[Floats, Floats]]:
-    """For every layer the root mean squares of the inputs of gate and up, (width), and of down, (neurons)."""
-    squares: list[list[tuple[Tensor, Tensor]]] = [[] for _ in student.ffns]
+def round_student(
+    network: Network, student: Student, tokens: Tensor, types: FFNTypes, finished: Callable[[], None]
+) -> Rounded:
+    """Round all that ``student`` has changed, layer by layer, and leave it with the rounded matrices.
 
-    def ffn(index: int, x: Tensor) -> Tensor:
-        hidden = student.ffn(index).hidden(x)
-        squares[index].append((_mean_square(x), _mean_square(hidden)))
-        return student.ffn(index).down.forward(hidden)
+    ``tokens`` (windows, positions) show what is read: errors of gate and up are passed on between columns
+    that can make up for each other, and every layer's down projection is fitted once more, to what the
+    rounded neurons and the rounded layers before have missed of the student's residual stream.
+    ``finished`` is called after each layer, and may raise to stop.
+    """
+    exact = network.embed(tokens)
+    own = exact.clone()
+    rows, changes, passings = [], [], []
+    for index in range(network.hyper.layers):
+        ffn = student.ffn(index)
+        read, target = advance(network, index, exact, own, lambda x, ffn=ffn: ffn.down(ffn.hidden(x)))  # type: ignore[misc]
+        layer = _Layer(network.model, student, index, types)
+        x = read.flatten(0, 1)
+        if types.gate in PASSING_TYPES:
+            layer.passing = passing_of(_second_moments(x))
+        for kind in ("gate", "up"):
+            layer.round(kind, x)
+        hidden = torch.cat([ffn.hidden(read[piece]) for piece in pieces(read)])
+        fit(ffn.down, hidden.flatten(0, 1), target.flatten(0, 1))
+        layer.round("down", hidden.flatten(0, 1))
+        for piece in pieces(own):
+            own[piece] = network.add_ffn(index, own[piece], ffn.down(hidden[piece]))
+        rows.append(layer.rows)
+        changes.append(layer.changes)
+        passings += [layer.passing] if layer.passing is not None else []
+        finished()
+    return Rounded(tuple(rows), tuple(changes), tuple(passings))
 
-    for window in tokens:
-        network.hidden(window[None], ffn)
-    return [(_root([x for x, _ in seen]), _root([hidden for _, hidden in seen])) for seen in squares]
+
+class _Layer:
+    """One layer's matrices, as they are rounded one after the other."""
+
+    def __init__(self, model: Model, student: Student, index: int, types: FFNTypes) -> None:
+        self.model, self.student, self.index, self.types = model, student, index, types
+        self.passing: Passing | None = None
+        self.rows: dict[str, Bytes] = {}
+        self.changes: dict[str, Change] = {}
+
+    def round(self, kind: str, inputs: Tensor) -> None:
+        """Round ``kind``, which reads ``inputs`` (tokens, columns), and make the student's matrix that."""
+        matrix: TrainedMatrix = getattr(self.student.ffn(self.index), kind)
+        source, scales = source_matrix(self.model, self.index, kind), self.student.scales(self.index)
+        change = _rounded(matrix, rescaled(source, kind, scales), inputs)
+        values = changed(source, kind, scales, change)
+        row_type = self.types.of(kind)
+        rows = round_rows(values, row_type, None if kind == "down" else self.passing)
+        matrix.replace(dequantize(rows, row_type, *values.shape))
+        self.rows[kind], self.changes[kind] = rows, change
 
 
-def _root(squares: list[Tensor]) -> Floats:
-    return as_array(torch.stack(squares).mean(dim=0).sqrt())
+def _rounded(matrix: TrainedMatrix, base: Doubles, inputs: Tensor) -> Change:
+    if not matrix.rank:
+        sizes: Floats = as_array(inputs.float().square().mean(dim=0).sqrt())
+        return round_matrix((as_array(matrix.values) - base).astype(np.float32), sizes)
+    return round_factors(as_array(matrix.outward), as_array(matrix.inward))
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    return x.float().square().flatten(0, -2).mean(dim=0)
+def _second_moments(x: Tensor) -> Doubles:
+    rows = x.float()
+    return as_array(rows.T @ rows).astype(np.float64) / len(rows)

@@ -1,19 +1,23 @@
 """The relufied model as a GGUF file: the source with other FFN weights and a note of its activation."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.block_types import RelufiedType
 from powerinfer_formats.gguf_layout import DEFAULT_ALIGNMENT, ValueType
 from powerinfer_formats.gguf_writer import GGUFWriter
 from powerinfer_formats.split_layout import source_names
-from powerinfer_kernels import WRITTEN_TYPES, RowType, block_shape, dequantize, quantize
+from powerinfer_kernels import RowType, block_shape, dequantize
 from powerinfer_tools.errors import ConvertError
 from powerinfer_tools.model.ffn_matrices import DenseFFN
 from powerinfer_tools.model.loading import Model
 from powerinfer_tools.model.tensors import Weight
+from powerinfer_tools.stages.relufy.error_passing import PASSING_TYPES
 
 #: Metadata that say something else of the result than of the source.
 REPLACED_KEYS = (
@@ -23,31 +27,55 @@ REPLACED_KEYS = (
     "powerinfer.relufied_from",
 )
 Floats = npt.NDArray[np.float32]
-#: Layer, "gate", "up" or "down", and that matrix of the source to the one to write, both (rows, columns).
-Changed = Callable[[int, str, Floats], Floats]
+_RELUFIED = tuple(RowType[name] for name in get_args(RelufiedType))
+Bytes = npt.NDArray[np.uint8]
+#: Layer and "gate", "up" or "down" to the rows to write, uint8 (rows, row_bytes).
+Rows = Callable[[int, str], Bytes]
+#: What gate and up are written as where the source has types that are not written here: the next larger.
+_INSTEAD = {RowType.Q4_K: RowType.Q4_1, RowType.Q5_K: RowType.Q5_1}
 
 
-def ffn_type(quant: str | None, *widths: int) -> RowType:
-    """Row type of the FFN: ``quant``, else Q8_0, whose error is far below that of the distillation.
+@dataclass(frozen=True)
+class FFNTypes:
+    """Row types of the written FFNs: ``gate`` of gate and up."""
+
+    gate: RowType
+    down: RowType
+
+    def of(self, kind: str) -> RowType:
+        """That of ``kind`` ("gate", "up" or "down")."""
+        return self.down if kind == "down" else self.gate
+
+
+def ffn_types(quant: str | None, model: Model) -> FFNTypes:
+    """Gate and up in ``quant``, else in the source's type if that has 4 or 5 bits, else in Q8_0; down in the
+    same if that rounds to the nearest, else in Q8_0, as ``convert`` writes down rows.
 
     Raises ConvertError for a type that cannot be written or rows that are not whole blocks of it.
     """
     try:
-        chosen = RowType[(quant or "Q8_0").upper()]
+        chosen = _usual(model) if quant is None else RowType[quant.upper()]
     except KeyError:
         chosen = None
-    if chosen not in WRITTEN_TYPES:
-        names = ", ".join(row_type.name for row_type in WRITTEN_TYPES)
-        raise ConvertError(f"--quant {quant}: the FFN can be written as {names}")
-    if any(width % block_shape(chosen)[0] for width in widths):
+    if chosen not in _RELUFIED:
+        names = ", ".join(row_type.name for row_type in _RELUFIED)
+        raise ConvertError(f"--quant {quant}: gate and up can be written as {names}")
+    widths = (model.hyper.width, model.hyper.neurons)
+    types = FFNTypes(chosen, RowType.Q8_0 if chosen in PASSING_TYPES else chosen)
+    if any(width % block_shape(row_type)[0] for width in widths for row_type in (types.gate, types.down)):
         raise ConvertError(f"--quant {chosen.name}: rows of {widths} values are not whole blocks; take F16")
-    return chosen
+    return types
 
 
-def export(
-    model: Model, changed: Changed, target: tuple[str, float], row_type: RowType, output: Path
-) -> None:
-    """Write ``output``: all of ``model`` but the FFNs, whose matrices are what ``changed`` gives.
+def _usual(model: Model) -> RowType:
+    gates = {ffn.first.row_type for ffn in (layer.ffn for layer in model.layers) if isinstance(ffn, DenseFFN)}
+    types = {_INSTEAD.get(row_type, row_type) for row_type in gates}
+    only = types.pop() if len(types) == 1 else None
+    return only if only in PASSING_TYPES else RowType.Q8_0
+
+
+def export(model: Model, rows: Rows, target: tuple[str, float], types: FFNTypes, output: Path) -> None:
+    """Write ``output``: all of ``model`` but the FFNs, whose matrices are what ``rows`` gives.
 
     ``target`` is their activation, and the cut of fatrelu.
     """
@@ -62,12 +90,11 @@ def export(
         writer.add("powerinfer.relufied_from", model.fingerprint)
         for name in model.source.tensors:
             info = model.source.info(name)
-            writer.declare(name, row_type if name in matrices else info.row_type, info.shape)
+            written = types.of(matrices[name][1]) if name in matrices else info.row_type
+            writer.declare(name, written, info.shape)
         for name in model.source.tensors:
             if name in matrices:
-                index, kind = matrices[name]
-                values = changed(index, kind, source_matrix(model, index, kind))
-                writer.write(name, quantize(np.ascontiguousarray(values, np.float32), row_type))
+                writer.write(name, rows(*matrices[name]))
             else:
                 writer.write(name, model.source.tensor(name))
         model.source.require_unchanged()

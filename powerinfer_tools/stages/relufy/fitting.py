@@ -6,6 +6,7 @@ that what the layers before got wrong is mended as well.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -36,33 +37,36 @@ def fit_down_projections(
     own = teacher.clone()
     for index in range(network.hyper.layers):
         with torch.no_grad():
-            read, target = _advance(network, index, teacher, own)
+            read, target = advance(network, index, teacher, own, partial(network.dense_ffn, index))
             ffn = student.ffn(index)
             if index >= done and density is not None:
                 ffn.rescale(neuron_scales(ffn, read.flatten(0, 1), density))
-            hidden, down = torch.cat([ffn.hidden(read[piece]) for piece in _pieces(read)]), ffn.down
+            hidden, down = torch.cat([ffn.hidden(read[piece]) for piece in pieces(read)]), ffn.down
             if index >= done:
-                _fit(down, hidden.flatten(0, 1), target.flatten(0, 1))
-            for piece in _pieces(own):
+                fit(down, hidden.flatten(0, 1), target.flatten(0, 1))
+            for piece in pieces(own):
                 own[piece] = network.add_ffn(index, own[piece], down.forward(hidden[piece]))
         finished(index + 1)
 
 
-def _pieces(x: Tensor) -> list[slice]:
+def pieces(x: Tensor) -> list[slice]:
+    """A few windows of ``x`` at a time."""
     return [slice(first, first + _PIECE) for first in range(0, len(x), _PIECE)]
 
 
-def _advance(network: Network, index: int, teacher: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Take ``teacher`` through the layer and ``own`` through its attention, in place.
+def advance(
+    network: Network, index: int, teacher: Tensor, own: Tensor, teacher_ffn: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Take ``teacher`` through the layer, with ``teacher_ffn``, and ``own`` through its attention, in place.
 
     Returns what the student's FFN reads and what it should add (windows, positions, width): what is missing
-    to the dense model's stream, or, where a norm follows the FFN, so that no sum of rows reaches that, what
-    the dense FFN gives.
+    to the teacher's stream, or, where a norm follows the FFN, so that no sum of rows reaches that, what the
+    teacher's FFN gives.
     """
     reads, targets = [], []
-    for piece in _pieces(teacher):
+    for piece in pieces(teacher):
         read, teacher[piece] = network.through_attention(index, teacher[piece])
-        out = network.dense_ffn(index, read)
+        out = teacher_ffn(read)
         teacher[piece] = network.add_ffn(index, teacher[piece], out)
         read, own[piece] = network.through_attention(index, own[piece])
         reads.append(read)
@@ -70,7 +74,7 @@ def _advance(network: Network, index: int, teacher: Tensor, own: Tensor) -> tupl
     return torch.cat(reads), torch.cat(targets)
 
 
-def _fit(down: TrainedMatrix, hidden: Tensor, target: Tensor) -> None:
+def fit(down: TrainedMatrix, hidden: Tensor, target: Tensor) -> None:
     """Move ``down`` to the least squares of ``target`` (tokens, width) by ``hidden`` (tokens, neurons)."""
     missing = target - down.forward(hidden).float()
     rows = hidden.float()

@@ -21,8 +21,10 @@ class RelufyOptions:
     ``steps`` counts distillation steps of ``batch`` windows of ``window`` tokens; ``fit_windows`` are the
     windows that the down projections are fitted to before (0: they are not). ``density`` is the share of
     active neurons that sparsity pressure aims at. ``patience`` ends the work after so many validations
-    without a better model (0: never). ``save_delta`` is where what was learned is written as a delta; the
-    model is then the one that the delta makes.
+    without a better model (0: never). ``quant`` is the row type of gate and up (see
+    :func:`~powerinfer_tools.stages.relufy.export.ffn_types`). ``start`` is a delta whose changes the work
+    begins with, and whose activation, cut and rank it keeps; there is no fit then. ``save_delta`` is where
+    what was learned is written as a delta; the model is then the one that the delta makes.
     """
 
     model: Path
@@ -45,6 +47,7 @@ class RelufyOptions:
     threads: int | None = None
     seed: int = 0
     restart: bool = False
+    start: Path | None = None
     save_delta: Path | None = None
 
     @property

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from powerinfer_formats.delta import Delta, DeltaHeader, DeltaQuality
 from powerinfer_formats.errors import FormatError
-from powerinfer_kernels import RowType
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import HardwareError, ModelError
 from powerinfer_tools.interrupts import Interrupts, deferred_interrupts
@@ -21,10 +20,11 @@ from powerinfer_tools.model.architectures import RELU_FAMILY
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.progress import Progress, Silent
 from powerinfer_tools.stages.profile.corpus import find_files
-from powerinfer_tools.stages.relufy.application import addition, file_sha256
+from powerinfer_tools.stages.relufy.application import file_sha256, require_shape
 from powerinfer_tools.stages.relufy.checkpoint import Checkpoint
-from powerinfer_tools.stages.relufy.compression import round_changes
-from powerinfer_tools.stages.relufy.export import export, ffn_type
+from powerinfer_tools.stages.relufy.compression import Rounded, round_student
+from powerinfer_tools.stages.relufy.error_passing import PASSING_TYPES, Bytes, round_rows
+from powerinfer_tools.stages.relufy.export import FFNTypes, Rows, export, ffn_types, source_matrix
 from powerinfer_tools.stages.relufy.fitting import fit_down_projections
 from powerinfer_tools.stages.relufy.network import Network, Tensor
 from powerinfer_tools.stages.relufy.options import TARGETS, Reading, RelufyOptions, RelufyReport
@@ -43,8 +43,8 @@ CHECKPOINT_SECONDS = 300.0
 RAMP_SHARE = 0.5
 #: Share of the steps in which the learning rate rises; it then falls to a tenth along a cosine.
 WARM_UP_SHARE = 0.05
-#: Windows that tell how large the inputs of each column are, when a delta is rounded.
-DELTA_WINDOWS = 16
+#: Windows that rounding learns from what matrices read, and down projections are fitted to once more.
+ROUNDING_WINDOWS = 48
 #: Free weights learn at this share of the rate of low-rank factors, each step of which moves a weight more.
 FREE_RATE_SHARE = 0.2
 
@@ -58,14 +58,27 @@ def run(options: RelufyOptions, progress: Progress | None = None) -> RelufyRepor
     """What :func:`powerinfer_tools.stages.relufy.run_relufy` does, with torch at hand."""
     model = load_model(options.model)
     try:
+        start = None if options.start is None else Delta.load(options.start)
+        if start is not None:
+            options = _going_on(options, start, model)
         _check(options, model)
         if options.threads:
             torch.set_num_threads(options.threads)
-        report = _Run(model, options, progress or Silent()).complete()
+        report = _Run(model, options, start, progress or Silent()).complete()
         checkpoint_path(options.output).unlink(missing_ok=True)
         return report
     finally:
         model.close()
+
+
+def _going_on(options: RelufyOptions, start: Delta, model: Model) -> RelufyOptions:
+    """The options of work that begins with what ``start`` changed: its activation, cut and rank, and no
+    fit."""
+    assert options.start is not None
+    require_shape(model, start, options.start)
+    header = start.header
+    cut = header.cut if header.activation == "fatrelu" else None
+    return replace(options, activation=header.activation, cut=cut, rank=header.rank, fit_windows=0)
 
 
 def _check(options: RelufyOptions, model: Model) -> None:
@@ -76,7 +89,7 @@ def _check(options: RelufyOptions, model: Model) -> None:
         raise ModelError(
             f"{model.path}: relufy turns gated FFNs into ReLU ones; those of {model.spec.name} have no gate"
         )
-    ffn_type(options.quant, model.hyper.width, model.hyper.neurons)
+    ffn_types(options.quant, model)
     if options.activation not in TARGETS:
         raise ModelError(f"activation {options.activation!r} is not one of {', '.join(TARGETS)}")
     if options.cut is not None and (options.cut < 0 or options.activation != "fatrelu"):
@@ -110,13 +123,16 @@ def _learning_rate(step: int, steps: int, highest: float) -> float:
 class _Run:
     """One run of relufy."""
 
-    def __init__(self, model: Model, options: RelufyOptions, progress: Progress) -> None:
+    def __init__(self, model: Model, options: RelufyOptions, start: Delta | None, progress: Progress) -> None:
         self.model, self.options, self.progress = model, options, progress
         self.train, held = text_windows(model, options.corpus, options.window, progress)
         self.held = held[:: max(1, len(held) // options.validation_windows)][: options.validation_windows]
         self.network = Network(model, options.device, options.window, _precision(options.device))
         activation, cut = options.target
         self.student = Student(self.network, activation, options.rank, options.seed, cut)
+        self.start = start
+        if start is not None:
+            self.student.start_from(start)
         self.optimizer = self._adam()
         self.control = PressureControl(options.density, int(options.steps * RAMP_SHARE))
         self.layers_done, self.step, self.seconds = 0, 0, 0.0
@@ -152,21 +168,36 @@ class _Run:
     # --- the result --------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        """The model; where a delta is asked for, the one that it makes, judged once more."""
-        options, hyper = self.options, self.model.hyper
-        row_type = ffn_type(options.quant, hyper.width, hyper.neurons)
-        if options.save_delta is None:
-            export(self.model, self.student.matrix, options.target, row_type, options.output)
+        """The model, and the delta that makes it, if one is asked for. Where rounding errs by more than the
+        nearest values of 8 bits do, the rounded model is judged once more."""
+        options = self.options
+        types = ffn_types(options.quant, self.model)
+        if options.save_delta is None and types.gate not in PASSING_TYPES:
+            export(self.model, self._nearest(types), options.target, types, options.output)
             return
-        order = training_order(len(self.train), min(DELTA_WINDOWS, len(self.train)), options.seed)
-        changes = round_changes(self.model, self.network, self.student, self._tokens(self.train[order]))
+        rounded = self._round(types)
         self._record()
-        scales = self._scales()
-        changed = addition(changes, scales)
-        export(self.model, changed, options.target, row_type, options.output)
-        Delta(self._delta_header(row_type, file_sha256(options.output)), changes, scales).save(
-            options.save_delta
+        export(
+            self.model, lambda index, kind: rounded.rows[index][kind], options.target, types, options.output
         )
+        if options.save_delta is not None:
+            header = self._delta_header(types, file_sha256(options.output))
+            Delta(header, rounded.changes, self._scales(), rounded.passings).save(options.save_delta)
+
+    def _nearest(self, types: FFNTypes) -> Rows:
+        def rows(index: int, kind: str) -> Bytes:
+            values = self.student.matrix(index, kind, source_matrix(self.model, index, kind))
+            return round_rows(values, types.of(kind), None)
+
+        return rows
+
+    def _round(self, types: FFNTypes) -> Rounded:
+        order = training_order(len(self.train), min(ROUNDING_WINDOWS, len(self.train)), self.options.seed)
+        self.progress.start("rounding layers", self.model.hyper.layers, "layers")
+        tokens = self._tokens(self.train[order])
+        rounded = round_student(self.network, self.student, tokens, types, lambda: self.progress.advance(1))
+        self.progress.finish()
+        return rounded
 
     def _scales(self) -> tuple[Floats, ...]:
         """Scales of the neurons of every layer, where the activation can have them."""
@@ -174,8 +205,10 @@ class _Run:
             return ()
         return tuple(self.student.scales(index) for index in range(self.model.hyper.layers))
 
-    def _delta_header(self, row_type: RowType, sha256: str) -> DeltaHeader:
+    def _delta_header(self, types: FFNTypes, sha256: str) -> DeltaHeader:
         last, hyper = self.history[-1], self.model.hyper
+        before = None if self.start is None else self.start.header
+        texts = [file.name for file in find_files(self.options.corpus)]
         quality = DeltaQuality(
             text="held-out windows of the corpus",
             tokens=len(self.held) * (self.options.window // 2),
@@ -188,14 +221,15 @@ class _Run:
             model_name=self.model.name,
             activation=self.options.activation,  # type: ignore[arg-type]
             cut=self.options.target[1],
-            row_type=row_type.name,  # type: ignore[arg-type]
+            row_type=types.gate.name,  # type: ignore[arg-type]
+            down_type=types.down.name,  # type: ignore[arg-type]
             layers=hyper.layers,
             width=hyper.width,
             neurons=hyper.neurons,
             rank=self.options.rank,
             result_sha256=sha256,
-            learned_tokens=last.tokens,
-            texts=tuple(file.name for file in find_files(self.options.corpus)),
+            learned_tokens=last.tokens + (0 if before is None else before.learned_tokens),
+            texts=tuple(dict.fromkeys((*(() if before is None else before.texts), *texts))),
             quality=(quality,),
             tool_version=__version__,
         )

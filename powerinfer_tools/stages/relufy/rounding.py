@@ -6,10 +6,10 @@ import numpy.typing as npt
 from powerinfer_formats.delta import MAX_EXPONENT, Change, Scaled
 
 Floats = npt.NDArray[np.float32]
-#: Error of a whole change, as a share of what it does: 0.05 leaves about 2.4 bits of a weight after packing.
-NOISE = 0.05
-#: Steps in the root mean square of a component of a low-rank change: about 4.6 bits of a value after packing.
-FACTOR_STEPS = 6.0
+#: Error of a whole change, as a share of what it does: the errors of all layers add up.
+NOISE = 0.006
+#: Steps in the root mean square of a component of a low-rank change: about 5 bits of a value after packing.
+FACTOR_STEPS = 8.0
 _LARGEST = 127
 
 
@@ -22,12 +22,12 @@ def round_matrix(change: Floats, input_rms: Floats, noise: float = NOISE) -> Cha
     """
     done = float(np.median((change.astype(np.float64) ** 2 * input_rms.astype(np.float64) ** 2).sum(axis=1)))
     each = np.sqrt(12 * noise * done / change.shape[1])
-    return Change(_scaled(change, each / np.maximum(input_rms, 1e-6 * input_rms.max() + 1e-30)))
+    return Change(scaled(change, each / np.maximum(input_rms, 1e-6 * input_rms.max() + 1e-30)))
 
 
 def round_factors(outward: Floats, inward: Floats) -> Change:
     """outward · inward, (rows, rank) and (rank, columns), each component in steps of its own."""
-    return Change(_scaled(outward, _component_steps(outward)), _scaled(inward.T, _component_steps(inward.T)))
+    return Change(scaled(outward, _component_steps(outward)), scaled(inward.T, _component_steps(inward.T)))
 
 
 def _component_steps(factor: Floats) -> npt.NDArray[np.float64]:
@@ -38,7 +38,7 @@ def _component_steps(factor: Floats) -> npt.NDArray[np.float64]:
     return steps
 
 
-def _scaled(values: Floats, steps: npt.NDArray[np.float64]) -> Scaled:
+def scaled(values: npt.NDArray[np.floating], steps: npt.NDArray[np.float64]) -> Scaled:
     """``values`` in about these steps, one for each column; larger ones where eight bits would not reach."""
     reach = np.abs(values).max(axis=0) / _LARGEST
     exponents = np.maximum(np.round(np.log2(np.maximum(steps, 2.0**-MAX_EXPONENT))), _ceil_log2(reach))

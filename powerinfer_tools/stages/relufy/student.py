@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from powerinfer_formats.delta import Change, Delta
 from powerinfer_tools.stages.relufy.export import rescaled
 from powerinfer_tools.stages.relufy.network import Network, Tensor, activate
 
@@ -19,6 +20,10 @@ def as_array(tensor: Tensor) -> Floats:
     """The values of a parameter, wherever it is."""
     array: Floats = tensor.detach().cpu().numpy()
     return array
+
+
+def _tensor(values: npt.NDArray[np.floating], like: Tensor) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32)).to(like.device)
 
 
 class TrainedMatrix(nn.Module):
@@ -49,6 +54,15 @@ class TrainedMatrix(nn.Module):
         return functional.linear(x, self.base) + change
 
     @torch.no_grad()
+    def take(self, change: Change) -> None:
+        """Change by this instead; a free matrix, by this as well."""
+        if change.inward is None:
+            self.values.add_(_tensor(change.values(), self.values))
+            return
+        self.outward.copy_(_tensor(change.outward.values(), self.outward))
+        self.inward.copy_(_tensor(change.inward.values().T, self.inward))
+
+    @torch.no_grad()
     def scale_rows(self, factors: Tensor) -> None:
         """Multiply each row by its factor (rows), what the change began from and the change alike."""
         if not self.rank:
@@ -56,6 +70,16 @@ class TrainedMatrix(nn.Module):
             return
         self.base = (self.base.float() * factors[:, None]).to(self.base.dtype)
         self.outward.mul_(factors[:, None])
+
+    @torch.no_grad()
+    def replace(self, values: Floats) -> None:
+        """Become ``values`` (rows, columns), without a change."""
+        made = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        if not self.rank:
+            self.values.copy_(made)
+            return
+        self.base = made.to(self.base.device, self.base.dtype)
+        self.outward.zero_()
 
     def merged(self, base: npt.NDArray[np.float64]) -> Floats:
         """The matrix as it is now; ``base`` is the unrounded start of a low-rank change."""
@@ -154,6 +178,16 @@ class Student:
         """``kind`` ("gate", "up" or "down") of layer ``index`` as it is now; ``base`` is the source's."""
         trained: TrainedMatrix = getattr(self.ffn(index), kind)
         return trained.merged(rescaled(base, kind, self.scales(index)))
+
+    def start_from(self, delta: Delta) -> None:
+        """Take over what ``delta`` changed."""
+        for index, changes in enumerate(delta.changes):
+            ffn = self.ffn(index)
+            if delta.scales:
+                ffn.rescale(_tensor(delta.scales[index], ffn.scale))
+            for kind, change in changes.items():
+                matrix: TrainedMatrix = getattr(ffn, kind)
+                matrix.take(change)
 
     def scales(self, index: int) -> Floats:
         """What layer ``index``'s neurons are scaled by (neurons)."""

@@ -45,5 +45,5 @@ def text_windows(
 def training_order(count: int, needed: int, seed: int) -> npt.NDArray[np.int64]:
     """``needed`` indices of ``count`` windows: every window once in random order, then again."""
     generator = np.random.default_rng(seed)
-    rounds = [generator.permutation(count) for _ in range(-(-needed // count))]
+    rounds = [generator.permutation(count) for _ in range(max(1, -(-needed // count)))]
     return np.concatenate(rounds)[:needed]

@@ -1,4 +1,4 @@
-/* What comes from Python is judged here: kind, length and alignment of every object of an operation. A wrong one is a
+/* Everything that comes from Python is checked here: kind, length and alignment of every object of an operation. A wrong one is a
  * KernelError, never a wild read. */
 #ifndef PI_BOUNDARY_H
 #define PI_BOUNDARY_H

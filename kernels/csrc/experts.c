@@ -8,7 +8,7 @@
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 typedef struct {             /* pairs of the run in their order */
-    int64_t active;          /* experts that some token takes and that are here */
+    int64_t active;          /* experts of this part that some token takes */
     int32_t *expert, *first; /* [active], and [active + 1]: their pairs are [first[i], first[i + 1]) */
     int32_t *pair;           /* [tokens · used]: the number of each choice, -1 where its expert is elsewhere */
     int64_t pairs;
@@ -124,8 +124,8 @@ void pi_expert_matmul_execute(const pi_op *op, pi_run *run, pi_worker *worker, i
 }
 
 enum {
-    STRETCH = 128, /* neighbouring rows whose picked ones are computed together */
-    BEYOND = 64,   /* rows after them whose picked ones are asked for meanwhile */
+    STRETCH = 128, /* neighbouring rows; the picked ones among them are computed together */
+    BEYOND = 64,   /* following rows; the picked ones among them are prefetched meanwhile */
     FEW = 8,       /* pairs of an expert up to here are picked for each; beyond, nearly all rows are read anyway */
 };
 
@@ -266,7 +266,7 @@ void pi_expert_sum_execute(const pi_op *op, const pi_run *run, const pi_worker *
     }
 }
 
-/* Adds up what was chosen: tokens and squared weights of each expert, runs, and experts of a run. */
+/* Adds up the choices: tokens and squared weights of each expert, runs, and experts of a run. */
 void pi_expert_count_execute(const pi_op *op, const pi_run *run, const pi_worker *worker) {
     const pi_expert_count *c = &op->u.expert_count;
     if (pi_worker_thread(worker) != 0) return;

@@ -62,7 +62,7 @@ enum {
     PI_SIGN_PLANES = 4,
     PI_SIGN_LARGEST = (1 << PI_SIGN_PLANES) - 1,
 };
-#define PI_SIGN_RANGE 3.0f /* root mean squares that the largest |q| stands for */
+#define PI_SIGN_RANGE 3.0f /* the largest |q| in root mean squares */
 
 static inline int64_t pi_sign_code_words(int64_t width) {
     return PI_SIGN_HEADER + (PI_SIGN_PLANES + 1) * ((width + 31) / 32);
@@ -98,7 +98,7 @@ typedef struct { /* rows of neurons one after the other (bundle.h); `data` of a 
     pi_rows part[PI_PARTS];
 } pi_bundle;
 
-typedef struct { /* rows that are read next: asked for while others are computed. `count` 0: none */
+typedef struct { /* rows to read next: prefetched while others are computed. `count` 0: none */
     const pi_rows *rows;
     const int32_t *index;
     int64_t count;
@@ -119,12 +119,12 @@ typedef struct {  /* one layer's keys and values: f16, or with scales int8 in bl
     int64_t capacity, kv_heads, head_dim, value_dim;
 } pi_cache;
 
-typedef struct { /* one query vector of attention and the keys that it sees: positions [first, last) */
+typedef struct { /* one query vector of attention and the positions of its keys: [first, last) */
     const float *q;
     float *out;
     int64_t first, last;
-    float slope; /* taken from a score for each position that the key stands before the query */
-    float sink;  /* a score of no key, in the sum of the exponentials alone; -infinity: none */
+    float slope; /* subtracted from a score for each position between the key and the query */
+    float sink;  /* a score without key, only in the sum of the exponentials; -infinity: none */
 } pi_query;
 
 enum pi_activation {

@@ -46,7 +46,7 @@ typedef struct {
 typedef struct {
     float *x;
     const float *cos, *sin;                /* [capacity, half] */
-    int64_t heads, head_dim, half, offset; /* what is turned begins `offset` values into each head */
+    int64_t heads, head_dim, half, offset; /* the rotated values begin `offset` values into each head */
     int neox;
 } pi_rope;
 
@@ -62,7 +62,7 @@ typedef struct {
     int64_t slot, heads, kv_heads, head_dim, value_dim, capacity, window;
     int64_t chunk; /* of positions, whose queries see no keys of other chunks; 0: none */
     float scale, softcap;
-    int64_t q_values, out_values; /* of the buffers, judged when the slot is known */
+    int64_t q_values, out_values; /* of the buffers, checked when the slot is known */
 } pi_attention;
 
 typedef struct {
@@ -77,11 +77,11 @@ typedef struct {
     const float *src;
     float *out;
     int64_t width;
-    int64_t src_stride; /* of src, from token to token: the width, or 0 for one vector that all get */
+    int64_t src_stride; /* stride of src between tokens: the width, or 0 for one vector for all tokens */
     float factor;
 } pi_add;
 
-typedef struct { /* out *= src, each value of which is that of `repeat` columns */
+typedef struct { /* out *= src; each value of src multiplies `repeat` columns */
     const float *src;
     float *out;
     int64_t width, repeat, src_stride;
@@ -128,14 +128,14 @@ typedef struct {
 /* What a sparse FFN selects neurons by: a predictor's scores or the gate, which have to be above the threshold; or the
  * known factor of the product, act(gate) or up, whose size has to be. */
 enum { PI_BY_VALUE, PI_BY_GATE_SIZE, PI_BY_UP_SIZE };
-enum { PI_FEW_TOKENS = 8 /* up to here rows that some token selects are read, once; beyond, nearly all are */ };
+enum { PI_FEW_TOKENS = 8 /* up to here only rows that some token selects are read, once; beyond, all are */ };
 
 /* Whether a sparse FFN reads the rows of all its neurons, of which its tokens select `selected`. */
 static inline int pi_reads_all(int64_t tokens, int64_t selected, int64_t neurons) {
     return tokens > PI_FEW_TOKENS || (tokens > 1 && selected * 4 > neurons * 3);
 }
 
-typedef struct { /* which neurons: those whose `select` is above `threshold` (NULL: zero) */
+typedef struct { /* neurons whose `select` is above `threshold` (NULL: zero) */
     int32_t kind, rule;
     float cut; /* gates up to it contribute nothing */
     const float *select, *threshold;
@@ -188,7 +188,7 @@ enum { PI_MAX_EXPERTS = 1024 };
 enum { PI_ROUTE_SOFTMAX, PI_ROUTE_SIGMOID };
 
 typedef struct {
-    const float *scores, *bias; /* [max_tokens, experts]; [experts], what chooses but does not weigh, or NULL */
+    const float *scores, *bias; /* [max_tokens, experts]; [experts], for the choice only, not the weights; or NULL */
     int32_t *chosen;            /* [max_tokens, used], ascending */
     float *weights;             /* [max_tokens, used] */
     const float *shared_score;  /* [max_tokens, 1], or NULL */
@@ -198,7 +198,7 @@ typedef struct {
     float scale;
 } pi_route;
 
-typedef struct { /* what a router chose, and the experts that are here: NULL for the others */
+typedef struct { /* a router's choice, and the experts of this part: NULL for the others */
     const int32_t *chosen;
     const float *weights;
     const pi_matrix *const *here;
@@ -218,10 +218,10 @@ typedef struct {
 
 typedef struct {
     pi_expert_choice choice;
-    const float *token_src, *src; /* of tokens, which a single token reads where `of_tokens`, and of pairs */
+    const float *token_src, *src; /* of tokens (read for a single token if `of_tokens`), and of pairs */
     pi_acts token_acts, acts;
     const float *bias;   /* [experts, rows], or NULL */
-    const float *scales; /* [experts], what the products of each are times before the bias; or NULL */
+    const float *scales; /* [experts], factors of the products before the bias; or NULL */
     float *out;
     int64_t tiles, chunk;
     int of_tokens;
@@ -262,7 +262,7 @@ typedef struct {
 
 typedef struct {
     pi_expert_choice choice;
-    int64_t *totals;  /* runs, and experts that some token of a run took, added up */
+    int64_t *totals;  /* sums of runs, and of experts that some token of a run took */
     uint64_t *counts; /* [experts], as are the squares; or NULL */
     double *gate_squares, *up_squares;
 } pi_expert_count;
@@ -296,7 +296,7 @@ typedef struct { /* [max_tokens, heads · size], but for v and out, which are [m
     int64_t slot, heads, size, head_dim;
 } pi_general_delta;
 
-typedef struct {            /* units that the next operations read, and those of later layers */
+typedef struct {            /* units that the next operations read, and units of later layers */
     pi_units *const *units; /* NULL: closed meanwhile */
     pi_unit_demand now, next[PI_UNITS_AHEAD];
 } pi_fetch;
@@ -312,7 +312,7 @@ typedef struct {                /* records of the neurons that a sparse FFN is g
 typedef struct {
     pi_op_kind kind;
     int independent; /* the next operation, a matmul, neither reads nor writes what this one writes */
-    int by_token;    /* vector operations: this one's run of them has one that needs whole tokens */
+    int by_token;    /* vector operations: one of the consecutive vector operations needs whole tokens */
     union {
         pi_embed embed;
         pi_norm norm;

@@ -40,7 +40,7 @@ typedef struct {
     pi_op *ops;
     int64_t count;
     int64_t *nanoseconds;  /* [count], wall time added up */
-    _Atomic int no_expert; /* an operation of this run met a choice that names none */
+    _Atomic int no_expert; /* a choice of this run names an expert that does not exist */
     pi_neurons *neurons;   /* [count]: of each operation, zeros but for the sparse ones */
     int64_t scratch_bytes; /* what one thread needs at most */
     int64_t shared_bytes;  /* what all threads of an operation share */
@@ -62,7 +62,7 @@ typedef struct { /* one run, shared by its threads */
     int64_t span_count;
     const pi_place *places; /* [tokens] */
     int unfetched;          /* set by a fetch that failed: the run ends after it */
-    _Atomic int missing;    /* an operation met weights that are not in memory */
+    _Atomic int missing;    /* an operation needed weights that are not in memory */
 } pi_run;
 
 /* Fixes how the operations are shared out, and what scratch they need; max_tokens and slots are set. 0, or -1 when

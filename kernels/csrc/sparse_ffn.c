@@ -7,7 +7,7 @@
 #include <math.h>
 #include <string.h>
 
-/* What a neuron contributes; the same products as `activate` makes. */
+/* The contribution of a neuron; the same products as `activate` makes. */
 static inline float contribution(int32_t kind, float gate, float up) {
     switch (kind) {
     case PI_RELU2: return (gate * gate) * up;
@@ -324,7 +324,7 @@ void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int 
 
 /* ---- rows that are on disk ---- */
 
-/* The neurons that some token selects: the list of them, or NULL for all that there are. */
+/* The neurons that some token selects: the list of them, or NULL for all neurons. */
 static const int32_t *list_selected(const pi_fetch_records *f, const pi_run *run, pi_records *records, int64_t *count) {
     int32_t *list = pi_records_list(records);
     uint8_t *mark = pi_records_marks(records);

@@ -13,9 +13,9 @@ typedef struct {
     pi_unit_state state;
     int32_t slot;
     int32_t part, left;      /* COMING: the part that is handed out next, and pieces that are not in the slot yet */
-    int64_t tile;            /* of that part, the first tile that is not handed out */
+    int64_t tile;            /* the first tile of that part that is not handed out */
     int fixed, pinned;       /* keeps its slot always, or until the next fetch */
-    int expected, was_ahead; /* the next fetch of its group may take it; it was read for that */
+    int expected, was_ahead; /* read ahead for the next fetch of its group */
     int64_t next;            /* in its queue */
     int64_t mark;            /* the pass that has seen it */
     int64_t count;           /* tokens of that pass that take it */
@@ -63,7 +63,7 @@ struct pi_units {
 void pi_queue_append(pi_units *s, queue *q, int64_t u);
 /* 1 where the unit was in the queue. */
 int pi_queue_take_out(pi_units *s, queue *q, int64_t u);
-/* Starts those that do not run yet; 0, or an errno where there are none. */
+/* Starts the reader threads that do not run yet; 0, or an errno where there are none. */
 int pi_readers_start(pi_units *s);
 /* Memory that a reader needs for pieces of the part. */
 int64_t pi_reader_bytes(const pi_unit_part *part);

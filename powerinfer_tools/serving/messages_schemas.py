@@ -1,4 +1,4 @@
-"""The requests of Anthropic's Messages API, as far as they are understood."""
+"""The supported part of the requests of Anthropic's Messages API."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ from powerinfer_tools.serving.schemas import Loose
 
 
 class Piece(Loose):
-    """A block of a message's content, of any kind; the fields of other kinds are absent."""
+    """A block of a message's content. Only the fields of its own kind are present."""
 
     type: str
     text: str | None = None
@@ -36,7 +36,7 @@ class MessagesTool(Loose):
 
 
 class MessagesChoice(Loose):
-    """Whether tools may or must be called."""
+    """Whether the model may, must or must not call a tool."""
 
     type: Literal["auto", "any", "tool", "none"] = "auto"
     name: str | None = None

@@ -32,7 +32,7 @@ class _Figures(Collector):
             ("prompt_tokens_cached", "Prompt tokens taken from the cache.", figures.cached_tokens),
             ("prompt_seconds", "Seconds spent on prompts.", figures.prompt_seconds),
             ("tokens_predicted", "Tokens generated.", figures.tokens),
-            ("tokens_predicted_seconds", "Seconds spent on generating.", figures.token_seconds),
+            ("tokens_predicted_seconds", "Seconds spent on generated tokens.", figures.token_seconds),
             ("n_decode", "Passes over the model.", figures.passes),
         ):
             yield CounterMetricFamily(f"llamacpp:{name}", text, value)
@@ -40,11 +40,11 @@ class _Figures(Collector):
             ("n_tokens_max", "Longest sequence so far, in tokens.", figures.longest),
             ("prompt_tokens_seconds", "Mean prompt speed, in tokens/s.",
              _rate(figures.prompt_tokens, figures.prompt_seconds)),
-            ("predicted_tokens_seconds", "Mean speed of generating, in tokens/s.",
+            ("predicted_tokens_seconds", "Mean speed of generated tokens, in tokens/s.",
              _rate(figures.tokens, figures.token_seconds)),
-            ("requests_processing", "Requests with a place.", batcher.processing),
-            ("requests_deferred", "Requests that wait.", batcher.waiting),
-            ("n_busy_slots_per_decode", "Mean requests in a pass.",
+            ("requests_processing", "Requests being computed.", batcher.processing),
+            ("requests_deferred", "Requests waiting in the queue.", batcher.waiting),
+            ("n_busy_slots_per_decode", "Mean number of requests in a pass.",
              figures.busy_slots / max(1, figures.passes)),
         ):  # fmt: skip
             yield GaugeMetricFamily(f"llamacpp:{name}", text, value)
@@ -53,12 +53,12 @@ class _Figures(Collector):
     def _own(self) -> Iterator[Metric]:
         _, batcher = self.service.ready()
         figures = batcher.figures
-        yield CounterMetricFamily("powerinfer:requests", "Requests that had a place.", figures.requests)
+        yield CounterMetricFamily("powerinfer:requests", "Requests that were computed.", figures.requests)
         yield CounterMetricFamily(
             "powerinfer:requests_interrupted", "Requests whose client left.", figures.interrupted
         )
         held = sum(place.length for place in batcher.places.all)
-        yield GaugeMetricFamily("powerinfer:kv_tokens", "Tokens that the caches hold.", held)
+        yield GaugeMetricFamily("powerinfer:kv_tokens", "Tokens in the KV caches.", held)
         report = self.report
         memory = GaugeMetricFamily("powerinfer:memory_bytes", "Memory by purpose.", labels=["purpose"])
         for purpose, nbytes in (report.get("memory") or {}).items():
@@ -67,13 +67,15 @@ class _Figures(Collector):
         yield memory
         density: Any = report.get("density")
         if isinstance(density, int | float):
-            yield GaugeMetricFamily("powerinfer:density", "Share of FFN neurons computed.", density)
+            yield GaugeMetricFamily("powerinfer:density", "Share of FFN neurons that were computed.", density)
         yield from self._layers()
 
     def _layers(self) -> Iterator[Metric]:
         labels = ["layer", "mode"]
         density = GaugeMetricFamily(
-            "powerinfer:layer_density", "Share of a layer's neurons, or experts, computed.", labels=labels
+            "powerinfer:layer_density",
+            "Share of a layer's neurons, or experts, that were computed.",
+            labels=labels,
         )
         hot = GaugeMetricFamily(
             "powerinfer:layer_hot_share",

@@ -18,17 +18,17 @@ _POSTS: dict[str, tuple[type[BaseModel], str, bool]] = {
     "/v1/completions": (schemas.CompletionRequest, "The continuation of a text.", True),
     "/v1/responses": (ResponsesRequest, "An answer, in OpenAI's newer form.", True),
     "/v1/messages": (MessagesRequest, "An answer, in Anthropic's form.", True),
-    "/v1/messages/count_tokens": (MessagesRequest, "How many tokens a prompt has.", False),
-    "/tokenize": (schemas.TokenizeRequest, "Text as token ids.", False),
-    "/detokenize": (schemas.DetokenizeRequest, "Token ids as text.", False),
+    "/v1/messages/count_tokens": (MessagesRequest, "The number of tokens of a prompt.", False),
+    "/tokenize": (schemas.TokenizeRequest, "The token ids of a text.", False),
+    "/detokenize": (schemas.DetokenizeRequest, "The text of token ids.", False),
     "/apply-template": (schemas.TemplateRequest, "A conversation as the prompt that it becomes.", False),
 }
 _GETS = {
-    "/health": "Whether requests are taken.",
+    "/health": "Whether the server accepts requests.",
     "/v1/models": "The model.",
-    "/props": "What is served, and how.",
-    "/slots": "Who has which place.",
-    "/machine": "The machine at work.",
+    "/props": "The model and its settings.",
+    "/slots": "The places for concurrent requests, and the request in each.",
+    "/machine": "Speed, queue, memory and layers, for the page.",
     "/tokenizer_info": "The tokeniser's special tokens and the chat template.",
 }
 _ERROR = {
@@ -43,9 +43,9 @@ _ERROR = {
     "required": ["error"],
 }
 _STATUSES = {
-    "400": "The request is wrong.",
+    "400": "The request is not valid.",
     "401": "A key is needed.",
-    "408": "The body came too slowly.",
+    "408": "The body arrived too slowly.",
     "413": "The body is too long.",
     "429": "This client has too many requests waiting.",
     "500": "The server failed.",

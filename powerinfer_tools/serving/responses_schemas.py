@@ -1,4 +1,4 @@
-"""The requests of OpenAI's Responses API, as far as they are understood."""
+"""The supported part of the requests of OpenAI's Responses API."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ from powerinfer_tools.serving.schemas import Loose, TextPart
 
 
 class Item(Loose):
-    """An item of the input: a message, a call, or the output of one."""
+    """An item of the input: a message, a call, or the output of a call."""
 
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -20,7 +20,7 @@ class Item(Loose):
 
 
 class ResponsesTool(Loose):
-    """A function that the model may call; tools of other kinds are refused."""
+    """A function that the model may call. Tools of other kinds are refused."""
 
     type: str = "function"
     name: str | None = None
@@ -36,7 +36,7 @@ class ResponsesChoice(Loose):
 
 
 class TextForm(Loose):
-    """What the text must be."""
+    """The required form of the text."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
@@ -44,7 +44,7 @@ class TextForm(Loose):
 
 
 class TextOptions(Loose):
-    """Options of the text."""
+    """Options of the text output."""
 
     format: TextForm | None = None
 

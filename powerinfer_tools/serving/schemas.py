@@ -12,27 +12,27 @@ _SAMPLERS = 32
 
 
 class Loose(BaseModel):
-    """Takes what it knows and leaves the rest."""
+    """A request or a part of one; unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
 
 class TextPart(Loose):
-    """A part of a message. Only text can be read by these models."""
+    """A part of a message. Only text parts are supported."""
 
     type: str
     text: str | None = None
 
 
 class FunctionCall(Loose):
-    """Which function with which arguments, these as JSON text."""
+    """The function's name, and its arguments as JSON text."""
 
     name: str
     arguments: str | dict[str, Any] | None = None
 
 
 class ToolCall(Loose):
-    """A call in a message of the assistant."""
+    """A tool call in a message of the assistant."""
 
     id: str | None = None
     type: str | None = "function"
@@ -60,7 +60,7 @@ class Function(Loose):
 
 
 class Tool(Loose):
-    """A tool; only functions exist."""
+    """A tool; only functions are supported."""
 
     type: Literal["function"] = "function"
     function: Function
@@ -88,7 +88,7 @@ class JsonSchema(Loose):
 
 
 class ResponseFormat(Loose):
-    """What the answer must be. llama.cpp's form has the schema beside the type."""
+    """The required form of the answer. llama.cpp's variant has the schema beside the type."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -96,13 +96,13 @@ class ResponseFormat(Loose):
 
 
 class StreamOptions(Loose):
-    """What a stream says beside the text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class Generating(Loose):
-    """What chat and completion requests share."""
+    """The fields that chat and completion requests share."""
 
     model: str | None = None
     max_tokens: Annotated[int | None, Field(ge=-1)] = None
@@ -157,7 +157,7 @@ class CompletionRequest(Generating):
 
 
 class TokenizeRequest(Loose):
-    """POST /tokenize, in llama.cpp's words and in vLLM's."""
+    """POST /tokenize, with llama.cpp's field names and vLLM's."""
 
     content: Annotated[str, Field(validation_alias=AliasChoices("content", "prompt"))]
     add_special: Annotated[

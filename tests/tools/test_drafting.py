@@ -208,6 +208,32 @@ def test_wrong_guesses_cost_no_more_than_allowed(right: float, slope: float) -> 
     assert spent <= 2000 / 0.97
 
 
+def unsteady(right: float, slope: float, tokens: int, seed: int) -> float:
+    """Time for ``tokens`` tokens over that of single ones, on a machine whose speed changes by half and whose
+    passes take a fifth more or less, one in thirty three times as long."""
+    rng, length = np.random.default_rng(seed), DraftLength()
+    done, spent, plain, clock = 0, 0.0, 0.0, 1.0
+    while done < tokens:
+        if rng.random() < 0.01:
+            clock = rng.choice([1.0, 1.5])
+        count, good = length.choose(MOST), 0
+        while good < count and rng.random() < right:
+            good += 1
+        noise = np.exp(rng.normal(scale=0.15)) * (3.0 if rng.random() < 1 / 30 else 1.0)
+        length.passed(count, good, clock * (1 + slope * count) * noise, 0.0)
+        spent += clock * (1 + slope * count)
+        plain += clock * (good + 1)
+        done += good + 1
+    return spent / plain
+
+
+@pytest.mark.parametrize("slope", [0.1, 0.25, 1.0])
+@pytest.mark.parametrize("right", [0.0, 0.1, 0.2])
+def test_wrong_guesses_cost_little_on_an_unsteady_machine(right: float, slope: float) -> None:
+    """Noise and a changing clock make no guesses look right that are wrong."""
+    assert np.mean([unsteady(right, slope, 3000, seed) for seed in range(4)]) <= 1 / 0.98
+
+
 @pytest.mark.parametrize(("right", "slope", "wanted"), [(0.95, 0.1, 3.0), (0.8, 0.2, 1.6), (0.99, 0.05, 4.5)])
 def test_right_guesses_pay(right: float, slope: float, wanted: float) -> None:
     spent, drafted = simulated(DraftLength(), right, slope, 2000)

@@ -27,7 +27,8 @@ from gpu_run import Run
 from gpu_safety import check_safety
 
 from powerinfer_tools import detect
-from powerinfer_tools.engine.hot.devices import CpuDevice, CudaDevice, Device, cuda_problem
+from powerinfer_tools.engine.hot.cuda_checks import cuda_problem
+from powerinfer_tools.engine.hot.devices import CpuDevice, CudaDevice, Device
 from powerinfer_tools.engine.hot.fusing import fusing_problem
 
 LIMIT_SECONDS = 450.0

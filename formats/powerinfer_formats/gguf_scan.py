@@ -9,7 +9,6 @@ the bytes that are left, lengths against caps and the end, sizes in whole number
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from numpy.typing import NDArray
 from powerinfer_formats import errors
 from powerinfer_formats import gguf_layout as layout
 from powerinfer_formats.block_types import BLOCK_SHAPES, REMOVED_TYPES, type_name
+from powerinfer_formats.gguf_cursor import Cursor
 from powerinfer_formats.gguf_layout import NUMBER_CODES, ValueType, aligned
-from powerinfer_formats.string_array import LossyText, StringArray, scan_strings
+from powerinfer_formats.string_array import StringArray, scan_strings
 
 Number = int | float | bool
 Value = Number | str | NDArray[np.generic] | StringArray
@@ -86,7 +86,7 @@ def scan_header(buffer: bytes | memoryview, file: str, magics: Collection[bytes]
     ``magics``: first bytes that are accepted; every other rule is the same for all of them. Raises the named
     ``FormatError`` of the first fault.
     """
-    cursor = _Cursor(buffer, file)
+    cursor = Cursor(buffer, file)
     magic = _check_magic(cursor, magics)
     version = _check_version(cursor)
     tensor_count = cursor.count(
@@ -112,7 +112,7 @@ def scan_readable(
 ) -> tuple[dict[str, Entry], dict[str, TensorInfo]]:
     """As much of a damaged file's header as makes sense: entries and tensors up to the first fault, the
     offsets of tensors unchecked. For people who want to know what a file was; nothing computes with it."""
-    cursor = _Cursor(buffer, file)
+    cursor = Cursor(buffer, file)
     entries: dict[str, Entry] = {}
     tensors: dict[str, TensorInfo] = {}
     with suppress(errors.FormatError):
@@ -128,57 +128,7 @@ def scan_readable(
     return entries, tensors
 
 
-class _Cursor:
-    """A position in the buffer that cannot leave it."""
-
-    def __init__(self, buffer: bytes | memoryview, file: str) -> None:
-        self.buffer = buffer
-        self.file = file
-        self.position = 0
-        self.end = len(buffer)
-        self.notices: list[str] = []
-
-    def need(self, nbytes: int, what: str) -> int:
-        """Advance over ``nbytes`` that must be there; return where they start."""
-        start = self.position
-        if nbytes > self.end - start:
-            raise errors.TruncatedFile(
-                self.file, f"{what}: {nbytes} bytes expected at byte {start}, the file ends at {self.end}"
-            )
-        self.position = start + nbytes
-        return start
-
-    def number(self, code: str, what: str) -> int:
-        start = self.need(struct.calcsize(code), what)
-        value: int = struct.unpack_from(code, self.buffer, start)[0]
-        return value
-
-    def count(self, cap: int, least_bytes: int, what: str, error: type[errors.FormatError]) -> int:
-        """A u64 count of things of at least ``least_bytes`` each: judged before any of them is read."""
-        value = self.number("<Q", f"number of {what}")
-        room = (self.end - self.position) // least_bytes
-        if value > cap:
-            raise error(self.file, f"{value} {what} announced, at most {cap} are read")
-        if value > room:
-            raise error(self.file, f"{value} {what} announced, the rest of the file has room for {room}")
-        return value
-
-    def text(self, cap: int, what: str, too_long: type[errors.FormatError], *, checked: bool = True) -> str:
-        """A string. Not ``checked``: one that is not UTF-8 is a ``LossyText``, and a notice."""
-        length = self.number("<Q", f"length of {what}")
-        if length > cap:
-            raise too_long(self.file, f"{what} has {length} bytes, at most {cap} are read")
-        start = self.need(length, what)
-        try:
-            return str(self.buffer[start : start + length], "utf-8")
-        except UnicodeDecodeError as error:
-            if checked:
-                raise errors.InvalidUTF8(self.file, f"{what} is not UTF-8 ({error.reason})") from None
-        self.notices.append(f"{what} is not UTF-8")
-        return LossyText(bytes(self.buffer[start : start + length]), "utf-8", "replace")
-
-
-def _check_magic(cursor: _Cursor, magics: Collection[bytes]) -> bytes:
+def _check_magic(cursor: Cursor, magics: Collection[bytes]) -> bytes:
     start = cursor.need(4, "magic bytes")
     magic = bytes(cursor.buffer[start : start + 4])
     if magic not in magics:
@@ -188,7 +138,7 @@ def _check_magic(cursor: _Cursor, magics: Collection[bytes]) -> bytes:
     return magic
 
 
-def _check_version(cursor: _Cursor) -> int:
+def _check_version(cursor: Cursor) -> int:
     version = cursor.number("<I", "version")
     if version in layout.VERSIONS:
         return version
@@ -208,10 +158,10 @@ def _check_version(cursor: _Cursor) -> int:
 
 def scan_entry(data: bytes, file: str) -> Entry:
     """``data`` as one metadata entry. Raises the named ``FormatError`` of the first fault."""
-    return _read_entry(_Cursor(data, file))
+    return _read_entry(Cursor(data, file))
 
 
-def _read_entry(cursor: _Cursor) -> Entry:
+def _read_entry(cursor: Cursor) -> Entry:
     start = cursor.position
     key = cursor.text(layout.MAX_KEY_BYTES, "a metadata key", errors.KeyTooLong)
     if not key:
@@ -236,7 +186,7 @@ def _is_read_as_text(key: str) -> bool:
     return key.startswith("tokenizer.") or key == "general.architecture"
 
 
-def _value_type(cursor: _Cursor, what: str) -> ValueType:
+def _value_type(cursor: Cursor, what: str) -> ValueType:
     number = cursor.number("<I", f"type of {what}")
     try:
         return ValueType(number)
@@ -245,7 +195,7 @@ def _value_type(cursor: _Cursor, what: str) -> ValueType:
         raise errors.UnknownValueType(cursor.file, reason) from None
 
 
-def _read_scalar(cursor: _Cursor, value_type: ValueType, what: str, *, checked: bool) -> Number | str:
+def _read_scalar(cursor: Cursor, value_type: ValueType, what: str, *, checked: bool) -> Number | str:
     if value_type is ValueType.STRING:
         return cursor.text(layout.MAX_STRING_BYTES, what, errors.StringTooLong, checked=checked)
     value = cursor.number(NUMBER_CODES[value_type], what)
@@ -256,7 +206,7 @@ def _read_scalar(cursor: _Cursor, value_type: ValueType, what: str, *, checked: 
     return value
 
 
-def _read_array(cursor: _Cursor, element_type: ValueType, what: str, *, checked: bool) -> Value:
+def _read_array(cursor: Cursor, element_type: ValueType, what: str, *, checked: bool) -> Value:
     count = cursor.number("<Q", f"length of {what}")
     if count > layout.MAX_ARRAY_VALUES:
         raise errors.ArrayTooLong(
@@ -309,7 +259,7 @@ class _Row:
     nbytes: int
 
 
-def _read_directory(cursor: _Cursor, count: int) -> list[_Row]:
+def _read_directory(cursor: Cursor, count: int) -> list[_Row]:
     rows: list[_Row] = []
     names: set[str] = set()
     for _ in range(count):
@@ -321,7 +271,7 @@ def _read_directory(cursor: _Cursor, count: int) -> list[_Row]:
     return rows
 
 
-def _read_row(cursor: _Cursor) -> _Row:
+def _read_row(cursor: Cursor) -> _Row:
     start = cursor.position
     name = cursor.text(layout.MAX_NAME_BYTES, "a tensor name", errors.TensorNameTooLong)
     check_tensor_name(name, cursor.file, f" at byte {start}")
@@ -372,7 +322,7 @@ def tensor_bytes(name: str, row_type: int, shape: tuple[int, ...], file: str) ->
     return nbytes
 
 
-def _place_tensors(rows: list[_Row], cursor: _Cursor, alignment: int) -> dict[str, TensorInfo]:
+def _place_tensors(rows: list[_Row], cursor: Cursor, alignment: int) -> dict[str, TensorInfo]:
     """Check that the tensors follow each other, aligned and without a gap, within the file. Bytes behind them
     are a notice."""
     directory_end, end, file = cursor.position, cursor.end, cursor.file

@@ -16,7 +16,7 @@ from engine_logits import greedy, of_engine
 from fake_gpus import MIB, FailingGpu, FakeGpu, LatestGpu, on
 from meetings import Meeting
 from powerinfer_tools.engine import Engine
-from powerinfer_tools.engine.hot import devices, opening
+from powerinfer_tools.engine.hot import cuda_checks, opening
 from powerinfer_tools.engine.hot.hot_ffn import FusedRows, HotFFN
 from powerinfer_tools.engine.hot.placement import Workload, units_size
 from powerinfer_tools.engine.timeline import Timeline
@@ -216,9 +216,9 @@ def test_a_gpu_without_fused_kernels_or_graphs_is_used_without_and_says_so(
 def test_cuda_is_judged_by_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "build without CUDA" in (devices.cuda_problem() or "")
+    assert "build without CUDA" in (cuda_checks.cuda_problem() or "")
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    assert "driver is older than CUDA 12.9 needs" in (devices.cuda_problem() or "")
+    assert "driver is older than CUDA 12.9 needs" in (cuda_checks.cuda_problem() or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
 
@@ -226,7 +226,7 @@ def test_cuda_is_judged_by_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("CUDA error: no kernel image is available\nmore")
 
     monkeypatch.setattr(torch, "ones", no_kernel)
-    assert devices.cuda_problem() == (
+    assert cuda_checks.cuda_problem() == (
         "the GPU (compute capability 6.1) cannot be used: CUDA error: no kernel image is available"
     )
     assert opening.fusing_problem() == "compute capability 6.1 is below 7.5"

@@ -6,18 +6,18 @@ stream, or a thread of its own), and the ticket that says when queued work is do
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from powerinfer_tools.engine.hot import Span
+from powerinfer_tools.engine.hot.cuda_checks import full_precision
 from powerinfer_tools.engine.hot.faults import (
     DeviceLost,
     KernelRefused,
@@ -359,53 +359,6 @@ def _twice(work: Work) -> None:
         piece()
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever the calling program has set: TF32 rounds inputs to 10
-    bits, an error of 5·10⁻⁴. Its setting is put back afterwards."""
-    matmul: Any = torch.backends.cuda.matmul
-    # torch 2.9 has a new name for it, and warns where both are used.
-    name, value = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
-
-
 #: Names of graphs of several steps in a trace: a graph has the first of these names that one of its steps
 #: has.
 _GRAPH_NAMES = ("attention", "hot", "merge", "head")
-
-
-def cuda_problem() -> str | None:
-    """Why no CUDA device can be used, in words; None where one can. Tries a small piece of work on it."""
-    with warnings.catch_warnings():
-        # Torch's warnings here have the same content as the text below.
-        warnings.simplefilter("ignore")
-        available = torch.cuda.is_available()
-    if not available:
-        built = torch.version.cuda
-        if built is None:
-            return f"torch {torch.__version__} is a build without CUDA"
-        return (
-            f"torch {torch.__version__} finds no GPU that it can use: there is none, or its driver is older "
-            f"than CUDA {built} needs"
-        )
-    try:
-        probe = torch.ones(8, device="cuda")
-        if float((probe + probe).sum()) != 16.0:
-            return "the GPU computes wrong sums"
-    except RuntimeError as error:
-        return f"the GPU{_capability()} cannot be used: {first_line(error)}"
-    return None
-
-
-def _capability() -> str:
-    """The compute capability in brackets, if a GPU that does not work still reports it."""
-    try:
-        major, minor = torch.cuda.get_device_capability(0)
-    except RuntimeError:
-        return ""
-    return f" (compute capability {major}.{minor})"

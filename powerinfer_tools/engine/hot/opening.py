@@ -8,7 +8,8 @@ from powerinfer_tools.engine.hot import HotSide
 from powerinfer_tools.engine.hot.assembly import assemble
 from powerinfer_tools.engine.hot.backend import Backend
 from powerinfer_tools.engine.hot.compiling import Compilation
-from powerinfer_tools.engine.hot.devices import CpuDevice, CudaDevice, Device, cuda_problem
+from powerinfer_tools.engine.hot.cuda_checks import cuda_problem
+from powerinfer_tools.engine.hot.devices import CpuDevice, CudaDevice, Device
 from powerinfer_tools.engine.hot.executor import TorchHotSide
 from powerinfer_tools.engine.hot.faults import DeviceLost, KernelRefused, OutOfDeviceMemory
 from powerinfer_tools.engine.hot.fusing import fusing_problem

@@ -98,8 +98,8 @@ class Learning:
             assert here.counts is not None
             up = np.zeros(len(layer.order))
             if self._base is not None:
-                known = self._base.sums[layer.index].up_squares
-                up = round_squares(known * (tokens / max(1, self._base.tokens)))
+                squares = self._base.sums[layer.index].up_squares
+                up = round_squares(squares * (tokens / max(1, self._base.tokens)))
             ordered[layer.index] = LayerSums(
                 counts=_scattered(here.counts, layer.order),
                 histogram=None,

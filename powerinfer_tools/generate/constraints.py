@@ -103,13 +103,13 @@ class ConstrainedSampler(Sampler):
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
         if self._matcher.is_error():
-            raise SamplingError(f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}")
+            raise SamplingError(_stuck(self._matcher.get_error()))
         masked = logits.copy()
         masked[: len(allowed)][~allowed] = -np.inf
         masked[len(allowed) :] = -np.inf
         token = super().sample(masked)
         if not self._matcher.consume_token(token):
-            raise SamplingError(f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}")
+            raise SamplingError(_stuck(self._matcher.get_error()))
         return token
 
 
@@ -144,6 +144,14 @@ def _vocabulary(tokenizer: Tokenizer) -> "LLTokenizer":
     facade = _Facade(tokenizer)
     ends = sorted(tokenizer.eos_ids) or [facade.eos_token_id]
     return LLTokenizer(TokenizerWrapper(facade), n_vocab=tokenizer.vocabulary, eos_token=ends)
+
+
+def _stuck(error: str) -> str:
+    """Why a text cannot go on. llguidance adds the state of its parser, which says nothing to users."""
+    reason = _one_line(error.partition("<state>")[0])
+    if reason == "NoExtensionBias":
+        reason = "it allows no token here, and no end"
+    return f"the grammar cannot be followed: {reason}"
 
 
 def _one_line(text: str) -> str:

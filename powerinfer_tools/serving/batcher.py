@@ -27,8 +27,11 @@ from powerinfer_tools.serving.slots import Slots, Wanted, Work
 from powerinfer_tools.serving.tickets import Ticket
 from powerinfer_tools.text.tokenizer import Tokenizer
 
-#: Prompt tokens in a pass that also generates tokens, and in one that does not.
-SLICE_AMONG_OTHERS = 64
+#: Tokens of a pass that also generates tokens: as many as the kernels multiply by weights unpacked once.
+#: However many texts there are, prompts get some of them.
+TOGETHER = 64
+LEAST_SLICE = 16
+#: Prompt tokens of a pass that generates none.
 SLICE_ALONE = 256
 #: The disk is asked if it holds at least this many tokens more than memory.
 _WORTH_LOADING = 64
@@ -315,7 +318,7 @@ class Batcher:
         pieces = [(ticket, _work(ticket, 1)) for ticket in writing]
         if self._slots.fixed_slice is not None:
             return pieces + [(ticket, _work(ticket, self._slots.fixed_slice)) for ticket in reading[:1]]
-        room = SLICE_AMONG_OTHERS if writing else SLICE_ALONE
+        room = max(LEAST_SLICE, TOGETHER - len(writing)) if writing else SLICE_ALONE
         counts: dict[Ticket, int] = {}
         if reading:  # the oldest prompt always advances; after it, the shortest goes first
             counts[reading[0]] = min(len(reading[0].sequence.pending), room // 4)

@@ -67,5 +67,8 @@ def test_text_that_keeps_to_a_form(powerinfer: Command, tiny: TinyModel, tmp_pat
     assert powerinfer(*run, "--grammar", grammar).out.strip() in ("left", "right")
     both = powerinfer(*run, "--grammar", grammar, "--json-schema", schema)
     assert (both.code, "choose one of" in both.err) == (2, True)
+    schema.write_text('{"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}')
+    nothing = powerinfer(*run, "--json-schema", schema)
+    assert nothing.last_line.endswith("the grammar cannot be followed: it allows no token here, and no end")
     schema.write_text('{"type": "nothing"}')
     assert "is not valid" in powerinfer(*run, "--json-schema", schema).last_line

@@ -110,16 +110,20 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tiny = make_tiny_model(tmp_path_factory.mktemp("tiny"), TinySpec(context=2048))
     for kind in ("REPLICA", "HANDLE"):  # how often load is told; every ten seconds else
         os.environ[f"RAY_SERVE_{kind}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
+    for check in ("READY", "HEALTH"):  # on a busy machine Ray would end its proxy before it has begun
+        os.environ[f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S"] = "120"
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": 18999})
-    serve.run(app(AppOptions(model=tiny.path, replicas=2, alias="tiny", parallel=4)))
-    scaled = AppOptions(
-        model=tiny.path, replicas=1, max_replicas=2, parallel=2, upscale_seconds=1, downscale_seconds=2
-    )
-    serve.run(app(scaled), name="scaled", route_prefix="/scaled")
-    yield "http://127.0.0.1:18999"
-    serve.shutdown()
-    ray.shutdown()
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": 18999})
+        serve.run(app(AppOptions(model=tiny.path, replicas=2, alias="tiny", parallel=4)))
+        scaled = AppOptions(
+            model=tiny.path, replicas=1, max_replicas=2, parallel=2, upscale_seconds=1, downscale_seconds=2
+        )
+        serve.run(app(scaled), name="scaled", route_prefix="/scaled")
+        yield "http://127.0.0.1:18999"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 def replicas(name: str = "default") -> list[int]:

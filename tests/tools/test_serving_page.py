@@ -143,6 +143,7 @@ def test_escape_stops_an_answer(page: Any, server: Served, monkeypatch: pytest.M
         return write(slots, tokens)
 
     monkeypatch.setattr(batcher._slots, "write", slow)
+    wait(page, lambda: page.execute_script("return document.querySelector('#max_tokens').value") == "8")
     page.execute_script(
         "const field = document.querySelector('#max_tokens'); field.value = '8000';"
         "field.dispatchEvent(new Event('change'))"

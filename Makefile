@@ -28,8 +28,8 @@ TEST_FOLDERS := tests/formats tests/kernels tests/tools tests/cli
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1	/'
 
-setup: $(STAMPS)/powerinfer  ## .venv with powerinfer and what it needs to run
-setup-dev: setup $(STAMPS)/requirements  ## the same, and everything that tests and checks need
+setup: $(STAMPS)/powerinfer  ## powerinfer and the packages that it needs, in .venv
+setup-dev: setup $(STAMPS)/requirements  ## the same, and the packages for tests and checks
 
 model: $(STAMPS)/run-requirements  ## the demo model, in models/
 	@$(BIN)/python scripts/fetch_model.py $(MODEL)
@@ -38,12 +38,12 @@ test: setup-dev model  ## all tests, on the installed package
 	POWERINFER_MODEL= POWERINFER_WHEEL="$$(echo $(CURDIR)/$(WHEELS)/powerinfer-*.whl)" OMP_NUM_THREADS=1 \
 		$(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" -n $(WORKERS) --dist loadfile --durations=25 $(PYTEST_ARGS)
 
-clients: setup-dev  ## programs that speak to the server, in an environment of their own (about 1 GB)
+clients: setup-dev  ## tests of client programs against the server (installs about 1 GB into build/clients)
 	python3 -m venv build/clients && build/clients/bin/pip install -q -r requirements/clients.txt
 	POWERINFER_CLIENTS=build/clients OMP_NUM_THREADS=1 \
 		$(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" tests/tools/test_serving_programs.py
 
-ray: setup-dev  ## profile --ray and replicas on a local Ray, which is installed into .venv for it
+ray: setup-dev  ## tests of profile --ray and replicas on a local Ray (installs it into .venv)
 	$(PIP) install -q -r requirements/ray.txt
 	OMP_NUM_THREADS=1 $(BIN)/pytest -o "pythonpath=$(TEST_FOLDERS)" tests/tools/test_profiling_on_ray.py \
 		tests/tools/test_serving_replicas.py
@@ -51,7 +51,7 @@ ray: setup-dev  ## profile --ray and replicas on a local Ray, which is installed
 demo: setup model  ## profile, plan, convert and run on the demo model (DEMO_SHORT=1: a small piece of it)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh $(MODEL)
 
-relu-demo: setup-dev model  ## the same with predictors, on a model with true zeros that relufy made from the demo model
+relu-demo: setup-dev model  ## the same with predictors, on the demo model made sparse by relufy
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/relu_demo.sh $(MODEL)
 
 lint: $(STAMPS)/requirements  ## ruff and clang-format
@@ -62,10 +62,10 @@ lint: $(STAMPS)/requirements  ## ruff and clang-format
 types: $(STAMPS)/requirements  ## mypy --strict
 	$(BIN)/mypy
 
-bench: setup model bench-table  ## the table, and memory, kernels and tok/s beside llama-cpp-python; JSON in build/
+bench: setup model bench-table  ## speed of memory, kernels and models compared with llama-cpp-python; JSON in build/
 	$(BIN)/python benchmarks/compare.py -m $(MODEL) --kernels --json build/bench.json $(BENCH_ARGS)
 
-bench-table: setup model  ## ratios of every claim, for AVX2 and AVX-512 (an hour, 12 GB); PIECES="ffn token …"
+bench-table: setup model  ## every speed ratio that the documentation names, AVX2 and AVX-512 (an hour, 12 GB); PIECES="ffn token …"
 	$(BIN)/python benchmarks/whole_table.py $(PIECES) --isa all --json build/table.json $(TABLE_ARGS)
 
 docs: setup-dev  ## docs/cli.md, from the --help of every command

@@ -28,11 +28,13 @@ from comparison_table import print_lines
 
 from powerinfer_kernels import Pool, RowType, available_isas
 from powerinfer_tools.engine import Engine
+from powerinfer_tools.engine.drafting import TextLookup
 from powerinfer_tools.measure.bench_comparison import compare
 from powerinfer_tools.measure.ffn_speedup import bench_ffn
 from powerinfer_tools.measure.synthetic.cache import Request, cached, default_cache
 from powerinfer_tools.measure.synthetic.sparse import Sparsity
 from powerinfer_tools.model import reference
+from powerinfer_tools.model.counting import HEAD_ROWS
 from powerinfer_tools.model.loading import Model, load_model
 from powerinfer_tools.quality.perplexity import divergence, windows
 from powerinfer_tools.text.tokenizer import Tokenizer
@@ -81,7 +83,8 @@ class _Exact:
 
     def score(self, tokens: Sequence[int], first: int = 0) -> Iterator[npt.NDArray[np.float32]]:
         logits = reference.forward(self.model, list(tokens), half_cache=self.rounded, rounded=self.rounded)
-        yield logits[first:].astype(np.float32)
+        for row in range(first, len(logits), HEAD_ROWS):  # as many at a time as the engine gives
+            yield logits[row : row + HEAD_ROWS].astype(np.float32)
 
 
 def exactness(settings: Settings) -> Iterator[Line]:
@@ -210,6 +213,41 @@ def long(settings: Settings) -> Iterator[Line]:
     yield from _against_peer(once, DEMO, {"pp": "2"}, 4096, 0)
 
 
+def worst(settings: Settings) -> Iterator[Line]:
+    """Looked-up drafts where guesses are wrong, in turn with plain decoding in one process."""
+    model = load_model(DEMO)
+    prose = Tokenizer.from_gguf(model.source).encode(EXACTNESS_TEXTS[1].read_text(encoding="utf-8")[:60000])
+    random = np.random.default_rng(1)
+    rounds, length = 20, 32 + 64
+    texts = {
+        "random tokens": random.integers(1000, 40000, (rounds, length)).tolist(),
+        "pairs repeat, and go on otherwise": random.integers(1000, 1006, (rounds, length)).tolist(),
+        "prose of others": [prose[index * 300 : index * 300 + length] for index in range(rounds)],
+    }
+    plain, drafting = (Engine(model, threads=settings.threads, context=length) for _ in range(2))
+    drafting.draft_with(TextLookup())
+    for name, rows in texts.items():
+        yield _line(f"draft ngram, {name}", "0.97", [_in_turn(plain, drafting, tokens) for tokens in rows])
+    plain.close()
+    drafting.close()
+    model.close()
+
+
+def _in_turn(first: Engine, second: Engine, tokens: list[int]) -> float:
+    """How much longer ``first`` takes for all but 32 of ``tokens``, four at a time in turn with the other."""
+    seconds = {first: 0.0, second: 0.0}
+    for engine in seconds:
+        engine.rewind(0)
+        engine.prefill(tokens[:32])
+    for number, start in enumerate(range(32, len(tokens), 4)):
+        for engine in (first, second) if number % 2 else (second, first):
+            started = time.perf_counter()
+            for token in tokens[start : start + 4]:
+                engine.decode(token)
+            seconds[engine] += time.perf_counter() - started
+    return seconds[first] / seconds[second]
+
+
 def drafts(settings: Settings) -> Iterator[Line]:
     """Looked-up drafts: a text that repeats its prompt, and one that repeats nothing."""
     passage = (
@@ -239,6 +277,7 @@ PIECES: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "relu": relu,
     "zeros": zeros,
     "drafts": drafts,
+    "worst": worst,
     "peer": peer,
     "peer-large": peer_large,
     "experts": experts,

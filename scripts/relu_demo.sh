@@ -39,8 +39,8 @@ show powerinfer inspect "$stem.profile.safetensors" --chart "$stem.curve.svg"
 step "3. Predictors of which neurons will be active, before the gate is read."
 show powerinfer train -m "$model" --recall 0.95 --chart "$stem.frontier.svg"
 
-step "4. What goes where, if the accelerator had room for 30 % of the FFN (84.6 MB in Q8_0), beside scratch?"
-show powerinfer plan -m "$model" --hardware pc-low --vram 38MiB --ctx 2048
+step "4. What goes where, if the accelerator had room for 30 % of the FFN (61.4 MB), beside scratch?"
+show powerinfer plan -m "$model" --hardware pc-low --vram 30MiB --ctx 2048
 
 step "5. Write the split file."
 show powerinfer convert -m "$model"

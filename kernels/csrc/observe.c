@@ -2,7 +2,8 @@
  * they add up to the same whatever the order of tokens; sums of squares are doubles added token by token. */
 #include "program.h"
 
-enum { CHUNK = 64 };
+/* AHEAD: a token's values lie a whole row after those of the token before, farther than the hardware fetches ahead. */
+enum { CHUNK = 64, AHEAD = 6 };
 
 /* The factors of neurons without gate. */
 static const float ones[CHUNK] = {
@@ -38,6 +39,13 @@ static void observe_chunk(const pi_observe *o, const pi_kernels *kernels, int64_
     for (int64_t i = 0; i < count && o->histogram; i++) o->histogram[(first + i) * PI_BINS + bins[i]]++;
 }
 
+static void prefetch_chunk(const pi_observe *o, int64_t token, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / (int64_t)sizeof(float)) {
+        __builtin_prefetch(o->gate + token * o->width + first + i, 0, 3);
+        if (o->up) __builtin_prefetch(o->up + token * o->width + first + i, 0, 3);
+    }
+}
+
 /* Each thread takes whole chunks of neurons over all tokens, so nothing is written by two threads. */
 void pi_observe_execute(const pi_op *op, pi_run *run, pi_worker *worker) {
     const pi_observe *o = &op->u.observe;
@@ -45,6 +53,9 @@ void pi_observe_execute(const pi_op *op, pi_run *run, pi_worker *worker) {
     int64_t threads = pi_worker_threads(worker);
     for (int64_t chunk = chunks * thread / threads; chunk < chunks * (thread + 1) / threads; chunk++) {
         int64_t first = chunk * CHUNK, count = o->width - first < CHUNK ? o->width - first : CHUNK;
-        for (int64_t token = 0; token < run->tokens; token++) observe_chunk(o, run->kernels, token, first, count);
+        for (int64_t token = 0; token < run->tokens; token++) {
+            if (token + AHEAD < run->tokens) prefetch_chunk(o, token + AHEAD, first, count);
+            observe_chunk(o, run->kernels, token, first, count);
+        }
     }
 }

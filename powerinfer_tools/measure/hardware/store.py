@@ -49,8 +49,8 @@ def find_hardware(named: str | None, *, wants_gpu: bool = False) -> FoundHardwar
     if not stored.is_file():
         return FoundHardware(
             _with_gpu(_measured_quickly(), wants_gpu=wants_gpu),
-            "This machine was measured for a second; powerinfer doctor --measure does it well and keeps it"
-            + (", with its accelerator." if detect.nvidia_driver() else "."),
+            "This machine was measured for a second; powerinfer doctor --measure takes longer and stores its "
+            "result" + (", with its accelerator." if detect.nvidia_driver() else "."),
         )
     return FoundHardware(_with_gpu(HardwareProfile.load(stored), wants_gpu=wants_gpu))
 

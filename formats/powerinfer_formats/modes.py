@@ -9,3 +9,5 @@ from typing import Literal, get_args
 Mode = Literal["dense", "gate-first", "predicted", "thresholded"]
 #: All of them, exact ones first.
 MODES: tuple[Mode, ...] = get_args(Mode)
+#: Those of layers with experts: whole experts, or their neurons with a gate above zero alone.
+EXPERT_MODES: tuple[Mode, ...] = ("dense", "gate-first")

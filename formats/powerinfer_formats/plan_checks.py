@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from powerinfer_formats.errors import BadField
+from powerinfer_formats.modes import EXPERT_MODES
 
 if TYPE_CHECKING:
     from powerinfer_formats.plan import LayerPlan, Plan, PlanDense, PlanExperts
@@ -96,8 +97,8 @@ def _check_layer(plan: Plan, index: int, layer: LayerPlan, require: Require) -> 
 
 
 def _check_experts(plan: Plan, require: Require) -> None:
-    """Experts are whole groups of neurons, in the one mode that they have. A plan of a model with experts
-    describes them."""
+    """Experts are whole groups of neurons, computed whole or without their zeros. A plan of a model with
+    experts describes them."""
     experts = plan.model.experts
     if experts is not None:
         _check_expert_sizes(plan, experts, require)
@@ -108,8 +109,10 @@ def _check_experts(plan: Plan, require: Require) -> None:
         require(has_shared == (layer.shared_expert is not None), f"layers[{index}].shared_expert", problem)
         suits = plan.model.experts is None or own is not None or layer.disk_bytes == 0
         require(suits, f"layers[{index}].disk_bytes", "is there, but beside experts they alone are on disk")
-        suits = own is None or layer.mode == "dense"
-        require(suits, f"layers[{index}].mode", f"is {layer.mode!r}, experts are computed dense")
+        suits = own is None or layer.mode in EXPERT_MODES
+        require(suits, f"layers[{index}].mode", f"is {layer.mode!r}, experts are {' or '.join(EXPERT_MODES)}")
+        suits = own is None or layer.mode == "dense" or not layer.disk_bytes
+        require(suits, f"layers[{index}].mode", f"is {layer.mode!r}, but experts on disk are dense")
 
 
 def _check_dense(layers: int, dense: PlanDense, require: Require) -> None:

@@ -12,7 +12,7 @@ from powerinfer_formats import errors
 from powerinfer_formats import split_layout as names
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
 from powerinfer_formats.model_source import ModelSource
-from powerinfer_formats.modes import MODES
+from powerinfer_formats.modes import EXPERT_MODES, MODES
 from powerinfer_formats.split_devices import KEY_PREDICTOR, SplitDevices, read_devices
 from powerinfer_formats.split_keys import KeyReader
 from powerinfer_formats.split_layout import SplitHeader, SplitPrediction, SplitSizes
@@ -150,7 +150,7 @@ class HeaderReader(KeyReader):
         return {
             "group": 0,
             "hot_neurons": (0,) * self.layers,
-            "modes": ("dense",) * self.layers,
+            "modes": self._modes() if names.KEY_MODE in self.gguf.metadata else ("dense",) * self.layers,
             "activation": "",
             "types": (),
             "requantization_error": (),
@@ -196,7 +196,9 @@ class HeaderReader(KeyReader):
     def _modes(self) -> tuple[str, ...]:
         modes = self.strings(names.KEY_MODE)
         for layer, mode in enumerate(self.per_layer(names.KEY_MODE, modes)):
-            modes_here = MODES if layer in self._sorted else ("dense",)
+            modes_here: tuple[str, ...] = MODES if layer in self._sorted else ("dense",)
+            if self.sizes.experts and self.sizes.routed(layer):
+                modes_here = EXPERT_MODES
             if mode not in modes_here:
                 self.fail(
                     names.KEY_MODE, f"has {mode!r} for layer {layer}, known are {', '.join(modes_here)}"

@@ -303,6 +303,7 @@ class SplitHeader:
         without experts, in which all others have 0."""
         rows, experts = self.row_layers, bool(self.experts)
         neurons, types = bool(rows), [int(kind) for types in self.types for kind in types]
+        skips = any(mode != "dense" for mode in self.modes)
         layers = list(enumerate(self.hot_neurons))
         hot_experts = [0 if layer in rows else count // self.unit_neurons(layer) for layer, count in layers]
         hot_neurons = [count if layer in rows else 0 for layer, count in layers]
@@ -311,7 +312,7 @@ class SplitHeader:
             (True, KEY_SOURCE, self.source_fingerprint, None),
             (neurons, KEY_GROUP, self.ffn_group, ValueType.UINT32),
             (neurons, KEY_HOT_NEURONS, hot_neurons, ValueType.UINT32),
-            (neurons, KEY_MODE, self.modes, ValueType.STRING),
+            (neurons or skips, KEY_MODE, self.modes, ValueType.STRING),
             (neurons, KEY_ACTIVATION, self.activation, None),
             (neurons, KEY_FFN_TYPES, types, ValueType.UINT32),
             (experts, KEY_HOT_EXPERTS, hot_experts, ValueType.UINT32),

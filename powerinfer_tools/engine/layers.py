@@ -15,8 +15,9 @@ from powerinfer_tools.engine.hot import HotSide, open_hot_side
 from powerinfer_tools.engine.hot.placement import Workload
 from powerinfer_tools.engine.layer_shares import LayerShare, layer_shares
 from powerinfer_tools.engine.memory import require_memory
-from powerinfer_tools.engine.modes import layer_modes
+from powerinfer_tools.engine.modes import layer_modes, whole_experts
 from powerinfer_tools.engine.recall import Counted, HotFound, recall_of
+from powerinfer_tools.engine.residency import Residency
 from powerinfer_tools.engine.stack_options import StackOptions
 from powerinfer_tools.engine.stack_writer import StackWriter
 from powerinfer_tools.engine.timeline import Timeline
@@ -39,6 +40,8 @@ class LayerStack:
         self.residency = options.residency
         require_kv_type(model, options.kv_type)
         self._modes = layer_modes(model, options.mode)
+        if isinstance(self.residency, Residency) and options.mode is None:
+            self._modes = whole_experts(model, self._modes)  # as experts from disk are computed
         predicted = frozenset(i for i, mode in enumerate(self._modes) if mode == "predicted")
         work = Workload(options.batch, options.context, options.kv_type, predicted, options.check_recall)
         self._hot, self._notices = _open_hot(model, options, work)

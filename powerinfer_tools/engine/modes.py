@@ -26,14 +26,25 @@ def layer_modes(model: Model, choice: str | None) -> tuple[str, ...]:
         for index, mode in enumerate(modes):
             if mode in ("gate-first", "predicted") and not model.has_zeros(index):
                 raise ModelError(f"{model.path}: layer {index} is {mode}, and its activation makes no zeros")
+            if mode == "gate-first" and _routed(model, index) and not picks_in_experts(model):
+                raise ModelError(f"{model.path}: layer {index} is {mode}, and its experts are computed whole")
         return modes
     _check_mode(model, choice)
     return tuple(_mode(model, index, choice) for index in range(layers))
 
 
+def whole_experts(model: Model, modes: tuple[str, ...]) -> tuple[str, ...]:
+    """``modes`` with all experts computed whole, which has the same bits."""
+    return tuple("dense" if _routed(model, index) else mode for index, mode in enumerate(modes))
+
+
+def _routed(model: Model, index: int) -> bool:
+    return isinstance(model.layers[index].feeds, ExpertsFFN)
+
+
 def _mode(model: Model, index: int, choice: str) -> str:
     """The mode of one layer when ``choice`` is requested."""
-    if isinstance(model.layers[index].feeds, ExpertsFFN):
+    if _routed(model, index):
         return "gate-first" if choice == "gate-first" and picks_in_experts(model) else "dense"
     layer = model.split.layer(index) if model.split else None
     if layer is None or choice == "dense":
@@ -47,11 +58,11 @@ def _mode(model: Model, index: int, choice: str) -> str:
 
 def picks_in_experts(model: Model) -> bool:
     """Whether single neurons of experts can be left out, in every layer that has experts."""
-    downs = [layer.feeds.down for layer in model.layers if isinstance(layer.feeds, ExpertsFFN)]
+    every = [layer.feeds for layer in model.layers if isinstance(layer.feeds, ExpertsFFN)]
     return (
-        bool(downs)
+        bool(every)
         and model.hyper.activation in RELU_FAMILY
-        and all(Layout.PICKED_COLUMNS.possible(down.row_type, model.hyper.width) for down in downs)
+        and all(Layout.PICKED_COLUMNS.possible(ffn.down.row_type, model.hyper.width) for ffn in every)
     )
 
 

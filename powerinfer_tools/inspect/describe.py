@@ -219,6 +219,7 @@ def _expert_units(split: SplitFile, index: int) -> dict[str, Any]:
         "experts": len(units.order),
         "hot_experts": units.hot,
         "shared_expert": ("hot" if units.shared_hot else "cold") if has_shared else "none",
+        "mode": split.modes[index],
         "attention_device": split.devices.attention[index],
         "hottest": units.order[:SHOWN_ITEMS].tolist(),
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from powerinfer_formats.block_types import BLOCK_SHAPES, TensorType
-from powerinfer_kernels import packed_row_bytes
+from powerinfer_kernels import Layout, packed_row_bytes
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.architectures import RELU_FAMILY
 from powerinfer_tools.model.matrices import FLOAT_TYPES, MatrixShape
@@ -25,12 +25,13 @@ class ExpertsShape:
     """The experts of one layer: ``count`` of the same shape, of which a token takes ``used``. ``router``: the
     matrices that choose and weigh them, read for every token; empty for the FFN of a layer beside such with
     experts, which is one that every token takes. ``shared``: gate, up and down of the expert that every token
-    takes; empty without one."""
+    takes; empty without one. ``scaled``: matrices have scales of their own."""
 
     count: int
     used: int
     router: tuple[MatrixShape, ...]
     shared: tuple[MatrixShape, ...] = ()
+    scaled: bool = False
 
     @property
     def shared_neurons(self) -> int:
@@ -149,6 +150,17 @@ class ModelShape:
     def has_zeros(self, layer: int) -> bool:
         """Whether inactive neurons of ``layer`` contribute exactly nothing."""
         return self.layers[layer].neurons > 0 and (self.exact_zeros or self.layers[layer].top_alone)
+
+    @property
+    def picks_in_experts(self) -> bool:
+        """Whether the CPU can leave out single neurons of experts, in every layer that has experts."""
+        down = [layer.down for layer in self.expert_layers]
+        return (
+            bool(down)
+            and self.exact_zeros
+            and not any(layer.experts and layer.experts.scaled for layer in self.expert_layers)
+            and all(Layout.PICKED_COLUMNS.possible(one.row_type, one.rows) for one in down)
+        )
 
     @property
     def expert_layers(self) -> tuple[LayerShape, ...]:
@@ -308,6 +320,7 @@ def _ffn_of_model(model: "Model", index: int) -> tuple["DenseFFN", ExpertsShape 
         used=routing.used,
         router=tuple(_matrix(matrix) for matrix in router),
         shared=tuple(_matrix(matrix) for matrix in shared),
+        scaled=any(scale is not None for scale in ffn.scales),
     )
 
 

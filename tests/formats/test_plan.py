@@ -93,7 +93,7 @@ def test_a_plan_with_experts_comes_back_and_has_a_version_of_its_own(tmp_path: P
         (("model", "experts", "kind"), 0, "kind is not a known field"),
         (("group",), 16, "group is 16, expected the neurons of one of 3"),
         (("layers", 0, "hot_neurons"), 40, "expected a multiple of 32"),
-        (("layers", 1, "mode"), "gate-first", "mode is 'gate-first', experts are computed dense"),
+        (("layers", 1, "mode"), "predicted", "mode is 'predicted', experts are dense or gate-first"),
         (("layers", 1, "shared_expert"), None, "shared_expert is missing"),
         (("layers", 1, "shared_expert"), "disk", "expected one of 'gpu', 'cpu'"),
     ],

@@ -96,6 +96,31 @@ def test_a_file_that_says_nothing_of_devices_has_all_but_experts_on_the_cpu(tmp_
     assert split.devices.all_cpu
 
 
+def test_layers_whose_experts_leave_out_zeros_say_so(tmp_path: Path) -> None:
+    split = SplitFile.open(write_split_experts(tmp_path / "m.gguf", header(modes=("gate-first", "dense"))))
+    assert split.modes == ("gate-first", "dense")
+    assert split.gguf.metadata[names.KEY_MODE]
+    split.close()
+    split = SplitFile.open(write_split_experts(tmp_path / "n.gguf"))
+    assert names.KEY_MODE not in split.gguf.metadata
+    assert split.modes == ("dense", "dense")
+    split.close()
+
+
+@pytest.mark.parametrize(
+    ("modes", "words"),
+    [
+        (("predicted", "dense"), "has 'predicted' for layer 0, known are dense, gate-first"),
+        (("gate-first", "thresholded"), "has 'thresholded' for layer 1, known are dense, gate-first"),
+        (("gate-first", "dense", "dense"), "3 .*2"),
+    ],
+)
+def test_modes_that_experts_do_not_have(modes: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    path = write_split_experts(tmp_path / "m.gguf", header(modes=modes))
+    with pytest.raises(errors.FormatError, match=words):
+        SplitFile.open(path)
+
+
 #: SHA-256 of the small split file of each version, as the first programs that wrote it did.
 WRITTEN = {
     1: "abe0ab465676f03137fcc21c359ef8952414eb680da567261c0fb4225c504b7e",

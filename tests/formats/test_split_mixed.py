@@ -197,9 +197,9 @@ FAULTS: list[tuple[SplitHeader, Change, type[errors.FormatError], str]] = [
     ),
     (
         SORTED,
-        header(modes=("dense", "gate-first", "dense")),
+        header(modes=("dense", "predicted", "dense")),
         errors.BadValue,
-        "has 'gate-first' for layer 1, known are dense",
+        "has 'predicted' for layer 1, known are dense, gate-first",
     ),
     (
         SORTED,

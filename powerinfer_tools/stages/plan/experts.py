@@ -8,6 +8,12 @@ routing. The time of the experts is the expectation, over j, of the slower side:
 
 which is more than the larger of both means: with few experts a token, one side often waits for the other.
 
+If the experts' activation makes exact zeros and a profile has counted the neurons inside, the CPU may also
+read less than a whole expert: its gate rows, and of the rest the share that the profile found active in the
+cold experts. The bits are the same, so the faster of both forms is chosen, level by level. An expert is
+placed as a whole either way: its neurons keep the source's order, since the columns of a quantised down
+projection cannot change places without another rounding, or another order of sums.
+
 The router is where attention is. Where that is the accelerator, the CPU still chooses: what the router says
 crosses over before any expert can begin, and which hot experts are taken goes back. That is one wait in every
 such layer, even where all experts are hot.
@@ -19,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.modes import MODES, Mode
 from powerinfer_tools.errors import PlanError
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import LayerShape
@@ -27,8 +34,10 @@ from powerinfer_tools.stages.plan.costs import BlockSeconds, Machine
 from powerinfer_tools.stages.plan.ffn_levels import FFNWay, expected
 from powerinfer_tools.stages.plan.levels import Inputs, LayerWays, LevelOptions, check_frequencies, ffn_sync
 from powerinfer_tools.stages.plan.memory import (
+    down_codes,
     expert_bytes,
     experts_of,
+    picked_padding,
     router_bytes,
     shared_bytes,
 )
@@ -38,6 +47,9 @@ Integers = npt.NDArray[np.int64]
 #: By how much the shares of a layer's experts may miss the number that a token takes: counts are whole.
 _TOLERANCE = 1e-6
 _F32 = 4
+#: The CPU's share of a stream's rate when it leaves out neurons of an expert: 1.27 to 1.53 times as fast as
+#: whole experts, and bytes alone would give 1.6 (docs/LOG.md, 2026-11-30 and 2026-12-01).
+_PICKED_RATE = 0.8
 
 
 @dataclass(frozen=True)
@@ -61,18 +73,41 @@ class _Seconds:
 
 
 def expert_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
-    """The one way to compute the experts of layer ``index``. Raises PlanError for frequencies that are no
+    """The ways to compute the experts of layer ``index``: whole, and without their zeros where the engine can
+    and it is known how many there are. Raises PlanError for frequencies that are no
     shares, are not sorted, or do not add up to the experts that a token takes."""
     layer, machine = inputs.shape.layers[index], inputs.machine
     frequencies = expert_frequencies(index, layer, inputs)
     movable = machine.gpu is not None and "ffn" in options.engine.placeable
     choices = _choices(layer) if movable else _Choices(*np.zeros((2, 1), dtype=np.int64))
     active = expected(frequencies)
-    seconds = _expert_seconds(layer, choices, active[choices.hot] / active[-1], machine)
+    share = active[choices.hot] / active[-1]
+    whole = np.full(len(choices.hot), _cpu_seconds(layer.ffn, layer, machine))
+    seconds = _expert_seconds(layer, choices, share, machine, whole)
+    ways = [_way(layer, choices, "dense", seconds)]
+    inside = inputs.inside[index] if inputs.inside else None
+    # Experts that are read from disk are computed whole, and so are all others then.
+    if inside is not None and inputs.shape.picks_in_experts and not options.from_disk:
+        picked = _picked_seconds(layer, _cold_density(frequencies, inside)[choices.hot], machine)
+        ways.append(
+            _way(layer, choices, "gate-first", _expert_seconds(layer, choices, share, machine, picked))
+        )
+
+    def sync_seconds(way: FFNWay, block_hot: bool) -> Vector:
+        if not layer.routed:  # nothing is chosen
+            return ffn_sync(layer, way.hot, machine, options.home, block_hot, predictor_hot=False)
+        return _sync(layer, choices, seconds, machine, options, block_hot)
+
+    return LayerWays(ways, frequencies, _router_seconds(layer, machine), sync_seconds)
+
+
+def _way(layer: LayerShape, choices: _Choices, mode: Mode, seconds: _Seconds) -> FFNWay:
+    """One way, for all ``choices``."""
     none = np.zeros(len(choices.hot), dtype=np.int64)
-    way = FFNWay(
+    cold = experts_of(layer).count - choices.hot
+    return FFNWay(
         hot=choices.hot * layer.up.rows,
-        mode=none,
+        mode=np.full(len(none), MODES.index(mode)),
         predictor_hot=False,
         predictor_seconds=np.zeros(len(none)),
         hot_seconds=seconds.hot,
@@ -81,14 +116,28 @@ def expert_ways(index: int, inputs: Inputs, options: LevelOptions) -> LayerWays:
         ram=none,
         shared_hot=choices.shared,
         uneven_seconds=seconds.uneven,
+        padding=cold * picked_padding(layer) if mode == "gate-first" else none,
     )
 
-    def sync_seconds(way: FFNWay, block_hot: bool) -> Vector:
-        if not layer.routed:  # nothing is chosen
-            return ffn_sync(layer, way.hot, machine, options.home, block_hot, predictor_hot=False)
-        return _sync(layer, choices, seconds, machine, options, block_hot)
 
-    return LayerWays([way], frequencies, _router_seconds(layer, machine), sync_seconds)
+def _cold_density(frequencies: Vector, inside: Vector) -> Vector:
+    """The mean share of an expert's neurons that is active for a token that takes it, over the experts from
+    the k-th on, k = 0 … experts; ``inside`` of each expert."""
+    taken, active = expected(frequencies), expected(frequencies * inside)
+    cold = taken[-1] - taken
+    return np.where(cold > 0, (active[-1] - active) / np.where(cold > 0, cold, 1.0), 0.0)
+
+
+def _picked_seconds(layer: LayerShape, density: Vector, machine: Machine) -> Vector:
+    """Time of the CPU for one expert of whose neurons a share ``density`` [levels] is active: its first
+    matrix, and of the others the rows and columns of active neurons. The scales of all columns of the down
+    projection are read."""
+    first, *rest = layer.ffn
+    scales = layer.down.packed_nbytes - down_codes(layer)
+    skippable = sum(matrix.packed_nbytes for matrix in rest) - scales
+    nbytes = first.packed_nbytes + scales + skippable * density
+    every = float(sum(matrix.packed_nbytes for matrix in layer.ffn))
+    return _cpu_seconds(layer.ffn, layer, machine) * nbytes / (every * _PICKED_RATE)
 
 
 def expert_frequencies(index: int, layer: LayerShape, inputs: Inputs) -> Vector:
@@ -132,17 +181,20 @@ def mean_seconds(layer: LayerShape, hot: int, share: float, machine: Machine) ->
     hot one, where ``hot`` experts, which have the ``share`` of what the router chooses, are there, and the
     shared one is not."""
     choices = _Choices(np.array([hot]), np.zeros(1, dtype=np.int64))
-    seconds = _expert_seconds(layer, choices, np.array([share]), machine)
+    whole = np.array([_cpu_seconds(layer.ffn, layer, machine)])
+    seconds = _expert_seconds(layer, choices, np.array([share]), machine, whole)
     return float(seconds.hot[0]), float(seconds.cold[0]), float(seconds.some_hot[0])
 
 
-def _expert_seconds(layer: LayerShape, choices: _Choices, share: Vector, machine: Machine) -> _Seconds:
-    """Expected times where a draw of the router is hot with probability ``share`` [levels]."""
+def _expert_seconds(
+    layer: LayerShape, choices: _Choices, share: Vector, machine: Machine, on_cpu: Vector
+) -> _Seconds:
+    """Expected times where a draw of the router is hot with probability ``share`` [levels], and the CPU takes
+    ``on_cpu`` [levels] for a cold expert."""
     experts, gpu = experts_of(layer), machine.gpu
     drawn = np.arange(experts.used + 1)
     probability = _binomial(experts.used, np.clip(share, 0.0, 1.0))
-    on_cpu = _cpu_seconds(layer.ffn, layer, machine)
-    cold = (experts.used - drawn) * on_cpu + _column(1 - choices.shared) * _cpu_seconds(
+    cold = (experts.used - drawn) * _column(on_cpu) + _column(1 - choices.shared) * _cpu_seconds(
         experts.shared, layer, machine
     )
     hot = np.zeros_like(cold)

@@ -45,7 +45,8 @@ class FFNWay:
     """One way; arrays are [hot counts], and ``hot`` has those. ``mode``: index into MODES.
     ``predictor_seconds`` is a part of ``cold_seconds``, or, with ``predictor_hot``, passes before both sides
     begin. ``vram`` and ``ram``: bytes of the predictor on each side, scratch included. ``shared_hot`` and
-    ``uneven_seconds`` (None: 0) as in a :class:`~powerinfer_tools.stages.plan.levels.LevelTable`."""
+    ``uneven_seconds`` and ``padding`` (None: 0) as in a
+    :class:`~powerinfer_tools.stages.plan.levels.LevelTable`."""
 
     hot: Integers
     mode: Integers
@@ -57,6 +58,7 @@ class FFNWay:
     ram: Integers
     shared_hot: Integers | None = None
     uneven_seconds: Vector | None = None
+    padding: Integers | None = None
 
 
 def ffn_ways(

@@ -30,12 +30,15 @@ Vector = npt.NDArray[np.float64]
 class Frequencies:
     """``layers``: the share of tokens for which each neuron was active, or that took each expert, [neurons]
     or [experts] descending, or None when nothing is known; ``predictors`` and ``thresholds`` of the layers
-    that may be computed with them, none where it is empty. ``source`` says where the shares come from."""
+    that may be computed with them, none where it is empty. ``source`` says where the shares come from.
+    ``inside``: for each layer the mean share of each expert's neurons that is active when it is taken, in the
+    order of ``layers``; None for a layer of which that is not known, empty if it is of none."""
 
     layers: tuple[Vector, ...] | None
     source: str
     predictors: Predictors = ()
     thresholds: Thresholds = ()
+    inside: tuple[Vector | None, ...] = ()
 
 
 def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequencies:
@@ -50,11 +53,24 @@ def model_frequencies(shape: ModelShape, profile: "Profile | None") -> Frequenci
             frequencies_of(profile, index, layer.counted) if layer.neurons else np.zeros(0)
             for index, layer in enumerate(shape.layers)
         )
-        return Frequencies(layers, f"profile of {profile.tokens:,} tokens")
+        source, inside = f"profile of {profile.tokens:,} tokens", _inside(shape, profile)
+        if inside:
+            mean = np.mean([one.mean() for one in inside if one is not None])
+            source += f"; of a taken expert's neurons, {mean:.1%} are active"
+        return Frequencies(layers, source, inside=inside)
     if shape.sparsity is not None:
         curve = published_frequencies(shape.layers[0].neurons, shape.sparsity)
         return Frequencies((curve,) * len(shape.layers), shape.sparsity.source, assumed_predictors(shape))
     return Frequencies(None, EVEN if shape.routed else UNKNOWN)
+
+
+def _inside(shape: ModelShape, profile: "Profile") -> tuple[Vector | None, ...]:
+    shares = []
+    for index, layer in enumerate(shape.layers):
+        counted = layer.routed and profile.expert_neurons(index) == layer.up.rows
+        density = profile.expert_density(index) if counted else None
+        shares.append(None if density is None else density[profile.order(index)])
+    return tuple(shares) if any(one is not None for one in shares) else ()
 
 
 def _check_profile(shape: ModelShape, profile: "Profile") -> None:

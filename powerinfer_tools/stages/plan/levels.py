@@ -31,7 +31,8 @@ Home = Literal["cpu", "gpu"]
 @dataclass(frozen=True)
 class Inputs:
     """What the tables are made from. ``frequencies`` [layers] of descending [neurons], or None;
-    ``predictors`` and ``thresholds`` [layers] that may be used (empty: none)."""
+    ``predictors`` and ``thresholds`` [layers] that may be used (empty: none); ``inside`` experts, as
+    :class:`~powerinfer_tools.stages.plan.frequencies.Frequencies` has it."""
 
     shape: ModelShape
     machine: Machine
@@ -40,6 +41,7 @@ class Inputs:
     sizes: tuple[NeuronBytes, ...]
     predictors: Predictors
     thresholds: Thresholds = ()
+    inside: tuple[Vector | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class LevelTable:
     of them, which goes on beside all computing; ``prompt_seconds`` of the whole prompt.
     ``shared_hot``: 1 where the expert that every token takes is on the accelerator; ``uneven_seconds``: by
     how much the slower side is expected to take longer than its mean, because tokens take hot and cold
-    experts in uneven numbers.
+    experts in uneven numbers. ``padding``: bytes of ``ram`` that the layout for leaving out neurons of cold
+    experts takes besides.
 
     The first levels, one for each hot count ascending, are exact and leave everything else on the CPU. A
     shared expert counts as the hottest of a layer's units there.
@@ -80,6 +83,7 @@ class LevelTable:
     disk: Integers
     disk_seconds: Vector
     prompt_seconds: Vector
+    padding: Integers
     total_activations: float
 
     @property
@@ -102,7 +106,7 @@ class LevelTable:
     def ffn_bytes(self, units: FFNUnits, level: int) -> SideBytes:
         """Bytes of the FFN's ``units`` in both memories at ``level``."""
         placed = units.placed(int(self.hot[level]), int(self.shared_hot[level]))
-        return SideBytes(placed.vram, placed.ram - int(self.disk[level]))
+        return SideBytes(placed.vram, placed.ram + int(self.padding[level] - self.disk[level]))
 
     def routed_share(self, units: FFNUnits, level: int) -> float:
         """Share of all activations that the hot neurons make; of experts, the share of the choices of routers
@@ -226,6 +230,7 @@ def _table(
     ``block_seconds`` of it there."""
     active, levels = expected(made.frequencies), len(way.hot)
     shared = np.zeros(levels, dtype=np.int64) if way.shared_hot is None else way.shared_hot
+    padding = np.zeros(levels, dtype=np.int64) if way.padding is None else way.padding
     hot = way.hot // units.neurons
     return LevelTable(
         unit=f"layer {index}",
@@ -237,6 +242,7 @@ def _table(
         ram=(units.count - hot) * units.each.ram
         + (1 - shared) * units.shared.ram
         + way.ram
+        + padding
         + block_bytes.ram,
         predictor_bytes=way.vram + way.ram,
         block_seconds=np.full(levels, block_seconds),
@@ -250,6 +256,7 @@ def _table(
         disk=np.zeros(levels, dtype=np.int64),
         disk_seconds=np.zeros(levels),
         prompt_seconds=np.zeros(levels),
+        padding=padding,
         total_activations=float(active[-1]) * units.neurons + units.shared_neurons,
     )
 
@@ -280,6 +287,7 @@ def head_levels(shape: ModelShape, machine: Machine, batch: int, options: LevelO
         disk=zero,
         disk_seconds=none,
         prompt_seconds=none,
+        padding=zero,
         total_activations=0.0,
     )
     if machine.gpu is None or "head" not in options.engine.placeable:

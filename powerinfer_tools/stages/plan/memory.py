@@ -9,6 +9,8 @@ drop at any time.
 
 from dataclasses import dataclass
 
+from powerinfer_formats.block_types import TensorType
+from powerinfer_kernels import packed_row_bytes
 from powerinfer_tools.model.counting import HEAD_ROWS, KeyValues, KVType
 from powerinfer_tools.model.device_memory import (
     ExpertWidths,
@@ -25,6 +27,18 @@ from powerinfer_tools.model.outline import body_footprint, head_footprint
 from powerinfer_tools.model.shapes import ExpertsShape, LayerShape, ModelShape
 
 _F32 = 4
+_LINE = 64
+#: Bits of a code of the row types whose columns can be left out.
+_CODE_BITS = {
+    TensorType.Q4_0: 4,
+    TensorType.Q4_1: 4,
+    TensorType.Q4_K: 4,
+    TensorType.Q5_0: 5,
+    TensorType.Q5_1: 5,
+    TensorType.Q5_K: 5,
+    TensorType.Q6_K: 6,
+    TensorType.Q8_0: 8,
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,26 @@ def side_bytes(matrices: tuple[MatrixShape, ...]) -> SideBytes:
 def expert_bytes(layer: LayerShape) -> SideBytes:
     """Of one expert that a router chooses."""
     return side_bytes(layer.ffn)
+
+
+def picked_padding(layer: LayerShape) -> int:
+    """By how many bytes an expert is larger where its neurons can be left out: up rows, and the codes of each
+    column of the down projection, fill whole cache lines."""
+    down, padding = layer.down, 0
+    if layer.gate is not None:
+        up = layer.up
+        padding = up.rows * _lines(packed_row_bytes(up.row_type, up.columns)) - up.packed_nbytes
+    codes = down.rows * _CODE_BITS[down.row_type] // 8
+    return padding + down.columns * (_lines(codes) - codes)
+
+
+def down_codes(layer: LayerShape) -> int:
+    """Bytes of the codes of an expert's down projection, without its scales."""
+    return layer.down.columns * layer.down.rows * _CODE_BITS[layer.down.row_type] // 8
+
+
+def _lines(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE
 
 
 def shared_bytes(layer: LayerShape) -> SideBytes:

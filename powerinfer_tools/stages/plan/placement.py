@@ -121,13 +121,15 @@ def best_placement(
 
 def level_tables(inputs: Inputs, options: LevelOptions) -> tuple[LevelTable, ...]:
     """Tables of all layers, then of the head. Equal layers share one table's arrays."""
-    computed: dict[tuple[LayerShape, NeuronBytes, bytes, PredictorShape | None], LevelTable] = {}
+    computed: dict[tuple[LayerShape, NeuronBytes, bytes, bytes, PredictorShape | None], LevelTable] = {}
     tables = []
     for index, layer in enumerate(inputs.shape.layers):
         frequencies = None if inputs.frequencies is None else inputs.frequencies[index]
         predictor = inputs.predictors[index] if inputs.predictors else None
         counted = b"" if frequencies is None else frequencies.tobytes()
-        key = (layer, inputs.sizes[index], counted, predictor)
+        active = inputs.inside[index] if inputs.inside else None
+        inside = b"" if active is None else active.tobytes()
+        key = (layer, inputs.sizes[index], counted, inside, predictor)
         if key not in computed:
             ways = neuron_ways if layer.experts is None else expert_ways
             table = layer_levels(index, inputs, options, ways)

@@ -109,7 +109,14 @@ def plan_outcome(
     vram, ram = _vram_budget(machine, budgets), _ram_budget(machine, budgets)
     sizes = tuple(neuron_bytes(layer, options.down_type) for layer in shape.layers)
     inputs = Inputs(
-        shape, machine, workload, frequencies.layers, sizes, frequencies.predictors, frequencies.thresholds
+        shape,
+        machine,
+        workload,
+        frequencies.layers,
+        sizes,
+        frequencies.predictors,
+        frequencies.thresholds,
+        frequencies.inside,
     )
     scratch = _hot_scratch(shape, workload, frequencies, options.engine)
     smallest, what = _smallest_unit(shape, sizes, options)

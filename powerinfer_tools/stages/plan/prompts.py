@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from powerinfer_formats.modes import MODES
 from powerinfer_tools.model.matrices import MatrixShape
 from powerinfer_tools.model.shapes import LayerShape, ModelShape
 from powerinfer_tools.stages.plan.costs import Machine
@@ -30,6 +31,9 @@ Vector = npt.NDArray[np.float64]
 CPU_MACS_PER_CORE = 5e10
 GPU_MACS_PER_BYTE = 10.0
 _F32 = 4
+#: How fast the CPU computes a prompt where it could leave out neurons of experts, of its rate for whole ones:
+#: nearly all are active for some token (docs/LOG.md, 2026-11-30).
+_PICKED_PROMPT_RATE = 0.85
 
 
 def with_prompt(
@@ -82,7 +86,9 @@ def _ffn_seconds(
     # Of the units of a batch, as many as its tokens can take.
     reached = min(1.0, size.batch * units.taken / units.count)
     read = share * units.count * reached * nbytes + also * others
-    each = _macs(layer.ffn) * (units.taken if layer.experts else 1)
+    each = np.full(len(hot), float(_macs(layer.ffn) * (units.taken if layer.experts else 1)))
+    if layer.routed and not on_gpu:
+        each /= np.where(table.mode == MODES.index("gate-first"), _PICKED_PROMPT_RATE, 1.0)
     macs = work * each + also * (_macs(layer.experts.shared) if layer.experts else 0)
     return _longer(read, macs, machine, size, on_gpu=on_gpu)
 

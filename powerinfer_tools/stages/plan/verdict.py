@@ -237,6 +237,11 @@ def _stays(outcome: Outcome) -> str:
     if "attention" not in outcome.options.engine.placeable:
         stays += ["routers", "norms"] if outcome.shape.routed else ["norms"]
     text = f"Not placed by this plan, always on the CPU: {', '.join([*stays, 'embedding'])}."
+    if outcome.frequencies.inside:
+        text += (
+            " Experts are placed as wholes: the neurons inside are counted, and priced where a layer is "
+            "gate-first, but neither sorted nor placed one by one."
+        )
     if outcome.options.engine != THIS_VERSION:
         text += (
             " It counts on an engine that can place all else and skips hot neurons too; what this version "

@@ -139,10 +139,12 @@ def test_a_conversation_stays_with_its_replica(url: str) -> None:
     seen = set()
     for number in range(8):
         question = {"role": "user", "content": f"question {number}"}
-        first = httpx.post(f"{url}/v1/chat/completions", json={"messages": [question], "max_tokens": 2})
+        first_turn = {"messages": [question], "max_tokens": 2}
+        first = httpx.post(f"{url}/v1/chat/completions", json=first_turn, timeout=120)
         assert first.status_code == 200, first.text
         messages = [question, first.json()["choices"][0]["message"], MORE[1]]
-        second = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, "max_tokens": 2})
+        second_turn = {"messages": messages, "max_tokens": 2}
+        second = httpx.post(f"{url}/v1/chat/completions", json=second_turn, timeout=120)
         assert second.headers["x-replica"] == first.headers["x-replica"]
         assert second.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
         seen.add(first.headers["x-replica"])
@@ -150,13 +152,16 @@ def test_a_conversation_stays_with_its_replica(url: str) -> None:
 
 
 def test_faults_and_streams_pass_through(url: str) -> None:
-    large = httpx.post(f"{url}/v1/completions", content=b"x" * (5 << 20))
+    large = httpx.post(f"{url}/v1/completions", content=b"x" * (5 << 20), timeout=120)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
-    fault = httpx.post(f"{url}/v1/completions", json={"prompt": 7})
+    fault = httpx.post(f"{url}/v1/completions", json={"prompt": 7}, timeout=120)
     assert (fault.status_code, fault.json()["error"]["type"]) == (400, "invalid_request_error")
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/health", timeout=120).json() == {"status": "ok"}
     with httpx.stream(
-        "POST", f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 3, "stream": True}
+        "POST",
+        f"{url}/v1/completions",
+        json={"prompt": "x", "max_tokens": 3, "stream": True},
+        timeout=120,
     ) as stream:
         lines = [line for line in stream.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
@@ -192,7 +197,7 @@ def test_a_replica_is_killed_under_load(url: str) -> None:
     texts = {json.loads(answer)["choices"][0]["text"] for answer in answers}
     assert (len(answers), len(texts)) == (12, 6)
     assert streams == ["data: [DONE]"] * 12
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # on a busy machine, too
     while len(replicas()) < 2:
         assert time.monotonic() < deadline, "the replica was not replaced"
         time.sleep(0.2)
@@ -234,7 +239,7 @@ def test_replicas_come_and_go_by_load(url: str) -> None:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
-        assert time.monotonic() < deadline, f"two minutes went by before {what}"
+        assert time.monotonic() < deadline, f"four minutes went by before {what}"
         time.sleep(0.2)

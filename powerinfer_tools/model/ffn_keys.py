@@ -11,6 +11,18 @@ from powerinfer_tools.model.keys import Keys
 from powerinfer_tools.model.mixer_keys import read_dense_neurons
 from powerinfer_tools.model.original import is_original, original_activation
 
+#: What files say about experts.
+_EXPERT_KEYS = (
+    "expert_used_count",
+    "expert_feed_forward_length",
+    "expert_shared_count",
+    "expert_shared_feed_forward_length",
+    "expert_gating_func",
+    "expert_weights_norm",
+    "expert_weights_scale",
+    "expert_group_count",
+    "expert_group_used_count",
+)
 #: Limits up to here are none.
 _LEAST_LIMIT = 1e-6
 
@@ -19,8 +31,8 @@ def read_routing(keys: Keys, spec: ArchitectureSpec, width: int) -> Routing | No
     """How experts are chosen; None in a family without them. Raises ModelError."""
     experts = keys.integer("expert_count", 0, low=0, high=4096)
     if experts and not any(name.endswith(".ffn_gate_inp.weight") for name in keys.gguf.tensors):
-        experts = 0  # one writer counts experts in files that have no router
-        keys.ignore("expert_used_count")
+        experts = 0  # no layer has a router, so nothing is said about any
+        keys.ignore(*_EXPERT_KEYS)
     if not experts:
         keys.ignore("router_logit_softcapping", "leading_dense_block_count")
         return None

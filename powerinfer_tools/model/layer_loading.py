@@ -190,7 +190,7 @@ def _head_norm(
         tensors.leave_out(f"{name}.weight")
         return None
     if spec.qk_norm == "own heads" and tensors.has(f"{name}.weight"):
-        return Norm(spec.norm, tensors.table(f"{name}.weight", (heads, dim)).reshape(-1))
+        return Norm(spec.norm, tensors.values(f"{name}.weight", heads * dim))
     if spec.qk_norm == "gains":
         gains = tensors.values(f"{name}.weight", heads) if name.endswith("attn_q_norm") else np.ones(heads)
         return Norm(spec.norm, np.repeat(gains, dim).astype(np.float32))

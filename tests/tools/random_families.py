@@ -111,7 +111,8 @@ def _layer(spec: ArchitectureSpec, index: int) -> dict[str, tuple[int, ...]]:
     for name in {*spec.attention_norms, spec.ffn_norm, spec.beside_norm} - {""}:
         tensors |= _norm(spec, name, WIDTH)
     if spec.qk_norm == "own heads":
-        tensors |= {"attn_q_norm.weight": (HEADS, HEAD_DIM), "attn_k_norm.weight": (KV_HEADS, HEAD_DIM)}
+        # GGUF files leave out a last dimension of 1.
+        tensors |= {"attn_q_norm.weight": (HEADS, HEAD_DIM), "attn_k_norm.weight": (KV_HEADS * HEAD_DIM,)}
     if spec.qk_norm in ("heads", "row"):
         widths = (queries, keys) if spec.qk_norm == "row" else (HEAD_DIM, HEAD_DIM)
         tensors |= {"attn_q_norm.weight": (widths[0],), "attn_k_norm.weight": (widths[1],)}

@@ -1,6 +1,7 @@
 """Families with recurrent layers, latent attention and routers of their own: the C engine against the float64
 reference, with the same bits for any batch and any number of threads, and what other stages say to them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from engine_logits import near
 from hybrid_families import FAMILIES, ROUTED_QWEN3, VOCABULARY, write_random_family
+from powerinfer_formats.errors import FormatError
 from powerinfer_tools.engine import Engine
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import load_model
@@ -45,6 +47,19 @@ def test_routers_of_families_that_have_none_are_refused(tmp_path: Path) -> None:
     path = write_random_family(tmp_path / "model.gguf", ROUTED_QWEN3)
     with pytest.raises(ModelError, match="mixtures of experts of the architecture qwen3 are not supported"):
         load_model(path)
+
+
+def test_experts_are_nothing_where_all_layers_are_dense(tmp_path: Path) -> None:
+    """What the file says about experts is about layers that it has not; a router makes it matter."""
+    dots = FAMILIES["dots1"]
+    shallow = replace(dots, layers=dots.layers[:1])
+    model = load_model(write_random_family(tmp_path / "model.gguf", shallow))
+    assert model.hyper.routing is None
+    near(logits(model.path, 1, 8, 11), forward(model, TOKENS, half_cache=True))
+    router = {name: shape for name, shape in dots.layers[1].items() if name == "ffn_gate_inp.weight"}
+    with_router = replace(dots, layers=(dots.layers[0] | router,))
+    with pytest.raises(FormatError, match="ffn_gate_exps"):
+        load_model(write_random_family(tmp_path / "other.gguf", with_router))
 
 
 def test_attention_with_an_indexer_ends_where_it_would_choose(tmp_path: Path) -> None:

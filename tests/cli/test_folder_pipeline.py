@@ -144,8 +144,8 @@ def test_a_directory_without_a_name_is_the_one_here(
         ({"config.json": "[]"}, "the document is not an object"),
         ({"config.json": "{"}, "is not valid JSON"),
         (
-            {"config.json": '{"model_type": "mamba"}'},
-            "model type 'mamba' is not supported (supported: afmoe, apertus, arcee, bamboo",
+            {"config.json": '{"model_type": "rwkv"}'},
+            "model type 'rwkv' is not supported (supported: afmoe, apertus, arcee, bamboo",
         ),
         (
             {"config.json": '{"model_type": "llama", "architectures": ["MyForCausalLM"], "auto_map": {}}'},

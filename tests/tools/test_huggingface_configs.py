@@ -55,7 +55,7 @@ def configure(folder: Path, **changes: Any) -> None:
     [
         ({"model_type": ...}, "model_type is missing"),
         ({"model_type": 3}, "model_type is 3, expected a string"),
-        ({"model_type": "mamba"}, "model type 'mamba' is not supported"),
+        ({"model_type": "rwkv"}, "model type 'rwkv' is not supported"),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
             "is not supported for the model type 'llama'",

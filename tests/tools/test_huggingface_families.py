@@ -118,6 +118,16 @@ _NEMOTRON = {
     "routed_scaling_factor": 1.5,
     "num_hidden_layers": None,
 }
+_GEMMA = {
+    "head_dim": 12,
+    "hidden_size_per_layer_input": 10,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 30.0,
+    "pad_token_id": 0,
+}
 CASES["DeepseekV3"] |= _EPS
 CASES |= {
     "Apertus": {"pad_token_id": 0},
@@ -164,6 +174,45 @@ CASES |= {
     "NemotronH": _NEMOTRON | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "NemotronH-dense": _NEMOTRON | {"layers_block_type": ["linear_attention", "mlp", "full_attention"]},
     "Mamba2": {"num_heads": 8, "head_dim": 12, "n_groups": 2, "state_size": 6},
+    "Mamba": {"state_size": 6, "intermediate_size": 72, "num_hidden_layers": 2, "pad_token_id": 0},
+    "Jamba": {
+        "num_experts": 1,
+        "mamba_d_state": 6,
+        "mamba_dt_rank": 5,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "pad_token_id": 0,
+    },
+    "GPT2": {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 64, "n_inner": 70},
+    "Mpt": {
+        "d_model": 36,
+        "n_layers": 2,
+        "n_heads": 2,
+        "max_seq_len": 64,
+        "expansion_ratio": 4,
+        "attn_config": {"clip_qkv": 1.2},
+    },
+    "Gemma3n": _GEMMA
+    | {
+        "laurel_rank": 7,
+        "altup_num_inputs": 3,
+        "intermediate_size": [44, 60, 60, 44],
+        "activation_sparsity_pattern": [0.7, 0.0, 0.0, 0.9],
+    },
+    "Gemma4": _GEMMA | {"global_head_dim": 20, "use_double_wide_mlp": True},
+    "Gemma4-experts": _GEMMA
+    | {
+        "global_head_dim": 20,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 14,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+    },
+    "MiniCPM3": _LATENT | {"scale_emb": 3.0, "scale_depth": 0.9, "dim_model_base": 20},
 }
 #: A few hundred roundings of float32 of the largest logit.
 BOUND = 300 * float(np.finfo(np.float32).eps)

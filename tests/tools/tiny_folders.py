@@ -153,8 +153,12 @@ def make_folder(path: Path, case: FolderCase) -> TinyFolder:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     of_text = getattr(transformers, f"{case.kind}TextConfig", None)
     config_class = of_text or getattr(transformers, f"{case.kind}Config")
-    config = config_class(**(_SIZES | special | {"vocab_size": rows} | case.config))
-    module = getattr(transformers, f"{case.kind}ForCausalLM")(config)
+    values = _SIZES | special | {"vocab_size": rows} | case.config
+    if "hidden_size_per_layer_input" in values:
+        values["vocab_size_per_layer_input"] = rows
+    config = config_class(**values)
+    module_class = getattr(transformers, f"{case.kind}ForCausalLM", None)
+    module = (module_class or getattr(transformers, f"{case.kind}LMHeadModel"))(config)
     _draw(module, case.dtype)
     module.train(False)
     weights = {name: value.to(case.dtype) for name, value in module.state_dict().items()}
@@ -178,7 +182,8 @@ def _draw(module: PreTrainedModel, dtype: torch.dtype) -> None:
         elif name.endswith("bias"):
             values = normal * 0.5
         else:
-            values = normal * 0.25 + (0.0 if "Gemma" in type(module).__name__ else 1.0)
+            from_one = type(module).__name__ in ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+            values = normal * 0.25 + (0.0 if from_one else 1.0)
         with torch.no_grad():
             parameter.copy_(values.to(dtype))
 

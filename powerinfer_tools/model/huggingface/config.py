@@ -99,6 +99,14 @@ class Config:
         """An object inside; empty where there is none."""
         return Config(self.file, self._value(name, {}), f"{self.path}{name}.", self._read)
 
+    def at(self, path: str) -> tuple["Config", str]:
+        """Where a value is whose name may have those of sections in front of it, with dots."""
+        *sections, name = path.split(".")
+        place = self
+        for section in sections:
+            place = place.section(section)
+        return place, name
+
     def _value(self, name: str, default: Any) -> Any:
         value = self.get(name)
         if value is not None:

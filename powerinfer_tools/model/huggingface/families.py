@@ -27,6 +27,8 @@ from powerinfer_tools.model.huggingface.family import (
     one_more,
     sizes,
 )
+from powerinfer_tools.model.huggingface.gemma_families import GEMMAS
+from powerinfer_tools.model.huggingface.older_families import OLDER
 from powerinfer_tools.model.huggingface.recurrent_families import RECURRENT
 from powerinfer_tools.model.huggingface.sigmoid_families import SIGMOIDS
 from powerinfer_tools.model.huggingface.state_space_families import STATE_SPACES
@@ -238,6 +240,8 @@ FAMILIES: Mapping[str, Family] = {
         _OPT_FAMILY,
         _FALCON_FAMILY,
         *DENSE,
+        *GEMMAS,
+        *OLDER,
         *EXPERTS,
         *SIGMOIDS,
         *RECURRENT,
@@ -259,6 +263,8 @@ _BY_CLASS = {
 #: what kind it is where it does not say.
 _TEXT_SECTIONS = {
     "gemma3": ("text_config", "Gemma3ForConditionalGeneration", "gemma3_text"),
+    "gemma3n": ("text_config", "Gemma3nForConditionalGeneration", "gemma3n_text"),
+    "gemma4": ("text_config", "Gemma4ForConditionalGeneration", "gemma4_text"),
     "llama4": ("text_config", "Llama4ForConditionalGeneration", "llama4_text"),
     "mistral3": ("text_config", "Mistral3ForConditionalGeneration", "mistral"),
     "qwen3_5": ("text_config", "Qwen3_5ForConditionalGeneration", "qwen3_5_text"),

@@ -13,7 +13,8 @@ class Setting:
     """A whole number of config.json: GGUF ``key`` (below the architecture's prefix) ← ``name``.
 
     ``default``: what the family assumes where the file says nothing, 0 to leave the key out; None: it has to
-    say. ``derive``: the number by other settings, where ``name`` alone does not tell.
+    say. ``derive``: the number by other settings, where ``name`` alone does not tell. ``zero``: 0 is a number
+    as others are, and written.
     """
 
     key: str
@@ -21,24 +22,27 @@ class Setting:
     default: int | None = None
     high: int = 1 << 24
     derive: Callable[[Config], int] | None = None
+    zero: bool = False
 
 
 @dataclass(frozen=True)
 class Real:
-    """A number of config.json: GGUF ``key`` (below the architecture's prefix) ← ``name``, or ``default``;
-    where that is 0, the key is left out."""
+    """A number of config.json: GGUF ``key`` (below the architecture's prefix) ← ``name``, which may be that
+    of a section, a dot and a name there, or ``default``; where that is 0, the key is left out. ``derive``: as
+    in :class:`Setting`."""
 
     key: str
     name: str
     default: float
+    derive: Callable[[Config], float] | None = None
 
 
 @dataclass(frozen=True)
 class Rule:
     """GGUF tensor ``name`` ← tensor ``stored``; "{i}" is the layer in both. Where ``stored`` has "{e}", there
-    is one for each expert, and ``name`` is their stack. ``single``: kept in float32, whatever it is stored
-    as; ``squeezed``: without dimensions of 1; ``transposed``: columns are stored as rows; ``part``: which of
-    the rows. Experts may be stored as MXFP4 blocks and scales instead."""
+    is one for each expert, or further residual stream, and ``name`` is their stack. ``single``: kept in
+    float32, whatever it is stored as; ``squeezed``: without dimensions of 1; ``transposed``: columns are
+    stored as rows; ``part``: which of the rows. Experts may be stored as MXFP4 blocks and scales instead."""
 
     name: str
     stored: str
@@ -68,7 +72,9 @@ class Family:
     ``layer_list``: what lists the kinds of layers; ``recurrent``: which layers mix tokens without attention,
     where it does not say; ``window_name``: the setting with the length of windows, or of chunks; ``numbers``:
     GGUF keys with a number for each layer ← tensors of one value; ``lists``: the same ← settings;
-    ``without_experts``: the family of models without experts, decided by ``has_experts``, or a count of 0."""
+    ``real_lists``: the same of numbers that are not whole; ``derived``: endings of tensors that are
+    computed from settings everywhere today; ``without_experts``: the family of models without experts,
+    decided by ``has_experts``, or a count of 0."""
 
     model_type: str
     classes: tuple[str, ...]
@@ -104,6 +110,8 @@ class Family:
     window_name: str = "sliding_window"
     numbers: tuple[tuple[str, str], ...] = ()
     lists: tuple[tuple[str, Callable[[Config], list[int]]], ...] = ()
+    real_lists: tuple[tuple[str, Callable[[Config], list[float]]], ...] = ()
+    derived: tuple[str, ...] = ()
     without_experts: "Family | None" = None
     has_experts: Callable[[Config], bool] | None = None
 

@@ -12,7 +12,7 @@ from powerinfer_tools.model.architectures import ARCHITECTURES
 from powerinfer_tools.model.huggingface.changes import HeadShape
 from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.families import ACTIVATIONS
-from powerinfer_tools.model.huggingface.family import Family, Setting
+from powerinfer_tools.model.huggingface.family import Family, Real, Setting
 from powerinfer_tools.model.huggingface.rope import Rope, read_rope
 
 #: Kinds of layers: those that see all positions, those with a window or chunks, and those without attention.
@@ -22,10 +22,10 @@ _RECURRENT = ("linear_attention", "mamba", "conv")
 
 @dataclass(frozen=True)
 class Shape:
-    """What mapping the tensors needs to know; ``experts`` is 0 without any."""
+    """What mapping the tensors needs to know; ``stacked``: experts, or residual streams beside the first."""
 
     layers: int
-    experts: int
+    stacked: int
     heads: HeadShape
     tied: bool
     rope: Rope
@@ -39,14 +39,16 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
     sizes: dict[str, int] = {}
     for setting in family.settings:
         sizes[setting.key] = _size(setting, config)
-        if sizes[setting.key]:
+        if sizes[setting.key] or setting.zero:
             metadata.add(f"{prefix}.{setting.key}", sizes[setting.key], ValueType.UINT32)
     for key, name, default in family.flags:
         metadata.add(f"{prefix}.{key}", config.flag(name, default) if isinstance(name, str) else name(config))
     for key, read in family.lists:
         metadata.add(f"{prefix}.{key}", np.array(read(config), np.uint32))
+    for key, read_numbers in family.real_lists:
+        metadata.add(f"{prefix}.{key}", np.array(read_numbers(config), np.float32))
     for real in family.reals:
-        value = config.real(real.name, real.default, low=-1e6, high=1e6)
+        value = _real(real, config)
         if value:
             metadata.add(f"{prefix}.{real.key}", value, ValueType.FLOAT32)
     heads = _heads(config, sizes)
@@ -66,12 +68,14 @@ def add_hyperparameters(metadata: Metadata, family: Family, config: Config) -> S
     _add_scores(metadata, prefix, config, heads)
     _add_activation(metadata, family, config)
     tied = config.flag("tie_word_embeddings", family.tied)
-    return Shape(sizes["block_count"], sizes.get("expert_count", 0), heads, tied, rope)
+    stacked = sizes.get("expert_count", 0) or sizes.get("altup.num_inputs", 1) - 1
+    return Shape(sizes["block_count"], stacked, heads, tied, rope)
 
 
 def _check_fixed(family: Family, config: Config) -> None:
     for name, value in family.fixed:
-        if config.has(name) and config.get(name) != value:
+        place, last = config.at(name)
+        if place.has(last) and place.get(last) != value:
             raise _unsupported(family, config, name, value)
     for name, other in family.same:
         if config.has(name) and config.get(name) != config.get(other):
@@ -96,6 +100,13 @@ def _heads(config: Config, sizes: dict[str, int]) -> HeadShape:
         raise config.fail("head_dim", f"is {head_dim}, expected an even number")
     groups, values = sizes.get("ssm.group_count", 1), sizes.get("ssm.time_step_rank", 1)
     return HeadShape(heads, kv_heads, head_dim, groups, sizes.get("ssm.state_size", 0), values)
+
+
+def _real(real: Real, config: Config) -> float:
+    if real.derive is not None:
+        return real.derive(config)
+    place, name = config.at(real.name)
+    return place.real(name, real.default, low=-1e6, high=1e6)
 
 
 def _size(setting: Setting, config: Config) -> int:

@@ -158,7 +158,7 @@ class Planner:
     def _place_stack(self, name: str, pattern: str, *, optional: bool) -> None:
         """One tensor for each expert, all of the same shape and type."""
         tensors: list[StoredTensor] = []
-        for expert in range(self.shape.experts):
+        for expert in range(self.shape.stacked):
             stored = self._stored(pattern.replace("{e}", str(expert)))
             if stored is None:
                 if optional and not expert:
@@ -237,7 +237,7 @@ class Planner:
 
     def _refuse_others(self) -> None:
         for name in self.weights.tensors:
-            spare = name.endswith(_DERIVED) or name.startswith(self.family.ignored)
+            spare = name.endswith((*_DERIVED, *self.family.derived)) or name.startswith(self.family.ignored)
             if self.family.further_layers and _layer_of(name) >= self.shape.layers:
                 spare = True  # predicts further tokens
             if self.shape.tied and name.endswith("lm_head.weight"):

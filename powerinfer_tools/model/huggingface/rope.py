@@ -9,7 +9,9 @@ import numpy.typing as npt
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.huggingface.config import Config
 
-SUPPORTED = "default, linear, dynamic, llama3, yarn, longrope"
+SUPPORTED = "default, linear, dynamic, llama3, yarn, longrope, proportional"
+#: Divides the angles of pairs that are not turned.
+_NEVER = 1e30
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,11 @@ def _rope(config: Config, section: Config, base: float, dim: int) -> Rope:
         return Rope(base, dim, linear=section.real("factor", low=1e-6, high=1e6))
     if kind == "llama3":
         return Rope(base, dim, factors=_llama3_factors(config, section, base, dim))
+    if kind == "proportional":
+        kept = int(section.real("partial_rotary_factor", 1.0, low=0.0, high=1.0) * dim // 2)
+        factor = section.real("factor", 1.0, low=1e-6, high=1e6)
+        pairs = np.where(np.arange(dim // 2) < kept, factor, _NEVER)
+        return Rope(base, dim, factors=pairs.astype(np.float32))
     if kind == "yarn":
         yarn, growth = _yarn(config, section), section.real("llama_4_scaling_beta", 0.0, low=0.0, high=1e3)
         if section.flag("truncate", True):

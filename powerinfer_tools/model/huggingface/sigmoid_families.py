@@ -58,7 +58,8 @@ def _low_rank(config: Config) -> int:
     return config.integer("q_lora_rank", high=1 << 14) if config.has("q_lora_rank") else 0
 
 
-_LATENT = (
+#: Latent attention.
+LATENT = (
     Rule("blk.{i}.attn_q.weight", f"{LAYER}.self_attn.q_proj.weight", optional=True),
     Rule("blk.{i}.attn_q_a.weight", f"{LAYER}.self_attn.q_a_proj.weight", optional=True),
     Rule("blk.{i}.attn_q_a_norm.weight", f"{LAYER}.self_attn.q_a_layernorm.weight", optional=True),
@@ -68,7 +69,7 @@ _LATENT = (
     Rule("blk.{i}.attn_kv_b.weight", f"{LAYER}.self_attn.kv_b_proj.weight"),
     Rule("blk.{i}.attn_output.weight", f"{LAYER}.self_attn.o_proj.weight"),
 )
-_LATENT_SIZES = (
+LATENT_SIZES = (
     *(row for row in sizes() if row.name != "head_dim"),
     Setting("attention.key_length", "qk_nope_head_dim", derive=_latent_key),
     Setting("attention.value_length", "v_head_dim", high=1 << 12),
@@ -174,8 +175,8 @@ SIGMOIDS = (
         "deepseek_v3",
         ("DeepseekV3ForCausalLM",),
         "deepseek2",
-        (*_LATENT_SIZES, *_SPARSE_SIZES),
-        (EMBEDDING, *NORMS, *_LATENT, *_SPARSE),
+        (*LATENT_SIZES, *_SPARSE_SIZES),
+        (EMBEDDING, *NORMS, *LATENT, *_SPARSE),
         rotary_values="qk_rope_head_dim",
         natively_paired=True,
         flags=_CHOSEN,
@@ -211,8 +212,8 @@ SIGMOIDS = (
         "glm4_moe_lite",
         ("Glm4MoeLiteForCausalLM",),
         "deepseek2",
-        (*_LATENT_SIZES, *_SPARSE_SIZES),
-        (EMBEDDING, *NORMS, *_LATENT, *_SPARSE),
+        (*LATENT_SIZES, *_SPARSE_SIZES),
+        (EMBEDDING, *NORMS, *LATENT, *_SPARSE),
         norm_eps=1e-5,
         rotary_values="qk_rope_head_dim",
         natively_paired=True,
@@ -227,8 +228,8 @@ SIGMOIDS = (
         "deepseek_v2",
         ("DeepseekV2ForCausalLM",),
         "deepseek2",
-        (*_LATENT_SIZES, *(row for row in _SPARSE_SIZES if "group" not in row.key)),
-        (EMBEDDING, *NORMS, *_LATENT, *_SPARSE),
+        (*LATENT_SIZES, *(row for row in _SPARSE_SIZES if "group" not in row.key)),
+        (EMBEDDING, *NORMS, *LATENT, *_SPARSE),
         rotary_values="qk_rope_head_dim",
         natively_paired=True,
         flags=(("expert_weights_norm", "norm_topk_prob", False),),

@@ -8,12 +8,14 @@ from powerinfer_tools.model.huggingface.config import Config
 from powerinfer_tools.model.huggingface.expert_rules import GRANITE_EXPERTS, GRANITE_SCALES, TAKEN, halves
 from powerinfer_tools.model.huggingface.family import (
     EMBEDDING,
+    FFN,
     LAYER,
     Family,
     Real,
     Rule,
     Setting,
     attention,
+    both,
     optional,
     sizes,
 )
@@ -122,6 +124,95 @@ _MAMBA2_FAMILY = Family(
     norm_name="layer_norm_epsilon",
     norm_eps=1e-5,
     fixed=(("use_bias", False),),
+)
+
+# --- Mamba, and Jamba without experts ----------------------------------------------------------------------
+
+
+def _selective_scan(start: str) -> tuple[Rule, ...]:
+    """The tensors of a selective scan below ``start``."""
+    return (
+        Rule("blk.{i}.ssm_in.weight", f"{start}.in_proj.weight"),
+        Rule("blk.{i}.ssm_conv1d.weight", f"{start}.conv1d.weight", single=True, squeezed=True),
+        Rule("blk.{i}.ssm_conv1d.bias", f"{start}.conv1d.bias", optional=True),
+        Rule("blk.{i}.ssm_x.weight", f"{start}.x_proj.weight"),
+        *both("blk.{i}.ssm_dt", f"{start}.dt_proj"),
+        Rule("blk.{i}.ssm_a", f"{start}.A_log", minus_exp, single=True),
+        Rule("blk.{i}.ssm_d", f"{start}.D"),
+        Rule("blk.{i}.ssm_out.weight", f"{start}.out_proj.weight"),
+    )
+
+
+def _step_rank(name: str) -> Callable[[Config], int]:
+    """A sixteenth of the width, rounded up, where the file does not say a number."""
+
+    def read(config: Config) -> int:
+        usual = -(-config.integer("hidden_size", high=1 << 20) // 16)
+        return usual if config.get(name) in (None, "auto") else config.integer(name, high=1 << 20)
+
+    return read
+
+
+def _mamba_inner(config: Config) -> int:
+    return config.integer("intermediate_size", _expanded(config), high=1 << 20)
+
+
+_MAMBA_FAMILY = Family(
+    "mamba",
+    ("MambaForCausalLM",),
+    "mamba",
+    (
+        Setting("block_count", "num_hidden_layers", 32, high=4096),
+        Setting("embedding_length", "hidden_size", 768, high=1 << 20),
+        Setting("context_length", "max_position_embeddings", 1 << 20, high=1 << 31),
+        Setting("ssm.conv_kernel", "conv_kernel", 4, high=64),
+        Setting("ssm.state_size", "state_size", 16, high=1 << 12),
+        Setting("ssm.time_step_rank", "time_step_rank", derive=_step_rank("time_step_rank")),
+        Setting("ssm.inner_size", "intermediate_size", derive=_mamba_inner),
+    ),
+    (*_MAMBA_ENDS, *_selective_scan(f"{_BACKBONE}.mixer")),
+    norm_name="layer_norm_epsilon",
+    norm_eps=1e-5,
+    tied=True,
+    fixed=(("use_bias", False), ("rms_norm", True), ("ssm_cfg", {})),
+    same=(("d_model", "hidden_size"), ("d_inner", "intermediate_size"), ("n_layer", "num_hidden_layers")),
+)
+
+
+def _scans(config: Config, index: int) -> bool:
+    period = config.integer("attn_layer_period", 8, high=4096)
+    return index % period != config.integer("attn_layer_offset", 4, low=0, high=4096)
+
+
+_JAMBA_FAMILY = Family(
+    "jamba",
+    ("JambaForCausalLM",),
+    "jamba",
+    (
+        *sizes(num_key_value_heads=8, max_position_embeddings=262144),
+        Setting("ssm.conv_kernel", "mamba_d_conv", 4, high=64),
+        Setting("ssm.state_size", "mamba_d_state", 16, high=1 << 12),
+        Setting("ssm.time_step_rank", "mamba_dt_rank", derive=_step_rank("mamba_dt_rank")),
+        Setting("ssm.inner_size", "mamba_expand", derive=_expanded),
+    ),
+    (
+        EMBEDDING,
+        Rule("output_norm.weight", "model.final_layernorm.weight"),
+        Rule("blk.{i}.attn_norm.weight", f"{LAYER}.input_layernorm.weight"),
+        Rule("blk.{i}.ffn_norm.weight", f"{LAYER}.pre_ff_layernorm.weight"),
+        *(replace(rule, stored=rule.stored.replace(".mlp.", ".feed_forward.")) for rule in FFN),
+        *optional(
+            *attention(),
+            *_selective_scan(f"{LAYER}.mamba"),
+            *(
+                Rule(f"blk.{{i}}.ssm_{kind}_norm.weight", f"{LAYER}.mamba.{kind}_layernorm.weight")
+                for kind in ("dt", "b", "c")
+            ),
+        ),
+    ),
+    recurrent=_scans,
+    fixed=(("mamba_proj_bias", False), ("num_experts", 1)),
+    reasons=(("num_experts", "mixtures of experts of this family"),),
 )
 
 # --- Nemotron-H: one block a layer -------------------------------------------------------------------------
@@ -234,4 +325,4 @@ _NEMOTRON_FAMILY = replace(
     has_experts=lambda config: "moe" in _blocks(config),
 )
 
-STATE_SPACES = (_GRANITE_FAMILY, _MAMBA2_FAMILY, _NEMOTRON_FAMILY)
+STATE_SPACES = (_GRANITE_FAMILY, _MAMBA_FAMILY, _MAMBA2_FAMILY, _JAMBA_FAMILY, _NEMOTRON_FAMILY)

@@ -35,6 +35,7 @@ CHANGES_NOTHING = (
     # Training.
     "*dropout*",
     "*_pdrop",
+    "altup_coef_clip",
     "*aux_loss*",
     "*initializer*",
     "*z_loss*",
@@ -47,9 +48,13 @@ CHANGES_NOTHING = (
     "rescale_prenorm_residual",
     "router_jitter_noise",
     "seq_aux",
+    "embedding_fraction",
+    "pad_vocab_size_multiple",
     "time_step_floor",
+    "time_step_init_scheme",
     "time_step_max",
     "time_step_min",
+    "time_step_scale",
     # How a program computes the same.
     "*attn_implementation*",
     "*chunk_size*",
@@ -66,11 +71,15 @@ CHANGES_NOTHING = (
     "cache_implementation",
     "for_llm_compressor",
     "masked_softmax_fusion",
+    "fused_add_norm",
+    "reorder_and_upcast_attn",
     "skip_bias_add*",
     "use_fused*",
     "torchscript",
     "use_cache*",
+    "use_associative_scan",
     "use_mamba_kernels",
+    "use_mambapy",
     # Defaults of generation, and special tokens, which the tokeniser's files say.
     "*token_id*",
     "*_token_index",
@@ -109,6 +118,7 @@ CHANGES_NOTHING = (
     "anyres*",
     "audio_*",
     "class_num",
+    "summary_*",
     "im_*_id",
     "mask_init_id",
     "max_image_size",
@@ -131,6 +141,9 @@ CHANGES_NOTHING = (
     "attention_out_bias",
     "attn_bias",
     "bias",
+    "no_bias",
+    "learned_pos_emb",
+    "projectors_bias",
     "enable_bias",
     "mlp_bias",
     "qkv_bias",
@@ -145,6 +158,7 @@ CHANGES_NOTHING = (
     "use_moe",
     "use_routing_bias",
     "attention_head_dim",
+    "attention_k_eq_v",
     "attn_type_list",
     "block_*",
     "conv_dim*",
@@ -152,6 +166,7 @@ CHANGES_NOTHING = (
     "expand",
     "head_dim",
     "intermediate_size",
+    "laurel_rank",
     "num_heads",
     "mamba_d_head",
     "mamba_expand",
@@ -192,6 +207,7 @@ CHANGES_NOTHING = (
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_classification_head": (False,),
     "add_cross_attention": (False,),
+    "attn_config.attn_impl": ("torch", "flash", "triton", "eager"),
     "block_use_swiglu": (True,),
     "chunk_size_feed_forward": (0,),
     "clip_qkv": (0.0,),
@@ -201,7 +217,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mamba_hidden_act": ("silu",),
     "mlp_type": ("default",),
     "moe_norm_min": (1e-12,),
-    "norm_type": ("layer_norm", "rms", "rms_norm"),
+    "norm_type": ("layer_norm", "low_precision_layernorm", "rms", "rms_norm"),
     "normalization_function": ("rmsnorm",),
     "offset_alibi": (100,),
     "position_embedding_xdrope": (False,),
@@ -215,7 +231,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "tie_word_embeddings": (True, False),  # read in the text model's own section
     "time_step_limit": ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}]),
-    "use_bidirectional_attention": (False,),
+    "use_bidirectional_attention": (False, "vision"),
     "use_cla": (False,),
     "use_mla": (False,),
     "use_mrope": (False,),
@@ -236,6 +252,7 @@ _OF_WINDOWS = (
 
 #: Of experts, in families that have none.
 _OF_EXPERTS = (
+    "expert_layer_*",
     "moe_*",
     "n_group",
     "n_routed_experts",
@@ -270,6 +287,8 @@ def refuse_unread(config: Config, family: Family, *, text: str = "") -> None:
 
 
 def _changes_nothing(name: str, value: Any) -> bool:
+    if name not in NEUTRAL:
+        name = name.removeprefix("attn_config.")  # a configuration of its own, with what all have
     if name in NEUTRAL:
         return any(value == one and type(value) is type(one) for one in NEUTRAL[name])
     return _is_like(name, CHANGES_NOTHING)

@@ -281,6 +281,9 @@ def examine(
         except (ModelError, FormatError) as error:
             yield "refused", f"{variant.text}: {error}"
             continue
+        except Exception as error:  # noqa: BLE001 - that is what is looked for, too
+            yield "crashed", f"{variant.text}: {error!r}"
+            continue
         yield case.judge(variant, own)
     for group in itertools.zip_longest(*unread.values()):
         yield from case.judge_together([one for one in group if one is not None])
@@ -310,12 +313,12 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as work:
             for kind, text in examine(path, options.program, Path(work), keys, tensors=not options.keys):
                 own[kind] += 1
-                if kind == "differs" or (options.alone and kind == "alone"):
+                if kind in ("differs", "crashed") or (options.alone and kind == "alone"):
                     print(f"{name}: {kind}: {text}", flush=True)
         counts += own
         print(f"{name}: {dict(own)}", flush=True)
     print(dict(counts))
-    return int(bool(counts["differs"]))
+    return int(bool(counts["differs"] or counts["crashed"]))
 
 
 if __name__ == "__main__":

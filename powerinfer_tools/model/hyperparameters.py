@@ -77,8 +77,8 @@ def read_hyperparameters(
         parallel=_parallel(keys, spec),
         attention_scale=read_attention_scale(keys, spec, layers, width, heads, sizes.key)
         if latent is None
-        else read_latent_scale(keys, latent),
-        attention_softcap=keys.real("attn_logit_softcapping", 0.0),
+        else read_latent_scale(keys, latent, rotary=spec.rope_style != "none"),
+        attention_softcap=keys.real("attn_logit_softcapping", spec.default_softcap),
         qkv_limit=keys.real("attention.clamp_kqv", 0.0) if spec.clamped_qkv else 0.0,
         alibi=_alibi(keys, spec, layers),
         residual_scale=_residual_scale(keys, spec, layers),

@@ -343,6 +343,12 @@ def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparamete
     every, long, short = (tensors.optional(name, hyper.rope_dim // 2) for name in names)
     if (long is None) != (short is None):
         raise ModelError(f"{tensors.gguf.path}: has one of {names[1]} and {names[2]}, expected both or none")
+    widths = {facts.rope.dim for facts in hyper.facts if facts.rope is not None and facts.rope.factored}
+    if widths - {hyper.rope_dim} and any(factors is not None for factors in (every, long, short)):
+        raise ModelError(
+            f"{tensors.gguf.path}: divisors of {hyper.rope_dim} rotary dimensions do not fit layers that "
+            f"have {min(widths - {hyper.rope_dim})}"
+        )
     return RopeFactors(every, long, short)
 
 

@@ -164,12 +164,13 @@ def read_latent_sizes(keys: Keys) -> LatentSizes:
     )
 
 
-def read_latent_scale(keys: Keys, latent: LatentSizes) -> float:
+def read_latent_scale(keys: Keys, latent: LatentSizes, *, rotary: bool) -> float:
     """1 / √(values of a head's keys); with YaRN, times the square of its factor for the magnitude of
-    positions, which these families apply to the scores."""
+    positions, which these families apply to the scores, where there are ``rotary`` ones."""
     factor = keys.real("rope.scaling.factor", 0.0) or 1.0
     magnitude = 1.0 + keys.real("rope.scaling.yarn_log_multiplier", 0.0) * math.log(max(factor, 1.0))
-    magnitude *= keys.factor("rope.scaling.attn_factor")
+    attn_factor = keys.factor("rope.scaling.attn_factor")
+    magnitude *= attn_factor if rotary else 1.0
     return magnitude * magnitude / math.sqrt(latent.plain + latent.rotary)
 
 

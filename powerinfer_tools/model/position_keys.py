@@ -62,7 +62,8 @@ def read_ropes(
     if isinstance(sections, np.ndarray) and sections.any() and style == "norm" and not spec.plain_sections:
         if not spec.halves_with_sections:
             raise ModelError(f"{keys.name('rope.dimension_sections')} is not supported for this architecture")
-        style = "neox"
+        if sections[:2].all():  # a model of pictures
+            style = "neox"
     dim = _rope_dim(keys, "rope.dimension_count", head_dim, head_dim)
     base = keys.real("rope.freq_base", spec.default_rope_base, low=1.0)
     if alpha := keys.real("rope.scaling.alpha", 0.0, high=1e6) if spec.rope_alpha else 0.0:

@@ -81,8 +81,7 @@ MIXED = {
 @pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize("row_type", ["Q4_0", "Q4_K_M"])
 def test_models_without_attention_in_some_layers(name: str, row_type: str, tmp_path: Path) -> None:
-    """They open and compute what is finite; some of the neurons are exactly zero, and no split file
-    with a density of choice is made."""
+    """They open and compute what is finite, and some of the neurons are exactly zero."""
     path = tmp_path / "mixed.gguf"
     assert write_synthetic(path, name, MIXED[name], row_type) == path.stat().st_size
     assert load_model(path).exact_zeros
@@ -92,8 +91,11 @@ def test_models_without_attention_in_some_layers(name: str, row_type: str, tmp_p
     engine.close()
     assert len(active) == {"nemotron_h": 1}.get(name, 2)
     assert all(0.02 < share < 0.98 for share in active)
+
+
+def test_norms_inside_of_blocks_have_no_split_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="without --density, its own activation makes zeros"):
-        write_sparse(path, name, MIXED[name], "Q4_0", Sparsity(0.1))
+        write_sparse(tmp_path / "none.gguf", "bitnet", MIXED["bitnet"], "Q4_0", Sparsity(0.1))
 
 
 @pytest.mark.parametrize("row_type", SPARSE_TYPES)

@@ -248,14 +248,53 @@ def test_keys_and_tensors_of_every_family_one_by_one(name: str, tmp_path: Path) 
             unmissed.append(key.removeprefix(f"{prefix}."))
     known = _MAY_BE_MISSING | _MAY_BE_MISSING_IN.get(prefix, set())
     assert set(unmissed) - known <= ({"attention.head_count_kv"} if prefix in _LATENT else set())
-    for tensor in [one for one in gguf.tensors if one.startswith("blk.1.") or not one.startswith("blk.")]:
-        scale = f"{tensor.removesuffix('.weight')}.scale"
-        if scale in gguf.tensors or tensor.endswith(".scale"):
-            continue
-        path_of_more = changed(path, tmp_path / "more.gguf", tensors={scale: np.ones(1, np.float32)})
-        with pytest.raises(ModelError, match=f"unexpected tensor {scale}".replace(".", r"\.")):
+    own = [one for one in gguf.tensors if one.startswith("blk.1.") or not one.startswith("blk.")]
+    scales = {f"{tensor.removesuffix('.weight')}.scale" for tensor in own if not tensor.endswith(".scale")}
+    unknown = {"of_tomorrow.weight", "blk.1.attn_of_tomorrow.weight", "blk.1.ffn_of_tomorrow.bias"}
+    for tensor in sorted((scales | unknown) - set(gguf.tensors)):
+        path_of_more = changed(path, tmp_path / "more.gguf", tensors={tensor: np.ones(1, np.float32)})
+        with pytest.raises(ModelError, match=f"unexpected tensor {tensor}".replace(".", r"\.")):
             load_model(path_of_more)
     for key in ("attention.of_tomorrow", "rope.scaling.of_tomorrow", "of_tomorrow"):
         more = changed(path, tmp_path / "more.gguf", {f"{prefix}.{key}": 1.5})
         with pytest.raises(ModelError, match=f"{prefix}.{key} is 1.5, which is not supported"):
             load_model(more)
+
+
+def test_files_of_grok_before_its_keys(tmp_path: Path) -> None:
+    """Those of the first model, which say no scales and no cap."""
+    path = write_random(tmp_path / "model.gguf", ARCHITECTURES["grok"])
+    keys = ("embedding_scale", "logit_scale", "attn_logit_softcapping")
+    older = changed(path, tmp_path / "older.gguf", {f"grok.{key}": None for key in keys})
+    hyper = load_model(older).hyper
+    assert hyper.embedding_scale == pytest.approx(78.38367176906169)
+    assert hyper.logit_scale * hyper.width == pytest.approx(0.5773502691896257 * 6144)
+    assert hyper.attention_softcap == 30.0
+
+
+def test_positions_that_are_not_turned_have_no_magnitude(tmp_path: Path) -> None:
+    """Kimi Linear's latent attention has none."""
+    path = write_random_family(tmp_path / "model.gguf", FAMILIES["kimi-linear"])
+    scaled = changed(path, tmp_path / "more.gguf", {"kimi-linear.rope.scaling.attn_factor": 1.5})
+    assert load_model(scaled).hyper.attention_scale == load_model(path).hyper.attention_scale
+
+
+def test_divisors_of_another_number_of_dimensions_are_refused(tmp_path: Path) -> None:
+    """They are those of all layers; some with a window turn fewer dimensions."""
+    path = write_random(tmp_path / "model.gguf", ARCHITECTURES["granite_swa"])
+    keys = {"granite_swa.rope.dimension_count_swa": 8}
+    divisors = {"rope_freqs.weight": np.ones(8, np.float32)}
+    load_model(changed(path, tmp_path / "keys.gguf", keys)).close()
+    load_model(changed(path, tmp_path / "divisors.gguf", tensors=divisors)).close()
+    with pytest.raises(ModelError, match="divisors of 16 rotary dimensions do not fit layers that have 8"):
+        load_model(changed(path, tmp_path / "both.gguf", keys, divisors))
+
+
+@pytest.mark.parametrize(("sections", "style"), [((8, 8, 0, 0), "neox"), ((0, 8, 8, 8), "norm")])
+def test_sections_for_pictures(sections: tuple[int, ...], style: str, tmp_path: Path) -> None:
+    """GLM 4 has pairs half a head apart where the first two are there."""
+    path = write_random(tmp_path / "model.gguf", ARCHITECTURES["glm4"])
+    keys = {"glm4.rope.dimension_sections": np.array(sections, np.int32)}
+    rope = load_model(changed(path, tmp_path / "more.gguf", keys)).hyper.facts[0].rope
+    assert rope is not None
+    assert rope.style == style

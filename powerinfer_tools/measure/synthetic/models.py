@@ -45,7 +45,7 @@ PIECE_VALUES = 1 << 24
 #: Of models with experts: the deviation of what a block adds to a residual stream of deviation 1, and the
 #: matrices that it depends on.
 _ADDED = 0.01
-_ADDING = (".attn_output.", ".ffn_down")
+_ADDING = (".attn_output.", ".ffn_down", ".ssm_out.")
 #: Types that the kernels round to.
 _ROUNDED = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
@@ -111,6 +111,8 @@ def _mixed_tensors(shape: Shape, r: Recurrence, layer: int, usual: str, sensitiv
         yield Tensor(f"{prefix}.{name}", size, fitting_type(usual, size[-1]))
     for name, size in floats:
         yield Tensor(f"{prefix}.{name}", size)
+    if "experts" in parts:
+        yield from _expert_tensors(shape, prefix, usual, more)
     for name in {"attn_norm", spec.ffn_norm}:
         yield from _norm(shape, f"{prefix}.{name}", shape.width)
 
@@ -124,6 +126,8 @@ def _matrices(shape: Shape, usual: str, more: str) -> tuple[list[Sized], list[Si
     fused = [("attn_qkv", queries + 2 * keys, width, usual)]
     parts = [("attn_q", queries, width, usual), ("attn_k", keys, width, usual), ("attn_v", keys, width, more)]
     attention = [*(fused if shape.spec.fused_qkv else parts), ("attn_output", width, queries, usual)]
+    if shape.latent is not None:
+        attention = [(*matrix, usual) for matrix in shape.latent.matrices(shape.heads, width)]
     return attention, _ffn("", shape.neurons, shape, usual, more)
 
 
@@ -138,6 +142,8 @@ def _layer_tensors(shape: Shape, layer: int, usual: str, sensitive: str) -> Iter
         norms |= {"attn_q_norm": shape.head_dim, "attn_k_norm": shape.head_dim}
     if shape.spec.inner_norms:
         norms |= {"attn_sub_norm": shape.heads * shape.head_dim, "ffn_sub_norm": shape.neurons}
+    if shape.latent is not None:
+        norms["attn_kv_a_norm"] = shape.latent.rank
     for name, rows, columns, row_type in matrices:
         yield Tensor(f"blk.{layer}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
     if shape.experts:
@@ -161,13 +167,17 @@ def _ffn(suffix: str, neurons: int, shape: Shape, usual: str, more: str) -> list
 
 
 def _expert_tensors(shape: Shape, prefix: str, usual: str, more: str) -> Iterator[Tensor]:
-    """Routers are not quantised."""
+    """Routers are not quantised. Those by sigmoids have biases, others a weight for the shared expert."""
+    by_sigmoid = shape.spec.router == "sigmoid"
     yield Tensor(f"{prefix}.ffn_gate_inp.weight", (shape.experts, shape.width))
+    if by_sigmoid:
+        yield Tensor(f"{prefix}.exp_probs_b.bias", (shape.experts,))
     for name, rows, columns, row_type in _ffn("_exps", shape.neurons, shape, usual, more):
         kind = fitting_type(row_type, columns)
         yield Tensor(f"{prefix}.{name}.weight", (shape.experts, rows, columns), kind)
-    if shape.shared:
+    if shape.shared and not by_sigmoid:
         yield Tensor(f"{prefix}.ffn_gate_inp_shexp.weight", (shape.width,))
+    if shape.shared:
         for name, rows, columns, row_type in _ffn("_shexp", shape.shared, shape, usual, more):
             yield Tensor(f"{prefix}.{name}.weight", (rows, columns), fitting_type(row_type, columns))
 
@@ -236,10 +246,11 @@ def _with_topics(
             values = embeddings(rng, first, min(step, shape.vocabulary - first), shape.width)
             yield quantize(values, RowType[tensor.row_type])
     else:
-        yield from _pieces(rng, shape, tensor)
+        yield from pieces(rng, shape, tensor)
 
 
-def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
+def pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
+    """The values of a tensor, some rows at a time."""
     if tensor.name.endswith("ssm_a"):  # states decay
         yield -rng.uniform(0.1, 2.0, tensor.shape).astype(np.float32)
         return
@@ -304,6 +315,8 @@ def add_metadata(writer: GGUFWriter, name: str, shape: Shape, mixture: str) -> N
     if shape.recurrence is not None:
         keys = shape.recurrence.keys(shape.layers, shape.neurons, shape.kv_heads)
         integers |= {f"{prefix}.{key}": value for key, value in keys.items()}
+    if shape.latent is not None:
+        integers |= {f"{prefix}.{key}": value for key, value in shape.latent.keys().items()}
     for key, value in integers.items():
         writer.add(key, value, ValueType.UINT32)
     if rotary:

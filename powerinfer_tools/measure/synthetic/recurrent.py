@@ -1,4 +1,5 @@
-"""Tensors and keys of synthetic models that mix tokens without attention: Nemotron-H and RWKV-7."""
+"""Tensors and keys of synthetic models that mix tokens otherwise than by plain attention: Nemotron-H, RWKV-7,
+and latent attention as PLM has it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ Matrix = tuple[str, tuple[int, ...]]
 @dataclass(frozen=True)
 class Recurrence:
     """Sizes of what mixes tokens: ``pattern`` has a letter for each layer, M a state space, * attention, - an
-    FFN (empty: every layer mixes tokens and has an FFN); ``inner`` width, values of ``state``, ``heads`` and
-    ``groups``, ``length`` of the convolution; of RWKV-7 ``ranks`` of decays, rates, values and the gate, and
-    ``state`` values of a head."""
+    FFN, E experts (empty: every layer mixes tokens and has an FFN); ``inner`` width, values of ``state``,
+    ``heads`` and ``groups``, ``length`` of the convolution; of RWKV-7 ``ranks`` of decays, rates, values and
+    the gate, and ``state`` values of a head."""
 
     pattern: str = ""
     inner: int = 0
@@ -45,9 +46,38 @@ class Recurrence:
             "ssm.time_step_rank": self.heads,
             "ssm.group_count": self.groups,
             "ssm.conv_kernel": self.length,
-            "feed_forward_length": [neurons if letter == "-" else 0 for letter in self.pattern],
+            "feed_forward_length": [neurons if letter in "-E" else 0 for letter in self.pattern],
             "attention.head_count_kv": [kv_heads if letter == "*" else 0 for letter in self.pattern],
         }
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Sizes of latent attention: the ``rank`` of keys and values, and of each head the widths of its keys'
+    two parts, ``plain`` and ``rotary``, and of its ``value``."""
+
+    rank: int
+    plain: int
+    rotary: int
+    value: int
+
+    def keys(self) -> dict[str, int]:
+        """Metadata below the family's prefix."""
+        return {
+            "attention.kv_lora_rank": self.rank,
+            "attention.key_length": self.plain + self.rotary,
+            "attention.value_length": self.value,
+            "rope.dimension_count": self.rotary,
+        }
+
+    def matrices(self, heads: int, width: int) -> list[tuple[str, int, int]]:
+        """Name, rows and columns of each matrix."""
+        return [
+            ("attn_q", heads * (self.plain + self.rotary), width),
+            ("attn_kv_a_mqa", self.rank + self.rotary, width),
+            ("attn_kv_b", heads * (self.plain + self.value), self.rank),
+            ("attn_output", width, heads * self.value),
+        ]
 
 
 def state_space(r: Recurrence, width: int) -> tuple[list[Matrix], list[Matrix]]:
@@ -84,8 +114,8 @@ def time_mixing(r: Recurrence, width: int) -> tuple[list[Matrix], list[Matrix]]:
 
 
 def layer_parts(r: Recurrence, layer: int) -> Iterator[str]:
-    """What a layer consists of: "state space", "time mixing", "attention", "ffn"."""
+    """What a layer consists of: "state space", "time mixing", "attention", "ffn", "experts"."""
     if not r.pattern:
         yield from ("time mixing", "ffn")
     else:
-        yield {"M": "state space", "*": "attention", "-": "ffn"}[r.pattern[layer]]
+        yield {"M": "state space", "*": "attention", "-": "ffn", "E": "experts"}[r.pattern[layer]]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from powerinfer_tools.measure.synthetic.recurrent import Recurrence
+from powerinfer_tools.measure.synthetic.recurrent import Latent, Recurrence, layer_parts
 from powerinfer_tools.model.architectures import ARCHITECTURES, ArchitectureSpec
 
 
@@ -13,7 +13,7 @@ class Shape:
     q, k and v, or of all projections. ``window`` > 0: sliding attention as Gemma 3 has it. ``activation``:
     one that is not the architecture's own, in the dense form. ``experts`` > 0: so many of ``neurons`` each,
     of which a token takes ``used``, and one of ``shared`` neurons (0: none) besides. ``recurrence``: what
-    mixes tokens instead of attention."""
+    mixes tokens instead of attention; ``latent``: attention is of this kind."""
 
     architecture: str
     layers: int
@@ -33,11 +33,15 @@ class Shape:
     used: int = 0
     shared: int = 0
     recurrence: Recurrence | None = None
+    latent: Latent | None = None
 
     @property
-    def plain(self) -> bool:
-        """Whether every layer has attention and a dense FFN or experts, and nothing else."""
-        return self.recurrence is None and not self.spec.inner_norms
+    def fed(self) -> tuple[int, ...]:
+        """The layers that have an FFN, or experts."""
+        if self.recurrence is None:
+            return tuple(range(self.layers))
+        parts = (layer_parts(self.recurrence, layer) for layer in range(self.layers))
+        return tuple(layer for layer, names in enumerate(parts) if {"ffn", "experts"} & {*names})
 
     @property
     def spec(self) -> ArchitectureSpec:
@@ -79,6 +83,27 @@ SHAPES: dict[str, Shape] = {
         recurrence=Recurrence(
             "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-", 8192, 128, 128, groups=8
         ),
+    ),
+    "nemotron-3-nano-30b-a3b": Shape(
+        "nemotron_h_moe",
+        52,
+        2688,
+        32,
+        2,
+        128,
+        1856,
+        131072,
+        1e4,
+        8192,
+        experts=128,
+        used=6,
+        shared=3712,
+        recurrence=Recurrence(
+            "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", 4096, 128, 64, groups=8
+        ),
+    ),
+    "plm-1.8b": Shape(
+        "plm", 32, 2048, 16, 16, 192, 8192, 151936, 1e5, tied=True, latent=Latent(512, 128, 64, 128)
     ),
     "rwkv7-world-2.9b": Shape(
         "rwkv7",

@@ -3,7 +3,7 @@
 The first block of the residual stream is constant: every embedding has ones there, and what attention and
 FFN add is too small to move it. A gate row has −shift spread over that block, and its product with the rest
 of the normalised input is about N(0, 1), so that the neuron fires for a share Φ(−shift) of all tokens. An FFN
-without gate has biases: there, the shift is subtracted by the up row's.
+without gate has biases: there, the shift is subtracted by the up row's, and the residual stream may be any.
 
 Gates are a product of two small matrices and some noise, and those matrices are the predictors: of the size
 of trained ones and about as good. That matters for speed, since more is read of named neurons that fire than
@@ -35,6 +35,7 @@ from powerinfer_formats.split_predictors import declare_low_rank
 from powerinfer_kernels import WRITTEN_TYPES, RowType, dequantize, quantize
 from powerinfer_tools import __version__
 from powerinfer_tools.errors import ModelError
+from powerinfer_tools.measure.synthetic import models
 from powerinfer_tools.measure.synthetic.models import Tensor, add_metadata, tensors_of
 from powerinfer_tools.measure.synthetic.random_blocks import BALANCED, BLOCKS, balance
 from powerinfer_tools.measure.synthetic.shapes import Shape
@@ -47,6 +48,8 @@ SPARSE_TYPES = tuple(row_type.name for row_type in WRITTEN_TYPES)
 _BLOCK = 32
 #: Deviation of what one block of attention or FFN adds to a residual stream of deviation 1.
 _ADDED = 0.01
+#: Tensors of what mixes tokens otherwise than by attention: as in models whose activation makes the zeros.
+_MIXING = (".ssm_", ".time_mix_", ".channel_mix_lerp")
 _GROUP = 64
 _ROWS_AT_ONCE = 1024
 _RAREST = 1e-4
@@ -82,10 +85,10 @@ def write_sparse(
 
     Raises ModelError for a type or a density that cannot be made, FormatError or OSError where writing fails.
     """
-    if not shape.plain:
+    if shape.spec.inner_norms:
         raise ModelError(
-            f"sparse synthetic models have attention and an FFN without norms inside in every layer, {name} "
-            "has not; without --density, its own activation makes zeros"
+            f"sparse synthetic models are split files, and {name} has norms inside of its FFNs, of which "
+            "there are none; without --density, its own activation makes zeros"
         )
     if row_type not in SPARSE_TYPES:
         raise ModelError(
@@ -99,7 +102,8 @@ def write_sparse(
     rng = np.random.Generator(np.random.SFC64(seed))
     kind = RowType[row_type]
     layout = bundle_layout(int(kind) if shape.spec.gated else None, int(kind), int(kind), shape.width)
-    in_bundles = (".ffn_gate.weight", ".ffn_up.weight", ".ffn_up.bias", ".ffn_down.weight")
+    up, down = shape.spec.ffn_names
+    in_bundles = (".ffn_gate.weight", f".{up}.weight", f".{up}.bias", f".{down}.weight")
     others = [tensor for tensor in tensors_of(shape, row_type) if not tensor.name.endswith(in_bundles)]
     rank = predictor_rank(shape)
     with GGUFWriter(path, alignment=ALIGNMENT) as writer:
@@ -107,7 +111,7 @@ def write_sparse(
         _header(shape, layout).write(writer)
         for tensor in others:
             writer.declare(tensor.name, BLOCKS[tensor.row_type].code, tensor.shape)
-        for layer in range(shape.layers):
+        for layer in shape.fed:
             declare_split_layer(
                 writer, layer, layout, neurons=shape.neurons, hot=0, bias=not shape.spec.gated
             )
@@ -117,7 +121,7 @@ def write_sparse(
         for tensor in others:
             for piece in _pieces(rng, shape, tensor):
                 writer.write(tensor.name, piece)
-        for layer in range(shape.layers):
+        for layer in shape.fed:
             _write_layer(writer, layer, rng, shape, row_type, layout, sparsity)
     return path.stat().st_size
 
@@ -191,16 +195,17 @@ def _factors(rng: np.random.Generator, shape: Shape, row_type: str) -> _Factors:
 
 
 def _header(shape: Shape, layout: BundleLayout) -> SplitHeader:
+    fed = [layer in shape.fed for layer in range(shape.layers)]
     return SplitHeader(
         source_fingerprint="0" * 64,
         activation="relu",
         group=_GROUP,
         hot_neurons=(0,) * shape.layers,
-        modes=("gate-first",) * shape.layers,
-        types=(layout.types,) * shape.layers,
+        modes=tuple("gate-first" if one else "dense" for one in fed),
+        types=tuple(layout.types if one else () for one in fed),
         requantization_error=(0.0,) * shape.layers,
         tool_version=__version__,
-        prediction=SplitPrediction(("low-rank",) * shape.layers, (), ()),
+        prediction=SplitPrediction(tuple("low-rank" if one else "none" for one in fed), (), ()),
     )
 
 
@@ -221,6 +226,9 @@ def _set_first_block(rows: Bytes, row_type: str, values: Floats) -> None:
 
 
 def _pieces(rng: np.random.Generator, shape: Shape, tensor: Tensor) -> Iterator[NDArray[np.generic]]:
+    if any(name in tensor.name for name in _MIXING):
+        yield from models.pieces(rng, shape, tensor)
+        return
     if len(tensor.shape) == 1:
         yield np.zeros(tensor.shape[0], np.float32) + (not tensor.name.endswith(".bias"))
         return

@@ -250,6 +250,9 @@ ROWS = (
         post_norms=True,
         post_norm_names=(("attn_output_norm",), ("layer_output_norm", "post_ffw_norm")),
         output_scale=True,
+        # Files of Grok-1, 6,144 wide, that were made before there were keys for it.
+        default_scales=(6144**0.5, 1.0, 6144 * 3**-0.5),
+        default_softcap=30.0,
         routed=True,
         dense_beside="optional",
         shared_factor=0.5**0.5,

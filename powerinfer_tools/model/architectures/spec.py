@@ -150,6 +150,8 @@ class ArchitectureSpec:
     #: Where the file does not say them: the scale of embeddings, that of blocks times the root of the layers,
     #: and that of logits times the width.
     default_scales: tuple[float, float, float] | None = None
+    #: Where the file does not say it: the cap of scores.
+    default_softcap: float = 0.0
     #: Beside its experts a layer has a dense FFN that every token takes, where the file has one, or one as
     #: large as the model is wide.
     dense_beside: DenseBeside = "none"

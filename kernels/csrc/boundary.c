@@ -74,6 +74,12 @@ static int later_fit(const pi_given *m, int k, const int64_t *i) {
     return units_fit(m, i) || (!given(m, k) && !i[0] && !i[1] && !i[2]);
 }
 
+/* Rows [first, first + count) of the matrix, whole tiles of it. */
+static int rows_fit(const pi_given *m, int64_t first, int64_t count) {
+    return first >= 0 && count >= 1 && count <= m->rows && first <= m->rows - count && first % PI_TILE == 0 &&
+           ((first + count) % PI_TILE == 0 || first + count == m->rows);
+}
+
 /* Layer i[0] has i[1] neurons. */
 static int records_fit(const pi_given *m, const int64_t *i) {
     return m->records && below(i[0], pi_records_layers(m->records)) && i[1] == pi_records_neurons(m->records, i[0]);

@@ -19,19 +19,28 @@ static int was_changed(const pi_disk_file *file) {
                : 0;
 }
 
-int pi_disk_read(const pi_disk_file *file, int64_t offset, int64_t bytes, uint8_t *staging, const uint8_t **begin) {
+pi_disk_hull pi_disk_hull_of(const pi_disk_file *file, int64_t offset, int64_t bytes) {
     const int64_t first = file->direct ? offset / PI_PAGE * PI_PAGE : offset, skip = offset - first;
-    const int64_t wanted = file->direct ? (skip + bytes + PI_PAGE - 1) / PI_PAGE * PI_PAGE : bytes;
+    return (pi_disk_hull){first, file->direct ? (skip + bytes + PI_PAGE - 1) / PI_PAGE * PI_PAGE : bytes, skip};
+}
+
+int pi_disk_finish(const pi_disk_file *file, pi_disk_hull hull) {
+    if (!file->direct) posix_fadvise(file->descriptor, hull.first, hull.bytes, POSIX_FADV_DONTNEED);
+    return was_changed(file);
+}
+
+int pi_disk_read(const pi_disk_file *file, int64_t offset, int64_t bytes, uint8_t *staging, const uint8_t **begin) {
+    const pi_disk_hull hull = pi_disk_hull_of(file, offset, bytes);
+    const int64_t least = hull.skip + bytes;
     int64_t done = 0;
-    while (done < skip + bytes) {
-        const ssize_t count = pread(file->descriptor, staging + done, (size_t)(wanted - done), first + done);
+    while (done < least) {
+        const ssize_t count = pread(file->descriptor, staging + done, (size_t)(hull.bytes - done), hull.first + done);
         if (count < 0 && errno == EINTR) continue;
         if (count < 0) return errno;
         if (count == 0) return PI_UNIT_SHORT;
         done += count;
-        if (file->direct && done % PI_PAGE && done < skip + bytes) return PI_UNIT_SHORT;
+        if (file->direct && done % PI_PAGE && done < least) return PI_UNIT_SHORT;
     }
-    if (!file->direct) posix_fadvise(file->descriptor, first, wanted, POSIX_FADV_DONTNEED);
-    *begin = staging + skip;
-    return was_changed(file);
+    *begin = staging + hull.skip;
+    return pi_disk_finish(file, hull);
 }

@@ -23,10 +23,17 @@ typedef struct {
 
 enum { PI_PAGE = 4096 };
 
+typedef struct { /* what has to be read for some bytes: where it begins, how much, and what of it comes before them */
+    int64_t first, bytes, skip;
+} pi_disk_hull;
+
 /* 0, or -1 with errno set. */
 int pi_disk_file_note(pi_disk_file *file, int descriptor, int direct);
 /* Reads `bytes` from `offset` on into `staging`, aligned to a page, which has room for two pages more; where they begin
  * there goes to `begin`. 0, or what failed. */
 int pi_disk_read(const pi_disk_file *file, int64_t offset, int64_t bytes, uint8_t *staging, const uint8_t **begin);
+pi_disk_hull pi_disk_hull_of(const pi_disk_file *file, int64_t offset, int64_t bytes);
+/* After a read of `hull`: nothing of it stays in the page cache. 0, or that the file was changed. */
+int pi_disk_finish(const pi_disk_file *file, pi_disk_hull hull);
 
 #endif

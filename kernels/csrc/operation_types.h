@@ -40,7 +40,8 @@ typedef struct {
     const float *bias;
     float *out;
     int accumulate;
-    int64_t chunk; /* tiles that a thread takes at once */
+    int64_t chunk;             /* tiles that a thread takes at once */
+    int64_t first_tile, tiles; /* which rows of the matrix */
 } pi_matmul;
 
 typedef struct {
@@ -301,12 +302,14 @@ typedef struct {            /* units that the next operations read, and units of
     pi_unit_demand now, next[PI_UNITS_AHEAD];
 } pi_fetch;
 
+enum { PI_NEEDED_NOW, PI_NEEDED_PERHAPS, PI_NEEDED_SOON, PI_NEEDED_WAYS };
+
 typedef struct {                /* records of the neurons that a sparse FFN is going to read */
     pi_records *const *records; /* NULL: closed meanwhile */
     const float *select, *threshold;
-    int64_t layer, neurons;
+    int64_t layer, neurons, first, count; /* of the layer's neurons, `count` from `first` on */
     int32_t rule;
-    int ahead; /* a guess: nothing waits for them */
+    int ahead; /* PI_NEEDED_NOW, or nothing waits for them */
 } pi_fetch_records;
 
 typedef struct {

@@ -28,7 +28,7 @@
     X(LAYER_NORM, "f=T*i0 f?=i2?i0:i0/i1 f?=i2?i0:i0/i1 f!=T*i0", 3, 1,                                                \
       divides(i[1], i[0]) && one_of(i[2], 0, i[0] / i[1]))                                                             \
     X(QUANTIZE, "f=T*i0 b!=T*i0+ f!=T*i0/32+ f!=T*i0/32+", 1, 0, divides(PI_BLOCK, i[0]))                              \
-    X(MATMUL, "M f?=T*c " PI_ACTS("c") "f?=r f!=T*r", 2, 0, has_input(m, m->row_type, 1))                              \
+    X(MATMUL, "M f?=T*c " PI_ACTS("c") "f?=r f!=T*r", 4, 0, has_input(m, m->row_type, 1) && rows_fit(m, i[2], i[3]))   \
     X(ROPE, "f!=T*i0*i1 f=C*i2+ f=C*i2+", 5, 0, i[3] >= 0 && within(i[3], 1, 0, 2 * i[2], i[1]))                       \
     X(STORE_KV, "f=T*i1 f=T*i2", 3, 0, 1)                                                                              \
     X(ATTENTION, "f f! f?=i1 f?=i1", 4, 2, i[2] >= 0 && i[3] >= 0)                                                     \
@@ -79,7 +79,8 @@
       experts_fit(i, m) && i[4] == m->rows && has_input(m, m->row_type, 2) && has_input(m, m->row_type, 6))            \
     X(EXPERT_COLUMNS, "i=T*i1 L|=i0 " PI_ACTS("i1*c") "f?=i0*r f!=T*i1*r", 3, 0,                                       \
       experts_fit(i, m) && given(m, 2) && given(m, 3) && given(m, 4))                                                  \
-    X(FETCH_RECORDS, "R f=T*i1 f?=i1", 4, 0,                                                                           \
-      records_fit(m, i) && below(i[2], 3) && below(i[3], 2) && (!i[2] || given(m, 2)))
+    X(FETCH_RECORDS, "R f=T*i1 f?=i1", 6, 0,                                                                           \
+      records_fit(m, i) && below(i[2], 3) && below(i[3], PI_NEEDED_WAYS) && (!i[2] || given(m, 2)) &&                  \
+          within(i[4], 1, 0, i[5], i[1]) && (i[3] || i[5] == i[1]))
 
 #endif

@@ -192,13 +192,14 @@ static void store_kv(const pi_op *op, pi_run *run, pi_worker *worker) {
 
 static void matmul(const pi_op *op, pi_run *run, pi_worker *worker, int slot) {
     const pi_matmul *m = &op->u.matmul;
-    int64_t chunks = (m->matrix->tiles + m->chunk - 1) / m->chunk, chunk;
+    const int64_t last = m->first_tile + m->tiles;
+    int64_t chunks = (m->tiles + m->chunk - 1) / m->chunk, chunk;
     pi_share share = pi_share_open(worker, slot, chunks);
     if (!m->matrix->data) atomic_store_explicit(&run->missing, 1, memory_order_relaxed);
     while (m->matrix->data && (chunk = pi_share_next(&share)) >= 0)
-        run->kernels->matmul(m->matrix, m->src, m->src ? NULL : &m->acts, 0, run->tokens, chunk * m->chunk,
-                             min64(m->matrix->tiles, (chunk + 1) * m->chunk), m->bias, m->accumulate, m->out,
-                             m->matrix->rows);
+        run->kernels->matmul(m->matrix, m->src, m->src ? NULL : &m->acts, 0, run->tokens,
+                             m->first_tile + chunk * m->chunk, min64(last, m->first_tile + (chunk + 1) * m->chunk),
+                             m->bias, m->accumulate, m->out, m->matrix->rows);
 }
 
 /* The first thread waits; the barrier that follows makes the others wait for it. */

@@ -92,6 +92,8 @@ static int grow_scratch(pi_program *program, int threads) {
 
 static int barrier_between(const pi_op *op, const pi_op *next, int64_t tokens, int threads) {
     if (op->independent) return 0;
+    /* The first thread alone asks for what is needed later: nobody waits for that. */
+    if (op->kind == PI_OP_FETCH_RECORDS && op->u.fetch_records.ahead != PI_NEEDED_NOW) return 0;
     if (!pi_op_is_vector(op) || !pi_op_is_vector(next)) return 1;
     int by_token = pi_split_by_token(op, tokens, threads);
     if (by_token != pi_split_by_token(next, tokens, threads)) return 1;

@@ -89,7 +89,7 @@ uint8_t *pi_shared_scratch(const pi_run *run);
 /* Sets columns [begin, end) of [tokens, width] to zero. */
 void pi_clear_columns(float *out, int64_t width, int64_t tokens, int64_t begin, int64_t end);
 void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int slot); /* sparse_ffn.c */
-void pi_fetch_records_execute(const pi_op *op, pi_run *run, const pi_worker *worker);  /* the same */
+void pi_fetch_records_execute(const pi_op *op, pi_run *run, pi_worker *worker);        /* the same */
 int64_t pi_sparse_ffn_scratch_bytes(const pi_sparse_ffn *op);
 int64_t pi_sparse_ffn_shared_bytes(const pi_sparse_ffn *op);
 void pi_observe_execute(const pi_op *op, pi_run *run, pi_worker *worker); /* observe.c */

@@ -69,7 +69,9 @@ pi_op pi_op_of(pi_op_kind kind, const pi_given *a) {
                                   .bias = p[5],
                                   .out = p[6],
                                   .accumulate = (int)i[0],
-                                  .chunk = chunk_of(m)};
+                                  .chunk = chunk_of(m),
+                                  .first_tile = i[2] / PI_TILE,
+                                  .tiles = (i[2] + i[3] + PI_TILE - 1) / PI_TILE - i[2] / PI_TILE};
         op.independent = (int)i[1];
         break;
     }
@@ -156,7 +158,7 @@ pi_op pi_op_of(pi_op_kind kind, const pi_given *a) {
         op.u.fetch = (pi_fetch){p[0], {p[1], i[0], i[1], i[2]}, {{p[2], i[3], i[4], i[5]}, {p[3], i[6], i[7], i[8]}}};
         break;
     case PI_OP_FETCH_RECORDS:
-        op.u.fetch_records = (pi_fetch_records){p[0], p[1], p[2], i[0], i[1], (int32_t)i[2], (int)i[3]};
+        op.u.fetch_records = (pi_fetch_records){p[0], p[1], p[2], i[0], i[1], i[4], i[5], (int32_t)i[2], (int)i[3]};
         break;
     case PI_OP_SCALE_BY_POSITION: op.u.scale_by_position = (pi_scale_by_position){p[0], p[1], i[0]}; break;
     default: /* SPARSE_FFN */

@@ -10,7 +10,7 @@
 
 PyTypeObject *pi_records_type;
 
-enum { MOST_LAYERS = 4096, MOST_FILES = 4096, MOST_THREADS = 256 };
+enum { MOST_LAYERS = 4096, MOST_FILES = 4096 };
 
 typedef struct {
     int descriptors[MOST_FILES], direct[MOST_FILES];
@@ -74,18 +74,16 @@ static int take_layers(PyObject *layers, specs *s) {
 static PyObject *records_open(PyObject *object, PyObject *args) {
     records_object *self = (records_object *)object;
     PyObject *files, *layers;
-    long long pages;
-    int threads;
-    if (!PyArg_ParseTuple(args, "O!O!Li", &PyTuple_Type, &files, &PyTuple_Type, &layers, &pages, &threads)) return NULL;
-    if (self->records || pages < 1 || pages > INT64_MAX / PI_PAGE || threads < 1 || threads > MOST_THREADS) {
-        PyErr_SetString(pi_kernel_error, self->records ? "the records are open already"
-                                                       : "that much memory, or that many threads, cannot be");
+    long long pages, reading;
+    if (!PyArg_ParseTuple(args, "O!O!LL", &PyTuple_Type, &files, &PyTuple_Type, &layers, &pages, &reading)) return NULL;
+    if (self->records || pages < 1 || pages > INT64_MAX / PI_PAGE || reading < 1 || reading > PI_LARGEST) {
+        PyErr_SetString(pi_kernel_error, self->records ? "the records are open already" : "that much memory cannot be");
         return NULL;
     }
     specs *s = calloc(1, sizeof *s);
     if (!s) return PyErr_NoMemory();
     if (take_files(files, s) == 0 && take_layers(layers, s) == 0) {
-        self->records = pi_records_new(s->descriptors, s->direct, (int)s->files, s->layers, s->count, pages, threads);
+        self->records = pi_records_new(s->descriptors, s->direct, (int)s->files, s->layers, s->count, pages, reading);
         if (!self->records) PyErr_Format(pi_kernel_error, "cannot keep records in memory: %s", strerror(errno));
     }
     free(s->layers);
@@ -102,24 +100,39 @@ static pi_records *opened(PyObject *object) {
     return records;
 }
 
+typedef struct {
+    pi_records *records;
+    int64_t layer, count;
+    const int32_t *number;
+    int error;
+} load_job;
+
+static void load_on_thread(void *argument, pi_worker *worker) {
+    load_job *job = argument;
+    if (pi_records_fetch(job->records, worker, job->layer, job->number, job->count) < 0)
+        __atomic_store_n(&job->error, 1, __ATOMIC_RELAXED);
+}
+
 static PyObject *records_load(PyObject *object, PyObject *args) {
     pi_records *records = opened(object);
+    PyObject *pool;
     long long layer;
     Py_buffer list;
-    if (!records || !PyArg_ParseTuple(args, "Ly*", &layer, &list)) return NULL;
-    const int64_t count = list.len / (Py_ssize_t)sizeof(int32_t);
-    const int32_t *number = list.buf;
-    int wrong = layer < 0 || layer >= pi_records_layers(records), error = 0;
-    for (int64_t i = 0; i < count && !wrong; i++)
-        wrong = number[i] < 0 || number[i] >= pi_records_neurons(records, layer) || (i && number[i] <= number[i - 1]);
+    if (!records || !PyArg_ParseTuple(args, "O!Ly*", pi_pool_type, &pool, &layer, &list)) return NULL;
+    load_job job = {records, layer, list.len / (Py_ssize_t)sizeof(int32_t), list.buf, 0};
+    int wrong = layer < 0 || layer >= pi_records_layers(records), failed = 0;
+    for (int64_t i = 0; i < job.count && !wrong; i++)
+        wrong = job.number[i] < 0 || job.number[i] >= pi_records_neurons(records, layer) ||
+                (i && job.number[i] <= job.number[i - 1]);
     records_object *self = (records_object *)object;
     if (!wrong) {
         self->users++;
-        Py_BEGIN_ALLOW_THREADS error = pi_records_fetch(records, layer, number, count);
-        Py_END_ALLOW_THREADS self->users--;
+        failed = pi_pool_object_run((pool_object *)pool, load_on_thread, &job) < 0;
+        self->users--;
     }
     PyBuffer_Release(&list);
-    if (!wrong) return PyBool_FromLong(!error);
+    if (failed) return NULL;
+    if (!wrong) return PyBool_FromLong(!job.error);
     PyErr_SetString(pi_kernel_error, "there are no such records, or they do not ascend");
     return NULL;
 }
@@ -182,6 +195,12 @@ static PyObject *records_nbytes(PyObject *object, void *unused) {
     return records ? PyLong_FromLongLong(pi_records_memory(records)) : NULL;
 }
 
+static PyObject *records_asynchronous(PyObject *object, void *unused) {
+    pi_records *records = opened(object);
+    (void)unused;
+    return records ? PyBool_FromLong(pi_records_asynchronous(records)) : NULL;
+}
+
 static void records_dealloc(PyObject *object) {
     records_object *self = (records_object *)object;
     PyTypeObject *type = Py_TYPE(object);
@@ -192,18 +211,19 @@ static void records_dealloc(PyObject *object) {
 }
 
 static PyMethodDef records_methods[] = {
-    {"open", records_open, METH_VARARGS, PyDoc_STR("open(files, layers, pages, threads)")},
-    {"load", records_load, METH_VARARGS, PyDoc_STR("load(layer, numbers): whether they are in memory now")},
+    {"open", records_open, METH_VARARGS, PyDoc_STR("open(files, layers, pages, reading_bytes)")},
+    {"load", records_load, METH_VARARGS, PyDoc_STR("load(pool, layer, numbers): whether they are in memory now")},
     {"reset", records_reset, METH_NOARGS, PyDoc_STR("Counts from here on.")},
     {"taken", records_taken, METH_VARARGS, PyDoc_STR("taken(layer): int64 of every neuron, as bytes")},
     {"counters", records_counters, METH_NOARGS, PyDoc_STR("pi_record_counters as a tuple")},
     {"fault", records_fault, METH_NOARGS, PyDoc_STR("(error, file, offset, bytes) of the first fault, or None")},
-    {"close", records_close, METH_NOARGS, PyDoc_STR("Ends the threads, closes the files, gives the memory back.")},
+    {"close", records_close, METH_NOARGS, PyDoc_STR("Closes the files, gives the memory back.")},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef records_getset[] = {
-    {"nbytes", records_nbytes, NULL, PyDoc_STR("Bytes of the records in memory and of the readers' buffers."), NULL},
+    {"nbytes", records_nbytes, NULL, PyDoc_STR("Bytes of the records in memory and of what is being read."), NULL},
+    {"asynchronous", records_asynchronous, NULL, PyDoc_STR("Whether the system reads while nobody waits."), NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -12,6 +12,7 @@
 
 #include "disk_read.h"
 #include "kernels.h"
+#include "pool.h"
 
 typedef struct pi_records pi_records;
 
@@ -32,25 +33,28 @@ typedef struct {
     int64_t wait_nanoseconds;
 } pi_record_counters;
 
-/* `pages` of memory for records, and `threads` that read. Takes over nothing on failure: NULL with errno set.
- * `descriptors` are closed with it. */
+/* `pages` of memory for records, and `reading_bytes` for what is being read. Takes over nothing on failure: NULL with
+ * errno set (EINVAL: too little for the largest read). `descriptors` are closed with it. */
 pi_records *pi_records_new(const int *descriptors, const int *direct, int files, const pi_record_layer *layers,
-                           int64_t layer_count, int64_t pages, int threads);
-/* Ends the threads, gives all pages back and closes the files; no program may use the records any more. */
+                           int64_t layer_count, int64_t pages, int64_t reading_bytes);
+/* Gives all pages back and closes the files; no program may use the records any more. */
 void pi_records_free(pi_records *records);
 
 int64_t pi_records_layers(const pi_records *records);
 int64_t pi_records_neurons(const pi_records *records, int64_t layer);
-/* Memory of the pages and of the threads' buffers. */
+/* Whether the system reads while nobody waits. */
+int pi_records_asynchronous(const pi_records *records);
+/* Memory of the pages and of what is being read. */
 int64_t pi_records_memory(const pi_records *records);
 /* Room for a list of the neurons of any layer, and for marks of them, which one caller at a time may use. */
 int32_t *pi_records_list(pi_records *records);
 uint8_t *pi_records_marks(pi_records *records);
-/* Waits until the listed neurons of a layer, ascending, are in memory; NULL: all. 0, or -1 after a fault, or where
- * there is too little memory. */
-int pi_records_fetch(pi_records *records, int64_t layer, const int32_t *list, int64_t count);
-/* Asks for the listed ones to be read, as far as there is room without those of the last fetch. */
-void pi_records_ahead(pi_records *records, int64_t layer, const int32_t *list, int64_t count);
+/* Waits until the listed neurons of a layer, ascending, are in memory; NULL: all. All workers of a pool call it, and lay
+ * out what arrives; the list is the first one's. 0, or -1 after a fault, or where there is too little memory. */
+int pi_records_fetch(pi_records *records, pi_worker *worker, int64_t layer, const int32_t *list, int64_t count);
+/* Asks for the listed ones to be read, as far as there is room without those of the last fetch. `certain`: a fetch is
+ * going to name them. */
+void pi_records_ahead(pi_records *records, int64_t layer, const int32_t *list, int64_t count, int certain);
 /* How often each neuron of a layer was taken. */
 void pi_records_taken(pi_records *records, int64_t layer, int64_t *taken);
 /* Counts from here on. */

@@ -324,39 +324,47 @@ void pi_sparse_ffn_execute(const pi_op *op, pi_run *run, pi_worker *worker, int 
 
 /* ---- rows that are on disk ---- */
 
-/* The neurons that some token selects: the list of them, or NULL for all neurons. */
+/* The neurons in the range of the operation that some token selects: the list of them, or NULL for all of the range. */
 static const int32_t *list_selected(const pi_fetch_records *f, const pi_run *run, pi_records *records, int64_t *count) {
     int32_t *list = pi_records_list(records);
     uint8_t *mark = pi_records_marks(records);
-    int64_t (*select)(const float *, const float *, int64_t, int32_t *) =
+    const float *select = f->select + f->first, *threshold = f->threshold ? f->threshold + f->first : NULL;
+    int64_t (*large)(const float *, const float *, int64_t, int32_t *) =
         f->rule == PI_BY_VALUE ? run->kernels->list_active : run->kernels->list_large;
     if (run->tokens == 1) {
-        *count = select(f->select, f->threshold, f->neurons, list);
+        *count = large(select, threshold, f->count, list);
+        for (int64_t k = 0; f->first && k < *count; k++) list[k] += (int32_t)f->first;
         return list;
     }
-    if (pi_reads_all(run->tokens, 0, f->neurons)) return NULL;
-    memset(mark, 0, (size_t)f->neurons);
+    if (pi_reads_all(run->tokens, 0, f->count)) return NULL;
+    memset(mark, 0, (size_t)f->count);
     for (int64_t t = 0; t < run->tokens; t++) {
-        const int64_t one = select(f->select + t * f->neurons, f->threshold, f->neurons, list);
+        const int64_t one = large(select + t * f->neurons, threshold, f->count, list);
         for (int64_t k = 0; k < one; k++) mark[list[k]] = 1;
     }
     *count = 0;
-    for (int64_t i = 0; i < f->neurons; i++) {
-        list[*count] = (int32_t)i;
+    for (int64_t i = 0; i < f->count; i++) {
+        list[*count] = (int32_t)(f->first + i);
         *count += mark[i];
     }
-    return pi_reads_all(run->tokens, *count, f->neurons) ? NULL : list;
+    return pi_reads_all(run->tokens, *count, f->count) ? NULL : list;
 }
 
-/* The first thread waits; the barrier that follows makes the others wait for it. */
-void pi_fetch_records_execute(const pi_op *op, pi_run *run, const pi_worker *worker) {
+/* The first thread asks; all lay out what arrives. */
+void pi_fetch_records_execute(const pi_op *op, pi_run *run, pi_worker *worker) {
     const pi_fetch_records *f = &op->u.fetch_records;
-    if (pi_worker_thread(worker) != 0) return;
+    const int first = pi_worker_thread(worker) == 0;
     pi_records *records = *f->records;
     int64_t count = 0;
-    const int32_t *list = records ? list_selected(f, run, records, &count) : NULL;
-    if (f->ahead && records) {
-        if (list) pi_records_ahead(records, f->layer, list, count);
-    } else
-        run->unfetched = !records || pi_records_fetch(records, f->layer, list, count) < 0;
+    if (!records) {
+        __atomic_store_n(&run->unfetched, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    const int32_t *list = first ? list_selected(f, run, records, &count) : NULL;
+    if (f->ahead != PI_NEEDED_NOW) {
+        if (list) pi_records_ahead(records, f->layer, list, count, f->ahead == PI_NEEDED_SOON);
+        return;
+    }
+    if (pi_records_fetch(records, worker, f->layer, list, count) < 0)
+        __atomic_store_n(&run->unfetched, 1, __ATOMIC_RELAXED);
 }

@@ -3,7 +3,7 @@
 Every array is [max_tokens, width] float32 unless said otherwise; a run uses its first `n_tokens` rows.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ ROPE_STYLES = ("norm", "neox")
 HISTOGRAM_BINS = 128
 #: The factors of a neuron's product that can select it by their size, in the order of the numbers in C.
 FACTORS = ("gate", "up")
+#: When records are needed; the position is the number of the C operation.
+When = Literal["now", "perhaps", "soon"]
+WHEN = get_args(When)
 
 
 class ProgramBuilder(RecurrentOperations):
@@ -62,8 +65,10 @@ class ProgramBuilder(RecurrentOperations):
         bias: Floats | None = None,
         accumulate: bool = False,
         independent: bool = False,
+        rows: tuple[int, int] | None = None,
     ) -> None:
-        """out (+)= matrix · input + bias: `src` for float row types, `activations` for the others.
+        """out (+)= matrix · input + bias: `src` for float row types, `activations` for the others. `rows`: of
+        these alone, from the first, a multiple of 16, to the last, which is another one or the end.
 
         `independent`: the next operation is a matmul that neither reads nor writes `out`, so no thread
         waits between. If the matrix has a scale, the product is multiplied by it afterwards, and cannot be
@@ -74,15 +79,18 @@ class ProgramBuilder(RecurrentOperations):
             check_array("bias", bias, np.float32, (matrix.rows,))
         inputs = self._inputs(matrix.row_type.is_float, src, activations, matrix.columns)
         check_apart("out", out, {"src": src})
+        first, end = rows or (0, matrix.rows)
         if matrix.scale != 1.0:
+            if rows is not None:
+                raise KernelError("a product that is times a scale is computed as a whole")
             if accumulate:
                 raise KernelError("a product that is times a scale is not added as it is computed")
-            self._append(Op.MATMUL, (matrix.handle, *inputs, None, out), (0, 0))
+            self._append(Op.MATMUL, (matrix.handle, *inputs, None, out), (0, 0, first, end))
             self.scale(out, matrix.scale)
             if bias is not None:
                 self.add(bias, out)
             return
-        flags = (int(accumulate), int(independent))
+        flags = (int(accumulate), int(independent), first, end - first)
         self._append(Op.MATMUL, (matrix.handle, *inputs, bias, out), flags)
 
     def rope(
@@ -273,18 +281,23 @@ class ProgramBuilder(RecurrentOperations):
         *,
         neurons: int,
         factor: str | None = None,
-        ahead: bool = False,
+        when: When = "now",
+        rows: tuple[int, int] | None = None,
     ) -> None:
         """Wait until the neurons' rows that the next sparse FFN reads are in memory. These are the neurons
         whose `select` is above `threshold` ([neurons]; None: above zero); if `select` is a known `factor`,
         the neurons where its magnitude is above. Up to 8 tokens need the union of their neurons, more tokens
-        need all neurons. `ahead`: the neurons are a guess, and nothing waits for them."""
+        need all neurons. `when`: "perhaps" and "soon" wait for nothing; with "perhaps" the neurons are a
+        guess, with "soon" this operation follows with "now". `rows`: of these neurons alone, if not "now"."""
+        first, end = rows or (0, neurons)
         self._check("select", select, neurons)
         if threshold is not None:
             check_array("threshold", threshold, np.float32, (neurons,))
         rule = 0 if factor is None else 1 + FACTORS.index(factor)
         objects = (of.records.handle, select, threshold)
-        self._append(Op.FETCH_RECORDS, objects, (of.layer, neurons, rule, int(ahead)))
+        self._append(
+            Op.FETCH_RECORDS, objects, (of.layer, neurons, rule, WHEN.index(when), first, end - first)
+        )
 
     def keep_large(self, value: Floats, threshold: Floats, out: Floats) -> None:
         """out = 0 where |value| is not above `threshold` [width]; a NaN counts as above. `out` may be

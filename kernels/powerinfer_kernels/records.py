@@ -11,6 +11,7 @@ from . import _kernels
 from ._kernels import KernelError
 from .checks import check_positive
 from .matrix import Bundle
+from .pool import Pool
 from .units import UnitCounters, UnitsFault, UnitsFile, fault_of
 
 PAGE = 4096
@@ -46,22 +47,23 @@ class Records:
         self.handle = _kernels.Records()
 
     def open(
-        self, files: Sequence[UnitsFile], layers: Sequence[LayerOfRecords], pages: int, threads: int
+        self, files: Sequence[UnitsFile], layers: Sequence[LayerOfRecords], pages: int, reading_bytes: int
     ) -> None:
-        """Allocate `pages` of 4,096 bytes for records, to be read by `threads`. Raises KernelError if the
-        system does not have the memory, or a number is impossible; the files are then left open."""
-        check_positive(threads=threads, pages=pages)
+        """Allocate `pages` of 4,096 bytes for records, and `reading_bytes` for what is being read, at least
+        `read_bytes` of any layer. Raises KernelError if the system does not have the memory, or a number is
+        impossible; the files are then left open."""
+        check_positive(reading_bytes=reading_bytes, pages=pages)
         self.handle.open(
             tuple((file.descriptor, file.direct) for file in files),
             tuple(_given(layer) for layer in layers),
             pages,
-            threads,
+            reading_bytes,
         )
 
-    def load(self, layer: int, neurons: npt.NDArray[np.int32]) -> None:
-        """Read the `neurons` (ascending) of `layer` that are not in memory yet. Raises KernelError after a
-        fault, and if they do not fit."""
-        if not self.handle.load(layer, np.ascontiguousarray(neurons, np.int32)):
+    def load(self, pool: Pool, layer: int, neurons: npt.NDArray[np.int32]) -> None:
+        """Read the `neurons` (ascending) of `layer` that are not in memory yet; the threads of `pool` lay
+        them out. Raises KernelError after a fault, and if they do not fit."""
+        if not self.handle.load(pool.handle, layer, np.ascontiguousarray(neurons, np.int32)):
             raise KernelError("weights on disk could not be brought into memory")
 
     def reset(self) -> None:
@@ -81,17 +83,22 @@ class Records:
         return fault_of(self.handle.fault())
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether the system reads while the program computes (Linux's asynchronous reads are there)."""
+        return self.handle.asynchronous
+
+    @property
     def nbytes(self) -> int:
-        """Memory of the records and the reading threads."""
+        """Memory of the records and of what is being read."""
         return self.handle.nbytes
 
     def close(self) -> None:
-        """End the threads, close the files, release the memory. KernelError while a program runs."""
+        """Close the files, release the memory. KernelError while a program runs."""
         self.handle.close()
 
 
-def staging_bytes(record_bytes: int) -> int:
-    """Bytes of memory that one reading thread needs for records of this size."""
+def read_bytes(record_bytes: int) -> int:
+    """The most bytes of memory that one read of records of this size takes: neighbours come together."""
     return (max(1, _AT_ONCE // record_bytes) + 1) * record_bytes + 2 * PAGE
 
 

@@ -71,6 +71,11 @@ class RowsOnDisk(Protocol):
     def records(self) -> RecordsOf:
         """The layer."""
 
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """The rows in which gates are computed, in this order; each is followed by what asks for its
+        neurons."""
+
     def write_ahead(self, writer: "BlockWriter") -> None:
         """Append what asks for rows of the next layer, those that it is likely to need."""
 
@@ -313,8 +318,13 @@ class BlockWriter:
         ``up`` are scratch (T, neurons)."""
         b, builder, kind, cut = self.buffers, self.builder, self.hyper.activation, self.hyper.activation_cut
         self.label("ffn")
-        factor = self._gate_and_up(w.gate, w.bias, w.up, gate, up)
-        if self.layer is not None and (deviations := self.hyper.facts[self.layer].deviations) is not None:
+        deviations = None if self.layer is None else self.hyper.facts[self.layer].deviations
+        if w.disk is not None and w.skips and deviations is None and w.gate.scale == 1.0:
+            self._gate_piece_by_piece(w, w.disk, gate)
+            factor = None
+        else:
+            factor = self._gate_and_up(w.gate, w.bias, w.up, gate, up)
+        if deviations is not None:
             builder.keep_top(gate, gate, deviations)
             if w.skips:  # what the gate keeps is positive, and so is what the activation makes of it
                 builder.activate(gate, None, gate, kind, cut)
@@ -332,6 +342,16 @@ class BlockWriter:
             builder.observe(gate, factor, kind, **vars(observed), cut=cut)
         builder.activate(gate, factor, gate, kind, cut)
         builder.sum_rows(gate, w.bundle, b.block_out)
+
+    def _gate_piece_by_piece(self, w: NeuronRows, disk: RowsOnDisk, gate: Floats) -> None:
+        """The gates, those of neurons on disk first: what a piece names is read while others are computed."""
+        b, cut = self.buffers, self.hyper.activation_cut
+        least = np.full(w.gate.rows, cut, np.float32) if cut else None
+        for rows in disk.pieces:
+            self.builder.matmul(w.gate, b.normed, b.normed_acts, gate, bias=w.bias, rows=rows)
+            self.label("disk")
+            self.builder.fetch_records(disk.records, gate, least, neurons=w.gate.rows, when="soon", rows=rows)
+            self.label("ffn")
 
     def predictor_input(self, w: PredictedRows) -> None:
         """The short form of what a predictor reads, where the residual stream is what the FFN's norm read."""

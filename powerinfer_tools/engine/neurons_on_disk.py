@@ -26,7 +26,7 @@ from powerinfer_kernels import (
     RecordsOf,
     physical_cores,
 )
-from powerinfer_kernels.records import PAGE, staging_bytes
+from powerinfer_kernels.records import PAGE, read_bytes
 from powerinfer_tools.engine.blocks import BlockWriter
 from powerinfer_tools.engine.modes import layer_modes
 from powerinfer_tools.engine.predictor_programs import Predictor, lay_out
@@ -35,13 +35,15 @@ from powerinfer_tools.engine.weights_on_disk import Budget, WeightsOnDisk
 from powerinfer_tools.errors import ModelError
 from powerinfer_tools.model.loading import Model
 
-#: Threads that read: more threads did not read more records a second (docs/LOG.md).
-READERS = 8
+#: Memory for what is being read, in reads of the largest size: some 128 single neurons.
+_UNDER_WAY = 8
 #: Share of the memory for records that stay; the rest follows use. Where neurons fire independently of the
 #: token before, as in synthetic models, all should stay; a page kept for one record costs twice its bytes.
 _STAYS = 0.9
 #: Memory in addition to the largest layer, which a prompt needs at once.
 _SLACK = 2 << 20
+#: Pieces of the gates of neurons that are not in memory, and the rows that pieces are made of.
+_PIECES, _TILE = 4, 16
 #: Single records that are read to see how fast the disk is.
 _TRIED = 512
 
@@ -62,6 +64,7 @@ class NeuronsOnDisk(WeightsOnDisk):
         self._bundles: list[Bundle] = []
         self._places: list[tuple[int, int]] = []
         self._predictors: dict[int, Predictor] = {}
+        self._share = 0.0
         for layer, mode in zip(self.model.layers, self._modes, strict=True):
             ffn = layer.feeds
             if not isinstance(ffn, SplitLayer):
@@ -126,7 +129,7 @@ class NeuronsOnDisk(WeightsOnDisk):
     @property
     def readers_bytes(self) -> int:
         """See :class:`WeightsOnDisk`."""
-        return READERS * max(staging_bytes(layer.layout.record_bytes) for layer in self._layers)
+        return _UNDER_WAY * max(read_bytes(layer.layout.record_bytes) for layer in self._layers)
 
     @property
     def _largest(self) -> int:
@@ -144,6 +147,14 @@ class NeuronsOnDisk(WeightsOnDisk):
         """The share of each layer's neurons that stay with ``nbytes``."""
         left = max(0, nbytes - _SLACK)
         return min(1.0, left * (1 if static else _STAYS) / self.whole_bytes)
+
+    def prepare(self, nbytes: int) -> None:
+        """See :class:`WeightsOnDisk`."""
+        self._share = min(1.0, nbytes / self.whole_bytes)
+
+    def resident(self, index: int) -> int:
+        """How many of the first neurons of layer ``index`` are in memory most of the time."""
+        return int(self._layers[self._at(index)].neurons * self._share)
 
     def notice(self, nbytes: int) -> str:
         """See :class:`WeightsOnDisk`."""
@@ -166,7 +177,7 @@ class NeuronsOnDisk(WeightsOnDisk):
                 self._layers, self._bundles, self._places, fixed, strict=True
             )
         ]
-        self._records.open(self._files, layers, nbytes // PAGE, READERS)
+        self._records.open(self._files, layers, nbytes // PAGE, self.readers_bytes)
         self._is_open = True
         self.drop_pages()
         share = min(1.0, (nbytes - _SLACK) / self.whole_bytes)
@@ -175,7 +186,7 @@ class NeuronsOnDisk(WeightsOnDisk):
         ]
         try:
             for at, count in enumerate(resident):
-                self._records.load(at, np.arange(count, dtype=np.int32))
+                self._records.load(self._pool, at, np.arange(count, dtype=np.int32))
             self.expectation = self._expected(resident, budget.use)
         except KernelError:
             raise ModelError(self.problem() or "neurons cannot be read") from None
@@ -189,12 +200,14 @@ class NeuronsOnDisk(WeightsOnDisk):
                 np.linspace(count, layer.neurons - 1, _TRIED // len(resident) + 1).astype(np.int32)
             )
             if count < layer.neurons:
-                self._records.load(at, some)
+                self._records.load(self._pool, at, some)
                 tried += len(some)
         if not tried:
             return "all neurons are in memory"
         rate = tried / max(time.perf_counter() - started, 1e-9)
         said = f"the disk brings {rate:,.0f} single neurons a second"
+        if not self._records.asynchronous:
+            said += ", while nothing is computed: asynchronous reads cannot be had here"
         if use is None:
             return f"{said}; how many a token takes is not known without a profile"
         missing = sum(float(shares[count:].sum()) for count, shares in zip(resident, use, strict=True))
@@ -222,6 +235,11 @@ class OfLayer:
         """The layer."""
         return self.disk.records(self.index)
 
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """See :class:`~powerinfer_tools.engine.blocks.RowsOnDisk`."""
+        return gate_pieces(self.disk.bundle(self.index).rows, self.disk.resident(self.index))
+
     def write_ahead(self, writer: BlockWriter) -> None:
         """Append the operations that request the neurons of the next layer, if it has a predictor. The
         predictor names them by the present residual stream, before this layer's sum is added."""
@@ -247,7 +265,17 @@ class OfLayer:
         predictor.prepare(writer.builder, buffers)
         predictor.write(writer.builder, scores)
         of = self.disk.records(index)
-        writer.builder.fetch_records(of, scores, predictor.threshold, neurons=neurons, ahead=True)
+        writer.builder.fetch_records(of, scores, predictor.threshold, neurons=neurons, when="perhaps")
+
+
+def gate_pieces(neurons: int, resident: int) -> list[tuple[int, int]]:
+    """The first and the last row of each piece in which gates are computed if all but the first ``resident``
+    neurons are on disk: the pieces of the others, busiest first, then those neurons. A piece begins at a
+    multiple of 16."""
+    first = min(resident, neurons - 1) // _TILE * _TILE
+    step = -(-(neurons - first) // (_PIECES * _TILE)) * _TILE
+    pieces = [(at, min(at + step, neurons)) for at in range(first, neurons, step)]
+    return [*pieces, (0, first)] if first else pieces
 
 
 def _kinds(layer: SplitLayer, mode: str) -> tuple[str | None, ...]:

@@ -144,7 +144,7 @@ def neurons(b: ProgramBuilder, pool: Pool) -> Records:
     records, bundle = Records(), Bundle.absent(pool, NEURONS, WIDTH, (None, 0, 0))
     with tempfile.TemporaryFile() as file:
         layer = LayerOfRecords(bundle, 0, 0, 2 * WIDTH * 4, (None, 0, WIDTH * 4), 0)
-        records.open([UnitsFile(os.dup(file.fileno()), False)], [layer], 100, 1)
+        records.open([UnitsFile(os.dup(file.fileno()), False)], [layer], 100, 1 << 20)
     b.fetch_records(RecordsOf(records, 0), floats(TOKENS, NEURONS), floats(NEURONS), neurons=NEURONS)
     return records
 

@@ -57,7 +57,7 @@ class OnDisk:
             for k, bundle in enumerate(bundles)
         ]
         self.open = lambda: self.records.open(
-            [UnitsFile(os.open(self.path, os.O_RDONLY), False)], layers, pages, 4
+            [UnitsFile(os.open(self.path, os.O_RDONLY), False)], layers, pages, 1 << 20
         )
         self.open()
         self.program = self._program(bundles, of=self.records, gates=gates)
@@ -121,7 +121,7 @@ def test_sums_are_those_in_memory(tmp_path: Path, pages: int, gates: bool) -> No
     """One token, the union of a few, and prompts, which take all neurons; with some that stay."""
     disk = OnDisk(tmp_path, pages + (8 if gates else 0), fixed=0 if pages == PAGES[0] else 7, gates=gates)
     for at in range(LAYERS):
-        disk.records.load(at, np.arange(7, dtype=np.int32))
+        disk.records.load(disk.pool, at, np.arange(7, dtype=np.int32))
     for tokens, density in ((1, 0.1), (3, 0.05), (1, 0.5), (7, 0.9), (TOKENS, 0.1), (1, 0.02), (2, 0.1)):
         for _ in range(4):
             disk.run(tokens, density)
@@ -154,7 +154,7 @@ def test_what_comes_ahead_is_a_hit(tmp_path: Path) -> None:
     disk = OnDisk(tmp_path, PAGES[-1])
     builder, select = ProgramBuilder(1), aligned((1, NEURONS), np.float32)
     of = RecordsOf(disk.records, 1)
-    builder.fetch_records(of, select, neurons=NEURONS, ahead=True)
+    builder.fetch_records(of, select, neurons=NEURONS, when="soon")
     builder.fetch_records(of, select, neurons=NEURONS)
     select[0, ::3] = 1
     program = builder.build()
@@ -169,7 +169,7 @@ def test_what_comes_ahead_is_a_hit(tmp_path: Path) -> None:
 def test_what_stays_is_never_read_again(tmp_path: Path) -> None:
     disk = OnDisk(tmp_path, 20, fixed=60)
     for at in range(LAYERS):
-        disk.records.load(at, np.arange(60, dtype=np.int32))
+        disk.records.load(disk.pool, at, np.arange(60, dtype=np.int32))
     for _ in range(20):
         disk.run(1, 0.4)
     disk.records.reset()
@@ -232,6 +232,6 @@ def test_layers_that_cannot_be(change: dict[str, object], match: str, tmp_path: 
     right = LayerOfRecords(bundle, 0, 0, BYTES, (None, SIZES[0], SIZES[0] + SIZES[1]), 0)
     descriptor = os.open(path, os.O_RDONLY)
     with pytest.raises(KernelError, match=match):
-        Records().open([UnitsFile(descriptor, False)], [right._replace(**change)], 10, 1)  # type: ignore[arg-type]
+        Records().open([UnitsFile(descriptor, False)], [right._replace(**change)], 10, 1 << 20)  # type: ignore[arg-type]
     os.close(descriptor)
     pool.close()

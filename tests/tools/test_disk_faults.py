@@ -54,8 +54,11 @@ SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <linux/aio_abi.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 static atomic_long count;
 static ssize_t read_at(int file, void *to, size_t bytes, off_t offset) {
@@ -70,6 +73,22 @@ static ssize_t read_at(int file, void *to, size_t bytes, off_t offset) {
         if (shorter && number % 2 == 0) bytes = bytes / 2 / 4096 * 4096;
     }
     return real(file, to, bytes, offset);
+}
+/* Asynchronous reads: those that have arrived are told to have failed. */
+long syscall(long number, ...) {
+    static long (*real)(long, ...);
+    if (!real) *(void **)&real = dlsym(RTLD_NEXT, "syscall");
+    long a[6];
+    va_list rest;
+    va_start(rest, number);
+    for (int i = 0; i < 6; i++) a[i] = va_arg(rest, long);
+    va_end(rest);
+    if (number == SYS_io_setup && getenv("TEST_NO_AIO")) return errno = ENOSYS, -1;
+    const long result = real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+    const char *every = getenv("TEST_FAIL_EVERY");
+    for (long i = 0; number == SYS_io_getevents && every && i < result; i++)
+        if (++count % atol(every) == 0) ((struct io_event *)a[3])[i].res = -EIO;
+    return result;
 }
 ssize_t pread(int file, void *to, size_t bytes, off_t offset) { return read_at(file, to, bytes, offset); }
 ssize_t pread64(int file, void *to, size_t bytes, off_t offset) { return read_at(file, to, bytes, offset); }
@@ -156,6 +175,14 @@ def test_a_disk_that_fails_under_single_neurons(sparse: Path, shim: str, every: 
     printed = ended.stdout.split()
     assert printed == expected.stdout.split()[: len(printed)]
     assert (len(printed) > 0) == (every > 1000)
+
+
+def test_neurons_without_asynchronous_reads(sparse: Path, shim: str) -> None:
+    """Where the system has none, threads read what they lay out: the same bits."""
+    expected = run(sparse, 0)
+    ended = run(sparse, half(sparse), LD_PRELOAD=shim, TEST_NO_AIO="1")
+    assert (ended.returncode, ended.stderr.strip()) == (0, "from disk")
+    assert ended.stdout == expected.stdout
 
 
 def test_short_reads_are_read_on(model: Path, expected: list[str], shim: str) -> None:

@@ -112,6 +112,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         os.environ[f"RAY_SERVE_{kind}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
     for check in ("READY", "HEALTH"):  # on a busy machine Ray would end its proxy before it has begun
         os.environ[f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S"] = "120"
+    for limit in ("", "MAX_"):  # a replica that does not say its load in time is passed over: 0.1 s else
+        os.environ[f"RAY_SERVE_{limit}QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "30"
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": 18999})

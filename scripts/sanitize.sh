@@ -20,7 +20,7 @@ tsan() {  # tsan NAME SOURCES…: builds and runs tests/kernels/sanitize/NAME.c 
 }
 echo "-- thread pool and units on disk, ThreadSanitizer"
 tsan pool_threads pool.c
-tsan unit_threads units.c unit_readers.c memory.c quantize_pack.c transcode.c
+tsan unit_threads units.c unit_readers.c disk_read.c memory.c quantize_pack.c transcode.c
 
 echo "-- kernels, AddressSanitizer and UndefinedBehaviorSanitizer"
 PATH="$PWD/.venv/bin:$PATH" cmake -S kernels -B "$build/cmake" -G Ninja -DCMAKE_BUILD_TYPE=None \

@@ -344,6 +344,8 @@ def _rope_factors(tensors: Tensors, spec: ArchitectureSpec, hyper: Hyperparamete
     if (long is None) != (short is None):
         raise ModelError(f"{tensors.gguf.path}: has one of {names[1]} and {names[2]}, expected both or none")
     widths = {facts.rope.dim for facts in hyper.facts if facts.rope is not None and facts.rope.factored}
+    if spec.half_rope:  # their layers take the first ones
+        widths -= {width for width in widths if width < hyper.rope_dim}
     if widths - {hyper.rope_dim} and any(factors is not None for factors in (every, long, short)):
         raise ModelError(
             f"{tensors.gguf.path}: divisors of {hyper.rope_dim} rotary dimensions do not fit layers that "

@@ -119,7 +119,7 @@ def test_what_is_left_to_the_cpu_is_what_has_no_form_here(name: str, tmp_path: P
     here = [plain(layer.attends) and layer.recurs is None for layer in model.layers]
     reason = attention_limit(model)
     assert reason is not None or all(here)
-    whole = ("differ", "routers", "width", "inputs of single layers", "embedding again")
+    whole = ("differ", "routers", "width", "inputs of single layers", "embedding again", "with a factor")
     assert reason is None or not all(here) or any(part in reason for part in whole)
     form, work = Form(Arena(), fused=False, unpack=False), Workload(2, 4)
     placed = Placed(model, form, work, form.memory.floats(8))

@@ -187,10 +187,10 @@ def test_what_a_step_refuses_changes_nothing(weights: Weights, tmp_path: Path) -
         foreign = elsewhere.session()
         for parts, fault in (
             ([], "at least one"),
-            ([(one, [1]), (one, [2])], "each session once"),
+            ([(one, [1]), (one, [2])], "each session only once"),
             ([(other, [1]), (one, [])], "1 rows of logits after 0 tokens"),
             ([(other, [1]), Part(one, [1], 2)], "2 rows of logits"),
-            ([(other, [1]), (foreign, [1])], "of other weights"),
+            ([(other, [1]), (foreign, [1])], "belongs to other weights"),
         ):
             with pytest.raises(ValueError, match=fault):
                 weights.step(parts)  # type: ignore[arg-type]

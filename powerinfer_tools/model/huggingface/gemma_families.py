@@ -94,10 +94,10 @@ def _of_layers(config: Config, name: str, older: str, default: int) -> list[int]
 def _head_dim(config: Config, *, wide: bool) -> int:
     """Values of a head of layers without a window (``wide``), or of the others."""
     pairs = zip(_kinds(config), _of_layers(config, "head_dim", "global_head_dim", 256), strict=True)
-    found = {dim for kind, dim in pairs if (kind == _FULL) == wide}
-    if len(found) > 1:
+    dims = {dim for kind, dim in pairs if (kind == _FULL) == wide}
+    if len(dims) > 1:
         raise config.fail("per_layer_config", "has heads of several widths in layers of one kind")
-    return found.pop() if found else config.integer("head_dim", 256, high=1 << 14)
+    return dims.pop() if dims else config.integer("head_dim", 256, high=1 << 14)
 
 
 def _wide_dim(config: Config) -> int:
